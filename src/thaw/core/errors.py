@@ -1,0 +1,153 @@
+"""The one exception tree, grouped by what the caller does next.
+
+    ThawError
+    ├── InvalidRequest          change the call: it can never work as it stands
+    │   ├── BadPoint            the point's spelling is wrong
+    │   ├── BadSampling         a sampling parameter is out of range or not supported
+    │   ├── NotFound            no such ref, commit, session, engine, file
+    │   ├── TooLong             more tokens than the model or the limit allows
+    │   └── Unsupported         this engine or model cannot do it; the message names what
+    ├── Refused                 fail closed: bytes exist, but using them would be wrong
+    │   ├── IdentityMismatch    other weights, dtype, rope, tokenizer, adapter, layout
+    │   ├── PolicyMismatch      KV of another policy version
+    │   └── StaleSession        the weights changed under a live session
+    ├── Conflict                somebody else was first; look, then try again
+    │   ├── RefConflict         a ref moved since it was read
+    │   └── Busy                the session or repository is in use
+    ├── Damaged                 stored bytes are not what was written; run `thaw fsck`
+    │   ├── CorruptBlob         a blob, pack or object fails its hash or its format
+    │   ├── CorruptDatabase     the index is lost or unreadable (`thaw fsck --rebuild`)
+    │   └── NewerFormat         written by a newer thaw; upgrade
+    ├── StorageFailed           the disk or folder said no (full, read-only, no permission)
+    ├── LawBroken               a restore did not hold what was promised
+    │   └── NotHit              the engine did not count the restored tokens as cached
+    └── Stopped                 the work ended before it was done
+        ├── Cancelled           the caller asked for it
+        ├── TimedOut            the caller's limit ran out
+        └── EngineDied          the engine closed or failed
+
+Each class has a stable `kind` (what `--json` and logs carry) and an `exit_code` for the command line.
+A message says what happened, with the values, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ThawError(Exception):
+    """Base of everything thaw raises on purpose."""
+
+    kind: ClassVar[str] = "thaw"
+    exit_code: ClassVar[int] = 1
+
+
+class InvalidRequest(ThawError):
+    kind = "invalid-request"
+    exit_code = 2
+
+
+class BadPoint(InvalidRequest):
+    kind = "bad-point"
+
+
+class BadSampling(InvalidRequest):
+    kind = "bad-sampling"
+
+
+class NotFound(InvalidRequest):
+    kind = "not-found"
+
+
+class TooLong(InvalidRequest):
+    kind = "too-long"
+
+
+class Unsupported(InvalidRequest):
+    kind = "unsupported"
+
+
+class Refused(ThawError):
+    kind = "refused"
+    exit_code = 3
+
+
+class IdentityMismatch(Refused):
+    """The state and the engine differ in `field`; `stored` and `running` are the two values."""
+
+    kind = "identity-mismatch"
+
+    def __init__(self, message: str, *, field: str = "", stored: str = "", running: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+        self.stored = stored
+        self.running = running
+
+
+class PolicyMismatch(Refused):
+    kind = "policy-mismatch"
+
+
+class StaleSession(Refused):
+    kind = "stale-session"
+
+
+class Conflict(ThawError):
+    kind = "conflict"
+    exit_code = 4
+
+
+class RefConflict(Conflict):
+    kind = "ref-conflict"
+
+
+class Busy(Conflict):
+    kind = "busy"
+
+
+class Damaged(ThawError):
+    kind = "damaged"
+    exit_code = 5
+
+
+class CorruptBlob(Damaged):
+    kind = "corrupt-blob"
+
+
+class CorruptDatabase(Damaged):
+    kind = "corrupt-database"
+
+
+class NewerFormat(Damaged):
+    kind = "newer-format"
+
+
+class StorageFailed(ThawError):
+    kind = "storage-failed"
+    exit_code = 6
+
+
+class LawBroken(ThawError):
+    kind = "law-broken"
+    exit_code = 7
+
+
+class NotHit(LawBroken):
+    kind = "not-hit"
+
+
+class Stopped(ThawError):
+    kind = "stopped"
+    exit_code = 8
+
+
+class Cancelled(Stopped):
+    kind = "cancelled"
+
+
+class TimedOut(Stopped):
+    kind = "timed-out"
+
+
+class EngineDied(Stopped):
+    kind = "engine-died"

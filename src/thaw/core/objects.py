@@ -1,0 +1,176 @@
+"""The objects: what a snapshot is made of, before any file.
+
+A *segment* is a run of at most 256 tokens with the blobs of its KV, one a cache group and KV head. A *node* lists up
+to 64 entries; a *state* lists nodes, so that a commit writes what is new and not what is long. A *state* is a session
+at a point, content-addressed: nothing in it names a machine or a time. A *commit* puts it into history. A *turn* is
+one prompt or one completion, with its text.
+
+    commit ──> state ──> model identity
+                 ├─────> node (64 segments) ──> segment ──> blobs
+                 ├─────> node (64 turns) ─────> turn
+                 └─────> boundary (blob of the last hidden state)
+
+Tokens [0, num_kv) have KV and stand in the segments; tokens [num_kv, num_tokens) stand in `tail_tokens` (the last
+sampled token has no KV yet). Every object is canonical JSON with a `type` of name and version.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from thaw.core import canonical
+from thaw.core.canonical import U64
+from thaw.core.errors import CorruptBlob
+from thaw.core.identity import ModelIdentity
+from thaw.core.ids import BlobId, CommitId, ObjectId, StateId, digest
+from thaw.core.prefix import WINDOW
+from thaw.core.sampling import Sampling
+
+NODE_ENTRIES = 64
+MAX_TOKENS = 1 << 24
+Id = Annotated[str, msgspec.Meta(pattern=r"^b3:[0-9a-f]{64}$", max_length=67)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class _Object(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    """Common settings: immutable, no unknown fields, `type` first."""
+
+
+class Segment(_Object, frozen=True, kw_only=True, tag="thaw.segment/1"):
+    """Tokens [start, start + len(tokens)) and their KV; never crosses a multiple of 256, never re-cut.
+
+    `window`: the chained hash of all tokens before this segment's window; `prefix`: of all tokens through its end.
+    `blobs[group][head]` names [layer][K|V][token][head_dim] of exactly these tokens.
+    """
+
+    start: Count
+    tokens: Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1, max_length=WINDOW)]
+    window: Id
+    prefix: Id
+    blobs: dict[str, tuple[Id, ...]]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class SegmentEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The first `length` tokens of `segment`, standing at `start`."""
+
+    segment: Id
+    start: Count
+    length: Annotated[int, msgspec.Meta(ge=1, le=WINDOW)]
+
+
+class SegmentNode(_Object, frozen=True, kw_only=True, tag="thaw.segments/1"):
+    entries: Annotated[tuple[SegmentEntry, ...], msgspec.Meta(min_length=1, max_length=NODE_ENTRIES)]
+
+
+class TurnNode(_Object, frozen=True, kw_only=True, tag="thaw.turns/1"):
+    entries: Annotated[tuple[Id, ...], msgspec.Meta(min_length=1, max_length=NODE_ENTRIES)]
+
+
+class Turn(_Object, frozen=True, kw_only=True, tag="thaw.turn/1"):
+    """Tokens [start, end): a prompt that was appended, or a completion that was generated.
+
+    `text` of a completion is what the caller saw (a stop string is cut off). `finish_reason` None with kind
+    "completion": captured in the middle; going on continues it under `sampling` with `seed`. `logprobs[i]` is the raw
+    log probability of token start+i; `top_logprobs[i]` its alternatives as (token, logprob).
+    `policy` is the policy version that sampled it.
+    """
+
+    kind: Literal["prompt", "completion"]
+    start: Count
+    end: Count
+    role: str | None = None
+    text: str = ""
+    sampling: Sampling | None = None
+    seed: U64 | None = None
+    finish_reason: Literal["stop", "length", "abort"] | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[TokenId, float], ...], ...] | None = None
+    policy: str = "0"
+
+
+class Boundary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The last logits the session computed: those that predict the token at `position`.
+
+    `digest`: of the float32 logits; `top`: the largest raw log probabilities; `batch`: how many sequences the step
+    held (bit equality is promised at equal batch shape). With position == num_tokens the hidden state behind them is
+    kept too (`hidden`, a blob), so that the next token needs no forward pass and is exact.
+    """
+
+    position: Count
+    digest: Id
+    top: tuple[tuple[TokenId, float], ...]
+    batch: Annotated[int, msgspec.Meta(ge=1)]
+    hidden: Id | None = None
+    hidden_dtype: str | None = None
+    hidden_shape: tuple[int, ...] = ()
+
+
+class State(_Object, frozen=True, kw_only=True, tag="thaw.state/1"):
+    """A session at a point. Equal sessions have equal ids, wherever and whenever they were captured."""
+
+    model: Id
+    num_tokens: Count
+    num_kv: Count
+    nodes: tuple[Id, ...]
+    tail_tokens: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=WINDOW)]
+    turn_nodes: tuple[Id, ...]
+    num_turns: Count
+    seed: U64
+    salt: str
+    share_prefix: bool = False
+    boundary: Boundary | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_kv + len(self.tail_tokens) != self.num_tokens:
+            raise ValueError(
+                f"num_kv {self.num_kv} and {len(self.tail_tokens)} tail tokens do not make num_tokens {self.num_tokens}"
+            )
+
+
+class Commit(_Object, frozen=True, kw_only=True, tag="thaw.commit/1"):
+    """A state in history. `origin` records engine, version, device and numerics; it is not part of compatibility."""
+
+    state: Id
+    parents: Annotated[tuple[Id, ...], msgspec.Meta(max_length=16)]
+    message: str
+    time_ns: U64
+    branch: str | None = None
+    meta: dict[str, str] = {}
+    origin: dict[str, str] = {}
+
+
+AnyObject = ModelIdentity | Segment | SegmentNode | TurnNode | Turn | State | Commit
+
+
+def encode(value: AnyObject) -> tuple[ObjectId, bytes]:
+    """(id, canonical bytes) of an object."""
+    data = canonical.encode(value)
+    return ObjectId(digest(data)), data
+
+
+def decode(data: bytes | memoryview, expected_id: str) -> AnyObject:
+    """The object in `data`, whose hash must be `expected_id`. Raises `CorruptBlob` or `NewerFormat`."""
+    found = digest(data)
+    if found != expected_id:
+        raise CorruptBlob(f"object {expected_id}: its bytes hash to {found}; they were changed after they were written")
+    return canonical.decode(data, AnyObject, f"object {expected_id}")  # type: ignore[arg-type,return-value]
+
+
+def state_id(state: State) -> StateId:
+    return StateId(encode(state)[0])
+
+
+def commit_id(commit: Commit) -> CommitId:
+    return CommitId(encode(commit)[0])
+
+
+def segment_blobs(segment: Segment) -> list[BlobId]:
+    return [BlobId(blob) for group in sorted(segment.blobs) for blob in segment.blobs[group]]

@@ -1,0 +1,40 @@
+"""The chained hash of a token prefix: what `match` looks up.
+
+The sequence is cut in windows of 256 tokens. chain(0) = BLAKE3("thaw.prefix/1" NUL model-id);
+chain(k+1) = BLAKE3(chain(k) ‖ tokens of window k, each a little-endian u32). The hash of a prefix that ends inside
+window k is BLAKE3(chain(k) ‖ the tokens of that window so far). The model's object id is in the root, so prefixes of
+different models, tokenizers or policies never meet.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from thaw.core.ids import digest
+
+WINDOW = 256
+"""Tokens in a window; a segment never crosses a multiple of it."""
+
+
+def root(model_id: str) -> str:
+    return digest(b"thaw.prefix/1\0" + model_id.encode())
+
+
+def extend(chain: str, tokens: Sequence[int]) -> str:
+    """The hash of the prefix `chain` with `tokens` (at most a window of them) after it."""
+    return digest(chain.encode() + struct.pack(f"<{len(tokens)}I", *tokens))
+
+
+def chains(model_id: str, tokens: Sequence[int]) -> list[str]:
+    """chain(0) … chain(len(tokens) // 256): the hashes of every whole-window prefix."""
+    out = [root(model_id)]
+    for start in range(0, len(tokens) - WINDOW + 1, WINDOW):
+        out.append(extend(out[-1], tokens[start : start + WINDOW]))
+    return out
+
+
+def windows(start: int, end: int) -> list[tuple[int, int]]:
+    """[start, end) cut at multiples of 256, as half-open pairs."""
+    cuts = [start, *range((start // WINDOW + 1) * WINDOW, end, WINDOW), end]
+    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]

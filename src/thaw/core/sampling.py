@@ -1,0 +1,105 @@
+"""Sampling parameters and thaw's randomness.
+
+Names and meanings are vLLM's `SamplingParams`. Randomness is a pure function of (seed, position): the draw for the
+token at absolute position p of a session is `uniform(seed, p)`, whatever was drawn before it, in whichever process.
+So a state needs no generator: the seed and the number of tokens are the whole of it.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import struct
+
+import msgspec
+from blake3 import blake3
+
+from thaw.core.canonical import U64
+from thaw.core.errors import BadSampling
+
+MAX_STOPS = 64
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How to choose the next tokens. Immutable.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1 means all. `presence_penalty` and `frequency_penalty` look at this
+    turn's output, `repetition_penalty` at prompt and output. `stop` strings end the turn and are cut from the text
+    (the token ids keep them). `logprobs` is how many alternatives to return beside the sampled token's own
+    (None: only the sampled token's). Log probabilities are of the model's raw logits, before penalties and
+    temperature. `seed` None takes the session's.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int = 256
+    logprobs: int | None = None
+    seed: U64 | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        if self.seed is not None and not isinstance(self.seed, U64):
+            _require(isinstance(self.seed, int), "seed", self.seed, "an integer in 0 .. 2^64-1")
+            _require(0 <= self.seed < 1 << 64, "seed", self.seed, "an integer in 0 .. 2^64-1")
+            msgspec.structs.force_setattr(self, "seed", U64(self.seed))
+        for name in _FLOATS:
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) and math.isfinite(value), name, value, "a finite number")
+            msgspec.structs.force_setattr(self, name, float(value))
+        msgspec.structs.force_setattr(self, "stop", tuple(self.stop))
+        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check()
+
+    def _check(self) -> None:
+        _require(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "0 (greedy) to 100")
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
+        _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (all), or a positive count")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "in [0, 1]")
+        _require(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty, "in (0, 100]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "in [-2, 2]")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "in [0, max_tokens]")
+        _require(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs, "None or 0 to 100")
+        _require(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", self.stop, f"up to {MAX_STOPS} non-empty strings")
+        _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids (>= 0)")
+
+
+_FLOATS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise BadSampling(f"{name}={value!r}: must be {expected}")
+
+
+def _hash64(*numbers: int, domain: bytes) -> int:
+    packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+    return int.from_bytes(blake3(domain + packed).digest(length=8), "little")
+
+
+def uniform(seed: int, position: int) -> float:
+    """The draw for the token at `position`: uniform in [0, 1), 53 bits, from BLAKE3 of (seed, position)."""
+    return (_hash64(seed, position, domain=b"thaw.uniform/1") >> 11) * 2.0**-53
+
+
+def derive(seed: int, position: int, index: int) -> int:
+    """The seed of child `index` of a fork at `position`: 64 bits from BLAKE3 of the three."""
+    return _hash64(seed, position, index, domain=b"thaw.derive/1")
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system, for a session that was given none; it is recorded with the session."""
+    return secrets.randbits(64)

@@ -1,0 +1,35 @@
+"""The registry of engines: entry points of group `thaw.engines`, each `name = "module:load"`.
+
+`load(**options) -> Engine` imports what it needs itself, so that naming an engine costs nothing until it is used.
+Another distribution adds an engine by declaring an entry point; two that claim one name are an error.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+from thaw.core.errors import InvalidRequest, NotFound
+from thaw.engines.base import Engine
+
+GROUP = "thaw.engines"
+_OWN = {"fake": "thaw.engines.fake:load", "transformers": "thaw.engines.transformers:load"}
+
+
+def available() -> dict[str, EntryPoint]:
+    """Engines by name: thaw's own (also from a source tree) and those of other distributions."""
+    found = {name: EntryPoint(name, value, GROUP) for name, value in _OWN.items()}
+    for point in entry_points(group=GROUP):
+        known = found.get(point.name)
+        if known is not None and known.value != point.value:
+            raise InvalidRequest(f"two packages provide an engine named {point.name!r}: {known.value} and {point.value}")
+        found[point.name] = point
+    return found
+
+
+def load_engine(name: str, **options: object) -> Engine:
+    """Boot the engine `name`. Options are the engine's own (for transformers: model, dtype, device, …)."""
+    engines = available()
+    if name not in engines:
+        raise NotFound(f"no engine named {name!r}; installed: {', '.join(sorted(engines))}")
+    engine: Engine = engines[name].load()(**options)
+    return engine

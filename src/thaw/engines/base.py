@@ -1,0 +1,322 @@
+"""The engine contract: what thaw asks of anything that runs a model. No torch here, and no repository.
+
+Client and engine exchange small values: which session, which state, which extents of which pack. The bytes go
+straight between the engine and the packs (`StoreMount`), never through these values.
+
+Every verb that takes time returns a `Handle`. `capture`, `fork` and `cancel` take effect at step boundaries; a session
+that is decoding may be captured and forked, and neither stops the others. What holds for every engine is written as
+tests in `thaw.testing.EngineTests`.
+
+Lifetimes: a `SessionRef` is valid from `open`, `hydrate` or `fork` until `close`. Token ids and KV of a session only
+grow. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Generic, Literal, NewType, TypeVar
+
+import msgspec
+
+from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.objects import Boundary, Turn
+from thaw.core.proof import Continuation, Proof
+from thaw.core.sampling import Sampling
+
+CONTRACT_VERSION = 1
+SessionRef = NewType("SessionRef", str)
+"""An unguessable name of a session in one engine."""
+T = TypeVar("T")
+Policy = Literal["exact", "fast", "recompute"]
+"""`exact`: load or fail. `fast`: load or recompute, whichever is sooner (identity must still match).
+`recompute`: load where identity allows it, else prefill again; reported and counted."""
+
+
+class StoreMount(msgspec.Struct, frozen=True, kw_only=True):
+    """A named store as this process sees it: a repository's UUID and its folder of packs."""
+
+    uuid: str
+    packs: Path
+
+
+class BlobLocation(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a blob lies: bytes [offset, offset + nbytes) of the pack's file, hashing to `blob`."""
+
+    blob: str
+    pack: str
+    offset: int
+    nbytes: int
+
+
+class Slice(msgspec.Struct, frozen=True, kw_only=True):
+    """The first `length` tokens of a stored segment of `stored` tokens, to stand at `start`.
+
+    `blobs[group][head]` locates [layer][K|V][stored][head_dim]: the whole segment is read and verified, `length`
+    tokens of it are used.
+    """
+
+    start: int
+    length: int
+    stored: int
+    blobs: dict[str, tuple[BlobLocation, ...]]
+
+
+class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine needs to go on from a state.
+
+    `tokens` are all token ids; slices cover exactly [0, num_kv). `boundary.hidden` is located by `hidden`.
+    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed.
+    """
+
+    identity: ModelIdentity
+    mount: StoreMount
+    tokens: tuple[int, ...]
+    num_kv: int
+    slices: tuple[Slice, ...]
+    turns: tuple[Turn, ...]
+    seed: int
+    salt: str
+    share_prefix: bool = False
+    boundary: Boundary | None = None
+    hidden: BlobLocation | None = None
+    policy: Policy = "exact"
+
+
+class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
+    session: SessionRef
+    proof: Proof
+
+
+class CapturePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Write a session's KV from token `base` on into pack `pack` of `mount`; [0, base) is stored already.
+
+    `pack` is a file name without folder that the store has leased to this capture.
+    """
+
+    mount: StoreMount
+    pack: str
+    base: int = 0
+
+
+class CapturedSegment(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens [start, start + length) now in the pack; `blobs[group][head]` are blob ids."""
+
+    start: int
+    length: int
+    blobs: dict[str, tuple[str, ...]]
+
+
+class Captured(msgspec.Struct, frozen=True, kw_only=True):
+    """A consistent cut of one session, on disk and synced when this value exists.
+
+    `blobs` locates all that was written (in `pack`, None when nothing new had to be written).
+    `stages_s`: seconds of `cut` (the engine was held), `write`, `sync`.
+    """
+
+    identity: ModelIdentity
+    tokens: tuple[int, ...]
+    num_kv: int
+    segments: tuple[CapturedSegment, ...]
+    blobs: tuple[BlobLocation, ...]
+    pack: str | None
+    pack_nbytes: int
+    turns: tuple[Turn, ...]
+    seed: int
+    salt: str
+    share_prefix: bool
+    boundary: Boundary | None
+    stages_s: dict[str, float]
+
+
+class SessionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A live session as of the last step boundary."""
+
+    tokens: tuple[int, ...]
+    num_kv: int
+    turns: tuple[Turn, ...]
+    seed: int
+    salt: str
+    running: bool
+    parked: bool
+    proof: Proof | None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One session's part of a batch. `prompt` is appended first; `resume` goes on with an unfinished completion
+    instead (then `prompt` is empty and `sampling` None: the turn has its own)."""
+
+    session: SessionRef
+    prompt: tuple[int, ...] = ()
+    prompt_text: str = ""
+    role: str | None = None
+    sampling: Sampling | None = None
+    resume: bool = False
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts of one completion. `num_prefilled_tokens`: tokens run through the model before the first sampled."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_prefilled_tokens: int
+    num_completion_tokens: int
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished (or stopped) completion, in vLLM's words. On `resume` it holds the whole turn."""
+
+    session: SessionRef
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None
+    finish_reason: Literal["stop", "length", "abort"] | None
+    stop_reason: str | int | None
+    seed: int
+    usage: Usage
+    proof: Proof | None
+    ttft_s: float
+    total_s: float
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self.usage.num_cached_tokens
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """One step's news of one session in a batch: `index` in the batch, the new tokens and the new text."""
+
+    index: int
+    session: SessionRef
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length", "abort"] | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is. `numerics`: what bit equality may depend on (threads, library versions, cpu capability)."""
+
+    name: str
+    version: str
+    model: str
+    device: str
+    continuation: Continuation
+    groups: tuple[CacheGroup, ...]
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    capabilities: frozenset[str]
+    numerics: dict[str, str]
+
+
+class Handle(abc.ABC, Generic[T]):
+    """Work under way. Iterate for `Delta`s as they come (work that has none yields none); `result` waits for the end.
+
+    Iterating or waiting again after the end gives the same again. Safe from any thread.
+    """
+
+    @abc.abstractmethod
+    def result(self, timeout: float | None = None) -> T:
+        """The outcome. Raises what the work raised, `TimedOut` after `timeout` seconds, `Cancelled` after `cancel`."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """Stop at the next step boundary. A generation keeps the tokens it has; its turn ends with "abort"."""
+
+    @abc.abstractmethod
+    def done(self) -> bool: ...
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Delta]: ...
+
+    @abc.abstractmethod
+    def add_done_callback(self, callback: object) -> None:
+        """Call `callback(handle)` once when done (at once if it is), from the engine's thread."""
+
+
+class Codec(abc.ABC):
+    """Text to token ids and back, as the model's own tokenizer does it."""
+
+    @abc.abstractmethod
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        """Token ids of `text`. With `first` the tokenizer's own start tokens (BOS) are added."""
+
+    @abc.abstractmethod
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    @abc.abstractmethod
+    def render_chat(
+        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool, tools: Sequence[object] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation by the model's chat template. Raises `Unsupported` without a template."""
+
+
+class Engine(abc.ABC):
+    """See the module's text. Engines are context managers: leaving closes them."""
+
+    info: EngineInfo
+    codec: Codec
+
+    @abc.abstractmethod
+    def identity(self) -> ModelIdentity:
+        """The running model's identity, hashed on first use and again when the weights are seen to have changed."""
+
+    @abc.abstractmethod
+    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        """A new empty session. `salt` None draws an unguessable one (the lineage salt)."""
+
+    @abc.abstractmethod
+    def append(
+        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+    ) -> Handle[SessionView]:
+        """Prefill `token_ids` at the end of the session as one prompt turn."""
+
+    @abc.abstractmethod
+    def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
+        """Run all requests as ONE batch; results in order. The batch is never mixed with other calls' batches, so
+        its shape, and with it the bits, do not depend on what else runs."""
+
+    @abc.abstractmethod
+    def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
+        """Cut the session at the next step boundary and write what `plan` lacks. Others go on meanwhile."""
+
+    @abc.abstractmethod
+    def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        """A new session at the plan's state. Raises `Refused` (identity), `CorruptBlob` (bytes), `NotHit`."""
+
+    @abc.abstractmethod
+    def fork(
+        self, session: SessionRef, n: int, *, at: int | None = None, replay: bool = False, seeds: Sequence[int] | None = None
+    ) -> Handle[list[SessionRef]]:
+        """N sessions that start where `session` stands (or stood after `at` tokens), sharing its full blocks.
+
+        Child i gets derive(seed, position, i), or the parent's own seed with `replay`, or `seeds[i]`. A fork inside
+        a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent."""
+
+    @abc.abstractmethod
+    def view(self, session: SessionRef) -> SessionView: ...
+
+    @abc.abstractmethod
+    def park(self, session: SessionRef) -> Handle[SessionView]:
+        """Let go of the engine's memory for this session, keeping it restorable. The next use brings it back."""
+
+    @abc.abstractmethod
+    def set_policy(self, version: str) -> None:
+        """From here on KV of another policy version is refused (or recomputed where the caller allowed it)."""
+
+    @abc.abstractmethod
+    def close_session(self, session: SessionRef) -> None:
+        """Forget the session; running work on it is cancelled. Closing twice is fine."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the engine: running work raises `EngineDied`, all sessions are gone. Closing twice is fine."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
