@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Generic, Literal, NewType, TypeVar
 
 import msgspec
@@ -24,6 +23,7 @@ from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
+from thaw.data.locations import BlobLocation, StoreMount
 
 CONTRACT_VERSION = 1
 SessionRef = NewType("SessionRef", str)
@@ -32,22 +32,6 @@ T = TypeVar("T")
 Policy = Literal["exact", "fast", "recompute"]
 """`exact`: load or fail. `fast`: load or recompute, whichever is sooner (identity must still match).
 `recompute`: load where identity allows it, else prefill again; reported and counted."""
-
-
-class StoreMount(msgspec.Struct, frozen=True, kw_only=True):
-    """A named store as this process sees it: a repository's UUID and its folder of packs."""
-
-    uuid: str
-    packs: Path
-
-
-class BlobLocation(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a blob lies: bytes [offset, offset + nbytes) of the pack's file, hashing to `blob`."""
-
-    blob: str
-    pack: str
-    offset: int
-    nbytes: int
 
 
 class Slice(msgspec.Struct, frozen=True, kw_only=True):
