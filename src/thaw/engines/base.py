@@ -29,9 +29,8 @@ CONTRACT_VERSION = 1
 SessionRef = NewType("SessionRef", str)
 """An unguessable name of a session in one engine."""
 T = TypeVar("T")
-Policy = Literal["exact", "fast", "recompute"]
-"""`exact`: load or fail. `fast`: load or recompute, whichever is sooner (identity must still match).
-`recompute`: load where identity allows it, else prefill again; reported and counted."""
+Policy = Literal["exact", "recompute"]
+"""`exact`: load or fail. `recompute`: load where identity allows it, else prefill again; reported and counted."""
 
 
 class Slice(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,95 @@
+"""What an embedded engine asks of a backend: run tokens through the model, give logits, choose tokens.
+
+A `Row` is the backend's own value behind the next logits of one sequence (for transformers the last hidden state);
+`Logits` its own batch of logits. The engine only hands them back.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.sampling import Sampling
+from thaw.engines.base import Codec
+from thaw.engines.embedded.pages import ExtentFactory, PagedKV
+
+Row = Any
+Logits = Any
+BOUNDARY_TOP = 8
+"""How many of the largest log probabilities a boundary keeps."""
+
+
+@dataclass
+class Feed:
+    """New tokens for one sequence; their KV goes to positions [kv.num_tokens, kv.num_tokens + len(tokens))."""
+
+    kv: PagedKV
+    tokens: Sequence[int]
+
+
+@dataclass
+class SampleSpec:
+    """How to choose the token at `position`. `history` is every token so far; the output starts at `output_start`."""
+
+    sampling: Sampling
+    seed: int
+    position: int
+    history: Sequence[int]
+    output_start: int
+    banned: frozenset[int]
+    num_top: int
+
+
+@dataclass
+class Sampled:
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Backend(ExtentFactory):
+    name: str
+    version: str
+    model: str
+    device: str
+    group: CacheGroup
+    codec: Codec
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    numerics: dict[str, str]
+
+    @abc.abstractmethod
+    def forward(self, feeds: Sequence[Feed]) -> list[Row]:
+        """Run all feeds as one packed batch, write their KV, advance `kv.num_tokens`; one row a feed."""
+
+    @abc.abstractmethod
+    def logits(self, rows: Sequence[Row]) -> Logits: ...
+
+    @abc.abstractmethod
+    def sample(self, logits: Logits, specs: Sequence[SampleSpec]) -> list[Sampled]: ...
+
+    @abc.abstractmethod
+    def boundary(self, logits: Logits, index: int) -> tuple[str, tuple[tuple[int, float], ...]]:
+        """(digest of the float32 logits, the BOUNDARY_TOP largest raw log probabilities) of one row."""
+
+    @abc.abstractmethod
+    def row_bytes(self, row: Row) -> tuple[bytes, str, tuple[int, ...]]:
+        """(bytes, dtype, shape) of a row, to be stored."""
+
+    @abc.abstractmethod
+    def row_from(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> Row: ...
+
+    @abc.abstractmethod
+    def identity(self) -> ModelIdentity:
+        """Hash the model as it is now (policy is filled in by the engine)."""
+
+    @abc.abstractmethod
+    def weights_sample(self) -> str:
+        """A quick digest of some elements of every weight: notices changes that nobody announced."""
+
+    def close(self) -> None:
+        """Let go of the model."""

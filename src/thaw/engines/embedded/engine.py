@@ -1,0 +1,382 @@
+"""The embedded engine: the contract's verbs over a driver and a backend."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
+from thaw.core.identity import ModelIdentity, compare
+from thaw.core.proof import Proof
+from thaw.core.sampling import fresh_seed
+from thaw.engines.base import (
+    Captured,
+    CapturePlan,
+    Completion,
+    Engine,
+    EngineInfo,
+    GenerateRequest,
+    Handle,
+    Hydrated,
+    HydratePlan,
+    SessionRef,
+    SessionView,
+)
+from thaw.engines.embedded import transfer
+from thaw.engines.embedded.backend import Backend
+from thaw.engines.embedded.driver import Driver, Promise
+from thaw.engines.embedded.generation import Append, Generation, Lane
+from thaw.engines.embedded.pages import PagedKV
+from thaw.engines.embedded.park import Parked
+from thaw.engines.embedded.session import LiveSession, OpenTurn, child_seed, cut_turns, reopen, reseed
+from thaw.engines.embedded.text import TextStream
+from thaw.engines.embedded.weights import WeightsWatch
+
+T = TypeVar("T")
+CAPABILITIES = frozenset(
+    {"capture-running", "fork-running", "interior-points", "boundary-hidden", "park", "resume", "policy", "logprobs"}
+)
+
+
+class EmbeddedEngine(Engine):
+    """One model in this process. Sessions live until `close_session` or `close`."""
+
+    def __init__(self, backend: Backend, *, policy: str = "0") -> None:
+        self._backend = backend
+        self._weights = WeightsWatch(backend, policy)
+        self._sessions: dict[SessionRef, LiveSession] = {}
+        self._driver = Driver(backend.name)
+        self._io = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
+        self._closed = False
+        self.codec = backend.codec
+        self.info = EngineInfo(
+            name=backend.name,
+            version=backend.version,
+            model=backend.model,
+            device=backend.device,
+            continuation="decode-exact",
+            groups=(backend.group,),
+            max_model_len=backend.max_model_len,
+            vocab_size=backend.vocab_size,
+            eos_token_ids=backend.eos_token_ids,
+            capabilities=CAPABILITIES,
+            numerics=backend.numerics,
+        )
+
+    def identity(self) -> ModelIdentity:
+        return self._weights.identity()
+
+    def set_policy(self, version: str) -> None:
+        """See the contract. Sessions opened before keep the old version and may only be read, forked from never."""
+        if not version or len(version) > 200:
+            raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
+        self._driver.call(lambda: self._weights.set_policy(version)).result()
+
+    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        session = self._new(PagedKV(self._backend), fresh_seed() if seed is None else seed, salt, share_prefix)
+        return self._driver.call(lambda: self._admit(session)).result()
+
+    def view(self, session: SessionRef) -> SessionView:
+        if self._driver.on_thread():
+            return self._get(session).view()
+        return self._driver.call(lambda: self._get(session).view()).result()
+
+    def append(
+        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+    ) -> Handle[SessionView]:
+        promise: Promise[SessionView] = Promise()
+
+        def begin() -> None:
+            live = self._usable(session)
+            self._check_tokens(live, token_ids, 0)
+            self._settle_turn(live)
+            lane = Lane(0, live, list(token_ids), text, role)
+            task = Append(self._backend, lane, promise, self._release)
+            live.busy = task
+            promise.on_cancel = lambda: self._soon(task.abort)
+            self._driver.start(task)
+
+        return self._begin(begin, promise)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
+        promise: Promise[list[Completion]] = Promise()
+        asked = tuple(requests)
+
+        def begin() -> None:
+            lanes = self._lanes(asked)
+            task = Generation(self._backend, lanes, asked, promise, self._open_turn, self._release)
+            for lane in lanes:
+                lane.session.busy = task
+            promise.on_cancel = lambda: self._soon(task.abort)
+            self._driver.start(task)
+
+        if not asked:
+            raise InvalidRequest("generate: no requests; give at least one session")
+        return self._begin(begin, promise)
+
+    def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
+        promise: Promise[Captured] = Promise()
+
+        def take() -> None:
+            live = self._fresh(session)
+            identity = self._weights.identity()
+            taken = transfer.cut(live, self._backend, identity)
+            self._in_background(promise, lambda: transfer.write(taken, plan))
+
+        return self._begin(take, promise)
+
+    def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        promise: Promise[Hydrated] = Promise()
+        self._in_background(promise, lambda: self._hydrate(plan))
+        return promise
+
+    def fork(
+        self, session: SessionRef, n: int, *, at: int | None = None, replay: bool = False, seeds: Sequence[int] | None = None
+    ) -> Handle[list[SessionRef]]:
+        if n < 1 or (seeds is not None and len(seeds) != n):
+            raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
+        return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))
+
+    def park(self, session: SessionRef) -> Handle[SessionView]:
+        def put_away() -> SessionView:
+            live = self._usable(session)
+            live.parked = Parked(live.kv)
+            return live.view()
+
+        return self._driver.call(put_away)
+
+    def close_session(self, session: SessionRef) -> None:
+        def drop() -> None:
+            live = self._sessions.pop(session, None)
+            if live is not None and isinstance(live.busy, (Append, Generation)):
+                live.busy.abort(live)
+
+        if not self._closed:
+            self._driver.call(drop).result()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._driver.close()
+        self._io.shutdown()
+        self._sessions.clear()
+        self._backend.close()
+
+    # -- sessions
+
+    def _new(self, kv: PagedKV, seed: int, salt: str | None, share_prefix: bool) -> LiveSession:
+        return LiveSession(
+            ref=SessionRef(secrets.token_hex(16)),
+            kv=kv,
+            seed=seed,
+            salt=secrets.token_hex(16) if salt is None else salt,
+            share_prefix=share_prefix,
+            policy=self._weights.policy,
+            epoch=self._weights.epoch,
+        )
+
+    def _admit(self, session: LiveSession) -> SessionRef:
+        self._sessions[session.ref] = session
+        return session.ref
+
+    def _get(self, ref: SessionRef) -> LiveSession:
+        live = self._sessions.get(ref)
+        if live is None:
+            raise NotFound(f"session {ref[:8]}… is not open in this engine: it was closed, or belongs to another engine")
+        return live
+
+    def _fresh(self, ref: SessionRef) -> LiveSession:
+        """The session, its KV in memory and of the weights and policy that run now."""
+        live = self._get(ref)
+        self._weights.check()
+        if live.kv.num_tokens and (live.epoch != self._weights.epoch or live.policy != self._weights.policy):
+            raise StaleSession(
+                f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs policy "
+                f"{self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens again, or "
+                "hydrate a commit with policy='recompute'."
+            )
+        live.epoch, live.policy = self._weights.epoch, self._weights.policy
+        if isinstance(live.parked, Parked):
+            live.kv = live.parked.restore(self._backend)
+            live.parked = None
+        return live
+
+    def _usable(self, ref: SessionRef) -> LiveSession:
+        live = self._fresh(ref)
+        if live.busy is not None:
+            raise Busy(f"session {ref[:8]}… is running; wait for its result, cancel it, or fork it")
+        return live
+
+    def _release(self, session: LiveSession) -> None:
+        session.busy = None
+
+    def _settle_turn(self, session: LiveSession) -> None:
+        """A completion left unfinished becomes an aborted one when something else follows it."""
+        last = session.turns[-1] if session.turns else None
+        if last is not None and last.kind == "completion" and last.finish_reason is None:
+            session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")
+
+    def _check_tokens(self, session: LiveSession, tokens: Sequence[int], more: int) -> None:
+        bad = [t for t in tokens if not 0 <= t < self._backend.vocab_size]
+        if bad:
+            raise InvalidRequest(f"token ids {bad[:5]} are outside the vocabulary of {self._backend.vocab_size}")
+        total, limit = len(session.tokens) + len(tokens) + more, self._backend.max_model_len
+        if total > limit:
+            raise TooLong(
+                f"{len(session.tokens)} tokens and {len(tokens)} new ones (and {more} to generate) exceed the model's "
+                f"{limit}; shorten the prompt or fork an earlier point"
+            )
+
+    # -- verbs, on the driver's thread
+
+    def _lanes(self, requests: Sequence[GenerateRequest]) -> list[Lane]:
+        """Check every request before any session is touched."""
+        refs = [request.session for request in requests]
+        if len(set(refs)) != len(refs):
+            raise InvalidRequest("generate: the same session stands twice in one batch; fork it first")
+        lives = [self._usable(ref) for ref in refs]
+        for live, request in zip(lives, requests, strict=True):
+            self._check_request(live, request)
+        lanes = []
+        for i, (live, request) in enumerate(zip(lives, requests, strict=True)):
+            if not request.resume:
+                self._settle_turn(live)
+            lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role))
+        return lanes
+
+    def _check_request(self, live: LiveSession, request: GenerateRequest) -> None:
+        if request.resume:
+            last = live.turns[-1] if live.turns else None
+            if request.prompt or request.sampling is not None:
+                raise InvalidRequest("resume goes on with the interrupted completion: give neither prompt nor sampling")
+            if last is None or last.kind != "completion" or last.finish_reason not in (None, "abort"):
+                raise InvalidRequest("resume: the session's last turn is not an interrupted completion; use generate")
+            return
+        if request.sampling is None:
+            raise InvalidRequest("generate: no sampling given")
+        self._check_tokens(live, request.prompt, 1)
+        if not live.tokens and not request.prompt:
+            raise InvalidRequest("generate: the session is empty and so is the prompt; append something first")
+
+    def _open_turn(self, lane: Lane, request: GenerateRequest) -> OpenTurn:
+        session = lane.session
+        if request.resume:
+            turn = reopen(session, self.codec)
+            assert turn is not None
+            return turn
+        assert request.sampling is not None
+        seed = request.sampling.seed
+        return OpenTurn(
+            start=len(session.tokens),
+            sampling=request.sampling,
+            seed=session.seed if seed is None else int(seed),
+            policy=session.policy,
+            role="assistant" if request.role is not None else None,
+            stream=TextStream(self.codec, session.tokens, request.sampling.stop),
+        )
+
+    def _fork(
+        self, parent: LiveSession, n: int, at: int | None, replay: bool, seeds: Sequence[int] | None
+    ) -> list[SessionRef]:
+        position = len(parent.tokens) if at is None else at
+        if not 0 <= position <= len(parent.tokens):
+            raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
+        return [
+            self._admit(self._child(parent, position, replay, seeds[i] if seeds else None, i)) for i in range(n)
+        ]
+
+    def _child(self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int) -> LiveSession:
+        whole = at == len(parent.tokens)
+        num_kv = parent.kv.num_tokens if whole else min(parent.kv.num_tokens, max(at - 1, 0))
+        child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
+        child.tokens = parent.tokens[:at]
+        child.turns = cut_turns(parent.all_turns(), at, self.codec, parent.tokens)
+        child.row = parent.row if whole else None
+        child.last = parent.last if whole else None
+        child.stored_boundary = parent.stored_boundary if whole else None
+        child.proof = Proof(
+            num_prompt_tokens=at,
+            num_cached_tokens=child.kv.num_tokens,
+            matched=child.kv.num_tokens,
+            first_mismatch=None,
+            verification="live-shared",
+            continuation="decode-exact",
+            share_prefix=parent.share_prefix,
+        )
+        if not replay:
+            reseed(child, child_seed(parent, at, index) if seed is None else seed)
+        return child
+
+    def _hydrate(self, plan: HydratePlan) -> Hydrated:
+        """On an I/O thread: nothing of it touches a session before it is admitted."""
+        try:
+            compare(plan.identity, self.identity())
+        except Refused as refusal:
+            if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
+                raise
+            return self._recompute(plan, str(refusal))
+        loaded = transfer.load(plan, self._backend)
+        session = self._restored(plan, loaded.kv)
+        session.row, session.proof = loaded.row, loaded.proof
+        session.stored_boundary = plan.boundary
+        return Hydrated(session=self._driver.call(lambda: self._admit(session)).result(), proof=loaded.proof)
+
+    def _recompute(self, plan: HydratePlan, reason: str) -> Hydrated:
+        """Prefill the plan's tokens again, because the caller allowed it."""
+        session = self._restored(plan, PagedKV(self._backend))
+        turns, session.tokens, session.turns = session.turns, [], []
+        ref = self._driver.call(lambda: self._admit(session)).result()
+        if plan.tokens:
+            self.append(ref, plan.tokens).result()
+        session.turns = turns
+        session.proof = Proof(
+            num_prompt_tokens=len(plan.tokens),
+            num_cached_tokens=0,
+            matched=0,
+            first_mismatch=0,
+            num_recomputed_tokens=len(plan.tokens),
+            verification="none",
+            continuation="close",
+            share_prefix=plan.share_prefix,
+            reason=reason,
+        )
+        return Hydrated(session=ref, proof=session.proof)
+
+    def _restored(self, plan: HydratePlan, kv: PagedKV) -> LiveSession:
+        session = self._new(kv, plan.seed, plan.salt, plan.share_prefix)
+        session.tokens, session.turns = list(plan.tokens), list(plan.turns)
+        return session
+
+    # -- threads
+
+    def _begin(self, begin: Callable[[], None], promise: Promise[T]) -> Promise[T]:
+        """Run `begin` on the driver; if it raises, that is the promise's outcome."""
+
+        def guarded() -> None:
+            try:
+                begin()
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                promise.settle(error=error)
+
+        self._driver.call(guarded)
+        return promise
+
+    def _soon(self, fn: Callable[[], None]) -> None:
+        if not self._closed:
+            self._driver.call(fn)
+
+    def _in_background(self, promise: Promise[T], work: Callable[[], T]) -> None:
+        def run() -> None:
+            try:
+                promise.settle(work())
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                promise.settle(error=error)
+
+        if self._closed:
+            raise EngineDied(f"engine {self.info.name} is closed; load it again")
+        self._io.submit(run)

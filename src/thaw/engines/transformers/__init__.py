@@ -1,0 +1,42 @@
+"""The transformers engine: causal language models with full attention, in this process, on CPU or CUDA.
+
+The model is stock; thaw brings its own cache (pages of 256 tokens) and its own attention function over it, through
+transformers' public `AttentionInterface`. Sequences run packed in one row without padding; children of a fork attend
+to one stored prefix. What is supported is decided by `support.py`, from the config alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thaw.engines.base import Engine
+
+
+def load(
+    *,
+    model: Any,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    max_model_len: int | None = None,
+    policy: str = "0",
+) -> Engine:
+    """Boot the engine. `model` is a folder, a hub id, or a loaded transformers module (then give `tokenizer` too).
+
+    `dtype` "bfloat16", "float16" or "float32" (default: the weights' own); `device` "cpu" or "cuda" (default: cpu, or
+    where the given module is); `threads` sets torch's CPU threads. Raises `Unsupported` naming what is not.
+    """
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        from thaw.core.errors import NotFound
+
+        raise NotFound(f"the transformers engine needs {error.name}: pip install 'thaw-vllm[transformers]'") from None
+    from thaw.engines.embedded.engine import EmbeddedEngine
+    from thaw.engines.transformers.backend import TransformersBackend
+    from thaw.engines.transformers.loading import load_model
+
+    loaded = load_model(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
+    return EmbeddedEngine(TransformersBackend(loaded, max_model_len=max_model_len), policy=policy)

@@ -1,0 +1,162 @@
+"""The transformers backend: packed forward passes over pages, the head, and the sampler."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from thaw.core.errors import InvalidRequest, Unsupported
+from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.ids import digest
+from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
+from thaw.engines.embedded.pages import PagedKV
+from thaw.engines.transformers import support
+from thaw.engines.transformers.attention import NAME, PlanCache
+from thaw.engines.transformers.codec import TransformersCodec
+from thaw.engines.transformers.identity import model_identity, sample_weights
+from thaw.engines.transformers.kv import BatchPlan, TorchExtent
+from thaw.engines.transformers.loading import DTYPES, LoadedModel
+from thaw.engines.transformers.sampler import choose, largest
+
+PROBE_TOKENS = 24
+PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""Largest difference of log probabilities between thaw's path and the stock model's that passes at boot."""
+
+
+class TransformersBackend(Backend):
+    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None) -> None:
+        self._loaded, module = loaded, loaded.module
+        self._module, self._body, self._head = module, module.base_model, module.get_output_embeddings()
+        if self._head is None:
+            raise Unsupported(f"{type(module).__name__} has no language-model head")
+        self._device, self._dtype = module.device, module.dtype
+        self._hashed_once = False
+        self.name, self.version, self.model = "transformers", transformers.__version__, loaded.name
+        self.device = str(self._device)
+        self.codec: TransformersCodec = TransformersCodec(loaded.tokenizer)
+        self.group = _group(module)
+        self.vocab_size = int(module.config.vocab_size)
+        self.max_model_len = _max_len(module, max_model_len)
+        self.eos_token_ids = _eos(module)
+        self.numerics = _numerics(self._device)
+        self._first_sample: str | None = None
+        self._probe()
+
+    def extent(self, num_pages: int) -> TorchExtent:
+        return TorchExtent(self.group, num_pages, self._dtype, self._device)
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+        plan = BatchPlan(feeds)
+        tokens = [t for feed in feeds for t in feed.tokens]
+        positions = [p for feed in feeds for p in range(feed.kv.num_tokens, feed.kv.num_tokens + len(feed.tokens))]
+        hidden_ND = self._body(
+            input_ids=torch.tensor([tokens], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            past_key_values=PlanCache(plan),
+            use_cache=True,
+            thaw_plan=plan,
+        ).last_hidden_state[0]
+        rows, end = [], 0
+        for feed in feeds:
+            end += len(feed.tokens)
+            feed.kv.num_tokens += len(feed.tokens)
+            rows.append(hidden_ND[end - 1].clone())
+        return rows
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        logits_BV: torch.Tensor = self._head(torch.stack(list(rows))).float().cpu()
+        return logits_BV
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+        return [choose(logits[i], spec) for i, spec in enumerate(specs)]
+
+    @torch.inference_mode()
+    def boundary(self, logits: torch.Tensor, index: int) -> tuple[str, tuple[tuple[int, float], ...]]:
+        row_V = logits[index]
+        return digest(row_V.numpy().tobytes()), largest(torch.log_softmax(row_V, 0), BOUNDARY_TOP)
+
+    def row_bytes(self, row: torch.Tensor) -> tuple[bytes, str, tuple[int, ...]]:
+        data = row.cpu().view(torch.uint8).numpy().tobytes()
+        return data, str(row.dtype).removeprefix("torch."), tuple(row.shape)
+
+    def row_from(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        row = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(shape)
+        return row.clone().to(self._device)
+
+    def identity(self) -> ModelIdentity:
+        fresh = self._hashed_once or sample_weights(self._module) != self._first_sample
+        self._hashed_once = True
+        return model_identity(self._loaded, self.codec, self.group, fresh=fresh)
+
+    def weights_sample(self) -> str:
+        sample = sample_weights(self._module)
+        if self._first_sample is None:
+            self._first_sample = sample
+        return sample
+
+    def _probe(self) -> None:
+        """Check thaw's path against the stock model on a few tokens: what it computes must be this model."""
+        tokens = [(7919 * (i + 1)) % self.vocab_size for i in range(PROBE_TOKENS)]
+        kv = PagedKV(self)
+        kv.reserve(PROBE_TOKENS)
+        self.forward([Feed(kv, tokens[:-4])])
+        ours_V = torch.log_softmax(self.logits(self.forward([Feed(kv, tokens[-4:])]))[0], 0)
+        self._module.set_attn_implementation("sdpa")
+        try:
+            with torch.inference_mode():
+                stock = self._module(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits
+        finally:
+            self._module.set_attn_implementation(NAME)
+        gap = float((ours_V - torch.log_softmax(stock[0, -1].float().cpu(), 0)).abs().max())
+        if not gap <= PROBE_TOLERANCE[self._dtype]:
+            raise Unsupported(
+                f"{type(self._module).__name__}: thaw's attention and head differ from the model's own by {gap:.3g} in log "
+                f"probability (at most {PROBE_TOLERANCE[self._dtype]:g} passes): it computes something thaw does not know"
+            )
+
+
+def _group(module: object) -> CacheGroup:
+    shape = support.examine(module.config.to_dict())  # type: ignore[attr-defined]
+    return CacheGroup(
+        name="full",
+        kind="full",
+        first_layer=0,
+        num_layers=int(shape.num_layers or 0),
+        num_kv_heads=int(shape.num_kv_heads or 0),
+        head_dim=int(shape.head_dim or 0),
+        dtype=str(module.dtype).removeprefix("torch."),  # type: ignore[attr-defined,arg-type]
+    )
+
+
+def _max_len(module: object, wanted: int | None) -> int:
+    own = int(getattr(module.config, "max_position_embeddings", 0) or 1 << 20)  # type: ignore[attr-defined]
+    if wanted is not None and not 1 <= wanted <= own:
+        raise InvalidRequest(f"max_model_len={wanted}: the model has {own} positions")
+    return wanted or own
+
+
+def _eos(module: object) -> tuple[int, ...]:
+    found = getattr(module.generation_config, "eos_token_id", None)  # type: ignore[attr-defined]
+    if found is None:
+        found = getattr(module.config, "eos_token_id", None)  # type: ignore[attr-defined]
+    return () if found is None else tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+
+
+def _numerics(device: torch.device) -> dict[str, str]:
+    out = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": str(torch.get_num_threads()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "attention": "paged-flash" if device.type == "cpu" else "paged-math",
+    }
+    if device.type == "cuda":
+        out["cuda_device"] = torch.cuda.get_device_name(device)
+    return out

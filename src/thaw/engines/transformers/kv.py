@@ -1,0 +1,161 @@
+"""Extents as torch tensors, and the plan of one packed forward pass over them.
+
+Shape letters: H KV heads, P pages, L layers, T token slots of a page (256), D head size, N packed rows (new tokens of
+all feeds), G query heads a KV head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from thaw.core.identity import CacheGroup
+from thaw.engines.embedded.backend import Feed
+from thaw.engines.embedded.pages import PAGE, Extent, Run
+
+LONG = 16
+"""A feed of more tokens than this reads its past as one gathered tensor; shorter ones read page by page, shared."""
+
+
+class TorchExtent(Extent):
+    """kv_HPL2TD in the model's dtype and on its device; a page of one head is contiguous and is a blob."""
+
+    def __init__(self, group: CacheGroup, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_pages = num_pages
+        shape = (group.num_kv_heads, num_pages, group.num_layers, 2, PAGE, group.head_dim)
+        self.kv_HPL2TD = torch.empty(shape, dtype=dtype, device=device)
+        self._on_host = device.type == "cpu"
+
+    def page(self, head: int, page: int) -> memoryview | None:
+        return _bytes_of(self.kv_HPL2TD[head, page]) if self._on_host else None
+
+    def gather(self, head: int, page: int, start: int, stop: int) -> memoryview:
+        return _bytes_of(self.kv_HPL2TD[head, page, :, :, start:stop].contiguous().cpu())
+
+    def scatter(self, head: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
+        slots = self.kv_HPL2TD[head, page]
+        raw = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+        blob = raw.view(slots.dtype).view(slots.shape[0], 2, stored, slots.shape[3])
+        slots[:, :, start:stop].copy_(blob[:, :, : stop - start])
+
+    def copy_page(self, page: int, source: Extent, source_page: int, num_tokens: int) -> None:
+        assert isinstance(source, TorchExtent)
+        self.kv_HPL2TD[:, page, :, :, :num_tokens] = source.kv_HPL2TD[:, source_page, :, :, :num_tokens]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@dataclass
+class Write:
+    """Packed rows [row, row + count) go to slots [slot, slot + count) of a page."""
+
+    extent: TorchExtent
+    page: int
+    slot: int
+    row: int
+    count: int
+
+
+@dataclass
+class PastPages:
+    """Full pages [first, first + count) of an extent, attended to by `rows`; partials go to places [place, …)."""
+
+    extent: TorchExtent
+    first: int
+    count: int
+    place: int
+    rows: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Tail:
+    """Slots [start, stop) of a page, attended to by packed rows [row, row + count)."""
+
+    extent: TorchExtent
+    page: int
+    start: int
+    stop: int
+    row: int
+    count: int
+    place: int
+    causal: bool
+
+
+@dataclass
+class Long:
+    """A long feed: rows [row, row + count) attend to `runs` ([0, start) before them) and causally to themselves."""
+
+    runs: list[Run]
+    start: int
+    row: int
+    count: int
+
+
+class BatchPlan:
+    """What one forward pass writes and reads: computed once, used by every layer.
+
+    Every row's attention is a merge of partials, one a page, in page order. A page's partial is computed the same way
+    whoever owns the page, so a child's bits do not depend on what it shares.
+    """
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self.writes: list[Write] = []
+        self.past: list[PastPages] = []
+        self.tails: list[Tail] = []
+        self.longs: list[Long] = []
+        self.num_places = 1
+        row = 0
+        for feed in feeds:
+            self._add(feed, row)
+            row += len(feed.tokens)
+        self.num_rows = row
+        self.row_index = {id(p): _index(p.rows) for p in self.past}
+
+    def _add(self, feed: Feed, row: int) -> None:
+        start, count = feed.kv.num_tokens, len(feed.tokens)
+        short = count <= LONG
+        at = start
+        while at < start + count:
+            page, slot = divmod(at, PAGE)
+            take = min(PAGE - slot, start + count - at)
+            extent, index = feed.kv.locate(page)
+            assert isinstance(extent, TorchExtent)
+            self.writes.append(Write(extent, index, slot, row + at - start, take))
+            if short:
+                self._short(feed, page, extent, index, slot, row + at - start, take)
+            at += take
+        if not short:
+            self.longs.append(Long(feed.kv.full_runs(feed.kv.num_pages), start, row, count))
+
+    def _short(self, feed: Feed, page: int, extent: TorchExtent, index: int, slot: int, row: int, take: int) -> None:
+        for run in feed.kv.full_runs(page):
+            assert isinstance(run.extent, TorchExtent)
+            self._join(run.extent, run.first, run.count, run.start, range(row, row + take))
+        if take == 1:
+            self.tails.append(Tail(extent, index, 0, slot + 1, row, 1, page, False))
+            self.num_places = max(self.num_places, page + 1)
+            return
+        if slot:
+            self.tails.append(Tail(extent, index, 0, slot, row, take, page, False))
+        self.tails.append(Tail(extent, index, slot, slot + take, row, take, page + 1, True))
+        self.num_places = max(self.num_places, page + 2)
+
+    def _join(self, extent: TorchExtent, first: int, count: int, place: int, rows: range) -> None:
+        """Rows that attend to the same pages share one call."""
+        for known in self.past:
+            if (known.extent is extent) and (known.first, known.count, known.place) == (first, count, place):
+                known.rows.extend(rows)
+                return
+        self.past.append(PastPages(extent, first, count, place, list(rows)))
+
+
+def _index(rows: list[int]) -> Any:
+    """A slice where rows are consecutive, else an index tensor."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows)

@@ -1,0 +1,78 @@
+"""From a folder, a hub id or a module to a model that is ready to run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from thaw.core.errors import InvalidRequest, NotFound, Unsupported
+from thaw.engines.transformers import support
+from thaw.engines.transformers.attention import NAME
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+Model = Any
+"""A transformers causal LM; its classes carry no usable types."""
+
+
+@dataclass
+class LoadedModel:
+    """`folder` is where the weights came from, None for a module that was handed in."""
+
+    module: Model
+    tokenizer: Any
+    name: str
+    folder: Path | None
+
+
+def load_model(
+    model: Any, *, tokenizer: Any, dtype: str | None, device: str | None, threads: int | None
+) -> LoadedModel:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidRequest(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    if isinstance(model, torch.nn.Module):
+        return _join(model, tokenizer)
+    return _boot(str(model), dtype, device or "cpu")
+
+
+def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
+    folder = Path(name) if os.path.isdir(name) else None
+    if folder is not None and not (folder / "config.json").is_file():
+        raise NotFound(f"{name} has no config.json: give a folder with a transformers model")
+    if folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise NotFound(f"there is no folder {name}; give a model's folder or a hub id such as org/name")
+    try:
+        module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype] if dtype else "auto")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"the model {name} could not be loaded: {error}") from None
+    module.to(device)
+    return _ready(LoadedModel(module, tokenizer, name, folder))
+
+
+def _join(module: Any, tokenizer: Any) -> LoadedModel:
+    if tokenizer is None:
+        raise InvalidRequest("a loaded module needs its tokenizer: load_engine('transformers', model=module, tokenizer=…)")
+    return _ready(LoadedModel(module, tokenizer, str(getattr(module.config, "_name_or_path", "") or "module"), None))
+
+
+def _ready(loaded: LoadedModel) -> LoadedModel:
+    module = loaded.module
+    support.require({"architectures": [type(module).__name__], **_plain(module.config)})
+    if module.dtype not in DTYPES.values():
+        raise Unsupported(f"the model runs in {module.dtype}; load it with dtype one of {', '.join(DTYPES)}")
+    module.eval()
+    module.set_attn_implementation(NAME)
+    return loaded
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    out = dict(config.to_dict())
+    out.pop("architectures", None)
+    return out

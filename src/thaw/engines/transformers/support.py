@@ -1,0 +1,108 @@
+"""What the transformers engine can hold, decided from a model's config.json alone. No torch here.
+
+Supported: decoder-only models in which every layer keeps keys and values of every token in one shape, with a rope
+that does not change with length. Everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from thaw.core.errors import Unsupported
+from thaw.core.identity import DTYPE_BYTES
+
+TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
+LENGTH_ROPES = ("dynamic", "longrope")
+
+
+class Support(msgspec.Struct, frozen=True, kw_only=True):
+    """`supported` with `reasons` against it (empty when supported); `tested` architectures are in thaw's own tests.
+
+    `kv_token_nbytes`: bytes of KV a token at `dtype`; None when the config does not say."""
+
+    architecture: str
+    supported: bool
+    tested: bool
+    reasons: tuple[str, ...]
+    num_layers: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    dtype: str
+    kv_token_nbytes: int | None
+    max_model_len: int | None
+
+
+def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
+    """Read a config (as in config.json) and say whether it is supported, and why not."""
+    architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
+    reasons = tuple(_reasons(config, architecture))
+    layers, heads, dim = _shape(config)
+    dtype = str(dtype or config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    known = None not in (layers, heads, dim) and dtype in DTYPE_BYTES
+    return Support(
+        architecture=architecture,
+        supported=not reasons,
+        tested=architecture in TESTED,
+        reasons=reasons,
+        num_layers=layers,
+        num_kv_heads=heads,
+        head_dim=dim,
+        dtype=dtype,
+        kv_token_nbytes=int(layers) * 2 * int(heads) * int(dim) * DTYPE_BYTES[dtype] if known else None,  # type: ignore[arg-type]
+        max_model_len=config.get("max_position_embeddings"),
+    )
+
+
+def require(config: Mapping[str, Any]) -> Support:
+    """`examine`, raising `Unsupported` with every reason."""
+    found = examine(config)
+    if not found.supported:
+        raise Unsupported(f"{found.architecture} is not supported: {'; '.join(found.reasons)}. See `thaw doctor --config`.")
+    return found
+
+
+def _shape(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    query_heads = config.get("num_attention_heads") or config.get("n_head")
+    heads = config.get("num_key_value_heads") or query_heads
+    dim = config.get("head_dim")
+    if dim is None and config.get("hidden_size") and query_heads:
+        dim = config["hidden_size"] // query_heads
+    return layers, heads, dim
+
+
+def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
+    out = []
+    if config.get("is_encoder_decoder"):
+        out.append("it is an encoder-decoder model")
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")) and config.get("architectures"):
+        out.append(f"{architecture} is not a causal language model with a language-model head")
+    if config.get("kv_lora_rank"):
+        out.append("it keeps a latent cache (MLA, kv_lora_rank)")
+    kinds = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if kinds:
+        out.append(f"some layers are not full attention ({', '.join(map(str, kinds))})")
+    if config.get("sliding_window") and config.get("use_sliding_window", True) and not config.get("layer_types"):
+        out.append(f"it attends through a sliding window of {config['sliding_window']} tokens")
+    rope = _rope_type(config)
+    if rope in LENGTH_ROPES:
+        out.append(f"its rope ({rope}) changes with length, so stored keys would change too")
+    if config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"):
+        out.append("its logits are soft-capped")
+    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+        out.append("it uses ALiBi positions")
+    if any(config.get(key) for key in ("ssm_cfg", "mamba_d_state", "state_size", "time_step_rank", "linear_num_value_heads")):
+        out.append("it has recurrent layers")
+    if config.get("quantization_config"):
+        out.append("its weights are quantised in a way that was not tested")
+    if any(value in (None, 0) for value in _shape(config)):
+        out.append("the config does not give layers, heads and head size")
+    return out
+
+
+def _rope_type(config: Mapping[str, Any]) -> str | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(rope.get("rope_type") or rope.get("type") or "") if isinstance(rope, Mapping) else None
