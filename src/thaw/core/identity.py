@@ -44,7 +44,9 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.num_kv_heads * self.token_nbytes_per_head
 
 
-class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="thaw.model/1", forbid_unknown_fields=True):
+class ModelIdentity(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="thaw.model/1", forbid_unknown_fields=True
+):
     """What a state's KV depends on. `config` maps a field's name to its value as JSON text."""
 
     architecture: str

@@ -161,7 +161,7 @@ def decode(data: bytes | memoryview, expected_id: str) -> AnyObject:
     found = digest(data)
     if found != expected_id:
         raise CorruptBlob(f"object {expected_id}: its bytes hash to {found}; they were changed after they were written")
-    return canonical.decode(data, AnyObject, f"object {expected_id}")  # type: ignore[arg-type,return-value]
+    return canonical.decode(data, AnyObject, f"object {expected_id}")  # type: ignore[arg-type]
 
 
 def state_id(state: State) -> StateId:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 
 from thaw.core.ids import digest
 
@@ -37,4 +38,4 @@ def chains(model_id: str, tokens: Sequence[int]) -> list[str]:
 def windows(start: int, end: int) -> list[tuple[int, int]]:
     """[start, end) cut at multiples of 256, as half-open pairs."""
     cuts = [start, *range((start // WINDOW + 1) * WINDOW, end, WINDOW), end]
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(cuts) if a < b]

@@ -36,4 +36,6 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hit(self) -> bool:
         """Every token that was to be restored was counted as cached."""
-        return self.first_mismatch is None and self.num_cached_tokens >= self.matched and self.num_recomputed_tokens == 0
+        return (
+            self.first_mismatch is None and self.num_cached_tokens >= self.matched and self.num_recomputed_tokens == 0
+        )

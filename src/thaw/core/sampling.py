@@ -71,7 +71,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "in [0, max_tokens]")
         _require(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs, "None or 0 to 100")
-        _require(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", self.stop, f"up to {MAX_STOPS} non-empty strings")
+        _require(
+            len(self.stop) <= MAX_STOPS and all(self.stop), "stop", self.stop, f"up to {MAX_STOPS} non-empty strings"
+        )
         _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids (>= 0)")
 
 

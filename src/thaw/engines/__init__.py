@@ -21,7 +21,9 @@ def available() -> dict[str, EntryPoint]:
     for point in entry_points(group=GROUP):
         known = found.get(point.name)
         if known is not None and known.value != point.value:
-            raise InvalidRequest(f"two packages provide an engine named {point.name!r}: {known.value} and {point.value}")
+            raise InvalidRequest(
+                f"two packages provide an engine named {point.name!r}: {known.value} and {point.value}"
+            )
         found[point.name] = point
     return found
 

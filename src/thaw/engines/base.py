@@ -232,7 +232,11 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def render_chat(
-        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool, tools: Sequence[object] | None = None
+        self,
+        messages: Sequence[dict[str, object]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[object] | None = None,
     ) -> list[int]:
         """Token ids of a conversation by the model's chat template. Raises `Unsupported` without a template."""
 
@@ -272,7 +276,13 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def fork(
-        self, session: SessionRef, n: int, *, at: int | None = None, replay: bool = False, seeds: Sequence[int] | None = None
+        self,
+        session: SessionRef,
+        n: int,
+        *,
+        at: int | None = None,
+        replay: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
         """N sessions that start where `session` stands (or stood after `at` tokens), sharing its full blocks.
 

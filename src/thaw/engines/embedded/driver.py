@@ -47,15 +47,18 @@ class Promise(Handle[T], Generic[T]):
     def __iter__(self) -> Iterator[Delta]:
         seen = 0
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._settled or len(self._deltas) > seen)
-                news, ended = self._deltas[seen:], self._settled
+            news, ended = self._wait_for_news(seen)
             yield from news
             seen += len(news)
             if ended and not news:
                 break
         if self._error is not None:
             raise self._error
+
+    def _wait_for_news(self, seen: int) -> tuple[list[Delta], bool]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._settled or len(self._deltas) > seen)
+            return self._deltas[seen:], self._settled
 
     def add_done_callback(self, callback: Callable[[Handle[T]], object]) -> None:  # type: ignore[override]
         with self._changed:

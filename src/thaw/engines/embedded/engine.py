@@ -135,7 +135,13 @@ class EmbeddedEngine(Engine):
         return promise
 
     def fork(
-        self, session: SessionRef, n: int, *, at: int | None = None, replay: bool = False, seeds: Sequence[int] | None = None
+        self,
+        session: SessionRef,
+        n: int,
+        *,
+        at: int | None = None,
+        replay: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
         if n < 1 or (seeds is not None and len(seeds) != n):
             raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
@@ -187,7 +193,9 @@ class EmbeddedEngine(Engine):
     def _get(self, ref: SessionRef) -> LiveSession:
         live = self._sessions.get(ref)
         if live is None:
-            raise NotFound(f"session {ref[:8]}… is not open in this engine: it was closed, or belongs to another engine")
+            raise NotFound(
+                f"session {ref[:8]}… is not open in this engine: it was closed, or belongs to another engine"
+            )
         return live
 
     def _fresh(self, ref: SessionRef) -> LiveSession:
@@ -196,9 +204,9 @@ class EmbeddedEngine(Engine):
         self._weights.check()
         if live.kv.num_tokens and (live.epoch != self._weights.epoch or live.policy != self._weights.policy):
             raise StaleSession(
-                f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs policy "
-                f"{self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens again, or "
-                "hydrate a commit with policy='recompute'."
+                f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
+                f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens "
+                "again, or hydrate a commit with policy='recompute'."
             )
         live.epoch, live.policy = self._weights.epoch, self._weights.policy
         if isinstance(live.parked, Parked):
@@ -286,9 +294,7 @@ class EmbeddedEngine(Engine):
         position = len(parent.tokens) if at is None else at
         if not 0 <= position <= len(parent.tokens):
             raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
-        return [
-            self._admit(self._child(parent, position, replay, seeds[i] if seeds else None, i)) for i in range(n)
-        ]
+        return [self._admit(self._child(parent, position, replay, seeds[i] if seeds else None, i)) for i in range(n)]
 
     def _child(self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int) -> LiveSession:
         whole = at == len(parent.tokens)

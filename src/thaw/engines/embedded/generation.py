@@ -106,7 +106,9 @@ class Prefill:
 class Append:
     """Task: prefill one session's prompt."""
 
-    def __init__(self, backend: Backend, lane: Lane, promise: Promise[SessionView], release: Callable[[LiveSession], None]):
+    def __init__(
+        self, backend: Backend, lane: Lane, promise: Promise[SessionView], release: Callable[[LiveSession], None]
+    ):
         self._lane, self._promise, self._release = lane, promise, release
         self._prefill = Prefill(backend, [lane])
 
@@ -240,7 +242,9 @@ class Generation:
         else:
             self._emit(lane, (choice.token,), (choice.logprob,), turn.stream.news(final=False), None)
 
-    def _stopped(self, session: LiveSession, turn: OpenTurn, token: int, before: int) -> tuple[str | None, str | int | None]:
+    def _stopped(
+        self, session: LiveSession, turn: OpenTurn, token: int, before: int
+    ) -> tuple[str | None, str | int | None]:
         """(finish_reason, stop_reason) after `token`, in vLLM's order."""
         s, num_output = turn.sampling, len(turn.logprobs)
         if num_output >= s.min_tokens:
@@ -304,7 +308,9 @@ class Generation:
             total_s=time.perf_counter() - self._started,
         )
 
-    def _emit(self, lane: Lane, ids: tuple[int, ...], logprobs: tuple[float, ...], text: str, reason: str | None) -> None:
+    def _emit(
+        self, lane: Lane, ids: tuple[int, ...], logprobs: tuple[float, ...], text: str, reason: str | None
+    ) -> None:
         self._promise.emit(
             Delta(
                 index=lane.index,

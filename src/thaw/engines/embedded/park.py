@@ -25,7 +25,7 @@ class Parked:
         self._token_nbytes = kv.factory.group.token_nbytes_per_head
         self._digests: list[bytes] = []
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="thaw-park-", buffering=0)
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="thaw-park-", buffering=0)  # noqa: SIM115 - lives until restore
         for head, start, stop in self._pieces():
             data = kv.read(head, start, stop)
             self._digests.append(blake3(data).digest())

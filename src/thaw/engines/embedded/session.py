@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from thaw.core.canonical import U64
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Proof
@@ -159,8 +161,6 @@ def reseed(session: LiveSession, seed: int) -> None:
     session.seed = seed
     turn = session.turns[-1] if session.turns else None
     if turn is not None and turn.kind == "completion" and turn.finish_reason is None:
-        import msgspec
-
         session.turns[-1] = msgspec.structs.replace(turn, seed=U64(seed))
 
 

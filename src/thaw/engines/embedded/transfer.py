@@ -177,7 +177,9 @@ def _targets(
             raise CorruptBlob(f"the segment at {piece.start} has blobs {sorted(piece.blobs)}; expected {group.name!r}")
         for head, location in enumerate(blobs):
             if location.nbytes != group.token_nbytes_per_head * piece.stored:
-                raise CorruptBlob(f"blob {location.blob} has {location.nbytes} bytes, not those of {piece.stored} tokens")
+                raise CorruptBlob(
+                    f"blob {location.blob} has {location.nbytes} bytes, not those of {piece.stored} tokens"
+                )
             target = kv.target(head, piece.start, piece.start + piece.length) if piece.length == piece.stored else None
             if target is None:
                 staging = bytearray(location.nbytes)

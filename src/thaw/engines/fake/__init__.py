@@ -9,7 +9,9 @@ from __future__ import annotations
 from thaw.engines.base import Engine
 
 
-def load(*, model: str = "fake", seed: int = 0, max_model_len: int = 32768, policy: str = "0", step_s: float = 0.0) -> Engine:
+def load(
+    *, model: str = "fake", seed: int = 0, max_model_len: int = 32768, policy: str = "0", step_s: float = 0.0
+) -> Engine:
     """Boot a fake engine. `seed` are its "weights"; `step_s` slows every forward pass (for tests of concurrency)."""
     from thaw.engines.embedded.engine import EmbeddedEngine
     from thaw.engines.fake.backend import FakeBackend

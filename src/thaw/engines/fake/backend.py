@@ -42,7 +42,9 @@ class FakeExtent(Extent):
     def scatter(self, head: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
         whole, count = self.page(head, page), stop - start
         for p in range(PLANES):
-            whole[(p * PAGE + start) * DIM : (p * PAGE + stop) * DIM] = data[p * stored * DIM : (p * stored + count) * DIM]
+            whole[(p * PAGE + start) * DIM : (p * PAGE + stop) * DIM] = data[
+                p * stored * DIM : (p * stored + count) * DIM
+            ]
 
     def copy_page(self, page: int, source: Extent, source_page: int, num_tokens: int) -> None:
         for head in range(HEADS):
@@ -81,7 +83,9 @@ class FakeBackend(Backend):
     def _write(self, kv: PagedKV, token: int) -> None:
         """The KV of one token: a hash of the token, its position and the KV before it."""
         position = kv.num_tokens
-        made = hashlib.blake2b(bytes(self.weights) + struct.pack("<IQ", token, position), digest_size=HEADS * PLANES * DIM)
+        made = hashlib.blake2b(
+            bytes(self.weights) + struct.pack("<IQ", token, position), digest_size=HEADS * PLANES * DIM
+        )
         if position:
             for head in range(HEADS):
                 made.update(kv.read(head, position - 1, position))

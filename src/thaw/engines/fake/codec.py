@@ -18,9 +18,13 @@ class FakeCodec(Codec):
         return b"".join(bytes([t]) if t < 256 else marks.get(t, b"") for t in token_ids).decode(errors="replace")
 
     def render_chat(
-        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool, tools: Sequence[object] | None = None
+        self,
+        messages: Sequence[dict[str, object]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[object] | None = None,
     ) -> list[int]:
         out: list[int] = []
         for message in messages:
             out += [BOS, *f"{message['role']}\n{message['content']}".encode(), EOS]
-        return out + [BOS, *b"assistant\n"] if add_generation_prompt else out
+        return [*out, BOS, *b"assistant\n"] if add_generation_prompt else out

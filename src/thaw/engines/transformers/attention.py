@@ -58,7 +58,9 @@ def paged_attention(
     """query [1, H·G, N, D], key and value [1, H, N, D] of the new tokens → output [1, N, H·G, D]."""
     refused = [name for name in _REFUSED if kwargs.get(name) is not None]
     if refused or thaw_plan is None or attention_mask is not None:
-        raise Unsupported(f"{type(module).__name__} asks attention for {refused or 'a mask'}, which thaw does not compute")
+        raise Unsupported(
+            f"{type(module).__name__} asks attention for {refused or 'a mask'}, which thaw does not compute"
+        )
     H, N, D = key.shape[1], query.shape[2], query.shape[3]
     q_HGND = query.view(H, query.shape[1] // H, N, D)
     out_NHGD = torch.empty(N, H, q_HGND.shape[1], D, dtype=query.dtype, device=query.device)
@@ -114,7 +116,8 @@ def _long_rows(feed: Long, layer: int, q_HGND: torch.Tensor, scale: float, out_N
     """Past and new keys gathered once; two partials: all of the past, and the new tokens causally."""
     G, rows, end = q_HGND.shape[1], slice(feed.row, feed.row + feed.count), feed.start + feed.count
     k_HSD, v_HSD = (
-        torch.cat([_flat(run, layer, i) for run in feed.runs], 1)[:, :end].unsqueeze(1).expand(-1, G, -1, -1) for i in (0, 1)
+        torch.cat([_flat(run, layer, i) for run in feed.runs], 1)[:, :end].unsqueeze(1).expand(-1, G, -1, -1)
+        for i in (0, 1)
     )
     q = q_HGND[:, :, rows]
     own, own_lse = partial(q, k_HSD[:, :, feed.start :], v_HSD[:, :, feed.start :], scale, causal=True)
@@ -137,6 +140,8 @@ def partial(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output like q, log-sum-exp float32 [batch, heads, rows]) of attention over these keys alone."""
     if q.device.type == "cpu":
+        out: torch.Tensor
+        lse: torch.Tensor
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
     return reference_partial(q, k, v, scale, causal=causal)
@@ -151,7 +156,8 @@ def reference_partial(
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, -1)
-    return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
+    out: torch.Tensor = (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype)
+    return out, lse
 
 
 AttentionInterface.register(NAME, paged_attention)

@@ -116,8 +116,9 @@ class TransformersBackend(Backend):
         gap = float((ours_V - torch.log_softmax(stock[0, -1].float().cpu(), 0)).abs().max())
         if not gap <= PROBE_TOLERANCE[self._dtype]:
             raise Unsupported(
-                f"{type(self._module).__name__}: thaw's attention and head differ from the model's own by {gap:.3g} in log "
-                f"probability (at most {PROBE_TOLERANCE[self._dtype]:g} passes): it computes something thaw does not know"
+                f"{type(self._module).__name__}: thaw's attention and head differ from the model's own by {gap:.3g} in "
+                f"log probability (at most {PROBE_TOLERANCE[self._dtype]:g} passes): it computes something thaw does "
+                "not know"
             )
 
 

@@ -25,7 +25,11 @@ class TransformersCodec(Codec):
         )
 
     def render_chat(
-        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool, tools: Sequence[object] | None = None
+        self,
+        messages: Sequence[dict[str, object]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[object] | None = None,
     ) -> list[int]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise Unsupported("this model's tokenizer has no chat template; use append and generate with text")

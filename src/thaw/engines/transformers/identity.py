@@ -21,17 +21,46 @@ from thaw.engines.transformers.loading import LoadedModel
 
 CACHE_NAME = ".thaw-weights.json"
 _NOT_FUNCTION = frozenset(
-    "_name_or_path transformers_version dtype torch_dtype architectures bos_token_id eos_token_id pad_token_id use_cache "
-    "return_dict output_attentions output_hidden_states id2label label2id problem_type chunk_size_feed_forward "
-    "initializer_range attention_dropout hidden_dropout classifier_dropout pretraining_tp is_decoder "
-    "cross_attention_hidden_size add_cross_attention task_specific_params tokenizer_class prefix _attn_implementation "
-    "transformers.js_config is_llama_config quantization_config attn_implementation experts_implementation".split()
+    (
+        "_attn_implementation",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "classifier_dropout",
+        "cross_attention_hidden_size",
+        "dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_llama_config",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "use_cache",
+    )
 )
 """Config fields that do not change what the model computes for given tokens."""
 
 
 def model_identity(loaded: LoadedModel, codec: TransformersCodec, group: CacheGroup, *, fresh: bool) -> ModelIdentity:
-    """Hash the model as it is. With `fresh` a cached root is neither used nor written (the weights changed in memory)."""
+    """Hash the model as it is. `fresh`: the weights changed in memory, so no cached root is used or written."""
     module = loaded.module
     config = {k: v for k, v in module.config.to_dict().items() if k not in _NOT_FUNCTION}
     return ModelIdentity(
@@ -79,7 +108,7 @@ def hash_weights(module: Any) -> str:
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).cpu().numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
 
 
 def _files_key(folder: Path, dtype: torch.dtype) -> str | None:
@@ -91,7 +120,9 @@ def _files_key(folder: Path, dtype: torch.dtype) -> str | None:
 
 
 def _cache_files(folder: Path) -> list[Path]:
-    base = Path(os.environ.get("THAW_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thaw")
+    base = Path(
+        os.environ.get("THAW_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thaw"
+    )
     return [folder / CACHE_NAME, base / "weights" / (digest(str(folder.resolve()).encode())[3:35] + ".json")]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import InvalidRequest, NotFound, Unsupported
 from thaw.engines.transformers import support
@@ -47,6 +48,7 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
         raise NotFound(f"{name} has no config.json: give a folder with a transformers model")
     if folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise NotFound(f"there is no folder {name}; give a model's folder or a hub id such as org/name")
+    transformers_logging.disable_progress_bar()
     try:
         module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype] if dtype else "auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -58,7 +60,9 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
 
 def _join(module: Any, tokenizer: Any) -> LoadedModel:
     if tokenizer is None:
-        raise InvalidRequest("a loaded module needs its tokenizer: load_engine('transformers', model=module, tokenizer=…)")
+        raise InvalidRequest(
+            "a loaded module needs its tokenizer: load_engine('transformers', model=module, tokenizer=…)"
+        )
     return _ready(LoadedModel(module, tokenizer, str(getattr(module.config, "_name_or_path", "") or "module"), None))
 
 

@@ -60,7 +60,9 @@ def require(config: Mapping[str, Any]) -> Support:
     """`examine`, raising `Unsupported` with every reason."""
     found = examine(config)
     if not found.supported:
-        raise Unsupported(f"{found.architecture} is not supported: {'; '.join(found.reasons)}. See `thaw doctor --config`.")
+        raise Unsupported(
+            f"{found.architecture} is not supported: {'; '.join(found.reasons)}. See `thaw doctor --config`."
+        )
     return found
 
 
@@ -94,7 +96,10 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         out.append("its logits are soft-capped")
     if config.get("alibi") or config.get("position_embedding_type") == "alibi":
         out.append("it uses ALiBi positions")
-    if any(config.get(key) for key in ("ssm_cfg", "mamba_d_state", "state_size", "time_step_rank", "linear_num_value_heads")):
+    if any(
+        config.get(key)
+        for key in ("ssm_cfg", "mamba_d_state", "state_size", "time_step_rank", "linear_num_value_heads")
+    ):
         out.append("it has recurrent layers")
     if config.get("quantization_config"):
         out.append("its weights are quantised in a way that was not tested")
