@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct, built if it is missing. Whatever THAW_MODEL says: tests know this model."""
+    """The folder of SmolLM2-135M-Instruct, built if missing, whatever THAW_MODEL says: tests know this model."""
     from thaw.demo.model import ensure_demo_model
 
     with pytest.MonkeyPatch.context() as environment:
@@ -28,7 +28,7 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model("llama", dtype="bfloat16", seed=1)` is the folder of a random model; made once for each set of arguments."""
+    """`tiny_model("llama", dtype="bfloat16", seed=1)`: the folder of a random model, made once a run."""
     from thaw.testing.models import make_random_model
 
     root = tmp_path_factory.mktemp("tiny_models")

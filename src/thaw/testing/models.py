@@ -1,11 +1,12 @@
 """Small random models that *look* at their KV: real Hugging Face folders of a few hundred kilobytes.
 
-With the usual initialisation (a deviation of 0.02 or less) a narrow model's output hangs on its last token alone, and every
-wrong cache passes. Here each weight matrix is drawn with deviation 1/sqrt(fan_in), embeddings with 1, norms around 1, so
-each layer passes on what attention brings and one wrong KV byte moves the logits. `tests/test_testing_models.py` holds that.
+With the usual initialisation (a deviation of 0.02 or less) a narrow model's output hangs on its last token alone,
+and every wrong cache passes. Here each weight matrix is drawn with deviation 1/sqrt(fan_in), embeddings with 1, norms
+around 1, so each layer passes on what attention brings, and one wrong value vector anywhere moves the logits
+(`tests/test_testing_models.py` holds that).
 
-The folders are plain: `config.json`, safetensors, a byte-level tokenizer without merges and a chat template. Everything
-follows from (arch, dtype, seed). Imports torch and transformers, when called.
+The folders are plain: `config.json`, safetensors, a byte-level tokenizer without merges and a chat template.
+Everything follows from (arch, dtype, seed). Imports torch and transformers, when called.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Writes a model and its tokenizer into `out_dir` (made if missing) and returns it; the same arguments, the same bytes.
+    """Writes a model and its tokenizer into `out_dir`, made if missing, and returns it.
 
-    `arch` is one of `ARCHITECTURES`; `dtype` a name of torch's, such as "float32" or "bfloat16".
+    `arch` is one of `ARCHITECTURES`; `dtype` a name of torch's, such as "float32" or "bfloat16". The same arguments
+    and versions of torch and transformers write the same bytes.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,10 +79,10 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
 
 
 def _scale(name: str, noise: torch.Tensor) -> torch.Tensor:
-    if "embed" in name and "out" not in name:
+    if name.endswith(("embed_tokens.weight", "embed_in.weight")):
         return noise
     if noise.ndim == 2:
-        return noise * noise.shape[1] ** -0.5  # [out, in]: deviation 1/sqrt(fan_in)
+        return noise * float(noise.shape[1] ** -0.5)  # [out, in]: deviation 1/sqrt(fan_in)
     if name.endswith("bias"):
         return noise * 0.1
     return 1 + noise * 0.1  # the gain of a norm
@@ -109,7 +111,7 @@ def _tokenizer() -> Any:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte, as in GPT-2: itself where printable, else 256 and up in order."""
+    """The character that stands for each byte, as in GPT-2: itself where printable, else U+0100 and up in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(256, 512))
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
