@@ -18,7 +18,7 @@ from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.driver import Promise, cancelled
 from thaw.engines.embedded.session import LastLogits, LiveSession, OpenTurn
 
-CHUNK = 512
+CHUNK = 1024
 PACK = 1024
 """At most this many tokens run packed in one prefill pass."""
 

@@ -131,7 +131,7 @@ def _long_rows(feed: Long, layer: int, q_HGND: torch.Tensor, scale: float, out_N
 
 def _flat(run: Any, layer: int, which: int) -> torch.Tensor:
     """A run's keys or values of one layer as [H, tokens, D]."""
-    pages_HPTD = run.extent.kv_HPL2TD[:, run.first : run.first + run.count, layer, which]
+    pages_HPTD: torch.Tensor = run.extent.kv_HPL2TD[:, run.first : run.first + run.count, layer, which]
     return pages_HPTD.reshape(pages_HPTD.shape[0], -1, pages_HPTD.shape[-1])
 
 
