@@ -39,7 +39,19 @@ _HOME = {
     "init": "thaw.repo",
     "open": "thaw.repo",
 }
-__all__ = ["Group", "Proof", "Repository", "Sampling", "Session", "ThawError", "__version__", "aio", "init", "load_engine", "open"]
+__all__ = [
+    "Group",
+    "Proof",
+    "Repository",
+    "Sampling",
+    "Session",
+    "ThawError",
+    "__version__",
+    "aio",
+    "init",
+    "load_engine",
+    "open",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -69,5 +69,5 @@ def _refuse_newer(data: bytes | memoryview, what: str) -> None:
     name = head.get("type") if isinstance(head, dict) else None
     if isinstance(name, str) and name.startswith("thaw.") and name[-1:].isdigit():
         version = name.rpartition("/")[2]
-        if version.isdigit() and len(version) < 9 and int(version) > 1:
+        if version.isascii() and version.isdigit() and len(version) < 9 and int(version) > 1:
             raise NewerFormat(f"{what} is a {name[:60]}: written by a newer thaw. Upgrade thaw to read it.")

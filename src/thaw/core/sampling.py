@@ -46,19 +46,23 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     seed: U64 | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        if self.seed is not None and not isinstance(self.seed, U64):
-            _require(isinstance(self.seed, int), "seed", self.seed, "an integer in 0 .. 2^64-1")
-            _require(0 <= self.seed < 1 << 64, "seed", self.seed, "an integer in 0 .. 2^64-1")
-            msgspec.structs.force_setattr(self, "seed", U64(self.seed))
+        """Check types and ranges, and bring values into one form. Raises `BadSampling`."""
         for name in _FLOATS:
             value = getattr(self, name)
-            _require(isinstance(value, (int, float)) and math.isfinite(value), name, value, "a finite number")
-            msgspec.structs.force_setattr(self, name, float(value))
-        msgspec.structs.force_setattr(self, "stop", tuple(self.stop))
-        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+            _require(type(value) in (int, float) and math.isfinite(value), name, value, "a finite number")
+            self._set(name, float(value))
+        for name in ("top_k", "min_tokens", "max_tokens"):
+            _require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
+        _require(type(self.ignore_eos) is bool, "ignore_eos", self.ignore_eos, "True or False")
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, str))
+        self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int))
+        if self.seed is not None:
+            self._set("seed", check_seed(self.seed))
+        _require(self.logprobs is None or type(self.logprobs) is int, "logprobs", self.logprobs, "None or an integer")
         self._check()
+
+    def _set(self, name: str, value: object) -> None:
+        msgspec.structs.force_setattr(self, name, value)
 
     def _check(self) -> None:
         _require(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "0 (greedy) to 100")
@@ -80,6 +84,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 _FLOATS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
+
+
+def check_seed(seed: int) -> U64:
+    """`seed` if it is an integer of 64 bits, else `BadSampling`."""
+    ok = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 1 << 64
+    _require(ok, "seed", seed, "an integer in 0 .. 2^64-1")
+    return U64(seed)
+
+
+def _tuple(name: str, values: object, kind: type) -> tuple[object, ...]:
+    ok = isinstance(values, (list, tuple)) and all(type(value) is kind for value in values)
+    _require(ok, name, values, f"a list of {kind.__name__}")
+    return tuple(values)  # type: ignore[arg-type]
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

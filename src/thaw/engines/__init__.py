@@ -6,10 +6,14 @@ Another distribution adds an engine by declaring an entry point; two that claim 
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from thaw.core.errors import InvalidRequest, NotFound
-from thaw.engines.base import Engine
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from thaw.engines.base import Engine
 
 GROUP = "thaw.engines"
 _OWN = {"fake": "thaw.engines.fake:load", "transformers": "thaw.engines.transformers:load"}
@@ -17,6 +21,8 @@ _OWN = {"fake": "thaw.engines.fake:load", "transformers": "thaw.engines.transfor
 
 def available() -> dict[str, EntryPoint]:
     """Engines by name: thaw's own (also from a source tree) and those of other distributions."""
+    from importlib.metadata import EntryPoint, entry_points  # 50 ms that naming an engine need not cost
+
     found = {name: EntryPoint(name, value, GROUP) for name, value in _OWN.items()}
     for point in entry_points(group=GROUP):
         known = found.get(point.name)

@@ -12,7 +12,7 @@ import msgspec
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.proof import Proof
-from thaw.core.sampling import fresh_seed
+from thaw.core.sampling import check_seed, fresh_seed
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -77,7 +77,8 @@ class EmbeddedEngine(Engine):
         self._driver.call(lambda: self._weights.set_policy(version)).result()
 
     def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
-        session = self._new(PagedKV(self._backend), fresh_seed() if seed is None else seed, salt, share_prefix)
+        number = fresh_seed() if seed is None else check_seed(seed)
+        session = self._new(PagedKV(self._backend), number, salt, share_prefix)
         return self._driver.call(lambda: self._admit(session)).result()
 
     def view(self, session: SessionRef) -> SessionView:
@@ -122,10 +123,8 @@ class EmbeddedEngine(Engine):
         promise: Promise[Captured] = Promise()
 
         def take() -> None:
-            live = self._fresh(session)
-            identity = self._weights.identity()
-            taken = transfer.cut(live, self._backend, identity)
-            self._in_background(promise, lambda: transfer.write(taken, plan))
+            taken = transfer.cut(self._fresh(session), self._backend)
+            self._in_background(promise, lambda: transfer.write(taken, plan, self._identity_of(taken)))
 
         return self._begin(take, promise)
 
@@ -145,6 +144,8 @@ class EmbeddedEngine(Engine):
     ) -> Handle[list[SessionRef]]:
         if n < 1 or (seeds is not None and len(seeds) != n):
             raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
+        for seed in seeds or ():
+            check_seed(seed)
         return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))
 
     def park(self, session: SessionRef) -> Handle[SessionView]:
@@ -190,6 +191,15 @@ class EmbeddedEngine(Engine):
         self._sessions[session.ref] = session
         return session.ref
 
+    def _identity_of(self, taken: transfer.Cut) -> ModelIdentity:
+        """The identity that a cut's KV was computed under. Raises `StaleSession` when it is gone meanwhile."""
+        identity, epoch = self._weights.stamp()
+        if (taken.policy, taken.epoch) != (identity.policy, epoch):
+            raise StaleSession(
+                "the weights or the policy changed while the session was being captured; nothing was kept"
+            )
+        return identity
+
     def _get(self, ref: SessionRef) -> LiveSession:
         live = self._sessions.get(ref)
         if live is None:
@@ -202,7 +212,9 @@ class EmbeddedEngine(Engine):
         """The session, its KV in memory and of the weights and policy that run now."""
         live = self._get(ref)
         self._weights.check()
-        if live.kv.num_tokens and (live.epoch != self._weights.epoch or live.policy != self._weights.policy):
+        if (live.kv.num_tokens or live.parked) and (
+            live.epoch != self._weights.epoch or live.policy != self._weights.policy
+        ):
             raise StaleSession(
                 f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
                 f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens "
@@ -230,7 +242,7 @@ class EmbeddedEngine(Engine):
             session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")
 
     def _check_tokens(self, session: LiveSession, tokens: Sequence[int], more: int) -> None:
-        bad = [t for t in tokens if not 0 <= t < self._backend.vocab_size]
+        bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._backend.vocab_size]
         if bad:
             raise InvalidRequest(f"token ids {bad[:5]} are outside the vocabulary of {self._backend.vocab_size}")
         total, limit = len(session.tokens) + len(tokens) + more, self._backend.max_model_len
@@ -254,6 +266,8 @@ class EmbeddedEngine(Engine):
         for i, (live, request) in enumerate(zip(lives, requests, strict=True)):
             if not request.resume:
                 self._settle_turn(live)
+            if not request.prompt:
+                _step_back(live)
             lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role))
         return lanes
 
@@ -321,7 +335,8 @@ class EmbeddedEngine(Engine):
     def _hydrate(self, plan: HydratePlan) -> Hydrated:
         """On an I/O thread: nothing of it touches a session before it is admitted."""
         try:
-            compare(plan.identity, self.identity())
+            identity, epoch = self._weights.stamp()
+            compare(plan.identity, identity)
         except Refused as refusal:
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise
@@ -329,6 +344,7 @@ class EmbeddedEngine(Engine):
         loaded = transfer.load(plan, self._backend)
         session = self._restored(plan, loaded.kv)
         session.row, session.proof = loaded.row, loaded.proof
+        session.policy, session.epoch = identity.policy, epoch
         session.stored_boundary = plan.boundary
         return Hydrated(session=self._driver.call(lambda: self._admit(session)).result(), proof=loaded.proof)
 
@@ -363,13 +379,13 @@ class EmbeddedEngine(Engine):
     def _begin(self, begin: Callable[[], None], promise: Promise[T]) -> Promise[T]:
         """Run `begin` on the driver; if it raises, that is the promise's outcome."""
 
-        def guarded() -> None:
+        def hand_on(started: Handle[None]) -> None:
             try:
-                begin()
+                started.result()
             except BaseException as error:  # noqa: BLE001 - handed to the caller
                 promise.settle(error=error)
 
-        self._driver.call(guarded)
+        self._driver.call(begin).add_done_callback(hand_on)
         return promise
 
     def _soon(self, fn: Callable[[], None]) -> None:
@@ -386,3 +402,11 @@ class EmbeddedEngine(Engine):
         if self._closed:
             raise EngineDied(f"engine {self.info.name} is closed; load it again")
         self._io.submit(run)
+
+
+def _step_back(session: LiveSession) -> None:
+    """Where every token has KV but the last hidden state is not known (a prefill cut short), run the last one again.
+
+    Slots are never written twice, so the pages are forked one token earlier (the tail page is copied)."""
+    if session.row is None and session.kv.num_tokens == len(session.tokens) > 0:
+        session.kv = session.kv.fork(len(session.tokens) - 1)

@@ -116,6 +116,7 @@ def reopen(session: LiveSession, codec: Codec) -> OpenTurn | None:
     stream = TextStream(codec, session.tokens[: turn.start], turn.sampling.stop)
     for token in session.tokens[turn.start : turn.end]:
         stream.push(token)
+    stream.news(final=False)  # was given before the interruption
     return OpenTurn(
         start=turn.start,
         sampling=turn.sampling,

@@ -32,7 +32,8 @@ SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": 
 class Cut:
     """A session at one step boundary; nothing in it changes any more."""
 
-    identity: ModelIdentity
+    policy: str
+    epoch: int
     tokens: tuple[int, ...]
     kv: PagedKV
     turns: tuple[Turn, ...]
@@ -44,12 +45,13 @@ class Cut:
     cut_s: float
 
 
-def cut(session: LiveSession, backend: Backend, identity: ModelIdentity) -> Cut:
+def cut(session: LiveSession, backend: Backend) -> Cut:
     """Take the session as it is. On the driver's thread, between steps."""
     started = time.perf_counter()
     hidden = None if session.row is None else backend.row_bytes(session.row)
     return Cut(
-        identity=identity,
+        policy=session.policy,
+        epoch=session.epoch,
         tokens=tuple(session.tokens),
         kv=session.kv.fork(session.kv.num_tokens),
         turns=session.all_turns(),
@@ -62,7 +64,7 @@ def cut(session: LiveSession, backend: Backend, identity: ModelIdentity) -> Cut:
     )
 
 
-def write(taken: Cut, plan: CapturePlan) -> Captured:
+def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     """Write what `plan` lacks of a cut into its pack; returns when it is synced."""
     group, num_kv = taken.kv.factory.group, taken.kv.num_tokens
     if not 0 <= plan.base <= num_kv:
@@ -81,7 +83,7 @@ def write(taken: Cut, plan: CapturePlan) -> Captured:
         for i, (a, b) in enumerate(spans)
     )
     return Captured(
-        identity=taken.identity,
+        identity=identity,
         tokens=taken.tokens,
         num_kv=num_kv,
         segments=segments,

@@ -31,11 +31,15 @@ class WeightsWatch:
 
     def identity(self) -> ModelIdentity:
         """The identity of what runs now, under the current policy version."""
+        return self.stamp()[0]
+
+    def stamp(self) -> tuple[ModelIdentity, int]:
+        """The identity and the epoch it is of, taken together."""
         with self._lock:
             self._look()
             if self._identity is None:
                 self._identity = self._backend.identity()
-            return msgspec.structs.replace(self._identity, policy=self.policy)
+            return msgspec.structs.replace(self._identity, policy=self.policy), self.epoch
 
     def set_policy(self, version: str) -> None:
         with self._lock:
