@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from thaw.core.errors import Cancelled
 from thaw.core.objects import Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView, Usage
 from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
@@ -327,7 +326,3 @@ class Generation:
             return True
         self._promise.settle([result for result in self._results if result is not None])
         return False
-
-
-def is_cancelled(error: BaseException) -> bool:
-    return isinstance(error, Cancelled)
