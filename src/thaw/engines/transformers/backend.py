@@ -151,7 +151,7 @@ def _eos(module: object) -> tuple[int, ...]:
 
 def _numerics(device: torch.device) -> dict[str, str]:
     out = {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "threads": str(torch.get_num_threads()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
