@@ -1,0 +1,100 @@
+"""What the porcelain's objects share: one store, at most one engine, and the ids of nodes already written.
+
+Repositories, sessions and groups hold a `Context` and nothing of one another. The engine is booted on first use when
+it was given by name; verbs that only read never touch it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from thaw.core import objects
+from thaw.core.errors import InvalidRequest
+from thaw.core.ids import ObjectId
+from thaw.core.objects import SegmentNode, TurnNode
+from thaw.data.locations import StoreMount
+from thaw.engines import load_engine
+from thaw.engines.base import Engine
+from thaw.repo import settings
+from thaw.repo.guard import ProcessBound
+from thaw.repo.settings import EngineSettings
+from thaw.store import Store
+
+MEMO_ENTRIES = 4096
+
+
+class Context(ProcessBound):
+    """Safe from any thread; bound to its process."""
+
+    def __init__(self, store: Store, engine: Engine | EngineSettings | None = None) -> None:
+        super().__init__("repository")
+        self._store = store
+        self._engine = engine
+        self._own_engine: Engine | None = None
+        self._lock = threading.Lock()
+        self._node_ids: OrderedDict[SegmentNode | TurnNode, ObjectId] = OrderedDict()
+        self._remembered = False
+
+    @property
+    def store(self) -> Store:
+        self.check_process()
+        return self._store
+
+    @property
+    def mount(self) -> StoreMount:
+        return StoreMount(uuid=self.store.uuid, packs=self.store.packs)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises `InvalidRequest` when the repository was opened without one."""
+        self.check_process()
+        with self._lock:
+            if isinstance(self._engine, EngineSettings):
+                self._own_engine = load_engine(self._engine.name, **self._engine.options)
+                self._engine = self._own_engine
+            if self._engine is None:
+                raise InvalidRequest(
+                    "this needs an engine and the repository was opened without one. "
+                    "Open it with thaw.open(path, engine=thaw.load_engine(…))."
+                )
+            return self._engine
+
+    @property
+    def has_engine(self) -> bool:
+        return self._engine is not None
+
+    def remember_engine(self) -> None:
+        """Write down the engine's name and options; after the first time this costs nothing."""
+        if not self._remembered:
+            settings.remember(self.store, settings.of_engine(self.engine))
+            self._remembered = True
+
+    def node_id(self, node: SegmentNode | TurnNode) -> tuple[ObjectId, bool]:
+        """(id of `node`, whether it is new to this context). Full nodes repeat in every commit: hashed once."""
+        with self._lock:
+            known = self._node_ids.get(node)
+            if known is not None:
+                self._node_ids.move_to_end(node)
+                return known, False
+        identifier = objects.encode(node)[0]
+        return identifier, True
+
+    def keep_node_id(self, node: SegmentNode | TurnNode, identifier: ObjectId) -> None:
+        """Note that `node` is stored. Call after its transaction committed."""
+        with self._lock:
+            self._node_ids[node] = identifier
+            while len(self._node_ids) > MEMO_ENTRIES:
+                self._node_ids.popitem(last=False)
+
+    def forget_node_ids(self) -> None:
+        """Trust nothing remembered: the store said that something is gone."""
+        with self._lock:
+            self._node_ids.clear()
+
+    def close(self) -> None:
+        """Close the store, and the engine if it was booted here. Closing twice is fine."""
+        self.check_process()
+        self._store.close()
+        if self._own_engine is not None:
+            self._own_engine.close()

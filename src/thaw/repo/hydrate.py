@@ -1,0 +1,132 @@
+"""Hydrate: from a resolved point to a live session.
+
+The plan is small values; the engine reads the packs itself. Packs may be moved by gc between the look-up and the read:
+the look-up is then done once more. A reader's lease holds what the plan names while the engine reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import msgspec
+
+from thaw.core.canonical import U64
+from thaw.core.errors import InvalidRequest, StorageFailed
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Segment, SegmentEntry, Turn
+from thaw.core.proof import Proof
+from thaw.data.locations import BlobLocation, StoreMount
+from thaw.data.pack import MissingPack
+from thaw.engines.base import HydratePlan, Policy, SessionRef, Slice
+from thaw.repo import cut, kept
+from thaw.repo.context import Context
+from thaw.repo.kept import Kept
+from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.timeline import Timeline, read, read_state
+from thaw.store import Store
+
+POLICIES = ("exact", "fast", "recompute")
+
+
+class Hydration(msgspec.Struct, frozen=True, kw_only=True):
+    """A live session, its proof, and what of it the store has."""
+
+    session: SessionRef
+    proof: Proof
+    kept: Kept
+    plan: HydratePlan
+
+
+def hydrate(
+    context: Context,
+    point: ResolvedPoint,
+    *,
+    seed: int | None = None,
+    share_prefix: bool = False,
+    policy: Policy = "exact",
+) -> Hydration:
+    """Bring `point` back. Raises `Refused` (identity), `Damaged` (bytes), `NotHit`."""
+    if policy not in POLICIES:
+        raise InvalidRequest(f"policy={policy!r}: must be one of {', '.join(POLICIES)}")
+    engine = context.engine
+    with reading(context.store, point):
+        timeline = read(context.store, read_state(context.store, point.state))
+        for last in (False, True):
+            plan = make_plan(
+                context.store, context.mount, timeline, point.num_tokens,
+                decode=engine.codec.decode, seed=seed, share_prefix=share_prefix, policy=policy,
+            )  # fmt: skip
+            try:
+                done = engine.hydrate(plan).result()
+                break
+            except MissingPack:
+                if last:
+                    raise
+    pure = done.proof.hit
+    return Hydration(
+        session=done.session,
+        proof=done.proof,
+        kept=kept.of_timeline(timeline, plan.num_kv) if pure else Kept(),
+        plan=plan,
+    )
+
+
+@contextlib.contextmanager
+def reading(store: Store, point: ResolvedPoint) -> Iterator[None]:
+    """A reader's lease on a point; none in a repository that cannot be written to, where gc cannot run either."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(StorageFailed):
+            stack.enter_context(store.reading(point.commit))
+        yield
+
+
+def make_plan(
+    store: Store,
+    mount: StoreMount,
+    timeline: Timeline,
+    num_tokens: int,
+    *,
+    decode: cut.Decode | None = None,
+    seed: int | None = None,
+    share_prefix: bool = False,
+    policy: Policy = "exact",
+) -> HydratePlan:
+    """The plan for the first `num_tokens` tokens of a state, with every blob located."""
+    state = timeline.state
+    num_kv = cut.num_kv_at(state, num_tokens)
+    turns = cut.cut_turns(timeline.turns, timeline.tokens, num_tokens, decode)
+    boundary = state.boundary if num_tokens == state.num_tokens else None
+    hidden = boundary.hidden if boundary is not None else None
+    used = [(e, s) for e, s in zip(timeline.entries, timeline.segments, strict=True) if e.start < num_kv]
+    found = store.locate([b for _, s in used for ids in s.blobs.values() for b in ids] + ([hidden] if hidden else []))
+    return HydratePlan(
+        identity=store.get_as(state.model, ModelIdentity),
+        mount=mount,
+        tokens=timeline.tokens[:num_tokens],
+        num_kv=num_kv,
+        slices=tuple(_slice(entry, segment, num_kv, found) for entry, segment in used),
+        turns=turns if seed is None else _reseed(turns, seed),
+        seed=int(state.seed) if seed is None else seed,
+        salt=state.salt,
+        share_prefix=state.share_prefix or share_prefix,
+        boundary=boundary,
+        hidden=found[hidden] if hidden else None,
+        policy=policy,
+    )
+
+
+def _slice(entry: SegmentEntry, segment: Segment, num_kv: int, found: dict[str, BlobLocation]) -> Slice:
+    return Slice(
+        start=entry.start,
+        length=min(entry.length, num_kv - entry.start),
+        stored=len(segment.tokens),
+        blobs={group: tuple(found[blob] for blob in ids) for group, ids in segment.blobs.items()},
+    )
+
+
+def _reseed(turns: tuple[Turn, ...], seed: int) -> tuple[Turn, ...]:
+    """A new seed also holds for the completion that was cut through."""
+    if not cut.unfinished(turns):
+        return turns
+    return (*turns[:-1], msgspec.structs.replace(turns[-1], seed=U64(seed)))

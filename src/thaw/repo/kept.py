@@ -1,0 +1,77 @@
+"""What of a session is in the store already: its *kept* part.
+
+A session, its forks and what is hydrated from it share a lineage: the same bytes for the same tokens. `Kept` is the
+leading run of tokens of one session whose KV is stored, as segment entries. Forks inherit it, cut where the fork cuts;
+a commit writes what lies behind it. Immutable; nothing here is written anywhere.
+
+It is only ever a saving: where it turns out wrong (gc took the segments, the model changed) the commit starts from an
+empty one and writes all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from thaw.core import prefix
+from thaw.core.ids import ObjectId
+from thaw.core.objects import SegmentEntry, Turn
+from thaw.core.prefix import WINDOW
+from thaw.repo.timeline import Timeline
+
+MAX_PIECES = 8
+"""A full window that lies in this many pieces is written once more as one segment."""
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens [0, end) of a session are in the store.
+
+    `chains[k]` is the prefix hash before window k, as far as known. `turns` are stored turns with their ids.
+    """
+
+    model: ObjectId | None = None
+    entries: tuple[SegmentEntry, ...] = ()
+    chains: tuple[str, ...] = ()
+    turns: tuple[tuple[Turn, ObjectId], ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.entries[-1].start + self.entries[-1].length if self.entries else 0
+
+    def cut(self, num_kv: int) -> Kept:
+        """The part before token `num_kv`. A cut inside a segment keeps its first tokens and re-cuts nothing."""
+        if num_kv >= self.end:
+            return self
+        entries = [e for e in self.entries if e.start + e.length <= num_kv]
+        if len(entries) < len(self.entries) and (partial := self.entries[len(entries)]).start < num_kv:
+            entries.append(msgspec.structs.replace(partial, length=num_kv - partial.start))
+        return Kept(
+            model=self.model,
+            entries=tuple(entries),
+            chains=self.chains[: num_kv // WINDOW + 1],
+            turns=tuple(pair for pair in self.turns if pair[0].end <= num_kv),
+        )
+
+    def base(self, num_kv: int) -> int:
+        """Where the next capture starts in a session with `num_kv` tokens of KV: at the end of what is kept, or at the
+        start of its last window when that has filled up in many small pieces."""
+        window = self.end // WINDOW * WINDOW
+        pieces = sum(e.start >= window for e in self.entries[-WINDOW:])
+        return window if pieces >= MAX_PIECES and num_kv >= window + WINDOW else self.end
+
+    def chains_for(self, model: ObjectId, tokens: Sequence[int]) -> tuple[str, ...]:
+        """Prefix hashes before every window of `tokens`, computed from where they are known."""
+        chains = list(self.chains) if self.model == model and self.chains else [prefix.root(model)]
+        for start in range((len(chains) - 1) * WINDOW, len(tokens) - WINDOW + 1, WINDOW):
+            chains.append(prefix.extend(chains[-1], tokens[start : start + WINDOW]))
+        return tuple(chains)
+
+
+def of_timeline(timeline: Timeline, num_kv: int) -> Kept:
+    """What is kept of a session hydrated from `timeline` with its first `num_kv` tokens of KV."""
+    model = ObjectId(timeline.state.model)
+    turns = zip(timeline.turns, timeline.turn_ids, strict=True)
+    kept = Kept(model=model, entries=timeline.entries, turns=tuple((turn, ObjectId(i)) for turn, i in turns))
+    chains = kept.chains_for(model, timeline.tokens[: kept.end])
+    return msgspec.structs.replace(kept, chains=chains).cut(num_kv)

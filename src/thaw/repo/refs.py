@@ -1,0 +1,77 @@
+"""Branches and tags: named commits. Every move is a compare-and-swap and leaves a line in the reflog.
+
+A ref names a whole commit. To name an earlier token, open a session there and commit it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from thaw.core import points
+from thaw.core.errors import InvalidRequest, NotFound
+from thaw.core.ids import CommitId, short
+from thaw.repo.resolve import ResolvedPoint, resolve
+from thaw.store import Ref, RefUpdate, Store
+
+RefKind = Literal["branch", "tag"]
+
+
+def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -> Ref:
+    """A new branch or tag. Raises `RefConflict` when the name is taken."""
+    points.check_name(name)
+    if name == "HEAD":
+        raise InvalidRequest("HEAD is the name of the current branch; choose another name")
+    where = whole(resolve(store, point), f"a {kind}")
+    store.update_refs(RefUpdate(name=name, kind=kind, target=where, expect=None, reason=f"{kind}: at {short(where)}"))
+    return Ref(name=name, kind=kind, target=where)
+
+
+def delete(store: Store, name: str, kind: RefKind) -> Ref:
+    """Remove a branch or tag; its commits stay until gc, and its reflog remembers them. Returns what it was."""
+    ref = _existing(store, name, kind)
+    store.update_refs(RefUpdate(name=name, kind=ref.kind, target=None, expect=ref.target, reason=f"{kind}: deleted"))
+    return ref
+
+
+def rename(store: Store, old: str, new: str) -> Ref:
+    """Give a branch or tag another name; atomic. HEAD follows its branch."""
+    points.check_name(new)
+    ref = store.ref(old)
+    if ref is None:
+        raise NotFound(f"there is no branch or tag {old!r} to rename")
+    store.update_refs(
+        RefUpdate(name=new, kind=ref.kind, target=ref.target, expect=None, reason=f"renamed from {old}"),
+        RefUpdate(name=old, kind=ref.kind, target=None, expect=ref.target, reason=f"renamed to {new}"),
+    )
+    if store.head == old and ref.kind == "branch":
+        store.set_head(new)
+    return Ref(name=new, kind=ref.kind, target=ref.target)
+
+
+def move(store: Store, branch: str, point: str | ResolvedPoint, reason: str) -> Ref:
+    """Make `branch` point there, whatever it was; the old tip stays in the reflog. Raises `RefConflict` in a race."""
+    points.check_name(branch)
+    where = whole(resolve(store, point), "a branch")
+    now = store.ref(branch)
+    expect = now.target if now is not None else None
+    store.update_refs(RefUpdate(name=branch, kind="branch", target=where, expect=expect, reason=reason))
+    return Ref(name=branch, kind="branch", target=where)
+
+
+def whole(point: ResolvedPoint, what: str) -> CommitId:
+    """The commit, if `point` is its end. Raises `InvalidRequest` with the way out for an interior point."""
+    if not point.at_end:
+        raise InvalidRequest(
+            f"{what} names a whole commit; {point} lies inside one. Open a session there and commit it: "
+            f'repo.session("{point}").commit(branch=…), or `thaw fork {point} -n 1`.'
+        )
+    return point.commit
+
+
+def _existing(store: Store, name: str, kind: RefKind) -> Ref:
+    ref = store.ref(name)
+    if ref is None or ref.kind != kind:
+        known = [r.name for r in store.refs(kind)]
+        listed = f"; there are: {', '.join(known[:8])}" if known else ""
+        raise NotFound(f"there is no {kind} {name!r}{listed}")
+    return ref

@@ -1,0 +1,239 @@
+"""The repository: git's verbs over one store and, where something has to run, one engine.
+
+This is the front desk: every verb is one call into the module that does it. Verbs that read (log, show, diff, match,
+resolve) and move refs need no engine and load none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from thaw.core import objects
+from thaw.core.errors import Conflict, InvalidRequest, NotFound
+from thaw.core.identity import ModelIdentity
+from thaw.core.ids import ObjectId
+from thaw.core.points import Point
+from thaw.engines.base import Engine, Policy
+from thaw.repo import diff as diffs
+from thaw.repo import hydrate as hydrates
+from thaw.repo import log as logs
+from thaw.repo import match as matches
+from thaw.repo import refs, resolve, settings, show, verify, verify_worker
+from thaw.repo.commit import CommitResult
+from thaw.repo.context import Context
+from thaw.repo.diff import Diff
+from thaw.repo.group import Group
+from thaw.repo.log import LogEntry
+from thaw.repo.report import VerifyReport
+from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.session import Session
+from thaw.repo.settings import EngineSettings
+from thaw.repo.show import Shown
+from thaw.store import FsckReport, GcReport, Ref, ReflogEntry, Store
+
+PointLike = str | Point | ResolvedPoint
+
+
+class Repository:
+    """Open with `thaw.open`. Safe from any thread, bound to its process; leaving its `with` closes it."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._matcher = matches.Matcher()
+
+    @property
+    def store(self) -> Store:
+        return self._context.store
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises `InvalidRequest` when there is none; boots it when it was given by name."""
+        return self._context.engine
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    # -- live sessions
+
+    def session(
+        self,
+        point: PointLike | None = None,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        policy: Policy = "exact",
+    ) -> Session:
+        """A new session, or one that goes on from `point`. From a branch's tip it stays on that branch.
+
+        Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
+        where the engine did not take them. A session from inside a completion can be resumed.
+        """
+        if point is None:
+            return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
+        if salt is not None:
+            raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
+        where = self.resolve(point)
+        live = hydrates.hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+        return Session(
+            self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof
+        )
+
+    def fork(self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact") -> Group:
+        """N sessions that go on from `point`: loaded once, shared by all, on no branch.
+
+        Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
+        seed. From inside a completion, `Group.resume()` goes on with it.
+        """
+        where = self.resolve(point)
+        live = hydrates.hydrate(self._context, where, policy=policy)
+        try:
+            children = self.engine.fork(live.session, n, replay=replay).result()
+        finally:
+            self.engine.close_session(live.session)
+        return Group(
+            self._context,
+            [Session(self._context, c, kept=live.kept, parent=where.commit, proof=live.proof) for c in children],
+        )
+
+    # -- looking
+
+    def resolve(self, point: PointLike) -> ResolvedPoint:
+        """The place that a point names. Raises `BadPoint`, `NotFound`."""
+        return resolve.resolve(self.store, point)
+
+    def at(self, point: PointLike, *, turn: int | None = None, token: int | None = None) -> ResolvedPoint:
+        """The place after `turn` turns or `token` tokens of a commit."""
+        return resolve.at(self.store, self.resolve(point).commit, turn=turn, token=token)
+
+    def log(self, point: PointLike | None = None, *, all: bool = False, limit: int | None = None) -> list[LogEntry]:
+        """Commits from `point` (default: HEAD), or from every branch and tag, newest first, children before parents."""
+        if all:
+            return logs.log(self.store, logs.tips(self.store), limit)
+        if point is None and self.store.ref(self.store.head) is None:
+            return []
+        return logs.log(self.store, [self.resolve("HEAD" if point is None else point).commit], limit)
+
+    def show(self, point: PointLike = "HEAD") -> Shown:
+        return show.show(self.store, self.resolve(point))
+
+    def diff(self, a: PointLike, b: PointLike) -> Diff:
+        """Where two points part, in tokens, text and bytes."""
+        return diffs.diff(self.store, self.resolve(a), self.resolve(b))
+
+    def match(self, token_ids: Sequence[int]) -> ResolvedPoint | None:
+        """The longest stored prefix of these tokens, as a point (perhaps inside a segment), or None.
+
+        With an engine: of its model and policy. Without: of any model that a ref's commit belongs to.
+        """
+        known = self._context.has_engine
+        models = [self._model()] if known else matches.models_of(self.store)
+        return self._matcher.match(self.store, models, token_ids)
+
+    # -- refs
+
+    def branches(self) -> list[Ref]:
+        return self.store.refs("branch")
+
+    def tags(self) -> list[Ref]:
+        return self.store.refs("tag")
+
+    def branch(self, name: str, point: PointLike = "HEAD") -> Ref:
+        return refs.create(self.store, name, "branch", self.resolve(point))
+
+    def tag(self, name: str, point: PointLike = "HEAD") -> Ref:
+        return refs.create(self.store, name, "tag", self.resolve(point))
+
+    def delete_branch(self, name: str) -> Ref:
+        return refs.delete(self.store, name, "branch")
+
+    def delete_tag(self, name: str) -> Ref:
+        return refs.delete(self.store, name, "tag")
+
+    def rename(self, old: str, new: str) -> Ref:
+        return refs.rename(self.store, old, new)
+
+    def reflog(self, name: str) -> list[ReflogEntry]:
+        return self.store.reflog(name)
+
+    def adopt(self, winner: Session | PointLike, branch: str) -> Ref:
+        """The winner becomes the branch; the old tip stays in its reflog. A session is committed first."""
+        if isinstance(winner, Session):
+            done: CommitResult = winner.adopt(branch)
+            return Ref(name=branch, kind="branch", target=done.commit)
+        where = self.resolve(winner)
+        return refs.move(self.store, branch, where, f"adopt: {where}")
+
+    # -- checking and keeping
+
+    def verify(
+        self,
+        point: PointLike = "HEAD",
+        *,
+        engine: EngineSettings | None = None,
+        num_tokens: int = 16,
+        fresh_process: bool = True,
+        timeout_s: float = verify_worker.TIMEOUT_S,
+    ) -> VerifyReport:
+        """Hydrate `point` in a fresh process (or in this engine) and say which laws held."""
+        where = self.resolve(point)
+        if not fresh_process:
+            return verify.verify_in(self.engine, self._context, where, num_tokens=num_tokens)
+        return verify_worker.verify_in_fresh_process(
+            self.store, str(where), engine=engine, num_tokens=num_tokens, timeout_s=timeout_s
+        )
+
+    def gc(self, *, dry_run: bool = False, keep_reflog_s: float | None = None) -> GcReport:
+        """Reclaim what no ref, recent reflog entry or lease needs; safe beside running commits."""
+        if keep_reflog_s is None:
+            return self.store.gc(dry_run=dry_run)
+        return self.store.gc(dry_run=dry_run, keep_reflog_s=keep_reflog_s)
+
+    def fsck(self, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
+        return self.store.fsck(rebuild=rebuild, deep=deep)
+
+    def engine_settings(self) -> EngineSettings | None:
+        """The engine that the repository was last used with."""
+        return settings.recall(self.store)
+
+    def close(self) -> None:
+        """Close the repository, and the engine if it was booted here. Live sessions belong to the engine."""
+        self._context.close()
+
+    def _model(self) -> ObjectId:
+        identity: ModelIdentity = self.engine.identity()
+        return objects.encode(identity)[0]
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Repository {self._context.store.path}>"
+
+
+def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> Repository:
+    """A new, empty repository. Raises `Conflict` where there is one."""
+    return Repository(Context(Store.init(Path(path)), engine))
+
+
+def open(path: str | Path, *, engine: Engine | EngineSettings | None = None, create: bool | None = None) -> Repository:
+    """Open a repository, making it where there is none if `create` (default: only when an engine is given).
+
+    `engine`: a running one, or the settings to boot it by when it is first needed.
+    """
+    folder = Path(path)
+    make = engine is not None if create is None else create
+    try:
+        return Repository(Context(Store.open(folder), engine))
+    except NotFound:
+        if not make:
+            raise
+    try:
+        return init(folder, engine=engine)
+    except Conflict:
+        return Repository(Context(Store.open(folder), engine))  # another process made it just now

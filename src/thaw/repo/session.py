@@ -1,0 +1,290 @@
+"""A session: a live, append-only token sequence in an engine, and its place in the repository.
+
+What is shared: the context (store and engine), and KV with the sessions it was forked from. What is never kept here:
+tokens and KV; the engine has them, and the properties ask it. A session remembers which commit it came from and which
+leading part of it is stored, so that a commit writes only what is new.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from thaw.core.errors import Busy, InvalidRequest
+from thaw.core.ids import CommitId, short
+from thaw.core.objects import Turn
+from thaw.core.proof import Proof
+from thaw.engines.base import Completion, GenerateRequest, SessionRef, SessionView
+from thaw.repo import chat as chats
+from thaw.repo import commit as commits
+from thaw.repo import refs, resolve
+from thaw.repo import trajectory as trajectories
+from thaw.repo.chat import ChatResult, Message
+from thaw.repo.commit import CommitResult, Expect
+from thaw.repo.context import Context
+from thaw.repo.group import Group
+from thaw.repo.guard import ProcessBound
+from thaw.repo.kept import Kept
+from thaw.repo.params import as_sampling
+from thaw.repo.stream import Stream
+from thaw.repo.trajectory import Trajectory
+
+
+class Session(ProcessBound):
+    """Usable from any thread. Valid until `close`; closing the engine ends it too. Leaving its `with` closes it."""
+
+    def __init__(
+        self,
+        context: Context,
+        ref: SessionRef,
+        *,
+        kept: Kept | None = None,
+        parent: CommitId | None = None,
+        branch: str | None = None,
+        proof: Proof | None = None,
+    ) -> None:
+        super().__init__("session")
+        self._context = context
+        self._ref = ref
+        self._kept = kept or Kept()
+        self._parent = parent
+        self._branch = branch
+        self._proof = proof
+        self._last: tuple[CommitResult, tuple[Turn, ...]] | None = None
+        self._lock = threading.RLock()
+        self._closed = False
+
+    # -- what it is
+
+    @property
+    def ref(self) -> SessionRef:
+        """The engine's name of this session. Raises `InvalidRequest` after `close`."""
+        self.check_process()
+        if self._closed:
+            raise InvalidRequest("this session is closed; open its point again with repo.session(…)")
+        return self._ref
+
+    def view(self) -> SessionView:
+        """The session as of the engine's last step boundary, all of one moment."""
+        return self._context.engine.view(self.ref)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.view().tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.view().tokens)
+
+    @property
+    def num_kv(self) -> int:
+        return self.view().num_kv
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return self.view().turns
+
+    @property
+    def text(self) -> str:
+        """The turns' texts, joined: prompts as given, completions as the caller saw them."""
+        return "".join(turn.text for turn in self.view().turns)
+
+    @property
+    def seed(self) -> int:
+        return self.view().seed
+
+    @property
+    def proof(self) -> Proof | None:
+        """How it came to have its KV; None for a session that was never restored or forked."""
+        return self._proof or self.view().proof
+
+    @property
+    def parent(self) -> CommitId | None:
+        """The commit it was hydrated from or last committed as; the next commit's parent."""
+        return self._parent
+
+    @property
+    def branch(self) -> str | None:
+        """The branch that `commit()` moves; None on no branch."""
+        return self._branch
+
+    def trajectory(self) -> Trajectory:
+        view = self.view()
+        return trajectories.of_turns(view.tokens, view.turns)
+
+    # -- going on
+
+    def append(self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None) -> SessionView:
+        """Prefill text (or tokens) at the end, as one prompt turn. Returns when its KV is there."""
+        ids, shown = self.encode(text, token_ids)
+        return self._context.engine.append(self.ref, ids, text=shown, role=role).result()
+
+    def generate(
+        self, prompt: str = "", sampling: object = None, *, token_ids: Sequence[int] | None = None
+    ) -> Completion:
+        """Append the prompt, if any, and generate."""
+        return self.stream(prompt, sampling, token_ids=token_ids).result()
+
+    def stream(
+        self, prompt: str = "", sampling: object = None, *, token_ids: Sequence[int] | None = None
+    ) -> Stream[Completion]:
+        """As `generate`: iterate for the deltas, `result()` is the completion."""
+        return self._run(self.request(prompt, sampling, token_ids=token_ids))
+
+    def resume(self) -> Completion:
+        """Go on with the completion that was interrupted or captured in the middle; the result is the whole turn."""
+        return self.resume_stream().result()
+
+    def resume_stream(self) -> Stream[Completion]:
+        return self._run(GenerateRequest(session=self.ref, resume=True))
+
+    def chat(
+        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
+    ) -> ChatResult:
+        """Answer a conversation, given whole; only what the session does not hold yet is prefilled."""
+        return self.chat_stream(messages, sampling, tools=tools).result()
+
+    def chat_stream(
+        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
+    ) -> Stream[ChatResult]:
+        params, view = as_sampling(sampling), self.view()
+        codec = self._context.engine.codec
+        rendered = chats.continue_with(codec, view.tokens, view.turns, messages, tools)
+        dropped = len(view.tokens) - rendered.keep
+        if dropped:
+            self._rewind(view, rendered.keep)
+        request = GenerateRequest(
+            session=self.ref,
+            prompt=rendered.new,
+            prompt_text=codec.decode(rendered.new, skip_special_tokens=False),
+            role=rendered.role,
+            sampling=params,
+        )
+        handle = self._context.engine.generate([request])
+        return Stream(
+            handle,
+            lambda done: ChatResult(
+                completion=done[0],
+                num_new_tokens=len(rendered.new),
+                forked_at=rendered.keep if dropped else None,
+                num_dropped_tokens=dropped,
+            ),
+        )
+
+    def request(self, prompt: str, sampling: object, *, token_ids: Sequence[int] | None = None) -> GenerateRequest:
+        """One session's part of a batch."""
+        params = as_sampling(sampling)
+        ids, shown = self.encode(prompt, token_ids)
+        return GenerateRequest(session=self.ref, prompt=tuple(ids), prompt_text=shown, sampling=params)
+
+    def encode(self, text: str, token_ids: Sequence[int] | None) -> tuple[list[int], str]:
+        """(token ids, their text) of what is to be appended here."""
+        codec = self._context.engine.codec
+        if token_ids is not None:
+            if text:
+                raise InvalidRequest("text and token_ids are both given; give one of the two")
+            return list(token_ids), codec.decode(token_ids, skip_special_tokens=False)
+        return (codec.encode(text, first=self.num_tokens == 0), text) if text else ([], "")
+
+    def _run(self, request: GenerateRequest) -> Stream[Completion]:
+        return Stream(self._context.engine.generate([request]), lambda done: done[0])
+
+    def _rewind(self, view: SessionView, at: int) -> None:
+        """Go on from token `at`: this object moves to a fork, and the engine forgets the rest."""
+        if view.running:
+            raise Busy("the session is generating; wait for its result, cancel it, or fork it")
+        engine, old = self._context.engine, self.ref
+        new = engine.fork(old, 1, at=at, replay=True).result()[0]
+        with self._lock:
+            self._ref, self._kept, self._last = new, self._kept.cut(engine.view(new).num_kv), None
+        engine.close_session(old)
+
+    # -- git's verbs
+
+    def commit(
+        self,
+        message: str = "",
+        branch: str | None = None,
+        meta: Mapping[str, str] | None = None,
+        expect: Expect = "parent",
+    ) -> CommitResult:
+        """Store the session as it stands, also in the middle of a generation, and move the branch to it.
+
+        `branch` None: the session's own; on no branch the commit is reachable by its id, and kept from gc as long as
+        reflogs are. Durable when this returns. Raises `CommitConflict` (the commit is kept) when the branch is not
+        where `expect` says: at the session's parent, unless told otherwise.
+        """
+        return self._commit(message, branch or self._branch, commits.check_meta(meta), expect, "commit")
+
+    def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
+        """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written."""
+        engine = self._context.engine
+        refs = engine.fork(self.ref, n, at=at, replay=replay).result()
+        kept = self._kept.cut(engine.view(refs[0]).num_kv)
+        return Group(self._context, [Session(self._context, ref, kept=kept, parent=self._parent) for ref in refs])
+
+    def adopt(self, branch: str, message: str = "") -> CommitResult:
+        """Commit (if anything is new) and make it the branch, whatever the branch was; the old tip stays in its reflog.
+
+        Raises `CommitConflict` if the branch moves while this runs."""
+        with self._lock:
+            last = self.committed()
+            if last is not None and not message:
+                point = resolve.at(self._context.store, last.commit)
+                refs.move(self._context.store, branch, point, f"adopt: {short(last.commit)}")
+                self._branch = branch
+                return msgspec.structs.replace(last, branch=branch, nbytes_written=0, stages={})
+            tip = self._context.store.ref(branch)
+            before = tip.target if tip is not None else None
+            return self._commit(message or "adopted", branch, {}, before, "adopt")
+
+    def park(self) -> SessionView:
+        """Let the engine have this session's memory; the next use brings the KV back."""
+        return self._context.engine.park(self.ref).result()
+
+    def close(self) -> None:
+        """Forget the live session; running work on it is cancelled, commits stay. Closing twice is fine."""
+        self.check_process()
+        if not self._closed:
+            self._closed = True
+            self._context.engine.close_session(self._ref)
+
+    def committed(self) -> CommitResult | None:
+        """The last commit of this session, if nothing was added since."""
+        with self._lock:
+            last, view = self._last, self.view()
+            same = last is not None and last[0].num_tokens == len(view.tokens) and last[1] == view.turns
+            return last[0] if last is not None and same else None
+
+    def _commit(
+        self, message: str, branch: str | None, meta: dict[str, str], expect: Expect, reason: str
+    ) -> CommitResult:
+        with self._lock:
+            request = commits.Request(
+                session=self.ref,
+                parent=self._parent,
+                message=message,
+                branch=branch,
+                meta=meta,
+                expect=expect,
+                reason=reason,
+            )
+            done = commits.write(self._context, request, self._kept)
+            self._kept = done.kept
+            if done.conflict is not None:
+                raise done.conflict
+            self._parent, self._branch = done.result.commit, branch
+            self._last = (done.result, done.captured.turns)
+            return done.result
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "closed" if self._closed else f"from {short(self._parent)}" if self._parent else "new"
+        return f"<Session {where}{f' on {self._branch}' if self._branch else ''}>"

@@ -1,0 +1,58 @@
+"""Which engine a repository was last used with, so that the command line can boot the same again.
+
+Kept as one JSON setting of the store: {"name": …, "options": {…}}. Options are what `load_engine` was given; values
+that JSON cannot hold are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import msgspec
+
+from thaw.core.errors import CorruptDatabase
+from thaw.engines.base import Engine
+from thaw.store import Store
+
+KEY = "engine"
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's name in the registry and the options to boot it with."""
+
+    name: str
+    options: dict[str, object] = {}
+
+
+def of_engine(engine: Engine) -> EngineSettings:
+    """How to boot an engine like this one. Engines that keep their `options` say it themselves."""
+    options = getattr(engine, "options", None)
+    if not isinstance(options, Mapping):
+        options = {"model": engine.info.model} if engine.info.model else {}
+    return EngineSettings(name=engine.info.name, options={k: v for k, v in options.items() if _is_json(v)})
+
+
+def recall(store: Store) -> EngineSettings | None:
+    """The remembered settings, or None in a repository that no engine has used."""
+    text = store.get_setting(KEY)
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=EngineSettings)
+    except msgspec.DecodeError as error:
+        raise CorruptDatabase(f"the setting {KEY!r} of {store.path} is damaged: {error}. Name the engine.") from None
+
+
+def remember(store: Store, settings: EngineSettings) -> None:
+    """Write `settings` if they differ from what is there."""
+    if recall(store) != settings:
+        store.set_setting(KEY, msgspec.json.encode(settings).decode())
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

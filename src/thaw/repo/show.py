@@ -1,0 +1,57 @@
+"""One point in full: its commit, its turns with their text, its model, and what it weighs."""
+
+from __future__ import annotations
+
+import msgspec
+
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Boundary, Commit, Turn
+from thaw.repo import cut, timeline
+from thaw.repo.log import LogEntry, log
+from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.weight import blobs_of, weigh
+from thaw.store import Store
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """`nbytes`: bytes of the blobs that the point uses; `text` is the turns' texts, joined."""
+
+    point: ResolvedPoint
+    entry: LogEntry
+    model: ModelIdentity
+    turns: tuple[Turn, ...]
+    tokens: tuple[int, ...]
+    num_kv: int
+    seed: int
+    share_prefix: bool
+    boundary: Boundary | None
+    nbytes: int
+    num_blobs: int
+    unfinished: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(turn.text for turn in self.turns)
+
+
+def show(store: Store, point: ResolvedPoint) -> Shown:
+    """Read, not changed; no engine. A turn that an interior point cuts through has no text here."""
+    store.get_as(point.commit, Commit)
+    line = timeline.read(store, timeline.read_state(store, point.state))
+    num_kv = cut.num_kv_at(line.state, point.num_tokens)
+    blobs = blobs_of(line, num_kv, with_boundary=point.at_end)
+    turns = cut.cut_turns(line.turns, line.tokens, point.num_tokens, None)
+    return Shown(
+        point=point,
+        entry=log(store, [point.commit], limit=1)[0],
+        model=store.get_as(line.state.model, ModelIdentity),
+        turns=turns,
+        tokens=line.tokens[: point.num_tokens],
+        num_kv=num_kv,
+        seed=int(line.state.seed),
+        share_prefix=line.state.share_prefix,
+        boundary=line.state.boundary if point.at_end else None,
+        nbytes=weigh(store, blobs),
+        num_blobs=len(blobs),
+        unfinished=cut.unfinished(turns),
+    )

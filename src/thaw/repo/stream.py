@@ -1,0 +1,43 @@
+"""Work under way, as the caller sees it: a thin view of the engine's handle.
+
+Iterate for deltas as they come; `result()` waits for the end. Leaving the loop early does not stop the work: `cancel()`
+does, or leaving the `with` block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from thaw.engines.base import Completion, Delta, Handle
+
+T = TypeVar("T")
+
+
+class Stream(Generic[T]):
+    """Deltas of one generation. Iterating again gives the same deltas again. Safe from any thread."""
+
+    def __init__(self, handle: Handle[list[Completion]], finish: Callable[[list[Completion]], T]) -> None:
+        self.handle = handle
+        self._finish = finish
+
+    def __iter__(self) -> Iterator[Delta]:
+        return iter(self.handle)
+
+    def result(self, timeout: float | None = None) -> T:
+        """The outcome. Raises `TimedOut` after `timeout` seconds (the work goes on), `Cancelled` after `cancel`."""
+        return self._finish(self.handle.result(timeout))
+
+    def cancel(self) -> None:
+        """Stop at the next step boundary; the session keeps the tokens it has."""
+        self.handle.cancel()
+
+    def done(self) -> bool:
+        return self.handle.done()
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.done():
+            self.cancel()

@@ -1,0 +1,230 @@
+"""Verify: hydrate a point and say which laws held. Nothing is claimed that was not seen.
+
+    bytes       law 1   every blob of the point is read and hashed
+    boundary    law 2   the logits at the fork point against the digest and the top log probabilities stored at capture
+    state       law 3   tokens, turns and seed of the live session equal the stored ones
+    identity    law 5   weights, configuration, tokenizer, layout, policy
+    cached      law 6   the engine counted every stored token as cached
+
+A law that fails stops those that need what it found broken; they are reported as not tried. Writes nothing to the
+repository: the capture that reads the digest goes to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from thaw.core.errors import Damaged, NotFound, Refused, ThawError
+from thaw.core.identity import ModelIdentity, compare
+from thaw.core.objects import Boundary
+from thaw.core.sampling import Sampling
+from thaw.data.locations import StoreMount
+from thaw.data.pack import read_blob
+from thaw.engines.base import CapturePlan, Completion, Engine, GenerateRequest, Handle, SessionRef
+from thaw.repo import cut
+from thaw.repo.context import Context
+from thaw.repo.hydrate import Hydration, hydrate, reading
+from thaw.repo.report import Continuation, LawResult, VerifyReport
+from thaw.repo.resolve import ResolvedPoint, at
+from thaw.repo.timeline import Timeline, read, read_state
+from thaw.repo.weight import blobs_of
+
+TOP = 5
+
+
+def verify_in(engine: Engine, context: Context, point: ResolvedPoint, *, num_tokens: int = 16) -> VerifyReport:
+    """Check `point` in `engine`; `num_tokens` greedy tokens are compared with a re-prefill (0: none)."""
+    here = Context(context.store, engine)
+    line, laws = _check_bytes(here, point)
+    continuation = None
+    if line is not None:
+        laws.append(_check_identity(here, line))
+    if all(law.held for law in laws) and line is not None:
+        laws += _check_restore(here, point, line)
+        laws.append(_check_boundary(here, point, line))
+        if num_tokens and point.num_tokens:
+            continuation = _continue(here, point, num_tokens)
+    else:
+        laws += [_not_tried(name) for name in ("cached", "state", "boundary")]
+    return VerifyReport(
+        point=str(point),
+        num_tokens=point.num_tokens,
+        num_kv=0 if line is None else cut.num_kv_at(line.state, point.num_tokens),
+        engine=engine.info.name,
+        engine_version=engine.info.version,
+        device=engine.info.device,
+        laws=tuple(laws),
+        continuation=continuation,
+    )
+
+
+def _check_bytes(context: Context, point: ResolvedPoint) -> tuple[Timeline | None, list[LawResult]]:
+    """Law 1: read and hash everything, one blob in memory at a time."""
+    promised = "every object and blob hashes to its id"
+    store, nbytes, count = context.store, 0, 0
+    try:
+        with reading(store, point):
+            line = read(store, read_state(store, point.state))
+            num_kv = cut.num_kv_at(line.state, point.num_tokens)
+            found = store.locate(blobs_of(line, num_kv, with_boundary=point.at_end))
+            for location in found.values():
+                nbytes += len(read_blob(store.packs, location))
+                count += 1
+    except (Damaged, NotFound) as error:
+        return None, [LawResult(name="bytes", held=False, promised=promised, seen=error.kind, detail=str(error))]
+    return line, [LawResult(name="bytes", held=True, promised=promised, seen=f"{count} blobs, {nbytes} bytes hashed")]
+
+
+def _check_identity(context: Context, line: Timeline) -> LawResult:
+    promised = "the running model is the one that the state was taken with"
+    stored = context.store.get_as(line.state.model, ModelIdentity)
+    try:
+        compare(stored, context.engine.identity())
+    except Refused as error:
+        return LawResult(name="identity", held=False, promised=promised, seen=error.kind, detail=str(error))
+    return LawResult(name="identity", held=True, promised=promised, seen=f"weights {stored.weights[:19]}…")
+
+
+def _check_restore(context: Context, point: ResolvedPoint, line: Timeline) -> list[LawResult]:
+    """Laws 6 and 3: what the engine says it has after hydrating."""
+    promised = f"{cut.num_kv_at(line.state, point.num_tokens)} tokens counted as cached by the engine"
+    try:
+        live = hydrate(context, point)
+    except ThawError as error:
+        failed = LawResult(name="cached", held=False, promised=promised, seen=error.kind, detail=str(error))
+        return [failed, _not_tried("state")]
+    engine = context.engine
+    try:
+        view = engine.view(live.session)
+        state_held = (view.tokens, view.turns, view.seed) == (live.plan.tokens, live.plan.turns, live.plan.seed)
+        cached = _cached(engine, live)
+    finally:
+        engine.close_session(live.session)
+    return [
+        LawResult(
+            name="cached",
+            held=live.proof.hit and cached == live.plan.num_kv,
+            promised=promised,
+            seen=f"{cached} cached, {live.proof.num_recomputed_tokens} recomputed, {live.proof.nbytes} bytes read",
+            detail=f"verification: {live.proof.verification}",
+        ),
+        LawResult(
+            name="state",
+            held=state_held,
+            promised=f"{len(live.plan.tokens)} tokens, {len(live.plan.turns)} turns, seed {live.plan.seed}",
+            seen=f"{len(view.tokens)} tokens, {len(view.turns)} turns, seed {view.seed}",
+        ),
+    ]
+
+
+def _cached(engine: Engine, live: Hydration) -> int:
+    """What the engine counts as cached when the session first runs."""
+    if not live.plan.tokens or len(live.plan.tokens) >= engine.info.max_model_len:
+        return live.proof.num_cached_tokens
+    return _greedy(engine, live.session, 1).num_cached_tokens
+
+
+def _check_boundary(context: Context, point: ResolvedPoint, line: Timeline) -> LawResult:
+    """Law 2: compute the logits of the stored boundary again and compare."""
+    stored = line.state.boundary
+    if stored is None or not point.at_end or not stored.position:
+        return _not_tried("boundary", "no logits were stored for this point")
+    if stored.position >= context.engine.info.max_model_len:
+        return _not_tried("boundary", "the session is as long as the model allows; no more logits can be computed")
+    where = point if stored.position == point.num_tokens else at(context.store, point.commit, token=stored.position)
+    try:
+        live = hydrate(context, where)
+    except ThawError as error:
+        return LawResult(name="boundary", held=False, promised="hydrate", seen=error.kind, detail=str(error))
+    engine = context.engine
+    try:
+        done = _greedy(engine, live.session, 1, top=min(TOP, len(stored.top)))
+        seen = _boundary_of(engine, live.session, context.store.uuid, live.plan.num_kv)
+    finally:
+        engine.close_session(live.session)
+    return _judge(stored, seen, done, _promise(engine, line, stored))
+
+
+def _promise(engine: Engine, line: Timeline, stored: Boundary) -> str:
+    """Why bit equality is promised at this boundary, or "" when it is not."""
+    if engine.info.continuation != "decode-exact" or stored.batch != 1:
+        return ""
+    if stored.hidden is not None:
+        return "the hidden state was kept"
+    inside = any(t.kind == "completion" and t.start < stored.position <= t.end for t in line.turns)
+    return "it was a decode step" if inside else ""
+
+
+def _judge(stored: Boundary, seen: Boundary | None, done: Completion, why: str) -> LawResult:
+    equal = seen is not None and (seen.position, seen.digest) == (stored.position, stored.digest)
+    difference = _top_difference(stored, seen, done)
+    text = "logits equal bit for bit" if equal else f"largest difference in log probability {difference:.3g}"
+    if not why:
+        promised = f"nothing at this batch shape ({stored.batch} at capture, 1 here) or point; measured only"
+        return LawResult(name="boundary", held=True if equal else None, promised=promised, seen=text)
+    return LawResult(
+        name="boundary",
+        held=equal,
+        promised=f"logits at position {stored.position} equal bit for bit ({why})",
+        seen=text,
+        detail=f"digest {stored.digest[:19]}… stored, {'none' if seen is None else seen.digest[:19] + '…'} seen",
+    )
+
+
+def _top_difference(stored: Boundary, seen: Boundary | None, done: Completion) -> float:
+    """Largest difference between stored and seen log probabilities of the tokens that both list."""
+    now = dict(seen.top) if seen is not None and seen.position == stored.position else {}
+    if not now and done.top_logprobs:
+        now = dict(done.top_logprobs[0])
+    return max((abs(now[token] - value) for token, value in stored.top if token in now), default=float("inf"))
+
+
+def _boundary_of(engine: Engine, session: SessionRef, uuid: str, base: int) -> Boundary | None:
+    with tempfile.TemporaryDirectory(prefix="thaw-verify-") as folder:
+        plan = CapturePlan(mount=StoreMount(uuid=uuid, packs=Path(folder)), pack=f"{'0' * 32}.safetensors", base=base)
+        return engine.capture(session, plan).result().boundary
+
+
+def _continue(context: Context, point: ResolvedPoint, num_tokens: int) -> Continuation | None:
+    """Greedy tokens after the point: hydrated, and from a new prefill of the same tokens."""
+    engine = context.engine
+    n = min(num_tokens, engine.info.max_model_len - point.num_tokens)
+    if n < 1:
+        return None
+    live = hydrate(context, point)
+    loaded_s = live.proof.stages_s.get("load", 0.0)
+    fresh = engine.open(seed=live.plan.seed)
+    try:
+        ours = _greedy(engine, live.session, n)
+        theirs = _greedy(engine, fresh, n, prompt=live.plan.tokens)
+    finally:
+        engine.close_session(live.session)
+        engine.close_session(fresh)
+    pairs = list(zip(ours.token_ids, theirs.token_ids, strict=False))
+    first = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
+    differences = [abs(x - y) for x, y in zip(ours.logprobs[:first], theirs.logprobs[:first], strict=False)]
+    return Continuation(
+        num_tokens=len(pairs),
+        first_difference=first,
+        max_logprob_difference=max(differences, default=0.0),
+        hydrate_s=loaded_s + ours.ttft_s,
+        prefill_s=theirs.ttft_s,
+        hydrated_text=ours.text,
+        prefilled_text=theirs.text,
+    )
+
+
+def _greedy(
+    engine: Engine, session: SessionRef, n: int, *, prompt: Sequence[int] = (), top: int | None = None
+) -> Completion:
+    sampling = Sampling(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=top)
+    handle: Handle[list[Completion]] = engine.generate(
+        [GenerateRequest(session=session, prompt=tuple(prompt), sampling=sampling)]
+    )
+    return handle.result()[0]
+
+
+def _not_tried(name: str, why: str = "not tried: an earlier law failed") -> LawResult:
+    return LawResult(name=name, held=None, promised="", seen="", detail=why)

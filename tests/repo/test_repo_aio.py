@@ -1,0 +1,68 @@
+"""Laws of the asyncio view: the same results, and a cancelled task stops its work."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from thaw import Sampling, aio
+from thaw.engines.base import Engine
+
+WARM = Sampling(max_tokens=12, ignore_eos=True)
+
+
+def test_awaited_verbs_do_what_the_blocking_ones_do(tmp_path: Path, engine: Engine) -> None:
+    async def main() -> None:
+        async with await aio.open(tmp_path / "r", engine=engine) as repo:
+            async with await repo.session(seed=3) as s:
+                await s.append("hello " * 50)
+                done = await s.commit("read", branch="main")
+                out = await s.generate("Why?", WARM)
+                back = await repo.session("main")
+                stream = back.stream("Why?", WARM)
+                text = [delta.text async for delta in stream]
+                assert "".join(text) == out.text and (await stream).token_ids == out.token_ids
+                async with await repo.fork("main", 3) as kids:
+                    outs = await kids.generate(["a", "b", "c"], WARM)
+                    assert len(outs) == len(kids) == 3
+                    await kids.commit("k")
+                    await repo.adopt(kids[1], "main")
+                assert repo.sync.resolve("main@{1}").commit == done.commit
+                inside = await repo.session("k/0:310")
+                assert (await inside.resume()).token_ids == outs[0].token_ids
+                answer = await back.chat([{"role": "user", "content": "x"}], WARM)
+                assert answer.text and (await back.view()).tokens == back.sync.tokens
+
+    asyncio.run(main())
+
+
+def test_others_run_while_one_waits(tmp_path: Path, slow_engine: Engine) -> None:
+    async def main() -> None:
+        async with await aio.open(tmp_path / "r", engine=slow_engine) as repo:
+            a, b = await repo.session(), await repo.session()
+            outs = await asyncio.gather(a.generate("x", WARM).result(), b.generate("y", WARM).result())
+            assert all(len(out.token_ids) == 12 for out in outs)
+
+    asyncio.run(main())
+
+
+def test_cancelling_the_task_cancels_the_generation(tmp_path: Path, slow_engine: Engine) -> None:
+    long = Sampling(max_tokens=5000, ignore_eos=True)
+
+    async def main() -> None:
+        async with await aio.open(tmp_path / "r", engine=slow_engine) as repo:
+            s = await repo.session()
+            task = asyncio.ensure_future(s.generate("x", long).result())
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            while (await s.view()).running:
+                await asyncio.sleep(0.01)
+            assert 0 < s.sync.num_tokens < 1000
+            async for _ in s.stream("again", long):
+                break
+            while (await s.view()).running:
+                await asyncio.sleep(0.01)
+            assert s.sync.turns[-1].finish_reason == "abort"
+
+    asyncio.run(main())
