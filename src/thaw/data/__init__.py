@@ -1,1 +1,1 @@
-"""The data plane: packs, hashing, reading and writing blobs. Usable inside an engine's worker; no engine, no database."""
+"""The data plane: packs, hashing, reading and writing. Usable inside an engine's worker; no engine, no database."""

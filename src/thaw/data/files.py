@@ -1,0 +1,104 @@
+"""Durable file operations, and what their failures mean.
+
+Every path that thaw writes goes through here: temporary name, mode 0600, fsync, rename, fsync of the folder. An
+operating system error becomes `StorageFailed` with the path, the reason and what to do; nothing else escapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from thaw.core.errors import StorageFailed
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full. Free some space (`thaw gc` drops what no branch or tag needs), then try again",
+    errno.EDQUOT: "the disk quota is used up. Free some space (`thaw gc`), then try again",
+    errno.EFBIG: "the file would be larger than the limit (ulimit -f, or the file system's). Raise it, then try again",
+    errno.EROFS: "the file system is read-only. Mount it for writing, or use a repository elsewhere",
+    errno.EACCES: "permission denied. Give this user the right to write there, or use a repository elsewhere",
+    errno.EPERM: "operation not permitted. Give this user the right to write there, or use a repository elsewhere",
+    errno.EIO: "the device reported an I/O error. Check the disk, then run `thaw fsck`",
+    errno.ENOENT: "it does not exist",
+    errno.EMFILE: "too many open files. Raise the limit (ulimit -n), then try again",
+}
+
+
+def storage_failed(error: OSError, path: Path | str, doing: str) -> StorageFailed:
+    """The `StorageFailed` that says what `error` means for `path`."""
+    reason = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    return StorageFailed(f"cannot {doing} {path}: {reason} ({name})")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
+    """Turns an `OSError` inside into `StorageFailed` naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_failed(error, path, doing) from error
+
+
+def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`; short writes are continued."""
+    while len(data):
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync of the folder itself: what makes a created, renamed or removed name last."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, overwrite: bool = True) -> Iterator[int]:
+    """A file descriptor to write; at the end of the block it becomes `path`, whole and on disk, or nothing is left.
+
+    The temporary name is `<path>.tmp` (whoever holds the repository's lease on the name owns it too).
+    Without `overwrite` an existing `path` is an error. Raises `StorageFailed`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors(path, "write"):
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    finished = False
+    try:
+        yield fd
+        with storage_errors(path, "write"):
+            os.fsync(fd)
+            if not overwrite and path.exists():
+                raise FileExistsError(errno.EEXIST, "a file of that name exists already", str(path))
+            os.rename(temporary, path)
+            finished = True
+            sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        if not finished:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """`path` holds the old bytes or these, after a crash too; on return it holds these. Raises `StorageFailed`."""
+    with replacing(path) as fd, storage_errors(path, "write"):
+        pwrite_all(fd, memoryview(data), 0)
+
+
+def drop_cache(path: Path) -> None:
+    """Asks the kernel to forget the file's cached pages (measurements of a cold read)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -1,0 +1,115 @@
+"""refs.json: branches, tags, HEAD, recent reflog and settings beside the database, for the day it is lost.
+
+Written atomically and synced after each change of refs, under a lock, always from what the database says at that
+moment; so it is never newer than the database, unless the database lost something. It carries its own digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from thaw.core.errors import Busy, CorruptDatabase, NewerFormat
+from thaw.core.ids import digest
+from thaw.data.files import storage_errors, write_atomic
+from thaw.store.db import Database, setting
+from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
+
+NAME = "refs.json"
+REFLOG_ENTRIES = 200
+MAX_BYTES = 64 << 20
+
+
+class Backup(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="thaw.refs/1", forbid_unknown_fields=True
+):
+    """What refs.json holds; `reflog` newest first. `digest` is of the file with the digest's own digits as zeros."""
+
+    digest: str
+    sequence: int
+    uuid: str
+    head: str
+    refs: tuple[Ref, ...]
+    reflog: tuple[ReflogEntry, ...]
+    settings: dict[str, str]
+
+
+_ZERO = "b3:" + "0" * 64
+
+
+def encode(backup: Backup) -> bytes:
+    blank = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(backup, digest=_ZERO)), indent=1) + b"\n"
+    return blank.replace(_ZERO.encode(), digest(blank).encode(), 1)
+
+
+def decode(data: bytes) -> Backup:
+    """The backup in `data`. Raises `CorruptDatabase` for anything that `encode` would not have written."""
+    try:
+        backup = msgspec.json.decode(data, type=Backup)
+        again = encode(backup)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        if data.lstrip().startswith(b"{") and b'"thaw.refs/' in data[:80] and b'"thaw.refs/1"' not in data[:80]:
+            raise NewerFormat(f"{NAME} was written by a newer thaw. Upgrade thaw to read it.") from None
+        raise CorruptDatabase(f"{NAME} is not readable: {error}") from None
+    if again != data:
+        raise CorruptDatabase(f"{NAME} does not match its own digest; it was changed after it was written")
+    return backup
+
+
+def read(folder: Path) -> Backup | None:
+    """The backup of a repository; None when there is none. Raises `CorruptDatabase`, `StorageFailed`."""
+    path = folder / NAME
+    with storage_errors(path, "read"):
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise CorruptDatabase(f"{NAME} has {path.stat().st_size} bytes; at most {MAX_BYTES} are allowed")
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+    return decode(data)
+
+
+def collect(connection: sqlite3.Connection) -> Backup:
+    """The backup that matches the database as `connection` sees it."""
+    rows = connection.execute("SELECT key FROM settings WHERE key LIKE 'user.%' ORDER BY key").fetchall()
+    return Backup(
+        digest=_ZERO,
+        sequence=int(setting(connection, "sequence") or "0"),
+        uuid=setting(connection, "uuid") or "",
+        head=setting(connection, "head") or "main",
+        refs=tuple(read_refs(connection)),
+        reflog=tuple(read_whole_reflog(connection, limit=REFLOG_ENTRIES)),
+        settings={key: setting(connection, key) or "" for (key,) in rows},
+    )
+
+
+def write(folder: Path, database: Database) -> None:
+    """Brings refs.json up to the database. Raises `StorageFailed`; then the old one is still there."""
+    with locked(folder / "refs.lock"):
+        with database.read() as connection:
+            backup = collect(connection)
+        write_atomic(folder / NAME, encode(backup))
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True, busy: str = "") -> Iterator[None]:
+    """An exclusive lock between processes and threads, by `flock` on a file; it ends with the process. `Busy`."""
+    with storage_errors(path, "lock"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            with storage_errors(path, "lock"):
+                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except Exception as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                raise Busy(busy) from None
+            raise
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,177 @@
+"""fsck: looks at every byte of a repository and names what is damaged: which file, which blob, which commits.
+
+Works when the database is lost or unreadable. With `rebuild` a database that is not whole is made again from the packs
+and refs.json (see `thaw.store.rebuild`), and a refs.json that is not is written again from the database.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from thaw.core.errors import CorruptDatabase, NewerFormat, NotFound, ThawError
+from thaw.store import backup, leases, rebuild
+from thaw.store.db import Database
+from thaw.store.report import FsckReport, Problem
+from thaw.store.scan import PackScan, list_packs, scan_packs
+from thaw.store.schema import DATABASE, PACKS
+from thaw.store.tables import Index, check_tables
+
+__all__ = ["FsckReport", "Problem", "fsck"]
+
+
+def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
+    """Checks the repository in `path`; `deep` (the default) hashes all bytes. Damage is reported, not raised.
+
+    Raises `NotFound` when there is no repository, `NewerFormat`, and with `rebuild` also `Busy` and `StorageFailed`.
+    """
+    path = Path(path)
+    if not any((path / name).exists() for name in (DATABASE, PACKS, backup.NAME)):
+        raise NotFound(f"{path} is not a repository (no {DATABASE}). Make one with `thaw init {path}`.")
+    began = time.perf_counter()
+    report, scans = _check(path, deep)
+    if rebuild:
+        report = _repair(path, report, scans, deep)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _repair(path: Path, report: FsckReport, scans: dict[str, PackScan], deep: bool) -> FsckReport:
+    files = {problem.file for problem in report.problems}
+    if DATABASE in files:
+        notes = rebuild.rebuild(path, scans, deep=deep)
+    elif backup.NAME in files:
+        backup.write(path, Database(path / DATABASE))
+        notes = [f"{backup.NAME} was written again from the database"]
+    else:
+        return report
+    after, _ = _check(path, deep)
+    left = {(problem.file, problem.what) for problem in after.problems}
+    after.repaired = [problem for problem in report.problems if (problem.file, problem.what) not in left]
+    after.rebuilt = DATABASE in files
+    after.notes = notes + after.notes
+    return after
+
+
+def _check(path: Path, deep: bool) -> tuple[FsckReport, dict[str, PackScan]]:
+    report = FsckReport(deep=deep)
+    database = Database(path / DATABASE)
+    with contextlib.closing(database):
+        lease = _lease(database)
+        index = _index(path, database, report)
+        names = list_packs(path / PACKS)
+        scans = scan_packs(path / PACKS, sorted({*names} | index.packs.keys()), deep=deep)
+        _check_packs(index, scans, names, report)
+        _check_backup(path, report)
+        _check_links(index, report)
+        if lease is not None:
+            with contextlib.suppress(ThawError), database.write(durable=False) as connection:
+                leases.release(connection, lease)
+    report.problems = _with_commits(report.problems, index)
+    report.num_packs, report.num_blobs, report.num_objects = len(index.packs), len(index.blobs), len(index.links)
+    report.num_commits = sum(of.kind == "commit" for of in index.links.values())
+    report.nbytes = sum(scan.nbytes for scan in scans.values())
+    return report, scans
+
+
+def _lease(database: Database) -> str | None:
+    """A reader's lease, so that gc unlinks nothing meanwhile; None when the database cannot be written."""
+    try:
+        with database.write(durable=False) as connection:
+            return leases.take(connection, "read")
+    except ThawError:
+        return None
+
+
+def _index(path: Path, database: Database, report: FsckReport) -> Index:
+    try:
+        with database.read() as connection:
+            return check_tables(connection, path, report)
+    except NewerFormat:
+        raise
+    except ThawError as error:
+        report.add(DATABASE, str(error))
+        return Index()
+
+
+def _check_packs(index: Index, scans: dict[str, PackScan], names: list[str], report: FsckReport) -> None:
+    rows: dict[str, dict[tuple[str, int, int], bool]] = defaultdict(dict)
+    for is_object, table in ((False, index.blobs), (True, index.objects)):
+        for identifier, (pack, start, nbytes) in table.items():
+            rows[pack][identifier, start, nbytes] = is_object
+    for pack, wanted in rows.items():
+        if pack not in index.packs:
+            report.add(DATABASE, f"rows point into pack {pack}, which packs does not list", _ids(wanted))
+    for pack, nbytes in index.packs.items():
+        _check_pack(scans[pack], nbytes, rows[pack], pack in names, report)
+    known = index.packs.keys()
+    for name in names:
+        if name not in known and index.packs:
+            report.notes.append(f"{PACKS}/{name} is not indexed: a commit is running, or gc will reclaim it")
+
+
+def _check_pack(
+    scan: PackScan, nbytes: int, rows: dict[tuple[str, int, int], bool], there: bool, report: FsckReport
+) -> None:
+    file = f"{PACKS}/{scan.name}"
+    if not there:
+        report.add(file, f"pack {scan.name} is missing", _ids(rows))
+        return
+    bad = tuple(sorted({entry.id for entry in scan.bad if entry.id}))
+    for what in scan.problems:
+        named = tuple(i for i in bad if i in what) or (bad if scan.header else _ids(rows))
+        report.add(file, what, named)
+    if scan.header is None:
+        return
+    if scan.header.nbytes != nbytes:
+        report.add(DATABASE, f"packs says {nbytes} bytes for {scan.name}; its header describes {scan.header.nbytes}")
+    entries = {(e.id, e.offset, e.nbytes): e.is_object for e in scan.header.entries if not e.is_pad}
+    wrong = [row for row, is_object in rows.items() if entries.get(row) is not is_object]
+    if wrong:
+        report.add(DATABASE, f"rows do not match the header of pack {scan.name}", _ids(wrong))
+
+
+def _ids(rows: Iterable[tuple[str, int, int]]) -> tuple[str, ...]:
+    return tuple(sorted({row[0] for row in rows}))
+
+
+def _check_backup(path: Path, report: FsckReport) -> None:
+    try:
+        if backup.read(path) is None:
+            report.add(backup.NAME, f"{backup.NAME} is missing; `thaw fsck --rebuild` writes it again")
+    except CorruptDatabase as error:
+        report.add(backup.NAME, str(error))
+
+
+def _check_links(index: Index, report: FsckReport) -> None:
+    """Everything that an object points to is stored."""
+    for identifier, of in index.links.items():
+        missing = [o for o in of.objects if o not in index.links and o not in index.bad]
+        missing += [blob for blob in of.blobs if blob not in index.blobs]
+        if missing:
+            report.add(DATABASE, f"{of.kind} {identifier} needs {missing[0]}, which is not stored", tuple(missing))
+
+
+def _with_commits(problems: list[Problem], index: Index) -> list[Problem]:
+    """Each problem with the commits whose own state needs what is damaged (not those that only descend from it)."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for identifier, of in index.links.items():
+        linked = of.objects[:1] if of.kind == "commit" else of.objects
+        for one in (*linked, *of.blobs):
+            users[one].append(identifier)
+    return [replace(problem, commits=_users(problem.ids, users, index)) for problem in problems]
+
+
+def _users(ids: tuple[str, ...], users: dict[str, list[str]], index: Index) -> tuple[str, ...]:
+    seen = set(ids)
+    pending = list(ids)
+    while pending:
+        for user in users.get(pending.pop(), ()):
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return tuple(sorted(i for i in seen if i in index.links and index.links[i].kind == "commit"))

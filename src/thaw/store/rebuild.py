@@ -1,0 +1,249 @@
+"""Making the database again from packs and refs.json (and what the old database still says).
+
+Objects and blob places come from the packs. Refs, reflog, HEAD and settings come from refs.json, brought up by rows of
+the old database that match their checksums. A commit that is newer than its branch and descends from it
+(`Commit.branch` is the hint) moves the branch forward. A ref whose commit is lost goes back to the newest one in its
+reflog that is there. Commits that nothing names are kept from gc by a reflog entry. The old file is kept aside.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import uuid as uuids
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from thaw.core.errors import ThawError
+from thaw.core.ids import CommitId
+from thaw.core.objects import Commit, decode
+from thaw.core.points import check_name
+from thaw.data.files import storage_errors
+from thaw.data.header import OBJECT
+from thaw.data.locations import BlobLocation
+from thaw.data.pack import PackItem, read_blob, write_pack
+from thaw.store import backup, leases, objects, refs
+from thaw.store.db import Database, creating, set_setting
+from thaw.store.filesystem import refuse_network
+from thaw.store.links import Links, links
+from thaw.store.refs import Ref, ReflogEntry
+from thaw.store.salvage import Salvage, salvage
+from thaw.store.scan import PackScan
+from thaw.store.schema import DATABASE, PACKS
+
+
+@dataclass
+class _Found:
+    """What the packs hold."""
+
+    packs: dict[str, int] = field(default_factory=dict)
+    blobs: dict[str, BlobLocation] = field(default_factory=dict)
+    objects: dict[str, tuple[BlobLocation, bytes]] = field(default_factory=dict)
+    links: dict[str, Links] = field(default_factory=dict)
+    commits: dict[str, Commit] = field(default_factory=dict)
+    uuid: str = ""
+
+
+def rebuild(path: Path, scans: dict[str, PackScan], *, deep: bool) -> list[str]:
+    """Replaces the database of the repository in `path`, atomically; returns what is worth telling.
+
+    `scans` say which bytes are good. Raises `Busy` when gc or another rebuild runs, `StorageFailed`.
+    """
+    refuse_network(path)
+    with storage_errors(path / PACKS, "make"):
+        (path / PACKS).mkdir(mode=0o700, exist_ok=True)
+    busy = f"gc or another rebuild is running in {path}. Try again when it is done."
+    with backup.locked(path / "gc.lock", wait=False, busy=busy):
+        old = salvage(path / DATABASE)
+        found = _collect(path / PACKS, scans)
+        _rescue(path / PACKS, old, found)
+        saved = _merge(_saved(path), old)
+        notes: list[str] = []
+        with creating(path, saved.uuid or found.uuid or str(uuids.uuid4())) as connection:
+            _fill(connection, found)
+            _restore_refs(connection, saved, found, notes)
+        backup.write(path, Database(path / DATABASE))
+    counts = f"{len(found.packs)} packs, {len(found.blobs)} blobs, {len(found.objects)} objects"
+    return [f"the database was made again: {counts}, {len(found.commits)} commits", *notes]
+
+
+def _saved(path: Path) -> backup.Backup | None:
+    try:
+        return backup.read(path)
+    except ThawError:
+        return None
+
+
+def _merge(saved: backup.Backup | None, old: Salvage) -> backup.Backup:
+    """refs.json, or the old database's rows where they are newer; the reflog of both."""
+    base = saved or backup.Backup(digest="", sequence=0, uuid="", head="main", refs=(), reflog=(), settings={})
+    rows = old.as_backup()
+    newest, other = (rows, base) if saved is None or old.sequence > base.sequence else (base, rows)
+    entries = {entry: None for entry in sorted((*newest.reflog, *other.reflog), key=lambda entry: entry.time_ns)}
+    known = {ref.name: ref for ref in (newest.refs or other.refs)}
+    return backup.Backup(
+        digest="",
+        sequence=max(newest.sequence, other.sequence),
+        uuid=newest.uuid or other.uuid,
+        head=newest.head or other.head or "main",
+        refs=tuple(known.values()),
+        reflog=tuple(reversed(entries)),
+        settings={**other.settings, **newest.settings},
+    )
+
+
+def _collect(folder: Path, scans: dict[str, PackScan]) -> _Found:
+    found = _Found()
+    for name, scan in scans.items():
+        if scan.header is None:
+            continue
+        found.packs[name] = scan.header.nbytes
+        found.uuid = found.uuid or scan.header.metadata.get("thaw.store", "")
+        for entry in scan.good():
+            place = BlobLocation(blob=entry.id, pack=name, offset=entry.offset, nbytes=entry.nbytes)
+            if entry.is_object:
+                _take_object(folder, place, found)
+            else:
+                found.blobs.setdefault(entry.id, place)
+    return found
+
+
+def _take_object(folder: Path, place: BlobLocation, found: _Found) -> None:
+    """Objects that do not verify or decode are left out; the scan or the next check names them."""
+    try:
+        _keep_object(place, read_blob(folder, place), found)
+    except ThawError:
+        return
+
+
+def _keep_object(place: BlobLocation, data: bytes, found: _Found) -> None:
+    value = decode(data, place.blob)
+    found.links[place.blob] = links(data)
+    found.objects[place.blob] = (place, data)
+    if isinstance(value, Commit):
+        found.commits[place.blob] = value
+
+
+def _rescue(folder: Path, old: Salvage, found: _Found) -> None:
+    """Objects that only the old database still has are written into a pack again."""
+    lost = {identifier: data for identifier, data in old.objects.items() if identifier not in found.objects}
+    if not lost:
+        return
+    items = [PackItem(OBJECT, "U8", (len(data),), len(data), lambda data=data: data) for data in lost.values()]  # type: ignore[misc]
+    result = write_pack(folder, leases.new_pack_name(), items)
+    found.packs[result.name] = result.nbytes
+    for place, data in zip(result.blobs, lost.values(), strict=True):
+        _keep_object(place, data, found)
+
+
+def _fill(connection: sqlite3.Connection, found: _Found) -> None:
+    for name, nbytes in found.packs.items():
+        objects.insert_pack(connection, name, nbytes)
+    objects.insert_blobs(connection, found.blobs.values())
+    for identifier in sorted(found.objects, key=lambda i: int(found.commits[i].time_ns) if i in found.commits else -1):
+        place, data = found.objects[identifier]
+        objects.insert_object(connection, place, found.links[identifier].kind, data)
+    for state, entries in objects.homes(found.links):
+        objects.home_segments(connection, state, entries)
+
+
+def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _Found, notes: list[str]) -> None:
+    for key, value in {**saved.settings, "head": saved.head, "sequence": str(saved.sequence)}.items():
+        set_setting(connection, key, value)
+    for entry in reversed(saved.reflog):
+        refs.log_move(connection, entry)
+    tips = {ref.name: ref for ref in saved.refs}
+    for ref in saved.refs:
+        if ref.target not in found.commits:
+            _fall_back(tips, ref, saved.reflog, found, notes)
+    _advance(tips, saved, found, notes)
+    before = {ref.name: ref for ref in saved.refs}
+    for ref in tips.values():
+        refs.write_ref(connection, ref)
+        if ref != before.get(ref.name):
+            old = before[ref.name].target if ref.name in before else None
+            move = ReflogEntry(ref.name, old, ref.target, "fsck --rebuild", time.time_ns(), ref.kind)
+            refs.log_move(connection, move)
+    _keep_unnamed(connection, tips.values(), saved, found, notes)
+    refs.bump_sequence(connection)
+
+
+def _fall_back(tips: dict[str, Ref], ref: Ref, reflog: Iterable[ReflogEntry], found: _Found, notes: list[str]) -> None:
+    for entry in reflog:
+        for commit in (entry.new, entry.old):
+            if entry.name == ref.name and entry.moved and commit in found.commits and commit is not None:
+                tips[ref.name] = Ref(ref.name, ref.kind, commit)
+                notes.append(f"{ref.kind} {ref.name!r}: commit {ref.target} is lost; it stands at {commit} again")
+                return
+    del tips[ref.name]
+    notes.append(f"{ref.kind} {ref.name!r} is gone: its commit {ref.target} is lost")
+
+
+def _advance(tips: dict[str, Ref], saved: backup.Backup, found: _Found, notes: list[str]) -> None:
+    """Moves branches forward to whole commits that say they are on them, descend from them, and are newer."""
+    newest = {entry.name: entry.time_ns for entry in reversed(saved.reflog)}
+    logged = {commit for entry in saved.reflog for commit in (entry.old, entry.new)}
+    for identifier, commit in sorted(found.commits.items(), key=lambda pair: pair[1].time_ns):
+        name = commit.branch
+        if name is None or identifier in logged or commit.time_ns <= newest.get(name, 0) or not _is_name(name):
+            continue
+        tip = tips.get(name)
+        follows = tip is None or (tip.kind == "branch" and descends(found.commits, identifier, tip.target))
+        if follows and (tip is not None or name not in newest) and is_whole(found.links, found.blobs, identifier):
+            tips[name] = Ref(name, "branch", CommitId(identifier))
+            notes.append(f"branch {name!r} stands at {identifier}, which is newer than refs.json")
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(check_name(name))
+    except ThawError:
+        return False
+
+
+def _keep_unnamed(
+    connection: sqlite3.Connection, tips: Iterable[Ref], saved: backup.Backup, found: _Found, notes: list[str]
+) -> None:
+    named = {ref.target for ref in tips} | {c for e in saved.reflog for c in (e.old, e.new) if c is not None}
+    pending = list(named)
+    while pending:
+        commit = found.commits.get(pending.pop())
+        new = [parent for parent in (commit.parents if commit else ()) if parent not in named]
+        named.update(new)  # type: ignore[arg-type]
+        pending += new  # type: ignore[arg-type]
+    for identifier, commit in found.commits.items():
+        if identifier not in named and is_whole(found.links, found.blobs, identifier):
+            name = commit.branch if commit.branch and _is_name(commit.branch) else "lost-found"
+            now = time.time_ns()
+            kept = ReflogEntry(name, None, CommitId(identifier), "found by fsck --rebuild", now, moved=False)
+            refs.log_move(connection, kept)
+            notes.append(f"commit {identifier} has no branch or tag; gc keeps it for now")
+
+
+def descends(commits: dict[str, Commit], identifier: str, ancestor: str) -> bool:
+    """Whether `ancestor` is `identifier` or one of its ancestors."""
+    seen: set[str] = set()
+    pending = [identifier]
+    while pending:
+        one = pending.pop()
+        if one == ancestor:
+            return True
+        if one not in seen and one in commits:
+            seen.add(one)
+            pending.extend(commits[one].parents)
+    return False
+
+
+def is_whole(of: dict[str, Links], blobs: dict[str, BlobLocation], identifier: str) -> bool:
+    """Whether everything under an object is there."""
+    seen: set[str] = set()
+    pending = [identifier]
+    while pending:
+        one = pending.pop()
+        if one not in of or any(blob not in blobs for blob in of[one].blobs):
+            return False
+        new = [linked for linked in of[one].objects if linked not in seen]
+        seen.update(new)
+        pending += new
+    return True

@@ -1,0 +1,221 @@
+"""A write: packs and objects first on disk, then one SQL transaction that makes them visible.
+
+    begin      lease: this process, these pack names          (gc leaves them alone)
+    add_pack   a pack that an engine wrote and synced
+    put        objects, queued
+    commit     object pack written and synced ── SQL: packs, blobs, objects, check that everything they
+               point to is there, refs by compare-and-swap, reflog, lease released ── refs.json
+
+Before the SQL transaction nothing is visible; after it everything is, power cut or not. Whoever leaves without
+`commit` leaves nothing: packs are removed, or, if the process died, reclaimed by gc when its lease is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from thaw.core.errors import Busy, Conflict, CorruptBlob, InvalidRequest, RefConflict, StorageFailed
+from thaw.core.ids import ObjectId
+from thaw.core.objects import AnyObject, encode
+from thaw.data.header import OBJECT
+from thaw.data.locations import BlobLocation
+from thaw.data.pack import PackItem, PackResult, read_header, write_pack
+from thaw.store import backup, leases, objects, refs
+from thaw.store.db import CommitUnsure, Database
+from thaw.store.links import Links, kind_of, links
+from thaw.store.refs import RefUpdate
+
+
+class Home(Protocol):
+    """What a transaction needs of its store."""
+
+    path: Path
+    packs: Path
+    uuid: str
+    database: Database
+
+
+class Transaction:
+    """See the module. Used by one thread at a time; valid until `commit` or the end of the `with`."""
+
+    def __init__(self, store: Home, roots: Sequence[str] = ()) -> None:
+        self.pack = leases.new_pack_name()
+        self._object_pack = leases.new_pack_name()
+        self._store = store
+        self._leased = [self.pack, self._object_pack]
+        self._added: dict[str, tuple[int, tuple[BlobLocation, ...]]] = {}
+        self._queue: dict[str, tuple[str, bytes]] = {}
+        self._over = False
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        with store.database.write(durable=False) as connection:
+            self._lease = leases.take(connection, "write", self._leased, roots)
+
+    def lease_pack(self) -> str:
+        """One more leased pack name, for a commit that captures several sessions."""
+        self._check_open()
+        self._leased.append(leases.new_pack_name())
+        with self._store.database.write(durable=False) as connection:
+            leases.set_packs(connection, self._lease, self._leased)
+        return self._leased[-1]
+
+    def add_pack(self, name: str, nbytes: int, blobs: Sequence[BlobLocation]) -> None:
+        """Takes in a pack of a leased name that is written and synced. Its header must say the same."""
+        self._check_open()
+        if name not in self._leased:
+            raise InvalidRequest(
+                f"pack {name[:80]} is not leased by this transaction; write to `pack` or `lease_pack()`."
+            )
+        header = read_header(self._store.packs / name)
+        there = {(entry.id, entry.offset, entry.nbytes) for entry in header.entries}
+        for blob in blobs:
+            if blob.pack != name or (blob.blob, blob.offset, blob.nbytes) not in there:
+                raise CorruptBlob(f"pack {name}: blob {blob.blob} was announced, but its header does not say so.")
+        if header.nbytes != nbytes:
+            raise CorruptBlob(f"pack {name} was announced with {nbytes} bytes; it has {header.nbytes}.")
+        self._added[name] = (nbytes, tuple(blobs))
+
+    def put(self, obj: AnyObject) -> ObjectId:
+        """Queues an object; returns its id. Objects stored already are not written again."""
+        self._check_open()
+        identifier, data = encode(obj)
+        self._queue[identifier] = (kind_of(obj), data)
+        return identifier
+
+    def commit(self, *updates: RefUpdate) -> None:
+        """Makes it all visible, on disk on return (law 7).
+
+        Raises `RefConflict` when a ref moved: then packs and objects are stored all the same and kept from gc, and no
+        ref was moved. Raises `Conflict` when gc took something away meanwhile, `StorageFailed` and others: nothing is
+        visible.
+        """
+        self._check_open()
+        with self._store.database.read() as connection:
+            stored = objects.present(connection, "objects", self._queue)
+        new = {identifier: queued for identifier, queued in self._queue.items() if identifier not in stored}
+        written = self._write_objects(new)
+        redundant: list[str] = []
+        with self._store.database.write() as connection:
+            self._check_lease(connection)
+            redundant += self._insert_blobs(connection)
+            self._insert_objects(connection, new, written)
+            lost = _move(connection, updates)
+            leases.release(connection, self._lease)
+        self._over = True
+        self._remove(redundant)
+        if updates:
+            save_backup(self._store)
+        if lost is not None:
+            raise lost
+
+    def _write_objects(self, new: dict[str, tuple[str, bytes]]) -> PackResult | None:
+        if not new:
+            return None
+        items = [PackItem(OBJECT, "U8", (len(data),), len(data), lambda data=data: data) for _, data in new.values()]  # type: ignore[misc]
+        return write_pack(self._store.packs, self._object_pack, items, metadata={"thaw.store": self._store.uuid})
+
+    def _insert_blobs(self, connection: sqlite3.Connection) -> list[str]:
+        """Packs of which everything is stored already are not indexed but returned."""
+        redundant = []
+        for name, (nbytes, blobs) in self._added.items():
+            known = objects.present(connection, "blobs", (blob.blob for blob in blobs))
+            if blobs and all(blob.blob in known for blob in blobs):
+                redundant.append(name)
+                continue
+            objects.insert_pack(connection, name, nbytes)
+            objects.insert_blobs(connection, blobs)
+        return redundant
+
+    def _insert_objects(
+        self, connection: sqlite3.Connection, new: dict[str, tuple[str, bytes]], written: PackResult | None
+    ) -> None:
+        if written is None:
+            self._require(connection, "objects", self._queue)
+            return
+        objects.insert_pack(connection, written.name, written.nbytes)
+        for place in written.blobs:
+            objects.insert_object(connection, place, *new[place.blob])
+        of_new = {identifier: links(data) for identifier, (_, data) in new.items()}
+        self._require(connection, "objects", [*self._queue, *(o for of in of_new.values() for o in of.objects)])
+        self._require(connection, "blobs", [blob for of in of_new.values() for blob in of.blobs])
+        self._home(connection, of_new)
+
+    def _home(self, connection: sqlite3.Connection, of_new: dict[str, Links]) -> None:
+        for state, entries in objects.homes(of_new):
+            objects.home_segments(connection, state, entries)
+
+    def _require(self, connection: sqlite3.Connection, table: str, identifiers: Iterable[str]) -> None:
+        wanted = set(identifiers)
+        missing = wanted - objects.present(connection, table, wanted)
+        if missing:
+            raise Conflict(
+                f"{min(missing)} and {len(missing) - 1} more {table} that this commit needs are not in the repository: "
+                "gc removed them meanwhile, or they were never written. Commit again from the session (it writes all)."
+            )
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise InvalidRequest("this transaction is over; begin another.")
+        if self._pid != os.getpid():
+            raise Busy("this transaction belongs to the process that began it; begin another in this one.")
+
+    def _check_lease(self, connection: sqlite3.Connection) -> None:
+        if not leases.exists(connection, self._lease):
+            raise Conflict("this transaction's lease ran out, so gc may have removed its packs. Commit again.")
+        for name, (nbytes, _) in self._added.items():
+            path = self._store.packs / name
+            if not path.exists() or path.stat().st_size != nbytes:
+                raise Conflict(f"pack {name} is not there any more as it was written. Commit again.")
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            for path in (self._store.packs / name, self._store.packs / f"{name}.tmp"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def abort(self) -> None:
+        """Removes the packs and the lease; nothing was visible. Idempotent; after `commit` it does nothing."""
+        if self._over or self._pid != os.getpid():
+            return
+        self._over = True
+        self._remove(self._leased)
+        with contextlib.suppress(StorageFailed, Conflict), self._store.database.write(durable=False) as connection:
+            leases.release(connection, self._lease)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, CommitUnsure):
+            self._over = True  # gc reclaims the packs if the rows did not come back
+        self.abort()
+
+
+def _move(connection: sqlite3.Connection, updates: Sequence[RefUpdate]) -> RefConflict | None:
+    """Applies `updates`, all or none; a lost race keeps their targets and returns the conflict."""
+    connection.execute("SAVEPOINT refs")
+    try:
+        refs.apply(connection, updates)
+    except RefConflict as conflict:
+        connection.execute("ROLLBACK TO refs")
+        refs.keep(connection, updates)
+        return conflict
+    return None
+
+
+def save_backup(store: Home) -> None:
+    """Writes refs.json; a failure is a warning, because the change itself is on disk."""
+    try:
+        backup.write(store.path, store.database)
+    except StorageFailed as error:
+        warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=3)
