@@ -53,12 +53,12 @@ def check(arms: Sequence[Arm], asked: Check) -> Check:
 
 
 def goal(numbers: Sequence[Derived], asked: Goal) -> Goal:
-    """`asked` with its verdict: whether the interval of its number reaches the bound."""
+    """`asked` with its verdict: whether the interval of its number reaches the bound, and whether all of it does."""
     found = next((n for n in numbers if n.name == asked.derived), None)
     if found is None:
         raise InvalidRequest(f"goal {asked.name}: there is no derived number {asked.derived!r}")
-    held = found.high >= asked.bound if asked.relation == "at-least" else found.low <= asked.bound
-    return msgspec.structs.replace(asked, held=held)
+    ends = [x >= asked.bound if asked.relation == "at-least" else x <= asked.bound for x in (found.low, found.high)]
+    return msgspec.structs.replace(asked, held=any(ends), clear=all(ends))
 
 
 def _paired(arms: Sequence[Arm], asked: Derived) -> tuple[list[float], list[float]]:

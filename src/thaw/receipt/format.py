@@ -142,7 +142,7 @@ class Check(_Part, frozen=True, kw_only=True):
 
 
 class Goal(_Part, frozen=True, kw_only=True):
-    """A bound on a derived number. It is held when the number's interval reaches the bound."""
+    """A bound on a derived number. `held`: its interval reaches the bound; `clear`: all of the interval does."""
 
     name: Name
     text: Short
@@ -150,6 +150,7 @@ class Goal(_Part, frozen=True, kw_only=True):
     relation: Literal["at-least", "at-most"]
     bound: float
     held: bool
+    clear: bool
 
 
 class Receipt(_Part, frozen=True, kw_only=True, tag_field="type", tag=TYPE):

@@ -55,11 +55,11 @@ def all_hit(name: str, text: str, arm: str) -> Check:
 
 
 def at_least(name: str, text: str, derived: str, bound: float) -> Goal:
-    return Goal(name=name, text=text, derived=derived, relation="at-least", bound=bound, held=False)
+    return Goal(name=name, text=text, derived=derived, relation="at-least", bound=bound, held=False, clear=False)
 
 
 def at_most(name: str, text: str, derived: str, bound: float) -> Goal:
-    return Goal(name=name, text=text, derived=derived, relation="at-most", bound=bound, held=False)
+    return Goal(name=name, text=text, derived=derived, relation="at-most", bound=bound, held=False, clear=False)
 
 
 def make(

@@ -95,9 +95,12 @@ def _recompute_goal(receipt: Receipt, written: Goal) -> Iterator[str]:
     except InvalidRequest as error:
         yield str(error)
         return
-    if written.held != ours.held:
-        yield f"goal {written.name}: written as {_word(written.held)}, its number says {_word(ours.held)}"
+    if written != ours:
+        yield f"goal {written.name}: written as {verdict(written)}, its number says {verdict(ours)}"
 
 
-def _word(held: bool) -> str:
-    return "held" if held else "missed"
+def verdict(goal: Goal) -> str:
+    """A goal's outcome in words."""
+    if not goal.held:
+        return "missed"
+    return "held" if goal.clear else "held within the interval"

@@ -1,0 +1,76 @@
+"""Bytes on disk: what forks cost beside one snapshot, and how fast a commit writes against a plain write."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+from thaw.bench.fork.sample import Sample
+from thaw.core.sampling import Sampling
+from thaw.data.files import storage_errors, sync_folder
+from thaw.data.locations import StoreMount
+from thaw.engines.base import CapturePlan, Engine
+from thaw.repo import Repository, Session
+
+_WRITE_BYTES = 8 << 20
+
+
+def folder_nbytes(repo: Repository) -> int:
+    """Bytes of every file of the repository, its write-ahead log emptied into the database first."""
+    with contextlib.closing(sqlite3.connect(repo.path / "thaw.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return sum(path.stat().st_size for path in repo.path.rglob("*") if path.is_file())
+
+
+def forks(repo: Repository, live: Session, n: int, num_tokens: int) -> Sample:
+    """Fork `n` children, let each generate `num_tokens`, commit each to a branch; bytes before and after."""
+    kv_token_nbytes = sum(group.token_nbytes for group in repo.engine.info.groups)
+    snapshot = folder_nbytes(repo)
+    started = time.monotonic()
+    with live.fork(n) as kids:
+        kids.generate(sampling=Sampling(temperature=1.0, max_tokens=num_tokens, ignore_eos=True))
+        generated = time.monotonic()
+        kids.commit("bench")
+    return Sample(
+        values={
+            "snapshot_nbytes": snapshot,
+            "total_nbytes": folder_nbytes(repo),
+            "own_nbytes": n * num_tokens * kv_token_nbytes,
+        },
+        stages_s={"generate": generated - started, "commit": time.monotonic() - generated},
+    )
+
+
+def capture(engine: Engine, live: Session, folder: Path) -> Sample:
+    """Write the whole session into a pack, as a commit does: hashed, synced, renamed. The pack is removed again."""
+    folder.mkdir(exist_ok=True)
+    started = time.monotonic()
+    plan = CapturePlan(mount=StoreMount(uuid="bench", packs=folder), pack="bench.safetensors", base=0)
+    captured = engine.capture(live.ref, plan).result()
+    elapsed = time.monotonic() - started
+    (folder / "bench.safetensors").unlink(missing_ok=True)
+    return Sample(values={"write_s": elapsed, "write_nbytes": captured.pack_nbytes}, stages_s=captured.stages_s)
+
+
+def plain_write(data: memoryview, folder: Path) -> Sample:
+    """The same bytes with nothing but write, fsync, rename and fsync of the folder."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "plain"
+    started = time.monotonic()
+    with storage_errors(path, "write"):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            at = 0
+            while at < len(data):
+                at += os.write(fd, data[at : at + _WRITE_BYTES])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(path, folder / "plain.done")
+        sync_folder(folder)
+    elapsed = time.monotonic() - started
+    (folder / "plain.done").unlink()
+    return Sample(values={"write_s": elapsed, "write_nbytes": len(data)})

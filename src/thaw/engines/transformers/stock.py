@@ -1,0 +1,33 @@
+"""The model's own prefill, by stock transformers: the other arm of a measurement, so that the baseline is no straw man.
+
+A second copy of the weights with transformers' default attention (sdpa) and its own cache; no code of thaw runs in it.
+As `generate` does, it keeps the cache and computes the logits of the last token alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from thaw.engines.transformers.loading import DTYPES
+
+
+def load(
+    *, model: Any, dtype: str | None = None, device: str | None = None, **_: Any
+) -> Callable[[Sequence[int]], int]:
+    """A function from token ids to the greedy next token. Takes the options of the engine; those that are thaw's own
+    have no meaning here. torch's threads stay as the engine set them."""
+    kind: Any = DTYPES[dtype] if dtype else "auto"
+    module = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind, attn_implementation="sdpa")
+    module.to(device or "cpu").eval()
+
+    @torch.inference_mode()
+    def first_token(tokens: Sequence[int]) -> int:
+        ids = torch.tensor([list(tokens)], device=module.device)
+        logits = module(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+        return int(logits[0, -1].argmax())
+
+    return first_token
