@@ -13,25 +13,24 @@ WARM = Sampling(max_tokens=12, ignore_eos=True)
 
 def test_awaited_verbs_do_what_the_blocking_ones_do(tmp_path: Path, engine: Engine) -> None:
     async def main() -> None:
-        async with await aio.open(tmp_path / "r", engine=engine) as repo:
-            async with await repo.session(seed=3) as s:
-                await s.append("hello " * 50)
-                done = await s.commit("read", branch="main")
-                out = await s.generate("Why?", WARM)
-                back = await repo.session("main")
-                stream = back.stream("Why?", WARM)
-                text = [delta.text async for delta in stream]
-                assert "".join(text) == out.text and (await stream).token_ids == out.token_ids
-                async with await repo.fork("main", 3) as kids:
-                    outs = await kids.generate(["a", "b", "c"], WARM)
-                    assert len(outs) == len(kids) == 3
-                    await kids.commit("k")
-                    await repo.adopt(kids[1], "main")
-                assert repo.sync.resolve("main@{1}").commit == done.commit
-                inside = await repo.session("k/0:310")
-                assert (await inside.resume()).token_ids == outs[0].token_ids
-                answer = await back.chat([{"role": "user", "content": "x"}], WARM)
-                assert answer.text and (await back.view()).tokens == back.sync.tokens
+        async with await aio.open(tmp_path / "r", engine=engine) as repo, await repo.session(seed=3) as s:
+            await s.append("hello " * 50)
+            done = await s.commit("read", branch="main")
+            out = await s.generate("Why?", WARM)
+            back = await repo.session("main")
+            stream = back.stream("Why?", WARM)
+            text = [delta.text async for delta in stream]
+            assert "".join(text) == out.text and (await stream).token_ids == out.token_ids
+            async with await repo.fork("main", 3) as kids:
+                outs = await kids.generate(["a", "b", "c"], WARM)
+                assert len(outs) == len(kids) == 3
+                await kids.commit("k")
+                await repo.adopt(kids[1], "main")
+            assert repo.sync.resolve("main@{1}").commit == done.commit
+            inside = await repo.session("k/0:310")
+            assert (await inside.resume()).token_ids == outs[0].token_ids
+            answer = await back.chat([{"role": "user", "content": "x"}], WARM)
+            assert answer.text and (await back.view()).tokens == back.sync.tokens
 
     asyncio.run(main())
 

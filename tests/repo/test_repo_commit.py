@@ -100,7 +100,7 @@ def test_children_hydrated_elsewhere_share_the_blobs_too(tmp_path: Path, repo: R
 
 def test_full_nodes_are_never_rewritten(repo: Repository) -> None:
     s = repo.session()
-    for i in range(NODE_ENTRIES + 2):
+    for _i in range(NODE_ENTRIES + 2):
         s.append("x" * 256)
     first = s.commit("long", branch="main")
     s.append("y" * 300)

@@ -1,4 +1,4 @@
-"""From a capture to objects: segments, nodes, turns, the state. Pure, apart from asking which nodes are known.
+"""From a capture to objects: segments, nodes, turns, the state, put into a transaction.
 
 What the engine captured is put behind what was kept; full nodes of 64 entries come out with the ids that they had, so
 that a commit writes what is new and not what is long.
@@ -11,13 +11,12 @@ from typing import TypeVar
 
 import msgspec
 
-from thaw.core import objects, prefix
+from thaw.core import prefix
 from thaw.core.canonical import U64
 from thaw.core.errors import LawBroken
 from thaw.core.ids import ObjectId, StateId
 from thaw.core.objects import (
     NODE_ENTRIES,
-    AnyObject,
     Segment,
     SegmentEntry,
     SegmentNode,
@@ -29,33 +28,31 @@ from thaw.core.prefix import WINDOW
 from thaw.engines.base import Captured, CapturedSegment, Codec
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
+from thaw.store import Transaction
 
 T = TypeVar("T")
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
-    """`new`: objects that the store may lack, referenced ones first. `kept`: what is stored once they are."""
+    """`kept`: what is stored once the transaction is committed; `full_nodes`: nodes that may be remembered then."""
 
-    state: State
     state_id: StateId
-    new: tuple[AnyObject, ...]
     full_nodes: tuple[tuple[SegmentNode | TurnNode, ObjectId], ...]
     kept: Kept
 
 
-def build(context: Context, kept: Kept, captured: Captured) -> Built:
-    """The objects of `captured`, whose KV before `captured.segments` is `kept`."""
-    model_id = objects.encode(captured.identity)[0]
+def build(context: Context, tx: Transaction, kept: Kept, captured: Captured) -> Built:
+    """Put the objects of `captured`, whose KV before `captured.segments` is `kept`; referenced ones first."""
     _check_cover(kept, captured)
+    model_id = tx.put(captured.identity)
     chains = kept.chains_for(model_id, captured.tokens)
     segments = [_segment(captured, piece, chains) for piece in captured.segments]
-    ids = [objects.encode(segment)[0] for segment in segments]
     entries = (
         *kept.entries,
-        *(SegmentEntry(segment=i, start=s.start, length=len(s.tokens)) for i, s in zip(ids, segments, strict=True)),
+        *(SegmentEntry(segment=tx.put(s), start=s.start, length=len(s.tokens)) for s in segments),
     )
-    turns, new_turns = _turns(kept, _tiled(captured.turns, captured.tokens, context.engine.codec))
-    nodes = _Nodes(context)
+    turns = _turns(tx, kept, _tiled(captured.turns, captured.tokens, context.engine.codec))
+    nodes = _Nodes(context, tx)
     state = State(
         model=model_id,
         num_tokens=len(captured.tokens),
@@ -70,9 +67,7 @@ def build(context: Context, kept: Kept, captured: Captured) -> Built:
         boundary=captured.boundary,
     )
     return Built(
-        state=state,
-        state_id=objects.state_id(state),
-        new=(captured.identity, *segments, *new_turns, *nodes.new, state),
+        state_id=StateId(tx.put(state)),
         full_nodes=tuple(nodes.full),
         kept=Kept(model=model_id, entries=entries, chains=chains[: captured.num_kv // WINDOW + 1], turns=tuple(turns)),
     )
@@ -124,18 +119,13 @@ def _tiled(turns: Sequence[Turn], tokens: Sequence[int], codec: Codec) -> list[T
     return out
 
 
-def _turns(kept: Kept, turns: Sequence[Turn]) -> tuple[list[tuple[Turn, ObjectId]], list[Turn]]:
-    """(every turn with its id, those not known to be stored)."""
+def _turns(tx: Transaction, kept: Kept, turns: Sequence[Turn]) -> list[tuple[Turn, ObjectId]]:
+    """Every turn with its id; those not known to be stored are put."""
     known = kept.turns
-    pairs: list[tuple[Turn, ObjectId]] = []
-    new: list[Turn] = []
-    for i, turn in enumerate(turns):
-        if i < len(known) and (known[i][0] is turn or known[i][0] == turn):
-            pairs.append((turn, known[i][1]))
-        else:
-            new.append(turn)
-            pairs.append((turn, objects.encode(turn)[0]))
-    return pairs, new
+    return [
+        (turn, known[i][1] if i < len(known) and (known[i][0] is turn or known[i][0] == turn) else tx.put(turn))
+        for i, turn in enumerate(turns)
+    ]
 
 
 def _parts(entries: Sequence[T]) -> list[tuple[T, ...]]:
@@ -143,20 +133,20 @@ def _parts(entries: Sequence[T]) -> list[tuple[T, ...]]:
 
 
 class _Nodes:
-    """Collects the nodes that have to be written."""
+    """Puts the nodes that are not known to be stored."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self.new: list[SegmentNode | TurnNode] = []
+    def __init__(self, context: Context, tx: Transaction) -> None:
+        self._context, self._tx = context, tx
         self.full: list[tuple[SegmentNode | TurnNode, ObjectId]] = []
 
     def of(self, nodes: Sequence[SegmentNode] | Sequence[TurnNode]) -> tuple[str, ...]:
-        ids = []
-        for node in nodes:
-            identifier, is_new = self._context.node_id(node)
-            if is_new:
-                self.new.append(node)
-                if len(node.entries) == NODE_ENTRIES:
-                    self.full.append((node, identifier))
-            ids.append(identifier)
-        return tuple(ids)
+        return tuple(self._id(node) for node in nodes)
+
+    def _id(self, node: SegmentNode | TurnNode) -> ObjectId:
+        known = self._context.node_id(node)
+        if known is not None:
+            return known
+        identifier = self._tx.put(node)
+        if len(node.entries) == NODE_ENTRIES:
+            self.full.append((node, identifier))
+        return identifier

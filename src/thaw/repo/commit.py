@@ -19,7 +19,7 @@ from thaw.core.canonical import U64
 from thaw.core.errors import Busy, Conflict, InvalidRequest, RefConflict
 from thaw.core.ids import CommitId, StateId, short
 from thaw.core.objects import Commit
-from thaw.engines.base import Captured, CapturePlan, EngineInfo, SessionRef
+from thaw.engines.base import Captured, CapturePlan, SessionRef
 from thaw.repo.build import Built, build
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
@@ -98,11 +98,8 @@ def _write(context: Context, request: Request, kept: Kept) -> Written:
     with context.store.begin(*([request.parent] if request.parent else [])) as tx:
         kept, captured = _capture(context, request.session, kept, tx)
         begun = time.perf_counter()
-        built = build(context, kept, captured)
-        commit = _commit_object(context.engine.info, request, built)
-        identifier = objects.commit_id(commit)
-        for value in (*built.new, commit):
-            tx.put(value)
+        built = build(context, tx, kept, captured)
+        identifier = CommitId(tx.put(_commit_object(context, request, built)))
         conflict = _publish(context, tx, request, identifier)
     for node, node_id in built.full_nodes:
         context.keep_node_id(node, node_id)
@@ -132,13 +129,19 @@ def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction)
     return kept, captured
 
 
-def _commit_object(info: EngineInfo, request: Request, built: Built) -> Commit:
+def _commit_object(context: Context, request: Request, built: Built) -> Commit:
+    """The commit; always later than its parent, so that history sorts by time whatever the clocks say."""
+    info, now = context.engine.info, time.time_ns()
+    if request.parent is not None:
+        if not context.store.has(request.parent):
+            raise Conflict(f"the commit that the session came from, {short(request.parent)}, was removed by gc")
+        now = max(now, context.store.get_as(request.parent, Commit).time_ns + 1)
     origin = {"engine": info.name, "version": info.version, "device": info.device, "thaw": __version__}
     return Commit(
         state=built.state_id,
         parents=() if request.parent is None else (request.parent,),
         message=request.message,
-        time_ns=U64(time.time_ns()),
+        time_ns=U64(now),
         branch=request.branch,
         meta=request.meta,
         origin={**origin, **{f"numerics.{k}": v for k, v in info.numerics.items()}},

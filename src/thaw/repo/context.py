@@ -9,12 +9,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from thaw.core import objects
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import ObjectId
 from thaw.core.objects import SegmentNode, TurnNode
 from thaw.data.locations import StoreMount
-from thaw.engines import load_engine
 from thaw.engines.base import Engine
 from thaw.repo import settings
 from thaw.repo.guard import ProcessBound
@@ -51,6 +49,8 @@ class Context(ProcessBound):
         self.check_process()
         with self._lock:
             if isinstance(self._engine, EngineSettings):
+                from thaw.engines import load_engine
+
                 self._own_engine = load_engine(self._engine.name, **self._engine.options)
                 self._engine = self._own_engine
             if self._engine is None:
@@ -70,15 +70,13 @@ class Context(ProcessBound):
             settings.remember(self.store, settings.of_engine(self.engine))
             self._remembered = True
 
-    def node_id(self, node: SegmentNode | TurnNode) -> tuple[ObjectId, bool]:
-        """(id of `node`, whether it is new to this context). Full nodes repeat in every commit: hashed once."""
+    def node_id(self, node: SegmentNode | TurnNode) -> ObjectId | None:
+        """The id of a node that this context has stored, else None. Full nodes repeat in every commit: hashed once."""
         with self._lock:
             known = self._node_ids.get(node)
             if known is not None:
                 self._node_ids.move_to_end(node)
-                return known, False
-        identifier = objects.encode(node)[0]
-        return identifier, True
+            return known
 
     def keep_node_id(self, node: SegmentNode | TurnNode, identifier: ObjectId) -> None:
         """Note that `node` is stored. Call after its transaction committed."""

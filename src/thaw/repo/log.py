@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
@@ -29,11 +30,10 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def log(store: Store, starts: Iterable[CommitId], limit: int | None = None) -> list[LogEntry]:
-    """The commits reachable from `starts`, at most `limit` of them."""
-    commits = _reachable(store, starts)
+    """The commits reachable from `starts`, newest first; with `limit` no more are read than are needed."""
     names = refs_by_commit(store)
-    order = _ordered(commits)[:limit]
-    return [_entry(store, identifier, commits[identifier], names) for identifier in order]
+    walk = _newest_first(store, starts)
+    return [entry(store, identifier, commit, names) for identifier, commit in islice(walk, limit)]
 
 
 def tips(store: Store) -> list[CommitId]:
@@ -52,37 +52,27 @@ def refs_by_commit(store: Store) -> dict[CommitId, tuple[str, ...]]:
     return {commit: tuple(names) for commit, names in out.items()}
 
 
-def _reachable(store: Store, starts: Iterable[CommitId]) -> dict[CommitId, Commit]:
-    found: dict[CommitId, Commit] = {}
-    waiting = list(starts)
-    while waiting:
-        identifier = waiting.pop()
-        if identifier not in found:
-            found[identifier] = store.get_as(identifier, Commit)
-            waiting += [CommitId(parent) for parent in found[identifier].parents]
-    return found
+def _newest_first(store: Store, starts: Iterable[CommitId]) -> Iterator[tuple[CommitId, Commit]]:
+    """A commit is always later than its parents (see `commit`), so children come before parents without reading all."""
+    ready: list[tuple[int, CommitId, Commit]] = []
+    seen: set[CommitId] = set()
 
+    def add(identifiers: Iterable[CommitId]) -> None:
+        for identifier in identifiers:
+            if identifier not in seen:
+                seen.add(identifier)
+                commit = store.get_as(identifier, Commit)
+                heapq.heappush(ready, (-commit.time_ns, identifier, commit))
 
-def _ordered(commits: dict[CommitId, Commit]) -> list[CommitId]:
-    """Newest first; a commit comes after all of its children, whatever the clocks said."""
-    children = dict.fromkeys(commits, 0)
-    for commit in commits.values():
-        for parent in commit.parents:
-            children[CommitId(parent)] += 1
-    ready = [(-commits[i].time_ns, i) for i, n in children.items() if not n]
-    heapq.heapify(ready)
-    order: list[CommitId] = []
+    add(starts)
     while ready:
-        _, identifier = heapq.heappop(ready)
-        order.append(identifier)
-        for parent in map(CommitId, commits[identifier].parents):
-            children[parent] -= 1
-            if not children[parent]:
-                heapq.heappush(ready, (-commits[parent].time_ns, parent))
-    return order
+        _, identifier, commit = heapq.heappop(ready)
+        yield identifier, commit
+        add(map(CommitId, commit.parents))
 
 
-def _entry(store: Store, identifier: CommitId, commit: Commit, names: dict[CommitId, tuple[str, ...]]) -> LogEntry:
+def entry(store: Store, identifier: CommitId, commit: Commit, names: dict[CommitId, tuple[str, ...]]) -> LogEntry:
+    """One commit as `log` shows it."""
     state = store.get_as(commit.state, State)
     return LogEntry(
         commit=identifier,

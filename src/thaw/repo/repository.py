@@ -19,7 +19,7 @@ from thaw.repo import diff as diffs
 from thaw.repo import hydrate as hydrates
 from thaw.repo import log as logs
 from thaw.repo import match as matches
-from thaw.repo import refs, resolve, settings, show, verify, verify_worker
+from thaw.repo import refs, resolve, settings, show
 from thaw.repo.commit import CommitResult
 from thaw.repo.context import Context
 from thaw.repo.diff import Diff
@@ -175,9 +175,11 @@ class Repository:
         engine: EngineSettings | None = None,
         num_tokens: int = 16,
         fresh_process: bool = True,
-        timeout_s: float = verify_worker.TIMEOUT_S,
+        timeout_s: float = 3600.0,
     ) -> VerifyReport:
         """Hydrate `point` in a fresh process (or in this engine) and say which laws held."""
+        from thaw.repo import verify, verify_worker  # subprocess and tempfile: not for verbs that only look
+
         where = self.resolve(point)
         if not fresh_process:
             return verify.verify_in(self.engine, self._context, where, num_tokens=num_tokens)

@@ -252,11 +252,12 @@ class Session(ProcessBound):
             self._context.engine.close_session(self._ref)
 
     def committed(self) -> CommitResult | None:
-        """The last commit of this session, if nothing was added since."""
+        """The last commit of this session, if nothing was added since and it is still stored."""
         with self._lock:
             last, view = self._last, self.view()
-            same = last is not None and last[0].num_tokens == len(view.tokens) and last[1] == view.turns
-            return last[0] if last is not None and same else None
+            if last is None or last[0].num_tokens != len(view.tokens) or last[1] != view.turns:
+                return None
+            return last[0] if self._context.store.has(last[0].commit) else None
 
     def _commit(
         self, message: str, branch: str | None, meta: dict[str, str], expect: Expect, reason: str

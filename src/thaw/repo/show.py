@@ -7,7 +7,8 @@ import msgspec
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Boundary, Commit, Turn
 from thaw.repo import cut, timeline
-from thaw.repo.log import LogEntry, log
+from thaw.repo import log as logs
+from thaw.repo.log import LogEntry
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.weight import blobs_of, weigh
 from thaw.store import Store
@@ -36,14 +37,14 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 def show(store: Store, point: ResolvedPoint) -> Shown:
     """Read, not changed; no engine. A turn that an interior point cuts through has no text here."""
-    store.get_as(point.commit, Commit)
+    commit = store.get_as(point.commit, Commit)
     line = timeline.read(store, timeline.read_state(store, point.state))
     num_kv = cut.num_kv_at(line.state, point.num_tokens)
     blobs = blobs_of(line, num_kv, with_boundary=point.at_end)
     turns = cut.cut_turns(line.turns, line.tokens, point.num_tokens, None)
     return Shown(
         point=point,
-        entry=log(store, [point.commit], limit=1)[0],
+        entry=logs.entry(store, point.commit, commit, logs.refs_by_commit(store)),
         model=store.get_as(line.state.model, ModelIdentity),
         turns=turns,
         tokens=line.tokens[: point.num_tokens],

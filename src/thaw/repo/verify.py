@@ -67,6 +67,7 @@ def _check_bytes(context: Context, point: ResolvedPoint) -> tuple[Timeline | Non
     try:
         with reading(store, point):
             line = read(store, read_state(store, point.state))
+            store.get_as(line.state.model, ModelIdentity)
             num_kv = cut.num_kv_at(line.state, point.num_tokens)
             found = store.locate(blobs_of(line, num_kv, with_boundary=point.at_end))
             for location in found.values():
