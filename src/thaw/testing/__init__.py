@@ -1,4 +1,34 @@
 """What others need to test against thaw: small models and the engines' law book. Needs the extra `[testing]`.
 
-May import everything of thaw; nothing of thaw imports it.
+    EngineTests       the conformance suite, to be subclassed (`engine_tests.py`)
+    plan_from         from a capture to a hydrate plan without a repository (`plans.py`)
+    resume_worker     hydrate in a fresh process and print what it generates (`resume_worker.py`)
+    models            small random models that look at their KV (`models.py`)
+
+May import everything of thaw; nothing of thaw imports it. Names load on first use: the models need no pytest.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thaw.testing.engine_tests import EngineTests, ExactnessTests
+    from thaw.testing.plans import plan_from
+
+__all__ = ["EngineTests", "ExactnessTests", "plan_from"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("EngineTests", "ExactnessTests"):
+        import pytest
+
+        pytest.register_assert_rewrite("thaw.testing.laws")
+        from thaw.testing import engine_tests
+
+        return getattr(engine_tests, name)
+    if name == "plan_from":
+        from thaw.testing.plans import plan_from
+
+        return plan_from
+    raise AttributeError(f"module 'thaw.testing' has no attribute {name!r}")

@@ -1,0 +1,171 @@
+"""Law 5, fail closed: KV of other weights, layout or policy is refused, naming the field and both values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from thaw.core.errors import IdentityMismatch, PolicyMismatch, Refused, StaleSession
+from thaw.core.identity import ModelIdentity
+from thaw.core.ids import digest
+from thaw.engines.base import Engine, HydratePlan
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, Load, greedy, ids, replaced, same
+
+FOREIGN = digest(b"another")
+FIELDS = ("architecture", "weights", "dtype", "config", "tokenizer", "adapter", "cache layout", "policy")
+
+
+def mismatch(plan: HydratePlan, field: str) -> tuple[HydratePlan, str, str, str]:
+    """(a plan that differs in `field` alone, the field's full name, the stored and the running value)."""
+    identity = plan.identity
+    if field == "config":
+        name = sorted(identity.config)[0]
+        stored = identity.config[name] + "0"
+        return replaced(plan, config={**identity.config, name: stored}), f"config.{name}", stored, identity.config[name]
+    if field == "cache layout":
+        wider = msgspec.structs.replace(identity.groups[0], head_dim=identity.groups[0].head_dim + 1)
+        wide, narrow = (f"KV heads of {g.head_dim}," for g in (wider, identity.groups[0]))
+        return replaced(plan, groups=(wider,)), field, wide, narrow
+    value = {"architecture": "Other", "dtype": "float64", "policy": "other-policy"}.get(field, FOREIGN)
+    return replaced(plan, **{field: value}), field, value, str(getattr(identity, field))
+
+
+class ClosedLaw(EngineKit):
+    @pytest.mark.parametrize("field", FIELDS)
+    def test_a_mismatch_is_refused_naming_the_field_and_both_values(
+        self, engine: Engine, other: Engine, lab: Lab, field: str
+    ) -> None:
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 20)))
+        lab.hydrate(other, plan)
+        bad, name, stored, running = mismatch(plan, field)
+        assert stored != running
+        with pytest.raises(Refused) as refusal:
+            lab.hydrate(other, bad)
+        message = str(refusal.value)
+        assert name in message and stored in message and running in message and "ecompute" in message
+        if isinstance(refusal.value, IdentityMismatch):
+            assert refusal.value.field == name
+            assert stored in refusal.value.stored and running in refusal.value.running
+        else:
+            assert field == "policy" and isinstance(refusal.value, PolicyMismatch)
+
+    def test_a_config_field_that_only_one_side_has_is_refused(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 20)))
+        more = replaced(plan, config={**plan.identity.config, "zz_new": "1"})
+        less = replaced(plan, config=dict(sorted(plan.identity.config.items())[1:]))
+        for bad, field in ((more, "config.zz_new"), (less, f"config.{sorted(plan.identity.config)[0]}")):
+            with pytest.raises(IdentityMismatch) as refusal:
+                lab.hydrate(other, bad)
+            assert refusal.value.field == field
+
+    @pytest.mark.parametrize("field", [field for field in FIELDS if field != "tokenizer"])
+    def test_recompute_happens_where_allowed_and_is_counted(
+        self, engine: Engine, other: Engine, lab: Lab, field: str
+    ) -> None:
+        """The result is a plain prefill of the same tokens by this engine; nothing of the refused bytes is used."""
+        session = lab.begin(engine, 300)
+        plan = lab.plan(lab.capture(engine, session))
+        bad = msgspec.structs.replace(mismatch(plan, field)[0], policy="recompute")
+        hydrated = lab.hydrate(other, bad)
+        proof = hydrated.proof
+        assert (proof.num_recomputed_tokens, proof.num_cached_tokens, proof.matched) == (300, 0, 0)
+        assert not proof.hit and proof.first_mismatch == 0 and proof.verification == "none" and proof.reason
+        assert proof.continuation == "close"
+        out = lab.one(other, hydrated.session, greedy(6))
+        same(out, lab.one(engine, session, greedy(6)))
+        assert out.proof == proof
+
+    def test_recompute_is_not_used_where_loading_works(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 20)))
+        proof = lab.hydrate(other, msgspec.structs.replace(plan, policy="recompute")).proof
+        assert proof.hit and proof.num_recomputed_tokens == 0 and not proof.reason
+
+    def test_another_tokenizer_is_refused_even_with_recompute(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        """Tokens of another vocabulary mean other text: prefilling them again would be wrong too."""
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 20)))
+        bad = msgspec.structs.replace(mismatch(plan, "tokenizer")[0], policy="recompute")
+        with pytest.raises(IdentityMismatch, match="tokenizer"):
+            lab.hydrate(other, bad)
+
+    def test_a_refused_hydrate_leaves_the_engine_working(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 20)))
+        with pytest.raises(Refused):
+            lab.hydrate(other, mismatch(plan, "weights")[0])
+        assert lab.hydrate(other, plan).proof.hit
+
+    def test_the_identity_is_the_same_in_two_engines_alike(self, engine: Engine, other: Engine) -> None:
+        assert engine.identity() == other.identity()
+        assert isinstance(engine.identity(), ModelIdentity)
+        assert engine.identity().groups == engine.info.groups
+
+    def test_kv_of_an_old_policy_is_refused_after_set_policy(self, load: Load, lab: Lab) -> None:
+        engine = load()
+        session = lab.begin(engine, 30)
+        plan = lab.plan(lab.capture(engine, session))
+        engine.set_policy("step-2")
+        with pytest.raises(PolicyMismatch, match=r"'0'.*'step-2'"):
+            lab.hydrate(engine, plan)
+        recomputed = lab.hydrate(engine, msgspec.structs.replace(plan, policy="recompute"))
+        assert recomputed.proof.num_recomputed_tokens == 30
+        fresh = lab.begin(engine, 30)
+        assert lab.capture(engine, fresh).identity.policy == "step-2"
+
+    @pytest.mark.parametrize("parked", [False, True], ids=["resident", "parked"])
+    @pytest.mark.parametrize("verb", ["append", "generate", "fork", "capture", "park"])
+    def test_a_live_session_of_an_old_policy_is_stale(self, load: Load, lab: Lab, verb: str, parked: bool) -> None:
+        """Its KV may not be mixed with, or passed on as, the new policy's; parked sessions are no exception."""
+        engine = load()
+        session = lab.begin(engine, 30)
+        if parked:
+            engine.park(session).result(LIMIT_S)
+        engine.set_policy("step-2")
+        verbs: dict[str, Callable[[], object]] = {
+            "append": lambda: engine.append(session, (1,)).result(LIMIT_S),
+            "generate": lambda: lab.one(engine, session, greedy(2)),
+            "fork": lambda: lab.fork(engine, session),
+            "capture": lambda: lab.capture(engine, session),
+            "park": lambda: engine.park(session).result(LIMIT_S),
+        }
+        with pytest.raises(StaleSession, match=r"'0'.*'step-2'"):
+            verbs[verb]()
+        assert engine.view(session).tokens == ids(30)
+
+    def test_set_policy_back_makes_old_kv_good_again(self, load: Load, lab: Lab) -> None:
+        engine = load()
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 30)))
+        engine.set_policy("1")
+        engine.set_policy("0")
+        assert lab.hydrate(engine, plan).proof.hit
+
+    def test_weights_changed_in_place_are_noticed(self, load: Load, lab: Lab) -> None:
+        if not self.changes_weights:
+            pytest.skip("this class does not say how to change the engine's weights (change_weights)")
+        engine = load()
+        session = lab.begin(engine, 60)
+        plan = lab.plan(lab.capture(engine, session))
+        before = engine.identity()
+        self.change_weights(engine)
+        with pytest.raises(StaleSession):
+            lab.one(engine, session, greedy(2))
+        with pytest.raises(IdentityMismatch) as refusal:
+            lab.hydrate(engine, plan)
+        assert refusal.value.field == "weights"
+        assert (refusal.value.stored, refusal.value.running) == (before.weights, engine.identity().weights)
+
+    def test_without_the_guard_changed_weights_would_give_wrong_tokens(
+        self, load: Load, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What the guard is for: old KV under new weights is neither model's continuation."""
+        if not self.changes_weights:
+            pytest.skip("this class does not say how to change the engine's weights (change_weights)")
+        engine, changed = load(), load()
+        old_session = lab.begin(engine, 60)
+        plan = lab.plan(lab.capture(engine, old_session))
+        self.change_weights(changed)
+        right = lab.one(changed, lab.begin(changed, 60), greedy(12))
+        self.guard_off(engine, monkeypatch)
+        self.change_weights(engine)
+        mixed = lab.one(engine, lab.hydrate(engine, plan).session, greedy(12))
+        assert mixed.token_ids != right.token_ids

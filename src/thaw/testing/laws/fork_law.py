@@ -1,0 +1,107 @@
+"""Law 4 and 8: copy-on-write, and own session only."""
+
+from __future__ import annotations
+
+import struct
+
+from thaw.data.pack import read_blob
+from thaw.engines.base import Captured, Engine
+from thaw.testing.laws.bytes_law import blob_ids
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, greedy, ids, same, seeded
+
+SLACK_NBYTES = 64 * 1024
+"""What a pack of a few hundred tokens may hold beside KV: its header, padding, a hidden state."""
+
+
+class ForkLaw(EngineKit):
+    def test_the_parent_is_untouched_by_what_its_children_do(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 300)
+        twin = lab.twin(engine, session)
+        before, view = lab.capture(engine, session), engine.view(session)
+        lab.run(engine, *lab.fork(engine, session, 3), sampling=seeded(12), prompt=ids(20, 9))
+        lab.run(engine, *lab.fork(engine, session, 2, at=280), sampling=seeded(12), prompt=ids(40, 9))
+        after = lab.capture(engine, session)
+        assert blob_ids(before) == blob_ids(after) and before.boundary == after.boundary
+        assert engine.view(session) == view
+        same(lab.one(engine, session, greedy(8)), lab.one(engine, twin, greedy(8)))
+
+    def test_siblings_are_untouched_by_one_another(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 300)
+        first, second, third = (lab.twin(engine, session) for _ in range(3))
+        expected = lab.one(engine, first, seeded(12), (1,))
+        lab.one(engine, second, seeded(12), ids(30, 6))
+        same(expected, lab.one(engine, third, seeded(12), (1,)))
+
+    def test_children_are_untouched_by_what_the_parent_does(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 300)
+        early, late = lab.twin(engine, session), lab.twin(engine, session)
+        expected = lab.one(engine, early, seeded(12), (1,))
+        lab.one(engine, session, seeded(12), ids(300, 6))
+        engine.close_session(session)
+        same(expected, lab.one(engine, late, seeded(12), (1,)))
+
+    def test_a_running_session_forks_without_stopping(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 100)
+        expected = lab.one(engine, lab.twin(engine, session), seeded(64))
+        handle = lab.start(engine, session, sampling=seeded(64))
+        children = []
+        for seen, _ in enumerate(handle, 1):
+            if seen == 4:
+                children = lab.fork(engine, session, 1, replay=True)
+        cut = len(engine.view(children[0]).tokens) - 100
+        assert 4 <= cut < 64
+        same(expected, handle.result(LIMIT_S)[0])
+        same(expected, lab.resume(engine, children[0])[0])
+
+    def test_a_fork_of_a_fork_remembers(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 40)
+        child = lab.fork(engine, session)[0]
+        lab.one(engine, child, seeded(6))
+        grandchild = lab.fork(engine, child)[0]
+        assert engine.view(grandchild).tokens == engine.view(child).tokens
+        assert engine.view(grandchild).turns == engine.view(child).turns
+        assert engine.view(grandchild).salt == engine.view(session).salt
+
+    def test_a_snapshot_holds_nothing_of_other_sessions(self, engine: Engine, lab: Lab) -> None:
+        """Eight other sessions decode while one is captured: none of their tokens, none of their bytes are in it."""
+        mine = lab.begin(engine, 300)
+        others = [lab.begin(engine, 270, start=20 + i, seed=i) for i in range(8)]
+        handle = lab.start(engine, *others, sampling=seeded(40))
+        captured: Captured | None = None
+        for seen, _ in enumerate(handle, 1):
+            if seen == 20:
+                captured = lab.capture(engine, mine)
+        handle.result(LIMIT_S)
+        assert captured is not None and captured.tokens == ids(300)
+        pack = (lab.mount.packs / str(captured.pack)).read_bytes()
+        assert 0 <= len(pack) - 300 * captured.identity.groups[0].token_nbytes <= SLACK_NBYTES
+        assert _runs(lab, captured)[0] in pack, "the search itself must be able to find KV"
+        for session in others:
+            foreign = lab.capture(engine, session)
+            assert set(blob_ids(foreign)).isdisjoint(blob_ids(captured))
+            assert not any(run in pack for run in _runs(lab, foreign))
+            assert not any(run in pack for run in _token_runs(foreign.tokens))
+
+    def test_session_names_and_salts_cannot_be_guessed(self, engine: Engine) -> None:
+        names = [engine.open() for _ in range(16)]
+        salts = {engine.view(name).salt for name in names}
+        assert len(set(names)) == len(salts) == 16
+        assert min(map(len, names)) >= 22 and min(map(len, salts)) >= 22
+
+
+def _runs(lab: Lab, captured: Captured) -> list[bytes]:
+    """Pieces of every blob, four tokens long at least: one token's values may be the same in two sessions."""
+    where = {x.blob: x for x in captured.blobs}
+    group = captured.identity.groups[0]
+    size = max(64, 4 * group.token_nbytes_per_head // (2 * group.num_layers))
+    out = []
+    for identifier in (blob for blobs in blob_ids(captured) for blob in blobs):
+        data = read_blob(lab.mount.packs, where[identifier])
+        out += [data[i : i + size] for i in range(0, len(data) - size, max(size, len(data) // 8))]
+    return out
+
+
+def _token_runs(tokens: tuple[int, ...]) -> list[bytes]:
+    """Eight tokens in a row, as 32-bit and 64-bit numbers and as JSON."""
+    eight = tokens[100:108]
+    return [struct.pack("<8I", *eight), struct.pack("<8Q", *eight), ",".join(map(str, eight)).encode()]

@@ -1,0 +1,136 @@
+"""Generating: batches, streams, stops, log probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from thaw.engines.base import Engine, GenerateRequest, SessionRef
+from thaw.testing.laws.boundary_law import stop_string
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, bits, greedy, ids, same, seeded
+
+
+class TextLaw(EngineKit):
+    def test_the_group_runs_as_one_batch(self, engine: Engine, lab: Lab) -> None:
+        """Every step brings one token of every session: nobody waits for a sibling's end."""
+        session = lab.begin(engine, 60)
+        handle = lab.start(engine, *lab.fork(engine, session, 4), sampling=seeded(12))
+        order = [delta.index for delta in handle]
+        assert order == [0, 1, 2, 3] * 12
+        assert [len(out.token_ids) for out in handle.result(LIMIT_S)] == [12] * 4
+
+    def test_results_come_in_the_order_of_the_requests(self, engine: Engine, lab: Lab) -> None:
+        sessions = [lab.begin(engine, 10 + i, start=i) for i in range(3)]
+        outs = lab.run(engine, *reversed(sessions), sampling=greedy(3))
+        assert [out.session for out in outs] == list(reversed(sessions))
+        assert [out.usage.num_prompt_tokens for out in outs] == [12, 11, 10]
+
+    def test_each_request_has_its_own_prompt_and_sampling(self, engine: Engine, lab: Lab) -> None:
+        kids = lab.fork(engine, lab.begin(engine, 40), 3)
+        samplings = (greedy(3), seeded(9), seeded(6, seed=77))
+        requests = [
+            GenerateRequest(session=kid, prompt=ids(i + 1, i), sampling=s)
+            for i, (kid, s) in enumerate(zip(kids, samplings, strict=True))
+        ]
+        outs = engine.generate(requests).result(LIMIT_S)
+        assert [len(out.token_ids) for out in outs] == [3, 9, 6]
+        assert [out.usage.num_prompt_tokens for out in outs] == [41, 42, 43]
+        assert outs[2].seed == 77
+
+    def test_streamed_pieces_add_up(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 60)
+        handle = lab.start(engine, *lab.fork(engine, session, 3), sampling=seeded(40))
+        deltas = list(handle)
+        for index, out in enumerate(handle.result(LIMIT_S)):
+            mine = [delta for delta in deltas if delta.index == index]
+            assert "".join(delta.text for delta in mine) == out.text
+            assert tuple(t for delta in mine for t in delta.token_ids) == out.token_ids
+            assert bits([x for delta in mine for x in delta.logprobs]) == bits(out.logprobs)
+            assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [out.finish_reason]
+            assert {delta.session for delta in mine} == {out.session}
+        assert list(handle) == deltas, "iterating again gives the same again"
+
+    def test_a_resumed_stream_brings_only_what_is_new(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 60)
+        whole = lab.one(engine, session, seeded(40))
+        child = lab.twin(engine, session, at=80)
+        handle = engine.generate([GenerateRequest(session=child, resume=True)])
+        deltas = list(handle)
+        out = handle.result(LIMIT_S)[0]
+        same(whole, out)
+        assert tuple(t for delta in deltas for t in delta.token_ids) == out.token_ids[20:]
+        news = "".join(delta.text for delta in deltas)
+        assert out.text.endswith(news) and len(news) < len(out.text)
+
+    def test_a_stop_string_across_token_borders_ends_the_turn(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 60)
+        probe = lab.one(engine, lab.twin(engine, session), seeded(64))
+        stop = stop_string(probe)
+        handle = lab.start(engine, session, sampling=seeded(64, stop=("never to be seen", stop)))
+        streamed = "".join(delta.text for delta in handle)
+        out = handle.result(LIMIT_S)[0]
+        assert (out.finish_reason, out.stop_reason) == ("stop", stop)
+        assert out.text == streamed == probe.text[: probe.text.index(stop)]
+        assert out.token_ids == probe.token_ids[: len(out.token_ids)], "the ids keep what the text lost"
+        assert len(out.token_ids) < 64
+        assert stop in engine.codec.decode(out.token_ids)
+        assert engine.view(session).tokens[60:] == out.token_ids
+
+    def test_a_stop_id_ends_the_turn_and_min_tokens_holds_it_back(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 60)
+        probe = lab.one(engine, lab.twin(engine, session), seeded(20))
+        victim = probe.token_ids[3]
+        first = probe.token_ids.index(victim)
+        out = lab.one(engine, lab.twin(engine, session), seeded(20, stop_token_ids=(victim,)))
+        assert (out.finish_reason, out.stop_reason) == ("stop", victim)
+        assert out.token_ids == probe.token_ids[: first + 1]
+        held = lab.one(engine, lab.twin(engine, session), seeded(20, stop_token_ids=(victim,), min_tokens=15))
+        assert victim not in held.token_ids[:15]
+
+    def test_the_end_token_ends_the_turn_unless_ignored(self, engine: Engine, lab: Lab) -> None:
+        if not engine.info.eos_token_ids:
+            pytest.skip("this model has no end token")
+        session = lab.begin(engine, 60)
+        found = _seed_that_ends(engine, lab, session)
+        ended = lab.one(engine, lab.twin(engine, session), seeded(100, ignore_eos=False, seed=found, temperature=5.0))
+        assert ended.finish_reason == "stop" and ended.stop_reason is None
+        assert ended.token_ids[-1] in engine.info.eos_token_ids
+        longer = seeded(len(ended.token_ids) + 2, seed=found, temperature=5.0)
+        ignored = lab.one(engine, lab.twin(engine, session), longer)
+        assert ignored.token_ids[:-2] == ended.token_ids and ignored.finish_reason == "length"
+
+    def test_logprobs_are_of_the_raw_distribution(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 60)
+        plain = lab.one(engine, lab.twin(engine, session), greedy(1, logprobs=5))
+        warped = lab.one(
+            engine, lab.twin(engine, session), seeded(1, logprobs=5, temperature=0.01, repetition_penalty=2.0, top_k=1)
+        )
+        assert plain.top_logprobs == warped.top_logprobs and plain.top_logprobs is not None
+        top = plain.top_logprobs[0]
+        assert len(top) == 5 and [x for _, x in top] == sorted((x for _, x in top), reverse=True)
+        assert top[0] == (plain.token_ids[0], plain.logprobs[0])
+        assert 0 < math.fsum(math.exp(x) for _, x in top) <= 1 + 1e-6
+
+    def test_one_session_at_temperature_zero_ignores_the_seed(self, engine: Engine, lab: Lab) -> None:
+        session = lab.begin(engine, 60)
+        same(*(lab.one(engine, kid, greedy(8)) for kid in lab.fork(engine, session, 2)))
+
+    def test_the_turns_seed_may_be_given(self, engine: Engine, lab: Lab) -> None:
+        kids = lab.fork(engine, lab.begin(engine, 60), 3)
+        one, two = (lab.one(engine, kid, seeded(12, seed=5)) for kid in kids[:2])
+        same(one, two)
+        assert lab.one(engine, kids[2], seeded(12, seed=6)).token_ids != one.token_ids
+
+
+def _seed_that_ends(engine: Engine, lab: Lab, session: SessionRef) -> int:
+    """A seed with which the model says its end token. A high temperature makes that likely enough."""
+    for seed in range(0, 512, 32):
+        requests = [
+            GenerateRequest(session=kid, sampling=seeded(100, ignore_eos=False, seed=seed + i, temperature=5.0))
+            for i, kid in enumerate(lab.fork(engine, session, 32))
+        ]
+        for out in engine.generate(requests).result(LIMIT_S):
+            if out.finish_reason == "stop":
+                return out.seed
+    raise AssertionError("no seed of 512 made the model end its turn")

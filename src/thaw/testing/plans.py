@@ -1,0 +1,135 @@
+"""From what an engine captured to what an engine hydrates, without a repository in between.
+
+Also the means of the negative control: `tampered` changes one block of KV and hashes it again, so that every check
+accepts it and only the numbers can tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from thaw.core.ids import digest
+from thaw.core.objects import Boundary, Turn
+from thaw.data.locations import BlobLocation, StoreMount
+from thaw.data.pack import PackItem, read_blob, write_pack
+from thaw.engines.base import Captured, CapturePlan, HydratePlan, Slice
+
+_NUMBERS = itertools.count()
+
+
+def mount_at(folder: Path) -> StoreMount:
+    """A store that is nothing but a folder of packs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return StoreMount(uuid=digest(str(folder).encode())[3:35], packs=folder)
+
+
+def capture_plan(mount: StoreMount, base: int = 0) -> CapturePlan:
+    """A capture into a pack of its own."""
+    return CapturePlan(mount=mount, pack=_pack_name(), base=base)
+
+
+def plan_from(captured: Captured, mount: StoreMount, *earlier: Captured, at: int | None = None) -> HydratePlan:
+    """The plan that brings `captured` back, or its first `at` tokens.
+
+    `earlier` are the captures that hold what comes before this one's `base`, in order. As everywhere in thaw, a point
+    whose last hidden state is not kept has no KV for its last token: that token runs again.
+    """
+    whole = at is None or at == len(captured.tokens)
+    end = len(captured.tokens) if at is None else at
+    boundary = captured.boundary if whole else None
+    hidden = _find_hidden(captured, boundary)
+    num_kv = captured.num_kv if whole and hidden is not None else min(captured.num_kv, max(end - 1, 0))
+    return HydratePlan(
+        identity=captured.identity,
+        mount=mount,
+        tokens=captured.tokens[:end],
+        num_kv=num_kv,
+        slices=slices_of((*earlier, captured), num_kv),
+        turns=turns_at(captured.turns, end),
+        seed=captured.seed,
+        salt=captured.salt,
+        share_prefix=captured.share_prefix,
+        boundary=boundary,
+        hidden=hidden,
+    )
+
+
+def slices_of(captures: Sequence[Captured], num_kv: int) -> tuple[Slice, ...]:
+    """The captured segments, in order, as far as token `num_kv`."""
+    out = []
+    for captured in captures:
+        where = {location.blob: location for location in captured.blobs}
+        out += [
+            Slice(
+                start=segment.start,
+                length=min(segment.length, num_kv - segment.start),
+                stored=segment.length,
+                blobs={group: tuple(where[blob] for blob in ids) for group, ids in segment.blobs.items()},
+            )
+            for segment in captured.segments
+            if segment.start < num_kv
+        ]
+    return tuple(out)
+
+
+def turns_at(turns: Sequence[Turn], end: int) -> tuple[Turn, ...]:
+    """The turns of the first `end` tokens; a completion cut through is unfinished, so `resume` repeats the parent."""
+    return tuple(turn if turn.end <= end else _cut(turn, end) for turn in turns if turn.start < end)
+
+
+def _cut(turn: Turn, end: int) -> Turn:
+    count = end - turn.start
+    return msgspec.structs.replace(
+        turn,
+        end=end,
+        text="",
+        finish_reason=None,
+        stop_reason=None,
+        logprobs=None if turn.logprobs is None else turn.logprobs[:count],
+        top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:count],
+    )
+
+
+def _find_hidden(captured: Captured, boundary: Boundary | None) -> BlobLocation | None:
+    if boundary is None or boundary.hidden is None:
+        return None
+    return next(location for location in captured.blobs if location.blob == boundary.hidden)
+
+
+def tampered(plan: HydratePlan, change: Callable[[bytes], bytes], *, piece: int = 0, head: int = 0) -> HydratePlan:
+    """`plan` with one blob changed and hashed anew, in a pack of its own: it loads without complaint."""
+    group = plan.identity.groups[0]
+    victim = plan.slices[piece]
+    old = victim.blobs[group.name][head]
+    data = change(read_blob(plan.mount.packs, old))
+    assert len(data) == old.nbytes and digest(data) != old.blob, "the change must keep the size and change the bytes"
+    item = PackItem(name_prefix="", dtype="U8", shape=(len(data),), nbytes=len(data), read=lambda: data)
+    new = write_pack(plan.mount.packs, _pack_name(), [item]).blobs[0]
+    heads = [new if i == head else location for i, location in enumerate(victim.blobs[group.name])]
+    changed = msgspec.structs.replace(victim, blobs={**victim.blobs, group.name: tuple(heads)})
+    slices = (*plan.slices[:piece], changed, *plan.slices[piece + 1 :])
+    return msgspec.structs.replace(plan, slices=slices)
+
+
+def halves_swapped(data: bytes) -> bytes:
+    """One blob's first and second half of bytes swapped: other KV, made of the same ordinary numbers."""
+    half = len(data) // 2
+    return data[half:] + data[:half]
+
+
+def flip_byte(packs: Path, location: BlobLocation, at: int = 0) -> None:
+    """Damage a stored blob in place: what a failing disk does."""
+    with (packs / location.pack).open("r+b") as file:
+        file.seek(location.offset + at)
+        byte = file.read(1)[0]
+        file.seek(location.offset + at)
+        file.write(bytes([byte ^ 0x01]))
+
+
+def _pack_name() -> str:
+    return f"test-{os.getpid()}-{next(_NUMBERS)}.safetensors"

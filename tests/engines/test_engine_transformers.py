@@ -1,0 +1,53 @@
+"""The law book on `transformers`, with small random models that look at their KV.
+
+The whole of it on one architecture, the laws that can differ from model to model on all of them, in both dtypes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from thaw.engines import load_engine  # noqa: E402
+from thaw.engines.base import Engine  # noqa: E402
+from thaw.engines.embedded.weights import WeightsWatch  # noqa: E402
+from thaw.testing import EngineTests, ExactnessTests  # noqa: E402
+from thaw.testing.laws.kit import Load  # noqa: E402
+from thaw.testing.models import ARCHITECTURES  # noqa: E402
+
+MODELS = [(arch, dtype) for arch, dtype in itertools.product(ARCHITECTURES, ("bfloat16", "float32"))]
+WHOLE = ("llama", "bfloat16")
+
+
+def factory(folder: Path) -> Load:
+    return lambda **changes: load_engine("transformers", model=str(folder), **changes)
+
+
+class TestEveryLaw(EngineTests):
+    changes_weights = True
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine_factory(cls, tiny_model: Callable[..., Path]) -> Load:
+        return factory(tiny_model(WHOLE[0], dtype=WHOLE[1]))
+
+    def change_weights(self, engine: Engine) -> None:
+        with torch.no_grad():
+            engine._backend._module.model.layers[0].mlp.down_proj.weight.mul_(-1.0)  # type: ignore[attr-defined]
+
+    def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(WeightsWatch, "_look", lambda self: None)
+
+
+class TestExactness(ExactnessTests):
+    @pytest.fixture(scope="class", params=[m for m in MODELS if m != WHOLE], ids="-".join)
+    @classmethod
+    def engine_factory(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
+        arch, dtype = request.param
+        return factory(tiny_model(arch, dtype=dtype))
