@@ -19,10 +19,11 @@ from thaw.core.errors import Unsupported
 from thaw.engines.transformers.kv import BatchPlan, Long, PastPages, Tail
 
 NAME = "thaw"
-ROW_MULTIPLE = 16
-"""Query rows of a page call are padded to this. The kernel's scratch memory is rows × keys floats a thread; with other row
-counts a thread's part is not aligned to 64 bytes, and the matrix product then adds in another order on one thread than on
-the other. Padded, a page's bits do not depend on which thread had it."""
+ROW_BLOCK = 8
+"""Query rows in one page call, always (padded with zeros). The kernel's scratch memory is rows × keys floats a thread: with
+other row counts a thread's part is not aligned to 64 bytes and adds in another order, and with other numbers of rows the
+matrix product blocks differently. With this one shape a row's bits depend on its own query and the page alone: not on the
+thread, not on how many pages or which other rows (children) share the call."""
 _REFUSED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
 
 
@@ -100,11 +101,12 @@ def _past_partial(
     k_PHTD, v_PHTD = pages[:, :, 0].transpose(0, 1), pages[:, :, 1].transpose(0, 1)
     q_HMD = q_HGND[:, :, rows].reshape(H, -1, D)
     num_rows = q_HMD.shape[1]
-    q_PHMD = torch.nn.functional.pad(q_HMD, (0, 0, 0, -num_rows % ROW_MULTIPLE)).expand(past.count, -1, -1, -1)
-    out, lse = partial(q_PHMD, k_PHTD, v_PHTD, scale, causal=False)
+    blocks = torch.nn.functional.pad(q_HMD, (0, 0, 0, -num_rows % ROW_BLOCK)).split(ROW_BLOCK, 1)
+    done = [partial(b.expand(past.count, -1, -1, -1), k_PHTD, v_PHTD, scale, causal=False) for b in blocks]
+    out, lse = (torch.cat(parts_, 2)[:, :, :num_rows] for parts_ in zip(*done, strict=True))
     places = slice(past.place, past.place + past.count)
-    parts[places, :, :, rows] = out[:, :, :num_rows].reshape(past.count, H, G, -1, D).float()
-    lses[places, :, :, rows] = lse[:, :, :num_rows].reshape(past.count, H, G, -1)
+    parts[places, :, :, rows] = out.reshape(past.count, H, G, -1, D).float()
+    lses[places, :, :, rows] = lse.reshape(past.count, H, G, -1)
 
 
 def _tail_partial(
