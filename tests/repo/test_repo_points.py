@@ -106,6 +106,20 @@ def test_branches_and_tags_are_made_renamed_and_deleted(
     assert repo.resolve("try@{1}").commit == done[1].commit
 
 
+def test_names_with_a_meaning_are_reserved(repo: Repository) -> None:
+    s = repo.session()
+    s.append("x")
+    loose = [s.commit("one").commit, s.commit("two").commit]
+    assert repo.resolve("detached@{1}").commit == loose[1] and repo.resolve("detached@{2}").commit == loose[0]
+    for name in ("HEAD", "detached"):
+        with pytest.raises(InvalidRequest, match="choose another name"):
+            repo.branch(name, loose[0])
+        with pytest.raises(InvalidRequest, match="choose another name"):
+            s.commit(branch=name)
+    with pytest.raises(InvalidRequest, match="seed=-1"):
+        repo.session(seed=-1)
+
+
 def test_adopting_moves_the_branch_and_keeps_the_old_tip_in_the_reflog(repo: Repository) -> None:
     s = repo.session()
     s.append("the question")

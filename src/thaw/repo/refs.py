@@ -16,11 +16,25 @@ from thaw.store import Ref, RefUpdate, Store
 RefKind = Literal["branch", "tag"]
 
 
+RESERVED = {
+    "HEAD": "the current branch",
+    "detached": "the log of commits on no branch",
+}
+"""Names that mean something of their own."""
+DETACHED = "detached"
+
+
+def check_name(name: str) -> str:
+    """`name` if a branch or tag may be called so. Raises `BadPoint`, `InvalidRequest`."""
+    points.check_name(name)
+    if name in RESERVED:
+        raise InvalidRequest(f"{name!r} names {RESERVED[name]}; choose another name")
+    return name
+
+
 def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -> Ref:
     """A new branch or tag. Raises `RefConflict` when the name is taken."""
-    points.check_name(name)
-    if name == "HEAD":
-        raise InvalidRequest("HEAD is the name of the current branch; choose another name")
+    check_name(name)
     where = whole(resolve(store, point), f"a {kind}")
     store.update_refs(RefUpdate(name=name, kind=kind, target=where, expect=None, reason=f"{kind}: at {short(where)}"))
     return Ref(name=name, kind=kind, target=where)
@@ -35,7 +49,7 @@ def delete(store: Store, name: str, kind: RefKind) -> Ref:
 
 def rename(store: Store, old: str, new: str) -> Ref:
     """Give a branch or tag another name; atomic. HEAD follows its branch."""
-    points.check_name(new)
+    check_name(new)
     ref = store.ref(old)
     if ref is None:
         raise NotFound(f"there is no branch or tag {old!r} to rename")
@@ -50,7 +64,7 @@ def rename(store: Store, old: str, new: str) -> Ref:
 
 def move(store: Store, branch: str, point: str | ResolvedPoint, reason: str) -> Ref:
     """Make `branch` point there, whatever it was; the old tip stays in the reflog. Raises `RefConflict` in a race."""
-    points.check_name(branch)
+    check_name(branch)
     where = whole(resolve(store, point), "a branch")
     now = store.ref(branch)
     expect = now.target if now is not None else None

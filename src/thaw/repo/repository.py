@@ -25,6 +25,7 @@ from thaw.repo.context import Context
 from thaw.repo.diff import Diff
 from thaw.repo.group import Group
 from thaw.repo.log import LogEntry
+from thaw.repo.params import check_seed
 from thaw.repo.report import VerifyReport
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.session import Session
@@ -71,6 +72,7 @@ class Repository:
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
+        check_seed(seed)
         if point is None:
             return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
         if salt is not None:

@@ -92,11 +92,10 @@ def _named(store: Store, point: Point) -> CommitId:
 
 def _moved(store: Store, name: str, moved: int) -> CommitId:
     """Where the ref stood `moved` moves ago."""
-    log = store.reflog(name)
-    old = log[moved - 1].old if moved <= len(log) else None
-    if old is None:
-        raise NotFound(f"{name}@{{{moved}}}: {name!r} has moved {max(len(log) - 1, 0)} times since it was made")
-    return old
+    before = [entry.old for entry in store.reflog(name) if entry.old is not None]
+    if moved > len(before):
+        raise NotFound(f"{name}@{{{moved}}}: {name!r} has moved {len(before)} times since it was made")
+    return before[moved - 1]
 
 
 def _by_id(store: Store, name: str) -> CommitId:
