@@ -101,7 +101,7 @@ def _past_partial(
     k_PHTD, v_PHTD = pages[:, :, 0].transpose(0, 1), pages[:, :, 1].transpose(0, 1)
     q_HMD = q_HGND[:, :, rows].reshape(H, -1, D)
     num_rows = q_HMD.shape[1]
-    blocks = torch.nn.functional.pad(q_HMD, (0, 0, 0, -num_rows % ROW_BLOCK)).split(ROW_BLOCK, 1)
+    blocks = torch.split(torch.nn.functional.pad(q_HMD, (0, 0, 0, -num_rows % ROW_BLOCK)), ROW_BLOCK, 1)
     done = [partial(b.expand(past.count, -1, -1, -1), k_PHTD, v_PHTD, scale, causal=False) for b in blocks]
     out, lse = (torch.cat(parts_, 2)[:, :, :num_rows] for parts_ in zip(*done, strict=True))
     places = slice(past.place, past.place + past.count)
