@@ -1,4 +1,4 @@
-"""The store's laws: what was committed is there, ids are found, writing is all or nothing, refs move by compare-and-swap."""
+"""The store's laws: what was committed is there, writing is all or nothing, refs move by compare-and-swap."""
 
 from __future__ import annotations
 

@@ -7,9 +7,12 @@ operating system error becomes `StorageFailed` with the path, the reason and wha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from thaw.core.errors import StorageFailed
@@ -48,6 +51,26 @@ def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
     while len(data):
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
+
+
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Asks the kernel to begin writing these bytes to the device now, so that a later fsync has less to wait for.
+
+    A hint: nothing happens where it is not supported, and nothing is promised about when the bytes are on disk.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+@functools.cache
+def _sync_file_range() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 def sync_folder(folder: Path) -> None:

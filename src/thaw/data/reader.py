@@ -1,16 +1,16 @@
 """Reading blobs: straight into the caller's memory, verified, the hash of one overlapped with the read of the next.
 
-Extents are sorted by pack and offset; neighbours (a pad between them at most) come in with one `preadv` of up to
-8 MiB. A blob that was returned has been hashed after it entered memory (`disk-verified`).
+Extents are sorted by pack and offset, large blobs read in pieces, small neighbours (a pad between them at most)
+together. A blob that was returned has been hashed after it entered memory (`disk-verified`).
 """
 
 from __future__ import annotations
 
 import os
+import queue
+import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,10 +24,10 @@ from thaw.data.header import PAGE, PackHeader, header_length, parse
 from thaw.data.locations import BlobLocation
 from thaw.data.writer import check_pack_name
 
-BATCH_BYTES = 8 << 20
-IN_FLIGHT = 4
-"""Batches read but not yet hashed, at most."""
-Target: TypeAlias = "tuple[BlobLocation, memoryview]"
+PIECE_BYTES = 512 << 10
+"""What is read and hashed at a time: it is still in the processor's cache when it is hashed."""
+IN_FLIGHT = 16
+"""Pieces read but not yet hashed, at most."""
 Wanted: TypeAlias = "tuple[BlobLocation, memoryview | None]"
 
 
@@ -44,6 +44,23 @@ class ReadStats:
     nbytes: int
     seconds: float
     hash_seconds: float
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes [begin, begin + len(view)) of a blob, to be read into `view`."""
+
+    location: BlobLocation
+    begin: int
+    view: memoryview
+
+    @property
+    def offset(self) -> int:
+        return self.location.offset + self.begin
+
+    @property
+    def is_last(self) -> bool:
+        return self.begin + len(self.view) == self.location.nbytes
 
 
 def read_header(path: Path, *, short: bool = False) -> PackHeader:
@@ -75,7 +92,7 @@ def read_blobs(folder: Path, wanted: Sequence[Wanted]) -> ReadStats:
     try:
         for pack, group in groupby(targets, key=lambda pair: pair[0].pack):
             _read_pack(folder / check_pack_name(pack), list(group), hashed)
-        hashed.drain(0)
+        hashed.finish()
     finally:
         hashed.close()
     nbytes = sum(location.nbytes for location, _ in targets)
@@ -139,41 +156,47 @@ def _read_pack(path: Path, targets: list[Wanted], hashed: _Hashing) -> None:
         size = os.fstat(fd).st_size
         for location, _ in targets:
             _check_size(path, location, size)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         for batch in _batches(targets):
-            filled = [(place, memoryview(bytearray(place.nbytes)) if to is None else to) for place, to in batch]
             with storage_errors(path, "read"):
-                _read_batch(fd, path, filled)
-            hashed.submit(filled)
+                _read_batch(fd, path, batch)
+            hashed.submit(batch)
     finally:
         os.close(fd)
 
 
-def _batches(targets: list[Wanted]) -> Iterator[list[Wanted]]:
-    """Runs of targets that lie next to each other: at most a page apart, `BATCH_BYTES` in all, 256 in number."""
-    batch: list[Wanted] = []
-    total = end = 0
+def _pieces(targets: list[Wanted]) -> Iterator[_Piece]:
+    """The targets cut into pieces, in file order. Those that are only verified get memory for one piece at a time."""
     for location, target in targets:
-        near = 0 <= location.offset - end < PAGE
-        if batch and not (near and total + location.nbytes <= BATCH_BYTES and len(batch) < 256):
+        for begin in range(0, location.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, location.nbytes - begin)
+            view = memoryview(bytearray(nbytes)) if target is None else target[begin : begin + nbytes]
+            yield _Piece(location, begin, view)
+
+
+def _batches(targets: list[Wanted]) -> Iterator[list[_Piece]]:
+    """Runs of pieces that lie next to each other: at most a page apart, `PIECE_BYTES` in all, 256 in number."""
+    batch: list[_Piece] = []
+    total = end = 0
+    for piece in _pieces(targets):
+        near = 0 <= piece.offset - end < PAGE
+        if batch and not (near and total + len(piece.view) <= PIECE_BYTES and len(batch) < 256):
             yield batch
             batch, total = [], 0
-        batch.append((location, target))
-        total, end = total + location.nbytes, location.offset + location.nbytes
+        batch.append(piece)
+        total, end = total + len(piece.view), piece.offset + len(piece.view)
     if batch:
         yield batch
 
 
-def _read_batch(fd: int, path: Path, batch: list[Target]) -> None:
-    """Fills the targets of one run, pads between them into scratch memory."""
+def _read_batch(fd: int, path: Path, batch: list[_Piece]) -> None:
+    """Fills the pieces of one run, pads between them into scratch memory."""
     views: list[memoryview] = []
-    start = cursor = batch[0][0].offset
-    for location, target in batch:
-        if location.offset > cursor:
-            views.append(memoryview(bytearray(location.offset - cursor)))
-        views.append(target)
-        cursor = location.offset + location.nbytes
+    start = cursor = batch[0].offset
+    for piece in batch:
+        if piece.offset > cursor:
+            views.append(memoryview(bytearray(piece.offset - cursor)))
+        views.append(piece.view)
+        cursor = piece.offset + len(piece.view)
     while views:
         got = os.preadv(fd, views, start)
         if got == 0:
@@ -186,32 +209,57 @@ def _read_batch(fd: int, path: Path, batch: list[Target]) -> None:
 
 
 class _Hashing:
-    """Verifies batches on two threads, at most `IN_FLIGHT` behind the reader."""
+    """Hashes pieces in order on a thread of its own, at most `IN_FLIGHT` behind; the first failure is raised."""
 
     def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="thaw-verify")
-        self.pending: deque[Future[float]] = deque()
         self.seconds = 0.0
+        self._hasher = blake3()
+        self._error: BaseException | None = None
+        self._room = threading.Semaphore(IN_FLIGHT)
+        self._queue: queue.SimpleQueue[list[_Piece] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="thaw-verify", daemon=True)
+        self._thread.start()
 
-    def submit(self, batch: list[Target]) -> None:
-        self.drain(IN_FLIGHT - 1)
-        self.pending.append(self.pool.submit(_verify, batch))
+    def submit(self, batch: list[_Piece]) -> None:
+        self._room.acquire()
+        if self._error is not None:
+            raise self._error
+        self._queue.put(batch)
 
-    def drain(self, keep: int) -> None:
-        while len(self.pending) > keep:
-            self.seconds += self.pending.popleft().result()
+    def finish(self) -> None:
+        """Waits for everything submitted; raises what went wrong."""
+        self.close()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._verify(batch)
+            except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
+                self._error = error
+            del batch
+            self._room.release()
+
+    def _verify(self, batch: list[_Piece]) -> None:
+        began = time.perf_counter()
+        for piece in batch:
+            if piece.begin == 0:
+                self._hasher = blake3()
+            self._hasher.update(piece.view)
+            if piece.is_last:
+                _compare(piece.location, "b3:" + self._hasher.hexdigest())
+        self.seconds += time.perf_counter() - began
 
 
-def _verify(batch: list[Target]) -> float:
-    began = time.perf_counter()
-    for location, data in batch:
-        found = "b3:" + blake3(data).hexdigest()
-        if found != location.blob:
-            raise CorruptBlob(
-                f"pack {location.pack}: blob {location.blob} at byte {location.offset} hashes to {found}; its bytes "
-                "were changed after they were written. Run `thaw fsck` to see which snapshots need it."
-            )
-    return time.perf_counter() - began
+def _compare(location: BlobLocation, found: str) -> None:
+    if found != location.blob:
+        raise CorruptBlob(
+            f"pack {location.pack}: blob {location.blob} at byte {location.offset} hashes to {found}; its bytes "
+            "were changed after they were written. Run `thaw fsck` to see which snapshots need it."
+        )

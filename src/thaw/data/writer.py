@@ -18,13 +18,15 @@ from typing import TypeAlias
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import digest
-from thaw.data.files import pwrite_all, replacing, storage_errors
+from thaw.data.files import pwrite_all, replacing, start_writeback, storage_errors
 from thaw.data.header import DTYPE_BYTES, OBJECT, Entry, align, build, reserve, tensor_nbytes
 from thaw.data.locations import BlobLocation
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 HASH_APART = 64 * 1024
 """Items of at least this size are hashed on another thread; below, handing over costs more than it hides."""
+WRITEBACK_BYTES = 8 << 20
+"""The device is told to begin after so many bytes, and writes while the next are hashed and copied."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,120}\.safetensors\Z")
 
 
@@ -96,7 +98,7 @@ class _Writer:
 
     def __init__(self, fd: int, path: Path, data_start: int) -> None:
         self.fd, self.path, self.data_start = fd, path, data_start
-        self.cursor = data_start
+        self.cursor = self.started = data_start
         self.entries: list[Entry] = []
         self.seen: dict[tuple[str, str], BlobLocation] = {}
 
@@ -140,6 +142,9 @@ class _Writer:
     def _write(self, data: memoryview, offset: int) -> None:
         with storage_errors(self.path, "write"):
             pwrite_all(self.fd, data, offset)
+        if offset + len(data) - self.started >= WRITEBACK_BYTES:
+            start_writeback(self.fd, self.started, offset + len(data) - self.started)
+            self.started = offset + len(data)
 
     def finish(self, metadata: Mapping[str, str]) -> int:
         """Writes the header; returns the file's size."""
