@@ -1,0 +1,7 @@
+"""`python -m thaw.cli`, the same as `thaw`."""
+
+import sys
+
+from thaw.cli import main
+
+sys.exit(main())

@@ -1,0 +1,69 @@
+"""Showing a receipt, and putting it into files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thaw.cli import output, words
+from thaw.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from thaw.receipt import Derived, Receipt
+
+
+def keep(receipt: Receipt, out: str | None, svg: str | None) -> None:
+    """Write the receipt and its picture where they were asked for."""
+    from thaw.data.files import storage_errors
+    from thaw.receipt import dumps
+
+    for name, make in ((out, dumps), (svg, _picture)):
+        if name is not None:
+            path, data = Path(name).expanduser(), make(receipt)
+            with storage_errors(path, "write"):
+                path.write_bytes(data)
+            output.note(f"wrote {name}")
+
+
+def _picture(receipt: Receipt) -> bytes:
+    from thaw.bench import plot
+
+    try:
+        return plot.svg(receipt).encode()
+    except InvalidRequest as error:
+        raise InvalidRequest(f"--svg: {error}") from None
+
+
+def show(receipt: Receipt) -> None:
+    """Every figure with its interval, then what was checked and what was aimed at."""
+    model = f"{receipt.model.name}, {receipt.model.dtype}, " if receipt.model else ""
+    output.line(output.style(f"{model}{receipt.machine.cpu}, {words.count(receipt.machine.cores, 'core')}", "bold"))
+    output.line()
+    output.rows([_number(number) for number in receipt.derived])
+    output.line()
+    promised = [check for check in receipt.checks if check.promised]
+    held = sum(check.held for check in promised)
+    colour = "green" if held == len(promised) else "red"
+    output.line(f"{output.style('checks', colour)}  {held} of {len(promised)} promised ones held")
+    for check in receipt.checks:
+        if not check.held:
+            mark, colour = ("FAILED", "red") if check.promised else ("no    ", "yellow")
+            rounds = f"{check.num_equal} of {check.num_checked} rounds"
+            output.line(f"{output.style(mark, colour)}  {check.text}: {rounds}")
+    for goal in receipt.goals:
+        mark, colour = ("met   ", "green") if goal.held else ("missed", "yellow")
+        output.line(f"{output.style(mark, colour)}  {goal.text}")
+
+
+def _number(number: Derived) -> tuple[str, ...]:
+    value, low, high = (_value(x, number.unit) for x in (number.value, number.low, number.high))
+    between = "" if number.num_rounds == 1 else f"{low} to {high}"
+    return number.text, output.style(value, "bold"), output.style(between, "dim")
+
+
+def _value(value: float, unit: str) -> str:
+    if unit == "s":
+        return words.seconds(value)
+    if unit == "B":
+        return words.nbytes(round(value))
+    return f"{value:.3g} {unit}".rstrip()

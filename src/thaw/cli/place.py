@@ -1,0 +1,47 @@
+"""Which repository: -C PATH, else THAW_REPO, else the nearest .thaw at or above the current folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thaw.core.errors import NotFound
+
+if TYPE_CHECKING:
+    from thaw.repo.repository import Repository
+
+FOLDER = ".thaw"
+HOW = "Make one with `thaw init`, or name one with -C PATH or THAW_REPO."
+
+
+def is_repository(path: Path) -> bool:
+    """Whether a repository is or was here; one that lost its database still has its packs."""
+    return (path / "thaw.db").is_file() or (path / "packs").is_dir()
+
+
+def find(named: str | None) -> Path:
+    """The repository's folder. Raises `NotFound` saying how to make or name one."""
+    chosen = named or os.environ.get("THAW_REPO")
+    return _named(Path(chosen).expanduser()) if chosen else _nearest(Path.cwd())
+
+
+def _named(path: Path) -> Path:
+    for candidate in (path, path / FOLDER):
+        if is_repository(candidate):
+            return candidate
+    raise NotFound(f"there is no repository in {path} or {path / FOLDER}. Make one with `thaw init {path}`.")
+
+
+def _nearest(start: Path) -> Path:
+    for folder in (start, *start.parents):
+        if is_repository(folder / FOLDER):
+            return folder / FOLDER
+    raise NotFound(f"there is no repository in {start} or above it. {HOW}")
+
+
+def open_repository(named: str | None) -> Repository:
+    """The repository without an engine: to look at it, and to move refs."""
+    from thaw.repo.repository import open as open_at
+
+    return open_at(find(named), create=False)

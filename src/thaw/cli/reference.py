@@ -1,0 +1,91 @@
+"""docs/cli.md, written from the commands themselves: `python -m thaw.cli.reference` prints nothing and writes it.
+
+A test checks that the page in the repository is what this writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from thaw.cli import catalog
+from thaw.cli.app import thaw
+
+WIDTH = 96
+HEAD = """# The command line
+
+Generated from the commands (`make docs`). Each section is what `thaw VERB --help` prints.
+
+Data goes to stdout, progress and errors to stderr. Every verb that prints data takes `--json`: one JSON document on
+stdout, keys that do not change their meaning, 64-bit integers as strings. An error is then
+`{"error": {"kind": …, "message": …}}`, also on stdout, with the same exit code. Colour is for terminals only, and never
+with `NO_COLOR`.
+
+| exit code | what it says |
+|---|---|
+| 0 | done |
+| 2 | the request cannot work as it stands: change it |
+| 3 | refused: bytes exist, but using them would be wrong (other weights, another policy) |
+| 4 | conflict: somebody else was first; look, then try again |
+| 5 | damaged: stored bytes are not what was written; `thaw fsck` |
+| 6 | the disk or folder said no |
+| 7 | a law did not hold (`verify`, `demo`, `bench`, `receipt verify`) |
+| 8 | the work ended before it was done |
+| 70 | an error inside thaw; `THAW_DEBUG=1` in front shows where |
+| 130 | interrupted; `run` commits what the model had said |
+
+| variable | what it does |
+|---|---|
+| `THAW_REPO` | the repository, where `-C` names none |
+| `THAW_MODEL` | the model of `thaw demo` |
+| `THAW_CACHE_DIR` | where the demo's model is kept (default `~/.cache/thaw`) |
+| `THAW_DEBUG` | tracebacks, and what the libraries below have to say |
+| `NO_COLOR` | no colour |
+"""
+
+
+def page() -> str:
+    """The whole page; the same text on every machine."""
+    return HEAD + "\n".join(_sections())
+
+
+def _sections() -> Iterator[str]:
+    top = click.Context(thaw, info_name="thaw")
+    yield _help(thaw, top, "thaw")
+    for title, verbs in catalog.SECTIONS.items():
+        yield f"\n## {title}\n"
+        for name in verbs:
+            command = thaw.get_command(top, name)
+            assert command is not None
+            yield from _verb(command, click.Context(command, info_name=name, parent=top), f"thaw {name}")
+
+
+def _verb(command: click.Command, context: click.Context, name: str) -> Iterator[str]:
+    if not isinstance(command, click.Group):
+        yield _help(command, context, name)
+        return
+    for sub in command.list_commands(context):
+        child = command.get_command(context, sub)
+        assert child is not None
+        yield from _verb(child, click.Context(child, info_name=sub, parent=context), f"{name} {sub}")
+
+
+def _help(command: click.Command, context: click.Context, name: str) -> str:
+    formatter = click.HelpFormatter(width=WIDTH)
+    context.help_option_names = ["-h", "--help"]
+    command.format_help(context, formatter)
+    return f"\n### {name}\n\n```text\n{formatter.getvalue().rstrip()}\n```\n"
+
+
+def main() -> None:
+    """Write the page into the source tree that this module runs from, or to the path given."""
+    default = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    path.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

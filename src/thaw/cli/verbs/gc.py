@@ -1,0 +1,42 @@
+"""`thaw gc`: delete what nothing refers to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from thaw.cli import options, output, words
+from thaw.cli.place import open_repository
+from thaw.cli.progress import Progress
+
+EXAMPLE = """
+thaw gc --dry-run
+thaw gc --keep-days 7
+"""
+
+
+@options.verb("gc", EXAMPLE)
+@click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
+@click.option("--keep-days", type=click.FloatRange(min=0), metavar="D", help="How long a reflog keeps old tips (90).")
+@options.as_json
+def command(named: str | None, dry_run: bool, keep_days: float | None, as_json: bool) -> None:
+    """Delete what no branch, tag, recent reflog entry or running reader needs. Safe beside running commits."""
+    with open_repository(named) as repo, Progress("collecting garbage"):
+        report = repo.gc(dry_run=dry_run, keep_reflog_s=None if keep_days is None else keep_days * 86400)
+    if as_json:
+        output.print_json(dataclasses.asdict(report))
+        return
+    verb = "would remove" if dry_run else "removed"
+    gone = [
+        words.count(report.commits_removed, "commit"),
+        words.count(report.objects_removed, "object"),
+        words.count(report.blobs_removed, "blob"),
+        words.count(report.packs_removed + report.orphans_removed, "file"),
+    ]
+    freed, kept = words.nbytes(report.nbytes_freed), words.nbytes(report.nbytes_kept)
+    output.line(f"{verb} {', '.join(gone)}: {freed}; {kept} kept")
+    if report.packs_waiting:
+        output.line(f"{words.count(report.packs_waiting, 'pack')} still held by a reader; the next gc takes them")
+    for pack in report.damaged:
+        output.line(f"damaged, left as it was: {pack} (see `thaw fsck`)")

@@ -1,0 +1,77 @@
+"""`thaw log`: commits, one line each, newest first; with --graph as a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from thaw.cli import graph, options, output, place, words
+from thaw.core.ids import short
+
+if TYPE_CHECKING:
+    from thaw.repo.log import LogEntry
+
+EXAMPLE = """
+thaw log --graph --all
+thaw log main~3 -n 5
+"""
+
+
+@options.verb("log", EXAMPLE)
+@click.argument("point", required=False)
+@click.option("--graph", "as_graph", is_flag=True, help="Draw the tree.")
+@click.option("--all", "everything", is_flag=True, help="From every branch and tag, not from one point.")
+@click.option("-n", "limit", type=click.IntRange(min=1), metavar="N", help="At most N commits.")
+@options.as_json
+def command(
+    named: str | None, point: str | None, as_graph: bool, everything: bool, limit: int | None, as_json: bool
+) -> None:
+    """List the commits from POINT (default: the current branch), newest first.
+
+    Each line: id, names that point at it, message, tokens, age.
+    """
+    entries = _read(named, point, everything, limit)
+    if as_json:
+        output.print_json({"commits": [_plain(entry) for entry in entries]})
+    elif not entries:
+        output.note("no commits yet. `thaw run` makes the first one.")
+    else:
+        for line in _lines(entries, as_graph):
+            output.line(line)
+
+
+def _read(named: str | None, point: str | None, everything: bool, limit: int | None) -> list[LogEntry]:
+    if everything and point is not None:
+        raise click.UsageError("--all starts from every branch and tag; leave POINT out.")
+    with place.open_repository(named) as repo:
+        return repo.log(point, all=everything, limit=limit)
+
+
+def _lines(entries: list[LogEntry], as_graph: bool) -> Iterator[str]:
+    by_id = {str(entry.commit): entry for entry in entries}
+    glyphs = graph.UNICODE if output.has_unicode() else graph.ASCII
+    drawn = graph.draw(((str(e.commit), tuple(map(str, e.parents))) for e in entries), glyphs)
+    for row in drawn if as_graph else (graph.Row("", str(e.commit)) for e in entries):
+        gutter = output.style(row.gutter, "blue")
+        if row.id is None:
+            yield gutter
+        else:
+            yield f"{gutter}{' ' if gutter else ''}{_line(by_id[row.id], len(row.gutter) + 1 if gutter else 0)}"
+
+
+def _line(entry: LogEntry, used: int) -> str:
+    """One commit in what is left of the width; the message gives way first."""
+    names = ", ".join(entry.refs)
+    tail = f"{entry.num_tokens:,} tokens, {words.age(entry.time_ns)}"
+    room = output.width() - used - 10 - 2 - len(tail) - 2 - (len(names) + 3 if names else 0)
+    message = output.one_line(entry.message, max(room, 12))
+    shown = f"({output.style(names, 'bold', 'green')}) " if names else ""
+    return f"{output.style(short(entry.commit), 'yellow')} {shown}{message}  {output.style(tail, 'dim')}"
+
+
+def _plain(entry: LogEntry) -> dict[str, object]:
+    import msgspec
+
+    return {**msgspec.structs.asdict(entry), "time_ns": str(entry.time_ns)}

@@ -1,0 +1,167 @@
+"""`thaw run`: go on with a branch. Read files and a prompt, generate, stream it, commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from thaw.cli import conversation, options, output, prompts, speak, view, words
+from thaw.cli.progress import Progress
+from thaw.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from thaw.engines.base import Completion
+    from thaw.repo.commit import CommitResult
+    from thaw.repo.repository import Repository
+    from thaw.repo.session import Session
+
+EXAMPLE = """
+thaw run --model ~/models/Qwen3-0.6B --file handbook.txt --no-generate
+thaw run "What is a blob?" --max-tokens 60 --temperature 0
+git diff | thaw run --branch review --from main -
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, from the command line alone."""
+
+    files: tuple[str, ...]
+    prompt: str
+    chat: bool
+    generate: bool
+    message: str | None
+    sampling: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done. `completion` None: only read. `interrupted`: ^C ended the generation; what it had is committed."""
+
+    commit: CommitResult
+    completion: Completion | None
+    session: Session
+    interrupted: bool = False
+
+
+@options.verb("run", EXAMPLE)
+@click.argument("prompt", required=False)
+@click.option("--file", "files", multiple=True, metavar="FILE", help="Read it first; may be repeated. - is stdin.")
+@click.option("--branch", metavar="NAME", help="Default: the current one. A new branch starts empty, or at --from.")
+@click.option("--from", "start", metavar="POINT", help="Start there; needs a new --branch, unless POINT is a branch.")
+@click.option("--no-generate", is_flag=True, help="Only read and commit.")
+@click.option("--chat", is_flag=True, help="PROMPT is the user's next message, in the model's own template.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
+@click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
+@options.sampling
+@options.engine
+@options.as_json
+def command(
+    named: str | None,
+    prompt: str | None,
+    files: tuple[str, ...],
+    branch: str | None,
+    start: str | None,
+    no_generate: bool,
+    chat: bool,
+    recompute: bool,
+    message: str | None,
+    engine_name: str | None,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Go on with a branch: read --file and PROMPT, generate, commit.
+
+    PROMPT - is stdin, and so is a pipe when there is nothing else to read. With nothing to read at all the model just
+    goes on, and a completion that was cut is resumed. The completion streams to stdout; ^C keeps what is there.
+    """
+    sampling = prompts.make_sampling(options.given_sampling(values))
+    text = prompts.from_arguments(prompt, or_stdin=not files)
+    if no_generate and not (text or files):
+        raise click.UsageError("--no-generate needs something to read: PROMPT, --file or stdin.")
+    job = Job(files, text, chat, not no_generate, message, sampling)
+    with speak.opened(named, engine_name, model, dtype, device) as repo:
+        name, point = _start(repo, branch, start)
+        with _session(repo, point, recompute) as session:
+            outcome = _run(repo, session, job, name, as_json)
+            if repo.store.ref(repo.store.head) is None:
+                repo.store.set_head(name)
+            _report(outcome, as_json)
+    return 130 if outcome.interrupted else 0
+
+
+def _start(repo: Repository, branch: str | None, start: str | None) -> tuple[str, str | None]:
+    """(the branch to move, the point to start from or None for an empty session)."""
+    if start is None:
+        name = branch or repo.store.head
+        return name, name if repo.store.ref(name) is not None else None
+    where = repo.resolve(start)
+    chosen = branch or where.branch
+    if chosen is None:
+        raise InvalidRequest(f"{start} is not a branch's tip: say which branch to make there, with --branch NAME.")
+    tip = repo.store.ref(chosen)
+    if tip is not None and (tip.target != where.commit or not where.at_end):
+        raise InvalidRequest(
+            f"branch {chosen!r} exists and {start} is not its tip. Choose a new name with --branch, or move it there "
+            f"first: thaw adopt {start} {chosen}."
+        )
+    return chosen, str(where)
+
+
+def _session(repo: Repository, point: str | None, recompute: bool) -> Session:
+    if point is None:
+        return repo.session()
+    with Progress("bringing the session back"):
+        return repo.session(point, policy="recompute" if recompute else "exact")
+
+
+def _run(repo: Repository, session: Session, job: Job, branch: str, quiet: bool) -> Outcome:
+    if job.chat:
+        return _chat(repo, session, job, branch, quiet)
+    for name in job.files:
+        speak.read(session, prompts.from_file(name), name)
+    completion, interrupted = None, False
+    if job.generate:
+        completion, interrupted = speak.generate(session, job.prompt, job.sampling, quiet=quiet)
+    elif job.prompt:
+        speak.read(session, job.prompt, "the prompt")
+    return Outcome(_commit(session, job, branch, {}), completion, session, interrupted)
+
+
+def _chat(repo: Repository, session: Session, job: Job, branch: str, quiet: bool) -> Outcome:
+    """The files and the prompt are one message; the conversation so far is read from history."""
+    content = "\n\n".join([*(prompts.from_file(name) for name in job.files), *([job.prompt] if job.prompt else [])])
+    if not content or not job.generate:
+        raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave --no-generate out.")
+    before = conversation.of(repo.store, repo.resolve(session.parent)) if session.parent else []
+    message: dict[str, object] = {"role": "user", "content": content}
+    result, interrupted = speak.chat(session, [*before, message], job.sampling, quiet=quiet)
+    if result.num_dropped_tokens:
+        output.note(
+            f"the template renders this conversation differently: went on from token {result.forked_at:,}, "
+            f"{words.count(result.num_dropped_tokens, 'token')} left behind"
+        )
+    meta = conversation.meta([message, result.message])
+    return Outcome(_commit(session, job, branch, meta), result.completion, session, interrupted)
+
+
+def _commit(session: Session, job: Job, branch: str, meta: dict[str, str]) -> CommitResult:
+    said = f"read {', '.join(job.files)}" if job.files else "went on"
+    text = job.message or output.one_line(job.prompt, 72) or said
+    with Progress("committing"):
+        return session.commit(text, branch=branch, meta=meta)
+
+
+def _report(outcome: Outcome, as_json: bool) -> None:
+    done, completion = outcome.commit, outcome.completion
+    if as_json:
+        output.print_json(speak.plain(done, completion, outcome.session))
+        return
+    name = f"[{done.branch} {view.commit_id(done.commit)}]"
+    read = f"{words.count(done.num_tokens, 'token')}, {words.nbytes(done.nbytes_written)} written"
+    output.note(f"{name} {read}{speak.spoken(completion)}")

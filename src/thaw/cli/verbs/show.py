@@ -1,0 +1,98 @@
+"""`thaw show`: one point in full, without an engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from thaw.cli import conversation, options, output, place, view, words
+
+if TYPE_CHECKING:
+    from thaw.repo.show import Shown
+
+EXAMPLE = """
+thaw show main
+thaw show main:turn=1 --text
+"""
+LINES = 8
+
+
+@options.verb("show", EXAMPLE)
+@click.argument("point", default="HEAD")
+@click.option("--text", "whole_text", is_flag=True, help="Print the whole text of every turn, and nothing else.")
+@click.option("--tokens", is_flag=True, help="With --json: also the token ids.")
+@options.as_json
+def command(named: str | None, point: str, whole_text: bool, tokens: bool, as_json: bool) -> None:
+    """Show POINT (default: HEAD): commit, state, turns, where it came from and what it weighs."""
+    shown = _read(named, point)
+    if as_json:
+        output.print_json(_plain(shown, tokens))
+    elif whole_text:
+        output.line(output.clean(shown.text))
+    else:
+        _print(shown)
+
+
+def _read(named: str | None, point: str) -> Shown:
+    with place.open_repository(named) as repo:
+        return repo.show(point)
+
+
+def _plain(shown: Shown, with_tokens: bool) -> dict[str, object]:
+    import msgspec
+
+    fields = {name: getattr(shown, name) for name in shown.__struct_fields__ if name not in ("tokens", "entry")}
+    entry = {**msgspec.structs.asdict(shown.entry), "time_ns": str(shown.entry.time_ns)}
+    tokens = {"token_ids": shown.tokens} if with_tokens else {}
+    return {**entry, **fields, "seed": str(shown.seed), "num_tokens": len(shown.tokens), **tokens}
+
+
+def _print(shown: Shown) -> None:
+    entry = shown.entry
+    output.line(f"{output.style(f'commit {entry.commit}', 'yellow')}{view.refs_suffix(entry.refs)}")
+    for name, value in _fields(shown):
+        view.field(name, value)
+    output.line()
+    view.block(entry.message or "(no message)", indent="    ")
+    for number, turn in enumerate(shown.turns, 1):
+        output.line()
+        output.line(view.turn_title(turn, number))
+        view.block(turn.text or "(cut inside this turn; its text needs the tokenizer)", limit=LINES)
+
+
+def _fields(shown: Shown) -> list[tuple[str, str]]:
+    entry, model = shown.entry, shown.model
+    fields = [
+        ("state", str(entry.state)),
+        *(("parent", str(parent)) for parent in entry.parents),
+        ("date", f"{words.moment(entry.time_ns)} ({words.age(entry.time_ns)})"),
+        ("length", _length(shown)),
+        ("bytes", f"{words.nbytes(shown.nbytes)} in {words.count(shown.num_blobs, 'blob')}"),
+        ("model", f"{model.architecture}, {model.dtype}, weights {model.weights[:13]}, policy {model.policy}"),
+        ("origin", _origin(entry.origin)),
+        ("continues", _boundary(shown)),
+    ]
+    told = {key: value for key, value in entry.meta.items() if key != conversation.KEY}
+    return fields + [(f"meta {key}", output.one_line(value, 100)) for key, value in sorted(told.items())]
+
+
+def _length(shown: Shown) -> str:
+    where = "" if shown.point.at_end else f" of {shown.entry.num_tokens:,}, inside the commit"
+    text = f"{words.count(len(shown.tokens), 'token')}{where}, {words.count(len(shown.turns), 'turn')}"
+    return f"{text}, KV of {shown.num_kv:,}"
+
+
+def _origin(origin: dict[str, str]) -> str:
+    first = f"{origin.get('engine', '?')} {origin.get('version', '')} on {origin.get('device', '?')}"
+    return f"{first.replace('  ', ' ')}, thaw {origin.get('thaw', '?')}"
+
+
+def _boundary(shown: Shown) -> str:
+    if shown.unfinished:
+        how = "inside a completion"
+    elif shown.boundary is not None and shown.boundary.hidden is not None:
+        how = "from its kept hidden state, without a forward pass"
+    else:
+        how = "after one decode step"
+    return f"{how}, seed {shown.seed}"
