@@ -6,6 +6,7 @@ As `generate` does, it keeps the cache and computes the logits of the last token
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,3 +32,15 @@ def load(
         return int(logits[0, -1].argmax())
 
     return first_token
+
+
+@torch.inference_mode()
+def flops_per_s(dtype: str, size: int = 1024, seconds: float = 0.3) -> float:
+    """Multiply-adds count as two; a square matrix product in `dtype` on the CPU, best of those in `seconds`."""
+    a = torch.ones(size, size, dtype=DTYPES.get(dtype, torch.float32))
+    best, ends = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

@@ -1,0 +1,100 @@
+"""A model from its config.json alone: supported or not and why, and how large its sessions are. Nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from thaw.bench.doctor.report import Finding, ModelReport
+from thaw.core.errors import InvalidRequest, NotFound
+from thaw.engines.transformers import support
+
+SESSION_TOKENS = 4096
+MAX_CONFIG_BYTES = 8 << 20
+MAX_TOKEN_NBYTES = 1 << 32
+UNGATED = ("gpt_neox", "gpt2", "opt", "bloom", "falcon", "phi")
+"""Model types whose feed-forward layers have two matrices, not three."""
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """(name, config) of a config.json or of a model's folder. Raises `NotFound`, `InvalidRequest`."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_CONFIG_BYTES + 1)
+    except (OSError, ValueError):
+        raise NotFound(f"there is no config {file}; give a model's folder or its config.json") from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise InvalidRequest(f"{file} has more than {MAX_CONFIG_BYTES} bytes; a model's config.json is smaller")
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{file} is not JSON: {str(error)[:200]}") from None
+    if not isinstance(config, dict):
+        raise InvalidRequest(f"{file} is not a model's config: it holds no JSON object")
+    return (path if path.is_dir() else path.absolute().parent).name, config
+
+
+def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> ModelReport:
+    """What the config says. Raises `InvalidRequest` where it makes no sense."""
+    try:
+        found = support.examine(config, dtype)
+        parameters, work = _work(config, found)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
+        raise InvalidRequest(f"the config of {name!r} makes no sense: {type(error).__name__}: {error}") from None
+    per_token = found.kv_token_nbytes
+    if per_token is not None and not 0 < per_token < MAX_TOKEN_NBYTES:
+        raise InvalidRequest(f"the config of {name!r} makes no sense: it says {per_token} bytes of KV a token")
+    return ModelReport(
+        name=name,
+        architecture=found.architecture,
+        supported=found.supported,
+        tested=found.tested,
+        reasons=found.reasons,
+        dtype=found.dtype,
+        num_layers=found.num_layers,
+        num_kv_heads=found.num_kv_heads,
+        head_dim=found.head_dim,
+        max_model_len=found.max_model_len,
+        num_parameters=parameters,
+        prefill_flops=work,
+        kv_token_nbytes=per_token,
+        session_tokens=SESSION_TOKENS,
+        session_nbytes=None if per_token is None else per_token * SESSION_TOKENS,
+    )
+
+
+def finding(model: ModelReport) -> Finding:
+    """The verdict in a line."""
+    if not model.supported:
+        return Finding(
+            name="model",
+            status="problem",
+            text=f"{model.name} ({model.architecture}) is not supported: {'; '.join(model.reasons)}",
+            advice="thaw holds decoder-only models with full attention and a rope that does not change with length.",
+        )
+    tested = "tested" if model.tested else "not in thaw's own tests; the engine checks it against the model at boot"
+    return Finding(
+        name="model",
+        status="ok" if model.tested else "info",
+        text=f"{model.name} ({model.architecture}) is supported, {tested}",
+    )
+
+
+def _work(config: Mapping[str, Any], shape: support.Support) -> tuple[int | None, float | None]:
+    """(parameters, operations to prefill a session) of a decoder of the common shape; biases and norms are left out."""
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    known = (hidden, heads, config.get("vocab_size"), shape.num_layers, shape.num_kv_heads, shape.head_dim)
+    if not all(isinstance(x, int) and x > 0 for x in known):
+        return None, None
+    hidden, heads, vocab, layers, kv_heads, dim = (int(x) for x in known if x is not None)
+    inner = config.get("intermediate_size") or 4 * hidden
+    gated = str(config.get("model_type")) not in UNGATED
+    per_layer = hidden * dim * (2 * heads + 2 * kv_heads) + (3 if gated else 2) * hidden * inner
+    parameters = layers * per_layer + vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    matrices = 2.0 * layers * per_layer * SESSION_TOKENS
+    attention = 2.0 * layers * heads * dim * SESSION_TOKENS**2
+    return int(parameters), matrices + attention
