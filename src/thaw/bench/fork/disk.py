@@ -8,6 +8,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+from thaw.bench import io
 from thaw.bench.fork.sample import Sample
 from thaw.core.sampling import Sampling
 from thaw.data.files import storage_errors, sync_folder
@@ -16,6 +17,18 @@ from thaw.engines.base import CapturePlan, Engine
 from thaw.repo import Repository, Session
 
 _WRITE_BYTES = 8 << 20
+
+
+def packs_against_files(folder: Path, nbytes: int, rounds: int) -> dict[str, list[Sample]]:
+    """The arms of `thaw.bench.io` over about `nbytes`: packs and plain files, written, and read from a cold cache."""
+    folder.mkdir(exist_ok=True)
+    blob_nbytes = 2 << 20
+    found = io.measure(folder, num_blobs=max(1, nbytes // blob_nbytes), blob_nbytes=blob_nbytes, rounds=rounds)
+    arms = {
+        "pack-write": found.write.thaw, "file-write": found.write.plain,
+        "pack-read": found.read.thaw, "file-read": found.read.plain,
+    }  # fmt: skip
+    return {name: [Sample(values={"mb_per_s": rate}) for rate in rates] for name, rates in arms.items()}
 
 
 def folder_nbytes(repo: Repository) -> int:
@@ -45,20 +58,29 @@ def forks(repo: Repository, live: Session, n: int, num_tokens: int) -> Sample:
 
 
 def capture(engine: Engine, live: Session, folder: Path) -> Sample:
-    """Write the whole session into a pack, as a commit does: hashed, synced, renamed. The pack is removed again."""
+    """Write the whole session into a pack, as a commit does; the pack is removed again. `write_s`: gather, hash, write
+    and sync, as the engine timed them; `total_s`: with the cut and the look at the weights before."""
     folder.mkdir(exist_ok=True)
+    os.sync()
     started = time.monotonic()
     plan = CapturePlan(mount=StoreMount(uuid="bench", packs=folder), pack="bench.safetensors", base=0)
     captured = engine.capture(live.ref, plan).result()
     elapsed = time.monotonic() - started
     (folder / "bench.safetensors").unlink(missing_ok=True)
-    return Sample(values={"write_s": elapsed, "write_nbytes": captured.pack_nbytes}, stages_s=captured.stages_s)
+    stages = captured.stages_s
+    values = {
+        "write_s": stages["write"] + stages["sync"],
+        "total_s": elapsed,
+        "write_nbytes": float(captured.pack_nbytes),
+    }
+    return Sample(values=values, stages_s=stages)
 
 
 def plain_write(data: memoryview, folder: Path) -> Sample:
     """The same bytes with nothing but write, fsync, rename and fsync of the folder."""
     folder.mkdir(exist_ok=True)
     path = folder / "plain"
+    os.sync()
     started = time.monotonic()
     with storage_errors(path, "write"):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -41,6 +41,10 @@ OTHERS = {
         "the whole session into a pack: gather, hash, write, fsync, rename, fsync of the folder",
     ),
     "plain-write": ("plain write", "the same bytes: write, fsync, rename, fsync of the folder"),
+    "pack-write": ("pack, written", "random blobs into a pack: hash, write, fsync, rename"),
+    "file-write": ("file, written", "the same blobs into a plain file: write, fsync"),
+    "pack-read": ("pack, read cold", "the pack's blobs into memory, hashed"),
+    "file-read": ("file, read cold", "the plain file into memory"),
     "disk": ("forks on disk", "bytes of the repository with one snapshot, and after the forks were committed"),
     "memory": (
         "client memory while loading",
@@ -128,6 +132,10 @@ def _storage(measured: Measured) -> list[r.Derived]:
     if {"hydrate-cold.1", "plain-read"} <= set(measured):
         over, under = _value("plain-read", "read_s"), _value("hydrate-cold.1", "read_s")
         out.append(r.ratio("io.read", "speed of a hydrate's cold read, in plain cold reads", over, under))
+    for what in ("write", "read"):
+        if f"pack-{what}" in measured:
+            over, under = _value(f"pack-{what}", "mb_per_s"), _value(f"file-{what}", "mb_per_s")
+            out.append(r.ratio(f"io.pack-{what}", f"speed of a pack's {what} alone, in plain files'", over, under))
     if "memory" in measured:
         extra = r.Term(arm="memory", value="extra_long_nbytes", minus="extra_short_nbytes")
         kv = r.Term(arm="memory", value="kv_long_nbytes", minus="kv_short_nbytes")

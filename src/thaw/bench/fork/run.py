@@ -126,7 +126,7 @@ class _Bench:
     def storage(self, live: Session) -> None:
         """Writes, memory and the size of forks, after the rounds: they change what is in the repository."""
         folder = self.folder / "writes"
-        data = memoryview(self.warm.packs[0].read_bytes())
+        data = memoryview(max(self.warm.packs, key=lambda pack: pack.stat().st_size).read_bytes())
         writes: dict[str, Thunk] = {
             "commit-write": lambda: disk.capture(self.warm.engine, live, folder),
             "plain-write": lambda: disk.plain_write(data, folder),
@@ -135,6 +135,10 @@ class _Bench:
             thunk()
         for pair in range(self.options.rounds):
             self._round(pair, writes)
+        self.progress("writing and reading packs and plain files")
+        nbytes = int(self.measured["commit-write"][0][1].values["write_nbytes"])
+        for name, samples in disk.packs_against_files(folder, nbytes, self.options.rounds).items():
+            self.measured[name] = list(enumerate(samples))
         lengths = _lengths(self.warm.num_kv)
         if memory.is_measurable() and lengths is not None:
             job = self._job("memory", lengths=lengths)
