@@ -40,8 +40,19 @@ def to_plain(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=_enc_hook)
 
 
+_plain: set[type] = set()
+
+
+def declare_plain(*kinds: type) -> None:
+    """Say that no float and no non-ASCII key can stand in these structs: msgspec's sorted JSON then *is* RFC 8785, and
+    many times faster (a test holds the two together)."""
+    _plain.update(kinds)
+
+
 def encode(value: Any) -> bytes:
     """The canonical bytes of a struct."""
+    if type(value) in _plain:
+        return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted")
     return rfc8785.dumps(to_plain(value))
 
 

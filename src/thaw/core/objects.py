@@ -147,6 +147,7 @@ class Commit(_Object, frozen=True, kw_only=True, tag="thaw.commit/1"):
     origin: dict[str, str] = {}
 
 
+canonical.declare_plain(Segment, SegmentNode, TurnNode)
 AnyObject = ModelIdentity | Segment | SegmentNode | TurnNode | Turn | State | Commit
 
 

@@ -40,4 +40,5 @@ def load_engine(name: str, **options: object) -> Engine:
     if name not in engines:
         raise NotFound(f"no engine named {name!r}; installed: {', '.join(sorted(engines))}")
     engine: Engine = engines[name].load()(**options)
+    engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
     return engine

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from typing import Generic, Literal, NewType, TypeVar
+from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
 
@@ -246,6 +246,8 @@ class Engine(abc.ABC):
 
     info: EngineInfo
     codec: Codec
+    options: dict[str, Any]
+    """What `load_engine` was given (plain values only), so that the same engine can be booted again elsewhere."""
 
     @abc.abstractmethod
     def identity(self) -> ModelIdentity:
