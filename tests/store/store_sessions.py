@@ -43,12 +43,12 @@ def kv(tokens: tuple[int, ...], start: int, end: int, head: int) -> bytes:
     return blake3(repr((tokens[:end], start, head)).encode()).digest(length=nbytes)
 
 
-def put_session(tx: Transaction, store: Store, tokens: tuple[int, ...], base: int = 0) -> State:
-    """Writes the KV of tokens [base, len) into the transaction's pack, and all objects; returns the state."""
+def put_session(tx: Transaction, store: Store, tokens: tuple[int, ...], base: str | None = None) -> State:
+    """Writes the KV that commit `base` has not into the transaction's pack, and all objects; returns the state."""
     num_kv = len(tokens) - 1
     model = tx.put(MODEL)
-    spans = windows(0, min(base, num_kv)) if base else []
-    new = windows(base, num_kv)
+    entries = [] if base is None else stored_entries(store, base)
+    new = windows(entries[-1].start + entries[-1].length if entries else 0, num_kv)
     items = [
         PackItem("", "F32", (LAYERS, 2, b - a, HEAD_DIM), LAYERS * 2 * (b - a) * HEAD_DIM * 4,
                  lambda a=a, b=b, h=h: kv(tokens, a, b, h))
@@ -58,8 +58,7 @@ def put_session(tx: Transaction, store: Store, tokens: tuple[int, ...], base: in
         result = write_pack(store.packs, tx.pack, items)
         tx.add_pack(result.name, result.nbytes, result.blobs)
     chain = chains(model, tokens)
-    entries = []
-    for a, b in spans + new:
+    for a, b in new:
         window = chain[a // 256]
         blobs = tuple("b3:" + blake3(kv(tokens, a, b, h)).hexdigest() for h in range(HEADS))
         segment = Segment(
@@ -88,7 +87,7 @@ def commit(
     branch: str | None = "main",
     parents: tuple[str, ...] = (),
     expect: object = "any",
-    base: int = 0,
+    base: str | None = None,
     message: str = "m",
 ) -> CommitId:
     """One session committed onto a branch (None: no ref)."""
@@ -101,15 +100,18 @@ def commit(
     return identifier
 
 
+def stored_entries(store: Store, identifier: str) -> list[SegmentEntry]:
+    state = store.get_as(store.get_as(identifier, Commit).state, State)
+    return [entry for node in state.nodes for entry in store.get_as(node, SegmentNode).entries]
+
+
 def read_all(store: Store, identifier: str) -> int:
     """Reads a commit's whole state with all KV, verified; returns the KV's bytes."""
     from thaw.data.pack import read_blobs
 
     state = store.get_as(store.get_as(identifier, Commit).state, State)
-    blobs = []
-    for node in state.nodes:
-        for entry in store.get_as(node, SegmentNode).entries:
-            blobs += [blob for heads in store.get_as(entry.segment, Segment).blobs.values() for blob in heads]
+    segments = [store.get_as(entry.segment, Segment) for entry in stored_entries(store, identifier)]
+    blobs = [blob for segment in segments for heads in segment.blobs.values() for blob in heads]
     for turns in state.turn_nodes:
         for turn in store.get_as(turns, TurnNode).entries:
             store.get_as(turn, Turn)

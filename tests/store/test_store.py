@@ -34,7 +34,7 @@ def test_a_commit_that_returned_is_there_for_another_process(store: Store) -> No
 def test_a_second_commit_writes_only_what_is_new(store: Store) -> None:
     first = commit(store, tokens(3000))
     before = folder_bytes(store.packs)
-    second = commit(store, tokens(3010), base=2999, parents=(first,))
+    second = commit(store, tokens(3010), base=first, parents=(first,))
     new = folder_bytes(store.packs) - before
     assert new < before / 10
     assert read_all(store, second) > read_all(store, first)

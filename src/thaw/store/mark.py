@@ -68,8 +68,8 @@ def read_links(connection: sqlite3.Connection, identifier: str) -> Links:
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
         raise CorruptDatabase(f"object {identifier} is needed but not stored. {_UPKEEP}")
-    data = bytes(row[0])
-    if digest(data) != identifier:
+    data = row[0]
+    if not isinstance(data, bytes) or digest(data) != identifier:
         raise CorruptDatabase(f"object {identifier} does not match its hash. {_UPKEEP}")
     return links(data)
 

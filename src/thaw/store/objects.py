@@ -48,7 +48,14 @@ def read(connection: sqlite3.Connection, identifier: str) -> AnyObject:
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
         raise NotFound(f"there is no object {identifier[:80]} in this repository.")
-    return objects.decode(bytes(row[0]), identifier)
+    return objects.decode(stored_bytes(row[0], identifier), identifier)
+
+
+def stored_bytes(value: object, identifier: str) -> bytes:
+    """The `data` of an object's row, which a damaged database may have as something else."""
+    if not isinstance(value, bytes):
+        raise CorruptBlob(f"object {identifier}: its row holds no bytes. Run `thaw fsck --rebuild`.")
+    return value
 
 
 def present(connection: sqlite3.Connection, table: str, identifiers: Iterable[str]) -> set[str]:
@@ -68,6 +75,8 @@ def locate(connection: sqlite3.Connection, blobs: Iterable[str]) -> dict[str, Bl
         marks = ",".join("?" * len(chunk))
         query = f"SELECT id, pack, start, nbytes FROM blobs WHERE id IN ({marks})"
         for blob, pack, start, nbytes in connection.execute(query, chunk):
+            if not (isinstance(pack, str) and isinstance(start, int) and isinstance(nbytes, int)):
+                raise CorruptBlob(f"blob {blob}: its row says no place. Run `thaw fsck --rebuild`.")
             found[blob] = BlobLocation(blob=blob, pack=pack, offset=start, nbytes=nbytes)
     for blob in wanted:
         if blob not in found:

@@ -38,7 +38,7 @@ def salvage(path: Path) -> Salvage:
     found = Salvage()
     if not path.exists():
         return found
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(path)) as connection:
+    with contextlib.suppress(sqlite3.Error, ValueError), contextlib.closing(connect(path)) as connection:
         whole = [_try(step) for step in (lambda: _settings(connection, found), lambda: _refs(connection, found))]
         _try(lambda: _reflog(connection, found))
         _try(lambda: _objects(connection, found))

@@ -49,5 +49,5 @@ TABLES = (
 
 def checksum(table: str, *values: str | int | None) -> str:
     """The checksum of a row: the first 32 hex digits of BLAKE3 of the JSON array [table, values …]."""
-    text = json.dumps([table, *values], separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps([table, *values], separators=(",", ":"), ensure_ascii=True, default=repr)
     return digest(text.encode())[3:35]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thaw.core import objects as core_objects
-from thaw.core.errors import ThawError
+from thaw.core.errors import NewerFormat, ThawError
 from thaw.store import backup, refs
 from thaw.store.db import check_format, setting, translate
 from thaw.store.links import Links, links
@@ -46,6 +46,8 @@ def check_tables(connection: sqlite3.Connection, folder: Path, report: FsckRepor
             step()
         except sqlite3.Error as error:
             report.add(DATABASE, str(translate(error, folder / DATABASE)))
+        except NewerFormat:
+            raise
         except (ThawError, ValueError, TypeError, OverflowError) as error:
             report.add(DATABASE, str(error))
     return index
