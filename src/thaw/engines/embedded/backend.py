@@ -81,7 +81,8 @@ class Backend(ExtentFactory):
         """(bytes, dtype, shape) of a row, to be stored."""
 
     @abc.abstractmethod
-    def row_from(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> Row: ...
+    def row_from(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> Row:
+        """The row again. Raises `CorruptBlob` when dtype, shape or size are not those of this backend's rows."""
 
     @abc.abstractmethod
     def identity(self) -> ModelIdentity:

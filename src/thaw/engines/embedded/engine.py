@@ -93,7 +93,7 @@ class EmbeddedEngine(Engine):
 
         def begin() -> None:
             live = self._usable(session)
-            self._check_tokens(live, token_ids, 0)
+            self._check_tokens(len(live.tokens), token_ids, 0)
             self._settle_turn(live)
             lane = Lane(0, live, list(token_ids), text, role)
             task = Append(self._backend, lane, promise, self._release)
@@ -241,14 +241,15 @@ class EmbeddedEngine(Engine):
         if last is not None and last.kind == "completion" and last.finish_reason is None:
             session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")
 
-    def _check_tokens(self, session: LiveSession, tokens: Sequence[int], more: int) -> None:
+    def _check_tokens(self, num_tokens: int, tokens: Sequence[int], more: int) -> None:
+        """Raise unless `tokens` may follow `num_tokens` others, with room for `more`."""
         bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._backend.vocab_size]
         if bad:
             raise InvalidRequest(f"token ids {bad[:5]} are outside the vocabulary of {self._backend.vocab_size}")
-        total, limit = len(session.tokens) + len(tokens) + more, self._backend.max_model_len
+        total, limit = num_tokens + len(tokens) + more, self._backend.max_model_len
         if total > limit:
             raise TooLong(
-                f"{len(session.tokens)} tokens and {len(tokens)} new ones (and {more} to generate) exceed the model's "
+                f"{num_tokens} tokens and {len(tokens)} new ones (and {more} to generate) exceed the model's "
                 f"{limit}; shorten the prompt or fork an earlier point"
             )
 
@@ -281,7 +282,7 @@ class EmbeddedEngine(Engine):
             return
         if request.sampling is None:
             raise InvalidRequest("generate: no sampling given")
-        self._check_tokens(live, request.prompt, 1)
+        self._check_tokens(len(live.tokens), request.prompt, 1)
         if not live.tokens and not request.prompt:
             raise InvalidRequest("generate: the session is empty and so is the prompt; append something first")
 
@@ -341,6 +342,7 @@ class EmbeddedEngine(Engine):
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise
             return self._recompute(plan, str(refusal))
+        self._check_tokens(0, plan.tokens, 0)
         loaded = transfer.load(plan, self._backend)
         session = self._restored(plan, loaded.kv)
         session.row, session.proof = loaded.row, loaded.proof

@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Sequence
 
+from thaw.core.errors import CorruptBlob
 from thaw.core.identity import CacheGroup, ModelIdentity, tensor_leaf, weights_root
 from thaw.core.ids import digest
 from thaw.core.prefix import windows
@@ -16,6 +17,7 @@ from thaw.engines.embedded.sampler import choose, largest, log_softmax
 from thaw.engines.fake.codec import EOS, VOCAB, FakeCodec
 
 LAYERS, HEADS, DIM = 2, 2, 4
+ROW_NBYTES = 32
 GROUP = CacheGroup(
     name="full", kind="full", first_layer=0, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype="uint8"
 )
@@ -74,7 +76,7 @@ class FakeBackend(Backend):
         for token in feed.tokens:
             self._write(kv, token)
             self.num_forwarded_tokens += 1
-        read = hashlib.blake2b(bytes(self.weights), digest_size=32)
+        read = hashlib.blake2b(bytes(self.weights), digest_size=ROW_NBYTES)
         for start, stop in windows(0, kv.num_tokens):
             for head in range(HEADS):
                 read.update(kv.read(head, start, stop))
@@ -109,6 +111,8 @@ class FakeBackend(Backend):
         return row, "uint8", (len(row),)
 
     def row_from(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> bytes:
+        if (dtype, shape, len(data)) != ("uint8", (ROW_NBYTES,), ROW_NBYTES):
+            raise CorruptBlob(f"the stored hidden state is {dtype} {list(shape)}; expected uint8 [{ROW_NBYTES}]")
         return data
 
     def identity(self) -> ModelIdentity:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from thaw.core.errors import InvalidRequest, Unsupported
+from thaw.core.errors import CorruptBlob, InvalidRequest, Unsupported
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
@@ -18,7 +18,7 @@ from thaw.engines.transformers.attention import NAME, PlanCache
 from thaw.engines.transformers.codec import TransformersCodec
 from thaw.engines.transformers.identity import model_identity, sample_weights
 from thaw.engines.transformers.kv import BatchPlan, TorchExtent
-from thaw.engines.transformers.loading import DTYPES, LoadedModel
+from thaw.engines.transformers.loading import LoadedModel
 from thaw.engines.transformers.sampler import choose, largest
 
 PROBE_TOKENS = 24
@@ -86,8 +86,11 @@ class TransformersBackend(Backend):
         return data, str(row.dtype).removeprefix("torch."), tuple(row.shape)
 
     def row_from(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-        row = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(shape)
-        return row.clone().to(self._device)
+        size = int(self._head.weight.shape[1])
+        expected = (str(self._dtype).removeprefix("torch."), (size,), size * self._dtype.itemsize)
+        if (dtype, shape, len(data)) != expected:
+            raise CorruptBlob(f"the stored hidden state is {dtype} {list(shape)}; expected {expected[0]} [{size}]")
+        return torch.frombuffer(bytearray(data), dtype=self._dtype).to(self._device, copy=True)
 
     def identity(self) -> ModelIdentity:
         fresh = self._hashed_once or sample_weights(self._module) != self._first_sample

@@ -15,7 +15,7 @@ from thaw.core.errors import Unsupported
 from thaw.core.identity import DTYPE_BYTES
 
 TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
-LENGTH_ROPES = ("dynamic", "longrope")
+LENGTH_ROPES = ("dynamic", "longrope", "su")  # "su" is longrope's first name
 
 
 class Support(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,12 +89,12 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         out.append(f"some layers are not full attention ({', '.join(map(str, kinds))})")
     if config.get("sliding_window") and config.get("use_sliding_window", True) and not config.get("layer_types"):
         out.append(f"it attends through a sliding window of {config['sliding_window']} tokens")
-    rope = _rope_type(config)
-    if rope in LENGTH_ROPES:
-        out.append(f"its rope ({rope}) changes with length, so stored keys would change too")
+    ropes = sorted(_rope_types(config) & set(LENGTH_ROPES))
+    if ropes:
+        out.append(f"its rope ({', '.join(ropes)}) changes with length, so stored keys would change too")
     if config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"):
         out.append("its logits are soft-capped")
-    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+    if _alibi(config):
         out.append("it uses ALiBi positions")
     if any(
         config.get(key)
@@ -108,6 +108,19 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
     return out
 
 
-def _rope_type(config: Mapping[str, Any]) -> str | None:
+def _rope_types(config: Mapping[str, Any]) -> set[str]:
+    """The kinds of rope; newer configs may give one for each kind of layer."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "") if isinstance(rope, Mapping) else None
+    found = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+    return {str(one.get("rope_type") or one.get("type") or "") for one in found if isinstance(one, Mapping)}
+
+
+def _alibi(config: Mapping[str, Any]) -> bool:
+    """Bloom always has it and no field says so; MPT says it one level down."""
+    inner = config.get("attn_config")
+    return bool(
+        config.get("alibi")
+        or config.get("position_embedding_type") == "alibi"
+        or config.get("model_type") == "bloom"
+        or (isinstance(inner, Mapping) and inner.get("alibi"))
+    )
