@@ -26,7 +26,7 @@ def test_the_picture_is_well_formed_and_needs_nothing_from_outside(receipt: r.Re
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert not re.search(r"href|<script|@import|url\(", picture)
     assert "prefers-color-scheme:dark" in picture
-    assert picture == plot.svg(receipt)
+    assert picture == plot.svg(receipt) == plot.svg(r.dumps(receipt))
 
 
 def test_bars_are_as_long_as_their_numbers(receipt: r.Receipt) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from thaw.bench import scale
 from thaw.core.errors import InvalidRequest
-from thaw.receipt import Derived, Receipt
+from thaw.receipt import Derived, Receipt, Source, read
 
 WIDTH, LEFT, RIGHT, TOP = 880, 262, 92, 106
 ROW, BAR, GAP = 50, 13, 4
@@ -44,8 +44,11 @@ class _Row(msgspec.Struct, frozen=True):
     bars: tuple[tuple[str, Derived], ...]
 
 
-def svg(receipt: Receipt) -> str:
-    """The picture of a receipt of kind `bench.fork`. Raises `InvalidRequest` for another kind."""
+def svg(source: Receipt | Source) -> str:
+    """The picture of a receipt of kind `bench.fork`: the receipt, or where `thaw.receipt.read` finds one.
+
+    Raises `InvalidRequest` for another kind, and what `read` raises."""
+    receipt = source if isinstance(source, Receipt) else read(source)
     rows = _rows(receipt)
     if receipt.kind != "bench.fork" or not rows:
         raise InvalidRequest(f"a receipt of kind {receipt.kind!r} has no picture; only bench.fork has one")
