@@ -104,6 +104,11 @@ def test_a_reference_to_nothing_is_refused(store: Store) -> None:
     assert list(store.packs.iterdir()) == []
 
 
+def test_an_object_that_could_not_be_read_again_is_not_stored(store: Store) -> None:
+    with store.begin() as tx, pytest.raises(InvalidRequest, match="cannot be read again"):
+        tx.put(Commit(state="b3:" + "2" * 64, parents=(), message="", time_ns=1))  # type: ignore[arg-type]
+
+
 def test_a_pack_that_is_not_as_announced_is_refused(store: Store) -> None:
     with store.begin() as tx:
         with pytest.raises(InvalidRequest, match="not leased"):

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from thaw.core.errors import Busy, Conflict, CorruptBlob, InvalidRequest, RefConflict, StorageFailed
 from thaw.core.ids import ObjectId
-from thaw.core.objects import AnyObject, encode
+from thaw.core.objects import AnyObject, decode, encode
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
@@ -84,9 +84,16 @@ class Transaction:
         self._added[name] = (nbytes, tuple(blobs))
 
     def put(self, obj: AnyObject) -> ObjectId:
-        """Queues an object; returns its id. Objects stored already are not written again."""
+        """Queues an object; returns its id. Objects stored already are not written again.
+
+        Raises `InvalidRequest` for a value that could not be read again (its fields were set to other types).
+        """
         self._check_open()
         identifier, data = encode(obj)
+        try:
+            decode(data, identifier)
+        except CorruptBlob as error:
+            raise InvalidRequest(f"a {type(obj).__name__} that cannot be read again is not stored: {error}") from None
         self._queue[identifier] = (kind_of(obj), data)
         return identifier
 
