@@ -46,7 +46,7 @@ class Run:
 
     def _live_and_die(self) -> list[str]:
         command = [sys.executable, str(CHILD), str(self.path), str(self.dice.getrandbits(32))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"open\n", child.stderr.read()[-2000:]
             time.sleep(self.dice.random() ** 2 * 0.4)

@@ -10,12 +10,13 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from thaw.core.errors import Busy, CorruptDatabase, NewerFormat
+from thaw.core.errors import Busy, CorruptDatabase, NewerFormat, StorageFailed
 from thaw.core.ids import digest
 from thaw.data.files import storage_errors, write_atomic
 from thaw.store.db import Database, setting
@@ -95,6 +96,14 @@ def write(folder: Path, database: Database) -> None:
         with database.read() as connection:
             backup = collect(connection)
         write_atomic(folder / NAME, encode(backup))
+
+
+def save(folder: Path, database: Database) -> None:
+    """`write`, where a failure is a warning, because the change itself is on disk."""
+    try:
+        write(folder, database)
+    except StorageFailed as error:
+        warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=4)
 
 
 @contextlib.contextmanager

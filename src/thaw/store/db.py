@@ -170,10 +170,27 @@ class Database:
         self._pid = os.getpid()
 
 
+def is_read_only(path: Path) -> bool:
+    """Whether the file system of `path` is mounted read-only, so that nobody writes there."""
+    return bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY)
+
+
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection to an existing database; transactions are explicit."""
+    """A connection to an existing database; transactions are explicit.
+
+    On a read-only file system it only reads, provided that no write-ahead log waits to be taken in.
+    """
+    mode = "mode=rw"
+    if is_read_only(path):
+        wal = path.with_name(path.name + "-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise StorageFailed(
+                f"{path} was not closed cleanly and its file system is read-only. Mount it for writing once, so that "
+                "the last commits can be taken in."
+            )
+        mode = "mode=ro&immutable=1"
     connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
     )
     try:
         connection.execute("PRAGMA synchronous=FULL")

@@ -27,8 +27,7 @@ from thaw.store.backup import locked
 from thaw.store.db import Database
 from thaw.store.mark import Marks, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
-
-KEEP_REFLOG_S = 90 * 24 * 3600.0
+from thaw.store.schema import KEEP_REFLOG_S
 
 
 class Home(Protocol):

@@ -18,6 +18,8 @@ import json
 from thaw.core.ids import digest
 
 FORMAT = 1
+KEEP_REFLOG_S = 90 * 24 * 3600.0
+"""How long gc keeps what only the reflog names."""
 DATABASE = "thaw.db"
 PACKS = "packs"
 

@@ -12,7 +12,7 @@ import uuid as uuids
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core import points
 from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound
@@ -21,14 +21,16 @@ from thaw.core.objects import AnyObject
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import REBUILD, Database, check_format, creating, set_setting, setting
+from thaw.store.db import REBUILD, Database, check_format, creating, is_read_only, set_setting, setting
 from thaw.store.filesystem import refuse_network
-from thaw.store.fsck import FsckReport, fsck
-from thaw.store.gc import KEEP_REFLOG_S, GcReport, collect_garbage
 from thaw.store.objects import ObjectCache
 from thaw.store.refs import Ref, ReflogEntry, RefUpdate
-from thaw.store.schema import DATABASE, PACKS
-from thaw.store.transaction import Transaction, save_backup
+from thaw.store.schema import DATABASE, KEEP_REFLOG_S, PACKS
+
+if TYPE_CHECKING:
+    from thaw.store.gc import GcReport
+    from thaw.store.report import FsckReport
+    from thaw.store.transaction import Transaction
 
 T = TypeVar("T")
 _PAGE = 1000
@@ -75,10 +77,9 @@ class Store:
     def open(cls, path: Path) -> Store:
         """Opens a repository. Raises `NotFound`, `CorruptDatabase` (lost, damaged), `NewerFormat`, `StorageFailed`."""
         path = Path(path)
-        if not (path / DATABASE).exists():
-            if (path / PACKS).is_dir() or (path / backup.NAME).exists():
-                raise CorruptDatabase(f"{path} has lost its database {DATABASE}. {REBUILD}")
-            raise NotFound(f"{path} is not a repository (no {DATABASE}). Make one with `thaw init {path}`.")
+        with storage_errors(path, "open"):
+            if not path.is_dir() or DATABASE not in os.listdir(path):
+                _refuse_missing(path)
         refuse_network(path)
         return cls(path)
 
@@ -150,6 +151,8 @@ class Store:
 
     def begin(self, *roots: str) -> Transaction:
         """A write, as a context manager. gc keeps its packs, and everything under `roots`, while it runs."""
+        from thaw.store.transaction import Transaction
+
         return Transaction(self, roots)
 
     # --- refs
@@ -166,7 +169,7 @@ class Store:
         """All or none, on disk on return. Raises `RefConflict`, `NotFound`, `BadPoint`."""
         with self.database.write() as connection:
             refs.apply(connection, updates)
-        save_backup(self)
+        backup.save(self.path, self.database)
 
     def reflog(self, name: str, *, kept: bool = False) -> list[ReflogEntry]:
         """Moves of a ref, newest first; with `kept` also commits that were kept when their update lost a race."""
@@ -193,25 +196,35 @@ class Store:
         with self.database.write() as connection:
             set_setting(connection, key, value)
             refs.bump_sequence(connection)
-        save_backup(self)
+        backup.save(self.path, self.database)
 
     # --- upkeep
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float = KEEP_REFLOG_S, now: float | None = None) -> GcReport:
         """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`."""
+        from thaw.store.gc import collect_garbage
+
         report = collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
         self._cache.clear()
         return report
 
     def fsck(self, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
-        """Checks everything; see `thaw.store.fsck`, which also works on a repository that does not open."""
+        """Checks everything; see `thaw.store.checkup`, which also works on a repository that does not open."""
+        from thaw.store.checkup import fsck
+
         report = fsck(self.path, rebuild=rebuild, deep=deep)
         self._cache.clear()
         return report
 
     @contextlib.contextmanager
     def reading(self, *roots: str) -> Iterator[None]:
-        """While the block runs, gc unlinks no pack that is there now, and keeps everything under `roots`."""
+        """While the block runs, gc unlinks no pack that is there now, and keeps everything under `roots`.
+
+        On a read-only file system there is no lease, and no gc.
+        """
+        if is_read_only(self.database.path):
+            yield
+            return
         with self.database.write(durable=False) as connection:
             lease = leases.take(connection, "read", roots=roots)
         pid = os.getpid()
@@ -221,6 +234,12 @@ class Store:
             if pid == os.getpid():
                 with self.database.write(durable=False) as connection:
                     leases.release(connection, lease)
+
+
+def _refuse_missing(path: Path) -> None:
+    if (path / PACKS).is_dir() or (path / backup.NAME).exists():
+        raise CorruptDatabase(f"{path} has lost its database {DATABASE}. {REBUILD}")
+    raise NotFound(f"{path} is not a repository (no {DATABASE}). Make one with `thaw init {path}`.")
 
 
 def _saved_sequence(path: Path) -> int:

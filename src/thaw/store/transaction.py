@@ -16,7 +16,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -119,7 +118,7 @@ class Transaction:
         self._over = True
         self._remove(redundant)
         if updates:
-            save_backup(self._store)
+            backup.save(self._store.path, self._store.database)
         if lost is not None:
             raise lost
 
@@ -218,11 +217,3 @@ def _move(connection: sqlite3.Connection, updates: Sequence[RefUpdate]) -> RefCo
         refs.keep(connection, updates)
         return conflict
     return None
-
-
-def save_backup(store: Home) -> None:
-    """Writes refs.json; a failure is a warning, because the change itself is on disk."""
-    try:
-        backup.write(store.path, store.database)
-    except StorageFailed as error:
-        warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=3)

@@ -7,6 +7,7 @@ and refs.json (see `thaw.store.rebuild`), and a refs.json that is not is written
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thaw.core.errors import CorruptDatabase, NewerFormat, NotFound, ThawError
+from thaw.data.files import storage_errors
 from thaw.store import backup, leases, rebuild
 from thaw.store.db import Database
 from thaw.store.report import FsckReport, Problem
@@ -30,7 +32,9 @@ def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
     Raises `NotFound` when there is no repository, `NewerFormat`, and with `rebuild` also `Busy` and `StorageFailed`.
     """
     path = Path(path)
-    if not any((path / name).exists() for name in (DATABASE, PACKS, backup.NAME)):
+    with storage_errors(path, "open"):
+        there = set(os.listdir(path)) if path.is_dir() else set()
+    if not there & {DATABASE, PACKS, backup.NAME}:
         raise NotFound(f"{path} is not a repository (no {DATABASE}). Make one with `thaw init {path}`.")
     began = time.perf_counter()
     report, scans = _check(path, deep)

@@ -1,0 +1,231 @@
+"""Everything fails clearly: a full disk, a read-only folder, a lost race, another file system, a forked process.
+
+The disk is really full and the folder really read-only: small tmpfs mounts, where this user may mount; file size
+limits everywhere.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from store_sessions import commit, read_all, tokens
+
+from thaw.core.errors import CorruptDatabase, RefConflict, StorageFailed
+from thaw.core.objects import Commit
+from thaw.store import RefUpdate, Store, fsck
+from thaw.store.filesystem import is_network, mount_type
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a tmpfs; the file size limit is tested instead")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_loses_nothing(small_disk: Path) -> None:
+    """Commits until the disk is full, at whatever step that is; then checks, makes room, and goes on."""
+    store = Store.init(small_disk / "repo")
+    stored: list[str] = []
+    ballast = small_disk / "ballast"
+    failures: set[str] = set()
+    for step in range(40):
+        ballast.write_bytes(b"")
+        room = os.statvfs(small_disk)
+        ballast.write_bytes(bytes(max(0, room.f_bavail * room.f_bsize - step * 4096)))
+        try:
+            parents = (stored[-1],) if stored else ()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # refs.json could not follow; the commit is on disk
+                stored.append(commit(store, tokens(150, seed=step), parents=parents))
+        except StorageFailed as error:
+            assert "full" in str(error) and str(small_disk) in str(error) and "thaw gc" in str(error)
+            failures.add(str(error).split(":")[0])
+        assert not [name for name in os.listdir(store.packs) if name.endswith(".tmp")]
+        assert list(store.commits()) == stored
+        if stored:
+            assert store.ref("main").target == stored[-1]
+    assert failures and stored
+    for one in stored:
+        read_all(store, one)
+    ballast.unlink()
+    assert [p for p in fsck(store.path).problems if p.file != "refs.json"] == []
+    commit(store, tokens(150, seed=99))
+    store.gc()
+    assert fsck(store.path).problems == []
+    store.close()
+
+
+def test_a_full_disk_at_init_is_named(small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(3 << 20))
+    with pytest.raises(StorageFailed, match="full"):
+        Store.init(small_disk / "repo")
+
+
+def test_a_read_only_file_system_is_named(small_disk: Path) -> None:
+    with Store.init(small_disk / "repo") as store:
+        first = commit(store, tokens(300))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with Store.open(small_disk / "repo") as store:
+        read_all(store, first)
+        with pytest.raises(StorageFailed, match=r"read-?only"):
+            commit(store, tokens(310))
+        with pytest.raises(StorageFailed, match=r"read-?only"):
+            store.gc()
+    with pytest.raises(StorageFailed, match="read-only"):
+        Store.init(small_disk / "other")
+    assert fsck(small_disk / "repo").ok
+
+
+@pytest.mark.parametrize(("limit", "says"), [(200_000, "ulimit -f"), (20_000, "space")])
+def test_a_file_size_limit_is_named_and_leaves_nothing(tmp_path: Path, limit: int, says: str) -> None:
+    store = Store.init(tmp_path / "repo")
+    first = commit(store, tokens(300))
+    before = sorted(os.listdir(store.packs))
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            commit(store, tokens(3000, seed=1))
+        except StorageFailed as error:
+            os._exit(0 if says in str(error) else 2)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sorted(os.listdir(store.packs)) == before
+    assert store.ref("main").target == first
+    assert fsck(store.path).ok
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    store = Store.init(tmp_path / "repo")
+    store.packs.chmod(0o500)
+    with pytest.raises(StorageFailed, match="permission denied"):
+        commit(store, tokens(300))
+    store.packs.chmod(0o700)
+    assert fsck(store.path).ok
+
+
+def test_a_folder_that_another_user_owns_is_named(tmp_path: Path) -> None:
+    """As root, by becoming somebody else in a child process."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    store = Store.init(tmp_path / "repo")
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        try:
+            Store.open(tmp_path / "repo")
+        except StorageFailed:
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001
+            os.write(2, repr(error).encode())
+            os._exit(2)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    store.close()
+
+
+def _race(path: Path, seed: int, base: str, barrier, pipe) -> None:  # type: ignore[no-untyped-def]
+    with Store.open(path) as store:
+        barrier.wait()
+        try:
+            pipe.send(("won", commit(store, tokens(400, seed=seed), expect=base, parents=(base,)), ""))
+        except RefConflict as error:
+            kept = store.reflog("main", kept=True)
+            mine = [e.new for e in kept if not e.moved]
+            pipe.send(("lost", mine, str(error)))
+
+
+def test_of_two_processes_committing_to_one_branch_one_wins_and_both_keep_their_commit(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    store = Store.init(tmp_path / "repo")
+    base = commit(store, tokens(300))
+    barrier = spawn.Barrier(2)
+    pipes = [spawn.Pipe() for _ in range(2)]
+    racers = [spawn.Process(target=_race, args=(store.path, 7 + i, base, barrier, pipes[i][1])) for i in range(2)]
+    for racer in racers:
+        racer.start()
+    outcomes = {outcome: (value, text) for outcome, value, text in (pipe.recv() for pipe, _ in pipes)}
+    for racer in racers:
+        racer.join()
+    assert set(outcomes) == {"won", "lost"}
+    winner = outcomes["won"][0]
+    (loser,), text = outcomes["lost"]
+    assert store.ref("main").target == winner
+    assert "is kept" in text and loser[3:13] in text and "thaw branch NAME" in text
+    store.gc(keep_reflog_s=3600)
+    for one in (winner, loser):
+        read_all(store, one)
+        assert store.get_as(one, Commit).parents == (base,)
+    store.update_refs(RefUpdate("mine", "branch", loser, None, "what the message says"))
+    store.gc(keep_reflog_s=0)
+    read_all(store, loser)
+
+
+def test_a_forked_process_goes_on_with_connections_of_its_own(tmp_path: Path) -> None:
+    store = Store.init(tmp_path / "repo")
+    first = commit(store, tokens(300))
+    with store.begin() as tx:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                second = commit(store, tokens(310), expect=first, parents=(first,))
+                read_all(store, second)
+                tx.put(store.get(first))
+            except BaseException as error:  # noqa: BLE001
+                os._exit(0 if "belongs to the process" in str(error) else 2)
+            os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        tx.put(store.get(first))
+        tx.commit()
+    assert store.ref("main").target != first
+    assert fsck(store.path).ok
+
+
+MOUNTS = """\
+22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+40 27 0:44 / /mnt/data rw shared:3 - nfs4 server:/x rw
+41 40 0:45 / /mnt/data/local rw - xfs /dev/vdb rw
+42 27 0:46 / /mnt/with\\040space rw - fuse.sshfs me@there: rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "refused"),
+    [
+        ("/home/me", "ext4", False),
+        ("/mnt/data/runs", "nfs4", True),
+        ("/mnt/database", "ext4", False),
+        ("/mnt/data/local/runs", "xfs", False),
+        ("/mnt/with space/x", "fuse.sshfs", True),
+    ],
+)
+def test_a_network_file_system_is_recognised(path: str, kind: str, refused: bool) -> None:
+    assert mount_type(Path(path), MOUNTS) == kind
+    assert is_network(kind) is refused
+
+
+def test_a_database_that_is_a_folder_or_empty_is_corrupt(tmp_path: Path) -> None:
+    for number, damage in enumerate((lambda p: p.mkdir(), lambda p: p.touch())):
+        store = Store.init(tmp_path / str(number))
+        store.close()
+        (store.path / "thaw.db").unlink()
+        damage(store.path / "thaw.db")
+        with pytest.raises((CorruptDatabase, StorageFailed)):
+            Store.open(store.path)
