@@ -21,8 +21,14 @@ from thaw.testing import EngineTests, ExactnessTests  # noqa: E402
 from thaw.testing.laws.kit import Load  # noqa: E402
 from thaw.testing.models import ARCHITECTURES  # noqa: E402
 
-MODELS = [(arch, dtype) for arch, dtype in itertools.product(ARCHITECTURES, ("bfloat16", "float32"))]
 WHOLE = ("llama", "bfloat16")
+QUICK = {("llama", "float32"), ("qwen2", "bfloat16"), ("qwen3", "float32"), ("gpt_neox", "float32")}
+"""Every architecture and both dtypes; the other pairs are marked slow."""
+MODELS = [
+    pytest.param(pair, id="-".join(pair), marks=() if pair in QUICK else pytest.mark.slow)
+    for pair in itertools.product(ARCHITECTURES, ("bfloat16", "float32"))
+    if pair != WHOLE
+]
 
 
 def factory(folder: Path) -> Load:
@@ -46,7 +52,7 @@ class TestEveryLaw(EngineTests):
 
 
 class TestExactness(ExactnessTests):
-    @pytest.fixture(scope="class", params=[m for m in MODELS if m != WHOLE], ids="-".join)
+    @pytest.fixture(scope="class", params=MODELS)
     @classmethod
     def engine_factory(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
         arch, dtype = request.param

@@ -10,6 +10,7 @@ May import everything of thaw; nothing of thaw imports it. Names load on first u
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def __getattr__(name: str) -> Any:
     if name in ("EngineTests", "ExactnessTests"):
         import pytest
 
-        pytest.register_assert_rewrite("thaw.testing.laws")
+        if "thaw.testing.laws" not in sys.modules:
+            pytest.register_assert_rewrite("thaw.testing.laws")
         from thaw.testing import engine_tests
 
         return getattr(engine_tests, name)

@@ -51,7 +51,7 @@ def plan_from(captured: Captured, mount: StoreMount, *earlier: Captured, at: int
         num_kv=num_kv,
         slices=slices_of((*earlier, captured), num_kv),
         turns=turns_at(captured.turns, end),
-        seed=captured.seed,
+        seed=int(captured.seed),
         salt=captured.salt,
         share_prefix=captured.share_prefix,
         boundary=boundary,

@@ -12,7 +12,18 @@ import pytest
 
 from thaw.core.sampling import Sampling, derive
 from thaw.engines.base import Captured, Completion, Engine, SessionRef
-from thaw.testing.laws.kit import LIMIT_S, SEED, EngineKit, Lab, every_knob, greedy, ids, same, seeded
+from thaw.testing.laws.kit import (
+    LIMIT_S,
+    LONGER_AND_LONGER,
+    SEED,
+    EngineKit,
+    Lab,
+    every_knob,
+    greedy,
+    ids,
+    same,
+    seeded,
+)
 from thaw.testing.plans import capture_plan
 
 STYLES = {"greedy": greedy(20), "seeded": seeded(20), "penalties and min_tokens": every_knob()}
@@ -93,12 +104,15 @@ class BoundaryLaw(EngineKit):
         self, engine: Engine, other: Engine, lab: Lab, style: str
     ) -> None:
         session = lab.begin(engine, 300)
-        sampling = greedy(96) if style == "greedy" else seeded(96)
-        expected = lab.one(engine, lab.twin(engine, session), sampling)
-        whole, captured = _generate_and_capture(engine, lab, session, sampling)
-        same(expected, whole)
-        cut = len(captured.tokens) - 300
-        assert 5 <= cut < 96 and captured.turns[-1].finish_reason is None
+        for count in LONGER_AND_LONGER:
+            sampling = greedy(count) if style == "greedy" else seeded(count)
+            expected = lab.one(engine, lab.twin(engine, session), sampling)
+            whole, captured = _generate_and_capture(engine, lab, lab.twin(engine, session), sampling)
+            same(expected, whole)
+            cut = len(captured.tokens) - 300
+            if cut < count:
+                break
+        assert 5 <= cut < count and captured.turns[-1].finish_reason is None
         assert captured.tokens == (*ids(300), *whole.token_ids[:cut])
         same(whole, lab.resume(other, lab.hydrate(other, lab.plan(captured)).session)[0])
 
@@ -118,12 +132,22 @@ class BoundaryLaw(EngineKit):
         shared = lab.run(
             other, *lab.fork(other, lab.hydrate(other, plan).session, 4), sampling=seeded(16), prompt=(7, 7)
         )
-        own = [lab.hydrate(other, plan).session for _ in range(4)]
-        own = [lab.fork(other, s, seeds=[derive(20, 300, i)])[0] for i, s in enumerate(own)]
-        owned = lab.run(other, *own, sampling=seeded(16), prompt=(7, 7))
-        for child in range(4):
-            same(live[child], shared[child])
-            same(live[child], owned[child])
+        for one, two in zip(live, shared, strict=True):
+            same(one, two)
+
+    @pytest.mark.parametrize("n", [2, 9])
+    def test_children_that_share_blocks_equal_children_that_own_copies(
+        self, engine: Engine, other: Engine, lab: Lab, n: int
+    ) -> None:
+        """The same batch, once over one stored prefix and once over n: who owns a block is nobody's business."""
+        session = lab.begin(engine, 600)
+        plan = lab.plan(lab.capture(engine, session))
+        shared = lab.run(engine, *lab.fork(engine, session, n), sampling=seeded(6), prompt=(7, 7, 7))
+        own = [lab.hydrate(other, plan).session for _ in range(n)]
+        own = [lab.fork(other, one, seeds=[derive(SEED, 600, i)])[0] for i, one in enumerate(own)]
+        owned = lab.run(other, *own, sampling=seeded(6), prompt=(7, 7, 7))
+        for one, two in zip(shared, owned, strict=True):
+            same(one, two)
 
     def test_children_differ_by_seed_and_the_seed_is_derived(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 50)

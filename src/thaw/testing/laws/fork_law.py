@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 from thaw.data.pack import read_blob
 from thaw.engines.base import Captured, Engine
 from thaw.testing.laws.bytes_law import blob_ids
-from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, greedy, ids, same, seeded
+from thaw.testing.laws.kit import LIMIT_S, LONGER_AND_LONGER, EngineKit, Lab, greedy, ids, same, seeded
 
 SLACK_NBYTES = 64 * 1024
 """What a pack of a few hundred tokens may hold beside KV: its header, padding, a hidden state."""
@@ -42,16 +43,18 @@ class ForkLaw(EngineKit):
 
     def test_a_running_session_forks_without_stopping(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 100)
-        expected = lab.one(engine, lab.twin(engine, session), seeded(64))
-        handle = lab.start(engine, session, sampling=seeded(64))
-        children = []
-        for seen, _ in enumerate(handle, 1):
-            if seen == 4:
-                children = lab.fork(engine, session, 1, replay=True)
-        cut = len(engine.view(children[0]).tokens) - 100
-        assert 4 <= cut < 64
-        same(expected, handle.result(LIMIT_S)[0])
-        same(expected, lab.resume(engine, children[0])[0])
+        for count in LONGER_AND_LONGER:
+            expected = lab.one(engine, lab.twin(engine, session), seeded(count))
+            parent = lab.twin(engine, session)
+            handle = lab.start(engine, parent, sampling=seeded(count))
+            list(itertools.islice(handle, 4))
+            child = lab.twin(engine, parent)
+            cut = len(engine.view(child).tokens) - 100
+            same(expected, handle.result(LIMIT_S)[0])
+            if cut < count:
+                break
+        assert 4 <= cut < count
+        same(expected, lab.resume(engine, child)[0])
 
     def test_a_fork_of_a_fork_remembers(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 40)
@@ -66,10 +69,10 @@ class ForkLaw(EngineKit):
         """Eight other sessions decode while one is captured: none of their tokens, none of their bytes are in it."""
         mine = lab.begin(engine, 300)
         others = [lab.begin(engine, 270, start=20 + i, seed=i) for i in range(8)]
-        handle = lab.start(engine, *others, sampling=seeded(40))
+        handle = lab.start(engine, *others, sampling=seeded(20))
         captured: Captured | None = None
         for seen, _ in enumerate(handle, 1):
-            if seen == 20:
+            if seen == 40:
                 captured = lab.capture(engine, mine)
         handle.result(LIMIT_S)
         assert captured is not None and captured.tokens == ids(300)

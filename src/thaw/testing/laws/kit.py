@@ -34,6 +34,9 @@ from thaw.testing.plans import capture_plan, mount_at, plan_from
 
 Load = Callable[..., Engine]
 SEED = 20
+LONGER_AND_LONGER = (48, 200, 1000)
+"""Tokens of a generation that something must happen in the middle of: an engine may be done before another thread gets
+its turn, then the test tries once more with a longer one (and fails if that is not enough)."""
 LIMIT_S = 120.0
 """How long a test waits for anything; only a hang reaches it."""
 
