@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from typing import Any, TextIO
 
@@ -35,6 +34,8 @@ def width() -> int:
     """Columns to write in: the terminal's, and 100 in a pipe."""
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return 100
+    import shutil  # with its archive formats: only for those who draw
+
     return max(40, min(shutil.get_terminal_size().columns, MAX_WIDTH))
 
 

@@ -8,7 +8,7 @@ So a state needs no generator: the seed and the number of tokens are the whole o
 from __future__ import annotations
 
 import math
-import secrets
+import os
 import struct
 
 import msgspec
@@ -121,4 +121,4 @@ def derive(seed: int, position: int, index: int) -> int:
 
 def fresh_seed() -> int:
     """A seed from the operating system, for a session that was given none; it is recorded with the session."""
-    return secrets.randbits(64)
+    return int.from_bytes(os.urandom(8), "little")

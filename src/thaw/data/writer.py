@@ -11,16 +11,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import digest
 from thaw.data.files import pwrite_all, replacing, start_writeback, storage_errors
 from thaw.data.header import DTYPE_BYTES, OBJECT, Entry, align, build, reserve, tensor_nbytes
 from thaw.data.locations import BlobLocation
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 HASH_APART = 64 * 1024
@@ -76,6 +78,8 @@ def write_pack(
     with replacing(path, overwrite=False) as fd:
         room = reserve([(item.name_prefix, item.dtype, item.shape, item.nbytes) for item in items], metadata or {})
         writer = _Writer(fd, path, room)
+        from concurrent.futures import ThreadPoolExecutor  # brings logging along: only for those who write
+
         with ThreadPoolExecutor(1, thread_name_prefix="thaw-hash") as hasher:
             blobs = tuple(writer.add(item, hasher) for item in items)
         nbytes = writer.finish(metadata or {})

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import ObjectId
 from thaw.core.objects import SegmentNode, TurnNode
 from thaw.data.locations import StoreMount
-from thaw.engines.base import Engine
 from thaw.repo import settings
 from thaw.repo.guard import ProcessBound
 from thaw.repo.settings import EngineSettings
 from thaw.store import Store
+
+if TYPE_CHECKING:
+    from thaw.engines.base import Engine
 
 MEMO_ENTRIES = 4096
 

@@ -1,37 +1,35 @@
 """The repository: git's verbs over one store and, where something has to run, one engine.
 
 This is the front desk: every verb is one call into the module that does it. Verbs that read (log, show, diff, match,
-resolve) and move refs need no engine and load none.
+resolve) and move refs need no engine and load none. What a verb needs is imported by the verb: `thaw log` is a whole
+process, and should not pay for sessions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from thaw.core import objects
 from thaw.core.errors import Conflict, InvalidRequest, NotFound
-from thaw.core.identity import ModelIdentity
-from thaw.core.ids import ObjectId
 from thaw.core.points import Point
-from thaw.engines.base import Engine, Policy
-from thaw.repo import diff as diffs
-from thaw.repo import hydrate as hydrates
-from thaw.repo import log as logs
-from thaw.repo import match as matches
-from thaw.repo import refs, resolve, settings, show
-from thaw.repo.commit import CommitResult
+from thaw.repo import refs, resolve
 from thaw.repo.context import Context
-from thaw.repo.diff import Diff
-from thaw.repo.group import Group
-from thaw.repo.log import LogEntry
-from thaw.repo.params import check_seed
-from thaw.repo.report import VerifyReport
 from thaw.repo.resolve import ResolvedPoint
-from thaw.repo.session import Session
-from thaw.repo.settings import EngineSettings
-from thaw.repo.show import Shown
-from thaw.store import FsckReport, GcReport, Ref, ReflogEntry, Store
+from thaw.store import Ref, ReflogEntry, Store
+
+if TYPE_CHECKING:
+    from thaw.core.ids import ObjectId
+    from thaw.engines.base import Engine, Policy
+    from thaw.repo.diff import Diff
+    from thaw.repo.group import Group
+    from thaw.repo.log import LogEntry
+    from thaw.repo.match import Matcher
+    from thaw.repo.report import VerifyReport
+    from thaw.repo.session import Session
+    from thaw.repo.settings import EngineSettings
+    from thaw.repo.show import Shown
+    from thaw.store import FsckReport, GcReport
 
 PointLike = str | Point | ResolvedPoint
 
@@ -41,7 +39,7 @@ class Repository:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._matcher = matches.Matcher()
+        self._matcher: Matcher | None = None
 
     @property
     def store(self) -> Store:
@@ -72,13 +70,17 @@ class Repository:
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
+        from thaw.repo.hydrate import hydrate
+        from thaw.repo.params import check_seed
+        from thaw.repo.session import Session
+
         check_seed(seed)
         if point is None:
             return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
         where = self.resolve(point)
-        live = hydrates.hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+        live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
         return Session(
             self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof
         )
@@ -89,8 +91,12 @@ class Repository:
         Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
         seed. From inside a completion, `Group.resume()` goes on with it.
         """
+        from thaw.repo.group import Group
+        from thaw.repo.hydrate import hydrate
+        from thaw.repo.session import Session
+
         where = self.resolve(point)
-        live = hydrates.hydrate(self._context, where, policy=policy)
+        live = hydrate(self._context, where, policy=policy)
         try:
             children = self.engine.fork(live.session, n, replay=replay).result()
         finally:
@@ -112,6 +118,8 @@ class Repository:
 
     def log(self, point: PointLike | None = None, *, all: bool = False, limit: int | None = None) -> list[LogEntry]:
         """Commits from `point` (default: HEAD), or from every branch and tag, newest first, children before parents."""
+        from thaw.repo import log as logs
+
         if all:
             return logs.log(self.store, logs.tips(self.store), limit)
         if point is None and self.store.ref(self.store.head) is None:
@@ -119,10 +127,14 @@ class Repository:
         return logs.log(self.store, [self.resolve("HEAD" if point is None else point).commit], limit)
 
     def show(self, point: PointLike = "HEAD") -> Shown:
+        from thaw.repo import show
+
         return show.show(self.store, self.resolve(point))
 
     def diff(self, a: PointLike, b: PointLike) -> Diff:
         """Where two points part, in tokens, text and bytes."""
+        from thaw.repo import diff as diffs
+
         return diffs.diff(self.store, self.resolve(a), self.resolve(b))
 
     def match(self, token_ids: Sequence[int]) -> ResolvedPoint | None:
@@ -130,6 +142,9 @@ class Repository:
 
         With an engine: of its model and policy. Without: of any model that a ref's commit belongs to.
         """
+        from thaw.repo import match as matches
+
+        self._matcher = self._matcher or matches.Matcher()
         known = self._context.has_engine
         models = [self._model()] if known else matches.models_of(self.store)
         return self._matcher.match(self.store, models, token_ids)
@@ -162,9 +177,8 @@ class Repository:
 
     def adopt(self, winner: Session | PointLike, branch: str) -> Ref:
         """The winner becomes the branch; the old tip stays in its reflog. A session is committed first."""
-        if isinstance(winner, Session):
-            done: CommitResult = winner.adopt(branch)
-            return Ref(name=branch, kind="branch", target=done.commit)
+        if not isinstance(winner, PointLike):
+            return Ref(name=branch, kind="branch", target=winner.adopt(branch).commit)
         where = self.resolve(winner)
         return refs.move(self.store, branch, where, f"adopt: {where}")
 
@@ -200,6 +214,8 @@ class Repository:
 
     def engine_settings(self) -> EngineSettings | None:
         """The engine that the repository was last used with."""
+        from thaw.repo import settings
+
         return settings.recall(self.store)
 
     def close(self) -> None:
@@ -207,8 +223,9 @@ class Repository:
         self._context.close()
 
     def _model(self) -> ObjectId:
-        identity: ModelIdentity = self.engine.identity()
-        return objects.encode(identity)[0]
+        from thaw.core import objects
+
+        return objects.encode(self.engine.identity())[0]
 
     def __enter__(self) -> Repository:
         return self

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from thaw.core.errors import CorruptDatabase
-from thaw.engines.base import Engine
 from thaw.store import Store
+
+if TYPE_CHECKING:
+    from thaw.engines.base import Engine
 
 KEY = "engine"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -40,7 +39,7 @@ class Lease:
 
 def new_pack_name() -> str:
     """A pack name nobody else has: 128 random bits."""
-    return NEW_PACK.format(secrets.token_hex(16))
+    return NEW_PACK.format(os.urandom(16).hex())
 
 
 def boot_id() -> str:
@@ -81,7 +80,7 @@ def take(
     roots: Iterable[str] = (),
 ) -> str:
     """A new lease of this process; returns its id."""
-    identifier, now = secrets.token_hex(8), time.time_ns()
+    identifier, now = os.urandom(8).hex(), time.time_ns()
     connection.execute(
         "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (

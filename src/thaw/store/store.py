@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid as uuids
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +66,9 @@ class Store:
                 raise Conflict(f"{path} is not empty. Make the repository in a folder of its own.")
             path.chmod(0o700)
             (path / PACKS).mkdir(mode=0o700)
-        with creating(path, str(uuids.uuid4())):
+        from uuid import uuid4
+
+        with creating(path, str(uuid4())):
             pass
         store = cls(path)
         backup.write(path, store.database)

@@ -36,7 +36,7 @@ def command(named: str | None, rebuild: bool, quick: bool, as_json: bool) -> int
 
 
 def _check(named: str | None, rebuild: bool, quick: bool) -> FsckReport:
-    from thaw.store.fsck import fsck
+    from thaw.store.checkup import fsck
 
     with Progress("rebuilding the database" if rebuild else "checking every stored byte"):
         return fsck(place.find(named), rebuild=rebuild, deep=not quick)

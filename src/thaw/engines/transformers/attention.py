@@ -20,10 +20,10 @@ from thaw.engines.transformers.kv import BatchPlan, Long, PastPages, Tail
 
 NAME = "thaw"
 ROW_BLOCK = 8
-"""Query rows in one page call, always (padded with zeros). The kernel's scratch memory is rows × keys floats a thread: with
-other row counts a thread's part is not aligned to 64 bytes and adds in another order, and with other numbers of rows the
-matrix product blocks differently. With this one shape a row's bits depend on its own query and the page alone: not on the
-thread, not on how many pages or which other rows (children) share the call."""
+"""Query rows in one page call, always (padded with zeros). The kernel's scratch memory is rows × keys floats a
+thread: with other row counts a thread's part is not aligned to 64 bytes and adds in another order, and with other
+numbers of rows the matrix product blocks differently. With this one shape a row's bits depend on its own query and the
+page alone: not on the thread, not on how many pages or which other rows (children) share the call."""
 _REFUSED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
 
 
