@@ -39,19 +39,22 @@ def folder_nbytes(repo: Repository) -> int:
 
 
 def forks(repo: Repository, live: Session, n: int, num_tokens: int) -> Sample:
-    """Fork `n` children, let each generate `num_tokens`, commit each to a branch; bytes before and after."""
+    """Fork `n` children, let each generate `num_tokens`, commit each to a branch; bytes before and after.
+
+    `own_nbytes`: the KV that the children added (the last token of each has none yet)."""
     kv_token_nbytes = sum(group.token_nbytes for group in repo.engine.info.groups)
     snapshot = folder_nbytes(repo)
     started = time.monotonic()
     with live.fork(n) as kids:
         kids.generate(sampling=Sampling(temperature=1.0, max_tokens=num_tokens, ignore_eos=True))
         generated = time.monotonic()
+        own = sum(kid.num_kv - live.num_kv for kid in kids) * kv_token_nbytes
         kids.commit("bench")
     return Sample(
         values={
             "snapshot_nbytes": snapshot,
             "total_nbytes": folder_nbytes(repo),
-            "own_nbytes": n * num_tokens * kv_token_nbytes,
+            "own_nbytes": own,
         },
         stages_s={"generate": generated - started, "commit": time.monotonic() - generated},
     )

@@ -35,6 +35,7 @@ METHODS = {
     ),
 }
 OTHERS = {
+    "hydrate-read": ("hydrate's read, cold disk", "the session's blobs into fresh pages of the engine, hashed"),
     "plain-read": ("plain read, cold disk", "the packs' bytes into fresh memory, dropped from the page cache before"),
     "commit-write": (
         "commit's write",
@@ -129,8 +130,8 @@ def _storage(measured: Measured) -> list[r.Derived]:
     if {"commit-write", "plain-write"} <= set(measured):
         over, under = _value("plain-write", "write_s"), _value("commit-write", "write_s")
         out.append(r.ratio("io.write", "speed of a commit's write, in plain writes with fsync", over, under))
-    if {"hydrate-cold.1", "plain-read"} <= set(measured):
-        over, under = _value("plain-read", "read_s"), _value("hydrate-cold.1", "read_s")
+    if {"hydrate-read", "plain-read"} <= set(measured):
+        over, under = _value("plain-read", "read_s"), _value("hydrate-read", "read_s")
         out.append(r.ratio("io.read", "speed of a hydrate's cold read, in plain cold reads", over, under))
     for what in ("write", "read"):
         if f"pack-{what}" in measured:

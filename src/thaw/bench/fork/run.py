@@ -96,7 +96,6 @@ class _Bench:
                 out[f"{method}.{ask.n}"] = _later(measure, ask)
         one = self.asks[0]
         out["hydrate-cold.1"] = _later(warm.hydrate_cold, one)
-        out["plain-read"] = warm.plain_read
         stock: Stock | None = self.stock
         if stock is not None:
             out["prefill-stock.1"] = _later(lambda ask: warm.stock_prefill(stock, ask), one)
@@ -124,17 +123,22 @@ class _Bench:
         return Job(what=what, **common, **others)  # type: ignore[arg-type]
 
     def storage(self, live: Session) -> None:
-        """Writes, memory and the size of forks, after the rounds: they change what is in the repository."""
+        """Writes, reads, memory and the size of forks, after the rounds: they change what is in the repository."""
         folder = self.folder / "writes"
         data = memoryview(max(self.warm.packs, key=lambda pack: pack.stat().st_size).read_bytes())
         writes: dict[str, Thunk] = {
             "commit-write": lambda: disk.capture(self.warm.engine, live, folder),
             "plain-write": lambda: disk.plain_write(data, folder),
         }
-        for thunk in writes.values():
-            thunk()
-        for pair in range(self.options.rounds):
-            self._round(pair, writes)
+        reads: dict[str, Thunk] = {
+            "hydrate-read": lambda: self.warm.cold_read(self.asks[0]),
+            "plain-read": self.warm.plain_read,
+        }
+        for arms in (writes, reads):
+            for thunk in arms.values():
+                thunk()
+            for pair in range(self.options.rounds):
+                self._round(pair, arms)
         self.progress("writing and reading packs and plain files")
         nbytes = int(self.measured["commit-write"][0][1].values["write_nbytes"])
         for name, samples in disk.packs_against_files(folder, nbytes, self.options.rounds).items():

@@ -43,6 +43,11 @@ class Warm:
             drop_cache(pack)
         return self.hydrate(ask)
 
+    def cold_read(self, ask: Ask) -> Sample:
+        """What of `hydrate_cold` is reading and hashing."""
+        sample = self.hydrate_cold(ask)
+        return Sample(values={name: sample.values[name] for name in ("read_s", "read_nbytes")})
+
     def prefill(self, ask: Ask) -> Sample:
         """thaw's engine reads the tokens again, once for all children."""
         clock = Clock()
