@@ -10,12 +10,37 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Grouped(click.Option):
+    """An option that --help lists under a heading of its own."""
+
+    def __init__(self, *names: Any, group: str, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.group = group
+
+
+class Verb(click.Command):
+    """A command whose --help keeps its own options apart from those that many verbs share."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(param, "group", "Options"), []).append(record)
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
 def verb(name: str, example: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """A command whose help ends with an example. The function's docstring is the help text; it gets `named` (-C)."""
 
     def make(function: Callable[..., Any]) -> click.Command:
         epilog = "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.strip().splitlines())
-        make_command: Callable[[Callable[..., Any]], click.Command] = click.command(name, epilog=epilog, **settings)
+        make_command: Callable[[Callable[..., Any]], click.Command] = click.command(
+            name, Verb, epilog=epilog, **settings
+        )
         return make_command(_place(function))
 
     return make
@@ -33,13 +58,17 @@ def _place(function: F) -> F:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 
 
+def option_of(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=Grouped, group=group, **settings)
+
+
 def engine(function: F) -> F:
     """--engine, --model and how to load it; what is not given the repository remembers."""
     for option in (
-        click.option("--device", help="cpu or cuda."),
-        click.option("--dtype", help="bfloat16, float16 or float32; default: the weights' own."),
-        click.option("--model", metavar="PATH", help="A model's folder (or hub id); remembered by the repository."),
-        click.option("--engine", "engine_name", metavar="NAME", help="transformers (default), or another one."),
+        option_of("Engine", "--device", help="cpu or cuda."),
+        option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: the weights' own."),
+        option_of("Engine", "--model", metavar="PATH", help="A folder (or hub id); the repository remembers it."),
+        option_of("Engine", "--engine", "engine_name", metavar="NAME", help="transformers (default), or another one."),
     ):
         function = option(function)
     return function
@@ -49,19 +78,19 @@ def sampling(function: F) -> F:
     """The fields of `Sampling`, by their names. Only what was given reaches the verb's `sampling`."""
     for option in reversed(
         (
-            click.option("--max-tokens", type=int, metavar="N", help="At most this many new tokens (default 256)."),
-            click.option("--temperature", type=float, metavar="T", help="0 is greedy (default 1)."),
-            click.option("--top-p", type=float, metavar="P"),
-            click.option("--top-k", type=int, metavar="K"),
-            click.option("--min-p", type=float, metavar="P"),
-            click.option("--seed", type=int, metavar="N", help="Default: the session's own."),
-            click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-            click.option("--min-tokens", type=int, metavar="N"),
-            click.option("--ignore-eos", is_flag=True, default=None, help="Go on after an end token."),
-            click.option("--repetition-penalty", type=float, metavar="X"),
-            click.option("--presence-penalty", type=float, metavar="X"),
-            click.option("--frequency-penalty", type=float, metavar="X"),
-            click.option("--logprobs", type=int, metavar="N", help="Keep the N likeliest alternatives of each token."),
+            option_of("Sampling", "--max-tokens", type=int, metavar="N", help="At most so many new tokens (256)."),
+            option_of("Sampling", "--temperature", type=float, metavar="T", help="0 is greedy (1)."),
+            option_of("Sampling", "--top-p", type=float, metavar="P"),
+            option_of("Sampling", "--top-k", type=int, metavar="K"),
+            option_of("Sampling", "--min-p", type=float, metavar="P"),
+            option_of("Sampling", "--seed", type=int, metavar="N", help="Default: the session's own."),
+            option_of("Sampling", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
+            option_of("Sampling", "--min-tokens", type=int, metavar="N"),
+            option_of("Sampling", "--ignore-eos", is_flag=True, default=None, help="Go on after an end token."),
+            option_of("Sampling", "--repetition-penalty", type=float, metavar="X"),
+            option_of("Sampling", "--presence-penalty", type=float, metavar="X"),
+            option_of("Sampling", "--frequency-penalty", type=float, metavar="X"),
+            option_of("Sampling", "--logprobs", type=int, metavar="N", help="Keep the N likeliest of each token."),
         )
     ):
         function = option(function)

@@ -22,8 +22,9 @@ FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 class Progress:
     """`with Progress("reading", how_far): …`; `how_far` may return a detail such as "1,024 of 3,412 tokens"."""
 
-    def __init__(self, what: str, how_far: Callable[[], str] | None = None) -> None:
+    def __init__(self, what: str, how_far: Callable[[], str] | None = None, *, margin: str = "") -> None:
         self._what = what
+        self._margin = margin
         self._how_far = how_far
         self._detail = ""
         self._stop = threading.Event()
@@ -51,14 +52,14 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
         if self._said and kind is None:
-            output.note(f"· {self._what}: {words.seconds(self.elapsed_s)}")
+            output.note(f"{self._margin}· {self._what}: {words.seconds(self.elapsed_s)}")
 
     def _draw(self) -> None:
         terminal = output.is_terminal(sys.stderr)
         if self._stop.wait(SOON_S if terminal else PLAIN_AFTER_S):
             return
         if not terminal:
-            output.note(f"· {self._what} …")
+            output.note(f"{self._margin}· {self._what} …")
             self._said = True
             return
         step = 0
@@ -70,7 +71,7 @@ class Progress:
         if self._how_far is not None and step % 5 == 0:
             self._detail = self._how_far()
         mark = FRAMES[step % len(FRAMES)] if output.has_unicode(sys.stderr) else "|/-\\"[step % 4]
-        text = f"{mark} {self._what} {self._detail}".rstrip() + f"  {self.elapsed_s:.0f} s"
+        text = f"{self._margin}{mark} {self._what} {self._detail}".rstrip() + f"  {self.elapsed_s:.0f} s"
         sys.stderr.write(f"\r\x1b[K{text[: output.width() - 1]}")
         sys.stderr.flush()
         self._drawn = True

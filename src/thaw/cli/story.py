@@ -77,9 +77,9 @@ class Narrator:
     def _answered(self, event: events.Answered) -> None:
         n = words.count(len(event.token_ids), "token")
         if self._role == "reader":
-            say(f"went on from there by itself, as if nothing had happened: {n}, to compare with later")
+            say(f"went on by itself for {n}, to compare with later")
         else:
-            say(f"resumed the parent as well: {n}")
+            say(f"resumed the parent too, for {n}")
 
     def _tell_children(self, event: events.Event) -> None:
         if isinstance(event, events.Hydrated):
@@ -107,7 +107,7 @@ class Narrator:
 
     def _wait(self, what: str) -> None:
         self._far = ""
-        self._open(Progress(what, lambda: self._far))
+        self._open(Progress(what, lambda: self._far, margin=MARGIN))
 
     def _open(self, busy: Progress | Board) -> None:
         import sys
@@ -129,12 +129,12 @@ def proof(narrator: Narrator, story: Story) -> None:
     """What the engine counted, what was compared, and the times of this run."""
     narrator.chapter("The proof")
     total = story.committed.num_tokens
-    head = ("", "cached, by the engine's count", "prefilled", "first token after")
+    head = ("", "engine's count of cached", "prefilled", "first token after")
     table = [tuple(output.style(cell, "dim") for cell in head)]
     table += [
         (
             output.style(child.branch, "bold", "green"),
-            f"{child.num_cached_tokens:,} of {words.count(total, 'token')}",
+            f"{child.num_cached_tokens:,} of {total:,} tokens",
             f"{child.num_prefilled_tokens} (its question)",
             words.seconds(story.hydrated.seconds + child.ttft_s),
         )
@@ -144,9 +144,19 @@ def proof(narrator: Narrator, story: Story) -> None:
     output.line()
     for check in story.checks:
         mark = output.style("held  ", "green") if check.held else output.style("FAILED", "bold", "red")
-        say(f"{mark}  {check.name}: {output.style(check.seen, 'dim')}")
+        _with_detail(f"{mark}  {check.name}", check.seen)
     output.line()
     _times(story)
+
+
+def _with_detail(text: str, detail: str) -> None:
+    """The detail behind the text where it fits, else below it."""
+    fits = len(MARGIN) + output.seen(text) + 2 + len(detail) <= output.width()
+    if fits:
+        say(f"{text}  {output.style(detail, 'dim')}")
+    else:
+        say(text)
+        say(f"        {output.style(detail, 'dim')}")
 
 
 def _times(story: Story) -> None:
@@ -161,7 +171,7 @@ def _times(story: Story) -> None:
             (
                 "first tokens, hydrating it",
                 bold(words.seconds(hydrated)),
-                f"hydrate {words.seconds(story.hydrated.seconds)}, then {len(story.children)} questions in one batch",
+                f"hydrate {words.seconds(story.hydrated.seconds)}, then {len(story.children)} questions",
             ),
         ],
         indent=MARGIN,
@@ -184,12 +194,12 @@ def ending(narrator: Narrator, story: Story) -> None:
     output.rows(
         [
             (f"thaw -C {place} log --graph --all", "the tree"),
-            (f"thaw -C {place} diff answer/0 answer/1", "where two answers part"),
-            (f"thaw -C {place} show answer/2", "one answer in full"),
-            (f"thaw -C {place} verify {short(story.committed.commit)}", "the laws, in another fresh process"),
-            (f"thaw -C {place} adopt answer/1 main", "the winner becomes the branch"),
-            (f"thaw -C {place} run --chat 'Tell me more.' --max-tokens 60", "and goes on"),
-            (f"thaw receipt verify {shlex.quote(story.receipt)}", "this run's figures, counted again"),
+            (f"thaw -C {place} diff answer/0 answer/1", "where two part"),
+            (f"thaw -C {place} show answer/2", "one in full"),
+            (f"thaw -C {place} verify {short(story.committed.commit)}", "which laws hold"),
+            (f"thaw -C {place} adopt answer/1 main", "the winner"),
+            (f"thaw -C {place} run --chat 'And why?' --max-tokens 40", "goes on"),
+            (f"thaw receipt verify {shlex.quote(story.receipt)}", "the figures, again"),
         ],
         indent=MARGIN,
     )

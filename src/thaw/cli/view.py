@@ -73,9 +73,5 @@ def proof_line(proof: Proof) -> str:
     return text + (f" in {words.seconds(load)}" if load else "")
 
 
-def refs_suffix(names: tuple[str, ...]) -> str:
-    return f" ({output.style(', '.join(names), 'bold', 'green')})" if names else ""
-
-
 def commit_id(identifier: str) -> str:
     return output.style(short(identifier), "yellow")

@@ -235,13 +235,14 @@ def _story(folder: Path, first: _Heard, second: _Heard) -> Story:
         hydrated=hydrated,
         children=children,
         resumed=resumed,
-        checks=tuple(_checks(committed, hydrated, children, parent, resumed)),
+        checks=tuple(checks(committed, hydrated, children, parent, resumed)),
     )
 
 
-def _checks(
+def checks(
     committed: Committed, hydrated: Hydrated, children: tuple[Child, ...], parent: Answered, resumed: Answered
 ) -> Iterator[Check]:
+    """What was promised, against what the two processes said."""
     proof, cached = hydrated.proof, [child.num_cached_tokens for child in children]
     yield Check(
         name="every stored byte was hashed while it was read",

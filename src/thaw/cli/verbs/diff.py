@@ -16,7 +16,7 @@ EXAMPLE = """
 thaw diff fork/0 fork/1
 thaw diff main main@{1} --json
 """
-LINES = 12
+LINES, COMMON_LINES = 12, 3
 
 
 @options.verb("diff", EXAMPLE)
@@ -41,7 +41,8 @@ def _print(found: Diff, a: str, b: str) -> None:
     if found.equal:
         output.line("        the two points are equal, token for token")
     elif found.common_text_end:
-        view.block("…" + found.common_text_end.lstrip()[-output.width() * 2 :], indent="        ", limit=3)
+        for each in view.wrapped(found.common_text_end.lstrip(), output.width() - 8)[-COMMON_LINES:]:
+            output.line(f"        {output.style(each, 'dim')}".rstrip())
     if not found.equal:
         _side(found.a, a, "-", "red")
         _side(found.b, b, "+", "green")

@@ -50,7 +50,7 @@ def _plain(shown: Shown, with_tokens: bool) -> dict[str, object]:
 
 def _print(shown: Shown) -> None:
     entry = shown.entry
-    output.line(f"{output.style(f'commit {entry.commit}', 'yellow')}{view.refs_suffix(entry.refs)}")
+    output.line(output.style(f"commit {entry.commit}", "yellow"))
     for name, value in _fields(shown):
         view.field(name, value)
     output.line()
@@ -64,6 +64,7 @@ def _print(shown: Shown) -> None:
 def _fields(shown: Shown) -> list[tuple[str, str]]:
     entry, model = shown.entry, shown.model
     fields = [
+        *([("names", output.style(", ".join(entry.refs), "bold", "green"))] if entry.refs else []),
         ("state", str(entry.state)),
         *(("parent", str(parent)) for parent in entry.parents),
         ("date", f"{words.moment(entry.time_ns)} ({words.age(entry.time_ns)})"),

@@ -1,0 +1,126 @@
+"""The demo: two processes, a proof, a repository and a receipt to explore; and it says so when something failed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from thaw.cli import story as telling
+from thaw.demo import run as demo
+from thaw.receipt import verify
+
+from .conftest import Shell
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shell, str]:
+    """The demo with the fake engine, and what it printed."""
+    shell = Shell(tmp_path_factory.mktemp("demo"))
+    return shell, shell.ok("demo", "--engine", "fake").out
+
+
+def test_it_proves_what_it_shows(told: tuple[Shell, str]) -> None:
+    _, out = told
+    assert out.count("held  ") == 6
+    assert "FAILED" not in out
+    assert re.search(r"\d × sooner", out)
+
+
+def test_both_processes_are_others_and_their_own(told: tuple[Shell, str]) -> None:
+    pids = re.findall(r"\(process (\d+)\)", told[1])
+    assert len(set(pids)) == 2
+
+
+def test_every_command_that_it_suggests_works(told: tuple[Shell, str]) -> None:
+    shell, out = told
+    suggested = re.findall(r"^ +(thaw .*?)(?:  .*)?$", out[out.index("What to type next") :], re.MULTILINE)
+    assert len(suggested) == 7
+    for line in suggested:
+        shell.ok(*shlex.split(line)[1:])
+
+
+def test_its_receipt_adds_up_and_its_repository_is_whole(told: tuple[Shell, str]) -> None:
+    shell, _ = told
+    checked = verify(shell.cwd / "thaw-demo" / "receipt.json")
+    assert checked.ok, checked.problems
+    assert checked.receipt.kind == "demo"
+    assert checked.receipt.ok
+    assert str(shell.cwd) not in (shell.cwd / "thaw-demo" / "receipt.json").read_text()
+    shell.ok("-C", "thaw-demo", "fsck")
+
+
+def test_running_it_again_takes_another_folder_or_replaces_a_demo_alone(shell: Shell) -> None:
+    for folder in ("thaw-demo", "thaw-demo-2"):
+        assert shell.ok("demo", "--engine", "fake", "--json").json()["folder"] == folder
+    assert shell.ok("demo", "--engine", "fake", "--force", "--json").json()["folder"] == "thaw-demo"
+    taken = shell("demo", "--engine", "fake", "--out", "thaw-demo")
+    assert taken.code == 4
+    assert "--force" in taken.err
+    (shell.cwd / "mine").mkdir()
+    (shell.cwd / "mine" / "thesis.txt").write_text("keep me")
+    assert shell("demo", "--engine", "fake", "--out", "mine", "--force").code == 4
+    assert (shell.cwd / "mine" / "thesis.txt").read_text() == "keep me"
+
+
+def test_json_is_the_whole_story(shell: Shell) -> None:
+    said = shell.ok("demo", "--engine", "fake", "--out", "d", "--max-tokens", "5", "--json").json()
+    assert said["ok"] is True
+    assert len(said["children"]) == 4
+    assert all(child["num_prefilled_tokens"] == child["num_suffix_tokens"] for child in said["children"])
+    assert said["parent"]["logprobs"] == said["resumed"]["logprobs"]
+
+
+def test_an_error_in_a_process_keeps_its_kind(shell: Shell) -> None:
+    failed = shell("demo", "--model", "/nonexistent/model", "--json", THAW_MODEL="")
+    assert failed.code == 2
+    assert failed.json()["error"]["kind"] == "not-found"
+
+
+def test_what_failed_is_said_and_nothing_is_claimed(
+    told: tuple[Shell, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = _story(told[0].cwd)
+    narrator = telling.Narrator()
+    telling.proof(narrator, story)
+    telling.ending(narrator, story)
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "NOT what thaw promises" in out
+    assert "sooner" not in out
+    assert "What to type next" not in out
+
+
+def _story(folder: Path) -> demo.Story:
+    """A story in which the resumed parent said something else, as the real checks see it."""
+    shell = Shell(folder)
+    plain = shell.ok("demo", "--engine", "fake", "--out", "again", "--force", "--json").json()
+    plain["resumed"]["logprobs"][3] += 1e-12
+    for key in ("ok", "sooner", "checks"):
+        del plain[key]
+    events = {name: msgspec.convert(plain[name], kind) for name, kind in EVENTS.items()}
+    children = msgspec.convert(plain["children"], tuple[demo.Child, ...])
+    checks = tuple(
+        demo.checks(events["committed"], events["hydrated"], children, events["parent"], events["resumed"])
+    )
+    assert [check.held for check in checks] == [True] * 5 + [False]
+    return demo.Story(folder="d", receipt="r", children=children, checks=checks, **events)
+
+
+EVENTS = {
+    "loaded": demo.Loaded, "described": demo.Described, "read": demo.Read, "committed": demo.Committed,
+    "parent": demo.Answered, "hydrated": demo.Hydrated, "resumed": demo.Answered,
+}  # fmt: skip
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_with_the_real_model(shell: Shell, demo_model: Path) -> None:
+    said = shell.ok("demo", "--model", str(demo_model), "--json").json()
+    assert said["ok"] is True
+    assert said["committed"]["num_tokens"] >= 3000
+    assert said["hydrated"]["proof"]["verification"] == "disk-verified"
+    assert said["sooner"] > 1
