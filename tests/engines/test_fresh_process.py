@@ -182,6 +182,7 @@ class TestFakeInAFreshProcess(FreshProcess):
             yield story
 
 
+@pytest.mark.slow
 class TestSmallModelInAFreshProcess(FreshProcess):
     @pytest.fixture(scope="class")
     @classmethod
