@@ -324,3 +324,21 @@ def test_bench_writes_a_receipt_that_verifies_and_a_picture(shell: Shell) -> Non
 @pytest.mark.parametrize("words", [["log"], ["log", "--graph", "--all"], ["show"], ["branch"], ["diff", "fork/0"]])
 def test_a_pipe_gets_no_colour(tree: Shell, words: list[str]) -> None:
     assert not PLAIN.search(tree.ok(*words).out)
+
+
+def test_the_engine_and_its_options_are_remembered(shell: Shell) -> None:
+    from thaw.repo.settings import EngineSettings, recall
+    from thaw.store import Store
+
+    def remembered() -> EngineSettings | None:
+        with Store.open(shell.cwd / ".thaw") as store:
+            return recall(store)
+
+    shell.ok("init")
+    missing = shell("run", "x")
+    assert missing.code == 2
+    assert "--model" in missing.err
+    shell.ok("run", "x", "--engine", "fake", "--model", "paper", "--no-generate")
+    assert remembered() == EngineSettings(name="fake", options={"model": "paper"})
+    shell.ok("run", "y", "--max-tokens", "2")
+    assert remembered() == EngineSettings(name="fake", options={"model": "paper"})

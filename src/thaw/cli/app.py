@@ -64,6 +64,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     name="thaw",
     cls=Verbs,
     epilog=EPILOG,
+    subcommand_metavar="VERB [ARGS]…",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option("-C", "--repo", "named", metavar="PATH", help="The repository, or a folder that holds one in .thaw.")

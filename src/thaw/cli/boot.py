@@ -66,7 +66,10 @@ def boot(chosen: EngineSettings) -> Engine:
 
     hush()
     with Progress(f"loading {label(chosen)}"):
-        return load_engine(chosen.name, **chosen.options)
+        engine = load_engine(chosen.name, **chosen.options)
+    if not hasattr(engine, "options"):
+        vars(engine)["options"] = dict(chosen.options)  # what `thaw.repo.settings` remembers an engine by
+    return engine
 
 
 def label(chosen: EngineSettings) -> str:

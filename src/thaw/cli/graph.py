@@ -12,15 +12,14 @@ free is used again, so the drawing stays narrow. Pure: (id, parents) in, gutters
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PARTS = ("node", "pass", "over", "left", "tee", "end", "split", "new", "cross")
 UNICODE = dict(zip(PARTS, "●│─├┴╯┬╮┼", strict=True))
 ASCII = dict(zip(PARTS, "*|-++'+.|", strict=True))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """`gutter` to the left of the commit `id`; a row that only joins or splits lines has no id."""
 
     gutter: str

@@ -61,6 +61,21 @@ def clean(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
+def fold(text: str, room: int) -> list[str]:
+    """Lines of at most `room` columns, broken at single spaces; words stay whole, styles in place."""
+    lines = []
+    for part in text.split("\n"):
+        current = ""
+        for word in part.split(" "):
+            if current and seen(current) + 1 + seen(word) > room:
+                lines.append(current)
+                current = word
+            else:
+                current = f"{current} {word}" if current else word
+        lines.append(current)
+    return lines
+
+
 def one_line(text: str, room: int) -> str:
     """`text` on one line of at most `room` columns, with an ellipsis where it was cut."""
     flat = " ".join(clean(text).split())
@@ -80,8 +95,10 @@ def write(text: str, *, flush: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """One line about the work, on stderr."""
+    """A line about the work, on stderr; on a terminal broken between words."""
     sys.stdout.flush()
+    if is_terminal(sys.stderr):
+        text = "\n".join(fold(text, width()))
     encoding = sys.stderr.encoding or "utf-8"
     sys.stderr.write(text.encode(encoding, "replace").decode(encoding, "replace") + "\n")
     sys.stderr.flush()

@@ -27,16 +27,18 @@ T = TypeVar("T")
 def opened(
     named: str | None, engine_name: str | None, model: str | None, dtype: str | None, device: str | None
 ) -> Iterator[Repository]:
-    """The repository with its engine booted; afterwards it remembers the engine. Closes both."""
+    """The repository with its engine booted; it remembers what was named here if all went well. Closes both."""
     from thaw.repo.repository import open as open_at
     from thaw.repo.settings import remember
 
     path = place.find(named)
+    named_one = any(value is not None for value in (engine_name, model, dtype, device))
     with open_at(path, create=False) as look:
         chosen = boot.choose(look.store, engine_name, model, dtype, device)
     with boot.boot(chosen) as engine, open_at(path, engine=engine, create=False) as repo:
         yield repo
-        remember(repo.store, chosen)
+        if named_one:
+            remember(repo.store, chosen)
 
 
 def read(session: Session, text: str, name: str) -> None:

@@ -198,7 +198,7 @@ def ending(narrator: Narrator, story: Story) -> None:
             (f"thaw -C {place} show answer/2", "one in full"),
             (f"thaw -C {place} verify {short(story.committed.commit)}", "which laws hold"),
             (f"thaw -C {place} adopt answer/1 main", "the winner"),
-            (f"thaw -C {place} run --chat 'And why?' --max-tokens 40", "goes on"),
+            (f"thaw -C {place} run --chat 'And why?' --temperature 0", "goes on"),
             (f"thaw receipt verify {shlex.quote(story.receipt)}", "the figures, again"),
         ],
         indent=MARGIN,

@@ -119,14 +119,14 @@ def _as_chat(repo: Repository, where: ResolvedPoint, wanted: list[Child]) -> lis
     """The same children, their prompts rendered by the model's template as the next message."""
     from thaw.repo.chat import continue_with
 
+    if not all(child.prompt for child in wanted):
+        raise click.UsageError("--chat needs a prompt for every child.")
     before, shown = conversation.of(repo.store, where), repo.show(where)
     out = []
     for child in wanted:
         message: dict[str, object] = {"role": "user", "content": child.prompt}
         codec = repo.engine.codec
         rendered = continue_with(codec, shown.tokens, shown.turns, [*before, message], None)
-        if not child.prompt:
-            raise click.UsageError("--chat needs a prompt for every child.")
         if rendered.keep != len(shown.tokens):
             raise InvalidRequest(
                 f"the model's template renders this conversation differently from token {rendered.keep:,} of "

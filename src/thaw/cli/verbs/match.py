@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thaw.cli import boot, options, output, place, prompts, words
+from thaw.cli import options, output, place, prompts, speak, words
 from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ def _match_tokens(named: str | None, ids: list[int]) -> tuple[list[int], Resolve
 def _match_text(
     named: str | None, text: str, engine_name: str | None, model: str | None, dtype: str | None, device: str | None
 ) -> tuple[list[int], ResolvedPoint | None]:
-    with place.open_repository(named) as repo:
-        with boot.boot(boot.choose(repo.store, engine_name, model, dtype, device)) as engine:
-            ids = engine.codec.encode(text, first=True)
+    with speak.opened(named, engine_name, model, dtype, device) as repo:
+        ids = repo.engine.codec.encode(text, first=True)
         return ids, repo.match(ids)
 
 

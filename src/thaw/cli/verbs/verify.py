@@ -58,11 +58,11 @@ def command(
 def _print(report: VerifyReport) -> None:
     where = "a fresh process" if report.fresh_process else "this process"
     output.line(
-        f"{output.style(report.point, 'yellow')}  {words.count(report.num_tokens, 'token')}, KV of {report.num_kv:,}, "
-        f"in {where} ({report.engine} {report.engine_version}, {report.device})"
+        f"{output.style(report.point, 'yellow')}  {words.count(report.num_tokens, 'token')}, KV of {report.num_kv:,}"
     )
+    output.line(f"hydrated in {where} by {report.engine} {report.engine_version} on {report.device}")
     output.line()
-    for law in report.laws:
+    for law in sorted(report.laws, key=lambda law: NUMBER.get(law.name, "?")):
         _law(law)
     if report.continuation is not None:
         output.line()
@@ -84,8 +84,7 @@ def _law(law: LawResult) -> None:
 
 def _continuation(found: Continuation) -> None:
     output.line(
-        f"{words.count(found.num_tokens, 'greedy token')} after it, against prefilling again in the same engine "
-        "(information, not a law):"
+        f"{words.count(found.num_tokens, 'greedy token')} after it, against prefilling again (information, not a law):"
     )
     if found.first_difference is None:
         output.line("  the same tokens")
