@@ -148,6 +148,6 @@ def test_kill_9_two_thousand_times(tmp_path: Path) -> None:
         "seed": seed,
         "seconds": round(time.time() - began, 1),
         "counts": dict(sorted(counts.items())),
-        "held": "after each kill every ref stood at an acknowledged commit or at the one being made; fsck found nothing",
+        "held": "after each kill every ref stood at what was acknowledged or at the step in flight; fsck found nothing",
     }
     (receipts / "kill9.json").write_text(json.dumps(receipt, indent=1) + "\n")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thaw.data.files import storage_errors, sync_folder
-from thaw.store import leases
+from thaw.store import leases, objects
 from thaw.store.backup import locked
 from thaw.store.db import Database
 from thaw.store.mark import Marks, catch_up, mark_all
@@ -115,7 +115,7 @@ def _rehome(connection: sqlite3.Connection, marks: Marks) -> None:
     rows = connection.execute("SELECT segment, state FROM segments").fetchall()
     gone = [(segment,) for segment, state in rows if segment not in marks.objects or state not in marks.objects]
     connection.executemany("DELETE FROM segments WHERE segment = ?", gone)
-    connection.executemany('INSERT OR IGNORE INTO segments (segment, "window", state) VALUES (?, ?, ?)', marks.homed())
+    objects.home_segments(connection, marks.homed())
 
 
 def doom_empty(connection: sqlite3.Connection) -> None:

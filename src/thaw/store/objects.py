@@ -118,21 +118,22 @@ def insert_object(connection: sqlite3.Connection, place: BlobLocation, kind: str
     )
 
 
-def home_segments(connection: sqlite3.Connection, state: str, entries: Iterable[tuple[str, str]]) -> None:
-    """Makes (segment, window) pairs findable through `state`; segments that have a state keep it."""
-    connection.executemany(
-        'INSERT OR IGNORE INTO segments (segment, "window", state) VALUES (?, ?, ?)',
-        ((segment, window, state) for segment, window in entries),
-    )
+def home_segments(connection: sqlite3.Connection, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Makes segments findable: (segment, window, state). Segments that have a state keep it."""
+    connection.executemany('INSERT OR IGNORE INTO segments (segment, "window", state) VALUES (?, ?, ?)', rows)
 
 
-def homes(new: dict[str, Links]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(state, its (segment, window) pairs) for each state in `new`, as far as nodes and segments are in `new` too.
+def homes(new: dict[str, Links]) -> list[tuple[str, str, str]]:
+    """(segment, window, state) for each segment that a state in `new` uses through a node in `new`: of several states
+    the one that uses most of it.
 
     Nodes that were stored before came with a state of their own.
     """
+    best: dict[str, tuple[int, str]] = {}
     for state, of_state in new.items():
         if of_state.kind == "state":
             nodes = [new[node] for node in of_state.objects if node in new and new[node].kind == "segments"]
-            segments = [segment for node in nodes for segment in node.objects]
-            yield state, [(segment, new[segment].window) for segment in segments if segment in new]
+            for segment, length in (pair for node in nodes for pair in zip(node.objects, node.lengths, strict=True)):
+                if segment in new and length > best.get(segment, (0, ""))[0]:
+                    best[segment] = (length, state)
+    return [(segment, new[segment].window, state) for segment, (_, state) in best.items()]

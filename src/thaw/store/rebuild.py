@@ -144,8 +144,7 @@ def _fill(connection: sqlite3.Connection, found: _Found) -> None:
     for identifier in sorted(found.objects, key=lambda i: int(found.commits[i].time_ns) if i in found.commits else -1):
         place, data = found.objects[identifier]
         objects.insert_object(connection, place, found.links[identifier].kind, data)
-    for state, entries in objects.homes(found.links):
-        objects.home_segments(connection, state, entries)
+    objects.home_segments(connection, objects.homes(found.links))
 
 
 def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _Found, notes: list[str]) -> None:

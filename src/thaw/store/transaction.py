@@ -29,7 +29,7 @@ from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import backup, leases, objects, refs
 from thaw.store.db import CommitUnsure, Database
-from thaw.store.links import Links, kind_of, links
+from thaw.store.links import kind_of, links
 from thaw.store.refs import RefUpdate
 
 
@@ -152,11 +152,7 @@ class Transaction:
         of_new = {identifier: links(data) for identifier, (_, data) in new.items()}
         self._require(connection, "objects", [*self._queue, *(o for of in of_new.values() for o in of.objects)])
         self._require(connection, "blobs", [blob for of in of_new.values() for blob in of.blobs])
-        self._home(connection, of_new)
-
-    def _home(self, connection: sqlite3.Connection, of_new: dict[str, Links]) -> None:
-        for state, entries in objects.homes(of_new):
-            objects.home_segments(connection, state, entries)
+        objects.home_segments(connection, objects.homes(of_new))
 
     def _require(self, connection: sqlite3.Connection, table: str, identifiers: Iterable[str]) -> None:
         wanted = set(identifiers)
