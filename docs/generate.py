@@ -8,12 +8,22 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 from thaw.core import errors
 
 DOCS = Path(__file__).resolve().parent
 RECEIPT = DOCS.parent / "receipts" / "bench-fork.json"
 PICTURE = DOCS / "bench-fork.svg"
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+ARMS = {
+    "live": "fork in the engine that holds the session",
+    "hydrate-warm": "hydrate from disk, engine running",
+    "hydrate-fresh": "hydrate in a fresh process, its boot included",
+    "prefill-warm": "prefill again, engine running",
+    "prefill-fresh": "cold start and prefill",
+}
 
 ERRORS_HEAD = """# Errors
 
@@ -35,6 +45,35 @@ def errors_page() -> str:
     return f"{ERRORS_HEAD}{rows}\n## What each one asks you to do\n\n```\n" + "\n".join(lines) + "\n```\n"
 
 
+def figures(receipt: dict[str, Any]) -> str:
+    """The README's table, from the receipt and nothing else."""
+    derived = {d["name"]: d for d in receipt["derived"]}
+    rows = []
+    for arm, words in ARMS.items():
+        one, four = (derived.get(f"{arm}.{n}.first") for n in (1, 4))
+        rows.append(f"| {words} | {_seconds(one)} | {_seconds(four)} |")
+    gain = derived["gain.hydrate"]
+    tokens, cores = receipt["parameters"]["num_tokens"], receipt["machine"]["cores"]
+    return (
+        f"SmolLM2-135M-Instruct, a session of {tokens:,} tokens, {cores} CPU cores; medians of the run:\n\n"
+        "| | first token of one child | of four children |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"A hydrated first token came {gain['value']:.0f} × sooner than prefilling the session again "
+        f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×). The machine was shared and noisy: read the "
+        "ratios."
+    )
+
+
+def _seconds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['value'] * 1e3:,.0f} ms" if row["value"] < 1 else f"{row['value']:.1f} s"
+
+
+def readme(receipt: dict[str, Any]) -> str:
+    head, _, rest = README.read_text().partition(BEGIN)
+    return f"{head}{BEGIN}\n{figures(receipt)}\n{END}{rest.partition(END)[2]}"
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     from thaw.bench import plot
@@ -42,7 +81,9 @@ def pages() -> dict[Path, str]:
 
     out = {DOCS / "errors.md": errors_page(), DOCS / "cli.md": reference.page()}
     if RECEIPT.exists():
-        out[PICTURE] = plot.svg(json.loads(RECEIPT.read_text()))
+        receipt = json.loads(RECEIPT.read_text())
+        out[PICTURE] = plot.svg(receipt)
+        out[README] = readme(receipt)
     return out
 
 

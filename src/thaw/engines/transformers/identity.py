@@ -74,11 +74,11 @@ def model_identity(loaded: LoadedModel, codec: TransformersCodec, group: CacheGr
 
 
 def sample_weights(module: Any) -> str:
-    """A digest of 16 elements of every parameter, spread over it: cheap, and any ordinary update changes it."""
+    """A digest of 16 elements of every parameter and buffer, spread over it: cheap, and any ordinary update changes it."""
     hasher = blake3()
     with torch.no_grad():
-        for parameter in module.parameters():
-            flat = parameter.detach().reshape(-1)
+        for tensor in (*module.parameters(), *module.buffers()):
+            flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // 16)][:16].contiguous()
             hasher.update(_raw(picked))
     return hasher.hexdigest()
