@@ -124,3 +124,15 @@ def test_with_the_real_model(shell: Shell, demo_model: Path) -> None:
     assert said["committed"]["num_tokens"] >= 3000
     assert said["hydrated"]["proof"]["verification"] == "disk-verified"
     assert said["sooner"] > 1
+
+
+def test_a_command_that_is_not_on_the_path_is_put_there_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / ".venv" / "bin" / "thaw"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert telling._path_first(".venv/bin/thaw") == 'export PATH="$PWD/.venv/bin:$PATH"'
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin")
+    assert telling._path_first(str(script)) is None
+    assert telling._path_first("/somewhere/__main__.py") is None

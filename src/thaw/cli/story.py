@@ -6,6 +6,9 @@ Only what was measured in this run is said. Nothing is claimed in advance: a sen
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.cli import output, view, words
@@ -110,8 +113,6 @@ class Narrator:
         self._open(Progress(what, lambda: self._far, margin=MARGIN))
 
     def _open(self, busy: Progress | Board) -> None:
-        import sys
-
         sys.stdout.flush()
         self._busy = busy
         busy.__enter__()
@@ -191,8 +192,10 @@ def ending(narrator: Narrator, story: Story) -> None:
         return
     place = shlex.quote(story.folder)
     narrator.chapter("What to type next")
+    first = _path_first(sys.argv[0])
     output.rows(
         [
+            *([(first, "once")] if first else []),
             (f"thaw -C {place} log --graph --all", "the tree"),
             (f"thaw -C {place} diff answer/0 answer/1", "where two part"),
             (f"thaw -C {place} show answer/2", "one in full"),
@@ -203,3 +206,14 @@ def ending(narrator: Narrator, story: Story) -> None:
         ],
         indent=MARGIN,
     )
+
+
+def _path_first(script: str) -> str | None:
+    """How to make `thaw` the command that is running, where the shell would not find it (a clone's own .venv)."""
+    running, found = Path(script), shutil.which("thaw")
+    if running.name != "thaw" or (found is not None and Path(found).samefile(running)):
+        return None
+    folder = running.absolute().parent
+    here = Path.cwd()
+    shown = f"$PWD/{folder.relative_to(here)}" if folder.is_relative_to(here) else str(folder)
+    return f'export PATH="{shown}:$PATH"'
