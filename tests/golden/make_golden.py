@@ -87,7 +87,7 @@ def turns(tx: Transaction) -> TurnNode:
 def commit(
     store: Store, end: int, name: str, parents: tuple[str, ...], spans: list[tuple[int, int]], kept: str | None
 ) -> str:
-    """A session of `end` tokens, `end` - 1 with KV; with `kept` its first 200 tokens are a part of that commit's segment."""
+    """A session of `end` tokens, `end` - 1 with KV; with `kept` the first 200 are a part of that commit's segment."""
     with store.begin() as tx:
         model = tx.put(MODEL)
         hidden = blake3(f"hidden/{end}".encode()).digest(length=16)

@@ -1,0 +1,158 @@
+"""A second reader, written from docs/format.md alone: it imports nothing of thaw.
+
+It opens the golden repositories by refs.json and packs, and checks the database's rows. When it breaks, either the
+format or the page is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rfc8785
+from blake3 import blake3
+
+HERE = Path(__file__).parent
+FORMATS = sorted(path for path in HERE.glob("format-*") if path.is_dir())
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+
+def b3(data: bytes) -> str:
+    return "b3:" + blake3(data).hexdigest()
+
+
+def read_packs(folder: Path) -> dict[str, bytes]:
+    """{tensor name: bytes} of all packs; header digest, holes, alignment, zeros and ids checked."""
+    tensors: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        whole = path.read_bytes()
+        end = 8 + struct.unpack("<Q", whole[:8])[0]
+        start = whole.index(b'"thaw.header":"b3:') + len(b'"thaw.header":"b3:')
+        zeroed = whole[:start] + b"0" * 64 + whole[start + 64 : end]
+        assert b3(zeroed) == "b3:" + whole[start : start + 64].decode()
+        header = json.loads(whole[8:end])
+        metadata = header.pop("__metadata__")
+        assert metadata["thaw.format"] == "1"
+        cursor = 0
+        for name, tensor in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            begin, stop = tensor["data_offsets"]
+            assert begin == cursor
+            data = whole[end + begin : end + stop]
+            if name.startswith("__pad_"):
+                assert not any(data)
+            else:
+                assert (end + begin) % (4096 if len(data) >= 1 << 20 else 64) == 0
+                assert b3(data) == name.removeprefix("object ")
+                tensors[name] = data
+            cursor = stop
+        assert end + cursor == len(whole)
+    return tensors
+
+
+def read_refs(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    refs = json.loads(data)
+    assert b3(data.replace(refs["digest"].encode(), b"b3:" + b"0" * 64, 1)) == refs["digest"]
+    return refs
+
+
+class Reader:
+    """Follows ids through the packs."""
+
+    def __init__(self, repository: Path) -> None:
+        self.tensors = read_packs(repository / "packs")
+
+    def get(self, identifier: str, kind: str) -> dict[str, Any]:
+        data = self.tensors[f"object {identifier}"]
+        value = json.loads(data)
+        assert rfc8785.dumps(value) == data
+        assert value["type"] == f"thaw.{kind}/1"
+        return value
+
+    def tokens(self, state: dict[str, Any]) -> list[int]:
+        """All tokens; prefix hashes and the sizes of KV are checked on the way."""
+        (group,) = self.get(state["model"], "model")["groups"]
+        per_token = group["num_layers"] * 2 * group["head_dim"] * DTYPES[group["dtype"]]
+        tokens: list[int] = []
+        for node in state["nodes"]:
+            for entry in self.get(node, "segments")["entries"]:
+                segment = self.get(entry["segment"], "segment")
+                assert entry["start"] == segment["start"] == len(tokens)
+                blobs = segment["blobs"][group["name"]]
+                assert len(blobs) == group["num_kv_heads"]
+                assert all(len(self.tensors[blob]) == per_token * len(segment["tokens"]) for blob in blobs)
+                assert segment["window"] == prefix_hash(state["model"], tokens[: len(tokens) // 256 * 256])
+                assert segment["prefix"] == prefix_hash(state["model"], tokens + segment["tokens"])
+                tokens += segment["tokens"][: entry["length"]]
+        assert len(tokens) == state["num_kv"]
+        return tokens + state["tail_tokens"]
+
+
+def prefix_hash(model: str, tokens: list[int]) -> str:
+    chain = b3(b"thaw.prefix/1\0" + model.encode())
+    for start in range(0, len(tokens), 256):
+        window = tokens[start : start + 256]
+        chain = b3(chain.encode() + struct.pack(f"<{len(window)}I", *window))
+    return chain
+
+
+@pytest.mark.parametrize("repository", FORMATS, ids=lambda path: path.name)
+def test_a_reader_written_from_the_page_reads_every_commit(repository: Path) -> None:
+    reader = Reader(repository)
+    refs = read_refs(repository / "refs.json")
+    pending = [ref["target"] for ref in refs["refs"]]
+    seen: set[str] = set()
+    while pending:
+        one = pending.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        commit = reader.get(one, "commit")
+        pending += commit["parents"]
+        state = reader.get(commit["state"], "state")
+        assert len(reader.tokens(state)) == state["num_tokens"]
+        turns = [turn for node in state["turn_nodes"] for turn in reader.get(node, "turns")["entries"]]
+        assert len(turns) == state["num_turns"]
+        assert int(reader.get(turns[1], "turn")["seed"]) == 2**64 - 1
+        assert b3(reader.tensors[state["boundary"]["hidden"]]) == state["boundary"]["hidden"]
+    assert len(seen) == 3
+
+
+COLUMNS = {
+    "settings": ("key", "value"),
+    "refs": ("name", "kind", "target"),
+    "reflog": ("name", "kind", "old", "new", "reason", "time_ns", "moved"),
+}
+
+
+@pytest.mark.parametrize("repository", FORMATS, ids=lambda path: path.name)
+def test_the_rows_of_the_database_are_as_the_page_says(repository: Path, tmp_path: Path) -> None:
+    shutil.copy(repository / "thaw.db", tmp_path)
+    connection = sqlite3.connect(tmp_path / "thaw.db")
+    assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    for table, columns in COLUMNS.items():
+        for *row, checksum in connection.execute(f"SELECT {', '.join(columns)}, checksum FROM {table}"):
+            assert b3(json.dumps([table, *row], separators=(",", ":")).encode())[3:35] == checksum
+    packs = {pack.name: pack.read_bytes() for pack in (repository / "packs").iterdir()}
+    for identifier, pack, start, nbytes in connection.execute("SELECT id, pack, start, nbytes FROM blobs"):
+        assert b3(packs[pack][start : start + nbytes]) == identifier
+    for identifier, data, pack, start in connection.execute("SELECT id, data, pack, start FROM objects"):
+        assert b3(data) == identifier and packs[pack][start : start + len(data)] == data
+    connection.close()
+
+
+def test_draws_are_as_the_page_says() -> None:
+    from thaw.core.sampling import derive, uniform
+
+    def h(domain: bytes, *numbers: int) -> int:
+        data = domain + b"".join(struct.pack("<Q", number) for number in numbers)
+        return struct.unpack("<Q", blake3(data).digest()[:8])[0]
+
+    for seed, position in ((0, 0), (2**64 - 1, 17), (5, 2**24)):
+        assert uniform(seed, position) == (h(b"thaw.uniform/1", seed, position) >> 11) * 2.0**-53
+        assert derive(seed, position, 3) == h(b"thaw.derive/1", seed, position, 3)
