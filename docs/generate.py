@@ -27,8 +27,8 @@ ARMS = {
 
 ERRORS_HEAD = """# Errors
 
-Generated from `thaw/core/errors.py` (`make docs`). Every error thaw raises on purpose is a `thaw.ThawError`. Its `kind` is
-stable: it is what `--json` prints and what scripts may test. The exit code is the command line's.
+Generated from `thaw/core/errors.py` (`make docs`). Every error thaw raises on purpose is a `thaw.ThawError`. Its `kind`
+is stable: it is what `--json` prints and what scripts may test. The exit code is the command line's.
 
 | class | kind | exit code | group |
 |---|---|---|---|
@@ -58,8 +58,8 @@ def figures(receipt: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct, a session of {tokens:,} tokens, {cores} CPU cores; medians of the run:\n\n"
         "| | first token of one child | of four children |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"A hydrated first token came {gain['value']:.0f} × sooner than prefilling the session again "
-        f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×). The machine was shared and noisy: read the "
-        "ratios."
+        f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×). The machine was shared and noisy: "
+        "read the ratios."
     )
 
 

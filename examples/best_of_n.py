@@ -26,7 +26,8 @@ def main(model: str, document: Path, question: str, folder: str = "best-of-n") -
         trunk.commit("read the document", branch="main")
 
         children = trunk.fork(N)
-        answers = children.generate(f"\n\nQ: {question}\nA:", thaw.Sampling(max_tokens=24, stop=("\n",), temperature=0.8))
+        sampling = thaw.Sampling(max_tokens=24, stop=("\n",), temperature=0.8)
+        answers = children.generate(f"\n\nQ: {question}\nA:", sampling)
         scores = [sum(a.logprobs) / max(1, len(a.logprobs)) for a in answers]
         for answer, score in zip(answers, scores, strict=True):
             print(f"{score:8.3f}  {answer.num_cached_tokens} cached  {answer.text.strip()}")

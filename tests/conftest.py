@@ -7,6 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines here are shared: how long an example took says nothing about the code.
+settings.register_profile("thaw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("thaw")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

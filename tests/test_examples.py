@@ -23,6 +23,7 @@ def test_best_of_n_keeps_the_likeliest_answer(tmp_path: Path, demo_model: Path) 
     rows = [line.split() for line in done.stdout.splitlines() if " cached " in line]
     assert len(rows) == 4 and len({row[1] for row in rows}) == 1, done.stdout
     tip = subprocess.run(
-        [sys.executable, "-m", "thaw.cli", "-C", "best-of-n", "show", "main"], cwd=tmp_path, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "thaw.cli", "-C", "best-of-n", "show", "main"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
     assert tip.returncode == 0 and "Where is the pump?" in tip.stdout, tip.stdout + tip.stderr

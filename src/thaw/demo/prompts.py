@@ -22,10 +22,12 @@ QUESTIONS = (
 Message = dict[str, str]
 
 
-def trunk() -> list[Message]:
-    """The messages that all children share. The reply is given, not generated: reading costs a prefill and no more."""
+def trunk(text: str | None = None) -> list[Message]:
+    """The messages that all children share, with `text` in place of the whole document.
+
+    The reply is given, not generated: reading costs a prefill and no more."""
     return [
-        {"role": "user", "content": f"{REQUEST}\n\n{document()}"},
+        {"role": "user", "content": f"{REQUEST}\n\n{text or document()}"},
         {"role": "assistant", "content": REPLY},
     ]
 
@@ -35,9 +37,9 @@ def question(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def plain_trunk() -> str:
+def plain_trunk(text: str | None = None) -> str:
     """The trunk for a model without a chat template."""
-    return f"{document()}\n## 13. Questions and answers\n"
+    return f"{text or document()}\n## 13. Questions and answers\n"
 
 
 def plain_question(text: str) -> str:

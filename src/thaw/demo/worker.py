@@ -19,16 +19,18 @@ from typing import IO, Literal
 
 import msgspec
 
-from thaw.core.errors import ThawError, Unsupported
+from thaw.core.errors import ThawError, TooLong, Unsupported
 from thaw.core.objects import encode
 from thaw.core.sampling import Sampling
-from thaw.demo import events, prompts
+from thaw.demo import document, events, prompts
 from thaw.demo.events import Event
 from thaw.engines import load_engine
 from thaw.engines.base import Codec, Completion, Engine
 from thaw.repo import Group, Repository, Session
 from thaw.repo import open as open_repository
 
+ROOM = 512
+"""Tokens kept free for the framing, a question and its answer."""
 MESSAGES = "chat.messages"
 """Where a commit's meta keeps the messages that it added; `thaw run --chat` reads it."""
 TRUNK, ANSWERS = "main", "answer"
@@ -57,6 +59,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     chat: bool
+    text: str
     trunk: tuple[int, ...]
     suffixes: tuple[tuple[int, ...], ...]
 
@@ -64,47 +67,58 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
         return {MESSAGES: msgspec.json.encode(messages).decode()} if self.chat else {}
 
 
-def script(codec: Codec) -> Script:
+def script(engine: Engine) -> Script:
     """Render trunk and questions once, the same in both processes."""
+    codec, text = engine.codec, fitting(engine)
     try:
-        found = _chat_script(codec)
+        found = _chat_script(codec, text)
     except Unsupported:
         found = None
-    return found or _plain_script(codec)
+    return found or _plain_script(codec, text)
 
 
-def _chat_script(codec: Codec) -> Script | None:
+def fitting(engine: Engine) -> str:
+    """The document, cut at the end where the model's context is too short for it, the framing and the answers."""
+    room = engine.info.max_model_len - ROOM
+    if room < 1:
+        raise TooLong(f"the model has {engine.info.max_model_len} positions; the demo needs more than {ROOM}")
+    ids = engine.codec.encode(document(), first=True)
+    return document() if len(ids) <= room else engine.codec.decode(ids[:room]).rstrip("\ufffd")
+
+
+def _chat_script(codec: Codec, text: str) -> Script | None:
     """None where the template does not begin a longer conversation as it began the shorter one."""
-    before = _messages()
+    before = _messages(text)
     trunk = codec.render_chat(before, add_generation_prompt=False)
     suffixes = []
-    for text in prompts.QUESTIONS:
-        whole = codec.render_chat([*before, _asked(text)], add_generation_prompt=True)
+    for question in prompts.QUESTIONS:
+        whole = codec.render_chat([*before, _asked(question)], add_generation_prompt=True)
         if whole[: len(trunk)] != trunk:
             return None
         suffixes.append(tuple(whole[len(trunk) :]))
-    return Script(chat=True, trunk=tuple(trunk), suffixes=tuple(suffixes))
+    return Script(chat=True, text=text, trunk=tuple(trunk), suffixes=tuple(suffixes))
 
 
-def _messages() -> list[Message]:
-    return [dict(message) for message in prompts.trunk()]
+def _messages(text: str) -> list[Message]:
+    return [dict(message) for message in prompts.trunk(text)]
 
 
 def _asked(question: str) -> Message:
     return dict(prompts.question(question))
 
 
-def _plain_script(codec: Codec) -> Script:
+def _plain_script(codec: Codec, text: str) -> Script:
     return Script(
         chat=False,
-        trunk=tuple(codec.encode(prompts.plain_trunk(), first=True)),
+        text=text,
+        trunk=tuple(codec.encode(prompts.plain_trunk(text), first=True)),
         suffixes=tuple(tuple(codec.encode(prompts.plain_question(q), first=False)) for q in prompts.QUESTIONS),
     )
 
 
 def read(repo: Repository, job: Job, tell: Tell) -> None:
     """The reader: prefill, commit, then the parent's own answer, uninterrupted."""
-    words = script(repo.engine.codec)
+    words = script(repo.engine)
     session = repo.session(seed=job.seed)
     started = time.perf_counter()
     with _progress(session, len(words.trunk), tell):
@@ -112,7 +126,7 @@ def read(repo: Repository, job: Job, tell: Tell) -> None:
     tell(events.Read(num_tokens=session.num_tokens, seconds=time.perf_counter() - started))
     _describe(repo.engine, tell)
     started = time.perf_counter()
-    meta = words.meta(*_messages())
+    meta = words.meta(*_messages(words.text))
     done = session.commit("read the handbook", branch=TRUNK, meta=meta)
     tell(
         events.Committed(
@@ -128,7 +142,7 @@ def read(repo: Repository, job: Job, tell: Tell) -> None:
 
 def hydrate(repo: Repository, job: Job, tell: Tell) -> None:
     """The hydrator: four children of the commit, then the parent again."""
-    words = script(repo.engine.codec)
+    words = script(repo.engine)
     started = time.perf_counter()
     with repo.fork(job.commit, len(words.suffixes)) as group:
         took, proof = time.perf_counter() - started, group[0].proof

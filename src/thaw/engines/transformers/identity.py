@@ -74,7 +74,7 @@ def model_identity(loaded: LoadedModel, codec: TransformersCodec, group: CacheGr
 
 
 def sample_weights(module: Any) -> str:
-    """A digest of 16 elements of every parameter and buffer, spread over it: cheap, and any ordinary update changes it."""
+    """A digest of 16 elements of every parameter and buffer, spread over it: cheap; any ordinary update changes it."""
     hasher = blake3()
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
