@@ -183,7 +183,7 @@ def test_interrupting_a_generation_commits_what_it_had(repo: Shell) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "thaw.cli", "run", "hello", "--max-tokens", "2000", "--ignore-eos"],
         cwd=repo.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - a shell's background job ignores it
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(3)
