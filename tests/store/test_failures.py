@@ -72,6 +72,9 @@ def test_a_full_disk_at_init_is_named(small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(3 << 20))
     with pytest.raises(StorageFailed, match="full"):
         Store.init(small_disk / "repo")
+    (small_disk / "ballast").unlink()
+    with Store.init(small_disk / "repo") as store:
+        commit(store, tokens(300))
 
 
 def test_a_read_only_file_system_is_named(small_disk: Path) -> None:

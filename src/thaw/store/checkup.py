@@ -49,7 +49,8 @@ def _repair(path: Path, report: FsckReport, scans: dict[str, PackScan], deep: bo
     if DATABASE in files:
         notes = rebuild.rebuild(path, scans, deep=deep)
     elif backup.NAME in files:
-        backup.write(path, Database(path / DATABASE))
+        with contextlib.closing(Database(path / DATABASE)) as database:
+            backup.write(path, database)
         notes = [f"{backup.NAME} was written again from the database"]
     else:
         return report

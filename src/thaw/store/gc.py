@@ -2,7 +2,7 @@
 
     mark     in one view of the database, while others commit
     doom     one short transaction: marks brought up to date, dead rows deleted, segments given to surviving states,
-             packs without a live byte doomed. From here on a commit that needs a dead object writes it again.
+             packs without a live byte doomed. A commit under way that builds on a dead blob gets `Conflict`.
     rewrite  packs that are mostly dead, and many small ones, are copied into a new pack, then doomed
     unlink   doomed packs that no older reader's lease holds
     sweep    temporary and unindexed files that no live lease names

@@ -8,6 +8,7 @@ reflog that is there. Commits that nothing names are kept from gc by a reflog en
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 import uuid as uuids
@@ -63,7 +64,8 @@ def rebuild(path: Path, scans: dict[str, PackScan], *, deep: bool) -> list[str]:
         with creating(path, saved.uuid or found.uuid or str(uuids.uuid4())) as connection:
             _fill(connection, found)
             _restore_refs(connection, saved, found, notes)
-        backup.write(path, Database(path / DATABASE))
+        with contextlib.closing(Database(path / DATABASE)) as database:
+            backup.write(path, database)
     counts = f"{len(found.packs)} packs, {len(found.blobs)} blobs, {len(found.objects)} objects"
     return [f"the database was made again: {counts}, {len(found.commits)} commits", *notes]
 

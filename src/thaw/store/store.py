@@ -43,15 +43,25 @@ class Store:
         self.packs = path / PACKS
         self.database = Database(path / DATABASE)
         self._cache = ObjectCache()
+        try:
+            self.uuid = self._check()
+        except BaseException:
+            self.database.close()
+            raise
+
+    def _check(self) -> str:
+        """That the database is one of ours and not older than refs.json; returns its UUID."""
+        path = self.path
         saved = _saved_sequence(path)
         with self.database.read() as connection:
             check_format(connection, path / DATABASE)
-            self.uuid = setting(connection, "uuid") or ""
+            uuid = setting(connection, "uuid") or ""
             sequence = int(setting(connection, "sequence") or "0")
         if sequence < saved:
             raise CorruptDatabase(
                 f"{path / DATABASE} has seen {sequence} changes of refs, but refs.json {saved}: it lost some. {REBUILD}"
             )
+        return uuid
 
     @classmethod
     def init(cls, path: Path) -> Store:
@@ -68,8 +78,13 @@ class Store:
             (path / PACKS).mkdir(mode=0o700)
         from uuid import uuid4
 
-        with creating(path, str(uuid4())):
-            pass
+        try:
+            with creating(path, str(uuid4())):
+                pass
+        except BaseException:
+            with contextlib.suppress(OSError):
+                (path / PACKS).rmdir()
+            raise
         store = cls(path)
         backup.write(path, store.database)
         return store

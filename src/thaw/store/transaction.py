@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +53,6 @@ class Transaction:
         self._queue: dict[str, tuple[str, bytes]] = {}
         self._over = False
         self._pid = os.getpid()
-        self._lock = threading.Lock()
         with store.database.write(durable=False) as connection:
             self._lease = leases.take(connection, "write", self._leased, roots)
 
