@@ -58,9 +58,9 @@ def figures(receipt: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct, a session of {tokens:,} tokens, {cores} CPU cores; medians of the run:\n\n"
         "| | first token of one child | of four children |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"A hydrated first token came {gain['value']:.0f} × sooner than prefilling the session again "
-        f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×), and {stock['value']:.0f} × sooner than "
-        f"stock transformers prefills it ({stock['low']:.0f} to {stock['high']:.0f} ×). The machine was shared and noisy: "
-        "read the ratios."
+        f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×), and {stock['value']:.0f} × sooner "
+        f"than stock transformers prefills it ({stock['low']:.0f} to {stock['high']:.0f} ×). The machine was shared and "
+        "noisy: read the ratios."
     )
 
 
