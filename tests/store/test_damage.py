@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_sessions import commit, read_all, tokens
+from store_sessions import commit, kv, read_all, tokens
 
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, NotFound, ThawError
+from thaw.core.ids import digest
 from thaw.core.objects import Commit
-from thaw.store import FsckReport, Ref, RefUpdate, Store, fsck
+from thaw.store import FsckReport, Ref, RefUpdate, Store, backup, fsck
 from thaw.store.schema import checksum
 
 _QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,10 +124,6 @@ def _open_and_gc(path: Path) -> None:
 def test_a_flipped_bit_in_a_blob_names_pack_blob_and_commits(repo: tuple[Path, list[str]]) -> None:
     path, (first, second, third) = repo
     with Store.open(path) as store:
-        from store_sessions import kv
-
-        from thaw.core.ids import digest
-
         place = store.locate([digest(kv(tokens(520), 0, 256, 1))])
         (place,) = place.values()
     flip(path / "packs" / place.pack, (place.offset + 5) * 8)
@@ -317,6 +314,16 @@ def test_a_newer_database_is_refused(repo: tuple[Path, list[str]]) -> None:
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="written by a newer thaw"):
             attempt(path)
+
+
+def test_a_newer_backup_is_refused_and_a_damaged_version_is_damage(repo: tuple[Path, list[str]]) -> None:
+    data = (repo[0] / "refs.json").read_bytes().replace(b"thaw.refs/1", b"thaw.refs/2")
+    with pytest.raises(CorruptDatabase, match="digest"):
+        backup.decode(data)
+    start = data.index(b"b3:") + 3
+    zeroed = data[:start] + b"0" * 64 + data[start + 64 :]
+    with pytest.raises(NewerFormat, match=r"refs\.json was written by a newer thaw"):
+        backup.decode(zeroed.replace(b"0" * 64, digest(zeroed)[3:].encode(), 1))
 
 
 def test_gc_removes_nothing_from_a_damaged_repository(repo: tuple[Path, list[str]]) -> None:

@@ -41,6 +41,7 @@ class Backup(
     settings: dict[str, str]
 
 
+_DIGEST = b'\n "digest": "b3:'
 _ZERO = "b3:" + "0" * 64
 
 
@@ -51,16 +52,25 @@ def encode(backup: Backup) -> bytes:
 
 def decode(data: bytes) -> Backup:
     """The backup in `data`. Raises `CorruptDatabase` for anything that `encode` would not have written."""
+    _check_digest(data)
     try:
         backup = msgspec.json.decode(data, type=Backup)
         again = encode(backup)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        if data.lstrip().startswith(b"{") and b'"thaw.refs/' in data[:80] and b'"thaw.refs/1"' not in data[:80]:
+        if data.startswith(b'{\n "type": "thaw.refs/') and not data.startswith(b'{\n "type": "thaw.refs/1"'):
             raise NewerFormat(f"{NAME} was written by a newer thaw. Upgrade thaw to read it.") from None
         raise CorruptDatabase(f"{NAME} is not readable: {error}") from None
     if again != data:
-        raise CorruptDatabase(f"{NAME} does not match its own digest; it was changed after it was written")
+        raise CorruptDatabase(f"{NAME} is not in the form in which thaw writes it")
     return backup
+
+
+def _check_digest(data: bytes) -> None:
+    """Before anything else is believed, the version too: every format has its digest in this place and form."""
+    start = data.find(_DIGEST) + len(_DIGEST)
+    zeroed = data[:start] + b"0" * 64 + data[start + 64 :]
+    if start < len(_DIGEST) or digest(zeroed)[3:].encode() != data[start : start + 64]:
+        raise CorruptDatabase(f"{NAME} does not match its own digest; it was changed after it was written")
 
 
 def read(folder: Path) -> Backup | None:
