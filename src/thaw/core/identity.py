@@ -8,7 +8,7 @@ own; its id is in every state and at the root of every prefix hash.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from blake3 import blake3
@@ -26,7 +26,7 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     [num_layers][K|V][token][head_dim] in `dtype`, little-endian.
     """
 
-    name: str
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.-]{1,40}$")]
     kind: Literal["full"]
     first_layer: int
     num_layers: int
