@@ -66,10 +66,7 @@ def boot(chosen: EngineSettings) -> Engine:
 
     hush()
     with Progress(f"loading {label(chosen)}"):
-        engine = load_engine(chosen.name, **chosen.options)
-    if not hasattr(engine, "options"):
-        vars(engine)["options"] = dict(chosen.options)  # what `thaw.repo.settings` remembers an engine by
-    return engine
+        return load_engine(chosen.name, **chosen.options)
 
 
 def label(chosen: EngineSettings) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.proof import Proof
-from thaw.core.sampling import check_seed, fresh_seed
+from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -32,7 +32,7 @@ from thaw.engines.embedded.driver import Driver, Promise
 from thaw.engines.embedded.generation import Append, Generation, Lane
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
-from thaw.engines.embedded.session import LiveSession, OpenTurn, child_seed, cut_turns, reopen, reseed
+from thaw.engines.embedded.session import LiveSession, OpenTurn, cut_turns, reopen, reseed
 from thaw.engines.embedded.text import TextStream
 from thaw.engines.embedded.weights import WeightsWatch
 
@@ -330,7 +330,7 @@ class EmbeddedEngine(Engine):
             share_prefix=parent.share_prefix,
         )
         if not replay:
-            reseed(child, child_seed(parent, at, index) if seed is None else seed)
+            reseed(child, derive(parent.seed, at, index) if seed is None else seed)
         return child
 
     def _hydrate(self, plan: HydratePlan) -> Hydrated:

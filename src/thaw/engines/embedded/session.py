@@ -14,7 +14,7 @@ import msgspec
 from thaw.core.canonical import U64
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Proof
-from thaw.core.sampling import Sampling, derive
+from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, SessionRef, SessionView
 from thaw.engines.embedded.backend import Backend, Logits, Row
 from thaw.engines.embedded.pages import PagedKV
@@ -163,7 +163,3 @@ def reseed(session: LiveSession, seed: int) -> None:
     turn = session.turns[-1] if session.turns else None
     if turn is not None and turn.kind == "completion" and turn.finish_reason is None:
         session.turns[-1] = msgspec.structs.replace(turn, seed=U64(seed))
-
-
-def child_seed(parent: LiveSession, position: int, index: int) -> int:
-    return derive(parent.seed, position, index)
