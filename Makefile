@@ -10,20 +10,36 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := transformers,testing,dev
+EXTRAS := transformers,vllm,trl,testing,dev
+
+# Engines whose requirements conflict get an environment each. vLLM on CPU: one release for `make test` and the demo, the
+# others, the oldest that thaw supports first, for `make soak`. constraints-vllm.txt says why the recipe is what it is.
+VLLM := 0.32
+VLLM_OTHERS := 0.26 0.29
+VLLM_VENV := .venv-vllm
+VLLM_TESTS := tests/engines/on_vllm
+
+# SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
+SGLANG := 0.5.23
+SGLANG_OTHERS := 0.5.22
+SGLANG_VENV := .venv-sglang
+SGLANG_TESTS := tests/engines/on_sglang
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test-fast test soak lint format docs clean
+.PHONY: help install model demo test-fast test soak bench-gpu lint format docs clean
+.PHONY: $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) test-vllm soak-vllm $(VLLM_OTHERS:%=soak-vllm-%)
+.PHONY: $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) test-sglang soak-sglang $(SGLANG_OTHERS:%=soak-sglang-%)
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 help: ## what can be done here
 	@echo "thaw: git for a running LLM"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  ENGINE=transformers|fake, THAW_MODEL=/path/to/a/model (make demo), PYTHON=python3.12, PYTEST_ARGS='-k fork -x'"
+	@echo "  ENGINE=transformers|fake|vllm|sglang, THAW_MODEL=/path/to/a/model (make demo), PYTHON=python3.12, PYTEST_ARGS='-k fork -x'"
 
 install: $(INSTALLED) ## make .venv with everything (1 to 3 minutes, once)
 
@@ -36,32 +52,133 @@ $(INSTALLED): pyproject.toml constraints.txt src/thaw/_version.py
 	@touch $@
 	@echo "· installed"
 
+.venv-vllm: $(VLLM_VENV)/.installed ## the environment with vLLM on CPU (3 GB, 3 to 6 minutes, once); .venv-vllm-0.26, -0.29
+
+$(VLLM_VENV)/.installed: constraints-vllm-$(VLLM).txt
+	$(call install-vllm,$(VLLM),$(VLLM_VENV))
+
+$(VLLM_OTHERS:%=$(VLLM_VENV)-%): %: %/.installed
+
+$(VLLM_VENV)-%/.installed: constraints-vllm-%.txt
+	$(call install-vllm,$*,$(VLLM_VENV)-$*)
+
+$(VLLM_VENV)/.installed $(VLLM_OTHERS:%=$(VLLM_VENV)-%/.installed): constraints-vllm.txt pyproject.toml src/thaw/_version.py
+
+# $(1) is the release, $(2) the folder.
+define install-vllm
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "vLLM $(1) needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
+@echo "· making $(2) with vLLM $(1) for the CPU; typically 3 to 6 minutes, once"
+@test -x $(2)/bin/python || $(PYTHON) -m venv $(2)
+@$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints-vllm.txt $$(grep '^torch==' constraints-vllm-$(1).txt)
+@$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r constraints-vllm-$(1).txt
+@$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -e .
+@touch $(2)/.installed
+@echo "· installed"
+endef
+
+.venv-sglang: $(SGLANG_VENV)/.installed ## the environment with SGLang on CPU (3 GB, 2 to 5 minutes, once); .venv-sglang-0.5.22
+
+$(SGLANG_VENV)/.installed: constraints-sglang-$(SGLANG).txt
+	$(call install-sglang,$(SGLANG),$(SGLANG_VENV))
+
+$(SGLANG_OTHERS:%=$(SGLANG_VENV)-%): %: %/.installed
+
+$(SGLANG_VENV)-%/.installed: constraints-sglang-%.txt
+	$(call install-sglang,$*,$(SGLANG_VENV)-$*)
+
+$(SGLANG_VENV)/.installed $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%/.installed): constraints-sglang.txt pyproject.toml \
+	src/thaw/_version.py tools/sglang-cpu/thaw_sglang_cpu.py tools/sglang-cpu/sgl_kernel/__init__.py
+
+# $(1) is the release, $(2) the folder.
+define install-sglang
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "SGLang $(1) needs Python 3.11 or newer here, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
+@echo "· making $(2) with SGLang $(1) for the CPU; typically 2 to 5 minutes, once"
+@test -x $(2)/bin/python || $(PYTHON) -m venv $(2)
+@$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) $$(grep '^torch==' constraints-sglang.txt)
+@$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r constraints-sglang-$(1).txt
+@$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -e .
+@site=$$($(2)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	cp -r tools/sglang-cpu/thaw_sglang_cpu.py tools/sglang-cpu/sgl_kernel $$site/ && \
+	echo 'import thaw_sglang_cpu' > $$site/thaw_sglang_cpu.pth
+@touch $(2)/.installed
+@echo "· installed"
+endef
+
 model: $(INSTALLED) ## the demo's model, unless THAW_MODEL is set (98 MB to fetch, half a minute, once)
 	@$(BIN)/python -m thaw.demo.model >/dev/null
 
-ifneq ($(ENGINE),fake)
-demo: model
+ifeq ($(ENGINE),vllm)
+DEMO_BIN := $(VLLM_VENV)/bin
+demo: $(VLLM_VENV)/.installed
+else ifeq ($(ENGINE),sglang)
+DEMO_BIN := $(SGLANG_VENV)/bin
+demo: $(SGLANG_VENV)/.installed
+else
+DEMO_BIN := $(BIN)
+demo: $(INSTALLED)
 endif
-demo: $(INSTALLED) ## a real model reads a document once; four children go on in a fresh process
-	@$(BIN)/thaw demo --engine $(ENGINE)
+demo: ## a real model reads a document once; four children go on in a fresh process
+	@test $(ENGINE) = fake || $(DEMO_BIN)/python -m thaw.demo.model >/dev/null
+	@$(DEMO_BIN)/thaw demo --engine $(ENGINE)
 
 test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minutes)
 	@echo "· tests without the real model; under 2 minutes"
 	@$(BIN)/python -m pytest -q -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
-test: $(INSTALLED) model ## everything but the soak tests (under 40 minutes)
-	@echo "· all tests but the soak; under 40 minutes on 2 cores"
+test: $(INSTALLED) model ## everything but the soak tests, on every engine (under 40 minutes)
+	@echo "· all tests but the soak; under 40 minutes on 2 cores, vLLM's included"
 	@$(BIN)/python -m pytest -m "not soak" --durations=15 $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-vllm test-sglang
 
-soak: $(INSTALLED) model ## everything, with the long tests; receipts go to receipts/ (hours)
-	@echo "· all tests and the soak; hours, receipts in receipts/"
-	@mkdir -p receipts
-	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts \
+test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
+	@echo "· tests on SGLang $(SGLANG)"
+	@$(SGLANG_VENV)/bin/python -m pytest -m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
+	@echo "· tests on vLLM $(VLLM)"
+	@$(VLLM_VENV)/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
+
+soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; receipts go to receipts/soak (hours)
+	@echo "· all tests and the soak; hours, receipts in receipts/soak"
+	@mkdir -p receipts/soak
+	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(BIN)/python -m pytest -m "soak or not soak" --durations=25 $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory soak-vllm $(VLLM_OTHERS:%=soak-vllm-%) soak-sglang $(SGLANG_OTHERS:%=soak-sglang-%)
+
+# The soak on the release of `make test`, and the tests of `make test` on the others.
+soak-sglang: $(SGLANG_VENV)/.installed model
+	@echo "· tests and soak on SGLang $(SGLANG)"
+	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
+		$(SGLANG_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(SGLANG_TESTS) $(PYTEST_ARGS)
+
+$(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed model
+	@echo "· tests on SGLang $*"
+	@$(SGLANG_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
+
+# The soak on the release of `make test`, and the tests of `make test` on the others.
+soak-vllm: $(VLLM_VENV)/.installed model
+	@echo "· tests and soak on vLLM $(VLLM)"
+	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
+		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(PYTEST_ARGS)
+
+$(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
+	@echo "· tests on vLLM $*"
+	@$(VLLM_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
+
+# On a host with an NVIDIA GPU of 80 GB and vLLM for CUDA, both with GPU_PYTHON; 16 GB in GPU_MODEL, as much again in GPU_OUT.
+GPU_PYTHON ?= python3
+GPU_MODEL ?= /dev/shm/thaw-8b
+GPU_OUT ?= /dev/shm/thaw-gpu
+PARTS ?= pressure,hydrate,fork
+bench-gpu: ## on a host with an H100 or H200 and vLLM: GPU_PYTHON=, GPU_MODEL=, GPU_OUT=, PARTS= (10 minutes)
+	@test -e $(GPU_MODEL)/config.json || PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/make_model.py $(GPU_MODEL)
+	@PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/bench.py $(GPU_MODEL) $(GPU_OUT) $(PARTS)
 
 lint: $(INSTALLED) ## ruff, mypy and the layers (under a minute)
 	@echo "· ruff"
-	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff check src tests benchmarks examples
 	@echo "· mypy (half a minute the first time)"
 	@$(BIN)/mypy
 	@echo "· import layers"
@@ -73,6 +190,6 @@ format: $(INSTALLED) ## fix what ruff can fix
 docs: $(INSTALLED) ## write the generated pages and pictures of docs/ anew
 	@$(BIN)/python docs/generate.py
 
-clean: ## remove .venv and caches; the model's folder and your repositories stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove the environments and caches; the model's folder and your repositories stay
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

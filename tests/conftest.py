@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import platform
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+import thaw
+
 # Machines here are shared: how long an example took says nothing about the code.
 settings.register_profile("thaw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("thaw")
+
+
+# On a CPU vLLM takes most of the memory for its cache, and tests run two or three engines side by side.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+SERVED = {"on_vllm": ("vllm", "vLLM"), "on_sglang": ("sglang", "SGLang")}
+"""Folders of tests on engines with an environment of their own, and the engine's package. None is named as a package
+is: pytest puts the folder above on the path, and whoever asks whether vllm is there would find tests."""
+
+
+class NotHere(pytest.Dir):
+    """A folder of tests that this environment cannot run: one line says so."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        package, title = SERVED[self.path.name]
+        pytest.skip(f"{title} is not installed in this environment; `make test-{package}` runs these tests")
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    here = path.parent == Path(__file__).parent / "engines" and path.name in SERVED
+    return NotHere.from_parent(parent, path=path) if here and not is_installed(SERVED[path.name][0]) else None
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +64,36 @@ def demo_model() -> Path:
         return ensure_demo_model(lambda line: print(line, file=sys.stderr, flush=True))
 
 
+@pytest.fixture
+def soak_receipt(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`soak_receipt("name", what=…, held=…, counts=…)` at the end of a test of the soak: receipts/soak/name.json says
+    what was run, how often, with which versions. Nothing outside the soak."""
+    began = time.time()
+
+    def write(name: str, *, what: str, held: str, **more: object) -> None:
+        if not os.environ.get("THAW_SOAK"):
+            return
+        folder = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
+        folder.mkdir(parents=True, exist_ok=True)
+        test = request.node.nodeid.partition("[")[0]
+        loaded = {package: sys.modules[package] for package in ("torch", "vllm", "sglang") if package in sys.modules}
+        versions = {package: module.__version__ for package, module in loaded.items()}
+        receipt = {
+            "what": what,
+            "held": held,
+            "command": f"THAW_SOAK=1 python -m pytest -m 'soak or not soak' {test}",
+            "thaw": thaw.__version__,
+            "python": platform.python_version(),
+            **versions,
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "seconds": round(time.time() - began, 1),
+            **more,
+        }
+        (folder / f"{name}.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_model("llama", dtype="bfloat16", seed=1)`: the folder of a random model, made once a run."""
@@ -38,8 +101,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     root = tmp_path_factory.mktemp("tiny_models")
 
-    def make(arch: str = "llama", *, dtype: str = "float32", seed: int = 0) -> Path:
-        folder = root / f"{arch}-{dtype}-{seed}"
-        return folder if folder.exists() else make_random_model(arch, folder, dtype=dtype, seed=seed)
+    def make(arch: str = "llama", *, dtype: str = "float32", seed: int = 0, **shape: int) -> Path:
+        folder = root / "-".join([arch, dtype, str(seed), *(f"{k}{v}" for k, v in sorted(shape.items()))])
+        return folder if folder.exists() else make_random_model(arch, folder, dtype=dtype, seed=seed, **shape)
 
     return make

@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from thaw.core.proof import Proof
     from thaw.core.sampling import Sampling
     from thaw.engines import load_engine
+    from thaw.engines.joining import attach
+    from thaw.pool import ForkPool
     from thaw.repo import Group, Repository, Session, init, open
 
 _HOME = {
     "aio": "thaw.aio",
+    "attach": "thaw.engines.joining",
     "ThawError": "thaw.core.errors",
+    "ForkPool": "thaw.pool",
     "Proof": "thaw.core.proof",
     "Sampling": "thaw.core.sampling",
     "load_engine": "thaw.engines",
@@ -40,6 +44,7 @@ _HOME = {
     "open": "thaw.repo",
 }
 __all__ = [
+    "ForkPool",
     "Group",
     "Proof",
     "Repository",
@@ -48,6 +53,7 @@ __all__ = [
     "ThawError",
     "__version__",
     "aio",
+    "attach",
     "init",
     "load_engine",
     "open",

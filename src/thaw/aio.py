@@ -16,7 +16,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from thaw.engines.base import Completion, Delta, Engine, Policy, SessionView
 from thaw.repo import repository as blocking
@@ -29,6 +29,9 @@ from thaw.repo.session import Session
 from thaw.repo.settings import EngineSettings
 from thaw.repo.stream import Stream
 from thaw.store import Ref
+
+if TYPE_CHECKING:
+    from thaw.pool.aio import AsyncForkPool
 
 T = TypeVar("T")
 _END = object()
@@ -44,6 +47,13 @@ async def open(
 async def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> AsyncRepository:
     """As `thaw.init`."""
     return AsyncRepository(await asyncio.to_thread(blocking.init, path, engine=engine))
+
+
+async def pool(*args: Any, **options: Any) -> AsyncForkPool:
+    """As `thaw.ForkPool`, awaited (`thaw.pool.aio`)."""
+    from thaw.pool import aio as pools
+
+    return await pools.pool(*args, **options)
 
 
 class AsyncStream(Generic[T]):

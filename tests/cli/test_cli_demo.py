@@ -103,9 +103,7 @@ def _story(folder: Path) -> demo.Story:
         del plain[key]
     events = {name: msgspec.convert(plain[name], kind) for name, kind in EVENTS.items()}
     children = msgspec.convert(plain["children"], tuple[demo.Child, ...])
-    checks = tuple(
-        demo.checks(events["committed"], events["hydrated"], children, events["parent"], events["resumed"])
-    )
+    checks = tuple(demo.checks(events["committed"], events["hydrated"], children, events["parent"], events["resumed"]))
     assert [check.held for check in checks] == [True] * 5 + [False]
     return demo.Story(folder="d", receipt="r", children=children, checks=checks, **events)
 
@@ -114,6 +112,23 @@ EVENTS = {
     "loaded": demo.Loaded, "described": demo.Described, "read": demo.Read, "committed": demo.Committed,
     "parent": demo.Answered, "hydrated": demo.Hydrated, "resumed": demo.Answered,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("without_kv", "held"), [(0, True), (1, True), (2, False)])
+def test_an_engine_may_lack_the_kv_of_the_last_token_and_no_more(tmp_path: Path, without_kv: int, held: bool) -> None:
+    """vLLM has none for a token that nothing followed yet; whatever lacks more did not find the whole document."""
+    story = _story(tmp_path)
+    num_kv = story.committed.num_tokens - without_kv
+    children = tuple(
+        msgspec.structs.replace(
+            child, num_cached_tokens=num_kv, num_prefilled_tokens=child.num_suffix_tokens + without_kv
+        )
+        for child in story.children
+    )
+    hydrated = msgspec.structs.replace(story.hydrated, num_kv=num_kv)
+    _, document, suffix, *_ = demo.checks(story.committed, hydrated, children, story.parent, story.parent)
+    assert document.held is held and suffix.held
+    assert ("the token before" in suffix.name) is bool(without_kv)
 
 
 @pytest.mark.model

@@ -16,14 +16,14 @@ transformers = pytest.importorskip("transformers")
 from thaw.core.errors import IdentityMismatch  # noqa: E402
 from thaw.core.identity import ModelIdentity, compare  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
-from thaw.engines.transformers import identity  # noqa: E402
+from thaw.engines.hf import weights  # noqa: E402
 
 
 @pytest.fixture
 def folder(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy of a model that a test may change."""
     return Path(
-        shutil.copytree(tiny_model("llama"), tmp_path / "model", ignore=shutil.ignore_patterns(identity.CACHE_NAME))
+        shutil.copytree(tiny_model("llama"), tmp_path / "model", ignore=shutil.ignore_patterns(weights.CACHE_NAME))
     )
 
 
@@ -31,13 +31,13 @@ def folder(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     """Every module whose weights were really hashed."""
     calls: list[object] = []
-    real = identity.hash_weights
+    real = weights.hash_weights
 
     def counting(module: object) -> str:
         calls.append(module)
         return real(module)
 
-    monkeypatch.setattr(identity, "hash_weights", counting)
+    monkeypatch.setattr(weights, "hash_weights", counting)
     yield calls
 
 
@@ -68,12 +68,12 @@ def test_it_does_not_depend_on_where_the_model_came_from(folder: Path) -> None:
 
 def test_one_changed_element_anywhere_is_another_model(folder: Path) -> None:
     module = load(folder)
-    roots = {identity.hash_weights(module)}
+    roots = {weights.hash_weights(module)}
     parameters = list(module.parameters())
     for parameter in parameters:
         with torch.no_grad():
             parameter.view(-1)[parameter.numel() // 3] += 0.5
-        roots.add(identity.hash_weights(module))
+        roots.add(weights.hash_weights(module))
     assert len(roots) == len(parameters) + 1
 
 
@@ -117,7 +117,7 @@ def test_another_tokenizer_or_chat_template_is_named(folder: Path) -> None:
 
 def test_the_cache_is_used_by_the_next_boot(folder: Path, hashed: list[object]) -> None:
     first = identity_of(folder)
-    assert len(hashed) == 1 and (folder / identity.CACHE_NAME).is_file()
+    assert len(hashed) == 1 and (folder / weights.CACHE_NAME).is_file()
     assert identity_of(folder) == first
     assert len(hashed) == 1
 
@@ -138,7 +138,7 @@ def test_the_cache_is_not_used_for_other_files(folder: Path, hashed: list[object
 @pytest.mark.parametrize("junk", ["", "{", "[]", '{"key": 5}', '{"weights": "b3:zz"}'])
 def test_a_damaged_cache_is_hashed_over(folder: Path, hashed: list[object], junk: str) -> None:
     first = identity_of(folder)
-    (folder / identity.CACHE_NAME).write_text(junk)
+    (folder / weights.CACHE_NAME).write_text(junk)
     assert identity_of(folder) == first and len(hashed) == 2
 
 
@@ -146,7 +146,7 @@ def test_a_read_only_model_folder_caches_elsewhere(
     folder: Path, hashed: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path / "cache"))
-    (folder / identity.CACHE_NAME).mkdir()
+    (folder / weights.CACHE_NAME).mkdir()
     first = identity_of(folder)
     assert identity_of(folder) == first
     assert len(hashed) == 1 and list((tmp_path / "cache").rglob("*.json"))
@@ -155,11 +155,11 @@ def test_a_read_only_model_folder_caches_elsewhere(
 def test_weights_changed_in_memory_never_come_from_or_go_into_the_cache(folder: Path, hashed: list[object]) -> None:
     with load_engine("transformers", model=str(folder)) as engine:
         before = engine.identity()
-        cached = (folder / identity.CACHE_NAME).read_text()
+        cached = (folder / weights.CACHE_NAME).read_text()
         with torch.no_grad():
             engine._backend._module.lm_head.weight.mul_(2.0)  # type: ignore[attr-defined]
         assert engine.identity().weights != before.weights
-        assert len(hashed) == 2 and (folder / identity.CACHE_NAME).read_text() == cached
+        assert len(hashed) == 2 and (folder / weights.CACHE_NAME).read_text() == cached
     assert identity_of(folder) == before
 
 

@@ -47,10 +47,12 @@ KNOBS = {
     "repetition below 1": {"repetition_penalty": 0.5},
     "presence": {"presence_penalty": 1.5},
     "frequency": {"frequency_penalty": -1.5},
+    "bias": {"logit_bias": {3: 4.0, 9: -3.5, 200: 6.0, 201: 5.5}, "temperature": 2.0},
+    "a bias that changes a sign": {"logit_bias": {1: 5.0, 3: -5.0, 5: 0.25}, "repetition_penalty": 1.5},
     "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 3.0, "frequency_penalty": 2.0},
     "all": {
         "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.3,
-        "presence_penalty": 0.4, "frequency_penalty": 0.3,
+        "presence_penalty": 0.4, "frequency_penalty": 0.3, "logit_bias": {3: 2.0, 40: -1.0},
     },
 }  # fmt: skip
 
@@ -127,6 +129,15 @@ def test_penalties_are_vllms() -> None:
         seed=1, position=5, history=[0, 1, 2, 2, 3], output_start=2, banned=frozenset({7}), num_top=0,
     )  # fmt: skip
     assert sampler.penalised(logits, how) == [0.5, -2.0, 1.0 - 1.25, 0.25 - 0.75, 0.0, 0.0, 0.0, -math.inf]
+
+
+def test_a_bias_is_added_before_penalties() -> None:
+    logits = [1.0, -1.0, 2.0, 0.5]
+    how = SampleSpec(
+        sampling=Sampling(repetition_penalty=2.0, presence_penalty=0.25, logit_bias={0: -3.0, 1: 2.0, 3: 1.0}),  # type: ignore[arg-type]
+        seed=1, position=5, history=[0, 1, 2], output_start=2, banned=frozenset({3, 99}), num_top=0,
+    )  # fmt: skip
+    assert sampler.penalised(logits, how) == [-4.0, 0.5, 0.75, -math.inf]
 
 
 def test_the_logprob_is_of_the_raw_logits() -> None:

@@ -94,9 +94,9 @@ def test_what_might_become_a_stop_is_held_back() -> None:
 
 def test_the_real_kind_of_tokenizer_too(tiny_model: Callable[..., Path]) -> None:
     transformers = pytest.importorskip("transformers")
-    from thaw.engines.transformers.codec import TransformersCodec
+    from thaw.engines.hf.codec import HFCodec
 
-    codec = TransformersCodec(transformers.AutoTokenizer.from_pretrained(tiny_model()))
+    codec = HFCodec(transformers.AutoTokenizer.from_pretrained(tiny_model()))
     one, pieces, _ = stream(codec.encode(TEXT, first=False), codec=codec)
     assert one.text == "".join(pieces) == TEXT
 
@@ -104,9 +104,9 @@ def test_the_real_kind_of_tokenizer_too(tiny_model: Callable[..., Path]) -> None
 def test_smollm2s_tokenizer_too(demo_model: Path) -> None:
     """Merges, byte pieces and leading spaces."""
     transformers = pytest.importorskip("transformers")
-    from thaw.engines.transformers.codec import TransformersCodec
+    from thaw.engines.hf.codec import HFCodec
 
-    codec = TransformersCodec(transformers.AutoTokenizer.from_pretrained(demo_model))
+    codec = HFCodec(transformers.AutoTokenizer.from_pretrained(demo_model))
     tokens = codec.encode(TEXT, first=False)
     assert len(tokens) < len(TEXT.encode())
     one, pieces, _ = stream(tokens, codec=codec)

@@ -217,11 +217,11 @@ def test_objects_refuse_to_work_in_a_forked_process(repo: Repository, parent: Se
 
 def test_another_librarys_sampling_is_read_by_name_and_extras_are_refused(parent: Session) -> None:
     class SamplingParams:
-        n, temperature, top_p, max_tokens, seed, stop, logit_bias = 1, 0.0, 1.0, 3, None, ["zz"], None
+        n, temperature, top_p, max_tokens, seed, stop, prompt_logprobs = 1, 0.0, 1.0, 3, None, ["zz"], None
 
     assert len(parent.generate("x", SamplingParams()).token_ids) <= 3
-    SamplingParams.logit_bias = {5: 1.0}  # type: ignore[assignment]
-    with pytest.raises(thaw.ThawError, match="logit_bias"):
+    SamplingParams.prompt_logprobs = 5  # type: ignore[assignment]
+    with pytest.raises(thaw.ThawError, match="prompt_logprobs"):
         parent.generate("x", SamplingParams())
     with pytest.raises(InvalidRequest, match=r"thaw\.Sampling"):
         parent.generate("x", {"temperature": 1})

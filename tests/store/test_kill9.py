@@ -1,6 +1,6 @@
 """kill -9 at random moments of commit and gc: what returned is there and verifies, nothing half-made is visible.
 
-100 times in `make test`; 2,000 with THAW_SOAK=1, which leaves receipts/kill9.json.
+100 times in `make test`; 2,000 with THAW_SOAK=1, which leaves receipts/soak/kill9.json.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_kill_9_two_thousand_times(tmp_path: Path) -> None:
     began, seed = time.time(), random.getrandbits(30)
     counts = run_lives(tmp_path, 2000, seed)
     assert counts["kills"] == 2000
-    receipts = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts"))
+    receipts = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
     receipts.mkdir(exist_ok=True)
     receipt = {
         "what": "kill -9 at random moments of commit, ref deletion and gc, then every ref read and fsck",

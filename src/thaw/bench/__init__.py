@@ -1,5 +1,6 @@
 """Measuring: what thaw claims in numbers, as receipts.
 
-`fork` measures forks and hydrates against prefilling again, `plot` draws such a receipt, `doctor` says what works on
-this machine. Nothing here prints, and nothing here is imported by what it measures.
+`fork` measures forks and hydrates against prefilling again, `vllm` thaw in vLLM against vLLM alone, `plot` draws the
+former's receipt, `doctor` says what works on this machine. Nothing here prints, and nothing here is imported by what it
+measures.
 """

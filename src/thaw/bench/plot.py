@@ -36,7 +36,7 @@ text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-seri
 """
 
 
-class _Row(msgspec.Struct, frozen=True):
+class Row(msgspec.Struct, frozen=True):
     """One way: its words, and (bar's class, number) for one child and for all."""
 
     title: str
@@ -59,15 +59,15 @@ def svg(source: Receipt | Source) -> str:
     height = bottom + 46 + 20 * len(words) + 26
     body = [
         *_head(receipt),
-        *_grid(axis, bottom),
-        *(line for i, row in enumerate(rows) for line in _row(row, TOP + i * ROW, axis)),
-        *(_text(24, bottom + 58 + 20 * i, line) for i, line in enumerate(words)),
-        _text(24, height - 14, _foot(receipt), "s"),
+        *grid(axis, bottom),
+        *(line for i, row in enumerate(rows) for line in row_of(row, TOP + i * ROW, axis)),
+        *(text(24, bottom + 58 + 20 * i, line) for i, line in enumerate(words)),
+        text(24, height - 14, _foot(receipt), "s"),
     ]
     return "\n".join((_open(receipt, height), *body, "</svg>")) + "\n"
 
 
-def _rows(receipt: Receipt) -> list[_Row]:
+def _rows(receipt: Receipt) -> list[Row]:
     many = receipt.parameters.get("children")
     out = []
     for method, title, text, kind in ROWS:
@@ -77,7 +77,7 @@ def _rows(receipt: Receipt) -> list[_Row]:
         ]
         bars = tuple((name, number) for name, number in found if number is not None)
         if bars:
-            out.append(_Row(title, text, bars))
+            out.append(Row(title, text, bars))
     return out
 
 
@@ -96,34 +96,34 @@ def _head(receipt: Receipt) -> list[str]:
     machine = f"{receipt.machine.accelerator or receipt.machine.cpu}, {receipt.machine.cores} cores"
     many = receipt.parameters.get("children")
     return [
-        _text(24, 36, f"Time to the first token of a session of {tokens:,} tokens", "t"),
-        _text(24, 57, f"{name} · {receipt.versions.get('engine', '')} · {machine}", "s"),
-        *_key("thaw", 24),
-        *_key("again", 48),
-        _text(76, 80, "one child", "s"),
-        *_key("thaw many", 150),
-        *_key("again many", 174),
-        _text(202, 80, f"{many} children: until all have their first token", "s"),
-        _text(WIDTH - 24, 80, "bars: median · whiskers: least and largest round", "s", anchor="end"),
+        text(24, 36, f"Time to the first token of a session of {tokens:,} tokens", "t"),
+        text(24, 57, f"{name} · {receipt.versions.get('engine', '')} · {machine}", "s"),
+        *key("thaw", 24),
+        *key("again", 48),
+        text(76, 80, "one child", "s"),
+        *key("thaw many", 150),
+        *key("again many", 174),
+        text(202, 80, f"{many} children: until all have their first token", "s"),
+        text(WIDTH - 24, 80, "bars: median · whiskers: least and largest round", "s", anchor="end"),
     ]
 
 
-def _key(kind: str, x: int) -> list[str]:
+def key(kind: str, x: int) -> list[str]:
     return [f'<rect class="{kind}" x="{x}" y="71" width="22" height="9"/>']
 
 
-def _grid(axis: scale.Axis, bottom: int) -> list[str]:
+def grid(axis: scale.Axis, bottom: int) -> list[str]:
     out = []
     for tick in axis.ticks:
         x = axis.x(tick)
         out.append(f'<line class="g" x1="{x:.1f}" y1="{TOP - 8}" x2="{x:.1f}" y2="{bottom + 2}"/>')
-        out.append(_text(x, bottom + 18, scale.label(tick, axis.step), "s n", anchor="middle"))
-    out.append(_text(axis.x(axis.top), bottom + 34, "seconds, linear from 0", "s", anchor="end"))
+        out.append(text(x, bottom + 18, scale.label(tick, axis.step), "s n", anchor="middle"))
+    out.append(text(axis.x(axis.top), bottom + 34, "seconds, linear from 0", "s", anchor="end"))
     return out
 
 
-def _row(row: _Row, y: int, axis: scale.Axis) -> list[str]:
-    out = [_text(24, y + 15, row.title), _text(24, y + 31, row.text, "s")]
+def row_of(row: Row, y: int, axis: scale.Axis) -> list[str]:
+    out = [text(24, y + 15, row.title), text(24, y + 31, row.text, "s")]
     for i, (name, number) in enumerate(row.bars):
         top = y + 3 + i * (BAR + GAP) + (0 if len(row.bars) > 1 else (BAR + GAP) // 2)
         x, middle = axis.x(number.value), top + BAR / 2
@@ -135,7 +135,7 @@ def _row(row: _Row, y: int, axis: scale.Axis) -> list[str]:
             out.append(
                 f'<path class="w" d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {top + 3}v7M{high:.1f} {top + 3}v7"/>'
             )
-        out.append(_text(max(x, high) + 7, top + 11, scale.seconds(number.value), "n"))
+        out.append(text(max(x, high) + 7, top + 11, scale.seconds(number.value), "n"))
     return out
 
 
@@ -174,6 +174,7 @@ def _foot(receipt: Receipt) -> str:
     return f"{rounds} paired rounds · thaw {version} · receipt {receipt.digest[:15]} · {receipt.time[:10]}"
 
 
-def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "") -> str:
+def text(x: float, y: float, words: str, kind: str = "", anchor: str = "") -> str:
+    """Words at a point; `kind`: classes of `STYLE`."""
     attributes = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor else "")
     return f'<text x="{x:.6g}" y="{y:.6g}"{attributes}>{escape(words)}</text>'

@@ -28,10 +28,16 @@ SECTIONS: dict[str, dict[str, str]] = {
         "gc": "Delete what nothing refers to any more.",
         "receipt": "Check measured records.",
     },
+    "Engines": {
+        "pool": "Run a round of branches in a pool of engines; list pools.",
+        "up": "Start an engine as a server that the verbs join.",
+        "down": "End the engine that `thaw up` started.",
+        "engine": "Write what a stock engine needs to load thaw.",
+    },
     "This machine": {
         "doctor": "Say what works here, for a model or its config alone.",
         "demo": "Watch a model read once and go on four times in a fresh process.",
-        "bench": "Measure fork and hydrate against prefilling again.",
+        "bench": "Measure thaw against doing without it.",
     },
 }
 VERBS: dict[str, str] = {name: text for verbs in SECTIONS.values() for name, text in verbs.items()}

@@ -34,6 +34,15 @@ def _picture(receipt: Receipt) -> bytes:
         raise InvalidRequest(f"--svg: {error}") from None
 
 
+def answer(receipt: Receipt, as_json: bool) -> int:
+    """Say it, in the form that was asked for; the exit code."""
+    if as_json:
+        output.print_json(receipt)
+    else:
+        show(receipt)
+    return 0 if all(check.held for check in receipt.checks if check.promised) else 7
+
+
 def show(receipt: Receipt) -> None:
     """Every figure with its interval, then what was checked and what was aimed at."""
     model = f"{receipt.model.name}, {receipt.model.dtype}, " if receipt.model else ""

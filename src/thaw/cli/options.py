@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,14 @@ class Grouped(click.Option):
     def __init__(self, *names: Any, group: str, **settings: Any) -> None:
         super().__init__(*names, **settings)
         self.group = group
+
+
+def num_bytes(text: str) -> int:
+    """A number of bytes as people write it: 4GiB, 512MiB, 64M, 1000. The `type` of an option."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a number of bytes; write 4GiB, 512MiB or 1000")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
 class Verb(click.Command):
@@ -33,13 +42,17 @@ class Verb(click.Command):
                     formatter.write_dl(rows)
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+"""Of each command itself: click keeps the help option that it made first, whoever the parent was."""
+
+
 def verb(name: str, example: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """A command whose help ends with an example. The function's docstring is the help text; it gets `named` (-C)."""
 
     def make(function: Callable[..., Any]) -> click.Command:
         epilog = "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.strip().splitlines())
         make_command: Callable[[Callable[..., Any]], click.Command] = click.command(
-            name, Verb, epilog=epilog, **settings
+            name, Verb, epilog=epilog, context_settings=HELP, **settings
         )
         return make_command(_place(function))
 
@@ -68,7 +81,7 @@ def engine(function: F) -> F:
         option_of("Engine", "--device", help="cpu or cuda."),
         option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: the weights' own."),
         option_of("Engine", "--model", metavar="PATH", help="A folder (or hub id); the repository remembers it."),
-        option_of("Engine", "--engine", "engine_name", metavar="NAME", help="transformers (default), or another one."),
+        option_of("Engine", "--engine", "engine_name", metavar="NAME", help="A name, or a URL; else transformers."),
     ):
         function = option(function)
     return function
@@ -90,6 +103,7 @@ def sampling(function: F) -> F:
             option_of("Sampling", "--repetition-penalty", type=float, metavar="X"),
             option_of("Sampling", "--presence-penalty", type=float, metavar="X"),
             option_of("Sampling", "--frequency-penalty", type=float, metavar="X"),
+            option_of("Sampling", "--bad-words", multiple=True, metavar="TEXT", help="Never say this; repeatable."),
             option_of("Sampling", "--logprobs", type=int, metavar="N", help="Keep the N likeliest of each token."),
         )
     ):
@@ -99,7 +113,7 @@ def sampling(function: F) -> F:
 
 SAMPLING = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "min_tokens", "ignore_eos",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "bad_words", "logprobs",
 )  # fmt: skip
 
 

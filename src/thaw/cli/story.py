@@ -130,13 +130,14 @@ def proof(narrator: Narrator, story: Story) -> None:
     """What the engine counted, what was compared, and the times of this run."""
     narrator.chapter("The proof")
     total = story.committed.num_tokens
+    last = total - story.hydrated.num_kv
     head = ("", "engine's count of cached", "prefilled", "first token after")
     table = [tuple(output.style(cell, "dim") for cell in head)]
     table += [
         (
             output.style(child.branch, "bold", "green"),
             f"{child.num_cached_tokens:,} of {total:,} tokens",
-            f"{child.num_prefilled_tokens} (its question)",
+            f"{child.num_prefilled_tokens} (its question{' and the token before' if last else ''})",
             words.seconds(story.hydrated.seconds + child.ttft_s),
         )
         for child in story.children
@@ -178,7 +179,9 @@ def _times(story: Story) -> None:
         indent=MARGIN,
     )
     if story.ok:
-        say(f"{bold(f'{read / hydrated:.1f} × sooner')}, both measured in this run with the model loaded")
+        gain = read / hydrated
+        verdict = f"{gain:.1f} × sooner" if gain >= 1 else f"{1 / gain:.1f} × later: reading again is faster here"
+        say(f"{bold(verdict)}, both measured in this run with the model loaded")
 
 
 def ending(narrator: Narrator, story: Story) -> None:

@@ -7,9 +7,11 @@ So a state needs no generator: the seed and the number of tokens are the whole o
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 
 import msgspec
 from blake3 import blake3
@@ -18,6 +20,31 @@ from thaw.core.canonical import U64
 from thaw.core.errors import BadSampling
 
 MAX_STOPS = 64
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 64
+MAX_GRAMMAR = 1 << 20
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a completion must look like, in vLLM's words: exactly one of these. `json` is a schema, given as a mapping
+    or as text and kept as text (the order of its properties matters); `grammar` is EBNF or Lark."""
+
+    json: str | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        """Bring values into one form. Raises `BadSampling`."""
+        if isinstance(self.json, Mapping):
+            msgspec.structs.force_setattr(self, "json", json.dumps(self.json))
+        msgspec.structs.force_setattr(self, "choice", _tuple("structured_outputs.choice", self.choice, str))
+        given = [name for name in self.__struct_fields__ if getattr(self, name)]
+        _require(len(given) == 1, "structured_outputs", given, "one of json, regex, choice, grammar")
+        value = getattr(self, given[0])
+        _require(given[0] == "choice" or type(value) is str, f"structured_outputs.{given[0]}", value, "text")
+        size = sum(map(len, self.choice)) if self.choice else len(value)
+        _require(size <= MAX_GRAMMAR, "structured_outputs", f"{size} characters", f"at most {MAX_GRAMMAR}")
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -28,6 +55,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     (the token ids keep them). `logprobs` is how many alternatives to return beside the sampled token's own
     (None: only the sampled token's). Log probabilities are of the model's raw logits, before penalties and
     temperature. `seed` None takes the session's.
+
+    `logit_bias` is added to the logits of tokens before penalties: given as a mapping of token id to a number in
+    [-100, 100], kept as pairs in order of id. `bad_words` may not come up in this turn's output: of each word's tokens,
+    at the start of a text and after a space, the last one is banned while the ones before it stand at the output's end.
+
+    `structured_outputs`, given as such or as a mapping, is what the output must look like; log probabilities are then
+    of the tokens that it allows. It ends by itself, so neither `ignore_eos` nor `min_tokens` goes with it. An engine
+    without the capability `structured` refuses it.
     """
 
     temperature: float = 1.0
@@ -44,6 +79,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     max_tokens: int = 256
     logprobs: int | None = None
     seed: U64 | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges, and bring values into one form. Raises `BadSampling`."""
@@ -56,6 +94,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         _require(type(self.ignore_eos) is bool, "ignore_eos", self.ignore_eos, "True or False")
         self._set("stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, str))
         self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int))
+        self._set("logit_bias", _biases(self.logit_bias))
+        words = self.bad_words
+        self._set("bad_words", (words,) if isinstance(words, str) else _tuple("bad_words", words, str))
+        self._set("structured_outputs", _structured(self.structured_outputs))
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
         _require(self.logprobs is None or type(self.logprobs) is int, "logprobs", self.logprobs, "None or an integer")
@@ -79,6 +121,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
             len(self.stop) <= MAX_STOPS and all(self.stop), "stop", self.stop, f"up to {MAX_STOPS} non-empty strings"
         )
         _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids (>= 0)")
+        _require(
+            len(self.bad_words) <= MAX_BAD_WORDS and all(word.lstrip() for word in self.bad_words),
+            "bad_words", self.bad_words, f"up to {MAX_BAD_WORDS} strings that are not blank",
+        )  # fmt: skip
+        if self.structured_outputs is not None:
+            why = "left out beside structured_outputs, which end by themselves"
+            _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, why)
+            _require(not self.min_tokens, "min_tokens", self.min_tokens, why)
 
 
 _FLOATS = (
@@ -97,6 +147,33 @@ def _tuple(name: str, values: object, kind: type) -> tuple[object, ...]:
     ok = isinstance(values, (list, tuple)) and all(type(value) is kind for value in values)
     _require(ok, name, values, f"a list of {kind.__name__}")
     return tuple(values)  # type: ignore[arg-type]
+
+
+def _structured(value: object) -> StructuredOutputs | None:
+    if value is None or isinstance(value, StructuredOutputs):
+        return value
+    names = StructuredOutputs.__struct_fields__
+    ok = isinstance(value, Mapping) and value.keys() <= set(names)
+    _require(ok, "structured_outputs", value, f"a mapping with one of {', '.join(names)}")
+    return StructuredOutputs(**value)  # type: ignore[arg-type]
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    """Pairs in order of token id, from a mapping (ids may be decimal strings, as in JSON) or from pairs."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    ok = isinstance(pairs, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
+    found = {_token_id(token): bias for token, bias in pairs} if ok else {}  # type: ignore[attr-defined]
+    ok = ok and len(found) == len(pairs) <= MAX_BIASES  # type: ignore[arg-type]
+    ok = ok and all(0 <= t < 1 << 32 and type(x) in (int, float) and -100.0 <= x <= 100.0 for t, x in found.items())
+    _require(ok, "logit_bias", value, f"a mapping of up to {MAX_BIASES} token ids to numbers in [-100, 100]")
+    return tuple((token, float(found[token])) for token in sorted(found))
+
+
+def _token_id(value: object) -> int:
+    """-1 for what is none."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 10:
+        return int(value)
+    return value if type(value) is int else -1
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

@@ -30,6 +30,15 @@ _ADVICE = {
 }
 
 
+def cache_dir() -> Path:
+    """Where thaw keeps what it can build again: `$THAW_CACHE_DIR`, `$XDG_CACHE_HOME/thaw` or `~/.cache/thaw`."""
+    if own := os.environ.get("THAW_CACHE_DIR"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "thaw"
+    return Path.home() / ".cache" / "thaw"
+
+
 def storage_failed(error: OSError, path: Path | str, doing: str) -> StorageFailed:
     """The `StorageFailed` that says what `error` means for `path`."""
     reason = _ADVICE.get(error.errno or 0, error.strerror or str(error))

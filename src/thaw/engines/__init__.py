@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from thaw.core.errors import InvalidRequest, NotFound
+from thaw.core.errors import InvalidRequest, NotFound, Unsupported
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
     from thaw.engines.base import Engine
 
 GROUP = "thaw.engines"
-_OWN = {"fake": "thaw.engines.fake:load", "transformers": "thaw.engines.transformers:load"}
+_OWN = {
+    "fake": "thaw.engines.fake:load",
+    "transformers": "thaw.engines.transformers:load",
+    "vllm": "thaw.engines.vllm:load",
+    "sglang": "thaw.engines.sglang:load",
+}
 
 
 def available() -> dict[str, EntryPoint]:
@@ -35,10 +41,23 @@ def available() -> dict[str, EntryPoint]:
 
 
 def load_engine(name: str, **options: object) -> Engine:
-    """Boot the engine `name`. Options are the engine's own (for transformers: model, dtype, device, …)."""
+    """Boot the engine `name`. Options are the engine's own (for transformers: model, dtype, device, …).
+
+    With `url` the one that runs there is joined instead, where the engine's module has an `attach`."""
     engines = available()
     if name not in engines:
         raise NotFound(f"no engine named {name!r}; installed: {', '.join(sorted(engines))}")
-    engine: Engine = engines[name].load()(**options)
+    make = engines[name].load() if "url" not in options else _joining(name, engines[name])
+    engine: Engine = make(**options)
+    options.pop("api_key", None)  # never kept where the repository remembers its engine
     engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
     return engine
+
+
+def _joining(name: str, point: EntryPoint) -> Callable[..., Engine]:
+    from importlib import import_module
+
+    attach: Callable[..., Engine] | None = getattr(import_module(point.module), "attach", None)
+    if attach is None:
+        raise Unsupported(f"engine {name} is loaded into this process; it has no server to join by a URL")
+    return lambda *, url, **rest: attach(url, **rest)

@@ -14,11 +14,13 @@ grow. All methods may be called from any thread.
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
 
+from thaw.core.errors import EngineDied
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Continuation, Proof
@@ -73,28 +75,33 @@ class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CapturePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Write a session's KV from token `base` on into pack `pack` of `mount`; [0, base) is stored already.
+    """Write a session's KV from token `base` on into `packs` of `mount`; [0, base) is stored already.
 
-    `pack` is a file name without folder that the store has leased to this capture.
+    `packs` are file names without folder that the store has leased to this capture: `EngineInfo.num_packs` of them.
     """
 
     mount: StoreMount
-    pack: str
+    packs: tuple[str, ...]
     base: int = 0
 
 
 class CapturedSegment(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens [start, start + length) now in the pack; `blobs[group][head]` are blob ids."""
+    """Tokens [start, start + length) now in the packs; `blobs[group][head]` are blob ids."""
 
     start: int
     length: int
     blobs: dict[str, tuple[str, ...]]
 
 
+class WrittenPack(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    nbytes: int
+
+
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
     """A consistent cut of one session, on disk and synced when this value exists.
 
-    `blobs` locates all that was written (in `pack`, None when nothing new had to be written).
+    `blobs` locates all that was written, in `packs` (none when nothing new had to be written).
     `stages_s`: seconds of `cut` (the engine was held), `write`, `sync`.
     """
 
@@ -103,14 +110,18 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     num_kv: int
     segments: tuple[CapturedSegment, ...]
     blobs: tuple[BlobLocation, ...]
-    pack: str | None
-    pack_nbytes: int
+    packs: tuple[WrittenPack, ...]
     turns: tuple[Turn, ...]
     seed: int
     salt: str
     share_prefix: bool
     boundary: Boundary | None
     stages_s: dict[str, float]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packs' files."""
+        return sum(pack.nbytes for pack in self.packs)
 
 
 class SessionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +203,28 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     capabilities: frozenset[str]
+    """Every engine that passes the law book has:
+    `capture-running`   a session may be captured while it runs, without stopping
+    `fork-running`      a session may be forked while it runs, without stopping
+    `interior-points`   any earlier token of a session may be forked from
+    `park`              `park` lets go of the engine's memory; the next use brings the session back
+    `resume`            an interrupted completion goes on where it was, bit for bit
+    `policy`            `set_policy` and `policy`: KV of another policy version is refused
+    `logprobs`          log probabilities of sampled tokens, and of the likeliest where asked for
+    and may have:
+    `boundary`          captures carry a `Boundary`, the digest of the next logits; else `Captured.boundary` is None
+    `boundary-hidden`   the last hidden state is kept: going on at a prompt's end prefills nothing; else everyone who
+                        goes on from there, the parent too, runs the last token again (1 prefilled) and all are equal
+    `own-batch`         a call's batch is never mixed with another's: its bits do not depend on what else runs; else
+                        they are promised at equal batch shape, which a call that runs alone has
+    `prefill-progress`  tokens of a running append are seen by `view` and `fork` as they are read, as they are by
+                        `capture` in every engine; else all of them at its end
+    `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
+    `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
+    """
     numerics: dict[str, str]
+    num_packs: int = 1
+    """How many packs a capture may write at most: one for each process that holds KV."""
 
 
 class Handle(abc.ABC, Generic[T]):
@@ -265,8 +297,8 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
-        """Run all requests as ONE batch; results in order. The batch is never mixed with other calls' batches, so
-        its shape, and with it the bits, do not depend on what else runs."""
+        """Run all requests as ONE batch, started in one step; results in order. With `own-batch` it is never mixed
+        with other calls' batches, so its shape, and with it the bits, do not depend on what else runs."""
 
     @abc.abstractmethod
     def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
@@ -301,6 +333,30 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def set_policy(self, version: str) -> None:
         """From here on KV of another policy version is refused (or recomputed where the caller allowed it)."""
+
+    @property
+    @abc.abstractmethod
+    def policy_version(self) -> str:
+        """The version that runs now: `load_engine`'s `policy`, or what `set_policy` said last."""
+
+    @contextlib.contextmanager
+    def policy(self, version: str) -> Iterator[None]:
+        """`with engine.policy(version="7"):` runs that policy inside, and the former one again afterwards, whatever
+        happened; may be nested.
+
+        A session belongs to the version under which it got its first KV. One from inside is stale outside, and one
+        from outside is stale inside (`StaleSession`, "policy" in the message) and good again afterwards; a session
+        that is still empty belongs to neither, and with `version` equal to the one that runs nothing is stale. The
+        version is the engine's, not the calling thread's: two threads with versions of their own need two engines.
+        """
+        former = self.policy_version
+        try:
+            self.set_policy(version)
+            yield
+        finally:
+            if self.policy_version != former:
+                with contextlib.suppress(EngineDied):  # then nothing runs
+                    self.set_policy(former)
 
     @abc.abstractmethod
     def close_session(self, session: SessionRef) -> None:

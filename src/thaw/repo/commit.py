@@ -109,22 +109,22 @@ def _write(context: Context, request: Request, kept: Kept) -> Written:
         state=built.state_id,
         branch=request.branch,
         num_tokens=len(captured.tokens),
-        nbytes_written=captured.pack_nbytes if captured.pack else 0,
+        nbytes_written=captured.nbytes,
         stages={**captured.stages_s, "store": ended - begun, "total": ended - started},
     )
     return Written(result=result, kept=built.kept, captured=captured, conflict=conflict)
 
 
 def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction) -> tuple[Kept, Captured]:
-    """Capture what `kept` lacks into the transaction's pack; all of it when the model is another one by now."""
+    """Capture what `kept` lacks into the transaction's packs; all of it when the model is another one by now."""
     engine = context.engine
     if kept.model is not None and kept.model != objects.encode(engine.identity())[0]:
         kept = Kept()
     kept = kept.cut(kept.base(engine.view(session).num_kv))
-    plan = CapturePlan(mount=context.mount, pack=tx.pack, base=kept.end)
+    plan = CapturePlan(mount=context.mount, packs=tx.packs(engine.info.num_packs), base=kept.end)
     captured = engine.capture(session, plan).result()
-    if captured.pack is not None:
-        tx.add_pack(captured.pack, captured.pack_nbytes, captured.blobs)
+    for pack in captured.packs:
+        tx.add_pack(pack.name, pack.nbytes, [blob for blob in captured.blobs if blob.pack == pack.name])
     return kept, captured
 
 

@@ -16,7 +16,7 @@ from thaw.core.errors import Busy, InvalidRequest
 from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
-from thaw.engines.base import Completion, GenerateRequest, SessionRef, SessionView
+from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef, SessionView
 from thaw.repo import chat as chats
 from thaw.repo import commit as commits
 from thaw.repo import refs, resolve
@@ -110,7 +110,23 @@ class Session(ProcessBound):
         """The branch that `commit()` moves; None on no branch."""
         return self._branch
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that it lives in."""
+        return self._context.engine
+
+    @property
+    def store_uuid(self) -> str:
+        """Of the repository that it commits to."""
+        return self._context.store.uuid
+
+    def kept_at(self, num_kv: int) -> Kept:
+        """What of its first `num_kv` tokens that repository has."""
+        with self._lock:
+            return self._kept.cut(num_kv)
+
     def trajectory(self) -> Trajectory:
+        """What was sampled here, as training data, all of one moment; also while it generates."""
         view = self.view()
         return trajectories.of_turns(view.tokens, view.turns)
 

@@ -1,48 +1,71 @@
 """A session as training data: what was sampled, under which policy, with which log probabilities.
 
 Everything from the first sampled token on is the completion; what was put in between (tool results, later user turns)
-stands in it with mask 0. All lists of the completion have one entry a token.
+stands in it with mask 0. All lists of the completion have one entry a token, and prompt and completion together are the
+session's tokens: the ids that the model saw, never text that was tokenised again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
 
 from thaw.core.objects import Turn
+from thaw.core.sampling import Sampling
+
+_PLAIN = Sampling()
+_HARMLESS = ("stop", "stop_token_ids", "ignore_eos", "max_tokens", "logprobs", "seed")
+"""What leaves the distribution that is drawn from the model's own. Whatever else is set makes it another one."""
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
-    """`mask[i]` is 1 where completion token i was sampled. Where it is 0, `logprobs[i]` is 0.0. `policy_versions[i]` is
-    the policy that sampled token i or whose KV holds it."""
+    """`mask[i]` is 1 where completion token i was sampled, 0 where it was put in.
+
+    `logprobs[i]` is the model's raw log probability of token i; 0.0 where the mask is 0, NaN where none was recorded.
+    `policy_versions[i]` is the policy that sampled token i, or that ran when it was put in.
+
+    `plain_sampling`: every sampled token was drawn at temperature 1, without filters, penalties, biases, bans or
+    grammar, so `logprobs` are those of the distribution that was sampled as well. Where it is False they are not, and a
+    trainer that corrects for the difference of two policies needs log probabilities of its own forward pass.
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     mask: tuple[int, ...]
     policy_versions: tuple[str, ...]
+    plain_sampling: bool = True
 
 
 def of_turns(tokens: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
-    """The trajectory of a session with these tokens and turns."""
-    first = next((turn.start for turn in turns if turn.kind == "completion"), len(tokens))
-    logprobs: list[float] = []
-    mask: list[int] = []
-    policies: list[str] = []
+    """The trajectory of these tokens and turns (in order). A token that no turn covers yet was put in."""
+    sampled = [turn for turn in turns if turn.kind == "completion"]
+    first = sampled[0].start if sampled else len(tokens)
+    logprobs, mask = [0.0] * len(tokens), [0] * len(tokens)
+    policies = [turns[-1].policy if turns else ""] * len(tokens)
     for turn in turns:
-        n = turn.end - turn.start
-        if turn.start < first:
-            continue
-        sampled = turn.kind == "completion"
-        recorded = turn.logprobs if sampled and turn.logprobs is not None else (0.0,) * n
-        logprobs += recorded
-        mask += [int(sampled)] * n
-        policies += [turn.policy] * n
+        policies[turn.start : turn.end] = [turn.policy] * (turn.end - turn.start)
+    for turn in sampled:
+        count = turn.end - turn.start
+        assert turn.logprobs is None or len(turn.logprobs) == count
+        logprobs[turn.start : turn.end] = [math.nan] * count if turn.logprobs is None else turn.logprobs
+        mask[turn.start : turn.end] = [1] * count
     return Trajectory(
         prompt_ids=tuple(tokens[:first]),
-        completion_ids=tuple(tokens[first : first + len(mask)]),
-        logprobs=tuple(logprobs),
-        mask=tuple(mask),
-        policy_versions=tuple(policies),
+        completion_ids=tuple(tokens[first:]),
+        logprobs=tuple(logprobs[first:]),
+        mask=tuple(mask[first:]),
+        policy_versions=tuple(policies[first:]),
+        plain_sampling=all(_is_plain(turn.sampling) for turn in sampled),
     )
+
+
+def _is_plain(sampling: Sampling | None) -> bool:
+    """Whether tokens are drawn from the model's own distribution. Greedy (temperature 0) is not."""
+    if sampling is None:
+        return False
+    usual = {name: getattr(_PLAIN, name) for name in _HARMLESS}
+    all_tokens = sampling.top_k if sampling.top_k > 0 else _PLAIN.top_k  # 0 and -1 both say so
+    return msgspec.structs.replace(sampling, **usual, top_k=all_tokens) == _PLAIN

@@ -2,6 +2,7 @@
 
     bytes       law 1   every blob of the point is read and hashed
     boundary    law 2   the logits at the fork point against the digest and the top log probabilities stored at capture
+                        (in another engine than the one that stored them: measured, not promised)
     state       law 3   tokens, turns and seed of the live session equal the stored ones
     identity    law 5   weights, configuration, tokenizer, layout, policy
     cached      law 6   the engine counted every stored token as cached
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from thaw.core.errors import Damaged, NotFound, Refused, ThawError
 from thaw.core.identity import ModelIdentity, compare
-from thaw.core.objects import Boundary
+from thaw.core.objects import Boundary, Commit
 from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.data.pack import read_blob
@@ -145,11 +146,18 @@ def _check_boundary(context: Context, point: ResolvedPoint, line: Timeline) -> L
         seen = _boundary_of(engine, live.session, context.store.uuid, live.plan.num_kv)
     finally:
         engine.close_session(live.session)
-    return _judge(stored, seen, done, _promise(engine, line, stored))
+    giver = context.store.get_as(point.commit, Commit).origin.get("engine", "")
+    if giver != engine.info.name:
+        return _judge(stored, seen, done, "", f"nothing: the stored ones are of {giver or 'another engine'}")
+    return _judge(stored, seen, done, _promise(engine, line, stored), f"nothing at {_shape(stored)}")
+
+
+def _shape(stored: Boundary) -> str:
+    return f"this batch shape ({stored.batch} at capture, 1 here) or point"
 
 
 def _promise(engine: Engine, line: Timeline, stored: Boundary) -> str:
-    """Why bit equality is promised at this boundary, or "" when it is not."""
+    """Why bit equality is promised at this boundary, which an engine of the same name stored, or "" when it is not."""
     if engine.info.continuation != "decode-exact" or stored.batch != 1:
         return ""
     if stored.hidden is not None:
@@ -158,12 +166,12 @@ def _promise(engine: Engine, line: Timeline, stored: Boundary) -> str:
     return "it was a decode step" if inside else ""
 
 
-def _judge(stored: Boundary, seen: Boundary | None, done: Completion, why: str) -> LawResult:
+def _judge(stored: Boundary, seen: Boundary | None, done: Completion, why: str, else_promised: str) -> LawResult:
     equal = seen is not None and (seen.position, seen.digest) == (stored.position, stored.digest)
     difference = _top_difference(stored, seen, done)
     text = "logits equal bit for bit" if equal else f"largest difference in log probability {difference:.3g}"
     if not why:
-        promised = f"nothing at this batch shape ({stored.batch} at capture, 1 here) or point; measured only"
+        promised = f"{else_promised}; measured only"
         return LawResult(name="boundary", held=True if equal else None, promised=promised, seen=text)
     return LawResult(
         name="boundary",
@@ -184,7 +192,8 @@ def _top_difference(stored: Boundary, seen: Boundary | None, done: Completion) -
 
 def _boundary_of(engine: Engine, session: SessionRef, uuid: str, base: int) -> Boundary | None:
     with tempfile.TemporaryDirectory(prefix="thaw-verify-") as folder:
-        plan = CapturePlan(mount=StoreMount(uuid=uuid, packs=Path(folder)), pack=f"{'0' * 32}.safetensors", base=base)
+        packs = tuple(f"{i:032}.safetensors" for i in range(engine.info.num_packs))
+        plan = CapturePlan(mount=StoreMount(uuid=uuid, packs=Path(folder)), packs=packs, base=base)
         return engine.capture(session, plan).result().boundary
 
 

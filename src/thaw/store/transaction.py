@@ -58,11 +58,19 @@ class Transaction:
 
     def lease_pack(self) -> str:
         """One more leased pack name, for a commit that captures several sessions."""
+        return self._lease_packs(1)[0]
+
+    def packs(self, num: int) -> tuple[str, ...]:
+        """`num` leased pack names, `pack` first: for a capture that several processes write."""
+        return (self.pack, *(self._lease_packs(num - 1) if num > 1 else ()))
+
+    def _lease_packs(self, num: int) -> list[str]:
         self._check_open()
-        self._leased.append(leases.new_pack_name())
+        fresh = [leases.new_pack_name() for _ in range(num)]
         with self._store.database.write(durable=False) as connection:
-            leases.set_packs(connection, self._lease, self._leased)
-        return self._leased[-1]
+            leases.set_packs(connection, self._lease, [*self._leased, *fresh])
+        self._leased += fresh
+        return fresh
 
     def add_pack(self, name: str, nbytes: int, blobs: Sequence[BlobLocation]) -> None:
         """Takes in a pack of a leased name that is written and synced. Its header must say the same."""

@@ -11,6 +11,8 @@
 `engine_factory(**changes)` boots an engine of one fixed model and must take `policy=` and `max_model_len=`. Engines
 that it returns for equal changes stand for two processes that run one model, so they must be equal in every bit.
 To have the guard of the weights tested too, set `changes_weights = True` and give `change_weights` and `guard_off`.
+A run boots six engines at most (four without the guard); a slow engine may lower the sizes at `EngineKit`. What an
+engine does not have by `info.capabilities` is asked of it in the form that is left.
 
 The suite needs no repository and no model of size; what it asks of the model is that it *looks* at its KV
 (`thaw.testing.models` makes such), which the negative control in it proves.

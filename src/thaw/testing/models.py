@@ -47,11 +47,11 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
+def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: int = 0, **shape: int) -> Path:
     """Writes a model and its tokenizer into `out_dir`, made if missing, and returns it.
 
-    `arch` is one of `ARCHITECTURES`; `dtype` a name of torch's, such as "float32" or "bfloat16". The same arguments
-    and versions of torch and transformers write the same bytes.
+    `arch` is one of `ARCHITECTURES`; `dtype` a name of torch's, such as "float32" or "bfloat16"; `shape` replaces
+    fields of its config (head_dim=64). The same arguments and versions of torch and transformers write the same bytes.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,7 +59,7 @@ def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed:
     if arch not in _SHAPES:
         raise ValueError(f"no shape for architecture {arch!r}; there are {', '.join(ARCHITECTURES)}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(arch, **(_COMMON | _SHAPES[arch]))
+    config = AutoConfig.for_model(arch, **(_COMMON | _SHAPES[arch] | shape))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _draw_weights(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(out_dir)

@@ -28,9 +28,9 @@ def mount_at(folder: Path) -> StoreMount:
     return StoreMount(uuid=digest(str(folder).encode())[3:35], packs=folder)
 
 
-def capture_plan(mount: StoreMount, base: int = 0) -> CapturePlan:
-    """A capture into a pack of its own."""
-    return CapturePlan(mount=mount, pack=_pack_name(), base=base)
+def capture_plan(mount: StoreMount, base: int = 0, num_packs: int = 1) -> CapturePlan:
+    """A capture into packs of its own."""
+    return CapturePlan(mount=mount, packs=tuple(_pack_name() for _ in range(num_packs)), base=base)
 
 
 def plan_from(captured: Captured, mount: StoreMount, *earlier: Captured, at: int | None = None) -> HydratePlan:

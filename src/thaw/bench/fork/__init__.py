@@ -10,6 +10,7 @@ model), cold start with prefill: first token of one child, and of all. Then the 
 from __future__ import annotations
 
 from thaw.bench.fork.options import Options, quick
-from thaw.bench.fork.run import Progress, run
+from thaw.bench.fork.run import run
+from thaw.bench.rounds import Progress
 
 __all__ = ["Options", "Progress", "quick", "run"]

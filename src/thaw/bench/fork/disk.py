@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import time
 from pathlib import Path
 
 from thaw.bench import io
-from thaw.bench.fork.sample import Sample
+from thaw.bench.sample import Sample
 from thaw.core.sampling import Sampling
 from thaw.data.files import storage_errors, sync_folder
 from thaw.data.locations import StoreMount
@@ -66,15 +67,17 @@ def capture(engine: Engine, live: Session, folder: Path) -> Sample:
     folder.mkdir(exist_ok=True)
     os.sync()
     started = time.monotonic()
-    plan = CapturePlan(mount=StoreMount(uuid="bench", packs=folder), pack="bench.safetensors", base=0)
+    names = tuple(f"bench-{i}.safetensors" for i in range(engine.info.num_packs))
+    plan = CapturePlan(mount=StoreMount(uuid=secrets.token_hex(16), packs=folder), packs=names, base=0)
     captured = engine.capture(live.ref, plan).result()
     elapsed = time.monotonic() - started
-    (folder / "bench.safetensors").unlink(missing_ok=True)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
     stages = captured.stages_s
     values = {
         "write_s": stages["write"] + stages["sync"],
         "total_s": elapsed,
-        "write_nbytes": float(captured.pack_nbytes),
+        "write_nbytes": float(captured.nbytes),
     }
     return Sample(values=values, stages_s=stages)
 

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 import thaw
-from thaw.bench.fork.sample import Ask, Sample
+from thaw.bench.sample import Ask, Sample
 from thaw.core.errors import EngineDied, TimedOut
 
 

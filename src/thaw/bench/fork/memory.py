@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from thaw.bench.fork.sample import Sample
+from thaw.bench.sample import Sample
 from thaw.core.errors import Unsupported
 from thaw.repo import Repository
 

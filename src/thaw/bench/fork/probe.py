@@ -9,7 +9,7 @@ import msgspec
 
 from thaw.bench.fork import memory
 from thaw.bench.fork.fresh import Job
-from thaw.bench.fork.sample import Clock, Sample, children
+from thaw.bench.sample import Clock, Sample, children
 from thaw.engines import load_engine
 from thaw.repo import Repository, open
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from thaw import receipt as r
-from thaw.bench.fork.sample import Sample
+from thaw.bench.sample import Sample
 
 Measured = Mapping[str, Sequence[tuple[int, Sample]]]
 """By arm: (pair number, sample)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from thaw.bench import text
 from thaw.bench.fork import disk, fresh, memory, report
 from thaw.bench.fork.fresh import Job
 from thaw.bench.fork.options import SUFFIX_TOKENS, SUFFIXES, Options
-from thaw.bench.fork.sample import Ask, Sample
 from thaw.bench.fork.warm import Stock, Warm
-from thaw.core import objects
+from thaw.bench.rounds import Progress, Rounds, Thunk
+from thaw.bench.sample import Ask, Sample
+from thaw.bench.subject import accelerator, model_of, numerics
 from thaw.core.errors import InvalidRequest
 from thaw.core.prefix import WINDOW
 from thaw.engines import load_engine
@@ -28,9 +28,6 @@ from thaw.engines.base import Engine
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Session
 from thaw.repo import open as open_repository
-
-Progress = Callable[[str], object]
-Thunk = Callable[[], Sample]
 
 
 def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
@@ -54,12 +51,12 @@ def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
             return _seal(options, engine, live, bench.measured)
 
 
-class _Bench:
+class _Bench(Rounds):
     """The rounds of a run, collected by arm."""
 
     def __init__(self, options: Options, progress: Progress, warm: Warm, folder: Path) -> None:
-        self.options, self.progress, self.warm, self.folder = options, progress, warm, folder
-        self.measured: dict[str, list[tuple[int, Sample]]] = defaultdict(list)
+        super().__init__(progress)
+        self.options, self.warm, self.folder = options, warm, folder
         self.stock = _stock(options) if options.stock else None
         suffixes = _suffixes(warm.engine, options.children)
         self.asks = (
@@ -78,12 +75,7 @@ class _Bench:
             self._round(pair, arms)
 
     def _round(self, pair: int, arms: dict[str, Thunk]) -> None:
-        """All arms once; every round begins with another one."""
-        names = list(arms)
-        shift = pair % len(names)
-        for name in names[shift:] + names[:shift]:
-            self.progress(f"round {pair + 1} of {self.options.rounds}: {name}")
-            self.measured[name].append((pair, arms[name]()))
+        self.take(pair, self.options.rounds, arms)
 
     def _warm_arms(self) -> dict[str, Thunk]:
         warm, out = self.warm, {}
@@ -193,21 +185,14 @@ def _lengths(num_kv: int) -> tuple[int, int] | None:
 
 
 def _seal(options: Options, engine: Engine, live: Session, measured: report.Measured) -> r.Receipt:
-    info, identity = engine.info, engine.identity()
-    model = r.Model(
-        name=Path(info.model).name or info.model,
-        architecture=identity.architecture,
-        dtype=identity.dtype,
-        identity=objects.encode(identity)[0],
-        kv_token_nbytes=sum(group.token_nbytes for group in info.groups),
-    )
+    info, model = engine.info, model_of(engine)
     numbers, arms = report.derived(measured, options.children), report.arms(measured)
     packages = software("torch", "transformers", "safetensors", "msgspec", "blake3")
     return r.make(
         kind="bench.fork",
         command=options.command_line(model.name),
         versions={**packages, "engine": f"{info.name} {info.version}"},
-        machine=this_machine(None if info.device == "cpu" else info.device),
+        machine=this_machine(accelerator(info)),
         model=model,
         parameters=_parameters(options, engine, live),
         arms=arms,
@@ -225,5 +210,5 @@ def _parameters(options: Options, engine: Engine, live: Session) -> dict[str, r.
         "child_tokens": options.child_tokens, "suffix_tokens": SUFFIX_TOKENS, "rounds": options.rounds,
         "fresh_rounds": options.fresh_rounds, "disk_children": options.disk_children,
         "disk_tokens": options.disk_tokens, "seed": options.seed, "temperature": 1.0,
-        **{f"numerics.{name}": value for name, value in engine.info.numerics.items()},
+        **numerics(engine.info),
     }  # fmt: skip

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from thaw.bench.fork.sample import Ask, Clock, Sample, children
+from thaw.bench.sample import Ask, Clock, Sample, children
 from thaw.core.errors import NotHit
 from thaw.data.files import drop_cache
 from thaw.engines.base import Engine

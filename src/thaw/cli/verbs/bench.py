@@ -1,18 +1,12 @@
-"""`thaw bench fork`: measure fork and hydrate against prefilling again; the figures are a receipt."""
+"""`thaw bench fork`, `vllm`, `pool` and `cross`: measure thaw against doing without it; the figures are a receipt."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import click
 
-from thaw.cli import boot, measured, options, output, place, prompts
+from thaw.cli import boot, measured, options, prompts
 from thaw.cli.progress import Progress
-from thaw.core.errors import NotFound
-
-if TYPE_CHECKING:
-    from thaw.repo.settings import EngineSettings
+from thaw.cli.verbs import bench_cross, bench_pool, bench_vllm
 
 EXAMPLE = """
 thaw bench fork --model ~/models/Qwen3-0.6B --out bench.json --svg bench.svg
@@ -21,7 +15,7 @@ thaw bench fork --model ~/models/Qwen3-0.6B --out bench.json --svg bench.svg
 
 @click.group("bench", epilog=f"\b\nExample:\n  {EXAMPLE.strip()}")
 def command() -> None:
-    """Measure fork and hydrate against prefilling again."""
+    """Measure thaw against doing without it."""
 
 
 @options.verb("fork", EXAMPLE)
@@ -62,7 +56,7 @@ def fork(
     from thaw.bench.fork import quick as quick_options
 
     boot.hush()
-    chosen = _engine(named, engine_name, model, dtype, device)
+    chosen = boot.choose_anywhere(named, engine_name, model, dtype, device)
     text = prompts.from_file(document) if document else None
     common = {"engine_options": chosen.options, "document": text}
     if quick:
@@ -81,27 +75,10 @@ def fork(
     with Progress("measuring") as progress:
         receipt = run(wanted, progress.say)
     measured.keep(receipt, out, svg)
-    if as_json:
-        output.print_json(receipt)
-    else:
-        measured.show(receipt)
-    return 0 if all(check.held for check in receipt.checks if check.promised) else 7
+    return measured.answer(receipt, as_json)
 
 
 command.add_command(fork)
-
-
-def _engine(
-    named: str | None, engine_name: str | None, model: str | None, dtype: str | None, device: str | None
-) -> EngineSettings:
-    """As elsewhere, but a repository is not needed: the bench makes one of its own."""
-    try:
-        path: Path | None = place.find(named)
-    except NotFound:
-        if named is not None:
-            raise
-        path = None
-    if path is None:
-        return boot.choose(None, engine_name, model, dtype, device)
-    with place.open_repository(str(path)) as repo:
-        return boot.choose(repo.store, engine_name, model, dtype, device)
+command.add_command(bench_vllm.command)
+command.add_command(bench_cross.command)
+command.add_command(bench_pool.command)

@@ -62,7 +62,7 @@ def _examine(
     with contextlib.ExitStack() as stack:
         engine = None
         if model is not None:
-            engine = stack.enter_context(boot.boot(boot.choose(None, boot.NEEDS_MODEL, model, dtype)))
+            engine = stack.enter_context(boot.boot(boot.choose(None, boot.DEFAULT, model, dtype)))
         progress = stack.enter_context(Progress("looking"))
         return examine(
             config=known,

@@ -171,9 +171,7 @@ def _report(
 ) -> None:
     together = list(zip(group, wanted, completions, commits, strict=True))
     if as_json:
-        output.print_json(
-            {"children": [{"prompt": w.prompt, **speak.plain(done, c, s)} for s, w, c, done in together]}
-        )
+        output.print_json({"children": [{"prompt": w.prompt, **speak.plain(done, c, s)} for s, w, c, done in together]})
         return
     for _, child, completion, done in together:
         name = output.style(str(done.branch), "bold", "green")

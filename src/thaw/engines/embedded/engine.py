@@ -28,18 +28,23 @@ from thaw.engines.base import (
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
+from thaw.engines.embedded.bad_words import bad_ids
+from thaw.engines.embedded.bad_words import check as check_sampling
 from thaw.engines.embedded.driver import Driver, Promise
 from thaw.engines.embedded.generation import Append, Generation, Lane
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
-from thaw.engines.embedded.session import LiveSession, OpenTurn, cut_turns, reopen, reseed
+from thaw.engines.embedded.session import LiveSession, OpenTurn, cut_turns, reopen, require_same_policy, reseed
 from thaw.engines.embedded.text import TextStream
 from thaw.engines.embedded.weights import WeightsWatch
 
 T = TypeVar("T")
 CAPABILITIES = frozenset(
-    {"capture-running", "fork-running", "interior-points", "boundary-hidden", "park", "resume", "policy", "logprobs"}
-)
+    {
+        "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress",
+    }
+)  # fmt: skip
 
 
 class EmbeddedEngine(Engine):
@@ -76,6 +81,10 @@ class EmbeddedEngine(Engine):
             raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
         self._driver.call(lambda: self._weights.set_policy(version)).result()
 
+    @property
+    def policy_version(self) -> str:
+        return self._weights.policy
+
     def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
         number = fresh_seed() if seed is None else check_seed(seed)
         session = self._new(PagedKV(self._backend), number, salt, share_prefix)
@@ -109,7 +118,9 @@ class EmbeddedEngine(Engine):
 
         def begin() -> None:
             lanes = self._lanes(asked)
-            task = Generation(self._backend, lanes, asked, promise, self._open_turn, self._release)
+            task = Generation(
+                self._backend, lanes, asked, promise, self._open_turn, self._release, self._still_current
+            )
             for lane in lanes:
                 lane.session.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
@@ -210,11 +221,13 @@ class EmbeddedEngine(Engine):
 
     def _fresh(self, ref: SessionRef) -> LiveSession:
         """The session, its KV in memory and of the weights and policy that run now."""
-        live = self._get(ref)
         self._weights.check()
-        if (live.kv.num_tokens or live.parked) and (
-            live.epoch != self._weights.epoch or live.policy != self._weights.policy
-        ):
+        return self._current(ref)
+
+    def _current(self, ref: SessionRef) -> LiveSession:
+        """As `_fresh`, by the last look at the weights."""
+        live = self._get(ref)
+        if (live.kv.num_tokens or live.parked) and self._is_stale(live):
             raise StaleSession(
                 f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
                 f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens "
@@ -226,11 +239,20 @@ class EmbeddedEngine(Engine):
             live.parked = None
         return live
 
+    def _is_stale(self, live: LiveSession) -> bool:
+        return (live.epoch, live.policy) != (self._weights.epoch, self._weights.policy)
+
+    def _still_current(self, sessions: Sequence[LiveSession]) -> None:
+        """Raise if the weights or the policy changed while these ran: their tokens would be of no one policy."""
+        self._weights.check()
+        if any(self._is_stale(live) for live in sessions):
+            raise StaleSession(
+                f"the weights or the policy changed while this generation ran (it began under {sessions[0].policy!r}), "
+                "so its tokens are of no one policy; change them between generations, and generate again"
+            )
+
     def _usable(self, ref: SessionRef) -> LiveSession:
-        live = self._fresh(ref)
-        if live.busy is not None:
-            raise Busy(f"session {ref[:8]}… is running; wait for its result, cancel it, or fork it")
-        return live
+        return _idle(self._fresh(ref))
 
     def _release(self, session: LiveSession) -> None:
         session.busy = None
@@ -260,7 +282,8 @@ class EmbeddedEngine(Engine):
         refs = [request.session for request in requests]
         if len(set(refs)) != len(refs):
             raise InvalidRequest("generate: the same session stands twice in one batch; fork it first")
-        lives = [self._usable(ref) for ref in refs]
+        self._weights.check()
+        lives = [_idle(self._current(ref)) for ref in refs]
         for live, request in zip(lives, requests, strict=True):
             self._check_request(live, request)
         lanes = []
@@ -279,10 +302,12 @@ class EmbeddedEngine(Engine):
                 raise InvalidRequest("resume goes on with the interrupted completion: give neither prompt nor sampling")
             if last is None or last.kind != "completion" or last.finish_reason not in (None, "abort"):
                 raise InvalidRequest("resume: the session's last turn is not an interrupted completion; use generate")
+            require_same_policy(last, self._weights.policy)
             return
         if request.sampling is None:
             raise InvalidRequest("generate: no sampling given")
         self._check_tokens(len(live.tokens), request.prompt, 1)
+        check_sampling(request.sampling, self.codec, self._backend.vocab_size)
         if not live.tokens and not request.prompt:
             raise InvalidRequest("generate: the session is empty and so is the prompt; append something first")
 
@@ -301,6 +326,7 @@ class EmbeddedEngine(Engine):
             policy=session.policy,
             role="assistant" if request.role is not None else None,
             stream=TextStream(self.codec, session.tokens, request.sampling.stop),
+            bad_ids=bad_ids(self.codec, request.sampling.bad_words),
         )
 
     def _fork(
@@ -404,6 +430,12 @@ class EmbeddedEngine(Engine):
         if self._closed:
             raise EngineDied(f"engine {self.info.name} is closed; load it again")
         self._io.submit(run)
+
+
+def _idle(session: LiveSession) -> LiveSession:
+    if session.busy is not None:
+        raise Busy(f"session {session.ref[:8]}… is running; wait for its result, cancel it, or fork it")
+    return session
 
 
 def _step_back(session: LiveSession) -> None:

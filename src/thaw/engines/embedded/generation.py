@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from thaw.core.objects import Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView, Usage
 from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
+from thaw.engines.embedded.bad_words import endings
 from thaw.engines.embedded.driver import Promise, cancelled
 from thaw.engines.embedded.session import LastLogits, LiveSession, OpenTurn
 
@@ -145,8 +146,11 @@ class Generation:
         promise: Promise[list[Completion]],
         open_turn: Callable[[Lane, GenerateRequest], OpenTurn],
         release: Callable[[LiveSession], None],
+        check: Callable[[Sequence[LiveSession]], None],
     ) -> None:
+        """`check` is asked at the end, and raises if the weights or the policy are not what the sessions began with."""
         self._backend, self._lanes, self._promise = backend, lanes, promise
+        self._check = check
         self._requests, self._open_turn, self._release = requests, open_turn, release
         self._prefill: Prefill | None = Prefill(backend, lanes)
         self._results: list[Completion | None] = [None] * len(lanes)
@@ -215,13 +219,16 @@ class Generation:
         assert turn is not None
         s = turn.sampling
         few = len(turn.logprobs) < s.min_tokens
+        banned = frozenset((*self._backend.eos_token_ids, *s.stop_token_ids)) if few else frozenset()
+        if turn.bad_ids:
+            banned |= endings(turn.bad_ids, session.tokens[turn.start :])
         return SampleSpec(
             sampling=s,
             seed=turn.seed,
             position=len(session.tokens),
             history=session.tokens,
             output_start=turn.start,
-            banned=frozenset((*self._backend.eos_token_ids, *s.stop_token_ids)) if few else frozenset(),
+            banned=banned,
             num_top=s.logprobs or 0,
         )
 
@@ -324,5 +331,6 @@ class Generation:
     def _more(self) -> bool:
         if self._active():
             return True
+        self._check([lane.session for lane in self._lanes])
         self._promise.settle([result for result in self._results if result is not None])
         return False

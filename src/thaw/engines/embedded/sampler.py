@@ -1,8 +1,9 @@
 """Choosing a token from logits, in plain Python: the reference, and what `fake` runs.
 
-Order as in vLLM: raw log probabilities are taken first; then bans (min_tokens), repetition, frequency and presence
-penalties, temperature, min_p, top_k, top_p; then one draw `uniform(seed, position)` through the cumulative
-distribution in token order. Greedy (temperature 0) is the argmax after penalties, the lowest id among equals.
+Order as in vLLM: raw log probabilities are taken first; then biases, bans (min_tokens, bad words), repetition,
+frequency and presence penalties, temperature, min_p, top_k, top_p; then one draw `uniform(seed, position)` through the
+cumulative distribution in token order. Greedy (temperature 0) is the argmax after penalties, the lowest id among
+equals.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ def choose(logits: Sequence[float], spec: SampleSpec) -> Sampled:
 
 
 def penalised(logits: Sequence[float], spec: SampleSpec) -> list[float]:
-    """The logits after bans and penalties."""
+    """The logits after biases, bans and penalties."""
     out, s = list(logits), spec.sampling
+    for token, bias in s.logit_bias:
+        out[token] += bias
     for token in spec.banned:
-        out[token] = -math.inf
+        if token < len(out):
+            out[token] = -math.inf
     if s.repetition_penalty != 1.0:
         for token in set(spec.history):
             out[token] = out[token] / s.repetition_penalty if out[token] > 0 else out[token] * s.repetition_penalty

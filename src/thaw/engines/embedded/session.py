@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
 from thaw.core.canonical import U64
+from thaw.core.errors import PolicyMismatch
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, SessionRef, SessionView
 from thaw.engines.embedded.backend import Backend, Logits, Row
+from thaw.engines.embedded.bad_words import BadIds, bad_ids
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.text import TextStream
 
 
 @dataclass
 class OpenTurn:
-    """The completion being generated: everything in `Turn`, still growing."""
+    """The completion being generated: everything in `Turn`, still growing. `bad_ids`: its bad words, as token ids."""
 
     start: int
     sampling: Sampling
@@ -31,6 +34,7 @@ class OpenTurn:
     policy: str
     role: str | None
     stream: TextStream
+    bad_ids: BadIds = ()
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
@@ -107,7 +111,15 @@ class LiveSession:
         return self.stored_boundary
 
 
-def reopen(session: LiveSession, codec: Codec) -> OpenTurn | None:
+class HasTurns(Protocol):
+    """Any engine's session: tokens, turns and a seed."""
+
+    tokens: list[int]
+    turns: list[Turn]
+    seed: int
+
+
+def reopen(session: HasTurns, codec: Codec) -> OpenTurn | None:
     """Take the unfinished (or aborted) last completion back up, replaying its tokens into the text stream."""
     turn = session.turns[-1] if session.turns else None
     if turn is None or turn.kind != "completion" or turn.finish_reason not in (None, "abort") or turn.sampling is None:
@@ -124,9 +136,19 @@ def reopen(session: LiveSession, codec: Codec) -> OpenTurn | None:
         policy=turn.policy,
         role=turn.role,
         stream=stream,
+        bad_ids=bad_ids(codec, turn.sampling.bad_words),
         logprobs=list(turn.logprobs or ()),
         tops=list(turn.top_logprobs or ()),
     )
+
+
+def require_same_policy(turn: Turn, version: str) -> None:
+    """Raise `PolicyMismatch` if the unfinished `turn` was begun under another version: a turn is of one policy."""
+    if turn.policy != version:
+        raise PolicyMismatch(
+            f"resume: the completion was begun under policy {turn.policy!r}; the engine now runs {version!r}, and its "
+            "tokens would be of no one policy. Use generate: what follows is then a completion of its own."
+        )
 
 
 def cut_turns(turns: Sequence[Turn], at: int, codec: Codec | None, tokens: Sequence[int]) -> list[Turn]:
@@ -157,7 +179,7 @@ def _truncate(turn: Turn, at: int, codec: Codec | None, tokens: Sequence[int]) -
     )
 
 
-def reseed(session: LiveSession, seed: int) -> None:
+def reseed(session: HasTurns, seed: int) -> None:
     """Give a fork's child its own seed, also in a completion that was cut through."""
     session.seed = seed
     turn = session.turns[-1] if session.turns else None

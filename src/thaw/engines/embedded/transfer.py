@@ -20,7 +20,7 @@ from thaw.core.prefix import windows
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
-from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, Slice
+from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, Slice, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.session import LiveSession
@@ -73,7 +73,7 @@ def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     items = [_item(taken.kv, group, head, a, b) for a, b in spans for head in range(group.num_kv_heads)]
     if taken.hidden is not None:
         items.append(_hidden_item(*taken.hidden))
-    result = write_pack(plan.mount.packs, plan.pack, items) if items else None
+    result = write_pack(plan.mount.packs, plan.packs[0], items) if items else None
     blobs = result.blobs if result is not None else ()
     heads = group.num_kv_heads
     segments = tuple(
@@ -88,8 +88,7 @@ def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
         num_kv=num_kv,
         segments=segments,
         blobs=tuple(blobs),
-        pack=plan.pack if result is not None else None,
-        pack_nbytes=result.nbytes if result is not None else 0,
+        packs=(WrittenPack(name=result.name, nbytes=result.nbytes),) if result is not None else (),
         turns=taken.turns,
         seed=taken.seed,
         salt=taken.salt,

@@ -13,10 +13,12 @@ from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.pages import PagedKV
-from thaw.engines.transformers import support
+from thaw.engines.hf.codec import HFCodec
+from thaw.engines.hf.config import eos_of
+from thaw.engines.hf.weights import sample_weights
+from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME, PlanCache
-from thaw.engines.transformers.codec import TransformersCodec
-from thaw.engines.transformers.identity import model_identity, sample_weights
+from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import BatchPlan, TorchExtent
 from thaw.engines.transformers.loading import LoadedModel
 from thaw.engines.transformers.sampler import choose, largest
@@ -36,11 +38,11 @@ class TransformersBackend(Backend):
         self._hashed_once = False
         self.name, self.version, self.model = "transformers", transformers.__version__, loaded.name
         self.device = str(self._device)
-        self.codec: TransformersCodec = TransformersCodec(loaded.tokenizer)
+        self.codec: HFCodec = HFCodec(loaded.tokenizer)
         self.group = _group(module)
         self.vocab_size = int(module.config.vocab_size)
         self.max_model_len = _max_len(module, max_model_len)
-        self.eos_token_ids = _eos(module)
+        self.eos_token_ids = eos_of(module.generation_config, module.config)
         self.numerics = _numerics(self._device)
         self._first_sample: str | None = None
         self._probe()
@@ -93,12 +95,14 @@ class TransformersBackend(Backend):
         return torch.frombuffer(bytearray(data), dtype=self._dtype).to(self._device, copy=True)
 
     def identity(self) -> ModelIdentity:
-        fresh = self._hashed_once or sample_weights(self._module) != self._first_sample
+        fresh = self._hashed_once or self.weights_sample() != self._first_sample
         self._hashed_once = True
         return model_identity(self._loaded, self.codec, self.group, fresh=fresh)
 
     def weights_sample(self) -> str:
         sample = sample_weights(self._module)
+        if self._loaded.owner is not None:
+            sample += guest.stamp(self._loaded.owner, self._module)
         if self._first_sample is None:
             self._first_sample = sample
         return sample
@@ -143,13 +147,6 @@ def _max_len(module: object, wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= own:
         raise InvalidRequest(f"max_model_len={wanted}: the model has {own} positions")
     return wanted or own
-
-
-def _eos(module: object) -> tuple[int, ...]:
-    found = getattr(module.generation_config, "eos_token_id", None)  # type: ignore[attr-defined]
-    if found is None:
-        found = getattr(module.config, "eos_token_id", None)  # type: ignore[attr-defined]
-    return () if found is None else tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
 
 
 def _numerics(device: torch.device) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import InvalidRequest, NotFound, Unsupported
-from thaw.engines.transformers import support
+from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -22,12 +22,14 @@ Model = Any
 
 @dataclass
 class LoadedModel:
-    """`folder` is where the weights came from, None for a module that was handed in."""
+    """`folder` is where the weights came from, None for a module that was handed in; that module is then `owner`, and
+    `module` is thaw's own over the same tensors."""
 
     module: Model
     tokenizer: Any
     name: str
     folder: Path | None
+    owner: Model | None = None
 
 
 def load_model(
@@ -38,7 +40,7 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise InvalidRequest(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     if isinstance(model, torch.nn.Module):
-        return _join(model, tokenizer)
+        return _join(model, tokenizer, dtype, device)
     return _boot(str(model), dtype, device or "cpu")
 
 
@@ -58,12 +60,16 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     return _ready(LoadedModel(module, tokenizer, name, folder))
 
 
-def _join(module: Any, tokenizer: Any) -> LoadedModel:
+def _join(module: Any, tokenizer: Any, dtype: str | None, device: str | None) -> LoadedModel:
+    if dtype is not None or device is not None:
+        raise InvalidRequest("dtype and device are the loaded module's own; thaw shares its weights and moves nothing")
     if tokenizer is None:
         raise InvalidRequest(
-            "a loaded module needs its tokenizer: load_engine('transformers', model=module, tokenizer=…)"
+            "a loaded module needs its tokenizer: thaw.attach(module, tokenizer=…) (a trainer's processing_class)"
         )
-    return _ready(LoadedModel(module, tokenizer, str(getattr(module.config, "_name_or_path", "") or "module"), None))
+    own = guest.over(module)
+    name = str(getattr(module.config, "_name_or_path", "") or "module")
+    return _ready(LoadedModel(own, tokenizer, name, None, owner=module))
 
 
 def _ready(loaded: LoadedModel) -> LoadedModel:

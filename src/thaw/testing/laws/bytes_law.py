@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
 
 from thaw.core.errors import CorruptBlob, Damaged
 from thaw.engines.base import Captured, Engine
-from thaw.testing.laws.kit import EngineKit, Lab, bits, greedy, seeded
+from thaw.testing.laws.kit import EngineKit, Lab, bits, can, greedy, kv_complete, seeded
 from thaw.testing.plans import flip_byte, halves_swapped, tampered
 
 
@@ -23,11 +24,15 @@ class BytesLaw(EngineKit):
     ) -> None:
         session = lab.begin(engine, count)
         first = lab.capture(engine, session)
-        again = lab.capture(other, lab.hydrate(other, lab.plan(first)).session)
-        assert first.num_kv == again.num_kv == count
-        assert blob_ids(first) == blob_ids(again)
-        assert len(blob_ids(first)) == -(-count // 256)
+        plan = lab.plan(first)
+        again = lab.capture(other, lab.hydrate(other, plan).session)
+        assert kv_complete(engine, first.num_kv, count) and kv_complete(other, plan.num_kv, count)
+        assert again.num_kv == plan.num_kv
+        assert _prefix_bytes(lab, first, plan.num_kv) == _prefix_bytes(lab, again, plan.num_kv)
+        assert first.num_kv > again.num_kv or blob_ids(first) == blob_ids(again)
+        assert len(blob_ids(first)) == -(-first.num_kv // 256)
         assert first.boundary == again.boundary
+        assert (first.boundary is not None) == can(engine, "boundary")
 
     def test_decoded_kv_travels_like_prefilled_kv(self, engine: Engine, other: Engine, lab: Lab) -> None:
         """The partial last block and what decoding wrote are in the snapshot too."""
@@ -60,6 +65,16 @@ class BytesLaw(EngineKit):
         restored = lab.hydrate(other, lab.plan(second, first))
         assert restored.session and other.view(restored.session).turns[-1].logprobs == expected.logprobs
         assert _prefix_bytes(lab, second, 306, first) == _prefix_bytes(lab, lab.capture(other, restored.session), 306)
+
+    def test_kv_once_captured_is_what_the_session_goes_on_with(self, engine: Engine, lab: Lab) -> None:
+        """KV only grows: a later capture may build on an earlier one, so nothing in it may be written anew."""
+        session = lab.begin(engine, 300)
+        captures = [lab.capture(engine, session)]
+        for prompt in ((), (9, 8, 7), ()):
+            lab.one(engine, session, seeded(5), prompt)
+            captures.append(lab.capture(engine, session))
+        for early, late in itertools.pairwise(captures):
+            assert _prefix_bytes(lab, early, early.num_kv) == _prefix_bytes(lab, late, early.num_kv)
 
     def test_a_damaged_blob_is_refused_by_name(self, engine: Engine, other: Engine, lab: Lab) -> None:
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 300)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import msgspec
 import pytest
 
-from thaw.core.errors import IdentityMismatch, PolicyMismatch, Refused, StaleSession
+from thaw.core.errors import IdentityMismatch, InvalidRequest, PolicyMismatch, Refused, StaleSession
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
-from thaw.engines.base import Engine, HydratePlan
-from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, Load, greedy, ids, replaced, same
+from thaw.engines.base import Engine, HydratePlan, SessionRef
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, Load, greedy, ids, replaced, running_policy, same, seeded
+from thaw.testing.plans import mount_at
 
 FOREIGN = digest(b"another")
 FIELDS = ("architecture", "weights", "dtype", "config", "tokenizer", "adapter", "cache layout", "policy")
@@ -32,7 +34,29 @@ def mismatch(plan: HydratePlan, field: str) -> tuple[HydratePlan, str, str, str]
     return replaced(plan, **{field: value}), field, value, str(getattr(identity, field))
 
 
+@dataclass(frozen=True)
+class Changed:
+    """An engine whose weights were changed after `session` had read 60 tokens and `plan` was made of it."""
+
+    engine: Engine
+    session: SessionRef
+    plan: HydratePlan
+    before: ModelIdentity
+
+
 class ClosedLaw(EngineKit):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def changed(cls, engine_factory: Load, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Changed]:
+        if not cls.changes_weights:
+            pytest.skip("this class does not say how to change the engine's weights (change_weights)")
+        lab = Lab(mount_at(tmp_path_factory.mktemp("changed")))
+        with engine_factory() as engine:
+            session = lab.begin(engine, 60)
+            plan, before = lab.plan(lab.capture(engine, session)), engine.identity()
+            cls().change_weights(engine)
+            yield Changed(engine, session, plan, before)
+
     @pytest.mark.parametrize("field", FIELDS)
     def test_a_mismatch_is_refused_naming_the_field_and_both_values(
         self, engine: Engine, other: Engine, lab: Lab, field: str
@@ -100,27 +124,25 @@ class ClosedLaw(EngineKit):
         assert isinstance(engine.identity(), ModelIdentity)
         assert engine.identity().groups == engine.info.groups
 
-    def test_kv_of_an_old_policy_is_refused_after_set_policy(self, load: Load, lab: Lab) -> None:
-        engine = load()
+    def test_kv_of_an_old_policy_is_refused_after_set_policy(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 30)
         plan = lab.plan(lab.capture(engine, session))
-        engine.set_policy("step-2")
-        with pytest.raises(PolicyMismatch, match=r"'0'.*'step-2'"):
-            lab.hydrate(engine, plan)
-        recomputed = lab.hydrate(engine, msgspec.structs.replace(plan, policy="recompute"))
-        assert recomputed.proof.num_recomputed_tokens == 30
-        fresh = lab.begin(engine, 30)
-        assert lab.capture(engine, fresh).identity.policy == "step-2"
+        with running_policy(engine, "step-2") as old:
+            with pytest.raises(PolicyMismatch, match=rf"'{old}'.*'step-2'"):
+                lab.hydrate(engine, plan)
+            recomputed = lab.hydrate(engine, msgspec.structs.replace(plan, policy="recompute"))
+            assert recomputed.proof.num_recomputed_tokens == 30
+            fresh = lab.begin(engine, 30)
+            assert lab.capture(engine, fresh).identity.policy == "step-2"
+        assert plan.identity.policy == old == engine.identity().policy
 
     @pytest.mark.parametrize("parked", [False, True], ids=["resident", "parked"])
     @pytest.mark.parametrize("verb", ["append", "generate", "fork", "capture", "park"])
-    def test_a_live_session_of_an_old_policy_is_stale(self, load: Load, lab: Lab, verb: str, parked: bool) -> None:
+    def test_a_live_session_of_an_old_policy_is_stale(self, engine: Engine, lab: Lab, verb: str, parked: bool) -> None:
         """Its KV may not be mixed with, or passed on as, the new policy's; parked sessions are no exception."""
-        engine = load()
         session = lab.begin(engine, 30)
         if parked:
             engine.park(session).result(LIMIT_S)
-        engine.set_policy("step-2")
         verbs: dict[str, Callable[[], object]] = {
             "append": lambda: engine.append(session, (1,)).result(LIMIT_S),
             "generate": lambda: lab.one(engine, session, greedy(2)),
@@ -128,43 +150,82 @@ class ClosedLaw(EngineKit):
             "capture": lambda: lab.capture(engine, session),
             "park": lambda: engine.park(session).result(LIMIT_S),
         }
-        with pytest.raises(StaleSession, match=r"'0'.*'step-2'"):
-            verbs[verb]()
-        assert engine.view(session).tokens == ids(30)
+        with running_policy(engine, "step-2") as old:
+            with pytest.raises(StaleSession, match=rf"'{old}'.*'step-2'"):
+                verbs[verb]()
+            assert engine.view(session).tokens == ids(30)
 
-    def test_set_policy_back_makes_old_kv_good_again(self, load: Load, lab: Lab) -> None:
-        engine = load()
+    def test_a_completion_of_another_policy_is_not_resumed(self, engine: Engine, lab: Lab) -> None:
+        """Its tokens would be of no one policy, and no name for them right. Another completion may follow it."""
+        session = lab.begin(engine, 30)
+        lab.one(engine, session, seeded(8))
+        plan = lab.plan(lab.capture(engine, lab.twin(engine, session, at=35)))
+        with running_policy(engine, "step-2") as old:
+            recomputed = lab.hydrate(engine, msgspec.structs.replace(plan, policy="recompute")).session
+            with pytest.raises(PolicyMismatch, match=rf"'{old}'.*'step-2'"):
+                lab.resume(engine, recomputed)
+            assert len(lab.one(engine, recomputed, greedy(2)).token_ids) == 2
+            turns = engine.view(recomputed).turns
+            assert [(t.kind, t.policy, t.end - t.start) for t in turns[1:]] == [
+                ("completion", old, 5), ("completion", "step-2", 2),
+            ]  # fmt: skip
+
+    def test_set_policy_back_makes_old_kv_good_again(self, engine: Engine, lab: Lab) -> None:
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 30)))
-        engine.set_policy("1")
-        engine.set_policy("0")
+        with running_policy(engine, "1"), pytest.raises(PolicyMismatch):
+            lab.hydrate(engine, plan)
         assert lab.hydrate(engine, plan).proof.hit
 
-    def test_weights_changed_in_place_are_noticed(self, load: Load, lab: Lab) -> None:
-        if not self.changes_weights:
-            pytest.skip("this class does not say how to change the engine's weights (change_weights)")
-        engine = load()
-        session = lab.begin(engine, 60)
-        plan = lab.plan(lab.capture(engine, session))
-        before = engine.identity()
-        self.change_weights(engine)
+    def test_with_policy_gives_the_former_version_back(self, engine: Engine, lab: Lab) -> None:
+        """Nested, and when the body raises; sessions on either side keep to their own version."""
+        former, outside, empty = engine.policy_version, lab.begin(engine, 30), engine.open(seed=1)
+        expected = lab.one(engine, lab.twin(engine, outside), seeded(6))
+        assert engine.identity().policy == former
+        with pytest.raises(ZeroDivisionError), engine.policy(version="step-2"):
+            assert engine.policy_version == engine.identity().policy == "step-2"
+            inside = lab.begin(engine, 30)
+            with engine.policy(version="step-3"):
+                for session in (outside, inside):
+                    with pytest.raises(StaleSession, match="'step-3'"):
+                        lab.fork(engine, session)
+            assert engine.policy_version == engine.identity().policy == "step-2"
+            lab.fork(engine, inside)
+            assert lab.capture(engine, empty).identity.policy == "step-2"
+            raise ZeroDivisionError
+        assert engine.policy_version == engine.identity().policy == former
+        with pytest.raises(StaleSession, match=rf"'step-2'.*'{former}'"):
+            lab.fork(engine, inside)
+        same(expected, lab.one(engine, outside, seeded(6)))
+        assert len(lab.one(engine, empty, greedy(2), ids(5)).token_ids) == 2
+
+    def test_with_the_policy_that_runs_nothing_is_stale(self, engine: Engine, lab: Lab) -> None:
+        outside = lab.begin(engine, 30)
+        with engine.policy(version=engine.policy_version):
+            inside = lab.fork(engine, outside)[0]
+        assert len(lab.one(engine, inside, greedy(2)).token_ids) == 2
+
+    def test_a_policy_that_is_no_version_changes_nothing(self, engine: Engine) -> None:
+        former = engine.policy_version
+        with pytest.raises(InvalidRequest, match="policy version ''"), engine.policy(version=""):
+            raise AssertionError("the body must not run")
+        assert engine.policy_version == engine.identity().policy == former
+
+    def test_weights_changed_in_place_are_noticed(self, changed: Changed, lab: Lab) -> None:
         with pytest.raises(StaleSession):
-            lab.one(engine, session, greedy(2))
+            lab.one(changed.engine, changed.session, greedy(2))
         with pytest.raises(IdentityMismatch) as refusal:
-            lab.hydrate(engine, plan)
+            lab.hydrate(changed.engine, changed.plan)
         assert refusal.value.field == "weights"
-        assert (refusal.value.stored, refusal.value.running) == (before.weights, engine.identity().weights)
+        running = changed.engine.identity()
+        assert (refusal.value.stored, refusal.value.running) == (changed.before.weights, running.weights)
 
     def test_without_the_guard_changed_weights_would_give_wrong_tokens(
-        self, load: Load, lab: Lab, monkeypatch: pytest.MonkeyPatch
+        self, changed: Changed, load: Load, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What the guard is for: old KV under new weights is neither model's continuation."""
-        if not self.changes_weights:
-            pytest.skip("this class does not say how to change the engine's weights (change_weights)")
-        engine, changed = load(), load()
-        old_session = lab.begin(engine, 60)
-        plan = lab.plan(lab.capture(engine, old_session))
-        self.change_weights(changed)
-        right = lab.one(changed, lab.begin(changed, 60), greedy(12))
+        right = lab.one(changed.engine, lab.begin(changed.engine, 60), greedy(12))
+        engine = load()
+        plan = lab.plan(lab.capture(engine, lab.begin(engine, 60)))
         self.guard_off(engine, monkeypatch)
         self.change_weights(engine)
         mixed = lab.one(engine, lab.hydrate(engine, plan).session, greedy(12))

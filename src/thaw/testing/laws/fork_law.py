@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import struct
 
+import pytest
+
 from thaw.data.pack import read_blob
 from thaw.engines.base import Captured, Engine
 from thaw.testing.laws.bytes_law import blob_ids
-from thaw.testing.laws.kit import LIMIT_S, LONGER_AND_LONGER, EngineKit, Lab, greedy, ids, same, seeded
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, greedy, ids, kv_complete, same, seeded, wait_for, when
 
 SLACK_NBYTES = 64 * 1024
 """What a pack of a few hundred tokens may hold beside KV: its header, padding, a hidden state."""
@@ -43,11 +45,11 @@ class ForkLaw(EngineKit):
 
     def test_a_running_session_forks_without_stopping(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 100)
-        for count in LONGER_AND_LONGER:
+        for count in self.longer_and_longer:
             expected = lab.one(engine, lab.twin(engine, session), seeded(count))
             parent = lab.twin(engine, session)
             handle = lab.start(engine, parent, sampling=seeded(count))
-            list(itertools.islice(handle, 4))
+            wait_for(handle, 4)
             child = lab.twin(engine, parent)
             cut = len(engine.view(child).tokens) - 100
             same(expected, handle.result(LIMIT_S)[0])
@@ -68,22 +70,41 @@ class ForkLaw(EngineKit):
     def test_a_snapshot_holds_nothing_of_other_sessions(self, engine: Engine, lab: Lab) -> None:
         """Eight other sessions decode while one is captured: none of their tokens, none of their bytes are in it."""
         mine = lab.begin(engine, 300)
+        before = lab.capture(engine, mine)
         others = [lab.begin(engine, 270, start=20 + i, seed=i) for i in range(8)]
         handle = lab.start(engine, *others, sampling=seeded(20))
-        captured: Captured | None = None
-        for seen, _ in enumerate(handle, 1):
-            if seen == 40:
-                captured = lab.capture(engine, mine)
-        handle.result(LIMIT_S)
-        assert captured is not None and captured.tokens == ids(300)
-        pack = (lab.mount.packs / str(captured.pack)).read_bytes()
-        assert 0 <= len(pack) - 300 * captured.identity.groups[0].token_nbytes <= SLACK_NBYTES
+        found: list[Captured] = []
+        when(handle, 40, lambda: found.append(lab.capture(engine, mine)))
+        assert [len(out.token_ids) for out in handle.result(LIMIT_S)] == [20] * 8
+        captured = found[0]
+        assert captured.tokens == ids(300) and kv_complete(engine, captured.num_kv, 300)
+        assert blob_ids(captured) == blob_ids(before)
+        pack = b"".join((lab.mount.packs / written.name).read_bytes() for written in captured.packs)
+        assert 0 <= len(pack) - captured.num_kv * captured.identity.groups[0].token_nbytes <= SLACK_NBYTES
         assert _runs(lab, captured)[0] in pack, "the search itself must be able to find KV"
         for session in others:
             foreign = lab.capture(engine, session)
             assert set(blob_ids(foreign)).isdisjoint(blob_ids(captured))
             assert not any(run in pack for run in _runs(lab, foreign))
             assert not any(run in pack for run in _token_runs(foreign.tokens))
+
+    @pytest.mark.parametrize("salt", ["own", "same"])
+    def test_a_fork_of_a_session_in_an_engine_that_prefilled_the_same_prompt_itself(
+        self, engine: Engine, other: Engine, lab: Lab, salt: str
+    ) -> None:
+        """The same tokens, read in pieces, have other bits. What was captured goes on with its own."""
+        session = lab.begin(engine, 700)
+        captured = lab.capture(engine, session)
+        local = other.open(seed=1, salt=captured.salt if salt == "same" else None)
+        for start, stop in itertools.pairwise((0, 90, 300, 301, 560, 700)):
+            other.append(local, ids(700)[start:stop]).result(LIMIT_S)
+        restored = lab.hydrate(other, lab.plan(captured)).session
+        early, late = lab.twin(other, restored), lab.twin(other, restored)
+        expected = lab.one(engine, lab.twin(engine, session), seeded(16), (3, 1))
+        same(expected, lab.one(other, early, seeded(16), (3, 1)))
+        same(lab.one(engine, session, seeded(16)), lab.one(other, restored, seeded(16)))
+        lab.one(other, local, seeded(16), (3, 1))
+        same(expected, lab.one(other, late, seeded(16), (3, 1)))
 
     def test_session_names_and_salts_cannot_be_guessed(self, engine: Engine) -> None:
         names = [engine.open() for _ in range(16)]

@@ -1,19 +1,23 @@
 """What every chapter of the law book stands on: fixtures, and short words for what tests do with an engine.
 
     engine, other   two engines alike, loaded once a class (so they stand for two processes, or two machines)
-    load            loads one more, with changes: load(policy="7")
+    load            loads one more, with changes: load(policy="7"). Boots may be slow: a whole `EngineTests` run boots
+                    `engine`, `other` and four more
     mount           an empty folder of packs
     lab             the words below, bound to `mount`
 
 Bit equality is asked of log probabilities as well as of tokens: a small error moves the first long before the second.
+It is asked at equal batch shape: both sides run alone, or in groups of one size. What an engine lacks by
+`info.capabilities` is asked for in the form that is left, never skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -34,9 +38,6 @@ from thaw.testing.plans import capture_plan, mount_at, plan_from
 
 Load = Callable[..., Engine]
 SEED = 20
-LONGER_AND_LONGER = (48, 200, 1000)
-"""Tokens of a generation that something must happen in the middle of: an engine may be done before another thread gets
-its turn, then the test tries once more with a longer one (and fails if that is not enough)."""
 LIMIT_S = 120.0
 """How long a test waits for anything; only a hang reaches it."""
 
@@ -66,6 +67,49 @@ def every_knob(max_tokens: int = 20) -> Sampling:
 
 def bits(values: Sequence[float]) -> list[str]:
     return [value.hex() for value in values]
+
+
+def can(engine: Engine, capability: str) -> bool:
+    return capability in engine.info.capabilities
+
+
+def run_again(engine: Engine) -> int:
+    """Tokens that a session at a prompt's end runs again before it can go on: its last, where "boundary-hidden" lacks.
+
+    Its parent does so too, and every other child: nobody there has more than the others."""
+    return 0 if can(engine, "boundary-hidden") else 1
+
+
+def kv_complete(engine: Engine, num_kv: int, num_tokens: int) -> bool:
+    """All that was read has KV. A token that will run again, and write its KV anew, need not be counted."""
+    return num_tokens - run_again(engine) <= num_kv <= num_tokens
+
+
+def when(handle: Handle[Any], num_tokens: int, act: Callable[[], object]) -> None:
+    """Follow `handle` to its end; `act` once, as soon as the batch has brought `num_tokens`."""
+    seen, acted = 0, False
+    for delta in handle:
+        seen += len(delta.token_ids)
+        if seen >= num_tokens and not acted:
+            acted = True
+            act()
+
+
+def wait_for(handle: Handle[Any], num_tokens: int) -> None:
+    """Return once the batch has brought `num_tokens`; it goes on."""
+    seen = 0
+    for delta in handle:
+        seen += len(delta.token_ids)
+        if seen >= num_tokens:
+            return
+
+
+@contextlib.contextmanager
+def running_policy(engine: Engine, version: str) -> Iterator[str]:
+    """`engine.policy`, giving the name of the version before."""
+    before = engine.policy_version
+    with engine.policy(version=version):
+        yield before
 
 
 def same(one: Completion, two: Completion) -> None:
@@ -112,7 +156,7 @@ class Lab:
         return engine.generate([GenerateRequest(session=s, resume=True) for s in sessions]).result(LIMIT_S)
 
     def capture(self, engine: Engine, session: SessionRef, base: int = 0) -> Captured:
-        return engine.capture(session, capture_plan(self.mount, base)).result(LIMIT_S)
+        return engine.capture(session, capture_plan(self.mount, base, engine.info.num_packs)).result(LIMIT_S)
 
     def hydrate(self, engine: Engine, plan: HydratePlan) -> Hydrated:
         return engine.hydrate(plan).result(LIMIT_S)
@@ -133,10 +177,19 @@ class Lab:
 
 
 class EngineKit:
-    """The fixtures. `engine_factory` is the only one a subclass must give."""
+    """The fixtures. `engine_factory` is the only one a subclass must give. A slow engine may lower the sizes."""
 
     changes_weights: ClassVar[bool] = False
     """Set by those that implement `change_weights`."""
+    long_prompt: ClassVar[int] = 3500
+    """Tokens of a prefill that something must happen in the middle of: several chunks of the engine's."""
+    long_answer: ClassVar[int] = 3000
+    """Tokens of a generation that is stopped: the engine must not be done with them in the time of a few calls."""
+    longer_and_longer: ClassVar[tuple[int, ...]] = (48, 200, 1000)
+    """Tokens of a generation that something must happen in the middle of: an engine may be done before another thread
+    gets its turn, then the test tries once more with a longer one (and fails if that is not enough)."""
+    max_batch: ClassVar[int] = 32
+    """Sessions of the largest batch; at most so many as the engine runs in one step."""
 
     @pytest.fixture(scope="class")
     @classmethod

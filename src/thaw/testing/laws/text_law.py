@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
-from thaw.engines.base import Engine, GenerateRequest, SessionRef
+from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef
 from thaw.testing.laws.boundary_law import stop_string
-from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, bits, greedy, ids, same, seeded
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, bits, can, greedy, ids, same, seeded
 
 
 class TextLaw(EngineKit):
     def test_the_group_runs_as_one_batch(self, engine: Engine, lab: Lab) -> None:
-        """Every step brings one token of every session: nobody waits for a sibling's end."""
+        """Every step brings one token of every session: nobody waits for a sibling's end. So equal groups are equal
+        batches, with equal bits. Without "own-batch" news may reach the caller in any order; of four that started in
+        one step, none is through while another is not half way."""
         session = lab.begin(engine, 60)
-        handle = lab.start(engine, *lab.fork(engine, session, 4), sampling=seeded(12))
-        order = [delta.index for delta in handle]
-        assert order == [0, 1, 2, 3] * 12
-        assert [len(out.token_ids) for out in handle.result(LIMIT_S)] == [12] * 4
+        handle = lab.start(engine, *lab.fork(engine, session, 4), sampling=seeded(48))
+        order = [delta.index for delta in handle for _ in delta.token_ids]
+        outs = handle.result(LIMIT_S)
+        assert [len(out.token_ids) for out in outs] == [48] * 4
+        if can(engine, "own-batch"):
+            assert order == [0, 1, 2, 3] * 48 == [delta.index for delta in handle]
+        first_end = min(max(at for at, index in enumerate(order) if index == lane) for lane in range(4))
+        assert all(order[:first_end].count(lane) >= 24 for lane in range(4))
+        for one, two in zip(outs, lab.run(engine, *lab.fork(engine, session, 4), sampling=seeded(48)), strict=True):
+            same(one, two)
 
     def test_results_come_in_the_order_of_the_requests(self, engine: Engine, lab: Lab) -> None:
         sessions = [lab.begin(engine, 10 + i, start=i) for i in range(3)]
@@ -92,12 +101,15 @@ class TextLaw(EngineKit):
         if not engine.info.eos_token_ids:
             pytest.skip("this model has no end token")
         session = lab.begin(engine, 60)
-        found = _seed_that_ends(engine, lab, session)
-        ended = lab.one(engine, lab.twin(engine, session), seeded(100, ignore_eos=False, seed=found, temperature=5.0))
-        assert ended.finish_reason == "stop" and ended.stop_reason is None
-        assert ended.token_ids[-1] in engine.info.eos_token_ids
-        longer = seeded(len(ended.token_ids) + 2, seed=found, temperature=5.0)
-        ignored = lab.one(engine, lab.twin(engine, session), longer)
+        batch = _batch_with_an_end(engine, lab, session, self.max_batch)
+        for out in batch:
+            ends = [token in engine.info.eos_token_ids for token in out.token_ids]
+            assert True not in ends[:-1] and (out.finish_reason == "stop") == ends[-1]
+            assert out.stop_reason is None and (ends[-1] or len(ends) == 100)
+        # The first to end: until then this batch and the next have one shape.
+        ended = min(batch, key=lambda out: (len(out.token_ids), out.finish_reason != "stop"))
+        again = _batch(engine, lab, session, [out.seed for out in batch], len(ended.token_ids) + 2, ignore_eos=True)
+        ignored = again[batch.index(ended)]
         assert ignored.token_ids[:-2] == ended.token_ids and ignored.finish_reason == "length"
 
     def test_logprobs_are_of_the_raw_distribution(self, engine: Engine, lab: Lab) -> None:
@@ -123,14 +135,21 @@ class TextLaw(EngineKit):
         assert lab.one(engine, kids[2], seeded(12, seed=6)).token_ids != one.token_ids
 
 
-def _seed_that_ends(engine: Engine, lab: Lab, session: SessionRef) -> int:
-    """A seed with which the model says its end token. A high temperature makes that likely enough."""
-    for seed in range(0, 512, 32):
-        requests = [
-            GenerateRequest(session=kid, sampling=seeded(100, ignore_eos=False, seed=seed + i, temperature=5.0))
-            for i, kid in enumerate(lab.fork(engine, session, 32))
-        ]
-        for out in engine.generate(requests).result(LIMIT_S):
-            if out.finish_reason == "stop":
-                return out.seed
+def _batch(
+    engine: Engine, lab: Lab, session: SessionRef, seeds: Sequence[int], max_tokens: int, *, ignore_eos: bool
+) -> list[Completion]:
+    """One batch over children of `session`, one a seed. A high temperature makes the end token likely enough."""
+    requests = [
+        GenerateRequest(session=kid, sampling=seeded(max_tokens, ignore_eos=ignore_eos, seed=seed, temperature=2.0))
+        for kid, seed in zip(lab.fork(engine, session, len(seeds)), seeds, strict=True)
+    ]
+    return engine.generate(requests).result(LIMIT_S)
+
+
+def _batch_with_an_end(engine: Engine, lab: Lab, session: SessionRef, size: int) -> list[Completion]:
+    """A batch in which the model says its end token."""
+    for seed in range(0, 512, size):
+        outs = _batch(engine, lab, session, range(seed, seed + size), 100, ignore_eos=False)
+        if any(out.finish_reason == "stop" for out in outs):
+            return outs
     raise AssertionError("no seed of 512 made the model end its turn")

@@ -1,4 +1,4 @@
-"""A transformers tokenizer as thaw's codec."""
+"""A Hugging Face tokenizer as thaw's codec."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from thaw.core.ids import digest
 from thaw.engines.base import Codec
 
 
-class TransformersCodec(Codec):
+class HFCodec(Codec):
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 

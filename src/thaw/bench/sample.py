@@ -20,11 +20,12 @@ from thaw.repo import Group, Session, Stream
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """`n` children, child i with `suffixes[i]`, `max_tokens` each; temperature 1, seeds derived from the session's."""
+    """`n` children, child i with `suffixes[i]`, `max_tokens` each; seeds derived from the session's."""
 
     n: int
     suffixes: tuple[tuple[int, ...], ...]
     max_tokens: int
+    temperature: float = 1.0
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +63,7 @@ def children(parent: Session, ask: Ask, clock: Clock, *, num_wanted: int, num_pr
     `num_prefilled`: tokens that the arm ran through the model before."""
     with parent.fork(ask.n) as kids:
         clock.lap("fork")
-        sampling = Sampling(temperature=1.0, max_tokens=ask.max_tokens, ignore_eos=True)
+        sampling = Sampling(temperature=ask.temperature, max_tokens=ask.max_tokens, ignore_eos=True)
         stream = kids.stream(token_ids=ask.suffixes[: ask.n], sampling=sampling)
         _wait_for_first(stream, kids)
         first = clock.elapsed_s()
@@ -72,7 +73,7 @@ def children(parent: Session, ask: Ask, clock: Clock, *, num_wanted: int, num_pr
     return Sample(
         values={"first_token_s": first, "total_s": clock.elapsed_s()},
         stages_s=dict(clock.stages_s),
-        hits=_hits(done, num_wanted, num_prefilled),
+        hits=hits(done, num_wanted, num_prefilled),
         outputs=outputs(done),
     )
 
@@ -87,7 +88,7 @@ def _wait_for_first(stream: Stream[list[Completion]], kids: Group) -> None:
             return
 
 
-def _hits(done: Sequence[Completion], num_wanted: int, num_prefilled: int) -> Hits:
+def hits(done: Sequence[Completion], num_wanted: int, num_prefilled: int) -> Hits:
     return Hits(
         num_prompt_tokens=sum(c.usage.num_prompt_tokens for c in done),
         num_wanted_tokens=num_wanted * len(done),
@@ -99,11 +100,16 @@ def _hits(done: Sequence[Completion], num_wanted: int, num_prefilled: int) -> Hi
 def outputs(done: Sequence[Completion]) -> dict[str, str]:
     """Digests of tokens and raw log probabilities (as float64, every bit of them), of the first step and of all."""
     return {
-        "first_tokens": _digest("I", [c.token_ids[:1] for c in done]),
+        "first_tokens": tokens_digest([c.token_ids[:1] for c in done]),
         "first_logprobs": _digest("d", [c.logprobs[:1] for c in done]),
-        "tokens": _digest("I", [c.token_ids for c in done]),
+        "tokens": tokens_digest([c.token_ids for c in done]),
         "logprobs": _digest("d", [c.logprobs for c in done]),
     }
+
+
+def tokens_digest(rows: Sequence[Sequence[int]]) -> str:
+    """Of the token ids of all children, in order."""
+    return _digest("I", rows)
 
 
 def _digest(code: str, rows: Sequence[Sequence[float]]) -> str:

@@ -1,0 +1,59 @@
+"""`thaw bench vllm` with a GPU's sizes: `python bench.py MODEL OUT PARTS`, with vLLM for CUDA and thaw importable.
+
+PARTS are some of pressure, hydrate, fork and idle, joined by commas; each takes a few minutes on an H100 or H200, and
+together they share their engines. The receipt in the folder OUT is written anew whenever an engine has done its part,
+so a run that was cut off keeps what it measured. With `--small` and a small model the same runs wherever vLLM does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from thaw.bench.vllm import Options, run
+from thaw.receipt import Receipt, dumps
+
+GIB = 1 << 30
+ENGINE = {"gpu_memory_utilization": 0.85, "kv_cache_memory_bytes": 20 * GIB, "arena_nbytes": 32 * GIB}
+TWO_ENGINES = {"gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 8 * GIB, "arena_nbytes": 8 * GIB}
+"""idle has an engine with and one without thaw side by side."""
+SIZES: dict[str, dict[str, object]] = {
+    "pressure": {"trees": 12, "tree_tokens": 16004, "branches": 8, "branch_tokens": 64, "offload_gib": 30},
+    "hydrate": {"lengths": (4000, 16000, 60000), "hydrate_rounds": 5},
+    "fork": {"fork_tokens": 4096, "children": (4, 16, 64), "child_tokens": 64, "rounds": 5},
+    "idle": {"idle_requests": 32, "idle_prompt": 512, "idle_tokens": 128, "idle_rounds": 12},
+}
+
+
+def main(model: str, out: Path, parts: tuple[str, ...], small: bool) -> None:
+    target = out / f"bench-gpu-{'-'.join(parts)}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+
+    def keep(receipt: Receipt) -> None:
+        target.write_bytes(dumps(receipt))
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - started:7.1f} s  {line}", flush=True)
+
+    receipt = run(_options(model, out, parts, small), say, keep)
+    keep(receipt)
+    for line in (*receipt.derived, *receipt.checks, *receipt.goals):
+        print(msgspec.json.encode(line).decode(), flush=True)
+
+
+def _options(model: str, out: Path, parts: tuple[str, ...], small: bool) -> Options:
+    told = {"parts": parts, "folder": out, "command": f"make bench-gpu PARTS={','.join(parts)}"}
+    if small:
+        return msgspec.convert({**told, "goals": False, "engine_options": {"model": model}}, Options)
+    sizes = {name: value for part in parts for name, value in SIZES[part].items()}
+    engine = {"model": model, **(TWO_ENGINES if "idle" in parts else ENGINE)}
+    return msgspec.convert({**sizes, **told, "block_size": 16, "eager": False, "engine_options": engine}, Options)
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--small"]
+    main(words[0], Path(words[1]), tuple(words[2].split(",")), "--small" in sys.argv)

@@ -1,0 +1,86 @@
+"""What `thaw bench pool` may be asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from thaw.core.errors import InvalidRequest
+
+PARTS = ("round", "boot", "queue")
+SUFFIX_TOKENS = 4
+"""What every branch is asked."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """One bench run. `engine` and `engine_options` are those of `load_engine`.
+
+    round: `branches` of `branch_tokens` each, from a trunk of `trunk_tokens`, `rounds` times, in two workers.
+    `cold_rounds`: how often an engine is booted for a round. boot: a pool of one worker against the engine's own,
+    `boot_rounds` times. queue: `points` of `queue_branches` each, submitted at once, on two workers of `max_batch`.
+    `goals` False records figures only.
+    """
+
+    engine: str = "vllm"
+    engine_options: dict[str, Any] = {}
+    parts: tuple[str, ...] = PARTS
+    trunk_tokens: int = 4096
+    branches: tuple[int, ...] = (4, 16)
+    branch_tokens: int = 64
+    rounds: int = 6
+    cold_rounds: int = 1
+    boot_rounds: int = 3
+    points: int = 8
+    queue_branches: int = 32
+    queue_tokens: int = 8
+    queue_trunk: int = 256
+    max_batch: int = 16
+    seed: int = 7
+    goals: bool = True
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts or len(set(self.parts)) != len(self.parts):
+            raise InvalidRequest(f"parts={','.join(self.parts)}: must be some of {', '.join(PARTS)}, each once")
+        for name, low, high in (
+            ("trunk_tokens", 16, 1 << 20), ("branch_tokens", 1, 4096), ("rounds", 1, 1000), ("cold_rounds", 0, 100),
+            ("boot_rounds", 1, 100), ("points", 1, 1000), ("queue_branches", 1, 4096), ("queue_tokens", 1, 4096),
+            ("queue_trunk", 16, 1 << 20), ("max_batch", 1, 1024),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise InvalidRequest(f"{name}={getattr(self, name)}: must be {low} to {high}")
+        if any(not 1 <= n <= 256 for n in self.branches):
+            raise InvalidRequest(f"branches={self.branches}: each must be 1 to 256")
+
+    def command_line(self, model: str) -> str:
+        """The command that measures this again; no path is in it."""
+        if self.command:
+            return self.command
+        usual = {field.name: field.default for field in msgspec.structs.fields(Options)}
+        words = [f"thaw bench pool --engine {self.engine} --model {model}"]
+        given = {name: value for name, value in self.engine_options.items() if name != "model"}
+        words += [f"--set {name}={msgspec.json.encode(value).decode()}" for name, value in sorted(given.items())]
+        for name, flag in FLAGS.items():
+            value = getattr(self, name)
+            if value != usual[name]:
+                words.append(f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return " ".join(words)
+
+
+FLAGS = {
+    "parts": "--only", "trunk_tokens": "--trunk-tokens", "branches": "--branches", "branch_tokens": "--branch-tokens",
+    "rounds": "--rounds", "cold_rounds": "--cold-rounds", "boot_rounds": "--boot-rounds", "points": "--points",
+    "queue_branches": "--queue-branches", "queue_tokens": "--queue-tokens", "queue_trunk": "--queue-trunk",
+    "max_batch": "--max-batch", "seed": "--seed",
+}  # fmt: skip
+
+
+def quick(**others: object) -> Options:
+    """A run that takes every path once, with the least of everything: for tests, not for figures."""
+    small: dict[str, object] = {
+        "trunk_tokens": 300, "branches": (2,), "branch_tokens": 4, "rounds": 1, "boot_rounds": 1, "points": 3,
+        "queue_branches": 4, "queue_tokens": 2, "queue_trunk": 32, "max_batch": 2, "goals": False,
+    }  # fmt: skip
+    return msgspec.convert({**small, **others}, Options)

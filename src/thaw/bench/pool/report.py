@@ -1,0 +1,153 @@
+"""What a run of `thaw bench pool` asks of its rounds: the arms' words, numbers, checks and goals. No measuring here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from thaw import receipt as r
+from thaw.bench.sample import Sample
+
+Measured = Mapping[str, Sequence[tuple[int, Sample]]]
+WORDS = {
+    "same": (
+        "round of {0}, worker that has the point",
+        "pool.fork of a live session in its worker, from the call to the results; suffixes of 4 tokens",
+    ),
+    "native": (
+        "{0} branches by the engine's own prefix cache",
+        "the same branches in the same worker without the pool: vLLM's plain requests submitted at once, or one batch"
+        " of an embedded engine's forks",
+    ),
+    "arena": (
+        "round of {0}, second worker from the arena",
+        "pool.fork of the same point in a worker that holds nothing of it: read from the arena, hashed, loaded, forked",
+    ),
+    "prefill": (
+        "round of {0}, second worker prefilling again",
+        "the same branches in that worker without the pool: its own prefill of the trunk, then the branches on it",
+    ),
+    "edge-same": (
+        "round of {0} from inside a block, worker that has the point",
+        "as same, from 11 tokens before the point's end, 4 tokens each: the bits at the fork boundary",
+    ),
+    "edge-arena": (
+        "round of {0} from inside a block, second worker",
+        "the same in the worker that holds nothing of it; both run the same tokens, so their batches have one shape",
+    ),
+    "cold": ("round of {0}, cold boot", "a fresh process: boot, prefill, the branches"),
+    "boot-pool": ("boot of a pool of one worker", "from the call until it can take a round"),
+    "boot-engine": ("boot of the engine alone", "from the start of a fresh process until it is loaded"),
+    "queue": (
+        "one point of those queued at once",
+        "each row a point: seconds from the first submission to its first and last starts and ends",
+    ),
+}
+ORDER = tuple(WORDS)
+MAX_SAME, MAX_ARENA, MAX_BOOT = 1.02, 0.5, 1.05
+
+
+def arms(measured: Measured) -> tuple[r.Arm, ...]:
+    out = []
+    for name in sorted(measured, key=_place):
+        title, text = _words(name)
+        rows = tuple(sample.as_round(pair) for pair, sample in measured[name])
+        out.append(r.Arm(name=name, title=title, text=text, rounds=rows))
+    return tuple(out)
+
+
+def derived(measured: Measured) -> list[r.Derived]:
+    out = []
+    for name in sorted(measured, key=_place):
+        title = _words(name)[0]
+        if name.startswith("boot"):
+            out.append(r.median(f"{name}.s", title, "s", _value(name, "boot_s")))
+        elif name == "queue":
+            for value in ("first_start_s", "median_end_s", "p95_end_s", "last_end_s"):
+                said = f"{title}: {value[:-2].replace('_', ' ')}"
+                out.append(r.median(f"queue.{value}", said, "s", _value(name, value)))
+        else:
+            out.append(r.median(f"{name}.first", f"{title}: first tokens", "s", _value(name, "first_token_s")))
+            out.append(r.median(f"{name}.total", f"{title}: all tokens", "s", _value(name, "total_s")))
+    return out + list(_ratios(measured))
+
+
+def _ratios(measured: Measured) -> Iterator[r.Derived]:
+    for name in sorted(measured, key=_place):
+        kind, _, n = name.partition(".")
+        for base, other, text in (
+            ("same", "native", "a round of {0} in the same worker takes × the engine's own prefix cache"),
+            ("arena", "prefill", "a round of {0} in a second worker from the arena takes × prefilling there again"),
+            ("arena", "cold", "a round of {0} in a second worker takes × a cold boot"),
+        ):
+            if kind == base and f"{other}.{n}" in measured:
+                for what, value in (("first", "first_token_s"), ("total", "total_s")):
+                    said = f"{text.format(n)}, to the {'first tokens' if what == 'first' else 'last token'}"
+                    over, under = _value(name, value), _value(f"{other}.{n}", value)
+                    yield r.ratio(f"{base}-{other}.{n}.{what}", said, over, under)
+    if {"boot-pool", "boot-engine"} <= set(measured):
+        text = "booting a pool of one worker takes × booting the engine alone"
+        yield r.ratio("boot", text, _value("boot-pool", "boot_s"), _value("boot-engine", "boot_s"))
+
+
+def checks(measured: Measured, *, native_equal: bool) -> list[r.Check]:
+    """`native_equal`: whether the engine's own batch is of the same shape and bits, so that tokens must be equal."""
+    out = []
+    for name in sorted(measured, key=_place):
+        title, (kind, _, n) = _words(name)[0], name.partition(".")
+        if kind in ("same", "arena", "edge-same", "edge-arena"):
+            out.append(r.all_hit(f"hit.{name}", f"{title}: nothing prefilled again", name))
+        if kind == "arena" and f"same.{n}" in measured:
+            for output in ("first_logprobs", "tokens"):
+                out.append(_equal(name, f"same.{n}", title, "the first worker's", output, promised=native_equal))
+        if kind == "edge-arena" and f"edge-same.{n}" in measured:
+            for output in ("first_logprobs", "logprobs", "tokens"):
+                out.append(_equal(name, f"edge-same.{n}", title, "the first worker's", output, promised=True))
+        if kind == "same" and f"native.{n}" in measured:
+            out.append(_equal(name, f"native.{n}", title, "the engine's own", "tokens", promised=native_equal))
+    return out
+
+
+def _equal(arm: str, reference: str, title: str, whose: str, output: str, *, promised: bool) -> r.Check:
+    text = f"{title}: {output} equal {whose}, bit for bit"
+    return r.equal_outputs(f"same-{output}.{arm}.{reference}", text, arm, reference, output, promised=promised)
+
+
+def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
+    out = []
+    for number in numbers:
+        name = number.name
+        if name.startswith("same-native.") and name.endswith(".total"):
+            out.append(r.at_most(name, f"a round costs at most {MAX_SAME} × the engine's own", name, MAX_SAME))
+        if name.startswith("arena-prefill.") and name.endswith(".total"):
+            out.append(r.at_most(name, f"a second worker takes at most {MAX_ARENA} × prefilling", name, MAX_ARENA))
+        if name == "boot":
+            out.append(r.at_most(name, f"a pool boots in at most {MAX_BOOT} × the engine's own time", name, MAX_BOOT))
+    return out
+
+
+NOTES = (
+    "Arms that are compared take turns in one run, each round begins with another one, and each ran once before"
+    " without a record; ratios are of arms in one round. Cold boots ran fewer times, for the time they take.",
+    "Branches are greedy, with suffixes of their own. Plain requests carry a cache_salt of their own, as sessions do.",
+    "Bits are promised at equal batch shape. A point at a block's end is found whole in vLLM's prefix cache, while"
+    " a worker that loaded it runs its last token again: the batches differ by a token. The edge arms have one shape.",
+    "Both workers share the machine's cores; while one is measured the other one is idle.",
+    "The capture of the point into the arena was done before the rounds; its time is the parameter capture_s.",
+    "The arm under pressure (a working set three times the KV pool, and the engine's offload tier) is in the receipt"
+    " of `thaw bench vllm`: it is about one engine, not about a pool.",
+)
+
+
+def _words(name: str) -> tuple[str, str]:
+    kind, _, n = name.partition(".")
+    title, text = WORDS[kind]
+    return title.format(n), text.format(n)
+
+
+def _place(name: str) -> tuple[int, int]:
+    kind, _, n = name.partition(".")
+    return ORDER.index(kind), int(n) if n else 0
+
+
+def _value(arm: str, value: str) -> r.Term:
+    return r.Term(arm=arm, value=value)

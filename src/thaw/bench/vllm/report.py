@@ -1,0 +1,196 @@
+"""What a run of `thaw bench vllm` asks of its rounds: the arms' words, numbers, checks and goals. No measuring here.
+
+Everything follows from the names of the arms that were measured, so a run of some parts gives a receipt of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from thaw import receipt as r
+from thaw.bench.sample import Sample
+
+Measured = Mapping[str, Sequence[tuple[int, Sample]]]
+"""By arm: (pair number, sample)."""
+
+SINGLE = {
+    "live": (
+        "child of a live session of {0} tokens",
+        "the engine that read the session: fork, suffix of 4 tokens, first token",
+    ),
+    "hydrate": (
+        "hydrate of {0} tokens in another process",
+        "an engine that never saw the session: read the commit and hash it, load it, fork, suffix of 4 tokens, first"
+        " token",
+    ),
+    "prefill": (
+        "prefill of {0} tokens again",
+        "the same engine, a plain request of the same tokens and suffix, nothing of it cached, first token",
+    ),
+    "fork": ("fork of {0}, {1}", "{0} children of a live session, in an engine with room: fork, suffixes, all tokens"),
+    "native": (
+        "{0} plain requests, {1}",
+        "the same children as plain requests submitted at once; vLLM's prefix cache has their common tokens",
+    ),
+    "native-own": ("{0} plain requests, {1} by vLLM", "as native, with vLLM's own seeded sampling"),
+    "idle": ("plain requests, thaw idle", "a batch of plain requests in an engine with thaw's connector"),
+    "stock": ("plain requests, no thaw", "the same batch in an engine with nothing of thaw"),
+}
+PRESSURE = {
+    "pressure.thaw.first": ("first visits, thaw", "children of a session that was just read, until all have a token"),
+    "pressure.native.first": ("first visits, vLLM's cache", "the same as plain requests, right after a plain prefill"),
+    "pressure.thaw": (
+        "returns, thaw",
+        "children of a parked session whose blocks others have used since, until all have a token",
+    ),
+    "pressure.native": ("returns, vLLM's cache", "the same as plain requests to vLLM's prefix cache (LRU)"),
+    "pressure.offload.first": ("first visits, vLLM's offload tier", "the same in an engine with vLLM's offload tier"),
+    "pressure.offload": ("returns, vLLM's offload tier", "the same as plain requests, found in vLLM's own host tier"),
+}
+ORDER = ("live", "hydrate", "prefill", "fork", "native", "native-own", "pressure", "idle", "stock")
+MAX_FORK = 1.02
+MIN_PRESSURE = 3.0
+MIN_OFFLOAD = 1.2
+MIN_IDLE = 0.99
+
+
+def arms(measured: Measured) -> tuple[r.Arm, ...]:
+    out = []
+    for name in sorted(measured, key=_place):
+        title, text = _words(name)
+        rounds = tuple(sample.as_round(pair) for pair, sample in measured[name])
+        out.append(r.Arm(name=name, title=title, text=text, rounds=rounds))
+    return tuple(out)
+
+
+def derived(measured: Measured) -> list[r.Derived]:
+    names = sorted(measured, key=_place)
+    out = []
+    for name in names:
+        if name in ("idle", "stock"):
+            out.append(
+                r.median(f"{name}.rate", f"{_words(name)[0]}: generated", "tokens/s", _value(name, "tokens_per_s"))
+            )
+            continue
+        out.append(r.median(f"{name}.first", f"{_words(name)[0]}: first token", "s", _value(name, "first_token_s")))
+        if _method(name) in ("fork", "native", "native-own"):
+            out.append(r.median(f"{name}.total", f"{_words(name)[0]}: all tokens", "s", _value(name, "total_s")))
+        if name.startswith("pressure"):
+            text = f"{_words(name)[0]}: tokens prefilled again"
+            out.append(r.median(f"{name}.recomputed", text, "tokens", _value(name, "recomputed")))
+    return out + list(_ratios(measured))
+
+
+def _ratios(measured: Measured) -> Iterator[r.Derived]:
+    for name in sorted(measured, key=_place):
+        method, _, rest = name.partition(".")
+        if method == "hydrate" and f"prefill.{rest}" in measured:
+            text = f"prefilling {rest} tokens again takes × hydrating them, to the first token"
+            yield r.ratio(f"gain.hydrate.{rest}", text, _first(f"prefill.{rest}"), _first(name))
+        if method == "fork" and f"native.{rest}" in measured:
+            text = f"{_words(name)[0]} takes × plain requests, to the {{}} token"
+            for what, value in (("last", "total_s"), ("first", "first_token_s")):
+                over, under = _value(name, value), _value(f"native.{rest}", value)
+                yield r.ratio(f"cost.{name}.{what}", text.format(what), over, under)
+        if method == "native-own":
+            text = f"thaw's choice of tokens takes × vLLM's own, {_words(name)[0]}, to the last token"
+            over, under = _value(f"native.{rest}", "total_s"), _value(name, "total_s")
+            yield r.ratio(f"cost.sampler.{rest}", text, over, under)
+    if {"pressure.thaw", "pressure.native"} <= set(measured):
+        text = "returning by vLLM's cache takes × returning to a parked session, to the first tokens"
+        yield r.ratio("gain.pressure", text, _first("pressure.native"), _first("pressure.thaw"))
+    if {"pressure.thaw", "pressure.offload"} <= set(measured):
+        text = "returning by vLLM's offload tier takes × returning to a parked session, to the first tokens"
+        yield r.ratio("gain.pressure.offload", text, _first("pressure.offload"), _first("pressure.thaw"))
+    if {"idle", "stock"} <= set(measured):
+        text = "throughput of plain requests with thaw idle, in that without thaw"
+        yield r.ratio("cost.idle", text, _value("idle", "tokens_per_s"), _value("stock", "tokens_per_s"))
+
+
+def checks(measured: Measured) -> list[r.Check]:
+    out = []
+    for name in sorted(measured, key=_place):
+        title, (method, _, rest) = _words(name)[0], name.partition(".")
+        if method in ("live", "hydrate", "fork") or name.startswith("pressure.thaw"):
+            out.append(r.all_hit(f"hit.{name}", f"{title}: nothing prefilled again", name))
+        if method == "hydrate" and f"live.{rest}" in measured:
+            out += _equal(name, f"live.{rest}", title, "the live session's", ("first_logprobs",), promised=True)
+        if name == "pressure.thaw":
+            outputs = ("first_logprobs", "tokens", "logprobs")
+            out += _equal(name, "pressure.thaw.first", title, "the first visits'", outputs, promised=True)
+        if method == "fork" and f"native.{rest}" in measured:
+            out += _equal(name, f"native.{rest}", title, "plain requests'", ("tokens",), promised=False)
+    return out
+
+
+def _equal(
+    arm: str, reference: str, title: str, whose: str, outputs: Sequence[str], *, promised: bool
+) -> list[r.Check]:
+    return [
+        r.equal_outputs(
+            f"same-{output}.{arm}", f"{title}: {output} equal {whose}, bit for bit", arm, reference, output,
+            promised=promised,
+        )
+        for output in outputs
+    ]  # fmt: skip
+
+
+def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
+    out = []
+    for number in numbers:
+        name = number.name
+        if name.startswith("gain.hydrate."):
+            out.append(r.at_least(name, "hydrating is sooner than prefilling again", name, 1))
+        if name.startswith("cost.fork.") and name.endswith(".last"):
+            out.append(r.at_most(name, f"forks cost at most {MAX_FORK} × vLLM's own prefix cache", name, MAX_FORK))
+        if name == "pressure.thaw.recomputed":
+            out.append(r.at_most(name, "under pressure nothing is prefilled again", name, 0))
+        if name == "gain.pressure":
+            text = f"under pressure first tokens come {MIN_PRESSURE:g} × sooner than by vLLM's cache"
+            out.append(r.at_least(name, text, name, MIN_PRESSURE))
+        if name == "gain.pressure.offload":
+            text = f"under pressure first tokens come {MIN_OFFLOAD:g} × sooner than by vLLM's offload tier"
+            out.append(r.at_least(name, text, name, MIN_OFFLOAD))
+        if name == "cost.idle":
+            out.append(r.at_least(name, f"idle, thaw leaves {MIN_IDLE} of the throughput", name, MIN_IDLE))
+    return out
+
+
+NOTES = (
+    "Arms that are compared take turns in one run, each round begins with another one, and each ran once before"
+    " without a record; ratios are of arms in one round. The two arms of pressure run one after the other instead,"
+    " each with the pool to itself; pairs are visits of the same session in the same order.",
+    "Plain requests carry a cache_salt as a session does, so neither arm finds blocks of the other.",
+    "num_cached_tokens is vLLM's own count. Of children that start in one step vLLM counts blocks as cached that the"
+    " first of them fills in that step: under pressure one child in four of vLLM's own prefills the session again.",
+    "Children of the pressure arms are greedy; the first visit to a session comes right after it was read, when the"
+    " engine's blocks still hold it.",
+    "On a CPU, vLLM with any connector computes on one core less than without one; here both engines of the idle part"
+    " keep the same number of cores free.",
+    "The engine that hydrates was booted after the one that wrote the commits had ended; packs are in the page cache.",
+)
+
+
+def _words(name: str) -> tuple[str, str]:
+    if name in PRESSURE:
+        return PRESSURE[name]
+    method, *details = name.split(".")
+    title, text = SINGLE[method]
+    return title.format(*details), text.format(*details)
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    method, *details = name.split(".")
+    return ORDER.index(method), int(details[0]) if details and details[0].isdigit() else 0, name
+
+
+def _method(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _first(arm: str) -> r.Term:
+    return _value(arm, "first_token_s")
+
+
+def _value(arm: str, value: str) -> r.Term:
+    return r.Term(arm=arm, value=value)

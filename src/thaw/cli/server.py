@@ -1,0 +1,127 @@
+"""A server as a process of its own: started in the background, waited for, ended.
+
+It gets a session (and so a process group) of its own, a log file, and no terminal; it outlives the command that started
+it. Ending it is asked for politely first; what is left of its group after that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from thaw.cli import output
+from thaw.cli.progress import Progress
+from thaw.core.errors import EngineDied, TimedOut
+from thaw.data.files import storage_errors
+from thaw.repo import served
+
+EVERY_S = 0.5
+POLITE_S = 30.0
+TAIL_NBYTES = 8192
+_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?(INFO|WARNING) [\d-]+ [\d:]+ \[[^]]*\] *")
+
+
+def start(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Begin it; both its outputs go to `log`, which only this user may read. `environment`: what is added to ours."""
+    with storage_errors(log, "write"):
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+    except OSError as error:
+        raise EngineDied(f"{command[0]} could not be started: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> float:
+    """Seconds until it answered. Ends it and raises `EngineDied` or `TimedOut` when it does not, or on ^C."""
+    began = time.monotonic()
+    try:
+        with Progress("starting the engine", lambda: _last(log)):
+            while not served.answers(url):
+                if process.poll() is not None:
+                    raise EngineDied(f"the engine ended with code {process.returncode} while starting.\n{tail(log)}")
+                if time.monotonic() - began > timeout_s:
+                    raise TimedOut(f"the engine did not answer within {timeout_s:.0f} s (--timeout).\n{tail(log)}")
+                time.sleep(EVERY_S)
+    except BaseException:
+        stop(process.pid, process)
+        raise
+    return time.monotonic() - began
+
+
+def stop(pid: int, process: subprocess.Popen[bytes] | None = None, polite_s: float = POLITE_S) -> bool:
+    """End the process group `pid`; whether it ended by itself when asked. `process`: when it is our own child."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    limit = time.monotonic() + polite_s
+    while _group_runs(pid) and time.monotonic() < limit:
+        if process is not None:
+            process.poll()
+        time.sleep(0.1)
+    left = _group_runs(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    if process is not None:
+        process.wait()
+    return not left
+
+
+def free_port(host: str) -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_taken(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def tail(log: Path, lines: int = 8) -> str:
+    """The end of the log, for an error, and where the rest is."""
+    last = [output.clean(line)[:200] for line in _lines(log)][-lines:]
+    return "\n".join([*(f"  {line}" for line in last), f"all of it: {log}"])
+
+
+def _last(log: Path) -> str:
+    """What it is doing, in the words of its log."""
+    found = _lines(log)
+    return f"({output.one_line(_PREFIX.sub('', found[-1]), 60)})" if found else ""
+
+
+def _lines(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_NBYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _group_runs(pid: int) -> bool:
+    """Whether any process of the group is left; one that ended and was not waited for does not count."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == pid and fields[0] not in "ZX":
+                return True
+    return False

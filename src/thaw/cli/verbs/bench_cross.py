@@ -1,0 +1,80 @@
+"""`thaw bench cross`: one session through several engines; what stays equal, and what the numbers do, is a receipt."""
+
+from __future__ import annotations
+
+import click
+
+from thaw.cli import boot, measured, options
+from thaw.cli.progress import Progress
+from thaw.core.errors import InvalidRequest
+
+EXAMPLE = """
+thaw bench cross --model ~/models/SmolLM2-135M-Instruct --out cross-engines.json
+thaw bench cross --route transformers,sglang --python sglang=.venv-sglang/bin/python
+"""
+PYTHONS = {"vllm": ".venv-vllm/bin/python", "sglang": ".venv-sglang/bin/python"}
+"""Where a clone's own environments are."""
+MODEST: dict[str, dict[str, object]] = {
+    "vllm": {"enforce_eager": True, "max_model_len": 4096},
+    "sglang": {"max_model_len": 4096},
+}
+"""Nothing is compiled for a handful of tokens."""
+
+
+@options.verb("cross", EXAMPLE)
+@click.option("--route", default="transformers,vllm,sglang,transformers", show_default=True, metavar="NAME,NAME")
+@click.option("--python", "pythons", multiple=True, metavar="NAME=PATH", help="The Python that has this engine.")
+@click.option("--tokens", "num_tokens", type=int, default=900, show_default=True, metavar="N", help="Of the document.")
+@click.option("--points", type=int, default=8, show_default=True, metavar="N", help="Where to compare.")
+@click.option("--out", metavar="FILE", help="Write the receipt (JSON) there.")
+@options.engine
+@options.as_json
+def command(
+    named: str | None,
+    route: str,
+    pythons: tuple[str, ...],
+    num_tokens: int,
+    points: int,
+    out: str | None,
+    engine_name: str | None,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+) -> int:
+    """Take one session through several engines, each in its own environment: bytes, hits, log probabilities.
+
+    Each engine takes up what the one before committed. Its KV must be the same bytes when it is captured again out of
+    the receiver, all of it counted as cached; log probabilities are shown beside the receiver's own noise. Exit code 7
+    when a promised check did not hold.
+    """
+    from pathlib import Path
+
+    from thaw.bench.cross import Options, run
+
+    boot.hush()
+    if engine_name is not None or dtype is not None or device is not None:
+        raise InvalidRequest("bench cross loads the engines of --route: leave out --engine, --dtype, --device")
+    chosen = boot.choose_anywhere(named, "transformers", model)
+    found = {name: python for name, python in PYTHONS.items() if Path(python).exists()}
+    wanted = Options(
+        model=str(chosen.options["model"]),
+        route=tuple(route.split(",")),
+        pythons=found | _pairs(pythons),
+        engine_options=MODEST,
+        num_tokens=num_tokens,
+        points=points,
+    )
+    with Progress("crossing") as progress:
+        receipt = run(wanted, progress.say)
+    measured.keep(receipt, out, None)
+    return measured.answer(receipt, as_json)
+
+
+def _pairs(given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=PATH, several times."""
+    split = [pair.partition("=") for pair in given]
+    wrong = [name for name, equals, path in split if not (name and equals and path)]
+    if wrong:
+        raise InvalidRequest(f"--python {wrong[0]}: write NAME=PATH, such as vllm=.venv-vllm/bin/python")
+    return {name: path for name, _, path in split}

@@ -1,0 +1,135 @@
+"""`thaw engine config`: what a stock engine needs to be told, as a file. With `stats` and `switch` beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from thaw.cli import options, output, place
+from thaw.cli.verbs import engine_live
+
+if TYPE_CHECKING:
+    from thaw.engines.vllm.settings import VllmSettings
+
+EXAMPLE = """
+thaw engine config vllm --out thaw.yaml --store runs
+vllm serve path/to/model --config thaw.yaml
+thaw run --engine http://localhost:8000 "Why?"
+"""
+FILE = "thaw.yaml"
+
+
+@click.group("engine", epilog="\b\nExample:\n" + "\n".join(f"  {line}" for line in EXAMPLE.strip().splitlines()))
+def command() -> None:
+    """Write what a stock engine needs to load thaw; look into one that runs."""
+
+
+@options.verb("config", EXAMPLE)
+@click.argument("engine", type=click.Choice(["vllm"]), metavar="vllm")
+@click.option("--out", metavar="FILE", default=FILE, show_default=True, help="Where to write; - is stdout.")
+@click.option("--force", is_flag=True, help="Replace FILE.")
+@click.option("--store", "stores", multiple=True, metavar="FOLDER",
+              help="A repository that the engine may use from its start; repeatable. UUID=FOLDER names a folder of "
+              "packs as the engine will see it.")  # fmt: skip
+@click.option("--mail", metavar="FOLDER", help="Where client and engine leave each other files; default: a new one, "
+              "below the user's runtime folder.")  # fmt: skip
+@click.option("--arena", type=options.num_bytes, metavar="BYTES", help="Host memory for sessions; default: 4GiB.")
+@click.option("--spill", metavar="FOLDER", help="Where what is beyond that goes; default: the temporary folder.")
+@click.option("--beside", "others", multiple=True, metavar="CONNECTOR",
+              help="Another connector of vLLM's that stands beside thaw's in a MultiConnector: its name, or JSON as "
+              "--kv-transfer-config takes it; repeatable.")  # fmt: skip
+@options.as_json
+def config(
+    named: str | None,
+    engine: str,
+    out: str,
+    force: bool,
+    stores: tuple[str, ...],
+    mail: str | None,
+    arena: int | None,
+    spill: str | None,
+    others: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write the file that loads thaw into a stock server (its --config), and say how to start it.
+
+    thaw must be installed in the server's environment. A client of the same user on the same host needs no --store: it
+    makes its own repository known.
+    """
+    from thaw.engines.vllm import settings
+
+    del named  # the repositories are named with --store
+    wanted = settings.settled(make_settings(mail=mail, arena=arena, spill=spill, stores=stores))
+    text = settings.config_file(wanted, [_other(text) for text in others])
+    if out == "-":
+        output.write(text)
+        return
+    path = _path(out)
+    keep(path, text, force)
+    words = ["vllm", "serve", "MODEL", "--config", str(path)]
+    if as_json:
+        output.print_json({"path": str(path.absolute()), "mail": wanted.mail, "command": words})
+        return
+    output.line(f"wrote {path}. Start the server with")
+    output.line(f"  {shlex.join(words)}")
+    output.line(f"  {shlex.join(settings.server_command('MODEL', path))}   (the CPU wheels, which have no `vllm`)")
+
+
+def make_settings(*, mail: str | None, arena: int | None, spill: str | None, stores: tuple[str, ...]) -> VllmSettings:
+    """The options that were given, paths made absolute."""
+    from thaw.engines.vllm.settings import VllmSettings
+
+    known = VllmSettings(stores=dict(_store(store) for store in stores), spill=_absolute(spill))
+    return msgspec.structs.replace(
+        known, mail=_absolute(mail) or "", arena_nbytes=known.arena_nbytes if arena is None else arena
+    )
+
+
+def keep(path: Path, text: str, force: bool) -> None:
+    """Write it for this user alone. Raises `Conflict` rather than replace a file unasked."""
+    from thaw.core.errors import Conflict
+    from thaw.data.files import write_atomic
+
+    if path.exists() and not force:
+        raise Conflict(f"{path} exists. Name another file with --out, or replace it with --force.")
+    write_atomic(path, text.encode())
+
+
+def _path(out: str) -> Path:
+    path = Path(out).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        raise click.BadParameter(f"vLLM reads only files whose names end with .yaml, and {out} does not.")
+    return path
+
+
+def _store(text: str) -> tuple[str, str]:
+    """(UUID, folder of packs) of a repository here, or as given."""
+    uuid, given, folder = text.partition("=")
+    if given:
+        return uuid, folder
+    with place.open_repository(text) as repo:
+        return repo.store.uuid, str(repo.store.packs.resolve())
+
+
+def _other(text: str) -> str | dict[str, object]:
+    """A connector's name, or what its JSON says."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        found: dict[str, object] = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"--beside {text}: no JSON ({error})") from None
+    return found
+
+
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser().absolute())
+
+
+for verb in (config, engine_live.stats, engine_live.switch):
+    command.add_command(verb)

@@ -1,0 +1,142 @@
+"""The root of a model's weights: hashed tensor by tensor, whatever files they came in.
+
+The root is one of the loaded module. Where the files hold that module's tensors under its own names, `root_of_folder`
+takes them from there and nothing is loaded (`files.py`).
+
+The root is cached beside the weights (or in the user's cache folder), keyed by every weight file's path, size and mtime
+and by the dtype it was loaded in, so that a second boot does not hash again, whichever engine it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from thaw.core.identity import tensor_leaf, weights_root
+from thaw.core.ids import digest, is_id
+from thaw.data.files import cache_dir
+
+CACHE_NAME = ".thaw-weights.json"
+log = logging.getLogger(__name__)
+
+
+def root_of_folder(folder: Path, dtype: str) -> str:
+    """The root that `hash_weights` gives for the model of `folder` (or of that hub id) loaded in `dtype`; cached.
+
+    A process that does not run the model gets it from the files, one tensor in memory at a time. Where they do not map
+    one to one to the module, the model is loaded on the CPU to be hashed, and a log line says why. Raises OSError or
+    ValueError when there is no such model.
+    """
+    from thaw.engines.hf.files import NotOneToOne, hash_files
+
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    key = files_key(folder, torch_dtype)
+    known = None if key is None else cached_root(folder, key)
+    if known is not None:
+        return known
+    try:
+        root = hash_files(folder, torch_dtype)
+    except NotOneToOne as reason:
+        log.warning("thaw: the model is loaded on the CPU once, to hash its weights: %s", reason)
+        root = hash_weights(_load(folder, torch_dtype))
+    if key is not None:
+        remember(folder, key, root)
+    return root
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def root_of_module(module: Any, folder: Path | None) -> str:
+    """The root of a loaded module's weights; cached if `folder`, which they came from, is given."""
+    key = None if folder is None else files_key(folder, module.dtype)
+    if folder is None or key is None:
+        return hash_weights(module)
+    known = cached_root(folder, key)
+    if known is None:
+        known = hash_weights(module)
+        remember(folder, key, known)
+    return known
+
+
+def hash_weights(module: Any) -> str:
+    """The Merkle root of all parameters and persistent buffers; tied parameters count once."""
+    return weights_root({name: leaf(name, tensor) for name, tensor in hashed_tensors(module)})
+
+
+def hashed_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the root is made of: parameters, tied ones once under their first name, and persistent buffers."""
+    persistent = set(module.state_dict().keys())
+    yield from module.named_parameters()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def leaf(name: str, tensor: torch.Tensor) -> bytes:
+    """The leaf of one tensor, for `weights_root`."""
+    data = _raw(tensor.detach().contiguous())
+    return tensor_leaf(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+
+def sample_weights(module: Any) -> str:
+    """A digest of 16 elements of every parameter and buffer, spread over it: cheap; any ordinary update changes it."""
+    hasher = blake3()
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            flat = tensor.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 16)][:16].contiguous()
+            hasher.update(_raw(picked))
+    return hasher.hexdigest()
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
+
+
+def files_key(folder: Path, dtype: torch.dtype) -> str | None:
+    """What the cached root hangs on: every weight file's path, size and mtime, and the dtype. None: no weight files."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        return None
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return digest(json.dumps([str(folder.resolve()), str(dtype), stats]).encode())
+
+
+def _cache_files(folder: Path) -> list[Path]:
+    return [folder / CACHE_NAME, cache_dir() / "weights" / (digest(str(folder.resolve()).encode())[3:35] + ".json")]
+
+
+def cached_root(folder: Path, key: str) -> str | None:
+    """The root that `remember` kept for `key`; None where there is none, or its file is damaged."""
+    for path in _cache_files(folder):
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        root = found.get("weights") if isinstance(found, dict) and found.get("key") == key else None
+        if isinstance(root, str) and is_id(root):
+            return root
+    return None
+
+
+def remember(folder: Path, key: str, root: str) -> None:
+    """Keep the root for the next boot: beside the weights, else in the user's cache folder, else nowhere."""
+    text = json.dumps({"key": key, "weights": root})
+    for path in _cache_files(folder):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text)
+            temporary.replace(path)
+            return
+        except OSError:
+            continue

@@ -1,0 +1,154 @@
+"""One session's way through one request: tokens in, tokens out, and when its turn ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from thaw.core.objects import Turn
+from thaw.engines.base import Completion, Delta, GenerateRequest, Usage
+from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.served.session import Node, ServedSession
+from thaw.engines.served.transport import Chunk
+
+
+@dataclass
+class Lane:
+    """`want`: tokens of KV that the request starts from. `cached`: how many of them the engine counted. `before`: where
+    the session's KV was (node, own, num_kv); it is there again when the engine never `answered`."""
+
+    index: int
+    session: ServedSession
+    name: str
+    prompt: list[int]
+    request: GenerateRequest
+    node: Node
+    want: int
+    prompt_start: int
+    emit: Callable[[Delta], None]
+    before: tuple[Node | None, bool, int]
+    started: float = field(default_factory=time.perf_counter)
+    cached: int = 0
+    num_prompt: int = 0
+    first_token_s: float | None = None
+    reason: str | None = None
+    stop_reason: str | int | None = None
+    aborted: bool = False
+    answered: bool = False
+    closed: Turn | None = None
+
+    def take(self, chunk: Chunk, eos: tuple[int, ...], limit: int, num_top: int) -> None:
+        """The chunk's tokens, one by one; what comes after the turn's end is not wanted."""
+        session, turn = self.session, self.session.turn
+        assert turn is not None
+        if chunk.token_ids and self.first_token_s is None:
+            self.first_token_s = time.perf_counter() - self.started
+        ids, logprobs, text = [], [], ""
+        for i, token in enumerate(chunk.token_ids):
+            if self.reason is not None:
+                break
+            logprob = chunk.logprobs[i]
+            session.tokens.append(token)
+            turn.logprobs.append(logprob)
+            turn.tops.append(_largest(chunk.tops[i], num_top))
+            before = len(turn.stream.text)
+            turn.stream.push(token)
+            self._judge(turn, token, before, eos, limit)
+            ids.append(token)
+            logprobs.append(logprob)
+        if not ids:
+            return
+        if self.reason is None:
+            text = turn.stream.news(final=False)
+            self._tell(ids, logprobs, text, None)
+        else:
+            self._end(ids, logprobs)
+
+    def _judge(self, turn: OpenTurn, token: int, before: int, eos: tuple[int, ...], limit: int) -> None:
+        """Whether the turn ends with `token`, in vLLM's order."""
+        s, count = turn.sampling, len(turn.logprobs)
+        if count >= s.min_tokens:
+            if token in eos and not s.ignore_eos:
+                self.reason = "stop"
+                return
+            if token in s.stop_token_ids:
+                self.reason, self.stop_reason = "stop", token
+                return
+        if count > s.min_tokens or s.min_tokens == 0:
+            hit = turn.stream.cut_at_stop(before)
+            if hit is not None:
+                self.reason, self.stop_reason = "stop", hit
+                return
+        if count >= s.max_tokens or len(self.session.tokens) >= limit:
+            self.reason = "length"
+
+    def abort(self) -> None:
+        """The turn ends here without a reason of its own."""
+        if self.reason is None:
+            self.reason = "abort"
+            if self.session.turn is not None:
+                self._end([], [])
+            else:
+                self._tell([], [], "", "abort")
+
+    def _end(self, ids: list[int], logprobs: list[float]) -> None:
+        turn = self.session.turn
+        assert turn is not None
+        if not isinstance(self.stop_reason, str):
+            turn.stream.flush()
+        self._tell(ids, logprobs, turn.stream.news(final=True), self.reason)
+
+    def _tell(self, ids: list[int], logprobs: list[float], text: str, reason: str | None) -> None:
+        self.emit(
+            Delta(
+                index=self.index,
+                session=self.session.ref,
+                token_ids=tuple(ids),
+                logprobs=tuple(logprobs),
+                text=text,
+                finish_reason=reason,  # type: ignore[arg-type]
+            )
+        )
+
+    def close(self) -> None:
+        """Freeze the turn into the session."""
+        turn = self.session.turn
+        if turn is not None:
+            self.closed = turn.freeze(self.reason or "abort", self.stop_reason)
+            self.session.turns.append(self.closed)
+            self.session.turn = None
+
+    def completion(self) -> Completion:
+        session, turn = self.session, self.closed
+        start, end = (turn.start, turn.end) if turn else (len(session.tokens), len(session.tokens))
+        return Completion(
+            session=session.ref,
+            text=turn.text if turn else "",
+            token_ids=tuple(session.tokens[start:end]),
+            logprobs=(turn.logprobs or ()) if turn else (),
+            top_logprobs=turn.top_logprobs if turn else None,
+            finish_reason=turn.finish_reason if turn else "abort",
+            stop_reason=turn.stop_reason if turn else None,
+            seed=int(turn.seed or 0) if turn else session.seed,
+            usage=Usage(
+                num_prompt_tokens=start,
+                num_cached_tokens=self.cached,
+                num_prefilled_tokens=max(self.num_prompt - self.cached, 0),
+                num_completion_tokens=end - start,
+            ),
+            proof=session.proof,
+            ttft_s=self.first_token_s or 0.0,
+            total_s=time.perf_counter() - self.started,
+        )
+
+
+def prompt_turn(session: ServedSession, start: int, text: str, role: str | None) -> None:
+    """Record what was appended as a prompt turn."""
+    end = len(session.tokens)
+    if end > start:
+        session.turns.append(Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy))
+
+
+def _largest(step: tuple[tuple[int, float], ...], count: int) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted(step, key=lambda entry: (-entry[1], entry[0]))[:count])

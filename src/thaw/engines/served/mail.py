@@ -1,0 +1,256 @@
+"""The mail: a folder of the user's own (0700) in which engine and client leave each other short files.
+
+It carries what requests cannot: answers to commands, hydrate plans on their way in, and which stores (folders of packs)
+the engine may touch. Both sides run as the same user on one host, or share the folder; that is also what a store needs.
+
+    stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
+    plans/<id>             a hydrate plan
+    answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
+    facts/<from>           what a process says about itself
+    facts/lock             locked by the engine for as long as its process lives
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed
+from thaw.engines.base import HydratePlan
+from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
+
+T = TypeVar("T")
+SCHEDULER = "s"
+STALE_S = 3600.0
+"""Answers and plans older than this are swept: whoever asked is gone."""
+
+
+CLAIM_LIMIT_S = 30.0
+"""How long an engine waits for the one before it, which uses the same folder, to end."""
+ROOT = "thaw-mail"
+
+
+class Mail:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._make()
+        if folder.stat().st_uid != os.getuid():
+            raise StorageFailed(f"the mail folder {folder} belongs to another user; choose another")
+
+    def _make(self) -> None:
+        for name in ("stores", "plans", "answers", "facts"):
+            try:
+                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}; choose another") from None
+
+    # -- whose it is
+
+    def claim(self) -> None:
+        """The engine's own from now until its process ends, however it ends. Raises `Busy` when another one has it."""
+        ends = time.monotonic() + CLAIM_LIMIT_S
+        while True:
+            self._make()
+            path = self.folder / "facts" / "lock"
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if _lock(file):
+                if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
+                    return  # the file stays open as long as this process, and with it the lock
+                os.close(file)  # somebody swept the folder of the engine before
+                continue
+            os.close(file)
+            if time.monotonic() > ends:
+                raise Busy(
+                    f"another engine uses the mail folder {self.folder}: stop it, or start this one with another file "
+                    "(`thaw engine config vllm` writes a folder of its own into each)"
+                )
+            time.sleep(0.1)
+
+    def check_alive(self) -> None:
+        """Raise `EngineDied` when the engine's process is gone."""
+        facts = self.engine_facts()
+        if facts is None or (facts.pid != os.getpid() and _is_free(self.folder / "facts" / "lock")):
+            raise EngineDied("vLLM's engine died (its process is gone); start it again and hydrate from a commit")
+
+    def remove(self) -> None:
+        """For whoever started the engine, when it is gone: the whole folder, other data-parallel ranks' too."""
+        ranked = self.folder.parent.parent.name == ROOT
+        shutil.rmtree(self.folder.parent if ranked else self.folder, ignore_errors=True)
+
+    # -- stores
+
+    def register_store(self, uuid: str, packs: Path) -> None:
+        """Let the engine read and write this store."""
+        path = self.folder / "stores" / uuid
+        if not path.exists() or path.read_text() != str(packs):
+            _put(path, str(packs).encode())
+
+    def store(self, uuid: str) -> Path:
+        """The store's folder of packs. Raises `NotFound` when nobody registered it."""
+        try:
+            return Path((self.folder / "stores" / uuid).read_text())
+        except OSError:
+            raise NotFound(
+                f"store {uuid} is not known to this engine: open the repository on the engine's host, or start the "
+                "engine with it (thaw engine config vllm --store FOLDER)"
+            ) from None
+
+    # -- plans
+
+    def put_plan(self, name: str, plan: HydratePlan) -> None:
+        _put(self.folder / "plans" / name, msgspec.msgpack.encode(plan, enc_hook=str))
+
+    def plan(self, name: str) -> HydratePlan:
+        try:
+            data = (self.folder / "plans" / name).read_bytes()
+        except OSError:
+            raise NotFound(f"no plan {name} in the engine's mail") from None
+        return msgspec.msgpack.decode(data, type=HydratePlan, dec_hook=_made)
+
+    def drop_plan(self, name: str) -> None:
+        (self.folder / "plans" / name).unlink(missing_ok=True)
+
+    # -- answers
+
+    def answer(self, name: str, sender: str | int, answer: Answer) -> None:
+        _put(self.folder / "answers" / f"{name}.{sender}", msgspec.json.encode(answer))
+
+    def peek(self, name: str, sender: str | int) -> Answer | None:
+        """The answer if it is there; it stays."""
+        try:
+            data = (self.folder / "answers" / f"{name}.{sender}").read_bytes()
+        except OSError:
+            return None
+        return msgspec.json.decode(data, type=Answer)
+
+    def take(self, name: str, sender: str | int) -> Answer | None:
+        """The answer if it is there; it is taken out."""
+        found = self.peek(name, sender)
+        if found is not None:
+            (self.folder / "answers" / f"{name}.{sender}").unlink(missing_ok=True)
+        return found
+
+    # -- facts
+
+    def post(self, sender: str | int, facts: WorkerFacts | EngineFacts) -> None:
+        _put(self.folder / "facts" / str(sender), msgspec.json.encode(facts))
+
+    def engine_facts(self) -> EngineFacts | None:
+        return _read(self.folder / "facts" / SCHEDULER, EngineFacts)
+
+    def worker_facts(self, rank: int) -> WorkerFacts | None:
+        return _read(self.folder / "facts" / str(rank), WorkerFacts)
+
+    def sweep(self) -> None:
+        """Remove what was never fetched."""
+        limit = time.time() - STALE_S
+        for name in ("plans", "answers"):
+            for path in (self.folder / name).iterdir():
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime < limit:
+                        path.unlink()
+
+
+def default_folder(name: str) -> Path:
+    """A folder for the engine `name`, below the user's runtime folder."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    root = Path(base) if base and os.access(base, os.W_OK) else Path("/tmp") / f"thaw-{os.getuid()}"
+    return root / ROOT / name
+
+
+def ranks_beside(folder: Path) -> list[int]:
+    """The data-parallel ranks that run and have their folders beside `folder`, one of them."""
+    found = [place for place in folder.parent.glob("dp*") if place.name[2:].isdecimal()]
+    return sorted(int(place.name[2:]) for place in found if not _is_free(place / "facts" / "lock"))
+
+
+def sweep_dead(own: Path) -> None:
+    """Remove what dead engines left beside the folder `own`, where that is one of the usual place's."""
+    if own.parent.name != ROOT or not own.parent.is_dir():
+        return
+    for folder in own.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if folder != own and folder.stat().st_uid == os.getuid() and _is_dead(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether an engine had this folder and is gone. One that nobody has claimed yet may be about to start."""
+    own = list(_facts_of(folder))
+    if any(facts.pid == os.getpid() for facts, _ in own):
+        return False  # looking at the lock of one's own process would open it
+    if own and all(lock.exists() for _, lock in own):
+        return all(_is_free(lock) for _, lock in own)
+    return folder.stat().st_mtime < time.time() - STALE_S and not any(_runs(facts.pid) for facts, _ in own)
+
+
+def _facts_of(folder: Path) -> Iterator[tuple[EngineFacts, Path]]:
+    """What the engines of this folder (one, or one for each data-parallel rank) say, and their locks."""
+    for place in (folder, *folder.glob("dp*")):
+        facts = _read(place / "facts" / SCHEDULER, EngineFacts)
+        if facts is not None:
+            yield facts, place / "facts" / "lock"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _lock(file: int) -> bool:
+    """POSIX's lock, not flock's: children that are forked do not inherit it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds this lock. Not for a lock of this process: looking at it would open it."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return _lock(file)
+    finally:
+        os.close(file)
+
+
+def _put(path: Path, data: bytes) -> None:
+    """All at once or not at all; no fsync, for mail does not outlive its engine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _made(kind: Callable[[object], object], value: object) -> object:
+    """What msgspec does not know by itself: paths, and 64-bit integers with a type of their own."""
+    return kind(value)
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None

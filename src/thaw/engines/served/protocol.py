@@ -1,0 +1,238 @@
+"""What thaw's client says to the connector inside vLLM, and what it hears back. No vLLM and no torch here.
+
+A message travels in `kv_transfer_params["thaw"]` of a plain request, so it passes through every front end that vLLM
+has. Two kinds: `Run` goes with a request that generates; the others are commands, carried by a request of one token
+that the connector holds back from scheduling, so that it never changes the shape of a batch: the client aborts it when
+the answer is there (or, with `inband`, lets it run its one token and finds the answer in the reply).
+
+Messages hold names and numbers only. What is long (a hydrate plan) lies in the mail folder under the message's id; no
+path is ever part of a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from thaw.core.errors import InvalidRequest
+
+VERSION = 4
+KEY = "thaw"
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+"""128 random bits, in hex: unguessable, and safe as a file name."""
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+PackName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+MAX_RANKS = 64
+SALT = "thaw:"
+"""How the cache salt of a lineage begins; one that shares its prefix with everybody has the user's own or none."""
+StoreName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f-]{32,36}$")]
+
+
+MAX_DROP = 4096
+"""Names in one message. With `MAX_RANKS` it keeps every message below 160 KB, whoever sends it."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
+    """`drop` names records that nobody needs any more. `inband`: answer in the reply, not only in the mail."""
+
+    v: int = VERSION
+    id: Name
+    drop: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_DROP)] = ()
+    inband: bool = False
+
+
+class Run(Message, frozen=True, kw_only=True, tag="run"):
+    """Go on from the first `num_kv` tokens of `source`; what is computed is kept in `record` when `keep`.
+
+    `group`, `group_size`: the request waits until so many of its group are there, and all start in one step;
+    `group_place`: which row of the batch it is to be, from 0, because a kernel may compute rows that lie elsewhere in
+    other ways. `mail`: what the scheduler says at the end goes to the mail too, for a way in whose streams do not
+    carry it. `grammar_from`: the request has structured outputs, and its tokens from this index on are of the same
+    completion: the grammar is told of them before the first new one.
+    """
+
+    record: Name
+    source: Name | None = None
+    num_kv: Count = 0
+    keep: bool = True
+    group: Name | None = None
+    group_size: Count = 1
+    group_place: Count = 0
+    mail: bool = False
+    grammar_from: Count | None = None
+
+
+class Fill(Message, frozen=True, kw_only=True, tag="fill"):
+    """Read the plan that lies in the mail under this id into the new record `record`."""
+
+    record: Name
+
+
+class Write(Message, frozen=True, kw_only=True, tag="write"):
+    """Write tokens [base, num_kv) of `record` into a pack of a store, rank r into `packs[r]`. `num_kv` None: all
+    that is computed by now."""
+
+    record: Name
+    store: StoreName
+    packs: Annotated[tuple[PackName, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
+    base: Count = 0
+    num_kv: Count | None = None
+
+
+class Pin(Message, frozen=True, kw_only=True, tag="pin"):
+    """Hold the record's blocks in the engine for `seconds` (0: let go)."""
+
+    record: Name
+    seconds: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
+
+
+class Unpin(Message, frozen=True, kw_only=True, tag="unpin"):
+    """End all pins of the engine, whoever asked for them. Answered at once, also while the engine is paused."""
+
+
+class Look(Message, frozen=True, kw_only=True, tag="look"):
+    """Look at the weights now. `digest`: hash all of them."""
+
+    digest: bool = False
+
+
+class Stats(Message, frozen=True, kw_only=True, tag="stats"):
+    """Counts: records, blocks, what was captured, loaded and refused; each worker adds its arena."""
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """Who is there? Answered in the reply at once (`inband` is implied)."""
+
+
+class Switch(Message, frozen=True, kw_only=True, tag="switch"):
+    """Turn thaw off (every thaw request is refused, plain ones are untouched) or on again. Without `watch_weights`
+    changed weights are not noticed."""
+
+    on: bool
+    watch_weights: bool = True
+
+
+Command: TypeAlias = Fill | Write | Pin | Unpin | Look | Stats | Hello | Switch
+_Any: TypeAlias = Run | Fill | Write | Pin | Unpin | Look | Stats | Hello | Switch
+
+
+def params(message: Message) -> dict[str, Any]:
+    """The message as `kv_transfer_params`."""
+    return {KEY: msgspec.to_builtins(message)}
+
+
+def parse(kv_transfer_params: dict[str, Any] | None) -> _Any | None:
+    """The message in `kv_transfer_params`, None when there is none. Raises `InvalidRequest`."""
+    body = (kv_transfer_params or {}).get(KEY)
+    if body is None:
+        return None
+    version = body.get("v", VERSION) if isinstance(body, dict) else None
+    if version != VERSION:
+        raise InvalidRequest(f"the message speaks version {version!r} of thaw's protocol; this engine speaks {VERSION}")
+    try:
+        found: _Any = msgspec.convert(body, _Any)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"kv_transfer_params.{KEY}: {error}") from None
+    return found
+
+
+class Blob(msgspec.Struct, frozen=True, kw_only=True):
+    """One blob that a worker wrote: KV head `head` of tokens [start, start + length)."""
+
+    start: int
+    length: int
+    head: int
+    blob: str
+    pack: str
+    offset: int
+    nbytes: int
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one process says. `kind` and `error` are set when it failed: an error's kind and its text.
+
+    `num_tokens`, `num_kv`: where the record stands. `local`, `external`: tokens that the engine counted as cached in
+    its own blocks and as loaded by the connector, when the request first got blocks. `preempted`: how often its blocks
+    were taken away. `epoch` counts changes of the weights.
+    """
+
+    kind: str = ""
+    error: str = ""
+    num_tokens: int = 0
+    num_kv: int = 0
+    local: int = 0
+    external: int = 0
+    preempted: int = 0
+    kept: bool = False
+    epoch: int = 0
+    digest: str = ""
+    nbytes: int = 0
+    seconds: float = 0.0
+    blobs: tuple[Blob, ...] = ()
+    packs: dict[str, int] = {}
+    stages_s: dict[str, float] = {}
+    facts: dict[str, str] = {}
+    counts: dict[str, int] = {}
+
+
+class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker posts once its caches are registered. Heads are [first_head, first_head + num_heads)."""
+
+    rank: int
+    world_size: int
+    pid: int
+    total_heads: int
+    first_head: int
+    num_heads: int
+    num_layers: int
+    head_dim: int
+    dtype: str
+    layout: dict[str, str]
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler's side posts at boot. `engine`, `version`: the server's."""
+
+    protocol: int
+    thaw: str
+    engine: str = "vLLM"
+    version: str
+    pid: int
+    model: str
+    dtype: str
+    max_model_len: int
+    max_logprobs: int
+    block_size: int
+    num_blocks: int
+    world_size: int
+    prefix_caching: bool
+    runner: str
+    data_parallel_rank: int = 0
+    reasons: bool = False
+    notes: tuple[str, ...] = ()
+
+
+PER_WORKER = ("arena_nbytes", "spilled_nbytes")
+"""Counts that every worker has its own of."""
+
+
+def merge(answers: Sequence[Answer]) -> Answer:
+    """What all ranks said as one: the first error, else the sums."""
+    for answer in answers:
+        if answer.kind:
+            return answer
+    first = answers[0]
+    return Answer(
+        num_tokens=first.num_tokens,
+        num_kv=first.num_kv,
+        epoch=max(answer.epoch for answer in answers),
+        digest=" ".join(answer.digest for answer in answers if answer.digest),
+        nbytes=sum(answer.nbytes for answer in answers),
+        seconds=max(answer.seconds for answer in answers),
+        blobs=tuple(blob for answer in answers for blob in answer.blobs),
+        packs={name: nbytes for answer in answers for name, nbytes in answer.packs.items()},
+        stages_s={k: max(a.stages_s.get(k, 0.0) for a in answers) for k in first.stages_s},
+        counts={**first.counts, **{k: sum(a.counts[k] for a in answers) for k in first.counts if k in PER_WORKER}},
+    )

@@ -1,0 +1,206 @@
+"""Where thaw listens inside SGLang: six of its functions, wrapped by SGLang's own registry of hooks.
+
+    Scheduler.handle_generate_request   a message of thaw's comes with a request
+    Scheduler.abort_request             somebody whom others wait for will not come
+    Scheduler.process_input_requests    between two steps: who has waited long enough goes on
+    Req.init_next_round_input           a request is about to be admitted
+    ForwardBatch.init_new               a step of one token each, of which all else is there, is a decode step
+    ModelRunner.sample                  the tokens of thaw's requests are chosen
+
+Each of them calls the original; without thaw's cache they do nothing else. A message travels in the `kv_hints` of a
+plain request. One that generates goes on to SGLang, when all of its group have come; a command never becomes a request:
+its end is told at once, and its answer comes by mail.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from thaw.core.errors import InvalidRequest
+from thaw.engines.served import protocol
+from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
+from thaw.engines.sglang import support
+from thaw.engines.sglang.cache import ThawRadixCache
+from thaw.engines.sglang.rows import sample
+from thaw.engines.sglang.settings import ACTION
+from thaw.engines.sglang.side import Side, describe
+
+GROUP_LIMIT_S = 10.0
+_ACTIVE: list[ThawRadixCache] = []
+"""The cache of this process: at most one."""
+
+
+def activate(cache: ThawRadixCache) -> None:
+    _ACTIVE[:] = [cache]
+
+
+def _side() -> Side | None:
+    return _ACTIVE[0].side if _ACTIVE else None
+
+
+class Waiting:
+    """Requests that are to start in one step wait here until all of their group have come, or one will not. They go on
+    in the order of their places."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, dict[str, tuple[int, Callable[[], None]]]] = {}
+        self._since: dict[str, float] = {}
+        self._begun: dict[str, None] = {}
+
+    def add(self, message: protocol.Run, rid: str, go_on: Callable[[], None]) -> None:
+        if message.group is None or message.group in self._begun:
+            go_on()
+            return
+        members = self._groups.setdefault(message.group, {})
+        self._since.setdefault(message.group, time.monotonic())
+        members[rid] = (message.group_place, go_on)
+        if len(members) >= message.group_size:
+            self._start(message.group)
+
+    def refused(self, message: protocol.Run) -> None:
+        """Nobody waits for it."""
+        if message.group is not None:
+            self._start(message.group)
+
+    def drop(self, rid: str, everybody: bool) -> list[str]:
+        """Take out those that are aborted while they wait; the others of their group go on."""
+        out = []
+        for group, members in list(self._groups.items()):
+            gone = [name for name in members if everybody or name.startswith(rid)]
+            for name in gone:
+                del members[name]
+            out += gone
+            if gone:
+                self._start(group)
+        return out
+
+    def look(self) -> None:
+        """Somebody may never come: nobody waits for longer than `GROUP_LIMIT_S`."""
+        now = time.monotonic()
+        for group in [group for group, since in self._since.items() if now - since > GROUP_LIMIT_S]:
+            self._start(group)
+
+    def _start(self, group: str) -> None:
+        self._begun[group] = None
+        self._since.pop(group, None)
+        while len(self._begun) > 1000:
+            self._begun.pop(next(iter(self._begun)))
+        for _, go_on in sorted(self._groups.pop(group, {}).values(), key=lambda member: member[0]):
+            go_on()
+
+
+_WAITING = Waiting()
+
+
+def handle_generate_request(original: Callable[..., None], scheduler: Any, request: Any, **more: Any) -> None:
+    payload = _payload(request)
+    if payload is None:
+        original(scheduler, request, **more)
+        return
+    side, name = _side(), str(request.rid)
+    message: Any = None
+    try:
+        message = protocol.parse({protocol.KEY: payload.get("message")})
+        if side is None or message is None:
+            raise InvalidRequest("kv_hints of type thaw without a message, or this SGLang runs without thaw's cache")
+        if isinstance(message, protocol.Run):
+            extra = _extra(payload)
+            support.require_request(request)
+            side.begin(name, message, list(request.input_ids), request.extra_key, extra)
+            _WAITING.add(message, name, lambda: original(scheduler, request, **more))
+            return
+        if isinstance(message, protocol.Hello):
+            _end(scheduler, request, side.hello(message))
+            return
+        side.command(message)
+        _end(scheduler, request, "")
+    except Exception as error:  # noqa: BLE001 - a failing thaw costs its own request, never the engine
+        described = describe(error)
+        if side is not None:
+            side.refuse(getattr(message, "id", name), described)
+        _end(scheduler, request, msgspec.json.encode({"kind": described.kind, "error": str(described)}).decode())
+        if isinstance(message, protocol.Run):
+            _WAITING.refused(message)
+
+
+def _payload(request: Any) -> dict[str, Any] | None:
+    hints = getattr(request, "kv_hints", None)
+    if hints is None:
+        return None
+    return next((action.payload for action in hints.actions if action.action_type == ACTION), None)
+
+
+def _extra(payload: dict[str, Any]) -> SamplingExtra | None:
+    return from_extra({EXTRA: payload["sampling"]} if "sampling" in payload else None)
+
+
+def _end(scheduler: Any, request: Any, text: str) -> None:
+    """Tell the front end that this request is over."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    reason = {"type": "abort", "message": text, "status_code": None, "err_type": None}
+    scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=request.rid, finished_reason=reason), request)
+
+
+def abort_request(original: Callable[..., None], scheduler: Any, request: Any) -> None:
+    side = _side()
+    if side is not None:
+        for rid in _WAITING.drop(request.rid, request.abort_all):
+            side.end(rid)
+    original(scheduler, request)
+
+
+def process_input_requests(original: Callable[..., None], scheduler: Any, requests: Any) -> None:
+    original(scheduler, requests)
+    side = _side()
+    if side is not None:
+        _WAITING.look()
+        side.expire_pins()
+
+
+def init_next_round_input(
+    original: Callable[..., None], req: Any, tree_cache: Any = None, *args: Any, **more: Any
+) -> None:
+    if not _ACTIVE or tree_cache is not _ACTIVE[0]:
+        original(req, tree_cache, *args, **more)
+        return
+    cache = _ACTIVE[0]
+    cache.admitting = True
+    try:
+        original(req, tree_cache, *args, **more)
+    finally:
+        cache.admitting = False
+
+
+def init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **more: Any) -> Any:
+    """The forward pass of a prefill batch in which every request lacks one token only, and one is thaw's, is that of a
+    decode step: so a session that was brought back goes on with the bits of one that never stopped."""
+    side = _side()
+    if side is not None and _is_one_token_each(batch) and any(req.rid in side.runs for req in batch.reqs):
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        batch = copy.copy(batch)
+        batch.forward_mode = ForwardMode.DECODE
+        batch.extend_input_logprob_token_ids = None
+    return original(cls, batch, runner, **more)
+
+
+def _is_one_token_each(batch: Any) -> bool:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    if batch.forward_mode != ForwardMode.EXTEND or batch.decoding_reqs or batch.input_embeds is not None:
+        return False
+    lens = batch.extend_lens
+    return bool(lens) and all(n == 1 for n in lens)
+
+
+def sample_tokens(original: Callable[..., Any], runner: Any, output: Any, batch: Any) -> Any:
+    side = _side()
+    runs = side.runs if side is not None else {}
+    rows = [(i, runs[rid].chosen) for i, rid in enumerate(batch.rids or ()) if rid in runs] if runs else []
+    return sample(original, rows, runner, output, batch) if rows else original(runner, output, batch)

@@ -1,0 +1,67 @@
+"""What an engine's rank knows of each session, and of each request that goes on from one. No SGLang here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from thaw.core.errors import ThawError
+from thaw.engines.served import protocol
+from thaw.engines.served.arena import Piece
+from thaw.engines.served.arena import Record as Kept
+from thaw.engines.sglang.rows import Chosen
+
+
+@dataclass
+class Record:
+    """`tokens[:num_kv]` have KV in the arena (`kept`). `chain` [num_kv], int64: the number of each token's content, by
+    which the slots of SGLang's pool that hold the same bits are known. `salt`: under which SGLang's tree may have them;
+    None until a request has run."""
+
+    tokens: list[int]
+    kept: Kept
+    chain: torch.Tensor
+    live: Run | None = None
+    salt: str | None = None
+    touched: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_kv(self) -> int:
+        return len(self.chain)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return self.kept.pieces
+
+
+@dataclass
+class Run:
+    """A request of thaw's. `want` tokens are to come from its record; `numbered` tokens of its row have numbers.
+
+    `tail`: a page of the pool that holds what of the record ends inside a page, until SGLang takes it over with the
+    request."""
+
+    rid: str
+    message: protocol.Run
+    want: int
+    num_prompt: int
+    chosen: Chosen
+    req: Any = None
+    numbered: int = 0
+    tail: torch.Tensor | None = None
+    retracted: int = 0
+    error: ThawError | None = None
+
+
+@dataclass
+class Pinned:
+    until: float
+    lock: Any
+    num_tokens: int
+
+
+def empty_chain() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,62 @@
+"""What thaw supports of SGLang, by name: of an engine's configuration once at boot, of one request when it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thaw.core.errors import Unsupported
+
+REFUSED = (
+    ("speculative_algorithm", "a draft's state is not captured"),
+    ("enable_hierarchical_cache", "two tiers below one tree; thaw's arena is the one"),
+    ("enable_lora", "adapters are not part of a session's identity here yet"),
+    ("enable_dp_attention", "ranks own requests there, not heads"),
+    ("disable_radix_cache", "a session's KV is found in the tree"),
+    ("enable_mixed_chunk", "a decode step inside a prefill batch has other bits"),
+    ("enable_beam_search", "a session is one sequence"),
+    ("enable_streaming_session", "SGLang's own sessions keep KV beside the tree"),
+)
+"""Arguments of SGLang's that are refused when they are set, and why."""
+ALONE = (
+    ("session_params", "SGLang's own session and thaw's are two; leave one of the two out"),
+    ("input_embeds", "a session is made of tokens"),
+    ("mm_inputs", "media features are not part of a session yet"),
+    ("lora_id", "adapters are not part of a session's identity here yet"),
+    ("custom_logit_processor", "thaw chooses the tokens of its requests itself"),
+)
+GRAMMAR = ("json_schema", "regex", "ebnf", "structural_tag")
+
+
+def require(context: Any) -> None:
+    """Raise `Unsupported` for the first thing that thaw cannot capture exactly."""
+    args = context.server_args
+    for name, why in REFUSED:
+        if getattr(args, name, None):
+            raise Unsupported(f"{name}={getattr(args, name)}: {why}; start SGLang without it")
+    if context.is_hybrid_swa or context.is_hybrid_ssm:
+        raise Unsupported("sliding-window, hybrid and recurrent models: only full attention is supported")
+    for name in ("tp_size", "pp_size", "dp_size"):
+        if getattr(args, name, 1) > 1:
+            raise Unsupported(f"{name}={getattr(args, name)}: one rank of SGLang's is supported so far")
+    if getattr(args, "disaggregation_mode", "null") != "null":
+        raise Unsupported(f"disaggregation_mode={args.disaggregation_mode}: prefill and decode in one engine only")
+    if getattr(context.model_config, "is_multimodal", False):
+        raise Unsupported("multimodal models: media features are not part of a session yet")
+
+
+def require_request(request: Any) -> None:
+    """Raise `Unsupported` where a request that carries thaw's message asks for what a session cannot go on with."""
+    for name, why in ALONE:
+        if getattr(request, name, None) is not None:
+            raise Unsupported(f"{name} in a request that carries kv_hints of thaw's: {why}")
+    params = request.sampling_params
+    for name in GRAMMAR:
+        if getattr(params, name, None):
+            raise Unsupported(
+                f"{name} in a request that carries kv_hints of thaw's: a grammar's position is no part of a session "
+                "yet; leave one of the two out"
+            )
+    if getattr(params, "n", 1) != 1:
+        raise Unsupported("n in a request that carries kv_hints of thaw's: a session is one sequence; fork it")
+    if request.return_logprob and request.logprob_start_len >= 0:
+        raise Unsupported("logprob_start_len: a prompt whose KV is there is not read, so it has no log probabilities")

@@ -1,0 +1,21 @@
+"""Which releases of SGLang thaw runs on, and what differs between them, all in this file."""
+
+from __future__ import annotations
+
+from thaw.core.errors import Unsupported
+
+OLDEST, TESTED = (0, 5, 22), ((0, 5, 23),)
+
+
+def notes(version: str) -> list[str]:
+    """A warning for a version that was never tested. Raises `Unsupported` for one that cannot work."""
+    parts = version.split("+")[0].split(".")
+    try:
+        number = (int(parts[0]), int(parts[1]), int(parts[2]))
+    except (ValueError, IndexError):
+        return [f"SGLang {version}: not a release version; tested with 0.5.23"]
+    if number < OLDEST:
+        raise Unsupported(f"SGLang {version} is too old for thaw: 0.5.23 is tested; upgrade SGLang")
+    if number not in TESTED:
+        return [f"SGLang {version}: thaw was tested with 0.5.23"]
+    return []

@@ -1,0 +1,132 @@
+"""In process: an `AsyncLLM`, booted here or handed in. Its engine core and workers are processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from thaw.core.errors import EngineDied, InvalidRequest, NotFound
+from thaw.engines.served import protocol
+from thaw.engines.served.mail import Mail, default_folder
+from thaw.engines.served.transport import Chunk, LogprobsOfToken, Submission, Transport
+from thaw.engines.vllm import support, versions
+from thaw.engines.vllm.settings import from_extra_config
+
+
+class AsyncLLMTransport(Transport):
+    """`owned`: the engine was booted for this client and ends with it."""
+
+    def __init__(self, llm: Any, *, owned: bool) -> None:
+        self._llm, self._owned, self.stays = llm, owned, not owned
+
+    async def connect(self) -> None:
+        self.mail = mail_of(self._llm.vllm_config)
+        facts = self.mail.engine_facts()
+        if facts is None:
+            raise NotFound(
+                "this vLLM runs without thaw's connector: start it with the arguments of "
+                "thaw.engines.vllm.settings.engine_args (thaw engine config vllm writes them as a file)"
+            )
+        self.facts = facts
+
+    async def stream(self, submission: Submission) -> AsyncIterator[Chunk]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        prompt: dict[str, Any] = {"prompt_token_ids": submission.tokens}
+        if submission.salt is not None:
+            prompt["cache_salt"] = submission.salt
+        try:
+            async for output in self._llm.generate(prompt, sampling_params(submission), submission.name):
+                yield chunk_of(output)
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine died: {error}") from None
+        except versions.refusals() as error:
+            raise InvalidRequest(f"vLLM refused the request: {error}") from None
+
+    async def abort(self, name: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
+            await self._llm.abort(name)
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            found: list[Any] = await self._llm.collective_rpc(method, args=args, kwargs=kwargs)
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine died: {error}") from None
+        return found
+
+    async def close(self) -> None:
+        if self._owned:
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None  # vLLM's destructor complains when it first runs at the interpreter's end
+            gc.collect()
+            if hasattr(self, "mail"):
+                self.mail.remove()
+
+
+def sampling_params(submission: Submission) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = dict(submission.sampling)
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    extra = {**fields.pop("extra_args", {}), "kv_transfer_params": protocol.params(submission.message)}
+    return SamplingParams(**fields, extra_args=extra, output_kind=RequestOutputKind.DELTA, detokenize=False)
+
+
+def chunk_of(output: Any) -> Chunk:
+    """vLLM's `RequestOutput` (of kind DELTA)."""
+    one = output.outputs[0]
+    ids = tuple(one.token_ids)
+    tops = tuple(_tops(step) for step in (one.logprobs or ()))
+    logprobs = tuple(_own(step, token) for step, token in zip(one.logprobs or (), ids, strict=False))
+    answer = (output.kv_transfer_params or {}).get(protocol.KEY) if output.finished else None
+    return Chunk(ids, logprobs, tops, one.finish_reason if output.finished else None, answer)
+
+
+def _tops(step: Any) -> LogprobsOfToken:
+    return tuple((int(token), float(entry.logprob)) for token, entry in step.items())
+
+
+def _own(step: Any, token: int) -> float:
+    return float(step[token].logprob)
+
+
+def mail_of(vllm_config: Any) -> Mail:
+    """The engine's mail, by its own configuration. Raises `NotFound` without thaw's connector."""
+    transfer = vllm_config.kv_transfer_config
+    extra = _thaw_extra(transfer) if transfer is not None else None
+    if extra is None:
+        raise NotFound("this vLLM was started without thaw's connector (thaw engine config vllm writes what it needs)")
+    settings = from_extra_config(extra)
+    base = Path(settings.mail) if settings.mail else default_folder(vllm_config.instance_id)
+    support.require_one_rank(vllm_config.parallel_config)
+    return Mail(base)
+
+
+def _thaw_extra(transfer: Any) -> dict[str, Any] | None:
+    if transfer.kv_connector == "ThawConnector":
+        return dict(transfer.kv_connector_extra_config)
+    for child in transfer.kv_connector_extra_config.get("connectors", ()):
+        if child.get("kv_connector") == "ThawConnector":
+            return dict(child.get("kv_connector_extra_config") or {})
+    return None
+
+
+def home_of(async_llm: Any) -> asyncio.AbstractEventLoop | None:
+    """The loop that an `AsyncLLM` belongs to, or will if nothing is done; None when there is none."""
+    handler: asyncio.Task[Any] | None = async_llm.output_handler
+    if handler is not None:
+        return handler.get_loop()
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

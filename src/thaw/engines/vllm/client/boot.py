@@ -1,0 +1,129 @@
+"""From a model's name, or an engine that runs already, to a `VllmEngine`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+from thaw.core.errors import EngineDied, InvalidRequest, ThawError
+from thaw.engines.base import Engine
+from thaw.engines.served.engine import MAX_TOP_LOGPROBS
+from thaw.engines.served.joining import join
+from thaw.engines.served.transport import Transport
+from thaw.engines.vllm import support, versions
+from thaw.engines.vllm.client.engine import VllmEngine
+from thaw.engines.vllm.client.fleet import Fleet
+from thaw.engines.vllm.client.http import HttpTransport
+from thaw.engines.vllm.settings import Other, VllmSettings, engine_args, settled
+
+
+def boot(
+    model: str, *, policy: str, settings: VllmSettings, beside: Sequence[Other] = (), **options: Any
+) -> VllmEngine:
+    """Start an engine of this client's own. `options` are vLLM's engine arguments. Raises `Unsupported` for those that
+    thaw cannot work with, before anything starts."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from thaw.engines.vllm.client.async_llm import AsyncLLMTransport
+
+    own = engine_args(settled(settings), beside)
+    clash = sorted(own.keys() & options.keys())
+    if clash:
+        raise InvalidRequest(f"{', '.join(clash)}: set by thaw itself; give thaw's own options instead")
+    arguments = {"max_logprobs": MAX_TOP_LOGPROBS, "disable_log_stats": True, **options, **own}
+
+    async def start() -> Transport:
+        try:
+            if versions.processor_costs_v2({"model": model, **arguments, "logits_processors": None}):
+                arguments["logits_processors"] = None
+            config = AsyncEngineArgs(model=model, **arguments).create_engine_config()
+            support.require_one_rank(config.parallel_config)
+            support.require_config(config)
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments))
+        except ThawError:
+            raise
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            raise EngineDied(f"vLLM did not start: {error}") from error
+        return AsyncLLMTransport(llm, owned=True)
+
+    return join(VllmEngine, start, policy=policy)
+
+
+def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:
+    """Join a vLLM that runs already: the address of its server, an `AsyncLLM` or an `LLM`. It stays when this ends.
+
+    Several addresses, in a list or with commas between them, and the ranks of a data-parallel server are one engine.
+
+    An `AsyncLLM` is used on the event loop that it runs on: the one where it served its first request, else the one
+    that this is called from, else thaw's own. Wait for thaw on another thread than that loop's (`thaw.aio` does).
+    """
+    if isinstance(target, str):
+        target = [part for part in target.split(",") if part]
+    if not isinstance(target, (list, tuple)):
+        return join(VllmEngine, _way_in(target, api_key), policy=policy)
+    if not target or not all(isinstance(url, str) for url in target):
+        raise InvalidRequest(f"attach: {target!r} is no list of addresses; of a program's own engines attach to each")
+    members: list[VllmEngine] = []
+    try:
+        for url in target:
+            members += _ranks(url, api_key, policy)
+        return members[0] if len(members) == 1 else Fleet(members)
+    except BaseException:
+        for member in members:
+            member.close()
+        raise
+
+
+def _ranks(url: str, api_key: str | None, policy: str) -> Iterator[VllmEngine]:
+    """The server's engine, or those of all its data-parallel ranks."""
+    first = HttpTransport(url, api_key or os.environ.get("VLLM_API_KEY"))
+    yield _named(join(VllmEngine, _given(first), policy=policy), first)
+    for rank in first.other_ranks:
+        other = HttpTransport(url, api_key or os.environ.get("VLLM_API_KEY"), rank=rank)
+        yield _named(join(VllmEngine, _given(other), policy=policy), other)
+
+
+def _named(engine: VllmEngine, transport: HttpTransport) -> VllmEngine:
+    engine.options = {"url": transport.url}
+    return engine
+
+
+def _given(transport: Transport) -> Callable[[], Coroutine[Any, Any, Transport]]:
+    async def start() -> Transport:
+        return transport
+
+    return start
+
+
+def _way_in(target: Any, api_key: str | None) -> Callable[[], Coroutine[Any, Any, Transport]]:
+    """What makes the transport for an engine of this program, on the client's loop."""
+    if api_key is not None:
+        raise InvalidRequest("api_key goes with the address of a server")
+    return _given(_in_this_process(target))
+
+
+def _in_this_process(target: Any) -> Transport:
+    try:
+        from vllm import LLM
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError:
+        raise InvalidRequest(
+            f"attach: a {type(target).__name__} is not the address of a vLLM server, and vLLM is not installed here"
+        ) from None
+
+    if isinstance(target, LLM):
+        from thaw.engines.vllm.client.llm import LLMTransport
+
+        return LLMTransport(target)
+    if isinstance(target, AsyncLLM):
+        from thaw.engines.served.elsewhere import ElsewhereTransport
+        from thaw.engines.vllm.client.async_llm import AsyncLLMTransport, home_of
+
+        inner = AsyncLLMTransport(target, owned=False)
+        home = home_of(target)
+        return inner if home is None else ElsewhereTransport(inner, home)
+    raise InvalidRequest(
+        f"attach: a {type(target).__name__} is none of: the address of a vLLM server, an AsyncLLM, an LLM"
+    )

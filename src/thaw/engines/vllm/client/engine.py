@@ -1,0 +1,110 @@
+"""What vLLM asks otherwise than other servers: its sampling parameters, and where a resume would forget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thaw.core.errors import Unsupported
+from thaw.core.objects import Turn
+from thaw.core.sampling import Sampling, StructuredOutputs
+from thaw.engines.embedded.bad_words import bad_ids, straddling
+from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.served.engine import CAPABILITIES, ServedEngine
+from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
+from thaw.engines.served.session import ServedSession
+
+MAX_V2_STOPS, MAX_V2_BIASES, MAX_V2_BAD_WORDS = 128, 1024, 128
+"""vllm/v1/worker/gpu/sample/logit_bias.py and bad_words.py, in 0.26 and 0.32."""
+
+
+class VllmEngine(ServedEngine):
+    """One vLLM (tensor-parallel ranks included). Sessions live until `close_session` or `close`."""
+
+    name = "vllm"
+    title = "vLLM"
+    capabilities = CAPABILITIES | {"structured"}
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        """The V2 runner has tables of fixed size, and ends the whole engine on a request that they cannot hold."""
+        if self._facts.runner != "V2":
+            return
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
+        for what, count, most in (
+            ("stop_token_ids beside min_tokens", len(stops) if sampling.min_tokens else 0, MAX_V2_STOPS),
+            ("logit_bias", len(sampling.logit_bias or ()), MAX_V2_BIASES),
+            ("bad_words", len(sampling.bad_words), MAX_V2_BAD_WORDS),
+        ):
+            if count > most:
+                raise Unsupported(f"{count} {what}: vLLM's V2 runner holds at most {most} of a request; give fewer")
+
+    def _fields(self, turn: OpenTurn, num_tokens: int) -> dict[str, Any]:
+        stateless = self._facts.runner == "V2"
+        return vllm_sampling(turn, num_tokens, eos=self._eos, limit=self.info.max_model_len, stateless=stateless)
+
+    def _check_resume(self, live: ServedSession, last: Turn) -> None:
+        if self._facts.runner != "V2" or last.sampling is None:
+            return
+        forgotten = self._forgotten(last.sampling, live.tokens[last.start :])
+        if forgotten:
+            raise Unsupported(
+                f"resume with {forgotten}: vLLM's V2 runner counts from the request's own start and would "
+                "forget the tokens before the interruption; set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+
+    def _forgotten(self, sampling: Sampling, output: list[int]) -> str:
+        """Which parameters look at what a turn has generated, so that a request that begins in the middle differs."""
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            return "presence_penalty or frequency_penalty"
+        begun = straddling(bad_ids(self.codec, sampling.bad_words), output)
+        return f"bad_words (one of them, {self.codec.decode(begun)!r}, has begun)" if begun else ""
+
+
+def vllm_sampling(
+    turn: OpenTurn, num_tokens: int, *, eos: tuple[int, ...], limit: int, stateless: bool
+) -> dict[str, Any]:
+    """vLLM's parameters for what is left of a turn, when the session has `num_tokens` tokens.
+
+    `stateless`: the runner draws by position itself (V2). Otherwise (V1) all that is not plain greedy goes through
+    thaw's logits processor, which picks by (seed, position).
+    """
+    s, done = turn.sampling, len(turn.logprobs)
+    stops = {*s.stop_token_ids, *(() if s.ignore_eos else eos)}
+    fields: dict[str, Any] = {
+        "temperature": 0.0,
+        "max_tokens": max(1, min(s.max_tokens - done, limit - num_tokens)),
+        "logprobs": s.logprobs or 0,
+        "ignore_eos": True,
+        "stop_token_ids": sorted(stops),
+    }
+    if s.structured_outputs is not None:
+        fields["structured_outputs"] = structured(s.structured_outputs)
+    if stateless:
+        fields.update(_native(s, turn.seed, done))
+    elif needed(s):
+        extra = to_extra(s, seed=turn.seed, output_start=turn.start, eos_token_ids=eos, bad_ids=turn.bad_ids)
+        fields["extra_args"] = {EXTRA: extra}
+    return fields
+
+
+def structured(wanted: StructuredOutputs) -> dict[str, Any]:
+    """As vLLM's `StructuredOutputsParams` and its server take it."""
+    given = {"json": wanted.json, "regex": wanted.regex, "choice": list(wanted.choice), "grammar": wanted.grammar}
+    return {name: value for name, value in given.items() if value}
+
+
+def _native(s: Sampling, seed: int, done: int) -> dict[str, Any]:
+    more: dict[str, Any] = {"logit_bias": dict(s.logit_bias)} if s.logit_bias else {}
+    if s.bad_words:
+        more["bad_words"] = list(s.bad_words)
+    return {
+        **more,
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": max(s.top_k, 0),
+        "min_p": s.min_p,
+        "repetition_penalty": s.repetition_penalty,
+        "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty,
+        "min_tokens": max(0, s.min_tokens - done),
+        "seed": seed - (1 << 64) if seed >= 1 << 63 else seed,
+    }

@@ -1,0 +1,150 @@
+"""Commands: requests that compute nothing and are held back until they are answered. Here is what each one starts.
+
+They ask the scheduler's side for what it keeps, and put jobs for the workers into its queue.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from thaw.core.errors import Busy, InvalidRequest, TooLong
+from thaw.engines.served import protocol
+from thaw.engines.served.mail import SCHEDULER
+from thaw.engines.served.protocol import Answer, merge
+from thaw.engines.vllm import jobs
+from thaw.engines.vllm.records import Record
+
+if TYPE_CHECKING:
+    from thaw.engines.vllm.scheduler import SchedulerSide
+
+
+class Commands:
+    """By the request that carries each."""
+
+    def __init__(self, side: SchedulerSide) -> None:
+        self._side = side
+        self._open: dict[str, protocol.Command] = {}
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._open
+
+    def begin(self, request: str, message: protocol.Command) -> None:
+        """Raises what is to be answered."""
+        self._open[request] = message
+        side = self._side
+        if isinstance(message, protocol.Fill):
+            self._fill(message)
+        elif isinstance(message, protocol.Write):
+            self._write(message)
+        elif isinstance(message, protocol.Pin):
+            side.mail.answer(message.id, SCHEDULER, self._pin(message))
+        elif isinstance(message, protocol.Look):
+            side.queue.append(jobs.LookAtWeights(message.id, message.digest))
+        elif isinstance(message, protocol.Stats):
+            side.queue.append(jobs.Count(message.id, self._counts()))
+        elif isinstance(message, protocol.Unpin):
+            side.reset()
+            side.mail.answer(message.id, SCHEDULER, Answer())
+        elif isinstance(message, protocol.Switch):
+            side.on = message.on
+            if not message.on:
+                side.reset()
+            side.queue.append(jobs.Watch(message.id, message.watch_weights))
+
+    def may_pass(self, request: str) -> bool:
+        """Whether it may run its one token now, because its answer goes with the reply."""
+        command = self._open[request]
+        if isinstance(command, protocol.Hello):
+            return True
+        return command.inband and self._answered(command.id)
+
+    def end(self, request: str) -> dict[str, Any] | None:
+        """The request is over: what goes back with its output."""
+        command = self._open.pop(request)
+        self._withdraw(command)
+        return self._reply(command)
+
+    def _answered(self, name: str) -> bool:
+        side = self._side
+        if side.mail.peek(name, SCHEDULER) is not None:
+            return True
+        return all(side.mail.peek(name, rank) is not None for rank in range(side.facts.world_size))
+
+    def _withdraw(self, command: protocol.Command) -> None:
+        """A command that ends before the workers heard of it is not done any more, and whoever waits is told."""
+        side = self._side
+        mine = [job for job in side.queue if getattr(job, "name", None) == command.id]
+        if mine:
+            side.queue[:] = [job for job in side.queue if job not in mine]
+            error = Busy("the engine's owner stopped all requests before this one began (a pause?); try it again later")
+            side.mail.answer(command.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
+
+    def _reply(self, command: protocol.Command) -> dict[str, Any] | None:
+        side = self._side
+        if isinstance(command, protocol.Hello):
+            return reply(command.id, Answer(facts={"mail": str(side.mail.folder), "pid": str(side.facts.pid)}))
+        if not command.inband:
+            return None
+        own = side.mail.take(command.id, SCHEDULER)
+        if own is not None:
+            return reply(command.id, own)
+        parts = [side.mail.take(command.id, rank) for rank in range(side.facts.world_size)]
+        return reply(command.id, merge([part for part in parts if part is not None]))
+
+    def _counts(self) -> dict[str, int]:
+        side = self._side
+        pool = side.contents.pool
+        return {
+            "records": len(side.records),
+            "running": side.num_running(),
+            "commands": len(self._open) - 1,
+            "blocks": side.facts.num_blocks,
+            "free_blocks": pool.get_num_free_blocks() if pool is not None else 0,
+            "pinned_blocks": side.pins.num_blocks(),
+            **side.counters,
+        }
+
+    def _fill(self, message: protocol.Fill) -> None:
+        side = self._side
+        plan = side.mail.plan(message.id)
+        if plan.num_kv > side.facts.max_model_len:
+            raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
+        chain = [side.contents.fresh() for _ in range(plan.num_kv // side.facts.block_size)]
+        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain))
+        side.queue.append(jobs.ReadPlan(message.id, message.record))
+        side.counters["hydrates"] += 1
+
+    def _write(self, message: protocol.Write) -> None:
+        side = self._side
+        side.mail.store(message.store)
+        record = side.records.known(message.record)
+        num_kv = side.catch_up(message, record, message.num_kv)
+        if message.num_kv is not None:
+            if message.num_kv > num_kv:
+                raise InvalidRequest(f"capture of {message.num_kv} tokens: the session has KV for {num_kv}")
+            num_kv = message.num_kv
+        if message.base > num_kv:
+            raise InvalidRequest(f"capture from token {message.base}: the session has KV for {num_kv} tokens")
+        ranks = side.facts.world_size
+        if len(message.packs) != ranks:
+            raise InvalidRequest(f"{len(message.packs)} packs for {ranks} ranks: give one to each")
+        num_tokens = record.live.num_tokens if record.live is not None else len(record.tokens)
+        side.counters["captures"] += 1
+        side.queue.append(
+            jobs.WritePack(message.id, message.record, message.store, message.packs, message.base, num_kv, num_tokens)
+        )
+
+    def _pin(self, message: protocol.Pin) -> Answer:
+        side = self._side
+        side.pins.unpin(message.record)
+        if message.seconds == 0:
+            return Answer()
+        count, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
+        return Answer(num_kv=count * side.facts.block_size, seconds=seconds)
+
+
+def reply(name: str, answer: Answer) -> dict[str, Any]:
+    """What vLLM hands back as `kv_transfer_params`."""
+    return {protocol.KEY: {"id": name, **msgspec.to_builtins(answer)}}

@@ -1,0 +1,221 @@
+"""The KV connector that vLLM loads by module path, in its engine process and in every worker.
+
+Thin on purpose: it turns vLLM's calls into those of `SchedulerSide` and `WorkerSide`; what differs between vLLM's
+versions is in `versions`. Only `start_load_kv`, `get_finished` and the scheduler's hooks are used,
+never the per-layer ones, so CUDA graphs and asynchronous scheduling stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from thaw._version import __version__
+from thaw.engines.served import protocol
+from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
+from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+from thaw.engines.served.weights import WeightsSample, owner_of
+from thaw.engines.vllm import support, versions
+from thaw.engines.vllm.jobs import Job
+from thaw.engines.vllm.layout import make_layout
+from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
+from thaw.engines.vllm.scheduler import SchedulerSide
+from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
+from thaw.engines.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class ThawMetadata(KVConnectorMetadata):
+    jobs: list[Job] = field(default_factory=list)
+
+
+class ThawConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module's text. `kv_connector_extra_config["thaw"]` holds `VllmSettings`."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        support.require(vllm_config, kv_cache_config)
+        self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._config, self._kv_cache_config = vllm_config, kv_cache_config
+        self._mail = Mail(_mail_folder(vllm_config, self._settings))
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._changes = Changes()
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._make_scheduler()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Asked from 0.32 on: losing a capture must never hold output back."""
+        return False
+
+    # -- metrics
+
+    def get_kv_connector_stats(self) -> ThawStats | None:
+        """Asked of both sides once a step."""
+        side = self._scheduler or self._worker
+        return self._changes.since(side.metrics()) if side is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ThawStats:
+        return ThawStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> ThawPromMetrics:
+        return ThawPromMetrics(*arguments)
+
+    # -- scheduler's side
+
+    def _make_scheduler(self) -> SchedulerSide:
+        config, groups = self._config, self._kv_cache_config.kv_cache_groups
+        self._mail.claim()
+        self._mail.sweep()
+        sweep_dead(_base_folder(config, self._settings))
+        for uuid, packs in self._settings.stores.items():
+            self._mail.register_store(uuid, Path(packs))
+        parallel, model = config.parallel_config, config.model_config
+        spec = groups[0].kv_cache_spec
+        facts = EngineFacts(
+            protocol=protocol.VERSION,
+            thaw=__version__,
+            version=vllm.__version__,
+            pid=os.getpid(),
+            model=str(model.model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=model.max_model_len,
+            max_logprobs=support.most_logprobs(model),
+            block_size=spec.block_size,
+            num_blocks=self._kv_cache_config.num_blocks,
+            world_size=parallel.world_size,
+            prefix_caching=bool(config.cache_config.enable_prefix_caching),
+            runner=versions.runner(config),
+            data_parallel_rank=versions.data_parallel_rank(config) or 0,
+            reasons=bool(getattr(config.structured_outputs_config, "reasoning_parser", "")),
+            notes=tuple(versions.notes(vllm.__version__)),
+        )
+        self._mail.post(SCHEDULER, facts)
+        heads = model.get_num_kv_heads(parallel)
+        head_dim = model.get_head_size()
+        token_nbytes = model.get_num_layers(parallel) * 2 * heads * head_dim * spec.dtype.itemsize
+        return SchedulerSide(facts, self._settings, self._mail, token_nbytes)
+
+    @property
+    def _s(self) -> SchedulerSide:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._s.bind(gpu_block_pool)
+
+    def on_new_request(self, request: Any) -> None:
+        self._s.arrived(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._s.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self._s.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> ThawMetadata:
+        return ThawMetadata(self._s.collect(scheduler_output))
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._s.finished(request, block_ids)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._s.finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool | None:
+        """vLLM resets its prefix cache with `reset_connector`: pins end; parked sessions are not in vLLM's blocks."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # -- workers' side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        layout = make_layout(kv_caches)
+        parallel, model = self._config.parallel_config, self._config.model_config
+        total, rank = model.get_total_num_kv_heads(), parallel.rank % parallel.tensor_parallel_size
+        size = parallel.tensor_parallel_size
+        first = rank * layout.num_kv_heads if total >= size else rank * total // size
+        facts = WorkerFacts(
+            rank=rank,
+            world_size=size,
+            pid=os.getpid(),
+            total_heads=total,
+            first_head=first,
+            num_heads=layout.num_kv_heads,
+            num_layers=layout.num_layers,
+            head_dim=layout.head_dim,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            layout=layout.describe(),
+        )
+        self._worker = WorkerSide(layout, facts, self._settings, self._mail, self._watch(layout.layer_names[0]))
+        self._mail.post(rank, facts)
+
+    def _watch(self, layer_name: str) -> WeightsSample | None:
+        layer = self._config.compilation_config.static_forward_context.get(layer_name)
+        model = owner_of(layer) if layer is not None else None
+        return WeightsSample(model) if model is not None else None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None and self.has_connector_metadata():
+            metadata = self._get_connector_metadata()
+            assert isinstance(metadata, ThawMetadata)
+            todo, metadata.jobs = metadata.jobs, []
+            if todo:
+                self._worker.run(todo)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        sent, received = self._worker.finished()
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.invalid_blocks() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+def _base_folder(config: Any, settings: VllmSettings) -> Path:
+    return Path(settings.mail) if settings.mail else default_folder(config.instance_id)
+
+
+def _mail_folder(config: Any, settings: VllmSettings) -> Path:
+    base, rank = _base_folder(config, settings), versions.data_parallel_rank(config)
+    return base if rank is None else base / f"dp{rank}"
+
+
+with contextlib.suppress(ValueError):  # a module that is imported twice has been registered before
+    KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
+    # By its name alone `MultiConnector` asks what the connector's metrics are.

@@ -1,0 +1,170 @@
+"""Records to and from the engine's blocks, inside a step or beside the steps of others.
+
+On a CPU a copy is work of the same cores: it is done at once, a load in the background by pieces that let others in. On
+an accelerator the bus works by itself. What a request added is on its way to the host while the next steps run (its
+blocks are held until it has arrived); the last, partial block, which every fork loads, is copied in the order of the
+step's own stream, both ways, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+
+from thaw.core.errors import StorageFailed
+from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.vllm.layout import KVLayout
+
+SCATTER_TOKENS = 1024
+"""A load in the background on a CPU lets the steps of others in after so many tokens."""
+
+
+class Copier:
+    """On the engine's own cores."""
+
+    def __init__(self, layout: KVLayout, arena: Arena) -> None:
+        self._layout, self._arena = layout, arena
+        self._lock = threading.Lock()
+        self.loads = ThreadPoolExecutor(1, thread_name_prefix="thaw-load")
+
+    def save(self, blocks: Sequence[int], start: int, stop: int) -> list[Piece]:
+        """Tokens [start, stop) out of the blocks, as earlier steps have written them."""
+        tensor = self._arena.allocate(stop - start)
+        with self._lock:
+            self._layout.gather(blocks, start, stop, tensor)
+        return [Piece(start, stop - start, tensor)]
+
+    def after_saves(self, done: Callable[[], None]) -> None:
+        """Call `done` when all that was to be saved is."""
+        done()
+
+    def load(self, blocks: Sequence[int], record: Record, start: int, stop: int) -> None:
+        """Tokens [start, stop) into the blocks, for the step that is about to run."""
+        for a, b, view in record.spans(start, stop):
+            for at in range(a, b, SCATTER_TOKENS):
+                end = min(b, at + SCATTER_TOKENS)
+                with self._lock:
+                    self._layout.scatter(blocks, at, end, view[:, :, :, at - a : end - a])
+
+    def point(self) -> Any:
+        """Where the steps stand now, for `load_aside`."""
+        return None
+
+    def load_aside(self, blocks: Sequence[int], record: Record, start: int, stop: int, since: Any) -> None:
+        """Likewise on another thread, after the steps up to `since`; on return it is there."""
+        self.load(blocks, record, start, stop)
+
+    def close(self) -> None:
+        self.loads.shutdown(wait=True, cancel_futures=True)
+
+
+class AcceleratorCopier(Copier):
+    """Over the bus. Pieces that a launch on the step's stream still reads or writes are kept until it is over."""
+
+    _layout: Any  # a TritonPages
+
+    def __init__(self, layout: KVLayout, arena: Arena) -> None:
+        super().__init__(layout, arena)
+        self._device = layout.device
+        self._saves = ThreadPoolExecutor(1, thread_name_prefix="thaw-save")
+        self._in = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._busy: deque[tuple[torch.cuda.Event, object]] = deque()
+
+    def save(self, blocks: Sequence[int], start: int, stop: int) -> list[Piece]:
+        whole = max(start, stop // self._layout.block_size * self._layout.block_size)
+        out = []
+        if start < whole:
+            out.append(self._save_aside(blocks, start, whole))
+        if whole < stop:
+            out.append(self._save_tail(blocks, whole, stop))
+        return out
+
+    def _save_aside(self, blocks: Sequence[int], start: int, stop: int) -> Piece:
+        tensor = self._arena.allocate(stop - start)
+        written = self._mark()
+        done: Future[None] = self._saves.submit(self._gather, tuple(blocks), start, stop, tensor, written)
+        return Piece(start, stop - start, tensor, partial(_result, done))
+
+    def _gather(
+        self, blocks: Sequence[int], start: int, stop: int, tensor: torch.Tensor, written: torch.cuda.Event
+    ) -> None:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._out):
+            self._out.wait_event(written)
+            self._layout.gather(blocks, start, stop, tensor)
+
+    def _save_tail(self, blocks: Sequence[int], start: int, stop: int) -> Piece:
+        tensor = self._arena.allocate(stop - start)
+        if not self._layout.gather_now(blocks, start, stop, tensor):
+            self._layout.gather(blocks, start, stop, tensor)
+            return Piece(start, stop - start, tensor)
+        written = self._mark()
+        self._keep(written, tensor)
+        return Piece(start, stop - start, tensor, written.synchronize)
+
+    def after_saves(self, done: Callable[[], None]) -> None:
+        self._saves.submit(done)
+
+    def load(self, blocks: Sequence[int], record: Record, start: int, stop: int) -> None:
+        for piece in record.pieces:
+            a, b = max(start, piece.start), min(stop, piece.stop)
+            if a >= b:
+                continue
+            view = piece.tensor[:, :, :, a - piece.start : b - piece.start]
+            if not _in_order(piece):
+                piece.ready()  # type: ignore[misc]
+            if self._layout.scatter_now(blocks, a, b, view):
+                self._keep(self._mark(), piece)
+            else:
+                if piece.ready is not None:
+                    piece.ready()
+                self._layout.scatter(blocks, a, b, view)
+
+    def point(self) -> torch.cuda.Event:
+        return self._mark()
+
+    def load_aside(self, blocks: Sequence[int], record: Record, start: int, stop: int, since: torch.cuda.Event) -> None:
+        record.wait(start, stop)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._in):
+            self._in.wait_event(since)  # the blocks' former owner may still be in that step
+            for a, b, view in record.spans(start, stop):
+                if b - a > self._layout.block_size or not self._layout.scatter_now(blocks, a, b, view):
+                    self._layout.scatter(blocks, a, b, view)
+            self._in.synchronize()
+
+    def _mark(self) -> torch.cuda.Event:
+        """The point that the step's stream has reached."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _keep(self, until: torch.cuda.Event, what: object) -> None:
+        while self._busy and self._busy[0][0].query():  # type: ignore[no-untyped-call]
+            self._busy.popleft()
+        self._busy.append((until, what))
+
+    def close(self) -> None:
+        super().close()
+        self._saves.shutdown(wait=True)
+
+
+def make_copier(layout: KVLayout, arena: Arena) -> Copier:
+    return AcceleratorCopier(layout, arena) if layout.on_its_own else Copier(layout, arena)
+
+
+def _in_order(piece: Piece) -> bool:
+    """Whether whoever is later on the step's stream finds the piece whole without waiting."""
+    return piece.ready is None or isinstance(getattr(piece.ready, "__self__", None), torch.cuda.Event)
+
+
+def _result(done: Future[None]) -> None:
+    try:
+        done.result()
+    except Exception as error:
+        raise StorageFailed(f"the session's KV could not be kept: {type(error).__name__}: {error}") from error

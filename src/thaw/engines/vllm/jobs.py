@@ -1,0 +1,116 @@
+"""What the scheduler's side tells the workers' side to do before a step's forward pass, in order.
+
+Every worker gets the same list and works through it on its own heads. `blocks` are block ids of the engine's cache,
+in token order from token 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Derive:
+    """Record `record` becomes the first `num_kv` tokens of `source` (which may be itself, or None: empty)."""
+
+    record: str
+    source: str | None
+    num_kv: int
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Copy tokens up to `num_kv` that the record lacks out of the engine's blocks. `finished`: a request whose blocks
+    are held until that is done, and what was begun for the record before. `now`: vLLM gives the blocks away in this
+    very step, so all of that is done when the job is."""
+
+    record: str
+    blocks: tuple[int, ...]
+    num_kv: int
+    finished: str | None = None
+    now: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """Bring tokens [start, stop) of the record into the request's blocks. `name` is the message's id, for errors."""
+
+    request: str
+    name: str
+    record: str
+    blocks: tuple[int, ...]
+    start: int
+    stop: int
+    background: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """Nothing to load (all is in the engine's blocks), but the record must still be of the weights that run."""
+
+    request: str
+    name: str
+    record: str
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Report the request's load as failed: vLLM then ends that request alone. `background`: the load is not part of
+    this step, and the request ends before anything is computed."""
+
+    request: str
+    blocks: tuple[int, ...]
+    background: bool = True
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """Fill `record` from the plan `name` in the mail."""
+
+    name: str
+    record: str
+
+
+@dataclass(frozen=True)
+class WritePack:
+    """Write tokens [base, num_kv) of the record, rank r into `packs[r]`. `num_tokens` goes back with the answer."""
+
+    name: str
+    record: str
+    store: str
+    packs: tuple[str, ...]
+    base: int
+    num_kv: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class LookAtWeights:
+    name: str
+    digest: bool
+
+
+@dataclass(frozen=True)
+class Count:
+    """Answer with what the arena holds, and `counts` of the scheduler's side."""
+
+    name: str
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Look at the weights where KV is used, or leave that."""
+
+    name: str
+    on: bool
+
+
+@dataclass(frozen=True)
+class Forget:
+    records: tuple[str, ...]
+
+
+Job: TypeAlias = Derive | Sync | Load | Check | Fail | ReadPlan | WritePack | LookAtWeights | Count | Watch | Forget

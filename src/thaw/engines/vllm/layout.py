@@ -1,0 +1,220 @@
+"""KV between vLLM's paged caches and thaw's canonical blobs.
+
+vLLM hands a worker one tensor a layer, logical [B, H, N, 2D]: B blocks, H KV heads of this rank, N token slots, keys
+then values of D numbers each. Where the bytes lie is the backend's business: any stride order on an accelerator
+(`layout_cuda.TorchPages`), a packing of its own inside each page on a CPU (`layout_cpu.CpuPackedPages`). Host tensors
+here are canonical, [H, L, 2, T, D]: the slice of one head is a blob's [layer][K|V][token][head_dim], so neither block
+size nor packing ever reaches a snapshot. Bits are moved as integers: a NaN keeps its payload.
+
+Layers may lie in tensors of their own or in one buffer; only shapes and strides are used, never a tensor's storage.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from thaw.core.errors import Unsupported
+
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+"""The cache dtypes that are moved, and the integer that carries their bits."""
+
+HEAD_DIMS_OF_ONE_HEAD = frozenset({32, 64, 80, 96, 112, 128, 192, 224, 256, 512})
+"""Head sizes believed of a cache with one KV head; others (288 of MLA's 512 + 64) are a latent, not keys and values."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Slots [lo, hi) of `count` blocks, from the block table's entry `first` on; token `at` of the copy is the first.
+
+    `count` is 1 unless whole blocks are meant (lo 0, hi the block size).
+    """
+
+    first: int
+    count: int
+    lo: int
+    hi: int
+    at: int
+
+    @property
+    def width(self) -> int:
+        """Tokens of each block."""
+        return self.hi - self.lo
+
+    @property
+    def tokens(self) -> slice:
+        """Where they are among the tokens of the copy."""
+        return slice(self.at, self.at + self.count * self.width)
+
+    @property
+    def blocks(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
+def spans(start: int, stop: int, block_size: int, max_blocks: int) -> Iterator[Span]:
+    """Tokens [start, stop) in order: a partial first block, whole ones by at most `max_blocks`, a partial last one."""
+    at = start
+    while at < stop:
+        block, lo = divmod(at, block_size)
+        whole = (stop - at) // block_size if lo == 0 else 0
+        count = min(whole, max_blocks) or 1
+        hi = block_size if whole else min(block_size, lo + stop - at)
+        yield Span(block, count, lo, hi, at - start)
+        at += count * (hi - lo)
+
+
+class KVLayout(abc.ABC):
+    """The paged caches of one worker, as canonical KV. One call at a time; block ids are checked, nothing is waited for
+    on the engine's behalf: what a step still writes must be ordered before `gather` on the current stream."""
+
+    kind: str
+
+    @property
+    def on_its_own(self) -> bool:
+        """Whether copies run beside the steps of others: by hardware of their own, started from any thread."""
+        return False
+
+    def __init__(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self.layer_names = layer_order(kv_caches)
+        self._caches = [kv_caches[name] for name in self.layer_names]
+        first = self._caches[0]
+        self.num_blocks, self.num_kv_heads, self.block_size, width = first.shape
+        self.head_dim = width // 2
+        self.num_layers = len(self._caches)
+        self.dtype, self.device = first.dtype, first.device
+        self.bits = BITS[first.dtype]
+
+    def gather(self, block_ids: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None:
+        """Copy tokens [start, stop) into `out`, a host tensor [num_kv_heads, num_layers, 2, stop - start, head_dim] of
+        the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size], slot
+        p % block_size. On return `out` is whole."""
+        self._check(block_ids, start, stop, out)
+        if start < stop:
+            self._gather(block_ids, start, stop, out)
+
+    def scatter(self, block_ids: Sequence[int], start: int, stop: int, source: torch.Tensor) -> None:
+        """The inverse; slots outside [start, stop) keep their bytes. On return `source` may be reused, and work queued
+        later on the current stream sees the KV."""
+        self._check(block_ids, start, stop, source)
+        if start < stop:
+            self._scatter(block_ids, start, stop, source)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (source, destination) of all layers. Every source of a layer is read before any destination
+        is written; no destination may be named twice."""
+        if not pairs:
+            return
+        sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+        self._check_ids(sources)
+        self._check_ids(targets)
+        assert len(set(targets)) == len(targets), "a destination is named twice"
+        read, write = self._upload(sources), self._upload(targets)
+        for cache in self._caches:
+            pages = cache.view(self.bits)
+            pages.index_copy_(0, write, pages.index_select(0, read))
+
+    def describe(self) -> dict[str, str]:
+        """What a person is told about the layout, as plain strings."""
+        return {
+            "kind": self.kind,
+            "layers": str(self.num_layers),
+            "block size": str(self.block_size),
+            "shape": str(list(self._caches[0].shape)),
+            "strides": " or ".join(sorted({str(list(cache.stride())) for cache in self._caches})),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "isa": "none",
+        }
+
+    @abc.abstractmethod
+    def _gather(self, block_ids: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None: ...
+
+    @abc.abstractmethod
+    def _scatter(self, block_ids: Sequence[int], start: int, stop: int, source: torch.Tensor) -> None: ...
+
+    def _upload(self, ids: Sequence[int]) -> torch.Tensor:
+        """Block ids on the device. Pinned, for an upload from pageable memory would wait for the whole stream."""
+        host = torch.tensor(ids, dtype=torch.int64)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+    def _check(self, block_ids: Sequence[int], start: int, stop: int, host: torch.Tensor) -> None:
+        shape = (self.num_kv_heads, self.num_layers, 2, stop - start, self.head_dim)
+        assert 0 <= start <= stop <= len(block_ids) * self.block_size, (start, stop, len(block_ids), self.block_size)
+        assert tuple(host.shape) == shape, (tuple(host.shape), shape)
+        assert host.dtype == self.dtype and host.device.type == "cpu", (host.dtype, self.dtype, host.device)
+        self._check_ids(block_ids)
+
+    def _check_ids(self, block_ids: Sequence[int]) -> None:
+        """The writers below do not look: an id out of range would hit memory that is not the cache."""
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
+            raise IndexError(f"block ids {min(block_ids)}..{max(block_ids)} in a cache of {self.num_blocks} blocks")
+
+
+def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
+    """From what vLLM hands to `register_kv_caches`: {layer name: cache}.
+
+    Raises Unsupported, naming the layer, for what is not [B, H, N, 2D] full attention of one shape: MLA, mamba's lists
+    of states, quantized caches, mixed shapes, layers that share one cache. A sliding window does not show in a tensor:
+    whoever knows the cache's spec has to refuse it.
+    """
+    checked = _full_attention(kv_caches)
+    device = next(iter(checked.values())).device.type
+    if device == "cpu":
+        from thaw.engines.vllm.layout_cpu import CpuPackedPages
+
+        return CpuPackedPages(checked)
+    if device == "cuda":
+        from thaw.engines.vllm.layout_triton import TritonPages
+
+        return TritonPages(checked)
+    raise Unsupported(f"KV caches on device {device!r} cannot be snapshotted; thaw reads those of cuda and cpu")
+
+
+def layer_order(names: Mapping[str, object]) -> tuple[str, ...]:
+    """Layer names by the numbers in them ("model.layers.10.self_attn.attn"), not by the order of the mapping."""
+    numbers = {name: tuple(int(part) for part in name.split(".") if part.isdecimal()) for name in names}
+    unnumbered = sorted(name for name, key in numbers.items() if not key)
+    if unnumbered or len(set(numbers.values())) != len(numbers):
+        what = f"layer {unnumbered[0]!r} has no number" if unnumbered else "two layers have the same number"
+        raise Unsupported(f"the order of the KV caches is unknown: {what} among {len(numbers)} layers")
+    return tuple(sorted(numbers, key=numbers.__getitem__))
+
+
+def _full_attention(kv_caches: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The caches, each found to be keys and values of full attention, all of one shape, dtype and device."""
+    if not kv_caches:
+        raise Unsupported("the engine registered no KV cache; thaw snapshots models with full attention")
+    for name, cache in kv_caches.items():
+        reason = _refusal(cache)
+        if reason is not None:
+            raise Unsupported(f"the cache of layer {name!r} cannot be snapshotted: {reason}")
+    first, *others = kv_caches
+    for name in others:
+        one, two = (
+            f"{list(cache.shape)} {cache.dtype} on {cache.device}" for cache in (kv_caches[first], kv_caches[name])
+        )
+        if one != two:
+            raise Unsupported(f"mixed KV caches cannot be snapshotted: layer {first!r} has {one}, layer {name!r} {two}")
+    owners: dict[int, str] = {}
+    for name, cache in kv_caches.items():
+        other = owners.setdefault(cache.data_ptr(), name)
+        if other != name:
+            raise Unsupported(f"layers {other!r} and {name!r} share one cache; thaw snapshots layers with their own")
+    return dict(kv_caches)
+
+
+def _refusal(cache: object) -> str | None:
+    """Why a layer's cache is not one of full attention in a dtype that is moved; None when it is."""
+    if not isinstance(cache, torch.Tensor):
+        return "it is a list of states (mamba or linear attention), not keys and values"
+    if cache.dtype not in BITS:
+        return f"its dtype is {cache.dtype} (a quantized cache); start the engine with kv_cache_dtype='auto'"
+    if cache.dim() != 4 or cache.shape[3] % 2:
+        return f"its shape is {list(cache.shape)}, not [blocks, heads, slots, 2 x head_dim] (MLA or another attention)"
+    if cache.shape[1] == 1 and cache.shape[3] // 2 not in HEAD_DIMS_OF_ONE_HEAD:
+        return f"its shape is {list(cache.shape)}: one head of {cache.shape[3]} numbers is the latent of MLA"
+    return None

@@ -1,0 +1,189 @@
+"""The connector's options, and the arguments that load it into a stock vLLM. No vLLM and no torch here.
+
+Options travel inside vLLM's own configuration, as `kv_connector_extra_config["thaw"]`, so every process of an engine
+has the same ones. They can be given three ways, from one `VllmSettings`:
+
+    LLM(model, **engine_args(settings))            offline, and AsyncEngineArgs
+    vllm serve MODEL --config thaw.yaml            the file is `config_file(settings)`
+    kv_transfer_config(settings)                   the one argument, to stand beside another connector
+
+All of them take `others`: connectors to stand beside thaw in one of vLLM's `MultiConnector`. thaw goes first: vLLM
+asks them in order, and the first one that has tokens loads them.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from thaw.core.errors import InvalidRequest
+from thaw.engines.served.mail import default_folder
+
+CONNECTOR = "ThawConnector"
+CONNECTOR_MODULE = "thaw.engines.vllm.connector"
+MULTI = "MultiConnector"
+LOGITS_PROCESSOR = "thaw.engines.vllm.sampling:ThawSampling"
+KEY = "thaw"
+MAX_LOGPROBS = 100
+"""What `Sampling.logprobs` may ask for; vLLM's own limit is 20."""
+
+OTHERS_THAT_KEEP_SALT = frozenset(("OffloadingConnector", "SimpleCPUOffloadConnector"))
+"""vLLM's own connectors that find KV by its salted block hashes, so that a session gets nothing but its lineage's."""
+
+Other: TypeAlias = "str | Mapping[str, object]"
+"""A connector beside thaw: its name, or a mapping as vLLM's own kv_transfer_config takes it."""
+NumBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+Fraction: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options. An unknown one is an error, and so is a value out of its range."""
+
+    mail: str = ""
+    """The folder through which client and engine leave each other files. Empty: one of this engine's own, below the
+    user's runtime folder."""
+    stores: dict[str, str] = {}
+    """By a store's UUID, its folder of packs: the engine may read and write these from its start. A client of the same
+    user adds its own."""
+    arena_nbytes: NumBytes = 4 << 30
+    """Host memory for the KV of sessions, of each worker. What is beyond it goes to `spill`."""
+    spill: str | None = None
+    """The folder of the file that holds what is beyond `arena_nbytes`. None: the system's temporary folder."""
+    async_nbytes: NumBytes = 64 << 20
+    """A load of more than this runs beside the steps of others; a smaller one inside a step."""
+    session_ttl_s: Seconds = 86_400.0
+    """A session that nobody used for so long is forgotten."""
+    pin_fraction: Fraction = 0.25
+    """At most this part of the engine's blocks may be pinned."""
+    pin_seconds: Seconds = 600.0
+    """A pin ends by itself after so long."""
+    enabled: bool = True
+    """Off: the connector is loaded and does nothing."""
+    others_keep_salt: bool = False
+    """What another connector of a `MultiConnector` loads for a session is found by vLLM's salted block hashes.
+    Otherwise a session for which another one has loaded tokens is refused, unless it shares its prefix with all."""
+
+
+def from_extra_config(extra: Mapping[str, object]) -> VllmSettings:
+    """The options in a `kv_connector_extra_config`. Raises `InvalidRequest` naming the one that is wrong."""
+    try:
+        return msgspec.convert(extra.get(KEY) or {}, VllmSettings)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"kv_connector_extra_config[{KEY!r}]: {error}") from None
+
+
+def settled(settings: VllmSettings) -> VllmSettings:
+    """`settings` with a mail folder of its own where none was named, so that all who read them use the same one."""
+    if settings.mail:
+        return settings
+    return msgspec.structs.replace(settings, mail=str(default_folder(secrets.token_hex(8))))
+
+
+def kv_transfer_config(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[str, object]:
+    """What vLLM's `kv_transfer_config` takes, as plain values. Options at their default are left out.
+
+    Raises `InvalidRequest` for one of `others` that names no connector.
+    """
+    beside = [_other(other) for other in others]
+    if beside and all(other["kv_connector"] in OTHERS_THAT_KEEP_SALT for other in beside):
+        settings = msgspec.structs.replace(settings, others_keep_salt=True)
+    own: dict[str, object] = {
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {KEY: _changed(settings)},
+    }
+    if not beside:
+        return own
+    children = {"connectors": [own, *beside]}
+    return {"kv_connector": MULTI, "kv_role": "kv_both", "kv_connector_extra_config": children}
+
+
+def _other(other: Other) -> dict[str, object]:
+    said = {"kv_connector": other} if isinstance(other, str) else dict(other)
+    if not said.get("kv_connector") or said["kv_connector"] in (CONNECTOR, MULTI):
+        raise InvalidRequest(f"beside thaw: {other!r} names no other connector; give its kv_connector")
+    return {"kv_role": "kv_both", **said}
+
+
+def engine_args(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[str, object]:
+    """Keyword arguments for `vllm.LLM` and `AsyncEngineArgs` that load the connector and the logits processor."""
+    return {"kv_transfer_config": kv_transfer_config(settings, others), "logits_processors": [LOGITS_PROCESSOR]}
+
+
+def server_args(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[str, object]:
+    """`engine_args` and what the HTTP server needs besides: its replies count cached tokens only when told to."""
+    return {**engine_args(settings, others), "max_logprobs": MAX_LOGPROBS, "enable_prompt_tokens_details": True}
+
+
+def config_file(settings: VllmSettings, others: Sequence[Other] = ()) -> str:
+    """The text of a file for the server's `--config` (its name must end with .yaml). Settles the mail folder."""
+    head = (
+        "# thaw inside a stock vLLM server: vllm serve MODEL --config THIS_FILE\n"
+        "# Written by `thaw engine config vllm`. What the command line says goes before what this file says.\n"
+        "# Beside another connector: `thaw engine config vllm --beside NAME`.\n"
+    )
+    arguments = {name.replace("_", "-"): value for name, value in server_args(settled(settings), others).items()}
+    return head + "\n".join(_yaml(arguments)) + "\n"
+
+
+def server_command(model: str, config: Path, port: int | None = None, *, python: str = "python") -> list[str]:
+    """The stock server, by its module: this form also works where the console script does not (the CPU wheels)."""
+    address = ["--port", str(port)] if port is not None else []
+    module = "vllm.entrypoints.openai.api_server"
+    return [python, "-m", module, "--model", model, "--config", str(config), *address]
+
+
+def _changed(settings: VllmSettings) -> dict[str, object]:
+    """The options that differ from their defaults, as plain values."""
+    plain: dict[str, object] = msgspec.to_builtins(settings)
+    usual = msgspec.to_builtins(VllmSettings())
+    return {name: value for name, value in plain.items() if value != usual[name]}
+
+
+YAML_WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
+"""Words that YAML 1.1 does not read as strings."""
+
+
+def _yaml(value: object, indent: str = "") -> Iterator[str]:
+    """Lines of YAML: mappings and lists as blocks, strings in quotes."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _entry(f"{indent}{_key(key)}:", inner, indent)
+    elif isinstance(value, Iterable):
+        for item in value:
+            if isinstance(item, Mapping):
+                first, *rest = _yaml(item, indent + "  ")
+                yield from (f"{indent}- {first.lstrip()}", *rest)
+            else:
+                yield f"{indent}- {_scalar(item)}"
+
+
+def _entry(head: str, inner: object, indent: str) -> Iterator[str]:
+    if isinstance(inner, (Mapping, list)) and inner:
+        yield head
+        yield from _yaml(inner, indent + "  ")
+    else:
+        yield f"{head} {_scalar(inner)}"
+
+
+def _key(key: str) -> str:
+    plain = key.isascii() and key.replace("-", "").replace("_", "").isalpha() and key.lower() not in YAML_WORDS
+    return key if plain else _scalar(key)
+
+
+def _scalar(value: object) -> str:
+    """As JSON writes it, but for two things that YAML 1.1 reads otherwise: surrogate pairs, and 1e-05 (a string)."""
+    if isinstance(value, str):
+        kept = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+        return f'"{"".join(kept)}"'
+    if isinstance(value, float):
+        mantissa, e, exponent = json.dumps(value).partition("e")
+        return mantissa + (".0" if "." not in mantissa else "") + e + exponent
+    return json.dumps(value)

@@ -1,0 +1,119 @@
+"""What thaw supports of vLLM, by name: of an engine's configuration once at boot, of one request when it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from thaw.core.errors import Unsupported
+from thaw.engines.served.protocol import KEY, MAX_RANKS
+from thaw.engines.vllm import versions
+from thaw.engines.vllm.settings import LOGITS_PROCESSOR
+
+CPU_BLOCKS = 32
+ONE = "a session is one sequence; fork it and send a request for each child"
+UNREAD = "a prompt whose KV is there is not read, so it has no log probabilities; leave one of the two out"
+ALONE = (
+    ("n", 1, ONE),
+    ("structured_outputs", None, "say in the message where the completion began (grammar_from)"),
+    ("prompt_logprobs", None, UNREAD),
+    ("prompt_logprob_token_ids", None, UNREAD),
+    ("skip_reading_prefix_cache", False, "a session goes on from KV that is there; leave one of the two out"),
+)
+"""Fields of vLLM's `SamplingParams` with their neutral value that cannot go with a message, and why."""
+
+
+def require(config: Any, kv_cache_config: Any) -> None:
+    """Raise `Unsupported` for the first thing that thaw cannot capture exactly."""
+    require_config(config)
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid or sliding); only one is supported")
+    spec = groups[0].kv_cache_spec
+    if type(spec).__name__ != "FullAttentionSpec":
+        raise Unsupported(f"a cache of kind {type(spec).__name__}; only full attention is supported")
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, name, None) is not None:
+            raise Unsupported(f"{name}={getattr(spec, name)}: only full attention is supported")
+
+
+def require_config(config: Any) -> None:
+    """The part of `require` that can be told before the engine starts."""
+    _require_model(config.model_config)
+    parallel = config.parallel_config
+    if config.speculative_config is not None:
+        raise Unsupported("speculative decoding: a draft's state is not captured; start vLLM without it")
+    if config.lora_config is not None:
+        raise Unsupported("LoRA: adapters are not part of a session's identity here yet; start vLLM without it")
+    if parallel.pipeline_parallel_size > 1:
+        raise Unsupported(f"pipeline_parallel_size={parallel.pipeline_parallel_size}: ranks own layers; not supported")
+    if parallel.tensor_parallel_size > MAX_RANKS:
+        raise Unsupported(f"tensor_parallel_size={parallel.tensor_parallel_size}: at most {MAX_RANKS} are supported")
+    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
+        raise Unsupported("decode context parallelism shards a token's KV over ranks; not supported")
+    if getattr(config, "watermark_config", None) is not None:
+        raise Unsupported("watermarking looks back at what a request generated, not a session; start vLLM without it")
+    if versions.runner(config) == "V1" and not _samples(config.model_config.logits_processors or ()):
+        raise Unsupported(
+            f"on vLLM's V1 runner thaw picks the tokens: name {LOGITS_PROCESSOR} in logits_processors, as the file of "
+            "`thaw engine config vllm` and thaw.engines.vllm.settings.engine_args do"
+        )
+    cache = str(config.cache_config.cache_dtype)
+    if cache not in ("auto", "bfloat16", "float16", "float32"):
+        raise Unsupported(f"kv_cache_dtype={cache}: quantised KV is not captured; use auto")
+    block_size = config.cache_config.block_size
+    if config.device_config.device_type == "cpu" and block_size % CPU_BLOCKS:
+        raise Unsupported(
+            f"block_size={block_size}: on a CPU vLLM's attention takes multiples of {CPU_BLOCKS}; leave it out for 128"
+        )
+
+
+def require_one_rank(parallel: Any) -> None:
+    """An engine inside a program is one engine: which rank gets a request is vLLM's choice there."""
+    if parallel.data_parallel_size > 1:
+        raise Unsupported(
+            f"data_parallel_size={parallel.data_parallel_size} inside a program: start a server with it and attach to "
+            "its address; sessions are then spread over its ranks"
+        )
+
+
+def _require_model(model: Any) -> None:
+    if model.is_encoder_decoder:
+        raise Unsupported("encoder-decoder models: their cross attention cache is not captured")
+    if getattr(model, "is_multimodal_model", False):
+        raise Unsupported("multimodal models: media features are not part of a session yet")
+    if getattr(model, "use_mla", False):
+        raise Unsupported("MLA (latent attention) caches are not captured yet")
+    if model.enable_prompt_embeds:
+        raise Unsupported("enable_prompt_embeds: a session is made of tokens; start vLLM without it")
+    if model.logprobs_mode != "raw_logprobs":
+        raise Unsupported(
+            f"logprobs_mode={model.logprobs_mode}: a session's log probabilities are of raw logits; use raw_logprobs"
+        )
+
+
+def require_request(params: Any) -> None:
+    """Raise `Unsupported` where a request that carries thaw's message asks for what a session cannot go on with.
+
+    `params` are its `SamplingParams`. Requests without a message are nobody's business here."""
+    transfer = (params.extra_args or {}).get("kv_transfer_params")
+    if not isinstance(transfer, dict) or KEY not in transfer:
+        return
+    message = transfer[KEY]
+    for name, usual, why in ALONE:
+        asked = getattr(params, name, None)
+        if name == "structured_outputs" and isinstance(message, dict) and message.get("grammar_from") is not None:
+            continue
+        if asked is not None and (usual is None or asked != usual):
+            raise Unsupported(f"{name} in a request that carries kv_transfer_params[{KEY!r}]: {why}")
+
+
+def most_logprobs(model: Any) -> int:
+    """How many log probabilities a request may ask for. -1 is vLLM's word for all of the vocabulary."""
+    return int(model.max_logprobs) if model.max_logprobs >= 0 else int(model.get_vocab_size())
+
+
+def _samples(processors: Iterable[str | type]) -> bool:
+    """Whether thaw's logits processor is among them, by name or as the class itself."""
+    names = (p if isinstance(p, str) else f"{p.__module__}:{p.__qualname__}" for p in processors)
+    return LOGITS_PROCESSOR in names

@@ -1,0 +1,255 @@
+"""The workers' side of the connector: KV between vLLM's blocks, the arena and packs, on this rank's heads.
+
+Jobs run in the order the scheduler's side gave them, on the runner's thread before a step's forward pass (copies in
+memory), or handed to a thread (packs, big loads). A job that fails costs its own request or command, never the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
+from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.served.mail import Mail
+from thaw.engines.served.packing import Packing
+from thaw.engines.served.protocol import Answer, WorkerFacts
+from thaw.engines.served.weights import WeightsSample
+from thaw.engines.vllm import jobs
+from thaw.engines.vllm.copier import make_copier
+from thaw.engines.vllm.jobs import Job
+from thaw.engines.vllm.layout import KVLayout
+from thaw.engines.vllm.settings import VllmSettings
+
+log = logging.getLogger("thaw.vllm")
+
+
+class WorkerSide:
+    def __init__(
+        self, layout: KVLayout, facts: WorkerFacts, settings: VllmSettings, mail: Mail, weights: WeightsSample | None
+    ) -> None:
+        self._layout, self._facts, self._mail, self._weights = layout, facts, mail, weights
+        spill = Path(settings.spill) if settings.spill else None
+        self._arena = Arena(
+            settings.arena_nbytes, spill, layout.num_kv_heads, layout.num_layers, layout.head_dim, layout.dtype,
+            pinned=layout.on_its_own,
+        )  # fmt: skip
+        self._packing = Packing(facts, mail, self._arena, layout.dtype)
+        self._copier = make_copier(layout, self._arena)
+        self._records: dict[str, Record] = {}
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
+        self._lock = threading.Lock()
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._invalid: set[int] = set()
+        self._epoch: int | None = None
+        self._watching = True
+
+    # -- called by the connector
+
+    def run(self, todo: Sequence[Job]) -> None:
+        """A step's jobs. The weights are looked at once a step, when a job needs to know."""
+        self._epoch = None
+        for job in todo:
+            try:
+                self._do(job)
+            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it
+                self._failed(job, error)
+
+    def finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose blocks may be freed, and requests whose load is over, since last asked."""
+        with self._lock:
+            sent, self._sent = self._sent, set()
+            received, self._received = self._received, set()
+        return sent, received
+
+    def invalid_blocks(self) -> set[int]:
+        with self._lock:
+            out, self._invalid = self._invalid, set()
+        return out
+
+    def metrics(self) -> dict[str, int]:
+        """Counts that every worker has its own of."""
+        return {"arena_nbytes": self._arena.used, "spilled_nbytes": self._arena.spilled}
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._copier.close()
+
+    # -- jobs
+
+    def _do(self, job: Job) -> None:
+        if isinstance(job, jobs.Derive):
+            self._derive(job)
+        elif isinstance(job, jobs.Sync):
+            self._sync(job)
+        elif isinstance(job, jobs.Load):
+            self._load(job)
+        elif isinstance(job, jobs.Check):
+            self._usable(job.record)
+        elif isinstance(job, jobs.Fail):
+            self._fail(job.request, job.blocks, background=job.background)
+        elif isinstance(job, jobs.ReadPlan):
+            self._in_thread(job, partial(self._read, job, self._now()))
+        elif isinstance(job, jobs.WritePack):
+            pieces = self._usable(job.record).cut(job.num_kv)
+            self._in_thread(job, partial(self._write, job, pieces, self._now()))
+        elif isinstance(job, jobs.LookAtWeights):
+            self._look(job)
+        elif isinstance(job, jobs.Count):
+            self._answer(job.name, Answer(counts={**job.counts, **self.metrics()}))
+        elif isinstance(job, jobs.Watch):
+            self._watching = job.on
+            self._answer(job.name, Answer())
+        else:
+            for name in job.records:
+                self._records.pop(name, None)
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        """Tell whoever waits for it."""
+        kind, text = _described(error)
+        if not isinstance(error, ThawError):
+            log.exception("thaw: %s failed", type(job).__name__)
+        if isinstance(job, jobs.Load | jobs.Check):
+            self._answer(job.name, Answer(kind=kind, error=text))
+            self._fail(job.request, job.blocks, background=isinstance(job, jobs.Load) and job.background)
+        elif isinstance(job, jobs.ReadPlan | jobs.WritePack | jobs.LookAtWeights | jobs.Count | jobs.Watch):
+            self._answer(job.name, Answer(kind=kind, error=text))
+        elif isinstance(job, jobs.Derive | jobs.Sync):
+            self._records[job.record] = Record((), self._now(), broken=text)
+            if isinstance(job, jobs.Sync) and job.finished is not None:
+                self._copier.after_saves(partial(self._let_go, job.finished))
+
+    def _derive(self, job: jobs.Derive) -> None:
+        if job.source is None:
+            self._records[job.record] = Record((), self._now())
+            return
+        source = self._get(job.source)
+        if source.num_kv < job.num_kv and source.epoch == self._now():
+            raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
+        self._records[job.record] = Record(source.cut(job.num_kv), source.epoch)
+
+    def _sync(self, job: jobs.Sync) -> None:
+        """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
+        record = self._get(job.record)
+        if record.epoch != self._now():
+            record.broken = "the weights changed while it was computed"
+        elif not record.broken and job.num_kv > record.num_kv:
+            pieces = self._copier.save(job.blocks, record.num_kv, job.num_kv)
+            self._records[job.record] = Record(self._arena.joined((*record.pieces, *pieces)), record.epoch)
+        if job.now:
+            self._get(job.record).wait(0, job.num_kv)
+        if job.finished is not None:
+            self._copier.after_saves(partial(self._let_go, job.finished))
+
+    def _let_go(self, request: str) -> None:
+        with self._lock:
+            self._sent.add(request)
+
+    def _load(self, job: jobs.Load) -> None:
+        record = self._usable(job.record)
+        if record.num_kv < job.stop:
+            raise StorageFailed(f"the session has KV for {record.num_kv} tokens; {job.stop} were wanted")
+        if not job.background:
+            self._copier.load(job.blocks, record, job.start, job.stop)
+            return
+
+        since = self._copier.point()
+
+        def work() -> None:
+            try:
+                self._copier.load_aside(job.blocks, record, job.start, job.stop, since)
+                with self._lock:
+                    self._received.add(job.request)
+            except Exception as error:  # noqa: BLE001 - reported to the one request that waits for it
+                self._failed(job, error)
+
+        self._copier.loads.submit(work)
+
+    def _fail(self, request: str, blocks: Sequence[int], *, background: bool) -> None:
+        with self._lock:
+            self._invalid.update(blocks)
+            if background:
+                self._received.add(request)
+
+    def _look(self, job: jobs.LookAtWeights) -> None:
+        epoch = self._now()
+        if not job.digest:
+            self._answer(job.name, Answer(epoch=epoch))
+            return
+        weights = self._weights
+        if weights is None:
+            raise NotFound("the model was not found in this worker; its weights cannot be hashed")
+        self._in_thread(job, lambda: self._answer(job.name, Answer(epoch=epoch, digest=weights.digest())))
+
+    # -- packs, on a thread
+
+    def _in_thread(self, job: Job, work: Any) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - the answer says so
+                self._failed(job, error)
+
+        self._threads.submit(run)
+
+    def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
+        started = time.perf_counter()
+        plan = self._mail.plan(job.name)
+        pieces, nbytes, read_s = self._packing.read(plan)
+        self._records[job.record] = Record(self._arena.joined(pieces), epoch)
+        seconds = time.perf_counter() - started
+        stages = {"read": read_s, "fill": seconds}
+        self._answer(job.name, Answer(num_kv=plan.num_kv, nbytes=nbytes, epoch=epoch, seconds=seconds, stages_s=stages))
+
+    def _write(self, job: jobs.WritePack, pieces: Sequence[Piece], epoch: int) -> None:
+        pack = job.packs[self._facts.rank]
+        answer = self._packing.write(
+            pieces, job.base, job.num_kv, store=job.store, pack=pack, num_tokens=job.num_tokens, epoch=epoch
+        )
+        self._answer(job.name, answer)
+
+    # -- records
+
+    def _get(self, name: str) -> Record:
+        record = self._records.get(name)
+        if record is None:
+            raise NotFound("the engine has let go of this session")
+        return record
+
+    def _usable(self, name: str) -> Record:
+        record = self._get(name)
+        now = self._now()
+        if record.broken and record.epoch == now:
+            raise StorageFailed(f"the session's KV could not be kept: {record.broken}")
+        if record.epoch != now:
+            raise StaleSession(
+                f"the session's KV is of weights epoch {record.epoch}; the engine's weights changed (epoch {now}). "
+                "Open a session and append its tokens again, or hydrate a commit with policy='recompute'."
+            )
+        return record
+
+    def _now(self) -> int:
+        if self._epoch is None:
+            self._epoch = self._look_or_not()
+        return self._epoch
+
+    def _look_or_not(self) -> int:
+        if self._weights is None:
+            return 0
+        return self._weights.look() if self._watching else self._weights.epoch
+
+    def _answer(self, name: str, answer: Answer) -> None:
+        self._mail.answer(name, self._facts.rank, answer)
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    if isinstance(error, ThawError):
+        return error.kind, str(error)
+    return "storage-failed", f"{type(error).__name__}: {error}"

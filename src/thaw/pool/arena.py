@@ -1,0 +1,181 @@
+"""The arena: a repository of the pool's own in shared memory, where rounds live unless they are committed.
+
+It has the packs, objects and index of any repository, so engines capture into it and hydrate from it by the way they
+know, and whatever is read is hashed. Packs that were not used for longest are *spilled* when it grows over its limit:
+moved to a folder on disk, with a link in their place, so nothing that names them changes. All of it goes with the pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from thaw.core.errors import NotFound, RefConflict, StorageFailed
+from thaw.core.ids import CommitId
+from thaw.data.files import storage_errors
+from thaw.engines.base import HydratePlan, SessionRef
+from thaw.pool.values import ArenaStats
+from thaw.repo import commit as commits
+from thaw.repo import resolve
+from thaw.repo.context import Context
+from thaw.repo.kept import Kept
+from thaw.repo.resolve import ResolvedPoint
+from thaw.store import RefUpdate, Store
+
+GC_AFTER = 64
+"""Points let go of before their bytes are reclaimed, unless the arena is full sooner."""
+
+
+@dataclass(eq=False)
+class ArenaPoint:
+    """A session in the arena; its bytes are kept as long as this object lives. `kept`: what a child need not write."""
+
+    commit: CommitId
+    num_tokens: int
+    kept: Kept
+    seconds: float
+    nbytes: int
+
+
+class Arena:
+    """Safe from any thread. `limit_nbytes` is of packs in shared memory; captures under way may exceed it."""
+
+    def __init__(self, folder: Path, spill: Path, limit_nbytes: int) -> None:
+        self.store = Store.init(folder)
+        self.limit_nbytes = limit_nbytes
+        self._spill = spill
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._gc_lock = threading.Lock()
+        self._used: dict[str, float] = {}
+        self._dropped: list[str] = []
+        self._points = self._captures = self._spills = self._loads = 0
+        self._closed = False
+
+    def capture(self, context: Context, session: SessionRef, kept: Kept) -> ArenaPoint:
+        """The session as it stands, in the arena. `context` is of this store and the session's engine."""
+        began = time.perf_counter()
+        name = f"p/{next(self._numbers)}"
+        request = commits.Request(session=session, parent=None, message="", branch=name, meta={}, expect=None)
+        done = commits.write(context, request, kept)
+        if done.conflict is not None:
+            raise done.conflict
+        with self._lock:
+            self._points += 1
+            self._captures += 1
+            self._used.update((pack.name, time.monotonic()) for pack in done.captured.packs)
+        point = ArenaPoint(
+            done.result.commit, done.result.num_tokens, done.kept, time.perf_counter() - began,
+            done.result.nbytes_written,
+        )  # fmt: skip
+        weakref.finalize(point, self._release, name).atexit = False
+        self.make_room(0)
+        return point
+
+    def at(self, point: ArenaPoint, token: int | None) -> ResolvedPoint:
+        return resolve.at(self.store, point.commit, token=token)
+
+    def loaded(self, plan: HydratePlan) -> Literal["arena", "disk"]:
+        """Note a load, and say where its bytes were: on disk when any of its packs is spilled."""
+        packs = {location.pack for piece in plan.slices for ids in piece.blobs.values() for location in ids}
+        with self._lock:
+            self._loads += 1
+            self._used.update(dict.fromkeys(packs, time.monotonic()))
+        return self.tier(packs)
+
+    def tier(self, packs: Iterable[str]) -> Literal["arena", "disk"]:
+        return "disk" if any((self.store.packs / pack).is_symlink() for pack in packs) else "arena"
+
+    def make_room(self, nbytes: int) -> None:
+        """Reclaim and spill until `nbytes` more fit, or nothing is left to spill."""
+        if len(self._dropped) >= GC_AFTER or (self._dropped and self._nbytes() + nbytes > self.limit_nbytes):
+            self.reclaim()
+        over = self._nbytes() + nbytes - self.limit_nbytes
+        for path, size in self._oldest() if over > 0 else ():
+            if over <= 0:
+                break
+            over -= size if self._move_out(path) else 0
+
+    def reclaim(self) -> None:
+        """Remove the bytes of points that nobody holds."""
+        with self._gc_lock:
+            with self._lock:
+                names, self._dropped = self._dropped, []
+            if self._closed:
+                return
+            for name in names:
+                with contextlib.suppress(NotFound, RefConflict):
+                    self.store.update_refs(
+                        RefUpdate(name=name, kind="branch", target=None, expect="any", reason="released")
+                    )
+            self.store.gc(keep_reflog_s=0.0)
+            self._sweep_spill()
+            left = {path.name for path in self.store.packs.iterdir()}
+            with self._lock:
+                self._used = {name: used for name, used in self._used.items() if name in left}
+
+    def stats(self) -> ArenaStats:
+        spilled = sum(entry.stat().st_size for entry in os.scandir(self._spill) if entry.is_file())
+        return ArenaStats(
+            path=str(self.store.path), nbytes=self._nbytes(), limit_nbytes=self.limit_nbytes, spilled_nbytes=spilled,
+            num_points=self._points, num_captures=self._captures, num_spills=self._spills, num_loads=self._loads,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._closed = True
+        self.store.close()
+
+    def _release(self, name: str) -> None:
+        """From a finalizer: only noted, for it may run anywhere."""
+        self._dropped.append(name)
+        self._points -= 1
+
+    def _resident(self) -> list[tuple[Path, int]]:
+        """Packs that are in shared memory, with their sizes."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.store.packs):
+                with contextlib.suppress(FileNotFoundError):
+                    if not entry.is_symlink():
+                        found.append((Path(entry.path), entry.stat(follow_symlinks=False).st_size))
+        return found
+
+    def _nbytes(self) -> int:
+        return sum(size for _, size in self._resident())
+
+    def _oldest(self) -> list[tuple[Path, int]]:
+        done = [(path, size) for path, size in self._resident() if path.suffix == ".safetensors"]
+        return sorted(done, key=lambda pair: self._used.get(pair[0].name, 0.0))
+
+    def _move_out(self, path: Path) -> bool:
+        """Copy the pack to disk and put a link in its place, atomically for readers. False: it was gone meanwhile."""
+        target, link = self._spill / path.name, path.with_name(path.name + ".link")
+        with self._gc_lock, storage_errors(target, "spill a pack to"):
+            try:
+                shutil.copyfile(path, target)
+                target.chmod(0o600)
+                os.symlink(target, link)
+                os.rename(link, path)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                for leftover in (link, target):
+                    leftover.unlink(missing_ok=True)
+                raise StorageFailed(f"the arena is over its limit and {target} cannot be written: {error}") from error
+        self._spills += 1
+        return True
+
+    def _sweep_spill(self) -> None:
+        """Files on disk that no link names any more."""
+        for entry in os.scandir(self._spill):
+            if not (self.store.packs / entry.name).is_symlink():
+                os.unlink(entry.path)

@@ -1,0 +1,71 @@
+"""The seam below a pool: how a worker's engine comes to be, and how it is ended.
+
+The pool needs an `Engine` of the contract and, where it may, the means to kill and boot it again. Everything above
+(placement, retries, rounds) is the same for every backend, and `thaw.testing.PoolTests` runs on each.
+
+    LocalProcesses    a host process for each worker: survives any death of an engine
+    InProcess         engines loaded into this process (no protection from a crash, no copy of a message)
+    Attached          engines that somebody else runs; they stay when the pool closes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from thaw.core.errors import InvalidRequest
+from thaw.engines.base import Engine
+from thaw.pool.home import Home
+
+
+class Host(Protocol):
+    """One life of a worker's engine."""
+
+    engine: Engine
+    pid: int | None
+    boot_s: float
+
+    def alive(self) -> bool: ...
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when it ends by itself, where that can be seen."""
+
+    def check(self, limit_s: float) -> bool:
+        """Whether it was heard within `limit_s`, asking it if need be; True where that cannot be known."""
+
+    def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
+        """Run a function on the engine, where the engine is; what it returns."""
+
+    def kill(self) -> None:
+        """End it now, with everything that it started; whoever waits for it gets `EngineDied`. Idempotent."""
+
+    def close(self) -> None:
+        """End it in order. Idempotent."""
+
+
+class Backend(Protocol):
+    """Boots workers. `restarts`: whether a dead worker can be booted again."""
+
+    restarts: bool
+
+    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+        """Blocks until the engine can be used. Called on several threads at once, for different workers."""
+
+
+def choose(
+    home: Home, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float
+) -> tuple[Backend, int]:
+    """The backend for what a pool was given, and how many workers it begins with."""
+    from thaw.pool.inside import Attached, InProcess
+    from thaw.pool.local import LocalProcesses
+
+    if not isinstance(engine, str) or "://" in engine:
+        targets = list(engine) if isinstance(engine, (list, tuple)) else [engine]
+        if not targets:
+            raise InvalidRequest("no engines given to attach to")
+        return Attached(targets, options), len(targets)
+    if backend == "inline":
+        return InProcess(engine, options), workers
+    if backend != "process":
+        raise InvalidRequest(f"backend={backend!r}: must be 'process' or 'inline'")
+    return LocalProcesses(home, engine, options, env=env, boot_timeout_s=limit_s), workers

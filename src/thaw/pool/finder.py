@@ -1,0 +1,187 @@
+"""From what callers give as a point to a trunk: a session, a result, a snapshot, a point's name, or token ids."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+from thaw.core.errors import EngineDied, InvalidRequest, NotFound
+from thaw.core.points import Point
+from thaw.core.sampling import fresh_seed
+from thaw.pool.arena import Arena, ArenaPoint
+from thaw.pool.session import PoolSession
+from thaw.pool.snapshot import Snapshot
+from thaw.pool.trunk import Held, Trunk
+from thaw.pool.values import BranchResult
+from thaw.pool.worker import Life
+from thaw.repo import cut, timeline
+from thaw.repo.context import Context
+from thaw.repo.kept import Kept
+from thaw.repo.repository import Repository
+from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.session import Session
+from thaw.store import Store
+
+MAX_PROMPTS = 128
+"""Prompts (points that are plain tokens) whose snapshots the arena keeps, the latest ones."""
+
+
+class Finder:
+    """`life_of`: the life that holds a session's engine. `policy`: the version that runs now."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        repo: Repository | None,
+        life_of: Callable[[Session], Life | None],
+        policy: Callable[[], str],
+    ) -> None:
+        self._arena, self._repo = arena, repo
+        self._life_of, self._policy = life_of, policy
+        self._captured: weakref.WeakKeyDictionary[Session, ArenaPoint] = weakref.WeakKeyDictionary()
+        self._prompts: OrderedDict[Hashable, ArenaPoint] = OrderedDict()
+
+    def find(self, point: object, at: int | None = None, seed: int | None = None) -> Trunk:
+        """Raises `InvalidRequest`, `NotFound`, `BadPoint`, `StaleSession`, `EngineDied`."""
+        if isinstance(point, BranchResult):
+            if point.session is None:
+                why = point.error or "its round had keep=False"
+                raise InvalidRequest(f"branch {point.index} has no session to go on from: {why}")
+            point = point.session
+        if isinstance(point, Snapshot):
+            return self._of_arena(point.point, at, seed)
+        if isinstance(point, Session):
+            return self._of_session(point, at, seed)
+        if isinstance(point, (str, Point, ResolvedPoint)):
+            return self._of_repo(point, at, seed)
+        if isinstance(point, Sequence) and all(isinstance(token, int) for token in point):
+            return self._of_tokens(tuple(int(token) for token in point), at, seed)
+        raise InvalidRequest(
+            f"a {type(point).__name__} is no point: give a session, a result, a snapshot, a point's name in the "
+            "pool's repository, or token ids"
+        )
+
+    def captured(self, trunk: Trunk, point: ArenaPoint) -> None:
+        """`trunk` was captured as `point`: so was, up to there, the session or prompt that it came from."""
+        source = trunk.source() if trunk.source is not None else None
+        if source is not None:
+            self._captured[source] = point
+        elif trunk.plain:
+            self._prompts[trunk.key] = point
+            while len(self._prompts) > MAX_PROMPTS:
+                self._prompts.popitem(last=False)
+
+    def forget_prompt(self, trunk: Trunk) -> None:
+        self._prompts.pop(trunk.key, None)
+
+    def forget_prompts(self) -> None:
+        self._prompts.clear()
+
+    def _of_session(self, session: Session, at: int | None, seed: int | None) -> Trunk:
+        captured = self._captured.get(session)
+        life = self._life_of(session)
+        if life is None and not isinstance(session, PoolSession):
+            return self._of_elsewhere(session, at, seed)
+        if life is not None and not life.over:
+            with contextlib.suppress(EngineDied):  # it died just now
+                return self._of_living(session, life, captured, at, seed)
+        return self._of_dead(session, captured, at, seed)
+
+    def _of_living(
+        self, session: Session, life: Life, captured: ArenaPoint | None, at: int | None, seed: int | None
+    ) -> Trunk:
+        view = session.view()
+        at = check_at(at, len(view.tokens))
+        held = Held(life, life.engine.fork(session.ref, 1, at=at, replay=True).result()[0])
+        fork = life.engine.view(held.ref)
+        trunk = Trunk(
+            key=("live", session.ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
+            seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
+            held=held, kept=self._kept_of(session, fork.num_kv), source=weakref.ref(session),
+        )  # fmt: skip
+        if isinstance(session, PoolSession):
+            trunk.arena_kept = session.arena_kept.cut(fork.num_kv)
+        if captured is not None and captured.num_tokens >= at:
+            trunk.put(self._arena, captured)
+        return trunk
+
+    def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> Trunk:
+        """A session of an engine that is not in the pool: captured by that engine, now, unless it was already."""
+        captured, position = self._captured.get(session), check_at(at, len(session.view().tokens))
+        if captured is None or captured.num_tokens < position:
+            captured = self._arena.capture(Context(self._arena.store, session.engine), session.ref, Kept())
+            self._captured[session] = captured
+        return self._of_arena(captured, min(position, captured.num_tokens), seed)
+
+    def _of_dead(self, session: Session, captured: ArenaPoint | None, at: int | None, seed: int | None) -> Trunk:
+        """What is left of a session whose worker died: its snapshot, or (for policy "fast") its tokens."""
+        known = session.history if isinstance(session, PoolSession) else None
+        if captured is not None and (known is None or len(known.tokens) == captured.num_tokens or at is not None):
+            return self._of_arena(captured, at, seed)
+        if known is None:
+            raise EngineDied(
+                "the session's worker has ended, it was not captured, and what was added to it since is not known. "
+                "Fork from a snapshot (pool.snapshot) where a session must outlive its worker"
+            )
+        at = check_at(at, len(known.tokens))
+        turns = cut.cut_turns(known.turns, known.tokens, at, None)
+        return Trunk(
+            key=("lost", id(session), at), at=at, tokens=known.tokens[:at], turns=turns,
+            seed=known.seed if seed is None else seed, policy=known.policy,
+        )  # fmt: skip
+
+    def _kept_of(self, session: Session, num_kv: int) -> Kept:
+        """What the pool's repository has of it."""
+        ours = self._repo is not None and session.store_uuid == self._repo.store.uuid
+        return session.kept_at(num_kv) if ours else Kept()
+
+    def _of_arena(self, point: ArenaPoint, at: int | None, seed: int | None) -> Trunk:
+        trunk = self._of_stored(self._arena.store, self._arena.at(point, at), seed, in_arena=True)
+        trunk.captured, trunk.arena_kept = point, point.kept
+        return trunk
+
+    def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> Trunk:
+        if self._repo is None:
+            raise InvalidRequest(f"{str(point)!r} names a point of a repository, and the pool has none: give repo=…")
+        where = self._repo.resolve(point)
+        if at is not None:
+            where = self._repo.at(where, token=at)
+        return self._of_stored(self._repo.store, where, seed, in_arena=False)
+
+    def _of_stored(self, store: Store, where: ResolvedPoint, seed: int | None, *, in_arena: bool) -> Trunk:
+        line = timeline.read(store, timeline.read_state(store, where.state))
+        turns = cut.cut_turns(line.turns, line.tokens, where.num_tokens, None)
+        if not where.num_tokens:
+            raise InvalidRequest(f"{where} is empty; give token ids, or a point with at least one token")
+        return Trunk(
+            key=("stored", store.uuid, where.state, where.num_tokens), at=where.num_tokens,
+            tokens=line.tokens[: where.num_tokens], turns=turns, seed=int(line.state.seed) if seed is None else seed,
+            policy=turns[-1].policy if turns else self._policy(), store=store, stored=where, in_arena=in_arena,
+        )  # fmt: skip
+
+    def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> Trunk:
+        if not tokens:
+            raise InvalidRequest("no tokens to fork from; give at least one")
+        tokens, policy = tokens[: check_at(at, len(tokens))], self._policy()
+        trunk = Trunk(
+            key=("tokens", policy, tokens), at=len(tokens), tokens=tokens, turns=(),
+            seed=fresh_seed() if seed is None else seed, policy=policy, plain=True,
+        )  # fmt: skip
+        point = self._prompts.get(trunk.key)
+        if point is not None:
+            self._prompts.move_to_end(trunk.key)
+            trunk.put(self._arena, point)
+        return trunk
+
+
+def check_at(at: int | None, num_tokens: int) -> int:
+    """`at` inside [1, num_tokens]; the end when it is None."""
+    if not num_tokens:
+        raise InvalidRequest("the session is empty; append something first")
+    if at is None:
+        return num_tokens
+    if not 1 <= at <= num_tokens:
+        raise NotFound(f"at={at}: the point has {num_tokens} tokens, so it is in 1 … {num_tokens}")
+    return at

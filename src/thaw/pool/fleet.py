@@ -1,0 +1,243 @@
+"""The fleet: workers booted in parallel, watched, booted again when they die, added and drained.
+
+A worker that fails is over at once for everybody (its `Life` is), and a new life begins on another thread. After
+`max_restarts` failures with no batch between them it is given up. Whatever changes here wakes the scheduler.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from thaw.core.errors import EngineDied, NotFound, ThawError
+from thaw.engines.base import Engine
+from thaw.pool.arena import Arena
+from thaw.pool.backend import Backend
+from thaw.pool.values import WorkerStats
+from thaw.pool.worker import Life, Worker
+from thaw.store import Store
+
+MAX_RESTARTS = 3
+Update = tuple[str, Any, dict[str, Any]]
+"""A policy version, the function that brings its weights (or None), and its arguments."""
+
+
+class Fleet:
+    """`changed` is the pool's one condition: its lock guards every `Worker`."""
+
+    def __init__(
+        self, backend: Backend, arena: Arena, durable: Store | None, *, changed: threading.Condition,
+        threads: Executor, io: Executor, residents: int, policy_version: str | None,
+    ) -> None:  # fmt: skip
+        self.workers: list[Worker] = []
+        self.policy_version = policy_version
+        self.restarts = backend.restarts
+        self._backend, self._arena, self._durable = backend, arena, durable
+        self.changed, self._threads, self._io = changed, threads, io
+        self._residents = residents
+        self._update: Update | None = None
+        self._closing = False
+        self._begun = 0
+
+    # -- boot
+
+    def start(self, count: int) -> None:
+        """Boot `count` workers in parallel. Raises the first error when none comes up."""
+        workers = [self._new() for _ in range(count)]
+        boots = [self._threads.submit(self._boot, worker, again=False) for worker in workers]
+        errors = [error for boot in boots if (error := boot.result()) is not None]
+        if errors and not self.ready():
+            raise errors[0]
+
+    def add(self) -> Worker:
+        """One more worker; returns when it is ready. Raises what its boot raised."""
+        worker = self._new()
+        error = self._boot(worker, again=False)
+        if error is not None:
+            raise error
+        return worker
+
+    def _new(self) -> Worker:
+        with self.changed:
+            worker = Worker(f"worker-{self._begun}", self._begun)
+            self._begun += 1
+            self.workers.append(worker)
+            return worker
+
+    def _boot(self, worker: Worker, *, again: bool) -> ThawError | None:
+        """A new life, brought to the policy that runs. An error is noted, and tried again while it may be."""
+        try:
+            life = self._begin(worker)
+        except ThawError as error:
+            self._boot_failed(worker, error, again)
+            return error
+        life.host.on_end(lambda: self.failed(worker, life, EngineDied(f"{worker.name} ended by itself")))
+        if not life.host.alive():
+            self.failed(worker, life, EngineDied(f"{worker.name} ended as soon as it had begun"))
+        return None
+
+    def _begin(self, worker: Worker) -> Life:
+        host = self._backend.boot(worker.index, worker.name, self.policy_version)
+        life = Life(worker.name, host, self._arena, self._durable, self._residents, self._io)
+        applied: Update | None = None
+        while True:
+            with self.changed:
+                if self._update is applied:
+                    worker.life, worker.state = life, "ready"
+                    worker.incarnation += 1
+                    worker.boot_s = host.boot_s
+                    closing = self._closing
+                    self.changed.notify_all()
+                    break
+                applied = self._update
+            assert applied is not None
+            apply(life, applied)
+        if closing:
+            host.kill()
+        return life
+
+    def _boot_failed(self, worker: Worker, error: ThawError, again: bool) -> None:
+        with self.changed:
+            worker.failures_in_row += 1
+            worker.last_error = str(error)
+            retry = again and not self._closing and worker.failures_in_row <= MAX_RESTARTS
+            worker.state = "booting" if retry else "gone"
+            self.changed.notify_all()
+        if retry:
+            self._threads.submit(self._boot, worker, again=True)
+
+    # -- death
+
+    def failed(self, worker: Worker, life: Life, error: BaseException) -> None:
+        """`life` is of no use any more. Idempotent; from any thread."""
+        with self.changed:
+            if life.over:
+                return
+            life.over = True
+            if worker.life is not life:
+                return
+            worker.life, worker.last_error = None, str(error)
+            worker.num_failures += 1
+            worker.failures_in_row += 1
+            again = self._backend.restarts and not self._closing and worker.state == "ready"
+            again = again and worker.failures_in_row <= MAX_RESTARTS
+            worker.state = "booting" if again else "gone"
+            self.changed.notify_all()
+        if not self._closing:
+            self._threads.submit(self._bury, worker, life, again)
+
+    def _bury(self, worker: Worker, life: Life, again: bool) -> None:
+        life.host.kill()
+        if again:
+            self._boot(worker, again=True)
+
+    def worked(self, worker: Worker, branches: int) -> None:
+        """A batch came through: failures are counted anew."""
+        worker.failures_in_row = 0
+        worker.num_branches += branches
+
+    # -- policy
+
+    def set_policy(self, update: Update) -> None:
+        """Every life that is there, and every one that begins from now on. Call while nothing runs.
+
+        A worker that fails at it is failed, for it must serve no KV of another policy."""
+        with self.changed:
+            self._update, self.policy_version = update, update[0]
+            lives = [(worker, worker.life) for worker in self.workers if worker.life is not None]
+        errors = []
+        for worker, life in lives:
+            try:
+                apply(life, update)
+            except ThawError as error:
+                errors.append(error)
+                self.failed(worker, life, error)
+        if errors and len(errors) == len(lives):
+            raise errors[0]
+
+    # -- looking
+
+    def ready(self) -> list[tuple[Worker, Life]]:
+        return [(w, w.life) for w in self.workers if w.state == "ready" and w.life is not None]
+
+    def hopeless(self) -> bool:
+        """Whether no worker is or will be ready."""
+        return all(worker.state in ("gone", "draining") for worker in self.workers)
+
+    def life_of(self, engine: Engine) -> Life | None:
+        """The life whose engine this is."""
+        with self.changed:
+            found = [w.life for w in self.workers if w.life is not None and w.life.engine is engine]
+        return found[0] if found else None
+
+    def named(self, name: str) -> Worker:
+        found = [worker for worker in self.workers if worker.name == name]
+        if not found:
+            raise NotFound(f"no worker {name!r}; there are: {', '.join(w.name for w in self.workers)}")
+        return found[0]
+
+    def stats(self) -> tuple[WorkerStats, ...]:
+        return tuple(
+            WorkerStats(
+                name=w.name, state=w.state, pid=w.life.host.pid if w.life else None, running=w.running,
+                resident_points=w.life.num_residents() if w.life else 0, incarnation=w.incarnation,
+                num_branches=w.num_branches, num_failures=w.num_failures, boot_s=w.boot_s,
+            )
+            for w in list(self.workers)
+        )  # fmt: skip
+
+    # -- end
+
+    def drain(self, worker: Worker, rescue: Callable[[Life], None]) -> None:
+        """Give it nothing more, wait for what runs there, `rescue` what only it has, and end it."""
+        with self.changed:
+            worker.state = "draining"
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: worker.running == 0)
+            life = worker.life
+        if life is not None:
+            rescue(life)
+            with self.changed:
+                life.over, worker.life, worker.state = True, None, "gone"
+                self.changed.notify_all()
+            life.host.close()
+
+    def close(self) -> None:
+        with self.changed:
+            self._closing = True
+            lives = [worker.life for worker in self.workers if worker.life is not None]
+            for worker in self.workers:
+                worker.state = "gone"
+            for life in lives:
+                life.over = True
+            self.changed.notify_all()
+        ends = [threading.Thread(target=life.host.close, name="thaw-farewell") for life in lives]
+        for end in ends:
+            end.start()
+        for end in ends:
+            end.join()
+
+
+def apply(life: Life, update: Update) -> None:
+    """Bring the weights, then name the policy: in between the engine refuses what it has by its own look at them."""
+    version, function, arguments = update
+    if function is not None:
+        life.host.invoke(function, arguments)
+    life.engine.set_policy(version)
+    life.drop_all()
+
+
+def responds(life: Life) -> bool:
+    """Whether the engine still takes sessions and its model answers; it may have ended without a word."""
+    if life.over or not life.host.alive():
+        return False
+    try:
+        life.engine.close_session(life.engine.open())
+        life.engine.identity()
+    except ThawError:
+        return False
+    return True
+
+

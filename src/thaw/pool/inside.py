@@ -1,0 +1,86 @@
+"""The backends of engines in this process: loaded here, or joined where they run already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from thaw.engines.base import Engine
+from thaw.pool.backend import Host
+
+
+class Inside:
+    """An engine of this process, or one that is joined."""
+
+    def __init__(self, engine: Engine, *, owned: bool, boot_s: float = 0.0) -> None:
+        self.engine = engine
+        self.pid: int | None = None
+        self.boot_s = boot_s
+        self._owned, self._dead = owned, False
+
+    def alive(self) -> bool:
+        return not self._dead
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """An engine of this process does not say when it ends; its next use does."""
+
+    def check(self, limit_s: float) -> bool:
+        return True
+
+    def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
+        if isinstance(update, str):
+            from thaw.pool.host import invoke
+
+            return invoke(self.engine, update, arguments)
+        return update(self.engine, **arguments)
+
+    def kill(self) -> None:
+        """Ours is closed, which ends its work; somebody else's is only not used any more."""
+        self.close()
+
+    def close(self) -> None:
+        if not self._dead:
+            self._dead = True
+            if self._owned:
+                self.engine.close()
+
+
+class InProcess:
+    """Engines loaded into this process. A hang cannot be ended, a crash takes the client along."""
+
+    restarts = True
+
+    def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
+        self._engine, self._options = engine, dict(options)
+
+    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+        from thaw.engines import load_engine
+
+        began = time.perf_counter()
+        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
+        engine = load_engine(self._engine, **options)
+        return Inside(engine, owned=True, boot_s=time.perf_counter() - began)
+
+
+class Attached:
+    """Engines that run already: `Engine` objects, addresses, or whatever `thaw.attach` joins."""
+
+    restarts = False
+
+    def __init__(self, targets: Sequence[Any], options: Mapping[str, Any]) -> None:
+        self._targets, self._options = list(targets), dict(options)
+
+    def add(self, target: Any) -> int:
+        self._targets.append(target)
+        return len(self._targets) - 1
+
+    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+        target = self._targets[index]
+        if isinstance(target, Engine):
+            return Inside(target, owned=False)
+        from thaw.engines.joining import attach
+
+        began = time.perf_counter()
+        engine = attach(target, **self._options)
+        return Inside(engine, owned=True, boot_s=time.perf_counter() - began)

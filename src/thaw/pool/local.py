@@ -1,0 +1,155 @@
+"""The backend of local processes: a host process for each worker, killed and booted again as need be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import thaw
+from thaw.core.errors import EngineDied, TimedOut, Unsupported
+from thaw.engines.base import Engine
+from thaw.pool import wire
+from thaw.pool.backend import Host
+from thaw.pool.connection import Connection
+from thaw.pool.home import Home
+from thaw.pool.remote import Line, RemoteEngine
+from thaw.pool.wire import Booted
+
+FAREWELL_S = 25.0
+
+
+class LocalProcesses:
+    """Each worker is `python -m thaw.pool.host`, leader of a session of its own."""
+
+    restarts = True
+
+    def __init__(
+        self,
+        home: Home,
+        engine: str,
+        options: Mapping[str, Any],
+        *,
+        env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
+        boot_timeout_s: float = 900.0,
+    ) -> None:
+        self._home, self._engine, self._options = home, engine, dict(options)
+        self._env = env
+        self._limit_s = boot_timeout_s
+
+    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
+        log = self._home.path / f"{name}.log"
+        process, ours = _spawn(log, self._environment(index))
+        self._home.began(process.pid)
+        line = Line(Connection(ours), name)
+        host = LocalProcess(self._home, process, line, log)
+        try:
+            host.start(self._engine, options, self._limit_s)
+        except BaseException:
+            host.kill()
+            raise
+        return host
+
+    def _environment(self, index: int) -> dict[str, str]:
+        """This process', with this very thaw first on the path, and what was given for this worker."""
+        folder = str(Path(thaw.__file__).resolve().parents[1])
+        rest = os.environ.get("PYTHONPATH", "")
+        given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
+        return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder, **given}
+
+
+def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "thaw.pool.host", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True, env=environment,
+        )  # fmt: skip
+    except OSError as error:
+        ours.close()
+        raise EngineDied(f"a worker's process could not be started: {error}") from error
+    finally:
+        theirs.close()
+        os.close(fd)
+    return process, ours
+
+
+class LocalProcess:
+    """A host process and the line to it."""
+
+    engine: Engine
+
+    def __init__(self, home: Home, process: subprocess.Popen[bytes], line: Line, log: Path) -> None:
+        self._home, self._process, self._line, self._log = home, process, line, log
+        self.pid: int | None = process.pid
+        self.boot_s = 0.0
+
+    def start(self, engine: str, options: dict[str, Any], limit_s: float) -> None:
+        began = time.perf_counter()
+        call = wire.Boot(id=0, protocol=wire.PROTOCOL, engine=engine, options=options)
+        try:
+            booted: Booted = self._line.ask(call).result(limit_s)
+        except TimedOut:
+            raise EngineDied(f"the worker did not boot within {limit_s:.0f} s{self._last_words()}") from None
+        except EngineDied as error:
+            raise EngineDied(f"{error}{self._last_words()}") from None
+        self.engine = RemoteEngine(self._line, booted)
+        self.boot_s = time.perf_counter() - began
+
+    def alive(self) -> bool:
+        """Looks without reaping: as long as it is not reaped nobody else can have its number."""
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        return False
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        self._line.on_end = callback
+
+    def check(self, limit_s: float) -> bool:
+        silent = time.monotonic() - self._line.heard
+        if silent > limit_s / 3:
+            self._line.tell(wire.Ping(id=0))
+        return silent < limit_s
+
+    def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
+        if not isinstance(update, str):
+            raise Unsupported("the workers are processes of their own: give update as 'module:function'")
+        assert isinstance(self.engine, RemoteEngine)
+        return self.engine.invoke(update, arguments)
+
+    def kill(self) -> None:
+        self._kill_session()
+        self._line.end("the worker was killed by its pool")
+        self._reap()
+
+    def close(self) -> None:
+        self._line.tell(wire.Bye(id=0))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(FAREWELL_S)
+        self.kill()
+
+    def _kill_session(self) -> None:
+        """Before the leader is waited for: until then nobody else can have its number."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(FAREWELL_S)
+            self._home.ended(self._process.pid)
+
+    def _last_words(self) -> str:
+        """The last lines of its log, for the error."""
+        with contextlib.suppress(OSError):
+            lines = self._log.read_bytes()[-3000:].decode(errors="replace").strip().splitlines()[-5:]
+            return ": " + " | ".join(lines) if lines else ""
+        return ""

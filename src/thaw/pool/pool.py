@@ -1,0 +1,423 @@
+"""The fork pool: the front desk. What it does is in the files beside it; this one wires them together.
+
+    points       finder.py, trunk.py        which tokens, which KV, where
+    workers      fleet.py, backend.py       boot, watch, restart, drain
+    rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
+    bytes        arena.py, prepare.py       capture, hydrate, spill
+    decisions    planner.py, rates.py       load or prefill, spread or not
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from thaw.core.errors import EngineDied, InvalidRequest, ThawError
+from thaw.core.sampling import check_seed
+from thaw.data.files import cache_dir, write_atomic
+from thaw.engines.base import Engine, EngineInfo
+from thaw.pool.arena import Arena
+from thaw.pool.asking import (
+    Branches,
+    SnapshotMode,
+    as_branches,
+    check_counts,
+    check_mode,
+    check_policy,
+    each_sampling,
+    make_job,
+)
+from thaw.pool.backend import choose
+from thaw.pool.batch import Batch
+from thaw.pool.finder import Finder
+from thaw.pool.fleet import Fleet
+from thaw.pool.home import Home
+from thaw.pool.inside import Attached
+from thaw.pool.job import Chunk
+from thaw.pool.monitor import Monitor
+from thaw.pool.planner import Planner
+from thaw.pool.prepare import Preparer
+from thaw.pool.rates import Rates
+from thaw.pool.round import Round
+from thaw.pool.scheduler import Scheduler
+from thaw.pool.session import PoolSession
+from thaw.pool.snapshot import Snapshot
+from thaw.pool.status import FILE, PoolStatus
+from thaw.pool.trunk import Trunk
+from thaw.pool.values import BranchResult, LoadPolicy, PoolStats
+from thaw.pool.worker import Life, Worker
+from thaw.repo import repository
+from thaw.repo.repository import Repository
+from thaw.repo.session import Session
+
+MAX_THREADS = 256
+
+
+class ForkPool:
+    """A pool of engines. Safe from any thread; leaving its `with` closes it.
+
+    `engine` is an engine's name (`options` are `load_engine`'s; `workers` of them are booted, in parallel), or engines
+    that run already: an `Engine`, an address, an `LLM` or model that `thaw.attach` takes, or a list of these. Those
+    stay when the pool closes.
+
+    `repo` (a `Repository`, or a path): where points are named and `result.session.commit` goes.
+    `backend`: "process" (each worker a process of its own) or "inline" (engines in this process).
+    `arena_nbytes`: shared memory for snapshots; what is beyond is spilled to `spill` (default: the temporary folder).
+    `policy`: "exact" loads stored KV; "fast" prefills again where that is expected sooner (results say so).
+    `snapshot`: see `SnapshotMode`. A worker that dies before a live point was captured takes it along, unless "before".
+    `max_batch`: branches that run in a worker at once. `queue_limit`: branches that may wait; `submit` blocks beyond.
+    `retries`: how often a branch is begun again when its worker failed. `branch_timeout_s`: for branches without one.
+    `stall_s`: a worker whose batch makes no step for so long is killed. `heartbeat_s`: one that answers nothing.
+    `policy_version`: the weights' version at boot. `env`: environment of the workers, one mapping or one for each.
+    """
+
+    def __init__(
+        self,
+        engine: str | Engine | Sequence[Any] | Any,
+        *,
+        workers: int = 1,
+        repo: Repository | str | Path | None = None,
+        backend: Literal["process", "inline"] = "process",
+        arena_nbytes: int = 4 << 30,
+        spill: str | Path | None = None,
+        policy: LoadPolicy = "exact",
+        snapshot: SnapshotMode = "behind",
+        max_batch: int = 64,
+        queue_limit: int = 4096,
+        retries: int = 3,
+        branch_timeout_s: float | None = None,
+        stall_s: float = 600.0,
+        heartbeat_s: float = 60.0,
+        boot_timeout_s: float = 900.0,
+        residents: int = 32,
+        policy_version: str | None = None,
+        env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
+        **options: Any,
+    ) -> None:
+        check_counts(workers=workers, max_batch=max_batch, queue_limit=queue_limit, residents=residents)
+        self._policy, self._snapshot, self._timeout_s = check_policy(policy), check_mode(snapshot), branch_timeout_s
+        self._max_batch = max_batch
+        self._own_repo = None if repo is None or isinstance(repo, Repository) else repository.open(repo, create=True)
+        self.repo: Repository | None = repo if isinstance(repo, Repository) else self._own_repo
+        self._began, self._rounds, self._closed = time.time_ns(), 0, False
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-pool")
+        self._io = ThreadPoolExecutor(4, thread_name_prefix="thaw-pool-io")
+        self._home = Home(spill=None if spill is None else Path(spill))
+        try:
+            self._backend, count = choose(self._home, engine, workers, backend, options, env, boot_timeout_s)
+            self._boot(count, arena_nbytes, queue_limit, retries, residents, policy_version, stall_s, heartbeat_s)
+        except BaseException:
+            self._end()
+            raise
+
+    # -- rounds
+
+    def fork(self, point: object, branches: Branches, sampling: object = None, **how: Any) -> list[BranchResult]:
+        """`submit(…).result()`: all results, in order. Takes what `submit` takes, and errors="return"."""
+        errors = how.pop("errors", "raise")
+        return self.submit(point, branches, sampling, **how).result(errors=errors)
+
+    def submit(
+        self,
+        point: object,
+        branches: Branches,
+        sampling: object = None,
+        *,
+        at: int | None = None,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        replay: bool = False,
+        policy: LoadPolicy | None = None,
+        snapshot: SnapshotMode | None = None,
+        spread: int | Literal["auto"] = 1,
+        worker: str | None = None,
+        timeout_s: float | None = None,
+        keep: bool = True,
+        store: bool = False,
+        block: bool = True,
+    ) -> Round:
+        """Begin a round: N branches of `point`. Returns at once, unless the queue is full (`block` False: `Busy`).
+
+        `point`: a live session (also one that is decoding), a result or a snapshot of this pool, a point's name in its
+        repository (branch, tag, commit, with :turn= or :token=), or token ids. `at`: its first so many tokens.
+        `branches`: how many, or for each a prompt, token ids, or a `Branch`. Branch i of a point has the same seed in
+        every worker: derived from `seed` (default: the point's own), unless `seeds` or the branch say; `replay` gives
+        all the point's own. `spread`: over how many workers; "auto" takes as many as the
+        planner expects it soonest with (batches then have another shape from round to round, as rates are refitted).
+        A round of more than `max_batch` branches goes in batches of so many, to whichever worker is free.
+        `worker`: the one to run in, whatever that costs.
+        `keep` False: results have no session. `store`: results are snapshotted as they end, so that they outlive their
+        worker. `timeout_s`: for each branch, from now on.
+        """
+        self._check_open()
+        wanted = as_branches(branches)
+        if seeds is not None and len(seeds) != len(wanted):
+            raise InvalidRequest(f"{len(seeds)} seeds for {len(wanted)} branches; give one each")
+        for number in (*(seeds or ()), *(() if seed is None else (seed,))):
+            check_seed(number)
+        trunk = self._finder.find(point, at, seed)
+        params = each_sampling(sampling, len(wanted))
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        round_ = Round(len(wanted))
+        jobs = [
+            make_job(round_, i, branch, params[i], None if seeds is None else seeds[i], limit)
+            for i, branch in enumerate(wanted)
+        ]
+        whole = Chunk(
+            trunk, jobs, check_policy(policy or self._policy), trunk.key, check_mode(snapshot or self._snapshot),
+            keep or store, store, replay, None if worker is None else self._fleet.named(worker).name,
+        )  # fmt: skip
+        round_.on_cancel(lambda i: self._scheduler.stop(jobs if i is None else [jobs[i]], "cancel"))
+        self._scheduler.submit(self._chunks(whole, spread), block=block)
+        self._rounds += 1
+        self._monitor.wake()
+        return round_
+
+    def session(self, point: object = None, *, seed: int | None = None, at: int | None = None) -> PoolSession:
+        """A session in one of the workers: an empty one, or one that goes on from `point`. A point of the pool."""
+        self._check_open()
+        life = self._idlest()
+        durable = life.durable_context
+        context = life.arena_context if durable is None else durable
+        if point is None:
+            ref = life.engine.open(seed=seed)
+            return PoolSession(context, ref, life, durable=durable is not None)
+        trunk = self._finder.find(point, at, seed)
+        if trunk.held is not None and trunk.alive:
+            life = trunk.held.life
+            durable = life.durable_context
+            context = life.arena_context if durable is None else durable
+        ref, there = self._preparer.fork(trunk, life, self._policy)
+        num_kv = life.engine.view(ref).num_kv
+        return PoolSession(
+            context, ref, life, durable=durable is not None, kept=there.resident.kept.cut(num_kv),
+            arena_kept=there.resident.arena_kept.cut(num_kv), parent=there.parent,
+        )  # fmt: skip
+
+    def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
+        """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""
+        self._check_open()
+        trunk = self._finder.find(point, at)
+        if trunk.plain:
+            ref, _ = self._preparer.fork(trunk, (life := self._idlest()), self._policy)
+            self._preparer.capture_resident(trunk, life)
+            life.forget(ref)
+        elif trunk.captured is None:
+            self._preparer.capture(trunk)
+        if trunk.captured is None:
+            raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
+        return Snapshot(trunk.captured)
+
+    # -- workers
+
+    def add_worker(self, engine: Any = None) -> str:
+        """One more worker, ready on return; its name. A pool of attached engines is given the engine."""
+        self._check_open()
+        if isinstance(self._backend, Attached):
+            if engine is None:
+                raise InvalidRequest("this pool joined its engines: give add_worker the one to join")
+            self._backend.add(engine)
+        elif engine is not None:
+            raise InvalidRequest("this pool boots its own engines; add_worker() boots one more like them")
+        worker = self._fleet.add()
+        self._write_status()
+        return worker.name
+
+    def drain(self, name: str) -> None:
+        """Give the worker nothing more, wait for its batches, end it. Points of waiting rounds are captured first;
+        sessions of results that live there are gone (take snapshots of those that matter)."""
+        self._check_open()
+        worker = self._fleet.named(name)
+        self._fleet.drain(worker, self._rescue)
+        self._write_status()
+
+    def set_policy(
+        self,
+        version: str,
+        *,
+        update: str | Callable[[Engine], object] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """From here on every worker runs policy `version`, and KV of another is never served.
+
+        Waits for the batches that run; those that wait go on under the new policy (a live or stored point of the old
+        one is then refused by name; plain tokens are prefilled anew). `update` brings the weights: a function that is
+        called with each engine, or "module:function" to run it in the workers' own processes, with `arguments`.
+        Workers that are restarted later get the same. One at which it fails is not used any more.
+        """
+        self._check_open()
+        self._scheduler.pause()
+        try:
+            self._fleet.set_policy((version, update, dict(arguments or {})))
+            self._finder.forget_prompts()
+        finally:
+            self._scheduler.go_on()
+
+    @property
+    def policy_version(self) -> str:
+        return self._fleet.policy_version or "0"
+
+    @property
+    def info(self) -> EngineInfo:
+        """Of the engine that the workers run."""
+        return self._info
+
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        """Token ids of `text`, as the workers' tokenizer makes them. `first`: at the start of a session."""
+        return self._idlest().engine.codec.encode(text, first=first)
+
+    def render_chat(
+        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True,
+        tools: Sequence[object] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of a conversation, by the model's own chat template: a point to fork from."""
+        codec = self._idlest().engine.codec
+        return codec.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._idlest().engine.codec.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    # -- looking
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of the workers that are ready."""
+        return tuple(worker.name for worker, _ in self._fleet.ready())
+
+    def stats(self) -> PoolStats:
+        with self._changed:
+            waiting = self._scheduler.waiting
+            running = sum(len(chunk.jobs) for chunk in self._scheduler.running)
+        return PoolStats(
+            workers=self._fleet.stats(), arena=self._arena.stats(), waiting=waiting, running=running,
+            num_rounds=self._rounds, num_branches=self._scheduler.num_branches,
+            num_retries=self._scheduler.num_retries, policy_version=self.policy_version, rates=self._rates.summary(),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the pool: rounds under way fail, workers of its own end, the arena is removed. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._end()
+
+    def __enter__(self) -> ForkPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- wiring
+
+    def _boot(
+        self, count: int, arena_nbytes: int, queue_limit: int, retries: int, residents: int, version: str | None,
+        stall_s: float, heartbeat_s: float,
+    ) -> None:  # fmt: skip
+        self._changed = threading.Condition()
+        self._arena = Arena(self._home.path / "arena", self._home.spill, arena_nbytes)
+        durable = None if self.repo is None else self.repo.store
+        self._fleet = Fleet(
+            self._backend, self._arena, durable, changed=self._changed, threads=self._threads, io=self._io,
+            residents=residents, policy_version=version,
+        )  # fmt: skip
+        self._fleet.start(count)
+        life = self._fleet.ready()[0][1]
+        self._info = life.engine.info
+        self._fleet.policy_version = life.engine.policy_version
+        self._rates = Rates(self._info.name, self._info.model, self._info.device, cache_dir())
+        self._rates.booted(life.host.boot_s)
+        token_nbytes = sum(group.token_nbytes for group in self._info.groups)
+        self._planner = Planner(self._rates, token_nbytes)
+        self._finder = Finder(self._arena, self.repo, self._life_of, lambda: self.policy_version)
+        self._preparer = Preparer(self._arena, self._finder, self._planner, durable, token_nbytes)
+        batch = Batch(self._preparer, self._finder, self._rates, self._beside)
+        self._scheduler = Scheduler(
+            self._fleet, batch, self._planner, changed=self._changed, threads=self._threads,
+            max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
+        )  # fmt: skip
+        self._written = 0.0
+        self._monitor = Monitor(
+            self._scheduler, self._fleet, stall_s=stall_s, heartbeat_s=heartbeat_s, tick=self._tick
+        )
+        self._write_status()
+
+    def _end(self) -> None:
+        for part in ("_monitor", "_scheduler", "_fleet"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._io.shutdown(wait=True, cancel_futures=True)
+        if hasattr(self, "_rates"):
+            self._rates.save()
+        if hasattr(self, "_arena"):
+            self._arena.close()
+        if self._own_repo is not None:
+            self._own_repo.close()
+        self._home.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDied("the pool is closed; make another one")
+
+    def _life_of(self, session: Session) -> Life | None:
+        return session.life if isinstance(session, PoolSession) else self._fleet.life_of(session.engine)
+
+    def _idlest(self) -> Life:
+        """The ready life that runs least; waits while all are booting."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._fleet.ready() or self._fleet.hopeless())
+            ready: list[tuple[Worker, Life]] = self._fleet.ready()
+        if not ready:
+            raise EngineDied("the pool has no worker left; look into their errors (stats), or add one")
+        return min(ready, key=lambda pair: pair[0].running)[1]
+
+    def _chunks(self, whole: Chunk, spread: int | Literal["auto"]) -> list[Chunk]:
+        """The round in chunks: one for each worker that it is spread over, none larger than `max_batch`."""
+        if spread != "auto" and (not isinstance(spread, int) or spread < 1):
+            raise InvalidRequest(f"spread={spread!r}: must be 'auto', or at least 1 worker")
+        count = len(whole.jobs)
+        tokens = max(job.sampling.max_tokens for job in whole.jobs)
+        lives = [life for _, life in self._fleet.ready()]
+        wide = self._planner.spread(whole.trunk, count, tokens, lives) if spread == "auto" else spread
+        whole.taken = set() if wide > 1 else None
+        return whole.split(min(self._max_batch, -(-count // wide)))
+
+    def _beside(self, work: Callable[[], object]) -> None:
+        """Run something that nobody waits for; what it cannot do is done when it is needed."""
+
+        def run() -> None:
+            with contextlib.suppress(ThawError):
+                work()
+
+        with contextlib.suppress(RuntimeError):
+            self._io.submit(run)
+
+    def _rescue(self, life: Life) -> None:
+        """Capture the points of waiting rounds that live in `life` alone."""
+        for trunk in {id(chunk.trunk): chunk.trunk for chunk in self._scheduler.chunks_under_way()}.values():
+            self._rescue_one(trunk, life)
+
+    def _rescue_one(self, trunk: Trunk, life: Life) -> None:
+        if trunk.lives_in(life) and trunk.stored is None:
+            self._preparer.capture(trunk)
+
+    def _tick(self) -> None:
+        if time.monotonic() - self._written > 2.0:
+            self._write_status()
+
+    def _write_status(self) -> None:
+        """What `thaw pool status` reads: counts alone, no text and no tokens."""
+        self._written = time.monotonic()
+        with contextlib.suppress(OSError, ThawError):
+            found = PoolStatus(
+                pid=os.getpid(), began_ns=self._began, engine=self._info.name, model=Path(self._info.model).name,
+                device=self._info.device, stats=self.stats(),
+            )  # fmt: skip
+            write_atomic(self._home.path / FILE, msgspec.json.encode(found))

@@ -1,0 +1,196 @@
+"""Getting a trunk into a worker: found there, hydrated, or prefilled; and into the arena.
+
+All of it is done through the porcelain's own doors (`repo.hydrate`, `repo.commit`, `repo.match`), so the laws that hold
+for a repository hold here.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from thaw.core import objects
+from thaw.core.canonical import U64
+from thaw.core.errors import IdentityMismatch, PolicyMismatch, StaleSession
+from thaw.core.ids import CommitId
+from thaw.core.objects import Turn
+from thaw.core.proof import Proof
+from thaw.engines.base import SessionRef
+from thaw.pool.arena import Arena
+from thaw.pool.finder import Finder
+from thaw.pool.planner import Planner
+from thaw.pool.trunk import Trunk
+from thaw.pool.values import Decision, LoadPolicy
+from thaw.pool.worker import Life, Resident
+from thaw.repo.hydrate import Hydration, hydrate
+from thaw.repo.match import Matcher
+from thaw.repo.resolve import ResolvedPoint
+from thaw.store import Store
+
+MIN_MATCH = 16
+"""A stored prefix shorter than this is not worth a load."""
+OLD_KV = (StaleSession, IdentityMismatch, PolicyMismatch)
+"""How an engine refuses KV of other weights than those that run."""
+
+
+@dataclass
+class Prepared:
+    """A session to fork from at token `at`, what of it is stored, and how it came."""
+
+    ref: SessionRef
+    resident: Resident
+    decision: Decision
+    turns: tuple[Turn, ...]
+    restore: Proof | None = None
+    parent: CommitId | None = None
+    capture_s: float = 0.0
+    hydrate_s: float = 0.0
+
+
+class Preparer:
+    """Shared by all workers of a pool; safe from any thread."""
+
+    def __init__(
+        self, arena: Arena, finder: Finder, planner: Planner, durable: Store | None, token_nbytes: int
+    ) -> None:
+        self._arena, self._finder, self._planner = arena, finder, planner
+        self._durable, self._token_nbytes = durable, token_nbytes
+        self._in_arena, self._in_durable = Matcher(), Matcher()
+
+    def prepare(self, trunk: Trunk, life: Life, policy: LoadPolicy) -> Prepared:
+        """Raises what hydrating raises, and `EngineDied` where KV that may not be prefilled again is gone."""
+        with life.making(trunk.key):
+            decision = self._planner.decide(trunk, life, policy)
+            began = time.perf_counter()
+            if decision.action == "fork":
+                done = self._here(trunk, life, decision)
+            elif decision.action == "hydrate":
+                done = self._hydrate(trunk, life, decision)
+            else:
+                done = self._prefill(trunk, life, decision)
+            measured = msgspec.structs.replace(done.decision, measured_s=time.perf_counter() - began)
+            done.decision = measured
+            return done
+
+    def fork(self, trunk: Trunk, life: Life, policy: LoadPolicy) -> tuple[SessionRef, Prepared]:
+        """A session at the trunk, and how it came. Plain tokens of which KV of other weights was kept are prefilled
+        anew, as a round's are."""
+        try:
+            return self._fork(trunk, life, policy)
+        except OLD_KV:
+            if not trunk.plain:
+                raise
+            self.forget(trunk, life)
+            return self._fork(trunk, life, policy)
+
+    def forget(self, trunk: Trunk, life: Life) -> None:
+        """Let go of what is kept of plain tokens: the weights changed, and nobody said so."""
+        with trunk.lock:
+            trunk.forget_stored()
+            self._finder.forget_prompt(trunk)
+        life.drop(trunk.key)
+
+    def _fork(self, trunk: Trunk, life: Life, policy: LoadPolicy) -> tuple[SessionRef, Prepared]:
+        there = self.prepare(trunk, life, policy)
+        return life.engine.fork(there.ref, 1, at=trunk.at, replay=True).result()[0], there
+
+    def capture(self, trunk: Trunk) -> float:
+        """Put a living trunk into the arena, once; seconds that it took this caller. Raises what a commit raises."""
+        began = time.perf_counter()
+        with trunk.lock:
+            if trunk.stored is None and trunk.held is not None:
+                life = trunk.held.life
+                life.check()
+                self._arena.make_room(self._token_nbytes * trunk.at)
+                point = self._arena.capture(life.arena_context, trunk.held.ref, trunk.arena_kept)
+                trunk.put(self._arena, point)
+                self._finder.captured(trunk, point)
+        return time.perf_counter() - began
+
+    def capture_resident(self, trunk: Trunk, life: Life) -> None:
+        """Put a prefilled trunk into the arena, from the worker that prefilled it."""
+        with trunk.lock:
+            found = life.resident(trunk.key)
+            if trunk.stored is None and found is not None:
+                self._arena.make_room(self._token_nbytes * trunk.at)
+                point = self._arena.capture(life.arena_context, found.ref, found.arena_kept)
+                found.arena_kept = point.kept
+                trunk.put(self._arena, point)
+                self._finder.captured(trunk, point)
+
+    def _here(self, trunk: Trunk, life: Life, decision: Decision) -> Prepared:
+        if trunk.held is not None and trunk.lives_in(life):
+            resident = Resident(trunk.held.ref, trunk.kept, trunk.arena_kept)
+            return Prepared(trunk.held.ref, resident, decision, trunk.turns)
+        found = life.resident(trunk.key)
+        if found is None:  # let go of since the decision: once more, with what is stored
+            again = self._planner.decide(trunk, life, decision.policy)
+            return self._hydrate(trunk, life, again) if again.action == "hydrate" else self._prefill(trunk, life, again)
+        parent = trunk.stored.commit if trunk.stored is not None and not trunk.in_arena else None
+        return Prepared(found.ref, found, decision, trunk.turns, found.restore, parent)
+
+    def _hydrate(self, trunk: Trunk, life: Life, decision: Decision) -> Prepared:
+        capture_s = 0.0 if trunk.stored is not None else self.capture(trunk)
+        where = trunk.stored
+        if where is None:  # forgotten since the decision
+            return self._prefill(trunk, life, self._planner.decide(trunk, life, decision.policy))
+        began = time.perf_counter()
+        live = self._load(where, life, in_arena=trunk.in_arena)
+        seconds = time.perf_counter() - began
+        tier = self._arena.loaded(live.plan) if trunk.in_arena else "disk"
+        self._planner.rates.load(tier, live.proof.nbytes, seconds)
+        resident = Resident(live.session, restore=live.proof)
+        if trunk.in_arena:
+            resident.arena_kept = live.kept
+        else:
+            resident.kept = live.kept
+        life.keep(trunk.key, resident)
+        done = msgspec.structs.replace(decision, tier=tier, nbytes=live.proof.nbytes)
+        parent = None if trunk.in_arena else where.commit
+        return Prepared(live.session, resident, done, trunk.turns, live.proof, parent, capture_s, seconds)
+
+    def _load(self, where: ResolvedPoint, life: Life, *, in_arena: bool) -> Hydration:
+        context = life.arena_context if in_arena else life.durable_context
+        assert context is not None
+        return hydrate(context, where)
+
+    def _prefill(self, trunk: Trunk, life: Life, decision: Decision) -> Prepared:
+        """Run the trunk's tokens through the model, behind the longest stored prefix of them if they are plain."""
+        engine = life.engine
+        resident, start = self._longest(trunk, life) if trunk.plain else (None, 0)
+        if resident is None:
+            resident = Resident(engine.open(seed=int(U64(trunk.seed))))
+        rest = trunk.tokens[start:]
+        began = time.perf_counter()
+        if rest:
+            engine.append(resident.ref, rest).result()
+            self._planner.rates.prefilled(len(rest), time.perf_counter() - began)
+        life.keep(trunk.key, resident)
+        turns = engine.view(resident.ref).turns if trunk.plain else trunk.turns
+        reason = decision.reason if not start else f"a stored prefix of {start} tokens was loaded, the rest prefilled"
+        done = msgspec.structs.replace(decision, num_prefilled_tokens=len(rest), reason=reason)
+        return Prepared(resident.ref, resident, done, turns, resident.restore)
+
+    def _longest(self, trunk: Trunk, life: Life) -> tuple[Resident | None, int]:
+        """A session at the longest stored prefix of plain tokens, and its length."""
+        model = objects.encode(life.engine.identity())[0]
+        found = [(self._in_arena.match(self._arena.store, [model], trunk.tokens), True)]
+        if self._durable is not None:
+            found.append((self._in_durable.match(self._durable, [model], trunk.tokens), False))
+        usable = [(where, arena) for where, arena in found if where is not None and where.num_tokens >= MIN_MATCH]
+        if not usable:
+            return None, 0
+        where, in_arena = max(usable, key=lambda pair: pair[0].num_tokens)
+        assert where is not None
+        try:
+            live = self._load(where, life, in_arena=in_arena)
+        except OLD_KV:  # the weights changed since the look at them
+            return None, 0
+        resident = Resident(live.session, restore=live.proof)
+        if in_arena:
+            resident.arena_kept = live.kept
+        else:
+            resident.kept = live.kept
+        return resident, where.num_tokens

@@ -1,0 +1,100 @@
+"""A session of a pool: a repository's session that knows its worker, and can be a point after its worker died.
+
+It lives in the worker until `close`, until nobody holds it, or until the worker dies. `commit` writes it into the
+pool's repository; without one it says so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from thaw.core.errors import InvalidRequest
+from thaw.core.ids import CommitId
+from thaw.core.proof import Proof
+from thaw.engines.base import Completion, GenerateRequest, SessionRef, SessionView
+from thaw.pool.history import History
+from thaw.repo.chat import ChatResult, Message
+from thaw.repo.commit import CommitResult
+from thaw.repo.context import Context
+from thaw.repo.group import Group
+from thaw.repo.kept import Kept
+from thaw.repo.session import Session
+from thaw.repo.stream import Stream
+
+if TYPE_CHECKING:
+    from thaw.pool.worker import Life
+
+
+class PoolSession(Session):
+    """See the module. `arena_kept`: the leading part of it that the arena has."""
+
+    def __init__(
+        self,
+        context: Context,
+        ref: SessionRef,
+        life: Life,
+        *,
+        durable: bool,
+        kept: Kept | None = None,
+        arena_kept: Kept | None = None,
+        parent: CommitId | None = None,
+        proof: Proof | None = None,
+        history: History | None = None,
+    ) -> None:
+        super().__init__(context, ref, kept=kept, parent=parent, proof=proof)
+        self.life = life
+        self.arena_kept = arena_kept or Kept()
+        self.history = history
+        self._durable = durable
+        self._forget = weakref.finalize(self, life.forget, ref)
+        self._forget.atexit = False
+
+    @property
+    def worker(self) -> str:
+        """The name of the worker that holds it."""
+        return self.life.name
+
+    @property
+    def moved(self) -> bool:
+        """Whether something was added to it since its round ended."""
+        return self.history is None
+
+    def append(
+        self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None
+    ) -> SessionView:
+        self.history = None
+        return super().append(text, token_ids=token_ids, role=role)
+
+    def request(self, prompt: str, sampling: object, *, token_ids: Sequence[int] | None = None) -> GenerateRequest:
+        self.history = None
+        return super().request(prompt, sampling, token_ids=token_ids)
+
+    def resume_stream(self) -> Stream[Completion]:
+        self.history = None
+        return super().resume_stream()
+
+    def chat_stream(
+        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
+    ) -> Stream[ChatResult]:
+        self.history = None
+        return super().chat_stream(messages, sampling, tools=tools)
+
+    def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
+        """N plain sessions in the same worker. A round (`pool.fork(session, n)`) is retried when the worker dies."""
+        return super().fork(n, at, replay)
+
+    def _commit(
+        self, message: str, branch: str | None, meta: Mapping[str, str], expect: object, reason: str
+    ) -> CommitResult:
+        if not self._durable:
+            raise InvalidRequest(
+                "the pool has no repository to commit to: ForkPool(…, repo=thaw.open(path)), or pass repo= a path"
+            )
+        return super()._commit(message, branch, dict(meta), expect, reason)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Forget it in its worker. Closing twice is fine, and so is closing after the worker died."""
+        self._closed = True
+        self._forget()

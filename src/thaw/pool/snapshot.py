@@ -1,0 +1,40 @@
+"""A snapshot: a session in the pool's arena, held until it is released. A point that outlives its worker."""
+
+from __future__ import annotations
+
+from thaw.core.errors import InvalidRequest
+from thaw.pool.arena import ArenaPoint
+
+
+class Snapshot:
+    """Made by `ForkPool.snapshot`. Its bytes are kept until `release`, or until nobody holds it."""
+
+    def __init__(self, point: ArenaPoint) -> None:
+        self._point: ArenaPoint | None = point
+        self.num_tokens = point.num_tokens
+
+    @property
+    def point(self) -> ArenaPoint:
+        """Raises `InvalidRequest` after `release`."""
+        if self._point is None:
+            raise InvalidRequest("this snapshot was released; take another one")
+        return self._point
+
+    @property
+    def nbytes_written(self) -> int:
+        """What it took: the part that the arena did not have."""
+        return self.point.nbytes
+
+    @property
+    def seconds(self) -> float:
+        return self.point.seconds
+
+    def release(self) -> None:
+        """Let go of it. Rounds under way keep what they need. Idempotent."""
+        self._point = None
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

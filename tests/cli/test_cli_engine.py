@@ -1,0 +1,236 @@
+"""`engine config`, `up`, `down`: the file, the process, what is remembered. A small real server stands in for vLLM."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from thaw.cli import boot, options, server
+from thaw.core.errors import EngineDied, InvalidRequest, TimedOut
+from thaw.engines.served.mail import Mail
+from thaw.engines.vllm import settings as vllm
+from thaw.repo import served
+from thaw.repo.settings import EngineSettings, recall
+from thaw.store import Store
+
+from .conftest import Shell
+
+ANSWERS = """
+import http.server, sys
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+print("loading weights", flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+LEAVES_A_CHILD = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {ANSWERS!r}, sys.argv[1]]).wait()"
+
+
+def started(code: str, log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    port = server.free_port("127.0.0.1")
+    return server.start([sys.executable, "-c", code, str(port)], log), f"http://127.0.0.1:{port}"
+
+
+def record(process: subprocess.Popen[bytes], url: str, **changes: object) -> served.Served:
+    fields: dict[str, object] = {
+        "engine": "vllm", "url": url, "model": "some/model", "pid": process.pid, "born": served.born(process.pid),
+        "host": socket.gethostname(), "log": "", "config": "", "mail": "", "started_ns": 0,
+    }  # fmt: skip
+    return served.Served(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+# -- engine config
+
+
+def test_the_file_loads_thaw_and_knows_the_repository(repo: Shell) -> None:
+    done = repo.ok("engine", "config", "vllm", "--store", ".", "--arena", "1.5GiB", "--mail", "box", "--json").json()
+    path = Path(done["path"])
+    said = yaml.safe_load(path.read_text())
+    found = vllm.from_extra_config(said["kv-transfer-config"]["kv_connector_extra_config"])
+    with Store.open(repo.cwd / ".thaw") as store:
+        assert found.stores == {store.uuid: str(store.packs.resolve())}
+    assert found.arena_nbytes == 3 << 29
+    assert found.mail == done["mail"] == str(repo.cwd / "box")
+    assert done["command"] == ["vllm", "serve", "MODEL", "--config", "thaw.yaml"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_is_replaced_only_when_told_to(shell: Shell) -> None:
+    shell.ok("engine", "config", "vllm")
+    before = (shell.cwd / "thaw.yaml").read_text()
+    refused = shell("engine", "config", "vllm")
+    assert refused.code == 4 and "--force" in refused.err
+    assert (shell.cwd / "thaw.yaml").read_text() == before
+    assert "--config thaw.yaml" in shell.ok("engine", "config", "vllm", "--force").out
+    assert (shell.cwd / "thaw.yaml").read_text() != before
+
+
+def test_a_name_that_vllm_would_not_read_is_refused(shell: Shell) -> None:
+    assert shell("engine", "config", "vllm", "--out", "thaw.json").code == 2
+    assert "kv-transfer-config" in shell.ok("engine", "config", "vllm", "--out", "-").out
+
+
+def test_another_connector_stands_beside_thaw(shell: Shell) -> None:
+    mine = '{"kv_connector": "Mine", "kv_role": "kv_producer"}'
+    out = shell.ok("engine", "config", "vllm", "--beside", "OffloadingConnector", "--beside", mine, "--out", "-").out
+    children = yaml.safe_load(out)["kv-transfer-config"]["kv_connector_extra_config"]["connectors"]
+    assert [child["kv_connector"] for child in children] == ["ThawConnector", "OffloadingConnector", "Mine"]
+    assert children[2]["kv_role"] == "kv_producer"
+    for wrong in ("{kv_connector}", '{"kv_role": "kv_both"}', "ThawConnector"):
+        assert shell("engine", "config", "vllm", "--beside", wrong, "--out", "-").code == 2
+
+
+def test_counts_and_the_switch_are_of_an_engine_that_runs(repo: Shell) -> None:
+    for words in (["stats"], ["switch", "off"]):
+        refused = repo("engine", *words)
+        assert refused.code != 0 and ("thaw up" in refused.err or "--model" in refused.err)
+        assert repo("engine", *words, "http://127.0.0.1:9").code != 0
+    assert repo("engine", "switch", "sideways").code == 2
+
+
+def test_a_store_elsewhere_is_given_by_uuid(shell: Shell) -> None:
+    text = shell.ok("engine", "config", "vllm", "--out", "-", "--store", "12ab=/data/packs").out
+    extra = yaml.safe_load(text)["kv-transfer-config"]["kv_connector_extra_config"]
+    assert extra["thaw"]["stores"] == {"12ab": "/data/packs"}
+    assert shell("engine", "config", "vllm", "--store", "nowhere").code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("4GiB", 4 << 30), ("512 MiB", 512 << 20), ("64M", 64 << 20), ("1000", 1000), ("1.5kb", 1536)]
+)
+def test_bytes_are_read_as_people_write_them(text: str, nbytes: int) -> None:
+    assert options.num_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4 parsecs", "-1", "1e9", "inf"])
+def test_other_words_for_bytes_are_refused(text: str) -> None:
+    import click
+
+    with pytest.raises(click.BadParameter, match="4GiB"):
+        options.num_bytes(text)
+
+
+# -- a server in the background
+
+
+def test_a_server_is_waited_for_and_all_of_it_is_ended(tmp_path: Path) -> None:
+    process, url = started(LEAVES_A_CHILD, tmp_path / "log")
+    server.wait(process, url, tmp_path / "log", 60)
+    assert served.answers(url)
+    assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
+    server.stop(process.pid, process, polite_s=2)
+    assert not served.answers(url, 1)
+
+
+def test_a_server_that_dies_says_its_last_words(tmp_path: Path) -> None:
+    process, url = started("print('no such model: x'); raise SystemExit(3)", tmp_path / "log")
+    with pytest.raises(EngineDied, match=r"(?s)code 3.*no such model: x"):
+        server.wait(process, url, tmp_path / "log", 60)
+
+
+def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
+    process, url = started("import time; time.sleep(600)", tmp_path / "log")
+    with pytest.raises(TimedOut, match="--timeout"):
+        server.wait(process, url, tmp_path / "log", 0.5)
+    assert process.poll() is not None
+
+
+# -- what is remembered
+
+
+def test_a_process_id_that_is_anothers_by_now_is_not_ended(repo: Shell, tmp_path: Path) -> None:
+    process, url = started(ANSWERS, tmp_path / "log")
+    try:
+        with Store.open(repo.cwd / ".thaw") as store:
+            served.remember(store, record(process, url, born="another boot:17"))
+        assert "gone already" in repo.ok("down").out
+        assert process.poll() is None
+    finally:
+        server.stop(process.pid, process)
+
+
+def test_down_ends_it_and_the_repository_remembers_what_it_did_before(repo: Shell, tmp_path: Path) -> None:
+    process, url = started(ANSWERS, tmp_path / "log")
+    server.wait(process, url, tmp_path / "log", 60)
+    mail = Mail(tmp_path / "mail").folder
+    with Store.open(repo.cwd / ".thaw") as store:
+        before = recall(store)
+        served.remember(store, record(process, url, before=before, mail=str(mail)))
+        store.set_setting("engine", json.dumps({"name": "vllm", "options": {"url": url}}))
+        assert boot.choose(store, None, None).options == {"url": url}
+    refused = repo("up", "--model", "other/model")
+    assert refused.code == 4 and url in refused.err and "thaw down" in refused.err
+    looked = repo("doctor", "--quick", "--json").json()
+    assert any(f["name"] == "server" and f["status"] == "ok" and url in f["text"] for f in looked["findings"])
+    assert repo.ok("down", "--json").json() == {"ended": True, "url": url, "pid": process.pid}
+    process.wait(10)
+    assert not mail.exists()
+    with Store.open(repo.cwd / ".thaw") as store:
+        assert served.recall(store) is None and recall(store) == before
+    assert repo.ok("down").out == "no engine is up\n"
+
+
+def test_doctor_says_when_the_server_is_gone(repo: Shell, tmp_path: Path) -> None:
+    process, url = started(ANSWERS, tmp_path / "log")
+    known = record(process, url)
+    server.stop(process.pid, process)
+    with Store.open(repo.cwd / ".thaw") as store:
+        served.remember(store, known)
+    looked = repo("doctor", "--quick", "--json").json()
+    found = next(f for f in looked["findings"] if f["name"] == "server")
+    assert found["status"] == "warning" and "thaw down" in found["advice"]
+    repo.ok("down")
+
+
+def test_without_a_server_before_it_the_model_is_remembered(shell: Shell, tmp_path: Path) -> None:
+    from thaw.cli.verbs.down import _restore
+
+    shell.ok("init")
+    process, url = started(ANSWERS, tmp_path / "log")
+    known = record(process, url)
+    server.stop(process.pid, process)
+    with Store.open(shell.cwd / ".thaw") as store:
+        store.set_setting("engine", json.dumps({"name": "vllm", "options": {"url": url}}))
+        _restore(store, known)
+        assert recall(store) == EngineSettings(name="vllm", options={"model": "some/model"})
+
+
+def test_up_says_what_the_python_lacks(repo: Shell) -> None:
+    bare = repo.cwd / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    refused = repo("up", "--model", "some/model", "--python", str(bare))
+    assert refused.code == 2 and "neither vLLM nor thaw" in refused.err
+    assert repo("up", "--model", "some/model", "--python", "/nowhere").code == 2
+    assert not (repo.cwd / ".thaw" / "engine.log").exists()
+
+
+def test_up_needs_a_model(repo: Shell) -> None:
+    refused = repo("up")
+    assert refused.code == 2 and "--model" in refused.err
+
+
+# -- joining one
+
+
+def test_an_engine_may_be_named_by_its_url() -> None:
+    assert boot.choose(None, "http://here:8000/", None) == EngineSettings(
+        name="vllm", options={"url": "http://here:8000"}
+    )
+    with pytest.raises(InvalidRequest, match="runs already"):
+        boot.choose(None, "http://here:8000", "some/model")
+
+
+def test_an_engine_without_a_server_cannot_be_joined() -> None:
+    from thaw.core.errors import Unsupported
+    from thaw.engines import load_engine
+
+    with pytest.raises(Unsupported, match="no server"):
+        load_engine("fake", url="http://here:8000")

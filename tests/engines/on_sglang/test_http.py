@@ -1,0 +1,221 @@
+"""A stock SGLang server, started as its documentation says with one more flag, joined by its address."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import thaw
+from thaw.core.errors import InvalidRequest, NotFound, ThawError
+from thaw.engines.served import protocol
+from thaw.engines.sglang.client.engine import SglangEngine
+from thaw.engines.sglang.settings import ON_CPU, SglangSettings, command_line, cpu_environment, environment
+from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, ids, same, seeded
+from thaw.testing.plans import mount_at
+
+pytest.importorskip("sglang")
+
+KEY = "the key of this server"
+BOOT_LIMIT_S = 580.0
+
+
+class Server:
+    """`python -m sglang.launch_server`, in a process group of its own."""
+
+    def __init__(self, model: Path, log: Path, settings: SglangSettings, *flags: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        arguments = {"model_path": model, "port": port, "api_key": KEY, "context_length": 2048}
+        self._log = log.open("wb")
+        self._process = subprocess.Popen(
+            [
+                sys.executable, "-m", "sglang.launch_server", *command_line({**ON_CPU, **arguments}),
+                "--skip-server-warmup", *flags,
+            ],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **cpu_environment(), **environment(settings)},
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self) -> Server:
+        ends = time.monotonic() + BOOT_LIMIT_S
+        while time.monotonic() < ends:
+            assert self._process.poll() is None, "the server ended while it started"
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5.0).status_code < 600:
+                    return self
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        raise AssertionError("the server did not start")
+
+    def end(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def generate(self, **body: Any) -> httpx.Response:
+        sampling = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
+        asked = {"sampling_params": sampling, **body}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.post(f"{self.url}/generate", json=asked, headers=headers, timeout=LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama", dtype="bfloat16", head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def mail(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mail") / "engine"
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, mail: Path) -> Iterator[Server]:
+    settings = SglangSettings(mail=str(mail))
+    one = Server(model, mail.with_name("server.log"), settings, "--radix-cache-backend", "thaw")
+    try:
+        yield one.wait()
+    finally:
+        one.end()
+
+
+@pytest.fixture
+def engine(server: Server) -> Iterator[SglangEngine]:
+    with thaw.attach(server.url, api_key=KEY) as joined:
+        assert isinstance(joined, SglangEngine)
+        yield joined
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(mount_at(tmp_path / "packs"))
+
+
+def hints(payload: dict[str, Any]) -> dict[str, Any]:
+    action = {"action_id": "0", "action_type": "thaw", "action_version": "1", "payload": payload}
+    return {"protocol_version": "1", "message_id": "m", "actions": [action]}
+
+
+def test_every_verb_through_the_servers_own_route(engine: SglangEngine, lab: Lab) -> None:
+    session = lab.begin(engine, 300)
+    twin = lab.twin(engine, session)
+    whole = lab.one(engine, session, seeded(16))
+    part = lab.twin(engine, session, at=308)
+    same(whole, lab.resume(engine, lab.move(engine, part, engine))[0])
+    engine.park(twin).result(LIMIT_S)
+    same(whole, lab.one(engine, twin, seeded(16)))
+    assert whole.num_cached_tokens == 299
+
+
+def test_the_next_client_takes_up_what_the_one_before_committed(server: Server, tmp_path: Path) -> None:
+    with thaw.attach(server.url, api_key=KEY) as one, thaw.open(tmp_path / "repo", engine=one) as repo:
+        session = repo.session(seed=3)
+        session.append(token_ids=ids(400))
+        session.commit("read it", branch="main")
+        expected = session.generate(sampling=seeded(8))
+    with thaw.attach(server.url, api_key=KEY) as two, thaw.open(tmp_path / "repo", engine=two) as repo:
+        again = repo.session("main").generate(sampling=seeded(8))
+        assert (again.token_ids, again.logprobs) == (expected.token_ids, expected.logprobs)
+        assert again.num_cached_tokens == 399
+        assert repo.engine_settings() is not None and KEY not in str(repo.engine_settings())
+
+
+def test_a_client_that_leaves_leaves_nothing_behind(server: Server, lab: Lab) -> None:
+    with thaw.attach(server.url, api_key=KEY) as one:
+        before = one.stats()["records"]
+        for _ in range(3):
+            lab.begin(one, 100)
+    with thaw.attach(server.url, api_key=KEY) as two:
+        assert two.stats()["records"] <= before
+
+
+def test_plain_requests_are_sglangs_own(server: Server, engine: SglangEngine, lab: Lab) -> None:
+    """Their prefix cache works as ever, and nothing of a session's is in it."""
+    lab.begin(engine, 200)
+    tokens = list(ids(200))
+    first, second = (server.generate(input_ids=tokens).json()["meta_info"]["cached_tokens"] for _ in range(2))
+    assert (first, second) == (0, 199)
+    other = hints({"anything": 1})
+    other["actions"][0]["action_type"] = "somebody-elses"
+    assert server.generate(input_ids=tokens, kv_hints=other).json()["meta_info"]["cached_tokens"] == 199
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"op": "fill", "id": "../../../../etc/passwd", "record": "0" * 32},
+        {"op": "write", "id": "1" * 32, "record": "2" * 32, "store": "/tmp", "packs": ["x"]},
+        {"op": "write", "id": "1" * 32, "record": "2" * 32, "store": "3" * 32, "packs": ["../x.safetensors"]},
+        {"op": "write", "id": "1" * 32, "record": "2" * 32, "store": "3" * 32, "packs": ["x"], "path": "/tmp"},
+        {"op": "run", "id": "1" * 32, "record": "2" * 32, "source": "4" * 32, "num_kv": 10},
+        {"op": "no such thing", "id": "1" * 32},
+        {"op": "stats", "id": "1" * 32, "v": 1},
+        "not a message",
+        None,
+    ],
+)
+def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
+    server: Server, engine: SglangEngine, lab: Lab, message: object
+) -> None:
+    reply = server.generate(input_ids=list(ids(20)), kv_hints=hints({"message": message})).json()
+    reason = reply["meta_info"]["finish_reason"]
+    assert reason["type"] == "abort" and json.loads(reason["message"])["kind"] in ("invalid-request", "not-found")
+    assert len(lab.one(engine, lab.begin(engine, 20), greedy(2)).token_ids) == 2
+
+
+def test_what_a_session_cannot_go_on_with_is_refused_for_itself(server: Server) -> None:
+    message = {"op": "run", "id": "5" * 32, "record": "6" * 32, "v": protocol.VERSION}
+    sampling = {"temperature": 0.0, "max_new_tokens": 2, "regex": "a+"}
+    for body in ({"sampling_params": sampling}, {"return_logprob": True, "logprob_start_len": 0}):
+        reply = server.generate(input_ids=list(ids(20)), kv_hints=hints({"message": message}), **body)
+        text = reply.text
+        assert "unsupported" in text or reply.status_code == 400, text
+
+
+def test_the_owner_aborts_everything_and_sessions_stay(server: Server, engine: SglangEngine, lab: Lab) -> None:
+    session = lab.begin(engine, 300)
+    twin = lab.twin(engine, session)
+    handle = lab.start(engine, session, sampling=seeded(1500))
+    next(iter(handle))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    httpx.post(f"{server.url}/abort_request", json={"abort_all": True}, headers=headers, timeout=LIMIT_S)
+    out = handle.result(LIMIT_S)[0]
+    assert out.finish_reason == "abort" and 0 < len(out.token_ids) < 1500
+    resumed = lab.one(engine, twin, seeded(len(out.token_ids)))
+    assert resumed.token_ids == out.token_ids
+
+
+def test_without_the_key_it_is_refused(server: Server) -> None:
+    with pytest.raises(InvalidRequest, match="API key"):
+        thaw.attach(server.url, api_key="another").close()
+
+
+def test_a_server_that_was_not_told_to_use_thaw_says_so(model: Path, tmp_path: Path) -> None:
+    stock = Server(model, tmp_path / "stock.log", SglangSettings())
+    try:
+        stock.wait()
+        with pytest.raises(NotFound, match="radix-cache-backend thaw"):
+            thaw.attach(stock.url, api_key=KEY).close()
+        assert stock.generate(input_ids=list(ids(20))).status_code == 200
+    finally:
+        stock.end()
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(ThawError, match="no server"):
+        thaw.load_engine("sglang", url="http://127.0.0.1:9")

@@ -1,0 +1,413 @@
+"""Over HTTP: a stock OpenAI server in a process of its own, started with the one file, and thaw's verbs on it.
+
+What a session brings over HTTP must be what it brings in process, bit for bit, when it runs in a batch of equal shape.
+One server serves the tests; the last of them stops it. Then the law book, on servers of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import pytest
+
+import thaw
+from thaw.core.errors import Cancelled, EngineDied, InvalidRequest, NotFound
+from thaw.core.sampling import Sampling
+from thaw.data.locations import StoreMount
+from thaw.engines import load_engine
+from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, SessionRef
+from thaw.engines.vllm.client.http import HttpTransport
+from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
+from thaw.testing import EngineTests
+from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.plans import mount_at
+
+pytest.importorskip("vllm")
+KEY = "sesame"
+START_LIMIT_S = 300.0
+
+
+class Server:
+    """`python -m vllm.entrypoints.openai.api_server`, as an operator starts it."""
+
+    def __init__(
+        self, model: Path, folder: Path, *options: str, settings: VllmSettings | None = None,
+        beside: Sequence[Other] = (), **environment: str,
+    ) -> None:  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "thaw.yaml"
+        settings = msgspec.structs.replace(settings or VllmSettings(), mail=str(folder / "mail"))
+        config.write_text(config_file(settings, beside), encoding="utf-8")
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
+        command = server_command(str(model), config, port, python=sys.executable)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--enforce-eager", *options],
+                stdout=log, stderr=log, start_new_session=True, env={**os.environ, **environment},
+            )  # fmt: skip
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self) -> None:
+        ends = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < ends:
+            assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()[-4000:]}"
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def collective_rpc(self, method: str, **kwargs: object) -> None:
+        """The server's own way to its workers, there in its development mode."""
+        body = json.dumps({"method": method, "kwargs": kwargs}).encode()
+        asked = urllib.request.Request(f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=60) as reply:
+            assert reply.status == 200
+
+    def metrics(self, prefix: str = "vllm:") -> dict[str, float]:
+        """What the server's own /metrics count, by name, summed over labels."""
+        found: dict[str, float] = {}
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+            for line in reply.read().decode().splitlines():
+                if line.startswith(prefix):
+                    name = line.partition("{")[0].removeprefix(prefix)
+                    found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+        return found
+
+    def stop(self) -> None:
+        """End it and all that it started."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, sign)
+            except ProcessLookupError:
+                return
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama", dtype="bfloat16", head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def mount(tmp_path_factory: pytest.TempPathFactory) -> StoreMount:
+    return mount_at(tmp_path_factory.mktemp("packs"))
+
+
+@pytest.fixture(scope="module")
+def lab(mount: StoreMount) -> Lab:
+    return Lab(mount)
+
+
+GRAMMAR = Sampling(max_tokens=200, seed=5, structured_outputs={"regex": "[a-d]{2}(-[0-9]{3}){40}"})  # type: ignore[arg-type]
+SAMPLINGS = (greedy(12, logprobs=5), seeded(12, logprobs=2), every_knob(), GRAMMAR)
+
+
+def story(engine: Engine, lab: Lab) -> list[Completion]:
+    """What is compared: one session with each kind of sampling, and four children in one batch."""
+    out = [lab.one(engine, lab.begin(engine, start=i), sampling) for i, sampling in enumerate(SAMPLINGS)]
+    parent = lab.begin(engine, start=9)
+    children = lab.fork(engine, parent, 4)
+    return [*out, *lab.run(engine, *children, sampling=every_knob(), prompt=ids(5, 1))]
+
+
+class InProcess:
+    """What an engine in process said, and a session that it left behind."""
+
+    def __init__(self, model: Path, lab: Lab) -> None:
+        with booted(model) as engine:
+            self.story = story(engine, lab)
+            parent = lab.begin(engine, start=4)
+            lab.one(engine, parent, seeded(8))
+            self.plan: HydratePlan = lab.plan(lab.capture(engine, parent))
+            self.rest = lab.one(engine, parent, every_knob(), ids(3, 2))
+
+
+def booted(model: Path) -> Engine:
+    return load_engine("vllm", model=str(model), enforce_eager=True, max_model_len=4096)
+
+
+@pytest.fixture(scope="module")
+def in_process(model: Path, lab: Lab) -> InProcess:
+    return InProcess(model, lab)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Started when the engine in process is gone: two at once crowd a small machine."""
+    server = Server(model, tmp_path_factory.mktemp("server"), "--max-model-len", "4096", "--api-key", KEY)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def engine(server: Server) -> Iterator[Engine]:
+    with thaw.attach(server.url, api_key=KEY) as engine:
+        yield engine
+
+
+def test_tokens_and_logprobs_are_those_of_the_engine_in_process(
+    engine: Engine, lab: Lab, in_process: InProcess
+) -> None:
+    for over_http, direct in zip(story(engine, lab), in_process.story, strict=True):
+        same(over_http, direct)
+        assert over_http.usage == direct.usage
+
+
+def test_the_model_is_the_same_one(engine: Engine, in_process: InProcess) -> None:
+    assert engine.identity() == in_process.plan.identity
+
+
+def test_a_session_of_the_engine_in_process_goes_on_over_http(engine: Engine, lab: Lab, in_process: InProcess) -> None:
+    hydrated = lab.hydrate(engine, in_process.plan)
+    assert hydrated.proof.num_cached_tokens == in_process.plan.num_kv
+    same(lab.one(engine, hydrated.session, every_knob(), ids(3, 2)), in_process.rest)
+
+
+def shuffled(engine: Engine, lab: Lab, parent: SessionRef, rounds: int = 8) -> int:
+    """How many of these batches of 24 came to the engine in another order than that of their rows."""
+    before = engine.stats()["shuffled_groups"]  # type: ignore[attr-defined]
+    for _ in range(rounds):
+        children = lab.fork(engine, parent, 24)
+        lab.run(engine, *children, sampling=seeded(1), prompt=ids(3, 2))
+        for child in children:
+            engine.close_session(child)
+    return int(engine.stats()["shuffled_groups"] - before)  # type: ignore[attr-defined]
+
+
+def test_a_batch_has_its_rows_in_order_though_each_comes_over_a_connection_of_its_own(
+    engine: Engine, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = lab.begin(engine, 600)
+    assert shuffled(engine, lab, parent) == 0
+
+    async def at_once(*_: object) -> None:
+        return
+
+    monkeypatch.setattr(HttpTransport, "_in_turn", at_once)
+    assert shuffled(engine, lab, parent) > 0, "sent all at once, some come in another order"
+
+
+def test_captured_while_it_decodes_it_goes_on_as_if_nothing_had_been(engine: Engine, lab: Lab) -> None:
+    parent = lab.begin(engine, start=5)
+    running = lab.start(engine, parent, sampling=seeded(600))
+    wait_for(running, 20)
+    captured = lab.capture(engine, parent)
+    whole = running.result(LIMIT_S)[0]
+    done = len(captured.tokens) - 300
+    assert 20 <= done < 600
+    child = lab.hydrate(engine, lab.plan(captured)).session
+    rest = lab.resume(engine, child)[0]
+    assert rest.token_ids == whole.token_ids
+    assert [x.hex() for x in rest.logprobs] == [x.hex() for x in whole.logprobs]
+
+
+def test_structured_output_goes_on_in_its_middle(engine: Engine, lab: Lab) -> None:
+    one, two = lab.begin(engine, start=15), lab.begin(engine, start=15)
+    whole = lab.one(engine, one, GRAMMAR)
+    handle = lab.start(engine, two, sampling=GRAMMAR)
+    wait_for(handle, 5)
+    handle.cancel()
+    assert handle.result(LIMIT_S)[0].finish_reason == "abort"
+    same_tokens(lab.resume(engine, two)[0], whole)
+    assert re.fullmatch("[a-d]{2}(-[0-9]{3}){40}", whole.text)
+
+
+def test_an_aborted_session_stops_soon_and_goes_on(engine: Engine, lab: Lab) -> None:
+    one, two = lab.begin(engine, start=6), lab.begin(engine, start=6)
+    whole = lab.one(engine, one, seeded(400))
+    handle = lab.start(engine, two, sampling=seeded(400))
+    wait_for(handle, 5)
+    began = time.monotonic()
+    handle.cancel()
+    cut = handle.result(LIMIT_S)[0]
+    assert cut.finish_reason == "abort" and time.monotonic() - began < 5.0
+    assert 5 <= len(cut.token_ids) < 400
+    same_tokens(lab.resume(engine, two)[0], whole)
+
+
+def same_tokens(one: Completion, two: Completion) -> None:
+    assert one.token_ids == two.token_ids
+    assert [x.hex() for x in one.logprobs] == [x.hex() for x in two.logprobs]
+
+
+def test_cancelled_before_the_server_has_it(engine: Engine, lab: Lab) -> None:
+    session = engine.open(seed=1)
+    handle = engine.append(session, ids(3500, 7))
+    while not engine.view(session).running:
+        time.sleep(0.0005)
+    handle.cancel()
+    with pytest.raises(Cancelled):
+        handle.result(LIMIT_S)
+    assert not engine.view(session).running
+    read = len(engine.view(session).tokens)
+    assert read < 3500
+    after = engine.append(session, ids(3500, 7)[read:]).result(LIMIT_S)
+    assert after.tokens == ids(3500, 7) and after.num_kv >= 3499
+
+
+def test_commands_leave_no_request_behind(engine: Engine, server: Server, lab: Lab) -> None:
+    session = lab.begin(engine)
+    began = time.monotonic()
+    for _ in range(10):
+        engine.identity()
+    assert time.monotonic() - began < 10.0
+    assert engine.pin(session, 5.0).result(LIMIT_S) > 0  # type: ignore[attr-defined]
+    assert engine.pin(session, 0.0).result(LIMIT_S) == 0  # type: ignore[attr-defined]
+    ends = time.monotonic() + 10.0
+    while requests_in(server) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert requests_in(server) == 0
+
+
+def requests_in(server: Server) -> float:
+    """Requests that the server's own metrics count as running or waiting."""
+    counted = server.metrics()
+    return counted["num_requests_running"] + counted["num_requests_waiting"]
+
+
+def test_the_servers_own_metrics_count_what_thaw_does(engine: Engine, server: Server, lab: Lab) -> None:
+    before = server.metrics()
+    parent = lab.begin(engine, 400, start=20)
+    lab.hydrate(engine, lab.plan(lab.capture(engine, parent)))
+    lab.run(engine, *lab.fork(engine, parent, 2), sampling=greedy(2))
+    with pytest.raises(InvalidRequest):
+        lab.one(engine, parent, greedy(2, logprobs=101))
+    engine.identity()  # one more step, which brings what the last one has counted
+    after = server.metrics()
+
+    def more(name: str) -> float:
+        return after[f"thaw_{name}"] - before.get(f"thaw_{name}", 0.0)
+
+    assert (more("captures_total"), more("hydrates_total")) == (1, 1)
+    assert more("forks_total") >= 2 and more("loaded_tokens_total") >= 399
+    assert after["thaw_records"] == engine.stats()["records"]  # type: ignore[attr-defined]
+    assert after["thaw_arena_nbytes"] == engine.stats()["arena_nbytes"] > 0  # type: ignore[attr-defined]
+
+
+def test_two_clients_do_not_see_each_others_sessions(engine: Engine, server: Server, lab: Lab) -> None:
+    session = lab.begin(engine)
+    with thaw.attach(server.url + "/v1/", api_key=KEY) as another:
+        with pytest.raises(NotFound):
+            another.view(session)
+        same(lab.one(another, lab.begin(another), greedy()), lab.one(engine, lab.begin(engine), greedy()))
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_a_wrong_api_key_is_named(server: Server, key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(InvalidRequest, match="API key"):
+        thaw.attach(server.url, api_key=key)
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(NotFound, match=r"no server at http://127\.0\.0\.1:9 "):
+        thaw.attach("http://127.0.0.1:9")
+
+
+def test_what_is_no_address() -> None:
+    with pytest.raises(InvalidRequest, match="not the address"):
+        thaw.attach("localhost:8000")
+    with pytest.raises(InvalidRequest, match="no list of addresses"):
+        thaw.attach([])
+    with pytest.raises(InvalidRequest, match="no list of addresses"):
+        thaw.attach(["http://127.0.0.1:9", 3])
+
+
+def test_a_mail_folder_that_is_not_here(engine: Engine, server: Server) -> None:
+    folder = server.log.parent / "mail"
+    away = folder.with_name("away")
+    folder.rename(away)
+    try:
+        with pytest.raises(NotFound, match="share that folder"):
+            thaw.attach(server.url, api_key=KEY)
+    finally:
+        away.rename(folder)
+
+
+def test_a_server_that_dies_is_named_and_its_commits_live_on(
+    engine: Engine, server: Server, lab: Lab, model: Path
+) -> None:
+    """The last test with this server: it stops it."""
+    parent = lab.begin(engine, start=8)
+    lab.one(engine, parent, seeded(8))
+    plan = lab.plan(lab.capture(engine, parent))
+    rest = lab.one(engine, parent, every_knob(), ids(3, 3))
+    running = lab.start(engine, parent, sampling=Sampling(max_tokens=3000, ignore_eos=True, temperature=0.0))
+    wait_for(running, 3)
+    server.stop()
+    with pytest.raises(EngineDied, match=server.url):
+        running.result(LIMIT_S)
+    with pytest.raises(EngineDied, match=server.url):
+        engine.generate([GenerateRequest(session=engine.open(), prompt=(1,), sampling=greedy())]).result(LIMIT_S)
+    with booted(model) as direct:
+        same(lab.one(direct, lab.hydrate(direct, plan).session, every_knob(), ids(3, 3)), rest)
+
+
+class TestVllmHttp(EngineTests):
+    """The law book, each engine a server of its own."""
+
+    changes_weights = True
+    other_weights: ClassVar[Path]
+    servers: ClassVar[dict[Engine, Server]]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine_factory(
+        cls, model: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Callable[..., Engine]]:
+        cls.other_weights = tiny_model("llama", dtype="bfloat16", head_dim=64, seed=1)
+        cls.servers = {}
+
+        def start(*, policy: str = "0", max_model_len: int = 4096) -> Engine:
+            folder = tmp_path_factory.mktemp("server")
+            server = Server(model, folder, "--max-model-len", str(max_model_len), VLLM_SERVER_DEV_MODE="1")
+            engine = thaw.attach(server.url, policy=policy)
+            close = engine.close
+
+            def close_both() -> None:
+                close()
+                server.stop()
+
+            engine.close = close_both  # type: ignore[method-assign]
+            cls.servers[engine] = server
+            return engine
+
+        yield start
+        for server in cls.servers.values():
+            server.stop()
+
+    def change_weights(self, engine: Engine) -> None:
+        self.servers[engine].collective_rpc("reload_weights", weights_path=str(self.other_weights))
+
+    def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        engine.switch(watch_weights=False)  # type: ignore[attr-defined]

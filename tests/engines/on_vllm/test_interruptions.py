@@ -1,0 +1,307 @@
+"""Requests that are interrupted: preempted for want of blocks, stopped while they load or wait, read meanwhile.
+
+Afterwards nothing is left over, and every session goes on with the bits it would have had: as a request alone, for on a
+CPU the bits of one request hang on what runs beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thaw.core.errors import Cancelled, InvalidRequest
+from thaw.core.sampling import Sampling
+from thaw.data.locations import StoreMount
+from thaw.engines import load_engine
+from thaw.engines.base import Completion, GenerateRequest, Handle, SessionRef
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, ids, same, seeded
+from thaw.testing.plans import capture_plan, mount_at
+
+pytest.importorskip("vllm")
+
+from thaw.engines.vllm.client.engine import VllmEngine
+
+BLOCKS = 24
+TOKEN_NBYTES = 3 * 2 * 2 * 64 * 2
+IN_STEP, IN_BACKGROUND = 500, 1000
+"""Sizes of sessions: one is loaded inside a step, the other beside the steps of others."""
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path]) -> Iterator[VllmEngine]:
+    model = str(tiny_model("llama", dtype="bfloat16", head_dim=64))
+    with load_engine(
+        "vllm", model=model, enforce_eager=True, max_model_len=2560, num_gpu_blocks_override=BLOCKS, block_size=128,
+        async_nbytes=700 * TOKEN_NBYTES,
+    ) as loaded:  # fmt: skip
+        assert isinstance(loaded, VllmEngine)
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def mount(tmp_path_factory: pytest.TempPathFactory) -> StoreMount:
+    return mount_at(tmp_path_factory.mktemp("packs"))
+
+
+@pytest.fixture(scope="module")
+def lab(mount: StoreMount) -> Lab:
+    return Lab(mount)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine: VllmEngine) -> Iterator[None]:
+    """No record, request, block or letter, whatever a test did."""
+    yield
+    for session in list(engine._sessions):
+        engine.close_session(session)
+    gc.collect()  # an error that was raised holds what it passed, until Python's collector comes by
+    ends = time.monotonic() + 10.0
+    while left := leftovers(engine):
+        assert time.monotonic() < ends, left
+        time.sleep(0.05)
+
+
+def leftovers(engine: VllmEngine) -> dict[str, object]:
+    stats = engine.stats()
+    engine.release_pins()  # one more message: what was dropped is told with the next one
+    found: dict[str, object] = {name: stats[name] for name in ("records", "running", "commands", "pinned_blocks")}
+    found["blocks"] = stats["blocks"] - 1 - stats["free_blocks"]
+    found["mail"] = [path.name for place in ("answers", "plans") for path in (engine._mail.folder / place).iterdir()]
+    found["arena_nbytes"] = stats["arena_nbytes"]
+    return {name: value for name, value in found.items() if value}
+
+
+def cycle(engine: VllmEngine, lab: Lab) -> None:
+    """Other prompts through the whole pool, so that nothing is found there."""
+    for start in (100, 101):
+        engine.close_session(lab.begin(engine, 2000, start=start))
+
+
+class Hog:
+    """An ordinary request that takes most of the blocks. It came before thaw's, so vLLM preempts those."""
+
+    def __init__(self, engine: VllmEngine, num_prompt: int = 1500, count: int = 400) -> None:
+        from vllm import SamplingParams
+
+        llm: Any = engine._transport._llm  # type: ignore[attr-defined]
+        sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        self._began = threading.Event()
+
+        async def run() -> None:
+            async for _ in llm.generate({"prompt_token_ids": list(ids(num_prompt, 50))}, sampling, f"hog-{id(self)}"):
+                self._began.set()
+
+        self._run = asyncio.run_coroutine_threadsafe(run(), engine._loop)
+        assert self._began.wait(LIMIT_S)
+
+    def end(self) -> None:
+        self._run.result(LIMIT_S)
+
+
+def same_rest(one: Completion, two: Completion) -> None:
+    assert one.token_ids == two.token_ids
+    assert bits(one.logprobs) == bits(two.logprobs)
+
+
+def when_preempted(engine: VllmEngine, before: int, running: Handle[list[Completion]]) -> None:
+    ends = time.monotonic() + LIMIT_S
+    while engine.stats()["preempted"] == before:
+        assert time.monotonic() < ends and not running.done(), "it was to be preempted"
+
+
+@pytest.mark.parametrize("size", [2048, 2150])
+def test_preempted_for_want_of_blocks_it_goes_on_bit_for_bit(
+    engine: VllmEngine, lab: Lab, mount: StoreMount, size: int
+) -> None:
+    """Alone, it outgrows what pins have left. vLLM takes its blocks away; it is captured while it has none, and goes on
+    when there is room again: its KV comes from the arena, and nothing is computed a second time."""
+    session = lab.begin(engine, size, start=1)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(200))
+    holder = lab.begin(engine, 768, start=90)
+    assert engine.pin(holder, 60).result(LIMIT_S) == 768
+    before = engine.stats()["preempted"]
+    victim = lab.twin(engine, session)
+    running = lab.start(engine, victim, sampling=seeded(200))
+    when_preempted(engine, before, running)
+    captured = lab.capture(engine, victim)
+    done = len(captured.tokens) - size
+    assert size + done == 2177 and captured.num_kv == 2176, "all that 17 blocks hold"
+    assert not running.done()
+    engine.release_pins()
+    same(expected, running.result(LIMIT_S)[0])
+    same_rest(lab.resume(engine, lab.hydrate(engine, lab.plan(captured)).session)[0], expected)
+    same(lab.one(engine, lab.twin(engine, victim), greedy(4)), lab.one(engine, victim, greedy(4)))
+
+
+@pytest.mark.parametrize("size", [IN_STEP, IN_BACKGROUND])
+def test_hydrated_and_captured_while_requests_are_preempted(engine: VllmEngine, lab: Lab, size: int) -> None:
+    """In a pool for two, a hog, sessions that grow and sessions that come back: all end, and KV is what it was."""
+    session = lab.begin(engine, size, start=2)
+    plan = lab.plan(lab.capture(engine, session))
+    expected = lab.one(engine, lab.twin(engine, session), seeded(20))
+    before = engine.stats()["preempted"]
+    hog = Hog(engine)
+    growing = [lab.begin(engine, 500, start=3 + i) for i in range(2)]
+    handles = [lab.start(engine, one, sampling=seeded(200)) for one in growing]
+    back = [lab.hydrate(engine, plan)]
+    captured = lab.capture(engine, growing[0])
+    while not all(handle.done() for handle in handles):
+        back.append(lab.hydrate(engine, plan))
+        captured = lab.capture(engine, growing[0])
+        assert captured.num_kv == len(captured.tokens) - 1
+    assert all(len(handle.result(LIMIT_S)[0].token_ids) == 200 for handle in handles)
+    hog.end()
+    assert engine.stats()["preempted"] > before, "the pool was too large for this test"
+    for hydrated in (back[0], back[-1]):
+        assert hydrated.proof.num_cached_tokens == plan.num_kv
+        same(expected, lab.one(engine, lab.twin(engine, hydrated.session), seeded(20)))
+    again = lab.hydrate(engine, lab.plan(captured)).session
+    assert engine.view(again).tokens == captured.tokens == engine.view(growing[0]).tokens[: len(captured.tokens)]
+
+
+@pytest.mark.parametrize("size", [IN_STEP, IN_BACKGROUND])
+def test_stopped_at_any_moment_it_goes_on_bit_for_bit(engine: VllmEngine, lab: Lab, size: int) -> None:
+    """While it waits, loads, runs its first token, or is saved: a stop costs the request alone."""
+    dice = random.Random(size)
+    session = lab.begin(engine, size, start=4)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(12))
+    kept = 0
+    for _ in range(15):
+        if dice.random() < 0.5:
+            cycle(engine, lab)
+        child = lab.twin(engine, session)
+        handle = lab.start(engine, child, sampling=seeded(12))
+        time.sleep(dice.random() * 0.04)
+        handle.cancel()
+        cut = handle.result(LIMIT_S)[0]
+        assert cut.token_ids == expected.token_ids[: len(cut.token_ids)]
+        if cut.finish_reason == "abort":
+            kept += 1
+            rest = lab.resume(engine, child)[0]
+            same_rest(rest, expected)
+        engine.close_session(child)
+    assert kept > 3
+    same(expected, lab.one(engine, session, seeded(12)))
+
+
+def test_a_prompt_that_is_stopped_keeps_what_was_read(engine: VllmEngine, lab: Lab) -> None:
+    """Stopped before its first step it has read nothing, in its last step all; either way the session goes on."""
+    prompt = ids(2000, 5)
+    expected = lab.one(engine, lab.begin(engine, len(prompt), start=5, seed=20), seeded(8))
+    reads = set()
+    for i in range(6):
+        cycle(engine, lab)
+        session = engine.open(seed=20)
+        handle = engine.append(session, prompt)
+        while not engine.view(session).running:
+            time.sleep(0.0005)
+        time.sleep(0.005 * i)
+        handle.cancel()
+        try:
+            handle.result(LIMIT_S)
+        except Cancelled:
+            reads.add(len(engine.view(session).tokens))
+        read = len(engine.view(session).tokens)
+        assert engine.view(session).tokens == tuple(prompt[:read])
+        cycle(engine, lab)  # vLLM would find what was read of it in its cache, and compute the rest in another shape
+        engine.append(session, prompt[read:]).result(LIMIT_S)
+        if read in (0, len(prompt)):
+            same(expected, lab.one(engine, session, seeded(8)))
+        engine.close_session(session)
+    assert reads, "every prompt was read before it could be stopped"
+
+
+def test_the_leader_of_a_load_is_stopped_and_the_others_load_themselves(engine: VllmEngine, lab: Lab) -> None:
+    """Children that start together: the first loads, the others wait for it. They must not wait for ever."""
+    session = lab.begin(engine, IN_BACKGROUND, start=6)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(6))
+    for pause_s in (0.0, 0.001, 0.002, 0.004, 0.008, 0.016):
+        cycle(engine, lab)
+        children = [lab.twin(engine, session) for _ in range(4)]
+        handles = [lab.start(engine, child, sampling=seeded(6)) for child in children]
+        time.sleep(pause_s)
+        handles[0].cancel()
+        outs = [handle.result(LIMIT_S)[0] for handle in handles]
+        assert all(len(out.token_ids) == 6 for out in outs[1:])
+        for child in children:
+            engine.close_session(child)
+    same(expected, lab.one(engine, session, seeded(6)))
+
+
+class Missing:
+    """The way into the engine, on which the second request of a batch is refused: its group never is complete."""
+
+    def __init__(self, engine: VllmEngine, patch: pytest.MonkeyPatch) -> None:
+        inner = engine._transport.stream
+        self.count = 0
+
+        def stream(submission: Any) -> Any:
+            self.count += 1
+            if self.count == 2:
+                raise InvalidRequest("refused on the way")
+            return inner(submission)
+
+        patch.setattr(engine._transport, "stream", stream)
+
+
+def batch(engine: VllmEngine, sessions: list[SessionRef], sampling: Sampling) -> Handle[list[Completion]]:
+    return engine.generate([GenerateRequest(session=session, sampling=sampling) for session in sessions])
+
+
+def test_a_group_that_never_is_complete_starts_all_the_same(
+    engine: VllmEngine, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = lab.begin(engine, 300, start=7)
+    children = [lab.twin(engine, session) for _ in range(3)]
+    expected = lab.run(engine, *(lab.twin(engine, session) for _ in range(2)), sampling=seeded(6))
+    with monkeypatch.context() as patch:
+        Missing(engine, patch)
+        with pytest.raises(InvalidRequest, match="on the way"):
+            batch(engine, children, seeded(6)).result(LIMIT_S)
+    for child, wanted in zip((children[0], children[2]), expected, strict=True):
+        assert engine.view(child).tokens[300:] == wanted.token_ids
+
+
+def test_stopped_while_it_waits_for_its_group(engine: VllmEngine, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = lab.begin(engine, 300, start=8)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(6))
+    children = [lab.twin(engine, session) for _ in range(3)]
+    with monkeypatch.context() as patch:
+        Missing(engine, patch)
+        handle = batch(engine, children, seeded(6))
+        time.sleep(0.2)
+        assert engine.stats()["running"] == 2
+        began = time.monotonic()
+        handle.cancel()
+        with pytest.raises(InvalidRequest, match="on the way"):
+            handle.result(LIMIT_S)
+        assert time.monotonic() - began < 4.0, "they did not wait for the group's time to be over"
+    for child in children:
+        same(expected, lab.one(engine, child, seeded(6)))
+
+
+def test_read_forked_and_closed_while_the_copy_of_its_end_is_under_way(
+    engine: VllmEngine, lab: Lab, mount: StoreMount
+) -> None:
+    session = lab.begin(engine, IN_STEP, start=9)
+    twin = lab.twin(engine, session)
+    first = lab.one(engine, session, seeded(5))
+    expected = lab.one(engine, session, greedy(5), (3,))
+    for _ in range(5):
+        child = lab.twin(engine, twin)
+        same(first, lab.one(engine, child, seeded(5)))
+        reading = engine.capture(child, capture_plan(mount))
+        grandchild = lab.twin(engine, child)
+        going_on = lab.start(engine, grandchild, sampling=greedy(5), prompt=(3,))
+        engine.close_session(child)
+        captured = reading.result(LIMIT_S)
+        same(expected, going_on.result(LIMIT_S)[0])
+        same(expected, lab.one(engine, lab.hydrate(engine, lab.plan(captured)).session, greedy(5), (3,)))

@@ -1,0 +1,133 @@
+"""An offline `LLM` that the user made: thaw's verbs on it, and `llm.generate` between them.
+
+With the engine core in a process of its own, and in this one, where it does nothing unless it is stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import thaw
+from thaw.core.errors import Busy, InvalidRequest
+from thaw.engines.base import Engine
+from thaw.engines.vllm.settings import VllmSettings, engine_args, settled
+from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.plans import mount_at
+
+pytest.importorskip("vllm")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama", dtype="bfloat16", head_dim=64)
+
+
+@pytest.fixture(scope="module", params=["1", "0"], ids=["core-elsewhere", "core-here"])
+def llm(model: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    from vllm import LLM
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", request.param)
+        made = LLM(str(model), enforce_eager=True, max_model_len=4096, **engine_args(settled(VllmSettings())))
+    yield made
+    made.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(llm: Any) -> Iterator[Engine]:
+    with thaw.attach(llm) as engine:
+        yield engine
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(mount_at(tmp_path / "packs"))
+
+
+def native(llm: Any, prompt: list[int], count: int = 12) -> list[int]:
+    """What vLLM generates by itself."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)
+    return list(outputs[0].outputs[0].token_ids)
+
+
+def test_the_users_own_calls_between_verbs(engine: Engine, llm: Any, lab: Lab) -> None:
+    prompt = list(ids(300))
+    before = native(llm, prompt)
+    for _ in range(3):
+        session = lab.begin(engine)
+        assert list(lab.one(engine, session, greedy(12)).token_ids) == before
+        assert native(llm, prompt) == before
+        engine.identity()
+        assert native(llm, prompt) == before
+
+
+def test_captured_and_brought_back_in_the_same_engine(engine: Engine, lab: Lab) -> None:
+    parent = lab.begin(engine, start=1)
+    lab.one(engine, parent, seeded(8))
+    child = lab.move(engine, parent, engine)
+    same(lab.one(engine, child, every_knob(), ids(4, 2)), lab.one(engine, parent, every_knob(), ids(4, 2)))
+
+
+def test_children_of_a_fork_run_in_one_batch(engine: Engine, lab: Lab) -> None:
+    parent = lab.begin(engine, start=2)
+    one = lab.run(engine, *lab.fork(engine, parent, 4), sampling=every_knob())
+    two = lab.run(engine, *lab.fork(engine, parent, 4), sampling=every_knob())
+    for a, b in zip(one, two, strict=True):
+        same(a, b)
+
+
+def test_captured_while_it_decodes(engine: Engine, lab: Lab) -> None:
+    parent = lab.begin(engine, start=3)
+    running = lab.start(engine, parent, sampling=seeded(200))
+    wait_for(running, 10)
+    captured = lab.capture(engine, parent)
+    whole = running.result(LIMIT_S)[0]
+    rest = lab.resume(engine, lab.hydrate(engine, lab.plan(captured)).session)[0]
+    assert 310 <= len(captured.tokens) < 500
+    assert rest.token_ids == whole.token_ids
+    assert [x.hex() for x in rest.logprobs] == [x.hex() for x in whole.logprobs]
+
+
+def test_aborted_it_goes_on(engine: Engine, llm: Any, lab: Lab) -> None:
+    one, two = lab.begin(engine, start=6), lab.begin(engine, start=6)
+    whole = lab.one(engine, one, seeded(300))
+    handle = lab.start(engine, two, sampling=seeded(300))
+    wait_for(handle, 5)
+    handle.cancel()
+    assert handle.result(LIMIT_S)[0].finish_reason == "abort"
+    assert len(native(llm, list(ids(20)))) == 12
+    rest = lab.resume(engine, two)[0]
+    assert rest.token_ids == whole.token_ids
+
+
+def test_refused_while_the_users_own_requests_run(engine: Engine, llm: Any, lab: Lab) -> None:
+    from vllm import SamplingParams
+
+    llm.llm_engine.add_request("mine", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=4, ignore_eos=True))
+    with pytest.raises(Busy, match=r"llm\.generate is running"):
+        lab.begin(engine)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    lab.begin(engine)
+
+
+def test_closing_leaves_the_llm_running(llm: Any, lab: Lab) -> None:
+    with thaw.attach(llm) as engine:
+        lab.begin(engine)
+    assert len(native(llm, list(ids(20)))) == 12
+
+
+def test_what_cannot_be_attached(llm: Any) -> None:
+    with pytest.raises(InvalidRequest, match="none of"):
+        thaw.attach(7)
+    with pytest.raises(InvalidRequest, match="api_key"):
+        thaw.attach(llm, api_key="x")
+    with pytest.raises(InvalidRequest, match="tokenizer"):
+        thaw.attach(llm, tokenizer=object())

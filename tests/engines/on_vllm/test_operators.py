@@ -1,0 +1,501 @@
+"""What an engine's owner does works as before, with sessions parked and pinned: reset, pause, sleep, weights, shutdown.
+
+Owners' calls are vLLM's own methods of `AsyncLLM` and its server's routes. Parked sessions go on bit for bit after
+each, or are refused by name where the weights changed. Pins are the exception (docs/engines/vllm.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from test_http import Server
+
+import thaw
+from thaw.core.errors import Busy, InvalidRequest, StaleSession
+from thaw.data.locations import StoreMount
+from thaw.engines import load_engine
+from thaw.engines.base import Completion
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.plans import capture_plan, mount_at
+
+pytest.importorskip("vllm")
+
+from thaw.engines.served.mail import Mail
+from thaw.engines.vllm.client.engine import VllmEngine
+from thaw.engines.vllm.settings import VllmSettings
+
+TTL_S = 20.0
+
+
+class Plain(NamedTuple):
+    """What an ordinary request brought, of which thaw knows nothing."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[str, ...]
+    num_cached_tokens: int
+
+
+class Owner:
+    """The engine's owner: vLLM's own calls, and ordinary requests."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._loop, self._llm = engine._loop, engine._transport._llm  # type: ignore[attr-defined]
+        self._count = 0
+
+    def __call__(self, method: str, *args: object, **kwargs: object) -> Any:
+        return self._wait(getattr(self._llm, method)(*args, **kwargs))
+
+    def _wait(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
+
+    def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> None:
+        self("pause_generation", mode=mode, clear_cache=clear_cache)
+
+    def resume(self) -> None:
+        self("resume_generation")
+
+    def load(self, weights: Path) -> None:
+        """As trainers do, in place."""
+        self("collective_rpc", "reload_weights", kwargs={"weights_path": str(weights)})
+
+    def plain(self, tokens: tuple[int, ...], count: int = 8) -> Plain:
+        from vllm import SamplingParams
+
+        self._count += 1
+        sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=0)
+
+        async def run() -> Any:
+            stream = self._llm.generate({"prompt_token_ids": list(tokens)}, sampling, f"plain-{self._count}")
+            return [output async for output in stream][-1]
+
+        last = self._wait(run())
+        one = last.outputs[0]
+        own = tuple(step[token].logprob.hex() for step, token in zip(one.logprobs, one.token_ids, strict=True))
+        return Plain(tuple(one.token_ids), own, last.num_cached_tokens)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama", dtype="bfloat16", head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def other_weights(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama", dtype="bfloat16", head_dim=64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[VllmEngine]:
+    with load_engine("vllm", model=str(model), enforce_eager=True, max_model_len=4096) as loaded:
+        assert isinstance(loaded, VllmEngine)
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def owner(engine: VllmEngine) -> Owner:
+    return Owner(engine)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One failing test leaves the next ones an engine that runs."""
+    yield
+    if "owner" in request.fixturenames:
+        request.getfixturevalue("engine").release_pins()
+        request.getfixturevalue("owner").resume()
+
+
+@pytest.fixture(scope="module")
+def mount(tmp_path_factory: pytest.TempPathFactory) -> StoreMount:
+    return mount_at(tmp_path_factory.mktemp("packs"))
+
+
+@pytest.fixture(scope="module")
+def lab(mount: StoreMount) -> Lab:
+    return Lab(mount)
+
+
+def reset(owner: Owner) -> None:
+    assert owner("reset_prefix_cache") is True
+
+
+def reset_with_connector(owner: Owner) -> None:
+    assert owner("reset_prefix_cache", reset_connector=True) is True
+
+
+def pause(mode: str, clear_cache: bool) -> Callable[[Owner], None]:
+    def act(owner: Owner) -> None:
+        owner.pause(mode, clear_cache=clear_cache)
+        assert owner("is_paused") is True
+        owner.resume()
+
+    return act
+
+
+def sleep(level: int) -> Callable[[Owner], None]:
+    """On a CPU vLLM pauses and clears its caches; its workers say that they do not support sleep, and keep all."""
+
+    def act(owner: Owner) -> None:
+        owner("sleep", level)
+        assert owner("is_sleeping") is True
+        owner("wake_up")
+        assert owner("is_sleeping") is False
+
+    return act
+
+
+ACTS: dict[str, Callable[[Owner], None]] = {
+    "reset": reset,
+    "reset with connector": reset_with_connector,
+    "pause": pause("abort", True),
+    "pause, cache kept": pause("abort", False),
+    "pause, wait": pause("wait", True),
+    "pause, keep": pause("keep", True),
+    "pause, keep, cache kept": pause("keep", False),
+    "sleep 0": sleep(0),
+    "sleep 1": sleep(1),
+    "sleep 2": sleep(2),
+}
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS.keys())
+def test_parked_sessions_go_on_bit_for_bit(
+    engine: VllmEngine, owner: Owner, lab: Lab, act: Callable[[Owner], None]
+) -> None:
+    session = lab.begin(engine, 500, start=1)
+    lab.one(engine, session, seeded(9))
+    engine.park(session).result(LIMIT_S)
+    expected = lab.one(engine, lab.twin(engine, session), every_knob(), (1, 2))
+    act(owner)
+    same(expected, lab.one(engine, session, every_knob(), (1, 2)))
+    assert engine.stats()["running"] == 0
+
+
+def test_a_reset_right_after_a_request_works(engine: VllmEngine, owner: Owner, lab: Lab) -> None:
+    """The copy out of the request's blocks is not in the way, or vLLM says so and a second try works."""
+    answers = []
+    for start in range(10):
+        lab.begin(engine, 300, start=start)
+        answers.append(owner("reset_prefix_cache"))
+    print("resets right after a request:", answers)
+    assert owner("reset_prefix_cache") is True
+
+
+RUNNING_ACTS: dict[str, Callable[[Owner], object]] = {
+    "reset, running ones too": lambda owner: owner("reset_prefix_cache", reset_running_requests=True),
+    "pause, wait": pause("wait", True),
+    "pause, keep": pause("keep", True),
+    "pause, keep, cache kept": pause("keep", False),
+}
+
+
+@pytest.mark.parametrize("act", RUNNING_ACTS.values(), ids=RUNNING_ACTS.keys())
+def test_running_sessions_go_on_bit_for_bit(
+    engine: VllmEngine, owner: Owner, lab: Lab, act: Callable[[Owner], object]
+) -> None:
+    """vLLM takes their blocks away; they come back from the arena and not by computing them again."""
+    session = lab.begin(engine, 500, start=2)
+    twin = lab.twin(engine, session)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(250))
+    running = lab.start(engine, twin, sampling=seeded(250))
+    wait_for(running, 10)
+    act(owner)
+    same(expected, running.result(LIMIT_S)[0])
+
+
+@pytest.mark.parametrize("act", ["pause", "sleep 1"])
+def test_what_an_owner_stops_is_an_aborted_turn_that_resumes(
+    engine: VllmEngine, owner: Owner, lab: Lab, act: str
+) -> None:
+    session = lab.begin(engine, 300, start=3)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(250))
+    running = lab.start(engine, session, sampling=seeded(250))
+    wait_for(running, 10)
+    ACTS[act](owner)
+    cut = running.result(LIMIT_S)[0]
+    assert cut.finish_reason == "abort" and 10 <= len(cut.token_ids) < 250
+    rest = lab.resume(engine, session)[0]
+    assert rest.token_ids == expected.token_ids and bits(rest.logprobs) == bits(expected.logprobs)
+
+
+def test_verbs_wait_while_the_engine_is_paused_and_are_told_when_it_drops_them(
+    engine: VllmEngine, owner: Owner, lab: Lab, mount: StoreMount
+) -> None:
+    session = lab.begin(engine, 300, start=4)
+    owner.pause(clear_cache=False)
+    waits = engine.capture(session, capture_plan(mount))
+    time.sleep(0.3)
+    assert not waits.done()
+    owner.resume()
+    captured = waits.result(LIMIT_S)
+    assert captured.num_kv == 299
+    owner.pause(clear_cache=False)
+    dropped = engine.capture(session, capture_plan(mount))
+    time.sleep(0.3)
+    owner.pause(clear_cache=False)
+    with pytest.raises(Busy, match="owner"):
+        dropped.result(LIMIT_S)
+    owner.resume()
+    assert lab.capture(engine, session).segments == captured.segments
+
+
+# -- pins
+
+
+def test_a_bare_reset_refuses_while_blocks_are_pinned(engine: VllmEngine, owner: Owner, lab: Lab) -> None:
+    session = lab.begin(engine, 400, start=5)
+    assert engine.pin(session, 60).result(LIMIT_S) == 384
+    assert owner("reset_prefix_cache") is False
+    assert engine.stats()["pinned_blocks"] == 3
+    engine.release_pins()
+    assert engine.stats()["pinned_blocks"] == 0
+    assert owner("reset_prefix_cache") is True
+
+
+def test_a_reset_with_the_connector_ends_the_pins_and_works_the_second_time(
+    engine: VllmEngine, owner: Owner, lab: Lab
+) -> None:
+    """vLLM resets its own cache first and asks the connector then."""
+    session = lab.begin(engine, 400, start=6)
+    engine.pin(session, 60).result(LIMIT_S)
+    assert owner("reset_prefix_cache", reset_connector=True) is False
+    assert engine.stats()["pinned_blocks"] == 0
+    assert owner("reset_prefix_cache", reset_connector=True) is True
+    expected = lab.one(engine, lab.twin(engine, session), greedy(4))
+    same(expected, lab.one(engine, session, greedy(4)))
+
+
+def test_a_pause_that_clears_raises_while_blocks_are_pinned_and_the_engine_goes_on(
+    engine: VllmEngine, owner: Owner, lab: Lab
+) -> None:
+    session = lab.begin(engine, 400, start=7)
+    expected = lab.one(engine, lab.twin(engine, session), greedy(4))
+    engine.pin(session, 60).result(LIMIT_S)
+    with pytest.raises(Exception, match="Failed to reset KV cache"):
+        owner.pause()
+    engine.release_pins()  # the engine is paused now, and this is answered
+    owner.pause()
+    owner.resume()
+    same(expected, lab.one(engine, session, greedy(4)))
+
+
+@pytest.mark.parametrize("way", ["policy", "switch", "close", "time", "seconds 0", "another client's close"])
+def test_thaws_own_verbs_end_pins_first(engine: VllmEngine, owner: Owner, lab: Lab, way: str) -> None:
+    session = lab.begin(engine, 400, start=8)
+    if way == "another client's close":
+        with thaw.attach(engine._transport._llm) as another:  # type: ignore[attr-defined]
+            theirs = lab.begin(another, 400, start=8)
+            assert another.pin(theirs, 60).result(LIMIT_S) == 384  # type: ignore[attr-defined]
+            before = engine.stats()["records"]
+        assert engine.stats()["records"] == before - 1
+    else:
+        assert engine.pin(session, 0.5 if way == "time" else 60).result(LIMIT_S) == 384
+    assert way == "another client's close" or owner("reset_prefix_cache") is False
+    if way == "policy":
+        engine.set_policy("7")
+        engine.set_policy("0")
+    elif way == "switch":
+        engine.switch(on=False)
+        with pytest.raises(InvalidRequest, match="switched off"):
+            lab.one(engine, session, greedy(1))
+        engine.switch(on=True)
+    elif way == "close":
+        engine.close_session(session)
+    elif way == "time":
+        time.sleep(1.0)  # nobody asks the engine anything meanwhile
+    elif way == "seconds 0":
+        engine.pin(session, 0).result(LIMIT_S)
+    assert owner("reset_prefix_cache") is True
+
+
+# -- weights: these come last, for sessions of the weights before are refused from here on
+
+
+def test_ordinary_requests_get_no_kv_of_the_old_weights(
+    engine: VllmEngine, owner: Owner, lab: Lab, model: Path, other_weights: Path
+) -> None:
+    """Without pins as in any vLLM. Negative control: a pin left, the owner takes no notice of the False that reset
+    returned, and an ordinary request is answered from KV of weights that are gone. `release_pins` prevents it."""
+    prompt = ids(400, 30)
+    reset(owner)
+    old = owner.plain(prompt)
+    owner.load(other_weights)
+    reset(owner)
+    new = owner.plain(prompt)
+    assert old.num_cached_tokens == new.num_cached_tokens == 0 and new.logprobs != old.logprobs
+
+    owner.load(model)
+    reset(owner)
+    assert owner.plain(prompt) == old
+    parked, pinned = lab.begin(engine, 400, start=31), lab.begin(engine, 400, start=32)
+    assert engine.pin(pinned, 60).result(LIMIT_S) == 384
+    owner.load(other_weights)
+    assert owner("reset_prefix_cache") is False
+    wrong = owner.plain(prompt)
+    assert wrong.num_cached_tokens == 384 and wrong.logprobs != new.logprobs, "the control must fail"
+
+    engine.release_pins()
+    reset(owner)
+    assert owner.plain(prompt) == new
+    for session in (parked, pinned):
+        with pytest.raises(StaleSession, match="weights changed"):
+            lab.one(engine, session, greedy(1))
+
+
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_weights_changed_under_a_running_session(
+    engine: VllmEngine, owner: Owner, lab: Lab, model: Path, other_weights: Path, clear_cache: bool
+) -> None:
+    """Where its blocks were cleared it would have to go on from KV of the old weights: refused. Where they were kept
+    vLLM goes on with them, as it does for everybody; what comes of it is used for nothing else."""
+    owner.load(model)
+    reset(owner)
+    session = lab.begin(engine, 300, start=33)
+    running = lab.start(engine, session, sampling=seeded(250))
+    wait_for(running, 5)
+    owner.pause("keep", clear_cache=clear_cache)
+    owner.load(other_weights)
+    owner.resume()
+    if clear_cache:
+        with pytest.raises(StaleSession, match="weights changed"):
+            running.result(LIMIT_S)
+    else:
+        assert len(running.result(LIMIT_S)[0].token_ids) == 250
+    with pytest.raises(StaleSession, match="weights changed"):
+        lab.one(engine, session, greedy(1))
+    assert len(lab.one(engine, lab.begin(engine, 300, start=33), greedy(2)).token_ids) == 2
+
+
+def test_weights_that_are_the_same_again(engine: VllmEngine, owner: Owner, lab: Lab, model: Path) -> None:
+    """Nothing changed, so nothing is refused."""
+    owner.load(model)
+    session = lab.begin(engine, 300, start=34)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(8))
+    owner.pause()
+    owner.load(model)
+    owner.resume()
+    same(expected, lab.one(engine, session, seeded(8)))
+
+
+def test_shutdown_with_sessions_parked_pinned_and_running(engine: VllmEngine, lab: Lab) -> None:
+    """The last test with this engine. It leaves no process and no mail."""
+    parked, pinned, running = (lab.begin(engine, 400, start=40 + i) for i in range(3))
+    engine.park(parked).result(LIMIT_S)
+    engine.pin(pinned, 60).result(LIMIT_S)
+    handle = lab.start(engine, running, sampling=greedy(3000))
+    wait_for(handle, 3)
+    mail = engine._mail
+    pids = [engine._facts.pid, *(facts.pid for facts in engine._worker_facts())]
+    engine.close()
+    assert not [pid for pid in pids if runs(pid)]
+    assert not mail.folder.exists()
+
+
+def runs(pid: int) -> bool:
+    """Whether the process lives; one that has ended and that nobody waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# -- the server
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Started when the engine above is gone. Sessions that nobody uses are let go of soon."""
+    server = Server(
+        model, tmp_path_factory.mktemp("server"), "--max-model-len", "4096",
+        settings=VllmSettings(session_ttl_s=TTL_S), VLLM_SERVER_DEV_MODE="1",
+    )  # fmt: skip
+    yield server
+    server.stop()
+
+
+def post(server: Server, path: str) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}{path}", b""), timeout=60) as reply:
+        return json.loads(reply.read() or b"null")
+
+
+def test_the_servers_routes_with_sessions_parked_and_pinned(server: Server, lab: Lab) -> None:
+    with thaw.attach(server.url) as engine:
+        assert isinstance(engine, VllmEngine)
+        session = lab.begin(engine, 400)
+
+        def again() -> Completion:
+            return lab.one(engine, lab.twin(engine, session), seeded(12))
+
+        expected = again()
+        assert post(server, "/reset_prefix_cache") == {"success": True}
+        same(expected, again())
+        assert post(server, "/reset_prefix_cache?reset_external=true") == {"success": True}
+        same(expected, again())
+        assert engine.pin(session, 60).result(LIMIT_S) == 384
+        assert post(server, "/reset_prefix_cache") == {"success": False}
+        assert post(server, "/reset_prefix_cache?reset_external=true") == {"success": False}
+        assert post(server, "/reset_prefix_cache?reset_external=true") == {"success": True}
+        same(expected, again())
+        assert post(server, "/sleep?level=1")["status"] == "sleeping"
+        assert post(server, "/wake_up")["status"] == "awake"
+        same(expected, again())
+
+
+CLIENT = """
+import sys, time, thaw
+from thaw.core.sampling import Sampling
+from thaw.engines.base import GenerateRequest
+engine = thaw.attach(sys.argv[1])
+kept = []
+for i in range(6):
+    session = engine.open(seed=i)
+    engine.append(session, list(range(i, 250))).result(60)
+    kept.append(session)
+engine.pin(kept[0], 1.0).result(60)
+sampling = Sampling(temperature=0.0, max_tokens=3000, ignore_eos=True)
+handle = engine.generate([GenerateRequest(session=s, prompt=(1,), sampling=sampling) for s in kept[:2]])
+print("pid", engine.stats()["records"], next(iter(handle)).token_ids, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind_for_long(server: Server, lab: Lab) -> None:
+    """Its requests end with its connections, its pin with its time, its records when nobody used them for so long."""
+    with thaw.attach(server.url) as engine:
+        assert isinstance(engine, VllmEngine)
+        before = engine.stats()
+        with subprocess.Popen(
+            [sys.executable, "-c", CLIENT, server.url], stdout=subprocess.PIPE, env=dict(os.environ)
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline().startswith(b"pid")
+            held = engine.stats()
+            assert held["records"] >= before["records"] + 6 and held["running"] == 2
+            client.send_signal(signal.SIGKILL)
+        session = lab.begin(engine, 100)
+        ends = time.monotonic() + 60.0
+        while (left := engine.stats())["records"] > 1 or left["running"]:
+            assert time.monotonic() < ends, left
+            assert len(lab.one(engine, session, greedy(1)).token_ids) == 1, "a session in use stays"
+            time.sleep(TTL_S / 4)
+        assert left["pinned_blocks"] == 0
+        assert post(server, "/reset_prefix_cache") == {"success": True}
+        assert left["arena_nbytes"] < held["arena_nbytes"]
+    mail = server.log.parent / "mail"
+    left_over = [*(mail / "answers").iterdir(), *(mail / "plans").iterdir()]
+    assert len(left_over) <= 2, "the last words to its two requests, which the engine sweeps in an hour"
+    for path in left_over:
+        os.utime(path, (0, 0))
+    Mail(mail).sweep()
+    assert not any(path.exists() for path in left_over)

@@ -1,0 +1,80 @@
+"""`thaw up` on a stock vLLM server: started with the one file, joined by the verbs, looked at, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thaw import attach
+from thaw.repo import served
+
+SOURCE = Path(__file__).resolve().parents[3] / "src"
+
+
+def thaw(folder: Path, *words: str, code: int = 0) -> Any:
+    """What a command prints as JSON. Every call is a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    verb = 2 if words[0] == "engine" else 1
+    done = subprocess.run(
+        [sys.executable, "-m", "thaw.cli", *words[:verb], "--json", *words[verb:]],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return json.loads(done.stdout)
+
+
+def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
+    """What the doctor says of a server that another repository joins: also where a worker has not loaded the plug-in,
+    which vLLM itself says nowhere but in its log."""
+    folder.mkdir()
+    thaw(folder, "init")
+    thaw(folder, "run", "--engine", url, "read once", "--no-generate")
+
+    def looked(code: int = 0) -> dict[str, Any]:
+        return {f["name"]: f for f in thaw(folder, "doctor", "--quick", code=code)["findings"]}
+
+    assert looked()["connector"]["status"] == "ok"
+    fact = mail / "facts" / "0"
+    fact.rename(mail / "away")
+    try:
+        found = looked(code=1)["connector"]
+        assert found["status"] == "problem" and "0 of 1 workers" in found["text"]
+    finally:
+        (mail / "away").rename(fact)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("llama", dtype="bfloat16", head_dim=64)
+    thaw(tmp_path, "init")
+    up = thaw(tmp_path, "up", "--model", str(model), "--", "--max-model-len", "512", "--enforce-eager")
+    try:
+        assert "is up already" in thaw(tmp_path, "up", "--model", str(model), code=4)["error"]["message"]
+        found = {f["name"]: f for f in thaw(tmp_path, "doctor", "--quick")["findings"]}
+        assert found["server"]["status"] == "ok" and up["url"] in found["server"]["text"]
+        assert found["connector"]["status"] == "ok" and "1 of 1 workers" in found["connector"]["text"]
+        thaw(tmp_path, "run", "a document that is read once " * 5, "--no-generate")
+        forked = thaw(tmp_path, "fork", "main", "Why?", "How?", "--max-tokens", "4", "--ignore-eos")
+        assert len(forked["children"]) == 2
+        assert thaw(tmp_path, "verify", "main")["ok"]
+        counts = thaw(tmp_path, "engine", "stats")
+        assert counts["captures"] >= 1 and counts["blocks"] > 0
+        assert thaw(tmp_path, "engine", "switch", "off") == {"url": up["url"], "on": False}
+        assert "switched off" in thaw(tmp_path, "run", "more", code=2)["error"]["message"]
+        assert thaw(tmp_path, "engine", "switch", "on", up["url"])["on"] is True
+        joined_by_its_address(tmp_path / "another", up["url"], Path(up["mail"]))
+        with attach(up["url"]) as engine:
+            assert engine.options["url"] == up["url"]
+    finally:
+        down = thaw(tmp_path, "down")
+    assert down == {"ended": True, "url": up["url"], "pid": up["pid"]}
+    assert served.born(up["pid"]) == "" and not Path(up["mail"]).exists()
+    assert thaw(tmp_path, "down")["ended"] is False

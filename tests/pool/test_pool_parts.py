@@ -1,0 +1,275 @@
+"""The pool's parts one by one: what it measures and decides, what travels, attached engines, weight sync."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pool_updates import load
+
+import thaw
+from thaw import Sampling
+from thaw.bench.doctor import pools as doctor
+from thaw.core.canonical import U64
+from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, Unsupported
+from thaw.core.objects import Turn
+from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
+from thaw.pool import ForkPool, wire
+from thaw.pool.rates import Rates, line
+from thaw.testing.laws.pool_kit import bits
+
+HERE = Path(__file__).parent
+GREEDY = Sampling(max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# -- rates and decisions
+
+
+@given(st.floats(0, 10), st.floats(0.001, 10), st.lists(st.integers(1, 10_000), min_size=2, max_size=30, unique=True))
+def test_a_line_is_found_again(fixed: float, slope: float, amounts: list[int]) -> None:
+    found = line([(float(x), fixed + slope * x) for x in amounts])
+    assert found == pytest.approx((fixed, slope), rel=1e-3, abs=1e-3 * slope * max(amounts) + 1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(0, 1e3)), min_size=1, max_size=30))
+def test_no_fit_promises_less_than_nothing(points: list[tuple[float, float]]) -> None:
+    fixed, slope = line(points)
+    assert fixed >= 0 and slope >= 0
+
+
+def measured(cache: Path, *, load_s: float, prefill_s: float, step_s: float | None = None) -> None:
+    """Rates that another pool is said to have measured: by 100 tokens, and a step by the branch."""
+    rates = Rates("fake", "fake", "cpu", cache)
+    for tokens in (100, 400):
+        rates.prefilled(tokens, prefill_s * tokens / 100)
+        rates.load("arena", tokens * 32, load_s * tokens / 100)
+    for branches in (1, 8) if step_s is not None else ():
+        rates.stepped(branches, step_s * branches)
+    rates.save()
+
+
+@pytest.mark.parametrize(("load_s", "prefill_s", "action"), [(1.0, 0.01, "prefill"), (0.01, 1.0, "hydrate")])
+def test_fast_takes_what_is_expected_sooner_and_exact_always_loads(
+    cache: Path, load_s: float, prefill_s: float, action: str
+) -> None:
+    measured(cache, load_s=load_s, prefill_s=prefill_s)
+    with ForkPool("fake", workers=2, backend="inline") as pool:
+        session = pool.session()
+        session.append("a document " * 40)
+        snapshot = pool.snapshot(session)
+        other = next(name for name in pool.workers if name != session.worker)
+        fast = pool.fork(snapshot, 1, GREEDY, policy="fast", worker=other)[0]
+        assert fast.decision is not None and fast.decision.action == action
+        costs = fast.decision.alternatives
+        assert fast.decision.predicted_s == costs[action] == min(costs.values())
+        assert fast.decision.measured_s > 0 and "sooner" in fast.decision.reason
+        pool.drain(other)
+        pool.add_worker()
+        pool.drain(session.worker)
+        exact = pool.fork(snapshot, 1, GREEDY)[0]
+        assert exact.decision is not None and exact.decision.action == "hydrate"
+
+
+@pytest.mark.parametrize(("load_s", "step_s", "expected"), [(0.01, 1.0, 2), (100.0, 0.001, 1)])
+@pytest.mark.parametrize("backend", ["process", "inline"])
+def test_auto_spreads_a_round_where_that_is_expected_sooner_and_changes_no_bit(
+    cache: Path, backend: str, load_s: float, step_s: float, expected: int
+) -> None:
+    """Steps that are dear by the branch are shared by the workers; loads that are dear keep a round together."""
+    measured(cache, load_s=load_s, prefill_s=1.0, step_s=step_s)
+    sampling = Sampling(temperature=0.9, max_tokens=24, ignore_eos=True)
+    with ForkPool("fake", workers=2, backend=backend, step_s=0.004) as pool:  # type: ignore[arg-type]
+        session = pool.session(seed=7)
+        session.append("a document " * 40)
+        spread = pool.fork(session, 6, sampling, spread="auto")
+        assert len({result.worker for result in spread}) == expected
+        assert bits(spread) == bits(pool.fork(session, 6, sampling))
+
+
+def test_auto_keeps_a_round_together_while_nothing_is_measured() -> None:
+    with ForkPool("fake", workers=2, backend="inline") as pool:
+        session = pool.session(seed=7)
+        session.append("a document " * 40)
+        assert len({result.worker for result in pool.fork(session, 4, GREEDY, spread="auto")}) == 1
+
+
+def test_what_was_measured_is_known_to_the_next_pool_and_to_the_doctor(cache: Path) -> None:
+    assert list(doctor.findings()) == []
+    with ForkPool("fake", workers=2, backend="inline") as pool:
+        ids = pool.encode("a document " * 40)
+        pool.fork(ids, 2, GREEDY, spread=2, snapshot="before")
+        seen = pool.stats().rates
+        assert seen["prefill.tokens_per_s"] > 0
+    found = list(doctor.findings())
+    assert len(found) == 1 and "a pool of fake fake on cpu" in found[0].text and "prefills" in found[0].text
+    with ForkPool("fake", backend="inline") as pool:
+        assert pool.stats().rates["prefill.tokens_per_s"] == seen["prefill.tokens_per_s"]
+
+
+# -- what travels
+
+
+def test_messages_come_out_as_they_went_in() -> None:
+    turn = Turn(kind="completion", start=0, end=2, seed=U64(2**64 - 1), logprobs=(-0.1, -2.0))
+    view = SessionView(
+        tokens=(1, 2), num_kv=1, turns=(turn,), seed=2**64 - 1, salt="s", running=False, parked=False, proof=None
+    )
+    reply = wire.REPLIES.decode(wire.ENCODER.encode(wire.settled(7, view)))
+    assert isinstance(reply, wire.Settled) and reply.id == 7
+    assert wire.value_of(wire.View, reply) == view
+
+
+MISMATCH = IdentityMismatch("c", field="f", stored="1", running="2")
+
+
+@pytest.mark.parametrize("error", [NotHit("a"), Unsupported("b"), MISMATCH], ids=lambda error: error.kind)
+def test_errors_keep_their_class_and_their_words(error: ThawError) -> None:
+    back = wire.error_of(wire.failed(1, error))
+    assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
+
+
+def test_an_error_that_is_none_of_ours_is_the_engines_death_or_its_lack_of_memory() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch calls it."""
+
+    assert isinstance(wire.error_of(wire.failed(1, MemoryError("x"))), wire.OutOfMemory)
+    assert isinstance(wire.error_of(wire.failed(1, OutOfMemoryError("x"))), wire.OutOfMemory)
+    other = wire.error_of(wire.failed(1, ZeroDivisionError("x")))
+    assert other.kind == "engine-died" and "ZeroDivisionError" in str(other)
+
+
+# -- attached engines
+
+
+class Narrow:
+    """An engine that has memory for two branches at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._generate = engine.generate
+        engine.generate = self.generate  # type: ignore[method-assign]
+        self.refused = 0
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
+        if len(requests) > 2:
+            self.refused += 1
+            raise MemoryError("no room")
+        return self._generate(requests)
+
+
+def test_a_batch_without_memory_begins_again_in_halves() -> None:
+    with thaw.load_engine("fake") as engine:
+        with ForkPool(engine) as pool:
+            ids = pool.encode("a document " * 10)
+            plain = pool.fork(ids, 8, GREEDY, seed=1)
+            narrow = Narrow(engine)
+            halved = pool.fork(ids, 8, GREEDY, seed=1)
+            assert narrow.refused > 0 and bits(halved) == bits(plain)
+            assert max(result.attempts for result in halved) == 3
+        assert engine.view(engine.open()).tokens == (), "an attached engine stays when the pool closes"
+
+
+def test_engines_that_run_already_are_joined_and_given_up_when_they_end() -> None:
+    with thaw.load_engine("fake") as one, thaw.load_engine("fake") as two, ForkPool([one, two]) as pool:
+        assert len(pool.workers) == 2
+        ids = pool.encode("a document " * 10)
+        plain = pool.fork(ids, 2, GREEDY, seed=1, snapshot="before")
+        one.close()
+        two_left = [pool.fork(ids, 2, GREEDY, seed=1) for _ in range(2)]
+        assert all(bits(results) == bits(plain) for results in two_left)
+        with thaw.load_engine("fake") as three:
+            pool.add_worker(three)
+            assert bits(pool.fork(ids, 2, GREEDY, seed=1, worker=pool.workers[-1])) == bits(plain)
+
+
+def test_a_session_of_an_engine_outside_the_pool_is_a_point(tmp_path: Path) -> None:
+    with thaw.load_engine("fake") as engine, thaw.init(tmp_path / "runs", engine=engine) as repo:
+        session = repo.session(seed=3)
+        session.append("a document " * 10)
+        with ForkPool("fake") as pool:
+            results = pool.fork(session, 2, GREEDY)
+            assert results[0].decision is not None and results[0].decision.action == "hydrate"
+        with session.fork(2) as kids:
+            own = kids.generate("", GREEDY)
+        assert [r.token_ids for r in results] == [c.token_ids for c in own]
+
+
+# -- weight sync
+
+
+def test_new_weights_reach_every_worker_and_those_that_are_restarted() -> None:
+    env = {"PYTHONPATH": str(HERE)}
+    with ForkPool("fake", workers=2, env=env) as pool:
+        ids = pool.encode("a document " * 10)
+        old = pool.fork(ids, 2, GREEDY, seed=1)
+        pool.set_policy("1", update="pool_updates:load", arguments={"seed": 5})
+        new = [pool.fork(ids, 2, GREEDY, seed=1, worker=name) for name in pool.workers]
+        assert bits(new[0]) == bits(new[1]) != bits(old)
+        pids = {worker.name: worker.pid for worker in pool.stats().workers}
+        for name, pid in pids.items():
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            assert bits(pool.fork(ids, 2, GREEDY, seed=1, worker=name)) == bits(new[0])
+        assert all(worker.incarnation == 2 for worker in pool.stats().workers)
+
+
+def test_a_function_cannot_be_sent_to_another_process_and_an_update_that_fails_serves_nothing() -> None:
+    with ForkPool("fake") as pool, pytest.raises(Unsupported, match="module:function"):
+        pool.set_policy("1", update=lambda engine: None)
+    with ForkPool("fake", backend="inline") as pool:
+        seen: list[str] = []
+        pool.set_policy("1", update=lambda engine: seen.append(engine.policy_version))
+        assert seen == ["0"] and pool.policy_version == "1"
+
+
+@pytest.mark.parametrize("backend", ["process", "inline"])
+@pytest.mark.parametrize("captured", ["before", "never"])
+def test_tokens_are_prefilled_anew_when_nobody_said_that_the_weights_changed(backend: str, captured: str) -> None:
+    """The same round from other weights' own pool is the reference. What must keep its KV stays refused."""
+    env = {"PYTHONPATH": str(HERE)} if backend == "process" else {}
+    with ForkPool("fake", workers=2, backend=backend, env=env) as pool:  # type: ignore[arg-type]
+        ids = pool.encode("a document " * 40)
+        session = pool.session()
+        session.append(token_ids=ids)
+        snapshot = pool.snapshot(session)
+        old = [pool.fork(ids, 2, GREEDY, seed=1, snapshot=captured, worker=name) for name in pool.workers]
+        for name in pool.workers:
+            life = pool._fleet.named(name).life
+            assert life is not None
+            life.host.invoke("pool_updates:load" if backend == "process" else load, {"seed": 5})
+        for name in pool.workers:
+            new = pool.fork(ids, 2, GREEDY, seed=1, worker=name)
+            assert bits(new) != bits(old[0]) == bits(old[1]) and {result.attempts for result in new} == {2}
+            prefilled = new[0].decision.num_prefilled_tokens if new[0].decision else None
+            assert prefilled == len(ids) or (prefilled == 0 and name != pool.workers[0])
+            again = pool.fork(ids, 2, GREEDY, seed=1, worker=name)
+            assert bits(again) == bits(new) and {result.attempts for result in again} == {1}
+            assert again[0].decision is not None and again[0].decision.action == "fork"
+            for stale, error in ((session, StaleSession), (snapshot, IdentityMismatch)):
+                with pytest.raises(error):
+                    pool.fork(stale, 1, GREEDY, worker=name)
+        own = pool.session(ids)
+        assert own.tokens == tuple(ids) and pool.fork(pool.snapshot(ids), 1, GREEDY)[0].ok
+        with ForkPool("fake", seed=5) as other:
+            assert bits(other.fork(ids, 2, GREEDY, seed=1)) == bits(new)
+
+
+def test_a_session_and_a_snapshot_of_tokens_are_prefilled_anew_too() -> None:
+    with ForkPool("fake", backend="inline") as pool:
+        ids = pool.encode("a document " * 40)
+        old = pool.fork(pool.snapshot(ids), 2, GREEDY, seed=1)
+        life = pool._fleet.named("worker-0").life
+        assert life is not None
+        life.host.invoke(load, {"seed": 5})
+        new = pool.fork(pool.snapshot(ids), 2, GREEDY, seed=1)
+        assert bits(new) != bits(old) and bits(pool.fork(pool.session(ids), 2, GREEDY, seed=1)) == bits(new)

@@ -1,0 +1,30 @@
+"""Beside a CPU build of torch: the schemas of torchvision's `nms` and `qnms`, which its own import asks for.
+
+Imports nothing by itself; it acts when torchvision is first looked for. With a torchvision that was built for the CPU
+there is nothing to do, and nothing is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+OPERATORS = ("nms", "qnms")
+
+
+class BeforeTorchvision:
+    """A finder that finds nothing, and declares the schemas once."""
+
+    library: Any = None
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torchvision" and self.library is None:
+            import torch
+
+            if torch.version.cuda is None:
+                self.library = torch.library.Library("torchvision", "FRAGMENT")
+                for operator in OPERATORS:
+                    self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, BeforeTorchvision())
