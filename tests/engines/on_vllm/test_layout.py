@@ -362,3 +362,19 @@ class TestPackedPages:
             monkeypatch.setattr(layout_cpu, "_write", wrong)
             with pytest.raises(Unsupported, match=named):
                 layout_cpu.learn_packing.__wrapped__(torch.bfloat16, 64, 32, "vec")
+
+    def test_tiles_are_asked_for_before_the_engine_uses_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only where the backend itself picked AMX; a system that does not grant them is told, not killed later."""
+        from thaw.engines.vllm import layout_cpu
+
+        granted: list[bool] = []
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted.pop())
+        caches = self.caches(32, 64, "bfloat16")
+        for found, answers in (("vec", []), ("amx", [True])):
+            granted[:] = answers
+            monkeypatch.setattr(layout_cpu, "_attention_isa", lambda *_, isa=found: isa)
+            assert layout_cpu.CpuPackedPages(caches).isa == found
+            assert not granted
+        granted[:] = [False]
+        with pytest.raises(Unsupported, match="does not let this process use it"):
+            layout_cpu.CpuPackedPages(caches)

@@ -29,7 +29,10 @@ DIGIT_BITS = 7
 
 
 class CpuPackedPages(KVLayout):
-    """Caches of the CPU backend; `isa` is found as the backend finds it, unless given."""
+    """Caches of the CPU backend; `isa` is found as the backend finds it, unless given.
+
+    Any processor packs for any `isa`; only attention over pages for AMX needs a processor that has it, and only a found
+    "amx" is one that the engine is about to run."""
 
     kind = "cpu-packed"
 
@@ -38,9 +41,11 @@ class CpuPackedPages(KVLayout):
         for name, cache in zip(self.layer_names, self._caches, strict=True):
             if not cache[0, 0].is_contiguous():
                 raise Unsupported(f"layer {name!r} has a cache of strides {list(cache.stride())}; its pages lie apart")
-        self.isa = isa or _attention_isa(self.dtype, self.block_size, self.head_dim)
-        if self.isa == "amx":
-            _ask_for_tiles()
+        if isa is None:
+            isa = _attention_isa(self.dtype, self.block_size, self.head_dim)
+            if isa == "amx":
+                _ask_for_tiles()
+        self.isa = isa
         self._packing = learn_packing(self.dtype, self.head_dim, self.block_size, self.isa)
         self._pages = [cache.view(self.bits).flatten(2) for cache in self._caches]
         page = self._pages[0][0]
