@@ -192,6 +192,12 @@ def test_the_interval_is_students_t_on_the_logarithms() -> None:
     assert (low, high) == (pytest.approx(math.exp(1 - half)), pytest.approx(math.exp(1 + half)))
 
 
+def test_a_percentile_is_one_of_the_values() -> None:
+    values = [float(i) for i in range(1, 25)]
+    assert statistics.percentile(values, 95) == 23.0 and statistics.percentile(values[::-1], 100) == 24.0
+    assert statistics.percentile([5.0], 50) == 5.0 and statistics.percentile(values, 0) == 1.0
+
+
 def test_no_path_or_host_is_in_what_we_say_of_a_machine() -> None:
     import os
     import platform

@@ -30,6 +30,12 @@ def median(values: Sequence[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The least value that at least `percent` of 100 of the values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+
+
 def summary(values: Sequence[float]) -> tuple[float, float, float]:
     """(median, least, largest)."""
     return median(values), min(values), max(values)

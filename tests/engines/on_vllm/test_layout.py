@@ -368,7 +368,7 @@ class TestPackedPages:
         from thaw.engines.vllm import layout_cpu
 
         granted: list[bool] = []
-        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted.pop())
+        monkeypatch.setattr(torch.cpu, "_init_amx", granted.pop)
         caches = self.caches(32, 64, "bfloat16")
         for found, answers in (("vec", []), ("amx", [True])):
             granted[:] = answers

@@ -32,6 +32,13 @@ def read(engine: Engine, *, name: str, trunk: Sequence[int]) -> None:
         _READ[name] = (_prefilled(engine, trunk),)
 
 
+def forget(engine: Engine, *, name: str) -> None:
+    """Keep nothing more of what was read under that name."""
+    kept = _READ.pop(name, ())
+    if kept and not _is_vllm(engine):
+        engine.close_session(kept[0])
+
+
 def native(
     engine: Engine, *, name: str, suffixes: Sequence[Sequence[int]], max_tokens: int, num_wanted: int
 ) -> dict[str, Any]:

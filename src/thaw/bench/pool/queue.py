@@ -10,7 +10,7 @@ from thaw.bench.sample import Sample
 from thaw.bench.vllm.arms import Document
 from thaw.core.sampling import Sampling
 from thaw.pool import ForkPool, Round
-from thaw.receipt.statistics import median
+from thaw.receipt.statistics import median, percentile
 
 
 def measure(rounds: Rounds, options: Options, pool: ForkPool, document: Document) -> None:
@@ -37,7 +37,7 @@ def _row(round_: Round, began: float) -> Sample:
     return Sample(
         values={
             "first_start_s": min(waits), "last_start_s": max(waits), "first_end_s": ends[0],
-            "median_end_s": median(ends), "p95_end_s": ends[min(len(ends) - 1, int(0.95 * len(ends)))],
+            "median_end_s": median(ends), "p95_end_s": percentile(ends, 95),
             "last_end_s": ends[-1],
             "branches": float(len(results)), "attempts": float(max(result.attempts for result in results)),
             "workers": float(len({result.worker for result in results})),

@@ -37,13 +37,30 @@ WORDS = {
     "cold": ("round of {0}, cold boot", "a fresh process: boot, prefill, the branches"),
     "boot-pool": ("boot of a pool of one worker", "from the call until it can take a round"),
     "boot-engine": ("boot of the engine alone", "from the start of a fresh process until it is loaded"),
+    "pressure-first": (
+        "first rounds under pressure",
+        "a round from each point right after it was read; a row is one pass through all points",
+    ),
+    "pressure-native-first": (
+        "first branches under pressure, the engine's own prefix cache",
+        "the same without the pool",
+    ),
+    "pressure": (
+        "returns under pressure",
+        "a round from each point, in shuffled order, in a worker whose KV pool holds a part of the points; a row is one"
+        " sweep through all of them",
+    ),
+    "pressure-native": (
+        "returns under pressure, the engine's own prefix cache",
+        "the same branches in the same worker without the pool, found by vLLM's prefix cache (LRU) or prefilled again",
+    ),
     "queue": (
         "one point of those queued at once",
         "each row a point: seconds from the first submission to its first and last starts and ends",
     ),
 }
 ORDER = tuple(WORDS)
-MAX_SAME, MAX_ARENA, MAX_BOOT = 1.02, 0.5, 1.05
+MAX_SAME, MAX_ARENA, MAX_BOOT, MIN_PRESSURE = 1.02, 0.5, 1.05, 1.0
 
 
 def arms(measured: Measured) -> tuple[r.Arm, ...]:
@@ -61,6 +78,12 @@ def derived(measured: Measured) -> list[r.Derived]:
         title = _words(name)[0]
         if name.startswith("boot"):
             out.append(r.median(f"{name}.s", title, "s", _value(name, "boot_s")))
+        elif name.startswith("pressure"):
+            for value, said in (("p50_first_s", "first tokens, median"), ("p95_first_s", "first tokens, p95")):
+                out.append(r.median(f"{name}.{value[:3]}", f"{title}: {said}", "s", _value(name, value)))
+            if not name.endswith("-first"):
+                said = f"{title}: tokens prefilled again in a sweep"
+                out.append(r.median(f"{name}.recomputed", said, "tokens", _value(name, "recomputed")))
         elif name == "queue":
             for value in ("first_start_s", "median_end_s", "p95_end_s", "last_end_s"):
                 said = f"{title}: {value[:-2].replace('_', ' ')}"
@@ -84,6 +107,11 @@ def _ratios(measured: Measured) -> Iterator[r.Derived]:
                     said = f"{text.format(n)}, to the {'first tokens' if what == 'first' else 'last token'}"
                     over, under = _value(name, value), _value(f"{other}.{n}", value)
                     yield r.ratio(f"{base}-{other}.{n}.{what}", said, over, under)
+    if {"pressure", "pressure-native"} <= set(measured):
+        for value, said in (("p50_first_s", "median"), ("p95_first_s", "95th percentile")):
+            text = f"under pressure first tokens come × sooner than by the engine's own prefix cache, {said}"
+            over, under = _value("pressure-native", value), _value("pressure", value)
+            yield r.ratio(f"gain.pressure.{value[:3]}", text, over, under)
     if {"boot-pool", "boot-engine"} <= set(measured):
         text = "booting a pool of one worker takes × booting the engine alone"
         yield r.ratio("boot", text, _value("boot-pool", "boot_s"), _value("boot-engine", "boot_s"))
@@ -94,8 +122,11 @@ def checks(measured: Measured, *, native_equal: bool) -> list[r.Check]:
     out = []
     for name in sorted(measured, key=_place):
         title, (kind, _, n) = _words(name)[0], name.partition(".")
-        if kind in ("same", "arena", "edge-same", "edge-arena"):
+        if kind in ("same", "arena", "edge-same", "edge-arena", "pressure-first", "pressure"):
             out.append(r.all_hit(f"hit.{name}", f"{title}: nothing prefilled again", name))
+        if kind == "pressure" and "pressure-first" in measured:
+            for output in ("first_logprobs", "logprobs", "tokens"):
+                out.append(_equal(name, "pressure-first", title, "the first rounds'", output, promised=True))
         if kind == "arena" and f"same.{n}" in measured:
             for output in ("first_logprobs", "tokens"):
                 out.append(_equal(name, f"same.{n}", title, "the first worker's", output, promised=native_equal))
@@ -120,6 +151,11 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
             out.append(r.at_most(name, f"a round costs at most {MAX_SAME} × the engine's own", name, MAX_SAME))
         if name.startswith("arena-prefill.") and name.endswith(".total"):
             out.append(r.at_most(name, f"a second worker takes at most {MAX_ARENA} × prefilling", name, MAX_ARENA))
+        if name == "pressure.recomputed":
+            out.append(r.at_most(name, "under pressure nothing is prefilled again", name, 0))
+        if name == "gain.pressure.p95":
+            text = "under pressure the 95th percentile of first tokens is better than the engine's own"
+            out.append(r.at_least(name, text, name, MIN_PRESSURE))
         if name == "boot":
             out.append(r.at_most(name, f"a pool boots in at most {MAX_BOOT} × the engine's own time", name, MAX_BOOT))
     return out
@@ -133,8 +169,9 @@ NOTES = (
     " a worker that loaded it runs its last token again: the batches differ by a token. The edge arms have one shape.",
     "Both workers share the machine's cores; while one is measured the other one is idle.",
     "The capture of the point into the arena was done before the rounds; its time is the parameter capture_s.",
-    "The arm under pressure (a working set three times the KV pool, and the engine's offload tier) is in the receipt"
-    " of `thaw bench vllm`: it is about one engine, not about a pool.",
+    "Under pressure the two arms run one after the other, each with the KV pool to itself, the first of them in turn;"
+    " a row's percentiles are over the rounds of one sweep. The engine's own offload tier needs a GPU, and is an arm of"
+    " `thaw bench vllm`.",
 )
 
 

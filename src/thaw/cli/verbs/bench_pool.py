@@ -16,7 +16,7 @@ thaw bench pool --engine transformers --only round --rounds 10
 
 
 @options.verb("pool", EXAMPLE)
-@click.option("--only", metavar="PARTS", help="Some of round,boot,queue; default: all three.")
+@click.option("--only", metavar="PARTS", help="Some of round,boot,queue,pressure; default: all that the engine can.")
 @click.option("--trunk-tokens", type=int, default=4096, show_default=True, metavar="N", help="The point's tokens.")
 @click.option("--branches", type=numbers, default=(4, 16), show_default=True, metavar="N,N", help="Sizes of rounds.")
 @click.option("--branch-tokens", type=int, default=64, show_default=True, metavar="N", help="Each branch generates.")
@@ -27,6 +27,19 @@ thaw bench pool --engine transformers --only round --rounds 10
 @click.option("--queue-branches", type=int, default=32, show_default=True, metavar="N", help="queue: of each point.")
 @click.option("--queue-tokens", type=int, default=8, show_default=True, metavar="N", help="queue: each generates.")
 @click.option("--queue-trunk", type=int, default=256, show_default=True, metavar="N", help="queue: a point's tokens.")
+@click.option("--pressure", type=int, default=3, show_default=True, metavar="N", help="Points × their KV pool.")
+@click.option("--pressure-points", type=int, default=24, show_default=True, metavar="N", help="pressure: points.")
+@click.option(
+    "--pressure-trunk", type=int, default=1032, show_default=True, metavar="N", help="pressure: their tokens."
+)  # fmt: skip
+@click.option("--pressure-branches", type=int, default=4, show_default=True, metavar="N", help="pressure: of each.")
+@click.option(
+    "--pressure-tokens", type=int, default=8, show_default=True, metavar="N", help="pressure: each generates."
+)  # fmt: skip
+@click.option(
+    "--pressure-returns", type=int, default=2, show_default=True, metavar="N", help="pressure: sweeps a pass."
+)  # fmt: skip
+@click.option("--pressure-rounds", type=int, default=2, show_default=True, metavar="N", help="pressure: passes.")
 @click.option("--max-batch", type=int, default=16, show_default=True, metavar="N", help="queue: of a worker.")
 @click.option("--seed", type=int, default=7, show_default=True, metavar="N", help="The sessions' seed.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the engine's; repeatable.")
@@ -49,7 +62,7 @@ def command(
 ) -> int:
     """Measure a pool of two workers, paired in one run: a round in the worker that has the point against the engine's
     own prefix cache, a second worker loading it from the arena against prefilling it again, and a cold boot; a pool's
-    boot against the engine's own; many points at once.
+    boot against the engine's own; many points at once; and more points than a worker has room for (vLLM).
 
     Exit code 7 when a promised check did not hold; a goal that was missed is said, and is no error.
     """
