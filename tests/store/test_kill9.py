@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import random
 import signal
 import sqlite3
@@ -15,12 +13,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from store_sessions import read_all
 
-import thaw
 from thaw.core.objects import Commit
 from thaw.store import Store
 
@@ -132,22 +130,13 @@ def test_kill_9_at_random_moments_loses_nothing_that_returned(tmp_path: Path) ->
 @pytest.mark.soak
 @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
 @pytest.mark.timeout(6 * 3600)
-def test_kill_9_two_thousand_times(tmp_path: Path) -> None:
-    began, seed = time.time(), random.getrandbits(30)
+def test_kill_9_two_thousand_times(tmp_path: Path, soak_receipt: Callable[..., None]) -> None:
+    seed = random.getrandbits(30)
     counts = run_lives(tmp_path, 2000, seed)
     assert counts["kills"] == 2000
-    receipts = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
-    receipts.mkdir(exist_ok=True)
-    receipt = {
-        "what": "kill -9 at random moments of commit, ref deletion and gc, then every ref read and fsck",
-        "command": "THAW_SOAK=1 pytest -m soak tests/store/test_kill9.py",
-        "thaw": thaw.__version__,
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "seed": seed,
-        "seconds": round(time.time() - began, 1),
-        "counts": dict(sorted(counts.items())),
-        "held": "after each kill every ref stood at what was acknowledged or at the step in flight; fsck found nothing",
-    }
-    (receipts / "kill9.json").write_text(json.dumps(receipt, indent=1) + "\n")
+    soak_receipt(
+        "kill9",
+        what="kill -9 at random moments of commit, ref deletion and gc, then every ref read and fsck",
+        held="after each kill every ref stood at what was acknowledged or at the step in flight; fsck found nothing",
+        seed=seed, counts=counts,
+    )  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import random
 import signal
 import time
@@ -132,8 +130,8 @@ def test_no_kv_of_an_old_policy_is_served(pool: ForkPool) -> None:
 @pytest.mark.soak
 @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
 @pytest.mark.timeout(3 * 3600)
-def test_twenty_disturbed_rounds(pool: ForkPool) -> None:
-    began, seed = time.time(), random.getrandbits(30)
+def test_twenty_disturbed_rounds(pool: ForkPool, soak_receipt: Callable[..., None]) -> None:
+    seed = random.getrandbits(30)
     session = pool.session(seed=9)
     session.append("A document for the soak. " * 20)
     points = [pool.snapshot(session), pool.snapshot(session, at=200)]
@@ -142,16 +140,9 @@ def test_twenty_disturbed_rounds(pool: ForkPool) -> None:
     soak = disturb(pool, points, reference, SAMPLING, rounds=20, seed=seed, harms=harms, logprobs=False)
     assert not soak.wrong, soak.wrong
     assert soak.counts["answered twice"] == 0 and soak.counts["equal"] + soak.counts["cancelled"] == 80
-    receipts = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
-    receipts.mkdir(exist_ok=True)
-    receipt = {
-        "what": "rounds of 4 branches in a pool of 2 vLLMs under random kill -9 and cancels",
-        "command": "THAW_SOAK=1 pytest -m soak tests/engines/on_vllm/test_pool.py",
-        "thaw": thaw.__version__,
-        "vllm": pool.info.version,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "seed": seed,
-        "seconds": round(time.time() - began, 1),
-        "counts": dict(sorted(soak.counts.items())),
-    }
-    (receipts / "pool-soak-vllm.json").write_text(json.dumps(receipt, indent=1) + "\n")
+    soak_receipt(
+        "pool-soak-vllm",
+        what="20 rounds of 4 branches in a pool of 2 vLLMs under random kill -9 and cancels",
+        held="every branch that was not cancelled came once, with the tokens of the undisturbed run",
+        seed=seed, counts=soak.counts,
+    )  # fmt: skip
