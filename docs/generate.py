@@ -21,6 +21,7 @@ PICTURE = DOCS / "bench-fork.svg"
 README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 CROSSED = DOCS.parent / "receipts" / "cross-engines.json"
+CROSSED_FLOAT32 = DOCS.parent / "receipts" / "cross-engines-float32.json"
 CROSSING = DOCS / "crossing.md"
 ARMS = {
     "live": "fork in the engine that holds the session",
@@ -134,16 +135,18 @@ def crossing(receipt: dict[str, Any]) -> str:
     """The crossings' table, from the receipt and nothing else."""
     arms = {arm["name"]: arm for arm in receipt["arms"]}
     bytes_equal = {c["name"].removeprefix("bytes."): c["held"] for c in receipt["checks"] if c["name"].startswith("bytes.")}
-    rows = []
+    rows, digits = [], "1e" if receipt["model"]["dtype"] == "float32" else "3f"
     for name, equal in bytes_equal.items():
         arm = arms[f"{name}.stored"]
         values, hits = arm["rounds"][0]["values"], arm["rounds"][0]["hits"]
-        differences = " | ".join(f"{values[f'{what}_largest']:.3f}" for what in ("against_giver", "against_own", "noise"))
+        differences = " | ".join(
+            f"{values[f'{what}_largest']:.{digits}}" for what in ("against_giver", "against_own", "noise")
+        )
         cached = f"{hits['num_cached_tokens']:,} of {hits['num_wanted_tokens']:,}"
         rows.append(f"| {arm['title']} | {'equal' if equal else 'NOT equal'} | {cached} | {differences} |")
     parameters, name = receipt["parameters"], receipt["model"]["name"]
     return (
-        f"{name}, a document of {parameters['num_tokens']:,} tokens and a turn of {parameters['turn_tokens']} in each "
+        f"{name} in {receipt['model']['dtype']}, a document of {parameters['num_tokens']:,} tokens and a turn of {parameters['turn_tokens']} in each "
         f"engine; the largest difference of a log probability among the {parameters['top']} likeliest tokens at "
         f"{parameters['points']} points:\n\n"
         "| | bytes | cached, by the receiver's count | to the giver | to the receiver on KV of its own | the receiver by "
@@ -151,8 +154,9 @@ def crossing(receipt: dict[str, Any]) -> str:
     )
 
 
-def crossing_page(receipt: dict[str, Any]) -> str:
-    return between_markers(CROSSING, crossing(receipt), "<!-- crossing:begin -->", "<!-- crossing:end -->")
+def crossing_page(receipt: dict[str, Any], in_float32: dict[str, Any]) -> str:
+    text = f"{crossing(receipt)}\n\n{crossing(in_float32)}"
+    return between_markers(CROSSING, text, "<!-- crossing:begin -->", "<!-- crossing:end -->")
 
 
 def readme(receipt: dict[str, Any]) -> str:
@@ -176,7 +180,7 @@ def pages() -> dict[Path, str]:
         out[GPU_PICTURE] = plot_pressure.svg(receipt)
         out[PERFORMANCE] = between_markers(PERFORMANCE, gpu_tables(receipt))
     if CROSSED.exists():
-        out[CROSSING] = crossing_page(json.loads(CROSSED.read_text()))
+        out[CROSSING] = crossing_page(json.loads(CROSSED.read_text()), json.loads(CROSSED_FLOAT32.read_text()))
     return out
 
 

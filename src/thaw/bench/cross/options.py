@@ -12,12 +12,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """`route`: engines in order; the first one reads the document, each other goes on where the one before stopped.
 
     `pythons`: by an engine's name, the Python of the environment that has it (others run in this one).
-    `engine_options`: by name, what to load it with besides the model. `points`: where log probabilities are compared.
+    `dtype`: of all engines; the weights' own without. `engine_options`: by name, what to load it with besides.
+    `points`: where log probabilities are compared.
     """
 
     model: str
     route: tuple[str, ...] = ("transformers", "vllm", "sglang", "transformers")
     pythons: dict[str, str] = {}
+    dtype: str = ""
     engine_options: dict[str, dict[str, object]] = {}
     num_tokens: int = 900
     turn_tokens: int = 24

@@ -39,7 +39,8 @@ def run(options: Options, say: Callable[[str], None]) -> r.Receipt:
 def _leg(options: Options, number: int, repository: Path, say: Callable[[str], None]) -> Arrived:
     engine = options.route[number]
     say(f"{engine} {'reads the document' if number == 0 else f'goes on from {options.route[number - 1]}'}")
-    load = {"model": options.model, **options.engine_options.get(engine, {})}
+    common = {"dtype": options.dtype} if options.dtype else {}
+    load = {"model": options.model, **common, **options.engine_options.get(engine, {})}
     answer = repository.with_name(f"leg-{number}.json")
     leg = Leg(
         number=number, engine=engine, load=load, repository=str(repository), options=options, answer=str(answer)
@@ -59,10 +60,10 @@ def _leg(options: Options, number: int, repository: Path, say: Callable[[str], N
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, with this thaw importable."""
+    """This process's environment, with this thaw importable, and vLLM on a CPU content with a GiB for its cache."""
     source = str(Path(thaw.__file__).resolve().parents[1])
     path = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
 
 
 def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
@@ -78,13 +79,14 @@ def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
         derived += _numbers(name, title)
     return r.make(
         kind="bench.cross",
-        command=f"thaw bench cross --route {','.join(options.route)}",
+        command=f"thaw bench cross --route {','.join(options.route)}{_dtype(options)}",
         versions={**software("msgspec"), **{leg.engine: leg.version for leg in legs}},
         machine=this_machine(None),
         model=legs[0].model,
         parameters={
             "route": " > ".join(options.route), "num_tokens": options.num_tokens, "turn_tokens": options.turn_tokens,
             "points": options.points, "top": options.top, "seed": options.seed,
+            "dtype": legs[0].dtype,
             **{f"{leg.engine}.{name}": value for leg in legs for name, value in leg.numerics.items()},
         },
         arms=arms,
@@ -92,6 +94,10 @@ def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
         checks=checks,
         notes=NOTES,
     )  # fmt: skip
+
+
+def _dtype(options: Options) -> str:
+    return f" --dtype {options.dtype}" if options.dtype else ""
 
 
 def _arms(name: str, title: str, leg: Arrived) -> list[r.Arm]:

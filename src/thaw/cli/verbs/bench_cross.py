@@ -53,8 +53,8 @@ def command(
     from thaw.bench.cross import Options, run
 
     boot.hush()
-    if engine_name is not None or dtype is not None or device is not None:
-        raise InvalidRequest("bench cross loads the engines of --route: leave out --engine, --dtype, --device")
+    if engine_name is not None or device is not None:
+        raise InvalidRequest("bench cross loads the engines of --route: leave out --engine and --device")
     chosen = boot.choose_anywhere(named, "transformers", model)
     found = {name: python for name, python in PYTHONS.items() if Path(python).exists()}
     wanted = Options(
@@ -64,6 +64,7 @@ def command(
         engine_options=MODEST,
         num_tokens=num_tokens,
         points=points,
+        dtype=dtype or "",
     )
     with Progress("crossing") as progress:
         receipt = run(wanted, progress.say)
