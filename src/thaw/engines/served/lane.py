@@ -1,15 +1,20 @@
-"""One session's way through one request: tokens in, tokens out, and when its turn ends."""
+"""One session's way through one request: what it goes on from, tokens in, tokens out, and when its turn ends."""
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from thaw.core.errors import NotHit
 from thaw.core.objects import Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest, Usage
 from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.served import protocol
+from thaw.engines.served.protocol import Answer
 from thaw.engines.served.session import Node, ServedSession
+from thaw.engines.served.talk import refusal
 from thaw.engines.served.transport import Chunk
 
 
@@ -37,6 +42,21 @@ class Lane:
     aborted: bool = False
     answered: bool = False
     closed: Turn | None = None
+
+    def message(self, group: str | None, size: int) -> protocol.Run:
+        """What the request says to the engine; it is the lane's `index` of `size` in its group."""
+        node, turn = self.session.node, self.session.turn
+        assert node is not None
+        return protocol.Run(
+            id=self.name,
+            record=node.name,
+            source=self.node.name if self.want else None,
+            num_kv=self.want,
+            group=group,
+            group_size=size,
+            group_place=self.index,
+            grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
+        )
 
     def take(self, chunk: Chunk, eos: tuple[int, ...], limit: int, num_top: int) -> None:
         """The chunk's tokens, one by one; what comes after the turn's end is not wanted."""
@@ -119,6 +139,27 @@ class Lane:
             self.session.turns.append(self.closed)
             self.session.turn = None
 
+    def count(self, answer: Answer) -> None:
+        """What the engine counted. Raises when the session's KV was not used as it must be."""
+        session = self.session
+        if answer.kind:
+            raise refusal(answer)
+        self.answered = True
+        session.num_kv = min(answer.num_kv, max(len(session.tokens) - 1, 0))  # the last one always runs again
+        self.cached = answer.local + answer.external
+        if (self.aborted or self.reason == "abort") and self.cached == 0:
+            return  # stopped before it began
+        if self.cached < self.want and not session.share_prefix:
+            raise NotHit(f"the engine counted {self.cached} of {self.want} restored tokens as cached")
+
+    def release(self) -> None:
+        """The session is its owner's again, however the request ended."""
+        self.close()
+        if not self.answered:  # refused, or never there: what the session went on from is what it still has
+            self.session.node, self.session.own, self.session.num_kv = self.before
+        self.session.busy = None
+        self.emit = nobody
+
     def completion(self) -> Completion:
         session, turn = self.session, self.closed
         start, end = (turn.start, turn.end) if turn else (len(session.tokens), len(session.tokens))
@@ -141,6 +182,33 @@ class Lane:
             ttft_s=self.first_token_s or 0.0,
             total_s=time.perf_counter() - self.started,
         )
+
+
+def claim(
+    index: int,
+    session: ServedSession,
+    request: GenerateRequest,
+    emit: Callable[[Delta], None],
+    dropped: Callable[[str], None],
+) -> Lane:
+    """Take the session for a request, until the lane's `release`; its KV is extended in a record of its own."""
+    source, want, before = session.node, session.num_kv, (session.node, session.own, session.num_kv)
+    if not request.prompt:
+        want = min(want, max(len(session.tokens) - 1, 0))
+    if not session.own:
+        session.node, session.own = Node(dropped), True
+    assert session.node is not None
+    lane = Lane(
+        index, session, secrets.token_hex(16), list(request.prompt), request, source or session.node, want,
+        len(session.tokens), emit, before,
+    )  # fmt: skip
+    session.busy, session.parked = lane, False
+    session.num_kv = want
+    return lane
+
+
+def nobody(_: Delta) -> None:
+    """Who listens to a lane that has ended, or that only reads a prompt."""
 
 
 def prompt_turn(session: ServedSession, start: int, text: str, role: str | None) -> None:
