@@ -9,7 +9,7 @@ from thaw.core.errors import Busy, InvalidRequest, LawBroken, StaleSession
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
-from thaw.engines.embedded.session import cut_turns
+from thaw.engines.embedded.turns import cut_turns
 from thaw.engines.served import protocol
 from thaw.engines.served.lane import Lane
 from thaw.engines.served.model import Model

@@ -11,7 +11,7 @@ from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, EngineInfo
 from thaw.engines.embedded.bad_words import check as check_sampling
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.embedded.turns import OpenTurn
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.transport import Chunk
 

@@ -30,7 +30,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.embedded.session import reseed
+from thaw.engines.embedded.turns import reseed
 from thaw.engines.served import capturing, hydrating, protocol
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.generation import Generation

@@ -9,15 +9,11 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import msgspec
-
 from thaw.core.errors import Cancelled, InvalidRequest, TooLong
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
-from thaw.engines.embedded.bad_words import bad_ids
 from thaw.engines.embedded.driver import Promise
-from thaw.engines.embedded.session import OpenTurn, reopen, require_same_policy
-from thaw.engines.embedded.text import TextStream
-from thaw.engines.served.lane import Lane, claim, nobody, prompt_turn
+from thaw.engines.embedded.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
+from thaw.engines.served.lane import Lane, claim, nobody
 from thaw.engines.served.loop import LoopThread
 from thaw.engines.served.model import Model
 from thaw.engines.served.protocol import Message
@@ -61,7 +57,7 @@ class Generation:
             )
         if not tokens:
             return session.view()
-        _settle_turn(session)
+        settle_turn(session)
         request = GenerateRequest(session=session.ref, prompt=tuple(tokens))
         lane = claim(0, session, request, nobody, self._talk.dropped.append)
         promise.on_cancel = lambda: self._cancel([lane])
@@ -95,18 +91,13 @@ class Generation:
         lanes = []
         for i, (session, request) in enumerate(zip(sessions, asked, strict=True)):
             if not request.resume:
-                _settle_turn(session)
+                settle_turn(session)
             lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
         return lanes
 
     def _check_request(self, session: ServedSession, request: GenerateRequest) -> None:
         if request.resume:
-            last = session.turns[-1] if session.turns else None
-            if request.prompt or request.sampling is not None:
-                raise InvalidRequest("resume goes on with the interrupted completion: give neither prompt nor sampling")
-            if last is None or last.kind != "completion" or last.finish_reason not in (None, "abort"):
-                raise InvalidRequest("resume: the session's last turn is not an interrupted completion; use generate")
-            require_same_policy(last, self._model.policy)
+            last = require_resumable(session, request, self._model.policy)
             self._talk.dialect.check_resume(last, session.tokens[last.start :])
             return
         if request.sampling is None:
@@ -124,30 +115,12 @@ class Generation:
             start = len(session.tokens)
             session.tokens += lane.prompt
             if lane.prompt:
-                prompt_turn(session, start, lane.request.prompt_text, lane.request.role)
-            session.turn = self._open_turn(session, lane.request)
+                close_prompt(session, start, lane.request.prompt_text, lane.request.role)
+            session.turn = open_turn(session, lane.request, self._model.codec)
             lane.num_prompt = len(session.tokens)
             await self._decode(lane, session.turn, lane.message(group, size))
         finally:
             lane.release()
-
-    def _open_turn(self, session: ServedSession, request: GenerateRequest) -> OpenTurn:
-        codec = self._model.codec
-        if request.resume:
-            turn = reopen(session, codec)
-            assert turn is not None
-            return turn
-        assert request.sampling is not None
-        seed = request.sampling.seed
-        return OpenTurn(
-            start=len(session.tokens),
-            sampling=request.sampling,
-            seed=session.seed if seed is None else int(seed),
-            policy=session.policy,
-            role="assistant" if request.role is not None else None,
-            stream=TextStream(codec, session.tokens, request.sampling.stop),
-            bad_ids=bad_ids(codec, request.sampling.bad_words),
-        )
 
     async def _decode(self, lane: Lane, turn: OpenTurn, message: Message) -> None:
         session, info = lane.session, self._model.info
@@ -178,16 +151,9 @@ class Generation:
             lane.aborted = True
         count = max(start, min(answer.num_kv, len(whole))) if lane.aborted else len(whole)
         session.tokens = whole[:count]
-        prompt_turn(session, start, text, role)
+        close_prompt(session, start, text, role)
         lane.count(answer)
         if lane.aborted:
             raise Cancelled("cancelled by the caller; the session keeps the tokens it has")
         session.busy = None
         return session.view()
-
-
-def _settle_turn(session: ServedSession) -> None:
-    """A completion left unfinished becomes an aborted one when something else follows it."""
-    last = session.turns[-1] if session.turns else None
-    if last is not None and last.kind == "completion" and last.finish_reason is None:
-        session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from thaw.core.errors import NotHit
 from thaw.core.objects import Turn
-from thaw.engines.base import Completion, Delta, GenerateRequest, Usage
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.base import Completion, Delta, GenerateRequest
+from thaw.engines.embedded.turns import completion
 from thaw.engines.served import protocol
 from thaw.engines.served.protocol import Answer
 from thaw.engines.served.session import Node, ServedSession
@@ -70,11 +70,8 @@ class Lane:
                 break
             logprob = chunk.logprobs[i]
             session.tokens.append(token)
-            turn.logprobs.append(logprob)
-            turn.tops.append(_largest(chunk.tops[i], num_top))
-            before = len(turn.stream.text)
-            turn.stream.push(token)
-            self._judge(turn, token, before, eos, limit)
+            full, top = len(session.tokens) >= limit, _largest(chunk.tops[i], num_top)
+            self.reason, self.stop_reason = turn.take(token, logprob, top, eos=eos, full=full)
             ids.append(token)
             logprobs.append(logprob)
         if not ids:
@@ -84,24 +81,6 @@ class Lane:
             self._tell(ids, logprobs, text, None)
         else:
             self._end(ids, logprobs)
-
-    def _judge(self, turn: OpenTurn, token: int, before: int, eos: tuple[int, ...], limit: int) -> None:
-        """Whether the turn ends with `token`, in vLLM's order."""
-        s, count = turn.sampling, len(turn.logprobs)
-        if count >= s.min_tokens:
-            if token in eos and not s.ignore_eos:
-                self.reason = "stop"
-                return
-            if token in s.stop_token_ids:
-                self.reason, self.stop_reason = "stop", token
-                return
-        if count > s.min_tokens or s.min_tokens == 0:
-            hit = turn.stream.cut_at_stop(before)
-            if hit is not None:
-                self.reason, self.stop_reason = "stop", hit
-                return
-        if count >= s.max_tokens or len(self.session.tokens) >= limit:
-            self.reason = "length"
 
     def abort(self) -> None:
         """The turn ends here without a reason of its own."""
@@ -115,9 +94,7 @@ class Lane:
     def _end(self, ids: list[int], logprobs: list[float]) -> None:
         turn = self.session.turn
         assert turn is not None
-        if not isinstance(self.stop_reason, str):
-            turn.stream.flush()
-        self._tell(ids, logprobs, turn.stream.news(final=True), self.reason)
+        self._tell(ids, logprobs, turn.rest(self.stop_reason), self.reason)
 
     def _tell(self, ids: list[int], logprobs: list[float], text: str, reason: str | None) -> None:
         self.emit(
@@ -161,25 +138,12 @@ class Lane:
         self.emit = nobody
 
     def completion(self) -> Completion:
-        session, turn = self.session, self.closed
-        start, end = (turn.start, turn.end) if turn else (len(session.tokens), len(session.tokens))
-        return Completion(
-            session=session.ref,
-            text=turn.text if turn else "",
-            token_ids=tuple(session.tokens[start:end]),
-            logprobs=(turn.logprobs or ()) if turn else (),
-            top_logprobs=turn.top_logprobs if turn else None,
-            finish_reason=turn.finish_reason if turn else "abort",
-            stop_reason=turn.stop_reason if turn else None,
-            seed=int(turn.seed or 0) if turn else session.seed,
-            usage=Usage(
-                num_prompt_tokens=start,
-                num_cached_tokens=self.cached,
-                num_prefilled_tokens=max(self.num_prompt - self.cached, 0),
-                num_completion_tokens=end - start,
-            ),
-            proof=session.proof,
-            ttft_s=self.first_token_s or 0.0,
+        return completion(
+            self.session,
+            self.closed,
+            num_cached=self.cached,
+            num_prefilled=max(self.num_prompt - self.cached, 0),
+            ttft_s=self.first_token_s,
             total_s=time.perf_counter() - self.started,
         )
 
@@ -209,13 +173,6 @@ def claim(
 
 def nobody(_: Delta) -> None:
     """Who listens to a lane that has ended, or that only reads a prompt."""
-
-
-def prompt_turn(session: ServedSession, start: int, text: str, role: str | None) -> None:
-    """Record what was appended as a prompt turn."""
-    end = len(session.tokens)
-    if end > start:
-        session.turns.append(Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy))
 
 
 def _largest(step: tuple[tuple[int, float], ...], count: int) -> tuple[tuple[int, float], ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.engines.base import Codec, SessionRef, SessionView
-from thaw.engines.embedded.session import OpenTurn, cut_turns
+from thaw.engines.embedded.turns import OpenTurn, cut_turns
 from thaw.engines.served import protocol
 
 if TYPE_CHECKING:

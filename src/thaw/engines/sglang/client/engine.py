@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.embedded.turns import OpenTurn
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra

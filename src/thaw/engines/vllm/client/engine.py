@@ -9,7 +9,7 @@ from thaw.core.errors import Unsupported
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling, StructuredOutputs
 from thaw.engines.embedded.bad_words import bad_ids, straddling
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.embedded.turns import OpenTurn
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.engine import CAPABILITIES, ServedEngine
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
