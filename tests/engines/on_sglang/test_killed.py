@@ -52,7 +52,7 @@ class Lives:
         with self.boot() as engine:
             transport = engine._transport
             assert isinstance(transport, OwnServerTransport)
-            pids = {"scheduler": engine._facts.pid, "server": transport._server._process.pid}
+            pids = {"scheduler": transport.facts.pid, "server": transport._server._process.pid}
             with thaw.open(self.path, engine=engine) as repo:
                 self._goes_on(repo)
                 told = self._killed(engine, repo, verb, pids[who])
@@ -90,7 +90,7 @@ class Lives:
             self._refs[branch] = session.commit("killed in the middle", branch=branch).commit
 
         work: Callable[[], object] = {"commit": commit, "hydrate": lambda: repo.session("main")}[verb]
-        watched = self.path / "packs" if verb == "commit" else engine._mail.folder / "plans"
+        watched = self.path / "packs" if verb == "commit" else engine._transport.mail.folder / "plans"
         before = set(os.listdir(watched))
 
         def run() -> object:

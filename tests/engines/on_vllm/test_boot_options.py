@@ -279,7 +279,7 @@ def ask(engine: VllmEngine, prompt: tuple[int, ...], **fields: Any) -> Any:
         name = f"own-{secrets.token_hex(4)}"
         return [out async for out in llm.generate({"prompt_token_ids": list(prompt)}, params, name)][-1]
 
-    return asyncio.run_coroutine_threadsafe(run(), engine._loop).result(LIMIT_S)
+    return asyncio.run_coroutine_threadsafe(run(), engine._loop.inner).result(LIMIT_S)
 
 
 def grammar(regex: str) -> Any:
@@ -372,7 +372,7 @@ def test_it_is_refused_behind_a_front_end_that_lets_it_pass(
     after = engine.stats()
     assert after["refused"] == before["refused"] + 1 and after["running"] == 0
     assert after["records"] == before["records"] + (name == "n")
-    answers = (engine._mail.folder / "answers").iterdir()
+    answers = (engine._transport.mail.folder / "answers").iterdir()
     assert any(f"{name} in a request that carries" in path.read_text() for path in answers)
     if unread:
         assert f"{name} in a request that carries" in out.kv_transfer_params["thaw"]["error"]
@@ -393,7 +393,8 @@ def test_where_vllm_samples_itself_a_bad_word_that_has_begun_is_not_forgotten(
     sampling = greedy(12, logit_bias=letters, bad_words=(word,))
     expected = lab.one(engine, lab.twin(engine, session), sampling)
     assert expected.token_ids[at] != free.token_ids[at]
-    monkeypatch.setattr(engine, "_facts", msgspec.structs.replace(engine._facts, runner="V2"))
+    dialect = engine._talk.dialect
+    monkeypatch.setattr(dialect, "facts", msgspec.structs.replace(dialect.facts, runner="V2"))
     child = lab.twin(engine, session)
     same(expected, lab.one(engine, child, sampling))
     with pytest.raises(Unsupported, match=rf"bad_words \(one of them, '{word}', has begun\)"):

@@ -59,8 +59,8 @@ def places(fleet: Fleet, *sessions: object) -> list[int]:
 
 
 def test_both_ranks_are_there_each_with_mail_of_its_own(fleet: Fleet, server: Server) -> None:
-    assert sorted(member._facts.data_parallel_rank for member in fleet.members) == [0, 1]
-    assert len({member._facts.pid for member in fleet.members}) == 2
+    assert sorted(member._transport.facts.data_parallel_rank for member in fleet.members) == [0, 1]
+    assert len({member._transport.facts.pid for member in fleet.members}) == 2
     assert fleet.options["url"] == server.url
 
 

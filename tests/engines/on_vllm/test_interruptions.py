@@ -74,7 +74,8 @@ def leftovers(engine: VllmEngine) -> dict[str, object]:
     engine.release_pins()  # one more message: what was dropped is told with the next one
     found: dict[str, object] = {name: stats[name] for name in ("records", "running", "commands", "pinned_blocks")}
     found["blocks"] = stats["blocks"] - 1 - stats["free_blocks"]
-    found["mail"] = [path.name for place in ("answers", "plans") for path in (engine._mail.folder / place).iterdir()]
+    mail = engine._transport.mail.folder
+    found["mail"] = [path.name for place in ("answers", "plans") for path in (mail / place).iterdir()]
     found["arena_nbytes"] = stats["arena_nbytes"]
     return {name: value for name, value in found.items() if value}
 
@@ -99,7 +100,7 @@ class Hog:
             async for _ in llm.generate({"prompt_token_ids": list(ids(num_prompt, 50))}, sampling, f"hog-{id(self)}"):
                 self._began.set()
 
-        self._run = asyncio.run_coroutine_threadsafe(run(), engine._loop)
+        self._run = asyncio.run_coroutine_threadsafe(run(), engine._loop.inner)
         assert self._began.wait(LIMIT_S)
 
     def end(self) -> None:

@@ -30,6 +30,7 @@ from thaw.testing.laws.kit import bits, ids, seeded
 
 pytest.importorskip("vllm")
 
+from thaw.engines.served.talk import worker_facts
 from thaw.engines.vllm.client.engine import VllmEngine
 
 PROMPT, MORE = 2500, 1200
@@ -54,14 +55,15 @@ class Lives:
 
     def life(self, verb: str, who: str) -> None:
         with self.boot() as engine:
-            pids = {"core": engine._facts.pid, "worker": engine._worker_facts()[0].pid}
+            transport = engine._transport
+            pids = {"core": transport.facts.pid, "worker": worker_facts(transport)[0].pid}
             with thaw.open(self.path, engine=engine) as repo:
                 self._goes_on(repo)
                 told = self._killed(engine, repo, verb, pids[who])
                 self.counts[f"{verb}, {who}: {'told' if told else 'done before'}"] += 1
                 with pytest.raises(EngineDied):
                     engine.append(engine.open(), [1, 2]).result(TOLD_WITHIN_S)
-            self._left.append(copy_of(engine._mail.folder))
+            self._left.append(copy_of(transport.mail.folder))
         self._check_no_process(list(pids.values()))
         self._check_store()
 
@@ -92,7 +94,7 @@ class Lives:
             "commit": lambda: self._commit(session, branch),
             "hydrate": lambda: repo.session("main"),
         }[verb]
-        watched = self.path / "packs" if verb == "commit" else engine._mail.folder / "plans"
+        watched = self.path / "packs" if verb == "commit" else engine._transport.mail.folder / "plans"
         before = set(os.listdir(watched))
 
         def run() -> object:

@@ -32,6 +32,7 @@ from thaw.testing.plans import capture_plan, mount_at
 pytest.importorskip("vllm")
 
 from thaw.engines.served.mail import Mail
+from thaw.engines.served.talk import worker_facts
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.settings import VllmSettings
 
@@ -50,7 +51,7 @@ class Owner:
     """The engine's owner: vLLM's own calls, and ordinary requests."""
 
     def __init__(self, engine: VllmEngine) -> None:
-        self._loop, self._llm = engine._loop, engine._transport._llm  # type: ignore[attr-defined]
+        self._loop, self._llm = engine._loop.inner, engine._transport._llm  # type: ignore[attr-defined]
         self._count = 0
 
     def __call__(self, method: str, *args: object, **kwargs: object) -> Any:
@@ -395,8 +396,8 @@ def test_shutdown_with_sessions_parked_pinned_and_running(engine: VllmEngine, la
     engine.pin(pinned, 60).result(LIMIT_S)
     handle = lab.start(engine, running, sampling=greedy(3000))
     wait_for(handle, 3)
-    mail = engine._mail
-    pids = [engine._facts.pid, *(facts.pid for facts in engine._worker_facts())]
+    transport = engine._transport
+    mail, pids = transport.mail, [transport.facts.pid, *(facts.pid for facts in worker_facts(transport))]
     engine.close()
     assert not [pid for pid in pids if runs(pid)]
     assert not mail.folder.exists()

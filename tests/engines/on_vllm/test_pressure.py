@@ -76,7 +76,7 @@ def test_a_session_that_the_engine_let_go_of_is_refused_and_nothing_else(engine:
     session, other = lab.begin(engine, 300), lab.begin(engine, 40)
     node = engine._sessions[session].node
     assert node is not None
-    engine._dropped.append(node.name)
+    engine._talk.dropped.append(node.name)
     with pytest.raises(NotFound, match="let go"):
         lab.one(engine, session, greedy(2), (1,))
     assert len(lab.one(engine, other, greedy(2)).token_ids) == 2

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import msgspec
-
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.proof import Proof
@@ -28,14 +26,13 @@ from thaw.engines.base import (
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
-from thaw.engines.embedded.bad_words import bad_ids
 from thaw.engines.embedded.bad_words import check as check_sampling
 from thaw.engines.embedded.driver import Driver, Promise
 from thaw.engines.embedded.generation import Append, Generation, Lane
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
-from thaw.engines.embedded.session import LiveSession, OpenTurn, cut_turns, reopen, require_same_policy, reseed
-from thaw.engines.embedded.text import TextStream
+from thaw.engines.embedded.session import LiveSession
+from thaw.engines.embedded.turns import cut_turns, require_resumable, reseed, settle_turn
 from thaw.engines.embedded.weights import WeightsWatch
 
 T = TypeVar("T")
@@ -103,7 +100,7 @@ class EmbeddedEngine(Engine):
         def begin() -> None:
             live = self._usable(session)
             self._check_tokens(len(live.tokens), token_ids, 0)
-            self._settle_turn(live)
+            settle_turn(live)
             lane = Lane(0, live, list(token_ids), text, role)
             task = Append(self._backend, lane, promise, self._release)
             live.busy = task
@@ -118,9 +115,7 @@ class EmbeddedEngine(Engine):
 
         def begin() -> None:
             lanes = self._lanes(asked)
-            task = Generation(
-                self._backend, lanes, asked, promise, self._open_turn, self._release, self._still_current
-            )
+            task = Generation(self._backend, lanes, asked, promise, self._release, self._still_current)
             for lane in lanes:
                 lane.session.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
@@ -257,12 +252,6 @@ class EmbeddedEngine(Engine):
     def _release(self, session: LiveSession) -> None:
         session.busy = None
 
-    def _settle_turn(self, session: LiveSession) -> None:
-        """A completion left unfinished becomes an aborted one when something else follows it."""
-        last = session.turns[-1] if session.turns else None
-        if last is not None and last.kind == "completion" and last.finish_reason is None:
-            session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")
-
     def _check_tokens(self, num_tokens: int, tokens: Sequence[int], more: int) -> None:
         """Raise unless `tokens` may follow `num_tokens` others, with room for `more`."""
         bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._backend.vocab_size]
@@ -289,7 +278,7 @@ class EmbeddedEngine(Engine):
         lanes = []
         for i, (live, request) in enumerate(zip(lives, requests, strict=True)):
             if not request.resume:
-                self._settle_turn(live)
+                settle_turn(live)
             if not request.prompt:
                 _step_back(live)
             lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role))
@@ -297,12 +286,7 @@ class EmbeddedEngine(Engine):
 
     def _check_request(self, live: LiveSession, request: GenerateRequest) -> None:
         if request.resume:
-            last = live.turns[-1] if live.turns else None
-            if request.prompt or request.sampling is not None:
-                raise InvalidRequest("resume goes on with the interrupted completion: give neither prompt nor sampling")
-            if last is None or last.kind != "completion" or last.finish_reason not in (None, "abort"):
-                raise InvalidRequest("resume: the session's last turn is not an interrupted completion; use generate")
-            require_same_policy(last, self._weights.policy)
+            require_resumable(live, request, self._weights.policy)
             return
         if request.sampling is None:
             raise InvalidRequest("generate: no sampling given")
@@ -310,24 +294,6 @@ class EmbeddedEngine(Engine):
         check_sampling(request.sampling, self.codec, self._backend.vocab_size)
         if not live.tokens and not request.prompt:
             raise InvalidRequest("generate: the session is empty and so is the prompt; append something first")
-
-    def _open_turn(self, lane: Lane, request: GenerateRequest) -> OpenTurn:
-        session = lane.session
-        if request.resume:
-            turn = reopen(session, self.codec)
-            assert turn is not None
-            return turn
-        assert request.sampling is not None
-        seed = request.sampling.seed
-        return OpenTurn(
-            start=len(session.tokens),
-            sampling=request.sampling,
-            seed=session.seed if seed is None else int(seed),
-            policy=session.policy,
-            role="assistant" if request.role is not None else None,
-            stream=TextStream(self.codec, session.tokens, request.sampling.stop),
-            bad_ids=bad_ids(self.codec, request.sampling.bad_words),
-        )
 
     def _fork(
         self, parent: LiveSession, n: int, at: int | None, replay: bool, seeds: Sequence[int] | None

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from thaw.core.objects import Turn
-from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView, Usage
+from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.bad_words import endings
 from thaw.engines.embedded.driver import Promise, cancelled
-from thaw.engines.embedded.session import LastLogits, LiveSession, OpenTurn
+from thaw.engines.embedded.session import LastLogits, LiveSession
+from thaw.engines.embedded.turns import close_prompt, completion, open_turn
 
 CHUNK = 1024
 PACK = 1024
@@ -56,19 +57,7 @@ class Lane:
             del self.prompt[:missing]
 
     def close_prompt(self) -> None:
-        """Record what was appended as a prompt turn."""
-        end = len(self.session.tokens)
-        if end > self.prompt_start:
-            self.session.turns.append(
-                Turn(
-                    kind="prompt",
-                    start=self.prompt_start,
-                    end=end,
-                    role=self.role,
-                    text=self.prompt_text,
-                    policy=self.session.policy,
-                )
-            )
+        close_prompt(self.session, self.prompt_start, self.prompt_text, self.role)
 
 
 class Prefill:
@@ -144,14 +133,13 @@ class Generation:
         lanes: Sequence[Lane],
         requests: Sequence[GenerateRequest],
         promise: Promise[list[Completion]],
-        open_turn: Callable[[Lane, GenerateRequest], OpenTurn],
         release: Callable[[LiveSession], None],
         check: Callable[[Sequence[LiveSession]], None],
     ) -> None:
         """`check` is asked at the end, and raises if the weights or the policy are not what the sessions began with."""
         self._backend, self._lanes, self._promise = backend, lanes, promise
         self._check = check
-        self._requests, self._open_turn, self._release = requests, open_turn, release
+        self._requests, self._release = requests, release
         self._prefill: Prefill | None = Prefill(backend, lanes)
         self._results: list[Completion | None] = [None] * len(lanes)
         self._started = time.perf_counter()
@@ -191,7 +179,7 @@ class Generation:
         for lane in self._active():
             if self._requests[lane.index].prompt:
                 lane.close_prompt()
-            lane.session.turn = self._open_turn(lane, self._requests[lane.index])
+            lane.session.turn = open_turn(lane.session, self._requests[lane.index], self._backend.codec)
 
     def _decode(self) -> None:
         lanes = self._active()
@@ -238,45 +226,28 @@ class Generation:
         if lane.first_token_s is None:
             lane.first_token_s = time.perf_counter() - self._started
         session.tokens.append(choice.token)
-        turn.logprobs.append(choice.logprob)
-        turn.tops.append(choice.top)
-        before = len(turn.stream.text)
-        turn.stream.push(choice.token)
-        reason, stop_reason = self._stopped(session, turn, choice.token, before)
+        full = len(session.tokens) >= self._backend.max_model_len
+        eos = self._backend.eos_token_ids
+        reason, stop_reason = turn.take(choice.token, choice.logprob, choice.top, eos=eos, full=full)
         if reason is not None:
             self._finish(lane, reason, stop_reason, choice)
         else:
             self._emit(lane, (choice.token,), (choice.logprob,), turn.stream.news(final=False), None)
 
-    def _stopped(
-        self, session: LiveSession, turn: OpenTurn, token: int, before: int
-    ) -> tuple[str | None, str | int | None]:
-        """(finish_reason, stop_reason) after `token`, in vLLM's order."""
-        s, num_output = turn.sampling, len(turn.logprobs)
-        if num_output >= s.min_tokens:
-            if token in self._backend.eos_token_ids and not s.ignore_eos:
-                return "stop", None
-            if token in s.stop_token_ids:
-                return "stop", token
-        if num_output > s.min_tokens or s.min_tokens == 0:
-            hit = turn.stream.cut_at_stop(before)
-            if hit is not None:
-                return "stop", hit
-        if num_output >= s.max_tokens or len(session.tokens) >= self._backend.max_model_len:
-            return "length", None
-        return None, None
-
     def _finish(self, lane: Lane, reason: str, stop_reason: str | int | None, choice: Sampled | None = None) -> None:
         session, turn = lane.session, lane.session.turn
-        text = ""
-        if turn is not None:
-            if not isinstance(stop_reason, str):
-                turn.stream.flush()
-            text = turn.stream.news(final=True)
+        text = "" if turn is None else turn.rest(stop_reason)
         closed = self._close(lane, reason, stop_reason)
         ids = () if choice is None else (choice.token,)
         self._emit(lane, ids, () if choice is None else (choice.logprob,), text, reason)
-        self._results[lane.index] = self._completion(lane, session, closed)
+        self._results[lane.index] = completion(
+            session,
+            closed,
+            num_cached=lane.num_cached,
+            num_prefilled=lane.num_prefilled,
+            ttft_s=lane.first_token_s,
+            total_s=time.perf_counter() - self._started,
+        )
 
     def _close(self, lane: Lane, reason: str, stop_reason: str | int | None) -> Turn | None:
         """End the lane: freeze its turn into the session and let the session go."""
@@ -291,28 +262,6 @@ class Generation:
             session.turn = None
         self._release(session)
         return closed
-
-    def _completion(self, lane: Lane, session: LiveSession, turn: Turn | None) -> Completion:
-        start, end = (turn.start, turn.end) if turn else (len(session.tokens), len(session.tokens))
-        return Completion(
-            session=session.ref,
-            text=turn.text if turn else "",
-            token_ids=tuple(session.tokens[start:end]),
-            logprobs=(turn.logprobs or ()) if turn else (),
-            top_logprobs=turn.top_logprobs if turn else None,
-            finish_reason=turn.finish_reason if turn else "abort",
-            stop_reason=turn.stop_reason if turn else None,
-            seed=int(turn.seed or 0) if turn else session.seed,
-            usage=Usage(
-                num_prompt_tokens=start,
-                num_cached_tokens=lane.num_cached,
-                num_prefilled_tokens=lane.num_prefilled,
-                num_completion_tokens=end - start,
-            ),
-            proof=session.proof,
-            ttft_s=lane.first_token_s or 0.0,
-            total_s=time.perf_counter() - self._started,
-        )
 
     def _emit(
         self, lane: Lane, ids: tuple[int, ...], logprobs: tuple[float, ...], text: str, reason: str | None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +9,7 @@ from typing import Any, TypeVar
 from thaw.core.errors import NotFound
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.loop import LoopThread
 from thaw.engines.served.transport import Transport
 
 E = TypeVar("E", bound=ServedEngine)
@@ -18,8 +17,7 @@ E = TypeVar("E", bound=ServedEngine)
 
 def join(kind: type[E], start: Callable[[], Coroutine[Any, Any, Transport]], *, policy: str) -> E:
     """An engine over the transport that `start` makes. The transport is closed again where it cannot be had."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=_serve, args=(loop,), name=f"thaw-{kind.name}", daemon=True).start()
+    loop = LoopThread(kind.name)
 
     async def make() -> E:
         transport = await start()
@@ -31,22 +29,13 @@ def join(kind: type[E], start: Callable[[], Coroutine[Any, Any, Transport]], *, 
             raise
 
     try:
-        return asyncio.run_coroutine_threadsafe(make(), loop).result()
+        return loop.wait(make())
     except BaseException:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.stop()
         raise
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
-
-
-def _engine(kind: type[E], transport: Transport, policy: str, loop: asyncio.AbstractEventLoop) -> E:
+def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) -> E:
     from transformers import AutoConfig, AutoTokenizer
 
     from thaw.engines.hf.codec import HFCodec

@@ -1,15 +1,20 @@
-"""One session's way through one request: tokens in, tokens out, and when its turn ends."""
+"""One session's way through one request: what it goes on from, tokens in, tokens out, and when its turn ends."""
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from thaw.core.errors import NotHit
 from thaw.core.objects import Turn
-from thaw.engines.base import Completion, Delta, GenerateRequest, Usage
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.base import Completion, Delta, GenerateRequest
+from thaw.engines.embedded.turns import completion
+from thaw.engines.served import protocol
+from thaw.engines.served.protocol import Answer
 from thaw.engines.served.session import Node, ServedSession
+from thaw.engines.served.talk import refusal
 from thaw.engines.served.transport import Chunk
 
 
@@ -38,6 +43,21 @@ class Lane:
     answered: bool = False
     closed: Turn | None = None
 
+    def message(self, group: str | None, size: int) -> protocol.Run:
+        """What the request says to the engine; it is the lane's `index` of `size` in its group."""
+        node, turn = self.session.node, self.session.turn
+        assert node is not None
+        return protocol.Run(
+            id=self.name,
+            record=node.name,
+            source=self.node.name if self.want else None,
+            num_kv=self.want,
+            group=group,
+            group_size=size,
+            group_place=self.index,
+            grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
+        )
+
     def take(self, chunk: Chunk, eos: tuple[int, ...], limit: int, num_top: int) -> None:
         """The chunk's tokens, one by one; what comes after the turn's end is not wanted."""
         session, turn = self.session, self.session.turn
@@ -50,11 +70,8 @@ class Lane:
                 break
             logprob = chunk.logprobs[i]
             session.tokens.append(token)
-            turn.logprobs.append(logprob)
-            turn.tops.append(_largest(chunk.tops[i], num_top))
-            before = len(turn.stream.text)
-            turn.stream.push(token)
-            self._judge(turn, token, before, eos, limit)
+            full, top = len(session.tokens) >= limit, _largest(chunk.tops[i], num_top)
+            self.reason, self.stop_reason = turn.take(token, logprob, top, eos=eos, full=full)
             ids.append(token)
             logprobs.append(logprob)
         if not ids:
@@ -64,24 +81,6 @@ class Lane:
             self._tell(ids, logprobs, text, None)
         else:
             self._end(ids, logprobs)
-
-    def _judge(self, turn: OpenTurn, token: int, before: int, eos: tuple[int, ...], limit: int) -> None:
-        """Whether the turn ends with `token`, in vLLM's order."""
-        s, count = turn.sampling, len(turn.logprobs)
-        if count >= s.min_tokens:
-            if token in eos and not s.ignore_eos:
-                self.reason = "stop"
-                return
-            if token in s.stop_token_ids:
-                self.reason, self.stop_reason = "stop", token
-                return
-        if count > s.min_tokens or s.min_tokens == 0:
-            hit = turn.stream.cut_at_stop(before)
-            if hit is not None:
-                self.reason, self.stop_reason = "stop", hit
-                return
-        if count >= s.max_tokens or len(self.session.tokens) >= limit:
-            self.reason = "length"
 
     def abort(self) -> None:
         """The turn ends here without a reason of its own."""
@@ -95,9 +94,7 @@ class Lane:
     def _end(self, ids: list[int], logprobs: list[float]) -> None:
         turn = self.session.turn
         assert turn is not None
-        if not isinstance(self.stop_reason, str):
-            turn.stream.flush()
-        self._tell(ids, logprobs, turn.stream.news(final=True), self.reason)
+        self._tell(ids, logprobs, turn.rest(self.stop_reason), self.reason)
 
     def _tell(self, ids: list[int], logprobs: list[float], text: str, reason: str | None) -> None:
         self.emit(
@@ -119,35 +116,63 @@ class Lane:
             self.session.turns.append(self.closed)
             self.session.turn = None
 
+    def count(self, answer: Answer) -> None:
+        """What the engine counted. Raises when the session's KV was not used as it must be."""
+        session = self.session
+        if answer.kind:
+            raise refusal(answer)
+        self.answered = True
+        session.num_kv = min(answer.num_kv, max(len(session.tokens) - 1, 0))  # the last one always runs again
+        self.cached = answer.local + answer.external
+        if (self.aborted or self.reason == "abort") and self.cached == 0:
+            return  # stopped before it began
+        if self.cached < self.want and not session.share_prefix:
+            raise NotHit(f"the engine counted {self.cached} of {self.want} restored tokens as cached")
+
+    def release(self) -> None:
+        """The session is its owner's again, however the request ended."""
+        self.close()
+        if not self.answered:  # refused, or never there: what the session went on from is what it still has
+            self.session.node, self.session.own, self.session.num_kv = self.before
+        self.session.busy = None
+        self.emit = nobody
+
     def completion(self) -> Completion:
-        session, turn = self.session, self.closed
-        start, end = (turn.start, turn.end) if turn else (len(session.tokens), len(session.tokens))
-        return Completion(
-            session=session.ref,
-            text=turn.text if turn else "",
-            token_ids=tuple(session.tokens[start:end]),
-            logprobs=(turn.logprobs or ()) if turn else (),
-            top_logprobs=turn.top_logprobs if turn else None,
-            finish_reason=turn.finish_reason if turn else "abort",
-            stop_reason=turn.stop_reason if turn else None,
-            seed=int(turn.seed or 0) if turn else session.seed,
-            usage=Usage(
-                num_prompt_tokens=start,
-                num_cached_tokens=self.cached,
-                num_prefilled_tokens=max(self.num_prompt - self.cached, 0),
-                num_completion_tokens=end - start,
-            ),
-            proof=session.proof,
-            ttft_s=self.first_token_s or 0.0,
+        return completion(
+            self.session,
+            self.closed,
+            num_cached=self.cached,
+            num_prefilled=max(self.num_prompt - self.cached, 0),
+            ttft_s=self.first_token_s,
             total_s=time.perf_counter() - self.started,
         )
 
 
-def prompt_turn(session: ServedSession, start: int, text: str, role: str | None) -> None:
-    """Record what was appended as a prompt turn."""
-    end = len(session.tokens)
-    if end > start:
-        session.turns.append(Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy))
+def claim(
+    index: int,
+    session: ServedSession,
+    request: GenerateRequest,
+    emit: Callable[[Delta], None],
+    dropped: Callable[[str], None],
+) -> Lane:
+    """Take the session for a request, until the lane's `release`; its KV is extended in a record of its own."""
+    source, want, before = session.node, session.num_kv, (session.node, session.own, session.num_kv)
+    if not request.prompt:
+        want = min(want, max(len(session.tokens) - 1, 0))
+    if not session.own:
+        session.node, session.own = Node(dropped), True
+    assert session.node is not None
+    lane = Lane(
+        index, session, secrets.token_hex(16), list(request.prompt), request, source or session.node, want,
+        len(session.tokens), emit, before,
+    )  # fmt: skip
+    session.busy, session.parked = lane, False
+    session.num_kv = want
+    return lane
+
+
+def nobody(_: Delta) -> None:
+    """Who listens to a lane that has ended, or that only reads a prompt."""
 
 
 def _largest(step: tuple[tuple[int, float], ...], count: int) -> tuple[tuple[int, float], ...]:

@@ -6,11 +6,16 @@ import secrets
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from thaw.core.objects import Turn
-from thaw.core.proof import Proof
-from thaw.engines.base import SessionRef, SessionView
-from thaw.engines.embedded.session import OpenTurn
+from thaw.core.proof import Continuation, Proof
+from thaw.engines.base import Codec, SessionRef, SessionView
+from thaw.engines.embedded.turns import OpenTurn, cut_turns
+from thaw.engines.served import protocol
+
+if TYPE_CHECKING:
+    from thaw.engines.served.lane import Lane
 
 
 class Node:
@@ -24,7 +29,8 @@ class Node:
 
 @dataclass
 class ServedSession:
-    """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it."""
+    """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it. `busy`: its way through the
+    request that runs now."""
 
     ref: SessionRef
     seed: int
@@ -39,7 +45,7 @@ class ServedSession:
     turns: list[Turn] = field(default_factory=list)
     turn: OpenTurn | None = None
     proof: Proof | None = None
-    busy: object | None = None
+    busy: Lane | None = None
     parked: bool = False
 
     def all_turns(self) -> tuple[Turn, ...]:
@@ -62,3 +68,42 @@ class ServedSession:
             parked=self.parked,
             proof=self.proof,
         )
+
+
+def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) -> ServedSession:
+    own = secrets.token_hex(16)
+    return ServedSession(
+        ref=SessionRef(secrets.token_hex(16)),
+        seed=seed,
+        salt=own if salt is None else salt,
+        share_prefix=share_prefix,
+        policy=policy,
+        cache_salt=(salt or "") if share_prefix else f"{protocol.SALT}{own}",
+    )
+
+
+def forked(parent: ServedSession, at: int, codec: Codec, continuation: Continuation) -> ServedSession:
+    """A child that goes on from the parent's first `at` tokens, on the parent's record and with its seed."""
+    computed = parent.computed()
+    num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))
+    return ServedSession(
+        ref=SessionRef(secrets.token_hex(16)),
+        seed=parent.seed,
+        salt=parent.salt,
+        share_prefix=parent.share_prefix,
+        policy=parent.policy,
+        cache_salt=parent.cache_salt,
+        node=parent.node if num_kv else None,
+        num_kv=num_kv,
+        tokens=parent.tokens[:at],
+        turns=cut_turns(parent.all_turns(), at, codec, parent.tokens),
+        proof=Proof(
+            num_prompt_tokens=at,
+            num_cached_tokens=num_kv,
+            matched=num_kv,
+            first_mismatch=None,
+            verification="live-shared",
+            continuation=continuation,
+            share_prefix=parent.share_prefix,
+        ),
+    )

@@ -121,7 +121,7 @@ def beside(engine: Engine) -> Plain:
     transport = engine._transport if isinstance(engine, VllmEngine) else None
     if not isinstance(transport, AsyncLLMTransport):
         raise InvalidRequest("plain requests go beside a vLLM that thaw booted in this process; load it here")
-    return Plain(transport._llm, engine._loop)  # type: ignore[attr-defined]
+    return Plain(transport._llm, engine._loop.inner)  # type: ignore[attr-defined]
 
 
 def offload_tier(nbytes: int) -> Any:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import msgspec
-
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.embedded.turns import OpenTurn
+from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.engine import ServedEngine
-from thaw.engines.served.protocol import Answer
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
-from thaw.engines.served.transport import Chunk, Submission
+from thaw.engines.served.transport import Chunk
 
 
-class SglangEngine(ServedEngine):
-    """One SGLang (tensor-parallel ranks included). Sessions live until `close_session` or `close`."""
+class SglangDialect(Dialect):
+    one_token: ClassVar[dict[str, Any]] = {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
 
-    name = "sglang"
-    title = "SGLang"
-
-    def _fields(self, turn: OpenTurn, num_tokens: int) -> dict[str, Any]:
+    def fields(self, turn: OpenTurn, num_tokens: int) -> dict[str, Any]:
         """All that is not plain greedy goes through thaw's own sampling inside SGLang, by (seed, position)."""
-        s, done = turn.sampling, len(turn.logprobs)
-        stops = {*s.stop_token_ids, *(() if s.ignore_eos else self._eos)}
+        s, done, eos = turn.sampling, len(turn.logprobs), self.info.eos_token_ids
+        stops = {*s.stop_token_ids, *(() if s.ignore_eos else eos)}
         fields: dict[str, Any] = {
             "temperature": 0.0,
             "max_new_tokens": max(1, min(s.max_tokens - done, self.info.max_model_len - num_tokens)),
@@ -34,30 +28,26 @@ class SglangEngine(ServedEngine):
         }
         if needed(s):
             fields[EXTRA] = to_extra(
-                s, seed=turn.seed, output_start=turn.start, eos_token_ids=self._eos, bad_ids=turn.bad_ids
+                s, seed=turn.seed, output_start=turn.start, eos_token_ids=eos, bad_ids=turn.bad_ids
             )
         return fields
 
-    def _one_token(self) -> dict[str, Any]:
-        return {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
+    def num_cached(self, chunk: Chunk) -> int | None:
+        """SGLang says it with its tokens."""
+        return chunk.more.get("num_cached_tokens")
 
-    async def _run(self, submission: Submission, take: Callable[[Chunk], bool]) -> Answer:
-        """How many tokens were cached is what SGLang says with its tokens; thaw inside SGLang is not asked for it."""
-        counted: list[int] = []
 
-        def look(chunk: Chunk) -> bool:
-            if "num_cached_tokens" in chunk.more:
-                counted[:] = [int(chunk.more["num_cached_tokens"])]
-            return take(chunk)
+class SglangEngine(ServedEngine):
+    """One SGLang (tensor-parallel ranks included). Sessions live until `close_session` or `close`."""
 
-        answer = await super()._run(submission, look)
-        return msgspec.structs.replace(answer, local=counted[0] if counted else 0)
+    name = "sglang"
+    dialect = SglangDialect
 
     def update_weights(self, folder: Path) -> None:
         """SGLang loads the weights of `folder` in place and empties its cache; `InvalidRequest` when it refuses."""
-        self._wait(self._transport.post("/update_weights_from_disk", {"model_path": str(folder)}))
+        self._loop.wait(self._transport.post("/update_weights_from_disk", {"model_path": str(folder)}))
 
     def flush_cache(self) -> None:
         """SGLang's own reset of its cache; sessions are in thaw's arena and stay. Raises `InvalidRequest` while
         requests run, as SGLang refuses it then."""
-        self._wait(self._transport.post("/flush_cache", {}))
+        self._loop.wait(self._transport.post("/flush_cache", {}))

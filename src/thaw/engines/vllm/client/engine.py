@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from thaw.core.errors import Unsupported
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling, StructuredOutputs
 from thaw.engines.embedded.bad_words import bad_ids, straddling
-from thaw.engines.embedded.session import OpenTurn
+from thaw.engines.embedded.turns import OpenTurn
+from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.engine import CAPABILITIES, ServedEngine
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
-from thaw.engines.served.session import ServedSession
 
 MAX_V2_STOPS, MAX_V2_BIASES, MAX_V2_BAD_WORDS = 128, 1024, 128
 """vllm/v1/worker/gpu/sample/logit_bias.py and bad_words.py, in 0.26 and 0.32."""
 
 
-class VllmEngine(ServedEngine):
-    """One vLLM (tensor-parallel ranks included). Sessions live until `close_session` or `close`."""
+class VllmDialect(Dialect):
+    def fields(self, turn: OpenTurn, num_tokens: int) -> dict[str, Any]:
+        stateless = self.facts.runner == "V2"
+        eos, limit = self.info.eos_token_ids, self.info.max_model_len
+        return vllm_sampling(turn, num_tokens, eos=eos, limit=limit, stateless=stateless)
 
-    name = "vllm"
-    title = "vLLM"
-    capabilities = CAPABILITIES | {"structured"}
-
-    def _check_sampling(self, sampling: Sampling) -> None:
+    def check(self, sampling: Sampling) -> None:
         """The V2 runner has tables of fixed size, and ends the whole engine on a request that they cannot hold."""
-        if self._facts.runner != "V2":
+        super().check(sampling)
+        if self.facts.runner != "V2":
             return
-        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.info.eos_token_ids)}
         for what, count, most in (
             ("stop_token_ids beside min_tokens", len(stops) if sampling.min_tokens else 0, MAX_V2_STOPS),
             ("logit_bias", len(sampling.logit_bias or ()), MAX_V2_BIASES),
@@ -37,26 +38,30 @@ class VllmEngine(ServedEngine):
             if count > most:
                 raise Unsupported(f"{count} {what}: vLLM's V2 runner holds at most {most} of a request; give fewer")
 
-    def _fields(self, turn: OpenTurn, num_tokens: int) -> dict[str, Any]:
-        stateless = self._facts.runner == "V2"
-        return vllm_sampling(turn, num_tokens, eos=self._eos, limit=self.info.max_model_len, stateless=stateless)
-
-    def _check_resume(self, live: ServedSession, last: Turn) -> None:
-        if self._facts.runner != "V2" or last.sampling is None:
+    def check_resume(self, last: Turn, output: Sequence[int]) -> None:
+        if self.facts.runner != "V2" or last.sampling is None:
             return
-        forgotten = self._forgotten(last.sampling, live.tokens[last.start :])
+        forgotten = self._forgotten(last.sampling, output)
         if forgotten:
             raise Unsupported(
                 f"resume with {forgotten}: vLLM's V2 runner counts from the request's own start and would "
                 "forget the tokens before the interruption; set VLLM_USE_V2_MODEL_RUNNER=0"
             )
 
-    def _forgotten(self, sampling: Sampling, output: list[int]) -> str:
+    def _forgotten(self, sampling: Sampling, output: Sequence[int]) -> str:
         """Which parameters look at what a turn has generated, so that a request that begins in the middle differs."""
         if sampling.presence_penalty or sampling.frequency_penalty:
             return "presence_penalty or frequency_penalty"
         begun = straddling(bad_ids(self.codec, sampling.bad_words), output)
         return f"bad_words (one of them, {self.codec.decode(begun)!r}, has begun)" if begun else ""
+
+
+class VllmEngine(ServedEngine):
+    """One vLLM (tensor-parallel ranks included). Sessions live until `close_session` or `close`."""
+
+    name = "vllm"
+    dialect = VllmDialect
+    capabilities = CAPABILITIES | {"structured"}
 
 
 def vllm_sampling(
