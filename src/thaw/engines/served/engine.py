@@ -38,7 +38,6 @@ from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling, check_seed, derive, fresh_seed
 from thaw.data.locations import BlobLocation
-from thaw.data.pack import MissingPack
 from thaw.engines.base import (
     Captured,
     CapturedSegment,
@@ -62,6 +61,7 @@ from thaw.engines.embedded.driver import Promise
 from thaw.engines.embedded.session import OpenTurn, cut_turns, reopen, require_same_policy, reseed
 from thaw.engines.embedded.text import TextStream
 from thaw.engines.served import protocol
+from thaw.engines.served.kinds import made
 from thaw.engines.served.lane import Lane, prompt_turn
 from thaw.engines.served.mail import SCHEDULER
 from thaw.engines.served.protocol import Answer, Message, WorkerFacts, merge
@@ -76,11 +76,6 @@ COMMAND_LIMIT_S = 600.0
 CONNECT_LIMIT_S = 60.0
 FAREWELL_LIMIT_S = 5.0
 MAX_TOP_LOGPROBS = 100
-_KINDS = {
-    cls.kind: cls
-    for cls in (*vars(errors).values(), MissingPack)
-    if isinstance(cls, type) and issubclass(cls, ThawError)
-}
 
 
 class ServedEngine(Engine):
@@ -977,7 +972,7 @@ def _nobody(_: Delta) -> None:
 
 
 def _error(answer: Answer) -> ThawError:
-    return _KINDS.get(answer.kind, ThawError)(answer.error)
+    return made(answer.kind, answer.error)
 
 
 def _nothing_to_restore(plan: HydratePlan, continuation: Any) -> Proof:
