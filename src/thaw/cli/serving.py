@@ -93,7 +93,8 @@ def _sglang(wanted: Wanted) -> Start:
     line = settings.server_command(
         wanted.model, wanted.host, wanted.port, python=wanted.python, on_cpu=on_cpu, more=wanted.arguments
     )
-    environment = {**(settings.cpu_environment() if on_cpu else {}), **settings.environment(own)}
+    ranks = settings.ranks_in(wanted.arguments)
+    environment = {**(settings.cpu_environment(ranks) if on_cpu else {}), **settings.environment(own)}
     return Start(line, mail=own.mail, environment=environment)
 
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import msgspec
 
-from thaw.core import errors
 from thaw.core.canonical import U64
 from thaw.core.errors import EngineDied, IdentityMismatch, ThawError
 from thaw.core.identity import ModelIdentity
-from thaw.data.pack import MissingPack
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -27,6 +25,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
+from thaw.engines.kinds import made
 
 PROTOCOL = 1
 
@@ -191,11 +190,6 @@ RESULTS: dict[type, Any] = {
     Bye: None,
 }
 OUT_OF_MEMORY = "out-of-memory"
-_KINDS: dict[str, type[ThawError]] = {
-    found.kind: found
-    for found in (*vars(errors).values(), MissingPack)
-    if isinstance(found, type) and issubclass(found, ThawError)
-}
 
 
 class OutOfMemory(EngineDied):
@@ -243,8 +237,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def error_of(reply: Failed) -> ThawError:
     if reply.kind == OUT_OF_MEMORY:
         return OutOfMemory(reply.message)
-    kind = _KINDS.get(reply.kind, ThawError)
-    if kind is IdentityMismatch:
+    if reply.kind == IdentityMismatch.kind:
         field, stored, running = reply.fields
         return IdentityMismatch(reply.message, field=field, stored=stored, running=running)
-    return kind(reply.message)
+    return made(reply.kind, reply.message)

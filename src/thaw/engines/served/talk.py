@@ -16,9 +16,8 @@ from typing import Any
 
 import msgspec
 
-from thaw.core import errors
 from thaw.core.errors import NotFound, ThawError, TimedOut
-from thaw.data.pack import MissingPack
+from thaw.engines.kinds import made
 from thaw.engines.served import protocol
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.mail import SCHEDULER
@@ -29,11 +28,6 @@ COMMAND_LIMIT_S = 600.0
 FAREWELL_LIMIT_S = 5.0
 RUN_LIMIT_S = 30.0
 """How long what the connector says of a run may come after the run's end."""
-_KINDS = {
-    cls.kind: cls
-    for cls in (*vars(errors).values(), MissingPack)
-    if isinstance(cls, type) and issubclass(cls, ThawError)
-}
 
 
 class Talk:
@@ -137,7 +131,7 @@ class Talk:
 
 def refusal(answer: Answer) -> ThawError:
     """The error that an answer of some `kind` stands for."""
-    return _KINDS.get(answer.kind, ThawError)(answer.error)
+    return made(answer.kind, answer.error)
 
 
 def worker_facts(transport: Transport) -> list[WorkerFacts]:

@@ -1,7 +1,8 @@
 """SGLang: live sessions of a stock SGLang, captured, forked and brought back through its public plug-in interfaces.
 
-Inside the engine: a radix cache (`cache.py`) over records of sessions (`side.py`) and six hooks (`hooks.py`), found by
-SGLang's entry point (`plugin.py`). Outside: `client/`, which speaks thaw's contract through plain requests.
+Inside the engine: a radix cache (`cache.py`) over records of sessions (`side.py`) and seven hooks (`hooks.py`), found
+by SGLang's entry point (`plugin.py`); its ranks decide alike (`agreement.py`). Outside: `client/`, which speaks thaw's
+contract through plain requests.
 """
 
 from __future__ import annotations

@@ -104,9 +104,11 @@ class ThawRadixCache(UnifiedRadixCache):
             match = super().match_prefix(limited)
             slots = self._slots(match)
         if len(slots) < aligned:
-            match = self._loaded(limited, match, slots, record, aligned)
-        if match.device_prefix_len == aligned < want:
+            match = self._loaded(limited, match, slots, run, record, aligned)
+        if match.device_prefix_len == aligned < want and run.error is None:
             match = self._with_tail(match, run, record, aligned, want)
+        if run.error is not None:
+            return super().match_prefix(_limited(params, 0))
         run.numbered = match.device_prefix_len
         return match
 
@@ -114,19 +116,20 @@ class ThawRadixCache(UnifiedRadixCache):
         path: torch.Tensor = self.path_device_indices(match.last_device_node)
         return path[: match.device_prefix_len]
 
-    def _loaded(self, params: MatchPrefixParams, match: Any, slots: torch.Tensor, record: Record, stop: int) -> Any:
-        """Load [len(slots), stop) and insert it; the new match, or `match` where there is no room."""
+    def _loaded(
+        self, params: MatchPrefixParams, match: Any, slots: torch.Tensor, run: Run, record: Record, stop: int
+    ) -> Any:
+        """Load [len(slots), stop) and insert it when it is there on all ranks; the new match, or `match` where there is
+        no room or it could not be loaded."""
         start = len(slots)
         lock = self.lock(match.last_device_node)
         try:
             fresh = self._allocate(stop - start)
             if fresh is None:
                 return match
-            try:
-                self.side.load(record, start, stop, fresh)
-            except BaseException:
+            if not self.side.load(run, record, start, stop, fresh):
                 self.token_to_kv_pool_allocator.free(fresh)
-                raise
+                return match
             self.insert(InsertParams(key=params.key[:stop], value=torch.cat([slots, fresh]), prev_prefix_len=start))
         finally:
             self.unlock(lock)
@@ -142,7 +145,9 @@ class ThawRadixCache(UnifiedRadixCache):
                 self.unlock(lock)
             if page is None:
                 return match
-            self.side.load(record, start, stop, page[: stop - start])
+            if not self.side.load(run, record, start, stop, page[: stop - start]):
+                self.token_to_kv_pool_allocator.free(page)
+                return match
             run.tail = page
         return match._replace(device_prefix_len=stop, cache_protected_len=start)
 

@@ -1,8 +1,9 @@
-"""Where thaw listens inside SGLang: six of its functions, wrapped by SGLang's own registry of hooks.
+"""Where thaw listens inside SGLang: seven of its functions, wrapped by SGLang's own registry of hooks.
 
+    Scheduler._poll_timeout_aborts      on the first rank, between two steps: what is over by the clock
+    Scheduler.process_input_requests    on all ranks: what the first one said is over ends
     Scheduler.handle_generate_request   a message of thaw's comes with a request
     Scheduler.abort_request             somebody whom others wait for will not come
-    Scheduler.process_input_requests    between two steps: who has waited long enough goes on
     Req.init_next_round_input           a request is about to be admitted
     ForwardBatch.init_new               a step of one token each, of which all else is there, is a decode step
     ModelRunner.sample                  the tokens of thaw's requests are chosen
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -25,10 +26,11 @@ from thaw.core.errors import InvalidRequest
 from thaw.engines.served import protocol
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
 from thaw.engines.sglang import support
+from thaw.engines.sglang.agreement import Due, described
 from thaw.engines.sglang.cache import ThawRadixCache
 from thaw.engines.sglang.rows import sample
-from thaw.engines.sglang.settings import ACTION
-from thaw.engines.sglang.side import Side, describe
+from thaw.engines.sglang.settings import ACTION, REFUSED
+from thaw.engines.sglang.side import Side
 
 GROUP_LIMIT_S = 10.0
 _ACTIVE: list[ThawRadixCache] = []
@@ -79,11 +81,15 @@ class Waiting:
                 self._start(group)
         return out
 
-    def look(self) -> None:
+    def late(self) -> tuple[str, ...]:
         """Somebody may never come: nobody waits for longer than `GROUP_LIMIT_S`."""
         now = time.monotonic()
-        for group in [group for group, since in self._since.items() if now - since > GROUP_LIMIT_S]:
-            self._start(group)
+        return tuple(group for group, since in self._since.items() if now - since > GROUP_LIMIT_S)
+
+    def start_late(self, groups: Sequence[str]) -> None:
+        for group in groups:
+            if group in self._groups:
+                self._start(group)
 
     def _start(self, group: str) -> None:
         self._begun[group] = None
@@ -120,10 +126,10 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
         side.command(message)
         _end(scheduler, request, "")
     except Exception as error:  # noqa: BLE001 - a failing thaw costs its own request, never the engine
-        described = describe(error)
+        failed = described(error)
         if side is not None:
-            side.refuse(getattr(message, "id", name), described)
-        _end(scheduler, request, msgspec.json.encode({"kind": described.kind, "error": str(described)}).decode())
+            side.refuse(getattr(message, "id", name), failed)
+        _end(scheduler, request, msgspec.json.encode({"kind": failed.kind, "error": str(failed)}).decode())
         if isinstance(message, protocol.Run):
             _WAITING.refused(message)
 
@@ -155,12 +161,21 @@ def abort_request(original: Callable[..., None], scheduler: Any, request: Any) -
     original(scheduler, request)
 
 
+def poll_timeout_aborts(original: Callable[..., list[Any]], scheduler: Any) -> list[Any]:
+    """SGLang asks its first rank alone, and sends what that finds to all with the requests of the step."""
+    found, side = original(scheduler), _side()
+    due = Due(*side.due(), _WAITING.late()) if side is not None else None
+    return [*found, due] if due else found
+
+
 def process_input_requests(original: Callable[..., None], scheduler: Any, requests: Any) -> None:
-    original(scheduler, requests)
     side = _side()
     if side is not None:
-        _WAITING.look()
-        side.expire_pins()
+        for due in [request for request in requests if isinstance(request, Due)]:
+            side.end_due(due)
+            _WAITING.start_late(due.groups)
+        requests = [request for request in requests if not isinstance(request, Due)]
+    original(scheduler, requests)
 
 
 def init_next_round_input(
@@ -173,8 +188,21 @@ def init_next_round_input(
     cache.admitting = True
     try:
         original(req, tree_cache, *args, **more)
+        run = cache.side.runs.get(req.rid)
+        if run is not None and run.error is not None and req.to_finish is None:
+            _end_unread(req)
+            original(req, tree_cache, *args, **more)
     finally:
         cache.admitting = False
+
+
+def _end_unread(req: Any) -> None:
+    """The request's session cannot be used, and its tokens are not to be read again in its place: it ends as SGLang's
+    own refusals do, after a step of one token that nobody sees."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    req.set_finish_with_abort(REFUSED)
+    req.to_finish = FINISH_ABORT(REFUSED)
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **more: Any) -> Any:

@@ -17,6 +17,7 @@ from thaw.engines.sglang.settings import BACKEND
 HOOKS = {
     "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": "handle_generate_request",
     "sglang.srt.managers.scheduler.Scheduler.abort_request": "abort_request",
+    "sglang.srt.managers.scheduler.Scheduler._poll_timeout_aborts": "poll_timeout_aborts",
     "sglang.srt.managers.scheduler.Scheduler.process_input_requests": "process_input_requests",
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": "init_next_round_input",
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": "init_new",
@@ -52,6 +53,7 @@ def make_cache(context: Any) -> Any:
 
     settings = from_environment()
     support.require(context)
+    support.require_functions(HOOKS)
     cache = create_unified_radix_cache(context, cache_class=ThawRadixCache)
     cache.bind(make_side(context, cache, settings))
     hooks.activate(cache)
@@ -67,6 +69,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
     from thaw.engines.served.weights import WeightsSample
     from thaw.engines.sglang import versions
+    from thaw.engines.sglang.agreement import Agreement
     from thaw.engines.sglang.pool import Pool
     from thaw.engines.sglang.settings import MAX_LOGPROBS
     from thaw.engines.sglang.side import Side
@@ -114,6 +117,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         for uuid, packs in settings.stores.items():
             mail.register_store(uuid, Path(packs))
         mail.post(SCHEDULER, engine)
-    side = Side(pool, facts, engine, settings, mail, WeightsSample(context.tp_worker.model_runner.model))
+    weights = WeightsSample(context.tp_worker.model_runner.model)
+    agreement = Agreement(context.tp_group.cpu_group, rank, size) if size > 1 else Agreement()
+    side = Side(pool, facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)
     return side

@@ -6,6 +6,7 @@ as JSON in the environment variable THAW_SGLANG, which every process of an engin
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,10 @@ BACKEND = "thaw"
 VARIABLE = "THAW_SGLANG"
 ACTION = "thaw"
 """The type of the action in a request's `kv_hints` that carries thaw's message."""
+RANKS = ("--tp", "--tp-size", "--tensor-parallel-size")
+"""SGLang's names for the number of ranks."""
+REFUSED = "thaw: refused"
+"""How a request ends in SGLang whose session cannot be used: nothing is computed in its place. Why is in the mail."""
 MAX_LOGPROBS = 100
 """What `Sampling.logprobs` may ask for."""
 ON_CPU: Mapping[str, object] = {
@@ -89,9 +94,25 @@ def environment(settings: SglangSettings) -> dict[str, str]:
     return {VARIABLE: msgspec.json.encode(changed).decode()} if changed else {}
 
 
-def cpu_environment() -> dict[str, str]:
-    """`CPU_ENVIRONMENT`, less what this process has set already."""
-    return {name: value for name, value in CPU_ENVIRONMENT.items() if name not in os.environ}
+def cpu_environment(ranks: int = 1) -> dict[str, str]:
+    """`CPU_ENVIRONMENT`, less what this process has set already. Several ranks get cores of their own each, as far as
+    there are enough: SGLang wants a NUMA node for each otherwise, and they would all start threads for every core."""
+    wanted = dict(CPU_ENVIRONMENT)
+    if ranks > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        each = max(1, len(cores) // ranks)
+        wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            ",".join(str(cores[(rank * each + i) % len(cores)]) for i in range(each)) for rank in range(ranks)
+        )
+        wanted["OMP_NUM_THREADS"] = str(each)
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def ranks_in(arguments: Sequence[str]) -> int:
+    """How many tensor-parallel ranks SGLang's own arguments ask for."""
+    found = [part for argument in arguments for part in argument.split("=", 1)]
+    sizes = [after for flag, after in itertools.pairwise(found) if flag in RANKS and after.isdigit()]
+    return int(sizes[-1]) if sizes else 1
 
 
 def server_command(

@@ -9,12 +9,14 @@ Tokens and bytes. SGLang's tree finds KV by tokens, salted by lineage. Two sibli
 batches of different shape have equal tokens and unequal bits. So the content of every slot carries a number here
 (`chain` of a record, `_content` of a slot): before a request is admitted, what the tree would give it must be the
 record's own, else it gets a salt of its own and loads everything; and nothing goes into the tree over another's bits.
+
+Every rank has one of these, with its own heads. They hold the same records with the same numbers; what may differ is
+whether a piece of work succeeded, and that is agreed before it matters (`agreement`).
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -43,12 +45,12 @@ from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
 from thaw.engines.served.sampling_extra import SamplingExtra
 from thaw.engines.served.weights import WeightsSample
+from thaw.engines.sglang.agreement import Agreement, Due, described
 from thaw.engines.sglang.pool import Pool
 from thaw.engines.sglang.records import Pinned, Record, Run, empty_chain
 from thaw.engines.sglang.rows import Chosen
 from thaw.engines.sglang.settings import SglangSettings
 
-log = logging.getLogger("thaw.sglang")
 MAX_RECORDS = 100_000
 MAIL_SWEEP_S = 300.0
 GONE = "the engine has let go of this session (it restarted, or the session was idle too long)"
@@ -57,10 +59,10 @@ GONE = "the engine has let go of this session (it restarted, or the session was 
 class Side:
     def __init__(
         self, pool: Pool, facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mail,
-        weights: WeightsSample | None,
+        weights: WeightsSample | None, agreement: Agreement,
     ) -> None:  # fmt: skip
         self._pool, self._facts, self._engine, self._settings, self._mail = pool, facts, engine, settings, mail
-        self._weights, self._watching = weights, True
+        self._weights, self._watching, self._agreement = weights, True, agreement
         spill = Path(settings.spill) if settings.spill else None
         self._arena = Arena(settings.arena_nbytes, spill, pool.num_heads, pool.num_layers, pool.head_dim, pool.dtype)
         self._packing = Packing(facts, mail, self._arena, pool.dtype)
@@ -85,29 +87,36 @@ class Side:
     def begin(
         self, rid: str, message: protocol.Run, tokens: list[int], salt: str | None, extra: SamplingExtra | None
     ) -> Run:
-        """Take the request in. Raises what refuses it; nothing is kept then."""
-        self._tidy()
+        """Take the request in. Raises what refuses it, on all ranks alike; nothing is kept then."""
+        self._sweep()
         self.forget(message.drop)
         if not self._on:
             raise Unsupported("thaw is switched off in this engine; plain requests work")
-        source, want = self._source(message), message.num_kv
+        source, want = self._source(message), 0
         epoch = self._now()
         pieces: tuple[Piece, ...] = ()
         chain = empty_chain()
         if source is not None:
-            self._usable(source, epoch)
-            want = min(want, self._catch_up(source, want))
-            same = _common(source.tokens[:want], tokens)
-            if same < want:
-                raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
+            want = self._ready(source, message.num_kv, tokens, epoch)
             pieces, chain = source.kept.cut(want), source.chain[:want]
-        else:
-            want = 0
         run = Run(rid, message, want, len(tokens), Chosen(extra, tokens))
         self._keep(message.record, Record(tokens[:want], Kept(pieces, epoch), chain, live=run, salt=salt or ""))
         self.runs[rid] = run
         self.counters["forks"] += message.source not in (None, message.record)
         return run
+
+    def _ready(self, source: Record, want: int, tokens: list[int], epoch: int) -> int:
+        """How many of the `want` tokens can be used, on every rank."""
+
+        def look() -> int:
+            self._usable(source, epoch)
+            ready = min(want, self._catch_up(source, want))
+            same = _common(source.tokens[:ready], tokens)
+            if same < ready:
+                raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {ready}")
+            return ready
+
+        return self._agreement.least(self._agreement.together(look))
 
     def _source(self, message: protocol.Run) -> Record | None:
         own = self._records.get(message.record)
@@ -127,7 +136,7 @@ class Side:
 
     def refuse(self, name: str, error: ThawError) -> None:
         self.counters["refused"] += 1
-        self._mail.answer(name, SCHEDULER, Answer(kind=error.kind, error=str(error)))
+        self._say(name, Answer(kind=error.kind, error=str(error)))
 
     # -- a request is admitted
 
@@ -136,28 +145,39 @@ class Side:
         record = self._records.get(run.message.record)
         if record is None or run.error is not None:
             return None
+        epoch, found = self._now(), record
         try:
-            self._usable(record, self._now())
+            self._agreement.together(lambda: self._usable(found, epoch))
         except ThawError as error:
             run.error = error
             return None
         return record
 
     def is_content(self, slots: torch.Tensor, chain: torch.Tensor) -> bool:
-        return torch.equal(self._content[slots.cpu()], chain[: len(slots)])
+        """Whether the slots hold the chain's content, on every rank."""
+        return bool(self._agreement.least(torch.equal(self._content[slots.cpu()], chain[: len(slots)])))
 
     def own_length(self, slots: torch.Tensor, chain: torch.Tensor) -> int:
-        """How many of the slots, from the first, hold the chain's content."""
-        count = min(len(slots), len(chain))
-        unequal = (self._content[slots[:count].cpu()] != chain[:count]).nonzero()
-        return int(unequal[0]) if len(unequal) else count
+        """How many of the slots, from the first, hold the chain's content, on every rank."""
+        return self._agreement.least(_equal_length(self._content[slots.cpu()], chain))
 
-    def load(self, record: Record, start: int, stop: int, slots: torch.Tensor) -> None:
-        """Tokens [start, stop) of the record into these slots."""
-        for a, b, view in record.kept.spans(start, stop):
-            self._pool.write(slots[a - start : b - start], view)
+    def load(self, run: Run, record: Record, start: int, stop: int, slots: torch.Tensor) -> bool:
+        """Tokens [start, stop) of the record into these slots, on every rank. Where one could not the request has its
+        error, and the slots hold nobody's content on any."""
+
+        def write() -> None:
+            for a, b, view in record.kept.spans(start, stop):
+                self._pool.write(slots[a - start : b - start], view)
+
+        try:
+            self._agreement.together(write)
+        except ThawError as error:
+            run.error = error
+            self._content[slots.cpu()] = 0
+            return False
         self._content[slots.cpu()] = record.chain[start:stop]
         self.counters["loaded_tokens"] += stop - start
+        return True
 
     # -- what a request has computed
 
@@ -171,14 +191,17 @@ class Side:
         run.numbered = upto
 
     def sync(self, run: Run, upto: int) -> None:
-        """The record has the request's first `upto` tokens."""
+        """The record has the request's first `upto` tokens, or is broken; on this rank, whatever others have. Who goes
+        on from it asks all."""
         record = self._records.get(run.message.record)
-        if record is None or record.live is not run or record.kept.broken:
-            return
-        if record.kept.epoch != self._now():
-            record.kept.broken = "the weights changed while it was computed"
+        if record is None or record.live is not run:
             return
         self.number(run, upto)
+        if record.kept.broken or run.error is not None:
+            return
+        if record.kept.epoch != self._seen():
+            record.kept.broken = "the weights changed while it was computed"
+            return
         slots = self.row(run.req, upto)
         chain = self._content[slots.cpu()]
         same = _equal_length(record.chain, chain)
@@ -241,8 +264,6 @@ class Side:
             record.live = None
             num_kv = record.num_kv
             self._touch(run.message.record)
-        if self._facts.rank:
-            return
         error = run.error
         answer = Answer(
             kind="" if error is None else error.kind,
@@ -252,13 +273,13 @@ class Side:
             preempted=run.retracted,
             kept=run.message.keep,
         )
-        self._mail.answer(run.message.id, SCHEDULER, answer)
+        self._say(run.message.id, answer)
 
     # -- commands
 
     def command(self, message: protocol.Command) -> None:
-        """Begin it; the answer comes by mail. Raises what refuses it."""
-        self._tidy()
+        """Begin it; the answer comes by mail. Raises what refuses it, on all ranks alike."""
+        self._sweep()
         self.forget(message.drop)
         if isinstance(message, protocol.Fill):
             self._fill(message)
@@ -280,7 +301,7 @@ class Side:
             self._answer(message.id, Answer())
 
     def _fill(self, message: protocol.Fill) -> None:
-        plan = self._mail.plan(message.id)
+        plan = self._agreement.together(lambda: self._mail.plan(message.id))
         if plan.num_kv > self._engine.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {self._engine.max_model_len}")
         epoch, started = self._now(), time.perf_counter()
@@ -302,15 +323,20 @@ class Side:
         self._in_thread(message.id, read)
 
     def _write(self, message: protocol.Write) -> None:
-        self._mail.store(message.store)
         record = self._records.get(message.record)
         if record is None:
             raise NotFound(GONE)
         started = time.perf_counter()
-        epoch = self._now()
-        self._usable(record, epoch)
-        num_kv = self._catch_up(record, message.num_kv)
-        self._usable(record, epoch)
+        epoch, found = self._now(), record
+
+        def look() -> int:
+            self._mail.store(message.store)
+            self._usable(found, epoch)
+            ready = self._catch_up(found, message.num_kv)
+            self._usable(found, epoch)
+            return ready
+
+        num_kv = self._agreement.least(self._agreement.together(look))
         if message.num_kv is not None:
             if message.num_kv > num_kv:
                 raise InvalidRequest(f"capture of {message.num_kv} tokens: the session has KV for {num_kv}")
@@ -360,8 +386,8 @@ class Side:
             try:
                 answer = work()
             except Exception as error:  # noqa: BLE001 - the answer says so
-                described = describe(error)
-                answer = Answer(kind=described.kind, error=str(described))
+                failed = described(error)
+                answer = Answer(kind=failed.kind, error=str(failed))
             self._answer(name, answer)
 
         self._threads.submit(run)
@@ -385,19 +411,31 @@ class Side:
         self._records[name].touched = time.monotonic()
         self._records.move_to_end(name)
 
-    def _tidy(self) -> None:
-        """What has had its time ends: pins, records that nobody used, mail that nobody fetched."""
+    def due(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Records and pins that have had their time, by this rank's clock. Asked of the first rank alone, between two
+        steps; nothing ends before all ranks are told."""
         now = time.monotonic()
-        for name in [name for name, pinned in self.pins.items() if pinned.until <= now]:
+        over = max(0, len(self._records) - MAX_RECORDS)
+        oldest = itertools.islice(self._records.items(), 64)
+        limit = now - self._settings.session_ttl_s
+        records = itertools.takewhile(lambda item: item[0] < over or item[1][1].touched < limit, enumerate(oldest))
+        pins = tuple(name for name, pinned in self.pins.items() if pinned.until <= now)
+        return tuple(name for _, (name, _) in records), pins
+
+    def end_due(self, due: Due) -> None:
+        """Let go of what the first rank's clock says is over. A pin must not hold anybody up who comes after it."""
+        for name in due.pins:
             self._let_go(name)
-        for name in list(itertools.islice(self._records, 64)):
-            record = self._records[name]
-            if record.touched >= now - self._settings.session_ttl_s and len(self._records) <= MAX_RECORDS:
-                break
-            if record.live is not None:
+        for name in due.records:
+            record = self._records.get(name)
+            if record is not None and record.live is not None:
                 self._touch(name)
             else:
                 self.forget((name,))
+
+    def _sweep(self) -> None:
+        """Mail that nobody fetched."""
+        now = time.monotonic()
         if now - self._swept > MAIL_SWEEP_S and not self._facts.rank:
             self._swept = now
             self._mail.sweep()
@@ -431,12 +469,6 @@ class Side:
         if pinned is not None:
             self.unpin(pinned.lock)
 
-    def expire_pins(self) -> None:
-        """Called between two steps: a pin that is over must not hold anybody up."""
-        now = time.monotonic()
-        for name in [name for name, pinned in self.pins.items() if pinned.until <= now]:
-            self._let_go(name)
-
     def unpin_all(self) -> None:
         for name in list(self.pins):
             self._let_go(name)
@@ -463,20 +495,20 @@ class Side:
             raise StorageFailed(f"the session's KV could not be kept: {record.kept.broken}")
 
     def _now(self) -> int:
+        """The epoch of the weights, the same on all ranks: what one of them sees has changed for all."""
+        epoch = -self._agreement.least(-self._seen())
+        if self._weights is not None:
+            self._weights.epoch = epoch
+        return epoch
+
+    def _seen(self) -> int:
+        """As this rank alone sees it."""
         if self._weights is None:
             return 0
         return self._weights.look() if self._watching else self._weights.epoch
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def describe(error: Exception) -> ThawError:
-    """An error as one of thaw's; what nobody foresaw is logged whole."""
-    if isinstance(error, ThawError):
-        return error
-    log.error("thaw: a request could not be handled", exc_info=error)
-    return StorageFailed(f"{type(error).__name__}: {error}")
 
 
 def _tokens(req: Any) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import Unsupported
@@ -17,6 +19,15 @@ REFUSED = (
     ("enable_streaming_session", "SGLang's own sessions keep KV beside the tree"),
 )
 """Arguments of SGLang's that are refused when they are set, and why."""
+ONE = (
+    ("pp_size", "ranks own layers there, and thaw counts on each rank having all of them"),
+    ("dp_size", "each replica has a scheduler of its own; start one server each"),
+    ("attn_dp_size", "ranks own requests there, not heads"),
+    ("attn_cp_size", "ranks own tokens there, not heads"),
+    ("dcp_size", "ranks own tokens there, not heads"),
+    ("nnodes", "all ranks and their clients share folders of one host"),
+)
+"""Sizes that are refused beyond one, and why."""
 ALONE = (
     ("session_params", "SGLang's own session and thaw's are two; leave one of the two out"),
     ("input_embeds", "a session is made of tokens"),
@@ -35,13 +46,22 @@ def require(context: Any) -> None:
             raise Unsupported(f"{name}={getattr(args, name)}: {why}; start SGLang without it")
     if context.is_hybrid_swa or context.is_hybrid_ssm:
         raise Unsupported("sliding-window, hybrid and recurrent models: only full attention is supported")
-    for name in ("tp_size", "pp_size", "dp_size"):
-        if getattr(args, name, 1) > 1:
-            raise Unsupported(f"{name}={getattr(args, name)}: one rank of SGLang's is supported so far")
+    for name, why in ONE:
+        if (getattr(args, name, 1) or 1) > 1:
+            raise Unsupported(f"{name}={getattr(args, name)}: {why} (several ranks by tp_size alone are supported)")
     if getattr(args, "disaggregation_mode", "null") != "null":
         raise Unsupported(f"disaggregation_mode={args.disaggregation_mode}: prefill and decode in one engine only")
     if getattr(context.model_config, "is_multimodal", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
+
+
+def require_functions(targets: Iterable[str]) -> None:
+    """Raise `Unsupported` where SGLang has not what thaw wraps: its registry of hooks only logs that."""
+    for target in targets:
+        try:
+            pkgutil.resolve_name(target)
+        except (ImportError, AttributeError):
+            raise Unsupported(f"this SGLang has no {target}; thaw was tested with 0.5.23") from None
 
 
 def require_request(request: Any) -> None:

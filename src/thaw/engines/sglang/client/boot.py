@@ -64,7 +64,7 @@ class OwnServer:
             start_new_session=True,
             env={
                 **os.environ,
-                **(cpu_environment() if on_cpu else {}),
+                **(cpu_environment(int(str(arguments.get("tp_size", 1)))) if on_cpu else {}),
                 **environment(settings),
                 "THAW_PARENT": str(os.getpid()),
                 "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",

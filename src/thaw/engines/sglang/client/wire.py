@@ -16,7 +16,7 @@ import msgspec
 from thaw.engines.served import protocol
 from thaw.engines.served.sampling_extra import EXTRA
 from thaw.engines.served.transport import Chunk, Submission
-from thaw.engines.sglang.settings import ACTION
+from thaw.engines.sglang.settings import ACTION, REFUSED
 
 
 class Meta(msgspec.Struct):
@@ -75,12 +75,13 @@ def facts(news: News) -> Mapping[str, str]:
 
 def chunk(news: News, meta: Meta, seen: int) -> Chunk:
     """What is new after `seen` tokens. SGLang repeats all tokens with every event unless it streams increments."""
-    count = max(0, meta.completion_tokens - seen)
+    reason = meta.finish_reason or {}
+    count = 0 if reason.get("message") == REFUSED else max(0, meta.completion_tokens - seen)
     return Chunk(
         token_ids=tuple(_last(news.output_ids, count)),
         logprobs=tuple(_number(entry[0]) for entry in _last(meta.output_token_logprobs, count)),
         tops=tuple(_tops(step) for step in _last(meta.output_top_logprobs, count)) or ((),) * count,
-        finish_reason=(meta.finish_reason or {}).get("type"),
+        finish_reason=reason.get("type"),
         more={} if meta.cached_tokens is None else {"num_cached_tokens": meta.cached_tokens},
     )
 
