@@ -167,8 +167,8 @@ class Preparer:
         if rest:
             engine.append(resident.ref, rest).result()
             self._planner.rates.prefilled(len(rest), time.perf_counter() - began)
-        life.keep(trunk.key, resident)
         turns = engine.view(resident.ref).turns if trunk.plain else trunk.turns
+        life.keep(trunk.key, resident)  # from here on others may bring so many points that this one goes
         reason = decision.reason if not start else f"a stored prefix of {start} tokens was loaded, the rest prefilled"
         done = msgspec.structs.replace(decision, num_prefilled_tokens=len(rest), reason=reason)
         return Prepared(resident.ref, resident, done, turns, resident.restore)

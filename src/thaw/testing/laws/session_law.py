@@ -81,7 +81,7 @@ class SessionLaw(EngineKit):
 
     def test_a_cancelled_turn_may_be_left_behind(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 60)
-        handle = lab.start(engine, session, sampling=seeded(200))
+        handle = lab.start(engine, session, sampling=seeded(400))
         next(iter(handle))
         handle.cancel()
         handle.result(LIMIT_S)
