@@ -30,10 +30,17 @@ KINDS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[1, 16], ids=["pages of 1", "pages of 16"])
+SHAPES = [
+    pytest.param({"page_size": 1}, id="pages of 1"),
+    pytest.param({"page_size": 16}, id="pages of 16"),
+    pytest.param({"page_size": 16, "tensor_parallel_size": 2}, id="pages of 16 on two ranks", marks=pytest.mark.soak),
+]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
 def engine(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Iterator[SglangEngine]:
     model = str(tiny_model("llama", dtype="bfloat16", head_dim=64))
-    room = {"max_model_len": 2048, "max_total_tokens": TOKENS, "page_size": request.param}
+    room = {"max_model_len": 2048, "max_total_tokens": TOKENS, **request.param}
     with load_engine("sglang", model=model, **room) as loaded:
         assert isinstance(loaded, SglangEngine)
         yield loaded
