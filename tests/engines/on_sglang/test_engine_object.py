@@ -63,6 +63,7 @@ def plain_program(model: Path, folder: Path) -> None:
         with thaw.attach(sgl) as engine:  # a second time
             users_calls_between_verbs(engine, sgl, lab)
         what_cannot_be_attached(sgl)
+        a_second_engine_of_the_program(sgl, model, lab)
 
 
 def users_calls_between_verbs(engine: Engine, sgl: Any, lab: Lab) -> None:
@@ -146,6 +147,14 @@ def what_cannot_be_attached(sgl: Any) -> None:
         thaw.attach(sgl, api_key="x")
     with pytest.raises(InvalidRequest, match="tokenizer"):
         thaw.attach(sgl, tokenizer=object())
+
+
+def a_second_engine_of_the_program(sgl: Any, model: Path, lab: Lab) -> None:
+    """The last thing here: SGLang's shutdown of one ends the other."""
+    with made(model) as second, thaw.attach(sgl) as one, thaw.attach(second) as two:
+        session = lab.begin(one, 300, start=9)
+        moved = lab.move(one, lab.twin(one, session), two)
+        same(lab.one(one, session, seeded(8)), lab.one(two, moved, seeded(8)))
 
 
 def async_program(model: Path, folder: Path) -> None:

@@ -53,13 +53,13 @@ class ElsewhereTransport(Transport):
             reading.cancel()
 
     async def abort(self, name: str) -> None:
-        await asyncio.wrap_future(self._there(self._inner.abort(name)))
+        await self._done(self._inner.abort(name))
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return await asyncio.wrap_future(self._there(self._inner.collective_rpc(method, args, kwargs)))
+        return await self._done(self._inner.collective_rpc(method, args, kwargs))
 
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        return await asyncio.wrap_future(self._there(self._inner.post(route, body)))
+        return await self._done(self._inner.post(route, body))
 
     async def close(self) -> None:
         await self._inner.close()
@@ -67,3 +67,6 @@ class ElsewhereTransport(Transport):
     def _there(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Begin it on the other loop."""
         return asyncio.run_coroutine_threadsafe(work, self._home)
+
+    async def _done(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(self._there(work))

@@ -15,6 +15,7 @@ what all ranks know alike. With one rank there is none.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,6 +56,10 @@ class Agreement:
         tensor = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._group)
         return int(tensor)
+
+    def of_first(self, value: int) -> int:
+        """What the first rank says."""
+        return self.least(value if self._rank == 0 else sys.maxsize)
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives on this rank, when it worked on all. Raises on all ranks what the first one raised for

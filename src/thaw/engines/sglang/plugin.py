@@ -77,7 +77,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator
     pool = Pool(allocator.get_kvcache())
-    folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{os.getppid()}")
+    agreement = Agreement(context.tp_group.cpu_group, rank, size) if size > 1 else Agreement()
+    folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{agreement.of_first(os.getpid())}")
     mail = Mail(folder)
     total = model.get_total_num_kv_heads()
     facts = WorkerFacts(
@@ -118,7 +119,6 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
             mail.register_store(uuid, Path(packs))
         mail.post(SCHEDULER, engine)
     weights = WeightsSample(context.tp_worker.model_runner.model)
-    agreement = Agreement(context.tp_group.cpu_group, rank, size) if size > 1 else Agreement()
     side = Side(pool, facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)
     return side

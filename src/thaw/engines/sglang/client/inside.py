@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, ClassVar, TypeVar
@@ -28,6 +29,8 @@ from thaw.engines.sglang.client import wire
 T = TypeVar("T")
 PAUSE_S = 0.002
 """How often a loop is looked at that its owner runs."""
+STEP_S = 0.0005
+"""How often the thread is looked at that is about to let go of a loop."""
 WHO = "this sglang.Engine"
 
 
@@ -43,14 +46,28 @@ class InsideTransport(ElsewhereTransport):
         self._driver = Driver(home)
 
     async def connect(self) -> None:
-        await asyncio.wrap_future(self._there(self._inner.connect()))
+        await self._done(self._inner.connect())
         self.mail, self.facts = self._inner.mail, self._inner.facts
 
     async def close(self) -> None:
         await asyncio.to_thread(self._driver.close)
 
+    async def stream(self, submission: Submission) -> AsyncIterator[Chunk]:
+        try:
+            async with contextlib.aclosing(super().stream(submission)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            await self._driver.let_go()
+
     def _there(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         return self._driver.wait_for(super()._there(work))
+
+    async def _done(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await super()._done(work)
+        finally:
+            await self._driver.let_go()
 
 
 class FrontEnd(Transport):
@@ -123,6 +140,7 @@ class Driver:
         self._wake = threading.Condition()
         self._waited_for: set[concurrent.futures.Future[Any]] = set()
         self._closed = False
+        self._has_it = False
         self._thread = threading.Thread(target=self._serve, name="thaw-sglang-loop", daemon=True)
         self._thread.start()
 
@@ -133,6 +151,11 @@ class Driver:
             self._wake.notify()
         future.add_done_callback(self._done)
         return future
+
+    async def let_go(self) -> None:
+        """Until the loop is its owner's again (who may call as soon as a verb has ended), or wanted anew."""
+        while self._has_it and not self._is_wanted():
+            await asyncio.sleep(STEP_S)
 
     def close(self) -> None:
         with self._wake:
@@ -170,13 +193,16 @@ class Driver:
                 self._give_up()
             elif self._home.is_running() or not self._run():
                 with self._wake:
+                    self._has_it = False
                     self._wake.wait_for(lambda: self._closed or not self._waited_for, PAUSE_S)
 
     def _wait(self) -> bool:
-        """Until the loop is wanted; False when this ends."""
+        """Until the loop is wanted, and from then on it is this thread's; False when this ends."""
         with self._wake:
+            self._has_it = False
             self._wake.wait_for(lambda: self._waited_for or self._closed)
-            return not self._closed
+            self._has_it = not self._closed
+            return self._has_it
 
     def _run(self) -> bool:
         """Run the loop until nobody wants it. False: its owner was there first."""
