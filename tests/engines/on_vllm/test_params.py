@@ -30,6 +30,8 @@ REFUSED: dict[str, Any] = {
     "skip_reading_prefix_cache": True, "thinking_token_budget": 10, "repetition_detection": {"min_count": 2},
     "routed_experts_prompt_start": 4, "trace_decode_token_ids": [1, 2], "watermarking": True,
 }  # fmt: skip
+LATER = ("trace_decode_token_ids", "watermarking")
+"""Not in 0.26, whose parameters are an object of its own where a field is not one of theirs."""
 DELIVERY: dict[str, Any] = {
     "output_kind": 1, "stream_interval": 3, "detokenize": False, "flat_logprobs": True, "skip_clone": True,
     "output_text_buffer_length": 3,
@@ -65,6 +67,10 @@ def test_what_both_have_means_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_go_on_exactly_is_refused_by_name_and_value(name: str) -> None:
+    from vllm import SamplingParams
+
+    if name in LATER and name not in SamplingParams.__struct_fields__:
+        pytest.skip("this vLLM has no such field")
     with pytest.raises(BadSampling) as caught:
         as_sampling(asked(name, REFUSED[name]))
     said = str(caught.value)
@@ -83,7 +89,7 @@ def test_parameters_as_they_are_made() -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     assert as_sampling(SamplingParams()) == Sampling(max_tokens=16)
-    greedy = SamplingParams(temperature=0.0, top_p=0.5, stop="end", bad_words=["a", "a"], logit_bias={7: 2})
+    greedy = SamplingParams(temperature=0.0, top_p=0.5, stop="end", bad_words=["a"], logit_bias={7: 2})
     assert as_sampling(greedy) == Sampling(
         temperature=0.0, max_tokens=16, stop=("end",), bad_words=("a",), logit_bias={7: 2.0}  # type: ignore[arg-type]
     )  # fmt: skip
