@@ -213,7 +213,7 @@ def test_a_rank_killed_in_the_middle_of_a_load_ends_the_engine_and_nothing_else(
 ) -> None:
     session = lab.begin(three, 700, start=60)
     plan = lab.plan(lab.capture(three, session))
-    facts = again._mail.worker_facts(1)
+    facts = again._transport.mail.worker_facts(1)
     assert facts is not None and facts.pid != again._facts.pid
     with faults.on("hang", 1), ThreadPoolExecutor(1) as pool:
         doing = pool.submit(again.hydrate(plan).result, LIMIT_S)
