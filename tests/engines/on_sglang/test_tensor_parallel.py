@@ -214,7 +214,7 @@ def test_a_rank_killed_in_the_middle_of_a_load_ends_the_engine_and_nothing_else(
     session = lab.begin(three, 700, start=60)
     plan = lab.plan(lab.capture(three, session))
     facts = again._transport.mail.worker_facts(1)
-    assert facts is not None and facts.pid != again._facts.pid
+    assert facts is not None and facts.pid != again._transport.facts.pid
     with faults.on("hang", 1), ThreadPoolExecutor(1) as pool:
         doing = pool.submit(again.hydrate(plan).result, LIMIT_S)
         while not (faults.folder / "hanging.1").exists():
