@@ -6,9 +6,11 @@ What else the machine does while a round runs falls on all of its arms alike; fi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from thaw.bench.sample import Sample
+from thaw.receipt import Arm
 
 Progress = Callable[[str], object]
 """Told what is being done, in a line."""
@@ -38,3 +40,16 @@ class Rounds:
             thunk()
         for pair in range(num_rounds):
             self.take(pair, num_rounds, arms)
+
+
+def arms_of(
+    measured: Mapping[str, Sequence[tuple[int, Sample]]], place: Callable[[str], Any],
+    words: Callable[[str], tuple[str, str]],
+) -> tuple[Arm, ...]:  # fmt: skip
+    """What was measured, as a receipt's arms: in the order of `place`, with the title and text that `words` gives."""
+    out = []
+    for name in sorted(measured, key=place):
+        title, text = words(name)
+        rows = tuple(sample.as_round(pair) for pair, sample in measured[name])
+        out.append(Arm(name=name, title=title, text=text, rounds=rows))
+    return tuple(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from thaw import receipt as r
+from thaw.bench.rounds import arms_of
 from thaw.bench.sample import Sample
 
 Measured = Mapping[str, Sequence[tuple[int, Sample]]]
@@ -56,12 +57,7 @@ OTHERS = {
 
 def arms(measured: Measured) -> tuple[r.Arm, ...]:
     """The arms that were measured, in the order of the tables above."""
-    out = []
-    for name in sorted(measured, key=_place):
-        title, text = _words(name)
-        rounds = tuple(sample.as_round(pair) for pair, sample in measured[name])
-        out.append(r.Arm(name=name, title=title, text=text, rounds=rounds))
-    return tuple(out)
+    return arms_of(measured, _place, _words)
 
 
 def _place(name: str) -> tuple[int, int]:

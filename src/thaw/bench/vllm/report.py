@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from thaw import receipt as r
+from thaw.bench.rounds import arms_of
 from thaw.bench.sample import Sample
 
 Measured = Mapping[str, Sequence[tuple[int, Sample]]]
@@ -55,12 +56,7 @@ MIN_IDLE = 0.99
 
 
 def arms(measured: Measured) -> tuple[r.Arm, ...]:
-    out = []
-    for name in sorted(measured, key=_place):
-        title, text = _words(name)
-        rounds = tuple(sample.as_round(pair) for pair, sample in measured[name])
-        out.append(r.Arm(name=name, title=title, text=text, rounds=rounds))
-    return tuple(out)
+    return arms_of(measured, _place, _words)
 
 
 def derived(measured: Measured) -> list[r.Derived]:
