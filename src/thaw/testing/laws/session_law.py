@@ -67,13 +67,17 @@ class SessionLaw(EngineKit):
         assert len(lab.one(engine, session, greedy(2)).token_ids) == 2
 
     def test_cancel_keeps_the_tokens_and_the_turn_can_be_resumed(self, engine: Engine, lab: Lab) -> None:
-        session = lab.begin(engine, 60)
-        expected = lab.one(engine, lab.twin(engine, session), seeded(200))
-        handle = lab.start(engine, session, sampling=seeded(200))
-        when(handle, 4, handle.cancel)
-        out = handle.result(LIMIT_S)[0]
-        kept = len(out.token_ids)
-        assert out.finish_reason == "abort" and 4 <= kept < 200
+        prompt = lab.begin(engine, 60)
+        for count in self.longer_and_longer:
+            whole, session = lab.twin(engine, prompt), lab.twin(engine, prompt)
+            handle = lab.start(engine, session, sampling=seeded(count))
+            when(handle, 4, handle.cancel)
+            out = handle.result(LIMIT_S)[0]
+            kept = len(out.token_ids)
+            if kept < count:
+                break
+        assert out.finish_reason == "abort" and 4 <= kept < count
+        expected = lab.one(engine, whole, seeded(count))
         view = engine.view(session)
         assert view.tokens == (*ids(60), *out.token_ids) and not view.running
         assert out.token_ids == expected.token_ids[:kept]
@@ -243,10 +247,10 @@ class SessionLaw(EngineKit):
 
     def test_closing_a_running_session_stops_it_and_not_its_batch(self, engine: Engine, lab: Lab) -> None:
         one, two = lab.begin(engine, 30), lab.begin(engine, 30, start=1)
-        handle = lab.start(engine, one, two, sampling=seeded(60))
+        handle = engine.generate([*lab.ask([one], seeded(self.long_answer)), *lab.ask([two], seeded(60))])
         when(handle, 6, lambda: engine.close_session(one))
         first, second = handle.result(LIMIT_S)
-        assert first.finish_reason == "abort" and len(first.token_ids) < 60
+        assert first.finish_reason == "abort" and len(first.token_ids) < self.long_answer
         assert second.finish_reason == "length" and len(second.token_ids) == 60
 
     def test_closing_the_engine_ends_what_runs_and_what_waits(self, load: Load, lab: Lab) -> None:
