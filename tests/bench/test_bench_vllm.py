@@ -157,16 +157,20 @@ def test_another_engine_is_refused() -> None:
     assert isinstance(done.exception, InvalidRequest) and "bench vllm boots vLLM" in str(done.exception)
 
 
-def test_rounds_take_every_arm_and_begin_with_another_one() -> None:
+def test_rounds_take_every_arm_and_none_follows_always_on_the_same_one() -> None:
     order: list[str] = []
     said: list[str] = []
     rounds = Rounds(said.append)
     arms = {name: lambda name=name: order.append(name) or sample(1.0) for name in "abc"}
-    rounds.alternate(3, arms)  # type: ignore[arg-type]
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    rounds.alternate(8, arms)  # type: ignore[arg-type]
+    taken = ["".join(order[i : i + 3]) for i in range(0, 27, 3)]
+    assert taken[0] == "abc" and all(sorted(one) == ["a", "b", "c"] for one in taken)
+    for even, odd in zip(taken[1::2], taken[2::2], strict=True):
+        assert odd == even[::-1]
+    assert len(set(taken[1::2])) > 1
     for name in "abc":
-        assert [pair for pair, _ in rounds.measured[name]] == [0, 1, 2]
-    assert said[:1] == ["warming up: a"] and said[-1] == "round 3 of 3: b"
+        assert [pair for pair, _ in rounds.measured[name]] == list(range(8))
+    assert said[:1] == ["warming up: a"] and said[-1] == f"round 8 of 8: {order[-1]}"
 
 
 def test_sessions_of_the_document_share_no_prefix_and_children_are_asked_different_things() -> None:

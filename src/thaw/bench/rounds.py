@@ -1,10 +1,14 @@
-"""Rounds: arms measured one after another, each round beginning with another arm, collected by arm.
+"""Rounds: arms measured one after another, collected by arm.
 
 What else the machine does while a round runs falls on all of its arms alike; figures are ratios of arms in one round.
+What an arm leaves behind falls on the next one. So the order is another one in every round, and what follows on what
+in one round is turned round in the next.
 """
 
 from __future__ import annotations
 
+import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,18 +23,18 @@ Thunk = Callable[[], Sample]
 
 
 class Rounds:
-    """`measured`: by arm, (pair number, sample) in the order in which they were taken."""
+    """`measured`: by arm, (pair number, sample) in the order in which they were taken. `settle_s`: a pause before each,
+    for what the one before has left running."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress, settle_s: float = 0.0) -> None:
+        self.progress, self._settle_s = progress, settle_s
         self.measured: dict[str, list[tuple[int, Sample]]] = defaultdict(list)
 
     def take(self, pair: int, num_rounds: int, arms: Mapping[str, Thunk]) -> None:
         """All arms once, as the round `pair` of `num_rounds`."""
-        names = list(arms)
-        shift = pair % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in in_turn(list(arms), pair):
             self.progress(f"round {pair + 1} of {num_rounds}: {name}")
+            time.sleep(self._settle_s)
             self.measured[name].append((pair, arms[name]()))
 
     def alternate(self, num_rounds: int, arms: Mapping[str, Thunk]) -> None:
@@ -40,6 +44,12 @@ class Rounds:
             thunk()
         for pair in range(num_rounds):
             self.take(pair, num_rounds, arms)
+
+
+def in_turn(names: list[str], pair: int) -> list[str]:
+    """The order of the round `pair`: shuffled anew for every second one, and the reverse of the one before."""
+    order = random.Random(pair // 2).sample(names, len(names))
+    return order[::-1] if pair % 2 else order
 
 
 def arms_of(

@@ -187,7 +187,7 @@ def goals(numbers: Sequence[r.Derived], children: int) -> list[r.Goal]:
 
 
 NOTES = (
-    "Every round measures all arms one after another and begins with another arm; ratios are of arms in one round.",
+    "Every round measures all arms, in an order that is shuffled and then reversed; ratios are of arms in one round.",
     "Warm arms run in one process after one unrecorded measurement of each; hydrating makes a new session that shares"
     " nothing with the live one.",
     "A fresh process finds the weights' files and, when hydrating, the packs in the page cache.",

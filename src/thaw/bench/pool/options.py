@@ -26,7 +26,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pressure (vLLM alone): `pressure_points` of `pressure_trunk` tokens in one worker with blocks for 1/`pressure` of
     them, `pressure_branches` of `pressure_tokens` each from every one, right after it is read and in
     `pressure_returns` sweeps after that; all of it `pressure_rounds` times.
-    `parts`: empty for all that the engine can. `goals` False records figures only.
+    `parts`: empty for all that the engine can. `settle_s`: the pause before each arm of a round, for the threads of a
+    worker spin for a while after its last step. `goals` False records figures only.
     """
 
     engine: str = "vllm"
@@ -51,6 +52,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pressure_rounds: int = 2
     max_batch: int = 16
     seed: int = 7
+    settle_s: float = 1.0
     goals: bool = True
     command: str = ""
 
@@ -126,7 +128,7 @@ def quick(**others: object) -> Options:
     """A run that takes every path once, with the least of everything: for tests, not for figures."""
     small: dict[str, object] = {
         "trunk_tokens": 300, "branches": (2,), "branch_tokens": 4, "rounds": 1, "boot_rounds": 1, "points": 3,
-        "queue_branches": 4, "queue_tokens": 2, "queue_trunk": 32, "max_batch": 2, "goals": False,
+        "queue_branches": 4, "queue_tokens": 2, "queue_trunk": 32, "max_batch": 2, "settle_s": 0.0, "goals": False,
         "pressure_points": 5, "pressure_trunk": 260, "pressure_branches": 2, "pressure_tokens": 2,
         "pressure_returns": 1, "pressure_rounds": 1,
     }  # fmt: skip

@@ -158,8 +158,10 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
 
 
 NOTES = (
-    "Arms that are compared take turns in one run, each round begins with another one, and each ran once before"
-    " without a record; ratios are of arms in one round. Cold boots ran fewer times, for the time they take.",
+    "Arms that are compared take turns in one run, in an order that is shuffled and then reversed, and each ran once"
+    " before without a record; ratios are of arms in one round. Cold boots ran fewer times, for the time they take.",
+    "Each arm begins settle_s after the one before: a worker's threads spin for a while after its last step, and what"
+    " runs in the other worker then shares the cores with them.",
     "Branches are greedy, with suffixes of their own. Plain requests carry a cache_salt of their own, as sessions do.",
     "Bits are promised at equal batch shape. A point at a block's end is found whole in vLLM's prefix cache, while"
     " a worker that loaded it runs its last token again: the batches differ by a token. The edge arms have one shape.",

@@ -37,7 +37,7 @@ EDGE, EDGE_TOKENS = 11, 4
 
 class _Run:
     def __init__(self, options: Options, progress: Progress) -> None:
-        self.options, self.rounds = options, Rounds(progress)
+        self.options, self.rounds = options, Rounds(progress, options.settle_s)
         self.info: EngineInfo | None = None
         self.model: r.Model | None = None
         self.capture_s = 0.0
@@ -171,6 +171,7 @@ class _Run:
             "pressure": options.pressure, "pressure_points": options.pressure_points,
             "pressure_trunk": options.pressure_trunk, "pressure_branches": options.pressure_branches,
             "pressure_tokens": options.pressure_tokens, "pressure_returns": options.pressure_returns,
-            "pressure_rounds": options.pressure_rounds, "seed": options.seed, "capture_s": self.capture_s,
+            "pressure_rounds": options.pressure_rounds, "seed": options.seed, "settle_s": options.settle_s,
+            "capture_s": self.capture_s,
             **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT}, **given, **numerics(info),
         }  # fmt: skip

@@ -153,7 +153,7 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
 
 
 NOTES = (
-    "Arms that are compared take turns in one run, each round begins with another one, and each ran once before"
+    "Arms that are compared take turns in one run, in an order that is shuffled and then reversed, each ran once before"
     " without a record; ratios are of arms in one round. The two arms of pressure run one after the other instead,"
     " each with the pool to itself; pairs are visits of the same session in the same order.",
     "Plain requests carry a cache_salt as a session does, so neither arm finds blocks of the other.",
