@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import thaw
 from thaw import Sampling
+from thaw.core.prefix import common_prefix
 from thaw.repo import Repository
-from thaw.repo.diff import common_prefix
 
 
 def test_diff_shows_where_two_children_part(repo: Repository) -> None:

@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import thaw
 from thaw import Sampling
 from thaw.core.errors import NotFound, RefConflict
+from thaw.core.prefix import common_prefix
 from thaw.engines.base import Engine
 from thaw.repo import CommitConflict, CommitResult, Repository, Session
-from thaw.repo.diff import common_prefix
 
 SOAK = os.environ.get("THAW_SOAK") == "1"
 NAMES = st.sampled_from(["main", "a", "b", "feature/c"])

@@ -39,3 +39,11 @@ def windows(start: int, end: int) -> list[tuple[int, int]]:
     """[start, end) cut at multiples of 256, as half-open pairs."""
     cuts = [start, *range((start // WINDOW + 1) * WINDOW, end, WINDOW), end]
     return [(a, b) for a, b in pairwise(cuts) if a < b]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens are equal."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from thaw.core.objects import Turn
+from thaw.core.prefix import common_prefix
 from thaw.repo import cut, timeline
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.timeline import Timeline
@@ -79,14 +80,6 @@ def diff(store: Store, a: ResolvedPoint, b: ResolvedPoint) -> Diff:
         same_model=left.line.state.model == right.line.state.model,
         nbytes_shared=weigh(store, shared),
     )
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens are equal."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
 
 
 def _load(store: Store, point: ResolvedPoint) -> _Loaded:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from thaw.core import prefix
 from thaw.core.ids import CommitId, ObjectId, StateId
 from thaw.core.objects import Commit, State
-from thaw.core.prefix import WINDOW
+from thaw.core.prefix import WINDOW, common_prefix
 from thaw.repo import resolve, timeline
-from thaw.repo.diff import common_prefix
 from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Store
 

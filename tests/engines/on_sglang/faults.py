@@ -51,9 +51,10 @@ def register() -> None:
     if "THAW_TEST_FAULTS" not in os.environ or "sglang.srt.managers.scheduler" not in sys.modules:
         return
     from thaw.core.errors import StorageFailed
+    from thaw.engines.served import records
     from thaw.engines.served.arena import Arena
     from thaw.engines.served.weights import WeightsSample
-    from thaw.engines.sglang import side
+    from thaw.engines.sglang import pins
     from thaw.engines.sglang.pool import Pool
 
     def fail_to_load(*_: Any) -> None:
@@ -69,9 +70,8 @@ def register() -> None:
 
     sample: Callable[[Any], bytes] = WeightsSample._sample
     WeightsSample._sample = lambda self: sample(self) + b"other" * _is_on("weights")  # type: ignore[method-assign]
-    side.time = SimpleNamespace(  # type: ignore[assignment]
-        monotonic=lambda: time.monotonic() + WEEK_S * _is_on("clock"), perf_counter=time.perf_counter
-    )
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + WEEK_S * _is_on("clock"))
+    records.time = pins.time = clock  # type: ignore[assignment]
     _before(Pool, "write", fail_to_load)
     _before(Arena, "allocate", fail_to_keep)
 

@@ -18,23 +18,22 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from faults import Faults
+from leaks import check_nothing_leaks
 
 from thaw.core.errors import CorruptBlob, EngineDied, NotFound, StaleSession, StorageFailed, Unsupported
 from thaw.engines import load_engine
-from thaw.engines.base import Completion, Engine, HydratePlan
+from thaw.engines.base import Engine, HydratePlan
 from thaw.engines.sglang import support
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.settings import cpu_environment, ranks_in
-from thaw.testing import EngineTests
-from thaw.testing.laws.bytes_law import blob_ids
+from thaw.testing import CrossingTests, EngineTests
+from thaw.testing.laws.crossing_law import largest, top
 from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
-from thaw.testing.plans import flip_byte, halves_swapped, mount_at, tampered
+from thaw.testing.plans import flip_byte, mount_at
 
 pytest.importorskip("sglang")
 
 RANKS, TOKENS = 3, 4096
-TOLERANCE = 0.25
-"""As between engines: three ranks add their parts in another order than one does. Wrong KV moves them by more."""
 OPTIONS = {"max_model_len": 2048, "max_total_tokens": TOKENS, "sleep_on_idle": True}
 SHAPE = {
     "head_dim": 64, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3,
@@ -86,13 +85,6 @@ def faulty(folder: Path, faults: Faults) -> SglangEngine:
         for name, value in faults.environment.items():
             patch.setenv(name, value)
         return boot(folder, RANKS)
-
-
-def check_nothing_leaks(engine: SglangEngine) -> None:
-    """SGLang's own sum, which every rank makes for itself when it is idle (and ends the engine where it fails)."""
-    stats = engine.stats()
-    found = stats["free_tokens"] + stats["evictable_tokens"] + stats["protected_tokens"]
-    assert (found, stats["protected_tokens"], stats["running"]) == (stats["tokens"], 0, 0)
 
 
 def cycle(engine: SglangEngine, lab: Lab) -> None:
@@ -168,35 +160,17 @@ def test_a_cancelled_one_ends_alone(three: SglangEngine, lab: Lab) -> None:
 # -- across rank counts
 
 
-def test_the_identity_does_not_depend_on_the_ranks(one: SglangEngine, again: SglangEngine) -> None:
-    assert one.identity() == again.identity()
+class TestAcrossRankCounts(CrossingTests):
+    @pytest.fixture
+    def here(self, again: SglangEngine) -> Engine:
+        return again
 
+    @pytest.fixture
+    def there(self, one: SglangEngine) -> Engine:
+        return one
 
-@pytest.mark.parametrize("way", ["three to one", "one to three"])
-def test_across_rank_counts_bytes_are_equal_and_logprobs_close(
-    one: SglangEngine, again: SglangEngine, lab: Lab, way: str
-) -> None:
-    giver, taker = (again, one) if way == "three to one" else (one, again)
-    session = lab.begin(giver, 700)
-    plan = lab.plan(lab.capture(giver, session), at=700)
-    hydrated = lab.hydrate(taker, plan)
-    assert hydrated.proof.hit and hydrated.proof.num_cached_tokens == plan.num_kv == 699
-    here, there = lab.capture(giver, lab.twin(giver, session, at=700)), lab.capture(taker, hydrated.session)
-    assert len(blob_ids(there)) == 3 and blob_ids(here)[:2] == blob_ids(there)[:2]
-    own = top(lab.one(giver, lab.twin(giver, session), greedy(1, logprobs=20)))
-    child = lab.one(taker, hydrated.session, greedy(1, logprobs=20))
-    assert child.num_cached_tokens == 699
-    difference = largest(own, top(child))
-    wrong = {
-        "two heads exchanged": exchanged(plan),
-        "halves of one blob exchanged": tampered(plan, halves_swapped),
-    }
-    moved = {
-        name: largest(own, top(lab.one(taker, lab.hydrate(taker, bad).session, greedy(1, logprobs=20))))
-        for name, bad in wrong.items()
-    }
-    print(f"{way}: largest difference of log probabilities {difference:.4f}; with wrong KV {moved}")
-    assert difference < TOLERANCE < min(moved.values())
+    def wrong(self, plan: HydratePlan) -> dict[str, HydratePlan]:
+        return {**super().wrong(plan), "two heads exchanged": exchanged(plan)}
 
 
 def test_three_ranks_of_another_life_go_on_bit_for_bit(three: SglangEngine, again: SglangEngine, lab: Lab) -> None:
@@ -368,16 +342,6 @@ def test_on_a_cpu_every_rank_gets_cores(monkeypatch: pytest.MonkeyPatch) -> None
     assert [ranks_in(line.split()) for line in ("--tp 3", "--tp-size=2 --page-size 16", "--page-size 16")] == [3, 2, 1]
 
 
-def top(out: Completion) -> dict[int, float]:
-    assert out.top_logprobs is not None
-    return dict(out.top_logprobs[0])
-
-
-def largest(one: dict[int, float], other: dict[int, float]) -> float:
-    both = one.keys() & other.keys()
-    return max((abs(one[token] - other[token]) for token in both), default=float("inf"))
-
-
 def exchanged(plan: HydratePlan) -> HydratePlan:
     """The blobs of two heads in each other's place: every byte is right, and lies where another rank looks."""
     slices = []
@@ -420,4 +384,4 @@ def test_the_real_model_across_rank_counts(demo_model: Path, lab: Lab) -> None:
         equal = next((i for i, (a, b) in enumerate(zip(first.token_ids, second.token_ids, strict=True)) if a != b), 16)
         difference = largest(top(first), top(second))
         print(f"{way}: largest difference of log probabilities {difference:.4f}; {equal} of 16 greedy tokens equal")
-        assert difference < TOLERANCE
+        assert difference < CrossingTests.tolerance

@@ -28,7 +28,7 @@ class ThawRadixCache(UnifiedRadixCache):
     def bind(self, side: Side) -> None:
         self.side = side
         side.row, side.free_tail = self._row, self.token_to_kv_pool_allocator.free
-        side.pin, side.unpin, side.room = self._pin, self.unlock, self._room
+        side.pins.lock, side.pins.unlock, side.room = self._pin, self.unlock, self._room
 
     # -- what SGLang asks
 
@@ -98,7 +98,7 @@ class ThawRadixCache(UnifiedRadixCache):
         limited = _limited(params, aligned)
         match = super().match_prefix(limited)
         slots = self._slots(match)
-        if not self.side.is_content(slots, record.chain):
+        if not self.side.contents.are(slots, record.chain):
             params.req.extra_key = _own_salt(run)
             limited = _limited(_salted(params), aligned)
             match = super().match_prefix(limited)
@@ -178,7 +178,7 @@ class ThawRadixCache(UnifiedRadixCache):
         if record.salt is None:
             return None, 0
         params = MatchPrefixParams(key=RadixKey(array("q", record.tokens[: record.num_kv]), record.salt or None))
-        there = self.side.own_length(self._slots(super().match_prefix(params)), record.chain)
+        there = self.side.contents.own_length(self._slots(super().match_prefix(params)), record.chain)
         aligned = there // self.page_size * self.page_size
         match = super().match_prefix(_limited(params, aligned))
         return self.lock(match.last_device_node), match.device_prefix_len

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class Record:
     chain: torch.Tensor
     live: Run | None = None
     salt: str | None = None
-    touched: float = field(default_factory=time.monotonic)
+    touched: float = 0.0
 
     @property
     def num_kv(self) -> int:
@@ -55,13 +54,13 @@ class Run:
     retracted: int = 0
     error: ThawError | None = None
 
+    def tokens(self) -> list[int]:
+        """Of the request as SGLang has it, the sampled ones included."""
+        return [*self.req.origin_input_ids, *self.req.output_ids]
 
-@dataclass
-class Pinned:
-    until: float
-    lock: Any
-    num_tokens: int
-
-
-def empty_chain() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.int64)
+    def num_computed(self) -> int:
+        """How many have KV once the steps launched so far are done; never the last one, which runs again."""
+        req = self.req
+        if req is None or not req.kv.holds_kv:
+            return 0
+        return max(0, min(int(req.kv.kv_committed_len), len(req.origin_input_ids) + len(req.output_ids) - 1))

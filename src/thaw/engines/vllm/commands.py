@@ -103,7 +103,7 @@ class Commands:
             "blocks": side.facts.num_blocks,
             "free_blocks": pool.get_num_free_blocks() if pool is not None else 0,
             "pinned_blocks": side.pins.num_blocks(),
-            **side.counters,
+            **side.counts(),
         }
 
     def _fill(self, message: protocol.Fill) -> None:
@@ -120,7 +120,7 @@ class Commands:
         side = self._side
         side.mail.store(message.store)
         record = side.records.known(message.record)
-        num_kv = side.catch_up(message, record, message.num_kv)
+        num_kv = side.catch_up(message.record, record, message.num_kv)
         if message.num_kv is not None:
             if message.num_kv > num_kv:
                 raise InvalidRequest(f"capture of {message.num_kv} tokens: the session has KV for {num_kv}")

@@ -12,60 +12,39 @@ that vLLM would hit must be the record's own, else the request gets a salt of it
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from thaw.core.errors import Busy, InvalidRequest, StorageFailed, ThawError, Unsupported
+from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts
+from thaw.engines.served.records import Records
 from thaw.engines.vllm import jobs, support
 from thaw.engines.vllm.commands import Commands, reply
 from thaw.engines.vllm.contents import Contents
 from thaw.engines.vllm.groups import Groups
 from thaw.engines.vllm.jobs import Job
+from thaw.engines.vllm.loads import Loads
 from thaw.engines.vllm.pins import Pins
-from thaw.engines.vllm.records import Record, Records
+from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.running import Running, give_own_salt, is_aborted, is_failed
+from thaw.engines.vllm.saving import Saving
 from thaw.engines.vllm.settings import VllmSettings
 
 log = logging.getLogger("thaw.vllm")
 MAIL_SWEEP_S = 300.0
 
 
-@dataclass
-class Running:
-    """A thaw request that vLLM knows: `want` tokens are to come from the record.
-
-    `computed`: tokens that have KV in its blocks once all steps so far are done. `preempted`: how often its KV was
-    saved when vLLM took its blocks away. `found`: (local, loaded) tokens when it first got blocks. `given`: tokens that
-    it had from vLLM's cache and from thaw when it last got blocks. `salted`: its blocks are its lineage's alone.
-    `replayed`: its grammar knows what the completion has already."""
-
-    request: Any
-    message: protocol.Run
-    want: int
-    local: int = 0
-    found: tuple[int, int] | None = None
-    given: int = 0
-    computed: int = 0
-    preempted: int = 0
-    error: ThawError | None = None
-    replayed: bool = False
-    salted: bool = False
-    background: bool = False
-    loading: int | None = None
-
-
 class SchedulerSide:
     def __init__(self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
-        self._block_size, self._token_nbytes = facts.block_size, token_nbytes
-        self.records = Records(settings.session_ttl_s)
+        self._block_size = facts.block_size
+        self.records: Records[Record] = Records(settings.session_ttl_s)
         self.contents = Contents()
         self.pins = Pins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
@@ -73,15 +52,11 @@ class SchedulerSide:
         self.on = settings.enabled
         self._commands = Commands(self)
         self._runs: dict[str, Running] = {}
-        self._tables: dict[str, list[int]] = {}
         self._groups = Groups()
-        self._loading: dict[int, str] = {}
-        self._rescues: list[Job] = []
+        self._saving = Saving(self.records, self.contents, self.queue, facts.block_size)
+        self._loads = Loads(self.records, facts.block_size, token_nbytes, settings.async_nbytes)
         self._swept = time.monotonic()
-        self.counters = dict.fromkeys(
-            ("captures", "hydrates", "forks", "refused", "preempted", "loaded_tokens", "hit_tokens",
-             "split_groups", "shuffled_groups"), 0,
-        )  # fmt: skip
+        self.counters = dict.fromkeys(("captures", "hydrates", "forks", "refused", "loaded_tokens", "hit_tokens"), 0)
 
     def bind(self, pool: Any) -> None:
         self.contents.pool = pool
@@ -127,9 +102,9 @@ class SchedulerSide:
         source = self._source(message)
         tokens = list(request.all_token_ids)
         want = message.num_kv
-        if source is not None:
-            want = min(want, self.catch_up(message, source, want))
-            same = _common(source.tokens[:want], tokens)
+        if source is not None and message.source is not None:
+            want = min(want, self.catch_up(message.source, source, want))
+            same = common_prefix(source.tokens[:want], tokens)
             if same < want:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
         chain = source.chain[: want // self._block_size] if source is not None else []
@@ -140,7 +115,7 @@ class SchedulerSide:
         if message.group is not None:
             self._groups.join(message.group, message.group_size, message.group_place, request.request_id)
         if self.contents.hits_foreign(request, chain):
-            _give_own_salt(request)
+            give_own_salt(request)
         self.counters["forks"] += message.source not in (None, message.record)
 
     def _source(self, message: protocol.Run) -> Record | None:
@@ -156,56 +131,12 @@ class SchedulerSide:
         self.records.touch(message.source)
         return source
 
-    def catch_up(self, message: protocol.Run | protocol.Write, record: Record, want: int | None) -> int:
-        """How many tokens the record has; of one that is running, those computed by now are synced first."""
-        live = record.live
-        if live is not None and live.request_id in self._runs:
-            self._rescue(live.request_id, self._runs[live.request_id])
-        if live is None or (want is not None and want <= record.num_kv):
-            return record.num_kv
-        table = self._tables.get(live.request_id)
-        ready: int = min(live.num_computed_tokens, live.num_tokens - 1)
-        if want is not None:
-            ready = min(ready, want)
-        if table is None or ready <= record.num_kv:
-            return record.num_kv
-        name = message.source if isinstance(message, protocol.Run) else message.record
-        assert name is not None
-        self.queue.append(self._sync(record, name, table, ready, live))
-        record.leaving = True
-        return ready
-
-    def _sync(
-        self, record: Record, name: str, table: Sequence[int], upto: int, live: Any, finished: str | None = None,
-        *, now: bool = False,
-    ) -> Job:  # fmt: skip
-        """What brings the record up to `upto` tokens; from now on it counts as done."""
-        blocks = tuple(table[: -(-upto // self._block_size)])
-        record.tokens = list(live.all_token_ids[:upto])
-        record.num_kv = upto
-        self.contents.note_computed(record, blocks, upto // self._block_size)
-        return jobs.Sync(name, blocks, upto, finished, now)
-
-    # -- vLLM takes a running request's blocks away
-
-    def _rescue(self, name: str, run: Running) -> None:
-        """If vLLM has preempted the request: save its KV before anything is written over it, in the jobs of the very
-        next step. It then goes on from the record with the same bits, instead of computing what it had again."""
-        request = run.request
-        if request.num_preemptions == run.preempted:
-            return
-        run.preempted, run.background = request.num_preemptions, False
-        self.counters["preempted"] += 1
-        table = self._tables.pop(name, None)
-        record = self.records.get(run.message.record)
-        if table is None or record is None or record.live is not request:
-            return
-        upto = min(run.computed, request.num_tokens - 1, len(table) * self._block_size)
-        if upto > record.num_kv or record.leaving:
-            upto = max(upto, record.num_kv)
-            self._rescues.append(self._sync(record, run.message.record, table, upto, request, now=True))
-            record.leaving = False
-        run.want = record.num_kv
+    def catch_up(self, name: str, record: Record, want: int | None) -> int:
+        """How many tokens the record `name` has; of one that is running, those computed by now are synced first."""
+        run = self._runs.get(record.live.request_id) if record.live is not None else None
+        if run is not None:
+            self._saving.rescue(run)
+        return self._saving.catch_up(name, record, want)
 
     # -- what vLLM asks before it schedules a request
 
@@ -221,23 +152,22 @@ class SchedulerSide:
             return max(1, request.num_tokens - local), True
         if self._groups.waits(run.message.group, request.request_id):
             return None, False
-        self._rescue(request.request_id, run)
+        self._saving.rescue(run)
         self._replay(request, run)
         if run.error is not None:
             run.local = local
             return max(1, request.num_tokens - local), True
         want = min(run.want, request.num_tokens - 1)
         if self._foreign(request, run, local):
-            _give_own_salt(request)
+            give_own_salt(request)
             return None, False
         run.local = local
         missing = max(want - local, 0)
         if not missing:
             return 0, False
-        leader = self._loading.get(self._key(run, want))
-        if leader is not None and leader != request.request_id:
+        if self._loads.is_led(run, want):
             return None, False
-        return missing, self._in_background(missing)
+        return missing, self._loads.in_background(missing)
 
     def _replay(self, request: Any, run: Running) -> None:
         """Bring the grammar of a completion that goes on in its middle to where it was. vLLM asks for matches only when
@@ -256,15 +186,6 @@ class SchedulerSide:
             self.mail.answer(run.message.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
             run.error = error
 
-    def _in_background(self, num_tokens: int) -> bool:
-        return num_tokens * self._token_nbytes > self._settings.async_nbytes
-
-    def _key(self, run: Running, want: int) -> int:
-        """What siblings that load the same blocks have in common: the content of the last full one (0: none)."""
-        record = self.records.get(run.message.record)
-        full = want // self._block_size
-        return record.chain[full - 1] if record is not None and 0 < full <= len(record.chain) else 0
-
     def _foreign(self, request: Any, run: Running, local: int) -> bool:
         record = self.records.get(run.message.record)
         if record is None:
@@ -278,7 +199,7 @@ class SchedulerSide:
         if run is not None and run.background and not num_external:
             run.given = run.want
             self.contents.renew(blocks[-(-run.want // self._block_size) :])
-            self._loaded(request.request_id)  # who is asked after it in this step shares its blocks, and starts with it
+            self._loads.ends(run)  # who is asked after it in this step shares its blocks, and starts with it
             return
         self.contents.renew(blocks[0 if run is None else run.local // self._block_size :])
         if run is None:
@@ -294,16 +215,14 @@ class SchedulerSide:
         self.counters["hit_tokens"] += run.local
         name, record = run.message.id, run.message.record
         if num_external:
-            background = self._in_background(num_external)
+            background = self._loads.in_background(num_external)
             start = want - num_external
             used = tuple(blocks[: -(-want // self._block_size)])
             self.queue.append(jobs.Load(request.request_id, name, record, used, start, want, background))
             self._note_loaded(run, used, start, want)
             run.background = background
             if background:
-                run.loading = self._key(run, want)
-                if run.loading:
-                    self._loading[run.loading] = request.request_id
+                self._loads.begins(run, want)
         elif want:
             self.queue.append(jobs.Check(request.request_id, name, record, tuple(blocks[:1])))
 
@@ -316,24 +235,22 @@ class SchedulerSide:
 
     def collect(self, output: Any) -> list[Job]:
         """The jobs of this step; also learn from vLLM's output which blocks its requests have."""
-        for name, run in self._runs.items():
-            self._rescue(name, run)
+        for run in self._runs.values():
+            self._saving.rescue(run)
         self._follow(output)
         self.pins.release()
-        out = [*self._rescues, *self.queue]
-        self._rescues.clear()
+        out = [*self._saving.rescues, *self.queue]
+        self._saving.rescues.clear()
         self.queue.clear()
         self.contents.step_begins()
-        self.counters["split_groups"] = self._groups.num_split
-        self.counters["shuffled_groups"] = self._groups.num_shuffled
         return out
 
     def _follow(self, output: Any) -> None:
         self._groups.step_begins()
         for new in output.scheduled_new_reqs:
             if new.req_id in self._runs:
-                self._tables[new.req_id] = list(new.block_ids[0])
-                self._loaded(new.req_id)
+                self._saving.tables[new.req_id] = list(new.block_ids[0])
+                self._loads.ends(self._runs[new.req_id])
                 self._check_own(new.req_id, new.num_computed_tokens)
                 self._groups.begins(self._runs[new.req_id].message.group)
                 self._count(new.req_id, new.num_computed_tokens, output)
@@ -347,13 +264,13 @@ class SchedulerSide:
                 self.contents.renew(fresh[0])
             if name in self._runs:
                 if name in cached.resumed_req_ids:
-                    self._tables[name] = list(fresh[0])
-                    self._loaded(name)
+                    self._saving.tables[name] = list(fresh[0])
+                    self._loads.ends(self._runs[name])
                     self._check_own(name, before)
                 else:
-                    self._tables.setdefault(name, []).extend(fresh[0])
+                    self._saving.tables.setdefault(name, []).extend(fresh[0])
         for name in output.finished_req_ids:
-            self._tables.pop(name, None)
+            self._saving.tables.pop(name, None)
 
     def _count(self, name: str, before: int, output: Any) -> None:
         if name in self._runs:
@@ -373,14 +290,7 @@ class SchedulerSide:
             "among thaw's options where that connector finds KV by vLLM's salted block hashes"
         )
         self.mail.answer(run.message.id, SCHEDULER, Answer(kind=run.error.kind, error=str(run.error)))
-        self.queue.append(jobs.Fail(name, tuple(self._tables[name]), background=False))
-
-    def _loaded(self, request_id: str) -> None:
-        """A load in the background is over: siblings may go on."""
-        run = self._runs[request_id]
-        if run.loading:
-            self._loading.pop(run.loading, None)
-            run.loading = None
+        self.queue.append(jobs.Fail(name, tuple(self._saving.tables[name]), background=False))
 
     # -- a request ends
 
@@ -389,43 +299,26 @@ class SchedulerSide:
         name = request.request_id
         if name in self._commands:
             return False, self._commands.end(name)
-        if name in self._runs:
-            self._rescue(name, self._runs[name])
         run = self._runs.pop(name, None)
         if run is None:
             return False, None
+        self._saving.rescue(run)
         if run.message.group is not None:
             self._groups.start(run.message.group)
-        if run.loading:
-            self._loading.pop(run.loading, None)
+        self._loads.ends(run)
         if run.error is not None:
             held, _ = self._settle(request, run, blocks)
             return held, reply(run.message.id, Answer(kind=run.error.kind, error=str(run.error)))
-        if _failed(request) and run.found is None and run.message.grammar_from is not None:
+        if is_failed(request) and run.found is None and run.message.grammar_from is not None:
             error = InvalidRequest("vLLM could not make a grammar of structured_outputs; the engine's log says why")
             self.mail.answer(run.message.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
         held, answer = self._settle(request, run, blocks)
-        if _aborted(request) or (run.message.mail and not _failed(request)):
+        if is_aborted(request) or (run.message.mail and not is_failed(request)):
             self.mail.answer(run.message.id, SCHEDULER, answer)
         return held, reply(run.message.id, answer)
 
     def _settle(self, request: Any, run: Running, blocks: Sequence[int]) -> tuple[bool, Answer]:
-        record = self.records.get(run.message.record)
-        held = False
-        num_kv = 0
-        if record is not None and record.live is request:
-            num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
-            keep = run.message.keep and run.error is None and not _failed(request)
-            if keep and num_kv > record.num_kv and len(blocks) * self._block_size >= num_kv:
-                job = self._sync(record, run.message.record, blocks, num_kv, request, request.request_id)
-                self.queue.append(job)
-                held = True
-            elif record.leaving and blocks:
-                self.queue.append(jobs.Sync(run.message.record, (), 0, request.request_id))
-                held = True
-            record.live, record.leaving = None, False
-            self.records.touch(run.message.record)
-            num_kv = record.num_kv
+        held, num_kv = self._saving.end(run, blocks)
         local, external = run.found or (0, 0)
         return held, Answer(
             num_tokens=request.num_tokens,
@@ -436,9 +329,18 @@ class SchedulerSide:
             kept=run.message.keep,
         )
 
+    def counts(self) -> dict[str, int]:
+        """What has happened so far."""
+        return {
+            **self.counters,
+            "preempted": self._saving.num_preempted,
+            "split_groups": self._groups.num_split,
+            "shuffled_groups": self._groups.num_shuffled,
+        }
+
     def metrics(self) -> dict[str, int]:
         """Counts that only this side knows."""
-        return {**self.counters, "records": len(self.records), "pinned_blocks": self.pins.num_blocks()}
+        return {**self.counts(), "records": len(self.records), "pinned_blocks": self.pins.num_blocks()}
 
     # -- what has had its time
 
@@ -446,14 +348,13 @@ class SchedulerSide:
         """What has had its time ends: pins, records that nobody used, mail that nobody fetched."""
         now = time.monotonic()
         self.pins.release()
-        for name in self.records.stale():
-            self._forget((name,))
+        self._forget(self.records.unused(self.records.overdue()))
         if now - self._swept > MAIL_SWEEP_S:
             self._swept = now
             self.mail.sweep()
 
     def _forget(self, names: Iterable[str]) -> None:
-        gone = self.records.drop(names)
+        gone = tuple(name for name in names if self.records.drop(name))
         for name in gone:
             self.pins.unpin(name)
         if gone:
@@ -474,25 +375,3 @@ def _described(error: Exception) -> ThawError:
 def _anonymous() -> protocol.Look:
     """Stands for a message that could not be read."""
     return protocol.Look(id=secrets.token_hex(16))
-
-
-def _common(one: Sequence[int], two: Sequence[int]) -> int:
-    """The length of the longest common prefix."""
-    if list(one) == list(two[: len(one)]):
-        return len(one)
-    return next(i for i, (a, b) in enumerate(itertools.zip_longest(one, two)) if a != b)
-
-
-def _give_own_salt(request: Any) -> None:
-    """Before it is scheduled: a salt that no other request has, so that nothing is found under it."""
-    request.cache_salt = f"thaw-own:{secrets.token_hex(16)}"
-    request.block_hashes.clear()
-    request.update_block_hashes()
-
-
-def _aborted(request: Any) -> bool:
-    return str(request.status).endswith("FINISHED_ABORTED")
-
-
-def _failed(request: Any) -> bool:
-    return str(request.status).endswith("FINISHED_ERROR")

@@ -1,0 +1,75 @@
+"""What an engine keeps of sessions: records by name, in the order of their last use. What a record has is its own."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from typing import Any, Generic, Protocol, TypeVar
+
+from thaw.core.errors import NotFound
+
+MAX_RECORDS = 100_000
+LOOKED_AT = 64
+"""How many of the oldest are looked at when there is something to tidy."""
+
+
+class Kept(Protocol):
+    """`live`: the request that extends it, if one does. `touched`: when it was last used, by the monotonic clock."""
+
+    live: Any
+    touched: float
+
+
+R = TypeVar("R", bound=Kept)
+
+
+class Records(Generic[R]):
+    """`ttl_s`: what nobody used for so long is overdue, and so are the oldest of more than `MAX_RECORDS`."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._kept: OrderedDict[str, R] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, name: str) -> R | None:
+        return self._kept.get(name)
+
+    def known(self, name: str) -> R:
+        """Raises `NotFound` for one that is gone."""
+        record = self._kept.get(name)
+        if record is None:
+            raise NotFound("the engine has let go of this session (it restarted, or the session was idle too long)")
+        return record
+
+    def keep(self, name: str, record: R) -> None:
+        self._kept[name] = record
+        self.touch(name)
+
+    def touch(self, name: str) -> None:
+        self._kept[name].touched = time.monotonic()
+        self._kept.move_to_end(name)
+
+    def drop(self, name: str) -> bool:
+        """Whether it was there."""
+        return self._kept.pop(name, None) is not None
+
+    def overdue(self) -> tuple[str, ...]:
+        """The names of those that have had their time, the oldest first; at most `LOOKED_AT` at once."""
+        over, limit = len(self._kept) - MAX_RECORDS, time.monotonic() - self._ttl_s
+        oldest = enumerate(itertools.islice(self._kept.items(), LOOKED_AT))
+        found = itertools.takewhile(lambda item: item[0] < over or item[1][1].touched < limit, oldest)
+        return tuple(name for _, (name, _) in found)
+
+    def unused(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `names` that no request extends; the others count as used now."""
+        idle = []
+        for name in names:
+            record = self._kept.get(name)
+            if record is not None and record.live is not None:
+                self.touch(name)
+            else:
+                idle.append(name)
+        return tuple(idle)

@@ -1,0 +1,156 @@
+"""Commands: requests that compute nothing. Here is what each one starts; its answer comes by mail.
+
+They run between two steps. What takes long, reading and writing packs, goes on in threads of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from thaw.core.errors import InvalidRequest, NotFound, TooLong
+from thaw.engines.served import protocol
+from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.packing import Packing
+from thaw.engines.served.protocol import Answer
+from thaw.engines.sglang.agreement import described
+from thaw.engines.sglang.epochs import require_usable
+from thaw.engines.sglang.records import Record
+
+if TYPE_CHECKING:
+    from thaw.engines.sglang.side import Side
+
+
+class Commands:
+    def __init__(self, side: Side, packing: Packing) -> None:
+        self._side, self._packing = side, packing
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
+
+    def begin(self, message: protocol.Command) -> None:
+        """Raises what refuses it, on all ranks alike."""
+        side = self._side
+        if isinstance(message, protocol.Fill):
+            self._fill(message)
+        elif isinstance(message, protocol.Write):
+            self._write(message)
+        elif isinstance(message, protocol.Pin):
+            side.say(message.id, self._pin(message))
+        elif isinstance(message, protocol.Look):
+            self._look(message)
+        elif isinstance(message, protocol.Stats):
+            side.answer(message.id, Answer(counts=self._counts()))
+        elif isinstance(message, protocol.Unpin):
+            side.pins.reset()
+            side.say(message.id, Answer())
+        elif isinstance(message, protocol.Switch):
+            side.on, side.epochs.watching = message.on, message.watch_weights
+            if not message.on:
+                side.pins.reset()
+            side.answer(message.id, Answer())
+
+    def _fill(self, message: protocol.Fill) -> None:
+        side = self._side
+        plan = side.agreement.together(lambda: side.mail.plan(message.id))
+        if plan.num_kv > side.engine.max_model_len:
+            raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.engine.max_model_len}")
+        epoch, started = side.epochs.now(), time.perf_counter()
+        chain = side.contents.fresh(plan.num_kv)
+        side.counters["hydrates"] += 1
+        # The record is there at once, broken until it is whole: who is quicker than the disk is refused, not served.
+        kept = Kept((), epoch, broken="it is not read yet")
+        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), kept, chain))
+
+        def read() -> Answer:
+            pieces, nbytes, read_s = self._packing.read(plan)
+            kept.pieces = side.arena.joined(pieces)
+            kept.broken = ""
+            seconds = time.perf_counter() - started
+            stages = {"read": read_s, "fill": seconds}
+            return Answer(num_kv=plan.num_kv, nbytes=nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
+
+        self._in_thread(message.id, read)
+
+    def _write(self, message: protocol.Write) -> None:
+        side = self._side
+        record = side.records.known(message.record)
+        started, epoch = time.perf_counter(), side.epochs.now()
+        num_kv = self._num_written(message, record, epoch)
+        if len(message.packs) != side.facts.world_size:
+            raise InvalidRequest(f"{len(message.packs)} packs for {side.facts.world_size} ranks: give one to each")
+        run = record.live
+        num_tokens = len(run.tokens() if run is not None and run.req is not None else record.tokens)
+        side.counters["captures"] += 1
+        pieces, cut_s = record.kept.cut(num_kv), time.perf_counter() - started
+        pack = message.packs[side.facts.rank]
+
+        def write() -> Answer:
+            answer = self._packing.write(
+                pieces, message.base, num_kv, store=message.store, pack=pack, num_tokens=num_tokens, epoch=epoch
+            )
+            answer.stages_s["cut"] = cut_s
+            return answer
+
+        self._in_thread(message.id, write)
+
+    def _num_written(self, message: protocol.Write, record: Record, epoch: int) -> int:
+        """The end of the record's tokens that every rank has and that are to be written."""
+        side = self._side
+
+        def look() -> int:
+            side.mail.store(message.store)
+            require_usable(record, epoch)
+            ready = side.catch_up(record, message.num_kv)
+            require_usable(record, epoch)
+            return ready
+
+        num_kv = side.agreement.least(side.agreement.together(look))
+        if message.num_kv is not None:
+            if message.num_kv > num_kv:
+                raise InvalidRequest(f"capture of {message.num_kv} tokens: the session has KV for {num_kv}")
+            num_kv = message.num_kv
+        if message.base > num_kv:
+            raise InvalidRequest(f"capture from token {message.base}: the session has KV for {num_kv} tokens")
+        return num_kv
+
+    def _pin(self, message: protocol.Pin) -> Answer:
+        side = self._side
+        side.pins.unpin(message.record)
+        if message.seconds == 0:
+            return Answer()
+        num_tokens, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
+        return Answer(num_kv=num_tokens, seconds=seconds)
+
+    def _look(self, message: protocol.Look) -> None:
+        side = self._side
+        epoch = side.epochs.now()
+        if not message.digest:
+            side.answer(message.id, Answer(epoch=epoch))
+            return
+        weights = side.epochs.weights
+        if weights is None:
+            raise NotFound("the model was not found in this process; its weights cannot be hashed")
+        self._in_thread(message.id, lambda: Answer(epoch=epoch, digest=weights.digest()))
+
+    def _counts(self) -> dict[str, int]:
+        side = self._side
+        return {
+            "records": len(side.records),
+            "running": len(side.runs),
+            "pinned_tokens": side.pins.num_tokens(),
+            **side.room(),
+            **side.counters,
+            "arena_nbytes": side.arena.used,
+            "spilled_nbytes": side.arena.spilled,
+        }
+
+    def _in_thread(self, name: str, work: Callable[[], Answer]) -> None:
+        def run() -> None:
+            try:
+                answer = work()
+            except Exception as error:  # noqa: BLE001 - the answer says so
+                failed = described(error)
+                answer = Answer(kind=failed.kind, error=str(failed))
+            self._side.answer(name, answer)
+
+        self._threads.submit(run)

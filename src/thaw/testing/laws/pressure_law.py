@@ -1,0 +1,183 @@
+"""A served engine with little room, cycled again and again: nothing is lost, nothing leaks, and one failure is one
+request's. `PressureTests` is to be subclassed:
+
+    engine              a fixture: an engine whose pool holds two sessions of 1,500 tokens, and whose limit is 2,048
+    granule             tokens of a block: what of a session ends inside one is loaded again after a hit
+    num_pinned          tokens that pins hold
+    check_nothing_leaks by the engine's own counts, when no request runs
+    operations          of the random history, and what they are; a subclass may add its own (`operate`)
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from thaw.core.errors import InvalidRequest, NotFound
+from thaw.engines.base import SessionRef
+from thaw.engines.served.engine import ServedEngine
+from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, same, seeded
+from thaw.testing.plans import mount_at
+
+MAX_SESSIONS = 12
+
+Finished = Callable[[Counter[str]], None]
+
+
+class PressureTests:
+    granule: ClassVar[int]
+    num_operations: ClassVar[int] = 200
+    operations: ClassVar[tuple[str, ...]] = (
+        "open", "turn and its replay", "fork", "fork inside", "capture and hydrate", "cancel", "turn of three children"
+    )  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls) -> Iterator[ServedEngine]:
+        raise NotImplementedError("give a class-scoped fixture `engine`")
+
+    @pytest.fixture
+    def lab(self, tmp_path: Path) -> Lab:
+        return Lab(mount_at(tmp_path / "packs"))
+
+    @pytest.fixture
+    def finished(self) -> Finished:
+        """Told how often each operation was done, when the random history has passed."""
+        return lambda counts: None
+
+    def num_pinned(self, engine: ServedEngine) -> int:
+        raise NotImplementedError
+
+    def check_nothing_leaks(self, engine: ServedEngine) -> None:
+        raise NotImplementedError
+
+    def operate(self, kind: str, engine: ServedEngine, session: SessionRef, dice: random.Random) -> None:
+        """An operation that is not of this law."""
+        raise NotImplementedError(kind)
+
+    def cycle(self, engine: ServedEngine, lab: Lab) -> None:
+        """Other sessions' prompts through the whole pool, three times over."""
+        for start in range(100, 106):
+            engine.close_session(lab.begin(engine, 1500, start=start))
+
+    def test_an_idle_session_survives_the_pool_being_cycled(self, engine: ServedEngine, lab: Lab) -> None:
+        session = lab.begin(engine, 1500)
+        expected = lab.one(engine, lab.twin(engine, session), seeded(12))
+        self.cycle(engine, lab)
+        again = lab.one(engine, lab.twin(engine, session), seeded(12))
+        same(expected, again)
+        assert again.num_cached_tokens == 1499
+
+    def test_children_that_come_back_together_are_loaded_once_and_share(self, engine: ServedEngine, lab: Lab) -> None:
+        session = lab.begin(engine, 1500)
+        expected = lab.run(engine, *(lab.twin(engine, session) for _ in range(4)), sampling=greedy(8))
+        self.cycle(engine, lab)
+        before = engine.stats()
+        again = lab.run(engine, *(lab.twin(engine, session) for _ in range(4)), sampling=greedy(8))
+        for one, two in zip(expected, again, strict=True):
+            same(one, two)
+        assert [out.num_cached_tokens for out in again] == [1499] * 4
+        after = engine.stats()
+        loaded = after["loaded_tokens"] - before["loaded_tokens"]
+        assert loaded < 1499 + 4 * self.granule, "four children need one load and four tails"
+        assert after.get("split_groups") == before.get("split_groups"), "all four begin in one step: equal batches"
+
+    def test_a_session_that_the_engine_let_go_of_is_refused_and_nothing_else(
+        self, engine: ServedEngine, lab: Lab
+    ) -> None:
+        session, other = lab.begin(engine, 300), lab.begin(engine, 40)
+        node = engine._sessions[session].node
+        assert node is not None
+        engine._talk.dropped.append(node.name)
+        with pytest.raises(NotFound, match="let go"):
+            lab.one(engine, session, greedy(2), (1,))
+        assert len(lab.one(engine, other, greedy(2)).token_ids) == 2
+
+    def test_pins_hold_memory_and_let_it_go(self, engine: ServedEngine, lab: Lab) -> None:
+        session = lab.begin(engine, 600)
+        held = engine.pin(session, 60).result(LIMIT_S)
+        assert 600 - self.granule < held <= 600 and self.num_pinned(engine) == held
+        large = lab.begin(engine, 1500, start=3)
+        with pytest.raises(InvalidRequest, match="pin_fraction"):
+            engine.pin(large, 60).result(LIMIT_S)
+        self.cycle(engine, lab)
+        before = engine.stats()["loaded_tokens"]
+        assert lab.one(engine, lab.twin(engine, session), greedy(2)).num_cached_tokens == 599
+        loaded = engine.stats()["loaded_tokens"] - before
+        assert loaded == max(599 - held, 0), "what was pinned was hit, only the tail loaded"
+        engine.pin(session, 0).result(LIMIT_S)
+        assert self.num_pinned(engine) == 0
+
+    def test_switched_off_it_refuses_and_on_again_it_goes_on(self, engine: ServedEngine, lab: Lab) -> None:
+        session = lab.begin(engine, 300)
+        expected = lab.one(engine, lab.twin(engine, session), greedy(4))
+        engine.switch(on=False)
+        try:
+            with pytest.raises(InvalidRequest, match="switched off"):
+                lab.one(engine, lab.twin(engine, session), greedy(4))
+        finally:
+            engine.switch(on=True)
+        same(expected, lab.one(engine, lab.twin(engine, session), greedy(4)))
+
+    @pytest.mark.timeout(3600)
+    def test_random_operations_leak_nothing_and_give_no_wrong_token(
+        self, engine: ServedEngine, lab: Lab, finished: Finished
+    ) -> None:
+        """In random order, in a pool that holds two of the sessions. Every turn is repeated from its own start by a
+        child with the parent's seed: equal bits."""
+        dice, before = random.Random(7), engine.stats()["records"]
+        sessions: list[SessionRef] = [lab.begin(engine, 700, start=1, seed=1)]
+        counts: Counter[str] = Counter()
+        for step in range(self.num_operations):
+            kind, session = dice.choice(self.operations), dice.choice(sessions)
+            counts[kind] += 1
+            sessions += self._operated(kind, engine, lab, session, dice, step)
+            while len(sessions) > MAX_SESSIONS:
+                engine.close_session(sessions.pop(dice.randrange(len(sessions))))
+        for session in sessions:
+            engine.close_session(session)
+        engine.release_pins()
+        lab.begin(engine, 5)
+        assert engine.stats()["records"] <= before + 1, "records of sessions that were closed"
+        self.check_nothing_leaks(engine)
+        finished(counts)
+
+    def _operated(
+        self, kind: str, engine: ServedEngine, lab: Lab, session: SessionRef, dice: random.Random, step: int
+    ) -> list[SessionRef]:
+        """The sessions that come of it."""
+        match kind:
+            case "open":
+                return [lab.begin(engine, dice.randrange(1, 900), start=step, seed=step)]
+            case "turn and its replay":
+                if len(engine.view(session).tokens) >= 1500:
+                    return []
+                replay = lab.twin(engine, session)
+                expected = lab.one(engine, session, seeded(dice.randrange(1, 12)))
+                same(expected, lab.one(engine, replay, seeded(len(expected.token_ids))))
+                return [replay]
+            case "fork":
+                return lab.fork(engine, session, dice.randrange(1, 4))
+            case "fork inside":
+                return lab.fork(engine, session, 1, at=dice.randrange(1, len(engine.view(session).tokens) + 1))
+            case "capture and hydrate":
+                return [lab.move(engine, session, engine)]
+            case "cancel":
+                handle = lab.start(engine, session, sampling=seeded(200))
+                next(iter(handle))
+                handle.cancel()
+                handle.result(LIMIT_S)
+                return []
+            case "turn of three children":
+                group = lab.fork(engine, session, 3)
+                outs = lab.run(engine, *group, sampling=greedy(4), prompt=(5, 6))
+                assert len({out.token_ids for out in outs}) == 1, f"step {step}: equal children, unequal tokens"
+                return group
+            case _:
+                self.operate(kind, engine, session, dice)
+                return []
