@@ -61,7 +61,7 @@ def require_functions(targets: Iterable[str]) -> None:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError):
-            raise Unsupported(f"this SGLang has no {target}; thaw was tested with 0.5.23") from None
+            raise Unsupported(f"this SGLang has no {target}; thaw was tested with 0.5.22 and 0.5.23") from None
 
 
 def require_request(request: Any) -> None:
