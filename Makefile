@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt src/thaw/_version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "thaw needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
 	@echo "· making .venv and installing thaw with torch (CPU) and the tools; typically 1 to 3 minutes, once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "· installed"
@@ -64,12 +64,12 @@ $(VLLM_VENV)-%/.installed: constraints-vllm-%.txt
 
 $(VLLM_VENV)/.installed $(VLLM_OTHERS:%=$(VLLM_VENV)-%/.installed): constraints-vllm.txt pyproject.toml src/thaw/_version.py
 
-# $(1) is the release, $(2) the folder.
+# $(1) is the release, $(2) the folder. One that was left half made is made anew.
 define install-vllm
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "vLLM $(1) needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
 @echo "· making $(2) with vLLM $(1) for the CPU; typically 3 to 6 minutes, once"
-@test -x $(2)/bin/python || $(PYTHON) -m venv $(2)
+@$(2)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(2)
 @$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints-vllm.txt $$(grep '^torch==' constraints-vllm-$(1).txt)
 @$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r constraints-vllm-$(1).txt
 @$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -e .
@@ -95,7 +95,7 @@ define install-sglang
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "SGLang $(1) needs Python 3.11 or newer here, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
 @echo "· making $(2) with SGLang $(1) for the CPU; typically 2 to 5 minutes, once"
-@test -x $(2)/bin/python || $(PYTHON) -m venv $(2)
+@$(2)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(2)
 @$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) $$(grep '^torch==' constraints-sglang.txt)
 @$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r constraints-sglang-$(1).txt
 @$(2)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -e .
