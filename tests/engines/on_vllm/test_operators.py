@@ -27,6 +27,7 @@ from thaw.core.errors import Busy, InvalidRequest, StaleSession
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion
+from thaw.repo.served import born
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
@@ -402,16 +403,8 @@ def test_shutdown_with_sessions_parked_pinned_and_running(engine: VllmEngine, la
     transport = engine._transport
     mail, pids = transport.mail, [transport.facts.pid, *(facts.pid for facts in worker_facts(transport))]
     engine.close()
-    assert not [pid for pid in pids if runs(pid)]
+    assert not [pid for pid in pids if born(pid)]
     assert not mail.folder.exists()
-
-
-def runs(pid: int) -> bool:
-    """Whether the process lives; one that has ended and that nobody waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # -- the server

@@ -80,6 +80,18 @@ class Write(Message, frozen=True, kw_only=True, tag="write"):
     base: Count = 0
     num_kv: Count | None = None
 
+    def end(self, num_kv: int, num_ranks: int) -> int:
+        """Where what is written ends, of a record that has `num_kv` tokens, in an engine of so many ranks. Raises
+        `InvalidRequest` for what cannot be written there."""
+        end = num_kv if self.num_kv is None else self.num_kv
+        if end > num_kv:
+            raise InvalidRequest(f"capture of {end} tokens: the session has KV for {num_kv}")
+        if self.base > end:
+            raise InvalidRequest(f"capture from token {self.base}: the session has KV for {end} tokens")
+        if len(self.packs) != num_ranks:
+            raise InvalidRequest(f"{len(self.packs)} packs for {num_ranks} ranks: give one to each")
+        return end
+
 
 class Pin(Message, frozen=True, kw_only=True, tag="pin"):
     """Hold the record's blocks in the engine for `seconds` (0: let go)."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from thaw.core.errors import InvalidRequest, NotFound, TooLong
+from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.packing import Packing
@@ -75,9 +75,7 @@ class Commands:
         side = self._side
         record = side.records.known(message.record)
         started, epoch = time.perf_counter(), side.epochs.now()
-        num_kv = self._num_written(message, record, epoch)
-        if len(message.packs) != side.facts.world_size:
-            raise InvalidRequest(f"{len(message.packs)} packs for {side.facts.world_size} ranks: give one to each")
+        num_kv = message.end(self._num_ready(message, record, epoch), side.facts.world_size)
         run = record.live
         num_tokens = len(run.tokens() if run is not None and run.req is not None else record.tokens)
         side.counters["captures"] += 1
@@ -93,8 +91,8 @@ class Commands:
 
         self._in_thread(message.id, write)
 
-    def _num_written(self, message: protocol.Write, record: Record, epoch: int) -> int:
-        """The end of the record's tokens that every rank has and that are to be written."""
+    def _num_ready(self, message: protocol.Write, record: Record, epoch: int) -> int:
+        """How many of the record's tokens every rank has."""
         side = self._side
 
         def look() -> int:
@@ -104,14 +102,7 @@ class Commands:
             require_usable(record, epoch)
             return ready
 
-        num_kv = side.agreement.least(side.agreement.together(look))
-        if message.num_kv is not None:
-            if message.num_kv > num_kv:
-                raise InvalidRequest(f"capture of {message.num_kv} tokens: the session has KV for {num_kv}")
-            num_kv = message.num_kv
-        if message.base > num_kv:
-            raise InvalidRequest(f"capture from token {message.base}: the session has KV for {num_kv} tokens")
-        return num_kv
+        return side.agreement.least(side.agreement.together(look))
 
     def _pin(self, message: protocol.Pin) -> Answer:
         side = self._side

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from thaw.core.errors import Busy, InvalidRequest, TooLong
+from thaw.core.errors import Busy, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
@@ -120,16 +120,7 @@ class Commands:
         side = self._side
         side.mail.store(message.store)
         record = side.records.known(message.record)
-        num_kv = side.catch_up(message.record, record, message.num_kv)
-        if message.num_kv is not None:
-            if message.num_kv > num_kv:
-                raise InvalidRequest(f"capture of {message.num_kv} tokens: the session has KV for {num_kv}")
-            num_kv = message.num_kv
-        if message.base > num_kv:
-            raise InvalidRequest(f"capture from token {message.base}: the session has KV for {num_kv} tokens")
-        ranks = side.facts.world_size
-        if len(message.packs) != ranks:
-            raise InvalidRequest(f"{len(message.packs)} packs for {ranks} ranks: give one to each")
+        num_kv = message.end(side.catch_up(message.record, record, message.num_kv), side.facts.world_size)
         num_tokens = record.live.num_tokens if record.live is not None else len(record.tokens)
         side.counters["captures"] += 1
         side.queue.append(

@@ -28,6 +28,7 @@ import thaw
 from thaw.core.errors import EngineDied
 from thaw.engines.base import Engine
 from thaw.repo.repository import Repository
+from thaw.repo.served import born
 from thaw.store import fsck
 from thaw.testing.laws.kit import bits, ids, seeded
 
@@ -155,17 +156,10 @@ class Lives:
 
 def _check_no_process(pids: list[int]) -> None:
     ends = time.monotonic() + TOLD_WITHIN_S
-    while left := [pid for pid in pids if _lives(pid)]:
+    while left := [pid for pid in pids if born(pid)]:
         assert time.monotonic() < ends, f"processes {left} outlive their engine"
         time.sleep(0.1)
 
 
 def _refs(repo: Repository) -> dict[str, str | None]:
     return {ref.name: ref.target for ref in repo.branches()}
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

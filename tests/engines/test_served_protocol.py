@@ -1,0 +1,31 @@
+"""What a message to an engine says of itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from thaw.core.errors import InvalidRequest
+from thaw.engines.served.protocol import Write
+
+
+def write(**changes: object) -> Write:
+    return Write(**{"id": "0" * 32, "record": "a" * 32, "store": "s", "packs": ("p0", "p1"), **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_kv", "end"), [(None, 100), (100, 100), (60, 60), (0, 0)])
+def test_a_capture_ends_where_it_is_told_or_where_the_record_does(num_kv: int | None, end: int) -> None:
+    assert write(num_kv=num_kv).end(100, 2) == end
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_kv": 101}, "capture of 101 tokens: the session has KV for 100"),
+        ({"base": 101}, "capture from token 101: the session has KV for 100 tokens"),
+        ({"num_kv": 60, "base": 61}, "capture from token 61: the session has KV for 60 tokens"),
+        ({"packs": ("p0",)}, "1 packs for 2 ranks"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        write(**changes).end(100, 2)
