@@ -181,13 +181,15 @@ bench-gpu: ## on a host with an H100 or H200 and vLLM: GPU_PYTHON=, GPU_MODEL=, 
 lint: $(INSTALLED) ## ruff, mypy and the layers (under a minute)
 	@echo "· ruff"
 	@$(BIN)/ruff check src tests benchmarks examples
+	@$(BIN)/ruff format --check --quiet src tests benchmarks examples || { echo "make format writes them as they should be"; exit 1; }
 	@echo "· mypy (half a minute the first time)"
 	@$(BIN)/mypy
 	@echo "· import layers"
 	@$(BIN)/lint-imports
 
-format: $(INSTALLED) ## fix what ruff can fix
-	@$(BIN)/ruff check --fix src tests
+format: $(INSTALLED) ## fix what ruff can fix, and write code as ruff does
+	@$(BIN)/ruff check --fix src tests benchmarks examples
+	@$(BIN)/ruff format src tests benchmarks examples
 
 docs: $(INSTALLED) ## write the generated pages and pictures of docs/ anew
 	@$(BIN)/python docs/generate.py

@@ -239,5 +239,3 @@ def responds(life: Life) -> bool:
     except ThawError:
         return False
     return True
-
-

@@ -1,10 +1,10 @@
 """The fork pool: the front desk. What it does is in the files beside it; this one wires them together.
 
-    points       finder.py, trunk.py        which tokens, which KV, where
-    workers      fleet.py, backend.py       boot, watch, restart, drain
-    rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
-    bytes        arena.py, prepare.py       capture, hydrate, spill
-    decisions    planner.py, rates.py       load or prefill, spread or not
+points       finder.py, trunk.py        which tokens, which KV, where
+workers      fleet.py, backend.py       boot, watch, restart, drain
+rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
+bytes        arena.py, prepare.py       capture, hydrate, spill
+decisions    planner.py, rates.py       load or prefill, spread or not
 """
 
 from __future__ import annotations
@@ -343,9 +343,7 @@ class ForkPool:
             max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
         )  # fmt: skip
         self._written = 0.0
-        self._monitor = Monitor(
-            self._scheduler, self._fleet, stall_s=stall_s, heartbeat_s=heartbeat_s, tick=self._tick
-        )
+        self._monitor = Monitor(self._scheduler, self._fleet, stall_s=stall_s, heartbeat_s=heartbeat_s, tick=self._tick)
         self._write_status()
 
     def _end(self) -> None:

@@ -113,9 +113,7 @@ class RemoteCodec(Codec):
         return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        call = wire.Decode(
-            id=self._line.number(), token_ids=tuple(token_ids), skip_special_tokens=skip_special_tokens
-        )
+        call = wire.Decode(id=self._line.number(), token_ids=tuple(token_ids), skip_special_tokens=skip_special_tokens)
         return str(self._line.ask(call).result())
 
     def render_chat(
@@ -157,9 +155,7 @@ class RemoteEngine(Engine):
         self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
     ) -> Handle[SessionView]:
         number = self._line.number()
-        return self._line.ask(
-            wire.Append(id=number, session=session, token_ids=tuple(token_ids), text=text, role=role)
-        )
+        return self._line.ask(wire.Append(id=number, session=session, token_ids=tuple(token_ids), text=text, role=role))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         return self._line.ask(wire.Generate(id=self._line.number(), requests=tuple(requests)))

@@ -307,5 +307,3 @@ class Scheduler:
             job.end_stopped()
         else:
             job.fail(error)
-
-

@@ -61,9 +61,7 @@ class PoolSession(Session):
         """Whether something was added to it since its round ended."""
         return self.history is None
 
-    def append(
-        self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None
-    ) -> SessionView:
+    def append(self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None) -> SessionView:
         self.history = None
         return super().append(text, token_ids=token_ids, role=role)
 

@@ -1,7 +1,7 @@
 """An `sglang.Engine` of the user's own program: thaw's verbs on it, and `engine.generate` between them.
 
 SGLang ends all processes below the one that made an `Engine`, and that one too when it fails. So each program here is a
-process of its own: one that calls `generate`, and an `async` one.
+process of its own: one that calls `generate`, an `async` one, and (in the soak) the whole law book.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import re
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -216,3 +219,22 @@ def test_an_engine_of_the_users_own(
     finally:
         process.join(60)
         process.kill()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_the_law_book(soak_receipt: Callable[..., None]) -> None:
+    book = Path(__file__).with_name("law_book.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(book)], env={**os.environ, **cpu_environment()}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:]
+    counts = {word: float(n) for n, word in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
+    assert counts["passed"] > 100
+    soak_receipt(
+        "sglang-law-book-in-process",
+        what="the whole law book (`thaw.testing.EngineTests`) on sglang.Engine objects of one program",
+        held="every law",
+        tests=counts,
+    )

@@ -42,9 +42,7 @@ def _leg(options: Options, number: int, repository: Path, say: Callable[[str], N
     common = {"dtype": options.dtype} if options.dtype else {}
     load = {"model": options.model, **common, **options.engine_options.get(engine, {})}
     answer = repository.with_name(f"leg-{number}.json")
-    leg = Leg(
-        number=number, engine=engine, load=load, repository=str(repository), options=options, answer=str(answer)
-    )
+    leg = Leg(number=number, engine=engine, load=load, repository=str(repository), options=options, answer=str(answer))
     python = options.pythons.get(engine, sys.executable)
     try:
         done = subprocess.run(

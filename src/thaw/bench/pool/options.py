@@ -20,7 +20,9 @@ SUFFIX_TOKENS = 4
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """One bench run. `engine` and `engine_options` are those of `load_engine`.
 
-    round: `branches` of `branch_tokens` each, from a trunk of `trunk_tokens`, `rounds` times, in two workers.
+    round: `branches` of `branch_tokens` each, from a trunk of `trunk_tokens`, `rounds` times, in two workers. The round
+    in the worker that has the point and the engine's own batch, whose difference is smaller than a busy machine's
+    noise, alone and one right after the other, `same_rounds` times.
     `cold_rounds`: how often an engine is booted for a round. boot: a pool of one worker against the engine's own,
     `boot_rounds` times. queue: `points` of `queue_branches` each, submitted at once, on two workers of `max_batch`.
     pressure (vLLM alone): `pressure_points` of `pressure_trunk` tokens in one worker with blocks for 1/`pressure` of
@@ -37,6 +39,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     branches: tuple[int, ...] = (4, 16)
     branch_tokens: int = 64
     rounds: int = 6
+    same_rounds: int = 24
     cold_rounds: int = 1
     boot_rounds: int = 3
     points: int = 8
@@ -66,7 +69,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
                 f"blocks that can be few, {self.engine} not"
             )
         for name, low, high in (
-            ("trunk_tokens", 16, 1 << 20), ("branch_tokens", 1, 4096), ("rounds", 1, 1000), ("cold_rounds", 0, 100),
+            ("trunk_tokens", 16, 1 << 20), ("branch_tokens", 1, 4096), ("rounds", 1, 1000),
+            ("same_rounds", 1, 1000), ("cold_rounds", 0, 100),
             ("boot_rounds", 1, 100), ("points", 1, 1000), ("queue_branches", 1, 4096), ("queue_tokens", 1, 4096),
             ("queue_trunk", 16, 1 << 20), ("max_batch", 1, 1024),
             ("pressure", 1, 100), ("pressure_points", 2, 1000), ("pressure_trunk", 16, 1 << 20),
@@ -115,7 +119,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 FLAGS = {
     "parts": "--only", "trunk_tokens": "--trunk-tokens", "branches": "--branches", "branch_tokens": "--branch-tokens",
-    "rounds": "--rounds", "cold_rounds": "--cold-rounds", "boot_rounds": "--boot-rounds", "points": "--points",
+    "rounds": "--rounds", "same_rounds": "--same-rounds",
+    "cold_rounds": "--cold-rounds", "boot_rounds": "--boot-rounds", "points": "--points",
     "queue_branches": "--queue-branches", "queue_tokens": "--queue-tokens", "queue_trunk": "--queue-trunk",
     "max_batch": "--max-batch", "seed": "--seed", "pressure": "--pressure", "pressure_points": "--pressure-points",
     "pressure_trunk": "--pressure-trunk", "pressure_branches": "--pressure-branches",
@@ -127,8 +132,9 @@ FLAGS = {
 def quick(**others: object) -> Options:
     """A run that takes every path once, with the least of everything: for tests, not for figures."""
     small: dict[str, object] = {
-        "trunk_tokens": 300, "branches": (2,), "branch_tokens": 4, "rounds": 1, "boot_rounds": 1, "points": 3,
-        "queue_branches": 4, "queue_tokens": 2, "queue_trunk": 32, "max_batch": 2, "settle_s": 0.0, "goals": False,
+        "trunk_tokens": 300, "branches": (2,), "branch_tokens": 4, "rounds": 1, "same_rounds": 1, "boot_rounds": 1,
+        "points": 3, "queue_branches": 4, "queue_tokens": 2, "queue_trunk": 32, "max_batch": 2, "settle_s": 0.0,
+        "goals": False,
         "pressure_points": 5, "pressure_trunk": 260, "pressure_branches": 2, "pressure_tokens": 2,
         "pressure_returns": 1, "pressure_rounds": 1,
     }  # fmt: skip

@@ -159,7 +159,9 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
 
 NOTES = (
     "Arms that are compared take turns in one run, in an order that is shuffled and then reversed, and each ran once"
-    " before without a record; ratios are of arms in one round. Cold boots ran fewer times, for the time they take.",
+    " before without a record; ratios are of arms in one round. The round in the worker that has the point and the"
+    " engine's own batch alternate by themselves (same_rounds), the other arms after them. Cold boots ran fewer times,"
+    " for the time they take.",
     "Each arm begins settle_s after the one before: a worker's threads spin for a while after its last step, and what"
     " runs in the other worker then shares the cores with them.",
     "Branches are greedy, with suffixes of their own. Plain requests carry a cache_salt of their own, as sessions do.",

@@ -91,7 +91,10 @@ class _Run:
         arms.ask_inside(pool, live.worker, "read", name="bench", trunk=self.trunk)
         self.capture_s = pool.snapshot(live).seconds
         for n in options.branches:
-            self.rounds.alternate(options.rounds, self._arms(pool, live, n))
+            found = self._arms(pool, live, n)
+            near = {name: found.pop(name) for name in (f"same.{n}", f"native.{n}")}
+            self.rounds.alternate(options.same_rounds, near)
+            self.rounds.alternate(options.rounds, found)
 
     def _arms(self, pool: ForkPool, live: PoolSession, n: int) -> dict[str, Thunk]:
         here, num_wanted, tokens = live.worker, live.num_kv, self.options.branch_tokens
@@ -165,7 +168,8 @@ class _Run:
             "max_model_len": info.max_model_len, "parts": ",".join(options.measured_parts),
             "suffix_tokens": SUFFIX_TOKENS, "trunk_tokens": options.trunk_tokens,
             "branches": ",".join(map(str, options.branches)),
-            "branch_tokens": options.branch_tokens, "rounds": options.rounds, "cold_rounds": options.cold_rounds,
+            "branch_tokens": options.branch_tokens, "rounds": options.rounds, "same_rounds": options.same_rounds,
+            "cold_rounds": options.cold_rounds,
             "boot_rounds": options.boot_rounds, "points": options.points, "queue_branches": options.queue_branches,
             "queue_tokens": options.queue_tokens, "queue_trunk": options.queue_trunk, "max_batch": options.max_batch,
             "pressure": options.pressure, "pressure_points": options.pressure_points,

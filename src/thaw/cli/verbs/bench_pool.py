@@ -21,6 +21,14 @@ thaw bench pool --engine transformers --only round --rounds 10
 @click.option("--branches", type=numbers, default=(4, 16), show_default=True, metavar="N,N", help="Sizes of rounds.")
 @click.option("--branch-tokens", type=int, default=64, show_default=True, metavar="N", help="Each branch generates.")
 @click.option("--rounds", type=int, default=6, show_default=True, metavar="N", help="Each takes every arm once.")
+@click.option(
+    "--same-rounds",
+    type=int,
+    default=24,
+    show_default=True,
+    metavar="N",
+    help="Pairs of a round in the worker that has the point and the engine's own batch.",
+)
 @click.option("--cold-rounds", type=int, default=1, show_default=True, metavar="N", help="Rounds from a cold boot.")
 @click.option("--boot-rounds", type=int, default=3, show_default=True, metavar="N", help="boot: pairs of boots.")
 @click.option("--points", type=int, default=8, show_default=True, metavar="N", help="queue: points at once.")

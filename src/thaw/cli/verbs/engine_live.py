@@ -74,4 +74,3 @@ def _joined(named: str | None, url: str | None) -> Engine:
 
 def _shown(name: str, value: int) -> str:
     return words.nbytes(value) if name.endswith("nbytes") else f"{value:,}"
-

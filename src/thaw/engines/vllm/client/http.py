@@ -219,6 +219,7 @@ class HttpTransport(http.HttpTransport[Call]):
         if call.opened.is_set():
             await http.end(call.task)
 
+
 def _read(data: bytes) -> _News:
     try:
         return msgspec.json.decode(data, type=_News)
