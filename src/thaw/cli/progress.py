@@ -1,8 +1,8 @@
 """Progress on stderr for whatever takes more than two seconds.
 
 On a terminal one line is drawn over and over and wiped at the end. Elsewhere a line is written once the work has taken
-two seconds, and one when it ends; quick work leaves no trace. A thread draws, so the work itself is never slowed down;
-it may call `say` from any thread.
+two seconds, every half a minute from then on, and when it ends; quick work leaves no trace. A thread draws, so the work
+itself is never slowed down; it may call `say` from any thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from types import TracebackType
 
 from thaw.cli import output, words
 
-SOON_S, PLAIN_AFTER_S, EVERY_S = 0.3, 2.0, 0.1
+SOON_S, EVERY_S = 0.3, 0.1
+PLAIN_AFTER_S, PLAIN_EVERY_S = 2.0, 30.0
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -58,10 +59,19 @@ class Progress:
         terminal = output.is_terminal(sys.stderr)
         if self._stop.wait(SOON_S if terminal else PLAIN_AFTER_S):
             return
-        if not terminal:
-            output.note(f"{self._margin}· {self._what} …")
-            self._said = True
-            return
+        if terminal:
+            self._frames()
+        else:
+            self._lines()
+
+    def _lines(self) -> None:
+        self._said = True
+        output.note(f"{self._margin}· {self._what} …")
+        while not self._stop.wait(PLAIN_EVERY_S):
+            detail = f" {self._how_far()}" if self._how_far is not None else ""
+            output.note(f"{self._margin}· {self._what}{detail} … {words.seconds(self.elapsed_s)}")
+
+    def _frames(self) -> None:
         step = 0
         while not self._stop.wait(EVERY_S):
             self._frame(step)
