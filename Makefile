@@ -25,6 +25,8 @@ SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
 SGLANG_TESTS := tests/engines/on_sglang
 
+CODE := src tests benchmarks examples docs/generate.py
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -180,16 +182,16 @@ bench-gpu: ## on a host with an H100 or H200 and vLLM: GPU_PYTHON=, GPU_MODEL=, 
 
 lint: $(INSTALLED) ## ruff, mypy and the layers (under a minute)
 	@echo "· ruff"
-	@$(BIN)/ruff check src tests benchmarks examples
-	@$(BIN)/ruff format --check --quiet src tests benchmarks examples || { echo "make format writes them as they should be"; exit 1; }
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check --quiet $(CODE) || { echo "make format writes them as they should be"; exit 1; }
 	@echo "· mypy (half a minute the first time)"
 	@$(BIN)/mypy
 	@echo "· import layers"
 	@$(BIN)/lint-imports
 
 format: $(INSTALLED) ## fix what ruff can fix, and write code as ruff does
-	@$(BIN)/ruff check --fix src tests benchmarks examples
-	@$(BIN)/ruff format src tests benchmarks examples
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
 
 docs: $(INSTALLED) ## write the generated pages and pictures of docs/ anew
 	@$(BIN)/python docs/generate.py

@@ -65,8 +65,8 @@ def figures(receipt: dict[str, Any]) -> str:
         "| | first token of one child | of four children |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"A hydrated first token came {gain['value']:.0f} × sooner than prefilling the session again "
         f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×), and {stock['value']:.0f} × sooner "
-        f"than stock transformers prefills it ({stock['low']:.0f} to {stock['high']:.0f} ×). The machine was shared and "
-        "noisy: read the ratios."
+        f"than stock transformers prefills it ({stock['low']:.0f} to {stock['high']:.0f} ×). The machine was shared "
+        "and noisy: read the ratios."
     )
 
 
@@ -86,8 +86,9 @@ def gpu_tables(receipt: dict[str, Any]) -> str:
 
     opened, p = read(receipt), receipt["parameters"]
     derived = {d["name"]: d for d in receipt["derived"]}
+    sessions = f"{p['trees']} sessions of {p['tree_tokens']:,} tokens, {p['branches']} children each"
     out = [
-        f"### Returns under pressure: {p['trees']} sessions of {p['tree_tokens']:,} tokens, {p['branches']} children each",
+        f"### Returns under pressure: {sessions}",
         "",
         "| | first tokens, p50 | p95 | tokens prefilled again |",
         "|---|---|---|---|",
@@ -134,7 +135,8 @@ def between_markers(path: Path, text: str, begin: str = BEGIN, end: str = END) -
 def crossing(receipt: dict[str, Any]) -> str:
     """The crossings' table, from the receipt and nothing else."""
     arms = {arm["name"]: arm for arm in receipt["arms"]}
-    bytes_equal = {c["name"].removeprefix("bytes."): c["held"] for c in receipt["checks"] if c["name"].startswith("bytes.")}
+    of_bytes = [check for check in receipt["checks"] if check["name"].startswith("bytes.")]
+    bytes_equal = {check["name"].removeprefix("bytes."): check["held"] for check in of_bytes}
     rows, digits = [], "1e" if receipt["model"]["dtype"] == "float32" else "3f"
     for name, equal in bytes_equal.items():
         arm = arms[f"{name}.stored"]
@@ -146,11 +148,12 @@ def crossing(receipt: dict[str, Any]) -> str:
         rows.append(f"| {arm['title']} | {'equal' if equal else 'NOT equal'} | {cached} | {differences} |")
     parameters, name = receipt["parameters"], receipt["model"]["name"]
     return (
-        f"{name} in {receipt['model']['dtype']}, a document of {parameters['num_tokens']:,} tokens and a turn of {parameters['turn_tokens']} in each "
-        f"engine; the largest difference of a log probability among the {parameters['top']} likeliest tokens at "
+        f"{name} in {receipt['model']['dtype']}, a document of {parameters['num_tokens']:,} tokens and a turn of "
+        f"{parameters['turn_tokens']} in each engine; the largest difference of a log probability among the "
+        f"{parameters['top']} likeliest tokens at "
         f"{parameters['points']} points:\n\n"
-        "| | bytes | cached, by the receiver's count | to the giver | to the receiver on KV of its own | the receiver by "
-        "itself: hit against prefill |\n|---|---|---|---|---|---|\n" + "\n".join(rows)
+        "| | bytes | cached, by the receiver's count | to the giver | to the receiver on KV of its own | the receiver "
+        "by itself: hit against prefill |\n|---|---|---|---|---|---|\n" + "\n".join(rows)
     )
 
 
