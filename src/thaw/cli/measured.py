@@ -57,17 +57,25 @@ def show(receipt: Receipt) -> None:
     for check in receipt.checks:
         if not check.held:
             mark, colour = ("FAILED", "red") if check.promised else ("no    ", "yellow")
-            rounds = f"{check.num_equal} of {check.num_checked} rounds"
+            rounds = f"{check.num_equal} of {check.num_checked} rounds{'' if check.promised else ' (not promised)'}"
             output.line(f"{output.style(mark, colour)}  {check.text}: {rounds}")
+    numbers = {number.name: number for number in receipt.derived}
     for goal in receipt.goals:
         mark, colour = ("met   ", "green") if goal.held else ("missed", "yellow")
-        output.line(f"{output.style(mark, colour)}  {goal.text}")
+        within = "" if goal.clear or not goal.held else ", within the interval"
+        number = numbers[goal.derived]
+        between = f" ({_between(number)})" if number.num_rounds > 1 else ""
+        value = _value(number.value, number.unit)
+        output.line(f"{output.style(mark, colour)}  {goal.text}{within}: {value}{between}")
 
 
 def _number(number: Derived) -> tuple[str, ...]:
-    value, low, high = (_value(x, number.unit) for x in (number.value, number.low, number.high))
-    between = "" if number.num_rounds == 1 else f"{low} to {high}"
-    return number.text, output.style(value, "bold"), output.style(between, "dim")
+    between = "" if number.num_rounds == 1 else _between(number)
+    return number.text, output.style(_value(number.value, number.unit), "bold"), output.style(between, "dim")
+
+
+def _between(number: Derived) -> str:
+    return f"{_value(number.low, number.unit)} to {_value(number.high, number.unit)}"
 
 
 def _value(value: float, unit: str) -> str:

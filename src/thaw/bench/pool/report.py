@@ -143,10 +143,13 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
     out = []
     for number in numbers:
         name = number.name
-        if name.startswith("same-native.") and name.endswith(".total"):
-            out.append(r.at_most(name, f"a round costs at most {MAX_SAME} × the engine's own", name, MAX_SAME))
-        if name.startswith("arena-prefill.") and name.endswith(".total"):
-            out.append(r.at_most(name, f"a second worker takes at most {MAX_ARENA} × prefilling", name, MAX_ARENA))
+        kind, n, _ = name.split(".") if name.count(".") == 2 else (name, "", "")
+        if kind == "same-native" and name.endswith(".total"):
+            text = f"a round of {n} costs at most {MAX_SAME} × the engine's own"
+            out.append(r.at_most(name, text, name, MAX_SAME))
+        if kind == "arena-prefill" and name.endswith(".total"):
+            text = f"a round of {n} in a second worker takes at most {MAX_ARENA} × prefilling there"
+            out.append(r.at_most(name, text, name, MAX_ARENA))
         if name == "pressure.recomputed":
             out.append(r.at_most(name, "under pressure nothing is prefilled again", name, 0))
         if name == "gain.pressure.p95":

@@ -1,4 +1,5 @@
-"""Forks in an engine that has room, against vLLM's own prefix cache: same engine, same children, in turn.
+"""Forks in an engine that has room, against vLLM's own prefix cache: same engine, same children, one right after the
+other.
 
 Nothing has to be brought back here, so thaw can only cost. Greedy children, and seeded ones whose tokens thaw's logits
 processor chooses in both arms; `native-own` are seeded by vLLM itself.
@@ -26,24 +27,30 @@ def measure(rounds: Rounds, options: Options, repo: Repository, plain: Plain, do
     read_trunk(plain, trunk, salt)
     with repo.session(seed=options.seed) as live:
         live.append(token_ids=trunk)
-        arms: dict[str, Thunk] = {}
         for n in options.children:
-            arms |= _arms(options, live, plain, salt, document, n)
-        rounds.alternate(options.rounds, arms)
+            for arms in _arms(options, live, plain, salt, document, n):
+                rounds.alternate(options.rounds, arms)
 
 
-def _arms(options: Options, live: Session, plain: Plain, salt: str, document: Document, n: int) -> dict[str, Thunk]:
+def _arms(
+    options: Options, live: Session, plain: Plain, salt: str, document: Document, n: int
+) -> tuple[dict[str, Thunk], ...]:
+    """Those that are compared, together: their difference is smaller than what a minute changes on a busy machine."""
     suffixes, trunk = document.suffixes(n), live.tokens
     greedy = Ask(n=n, suffixes=suffixes, max_tokens=options.child_tokens, temperature=0.0)
     seeded = Ask(n=n, suffixes=suffixes, max_tokens=options.child_tokens)
     native = partial(plain_children, plain, trunk, salt, num_wanted=live.num_kv)
-    return {
-        f"fork.{n}.greedy": partial(_fork, live, greedy),
-        f"native.{n}.greedy": partial(native, greedy),
-        f"fork.{n}.seeded": partial(_fork, live, seeded),
-        f"native.{n}.seeded": partial(native, seeded, fields=_as_thaw(live, seeded)),
-        f"native-own.{n}.seeded": partial(native, seeded, fields=_own(live, seeded)),
-    }
+    return (
+        {
+            f"fork.{n}.greedy": partial(_fork, live, greedy),
+            f"native.{n}.greedy": partial(native, greedy),
+        },
+        {
+            f"fork.{n}.seeded": partial(_fork, live, seeded),
+            f"native.{n}.seeded": partial(native, seeded, fields=_as_thaw(live, seeded)),
+            f"native-own.{n}.seeded": partial(native, seeded, fields=_own(live, seeded)),
+        },
+    )
 
 
 def _fork(live: Session, ask: Ask) -> Sample:

@@ -136,9 +136,11 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
     for number in numbers:
         name = number.name
         if name.startswith("gain.hydrate."):
-            out.append(r.at_least(name, "hydrating is sooner than prefilling again", name, 1))
+            out.append(r.at_least(name, f"hydrating {name[13:]} tokens is sooner than prefilling again", name, 1))
         if name.startswith("cost.fork.") and name.endswith(".last"):
-            out.append(r.at_most(name, f"forks cost at most {MAX_FORK} × vLLM's own prefix cache", name, MAX_FORK))
+            n, kind, _ = name.removeprefix("cost.fork.").split(".")
+            text = f"{n} {kind} forks cost at most {MAX_FORK} × vLLM's own prefix cache"
+            out.append(r.at_most(name, text, name, MAX_FORK))
         if name == "pressure.thaw.recomputed":
             out.append(r.at_most(name, "under pressure nothing is prefilled again", name, 0))
         if name == "gain.pressure":
@@ -154,7 +156,8 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
 
 NOTES = (
     "Arms that are compared take turns in one run, in an order that is shuffled and then reversed, each ran once before"
-    " without a record; ratios are of arms in one round. The two arms of pressure run one after the other instead,"
+    " without a record; ratios are of arms in one round. Forks of one number and kind alternate with their own other"
+    " arms alone. The two arms of pressure run one after the other instead,"
     " each with the pool to itself; pairs are visits of the same session in the same order.",
     "Plain requests carry a cache_salt as a session does, so neither arm finds blocks of the other.",
     "num_cached_tokens is vLLM's own count. Of children that start in one step vLLM counts blocks as cached that the"
