@@ -27,6 +27,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     times; `offload_gib` of host memory, if any, are given to a third arm, vLLM's own offload tier (GPU only). idle:
     `idle_requests` of `idle_prompt` tokens, `idle_tokens` generated, `idle_rounds` times.
 
+    `settle_s`: the pause before each arm of a round, for an engine's threads spin for a while after its last step.
     `folder`: where the repository of the run is made and removed again. `goals` False records figures only.
     """
 
@@ -53,6 +54,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     idle_tokens: int = 64
     idle_rounds: int = 12
     seed: int = 7
+    settle_s: float = 1.0
     folder: Path | None = None
     goals: bool = True
     command: str = ""
@@ -150,7 +152,8 @@ def quick(**others: object) -> Options:
     small: dict[str, object] = {
         "lengths": (300,), "hydrate_rounds": 1, "fork_tokens": 256, "children": (4,), "child_tokens": 4, "rounds": 1,
         "trees": 6, "tree_tokens": 300, "branches": 2, "branch_tokens": 2, "returns": 1, "idle_requests": 2,
-        "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 1, "goals": False,
+        "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 1, "settle_s": 0.0,
+        "goals": False,
     }  # fmt: skip
     return msgspec.convert({**small, **others}, Options)
 

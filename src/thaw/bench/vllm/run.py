@@ -59,7 +59,7 @@ class _Run:
 
     def __init__(self, options: Options, progress: Progress, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.rounds = Rounds(progress)
+        self.rounds = Rounds(progress, options.settle_s)
         self.info: EngineInfo | None = None
         self.model: r.Model | None = None
         self._document: Document | None = None
@@ -199,6 +199,7 @@ def _parameters(options: Options, info: EngineInfo) -> dict[str, r.format.Scalar
         "working_set_blocks": options.trees * options.tree_blocks, "pressure_rounds": options.pressure_rounds,
         "idle_requests": options.idle_requests, "idle_prompt": options.idle_prompt,
         "idle_tokens": options.idle_tokens, "idle_rounds": options.idle_rounds, "seed": options.seed,
+        "settle_s": options.settle_s,
         **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT},
         **numerics(info),
     }  # fmt: skip
