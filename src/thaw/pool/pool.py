@@ -1,10 +1,12 @@
-"""The fork pool: the front desk. What it does is in the files beside it; this one wires them together.
+"""The fork pool: the front desk.
 
-points       finder.py, trunk.py        which tokens, which KV, where
-workers      fleet.py, backend.py       boot, watch, restart, drain
-rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
-bytes        arena.py, prepare.py       capture, hydrate, spill
-decisions    planner.py, rates.py       load or prefill, spread or not
+What it does is in the files beside it; this one wires them together.
+
+    points       finder.py, trunk.py        which tokens, which KV, where
+    workers      fleet.py, backend.py       boot, watch, restart, drain
+    rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
+    bytes        arena.py, prepare.py       capture, hydrate, spill
+    decisions    planner.py, rates.py       load or prefill, spread or not
 """
 
 from __future__ import annotations

@@ -69,10 +69,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
                 f"blocks that can be few, {self.engine} not"
             )
         for name, low, high in (
-            ("trunk_tokens", 16, 1 << 20), ("branch_tokens", 1, 4096), ("rounds", 1, 1000),
-            ("same_rounds", 1, 1000), ("cold_rounds", 0, 100),
-            ("boot_rounds", 1, 100), ("points", 1, 1000), ("queue_branches", 1, 4096), ("queue_tokens", 1, 4096),
-            ("queue_trunk", 16, 1 << 20), ("max_batch", 1, 1024),
+            ("trunk_tokens", 16, 1 << 20), ("branch_tokens", 1, 4096), ("rounds", 1, 1000), ("same_rounds", 1, 1000),
+            ("cold_rounds", 0, 100), ("boot_rounds", 1, 100), ("points", 1, 1000), ("queue_branches", 1, 4096),
+            ("queue_tokens", 1, 4096), ("queue_trunk", 16, 1 << 20), ("max_batch", 1, 1024),
             ("pressure", 1, 100), ("pressure_points", 2, 1000), ("pressure_trunk", 16, 1 << 20),
             ("pressure_branches", 1, 256), ("pressure_tokens", 1, 4096), ("pressure_returns", 1, 100),
             ("pressure_rounds", 1, 100),
@@ -119,8 +118,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 FLAGS = {
     "parts": "--only", "trunk_tokens": "--trunk-tokens", "branches": "--branches", "branch_tokens": "--branch-tokens",
-    "rounds": "--rounds", "same_rounds": "--same-rounds",
-    "cold_rounds": "--cold-rounds", "boot_rounds": "--boot-rounds", "points": "--points",
+    "rounds": "--rounds", "same_rounds": "--same-rounds", "cold_rounds": "--cold-rounds",
+    "boot_rounds": "--boot-rounds", "points": "--points",
     "queue_branches": "--queue-branches", "queue_tokens": "--queue-tokens", "queue_trunk": "--queue-trunk",
     "max_batch": "--max-batch", "seed": "--seed", "pressure": "--pressure", "pressure_points": "--pressure-points",
     "pressure_trunk": "--pressure-trunk", "pressure_branches": "--pressure-branches",
@@ -134,8 +133,7 @@ def quick(**others: object) -> Options:
     small: dict[str, object] = {
         "trunk_tokens": 300, "branches": (2,), "branch_tokens": 4, "rounds": 1, "same_rounds": 1, "boot_rounds": 1,
         "points": 3, "queue_branches": 4, "queue_tokens": 2, "queue_trunk": 32, "max_batch": 2, "settle_s": 0.0,
-        "goals": False,
         "pressure_points": 5, "pressure_trunk": 260, "pressure_branches": 2, "pressure_tokens": 2,
-        "pressure_returns": 1, "pressure_rounds": 1,
+        "pressure_returns": 1, "pressure_rounds": 1, "goals": False,
     }  # fmt: skip
     return msgspec.convert({**small, **others}, Options)

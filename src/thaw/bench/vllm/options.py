@@ -152,8 +152,7 @@ def quick(**others: object) -> Options:
     small: dict[str, object] = {
         "lengths": (300,), "hydrate_rounds": 1, "fork_tokens": 256, "children": (4,), "child_tokens": 4, "rounds": 1,
         "trees": 6, "tree_tokens": 300, "branches": 2, "branch_tokens": 2, "returns": 1, "idle_requests": 2,
-        "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 1, "settle_s": 0.0,
-        "goals": False,
+        "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 1, "settle_s": 0.0, "goals": False,
     }  # fmt: skip
     return msgspec.convert({**small, **others}, Options)
 
