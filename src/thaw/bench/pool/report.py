@@ -171,6 +171,8 @@ NOTES = (
     "Bits are promised at equal batch shape. A point at a block's end is found whole in vLLM's prefix cache, while"
     " a worker that loaded it runs its last token again: the batches differ by a token. The edge arms have one shape.",
     "Both workers share the machine's cores; while one is measured the other one is idle.",
+    "Points at once: both workers compute at the same time, so on a CPU each vLLM has cores of its own"
+    " (VLLM_CPU_OMP_THREADS_BIND), where there are enough.",
     "The capture of the point into the arena was done before the rounds; its time is the parameter capture_s.",
     "Under pressure the two arms run one after the other, each with the KV pool to itself, the first of them in turn;"
     " a row's percentiles are over the rounds of one sweep. The engine's own offload tier needs a GPU, and is an arm of"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -53,7 +53,8 @@ class _Run:
             with self._pool(2, max(*options.branches, options.max_batch), options.engine_options) as pool:
                 self._round(pool)
         if "queue" in parts:
-            with self._pool(2, options.max_batch, options.engine_options) as pool:
+            env = queue.own_cores(options, 2)
+            with self._pool(2, options.max_batch, options.engine_options, env) as pool:
                 queue.measure(self.rounds, options, pool, self._tokens(pool))
         if "round" in parts:
             self._cold()
@@ -65,9 +66,11 @@ class _Run:
         return self._seal()
 
     @contextmanager
-    def _pool(self, workers: int, max_batch: int, engine_options: dict[str, Any]) -> Iterator[ForkPool]:
+    def _pool(
+        self, workers: int, max_batch: int, engine_options: dict[str, Any], env: Sequence[Mapping[str, str]] = ()
+    ) -> Iterator[ForkPool]:
         self.rounds.progress("booting a worker" if workers == 1 else f"booting {workers} workers")
-        with ForkPool(self.options.engine, workers=workers, max_batch=max_batch, **engine_options) as pool:
+        with ForkPool(self.options.engine, workers=workers, max_batch=max_batch, env=env, **engine_options) as pool:
             self.info, self.model = pool.info, model_of(arms.life_of(pool, pool.workers[0]).engine)
             yield pool
 
