@@ -4,11 +4,10 @@ own: SGLang's signal handlers, and what it does when it fails, are the whole pro
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+from guarded import GuardedTests
 
 import thaw
 from thaw.engines.base import Engine
@@ -16,32 +15,13 @@ from thaw.engines.sglang.client.boot import KEPT_BACK
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.inside import InsideTransport
 from thaw.engines.sglang.settings import BACKEND, ON_CPU
-from thaw.testing import EngineTests
 
 
-class TestSglangInProcess(EngineTests):
-    changes_weights = True
-    other_weights: Path
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_factory(cls, tiny_model: Callable[..., Path]) -> Callable[..., Engine]:
-        model = tiny_model("llama", dtype="bfloat16", head_dim=64)
-        cls.other_weights = tiny_model("llama", dtype="bfloat16", head_dim=64, seed=1)
-
-        def boot(*, policy: str = "0", max_model_len: int | None = None) -> Engine:
-            length = {} if max_model_len is None else {"context_length": max_model_len + KEPT_BACK}
-            return begun(policy, model_path=str(model), **length)
-
-        return boot
-
-    def change_weights(self, engine: Engine) -> None:
-        assert isinstance(engine, SglangEngine)
-        engine.update_weights(self.other_weights)
-
-    def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        assert isinstance(engine, SglangEngine)
-        engine.switch(watch_weights=False)
+class TestSglangInProcess(GuardedTests):
+    @staticmethod
+    def boot(model: Path, *, policy: str = "0", max_model_len: int | None = None) -> Engine:  # type: ignore[override]
+        length = {} if max_model_len is None else {"context_length": max_model_len + KEPT_BACK}
+        return begun(policy, model_path=str(model), **length)
 
     def test_it_is_in_process(self, engine: Engine) -> None:
         assert isinstance(engine, SglangEngine)
