@@ -28,8 +28,8 @@ from thaw.receipt.machine import this_machine
 MODEL = {"model": "folder/name"}
 ARMS = (
     "live.300", "hydrate.300", "prefill.300", "fork.4.greedy", "native.4.greedy", "fork.4.seeded", "native.4.seeded",
-    "native-own.4.seeded", "pressure.thaw.first", "pressure.native.first", "pressure.thaw", "pressure.native", "idle",
-    "stock",
+    "native-logprobs.4.greedy", "native-logprobs.4.seeded", "native-own.4.seeded", "pressure.thaw.first",
+    "pressure.native.first", "pressure.thaw", "pressure.native", "idle", "stock",
 )  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def test_a_receipt_of_all_arms_verifies_and_answers_every_question() -> None:
     assert {arm.name for arm in receipt.arms} == set(ARMS)
     assert r.verify(r.dumps(receipt)).problems == ()
     assert {goal.name for goal in receipt.goals} == {
-        "gain.hydrate.300", "cost.fork.4.greedy.last", "cost.fork.4.seeded.last", "pressure.thaw.recomputed",
-        "gain.pressure", "cost.idle",
+        "gain.hydrate.300", "cost.fork.4.greedy.last", "cost.fork.4.seeded.last", "cost.fork.4.greedy.native-logprobs",
+        "cost.fork.4.seeded.native-logprobs", "pressure.thaw.recomputed", "gain.pressure", "cost.idle",
     }  # fmt: skip
     assert all(check.held for check in receipt.checks)
     ratio = receipt.number("cost.fork.4.greedy.last")
@@ -82,6 +82,8 @@ def test_goals_are_missed_by_what_they_are_about() -> None:
     assert goal(slow, "gain.pressure")
     assert not goal(slow, "cost.fork.4.greedy.last") and not goal(slow, "cost.idle")
     assert goal(slow, "cost.fork.4.seeded.last")
+    alike = sealed({"fork.4.greedy": sample(1.2), "native-logprobs.4.greedy": sample(1.2)})
+    assert goal(alike, "cost.fork.4.greedy.native-logprobs") and not goal(alike, "cost.fork.4.greedy.last")
     assert not goal(sealed({"pressure.thaw": sample(0.1, recomputed=1)}), "pressure.thaw.recomputed")
 
 

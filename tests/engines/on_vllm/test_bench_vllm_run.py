@@ -18,7 +18,8 @@ pytest.importorskip("vllm")
 
 ARMS = {
     "live.300", "hydrate.300", "prefill.300", "fork.4.greedy", "native.4.greedy", "fork.4.seeded", "native.4.seeded",
-    "native-own.4.seeded", "pressure.thaw.first", "pressure.native.first", "pressure.thaw", "pressure.native",
+    "native-logprobs.4.greedy", "native-logprobs.4.seeded", "native-own.4.seeded", "pressure.thaw.first",
+    "pressure.native.first", "pressure.thaw", "pressure.native",
 }  # fmt: skip
 PARTS = bench.PARTS if "THAW_VLLM_BENCH_ALL" in os.environ else ("hydrate", "fork", "pressure")
 """The idle connector needs a third vLLM: half a minute more."""
@@ -60,7 +61,7 @@ def test_a_session_hydrated_in_another_process_is_cached_and_one_prefilled_again
 
 def test_plain_requests_find_the_trunk_in_an_engine_with_room(receipt: r.Receipt) -> None:
     """So the arm that forks are compared with is vLLM's cache at its best: all of the trunk, nothing prefilled."""
-    for name in ("native.4.greedy", "native.4.seeded", "native-own.4.seeded"):
+    for name in (name for name in ARMS if name.startswith("native")):
         assert [found.num_cached_tokens for found in hits(receipt, name)] == [4 * 256]
 
 

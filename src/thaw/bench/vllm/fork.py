@@ -2,7 +2,8 @@
 other.
 
 Nothing has to be brought back here, so thaw can only cost. Greedy children, and seeded ones whose tokens thaw's logits
-processor chooses in both arms; `native-own` are seeded by vLLM itself.
+processor chooses in both arms; `native-own` are seeded by vLLM itself. A session's tokens have log probabilities:
+`native-logprobs` ask for theirs too, the others don't.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ def _arms(
         {
             f"fork.{n}.greedy": partial(_fork, live, greedy),
             f"native.{n}.greedy": partial(native, greedy),
+            f"native-logprobs.{n}.greedy": partial(native, greedy, fields=_with_logprobs([{}] * n)),
         },
         {
             f"fork.{n}.seeded": partial(_fork, live, seeded),
             f"native.{n}.seeded": partial(native, seeded, fields=_as_thaw(live, seeded)),
-            f"native-own.{n}.seeded": partial(native, seeded, fields=_own(live, seeded)),
+            f"native-logprobs.{n}.seeded": partial(native, seeded, fields=_with_logprobs(_as_thaw(live, seeded))),
+            f"native-own.{n}.seeded": partial(native, seeded, fields=_own(seeded)),
         },
     )
 
@@ -69,5 +72,10 @@ def _as_thaw(live: Session, ask: Ask) -> list[dict[str, Any]]:
     ]
 
 
-def _own(live: Session, ask: Ask) -> list[dict[str, Any]]:
+def _own(ask: Ask) -> list[dict[str, Any]]:
     return [{"temperature": ask.temperature, "seed": i} for i in range(ask.n)]
+
+
+def _with_logprobs(fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the chosen token alone."""
+    return [{**one, "logprobs": 0} for one in fields]

@@ -33,6 +33,10 @@ SINGLE = {
         "{0} plain requests, {1}",
         "the same children as plain requests submitted at once; vLLM's prefix cache has their common tokens",
     ),
+    "native-logprobs": (
+        "{0} plain requests with log probabilities, {1}",
+        "as native, and every token with its log probability, as a session's tokens have it",
+    ),
     "native-own": ("{0} plain requests, {1} by vLLM", "as native, with vLLM's own seeded sampling"),
     "idle": ("plain requests, thaw idle", "a batch of plain requests in an engine with thaw's connector"),
     "stock": ("plain requests, no thaw", "the same batch in an engine with nothing of thaw"),
@@ -48,7 +52,13 @@ PRESSURE = {
     "pressure.offload.first": ("first visits, vLLM's offload tier", "the same in an engine with vLLM's offload tier"),
     "pressure.offload": ("returns, vLLM's offload tier", "the same as plain requests, found in vLLM's own host tier"),
 }
-ORDER = ("live", "hydrate", "prefill", "fork", "native", "native-own", "pressure", "idle", "stock")
+ROUNDS = ("fork", "native", "native-logprobs", "native-own")
+ORDER = ("live", "hydrate", "prefill", *ROUNDS, "pressure", "idle", "stock")
+OTHERS = {
+    "native-logprobs": "plain requests with log probabilities",
+    "native-own": "plain requests that vLLM samples itself, without log probabilities",
+}
+"""What a fork is compared with besides `native`."""
 MAX_FORK = 1.02
 MIN_PRESSURE = 3.0
 MIN_OFFLOAD = 1.2
@@ -69,7 +79,7 @@ def derived(measured: Measured) -> list[r.Derived]:
             )
             continue
         out.append(r.median(f"{name}.first", f"{_words(name)[0]}: first token", "s", _value(name, "first_token_s")))
-        if _method(name) in ("fork", "native", "native-own"):
+        if _method(name) in ROUNDS:
             out.append(r.median(f"{name}.total", f"{_words(name)[0]}: all tokens", "s", _value(name, "total_s")))
         if name.startswith("pressure"):
             text = f"{_words(name)[0]}: tokens prefilled again"
@@ -88,6 +98,11 @@ def _ratios(measured: Measured) -> Iterator[r.Derived]:
             for what, value in (("last", "total_s"), ("first", "first_token_s")):
                 over, under = _value(name, value), _value(f"native.{rest}", value)
                 yield r.ratio(f"cost.{name}.{what}", text.format(what), over, under)
+        for other, whose in OTHERS.items():
+            if method == "fork" and f"{other}.{rest}" in measured:
+                text = f"{_words(name)[0]} takes × {whose}, to the last token"
+                over, under = _value(name, "total_s"), _value(f"{other}.{rest}", "total_s")
+                yield r.ratio(f"cost.{name}.{other}", text, over, under)
         if method == "native-own":
             text = f"thaw's choice of tokens takes × vLLM's own, {_words(name)[0]}, to the last token"
             over, under = _value(f"native.{rest}", "total_s"), _value(name, "total_s")
@@ -140,6 +155,10 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
         if name.startswith("cost.fork.") and name.endswith(".last"):
             n, kind, _ = name.removeprefix("cost.fork.").split(".")
             text = f"{n} {kind} forks cost at most {MAX_FORK} × vLLM's own prefix cache"
+            out.append(r.at_most(name, text, name, MAX_FORK))
+        if name.startswith("cost.fork.") and name.endswith(".native-logprobs"):
+            n, kind, _ = name.removeprefix("cost.fork.").split(".")
+            text = f"{n} {kind} forks cost at most {MAX_FORK} × vLLM's own prefix cache with log probabilities"
             out.append(r.at_most(name, text, name, MAX_FORK))
         if name == "pressure.thaw.recomputed":
             out.append(r.at_most(name, "under pressure nothing is prefilled again", name, 0))

@@ -50,7 +50,8 @@ def pick(logits_V: torch.Tensor, s: Sampling, seed: int, position: int, past: Pa
     logits_V = _penalised(logits_V, s, past)
     if s.temperature < 1e-5:
         return int(torch.argmax(logits_V))
-    probs_V = torch.softmax(logits_V.double() / s.temperature, 0)
+    scaled_V = logits_V.double() if s.temperature == 1.0 else logits_V.double() / s.temperature
+    probs_V = torch.softmax(scaled_V, 0)
     if bool(probs_V[0].isnan()):  # one NaN or +inf, or nothing but -inf, makes every probability NaN
         return int(torch.argmax(logits_V))
     if s.min_p > 0.0:
