@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from thaw.core.errors import InvalidRequest
-from thaw.engines.served.protocol import Write
+from thaw.engines.served.mail import Mail
+from thaw.engines.served.protocol import Message, Switch, Unpin, Write
 
 
 def write(**changes: object) -> Write:
@@ -29,3 +32,19 @@ def test_a_capture_ends_where_it_is_told_or_where_the_record_does(num_kv: int | 
 def test_what_cannot_be_written_is_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         write(**changes).end(100, 2)
+
+
+@pytest.mark.parametrize("message", [Switch(id="0" * 32, on=False), Unpin(id="0" * 32)])
+def test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail(message: Message, tmp_path: Path) -> None:
+    mail = Mail(tmp_path)
+    with pytest.raises(InvalidRequest, match="share the engine's mail folder"):
+        mail.require_granted(message)
+    mail.grant("1" * 32)
+    with pytest.raises(InvalidRequest, match="share the engine's mail folder"):
+        mail.require_granted(message)
+    mail.grant(message.id)
+    mail.require_granted(message)
+
+
+def test_what_is_about_ones_own_session_needs_none(tmp_path: Path) -> None:
+    Mail(tmp_path).require_granted(write())

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import msgspec
 import pytest
 
@@ -29,6 +30,7 @@ from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, SessionRef
+from thaw.engines.served.protocol import Message, Switch, Unpin, params
 from thaw.engines.vllm.client.http import HttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
@@ -320,6 +322,32 @@ def test_two_clients_do_not_see_each_others_sessions(engine: Engine, server: Ser
         with pytest.raises(NotFound):
             another.view(session)
         same(lab.one(another, lab.begin(another), greedy()), lab.one(engine, lab.begin(engine), greedy()))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Switch(id="a" * 32, inband=True, on=False),
+        Switch(id="b" * 32, inband=True, on=True, watch_weights=False),
+        Unpin(id="c" * 32, inband=True),
+    ],
+    ids=["off", "no guard", "unpin"],
+)
+def test_the_api_key_alone_does_not_change_what_is_everybodys(
+    engine: Engine, server: Server, lab: Lab, message: Message
+) -> None:
+    """The control: thaw's client, which shares the mail folder, asks for the same and gets it."""
+    session = lab.begin(engine, 300, start=33)
+    assert engine.pin(session, 60).result(LIMIT_S) == 256  # type: ignore[attr-defined]
+    body = {"prompt": [1], "max_tokens": 1, "kv_transfer_params": params(message)}
+    reply = httpx.post(
+        server.url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=LIMIT_S
+    )
+    said = reply.json()["kv_transfer_params"]["thaw"]
+    assert said["kind"] == "invalid-request" and "share the engine's mail folder" in said["error"]
+    assert engine.stats()["pinned_blocks"] == 2  # type: ignore[attr-defined]
+    engine.release_pins()  # type: ignore[attr-defined]
+    assert engine.stats()["pinned_blocks"] == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("key", [None, "wrong"])

@@ -5,6 +5,7 @@ the engine may touch. Both sides run as the same user on one host, or share the 
 
     stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
+    grants/<id>            empty: whoever says the message of this id may change what is everybody's
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
     facts/<from>           what a process says about itself
     facts/lock             locked by the engine for as long as its process lives
@@ -23,9 +24,9 @@ from typing import TypeVar
 
 import msgspec
 
-from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StorageFailed
 from thaw.engines.base import HydratePlan
-from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
+from thaw.engines.served.protocol import Answer, EngineFacts, Message, WorkerFacts
 
 T = TypeVar("T")
 SCHEDULER = "s"
@@ -46,7 +47,7 @@ class Mail:
             raise StorageFailed(f"the mail folder {folder} belongs to another user; choose another")
 
     def _make(self) -> None:
-        for name in ("stores", "plans", "answers", "facts"):
+        for name in ("stores", "plans", "answers", "facts", "grants"):
             try:
                 (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
@@ -118,6 +119,20 @@ class Mail:
     def drop_plan(self, name: str) -> None:
         (self.folder / "plans" / name).unlink(missing_ok=True)
 
+    # -- grants
+
+    def grant(self, name: str) -> None:
+        """Let the engine do what the message of this id asks, though it is about everybody's sessions."""
+        _put(self.folder / "grants" / name, b"")
+
+    def require_granted(self, message: Message) -> None:
+        """Raise `InvalidRequest` for a message for owners whose sender does not share this folder."""
+        if message.for_owner and not (self.folder / "grants" / message.id).exists():
+            raise InvalidRequest(
+                f"{type(message).__name__.lower()}: it would change everybody's sessions, so it is for those who share "
+                "the engine's mail folder; use thaw's own client there, as the same user"
+            )
+
     # -- answers
 
     def answer(self, name: str, sender: str | int, answer: Answer) -> None:
@@ -152,7 +167,7 @@ class Mail:
     def sweep(self) -> None:
         """Remove what was never fetched."""
         limit = time.time() - STALE_S
-        for name in ("plans", "answers"):
+        for name in ("plans", "answers", "grants"):
             for path in (self.folder / name).iterdir():
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < limit:

@@ -12,7 +12,7 @@ path is ever part of a message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
@@ -35,8 +35,13 @@ MAX_DROP = 4096
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
-    """`drop` names records that nobody needs any more. `inband`: answer in the reply, not only in the mail."""
+    """`drop` names records that nobody needs any more. `inband`: answer in the reply, not only in the mail.
 
+    `for_owner`: it is about everybody's sessions, so its sender must also have put its id among the mail's grants; who
+    may only send requests cannot.
+    """
+
+    for_owner: ClassVar[bool] = False
     v: int = VERSION
     id: Name
     drop: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_DROP)] = ()
@@ -103,6 +108,8 @@ class Pin(Message, frozen=True, kw_only=True, tag="pin"):
 class Unpin(Message, frozen=True, kw_only=True, tag="unpin"):
     """End all pins of the engine, whoever asked for them. Answered at once, also while the engine is paused."""
 
+    for_owner: ClassVar[bool] = True
+
 
 class Look(Message, frozen=True, kw_only=True, tag="look"):
     """Look at the weights now. `digest`: hash all of them."""
@@ -122,6 +129,7 @@ class Switch(Message, frozen=True, kw_only=True, tag="switch"):
     """Turn thaw off (every thaw request is refused, plain ones are untouched) or on again. Without `watch_weights`
     changed weights are not noticed."""
 
+    for_owner: ClassVar[bool] = True
     on: bool
     watch_weights: bool = True
 

@@ -41,6 +41,8 @@ class Talk:
     async def command(self, message: Message, senders: tuple[str | int, ...] | None = None) -> Answer:
         """Say it, wait for the mail, take the request back. Raises what the engine answered."""
         message = msgspec.structs.replace(message, drop=self._take_dropped())
+        if message.for_owner:
+            self.mail.grant(message.id)
         submission = Submission(message.id, [0], self.dialect.one_token, None, message)
         sending = asyncio.create_task(self._drain(submission))
         try:

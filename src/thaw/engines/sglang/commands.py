@@ -30,6 +30,7 @@ class Commands:
     def begin(self, message: protocol.Command) -> None:
         """Raises what refuses it, on all ranks alike."""
         side = self._side
+        side.mail.require_granted(message)
         if isinstance(message, protocol.Fill):
             self._fill(message)
         elif isinstance(message, protocol.Write):

@@ -34,6 +34,7 @@ class Commands:
         """Raises what is to be answered."""
         self._open[request] = message
         side = self._side
+        side.mail.require_granted(message)
         if isinstance(message, protocol.Fill):
             self._fill(message)
         elif isinstance(message, protocol.Write):
