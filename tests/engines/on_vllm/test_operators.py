@@ -100,7 +100,9 @@ def other_weights(tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[VllmEngine]:
-    with load_engine("vllm", model=str(model), enforce_eager=True, max_model_len=4096) as loaded:
+    """With code of the owner's in its worker: `in_place`."""
+    options = {"enforce_eager": True, "max_model_len": 4096, "worker_extension_cls": "in_place.InPlace"}
+    with load_engine("vllm", model=str(model), **options) as loaded:
         assert isinstance(loaded, VllmEngine)
         yield loaded
 
@@ -279,19 +281,42 @@ def test_a_reset_with_the_connector_ends_the_pins_and_works_the_second_time(
     same(expected, lab.one(engine, session, greedy(4)))
 
 
-def test_a_pause_that_clears_raises_while_blocks_are_pinned_and_the_engine_goes_on(
-    engine: VllmEngine, owner: Owner, lab: Lab
+KEEPING = ("pause, cache kept", "pause, keep, cache kept", "sleep 0")
+
+
+@pytest.mark.parametrize("act", KEEPING)
+def test_what_clears_nothing_works_and_leaves_pins(engine: VllmEngine, owner: Owner, lab: Lab, act: str) -> None:
+    session = lab.begin(engine, 400, start=9)
+    expected = lab.one(engine, lab.twin(engine, session), greedy(4))
+    engine.pin(session, 60).result(LIMIT_S)
+    ACTS[act](owner)
+    assert engine.stats()["pinned_blocks"] == 3
+    same(expected, lab.one(engine, session, greedy(4)))
+
+
+CLEARING: dict[str, Callable[[Owner], object]] = {
+    "pause": lambda owner: owner.pause(),
+    "pause, wait": lambda owner: owner.pause("wait"),
+    "pause, keep": lambda owner: owner.pause("keep"),
+    "sleep 1": lambda owner: owner("sleep", 1),
+    "sleep 2": lambda owner: owner("sleep", 2),
+}
+
+
+@pytest.mark.parametrize("act", CLEARING)
+def test_what_clears_raises_while_blocks_are_pinned_and_the_engine_goes_on(
+    engine: VllmEngine, owner: Owner, lab: Lab, act: str
 ) -> None:
     if Version(engine.info.version) < Version("0.27"):
         pytest.skip("0.26 ends there: docs/engines/vllm.md says so")
     session = lab.begin(engine, 400, start=7)
     expected = lab.one(engine, lab.twin(engine, session), greedy(4))
     engine.pin(session, 60).result(LIMIT_S)
-    with pytest.raises(Exception, match="Failed to reset KV cache"):
-        owner.pause()
+    with pytest.raises(Exception, match="Failed to reset"):
+        CLEARING[act](owner)
     engine.release_pins()  # the engine is paused now, and this is answered
-    owner.pause()
     owner.resume()
+    ACTS[act](owner)
     same(expected, lab.one(engine, session, greedy(4)))
 
 
@@ -391,6 +416,25 @@ def test_weights_that_are_the_same_again(engine: VllmEngine, owner: Owner, lab: 
     owner.load(model)
     owner.resume()
     same(expected, lab.one(engine, session, seeded(8)))
+
+
+@pytest.mark.parametrize("way", ["load_weights", "one tensor"])
+def test_weights_changed_in_place_are_noticed_by_themselves(
+    engine: VllmEngine, owner: Owner, lab: Lab, model: Path, other_weights: Path, way: str
+) -> None:
+    """Nobody announces it. The control: the new weights answer otherwise, and the old ones loaded back as before."""
+    session = lab.begin(engine, 300, start=35)
+    expected = lab.one(engine, lab.twin(engine, session), greedy(8))
+    if way == "load_weights":
+        owner("collective_rpc", "load_in_place", args=(str(other_weights),))
+    else:
+        owner("collective_rpc", "scale_in_place", args=("model.layers.1.input_layernorm.weight", 1.5))
+    with pytest.raises(StaleSession, match="weights changed"):
+        lab.one(engine, session, greedy(1))
+    changed = lab.one(engine, lab.begin(engine, 300, start=35), greedy(8))
+    assert bits(changed.logprobs) != bits(expected.logprobs), "the control must differ"
+    owner.load(model)
+    same(expected, lab.one(engine, lab.begin(engine, 300, start=35), greedy(8)))
 
 
 def test_shutdown_with_sessions_parked_pinned_and_running(engine: VllmEngine, lab: Lab) -> None:
