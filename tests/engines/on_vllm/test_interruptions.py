@@ -7,6 +7,7 @@ CPU the bits of one request hang on what runs beside it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import threading
@@ -22,7 +23,7 @@ from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, GenerateRequest, Handle, SessionRef
-from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, ids, same, seeded
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, ids, same, seeded, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
 pytest.importorskip("vllm")
@@ -306,3 +307,31 @@ def test_read_forked_and_closed_while_the_copy_of_its_end_is_under_way(
         captured = reading.result(LIMIT_S)
         same(expected, going_on.result(LIMIT_S)[0])
         same(expected, lab.one(engine, lab.hydrate(engine, lab.plan(captured)).session, greedy(5), (3,)))
+
+
+def test_aborted_while_it_is_captured_both_the_snapshot_and_the_session_go_on(
+    engine: VllmEngine, lab: Lab, mount: StoreMount
+) -> None:
+    """The abort comes before, while and after the copy is taken: whichever it was, what was captured is a prefix of the
+    uninterrupted turn, with its bits."""
+    session = lab.begin(engine, IN_STEP, start=10)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(60))
+    lengths = set()
+    for delay in (0.0, 0.001, 0.003, 0.006, 0.01, 0.02, 0.04):
+        child = lab.twin(engine, session)
+        running = lab.start(engine, child, sampling=seeded(60))
+        wait_for(running, 3)
+        reading = engine.capture(child, capture_plan(mount))
+        time.sleep(delay)
+        running.cancel()
+        captured = reading.result(LIMIT_S)
+        with contextlib.suppress(Cancelled):
+            running.result(LIMIT_S)
+        lengths.add(len(captured.tokens))
+        done = captured.tokens[IN_STEP:]
+        assert 3 <= len(done) < 60 and done == expected.token_ids[: len(done)]
+        for one in (lab.hydrate(engine, lab.plan(captured)).session, child):
+            same_rest(lab.resume(engine, one)[0], expected)
+            engine.close_session(one)
+    print("tokens captured:", sorted(lengths))
+    assert engine.stats()["running"] == 0
