@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import random
 import threading
 import time
@@ -96,9 +97,12 @@ class Hog:
         llm: Any = engine._transport._llm  # type: ignore[attr-defined]
         sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
         self._began = threading.Event()
+        self.told: list[float] = []
+        """When each token came, by `time.monotonic`."""
 
         async def run() -> None:
             async for _ in llm.generate({"prompt_token_ids": list(ids(num_prompt, 50))}, sampling, f"hog-{id(self)}"):
+                self.told.append(time.monotonic())
                 self._began.set()
 
         self._run = asyncio.run_coroutine_threadsafe(run(), engine._loop.inner)
@@ -335,3 +339,28 @@ def test_aborted_while_it_is_captured_both_the_snapshot_and_the_session_go_on(
             engine.close_session(one)
     print("tokens captured:", sorted(lengths))
     assert engine.stats()["running"] == 0
+
+
+def test_others_go_on_while_a_session_is_captured_and_another_one_is_loaded(engine: VllmEngine, lab: Lab) -> None:
+    """A plain request gets tokens between the begin and the end of a capture and of a load in the background."""
+    session = lab.begin(engine, IN_BACKGROUND, start=11)
+    expected = lab.one(engine, lab.twin(engine, session), greedy(1))
+    cycle(engine, lab)
+    plain = Hog(engine, num_prompt=100, count=800)
+    windows = []
+    for _ in range(4):
+        began = time.monotonic()
+        captured = lab.capture(engine, session)
+        middle = time.monotonic()
+        hydrated = lab.hydrate(engine, lab.plan(captured)).session
+        assert lab.one(engine, hydrated, greedy(1)).token_ids == expected.token_ids
+        windows += [("capture", began, middle), ("load", middle, time.monotonic())]
+        engine.close_session(hydrated)
+    plain.end()
+    assert plain.told[-1] > windows[-1][2], "it was to run all the time"
+    gaps = [(b - a, a) for a, b in itertools.pairwise(plain.told)]
+    for what in ("capture", "load"):
+        mine = [(a, b) for name, a, b in windows if name == what]
+        assert all(any(a < at < b for at in plain.told) for a, b in mine), what
+        inside = max(gap for gap, at in gaps if any(a <= at + gap and at <= b for a, b in mine))
+        print(f"largest gap at a {what}: {inside * 1e3:.1f} ms; median {sorted(gaps)[len(gaps) // 2][0] * 1e3:.1f} ms")
