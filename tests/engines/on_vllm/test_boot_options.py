@@ -7,6 +7,7 @@ Bits are compared where both sides run alone or in groups of one size.
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 import secrets
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 import thaw
 from thaw.core.errors import BadSampling, Cancelled, InvalidRequest, Unsupported
@@ -445,3 +447,34 @@ def test_a_watermark_is_refused(folder: str) -> None:
     object.__setattr__(config, "watermark_config", object())
     with pytest.raises(Unsupported, match="watermarking"):
         support.require_config(config)
+
+
+@pytest.mark.parametrize("others", [(), ("ExampleConnector",)], ids=["alone", "beside another"])
+def test_a_server_that_computes_again_what_could_not_be_loaded_is_refused(folder: str, others: tuple[str, ...]) -> None:
+    """thaw's refusals end a request by a load that fails. Inside `MultiConnector` a child's own part does not say what
+    vLLM does with it."""
+    from vllm.config import KVTransferConfig, set_current_vllm_config
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    from thaw.engines.vllm.settings import VllmSettings, engine_args
+
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    caches = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["0"], spec)])
+    for said in ("fail", "recompute"):
+        arguments = engine_args(VllmSettings(), others)
+        arguments["kv_transfer_config"] = {**arguments["kv_transfer_config"], "kv_load_failure_policy": said}  # type: ignore[dict-item]
+        config = AsyncEngineArgs(model=folder, max_model_len=512, **arguments).create_engine_config()  # type: ignore[arg-type]
+        own = copy.copy(config)
+        if others:
+            own.kv_transfer_config = KVTransferConfig(
+                **config.kv_transfer_config.kv_connector_extra_config["connectors"][0]
+            )
+        with set_current_vllm_config(config):
+            if said == "fail":
+                support.require(own, caches)
+                continue
+            with pytest.raises(Unsupported, match=r"kv_load_failure_policy=recompute: .* leave it out"):
+                support.require(own, caches)
+        with pytest.raises(Unsupported, match="kv_load_failure_policy=recompute"):
+            support.require_config(config)

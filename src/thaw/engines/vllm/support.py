@@ -26,6 +26,7 @@ ALONE = (
 def require(config: Any, kv_cache_config: Any) -> None:
     """Raise `Unsupported` for the first thing that thaw cannot capture exactly."""
     require_config(config)
+    _require_transfer(versions.whole(config).kv_transfer_config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid or sliding); only one is supported")
@@ -40,6 +41,7 @@ def require(config: Any, kv_cache_config: Any) -> None:
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config)
+    _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:
         raise Unsupported("speculative decoding: a draft's state is not captured; start vLLM without it")
@@ -74,6 +76,15 @@ def require_one_rank(parallel: Any) -> None:
         raise Unsupported(
             f"data_parallel_size={parallel.data_parallel_size} inside a program: start a server with it and attach to "
             "its address; sessions are then spread over its ranks"
+        )
+
+
+def _require_transfer(transfer: Any) -> None:
+    """A request that must not go on ends by a load that fails: computed again, it would go on unseen."""
+    if transfer is not None and transfer.kv_load_failure_policy != "fail":
+        raise Unsupported(
+            f"kv_load_failure_policy={transfer.kv_load_failure_policy}: vLLM would compute again what thaw refuses to "
+            "load; leave it out of kv_transfer_config for fail"
         )
 
 

@@ -41,6 +41,14 @@ def runner(config: Any) -> str:
     return "V2" if getattr(config, "use_v2_model_runner", False) else "V1"
 
 
+def whole(config: Any) -> Any:
+    """The engine's own configuration, where a connector has one of its own: a child of `MultiConnector` gets a copy
+    with its own part of `kv_transfer_config`. vLLM names the engine's in its workers; elsewhere it is `config`."""
+    from vllm.config.vllm import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none() or config
+
+
 def data_parallel_rank(config: Any) -> int | None:
     """Which rank of a data-parallel server this engine is; None where it is no such one.
 
