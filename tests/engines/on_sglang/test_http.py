@@ -22,6 +22,7 @@ from thaw.engines.served import protocol
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.settings import ON_CPU, SglangSettings, command_line, cpu_environment, environment
 from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, ids, same, seeded
+from thaw.testing.messages import HOSTILE
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("sglang")
@@ -155,20 +156,7 @@ def test_plain_requests_are_sglangs_own(server: Server, engine: SglangEngine, la
     assert server.generate(input_ids=tokens, kv_hints=other).json()["meta_info"]["cached_tokens"] == 199
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"op": "fill", "id": "../../../../etc/passwd", "record": "0" * 32},
-        {"op": "write", "id": "1" * 32, "record": "2" * 32, "store": "/tmp", "packs": ["x"]},
-        {"op": "write", "id": "1" * 32, "record": "2" * 32, "store": "3" * 32, "packs": ["../x.safetensors"]},
-        {"op": "write", "id": "1" * 32, "record": "2" * 32, "store": "3" * 32, "packs": ["x"], "path": "/tmp"},
-        {"op": "run", "id": "1" * 32, "record": "2" * 32, "source": "4" * 32, "num_kv": 10},
-        {"op": "no such thing", "id": "1" * 32},
-        {"op": "stats", "id": "1" * 32, "v": 1},
-        "not a message",
-        None,
-    ],
-)
+@pytest.mark.parametrize("message", [*HOSTILE.values(), None], ids=[*HOSTILE, "nothing"])
 def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
     server: Server, engine: SglangEngine, lab: Lab, message: object
 ) -> None:

@@ -18,9 +18,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import httpx
 import msgspec
 import pytest
 
@@ -30,11 +29,12 @@ from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, SessionRef
-from thaw.engines.served.protocol import Message, Switch, Unpin, params
+from thaw.engines.served import protocol
 from thaw.engines.vllm.client.http import HttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
 from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.messages import HOSTILE
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
@@ -316,6 +316,43 @@ def test_the_servers_own_metrics_count_what_thaw_does(engine: Engine, server: Se
     assert after["thaw_arena_nbytes"] == engine.stats()["arena_nbytes"] > 0  # type: ignore[attr-defined]
 
 
+def complete(server: Server, message: object) -> tuple[int, dict[str, Any]]:
+    """A request as anybody may send it, with this for thaw's message: the reply's status and body."""
+    body = {"prompt": list(ids(20)), "max_tokens": 1, "kv_transfer_params": {protocol.KEY: message}}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    asked = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=LIMIT_S) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE)
+def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
+    engine: Engine, server: Server, lab: Lab, tmp_path_factory: pytest.TempPathFactory, message: object
+) -> None:
+    """What answers a request of thaw's in the reply says why. Any other ends with an error, and the mail says why."""
+    session = lab.begin(engine, 20)
+    letters, everything = server.log.parent / "mail" / "answers", tmp_path_factory.getbasetemp()
+    refused = engine.stats()["refused"]  # type: ignore[attr-defined]
+    mailed, files = set(letters.iterdir()), set(everything.rglob("*"))
+    status, reply = complete(server, message)
+    new = set(letters.iterdir()) - mailed
+    if status == 200:
+        kinds = [reply["kv_transfer_params"][protocol.KEY]["kind"]]
+    else:
+        assert status == 500 and "choices" not in reply
+        kinds = [json.loads(letter.read_bytes())["kind"] for letter in new]
+    assert len(kinds) == 1 and kinds[0] in ("invalid-request", "not-found")
+    assert set(everything.rglob("*")) == files | new, "nothing is made or taken away, whatever the message names"
+    for letter in new:
+        letter.unlink()
+    assert engine.stats()["refused"] == refused + 1  # type: ignore[attr-defined]
+    same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 20), greedy(2)))
+    assert requests_in(server) == 0
+
+
 def test_two_clients_do_not_see_each_others_sessions(engine: Engine, server: Server, lab: Lab) -> None:
     session = lab.begin(engine)
     with thaw.attach(server.url + "/v1/", api_key=KEY) as another:
@@ -327,23 +364,20 @@ def test_two_clients_do_not_see_each_others_sessions(engine: Engine, server: Ser
 @pytest.mark.parametrize(
     "message",
     [
-        Switch(id="a" * 32, inband=True, on=False),
-        Switch(id="b" * 32, inband=True, on=True, watch_weights=False),
-        Unpin(id="c" * 32, inband=True),
+        protocol.Switch(id="a" * 32, inband=True, on=False),
+        protocol.Switch(id="b" * 32, inband=True, on=True, watch_weights=False),
+        protocol.Unpin(id="c" * 32, inband=True),
     ],
     ids=["off", "no guard", "unpin"],
 )
 def test_the_api_key_alone_does_not_change_what_is_everybodys(
-    engine: Engine, server: Server, lab: Lab, message: Message
+    engine: Engine, server: Server, lab: Lab, message: protocol.Message
 ) -> None:
     """The control: thaw's client, which shares the mail folder, asks for the same and gets it."""
     session = lab.begin(engine, 300, start=33)
     assert engine.pin(session, 60).result(LIMIT_S) == 256  # type: ignore[attr-defined]
-    body = {"prompt": [1], "max_tokens": 1, "kv_transfer_params": params(message)}
-    reply = httpx.post(
-        server.url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=LIMIT_S
-    )
-    said = reply.json()["kv_transfer_params"]["thaw"]
+    _, reply = complete(server, msgspec.to_builtins(message))
+    said = reply["kv_transfer_params"][protocol.KEY]
     assert said["kind"] == "invalid-request" and "share the engine's mail folder" in said["error"]
     assert engine.stats()["pinned_blocks"] == 2  # type: ignore[attr-defined]
     engine.release_pins()  # type: ignore[attr-defined]
