@@ -12,6 +12,7 @@ import re
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ pytest.importorskip("vllm")
 from thaw.engines.served import protocol
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
+from thaw.engines.vllm.settings import VllmSettings, engine_args
 
 CHUNK = 64
 POOL = 3072
@@ -438,15 +440,27 @@ def test_what_cannot_work_is_refused_by_name_before_vllm_starts(folder: str, wha
 
 def test_a_watermark_is_refused(folder: str) -> None:
     """Where this vLLM has them: their configuration hangs on the runner, so it is put there by hand."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    from thaw.engines.vllm.settings import VllmSettings, engine_args
-
-    config = AsyncEngineArgs(model=folder, max_model_len=512, **engine_args(VllmSettings())).create_engine_config()  # type: ignore[arg-type]
+    config = configured(folder, VllmSettings())
     support.require_config(config)
     object.__setattr__(config, "watermark_config", object())
     with pytest.raises(Unsupported, match="watermarking"):
         support.require_config(config)
+
+
+def configured(folder: str, settings: VllmSettings, others: tuple[str, ...] = (), policy: str = "fail") -> Any:
+    """vLLM's configuration of an engine with thaw in it."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    arguments: dict[str, Any] = engine_args(settings, others)
+    arguments["kv_transfer_config"]["kv_load_failure_policy"] = policy
+    return AsyncEngineArgs(model=folder, max_model_len=512, **arguments).create_engine_config()
+
+
+def full_attention() -> Any:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["0"], spec)])
 
 
 @pytest.mark.parametrize("others", [(), ("ExampleConnector",)], ids=["alone", "beside another"])
@@ -454,27 +468,56 @@ def test_a_server_that_computes_again_what_could_not_be_loaded_is_refused(folder
     """thaw's refusals end a request by a load that fails. Inside `MultiConnector` a child's own part does not say what
     vLLM does with it."""
     from vllm.config import KVTransferConfig, set_current_vllm_config
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-    from thaw.engines.vllm.settings import VllmSettings, engine_args
-
-    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    caches = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["0"], spec)])
     for said in ("fail", "recompute"):
-        arguments = engine_args(VllmSettings(), others)
-        arguments["kv_transfer_config"] = {**arguments["kv_transfer_config"], "kv_load_failure_policy": said}  # type: ignore[dict-item]
-        config = AsyncEngineArgs(model=folder, max_model_len=512, **arguments).create_engine_config()  # type: ignore[arg-type]
+        config = configured(folder, VllmSettings(), others, said)
         own = copy.copy(config)
         if others:
-            own.kv_transfer_config = KVTransferConfig(
-                **config.kv_transfer_config.kv_connector_extra_config["connectors"][0]
-            )
+            child = config.kv_transfer_config.kv_connector_extra_config["connectors"][0]
+            own.kv_transfer_config = KVTransferConfig(**child)
         with set_current_vllm_config(config):
             if said == "fail":
-                support.require(own, caches)
+                support.require(own, full_attention())
                 continue
             with pytest.raises(Unsupported, match=r"kv_load_failure_policy=recompute: .* leave it out"):
-                support.require(own, caches)
+                support.require(own, full_attention())
         with pytest.raises(Unsupported, match="kv_load_failure_policy=recompute"):
             support.require_config(config)
+
+
+# --- warned of
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_a_release_that_was_not_run_is_warned_of_in_the_servers_log(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run: bool
+) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from thaw.engines.served.mail import Mail
+    from thaw.engines.vllm.connector import ThawConnector
+
+    if not run:
+        monkeypatch.setattr(versions, "RUN", frozenset())
+    ThawConnector(configured(folder, VllmSettings(mail=str(tmp_path))), KVConnectorRole.SCHEDULER, full_attention())
+    facts = Mail(tmp_path).engine_facts()
+    assert facts is not None and len(facts.notes) == (0 if run else 1)
+    said = [record.getMessage() for record in caplog.records if record.name == "thaw.vllm"]
+    assert said == [f"thaw: {note}" for note in facts.notes]
+
+
+@only("small blocks")
+def test_who_joins_an_engine_is_warned_of_what_it_says_of_itself(engine: VllmEngine) -> None:
+    mail, facts = engine._transport.mail, engine._transport.facts
+    llm = engine._transport._llm  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        thaw.attach(llm).close()
+    assert not [one for one in seen if one.category is RuntimeWarning]
+    mail.post("s", msgspec.structs.replace(facts, notes=("vLLM 0.99 was not run",)))
+    try:
+        with pytest.warns(RuntimeWarning, match=r"^vLLM 0\.99 was not run$") as warned:
+            thaw.attach(llm).close()
+        assert [one.filename for one in warned if one.category is RuntimeWarning] == [__file__]
+    finally:
+        mail.post("s", facts)

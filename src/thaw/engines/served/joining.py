@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import sys
+import warnings
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +31,25 @@ def join(kind: type[E], start: Callable[[], Coroutine[Any, Any, Transport]], *, 
             raise
 
     try:
-        return loop.wait(make())
+        engine = loop.wait(make())
     except BaseException:
         loop.stop()
         raise
+    try:
+        _warn(engine._transport.facts.notes)
+    except BaseException:  # where the caller has made warnings errors
+        engine.close()
+        raise
+    return engine
+
+
+def _warn(notes: Iterable[str]) -> None:
+    """What the engine says of itself, said where thaw was called."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "thaw":
+        depth, frame = depth + 1, frame.f_back
+    for note in notes:
+        warnings.warn(note, RuntimeWarning, stacklevel=depth)
 
 
 def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) -> E:

@@ -7,6 +7,7 @@ start.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from thaw.engines.sglang.settings import BACKEND
 
+log = logging.getLogger("thaw.sglang")
 HOOKS = {
     "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": "handle_generate_request",
     "sglang.srt.managers.scheduler.Scheduler.abort_request": "abort_request",
@@ -118,6 +120,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         for uuid, packs in settings.stores.items():
             mail.register_store(uuid, Path(packs))
         mail.post(SCHEDULER, engine)
+        for note in engine.notes:
+            log.warning("thaw: %s", note)
     weights = WeightsSample(context.tp_worker.model_runner.model)
     side = Side(pool, facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)

@@ -8,6 +8,7 @@ never the per-layer ones, so CUDA graphs and asynchronous scheduling stay as the
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ from thaw.engines.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("thaw.vllm")
 
 
 @dataclass
@@ -109,6 +112,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             notes=tuple(versions.notes(vllm.__version__)),
         )
         self._mail.post(SCHEDULER, facts)
+        for note in facts.notes:
+            log.warning("thaw: %s", note)
         heads = model.get_num_kv_heads(parallel)
         head_dim = model.get_head_size()
         token_nbytes = model.get_num_layers(parallel) * 2 * heads * head_dim * spec.dtype.itemsize
