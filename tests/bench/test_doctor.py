@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,14 @@ from hypothesis import strategies as st
 
 from thaw import load_engine
 from thaw.bench import doctor
-from thaw.bench.doctor import model, place, software
+from thaw.bench.doctor import model, place, server, software
+from thaw.bench.doctor.report import Finding
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
+from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+from thaw.repo import served
+from thaw.repo.served import Served
+from thaw.store import Store
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
@@ -150,3 +158,62 @@ def test_strange_configs_give_only_our_errors(change: dict[str, Any]) -> None:
         model.report("strange", {**LLAMA, **change})
     except ThawError as error:
         assert isinstance(error, InvalidRequest)
+
+
+# --- what a server's processes said of themselves
+
+
+def said(mail: Path, *, workers: int = 1, prefix_caching: bool = True) -> Path:
+    """A mail folder as an engine of one worker leaves it."""
+    facts = EngineFacts(
+        protocol=1, thaw="1", version="0.32.0", pid=1, model="m", dtype="bfloat16", max_model_len=512, max_logprobs=20,
+        block_size=128, num_blocks=8, world_size=1, prefix_caching=prefix_caching, runner="V1",
+    )  # fmt: skip
+    here = Mail(mail)
+    here.post(SCHEDULER, facts)
+    for rank in range(workers):
+        here.post(rank, WorkerFacts(
+            rank=rank, world_size=1, pid=1, total_heads=2, first_head=0, num_heads=2, num_layers=3, head_dim=64,
+            dtype="bfloat16", layout={"kind": "made up"},
+        ))  # fmt: skip
+    return mail
+
+
+def connectors(repository: Path, mail: Path, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+    """The doctor's findings on a server that `thaw up` started with that mail folder, and that answers."""
+    with Store.init(repository) as store:
+        known = Served(
+            engine="vllm", url="http://127.0.0.1:9", model="m", pid=os.getpid(), born=served.born(os.getpid()),
+            host=socket.gethostname(), log="engine.log", config="", mail=str(mail), started_ns=1,
+        )  # fmt: skip
+        served.remember(store, known)
+    monkeypatch.setattr(served, "answers", lambda url: True)
+    return [found for found in server.findings(repository) if found.name.startswith("connector")]
+
+
+def test_every_rank_of_a_data_parallel_server_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mail = tmp_path / "mail"
+    said(mail / "dp0")
+    said(mail / "dp1", workers=0)
+    first, second = connectors(tmp_path / "r", mail, monkeypatch)
+    assert first.status == "ok" and "active in data-parallel rank 0 of vLLM 0.32.0 and in 1 of 1 workers" in first.text
+    assert second.status == "problem" and "rank 1 of vLLM 0.32.0 and in 0 of 1 workers" in second.text
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_server_without_ranks_is_one_engine_and_says_whether_it_caches_prefixes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    (found,) = connectors(tmp_path / "r", said(tmp_path / "mail", prefix_caching=on), monkeypatch)
+    assert found.status == "ok" and "active in vLLM 0.32.0 and" in found.text
+    assert f"prefix caching {'on' if on else 'off'}" in found.text
+
+
+def test_of_a_joined_server_all_ranks_that_run_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server says the folder of the rank that answered. Rank 2 is of an engine that is gone: its lock is free."""
+    for rank in range(3):
+        said(tmp_path / f"dp{rank}")
+    (tmp_path / "dp2" / "facts" / "lock").touch()
+    monkeypatch.setattr(server, "_mail_of_vllm", lambda url: str(tmp_path / "dp1"))
+    found = [one for one in server._joined("vllm", "http://127.0.0.1:9") if one.name == "connector"]
+    assert [one.text.split("rank ")[1][0] for one in found] == ["0", "1"]

@@ -19,7 +19,7 @@ import msgspec
 from thaw.bench.doctor.report import Finding
 from thaw.core.errors import ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mail import Mail, ranks_beside
 from thaw.engines.sglang.client import wire
 from thaw.repo import served, settings
 from thaw.repo.served import Served
@@ -93,7 +93,7 @@ def _joined(engine: str, url: str) -> Iterator[Finding]:
             text=f"thaw is not active in the server at {url}",
             advice=f"Start it with {SWITCHED_ON_BY.get(engine, WITH_A_FILE)}.",
         )
-    elif not Path(mail, "facts").is_dir():
+    elif not _folders(Path(mail)):
         yield Finding(
             name="connector",
             status="problem",
@@ -101,7 +101,8 @@ def _joined(engine: str, url: str) -> Iterator[Finding]:
             advice="Client and engine must share it: run on the same host, or mount it.",
         )
     else:
-        yield from _active(Path(mail), "on its host")
+        for folder in _folders(Path(mail)):
+            yield from _active(folder, "on its host")
 
 
 def _mail_of_vllm(url: str) -> str:
@@ -130,8 +131,20 @@ def _asked(url: str, body: dict[str, Any], key_in: str) -> bytes:
 
 
 def _connector(known: Served) -> Iterator[Finding]:
-    if known.is_here and Path(known.mail, "facts").is_dir():
-        yield from _active(Path(known.mail), known.log)
+    if known.is_here:
+        for folder in _folders(Path(known.mail)):
+            yield from _active(folder, known.log)
+
+
+def _folders(mail: Path) -> list[Path]:
+    """Where its engines keep their facts: a data-parallel server has a folder for each rank, in the one that it was
+    started with. A server that was asked itself names the folder of the rank that answered."""
+    if mail.name.startswith("dp") and (mail / "facts").is_dir():
+        return [mail.parent / f"dp{rank}" for rank in ranks_beside(mail)] or [mail]
+    ranks = [place for place in mail.glob("dp*") if place.name[2:].isdecimal() and (place / "facts").is_dir()]
+    if ranks:
+        return sorted(ranks, key=lambda place: int(place.name[2:]))
+    return [mail] if (mail / "facts").is_dir() else []
 
 
 def _active(folder: Path, log: str) -> Iterator[Finding]:
@@ -142,7 +155,7 @@ def _active(folder: Path, log: str) -> Iterator[Finding]:
         yield Finding(
             name="connector",
             status="problem",
-            text="thaw is not active in that server: its engine process left no note",
+            text=f"thaw is not active in {_rank(folder)}that server: its engine process left no note",
             advice=f"thaw must be installed where it runs; its log: {log}",
         )
         return
@@ -150,8 +163,9 @@ def _active(folder: Path, log: str) -> Iterator[Finding]:
     count = f"{len(workers)} of {engine.world_size}"
     runner = f"runner {engine.runner}, " if engine.runner else ""
     text = (
-        f"thaw {engine.thaw} is active in {engine.engine} {engine.version} and in {count} workers "
-        f"({runner}{engine.num_blocks:,} blocks of {engine.block_size} tokens, {engine.dtype})"
+        f"thaw {engine.thaw} is active in {_rank(folder)}{engine.engine} {engine.version} and in {count} workers "
+        f"({runner}{engine.num_blocks:,} blocks of {engine.block_size} tokens, {engine.dtype}, "
+        f"prefix caching {'on' if engine.prefix_caching else 'off'})"
     )
     whole = len(workers) == engine.world_size
     layout = "; ".join(f"{k} {v}" for k, v in sorted(workers[0].layout.items())) if workers else ""
@@ -163,3 +177,7 @@ def _active(folder: Path, log: str) -> Iterator[Finding]:
     )
     for note in engine.notes:
         yield Finding(name="connector-note", status="warning", text=note)
+
+
+def _rank(folder: Path) -> str:
+    return f"data-parallel rank {folder.name[2:]} of " if folder.name.startswith("dp") else ""
