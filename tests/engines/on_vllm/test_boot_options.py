@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import re
 import secrets
+import shutil
 import threading
 import time
 import warnings
@@ -483,6 +485,39 @@ def test_a_server_that_computes_again_what_could_not_be_loaded_is_refused(folder
                 support.require(own, full_attention())
         with pytest.raises(Unsupported, match="kv_load_failure_policy=recompute"):
             support.require_config(config)
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama", {}, ""),
+    "mistral": ("llama", {**MISTRAL, "sliding_window": 64}, "sliding_window=64"),
+    "mistral without its window": ("llama", {**MISTRAL, "sliding_window": None}, ""),
+    "qwen2": ("qwen2", {**SLIDING, "layer_types": ["sliding_attention"] * 2}, "sliding_window=64"),
+    "qwen2, some layers": (
+        "qwen2",
+        {**SLIDING, "layer_types": ["full_attention", "sliding_attention"]},
+        "sliding_window=64",
+    ),
+    "qwen2 that does not use its window": ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, ""),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_model_with_a_sliding_window_is_refused_by_its_config_where_it_uses_it(
+    tiny_model: Callable[..., Path], tmp_path: Path, what: str
+) -> None:
+    kind, change, says = MODELS[what]
+    shape = {"head_dim": 64} if kind == "llama" else {"num_attention_heads": 2}
+    shutil.copytree(tiny_model(kind, dtype="bfloat16", **shape), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    config = configured(str(tmp_path / "m"), VllmSettings())
+    if not says:
+        support.require_config(config)
+        return
+    with pytest.raises(Unsupported, match=says):
+        support.require_config(config)
 
 
 # --- warned of

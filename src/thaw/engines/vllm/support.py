@@ -41,6 +41,7 @@ def require(config: Any, kv_cache_config: Any) -> None:
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config)
+    _require_full_attention(config.model_config, config.cache_config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:
@@ -77,6 +78,17 @@ def require_one_rank(parallel: Any) -> None:
             f"data_parallel_size={parallel.data_parallel_size} inside a program: start a server with it and attach to "
             "its address; sessions are then spread over its ranks"
         )
+
+
+def _require_full_attention(model: Any, cache: Any) -> None:
+    """By the config alone; `require` looks at the caches that vLLM made of it."""
+    if model.is_hybrid:
+        raise Unsupported("a hybrid model (some layers keep a state, not KV): only full attention is supported")
+    window, layers = model.get_sliding_window(), getattr(model.hf_text_config, "layer_types", None) or ()
+    if cache.sliding_window is not None or (window is not None and "sliding_attention" in layers):
+        raise Unsupported(f"sliding_window={window}: only full attention is supported")
+    if "chunked_attention" in layers:
+        raise Unsupported("chunked attention: only full attention is supported")
 
 
 def _require_transfer(transfer: Any) -> None:
