@@ -1,0 +1,202 @@
+"""The real model on real vLLM: what the law book says of a small random model holds of SmolLM2, reading English.
+
+Two engines that share nothing but a folder of packs: one in process, with few blocks, and a stock OpenAI server. What
+one of them leaves in the middle of a turn goes on in the other, both ways. Bits are compared at equal batch shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_http import Server
+from test_operators import Owner
+
+import thaw
+from thaw.core.errors import CorruptBlob
+from thaw.demo import document
+from thaw.engines import load_engine
+from thaw.engines.base import Engine, SessionRef
+from thaw.engines.served.engine import ServedEngine
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, same, seeded, wait_for, when
+from thaw.testing.plans import flip_byte, halves_swapped, mount_at, tampered
+
+pytest.importorskip("vllm")
+
+from thaw.engines.vllm.client.engine import VllmEngine
+
+BLOCKS = 24
+BLOCK = 128
+LIMIT = 1024
+READ = 300
+"""Tokens that a session has read: two full blocks, and a third in part."""
+ANSWER = 48
+STYLES = {
+    "greedy": greedy(ANSWER, logprobs=3),
+    "seeded": seeded(ANSWER, temperature=0.8, top_p=0.9),
+    "penalties": seeded(
+        ANSWER, temperature=0.9, repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.3, top_p=0.95
+    ),
+}
+WAYS = {"in process, then over HTTP": ("here", "there"), "over HTTP, then in process": ("there", "here")}
+
+
+@pytest.fixture(scope="module")
+def here(demo_model: Path) -> Iterator[VllmEngine]:
+    options = {"enforce_eager": True, "max_model_len": LIMIT, "num_gpu_blocks_override": BLOCKS}
+    with load_engine("vllm", model=str(demo_model), **options) as loaded:
+        assert isinstance(loaded, VllmEngine) and int(loaded.info.numerics["block_size"]) == BLOCK
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def there(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedEngine]:
+    server = Server(demo_model, tmp_path_factory.mktemp("server"), "--max-model-len", str(LIMIT))
+    try:
+        with thaw.attach(server.url) as engine:
+            assert isinstance(engine, ServedEngine)
+            yield engine
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def both(request: pytest.FixtureRequest) -> tuple[Engine, Engine]:
+    """Where a session begins, and where it goes on."""
+    begins, goes_on = WAYS[request.param]
+    return request.getfixturevalue(begins), request.getfixturevalue(goes_on)
+
+
+both_ways = pytest.mark.parametrize("both", WAYS, indirect=True)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(mount_at(tmp_path / "packs"))
+
+
+def english(engine: Engine, start: int = 0, count: int = READ) -> tuple[int, ...]:
+    """`count` tokens of the demo's document, from `start` on."""
+    found = engine.codec.encode(document(), first=True)[start : start + count]
+    assert len(found) == count
+    return tuple(found)
+
+
+def begin(engine: Engine, start: int = 0, count: int = READ) -> SessionRef:
+    session = engine.open(seed=20)
+    engine.append(session, english(engine, start, count)).result(LIMIT_S)
+    return session
+
+
+def cycle(engine: Engine) -> None:
+    """Other sessions' prompts through the whole pool."""
+    for i in range(4):
+        engine.close_session(begin(engine, 400 + 700 * i, 800))
+
+
+# --- resume
+
+
+@both_ways
+@pytest.mark.parametrize("style", STYLES)
+def test_a_turn_stopped_in_its_middle_goes_on_in_another_engine_bit_for_bit(
+    both: tuple[Engine, Engine], lab: Lab, style: str
+) -> None:
+    begins, goes_on = both
+    session = begin(begins)
+    whole = lab.one(begins, lab.twin(begins, session), STYLES[style])
+    running = lab.start(begins, session, sampling=STYLES[style])
+    when(running, 8, running.cancel)
+    part = running.result(LIMIT_S)[0]
+    kept = len(part.token_ids)
+    assert part.finish_reason == "abort" and 8 <= kept < ANSWER
+    plan = lab.plan(lab.capture(begins, session))
+    moved = lab.hydrate(goes_on, plan)
+    assert len(plan.tokens) == READ + kept and moved.proof.num_cached_tokens == READ + kept - 1
+    resumed = lab.resume(goes_on, moved.session)[0]
+    same(whole, resumed)
+    assert (resumed.num_cached_tokens, resumed.usage.num_prefilled_tokens) == (READ + kept - 1, 1)
+
+
+def test_the_three_styles_say_different_things(here: VllmEngine, lab: Lab) -> None:
+    """Control: whoever resumed with another's parameters, or with another seed, would be seen."""
+    session = begin(here)
+    said = [lab.one(here, lab.twin(here, session), sampling).token_ids for sampling in STYLES.values()]
+    said.append(lab.one(here, lab.fork(here, session)[0], STYLES["seeded"]).token_ids)
+    assert len(set(said)) == 4
+
+
+@pytest.mark.parametrize("both", ["in process, then over HTTP"], indirect=True)
+def test_captured_while_it_decodes_it_goes_on_in_another_engine_bit_for_bit(
+    both: tuple[Engine, Engine], lab: Lab
+) -> None:
+    begins, goes_on = both
+    session = begin(begins, 100)
+    running = lab.start(begins, session, sampling=seeded(96))
+    wait_for(running, 5)
+    plan = lab.plan(lab.capture(begins, session))
+    assert not running.done() and 5 <= len(plan.tokens) - READ < 96
+    whole = running.result(LIMIT_S)[0]
+    same(whole, lab.resume(goes_on, lab.hydrate(goes_on, plan).session)[0])
+
+
+# --- the pool
+
+
+def test_parked_it_outlives_three_cycles_of_the_pool(here: VllmEngine, lab: Lab) -> None:
+    session = begin(here, 200)
+    expected = lab.one(here, lab.twin(here, session), seeded(16))
+    assert gone_of(here, lab, session) == 0, "control: nothing has pushed its blocks out yet"
+    assert here.park(session).result(LIMIT_S).parked
+    for _ in range(3):
+        cycle(here)
+    before = here.stats()
+    back = lab.one(here, session, seeded(16))
+    after = here.stats()
+    same(expected, back)
+    assert after["hit_tokens"] == before["hit_tokens"], "vLLM has none of its blocks any more"
+    assert after["loaded_tokens"] - before["loaded_tokens"] == READ - 1
+    assert (back.num_cached_tokens, back.usage.num_prefilled_tokens) == (READ - 1, 1)
+
+
+def gone_of(engine: ServedEngine, lab: Lab, session: SessionRef) -> int:
+    """How many tokens of the session's full blocks vLLM has no more."""
+    before = engine.stats()["hit_tokens"]
+    lab.one(engine, lab.twin(engine, session), greedy(1))
+    return READ // BLOCK * BLOCK - (engine.stats()["hit_tokens"] - before)
+
+
+# --- negative controls
+
+
+@pytest.mark.parametrize("piece", [0, -1])
+def test_negative_control_one_block_of_wrong_kv_changes_the_logprobs(here: VllmEngine, lab: Lab, piece: int) -> None:
+    session = begin(here, 300)
+    plan = lab.plan(lab.capture(here, session))
+    right = lab.one(here, session, greedy(8))
+    wrong = tampered(plan, halves_swapped, piece=piece % len(plan.slices))
+    good, bad = (lab.one(here, lab.hydrate(here, one).session, greedy(8)) for one in (plan, wrong))
+    same(right, good)
+    print(f"\none block of one head wrong: first log probability {right.logprobs[0]:.4f} became {bad.logprobs[0]:.4f}")
+    assert bits(right.logprobs)[0] != bits(bad.logprobs)[0]
+
+
+def test_negative_control_a_damaged_blob_is_refused_by_name(here: VllmEngine, lab: Lab) -> None:
+    plan = lab.plan(lab.capture(here, begin(here, 300)))
+    lab.hydrate(here, plan)
+    victim = plan.slices[0].blobs[plan.identity.groups[0].name][0]
+    flip_byte(lab.mount.packs, victim, at=victim.nbytes // 2)
+    with pytest.raises(CorruptBlob, match=victim.blob):
+        lab.hydrate(here, plan)
+
+
+def test_negative_control_a_request_with_another_salt_finds_nothing(here: VllmEngine, lab: Lab) -> None:
+    """A session's blocks are its lineage's. The plain request's own blocks show that the counter counts."""
+    session = begin(here, 500)
+    owner = Owner(here)
+    assert owner.plain(english(here, 500)).num_cached_tokens == 0
+    assert owner.plain(english(here, 500)).num_cached_tokens == READ // BLOCK * BLOCK
+    stranger = lab.one(here, here.open(seed=20), greedy(2), english(here, 500))
+    assert (stranger.num_cached_tokens, stranger.usage.num_prefilled_tokens) == (0, READ)
+    assert lab.one(here, session, greedy(2)).num_cached_tokens == READ - 1
