@@ -225,8 +225,11 @@ class ClosedLaw(EngineKit):
         """What the guard is for: old KV under new weights is neither model's continuation."""
         right = lab.one(changed.engine, lab.begin(changed.engine, 60), greedy(12))
         engine = load()
-        plan = lab.plan(lab.capture(engine, lab.begin(engine, 60)))
+        session = lab.begin(engine, 60)
+        plan = lab.plan(lab.capture(engine, session))
+        old = lab.one(engine, session, greedy(12))
         self.guard_off(engine, monkeypatch)
         self.change_weights(engine)
         mixed = lab.one(engine, lab.hydrate(engine, plan).session, greedy(12))
         assert mixed.token_ids != right.token_ids
+        assert mixed.token_ids != old.token_ids, "the weights did not change"
