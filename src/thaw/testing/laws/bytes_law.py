@@ -28,7 +28,7 @@ class BytesLaw(EngineKit):
         again = lab.capture(other, lab.hydrate(other, plan).session)
         assert kv_complete(engine, first.num_kv, count) and kv_complete(other, plan.num_kv, count)
         assert again.num_kv == plan.num_kv
-        assert _prefix_bytes(lab, first, plan.num_kv) == _prefix_bytes(lab, again, plan.num_kv)
+        assert prefix_bytes(lab, first, plan.num_kv) == prefix_bytes(lab, again, plan.num_kv)
         assert first.num_kv > again.num_kv or blob_ids(first) == blob_ids(again)
         assert len(blob_ids(first)) == -(-first.num_kv // 256)
         assert first.boundary == again.boundary
@@ -42,7 +42,7 @@ class BytesLaw(EngineKit):
         again = lab.capture(other, lab.hydrate(other, lab.plan(first)).session)
         assert len(first.tokens) == 266 and 265 <= first.num_kv <= 266
         assert again.num_kv >= 265
-        assert _prefix_bytes(lab, first, 265) == _prefix_bytes(lab, again, 265)
+        assert prefix_bytes(lab, first, 265) == prefix_bytes(lab, again, 265)
 
     def test_everything_of_the_state_comes_back(self, engine: Engine, other: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 40, seed=123)
@@ -64,7 +64,7 @@ class BytesLaw(EngineKit):
         assert set(blob_ids(first)).isdisjoint(blob_ids(second))
         restored = lab.hydrate(other, lab.plan(second, first))
         assert restored.session and other.view(restored.session).turns[-1].logprobs == expected.logprobs
-        assert _prefix_bytes(lab, second, 306, first) == _prefix_bytes(lab, lab.capture(other, restored.session), 306)
+        assert prefix_bytes(lab, second, 306, first) == prefix_bytes(lab, lab.capture(other, restored.session), 306)
 
     def test_kv_once_captured_is_what_the_session_goes_on_with(self, engine: Engine, lab: Lab) -> None:
         """KV only grows: a later capture may build on an earlier one, so nothing in it may be written anew."""
@@ -74,7 +74,7 @@ class BytesLaw(EngineKit):
             lab.one(engine, session, seeded(5), prompt)
             captures.append(lab.capture(engine, session))
         for early, late in itertools.pairwise(captures):
-            assert _prefix_bytes(lab, early, early.num_kv) == _prefix_bytes(lab, late, early.num_kv)
+            assert prefix_bytes(lab, early, early.num_kv) == prefix_bytes(lab, late, early.num_kv)
 
     def test_a_damaged_blob_is_refused_by_name(self, engine: Engine, other: Engine, lab: Lab) -> None:
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 300)))
@@ -109,7 +109,7 @@ class BytesLaw(EngineKit):
         assert right.logprobs[0] != wrong.logprobs[0]
 
 
-def _prefix_bytes(lab: Lab, captured: Captured, count: int, *earlier: Captured) -> list[bytes]:
+def prefix_bytes(lab: Lab, captured: Captured, count: int, *earlier: Captured) -> list[bytes]:
     """KV bytes of tokens [0, count), one entry a head, however the captures were cut into segments."""
     from thaw.data.pack import read_blob
 

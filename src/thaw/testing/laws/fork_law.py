@@ -9,8 +9,8 @@ import pytest
 
 from thaw.data.pack import read_blob
 from thaw.engines.base import Captured, Engine
-from thaw.testing.laws.bytes_law import blob_ids
-from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, greedy, ids, kv_complete, same, seeded, wait_for, when
+from thaw.testing.laws.bytes_law import blob_ids, prefix_bytes
+from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, greedy, ids, kv_complete, same, seeded, wait_for
 
 SLACK_NBYTES = 64 * 1024
 """What a pack of a few hundred tokens may hold beside KV: its header, padding, a hidden state."""
@@ -67,26 +67,38 @@ class ForkLaw(EngineKit):
         assert engine.view(grandchild).turns == engine.view(child).turns
         assert engine.view(grandchild).salt == engine.view(session).salt
 
-    def test_a_snapshot_holds_nothing_of_other_sessions(self, engine: Engine, lab: Lab) -> None:
-        """Eight other sessions decode while one is captured: none of their tokens, none of their bytes are in it."""
+    @pytest.mark.parametrize("decodes", [False, True], ids=["idle", "decoding"])
+    def test_a_snapshot_holds_nothing_of_other_sessions(self, engine: Engine, lab: Lab, decodes: bool) -> None:
+        """Eight other sessions decode while one is captured, which is idle or decodes with them: none of their tokens,
+        none of their bytes are in it."""
         mine = lab.begin(engine, 300)
         before = lab.capture(engine, mine)
         others = [lab.begin(engine, 270, start=20 + i, seed=i) for i in range(8)]
-        handle = lab.start(engine, *others, sampling=seeded(20))
-        found: list[Captured] = []
-        when(handle, 40, lambda: found.append(lab.capture(engine, mine)))
-        assert [len(out.token_ids) for out in handle.result(LIMIT_S)] == [20] * 8
-        captured = found[0]
-        assert captured.tokens == ids(300) and kv_complete(engine, captured.num_kv, 300)
-        assert blob_ids(captured) == blob_ids(before)
+        running = [mine, *others] if decodes else others
+        handle = lab.start(engine, *running, sampling=seeded(self.long_answer))
+        wait_for(handle, 20 * len(running))
+        captured = lab.capture(engine, mine)
+        assert not handle.done() and all(engine.view(session).running for session in running)
+        handle.cancel()
+        outs = handle.result(LIMIT_S)
+        assert {out.finish_reason for out in outs} == {"abort"}, "all must decode until after the capture"
+        after = lab.capture(engine, mine)
+        assert captured.tokens == after.tokens[: len(captured.tokens)] and captured.tokens[:300] == ids(300)
+        if decodes:
+            assert len(captured.tokens) > 300 and captured.num_kv >= len(captured.tokens) - 1
+        else:
+            assert len(captured.tokens) == 300 and blob_ids(captured) == blob_ids(before)
+            assert kv_complete(engine, captured.num_kv, 300)
+        assert prefix_bytes(lab, captured, captured.num_kv) == prefix_bytes(lab, after, captured.num_kv)
         pack = b"".join((lab.mount.packs / written.name).read_bytes() for written in captured.packs)
         assert 0 <= len(pack) - captured.num_kv * captured.identity.groups[0].token_nbytes <= SLACK_NBYTES
         assert _runs(lab, captured)[0] in pack, "the search itself must be able to find KV"
         for session in others:
             foreign = lab.capture(engine, session)
+            assert len(foreign.tokens) >= 278, "it must have generated what is searched for"
             assert set(blob_ids(foreign)).isdisjoint(blob_ids(captured))
             assert not any(run in pack for run in _runs(lab, foreign))
-            assert not any(run in pack for run in _token_runs(foreign.tokens))
+            assert not any(run in pack for at in (100, 270) for run in _token_runs(foreign.tokens[at:]))
 
     @pytest.mark.parametrize("salt", ["own", "same"])
     def test_a_fork_of_a_session_in_an_engine_that_prefilled_the_same_prompt_itself(
@@ -126,6 +138,6 @@ def _runs(lab: Lab, captured: Captured) -> list[bytes]:
 
 
 def _token_runs(tokens: tuple[int, ...]) -> list[bytes]:
-    """Eight tokens in a row, as 32-bit and 64-bit numbers and as JSON."""
-    eight = tokens[100:108]
+    """The first eight tokens, as 32-bit and 64-bit numbers and as JSON."""
+    eight = tokens[:8]
     return [struct.pack("<8I", *eight), struct.pack("<8Q", *eight), ",".join(map(str, eight)).encode()]
