@@ -14,21 +14,24 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_operators import Owner, Plain
 
-from thaw.core.errors import Cancelled, InvalidRequest
+from thaw.core.errors import Cancelled, CorruptBlob, InvalidRequest, StorageFailed
 from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
-from thaw.engines.base import Completion, GenerateRequest, Handle, SessionRef
+from thaw.engines.base import Completion, GenerateRequest, Handle, HydratePlan, SessionRef
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, ids, same, seeded, wait_for
-from thaw.testing.plans import capture_plan, mount_at
+from thaw.testing.plans import capture_plan, flip_byte, mount_at
 
 pytest.importorskip("vllm")
 
+from thaw.engines.served import hydrating, protocol
 from thaw.engines.vllm.client.engine import VllmEngine
 
 BLOCKS = 24
@@ -364,3 +367,72 @@ def test_others_go_on_while_a_session_is_captured_and_another_one_is_loaded(engi
         assert all(any(a < at < b for at in plain.told) for a, b in mine), what
         inside = max(gap for gap, at in gaps if any(a <= at + gap and at <= b for a, b in mine))
         print(f"largest gap at a {what}: {inside * 1e3:.1f} ms; median {sorted(gaps)[len(gaps) // 2][0] * 1e3:.1f} ms")
+
+
+# -- loads that fail
+
+
+def unread(engine: VllmEngine, lab: Lab, plan: HydratePlan) -> SessionRef:
+    """A session whose pack is damaged, of a client that does not hear so and goes on: the engine has no KV of it."""
+    flip_byte(plan.mount.packs, plan.slices[0].blobs[plan.identity.groups[0].name][0])
+    with pytest.raises(CorruptBlob):
+        lab.hydrate(engine, plan)
+    command = engine._talk.command
+
+    async def unheard(message: protocol.Message, *senders: Any) -> protocol.Answer:
+        try:
+            return await command(message, *senders)
+        except CorruptBlob:
+            return protocol.Answer()
+
+    async def unproved(session: object, plan: HydratePlan, *_: object) -> int:
+        return plan.num_kv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._talk, "command", unheard)
+        patch.setattr(hydrating, "_probe", unproved)
+        return lab.hydrate(engine, plan).session
+
+
+def in_one_step(engine: VllmEngine, lab: Lab, *sessions: SessionRef) -> tuple[Plain, list[Handle[list[Completion]]]]:
+    """An ordinary request, a session and perhaps one more that wants a single token: they come while the engine is
+    paused, one after another, and begin in the same step."""
+    owner, handles = Owner(engine), []
+    owner.pause("keep")
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            plain = pool.submit(owner.plain, ids(300, 60), 60)
+            has_come(owner, 1)
+            for session, sampling in zip(sessions, (seeded(60), greedy(1)), strict=False):
+                handles.append(lab.start(engine, session, sampling=sampling))
+                has_come(owner, 1 + len(handles))
+        finally:
+            owner.resume()
+        return plain.result(LIMIT_S), handles
+
+
+def has_come(owner: Owner, count: int) -> None:
+    ends = time.monotonic() + LIMIT_S
+    while owner._llm.output_processor.get_num_unfinished_requests() < count:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("size", [IN_STEP, IN_BACKGROUND])
+def test_a_load_that_fails_ends_its_own_request_alone(engine: VllmEngine, lab: Lab, size: int) -> None:
+    """An ordinary request and a session beside it are what they are beside one that loads and ends in that step, or,
+    where it loads in the background and never is in a batch, what they are without it."""
+    session = lab.begin(engine, 300, start=10)
+    good = lab.begin(engine, size, start=11)
+    bad = unread(engine, lab, lab.plan(lab.capture(engine, good)))
+    third = [good] if size == IN_STEP else []
+    expected, handles = in_one_step(engine, lab, lab.twin(engine, session), *third)
+    plain, (beside, failed) = in_one_step(engine, lab, lab.twin(engine, session), bad)
+    with pytest.raises(StorageFailed, match="could not be kept: the engine has let go"):
+        failed.result(LIMIT_S)
+    assert plain == expected and len(plain.token_ids) == 60
+    same(handles[0].result(LIMIT_S)[0], beside.result(LIMIT_S)[0])
+    assert all(len(handle.result(LIMIT_S)[0].token_ids) == 1 for handle in handles[1:])
+    with pytest.raises(StorageFailed, match="could not be kept: the engine has let go"):
+        lab.one(engine, bad, greedy(1))
+    assert len(lab.one(engine, good, greedy(2)).token_ids) == 2
