@@ -7,6 +7,7 @@ each, or are refused by name where the weights changed. Pins are the exception (
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from packaging.version import Version
 from test_http import Server
@@ -28,6 +30,7 @@ from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion
 from thaw.repo.served import born
+from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
@@ -253,6 +256,39 @@ def test_verbs_wait_while_the_engine_is_paused_and_are_told_when_it_drops_them(
         dropped.result(LIMIT_S)
     owner.resume()
     assert lab.capture(engine, session).segments == captured.segments
+
+
+# -- ordinary requests for the same prompt
+
+
+def test_a_session_is_hydrated_into_an_engine_where_an_ordinary_request_has_read_its_prompt(
+    engine: VllmEngine, owner: Owner, lab: Lab
+) -> None:
+    """The session goes on from its own KV, also where it is told to share its prefix: all of it is loaded, nothing is
+    hit. The control, a new session that shares its prefix, does take the ordinary request's blocks."""
+    tokens = ids(700, 9)
+    session = engine.open(seed=20)
+    for start, stop in itertools.pairwise((0, 90, *range(300, 317), 560, 700)):
+        engine.append(session, tokens[start:stop]).result(LIMIT_S)
+    plan = lab.plan(lab.capture(engine, session))
+    expected = lab.one(engine, session, seeded(16), (3, 1))
+    whole = lab.capture(engine, session)
+    reset(owner)
+    assert [owner.plain(tokens).num_cached_tokens for _ in range(2)] == [0, 640]
+
+    for one in (plan, msgspec.structs.replace(plan, share_prefix=True, salt="")):
+        before = engine.stats()
+        hydrated = lab.hydrate(engine, one)
+        after = engine.stats()
+        assert hydrated.proof.num_cached_tokens == after["loaded_tokens"] - before["loaded_tokens"] == plan.num_kv
+        assert after["hit_tokens"] == before["hit_tokens"]
+        same(expected, lab.one(engine, hydrated.session, seeded(16), (3, 1)))
+        assert blob_ids(lab.capture(engine, hydrated.session)) == blob_ids(whole)
+
+    before = engine.stats()["hit_tokens"]
+    shared = engine.open(seed=20, share_prefix=True)
+    engine.append(shared, tokens).result(LIMIT_S)
+    assert engine.stats()["hit_tokens"] - before == 640, "the blocks are there to be hit"
 
 
 # -- pins
