@@ -1,12 +1,14 @@
 """The real model on real vLLM: what the law book says of a small random model holds of SmolLM2, reading English.
 
 Two engines that share nothing but a folder of packs: one in process, with few blocks, and a stock OpenAI server. What
-one of them leaves in the middle of a turn goes on in the other, both ways. Bits are compared at equal batch shape.
+one of them leaves in the middle of a turn goes on in the other, both ways. Bits are compared at equal batch shape;
+what other shapes change is measured and printed (`pytest -s`, or -rP).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import thaw
 from thaw.core.errors import CorruptBlob
 from thaw.demo import document
 from thaw.engines import load_engine
-from thaw.engines.base import Engine, SessionRef
+from thaw.engines.base import Completion, Engine, SessionRef
 from thaw.engines.served.engine import ServedEngine
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, same, seeded, wait_for, when
 from thaw.testing.plans import flip_byte, halves_swapped, mount_at, tampered
@@ -200,3 +202,38 @@ def test_negative_control_a_request_with_another_salt_finds_nothing(here: VllmEn
     stranger = lab.one(here, here.open(seed=20), greedy(2), english(here, 500))
     assert (stranger.num_cached_tokens, stranger.usage.num_prefilled_tokens) == (0, READ)
     assert lab.one(here, session, greedy(2)).num_cached_tokens == READ - 1
+
+
+# --- other batch shapes
+
+
+def test_other_batch_shapes_are_measured_and_equal_ones_are_equal(here: VllmEngine, lab: Lab) -> None:
+    """What is promised is that equal shapes give equal bits. How far others lie apart is the engine's, and printed."""
+    count = 200  # with its answer two blocks, so that eight of them fit
+    session = begin(here, 600, count)
+    others = [begin(here, 800 + 200 * i, count) for i in range(7)]
+    alone = beside(here, lab, session, ())
+    for n in (0, 1, 3, 7):
+        first, again = (beside(here, lab, session, others[:n]) for _ in range(2))
+        same(first, again)
+        equal, largest = difference(alone, first)
+        print(f"\nbeside {n}: {equal} of {len(alone.token_ids)} tokens equal, log probabilities within {largest:.6f}")
+        if n == 0:
+            assert (equal, largest) == (len(alone.token_ids), 0.0), "control: the same shape, the same bits"
+
+
+def beside(engine: Engine, lab: Lab, session: SessionRef, others: Sequence[SessionRef]) -> Completion:
+    """What a session says in one batch with others; all of them stay as they are."""
+    twins = [lab.twin(engine, one) for one in (session, *others)]
+    out = lab.run(engine, *twins, sampling=greedy(32))
+    for twin in twins:
+        engine.close_session(twin)
+    return out[0]
+
+
+def difference(one: Completion, two: Completion) -> tuple[int, float]:
+    """How many tokens are equal, from the first on, and the largest difference of their log probabilities."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.token_ids, two.token_ids, strict=True))
+    equal = len(list(pairs))
+    logprobs = zip(one.logprobs[:equal], two.logprobs[:equal], strict=True)
+    return equal, max((abs(a - b) for a, b in logprobs), default=0.0)
