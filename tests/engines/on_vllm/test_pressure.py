@@ -55,7 +55,7 @@ class TestVllmPressure(PressureTests):
     def check_nothing_leaks(self, engine: ServedEngine) -> None:
         stats = engine.stats()
         assert stats["running"] == 0
-        assert stats["free_blocks"] >= BLOCKS - 2, f"{BLOCKS - stats['free_blocks']} blocks are held by nobody"
+        assert stats["free_blocks"] >= BLOCKS - 1, f"{BLOCKS - stats['free_blocks']} blocks are held by nobody"
 
     def test_what_vllm_cannot_give_is_refused_by_name(self, engine: VllmEngine, lab: Lab) -> None:
         with pytest.raises(BadSampling):
