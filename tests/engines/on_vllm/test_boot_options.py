@@ -520,6 +520,34 @@ def test_a_model_with_a_sliding_window_is_refused_by_its_config_where_it_uses_it
         support.require_config(config)
 
 
+SMALL = {
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 4096,
+}  # fmt: skip
+LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4}
+STATES = {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        ("DeepseekV2", {**SMALL, **LATENT, "q_lora_rank": None, "first_k_dense_replace": 2}, "MLA"),
+        ("Bamba", {**SMALL, **STATES}, "hybrid"),
+        ("Mamba", {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 320}, "without attention"),
+    ],
+)
+def test_a_model_whose_layers_keep_something_else_is_refused_by_its_config(
+    tiny_model: Callable[..., Path], tmp_path: Path, kind: str, fields: dict[str, Any], says: str
+) -> None:
+    import transformers
+
+    shutil.copytree(tiny_model("llama", dtype="bfloat16", head_dim=64), tmp_path / "m")
+    made = getattr(transformers, f"{kind}Config")(**fields, architectures=[f"{kind}ForCausalLM"], dtype="bfloat16")
+    made.save_pretrained(tmp_path / "m")
+    with pytest.raises(Unsupported, match=says):
+        support.require_config(configured(str(tmp_path / "m"), VllmSettings()))
+
+
 # --- warned of
 
 

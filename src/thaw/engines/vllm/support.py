@@ -80,11 +80,23 @@ def require_one_rank(parallel: Any) -> None:
         )
 
 
+ATTENTIONS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+"""What a model's config calls layers that keep KV."""
+
+
+def _list(layers: set[str]) -> str:
+    return f" (layers of {', '.join(sorted(layers))})" if layers else ""
+
+
 def _require_full_attention(model: Any, cache: Any) -> None:
     """By the config alone; `require` looks at the caches that vLLM made of it."""
-    if model.is_hybrid:
-        raise Unsupported("a hybrid model (some layers keep a state, not KV): only full attention is supported")
-    window, layers = model.get_sliding_window(), getattr(model.hf_text_config, "layer_types", None) or ()
+    layers = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    if model.is_hybrid or model.is_attention_free or layers - ATTENTIONS:
+        raise Unsupported(
+            f"a hybrid model or one without attention{_list(layers - ATTENTIONS)}: its layers keep a state, not KV; "
+            "only full attention is supported"
+        )
+    window = model.get_sliding_window()
     if cache.sliding_window is not None or (window is not None and "sliding_attention" in layers):
         raise Unsupported(f"sliding_window={window}: only full attention is supported")
     if "chunked_attention" in layers:
