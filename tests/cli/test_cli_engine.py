@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from thaw.cli import boot, options, server
+from thaw.cli.verbs import down
 from thaw.core.errors import EngineDied, InvalidRequest, TimedOut
 from thaw.engines.served.mail import Mail
 from thaw.engines.vllm import settings as vllm
@@ -234,3 +235,15 @@ def test_an_engine_without_a_server_cannot_be_joined() -> None:
 
     with pytest.raises(Unsupported, match="no server"):
         load_engine("fake", url="http://here:8000")
+
+
+@pytest.mark.parametrize("ranks", [("",), ("dp0", "dp1")], ids=["one engine", "two ranks"])
+def test_the_mail_of_a_server_that_went_down_is_removed_and_another_folder_is_not(
+    tmp_path: Path, ranks: tuple[str, ...]
+) -> None:
+    for rank in ranks:
+        Mail(tmp_path / "mail" / rank)
+    (tmp_path / "other").mkdir()
+    for folder in ("mail", "other"):
+        down._sweep(tmp_path / folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -58,8 +58,10 @@ def _end(store: Store) -> tuple[Served | None, bool]:
 
 
 def _sweep(mail: Path) -> None:
-    """Remove the mail folder, which `thaw up` had made for this server alone."""
-    if mail.is_absolute() and (mail / "facts").is_dir() and (mail / "answers").is_dir():
+    """Remove the mail folder, which `thaw up` had made for this server alone. A data-parallel one has a folder in it
+    for each rank."""
+    places = (mail, *mail.glob("dp*"))
+    if mail.is_absolute() and any((place / "facts").is_dir() and (place / "answers").is_dir() for place in places):
         shutil.rmtree(mail, ignore_errors=True)
 
 
