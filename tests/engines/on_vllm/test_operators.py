@@ -348,7 +348,7 @@ def test_what_clears_raises_while_blocks_are_pinned_and_the_engine_goes_on(
     session = lab.begin(engine, 400, start=7)
     expected = lab.one(engine, lab.twin(engine, session), greedy(4))
     engine.pin(session, 60).result(LIMIT_S)
-    with pytest.raises(Exception, match="Failed to reset"):
+    with pytest.raises(Exception, match="Failed to reset KV cache"):
         CLEARING[act](owner)
     engine.release_pins()  # the engine is paused now, and this is answered
     owner.resume()

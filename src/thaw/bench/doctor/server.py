@@ -93,7 +93,7 @@ def _joined(engine: str, url: str) -> Iterator[Finding]:
             text=f"thaw is not active in the server at {url}",
             advice=f"Start it with {SWITCHED_ON_BY.get(engine, WITH_A_FILE)}.",
         )
-    elif not _folders(Path(mail)):
+    elif not (folders := _folders(Path(mail))):
         yield Finding(
             name="connector",
             status="problem",
@@ -101,7 +101,7 @@ def _joined(engine: str, url: str) -> Iterator[Finding]:
             advice="Client and engine must share it: run on the same host, or mount it.",
         )
     else:
-        for folder in _folders(Path(mail)):
+        for folder in folders:
             yield from _active(folder, "on its host")
 
 

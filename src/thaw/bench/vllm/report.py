@@ -59,6 +59,8 @@ OTHERS = {
     "native-own": "plain requests that vLLM samples itself, without log probabilities",
 }
 """What a fork is compared with besides `native`."""
+PROMISED = {"last": "vLLM's own prefix cache", "native-logprobs": "vLLM's own prefix cache with log probabilities"}
+"""Which of a fork's ratios have a goal, and what it is against."""
 MAX_FORK = 1.02
 MIN_PRESSURE = 3.0
 MIN_OFFLOAD = 1.2
@@ -152,14 +154,11 @@ def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
         name = number.name
         if name.startswith("gain.hydrate."):
             out.append(r.at_least(name, f"hydrating {name[13:]} tokens is sooner than prefilling again", name, 1))
-        if name.startswith("cost.fork.") and name.endswith(".last"):
-            n, kind, _ = name.removeprefix("cost.fork.").split(".")
-            text = f"{n} {kind} forks cost at most {MAX_FORK} × vLLM's own prefix cache"
-            out.append(r.at_most(name, text, name, MAX_FORK))
-        if name.startswith("cost.fork.") and name.endswith(".native-logprobs"):
-            n, kind, _ = name.removeprefix("cost.fork.").split(".")
-            text = f"{n} {kind} forks cost at most {MAX_FORK} × vLLM's own prefix cache with log probabilities"
-            out.append(r.at_most(name, text, name, MAX_FORK))
+        if name.startswith("cost.fork."):
+            n, kind, what = name.removeprefix("cost.fork.").split(".")
+            if what in PROMISED:
+                text = f"{n} {kind} forks cost at most {MAX_FORK} × {PROMISED[what]}"
+                out.append(r.at_most(name, text, name, MAX_FORK))
         if name == "pressure.thaw.recomputed":
             out.append(r.at_most(name, "under pressure nothing is prefilled again", name, 0))
         if name == "gain.pressure":

@@ -84,17 +84,15 @@ ATTENTIONS = {"attention", "full_attention", "sliding_attention", "chunked_atten
 """What a model's config calls layers that keep KV."""
 
 
-def _list(layers: set[str]) -> str:
-    return f" (layers of {', '.join(sorted(layers))})" if layers else ""
-
-
 def _require_full_attention(model: Any, cache: Any) -> None:
     """By the config alone; `require` looks at the caches that vLLM made of it."""
     layers = set(getattr(model.hf_text_config, "layer_types", None) or ())
-    if model.is_hybrid or model.is_attention_free or layers - ATTENTIONS:
+    others = sorted(layers - ATTENTIONS)
+    if model.is_hybrid or model.is_attention_free or others:
+        which = f" (layers of {', '.join(others)})" if others else ""
         raise Unsupported(
-            f"a hybrid model or one without attention{_list(layers - ATTENTIONS)}: its layers keep a state, not KV; "
-            "only full attention is supported"
+            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; only full attention is "
+            "supported"
         )
     window = model.get_sliding_window()
     if cache.sliding_window is not None or (window is not None and "sliding_attention" in layers):
