@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,33 @@ def test_who_uses_them_may_fail_and_the_others_end(blobs: dict[BlobLocation, byt
     with pytest.raises(OSError, match="no room"):
         stream_blobs(tmp_path, list(blobs) * 50, use, threads=2)
     assert len(seen) <= 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_holds_nobodys_memory_once_it_is_handled(
+    blobs: dict[BlobLocation, bytes], tmp_path: Path, threads: int
+) -> None:
+    """Not even until Python's collector comes by, which may be long after in an engine that is idle."""
+
+    class Memory:
+        pass
+
+    def read(memory: Memory) -> None:
+        def use(i: int, data: memoryview) -> None:
+            raise OSError(f"no room in {memory}")
+
+        stream_blobs(tmp_path, list(blobs), use, threads=threads)
+
+    memory = Memory()
+    gone = weakref.ref(memory)
+    gc.disable()
+    try:
+        try:
+            read(memory)
+        except OSError:
+            failed = True
+        del memory
+        assert failed
+        assert gone() is None
+    finally:
+        gc.enable()

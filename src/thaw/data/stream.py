@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from thaw.core.errors import CorruptBlob
@@ -34,9 +35,11 @@ def stream_blobs(folder: Path, locations: Sequence[BlobLocation], use: Use, *, t
     began = time.perf_counter()
     with _Packs(folder, locations) as packs:
         order = _Shared(sorted(range(len(locations)), key=lambda i: (locations[i].pack, locations[i].offset)))
-        with ThreadPoolExecutor(max(1, min(threads, len(locations))), thread_name_prefix="thaw-read") as pool:
-            workers = [pool.submit(_work, packs, locations, use, order) for _ in range(pool._max_workers)]
-        spent = [worker.result() for worker in workers]
+        count = max(1, min(threads, len(locations)))
+        with ThreadPoolExecutor(count, thread_name_prefix="thaw-read") as pool:
+            # By `map`, for it lets go of each future: one that is still in a frame that its own error went through
+            # would hold that frame, and the caller's memory with it, until Python's collector comes by.
+            spent = list(pool.map(partial(_work, packs, locations, use), [order] * count))
     nbytes = sum(location.nbytes for location in locations)
     return ReadStats(nbytes=nbytes, seconds=time.perf_counter() - began, hash_seconds=sum(spent))
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import os
 import random
 import threading
 import time
@@ -41,7 +42,18 @@ IN_STEP, IN_BACKGROUND = 500, 1000
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Callable[..., Path]) -> Iterator[VllmEngine]:
+def no_collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes begun meanwhile run without Python's collector: in an idle engine it may not come by for long, and
+    nothing must wait for it."""
+    folder = tmp_path_factory.mktemp("no-collector")
+    (folder / "sitecustomize.py").write_text("import gc\ngc.disable()\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path], no_collector: None) -> Iterator[VllmEngine]:
     model = str(tiny_model("llama", dtype="bfloat16", head_dim=64))
     with load_engine(
         "vllm", model=model, enforce_eager=True, max_model_len=2560, num_gpu_blocks_override=BLOCKS, block_size=128,
@@ -67,7 +79,7 @@ def nothing_is_left(engine: VllmEngine) -> Iterator[None]:
     yield
     for session in list(engine._sessions):
         engine.close_session(session)
-    gc.collect()  # an error that was raised holds what it passed, until Python's collector comes by
+    gc.collect()  # here, in the client: an error that was raised holds what it passed, until the collector comes by
     ends = time.monotonic() + 10.0
     while left := leftovers(engine):
         assert time.monotonic() < ends, left

@@ -164,7 +164,6 @@ def _in_order(piece: Piece) -> bool:
 
 
 def _result(done: Future[None]) -> None:
-    try:
-        done.result()
-    except Exception as error:
+    error = done.exception()
+    if error is not None:
         raise StorageFailed(f"the session's KV could not be kept: {type(error).__name__}: {error}") from error
