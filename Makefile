@@ -4,6 +4,8 @@
 PYTHON ?= python3
 ENGINE ?= transformers
 PYTEST_ARGS ?=
+# Processes that share the tests without a served engine (those have the machine to themselves).
+JOBS ?= 2
 # Extra flags for pip, e.g. PIP_FLAGS="--extra-index-url …" for an index with CPU builds of torch.
 PIP_FLAGS ?=
 
@@ -127,11 +129,11 @@ demo: ## a real model reads a document once; four children go on in a fresh proc
 
 test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minutes)
 	@echo "· tests without the real model; under 2 minutes"
-	@$(BIN)/python -m pytest -q -m "not slow and not model and not soak" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
-test: $(INSTALLED) model ## everything but the soak tests, on every engine (under 40 minutes)
-	@echo "· all tests but the soak; under 40 minutes on 2 cores, vLLM's included"
-	@$(BIN)/python -m pytest -m "not soak" --durations=15 $(PYTEST_ARGS)
+test: $(INSTALLED) model ## everything but the soak tests, on every engine (under an hour)
+	@echo "· all tests but the soak; under an hour on 2 cores, vLLM's and SGLang's included"
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not soak" --durations=15 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm test-sglang
 
 test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone

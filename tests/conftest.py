@@ -48,10 +48,14 @@ def is_installed(package: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that asks for the real model is marked so; nobody can forget it and slow `make test-fast` down."""
+    """A test that asks for the real model is marked so; nobody can forget it and slow `make test-fast` down. A law that
+    boots an engine of its own is for the soak where the class says `own_boots_in_soak`."""
     for item in items:
-        if "demo_model" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "demo_model" in fixtures:
             item.add_marker(pytest.mark.model)
+        if "load" in fixtures and getattr(getattr(item, "cls", None), "own_boots_in_soak", False):
+            item.add_marker(pytest.mark.soak)
 
 
 @pytest.fixture(scope="session")

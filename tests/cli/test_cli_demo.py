@@ -53,6 +53,7 @@ def test_its_receipt_adds_up_and_its_repository_is_whole(told: tuple[Shell, str]
     shell.ok("-C", "thaw-demo", "fsck")
 
 
+@pytest.mark.slow
 def test_running_it_again_takes_another_folder_or_replaces_a_demo_alone(shell: Shell) -> None:
     for folder in ("thaw-demo", "thaw-demo-2"):
         assert shell.ok("demo", "--engine", "fake", "--json").json()["folder"] == folder
@@ -74,6 +75,7 @@ def test_json_is_the_whole_story(shell: Shell) -> None:
     assert said["parent"]["logprobs"] == said["resumed"]["logprobs"]
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_keeps_its_kind(shell: Shell) -> None:
     failed = shell("demo", "--model", "/nonexistent/model", "--json", THAW_MODEL="")
     assert failed.code == 2

@@ -1,6 +1,7 @@
 """Packs cost little beside plain files. A goal holds when the interval of the measured share includes it.
 
-Hashing is hidden on a core of its own; while others keep all cores busy there is none, so a miss is measured again.
+Hashing is hidden on a core of its own; while others keep all cores busy there is none, so a miss is measured again, and
+none of this is in `make test`, which uses all cores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def upper_end(arms: Arms) -> float:
     return shares[7]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_packs_are_written_and_read_at_four_fifths_of_plain_files(tmp_path: Path) -> None:
     reached: dict[str, float] = {"write": 0.0, "read": 0.0}
     for _ in range(TRIES):

@@ -19,6 +19,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 class TestLocalProcesses(PoolTests):
     hangs = True
 

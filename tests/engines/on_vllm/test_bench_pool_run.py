@@ -11,6 +11,7 @@ from thaw import receipt as r
 from thaw.bench import pool as bench
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")

@@ -439,6 +439,7 @@ class TestVllmHttp(EngineTests):
     """The law book, each engine a server of its own."""
 
     changes_weights = True
+    own_boots_in_soak = True
     other_weights: ClassVar[Path]
     servers: ClassVar[dict[Engine, Server]]
 

@@ -41,7 +41,10 @@ STYLES = {
         ANSWER, temperature=0.9, repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.3, top_p=0.95
     ),
 }
-WAYS = {"in process, then over HTTP": ("here", "there"), "over HTTP, then in process": ("there", "here")}
+OUT, BACK = "in process, then over HTTP", "over HTTP, then in process"
+WAYS = {OUT: ("here", "there"), BACK: ("there", "here")}
+OFTEN = {("greedy", BACK), ("seeded", OUT), ("seeded", BACK), ("penalties", OUT)}
+"""Of all styles and ways, those of `make test`."""
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +103,15 @@ def cycle(engine: Engine) -> None:
 # --- resume
 
 
-@both_ways
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("style", "both"),
+    [
+        pytest.param(style, way, marks=() if (style, way) in OFTEN else pytest.mark.soak)
+        for style in STYLES
+        for way in WAYS
+    ],
+    indirect=["both"],
+)
 def test_a_turn_stopped_in_its_middle_goes_on_in_another_engine_bit_for_bit(
     both: tuple[Engine, Engine], lab: Lab, style: str
 ) -> None:
@@ -129,7 +139,7 @@ def test_the_three_styles_say_different_things(here: VllmEngine, lab: Lab) -> No
     assert len(set(said)) == 4
 
 
-@pytest.mark.parametrize("both", ["in process, then over HTTP"], indirect=True)
+@pytest.mark.parametrize("both", [OUT], indirect=True)
 def test_captured_while_it_decodes_it_goes_on_in_another_engine_bit_for_bit(
     both: tuple[Engine, Engine], lab: Lab
 ) -> None:

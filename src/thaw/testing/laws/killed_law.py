@@ -38,7 +38,7 @@ TOLD_WITHIN_S = 60.0
 
 
 class KilledEngineTests:
-    num_kills: ClassVar[int] = 5
+    num_kills: ClassVar[int] = 4
 
     @pytest.fixture
     def boot(self) -> Callable[[], Engine]:
