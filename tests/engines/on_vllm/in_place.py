@@ -1,8 +1,11 @@
-"""How trainers change the weights of a vLLM that runs, besides its own reload: code of theirs in every worker."""
+"""How trainers change the weights of a vLLM that runs, besides its own reload and weight transfer: code of theirs in
+every worker."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import from_files  # noqa: F401 - a backend of vLLM's weight transfer, for the worker that imports this
 
 
 class InPlace:

@@ -75,6 +75,14 @@ class Owner:
         """As trainers do, in place."""
         self("collective_rpc", "reload_weights", kwargs={"weights_path": str(weights)})
 
+    def transfer(self, weights: Path) -> None:
+        """As vLLM's weight transfer does, step by step."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self("start_weight_update")
+        self("update_weights", WeightTransferUpdateRequest(update_info={"folder": str(weights)}))
+        self("finish_weight_update")
+
     def plain(self, tokens: tuple[int, ...], count: int = 8) -> Plain:
         from vllm import SamplingParams
 
@@ -103,8 +111,13 @@ def other_weights(tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[VllmEngine]:
-    """With code of the owner's in its worker: `in_place`."""
-    options = {"enforce_eager": True, "max_model_len": 4096, "worker_extension_cls": "in_place.InPlace"}
+    """With code of the owner's in its worker: `in_place`, and the weight transfer of `from_files`."""
+    from vllm.config import WeightTransferConfig
+
+    options = {
+        "enforce_eager": True, "max_model_len": 4096, "worker_extension_cls": "in_place.InPlace",
+        "weight_transfer_config": WeightTransferConfig(backend="files"),
+    }  # fmt: skip
     with load_engine("vllm", model=str(model), **options) as loaded:
         assert isinstance(loaded, VllmEngine)
         yield loaded
@@ -454,7 +467,7 @@ def test_weights_that_are_the_same_again(engine: VllmEngine, owner: Owner, lab: 
     same(expected, lab.one(engine, session, seeded(8)))
 
 
-@pytest.mark.parametrize("way", ["load_weights", "one tensor"])
+@pytest.mark.parametrize("way", ["load_weights", "one tensor", "weight transfer"])
 def test_weights_changed_in_place_are_noticed_by_themselves(
     engine: VllmEngine, owner: Owner, lab: Lab, model: Path, other_weights: Path, way: str
 ) -> None:
@@ -463,13 +476,18 @@ def test_weights_changed_in_place_are_noticed_by_themselves(
     expected = lab.one(engine, lab.twin(engine, session), greedy(8))
     if way == "load_weights":
         owner("collective_rpc", "load_in_place", args=(str(other_weights),))
+    elif way == "weight transfer":
+        owner.transfer(other_weights)
     else:
         owner("collective_rpc", "scale_in_place", args=("model.layers.1.input_layernorm.weight", 1.5))
     with pytest.raises(StaleSession, match="weights changed"):
         lab.one(engine, session, greedy(1))
     changed = lab.one(engine, lab.begin(engine, 300, start=35), greedy(8))
     assert bits(changed.logprobs) != bits(expected.logprobs), "the control must differ"
-    owner.load(model)
+    if way == "weight transfer":
+        owner.transfer(model)
+    else:
+        owner.load(model)
     same(expected, lab.one(engine, lab.begin(engine, 300, start=35), greedy(8)))
 
 
