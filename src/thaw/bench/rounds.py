@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from thaw.bench.sample import Sample
+from thaw.bench.sample import Sample, median_of
 from thaw.receipt import Arm
 
 Progress = Callable[[str], object]
@@ -44,6 +44,13 @@ class Rounds:
             thunk()
         for pair in range(num_rounds):
             self.take(pair, num_rounds, arms)
+
+    def repeat(self, pair: int, num_times: int, arms: Mapping[str, Thunk]) -> None:
+        """The round `pair` of arms that are measured `num_times` each, in turn: the median of every figure."""
+        inner = Rounds(self.progress, self._settle_s)
+        inner.alternate(num_times, arms)
+        for name, taken in inner.measured.items():
+            self.measured[name].append((pair, median_of([sample for _, sample in taken])))
 
 
 def in_turn(names: list[str], pair: int) -> list[str]:

@@ -6,6 +6,7 @@ was asked for. The same code runs in every arm; only how the session came to be 
 
 from __future__ import annotations
 
+import statistics
 import struct
 import time
 from collections.abc import Sequence
@@ -38,6 +39,16 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     def as_round(self, pair: int) -> Round:
         return Round(pair=pair, values=self.values, stages_s=self.stages_s, hits=self.hits, outputs=self.outputs)
+
+
+def median_of(samples: Sequence[Sample]) -> Sample:
+    """Of samples that did the same: every figure's median, the first one's hits, no outputs."""
+    first = samples[0]
+    return Sample(
+        values={name: statistics.median(sample.values[name] for sample in samples) for name in first.values},
+        stages_s={name: statistics.median(sample.stages_s[name] for sample in samples) for name in first.stages_s},
+        hits=first.hits,
+    )
 
 
 class Clock:

@@ -1,4 +1,7 @@
-"""Plain requests in a vLLM with thaw's connector, which has nothing to do, against one with nothing of thaw."""
+"""Plain requests in a vLLM with thaw's connector, which has nothing to do, against one with nothing of thaw.
+
+What one boot is faster than the next is more than one batch differs from the next, so a round is a boot of both.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ if TYPE_CHECKING:
     from thaw.engines.vllm.plain import Plain
 
 
-def measure(rounds: Rounds, options: Options, plain: Plain, stock: Plain, document: Document) -> None:
-    rounds.alternate(
+def measure(rounds: Rounds, options: Options, boot: int, plain: Plain, stock: Plain, document: Document) -> None:
+    """The round `boot`, in the engines of that boot."""
+    rounds.repeat(
+        boot,
         options.idle_rounds,
         {"idle": partial(_batch, plain, options, document), "stock": partial(_batch, stock, options, document)},
     )

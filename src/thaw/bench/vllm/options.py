@@ -25,7 +25,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     times. pressure: `trees` sessions of `tree_tokens`, each visited once when it is made and `returns` times after
     that, `branches` children of `branch_tokens` a visit, in blocks for 1/`pressure` of the sessions; `pressure_rounds`
     times; `offload_gib` of host memory, if any, are given to a third arm, vLLM's own offload tier (GPU only). idle:
-    `idle_requests` of `idle_prompt` tokens, `idle_tokens` generated, `idle_rounds` times.
+    `idle_requests` of `idle_prompt` tokens, `idle_tokens` generated, `idle_rounds` times in each of `idle_boots` boots.
 
     `settle_s`: the pause before each arm of a round, for an engine's threads spin for a while after its last step.
     `folder`: where the repository of the run is made and removed again. `goals` False records figures only.
@@ -52,7 +52,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     idle_requests: int = 16
     idle_prompt: int = 128
     idle_tokens: int = 64
-    idle_rounds: int = 12
+    idle_rounds: int = 4
+    idle_boots: int = 6
     seed: int = 7
     settle_s: float = 1.0
     folder: Path | None = None
@@ -70,7 +71,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             ("child_tokens", 1, 4096), ("rounds", 1, 1000), ("trees", 2, 1000), ("tree_tokens", 16, 1 << 20),
             ("branches", 1, 64), ("branch_tokens", 1, 4096), ("returns", 1, 100), ("pressure", 1, 100),
             ("pressure_rounds", 1, 100), ("offload_gib", 0, 4096), ("idle_requests", 1, 256),
-            ("idle_prompt", 1, 1 << 20), ("idle_tokens", 1, 4096), ("idle_rounds", 1, 1000),
+            ("idle_prompt", 1, 1 << 20), ("idle_tokens", 1, 4096), ("idle_rounds", 1, 1000), ("idle_boots", 1, 100),
         ):  # fmt: skip
             _range(name, getattr(self, name), low, high)
         for length in self.lengths:
@@ -142,7 +143,7 @@ FLAGS = {
     "returns": "--returns", "pressure": "--pressure", "pressure_rounds": "--pressure-rounds",
     "offload_gib": "--offload-gib",
     "idle_requests": "--idle-requests", "idle_prompt": "--idle-prompt", "idle_tokens": "--idle-tokens",
-    "idle_rounds": "--idle-rounds", "seed": "--seed",
+    "idle_rounds": "--idle-rounds", "idle_boots": "--idle-boots", "seed": "--seed",
 }  # fmt: skip
 """Options by the command line's names."""
 
@@ -152,7 +153,7 @@ def quick(**others: object) -> Options:
     small: dict[str, object] = {
         "lengths": (300,), "hydrate_rounds": 1, "fork_tokens": 256, "children": (4,), "child_tokens": 4, "rounds": 1,
         "trees": 6, "tree_tokens": 300, "branches": 2, "branch_tokens": 2, "returns": 1, "idle_requests": 2,
-        "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 1, "settle_s": 0.0, "goals": False,
+        "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 2, "idle_boots": 1, "settle_s": 0.0, "goals": False,
     }  # fmt: skip
     return msgspec.convert({**small, **others}, Options)
 

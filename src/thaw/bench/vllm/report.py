@@ -182,6 +182,8 @@ NOTES = (
     " first of them fills in that step: under pressure one child in four of vLLM's own prefills the session again.",
     "Children of the pressure arms are greedy; the first visit to a session comes right after it was read, when the"
     " engine's blocks still hold it.",
+    "A round of the idle part is a boot of both engines, which of them first changing from one to the next; its figures"
+    " are medians over the batches of that boot.",
     "On a CPU, vLLM with any connector computes on one core less than without one; here both engines of the idle part"
     " keep the same number of cores free.",
     "The engine that hydrates was booted after the one that wrote the commits had ended; packs are in the page cache.",

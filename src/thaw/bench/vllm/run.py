@@ -10,7 +10,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,8 +73,12 @@ class _Run:
         if "pressure" in parts and self.options.offload_gib:
             self._with_offload()
             so_far(self._seal())
-        if parts & {"hydrate", "fork", "idle"}:
+        if parts & {"hydrate", "fork"}:
             self._with_room(stored)
+            so_far(self._seal())
+        if "idle" in parts:
+            for boot in range(self.options.idle_boots):
+                self._idle(boot)
         return self._seal()
 
     def _with_few_blocks(self) -> list[hydrate.Stored]:
@@ -114,15 +118,23 @@ class _Run:
             hydrate.measure(self.rounds, self.options, repo, plain, document, stored)
             if "fork" in self.options.parts:
                 fork.measure(self.rounds, self.options, repo, plain, document)
-            if "idle" in self.options.parts:
-                self._idle(plain, document)
 
-    def _idle(self, plain: Plain, document: Document) -> None:
+    def _idle(self, boot: int) -> None:
+        """Both engines side by side; which of them is there first changes from boot to boot."""
         from thaw.engines.vllm.plain import boot_stock
 
-        self.rounds.progress("booting an engine without thaw")
-        with boot_stock(**self.options.stock_options()) as stock:  # type: ignore[arg-type]
-            idle.measure(self.rounds, self.options, plain, stock, document)
+        what = f"boot {boot + 1} of {self.options.idle_boots}"
+        with ExitStack() as both:
+
+            def stock() -> Plain:
+                self.rounds.progress(f"{what}: an engine without thaw")
+                return both.enter_context(boot_stock(**self.options.stock_options()))  # type: ignore[arg-type]
+
+            first = stock() if boot % 2 else None
+            engine, _ = both.enter_context(self._engine(f"an engine with thaw, {what}"))
+            second = first or stock()
+            idle.measure(self.rounds, self.options, boot, _plain(engine), second, self._tokens(engine))
+        gc.collect()
 
     @contextmanager
     def _engine(self, what: str, **others: object) -> Iterator[tuple[Engine, Repository]]:
@@ -198,8 +210,8 @@ def _parameters(options: Options, info: EngineInfo) -> dict[str, r.format.Scalar
         "pressure": options.pressure, "blocks": options.few_blocks,
         "working_set_blocks": options.trees * options.tree_blocks, "pressure_rounds": options.pressure_rounds,
         "idle_requests": options.idle_requests, "idle_prompt": options.idle_prompt,
-        "idle_tokens": options.idle_tokens, "idle_rounds": options.idle_rounds, "seed": options.seed,
-        "settle_s": options.settle_s,
+        "idle_tokens": options.idle_tokens, "idle_rounds": options.idle_rounds, "idle_boots": options.idle_boots,
+        "seed": options.seed, "settle_s": options.settle_s,
         **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT},
         **numerics(info),
     }  # fmt: skip

@@ -60,7 +60,8 @@ SIZES: tuple[tuple[tuple[str, ...], object, object, str], ...] = (
     (("--idle-requests",), int, 16, "idle: plain requests of a batch."),
     (("--idle-prompt",), int, 128, "idle: their tokens."),
     (("--idle-tokens",), int, 64, "idle: tokens they generate."),
-    (("--idle-rounds",), int, 12, "idle: batches in each engine."),
+    (("--idle-rounds",), int, 4, "idle: batches in each engine of a boot."),
+    (("--idle-boots",), int, 6, "idle: boots of both engines."),
     (("--seed",), int, 7, "The sessions' seed."),
 )
 
@@ -89,7 +90,7 @@ def command(
     """Measure thaw in vLLM against vLLM alone, in one run: hydrate in another process against prefilling again, forks
     against the prefix cache, returns to more sessions than there are blocks for, and what the idle connector costs.
 
-    Boots three vLLMs, two at a time at most. Exit code 7 when a promised check did not hold; a goal that was missed is
+    Boots vLLM some fifteen times, two side by side at most. Exit code 7 when a promised check did not hold; a goal that was missed is
     said, and is no error.
     """
     from thaw.bench.vllm import Options, run
