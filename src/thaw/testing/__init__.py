@@ -7,6 +7,7 @@
     PoolTests            the book for a pool of engines (`pool_tests.py`)
     plan_from            from a capture to a hydrate plan without a repository (`plans.py`)
     resume_worker        hydrate in a fresh process and print what it generates (`resume_worker.py`)
+    reference            what a model says without an engine (`reference.py`)
     models               small random models that look at their KV (`models.py`)
 
 May import everything of thaw; nothing of thaw imports it. Names load on first use: the models need no pytest.

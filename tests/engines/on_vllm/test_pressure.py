@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from test_operators import Owner
 
 from thaw.core.errors import BadSampling
 from thaw.engines import load_engine
+from thaw.engines.base import SessionRef
 from thaw.engines.served.engine import ServedEngine
 from thaw.testing import PressureTests
 from thaw.testing.laws.kit import Lab, greedy
+from thaw.testing.reference import Reference
 
 pytest.importorskip("vllm")
 
 from thaw.engines.vllm.client.engine import VllmEngine
 
 BLOCKS = 24
+LOADS = [
+    pytest.param(1 << 20, id="loads in the background"),
+    pytest.param(1 << 40, id="loads in step", marks=pytest.mark.soak),
+]
 
 
 class TestVllmPressure(PressureTests):
     granule: ClassVar[int] = 128
+    operations: ClassVar[tuple[str, ...]] = (*PressureTests.operations, "plain request", "reset")
     num_operations: ClassVar[int] = 1000 if os.environ.get("THAW_SOAK") else 200
 
-    @pytest.fixture(scope="class", params=[1 << 20, 1 << 40], ids=["loads in the background", "loads in step"])
+    @pytest.fixture(scope="class", params=LOADS)
     @classmethod
     def engine(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Iterator[VllmEngine]:
         model = str(tiny_model("llama", dtype="bfloat16", head_dim=64))
@@ -39,15 +48,39 @@ class TestVllmPressure(PressureTests):
             yield loaded
 
     @pytest.fixture
+    def reference(self, tiny_model: Callable[..., Path]) -> Reference:
+        return Reference(tiny_model("llama", dtype="bfloat16", head_dim=64))
+
+    @pytest.fixture
     def finished(
         self, engine: VllmEngine, soak_receipt: Callable[..., None], request: pytest.FixtureRequest
     ) -> Callable[[Counter[str]], None]:
-        return lambda counts: soak_receipt(
-            f"vllm-operations-{request.node.callspec.id.replace(' ', '-')}",
-            what=f"{self.num_operations} random operations on one vLLM whose blocks hold two of its sessions",
-            held="every turn equal to its replay bit for bit, no record and no block held by nobody",
-            counts=dict(counts), engine=engine.stats(),
-        )  # fmt: skip
+        def done(counts: Counter[str]) -> None:
+            stats = engine.stats()
+            assert stats["preempted"] > 0, "the pool was too large for this test"
+            soak_receipt(
+                f"vllm-operations-{request.node.callspec.id.replace(' ', '-')}",
+                what=f"{self.num_operations} random operations on one vLLM whose blocks hold two of its sessions",
+                held="every turn equal to its replay bit for bit and as the model by itself has it, no record and no "
+                "block held by nobody",
+                counts=dict(counts), engine=stats,
+            )  # fmt: skip
+
+        return done
+
+    def operate(
+        self, kind: str, engine: ServedEngine, session: SessionRef, reference: Reference, dice: random.Random
+    ) -> None:
+        assert isinstance(engine, VllmEngine)
+        owner = Owner(engine)
+        if kind == "reset":
+            engine.release_pins()
+            assert owner("reset_prefix_cache") is True
+        else:
+            tokens = engine.view(session).tokens
+            plain = owner.plain(tokens, 12)
+            told = [{token: float.fromhex(x)} for token, x in zip(plain.token_ids, plain.logprobs, strict=True)]
+            assert reference.distance(tokens, plain.token_ids, told) < self.tolerance
 
     def num_pinned(self, engine: ServedEngine) -> int:
         return engine.stats()["pinned_blocks"] * self.granule
