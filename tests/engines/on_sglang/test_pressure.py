@@ -27,7 +27,7 @@ pytest.importorskip("sglang")
 
 SLOTS = 3072
 SHAPES = [
-    pytest.param({"page_size": 1}, id="pages of 1"),
+    pytest.param({"page_size": 1}, id="pages of 1", marks=pytest.mark.soak),
     pytest.param({"page_size": 16}, id="pages of 16"),
     pytest.param({"page_size": 16, "tensor_parallel_size": 2}, id="pages of 16 on two ranks", marks=pytest.mark.soak),
 ]
@@ -35,6 +35,7 @@ SHAPES = [
 
 class TestSglangPressure(PressureTests):
     granule: ClassVar[int] = 16
+    num_together: ClassVar[int] = 24
     num_operations: ClassVar[int] = 1000 if os.environ.get("THAW_SOAK") else 200
     operations: ClassVar[tuple[str, ...]] = (*PressureTests.operations, "flush")
 

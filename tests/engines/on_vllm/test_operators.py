@@ -84,19 +84,27 @@ class Owner:
         self("finish_weight_update")
 
     def plain(self, tokens: tuple[int, ...], count: int = 8) -> Plain:
+        last = self._asked(tokens, count, 0)
+        one = last.outputs[0]
+        own = tuple(step[token].logprob.hex() for step, token in zip(one.logprobs, one.token_ids, strict=True))
+        return Plain(tuple(one.token_ids), own, last.num_cached_tokens)
+
+    def told(self, tokens: tuple[int, ...], count: int, likeliest: int) -> tuple[list[int], list[dict[int, float]]]:
+        """An ordinary request's tokens, and the log probabilities of the likeliest at each."""
+        one = self._asked(tokens, count, likeliest).outputs[0]
+        return list(one.token_ids), [{token: x.logprob for token, x in step.items()} for step in one.logprobs]
+
+    def _asked(self, tokens: tuple[int, ...], count: int, likeliest: int) -> Any:
         from vllm import SamplingParams
 
         self._count += 1
-        sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=0)
+        sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=likeliest)
 
         async def run() -> Any:
             stream = self._llm.generate({"prompt_token_ids": list(tokens)}, sampling, f"plain-{self._count}")
             return [output async for output in stream][-1]
 
-        last = self._wait(run())
-        one = last.outputs[0]
-        own = tuple(step[token].logprob.hex() for step, token in zip(one.logprobs, one.token_ids, strict=True))
-        return Plain(tuple(one.token_ids), own, last.num_cached_tokens)
+        return self._wait(run())
 
 
 @pytest.fixture(scope="module")

@@ -90,8 +90,8 @@ def command(
     """Measure thaw in vLLM against vLLM alone, in one run: hydrate in another process against prefilling again, forks
     against the prefix cache, returns to more sessions than there are blocks for, and what the idle connector costs.
 
-    Boots vLLM some fifteen times, two side by side at most. Exit code 7 when a promised check did not hold; a goal that was missed is
-    said, and is no error.
+    Boots vLLM some fifteen times, two side by side at most. Exit code 7 when a promised check did not hold; a goal that
+    was missed is said, and is no error.
     """
     from thaw.bench.vllm import Options, run
     from thaw.bench.vllm import quick as quick_options

@@ -43,9 +43,11 @@ class PressureTests:
         "open", "turn and its replay", "fork", "fork inside", "capture and hydrate", "cancel", "turn of three children",
         "turns of several together", "pin",
     )  # fmt: skip
-    tolerance: ClassVar[float] = 0.012
-    """Of the mean difference of log probabilities. In bf16 an engine's own arithmetic makes up to 0.008, one block of
-    wrong KV in up to 2,000 tokens 0.017 or more."""
+    tolerance: ClassVar[float] = 0.0125
+    """Of the mean difference of log probabilities. Of 800 sessions on vLLM in bf16 none differed by more than 0.0094,
+    and with 128 tokens of up to 1,700 wrong none by less than 0.0168."""
+    num_together: ClassVar[int] = 130
+    """Tokens that several sessions are given at once."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -151,6 +153,7 @@ class PressureTests:
         dice, before = random.Random(7), engine.stats()["records"]
         sessions: list[SessionRef] = [lab.begin(engine, 700, start=1, seed=1)]
         counts: Counter[str] = Counter()
+        distances: list[tuple[float, float]] = []
         for step in range(self.num_operations):
             kind = dice.choice(self.operations)
             counts[kind] += 1
@@ -159,9 +162,11 @@ class PressureTests:
             else:
                 self.operate(kind, engine, dice.choice(sessions), reference, dice)
             while len(sessions) > MAX_SESSIONS:
-                self._leave(engine, lab, reference, sessions.pop(dice.randrange(len(sessions))), dice)
-        for session in sessions:
-            self._leave(engine, lab, reference, session, dice)
+                session = sessions.pop(dice.randrange(len(sessions)))
+                distances.append(self._leave(engine, lab, reference, session, dice))
+        distances += [self._leave(engine, lab, reference, session, dice) for session in sessions]
+        largest, least = max(distance for distance, _ in distances), min(control for _, control in distances)
+        print(f"{len(distances)} sessions: to the model by itself {largest:.4f}, with a wrong block from {least:.4f}")
         engine.release_pins()
         lab.begin(engine, 5)
         assert engine.stats()["records"] <= before + 1, "records of sessions that were closed"
@@ -170,8 +175,9 @@ class PressureTests:
 
     def _leave(
         self, engine: ServedEngine, lab: Lab, reference: Reference, session: SessionRef, dice: random.Random
-    ) -> None:
-        """Closed, after it went on: as the model by itself does, not as it does with one block of other tokens."""
+    ) -> tuple[float, float]:
+        """Closed, after it went on: as the model by itself does, not as it does with one block of other tokens. Both
+        distances."""
         tokens = engine.view(session).tokens
         out = lab.one(engine, session, greedy(8, logprobs=20))
         engine.close_session(session)
@@ -181,6 +187,7 @@ class PressureTests:
         distance = reference.distance(tokens, out.token_ids, told)
         control = reference.distance([*tokens[:at], *others, *tokens[at + 128 :]], out.token_ids, told)
         assert distance < self.tolerance < control, f"{len(tokens)} tokens; the control is wrong from {at}"
+        return distance, control
 
     def _operated(
         self, kind: str, engine: ServedEngine, lab: Lab, sessions: list[SessionRef], dice: random.Random, step: int
@@ -223,8 +230,8 @@ class PressureTests:
                 return group
             case "turns of several together":
                 several = [one for one in sessions if len(engine.view(one).tokens) < LONGEST][:4]
-                outs = lab.run(engine, *several, sampling=seeded(130)) if several else []
-                assert all(len(out.token_ids) == 130 for out in outs)
+                outs = lab.run(engine, *several, sampling=seeded(self.num_together)) if several else []
+                assert all(len(out.token_ids) == self.num_together for out in outs)
                 return []
             case "pin":
                 with contextlib.suppress(InvalidRequest):  # more than the budget
