@@ -25,7 +25,6 @@ OPTIONAL = {"boundary", "boundary-hidden", "own-batch", "prefill-progress"}
 
 class TestFake(EngineTests):
     changes_weights = True
-    bits_hang_on_shape = False  # its arithmetic is exact
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -82,8 +81,6 @@ class PlainEngine(EmbeddedEngine):
 
 class TestPlain(TestFake):
     """That the laws' other halves can be kept, hang nowhere, and ask for no equality across shapes of batches."""
-
-    bits_hang_on_shape = True
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

@@ -181,8 +181,6 @@ class EngineKit:
 
     changes_weights: ClassVar[bool] = False
     """Set by those that implement `change_weights`."""
-    bits_hang_on_shape: ClassVar[bool] = True
-    """A prompt read in pieces has other bits than one read at once, as floating-point kernels make them."""
     long_prompt: ClassVar[int] = 3500
     """Tokens of a prefill that something must happen in the middle of: several chunks of the engine's."""
     long_answer: ClassVar[int] = 3000
