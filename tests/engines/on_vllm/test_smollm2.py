@@ -73,9 +73,6 @@ def both(request: pytest.FixtureRequest) -> tuple[Engine, Engine]:
     return request.getfixturevalue(begins), request.getfixturevalue(goes_on)
 
 
-both_ways = pytest.mark.parametrize("both", WAYS, indirect=True)
-
-
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(mount_at(tmp_path / "packs"))

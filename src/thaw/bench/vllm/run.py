@@ -114,7 +114,7 @@ class _Run:
         limit = {"max_model_len": self.options.longest} if "hydrate" in self.options.parts else {}
         with self._engine("an engine with room", **limit) as (engine, repo):
             plain, document = _plain(engine), self._tokens(engine)
-            self._check_length(engine)
+            self._check_length(engine, self.options.longest)
             hydrate.measure(self.rounds, self.options, repo, plain, document, stored)
             if "fork" in self.options.parts:
                 fork.measure(self.rounds, self.options, repo, plain, document)
@@ -132,6 +132,7 @@ class _Run:
 
             first = stock() if boot % 2 else None
             engine, _ = both.enter_context(self._engine(f"an engine with thaw, {what}"))
+            self._check_length(engine, self.options.idle_prompt + self.options.idle_tokens)
             second = first or stock()
             idle.measure(self.rounds, self.options, boot, _plain(engine), second, self._tokens(engine))
         gc.collect()
@@ -151,10 +152,10 @@ class _Run:
         finally:
             gc.collect()  # vLLM's client is a cycle, and complains when it is collected as late as Python's exit
 
-    def _check_length(self, engine: Engine) -> None:
-        if engine.info.max_model_len < self.options.longest:
+    def _check_length(self, engine: Engine, longest: int) -> None:
+        if engine.info.max_model_len < longest:
             raise InvalidRequest(
-                f"the longest request has {self.options.longest} tokens; the engine's limit is "
+                f"the longest request has {longest} tokens; the engine's limit is "
                 f"{engine.info.max_model_len}. Choose shorter sessions."
             )
 
