@@ -40,7 +40,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def story(engine: Engine, lab: Lab) -> list[Completion]:
     """A session, four children of it while it runs, one hydrated from a capture amid the answer."""
     parent = lab.begin(engine, 500, start=3)
-    running = lab.start(engine, parent, sampling=seeded(1500))
+    running = lab.start(engine, parent, sampling=seeded(3000))
     wait_for(running, 10)
     captured = lab.capture(engine, parent)
     whole = running.result(LIMIT_S)[0]

@@ -71,13 +71,13 @@ def test_the_point_is_the_branches_own_kv(pool: ForkPool, trunk: PoolSession) ->
 def test_a_session_that_is_decoding_is_a_point(pool: ForkPool, trunk: PoolSession) -> None:
     session = pool.fork(trunk, 1, SAMPLING)[0].session
     assert session is not None
-    stream = session.stream("Go on.", Sampling(temperature=0.9, max_tokens=200, ignore_eos=True))
+    stream = session.stream("Go on.", Sampling(temperature=0.9, max_tokens=600, ignore_eos=True))
     for delta in stream:
         if delta.token_ids:
             break
     result = pool.fork(session, [Branch(resume=True)], replay=True)[0]
     parent = stream.result()
-    assert result.attempts == 1 and len(result.token_ids) == len(parent.token_ids) == 200
+    assert result.attempts == 1 and len(result.token_ids) == len(parent.token_ids) == 600
     assert result.token_ids[0] == parent.token_ids[0], "what it had when it was forked; then both run in one batch"
     assert result.trajectory.prompt_ids == session.trajectory().prompt_ids
     assert result.num_cached_tokens >= len(result.trajectory.prompt_ids) - 1, "nothing was prefilled again"
@@ -85,7 +85,7 @@ def test_a_session_that_is_decoding_is_a_point(pool: ForkPool, trunk: PoolSessio
 
 @pytest.mark.timeout(1800)
 def test_kill_9_in_the_middle_of_a_round_loses_nothing(pool: ForkPool, trunk: PoolSession) -> None:
-    sampling = Sampling(temperature=0.9, max_tokens=96, ignore_eos=True)
+    sampling = Sampling(temperature=0.9, max_tokens=400, ignore_eos=True)
     undisturbed_ = pool.fork(trunk, PROMPTS, sampling, snapshot="before")
     round_ = pool.submit(trunk, PROMPTS, sampling)
     for delta in round_:

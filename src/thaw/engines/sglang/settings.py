@@ -33,8 +33,10 @@ ON_CPU: Mapping[str, object] = {
     "disable_cuda_graph": True,
     "grammar_backend": "none",
     "max_total_tokens": 32_768,
+    "sleep_on_idle": True,
 }
-"""What an SGLang that thaw starts is told where there is no GPU, unless told otherwise."""
+"""What an SGLang that thaw starts is told where there is no GPU, unless told otherwise. Idle it would use a whole core,
+waiting."""
 CPU_ENVIRONMENT: Mapping[str, str] = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE",

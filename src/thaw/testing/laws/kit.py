@@ -185,7 +185,7 @@ class EngineKit:
     """Tokens of a prefill that something must happen in the middle of: several chunks of the engine's."""
     long_answer: ClassVar[int] = 3000
     """Tokens of a generation that is stopped: the engine must not be done with them in the time of a few calls."""
-    longer_and_longer: ClassVar[tuple[int, ...]] = (48, 200, 1000)
+    longer_and_longer: ClassVar[tuple[int, ...]] = (48, 200, 1000, 3000)
     """Tokens of a generation that something must happen in the middle of: an engine may be done before another thread
     gets its turn, then the test tries once more with a longer one (and fails if that is not enough)."""
     max_batch: ClassVar[int] = 32

@@ -157,10 +157,7 @@ class PressureTests:
         for step in range(self.num_operations):
             kind = dice.choice(self.operations)
             counts[kind] += 1
-            if kind in PressureTests.operations:
-                sessions += self._operated(kind, engine, lab, sessions, dice, step)
-            else:
-                self.operate(kind, engine, dice.choice(sessions), reference, dice)
+            sessions += self._operated(kind, engine, lab, reference, sessions, dice, step)
             while len(sessions) > MAX_SESSIONS:
                 session = sessions.pop(dice.randrange(len(sessions)))
                 distances.append(self._leave(engine, lab, reference, session, dice))
@@ -190,7 +187,8 @@ class PressureTests:
         return distance, control
 
     def _operated(
-        self, kind: str, engine: ServedEngine, lab: Lab, sessions: list[SessionRef], dice: random.Random, step: int
+        self, kind: str, engine: ServedEngine, lab: Lab, reference: Reference, sessions: list[SessionRef],
+        dice: random.Random, step: int,
     ) -> list[SessionRef]:
         """The sessions that come of it."""
         session = dice.choice(sessions)
@@ -238,4 +236,5 @@ class PressureTests:
                     engine.pin(session, dice.choice((0.0, 0.2, 5.0))).result(LIMIT_S)
                 return []
             case _:
-                raise ValueError(kind)
+                self.operate(kind, engine, session, reference, dice)
+                return []
