@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ENGINE ?= transformers
 PYTEST_ARGS ?=
-# Processes that share the tests.
+# Processes that share the tests, but for vLLM's: those have the machine to themselves.
 JOBS ?= 2
 # Extra flags for pip, e.g. PIP_FLAGS="--extra-index-url …" for an index with CPU builds of torch.
 PIP_FLAGS ?=
@@ -20,18 +20,12 @@ VLLM := 0.32
 VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
 VLLM_TESTS := tests/engines/on_vllm
-# Bits hang on the shape of a batch only where an engine computes on several cores: these tests need that.
-VLLM_ALONE := $(VLLM_TESTS)/test_engine_vllm.py $(VLLM_TESTS)/test_llm.py
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23
 SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
 SGLANG_TESTS := tests/engines/on_sglang
-
-# Served engines side by side, a core for each. Most of the time they boot, and that is work for one core.
-SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
-ONE_CORE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 CODE := src tests benchmarks examples docs/generate.py
 
@@ -142,15 +136,15 @@ test: $(INSTALLED) model ## everything but the soak tests, on every engine (unde
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not soak" --durations=15 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm test-sglang
 
+# Engines side by side, a core for each: most of the time they boot, and that is work for one core.
 test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
 	@echo "· tests on SGLang $(SGLANG)"
-	@$(ONE_CORE) $(SGLANG_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		-m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
 	@echo "· tests on vLLM $(VLLM)"
-	@$(VLLM_VENV)/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_ALONE) $(PYTEST_ARGS) || test $$? -eq 5
-	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not soak" --durations=15 \
-		$(VLLM_TESTS) $(VLLM_ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
 
 soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; receipts go to receipts/soak (hours)
 	@echo "· all tests and the soak; hours, receipts in receipts/soak"

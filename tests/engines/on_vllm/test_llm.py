@@ -87,7 +87,7 @@ def test_children_of_a_fork_run_in_one_batch(engine: Engine, lab: Lab) -> None:
 
 def test_captured_while_it_decodes(engine: Engine, lab: Lab) -> None:
     parent = lab.begin(engine, start=3)
-    running = lab.start(engine, parent, sampling=seeded(1000))
+    running = lab.start(engine, parent, sampling=seeded(200))
     wait_for(running, 10)
     captured = lab.capture(engine, parent)
     whole = running.result(LIMIT_S)[0]

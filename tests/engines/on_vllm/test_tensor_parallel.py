@@ -75,7 +75,7 @@ def test_two_ranks_go_on_bit_for_bit(two: VllmEngine, lab: Lab) -> None:
 
 def test_captured_while_it_decodes(two: VllmEngine, lab: Lab) -> None:
     parent = lab.begin(two, 300)
-    running = lab.start(two, parent, sampling=seeded(1000))
+    running = lab.start(two, parent, sampling=seeded(400))
     wait_for(running, 10)
     captured = lab.capture(two, parent)
     whole = running.result(LIMIT_S)[0]
