@@ -189,7 +189,7 @@ class PressureTests:
     def _operated(
         self, kind: str, engine: ServedEngine, lab: Lab, reference: Reference, sessions: list[SessionRef],
         dice: random.Random, step: int,
-    ) -> list[SessionRef]:
+    ) -> list[SessionRef]:  # fmt: skip
         """The sessions that come of it."""
         session = dice.choice(sessions)
         match kind:
