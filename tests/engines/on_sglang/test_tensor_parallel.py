@@ -34,7 +34,7 @@ from thaw.testing.plans import flip_byte, mount_at
 pytest.importorskip("sglang")
 
 RANKS, TOKENS = 3, 4096
-OPTIONS = {"max_model_len": 2048, "max_total_tokens": TOKENS, "sleep_on_idle": True}
+OPTIONS = {"max_model_len": 2048, "max_total_tokens": TOKENS}
 SHAPE = {
     "head_dim": 64, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3,
 }  # fmt: skip
@@ -359,7 +359,7 @@ class TestThreeRanks(EngineTests):
     @classmethod
     def engine_factory(cls, tiny_model: Callable[..., Path]) -> Callable[..., Engine]:
         folder = str(tiny_model("llama", dtype="bfloat16", **SHAPE))
-        options = {"model": folder, "chunked_prefill_size": 512, "tensor_parallel_size": RANKS, "sleep_on_idle": True}
+        options = {"model": folder, "chunked_prefill_size": 512, "tensor_parallel_size": RANKS}
         return lambda **changes: load_engine("sglang", **{**options, **changes})
 
 
