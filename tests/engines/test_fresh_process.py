@@ -19,7 +19,7 @@ from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.testing.laws.boundary_law import stop_string
 from thaw.testing.laws.kit import LIMIT_S, SEED, Lab, greedy, ids, seeded
-from thaw.testing.plans import capture_plan, halves_swapped, mount_at, tampered
+from thaw.testing.plans import halves_swapped, mount_at, tampered
 from thaw.testing.resume_worker import Answer, Job, Report, Round, answer, run_fresh
 
 PROMPT = (11, 5, 7)
@@ -95,15 +95,8 @@ def _stop_string(story: Story) -> None:
 
 def _while_running(story: Story) -> None:
     """Captured by this thread while the engine's decodes."""
-    twin = story.lab.twin(story.engine, story.session)
-    handle = story.lab.start(story.engine, twin, sampling=seeded(24))
-    captured: Captured | None = None
-    for seen, _ in enumerate(handle, 1):
-        if seen == 5:
-            captured = story.engine.capture(twin, capture_plan(story.lab.mount, story.base.num_kv)).result(LIMIT_S)
-    assert captured is not None and captured.turns[-1].finish_reason is None
-    assert len(captured.tokens) < len(story.base.tokens) + 24
-    story.expected["while running"] = [answer(handle.result(LIMIT_S)[0])]
+    captured, whole = story.lab.captured_amid(story.engine, story.session, base=story.base.num_kv)
+    story.expected["while running"] = [answer(whole)]
     story.rounds["while running"] = Round(plans=(story.lab.plan(captured, story.base),))
 
 

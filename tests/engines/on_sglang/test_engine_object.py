@@ -27,7 +27,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.settings import BACKEND, ON_CPU, cpu_environment
-from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("sglang")
@@ -93,25 +93,16 @@ def every_verb(engine: SglangEngine, lab: Lab) -> None:
 
 def captured_while_it_decodes(engine: Engine, sgl: Any, lab: Lab) -> None:
     parent = lab.begin(engine, start=3)
-    running = lab.start(engine, parent, sampling=seeded(1000))
-    wait_for(running, 10)
-    captured = lab.capture(engine, parent)
-    whole = running.result(LIMIT_S)[0]
+    captured, whole = lab.captured_amid(engine, parent)
     native(sgl)
     rest = lab.resume(engine, lab.hydrate(engine, lab.plan(captured)).session)[0]
-    assert 310 <= len(captured.tokens) < 1300
     same(rest, whole)
 
 
 def aborted_it_goes_on(engine: Engine, sgl: Any, lab: Lab) -> None:
-    one, two = lab.begin(engine, start=6), lab.begin(engine, start=6)
-    whole = lab.one(engine, one, seeded(500))
-    handle = lab.start(engine, two, sampling=seeded(500))
-    wait_for(handle, 5)
-    handle.cancel()
-    assert handle.result(LIMIT_S)[0].finish_reason == "abort"
+    session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=6))
     assert len(native(sgl)) == 12
-    assert lab.resume(engine, two)[0].token_ids == whole.token_ids
+    assert lab.resume(engine, session)[0].token_ids == whole.token_ids
 
 
 def beside_a_call_of_the_users(engine: Engine, sgl: Any, lab: Lab) -> None:

@@ -176,16 +176,13 @@ def test_what_a_session_cannot_go_on_with_is_refused_for_itself(server: Server) 
 
 
 def test_the_owner_aborts_everything_and_sessions_stay(server: Server, engine: SglangEngine, lab: Lab) -> None:
-    session = lab.begin(engine, 300)
-    twin = lab.twin(engine, session)
-    handle = lab.start(engine, session, sampling=seeded(1500))
-    next(iter(handle))
-    headers = {"Authorization": f"Bearer {KEY}"}
-    httpx.post(f"{server.url}/abort_request", json={"abort_all": True}, headers=headers, timeout=LIMIT_S)
-    out = handle.result(LIMIT_S)[0]
-    assert out.finish_reason == "abort" and 0 < len(out.token_ids) < 1500
-    resumed = lab.one(engine, twin, seeded(len(out.token_ids)))
-    assert resumed.token_ids == out.token_ids
+    def abort_all() -> None:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        httpx.post(f"{server.url}/abort_request", json={"abort_all": True}, headers=headers, timeout=LIMIT_S)
+
+    session, part, whole = lab.stopped_amid(engine, lab.begin(engine, 300), after=1, stop=abort_all)
+    assert part.token_ids == whole.token_ids[: len(part.token_ids)]
+    assert lab.resume(engine, session)[0].token_ids == whole.token_ids
 
 
 def test_without_the_key_it_is_refused(server: Server) -> None:

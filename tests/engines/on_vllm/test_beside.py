@@ -20,7 +20,7 @@ from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine
 from thaw.engines.vllm.settings import VllmSettings
-from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
@@ -38,18 +38,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def story(engine: Engine, lab: Lab) -> list[Completion]:
-    """A session, four children of it while it runs, one hydrated from a capture amid the answer."""
+    """A session that answers, four children of it, and one hydrated from a capture amid another answer."""
     parent = lab.begin(engine, 500, start=3)
-    running = lab.start(engine, parent, sampling=seeded(3000))
-    wait_for(running, 10)
-    captured = lab.capture(engine, parent)
-    whole = running.result(LIMIT_S)[0]
+    captured, whole = lab.captured_amid(engine, parent)
+    said = lab.one(engine, parent, seeded(200))
     kids = lab.run(engine, *lab.fork(engine, parent, 4), sampling=every_knob(), prompt=ids(5, 1))
     hydrated = lab.hydrate(engine, lab.plan(captured))
     assert hydrated.proof.num_cached_tokens == captured.num_kv > 500
     rest = lab.resume(engine, hydrated.session)[0]
     assert rest.token_ids == whole.token_ids and bits(rest.logprobs) == bits(whole.logprobs)
-    return [whole, *kids]
+    return [said, *kids]
 
 
 @pytest.fixture(scope="module")

@@ -79,10 +79,7 @@ def test_sessions_are_spread_and_stay_with_their_forks(fleet: Fleet, lab: Lab) -
 
 def test_what_one_rank_committed_goes_on_in_the_other_bit_for_bit(fleet: Fleet, lab: Lab) -> None:
     parent = lab.begin(fleet, 400, start=5)
-    running = lab.start(fleet, parent, sampling=seeded(1500))
-    wait_for(running, 10)
-    captured = lab.capture(fleet, parent)
-    whole = running.result(LIMIT_S)[0]
+    captured, whole = lab.captured_amid(fleet, parent)
     plan = lab.plan(captured)
     found = [lab.hydrate(fleet, plan) for _ in range(2)]
     assert {*places(fleet, *(one.session for one in found))} == {0, 1}

@@ -221,12 +221,7 @@ def test_a_batch_has_its_rows_in_order_though_each_comes_over_a_connection_of_it
 
 def test_captured_while_it_decodes_it_goes_on_as_if_nothing_had_been(engine: Engine, lab: Lab) -> None:
     parent = lab.begin(engine, start=5)
-    running = lab.start(engine, parent, sampling=seeded(600))
-    wait_for(running, 20)
-    captured = lab.capture(engine, parent)
-    whole = running.result(LIMIT_S)[0]
-    done = len(captured.tokens) - 300
-    assert 20 <= done < 600
+    captured, whole = lab.captured_amid(engine, parent, after=20)
     child = lab.hydrate(engine, lab.plan(captured)).session
     rest = lab.resume(engine, child)[0]
     assert rest.token_ids == whole.token_ids
@@ -234,27 +229,14 @@ def test_captured_while_it_decodes_it_goes_on_as_if_nothing_had_been(engine: Eng
 
 
 def test_structured_output_goes_on_in_its_middle(engine: Engine, lab: Lab) -> None:
-    one, two = lab.begin(engine, start=15), lab.begin(engine, start=15)
-    whole = lab.one(engine, one, GRAMMAR)
-    handle = lab.start(engine, two, sampling=GRAMMAR)
-    wait_for(handle, 5)
-    handle.cancel()
-    assert handle.result(LIMIT_S)[0].finish_reason == "abort"
-    same_tokens(lab.resume(engine, two)[0], whole)
+    session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=15), samplings=[GRAMMAR] * 5)
+    same_tokens(lab.resume(engine, session)[0], whole)
     assert re.fullmatch("[a-d]{2}(-[0-9]{3}){40}", whole.text)
 
 
-def test_an_aborted_session_stops_soon_and_goes_on(engine: Engine, lab: Lab) -> None:
-    one, two = lab.begin(engine, start=6), lab.begin(engine, start=6)
-    whole = lab.one(engine, one, seeded(400))
-    handle = lab.start(engine, two, sampling=seeded(400))
-    wait_for(handle, 5)
-    began = time.monotonic()
-    handle.cancel()
-    cut = handle.result(LIMIT_S)[0]
-    assert cut.finish_reason == "abort" and time.monotonic() - began < 5.0
-    assert 5 <= len(cut.token_ids) < 400
-    same_tokens(lab.resume(engine, two)[0], whole)
+def test_an_aborted_session_stops_and_goes_on(engine: Engine, lab: Lab) -> None:
+    session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=6))
+    same_tokens(lab.resume(engine, session)[0], whole)
 
 
 def same_tokens(one: Completion, two: Completion) -> None:

@@ -126,6 +126,14 @@ class Hog:
     def end(self) -> None:
         self._run.result(LIMIT_S)
 
+    def stop(self) -> None:
+        """Once it has got one more token: it ran until now."""
+        told = len(self.told)
+        while len(self.told) == told:
+            assert not self._run.done(), "it was to run all the time"
+            time.sleep(0.001)
+        self._run.cancel()
+
 
 def same_rest(one: Completion, two: Completion) -> None:
     assert one.token_ids == two.token_ids
@@ -195,7 +203,7 @@ def test_stopped_at_any_moment_it_goes_on_bit_for_bit(engine: VllmEngine, lab: L
     session = lab.begin(engine, size, start=4)
     expected = lab.one(engine, lab.twin(engine, session), seeded(12))
     kept = 0
-    for _ in range(15):
+    for tried in itertools.count(1):
         if dice.random() < 0.5:
             cycle(engine, lab)
         child = lab.twin(engine, session)
@@ -209,7 +217,9 @@ def test_stopped_at_any_moment_it_goes_on_bit_for_bit(engine: VllmEngine, lab: L
             rest = lab.resume(engine, child)[0]
             same_rest(rest, expected)
         engine.close_session(child)
-    assert kept > 3
+        if tried >= 15 and kept > 3:
+            break
+        assert tried < 60, f"stopped {kept} times only"
     same(expected, lab.one(engine, session, seeded(12)))
 
 
@@ -334,11 +344,11 @@ def test_aborted_while_it_is_captured_both_the_snapshot_and_the_session_go_on(
     """The abort comes before, while and after the copy is taken: whichever it was, what was captured is a prefix of the
     uninterrupted turn, with its bits."""
     session = lab.begin(engine, IN_STEP, start=10)
-    expected = lab.one(engine, lab.twin(engine, session), seeded(60))
+    expected = lab.one(engine, lab.twin(engine, session), seeded(250))
     lengths = set()
     for delay in (0.0, 0.001, 0.003, 0.006, 0.01, 0.02, 0.04):
         child = lab.twin(engine, session)
-        running = lab.start(engine, child, sampling=seeded(60))
+        running = lab.start(engine, child, sampling=seeded(250))
         wait_for(running, 3)
         reading = engine.capture(child, capture_plan(mount))
         time.sleep(delay)
@@ -348,7 +358,7 @@ def test_aborted_while_it_is_captured_both_the_snapshot_and_the_session_go_on(
             running.result(LIMIT_S)
         lengths.add(len(captured.tokens))
         done = captured.tokens[IN_STEP:]
-        assert 3 <= len(done) < 60 and done == expected.token_ids[: len(done)]
+        assert 3 <= len(done) < 250 and done == expected.token_ids[: len(done)]
         for one in (lab.hydrate(engine, lab.plan(captured)).session, child):
             same_rest(lab.resume(engine, one)[0], expected)
             engine.close_session(one)
@@ -361,7 +371,7 @@ def test_others_go_on_while_a_session_is_captured_and_another_one_is_loaded(engi
     session = lab.begin(engine, IN_BACKGROUND, start=11)
     expected = lab.one(engine, lab.twin(engine, session), greedy(1))
     cycle(engine, lab)
-    plain = Hog(engine, num_prompt=100, count=800)
+    plain = Hog(engine, num_prompt=100, count=2400)
     windows = []
     for _ in range(4):
         began = time.monotonic()
@@ -371,8 +381,7 @@ def test_others_go_on_while_a_session_is_captured_and_another_one_is_loaded(engi
         assert lab.one(engine, hydrated, greedy(1)).token_ids == expected.token_ids
         windows += [("capture", began, middle), ("load", middle, time.monotonic())]
         engine.close_session(hydrated)
-    plain.end()
-    assert plain.told[-1] > windows[-1][2], "it was to run all the time"
+    plain.stop()
     gaps = [(b - a, a) for a, b in itertools.pairwise(plain.told)]
     for what in ("capture", "load"):
         mine = [(a, b) for name, a, b in windows if name == what]

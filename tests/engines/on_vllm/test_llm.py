@@ -17,7 +17,7 @@ from thaw.engines.base import Engine, SessionRef
 from thaw.engines.vllm.contents import Contents
 from thaw.engines.vllm.settings import VllmSettings, engine_args, settled
 from thaw.testing.laws.bytes_law import blob_ids
-from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.laws.kit import Lab, bits, every_knob, greedy, ids, same, seeded
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
@@ -87,12 +87,8 @@ def test_children_of_a_fork_run_in_one_batch(engine: Engine, lab: Lab) -> None:
 
 def test_captured_while_it_decodes(engine: Engine, lab: Lab) -> None:
     parent = lab.begin(engine, start=3)
-    running = lab.start(engine, parent, sampling=seeded(200))
-    wait_for(running, 10)
-    captured = lab.capture(engine, parent)
-    whole = running.result(LIMIT_S)[0]
+    captured, whole = lab.captured_amid(engine, parent)
     rest = lab.resume(engine, lab.hydrate(engine, lab.plan(captured)).session)[0]
-    assert 310 <= len(captured.tokens) < 500
     assert rest.token_ids == whole.token_ids
     assert [x.hex() for x in rest.logprobs] == [x.hex() for x in whole.logprobs]
 
@@ -125,14 +121,9 @@ def test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged(
 
 
 def test_aborted_it_goes_on(engine: Engine, llm: Any, lab: Lab) -> None:
-    one, two = lab.begin(engine, start=6), lab.begin(engine, start=6)
-    whole = lab.one(engine, one, seeded(300))
-    handle = lab.start(engine, two, sampling=seeded(300))
-    wait_for(handle, 5)
-    handle.cancel()
-    assert handle.result(LIMIT_S)[0].finish_reason == "abort"
+    session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=6))
     assert len(native(llm, list(ids(20)))) == 12
-    rest = lab.resume(engine, two)[0]
+    rest = lab.resume(engine, session)[0]
     assert rest.token_ids == whole.token_ids
 
 

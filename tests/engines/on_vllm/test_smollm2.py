@@ -21,7 +21,7 @@ from thaw.demo import document
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, SessionRef
 from thaw.engines.served.engine import ServedEngine
-from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, same, seeded, wait_for, when
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, same, seeded
 from thaw.testing.plans import flip_byte, halves_swapped, mount_at, tampered
 
 pytest.importorskip("vllm")
@@ -113,13 +113,8 @@ def test_a_turn_stopped_in_its_middle_goes_on_in_another_engine_bit_for_bit(
     both: tuple[Engine, Engine], lab: Lab, style: str
 ) -> None:
     begins, goes_on = both
-    session = begin(begins)
-    whole = lab.one(begins, lab.twin(begins, session), STYLES[style])
-    running = lab.start(begins, session, sampling=STYLES[style])
-    when(running, 8, running.cancel)
-    part = running.result(LIMIT_S)[0]
+    session, part, whole = lab.stopped_amid(begins, begin(begins), after=8, samplings=[STYLES[style]] * 5)
     kept = len(part.token_ids)
-    assert part.finish_reason == "abort" and 8 <= kept < ANSWER
     plan = lab.plan(lab.capture(begins, session))
     moved = lab.hydrate(goes_on, plan)
     assert len(plan.tokens) == READ + kept and moved.proof.num_cached_tokens == READ + kept - 1
@@ -142,12 +137,8 @@ def test_captured_while_it_decodes_it_goes_on_in_another_engine_bit_for_bit(
 ) -> None:
     begins, goes_on = both
     session = begin(begins, 100)
-    running = lab.start(begins, session, sampling=seeded(96))
-    wait_for(running, 5)
-    plan = lab.plan(lab.capture(begins, session))
-    assert not running.done() and 5 <= len(plan.tokens) - READ < 96
-    whole = running.result(LIMIT_S)[0]
-    same(whole, lab.resume(goes_on, lab.hydrate(goes_on, plan).session)[0])
+    captured, whole = lab.captured_amid(begins, session)
+    same(whole, lab.resume(goes_on, lab.hydrate(goes_on, lab.plan(captured)).session)[0])
 
 
 # --- the pool

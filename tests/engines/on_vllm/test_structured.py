@@ -19,7 +19,7 @@ from thaw.core.sampling import Sampling, StructuredOutputs
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest
 from thaw.repo.params import as_sampling
-from thaw.testing.laws.kit import LIMIT_S, Lab, bits, wait_for
+from thaw.testing.laws.kit import LIMIT_S, Lab, bits
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
@@ -59,16 +59,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(mount_at(tmp_path_factory.mktemp("packs")))
 
 
-def cut_at(engine: Engine, lab: Lab, session: Any, wanted: Sampling, count: int) -> Completion:
-    """Generate and stop after about `count` tokens."""
-    running = lab.start(engine, session, sampling=wanted)
-    wait_for(running, count)
-    running.cancel()
-    cut = running.result(LIMIT_S)[0]
-    assert cut.finish_reason == "abort" and len(cut.token_ids) >= count
-    return cut
-
-
 def equal(one: Completion, two: Completion) -> None:
     assert one.token_ids == two.token_ids and one.text == two.text
     assert bits(one.logprobs) == bits(two.logprobs) and one.finish_reason == two.finish_reason
@@ -93,23 +83,18 @@ def test_a_resumed_completion_is_the_uninterrupted_one(
 ) -> None:
     wanted = sampling(kind, **more)
     session = lab.begin(engine, 100, start=3)
-    whole = lab.one(engine, lab.twin(engine, session), wanted)
+    after = 3 if kind == "choice" else 20
+    twin, cut, whole = lab.stopped_amid(engine, session, after=after, samplings=[wanted] * 5)
     if whole.finish_reason == "stop":
         assert fits(kind, whole.text), whole.text
-    count = 3 if kind == "choice" else 20
-    cut = cut_at(engine, lab, session, wanted, count)
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
-    equal(lab.resume(engine, session)[0], whole)
+    equal(lab.resume(engine, twin)[0], whole)
 
 
 def test_captured_while_it_runs_it_goes_on_where_it_was(engine: Engine, lab: Lab) -> None:
     session = lab.begin(engine, 300, start=4)
-    running = lab.start(engine, session, sampling=sampling("regex"))
-    wait_for(running, 15)
-    captured = lab.capture(engine, session)
-    whole = running.result(LIMIT_S)[0]
+    captured, whole = lab.captured_amid(engine, session, after=15, samplings=[sampling("regex")] * 5)
     assert fits("regex", whole.text)
-    assert 15 <= len(captured.tokens) - 300 < len(whole.token_ids)
     plan = lab.plan(captured)
     equal(lab.resume(engine, lab.hydrate(engine, plan).session)[0], whole)
     turns = list(plan.turns)
@@ -123,18 +108,18 @@ def test_captured_while_it_runs_it_goes_on_where_it_was(engine: Engine, lab: Lab
 
 def test_children_from_its_middle_obey_the_grammar_each_its_own_way(engine: Engine, lab: Lab) -> None:
     session = lab.begin(engine, 300, start=5)
-    cut_at(engine, lab, session, sampling("regex", seed=None), 30)
-    kids = lab.fork(engine, session, 4, at=320)
+    half, _, _ = lab.stopped_amid(engine, session, after=30, samplings=[sampling("regex", seed=None)] * 5)
+    kids = lab.fork(engine, half, 4, at=320)
     texts = [out.text for out in lab.resume(engine, *kids)]
     assert all(fits("regex", text) for text in texts) and len(set(texts)) > 1
-    begun = engine.view(session).turns[-1].text
+    begun = engine.view(half).turns[-1].text
     assert all(text.startswith(begun[:20]) for text in texts)
 
 
 def test_a_grammar_that_began_anew_would_allow_something_else(engine: Engine, lab: Lab) -> None:
     """The control: the same tokens as a prompt, and the same grammar."""
     session = lab.begin(engine, 300, start=6)
-    cut = cut_at(engine, lab, session, sampling("regex"), 30)
+    _, cut, _ = lab.stopped_amid(engine, session, after=30, samplings=[sampling("regex")] * 5)
     fresh = lab.begin(engine, 300, start=6)
     out = lab.one(engine, fresh, sampling("regex"), cut.token_ids)
     assert fits("regex", out.text) and not fits("regex", cut.text + out.text)

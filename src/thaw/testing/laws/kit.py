@@ -56,6 +56,12 @@ def seeded(max_tokens: int = 16, **more: object) -> Sampling:
     return Sampling(**{"temperature": 1.0, "max_tokens": max_tokens, "ignore_eos": True, **more})  # type: ignore[arg-type]
 
 
+LONGER_AND_LONGER = (48, 200, 1000, 1500, 1500, 1500)
+"""Tokens of an answer that something must happen in the middle of. An engine may be done before the test's thread gets
+its turn; then the test tries once more with a longer one, and fails where each was over too soon."""
+LONGER_ANSWERS = tuple(seeded(count) for count in LONGER_AND_LONGER)
+
+
 def every_knob(max_tokens: int = 20) -> Sampling:
     """All parameters on that change the choice, with a stop that min_tokens holds back."""
     return Sampling(
@@ -158,6 +164,53 @@ class Lab:
     def capture(self, engine: Engine, session: SessionRef, base: int = 0) -> Captured:
         return engine.capture(session, capture_plan(self.mount, base, engine.info.num_packs)).result(LIMIT_S)
 
+    def captured_amid(
+        self,
+        engine: Engine,
+        session: SessionRef,
+        *,
+        after: int = 10,
+        samplings: Sequence[Sampling] = LONGER_ANSWERS,
+        base: int = 0,
+    ) -> tuple[Captured, Completion]:
+        """A twin of `session`, captured while it decodes with `after` tokens or more of its answer; and that answer,
+        whole. Where the engine was done first, once more with the next of `samplings`."""
+        begun = len(engine.view(session).tokens)
+        for sampling in samplings:
+            twin = self.twin(engine, session)
+            running = self.start(engine, twin, sampling=sampling)
+            wait_for(running, after)
+            captured = self.capture(engine, twin, base)
+            whole = running.result(LIMIT_S)[0]
+            if len(captured.tokens) - begun < len(whole.token_ids):
+                assert len(captured.tokens) - begun >= after and captured.turns[-1].finish_reason is None
+                return captured, whole
+        raise AssertionError(f"{len(samplings)} answers were whole before the session was captured")
+
+    def stopped_amid(
+        self,
+        engine: Engine,
+        session: SessionRef,
+        *,
+        after: int = 5,
+        samplings: Sequence[Sampling] = LONGER_ANSWERS,
+        stop: Callable[[], object] | None = None,
+    ) -> tuple[SessionRef, Completion, Completion]:
+        """A twin of `session`, stopped (cancelled, unless `stop` does it) with `after` tokens or more of its answer;
+        that part; and the answer uninterrupted. Where the engine was done first, once more with the next of
+        `samplings`."""
+        for sampling in samplings:
+            whole = self.one(engine, self.twin(engine, session), sampling)
+            twin = self.twin(engine, session)
+            running = self.start(engine, twin, sampling=sampling)
+            wait_for(running, after)
+            (stop or running.cancel)()
+            part = running.result(LIMIT_S)[0]
+            if part.finish_reason == "abort":
+                assert after <= len(part.token_ids) < len(whole.token_ids)
+                return twin, part, whole
+        raise AssertionError(f"{len(samplings)} answers were whole before the session was stopped")
+
     def hydrate(self, engine: Engine, plan: HydratePlan) -> Hydrated:
         return engine.hydrate(plan).result(LIMIT_S)
 
@@ -185,9 +238,7 @@ class EngineKit:
     """Tokens of a prefill that something must happen in the middle of: several chunks of the engine's."""
     long_answer: ClassVar[int] = 3000
     """Tokens of a generation that is stopped: the engine must not be done with them in the time of a few calls."""
-    longer_and_longer: ClassVar[tuple[int, ...]] = (48, 200, 1000, 3000)
-    """Tokens of a generation that something must happen in the middle of: an engine may be done before another thread
-    gets its turn, then the test tries once more with a longer one (and fails if that is not enough)."""
+    longer_and_longer: ClassVar[tuple[int, ...]] = LONGER_AND_LONGER
     max_batch: ClassVar[int] = 32
     """Sessions of the largest batch; at most so many as the engine runs in one step."""
 

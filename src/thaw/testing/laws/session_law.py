@@ -68,27 +68,16 @@ class SessionLaw(EngineKit):
 
     def test_cancel_keeps_the_tokens_and_the_turn_can_be_resumed(self, engine: Engine, lab: Lab) -> None:
         prompt = lab.begin(engine, 60)
-        for count in self.longer_and_longer:
-            whole, session = lab.twin(engine, prompt), lab.twin(engine, prompt)
-            handle = lab.start(engine, session, sampling=seeded(count))
-            when(handle, 4, handle.cancel)
-            out = handle.result(LIMIT_S)[0]
-            kept = len(out.token_ids)
-            if kept < count:
-                break
-        assert out.finish_reason == "abort" and 4 <= kept < count
-        expected = lab.one(engine, whole, seeded(count))
+        session, out, expected = lab.stopped_amid(
+            engine, prompt, after=4, samplings=[seeded(count) for count in self.longer_and_longer]
+        )
         view = engine.view(session)
         assert view.tokens == (*ids(60), *out.token_ids) and not view.running
-        assert out.token_ids == expected.token_ids[:kept]
+        assert out.token_ids == expected.token_ids[: len(out.token_ids)]
         same(expected, lab.resume(engine, session)[0])
 
     def test_a_cancelled_turn_may_be_left_behind(self, engine: Engine, lab: Lab) -> None:
-        session = lab.begin(engine, 60)
-        handle = lab.start(engine, session, sampling=seeded(400))
-        next(iter(handle))
-        handle.cancel()
-        handle.result(LIMIT_S)
+        session, _, _ = lab.stopped_amid(engine, lab.begin(engine, 60), after=1)
         assert len(lab.one(engine, session, greedy(3), (1, 2)).token_ids) == 3
         completions = [turn for turn in engine.view(session).turns if turn.kind == "completion"]
         assert [turn.finish_reason for turn in completions] == ["abort", "length"]
