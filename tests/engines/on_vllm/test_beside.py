@@ -126,7 +126,7 @@ def test_a_server_counts_thaws_work_in_its_own_metrics(
         with thaw.attach(server.url) as joined:
             story(joined, lab)
             counted = server.metrics()
-        assert counted["thaw_captures_total"] == 1 and counted["thaw_hydrates_total"] == 1
+        assert counted["thaw_captures_total"] >= 1 and counted["thaw_hydrates_total"] == 1
         assert counted["thaw_forks_total"] >= 4 and counted["thaw_loaded_tokens_total"] > 0
         assert counted["thaw_records"] >= 1 and counted["thaw_arena_nbytes"] > 0
     finally:

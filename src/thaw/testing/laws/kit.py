@@ -182,6 +182,7 @@ class Lab:
             wait_for(running, after)
             captured = self.capture(engine, twin, base)
             whole = running.result(LIMIT_S)[0]
+            engine.close_session(twin)
             if len(captured.tokens) - begun < len(whole.token_ids):
                 assert len(captured.tokens) - begun >= after and captured.turns[-1].finish_reason is None
                 return captured, whole
@@ -200,8 +201,9 @@ class Lab:
         that part; and the answer uninterrupted. Where the engine was done first, once more with the next of
         `samplings`."""
         for sampling in samplings:
-            whole = self.one(engine, self.twin(engine, session), sampling)
-            twin = self.twin(engine, session)
+            one, twin = self.twin(engine, session), self.twin(engine, session)
+            whole = self.one(engine, one, sampling)
+            engine.close_session(one)
             running = self.start(engine, twin, sampling=sampling)
             wait_for(running, after)
             (stop or running.cancel)()
@@ -209,6 +211,7 @@ class Lab:
             if part.finish_reason == "abort":
                 assert after <= len(part.token_ids) < len(whole.token_ids)
                 return twin, part, whole
+            engine.close_session(twin)
         raise AssertionError(f"{len(samplings)} answers were whole before the session was stopped")
 
     def hydrate(self, engine: Engine, plan: HydratePlan) -> Hydrated:
