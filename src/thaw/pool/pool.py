@@ -186,12 +186,11 @@ class ForkPool:
     def session(self, point: object = None, *, seed: int | None = None, at: int | None = None) -> PoolSession:
         """A session in one of the workers: an empty one, or one that goes on from `point`. A point of the pool."""
         self._check_open()
+        if point is None:
+            return self._empty(seed)
         life = self._idlest()
         durable = life.durable_context
         context = life.arena_context if durable is None else durable
-        if point is None:
-            ref = life.engine.open(seed=seed)
-            return PoolSession(context, ref, life, durable=durable is not None)
         trunk = self._finder.find(point, at, seed)
         if trunk.held is not None and trunk.alive:
             life = trunk.held.life
@@ -203,6 +202,19 @@ class ForkPool:
             context, ref, life, durable=durable is not None, kept=there.resident.kept.cut(num_kv),
             arena_kept=there.resident.arena_kept.cut(num_kv), parent=there.parent,
         )  # fmt: skip
+
+    def _empty(self, seed: int | None) -> PoolSession:
+        """In the idlest worker; where that ends just then, in another one: nothing was lost with it."""
+        while True:
+            life = self._idlest()
+            try:
+                ref = life.engine.open(seed=seed)
+            except EngineDied as error:
+                self._fleet.failed(self._fleet.named(life.name), life, error)
+                continue
+            durable = life.durable_context
+            context = life.arena_context if durable is None else durable
+            return PoolSession(context, ref, life, durable=durable is not None)
 
     def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
         """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""

@@ -12,6 +12,7 @@ import gc
 import itertools
 import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,6 +222,31 @@ def test_stopped_at_any_moment_it_goes_on_bit_for_bit(engine: VllmEngine, lab: L
             break
         assert tried < 60, f"stopped {kept} times only"
     same(expected, lab.one(engine, session, seeded(12)))
+
+
+def test_stopped_when_the_engine_is_done_already(engine: VllmEngine, lab: Lab) -> None:
+    """The client has some of the answer, and leaves it; the engine, which never hears of that, made all of it."""
+    session = lab.begin(engine, 300, start=16)
+    expected = lab.one(engine, lab.twin(engine, session), seeded(40))
+    inner, child, names = engine._transport.abort, lab.twin(engine, session), []
+
+    async def running() -> int:
+        return (await engine._talk.command(protocol.Stats(id=secrets.token_hex(16)))).counts["running"]
+
+    async def abort(name: str) -> None:
+        names.append(name)
+        while name == names[0] and await running():
+            await asyncio.sleep(0.01)
+        await inner(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._transport, "abort", abort)
+        handle = lab.start(engine, child, sampling=seeded(40))
+        wait_for(handle, 3)
+        handle.cancel()
+        cut = handle.result(20.0)[0]
+    assert cut.finish_reason == "abort" and cut.token_ids == expected.token_ids[: len(cut.token_ids)]
+    same_rest(lab.resume(engine, child)[0], expected)
 
 
 def test_a_prompt_that_is_stopped_keeps_what_was_read(engine: VllmEngine, lab: Lab) -> None:

@@ -40,7 +40,6 @@ C = TypeVar("C", bound=Call)
 class HttpTransport(Transport, Generic[C]):
     """Requests to one server, each a stream over a connection of its own. `url` is the server's."""
 
-    answers_inband: ClassVar[bool] = False
     title: ClassVar[str]
     route: ClassVar[str]
     """Where the server takes tokens."""

@@ -53,8 +53,8 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
 
     `group`, `group_size`: the request waits until so many of its group are there, and all start in one step;
     `group_place`: which row of the batch it is to be, from 0, because a kernel may compute rows that lie elsewhere in
-    other ways. `mail`: what the scheduler says at the end goes to the mail too, for a way in whose streams do not
-    carry it. `grammar_from`: the request has structured outputs, and its tokens from this index on are of the same
+    other ways. `mail`: what the scheduler says at the end goes to the mail too, for a reply may be left before its
+    end. `grammar_from`: the request has structured outputs, and its tokens from this index on are of the same
     completion: the grammar is told of them before the first new one.
     """
 

@@ -12,7 +12,6 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -59,25 +58,17 @@ class Talk:
     async def run(self, submission: Submission, take: Callable[[Chunk], bool]) -> Answer:
         """Stream a request through `take` until it says enough; what the engine says at the end, refusals too."""
         submission = self._with_news(submission)
-        answer: dict[str, Any] | None = None
-        reason: str | None = None
         cached: int | None = None
         stream = self.transport.stream(submission)
         async with contextlib.aclosing(stream) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                answer, reason = chunk.answer or answer, chunk.finish_reason or reason
                 counted = self.dialect.num_cached(chunk)
                 cached = cached if counted is None else counted
-                if not take(chunk) and reason is None:
+                if not take(chunk) and chunk.finish_reason is None:
                     await self.transport.abort(submission.name)
-                    answer = None
-                    reason = "abort"
                     break
-        if answer is None or reason == "error":
-            senders = (SCHEDULER, *self._ranks)
-            found = (await self._mailed(submission.message.id, senders, limit_s=RUN_LIMIT_S))[0]
-        else:
-            found = msgspec.convert({k: v for k, v in answer.items() if k != "id"}, Answer)
+        senders = (SCHEDULER, *self._ranks)
+        found = (await self._mailed(submission.message.id, senders, limit_s=RUN_LIMIT_S))[0]
         return found if cached is None else msgspec.structs.replace(found, local=cached)
 
     async def farewell(self) -> None:
@@ -88,9 +79,8 @@ class Talk:
                 await asyncio.wait_for(self.command(message, (SCHEDULER,)), FAREWELL_LIMIT_S)
 
     def _with_news(self, submission: Submission) -> Submission:
-        message = msgspec.structs.replace(
-            submission.message, mail=not self.transport.answers_inband, drop=self._take_dropped()
-        )
+        """By mail, for a stream that is left may have had its last chunk already, and nobody sees what that said."""
+        message = msgspec.structs.replace(submission.message, mail=True, drop=self._take_dropped())
         return dataclasses.replace(submission, message=message)
 
     def _take_dropped(self) -> tuple[str, ...]:

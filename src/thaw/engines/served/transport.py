@@ -28,13 +28,12 @@ class Submission:
 @dataclass(frozen=True)
 class Chunk:
     """News of a request: tokens with their log probabilities (`tops[i]` are all that came for token i), and with the
-    last one why it ended and what the connector said (None when this way in does not carry it)."""
+    last one why it ended."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     tops: tuple[LogprobsOfToken, ...] = ()
     finish_reason: str | None = None
-    answer: dict[str, Any] | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,8 +42,6 @@ class Transport(abc.ABC):
 
     mail: Mail
     facts: EngineFacts
-    answers_inband: ClassVar[bool] = True
-    """Whether the last chunk of a stream carries what the connector said; else it is asked to mail it as well."""
     always_served: ClassVar[bool] = True
     """Whether the engine takes a request at any time; else only while its owner waits for a verb of thaw's."""
     stays: bool = True

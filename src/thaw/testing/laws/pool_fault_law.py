@@ -49,6 +49,15 @@ class PoolFaultLaw(PoolKit):
             assert pool.stats().workers[0].incarnation == 2
             assert bits(pool.fork(trunk, 2, sampling)) == bits(undisturbed), "a captured session outlives its worker"
 
+    def test_an_empty_session_opens_elsewhere_where_a_worker_has_just_ended(self, pool_factory: PoolFactory) -> None:
+        with pool_factory(workers=2) as pool:
+            session = self.trunk(pool)
+            for _ in range(3):
+                self.end_worker(pool, session.worker)
+                session = self.trunk(pool)
+                assert session.num_tokens > 0
+            assert sum(worker.num_failures for worker in pool.stats().workers) == 3
+
     def test_results_that_are_stored_outlive_their_worker(self, pool_factory: PoolFactory) -> None:
         with pool_factory(workers=1) as pool:
             done = pool.fork(self.trunk(pool), 2, self.sampled(), store=True)

@@ -38,7 +38,6 @@ class InsideTransport(ElsewhereTransport):
     """The `Engine` stays when this ends."""
 
     always_served: ClassVar[bool] = False
-    answers_inband: ClassVar[bool] = False
 
     def __init__(self, engine: Any) -> None:
         home = home_of(engine)
@@ -72,8 +71,6 @@ class InsideTransport(ElsewhereTransport):
 
 class FrontEnd(Transport):
     """SGLang's own front end (its tokenizer manager), used on its own loop only."""
-
-    answers_inband: ClassVar[bool] = False
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager

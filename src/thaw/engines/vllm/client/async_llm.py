@@ -88,8 +88,7 @@ def chunk_of(output: Any) -> Chunk:
     ids = tuple(one.token_ids)
     tops = tuple(_tops(step) for step in (one.logprobs or ()))
     logprobs = tuple(_own(step, token) for step, token in zip(one.logprobs or (), ids, strict=False))
-    answer = (output.kv_transfer_params or {}).get(protocol.KEY) if output.finished else None
-    return Chunk(ids, logprobs, tops, one.finish_reason if output.finished else None, answer)
+    return Chunk(ids, logprobs, tops, one.finish_reason if output.finished else None)
 
 
 def _tops(step: Any) -> LogprobsOfToken:
