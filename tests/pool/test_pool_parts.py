@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +33,36 @@ GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+# -- what Python's collector may do at any point
+
+COLLECTED_AMID_A_SUBMIT = """
+import concurrent.futures._base as base, gc
+from thaw import Sampling
+from thaw.pool import ForkPool
+
+class Future(base.Future):  # made within an executor's submit, which holds the lock of all executors
+    def __init__(self):
+        gc.collect()
+        super().__init__()
+
+with ForkPool("fake", backend="inline") as pool:
+    trunk = pool.session(seed=7)
+    trunk.append("A document. " * 9)
+    base.Future = Future
+    for _ in range(10):
+        ring = [pool.fork(trunk, 4, Sampling(max_tokens=2))]
+        ring.append(ring)
+        del ring
+    print("closed", len(pool.workers))
+"""
+
+
+def test_sessions_that_the_collector_ends_amid_a_submit_are_closed() -> None:
+    command = [sys.executable, "-c", COLLECTED_AMID_A_SUBMIT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "closed 1\n"), done.stderr
 
 
 # -- rates and decisions

@@ -15,6 +15,7 @@ from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
 from thaw.pool.arena import Arena
 from thaw.pool.backend import Backend
+from thaw.pool.closer import Closer
 from thaw.pool.values import WorkerStats
 from thaw.pool.worker import Life, Worker
 from thaw.store import Store
@@ -29,13 +30,13 @@ class Fleet:
 
     def __init__(
         self, backend: Backend, arena: Arena, durable: Store | None, *, changed: threading.Condition,
-        threads: Executor, io: Executor, residents: int, policy_version: str | None,
+        threads: Executor, closer: Closer, residents: int, policy_version: str | None,
     ) -> None:  # fmt: skip
         self.workers: list[Worker] = []
         self.policy_version = policy_version
         self.restarts = backend.restarts
         self._backend, self._arena, self._durable = backend, arena, durable
-        self.changed, self._threads, self._io = changed, threads, io
+        self.changed, self._threads, self._closer = changed, threads, closer
         self._residents = residents
         self._update: Update | None = None
         self._closing = False
@@ -80,7 +81,7 @@ class Fleet:
 
     def _begin(self, worker: Worker) -> Life:
         host = self._backend.boot(worker.index, worker.name, self.policy_version)
-        life = Life(worker.name, host, self._arena, self._durable, self._residents, self._io)
+        life = Life(worker.name, host, self._arena, self._durable, self._residents, self._closer)
         applied: Update | None = None
         while True:
             with self.changed:

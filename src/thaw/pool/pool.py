@@ -39,6 +39,7 @@ from thaw.pool.asking import (
 )
 from thaw.pool.backend import choose
 from thaw.pool.batch import Batch
+from thaw.pool.closer import Closer
 from thaw.pool.finder import Finder
 from thaw.pool.fleet import Fleet
 from thaw.pool.home import Home
@@ -112,6 +113,7 @@ class ForkPool:
         self._began, self._rounds, self._closed = time.time_ns(), 0, False
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-pool")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="thaw-pool-io")
+        self._closer = Closer(self._io)
         self._home = Home(spill=None if spill is None else Path(spill))
         try:
             self._backend, count = choose(self._home, engine, workers, backend, options, env, boot_timeout_s)
@@ -338,7 +340,7 @@ class ForkPool:
         self._arena = Arena(self._home.path / "arena", self._home.spill, arena_nbytes)
         durable = None if self.repo is None else self.repo.store
         self._fleet = Fleet(
-            self._backend, self._arena, durable, changed=self._changed, threads=self._threads, io=self._io,
+            self._backend, self._arena, durable, changed=self._changed, threads=self._threads, closer=self._closer,
             residents=residents, policy_version=version,
         )  # fmt: skip
         self._fleet.start(count)
@@ -365,6 +367,7 @@ class ForkPool:
             if hasattr(self, part):
                 getattr(self, part).close()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._closer.end()
         self._io.shutdown(wait=True, cancel_futures=True)
         if hasattr(self, "_rates"):
             self._rates.save()

@@ -7,10 +7,10 @@ the name go on. Residents are sessions at points that rounds came from, least re
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ from thaw.core.proof import Proof
 from thaw.engines.base import Engine, SessionRef
 from thaw.pool.arena import Arena
 from thaw.pool.backend import Host
+from thaw.pool.closer import Closer
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
 from thaw.store import Store
@@ -42,14 +43,14 @@ class Resident:
 class Life:
     """One engine, from its boot to its end."""
 
-    def __init__(self, name: str, host: Host, arena: Arena, durable: Store | None, limit: int, io: Executor) -> None:
+    def __init__(self, name: str, host: Host, arena: Arena, durable: Store | None, limit: int, closer: Closer) -> None:
         self.name = name
         self.host = host
         self.arena_context = Context(arena.store, host.engine)
         self.durable_context = None if durable is None else Context(durable, host.engine)
         self.over = False
         self._limit = limit
-        self._io = io
+        self._closer = closer
         self._lock = threading.Lock()
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()
         self._making = [threading.Lock() for _ in range(LOCKS)]
@@ -104,8 +105,7 @@ class Life:
     def forget(self, ref: SessionRef) -> None:
         """Close a session, later and on another thread. May be called from a finalizer."""
         if not self.over:
-            with contextlib.suppress(RuntimeError):  # the pool is closed
-                self._io.submit(self._close_session, ref)
+            self._closer.soon(functools.partial(self._close_session, ref))
 
     def _close_session(self, ref: SessionRef) -> None:
         with contextlib.suppress(ThawError):
