@@ -12,7 +12,9 @@ request's. `PressureTests` is to be subclassed:
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,8 +167,10 @@ class PressureTests:
         largest, least = max(distance for distance, _ in distances), min(control for _, control in distances)
         print(f"{len(distances)} sessions: to the model by itself {largest:.4f}, with a wrong block from {least:.4f}")
         engine.release_pins()
-        lab.begin(engine, 5)
-        assert engine.stats()["records"] <= before + 1, "records of sessions that were closed"
+        ends = time.monotonic() + 10.0
+        while engine.stats()["records"] > before:  # each question tells the engine what was let go of by then
+            assert time.monotonic() < ends, "records of sessions that were closed"
+            gc.collect()
         self.check_nothing_leaks(engine)
         finished(counts)
 
