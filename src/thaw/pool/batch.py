@@ -155,10 +155,8 @@ class Batch:
 
     @staticmethod
     def _session(life: Life, there: Prepared, done: Completion, history: History) -> PoolSession:
-        durable = life.durable_context
         num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
         return PoolSession(
-            life.arena_context if durable is None else durable, done.session, life, durable=durable is not None,
-            kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
+            life, done.session, kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
             parent=there.parent, proof=done.proof, history=history,
         )  # fmt: skip

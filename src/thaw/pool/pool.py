@@ -191,18 +191,14 @@ class ForkPool:
         if point is None:
             return self._empty(seed)
         life = self._idlest()
-        durable = life.durable_context
-        context = life.arena_context if durable is None else durable
         trunk = self._finder.find(point, at, seed)
         if trunk.held is not None and trunk.alive:
             life = trunk.held.life
-            durable = life.durable_context
-            context = life.arena_context if durable is None else durable
         ref, there = self._preparer.fork(trunk, life, self._policy)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
-            context, ref, life, durable=durable is not None, kept=there.resident.kept.cut(num_kv),
-            arena_kept=there.resident.arena_kept.cut(num_kv), parent=there.parent,
+            life, ref, kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
+            parent=there.parent,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:
@@ -214,9 +210,7 @@ class ForkPool:
             except EngineDied as error:
                 self._fleet.failed(self._fleet.named(life.name), life, error)
                 continue
-            durable = life.durable_context
-            context = life.arena_context if durable is None else durable
-            return PoolSession(context, ref, life, durable=durable is not None)
+            return PoolSession(life, ref)
 
     def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
         """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""

@@ -17,7 +17,6 @@ from thaw.engines.base import Completion, GenerateRequest, SessionRef, SessionVi
 from thaw.pool.history import History
 from thaw.repo.chat import ChatResult, Message
 from thaw.repo.commit import CommitResult
-from thaw.repo.context import Context
 from thaw.repo.group import Group
 from thaw.repo.kept import Kept
 from thaw.repo.session import Session
@@ -32,22 +31,19 @@ class PoolSession(Session):
 
     def __init__(
         self,
-        context: Context,
-        ref: SessionRef,
         life: Life,
+        ref: SessionRef,
         *,
-        durable: bool,
         kept: Kept | None = None,
         arena_kept: Kept | None = None,
         parent: CommitId | None = None,
         proof: Proof | None = None,
         history: History | None = None,
     ) -> None:
-        super().__init__(context, ref, kept=kept, parent=parent, proof=proof)
+        super().__init__(life.context, ref, kept=kept, parent=parent, proof=proof)
         self.life = life
         self.arena_kept = arena_kept or Kept()
         self.history = history
-        self._durable = durable
         self._forget = weakref.finalize(self, life.forget, ref)
         self._forget.atexit = False
 
@@ -86,7 +82,7 @@ class PoolSession(Session):
     def _commit(
         self, message: str, branch: str | None, meta: Mapping[str, str], expect: object, reason: str
     ) -> CommitResult:
-        if not self._durable:
+        if self.life.durable_context is None:
             raise InvalidRequest(
                 "the pool has no repository to commit to: ForkPool(…, repo=thaw.open(path)), or pass repo= a path"
             )

@@ -59,6 +59,11 @@ class Life:
     def engine(self) -> Engine:
         return self.host.engine
 
+    @property
+    def context(self) -> Context:
+        """Where its sessions commit: the pool's repository, else the arena."""
+        return self.arena_context if self.durable_context is None else self.durable_context
+
     def check(self) -> None:
         if self.over:
             raise EngineDied(f"worker {self.name}'s engine has ended, and with it the sessions that only it had")

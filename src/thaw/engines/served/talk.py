@@ -59,12 +59,14 @@ class Talk:
         """Stream a request through `take` until it says enough; what the engine says at the end, refusals too."""
         submission = self._with_news(submission)
         cached: int | None = None
+        ended = False  # a stream may go on after it: with counts
         stream = self.transport.stream(submission)
         async with contextlib.aclosing(stream) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 counted = self.dialect.num_cached(chunk)
                 cached = cached if counted is None else counted
-                if not take(chunk) and chunk.finish_reason is None:
+                ended = ended or chunk.finish_reason is not None
+                if not take(chunk) and not ended:
                     await self.transport.abort(submission.name)
                     break
         senders = (SCHEDULER, *self._ranks)
