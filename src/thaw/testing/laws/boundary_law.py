@@ -18,6 +18,7 @@ from thaw.core.sampling import Sampling, derive
 from thaw.engines.base import Captured, Completion, Engine, SessionRef
 from thaw.testing.laws.kit import (
     LIMIT_S,
+    LONGER_AND_LONGER,
     SEED,
     EngineKit,
     Lab,
@@ -136,7 +137,7 @@ class BoundaryLaw(EngineKit):
         self, engine: Engine, other: Engine, lab: Lab, style: str
     ) -> None:
         session = lab.begin(engine, 300)
-        for count in self.longer_and_longer:
+        for count in LONGER_AND_LONGER:
             sampling = greedy(count) if style == "greedy" else seeded(count)
             expected = lab.one(engine, lab.twin(engine, session), sampling)
             whole, captured = _generate_and_capture(engine, lab, lab.twin(engine, session), sampling)

@@ -10,7 +10,18 @@ import pytest
 from thaw.data.pack import read_blob
 from thaw.engines.base import Captured, Engine
 from thaw.testing.laws.bytes_law import blob_ids, prefix_bytes
-from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, greedy, ids, kv_complete, same, seeded, wait_for
+from thaw.testing.laws.kit import (
+    LIMIT_S,
+    LONGER_AND_LONGER,
+    EngineKit,
+    Lab,
+    greedy,
+    ids,
+    kv_complete,
+    same,
+    seeded,
+    wait_for,
+)
 
 SLACK_NBYTES = 64 * 1024
 """What a pack of a few hundred tokens may hold beside KV: its header, padding, a hidden state."""
@@ -45,7 +56,7 @@ class ForkLaw(EngineKit):
 
     def test_a_running_session_forks_without_stopping(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 100)
-        for count in self.longer_and_longer:
+        for count in LONGER_AND_LONGER:
             expected = lab.one(engine, lab.twin(engine, session), seeded(count))
             parent = lab.twin(engine, session)
             handle = lab.start(engine, parent, sampling=seeded(count))

@@ -241,7 +241,6 @@ class EngineKit:
     """Tokens of a prefill that something must happen in the middle of: several chunks of the engine's."""
     long_answer: ClassVar[int] = 3000
     """Tokens of a generation that is stopped: the engine must not be done with them in the time of a few calls."""
-    longer_and_longer: ClassVar[tuple[int, ...]] = LONGER_AND_LONGER
     max_batch: ClassVar[int] = 32
     """Sessions of the largest batch; at most so many as the engine runs in one step."""
 
