@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ENGINE ?= transformers
 PYTEST_ARGS ?=
-# Processes that share the tests, but for vLLM's: those have the machine to themselves.
+# Processes that share the tests, a core for each.
 JOBS ?= 2
 # Extra flags for pip, e.g. PIP_FLAGS="--extra-index-url …" for an index with CPU builds of torch.
 PIP_FLAGS ?=
@@ -131,20 +131,24 @@ test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minute
 	@echo "· tests without the real model; under 2 minutes"
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
-test: $(INSTALLED) model ## everything but the soak tests, on every engine (under an hour)
-	@echo "· all tests but the soak; under an hour on 2 cores, vLLM's and SGLang's included"
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not soak" --durations=15 $(PYTEST_ARGS)
+test: $(INSTALLED) model ## everything but the soak tests, on every engine (under half an hour, installs apart)
+	@echo "· all tests but the soak; under half an hour on 2 cores, vLLM's and SGLang's included"
+	@$(ONE_CORE) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(SUITE) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm test-sglang
 
-# Engines side by side, a core for each: most of the time they boot, and that is work for one core.
+# Processes side by side compute on a core each. Laws about an engine on several cores (all_cores) have the machine alone.
+ONE_CORE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+SUITE := -m "not soak and not all_cores" --durations=10
+BY_FILE := -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SUITE)
+
 test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
 	@echo "· tests on SGLang $(SGLANG)"
-	@OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-		-m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
+	@$(ONE_CORE) $(SGLANG_VENV)/bin/python -m pytest $(BY_FILE) $(SGLANG_TESTS) $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
 	@echo "· tests on vLLM $(VLLM)"
-	@$(VLLM_VENV)/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
+	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest -m "all_cores and not soak" $(VLLM_TESTS) $(PYTEST_ARGS) || test $$? -eq 5
 
 soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; receipts go to receipts/soak (hours)
 	@echo "· all tests and the soak; hours, receipts in receipts/soak"
@@ -162,7 +166,7 @@ soak-sglang: $(SGLANG_VENV)/.installed model
 $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed model
 	@echo "· tests on SGLang $*"
 	@THAW_SUITE=sglang-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(SGLANG_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(SGLANG_TESTS) $(PYTEST_ARGS)
+		$(ONE_CORE) $(SGLANG_VENV)-$*/bin/python -m pytest $(BY_FILE) $(SGLANG_TESTS) $(PYTEST_ARGS)
 
 # The soak on the release of `make test`, and the tests of `make test` on the others.
 soak-vllm: $(VLLM_VENV)/.installed model
@@ -173,7 +177,7 @@ soak-vllm: $(VLLM_VENV)/.installed model
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"
 	@THAW_SUITE=vllm-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(VLLM_VENV)-$*/bin/python -m pytest -m "not soak" --durations=15 $(VLLM_TESTS) $(PYTEST_ARGS)
+		$(ONE_CORE) $(VLLM_VENV)-$*/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
 
 # On a host with an NVIDIA GPU of 80 GB and vLLM for CUDA, both with GPU_PYTHON; 16 GB in GPU_MODEL, as much again in GPU_OUT.
 GPU_PYTHON ?= python3
@@ -184,7 +188,7 @@ bench-gpu: ## on a host with an H100 or H200 and vLLM: GPU_PYTHON=, GPU_MODEL=, 
 	@test -e $(GPU_MODEL)/config.json || PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/make_model.py $(GPU_MODEL)
 	@PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/bench.py $(GPU_MODEL) $(GPU_OUT) $(PARTS)
 
-lint: $(INSTALLED) ## ruff, mypy and the layers (under a minute)
+lint: $(INSTALLED) ## ruff, mypy, the layers, the receipts of the soak (under a minute)
 	@echo "· ruff"
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check --quiet $(CODE) || { echo "make format writes them as they should be"; exit 1; }
@@ -192,6 +196,8 @@ lint: $(INSTALLED) ## ruff, mypy and the layers (under a minute)
 	@$(BIN)/mypy
 	@echo "· import layers"
 	@$(BIN)/lint-imports
+	@echo "· receipts of the soak"
+	@$(BIN)/python tests/soak_receipts.py
 
 format: $(INSTALLED) ## fix what ruff can fix, and write code as ruff does
 	@$(BIN)/ruff check --fix $(CODE)

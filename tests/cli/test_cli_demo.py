@@ -53,7 +53,7 @@ def test_its_receipt_adds_up_and_its_repository_is_whole(told: tuple[Shell, str]
     shell.ok("-C", "thaw-demo", "fsck")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("tells the whole story three times")
 def test_running_it_again_takes_another_folder_or_replaces_a_demo_alone(shell: Shell) -> None:
     for folder in ("thaw-demo", "thaw-demo-2"):
         assert shell.ok("demo", "--engine", "fake", "--json").json()["folder"] == folder
@@ -75,7 +75,7 @@ def test_json_is_the_whole_story(shell: Shell) -> None:
     assert said["parent"]["logprobs"] == said["resumed"]["logprobs"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("imports torch in a process of its own")
 def test_an_error_in_a_process_keeps_its_kind(shell: Shell) -> None:
     failed = shell("demo", "--model", "/nonexistent/model", "--json", THAW_MODEL="")
     assert failed.code == 2
@@ -133,8 +133,6 @@ def test_an_engine_may_lack_the_kv_of_the_last_token_and_no_more(tmp_path: Path,
     assert ("the token before" in suffix.name) is bool(without_kv)
 
 
-@pytest.mark.model
-@pytest.mark.slow
 def test_with_the_real_model(shell: Shell, demo_model: Path) -> None:
     said = shell.ok("demo", "--model", str(demo_model), "--json").json()
     assert said["ok"] is True

@@ -26,7 +26,11 @@ def upper_end(arms: Arms) -> float:
     return shares[7]
 
 
-@pytest.mark.soak
+@pytest.mark.soak(
+    "measures, and needs cores that nothing else uses",
+    receipt="io-share",
+    covers=("src/thaw/data", "src/thaw/bench/io.py"),
+)
 def test_packs_are_written_and_read_at_four_fifths_of_plain_files(tmp_path: Path) -> None:
     reached: dict[str, float] = {"write": 0.0, "read": 0.0}
     for _ in range(TRIES):

@@ -190,7 +190,7 @@ def test_a_step_too_small_for_the_sampled_digest_is_noticed(trained: Any, repo: 
         s.fork(1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("generates a thousand tokens")
 @pytest.mark.parametrize("change", ["weights", "policy"])
 def test_a_step_while_a_generation_runs_is_refused_at_its_end(
     trained: Any, engine: Engine, repo: Repository, change: str

@@ -24,8 +24,9 @@ from thaw.testing.models import ARCHITECTURES  # noqa: E402
 WHOLE = ("llama", "float32")
 QUICK = {("qwen2", "bfloat16")}
 """With llama in float32: two architectures and both dtypes at every run; the other pairs are marked slow."""
+MORE = pytest.mark.slow("the same laws on one more architecture or dtype")
 MODELS = [
-    pytest.param(pair, id="-".join(pair), marks=() if pair in QUICK else pytest.mark.slow)
+    pytest.param(pair, id="-".join(pair), marks=() if pair in QUICK else MORE)
     for pair in itertools.product(ARCHITECTURES, ("bfloat16", "float32"))
     if pair != WHOLE
 ]

@@ -175,7 +175,7 @@ class TestFakeInAFreshProcess(FreshProcess):
             yield story
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs a small model in two processes")
 class TestSmallModelInAFreshProcess(FreshProcess):
     @pytest.fixture(scope="class")
     @classmethod
@@ -192,8 +192,6 @@ class TestSmallModelInAFreshProcess(FreshProcess):
             yield story
 
 
-@pytest.mark.model
-@pytest.mark.slow
 class TestRealModelInAFreshProcess(FreshProcess):
     """SmolLM2-135M-Instruct over a document of at least 3,000 tokens."""
 

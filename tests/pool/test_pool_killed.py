@@ -17,7 +17,6 @@ from thaw.store.leases import start_time
 CLIENT = Path(__file__).with_name("pool_client.py")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["process", "inline"])
 def test_kill_9_of_the_client_leaves_no_process_and_no_shared_memory(backend: str) -> None:
     client = subprocess.Popen([sys.executable, str(CLIENT), backend], stdout=subprocess.PIPE, text=True)

@@ -19,7 +19,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("each test starts a pool of processes")
 class TestLocalProcesses(PoolTests):
     hangs = True
 

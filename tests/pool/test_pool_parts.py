@@ -259,7 +259,7 @@ def test_new_weights_reach_every_worker_and_those_that_are_restarted() -> None:
         assert all(worker.incarnation == 2 for worker in pool.stats().workers)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts and ends a pool of processes")
 def test_a_function_cannot_be_sent_to_another_process_and_an_update_that_fails_serves_nothing() -> None:
     with ForkPool("fake") as pool, pytest.raises(Unsupported, match="module:function"):
         pool.set_policy("1", update=lambda engine: None)

@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def row(look: Footprint) -> r.Round:
     return r.Round(pair=look.round, values={name: float(value) for name, value in found.items()})
 
 
-@pytest.mark.slow
+@pytest.mark.slow("forty rounds, thirty of them with kills and hangs")
 def test_thirty_disturbed_rounds_come_as_undisturbed_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path))
     soak, calm = run(30, seed := random.getrandbits(30), 10)
@@ -134,18 +135,16 @@ def test_thirty_disturbed_rounds_come_as_undisturbed_ones(monkeypatch: pytest.Mo
     assert soak.counts["kill"] + soak.counts["hang"] > 0 and soak.counts["retries"] > 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak("six hundred rounds", receipt="pool-soak", covers=("src/thaw/pool", "src/thaw/testing/pool_soak.py"))
 @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
 @pytest.mark.timeout(2 * 3600)
-def test_five_hundred_disturbed_rounds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_five_hundred_disturbed_rounds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, soak_receipt: Callable[..., None]
+) -> None:
     monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path))
     began, seed, rounds, calm_rounds = time.time(), random.getrandbits(30), 500, 100
     soak, calm = run(rounds, seed, calm_rounds)
     check(soak, rounds)
     check(calm, calm_rounds)
     check_flat(soak, calm)
-    receipts = Path(os.environ.get("THAW_RECEIPTS_DIR", "receipts/soak"))
-    receipts.mkdir(exist_ok=True)
-    receipt = receipt_of(soak, calm, seed, time.time() - began)
-    assert r.verify(r.dumps(receipt)).problems == ()
-    (receipts / "pool-soak.json").write_bytes(r.dumps(receipt))
+    soak_receipt(made=receipt_of(soak, calm, seed, time.time() - began))

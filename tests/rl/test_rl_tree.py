@@ -167,7 +167,6 @@ def test_logprobs_at_and_after_a_pivot_are_those_of_the_stock_model(
         assert stock(t.prompt_ids, wrong)[1:] != pytest.approx(t.logprobs[1:], abs=1e-2)
 
 
-@pytest.mark.slow
 def test_the_tree_on_the_real_model(demo_model: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), str(demo_model), "--width", "2", "--pivots", "2", "--json"],
@@ -183,7 +182,7 @@ def test_the_tree_on_the_real_model(demo_model: Path, tmp_path: Path) -> None:
     assert any("= 2" in node["text"] for node in nodes), [node["text"] for node in nodes]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("imports torch in a process of its own")
 def test_it_prints_the_tree(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), str(tiny_model("llama")), "--width", "2", "--pivots", "1", "--levels", "2"],

@@ -24,7 +24,7 @@ from thaw import Sampling  # noqa: E402
 from thaw.core.errors import StaleSession  # noqa: E402
 from thaw.engines.embedded.weights import WeightsWatch  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("trains a model")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_grpo.py"
 CLOSE = 2e-3
 """Two orders of summation of one float32 model: its packed pages, and TRL's padded batch."""

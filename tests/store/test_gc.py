@@ -206,7 +206,7 @@ def _commit_in_a_loop(path: Path, seed: int, until: float, pipe) -> None:  # typ
     pipe.send((number, tip))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("commits and collects for six seconds")
 def test_gc_beside_commits_of_other_processes_loses_nothing(store: Store) -> None:
     until = time.time() + 6
     spawn = multiprocessing.get_context("spawn")

@@ -119,7 +119,7 @@ def run_lives(path: Path, lives: int, seed: int) -> Counter[str]:
     return counts
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a hundred processes, each killed")
 def test_kill_9_at_random_moments_loses_nothing_that_returned(tmp_path: Path) -> None:
     counts = run_lives(tmp_path, 100, seed=random.getrandbits(30))
     print(dict(counts))
@@ -127,7 +127,11 @@ def test_kill_9_at_random_moments_loses_nothing_that_returned(tmp_path: Path) ->
     assert counts["committed"] > 100 and counts["gc"] > 10
 
 
-@pytest.mark.soak
+@pytest.mark.soak(
+    "two thousand processes, each killed",
+    receipt="kill9",
+    covers=("src/thaw/store", "src/thaw/data", "tests/store/kill9_child.py"),
+)
 @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
 @pytest.mark.timeout(6 * 3600)
 def test_kill_9_two_thousand_times(tmp_path: Path, soak_receipt: Callable[..., None]) -> None:
@@ -135,7 +139,6 @@ def test_kill_9_two_thousand_times(tmp_path: Path, soak_receipt: Callable[..., N
     counts = run_lives(tmp_path, 2000, seed)
     assert counts["kills"] == 2000
     soak_receipt(
-        "kill9",
         what="kill -9 at random moments of commit, ref deletion and gc, then every ref read and fsck",
         held="after each kill every ref stood at what was acknowledged or at the step in flight; fsck found nothing",
         seed=seed, counts=counts,

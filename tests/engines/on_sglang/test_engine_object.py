@@ -196,7 +196,7 @@ def run(program: Callable[[Path, Path], None], model: Path, folder: Path, told: 
     told.send("")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a program of its own boots SGLang")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("program", [plain_program, async_program])
 def test_an_engine_of_the_users_own(
@@ -215,7 +215,11 @@ def test_an_engine_of_the_users_own(
         process.kill()
 
 
-@pytest.mark.soak
+@pytest.mark.soak(
+    "the whole law book once more",
+    receipt="sglang-law-book-in-process",
+    covers=("src/thaw/engines/sglang", "src/thaw/engines/served", "src/thaw/data", "src/thaw/testing/laws"),
+)
 @pytest.mark.timeout(3600)
 def test_the_law_book(soak_receipt: Callable[..., None]) -> None:
     book = Path(__file__).with_name("law_book.py")
@@ -227,8 +231,7 @@ def test_the_law_book(soak_receipt: Callable[..., None]) -> None:
     counts = {word: float(n) for n, word in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
     assert counts["passed"] > 100
     soak_receipt(
-        "sglang-law-book-in-process",
         what="the whole law book (`thaw.testing.EngineTests`) on sglang.Engine objects of one program",
         held="every law",
-        tests=counts,
+        laws=counts,
     )

@@ -40,13 +40,16 @@ class TestSglangKilled(KilledEngineTests):
         assert isinstance(transport, OwnServerTransport)
         return transport
 
-    @pytest.mark.soak
+    @pytest.mark.soak(
+        "a boot for each of 16 kills",
+        receipt="sglang-kills",
+        covers=("src/thaw/engines/sglang", "src/thaw/engines/served", "src/thaw/data", "src/thaw/store"),
+    )
     @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
     @pytest.mark.timeout(3 * 3600)
     def test_killed_16_times(self, lives: Lives, soak_receipt: Callable[..., None]) -> None:
         lives.run(16)
         soak_receipt(
-            "sglang-kills",
             what="SGLang killed with kill -9 in the middle of a commit or a hydrate, 16 times",
             held="nothing half made was visible, a restarted engine went on from every acknowledged commit",
             counts=dict(sorted(lives.counts.items())),

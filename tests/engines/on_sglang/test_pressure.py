@@ -27,9 +27,23 @@ pytest.importorskip("sglang")
 
 SLOTS = 3072
 SHAPES = [
-    pytest.param({"page_size": 1}, id="pages of 1", marks=pytest.mark.soak),
-    pytest.param({"page_size": 16}, id="pages of 16"),
-    pytest.param({"page_size": 16, "tensor_parallel_size": 2}, id="pages of 16 on two ranks", marks=pytest.mark.soak),
+    pytest.param(
+        {"page_size": 1},
+        id="pages of 1",
+        marks=pytest.mark.soak("what holds on pages of 16, once more", receipt="sglang-operations-pages-of-1"),
+    ),
+    pytest.param(
+        {"page_size": 16},
+        id="pages of 16",
+        marks=pytest.mark.longer_in_soak("1,000 operations in place of 200", receipt="sglang-operations-pages-of-16"),
+    ),
+    pytest.param(
+        {"page_size": 16, "tensor_parallel_size": 2},
+        id="pages of 16 on two ranks",
+        marks=pytest.mark.soak(
+            "what holds on one rank, once more", receipt="sglang-operations-pages-of-16-on-two-ranks"
+        ),
+    ),
 ]
 
 
@@ -53,11 +67,8 @@ class TestSglangPressure(PressureTests):
         return Reference(tiny_model("llama", dtype="bfloat16", head_dim=64))
 
     @pytest.fixture
-    def finished(
-        self, engine: SglangEngine, soak_receipt: Callable[..., None], request: pytest.FixtureRequest
-    ) -> Callable[[Counter[str]], None]:
+    def finished(self, engine: SglangEngine, soak_receipt: Callable[..., None]) -> Callable[[Counter[str]], None]:
         return lambda counts: soak_receipt(
-            f"sglang-operations-{request.node.callspec.id.replace(' ', '-')}",
             what=f"{self.num_operations} random operations on one SGLang whose pool holds two of its sessions",
             held="every turn equal to its replay bit for bit and as the model by itself has it, SGLang's own leak "
             "check clean, no record held by nobody",

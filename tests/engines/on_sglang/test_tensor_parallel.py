@@ -347,7 +347,11 @@ def exchanged(plan: HydratePlan) -> HydratePlan:
     return msgspec.structs.replace(plan, slices=tuple(slices))
 
 
-@pytest.mark.soak
+@pytest.mark.soak(
+    "the whole law book once more",
+    receipt="sglang-law-book-on-three-ranks",
+    covers=("src/thaw/engines/sglang", "src/thaw/engines/served", "src/thaw/data", "src/thaw/testing/laws"),
+)
 class TestThreeRanks(EngineTests):
     """The whole law book, where each rank has a third of the heads."""
 
@@ -359,7 +363,7 @@ class TestThreeRanks(EngineTests):
         return lambda **changes: load_engine("sglang", **{**options, **changes})
 
 
-@pytest.mark.soak
+@pytest.mark.soak("three boots of the real model", receipt="sglang-real-model-across-rank-counts")
 def test_the_real_model_across_rank_counts(demo_model: Path, lab: Lab) -> None:
     """SmolLM2 has three KV heads: one for each rank."""
     with boot(demo_model, RANKS) as three:

@@ -51,7 +51,7 @@ def joined_by_its_address(folder: Path, url: str) -> None:
     assert "SGLang" in found["connector"]["text"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("boots a server")
 @pytest.mark.timeout(1200)
 def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = str(tiny_model("llama", dtype="bfloat16", head_dim=64))

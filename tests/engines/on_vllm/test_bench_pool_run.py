@@ -11,7 +11,11 @@ from thaw import receipt as r
 from thaw.bench import pool as bench
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.soak
+pytestmark = pytest.mark.soak(
+    "two engines and six rounds on each",
+    receipt="vllm-bench-pool-pressure",
+    covers=("src/thaw/bench/pool", "src/thaw/pool", "src/thaw/engines/vllm", "src/thaw/engines/served"),
+)
 
 
 @pytest.fixture(scope="module")

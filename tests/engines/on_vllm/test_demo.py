@@ -12,7 +12,11 @@ import pytest
 from thaw.receipt import verify
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.soak
+pytestmark = pytest.mark.soak(
+    "the real model in two boots of vLLM",
+    receipt="vllm-demo",
+    covers=("src/thaw/demo", "src/thaw/engines/vllm", "src/thaw/engines/served", "src/thaw/data"),
+)
 
 
 def test_all_that_the_demo_promises_holds(demo_model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 from thaw.engines.vllm.client.engine import VllmEngine
 
 
+@pytest.mark.all_cores("only on several cores do bits depend on the shape of a batch; over HTTP the book runs on one")
 class TestVllm(EngineTests):
     changes_weights = True
     other_weights: ClassVar[Path]

@@ -24,6 +24,7 @@ import msgspec
 import pytest
 
 import thaw
+import warm
 from thaw.core.errors import Cancelled, EngineDied, InvalidRequest, NotFound
 from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
@@ -58,7 +59,7 @@ class Server:
         self.log = folder / "log"
         command = server_command(str(model), config, port, python=sys.executable)
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = warm.popen(
                 [*command, "--host", "127.0.0.1", "--enforce-eager", *options],
                 stdout=log, stderr=log, start_new_session=True, env={**os.environ, **environment},
             )  # fmt: skip
@@ -206,6 +207,7 @@ def shuffled(engine: Engine, lab: Lab, parent: SessionRef, rounds: int = 8) -> i
     return int(engine.stats()["shuffled_groups"] - before)  # type: ignore[attr-defined]
 
 
+@pytest.mark.all_cores("its control needs the server's processes to run at the same time")
 def test_a_batch_has_its_rows_in_order_though_each_comes_over_a_connection_of_its_own(
     engine: Engine, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,7 +423,6 @@ class TestVllmHttp(EngineTests):
     """The law book, each engine a server of its own."""
 
     changes_weights = True
-    own_boots_in_soak = True
     other_weights: ClassVar[Path]
     servers: ClassVar[dict[Engine, Server]]
 

@@ -48,13 +48,16 @@ class TestVllmKilled(KilledEngineTests):
         self.left.append(mail.with_name(f"{mail.name}-killed"))
         shutil.copytree(mail, self.left[-1])
 
-    @pytest.mark.soak
+    @pytest.mark.soak(
+        "a boot for each of 25 kills",
+        receipt="vllm-kills",
+        covers=("src/thaw/engines/vllm", "src/thaw/engines/served", "src/thaw/data", "src/thaw/store"),
+    )
     @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
     @pytest.mark.timeout(3 * 3600)
     def test_killed_25_times(self, lives: Lives, soak_receipt: Callable[..., None]) -> None:
         lives.run(25)
         soak_receipt(
-            "vllm-kills",
             what="vLLM killed with kill -9 in the middle of a commit or a hydrate, 25 times",
             held="nothing half made was visible, a restarted engine went on from every acknowledged commit",
             counts=dict(sorted(lives.counts.items())),

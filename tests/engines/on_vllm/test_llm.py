@@ -100,6 +100,7 @@ def goes_on_as_captured(engine: Engine, lab: Lab, session: SessionRef) -> bool:
     return bits(live.logprobs) == bits(restored.logprobs)
 
 
+@pytest.mark.all_cores("on one core a batch of another shape has the same bits")
 def test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged(
     engine: Engine, lab: Lab, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,7 +127,11 @@ def test_no_kv_of_an_old_policy_is_served(pool: ForkPool) -> None:
     assert set(result.trajectory.policy_versions) == {"1"}
 
 
-@pytest.mark.soak
+@pytest.mark.soak(
+    "twenty rounds with kills",
+    receipt="pool-soak-vllm",
+    covers=("src/thaw/pool", "src/thaw/engines/vllm", "src/thaw/engines/served", "src/thaw/data"),
+)
 @pytest.mark.skipif(not os.environ.get("THAW_SOAK"), reason="set THAW_SOAK=1 (or `make soak`)")
 @pytest.mark.timeout(3 * 3600)
 def test_twenty_disturbed_rounds(pool: ForkPool, soak_receipt: Callable[..., None]) -> None:
@@ -141,7 +145,6 @@ def test_twenty_disturbed_rounds(pool: ForkPool, soak_receipt: Callable[..., Non
     assert not soak.wrong, soak.wrong
     assert soak.counts["answered twice"] == 0 and soak.counts["equal"] + soak.counts["cancelled"] == 80
     soak_receipt(
-        "pool-soak-vllm",
         what="20 rounds of 4 branches in a pool of 2 vLLMs under random kill -9 and cancels",
         held="every branch that was not cancelled came once, with the tokens of the undisturbed run",
         seed=seed, counts=soak.counts,

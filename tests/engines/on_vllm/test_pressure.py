@@ -26,8 +26,18 @@ from thaw.engines.vllm.client.engine import VllmEngine
 
 BLOCKS = 24
 LOADS = [
-    pytest.param(1 << 20, id="loads in the background"),
-    pytest.param(1 << 40, id="loads in step", marks=pytest.mark.soak),
+    pytest.param(
+        1 << 20,
+        id="loads in the background",
+        marks=pytest.mark.longer_in_soak(
+            "1,000 operations in place of 200", receipt="vllm-operations-loads-in-the-background"
+        ),
+    ),
+    pytest.param(
+        1 << 40,
+        id="loads in step",
+        marks=pytest.mark.soak("what holds in the background, once more", receipt="vllm-operations-loads-in-step"),
+    ),
 ]
 
 
@@ -52,14 +62,11 @@ class TestVllmPressure(PressureTests):
         return Reference(tiny_model("llama", dtype="bfloat16", head_dim=64))
 
     @pytest.fixture
-    def finished(
-        self, engine: VllmEngine, soak_receipt: Callable[..., None], request: pytest.FixtureRequest
-    ) -> Callable[[Counter[str]], None]:
+    def finished(self, engine: VllmEngine, soak_receipt: Callable[..., None]) -> Callable[[Counter[str]], None]:
         def done(counts: Counter[str]) -> None:
             stats = engine.stats()
             assert stats["preempted"] > 0, "the pool was too large for this test"
             soak_receipt(
-                f"vllm-operations-{request.node.callspec.id.replace(' ', '-')}",
                 what=f"{self.num_operations} random operations on one vLLM whose blocks hold two of its sessions",
                 held="every turn equal to its replay bit for bit and as the model by itself has it, no record and no "
                 "block held by nobody",

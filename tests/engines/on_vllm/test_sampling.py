@@ -457,7 +457,7 @@ def rows_of(out: Any) -> list[list[float]]:
     return [[step[token].logprob for token in range(VOCAB)] for step in out.logprobs]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs vLLM itself")
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(v1: Any, llm: Any) -> None:
     start = len(PROMPT)
     extras = [to_extra(s, seed=77 + i, output_start=start) for i, s in enumerate(TURNS.values())]
@@ -498,7 +498,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(v1: Any, llm: Any) -> 
                 assert expected(row, s, 77 + i, PROMPT + tokens[i][:step], start) == tokens[i][step]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs vLLM itself")
 def test_biases_and_bad_words_mean_what_vllm_means_by_them(v1: Any, llm: Any) -> None:
     """vLLM's own greedy request, and thaw's of the same parameters: the same tokens."""
     codec = HFCodec(llm.get_tokenizer())
@@ -522,7 +522,7 @@ def test_biases_and_bad_words_mean_what_vllm_means_by_them(v1: Any, llm: Any) ->
     assert all(word in "".join(free) and word not in "".join(without) for word in words)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs vLLM itself")
 def test_a_bad_extra_costs_its_own_request_and_not_the_engine(v1: Any, llm: Any) -> None:
     with pytest.raises(Exception, match=EXTRA):  # a ValueError or vLLM's own, by its version
         run(v1, llm, [(PROMPT, {"sampling": {"temperature": -1}}, 1)])

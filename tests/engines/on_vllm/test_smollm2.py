@@ -45,6 +45,7 @@ OUT, BACK = "in process, then over HTTP", "over HTTP, then in process"
 WAYS = {OUT: ("here", "there"), BACK: ("there", "here")}
 OFTEN = {("greedy", BACK), ("seeded", OUT), ("seeded", BACK), ("penalties", OUT)}
 """Of all styles and ways, those of `make test`."""
+RARELY = pytest.mark.soak("one more style and way", receipt="vllm-real-model-styles-and-ways")
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +103,7 @@ def cycle(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("style", "both"),
-    [
-        pytest.param(style, way, marks=() if (style, way) in OFTEN else pytest.mark.soak)
-        for style in STYLES
-        for way in WAYS
-    ],
+    [pytest.param(style, way, marks=() if (style, way) in OFTEN else RARELY) for style in STYLES for way in WAYS],
     indirect=["both"],
 )
 def test_a_turn_stopped_in_its_middle_goes_on_in_another_engine_bit_for_bit(

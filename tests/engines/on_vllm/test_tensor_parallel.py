@@ -115,7 +115,11 @@ def test_weights_that_change_on_every_rank_are_noticed(two: VllmEngine, lab: Lab
         two.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
 
 
-@pytest.mark.soak
+@pytest.mark.soak(
+    "the whole law book once more",
+    receipt="vllm-law-book-on-two-ranks",
+    covers=("src/thaw/engines/vllm", "src/thaw/engines/served", "src/thaw/data", "src/thaw/testing/laws"),
+)
 class TestTwoRanks(EngineTests):
     """The whole law book, where each rank has half of the heads."""
 

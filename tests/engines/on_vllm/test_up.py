@@ -50,7 +50,7 @@ def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
         (mail / "away").rename(fact)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("boots a server")
 @pytest.mark.timeout(1200)
 def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model("llama", dtype="bfloat16", head_dim=64)

@@ -58,7 +58,7 @@ class KilledEngineTests:
     def lives(self, tmp_path: Path, boot: Callable[[], Engine]) -> Lives:
         return Lives(self, tmp_path / "repo", boot, seed=random.getrandbits(30))
 
-    @pytest.mark.slow
+    @pytest.mark.slow("a boot for each kill")
     @pytest.mark.timeout(900)
     def test_an_engine_that_is_killed_leaves_nothing_half_done(self, lives: Lives) -> None:
         lives.run(self.num_kills)

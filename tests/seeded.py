@@ -1,0 +1,637 @@
+"""Seed faults into src/ one at a time, and show that the tests catch each.
+
+    python tests/seeded.py                           every fault; an hour on 2 cores, most of it boots of engines
+    python tests/seeded.py --engine transformers     those that one engine's tests must catch; `none` needs no model
+    python tests/seeded.py --list                    what there is
+    python tests/seeded.py lost-fsync --tree DIR     one, in another checkout, with the environments of this one
+
+A fault is a line or two as a tired engineer might write them, and the few tests that must fail because of it. Each is
+put into a fresh copy of the tree: nothing is changed in the tree itself. A fault is *caught* when one of its tests runs
+and fails. It is an error, and no catch, when the text to be changed is not there exactly once, when tests are not found
+or not run, or when a name or an import is missing. First all the tests are run unseeded: what fails by itself proves
+nothing. The exit code is 0 only if every fault was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = {"none": ".venv", "fake": ".venv", "transformers": ".venv", "vllm": ".venv-vllm", "sglang": ".venv-sglang"}
+"""The environment of each engine's tests, below the root; "none": of tests that need no engine, or any."""
+LIMIT_S = 1200.0
+"""For the tests of one fault; they take seconds, or a minute where an engine boots."""
+NOT_A_CATCH = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "UnboundLocalError", "Failed: Timeout")
+"""How a test fails because a fault was written badly, or the machine is slow."""
+
+FAKE = "tests/engines/test_engine_fake.py::TestFake"
+LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
+VLLM = "tests/engines/on_vllm/test_engine_vllm.py::TestVllm"
+SGLANG = "tests/engines/on_sglang/test_engine_sglang.py::TestSglang"
+POOL = "tests/pool/test_pool_laws.py::TestInProcess"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, below src/thaw, `old` is to become `new`; one of `tests` then fails. `law`: its number, or a part."""
+
+    name: str
+    law: str
+    engine: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    what: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`caught`: the test that failed; `error`: why nothing was shown. Neither: the fault was missed."""
+
+    fault: Fault
+    caught: str
+    error: str
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        return self.caught or (f"ERROR: {self.error}" if self.error else "MISSED")
+
+
+FAULTS = (
+    # --- law 1, bytes
+    Fault(
+        "unverified-blob", "1", "none", "data/stream.py",
+        "            compare(location, digest(view))\n", "            digest(view)\n",
+        ("tests/data/test_stream.py::test_a_changed_byte_is_found_and_never_handed_on",),
+        "a blob that was damaged on disk is handed on",
+    ),
+    Fault(
+        "heads-in-reverse", "1", "fake", "engines/embedded/transfer.py",
+        "for x in blobs[i * heads : (i + 1) * heads])", "for x in reversed(blobs[i * heads : (i + 1) * heads]))",
+        (f"{FAKE}::test_restored_kv_equals_captured_kv_byte_for_byte",),
+        "a segment names the blobs of its heads in the wrong order",
+    ),
+    Fault(
+        "partial-page-transposed", "1", "transformers", "engines/transformers/kv.py",
+        "self.kv_HPL2TD[head, page, :, :, start:stop].contiguous()",
+        "self.kv_HPL2TD[head, page, :, :, start:stop].transpose(0, 1).contiguous()",
+        (f"{LLAMA}::test_restored_kv_equals_captured_kv_byte_for_byte",),
+        "a partial page is written as [K|V][layer], and read as [layer][K|V]",
+    ),
+    Fault(
+        "last-tokens-for-first", "1", "transformers", "engines/transformers/kv.py",
+        "slots[:, :, start:stop].copy_(blob[:, :, : stop - start])",
+        "slots[:, :, start:stop].copy_(blob[:, :, start - stop :])",
+        (f"{LLAMA}::test_a_point_inside_a_prompt_equals_any_other_fork_there",),
+        "a fork inside a segment takes the blob's last tokens, not its first",
+    ),
+    Fault(
+        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout_cpu.py",
+        "source[:, layer, 0].transpose(0, 1), source[:, layer, 1].transpose(0, 1), slots",
+        "source[:, layer, 1].transpose(0, 1), source[:, layer, 0].transpose(0, 1), slots",
+        ("tests/engines/on_vllm/test_layout.py::TestPackedPages::test_scatter_is_the_inverse_and_touches_nothing_else",),
+        "what is loaded into vLLM's pages has its keys where values belong",
+    ),
+    Fault(
+        "keys-for-values", "1", "sglang", "engines/sglang/pool.py",
+        "out[:, layer, 1] = values[slots]", "out[:, layer, 1] = keys[slots]",
+        (f"{SGLANG}::test_a_second_turn_after_a_hydrate_is_exact_too",),
+        "a capture holds the keys twice",
+    ),
+    Fault(
+        "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
+        "            if self._in_block.get(found[0].block_id) != number:\n                return True\n",
+        "            return self._in_block.get(found[0].block_id) != number\n",
+        ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
+        "later blocks of equal tokens are taken from a sibling, with other bits",
+    ),
+    Fault(
+        "anothers-nodes", "1", "sglang", "engines/sglang/cache.py",
+        "        return not torch.equal(there.cpu(), self._row(req, len(there)).cpu())",
+        "        return not len(there)",
+        ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
+         "test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
+        "a request's own bits are exchanged for those that the tree has for its tokens",
+    ),
+    # --- lineage
+    Fault(
+        "one-salt-for-all", "salt", "vllm", "engines/served/session.py",
+        'f"{protocol.SALT}{own}"', 'f"{protocol.SALT}{salt or protocol.SALT}"',
+        (f"{VLLM}::test_cut_before_the_first_generated_token",
+         f"{VLLM}::test_a_fork_of_a_session_in_an_engine_that_prefilled_the_same_prompt_itself"),
+        "sessions of different lineages share blocks in vLLM",
+    ),
+    # --- law 2, boundary
+    Fault(
+        "position-from-the-request", "2", "fake", "engines/embedded/generation.py",
+        "position=len(session.tokens),", "position=lane.prompt_start + len(turn.logprobs),",
+        (f"{FAKE}::test_cut_after_some_generated_tokens",),
+        "a resumed completion draws as if it stood further on",
+    ),
+    Fault(
+        "last-token-not-run-again", "2", "none", "repo/cut.py",
+        "return min(max(num_tokens - 1, 0), state.num_kv)", "return min(num_tokens, state.num_kv)",
+        ("tests/repo/test_repo_fork.py::test_every_interior_point_holds_its_tokens_and_all_but_the_last_ones_kv",),
+        "a point inside a state keeps the KV of its last token, which is to run again",
+    ),
+    Fault(
+        "tail-off-by-one", "2", "transformers", "engines/transformers/kv.py",
+        "Tail(extent, index, 0, slot + 1, row, 1, page, False)",
+        "Tail(extent, index, 0, max(slot, 1), row, 1, page, False)",
+        ("tests/engines/test_attention.py::test_the_paged_path_equals_the_stock_model",),
+        "a token that is decoded does not attend to itself",
+    ),
+    Fault(
+        "kv-before-it-is-there", "2", "vllm", "engines/served/session.py",
+        "return max(self.num_kv, len(self.tokens) - 1)", "return max(self.num_kv, len(self.tokens))",
+        ("tests/engines/on_vllm/test_boot_options.py::test_captured_while_it_decodes_it_goes_on_bit_for_bit",),
+        "the token that was sampled last is said to have KV already",
+    ),
+    # --- law 3, whole state
+    Fault(
+        "stop-string-forgotten", "3", "fake", "engines/embedded/turns.py",
+        "stream = TextStream(codec, session.tokens[: turn.start], turn.sampling.stop)",
+        "stream = TextStream(codec, session.tokens[: turn.start], ())",
+        (f"{FAKE}::test_cut_at_a_stop_string",),
+        "a resumed completion does not stop at its stop string",
+    ),
+    Fault(
+        "penalties-begin-anew", "3", "transformers", "engines/embedded/generation.py",
+        "output_start=turn.start,", "output_start=lane.prompt_start,",
+        (f"{LLAMA}::test_cut_after_some_generated_tokens",),
+        "penalties forget what the completion had before the cut",
+    ),
+    Fault(
+        "min-tokens-begin-anew", "3", "vllm", "engines/served/row.py",
+        "if position - extra.output_start < extra.sampling.min_tokens",
+        "if len(self._output) < extra.sampling.min_tokens",
+        ("tests/engines/on_vllm/test_sampling.py::test_where_the_request_was_cut_does_not_matter",),
+        "the end is held back for min_tokens more after the cut",
+    ),
+    Fault(
+        "grammar-begins-anew", "3", "vllm", "engines/vllm/scheduler.py",
+        "prior = list(request.all_token_ids[start:])", "prior = list(request.output_token_ids)",
+        ("tests/engines/on_vllm/test_structured.py::test_a_resumed_completion_is_the_uninterrupted_one",),
+        "structured output goes on as if nothing had been written",
+    ),
+    # --- law 4, copy-on-write
+    Fault(
+        "tail-page-shared", "4", "fake", "engines/embedded/pages.py",
+        "            extent = self.factory.extent(1)\n            extent.copy_page(0, source, index, tail)\n"
+        "            child.runs.append(Run(extent, 0, whole, 1))\n",
+        "            child.runs.append(Run(source, index, whole, 1))\n",
+        (f"{FAKE}::test_the_parent_is_untouched_by_what_its_children_do",
+         f"{FAKE}::test_children_that_share_blocks_equal_children_that_own_copies"),
+        "a child writes into the last page of its parent and siblings",
+    ),
+    Fault(
+        "pages-of-a-sibling", "4", "transformers", "engines/transformers/kv.py",
+        "if (known.extent is extent) and (known.first, known.count, known.place)",
+        "if (known.first, known.count, known.place)",
+        (f"{LLAMA}::test_results_come_in_the_order_of_the_requests",
+         "tests/engines/test_attention.py::test_a_rows_bits_do_not_depend_on_how_pages_lie_in_memory"),
+        "rows of one batch attend to the pages of whoever came first",
+    ),
+    Fault(
+        "tail-copied-short", "4", "transformers", "engines/transformers/kv.py",
+        "self.kv_HPL2TD[:, page, :, :, :num_tokens] = source.kv_HPL2TD[:, source_page, :, :, :num_tokens]",
+        "self.kv_HPL2TD[:, page, :, :, : num_tokens - 1] = source.kv_HPL2TD[:, source_page, :, :, : num_tokens - 1]",
+        (f"{LLAMA}::test_children_that_share_blocks_equal_children_that_own_copies",),
+        "a child's copy of the last page lacks a token",
+    ),
+    Fault(
+        "child-in-the-parents-record", "4", "vllm", "engines/served/lane.py",
+        "    if not session.own:\n", "    if session.node is None:\n",
+        (f"{VLLM}::test_siblings_are_untouched_by_one_another",),
+        "a child extends the record of its parent and siblings",
+    ),
+    # --- law 5, fail closed
+    Fault(
+        "weights-not-compared", "5", "fake", "core/identity.py",
+        '    _same("weights", stored.weights, running.weights)\n', "",
+        (f"{FAKE}::test_a_mismatch_is_refused_naming_the_field_and_both_values",),
+        "a snapshot of other weights is taken in",
+    ),
+    Fault(
+        "tokenizer-not-compared", "5", "fake", "core/identity.py",
+        '    _same("tokenizer", stored.tokenizer, running.tokenizer)\n', "",
+        (f"{FAKE}::test_another_tokenizer_is_refused_even_with_recompute",),
+        "a snapshot with another vocabulary is taken in",
+    ),
+    Fault(
+        "dtype-not-compared", "5", "fake", "core/identity.py",
+        'for field in ("architecture", "dtype"):', 'for field in ("architecture",):',
+        (f"{FAKE}::test_a_mismatch_is_refused_naming_the_field_and_both_values",),
+        "a snapshot of another dtype is taken in",
+    ),
+    Fault(
+        "new-config-field-passed-over", "5", "fake", "core/identity.py",
+        "stored.config.keys() | running.config.keys()", "stored.config.keys() & running.config.keys()",
+        (f"{FAKE}::test_a_config_field_that_only_one_side_has_is_refused",),
+        "a field of the config that only one side has is not looked at",
+    ),
+    Fault(
+        "stale-policy", "5", "fake", "engines/embedded/engine.py",
+        "return (live.epoch, live.policy) != (self._weights.epoch, self._weights.policy)",
+        "return live.epoch != self._weights.epoch",
+        (f"{FAKE}::test_a_live_session_of_an_old_policy_is_stale",),
+        "a live session goes on with KV of the policy before",
+    ),
+    Fault(
+        "small-step-unseen", "5", "transformers", "engines/transformers/backend.py",
+        "            sample += guest.stamp(self._loaded.owner, self._module)\n", "            pass\n",
+        ("tests/engines/test_attach.py::test_a_step_too_small_for_the_sampled_digest_is_noticed",),
+        "a training step that changes few weights is not noticed",
+    ),
+    Fault(
+        "rope-left-out", "5", "transformers", "engines/hf/config.py",
+        "dropped = _NOT_FUNCTION | _said_twice(config)",
+        'dropped = _NOT_FUNCTION | _said_twice(config) | {"rope_parameters"}',
+        ("tests/engines/test_identity.py::test_another_rope_is_named",),
+        "two models that differ in their rope alone are one",
+    ),
+    Fault(
+        "old-weights-served", "5", "vllm", "engines/vllm/worker.py",
+        "        if record.epoch != now:\n            raise StaleSession(",
+        "        if record.epoch > now:\n            raise StaleSession(",
+        (f"{VLLM}::test_weights_changed_in_place_are_noticed",),
+        "a session goes on with KV of weights that are gone",
+    ),
+    Fault(
+        "old-weights-served-by-sglang", "5", "sglang", "engines/sglang/epochs.py",
+        "    if record.kept.epoch != epoch:\n", "    if record.kept.epoch > epoch:\n",
+        (f"{SGLANG}::test_weights_changed_in_place_are_noticed",),
+        "a session goes on with KV of weights that are gone",
+    ),
+    # --- law 6, proof
+    Fault(
+        "short-load-accepted", "6", "fake", "engines/embedded/transfer.py",
+        "    if kv.num_tokens != plan.num_kv:\n", "    if kv.num_tokens > plan.num_kv:\n",
+        ("tests/engines/test_embedded.py::test_a_load_that_brings_too_little_is_not_hit",),
+        "a restore that brought too little counts as one",
+    ),
+    Fault(
+        "count-not-the-engines", "6", "vllm", "engines/served/hydrating.py",
+        "cached = answer.local + answer.external", "cached = want",
+        (f"{VLLM}::test_a_restore_says_what_was_cached",
+         f"{VLLM}::test_kv_that_is_not_there_is_an_error_and_not_a_slow_success"),
+        "the proof says what was wanted, not what the engine counted",
+    ),
+    # --- law 7, durable
+    Fault(
+        "lost-fsync", "7", "none", "data/files.py",
+        "            os.fsync(fd)\n            if not overwrite", "            if not overwrite",
+        ("tests/data/test_packs.py", "tests/store/test_store.py"),
+        "a pack has its name before its bytes are on disk",
+    ),
+    Fault(
+        "lost-fsync-of-the-folder", "7", "none", "data/files.py",
+        "            finished = True\n            sync_folder(path.parent)\n", "            finished = True\n",
+        ("tests/data/test_packs.py", "tests/store/test_store.py"),
+        "a pack's name may be lost in a power cut after its commit returned",
+    ),
+    Fault(
+        "commits-not-synced", "7", "none", "store/db.py",
+        "{'FULL' if durable else 'NORMAL'}", "{'NORMAL' if durable else 'OFF'}",
+        ("tests/store/test_store.py",),
+        "a commit that returned may be lost in a power cut",
+    ),
+    Fault(
+        "commit-removes-its-packs", "7", "none", "store/transaction.py",
+        "        self._over = True\n        self._remove(redundant)\n", "        self._remove(redundant)\n",
+        ("tests/store/test_store.py::test_a_commit_that_returned_is_there_for_another_process",),
+        "the clean-up of a failed commit runs after one that returned",
+    ),
+    Fault(
+        "branch-moved-unseen", "7", "none", "repo/commit.py",
+        "    return None if context.store.ref(request.branch) is None else request.parent\n", '    return "any"\n',
+        ("tests/repo/test_repo_commit.py::test_of_two_committers_one_wins_and_the_other_keeps_its_commit",),
+        "of two who commit to a branch the later one drops the other's commit from it",
+    ),
+    # --- law 8, own session only
+    Fault(
+        "files-for-everybody", "8", "none", "data/files.py",
+        "os.O_CLOEXEC, 0o600)", "os.O_CLOEXEC, 0o644)",
+        ("tests/data/test_packs.py::test_a_pack_is_private_and_has_no_temporary_beside_it",
+         "tests/store/test_store.py::test_files_are_for_their_owner_only"),
+        "other users read a session's KV",
+    ),
+    Fault(
+        "mail-for-everybody", "8", "none", "engines/served/mail.py",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)", "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
+        ("tests/engines/test_served_protocol.py",),
+        "other users read plans and answers",
+    ),
+    Fault(
+        "anybody-may-switch", "8", "none", "engines/served/mail.py",
+        'if message.for_owner and not (self.folder / "grants" / message.id).exists():',
+        'if message.for_owner and not (self.folder / "grants").exists():',
+        ("tests/engines/test_served_protocol.py::test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail",),
+        "who has the API key alone changes everybody's sessions",
+    ),
+    # --- law 9, good guest
+    Fault(
+        "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker.py",
+        "            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it\n"
+        "                self._failed(job, error)\n",
+        "            except Exception as error:\n                self._failed(job, error)\n                raise\n",
+        ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
+        "a load that fails takes vLLM with it",
+    ),
+    Fault(
+        "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler.py",
+        "        self.pins.reset()\n", "        self.pins.release()\n",
+        ("tests/engines/on_vllm/test_operators.py::"
+         "test_a_reset_with_the_connector_ends_the_pins_and_works_the_second_time",),
+        "vLLM's own reset of its prefix cache fails for as long as somebody pins",
+    ),
+    Fault(
+        "pins-outlive-a-flush", "9", "sglang", "engines/sglang/side.py",
+        "        self.pins.lost()\n", "",
+        ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
+         "test_sglangs_own_flush_works_with_sessions_parked_and_pinned",),
+        "pins are kept of a tree that SGLang has thrown away",
+    ),
+    # --- gc, match, the pool, receipts
+    Fault(
+        "gc-ignores-leases", "gc", "none", "store/mark.py",
+        "        found.update(lease.roots)\n", "        continue\n",
+        ("tests/store/test_gc.py::test_a_lease_keeps_its_roots",),
+        "gc takes a commit away from whoever reads it",
+    ),
+    Fault(
+        "gc-takes-the-hidden-state", "gc", "none", "store/links.py",
+        "(hidden,) if hidden else ())", "())",
+        ("tests/repo/test_repo_commit.py::"
+         "test_a_commit_on_no_branch_survives_gc_as_long_as_reflogs_are_kept",),
+        "gc frees the blob of a state's last hidden state",
+    ),
+    Fault(
+        "windows-not-chained", "match", "none", "core/prefix.py",
+        "out.append(extend(out[-1],", "out.append(extend(out[0],",
+        ("tests/core/test_core_golden.py::test_prefix_hashes_are_as_they_were",
+         "tests/core/test_core_golden.py::test_a_prefix_hash_says_model_tokens_and_order"),
+        "the hash of a prefix forgets all but its last window",
+    ),
+    Fault(
+        "seed-by-place-in-the-chunk", "pool", "fake", "pool/batch.py",
+        "derive(chunk.trunk.seed, chunk.trunk.at, job.index)",
+        "derive(chunk.trunk.seed, chunk.trunk.at, chunk.jobs.index(job))",
+        (f"{POOL}::test_a_spread_round_runs_in_several_workers_with_the_same_seeds",
+         "tests/pool/test_pool_parts.py::test_a_batch_without_memory_begins_again_in_halves"),
+        "a branch that is begun again in a smaller batch has another seed",
+    ),
+    Fault(
+        "dead-workers-branches-fail", "pool", "fake", "pool/scheduler.py",
+        "            self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)\n",
+        "            self._fail(chunk, error)\n",
+        (f"{POOL}::test_a_worker_that_dies_loses_no_branch",),
+        "the branches of a worker that died are lost",
+    ),
+    Fault(
+        "answered-twice", "pool", "fake", "pool/round.py",
+        "            if self._results[result.index] is not None:\n",
+        "            if self._results[result.index] is result:\n",
+        (f"{POOL}::test_cancel_and_timeout_end_their_own_branch",
+         f"{POOL}::test_a_worker_that_dies_loses_no_branch"),
+        "a branch that was stopped is answered a second time",
+    ),
+    Fault(
+        "interval-not-recomputed", "receipt", "none", "receipt/verify.py",
+        'for field in ("value", "low", "high"):', 'for field in ("value",):',
+        ("tests/bench/test_receipt.py::test_a_changed_figure_is_found_even_under_a_new_digest",),
+        "a receipt holds whose interval was changed",
+    ),
+)  # fmt: skip
+
+
+# --- a tree to seed
+
+
+class Broken(Exception):
+    """Why a run shows nothing."""
+
+
+@contextmanager
+def copied(tree: Path) -> Iterator[Path]:
+    """A copy of what git knows of the tree, changed files and new ones as they stand; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="seeded-") as place:
+        copy = Path(place) / "tree"
+        listed = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):
+            if name and (tree / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(tree / name, copy / name)
+        yield copy
+
+
+@contextmanager
+def seeded(clean: Path, fault: Fault) -> Iterator[Path]:
+    """A copy of `clean` with the fault in it. Raises `Broken` where it does not apply, or is no Python."""
+    copy = clean.with_name("seeded")
+    shutil.copytree(clean, copy)
+    try:
+        file = copy / "src" / "thaw" / fault.file
+        text = file.read_text("utf-8")
+        if text.count(fault.old) != 1:
+            raise Broken(f"what it changes stands {text.count(fault.old)} times in {fault.file}; write it anew")
+        text = text.replace(fault.old, fault.new)
+        compile(text, fault.file, "exec")
+        file.write_text(text, "utf-8")
+        yield copy
+    finally:
+        shutil.rmtree(copy)
+
+
+# --- running tests
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of each test, by its id: "" where it passed, what was wrong where it failed. Others did not run."""
+
+    code: int
+    tests: dict[str, str]
+    output: str
+
+
+def python_of(engine: str, environments: Path) -> Path:
+    """Raises `Broken` where the environment was not made."""
+    python = environments / PYTHONS[engine] / "bin" / "python"
+    if not python.exists():
+        raise Broken(f"there is no {PYTHONS[engine]} in {environments}: make {PYTHONS[engine]}")
+    return python
+
+
+def run_tests(python: Path, copy: Path, tests: Sequence[str], *, stop_at_first: bool) -> Ran:
+    """pytest over `tests` in the copy, on the copy's own code. Raises `Broken`."""
+    environment = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in ("THAW_SOAK", "THAW_SUITE", "THAW_RECEIPTS_DIR", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    where = finish([python, "-c", "import thaw; print(thaw.__file__)"], copy, environment)[1].strip()
+    if Path(where) != copy / "src" / "thaw" / "__init__.py":
+        raise Broken(f"tests would run on {where}, not on the copy")
+    report, place = copy.parent / "report.xml", copy.parent / "run"
+    report.unlink(missing_ok=True)
+    options = ["-q", "--show-capture=no", "-p", "no:cacheprovider", f"--basetemp={place}", f"--junitxml={report}"]
+    code, output = finish([python, "-m", "pytest", *options, *["-x"] * stop_at_first, *tests], copy, environment)
+    return Ran(code, read(report, tests) if report.exists() else {}, output)
+
+
+def finish(command: Sequence[object], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output. Raises `Broken` when it takes too long; all that it started is ended then."""
+    with subprocess.Popen(
+        [str(part) for part in command], cwd=folder, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=LIMIT_S)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Broken(f"the tests did not end in {LIMIT_S:.0f} s") from None
+            raise
+    return process.returncode, output
+
+
+def read(report: Path, tests: Sequence[str]) -> dict[str, str]:
+    """What junit's report says of each test that ran; an error outside of a test itself counts as not run."""
+    files, found = {test.partition("::")[0] for test in tests}, {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        failure = case.find("failure")
+        if failure is not None or (case.find("error") is None and case.find("skipped") is None):
+            found[node_of(case, files)] = "" if failure is None else failure.get("message") or "failed"
+    return found
+
+
+def node_of(case: ElementTree.Element, files: Collection[str]) -> str:
+    """The test's id in one of `files`, by the dotted name of its module and class."""
+    dotted, name = f"{case.get('classname')}.", str(case.get("name"))
+    modules = {file: file.removesuffix(".py").replace("/", ".") + "." for file in files}
+    file = next(file for file, module in modules.items() if dotted.startswith(module))
+    return "::".join([file, *filter(None, dotted.removeprefix(modules[file]).split(".")), name])
+
+
+def of(selection: str, node: str) -> bool:
+    """Whether pytest takes the test for `selection`: a file, a class or a function with all its parameters."""
+    return node == selection or node.startswith((f"{selection}::", f"{selection}["))
+
+
+# --- what is shown
+
+
+def check_unseeded(python: Path, clean: Path, faults: Sequence[Fault]) -> float:
+    """That all tests of these faults run and pass; the seconds it took. Raises `Broken`."""
+    began = time.monotonic()
+    wanted = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+    ran = run_tests(python, clean, wanted, stop_at_first=False)
+    if ran.code:
+        raise Broken(f"unseeded the tests do not pass (exit code {ran.code}):\n{ran.output[-3000:]}")
+    for test in wanted:
+        if not any(of(test, node) for node in ran.tests):
+            raise Broken(f"{test} was not run: skipped, deselected or gone")
+    return time.monotonic() - began
+
+
+def try_fault(python: Path, clean: Path, fault: Fault) -> Outcome:
+    began = time.monotonic()
+    caught = error = ""
+    try:
+        with seeded(clean, fault) as copy:
+            ran = run_tests(python, copy, fault.tests, stop_at_first=True)
+        caught = caught_by(ran)
+    except (Broken, SyntaxError) as broken:
+        error = str(broken)
+    return Outcome(fault, caught, error, time.monotonic() - began)
+
+
+def caught_by(ran: Ran) -> str:
+    """The test that failed; nothing where all passed. Raises `Broken` where tests failed to run."""
+    failed = {node: why for node, why in ran.tests.items() if why}
+    if ran.code == 0 and not failed:
+        return ""
+    if ran.code != 1 or not failed:
+        raise Broken(f"pytest ended with {ran.code}, and no test failed by itself:\n{ran.output[-2000:]}")
+    node, why = next(iter(failed.items()))
+    if any(word in why for word in NOT_A_CATCH):
+        raise Broken(f"{node} failed with {why[:300]}")
+    return node
+
+
+def show(faults: Sequence[Fault], tree: Path, environments: Path) -> list[Outcome]:
+    """Try each of them, engine by engine, and print what came of it."""
+    outcomes = []
+    with copied(tree) as clean:
+        for engine in (engine for engine in PYTHONS if any(fault.engine == engine for fault in faults)):
+            mine = [fault for fault in faults if fault.engine == engine]
+            try:
+                python = python_of(engine, environments)
+                print(f"· {engine}: unseeded all pass, {check_unseeded(python, clean, mine):.0f} s", flush=True)
+            except Broken as broken:
+                outcomes += [Outcome(fault, "", str(broken).splitlines()[0], 0.0) for fault in mine]
+                print(f"· {engine}: {broken}", flush=True)
+                continue
+            for fault in mine:
+                outcomes.append(try_fault(python, clean, fault))
+                print(row(outcomes[-1]), flush=True)
+    return outcomes
+
+
+def row(outcome: Outcome) -> str:
+    fault = outcome.fault
+    return f"{fault.name:29} {fault.law:8} {fault.file:33} {outcome.seconds:4.0f} s  {outcome.verdict}"
+
+
+def counts(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+    """Faults that were caught, by law and by engine: for a receipt."""
+    caught = [outcome.fault for outcome in outcomes if outcome.caught]
+    laws = Counter(f"law-{fault.law}" if fault.law.isdecimal() else fault.law for fault in caught)
+    return {
+        "caught": {"seeded": len(outcomes), "caught": len(caught)},
+        "laws": dict(laws),
+        "engines": dict(Counter(fault.engine for fault in caught)),
+    }
+
+
+def chosen(names: Sequence[str], engine: str) -> list[Fault]:
+    unknown = set(names) - {fault.name for fault in FAULTS}
+    if unknown:
+        sys.exit(f"there is no fault {', '.join(sorted(unknown))}: --list shows those that there are")
+    return [f for f in FAULTS if f.name in (names or (f.name,)) and engine in ("all", f.engine)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="faults; all of them, unless some are named")
+    parser.add_argument("--list", action="store_true", help="print the faults and do nothing")
+    parser.add_argument("--engine", default="all", choices=["all", *PYTHONS], help="only those of one engine's tests")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to seed")
+    parser.add_argument("--environments", type=Path, default=ROOT, help="where .venv and the others are")
+    options = parser.parse_args(arguments)
+    faults = chosen(options.names, options.engine)
+    if options.list:
+        print(*(f"{f.name:29} {f.law:8} {f.engine:13} {f.what}" for f in faults), sep="\n")
+        return 0
+    outcomes = show(faults, options.tree.resolve(), options.environments.resolve())
+    caught = sum(bool(outcome.caught) for outcome in outcomes)
+    print(f"{caught} of {len(outcomes)} faults were caught")
+    return 0 if caught == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
