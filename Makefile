@@ -129,7 +129,7 @@ demo: ## a real model reads a document once; four children go on in a fresh proc
 
 test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minutes)
 	@echo "· tests without the real model; under 2 minutes"
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
+	@$(ONE_CORE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
 test: $(INSTALLED) model ## everything but the soak tests, on every engine (under half an hour, installs apart)
 	@echo "· all tests but the soak; under half an hour on 2 cores, vLLM's and SGLang's included"
@@ -157,10 +157,10 @@ soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; rec
 		$(BIN)/python -m pytest -m "soak or not soak" --durations=25 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory soak-vllm $(VLLM_OTHERS:%=soak-vllm-%) soak-sglang $(SGLANG_OTHERS:%=soak-sglang-%)
 
-# The soak on the release of `make test`, and the tests of `make test` on the others.
+# The soak on the release of `make test`, its engines booted cold, and the tests of `make test` on the others.
 soak-sglang: $(SGLANG_VENV)/.installed model
 	@echo "· tests and soak on SGLang $(SGLANG)"
-	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
+	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(SGLANG_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(SGLANG_TESTS) $(PYTEST_ARGS)
 
 $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed model
@@ -168,10 +168,10 @@ $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed mod
 	@THAW_SUITE=sglang-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(ONE_CORE) $(SGLANG_VENV)-$*/bin/python -m pytest $(BY_FILE) $(SGLANG_TESTS) $(PYTEST_ARGS)
 
-# The soak on the release of `make test`, and the tests of `make test` on the others.
+# The soak on the release of `make test`, its engines booted cold, and the tests of `make test` on the others.
 soak-vllm: $(VLLM_VENV)/.installed model
 	@echo "· tests and soak on vLLM $(VLLM)"
-	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
+	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(PYTEST_ARGS)
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
