@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -20,8 +19,6 @@ pytest.importorskip("sglang")
 
 
 class TestSglangKilled(KilledEngineTests):
-    num_kills: ClassVar[int] = 2
-
     @pytest.fixture
     def boot(self, tiny_model: Callable[..., Path]) -> Callable[[], Engine]:
         model = tiny_model("llama", dtype="bfloat16", head_dim=64, num_hidden_layers=8, num_key_value_heads=4)

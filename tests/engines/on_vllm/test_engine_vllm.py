@@ -17,8 +17,9 @@ pytest.importorskip("vllm")
 from thaw.engines.vllm.client.engine import VllmEngine
 
 
-@pytest.mark.all_cores("only on several cores do bits depend on the shape of a batch; over HTTP the book runs on one")
 class TestVllm(EngineTests):
+    """Its laws of bytes, boundary and forks run on all cores (conftest.py); over HTTP the whole book runs on one."""
+
     changes_weights = True
     other_weights: ClassVar[Path]
 

@@ -97,9 +97,12 @@ class Server:
                     found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
         return found
 
-    def stop(self) -> None:
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+    def stop(self, *signs: int) -> None:
         """End it and all that it started."""
-        for sign in (signal.SIGTERM, signal.SIGKILL):
+        for sign in signs or (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self._process.pid, sign)
             except ProcessLookupError:
@@ -410,7 +413,7 @@ def test_a_server_that_dies_is_named_and_its_commits_live_on(
     rest = lab.one(engine, parent, every_knob(), ids(3, 3))
     running = lab.start(engine, parent, sampling=Sampling(max_tokens=3000, ignore_eos=True, temperature=0.0))
     wait_for(running, 3)
-    server.stop()
+    server.kill()
     with pytest.raises(EngineDied, match=server.url):
         running.result(LIMIT_S)
     with pytest.raises(EngineDied, match=server.url):
