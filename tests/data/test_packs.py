@@ -7,6 +7,7 @@ import resource
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -129,6 +130,27 @@ def test_a_pack_is_private_and_has_no_temporary_beside_it(tmp_path: Path) -> Non
     write_pack(tmp_path, NAME, [item(b"abc")])
     assert os.listdir(tmp_path) == [NAME]
     assert stat.S_IMODE((tmp_path / NAME).stat().st_mode) == 0o600
+
+
+def test_a_pack_is_on_disk_before_it_has_its_name_and_its_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves hangs on this order: the bytes, the name, the folder that holds it."""
+    done: list[tuple[str, Path]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(fd: int) -> None:
+        fsync(fd)
+        done.append(("synced", Path(os.readlink(f"/proc/self/fd/{fd}"))))
+
+    def renamed(source: Any, target: Any) -> None:
+        rename(source, target)
+        done.append(("renamed", Path(target)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    write_pack(tmp_path, NAME, [item(bytes(9))])
+    assert done == [("synced", tmp_path / f"{NAME}.tmp"), ("renamed", tmp_path / NAME), ("synced", tmp_path)]
 
 
 def test_a_failing_read_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
 
 from thaw.core.errors import InvalidRequest
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.protocol import Message, Switch, Unpin, Write
+from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.protocol import Answer, Message, Switch, Unpin, Write
 
 
 def write(**changes: object) -> Write:
@@ -48,3 +49,12 @@ def test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail(message: Me
 
 def test_what_is_about_ones_own_session_needs_none(tmp_path: Path) -> None:
     Mail(tmp_path).require_granted(write())
+
+
+def test_mail_is_for_its_owner_only(tmp_path: Path) -> None:
+    mail = Mail(tmp_path / "mail")
+    mail.answer("0" * 32, SCHEDULER, Answer())
+    mail.grant("0" * 32)
+    mail.register_store("0" * 32, tmp_path)
+    for path in mail.folder.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path

@@ -23,6 +23,8 @@ from thaw.core.objects import Turn
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
 from thaw.pool import ForkPool, wire
 from thaw.pool.rates import Rates, line
+from thaw.pool.round import Round
+from thaw.pool.values import BranchResult
 from thaw.testing.laws.pool_kit import bits
 
 HERE = Path(__file__).parent
@@ -238,6 +240,16 @@ def test_a_session_of_an_engine_outside_the_pool_is_a_point(tmp_path: Path) -> N
         with session.fork(2) as kids:
             own = kids.generate("", GREEDY)
         assert [r.token_ids for r in results] == [c.token_ids for c in own]
+
+
+def test_a_branch_has_one_result_however_often_it_is_settled() -> None:
+    """A branch that is stopped may come to its end at the same moment."""
+    ring = Round(2)
+    assert ring.settle(BranchResult(index=0, text="first"))
+    assert not ring.settle(BranchResult(index=0, text="again"))
+    assert ring.num_dropped == 1 and not ring.done()
+    assert ring.settle(BranchResult(index=1, text="second"))
+    assert [result.text for result in ring.result()] == ["first", "second"]
 
 
 # -- weight sync

@@ -56,6 +56,14 @@ def test_files_are_for_their_owner_only(store: Store) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
+def test_what_makes_a_commit_visible_is_synced(store: Store) -> None:
+    """SQLite's own word for it: with a write-ahead log, FULL (2) syncs that at every commit; NORMAL (1) does not."""
+    for durable, level in ((True, 2), (False, 1)):
+        with store.database.write(durable=durable) as connection:
+            assert connection.execute("PRAGMA synchronous").fetchone() == (level,)
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_leaving_without_commit_leaves_nothing(store: Store) -> None:
     with pytest.raises(RuntimeError), store.begin() as tx:
         tx.put(put_session(tx, store, tokens(300)))

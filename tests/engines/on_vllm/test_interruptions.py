@@ -20,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from test_operators import Owner, Plain
 
-from thaw.core.errors import Cancelled, CorruptBlob, InvalidRequest, StorageFailed
+from thaw.core.errors import Cancelled, CorruptBlob, InvalidRequest, NotHit, StorageFailed
 from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
@@ -483,3 +484,20 @@ def test_a_load_that_fails_ends_its_own_request_alone(engine: VllmEngine, lab: L
     with pytest.raises(StorageFailed, match="could not be kept: the engine has let go"):
         lab.one(engine, bad, greedy(1))
     assert len(lab.one(engine, good, greedy(2)).token_ids) == 2
+
+
+def test_a_restore_that_the_engine_counts_short_is_not_hit(
+    engine: VllmEngine, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reason: it is the engine's count that is the proof, and a session's turns hang on it too."""
+    session = lab.begin(engine, 300, start=12)
+    plan, run = lab.plan(lab.capture(engine, session)), engine._talk.run
+
+    async def short(*arguments: Any) -> protocol.Answer:
+        return msgspec.structs.replace(await run(*arguments), local=128, external=0)
+
+    monkeypatch.setattr(engine._talk, "run", short)
+    with pytest.raises(NotHit, match=f"128 of {plan.num_kv}"):
+        lab.hydrate(engine, plan)
+    with pytest.raises(NotHit, match="128 of 299"):
+        lab.one(engine, session, greedy(1))

@@ -209,6 +209,13 @@ class BoundaryLaw(EngineKit):
         assert len({out.token_ids for out in outs}) == 3
         assert [out.seed for out in outs] == [derive(20, 86, i) for i in range(3)]
 
+    def test_a_child_that_went_its_own_way_is_cut_like_any_other(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        """Begun at an earlier token of its parent, which has KV of other tokens there."""
+        child = lab.twin(engine, lab.begin(engine, 300), at=280)
+        whole = lab.one(engine, child, seeded(12), ids(3, 9))
+        for at in (285, 290):
+            same(whole, lab.resume(other, lab.move(engine, lab.twin(engine, child, at=at), other))[0])
+
     def test_a_point_inside_a_prompt_equals_any_other_fork_there(self, engine: Engine, other: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 400)
         captured = lab.capture(engine, session)

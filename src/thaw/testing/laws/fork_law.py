@@ -46,6 +46,24 @@ class ForkLaw(EngineKit):
         lab.one(engine, second, seeded(12), ids(30, 6))
         same(expected, lab.one(engine, third, seeded(12), (1,)))
 
+    def test_siblings_that_take_turns_are_untouched_by_one_another(self, engine: Engine, lab: Lab) -> None:
+        """A sibling goes on after another one ran: what it had must still be there."""
+        session = lab.begin(engine, 300)
+        first, second, third = (lab.twin(engine, session) for _ in range(3))
+        expected = [lab.one(engine, first, seeded(6), (1,)) for _ in range(2)]
+        for turn in expected:
+            same(turn, lab.one(engine, third, seeded(6), (1,)))
+            lab.one(engine, second, seeded(6), (2, 3))
+
+    def test_in_one_batch_each_session_goes_on_from_its_own_document(self, engine: Engine, lab: Lab) -> None:
+        """Two documents of one length, in either order: no row of a batch reads another's blocks."""
+        one, two = lab.begin(engine, 600), lab.begin(engine, 600, start=5)
+        here = lab.run(engine, lab.twin(engine, one), lab.twin(engine, two), sampling=seeded(8))
+        there = lab.run(engine, lab.twin(engine, two), lab.twin(engine, one), sampling=seeded(8))
+        for a, b in zip(here, reversed(there), strict=True):
+            same(a, b)
+        assert here[0].logprobs != here[1].logprobs
+
     def test_children_are_untouched_by_what_the_parent_does(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 300)
         early, late = lab.twin(engine, session), lab.twin(engine, session)

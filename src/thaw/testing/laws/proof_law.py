@@ -7,7 +7,7 @@ import pytest
 
 from thaw.core.errors import CorruptBlob, NotHit
 from thaw.engines.base import Engine
-from thaw.testing.laws.kit import EngineKit, Lab, greedy, kv_complete, run_again
+from thaw.testing.laws.kit import EngineKit, Lab, greedy, ids, kv_complete, run_again
 
 
 class ProofLaw(EngineKit):
@@ -40,6 +40,12 @@ class ProofLaw(EngineKit):
         out = lab.one(engine, session, greedy(2), tuple(range(40)))
         assert (out.num_cached_tokens, out.usage.num_prefilled_tokens, out.usage.num_prompt_tokens) == (0, 40, 40)
         assert out.proof is None
+
+    def test_a_session_finds_nothing_of_another_that_read_the_same_prompt(self, engine: Engine, lab: Lab) -> None:
+        """Equal tokens, of another lineage: their KV may have other bits."""
+        lab.begin(engine, 600)
+        out = lab.one(engine, engine.open(seed=1), greedy(2), ids(600))
+        assert (out.num_cached_tokens, out.usage.num_prefilled_tokens) == (0, 600)
 
     def test_a_fork_is_live_shared(self, engine: Engine, lab: Lab) -> None:
         child = lab.fork(engine, lab.begin(engine, 300))[0]
