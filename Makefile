@@ -131,8 +131,8 @@ test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minute
 	@echo "· tests without the real model; under 2 minutes"
 	@$(ONE_CORE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
-test: $(INSTALLED) model ## everything but the soak tests, on every engine (under half an hour, installs apart)
-	@echo "· all tests but the soak; under half an hour on 2 cores, vLLM's and SGLang's included"
+test: $(INSTALLED) model ## everything but the soak tests, on every engine (about half an hour, installs apart)
+	@echo "· all tests but the soak; about half an hour on 2 cores, vLLM's and SGLang's included"
 	@$(ONE_CORE) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(SUITE) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm test-sglang
 
