@@ -20,6 +20,7 @@ from thaw.engines.base import SessionRef
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.testing import PressureTests
+from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, ids, same, seeded
 from thaw.testing.reference import Reference
 
@@ -157,6 +158,20 @@ class TestSglangPressure(PressureTests):
         group = [lab.twin(engine, session) for _ in range(4)]
         lab.run(engine, *group, sampling=greedy(20))
         for child in (alone, *group):
+            captured = lab.capture(engine, child)
+            live = lab.one(engine, child, greedy(6))
+            moved = lab.hydrate(engine, lab.plan(captured)).session
+            assert bits(lab.one(engine, moved, greedy(6)).logprobs) == bits(live.logprobs)
+
+    def test_what_one_sibling_sampled_and_another_read_is_not_exchanged(self, engine: SglangEngine, lab: Lab) -> None:
+        """Equal tokens, other bits: those of a prompt that is read and those of an answer that is decoded."""
+        session = lab.begin(engine, 300, start=11)
+        sampled, read = lab.twin(engine, session), lab.twin(engine, session)
+        out = lab.one(engine, sampled, greedy(40))
+        engine.append(read, out.token_ids).result(LIMIT_S)
+        assert engine.view(sampled).tokens == engine.view(read).tokens
+        assert blob_ids(lab.capture(engine, sampled)) != blob_ids(lab.capture(engine, read))
+        for child in (sampled, read):
             captured = lab.capture(engine, child)
             live = lab.one(engine, child, greedy(6))
             moved = lab.hydrate(engine, lab.plan(captured)).session
