@@ -1,7 +1,7 @@
 """What a run of the tests costs: boots of engines, seconds of set-up and of tests. A plugin of pytest.
 
 Every run says so at its end. One that boots more engines than `BOOTS` allows has failed, whatever its tests say: boots
-are what made this suite slow. Counted are the engines that tests begin (`tests/warm`); a pool's workers, `thaw up` and
+are what made this suite slow. Counted are the engines that tests begin (`warm.py`); a pool's workers, `thaw up` and
 a bench begin theirs by themselves.
 
 Minutes of `make test` on 2 cores, installs apart: 30 in all, 12 for one engine's folder. What new parts may add to it:
@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
+import warm
+
 BOOTS = {"vllm": 60, "sglang": 40}
 """Engines that one run of `make test` may boot: what it does boot, and a few for a test that boots once more."""
 PROCESS = {"vllm": "run_engine_core", "sglang": "run_detokenizer_process"}
 """By which of an engine's processes it is counted: there is one in each."""
-LOG = "THAW_BOOT_LOG"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +36,7 @@ class Costs:
         handle, name = tempfile.mkstemp(prefix="thaw-boots-")
         os.close(handle)
         self._log = Path(name)
-        os.environ[LOG] = name  # pytest's workers inherit it, and so do the processes of engines
+        os.environ[warm.BOOTS] = name  # pytest's workers inherit it, and so do the processes of engines
         self.seconds: Counter[str] = Counter()
         self.boots: dict[str, int] = {}
 

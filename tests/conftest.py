@@ -18,9 +18,6 @@ settings.register_profile("thaw", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("thaw")
 
 
-WARM = str(Path(__file__).parent / "warm")
-sys.path.insert(0, WARM)
-
 # On a CPU vLLM takes most of the memory for its cache, and tests run two or three engines side by side.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

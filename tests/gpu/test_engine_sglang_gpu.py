@@ -4,23 +4,19 @@ attention and on FlashAttention 3. A server of its own processes, as `load_engin
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from guarded import GuardedTests
 from thaw.engines import load_engine
 from thaw.engines.base import Engine
-from thaw.testing import EngineTests
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
-
-from thaw.engines.sglang.client.engine import SglangEngine  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -32,29 +28,12 @@ USUAL: dict[str, object] = {
 """Small, so that several engines fit on one card and capture their graphs soon; what is not named is SGLang's own."""
 
 
-class OnGpu(EngineTests):
-    changes_weights = True
-    other_weights: Path
+class OnGpu(GuardedTests):
     options: ClassVar[dict[str, object]] = {}
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_factory(cls, tiny_model: Callable[..., Path]) -> Callable[..., Engine]:
-        cls.other_weights = tiny_model("llama", dtype="bfloat16", head_dim=64, seed=1)
-        return partial(cls.boot, tiny_model("llama", dtype="bfloat16", head_dim=64))
 
     @classmethod
     def boot(cls, model: Path, **changes: object) -> Engine:
         return load_engine("sglang", **{"model": str(model), **USUAL, **cls.options, **changes})
-
-    def change_weights(self, engine: Engine) -> None:
-        """As trainers do: the server loads other weights in place, and thaw is not told."""
-        assert isinstance(engine, SglangEngine)
-        engine.update_weights(self.other_weights)
-
-    def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        assert isinstance(engine, SglangEngine)
-        engine.switch(watch_weights=False)
 
 
 class TestTriton(OnGpu):

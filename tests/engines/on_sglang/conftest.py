@@ -1,15 +1,27 @@
-"""Engines here boot warm (`tests/warm`)."""
+"""Engines here boot warm (`tests/warm.py`)."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import warm
+
+IMPORTED = (
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.model_executor.model_runner",
+    "sglang.srt.models.llama",
+    "thaw.engines.sglang.cache",
+    "thaw.engines.sglang.plugin",
+    "thaw.engines.sglang.serve",
+)
+"""What each process of SGLang imports before it does anything."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,8 +33,7 @@ def warm_boots() -> Iterator[None]:
     from thaw.engines.sglang.client import boot
     from thaw.engines.sglang.settings import cpu_environment
 
-    here = warm.path_with(Path(__file__).parent)
-    warm.start(["warm_sglang"], {**cpu_environment(), "PYTHONPATH": here})
+    warm.start(IMPORTED, cpu_environment())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(boot, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": warm.popen}))
         yield

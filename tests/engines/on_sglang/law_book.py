@@ -7,9 +7,8 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
-from guarded import GuardedTests
-
 import thaw
+from guarded import GuardedTests
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client.boot import KEPT_BACK
 from thaw.engines.sglang.client.engine import SglangEngine
@@ -18,8 +17,8 @@ from thaw.engines.sglang.settings import BACKEND, ON_CPU
 
 
 class TestSglangInProcess(GuardedTests):
-    @staticmethod
-    def boot(model: Path, *, policy: str = "0", max_model_len: int | None = None) -> Engine:  # type: ignore[override]
+    @classmethod
+    def boot(cls, model: Path, *, policy: str = "0", max_model_len: int | None = None) -> Engine:  # type: ignore[override]
         length = {} if max_model_len is None else {"context_length": max_model_len + KEPT_BACK}
         return begun(policy, model_path=str(model), **length)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from guarded import GuardedTests
 
+from guarded import GuardedTests
 from thaw.engines import load_engine
 from thaw.engines.base import Engine
 
@@ -14,6 +14,6 @@ pytest.importorskip("sglang")
 
 
 class TestSglang(GuardedTests):
-    @staticmethod
-    def boot(model: Path, **changes: object) -> Engine:
+    @classmethod
+    def boot(cls, model: Path, **changes: object) -> Engine:
         return load_engine("sglang", **{"model": str(model), "chunked_prefill_size": 512, **changes})

@@ -1,4 +1,4 @@
-"""Engines here boot warm (`tests/warm`)."""
+"""Engines here boot warm (`tests/warm.py`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,23 @@ import pytest
 import warm
 from thaw.testing import ExactnessTests
 
+IMPORTED = (
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+    "vllm.entrypoints.openai.api_server",
+    "thaw.engines.vllm.connector",
+    "thaw.engines.vllm.sampling",
+    "thaw.engines.vllm.scheduler",
+    "thaw.engines.vllm.worker",
+)
+"""What each process of vLLM imports before it does anything."""
 PRELOADED = ("vllm/libs/libtcmalloc*.so*", "torch/lib/libgomp*.so*")
 """What vLLM has its own processes preload on a CPU."""
-
 
 LONGEST = ("test_http", "test_smollm2", "test_boot_options", "test_up", "test_pool", "test_operators")
 """Files that come first, so that none of these is begun last while the other processes have nothing left to do."""
@@ -43,7 +57,6 @@ def warm_boots() -> Iterator[None]:
         packages = Path(str(importlib.util.find_spec("vllm").origin)).parents[1]
         found = [next(iter(sorted(packages.glob(pattern))), None) for pattern in PRELOADED]
         preload = ":".join(str(path) for path in found if path is not None)
-        here = warm.path_with(Path(__file__).parent)
-        warm.start(["warm_vllm"], {"LD_PRELOAD": preload, "PYTHONPATH": here})
+        warm.start(IMPORTED, {"LD_PRELOAD": preload})
         warm.spawn_from_it()
     yield

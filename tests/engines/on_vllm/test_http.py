@@ -134,7 +134,13 @@ def lab(mount: StoreMount) -> Lab:
     return Lab(mount)
 
 
-GRAMMAR = Sampling(max_tokens=200, seed=5, structured_outputs={"regex": "[a-d]{2}(-[0-9]{3}){40}"})  # type: ignore[arg-type]
+def numbered(count: int) -> Sampling:
+    """An answer of two letters and `count` numbers, by a grammar."""
+    regex = f"[a-d]{{2}}(-[0-9]{{3}}){{{count}}}"
+    return Sampling(max_tokens=4 * count + 40, seed=5, structured_outputs={"regex": regex})  # type: ignore[arg-type]
+
+
+GRAMMAR = numbered(40)
 SAMPLINGS = (greedy(12, logprobs=5), seeded(12, logprobs=2), every_knob(), GRAMMAR)
 
 
@@ -234,9 +240,11 @@ def test_captured_while_it_decodes_it_goes_on_as_if_nothing_had_been(engine: Eng
 
 
 def test_structured_output_goes_on_in_its_middle(engine: Engine, lab: Lab) -> None:
-    session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=15), samplings=[GRAMMAR] * 5)
+    samplings = [numbered(count) for count in (40, 160, 480)]
+    session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=15), samplings=samplings)
     same_tokens(lab.resume(engine, session)[0], whole)
-    assert re.fullmatch("[a-d]{2}(-[0-9]{3}){40}", whole.text)
+    assert re.fullmatch("[a-d]{2}(-[0-9]{3})+", whole.text)
+    assert len(whole.text) in {len("ab") + 4 * count for count in (40, 160, 480)}
 
 
 def test_an_aborted_session_stops_and_goes_on(engine: Engine, lab: Lab) -> None:

@@ -503,6 +503,9 @@ def test_shutdown_with_sessions_parked_pinned_and_running(engine: VllmEngine, la
     transport = engine._transport
     mail, pids = transport.mail, [transport.facts.pid, *(facts.pid for facts in worker_facts(transport))]
     engine.close()
+    ends = time.monotonic() + 10.0  # vLLM kills a process that does not end in time, and does not wait for that
+    while any(map(born, pids)) and time.monotonic() < ends:
+        time.sleep(0.05)
     assert not [pid for pid in pids if born(pid)]
     assert not mail.folder.exists()
 

@@ -134,9 +134,9 @@ class ForkLaw(EngineKit):
             captured = lab.capture(engine, mine)
             amid = not handle.done() and all(engine.view(session).running for session in running)
             handle.cancel()
-            if amid and {out.finish_reason for out in handle.result(LIMIT_S)} == {"abort"}:
+            ended = {out.finish_reason for out in handle.result(LIMIT_S)}
+            if amid and ended == {"abort"}:
                 return mine, others, before, captured
-            handle.result(LIMIT_S)
             for session in (mine, *others):
                 engine.close_session(session)
         raise AssertionError("one of the answers was whole each time before the session was captured")

@@ -1,4 +1,4 @@
-"""The law book as both ways to an SGLang run it: over HTTP (test_engine_sglang.py) and in process (law_book.py)."""
+"""The law book as all ways to an SGLang run it: over HTTP, in process (`law_book.py`), and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class GuardedTests(EngineTests):
     changes_weights = True
     other_weights: Path
 
-    @staticmethod
-    def boot(model: Path, **changes: object) -> Engine:
+    @classmethod
+    def boot(cls, model: Path, **changes: object) -> Engine:
         raise NotImplementedError
 
     @pytest.fixture(scope="class")

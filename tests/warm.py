@@ -19,7 +19,6 @@ from __future__ import annotations
 import io
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
@@ -53,18 +52,13 @@ def wanted() -> bool:
     return not os.environ.get("THAW_COLD_BOOTS") and sys.version_info[:2] in KNOWN
 
 
-def path_with(folder: Path) -> str:
-    """PYTHONPATH for the server: what its modules need, and what was there."""
-    parts = (str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
-    return os.pathsep.join(filter(None, parts))
-
-
 def start(modules: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Start the server, with `modules` imported under this environment."""
+    """Start the server, with those of `modules` imported under this environment that this release has."""
     _begun_with[:] = [os.environ.get("PYTHONPATH")]
-    forkserver.set_forkserver_preload(["warm", *modules])
+    forkserver.set_forkserver_preload([__name__, *modules])
     before = dict(os.environ)
-    os.environ.update(environment)
+    path = (str(Path(__file__).parent), before.get("PYTHONPATH", ""))
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join(filter(None, path)))
     try:
         forkserver.ensure_running()
     finally:
@@ -165,7 +159,7 @@ class Program:
         """What else `subprocess.Popen` takes is what a program here gets anyway."""
         _, flag, module, *arguments = [str(part) for part in command]
         assert flag == "-m"
-        self.args, self.returncode = command, None
+        self.args = command
         self._process = Warm().Process(target=_program, args=(module, arguments, dict(env)), name=module, daemon=True)
         saved = [os.dup(fd) for fd in (1, 2)]
         try:
@@ -183,24 +177,13 @@ class Program:
             time.sleep(0.001)
 
     def poll(self) -> int | None:
-        self.returncode = self._process.exitcode
-        return self.returncode
+        return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
-        if self.poll() is None:
+        if (code := self.poll()) is None:
             raise subprocess.TimeoutExpired(str(self.args), timeout or 0.0)
-        return int(self.returncode or 0)
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+        return code
 
 
 def _program(module: str, arguments: list[str], environment: dict[str, str]) -> None:
