@@ -419,7 +419,8 @@ def test_a_server_that_dies_is_named_and_its_commits_live_on(
     lab.one(engine, parent, seeded(8))
     plan = lab.plan(lab.capture(engine, parent))
     rest = lab.one(engine, parent, every_knob(), ids(3, 3))
-    running = lab.start(engine, parent, sampling=Sampling(max_tokens=3000, ignore_eos=True, temperature=0.0))
+    many = [parent, *(lab.twin(engine, parent) for _ in range(7))]  # more than can be on its way to the client
+    running = lab.start(engine, *many, sampling=Sampling(max_tokens=3000, ignore_eos=True, temperature=0.0))
     wait_for(running, 3)
     server.kill()
     with pytest.raises(EngineDied, match=server.url):

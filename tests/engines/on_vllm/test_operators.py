@@ -41,7 +41,7 @@ from thaw.engines.served.talk import worker_facts
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.settings import VllmSettings
 
-TTL_S = 20.0
+TTL_S = 10.0
 
 
 class Plain(NamedTuple):

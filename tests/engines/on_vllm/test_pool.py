@@ -104,13 +104,13 @@ def test_kill_9_in_the_middle_of_a_round_loses_nothing(pool: ForkPool, trunk: Po
 
 
 @pytest.mark.timeout(1800)
-def test_five_disturbed_rounds_give_what_undisturbed_ones_give(pool: ForkPool, trunk: PoolSession) -> None:
+def test_three_disturbed_rounds_give_what_undisturbed_ones_give(pool: ForkPool, trunk: PoolSession) -> None:
     points = [pool.snapshot(trunk, at=n) for n in (300, 400)]
     reference = undisturbed(pool, points, 4, SAMPLING)
     harms = ("kill", "cancel", "none")
-    soak = disturb(pool, points, reference, SAMPLING, rounds=5, seed=3, harms=harms, logprobs=False)
+    soak = disturb(pool, points, reference, SAMPLING, rounds=3, seed=3, harms=harms, logprobs=False)
     assert not soak.wrong, soak.wrong
-    assert soak.counts["answered twice"] == 0 and soak.counts["equal"] + soak.counts["cancelled"] == 20
+    assert soak.counts["answered twice"] == 0 and soak.counts["equal"] + soak.counts["cancelled"] == 12
 
 
 def test_no_kv_of_an_old_policy_is_served(pool: ForkPool) -> None:

@@ -30,7 +30,7 @@ LOADS = [
         1 << 20,
         id="loads in the background",
         marks=pytest.mark.longer_in_soak(
-            "1,000 operations in place of 200", receipt="vllm-operations-loads-in-the-background"
+            "1,000 operations in place of 120", receipt="vllm-operations-loads-in-the-background"
         ),
     ),
     pytest.param(
@@ -44,7 +44,7 @@ LOADS = [
 class TestVllmPressure(PressureTests):
     granule: ClassVar[int] = 128
     operations: ClassVar[tuple[str, ...]] = (*PressureTests.operations, "plain request", "reset")
-    num_operations: ClassVar[int] = 1000 if os.environ.get("THAW_SOAK") else 200
+    num_operations: ClassVar[int] = 1000 if os.environ.get("THAW_SOAK") else 120
 
     @pytest.fixture(scope="class", params=LOADS)
     @classmethod

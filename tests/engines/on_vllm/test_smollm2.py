@@ -208,7 +208,7 @@ def test_other_batch_shapes_are_measured_and_equal_ones_are_equal(here: VllmEngi
     session = begin(here, 600, count)
     others = [begin(here, 800 + 200 * i, count) for i in range(7)]
     alone = beside(here, lab, session, ())
-    for n in (0, 1, 3, 7):
+    for n in (0, 1, 7):
         first, again = (beside(here, lab, session, others[:n]) for _ in range(2))
         same(first, again)
         equal, largest = difference(alone, first)
@@ -220,7 +220,7 @@ def test_other_batch_shapes_are_measured_and_equal_ones_are_equal(here: VllmEngi
 def beside(engine: Engine, lab: Lab, session: SessionRef, others: Sequence[SessionRef]) -> Completion:
     """What a session says in one batch with others; all of them stay as they are."""
     twins = [lab.twin(engine, one) for one in (session, *others)]
-    out = lab.run(engine, *twins, sampling=greedy(32))
+    out = lab.run(engine, *twins, sampling=greedy(16))
     for twin in twins:
         engine.close_session(twin)
     return out[0]

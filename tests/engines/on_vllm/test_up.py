@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,33 +14,40 @@ from typing import Any
 
 import pytest
 
-from thaw import attach
+from thaw import attach, cli
 from thaw.repo import served
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"
 
 
-def thaw(folder: Path, *words: str, code: int = 0) -> Any:
-    """What a command prints as JSON. Every call is a process of its own."""
+def thaw(folder: Path, *words: str) -> Any:
+    """What a command prints as JSON, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    verb = 2 if words[0] == "engine" else 1
     done = subprocess.run(
-        [sys.executable, "-m", "thaw.cli", *words[:verb], "--json", *words[verb:]],
+        [sys.executable, "-m", "thaw.cli", words[0], "--json", *words[1:]],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return json.loads(done.stdout)
+
+
+def here(folder: Path, *words: str, code: int = 0) -> Any:
+    """What a command prints as JSON, run in this process, which has imported all that it needs."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        ended = cli.main([*words, "--json"])
+    assert ended == code, f"{words}: {ended}\n{out.getvalue()[-2000:]}"
+    return json.loads(out.getvalue())
 
 
 def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
     """What the doctor says of a server that another repository joins: also where a worker has not loaded the plug-in,
     which vLLM itself says nowhere but in its log."""
     folder.mkdir()
-    thaw(folder, "init")
-    thaw(folder, "run", "--engine", url, "read once", "--no-generate")
+    here(folder, "init")
+    here(folder, "run", "--engine", url, "read once", "--no-generate")
 
     def looked(code: int = 0) -> dict[str, Any]:
-        return {f["name"]: f for f in thaw(folder, "doctor", "--quick", code=code)["findings"]}
+        return {f["name"]: f for f in here(folder, "doctor", "--quick", code=code)["findings"]}
 
     assert looked()["connector"]["status"] == "ok"
     fact = mail / "facts" / "0"
@@ -54,22 +63,22 @@ def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model("llama", dtype="bfloat16", head_dim=64)
-    thaw(tmp_path, "init")
+    here(tmp_path, "init")
     up = thaw(tmp_path, "up", "--model", str(model), "--", "--max-model-len", "512", "--enforce-eager")
     try:
-        assert "is up already" in thaw(tmp_path, "up", "--model", str(model), code=4)["error"]["message"]
-        found = {f["name"]: f for f in thaw(tmp_path, "doctor", "--quick")["findings"]}
+        assert "is up already" in here(tmp_path, "up", "--model", str(model), code=4)["error"]["message"]
+        found = {f["name"]: f for f in here(tmp_path, "doctor", "--quick")["findings"]}
         assert found["server"]["status"] == "ok" and up["url"] in found["server"]["text"]
         assert found["connector"]["status"] == "ok" and "1 of 1 workers" in found["connector"]["text"]
         thaw(tmp_path, "run", "a document that is read once " * 5, "--no-generate")
         forked = thaw(tmp_path, "fork", "main", "Why?", "How?", "--max-tokens", "4", "--ignore-eos")
         assert len(forked["children"]) == 2
-        assert thaw(tmp_path, "verify", "main")["ok"]
-        counts = thaw(tmp_path, "engine", "stats")
+        assert here(tmp_path, "verify", "main")["ok"]
+        counts = here(tmp_path, "engine", "stats")
         assert counts["captures"] >= 1 and counts["blocks"] > 0
-        assert thaw(tmp_path, "engine", "switch", "off") == {"url": up["url"], "on": False}
-        assert "switched off" in thaw(tmp_path, "run", "more", code=2)["error"]["message"]
-        assert thaw(tmp_path, "engine", "switch", "on", up["url"])["on"] is True
+        assert here(tmp_path, "engine", "switch", "off") == {"url": up["url"], "on": False}
+        assert "switched off" in here(tmp_path, "run", "more", code=2)["error"]["message"]
+        assert here(tmp_path, "engine", "switch", "on", up["url"])["on"] is True
         joined_by_its_address(tmp_path / "another", up["url"], Path(up["mail"]))
         with attach(up["url"]) as engine:
             assert engine.options["url"] == up["url"]
@@ -77,4 +86,4 @@ def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: C
         down = thaw(tmp_path, "down")
     assert down == {"ended": True, "url": up["url"], "pid": up["pid"]}
     assert served.born(up["pid"]) == "" and not Path(up["mail"]).exists()
-    assert thaw(tmp_path, "down")["ended"] is False
+    assert here(tmp_path, "down")["ended"] is False
