@@ -529,14 +529,14 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 4096,
 }  # fmt: skip
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4}
-STATES = {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16}
+STATES = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 16}
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
         ("DeepseekV2", {**SMALL, **LATENT, "q_lora_rank": None, "first_k_dense_replace": 2}, "MLA"),
-        ("Bamba", {**SMALL, **STATES}, "hybrid"),
+        ("Jamba", {**SMALL, **STATES}, "hybrid"),
         ("Mamba", {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 320}, "without attention"),
     ],
 )
