@@ -1,0 +1,83 @@
+"""Whether a commit that says it only moves code does: its syntax trees are equal but for imports and names.
+
+    python tests/moves.py COMMIT [COMMIT …]
+
+A commit moves if its message has a line `Moves code only.`; a line `OLD -> NEW` for each name that changes. What each
+.py file defines at its top level is gathered over all files before and after, with the imports left out wherever they
+stand, and has to be the same: no statement gained, lost or altered. Docstrings count, under the new names.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+MARK = "Moves code only."
+RENAMED = re.compile(r"^\s*([\w.]+) -> ([\w.]+)$", re.M)
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
+
+
+def says_so(commit: str) -> bool:
+    return MARK in git("show", "-s", "--format=%B", commit).splitlines()
+
+
+def problems(commit: str) -> list[str]:
+    """What the commit changed beside places, imports and the names that its message lists."""
+    names = dict(RENAMED.findall(git("show", "-s", "--format=%B", commit)))
+    before, after = (Counter(statements(commit, tree, names)) for tree in (f"{commit}~", commit))
+    changes = (("lost", before - after), ("gained", after - before))
+    return [f"{word}: {line}" for word, left in changes for line in sorted(left.elements())]
+
+
+def statements(commit: str, tree: str, names: Mapping[str, str]) -> Iterator[str]:
+    """Each statement at the top level of each file of Python that the commit touched, as it is in `tree`, as text."""
+    touched = git("diff", "--no-renames", "--name-only", f"{commit}~", commit, "--", "*.py").splitlines()
+    for path in git("ls-tree", "-r", "--name-only", tree, "--", *touched).splitlines() if touched else ():
+        yield from of_module(git("show", f"{tree}:{path}"), names)
+
+
+def of_module(source: str, names: Mapping[str, str]) -> Iterator[str]:
+    module = WithoutImports().visit(ast.parse(source))
+    for number, node in enumerate(module.body):
+        if number == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # what a module says of itself is of the place
+        yield renamed(ast.unparse(node), names)
+
+
+class WithoutImports(ast.NodeTransformer):
+    def visit_Import(self, node: ast.Import) -> None: ...
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
+
+    def visit_If(self, node: ast.If) -> ast.stmt | None:
+        """`if TYPE_CHECKING:` is gone with what it imported."""
+        self.generic_visit(node)
+        return node if node.body else None
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        text = re.sub(rf"(?<![\w.]){re.escape(old)}(?!\w)", new, text)
+    return text
+
+
+def main(commits: list[str]) -> int:
+    bad = 0
+    for commit in commits:
+        if not says_so(commit):
+            continue
+        found = problems(commit)
+        bad += bool(found)
+        print(f"{commit}: {'moves code only' if not found else f'{len(found)} statements differ'}", *found, sep="\n  ")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or git("rev-list", "origin/main..HEAD").split()))
