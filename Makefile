@@ -148,7 +148,8 @@ test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
 test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
 	@echo "· tests on vLLM $(VLLM)"
 	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
-	@$(VLLM_VENV)/bin/python -m pytest -m "all_cores and not soak" $(VLLM_TESTS) $(PYTEST_ARGS) || test $$? -eq 5
+	@$(VLLM_VENV)/bin/python -m pytest -m "all_cores and not soak" $(VLLM_TESTS) $(PYTEST_ARGS) || \
+		test $$? -eq 5 -a -n "$(PYTEST_ARGS)"
 
 soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; receipts go to receipts/soak (hours)
 	@echo "· all tests and the soak; hours, receipts in receipts/soak"
@@ -176,6 +177,7 @@ soak-vllm: $(VLLM_VENV)/.installed model
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"
+	@$(VLLM_VENV)-$*/bin/python -m pytest -m "all_cores and not soak" $(VLLM_TESTS)
 	@THAW_SUITE=vllm-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(ONE_CORE) $(VLLM_VENV)-$*/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
 

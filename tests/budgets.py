@@ -46,10 +46,12 @@ class Costs:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         begun = Counter(self._log.read_text("utf-8").split())
-        self._log.unlink()
         self.boots = {engine: begun[process] for engine, process in PROCESS.items() if begun[process]}
         if self.too_many() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_unconfigure(self) -> None:
+        self._log.unlink(missing_ok=True)
 
     def too_many(self) -> dict[str, int]:
         return {} if os.environ.get("THAW_SOAK") else {e: n for e, n in self.boots.items() if n > BOOTS[e]}

