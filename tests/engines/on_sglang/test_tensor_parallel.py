@@ -253,6 +253,7 @@ def test_what_one_rank_could_not_keep_is_refused_on_all(
     three: SglangEngine, lab: Lab, faults: Faults, rank: int
 ) -> None:
     session = lab.begin(three, 300, start=20 + rank)
+    lab.capture(three, session)  # what it has read is kept on all ranks by now
     with faults.on("keep", rank):
         lab.one(three, session, seeded(4))
     with pytest.raises(StorageFailed, match="fault: keep"):
