@@ -59,7 +59,7 @@ class WithoutImports(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.stmt | None:
         """`if TYPE_CHECKING:` is gone with what it imported."""
         self.generic_visit(node)
-        return node if node.body else None
+        return node if node.body or node.orelse else None
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
@@ -69,14 +69,10 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
 
 
 def main(commits: list[str]) -> int:
-    bad = 0
-    for commit in commits:
-        if not says_so(commit):
-            continue
-        found = problems(commit)
-        bad += bool(found)
-        print(f"{commit}: {'moves code only' if not found else f'{len(found)} statements differ'}", *found, sep="\n  ")
-    return int(bool(bad))
+    found = {commit: problems(commit) for commit in commits if says_so(commit)}
+    for commit, lines in found.items():
+        print(f"{commit}: {f'{len(lines)} statements differ' if lines else 'moves code only'}", *lines, sep="\n  ")
+    return int(any(found.values()))
 
 
 if __name__ == "__main__":

@@ -86,3 +86,12 @@ def test_a_statement_that_is_lost_or_doubled_is_told(commit: Commit) -> None:
 
 def test_other_commits_are_not_held_to_it(commit: Commit) -> None:
     assert moves.main([commit("A change", {"old/two.py": None})]) == 0
+
+
+def test_what_stands_beside_imports_counts(commit: Commit) -> None:
+    guarded = "if TYPE_CHECKING:\n    import old.one\nelse:\n    bound = 1\n"
+    commit("Another", {"old/three.py": guarded})
+    moved = commit(f"Move\n\n{moves.MARK}\n", {"old/three.py": None, "new/three.py": guarded.replace("old.", "new.")})
+    assert moves.problems(moved) == []
+    made = commit(f"Move\n\n{moves.MARK}\n", {"new/three.py": guarded.replace("bound = 1", "bound = 2")})
+    assert [line.partition(":")[0] for line in moves.problems(made)] == ["lost", "gained"]
