@@ -139,6 +139,7 @@ test: $(INSTALLED) model ## everything but the soak tests, on every engine (abou
 # Processes side by side compute on a core each. Laws about an engine on several cores (all_cores) have the machine alone.
 ONE_CORE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 SUITE := -m "not soak and not all_cores" --durations=10
+ALL_CORES := -m "all_cores and not soak"
 BY_FILE := -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SUITE)
 
 test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
@@ -148,7 +149,7 @@ test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
 test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
 	@echo "· tests on vLLM $(VLLM)"
 	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
-	@$(VLLM_VENV)/bin/python -m pytest -m "all_cores and not soak" $(VLLM_TESTS) $(PYTEST_ARGS) || \
+	@$(VLLM_VENV)/bin/python -m pytest $(ALL_CORES) $(VLLM_TESTS) $(PYTEST_ARGS) || \
 		test $$? -eq 5 -a -n "$(PYTEST_ARGS)"
 
 soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; receipts go to receipts/soak (hours)
@@ -177,7 +178,7 @@ soak-vllm: $(VLLM_VENV)/.installed model
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"
-	@$(VLLM_VENV)-$*/bin/python -m pytest -m "all_cores and not soak" $(VLLM_TESTS)
+	@$(VLLM_VENV)-$*/bin/python -m pytest $(ALL_CORES) $(VLLM_TESTS)
 	@THAW_SUITE=vllm-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(ONE_CORE) $(VLLM_VENV)-$*/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from soak_receipts import Unclear, read_marks
+from soak_receipts import MARKS, Unclear, read_marks
 
-WITH_REASON = ("slow", "model", "all_cores", "soak", "longer_in_soak")
-WITH_RECEIPT = ("soak", "longer_in_soak")
+WITH_REASON = ("slow", "model", "all_cores", *MARKS)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,11 +42,8 @@ def given(item: pytest.Item) -> Iterator[pytest.MarkDecorator]:
 
 @cache
 def receipts_in(file: Path, root: Path) -> frozenset[str]:
-    """Those that `soak_receipts.py` reads in a file of tests."""
-    try:
-        return frozenset(receipt for _, receipt, _ in read_marks(file, file.relative_to(root).as_posix()))
-    except Unclear as unclear:
-        raise pytest.UsageError(str(unclear)) from None
+    """Those that lint reads in a file of tests. Raises `Unclear`."""
+    return frozenset(receipt for _, receipt, _ in read_marks(file, file.relative_to(root).as_posix()))
 
 
 def faults(item: pytest.Item) -> Iterator[str]:
@@ -55,7 +51,17 @@ def faults(item: pytest.Item) -> Iterator[str]:
         for mark in item.iter_markers(name):
             if not (mark.args and isinstance(mark.args[0], str) and mark.args[0].strip()):
                 yield f'the mark {name} does not say why: pytest.mark.{name}("…")'
-            elif name in WITH_RECEIPT and not mark.kwargs.get("receipt"):
-                yield f'the mark {name} does not name the receipt that the test leaves: receipt="…"'
-            elif name in WITH_RECEIPT and mark.kwargs["receipt"] not in receipts_in(item.path, item.config.rootpath):
-                yield f"the mark {name} is not written out in its file as @pytest.mark.{name}(…): lint does not see it"
+            if name in MARKS:
+                yield from without_receipt(item, mark)
+
+
+def without_receipt(item: pytest.Item, mark: pytest.Mark) -> Iterator[str]:
+    receipt = mark.kwargs.get("receipt")
+    try:
+        if not receipt:
+            yield f'the mark {mark.name} does not name the receipt that the test leaves: receipt="…"'
+        elif receipt not in receipts_in(item.path, item.config.rootpath):
+            written = f"@pytest.mark.{mark.name}(…)"
+            yield f"the mark {mark.name} is not written out in its file as {written}: lint does not see it"
+    except Unclear as unclear:
+        yield str(unclear)

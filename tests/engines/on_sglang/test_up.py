@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +12,7 @@ import pytest
 from thaw import attach
 from thaw.engines.sglang.settings import VARIABLE
 from thaw.repo import served
-
-SOURCE = Path(__file__).resolve().parents[3] / "src"
-
-
-def thaw(folder: Path, *words: str, code: int = 0) -> Any:
-    """What a command prints as JSON. Every call is a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), VARIABLE: '{"pin_fraction": 0.125}'}
-    verb = 2 if words[0] == "engine" else 1
-    done = subprocess.run(
-        [sys.executable, "-m", "thaw.cli", *words[:verb], "--json", *words[verb:]],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return json.loads(done.stdout)
+from verbs import here, thaw
 
 
 def options_of(pid: int) -> dict[str, Any]:
@@ -44,9 +28,9 @@ def options_of(pid: int) -> dict[str, Any]:
 def joined_by_its_address(folder: Path, url: str) -> None:
     """Another repository, whose doctor asks the server itself."""
     folder.mkdir()
-    thaw(folder, "init")
-    thaw(folder, "run", "--engine", url, "read once", "--no-generate")
-    found = {f["name"]: f for f in thaw(folder, "doctor", "--quick")["findings"]}
+    here(folder, "init")
+    here(folder, "run", "--engine", url, "read once", "--no-generate")
+    found = {f["name"]: f for f in here(folder, "doctor", "--quick")["findings"]}
     assert found["server"]["status"] == found["connector"]["status"] == "ok"
     assert "SGLang" in found["connector"]["text"]
 
@@ -55,26 +39,27 @@ def joined_by_its_address(folder: Path, url: str) -> None:
 @pytest.mark.timeout(1200)
 def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = str(tiny_model("llama", dtype="bfloat16", head_dim=64))
-    thaw(tmp_path, "init")
+    here(tmp_path, "init")
     arguments = ("--arena", "1GiB", "--", "--context-length", "512", "--skip-server-warmup")
-    up = thaw(tmp_path, "up", "--engine", "sglang", "--model", model, *arguments)
+    settings = {VARIABLE: '{"pin_fraction": 0.125}'}
+    up = thaw(tmp_path, "up", "--engine", "sglang", "--model", model, *arguments, **settings)
     try:
         told = options_of(up["pid"])
         assert (told["arena_nbytes"], told["pin_fraction"], told["mail"]) == (1 << 30, 0.125, up["mail"])
-        again = thaw(tmp_path, "up", "--engine", "sglang", "--model", model, code=4)
+        again = here(tmp_path, "up", "--engine", "sglang", "--model", model, code=4)
         assert "sglang is up already" in again["error"]["message"]
-        found = {f["name"]: f for f in thaw(tmp_path, "doctor", "--quick")["findings"]}
+        found = {f["name"]: f for f in here(tmp_path, "doctor", "--quick")["findings"]}
         assert found["server"]["status"] == "ok" and up["url"] in found["server"]["text"]
         assert found["connector"]["status"] == "ok" and "1 of 1 workers" in found["connector"]["text"]
         thaw(tmp_path, "run", "a document that is read once " * 5, "--no-generate")
         forked = thaw(tmp_path, "fork", "main", "Why?", "How?", "--max-tokens", "4", "--ignore-eos")
         assert len(forked["children"]) == 2
-        assert thaw(tmp_path, "verify", "main")["ok"]
-        counts = thaw(tmp_path, "engine", "stats")
+        assert here(tmp_path, "verify", "main")["ok"]
+        counts = here(tmp_path, "engine", "stats")
         assert counts["captures"] >= 1 and counts["hydrates"] >= 1
-        assert thaw(tmp_path, "engine", "switch", "off") == {"url": up["url"], "on": False}
-        assert "switched off" in thaw(tmp_path, "run", "more", code=2)["error"]["message"]
-        assert thaw(tmp_path, "engine", "switch", "on", up["url"])["on"] is True
+        assert here(tmp_path, "engine", "switch", "off") == {"url": up["url"], "on": False}
+        assert "switched off" in here(tmp_path, "run", "more", code=2)["error"]["message"]
+        assert here(tmp_path, "engine", "switch", "on", up["url"])["on"] is True
         joined_by_its_address(tmp_path / "another", up["url"])
         with attach(up["url"]) as engine:
             assert (engine.info.name, engine.options["url"]) == ("sglang", up["url"])
@@ -82,4 +67,4 @@ def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: C
         down = thaw(tmp_path, "down")
     assert down == {"ended": True, "url": up["url"], "pid": up["pid"]}
     assert served.born(up["pid"]) == "" and not Path(up["mail"]).exists()
-    assert thaw(tmp_path, "down")["ended"] is False
+    assert here(tmp_path, "down")["ended"] is False

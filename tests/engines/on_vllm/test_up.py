@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from thaw import attach, cli
+from thaw import attach
 from thaw.repo import served
-
-SOURCE = Path(__file__).resolve().parents[3] / "src"
-
-
-def thaw(folder: Path, *words: str) -> Any:
-    """What a command prints as JSON, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "thaw.cli", words[0], "--json", *words[1:]],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return json.loads(done.stdout)
-
-
-def here(folder: Path, *words: str, code: int = 0) -> Any:
-    """What a command prints as JSON, run in this process, which has imported all that it needs."""
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
-        ended = cli.main([*words, "--json"])
-    assert ended == code, f"{words}: {ended}\n{out.getvalue()[-2000:]}"
-    return json.loads(out.getvalue())
+from verbs import here, thaw
 
 
 def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
@@ -64,7 +38,8 @@ def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
 def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model("llama", dtype="bfloat16", head_dim=64)
     here(tmp_path, "init")
-    up = thaw(tmp_path, "up", "--model", str(model), "--", "--max-model-len", "512", "--enforce-eager")
+    arguments = ("--", "--max-model-len", "512", "--enforce-eager")
+    up = thaw(tmp_path, "up", "--model", str(model), *arguments, VLLM_CPU_KVCACHE_SPACE="1")
     try:
         assert "is up already" in here(tmp_path, "up", "--model", str(model), code=4)["error"]["message"]
         found = {f["name"]: f for f in here(tmp_path, "doctor", "--quick")["findings"]}
