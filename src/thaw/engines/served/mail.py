@@ -1,7 +1,9 @@
-"""The mail: a folder of the user's own (0700) in which engine and client leave each other short files.
+"""The mail: a folder of the user's own in which engine and client leave each other short files.
 
-It carries what requests cannot: answers to commands, hydrate plans on their way in, and which stores (folders of packs)
-the engine may touch. Both sides run as the same user on one host, or share the folder; that is also what a store needs.
+It is 0700 whatever the umask, and so is every folder above it that thaw names; a way that another user of the host
+could change is refused (`data.private`). It carries what requests cannot: answers to commands, hydrate plans on their
+way in, and which stores (folders of packs) the engine may touch. Both sides run as the same user on one host, or share
+the folder; that is also what a store needs.
 
     stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
@@ -25,6 +27,7 @@ from typing import TypeVar
 import msgspec
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StorageFailed
+from thaw.data.private import is_own, make_private
 from thaw.engines.base import HydratePlan
 from thaw.engines.served.protocol import Answer, EngineFacts, Message, WorkerFacts
 
@@ -41,17 +44,18 @@ ROOT = "thaw-mail"
 
 class Mail:
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._make()
-        if folder.stat().st_uid != os.getuid():
-            raise StorageFailed(f"the mail folder {folder} belongs to another user; choose another")
 
     def _make(self) -> None:
-        for name in ("stores", "plans", "answers", "facts", "grants"):
-            try:
-                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}; choose another") from None
+        """Raises `StorageFailed` for a folder that others could change."""
+        try:
+            for folder in _own_part(self.folder):
+                make_private(folder, close=True)
+            for name in ("", "stores", "plans", "answers", "facts", "grants"):
+                make_private(self.folder / name)
+        except StorageFailed as error:
+            raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}") from None
 
     # -- whose it is
 
@@ -79,7 +83,8 @@ class Mail:
         """Raise `EngineDied` when the engine's process is gone."""
         facts = self.engine_facts()
         if facts is None or (facts.pid != os.getpid() and _is_free(self.folder / "facts" / "lock")):
-            raise EngineDied("vLLM's engine died (its process is gone); start it again and hydrate from a commit")
+            name = facts.engine if facts is not None else "the server"
+            raise EngineDied(f"{name}'s engine died (its process is gone); start it again and hydrate from a commit")
 
     def remove(self) -> None:
         """For whoever started the engine, when it is gone: the whole folder, other data-parallel ranks' too."""
@@ -175,10 +180,21 @@ class Mail:
 
 
 def default_folder(name: str) -> Path:
-    """A folder for the engine `name`, below the user's runtime folder."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    root = Path(base) if base and os.access(base, os.W_OK) else Path("/tmp") / f"thaw-{os.getuid()}"
+    """A folder for the engine `name`, below the user's runtime folder, or in the temporary one where there is none."""
+    base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    root = base if base.is_absolute() and is_own(base) else Path("/tmp") / _of_user()
     return root / ROOT / name
+
+
+def _of_user() -> str:
+    return f"thaw-{os.getuid()}"
+
+
+def _own_part(folder: Path) -> list[Path]:
+    """Those of `folder` and what is above it that thaw names itself, the outermost first."""
+    way = [*reversed(folder.parents), folder]
+    first = next((i for i, place in enumerate(way) if place.name in (_of_user(), ROOT)), len(way))
+    return way[first:]
 
 
 def ranks_beside(folder: Path) -> list[int]:
