@@ -141,7 +141,10 @@ class HttpTransport(Transport, Generic[C]):
         """The server's error as one of thaw's."""
         message = server_message(content)
         if status in (401, 403):
-            return InvalidRequest(f"{self.url} refused the API key ({status}): give the server's own as api_key")
+            return InvalidRequest(
+                f"{self.url} refused the API key ({status}): give the server's own as api_key (--api-key, or "
+                "the variable THAW_API_KEY)"
+            )
         if status == 404:
             said = message or f"no {self.route} there"
             return NotFound(f"{self.url}: {said}; give the address of a {self.title} server")
