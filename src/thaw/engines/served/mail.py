@@ -8,8 +8,10 @@ the folder; that is also what a store needs.
     stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
     grants/<id>            empty: whoever says the message of this id may change what is everybody's
+    callers/<name>         empty: messages that say this name are of a client that shares the folder
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
     facts/<from>           what a process says about itself
+    facts/full.<rank>      callers whose KV has no more room in a worker, and why; not there while all have some
     facts/lock             locked by the engine for as long as its process lives
 """
 
@@ -20,7 +22,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,7 +54,7 @@ class Mail:
         try:
             for folder in _own_part(self.folder):
                 make_private(folder, close=True)
-            for name in ("", "stores", "plans", "answers", "facts", "grants"):
+            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers"):
                 make_private(self.folder / name)
         except StorageFailed as error:
             raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}") from None
@@ -124,6 +126,30 @@ class Mail:
     def drop_plan(self, name: str) -> None:
         (self.folder / "plans" / name).unlink(missing_ok=True)
 
+    # -- callers
+
+    def add_caller(self, name: str) -> None:
+        """Messages may say this name from now on."""
+        _put(self.folder / "callers" / name, b"")
+
+    def drop_caller(self, name: str) -> None:
+        (self.folder / "callers" / name).unlink(missing_ok=True)
+
+    def require_caller(self, message: Message) -> None:
+        """Raise `InvalidRequest` for a caller that nobody has added, and where the message needs one and has none."""
+        name = type(message).__name__.lower()
+        if message.caller is None:
+            if message.for_sharers:
+                raise InvalidRequest(
+                    f"{name}: it is for those who share the engine's mail folder; use thaw's own client there, as the "
+                    "same user"
+                )
+        elif not (self.folder / "callers" / message.caller).exists():
+            raise InvalidRequest(
+                f"{name}: its caller is not among those who share the engine's mail folder: attach anew, or leave "
+                "`caller` out"
+            )
+
     # -- grants
 
     def grant(self, name: str) -> None:
@@ -168,6 +194,17 @@ class Mail:
 
     def worker_facts(self, rank: int) -> WorkerFacts | None:
         return _read(self.folder / "facts" / str(rank), WorkerFacts)
+
+    def post_full(self, rank: int, full: Mapping[str, str]) -> None:
+        """Who has no more room in this worker's arena, and why."""
+        path = self.folder / "facts" / f"full.{rank}"
+        if full:
+            _put(path, msgspec.json.encode(full))
+        else:
+            path.unlink(missing_ok=True)
+
+    def full(self, rank: int) -> dict[str, str]:
+        return _read(self.folder / "facts" / f"full.{rank}", dict[str, str]) or {}
 
     def sweep(self) -> None:
         """Remove what was never fetched."""
