@@ -37,7 +37,7 @@ from thaw.engines.served.mail import Mail
 from thaw.engines.vllm.client.http import HttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
-from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
+from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, until, wait_for
 from thaw.testing.messages import HOSTILE, MALFORMED
 from thaw.testing.plans import mount_at
 
@@ -405,14 +405,14 @@ def test_commands_that_are_held_are_counted_by_caller(engine: Engine, server: Se
         connection.request("POST", "/v1/completions", json.dumps(asked), headers)
         held.append(connection)
     try:
-        wait_for(lambda: engine.stats()["commands"] >= limit)  # type: ignore[attr-defined]
+        until(lambda: engine.stats()["commands"] >= limit)  # type: ignore[attr-defined]
         status, reply = complete(server, {"op": "stats", "id": "d" * 32, "caller": name, "inband": True})
         assert status == 429 and "held commands: this caller has 51 of 51" in reply["error"]["message"]
         assert engine.stats()["records"] >= 0  # type: ignore[attr-defined]
     finally:
         for connection in held:
             connection.close()
-    wait_for(lambda: engine.stats()["commands"] == 0)  # type: ignore[attr-defined]
+    until(lambda: engine.stats()["commands"] == 0)  # type: ignore[attr-defined]
     assert complete(server, {"op": "stats", "id": "c" * 32, "caller": name, "inband": True})[0] == 200
 
 
@@ -425,7 +425,7 @@ def test_a_command_whose_sender_hangs_up_does_not_take_the_engine_with_it(engine
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         time.sleep(0.003 * i)
         connection.close()
-    wait_for(lambda: engine.stats()["commands"] == 0)  # type: ignore[attr-defined]
+    until(lambda: engine.stats()["commands"] == 0)  # type: ignore[attr-defined]
 
 
 def test_two_clients_do_not_see_each_others_sessions(engine: Engine, server: Server, lab: Lab) -> None:
