@@ -20,7 +20,7 @@ from thaw.receipt import format as receipts
 from thaw.testing.messages import HOSTILE, MALFORMED
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import LEAST_TOKENS, Arena, Piece  # noqa: E402 - it needs torch
+from thaw.engines.served.arena import TIGHT_TOKENS, Arena, Piece  # noqa: E402 - it needs torch
 from thaw.engines.served.arena import Record as Kept  # noqa: E402
 
 ONE, TWO = "1" * 32, "2" * 32
@@ -72,14 +72,19 @@ def test_guests_fill_their_part_of_memory_then_of_the_disk_and_no_more(tmp_path:
     with pytest.raises(StorageFailed, match=r"arena: callers that do not share.*; spill: callers that do not share"):
         one.allocate(501, GUEST)
     assert one.used == 2500 * TOKEN, "what is refused takes nothing"
-    assert one.full() == {}
+    assert one.room(GUEST).num_tokens == 500
     third = one.allocate(500, GUEST)
-    assert one.full().keys() == {GUEST} and "guest_fraction 0.25" in one.full()[GUEST]
+    room = one.tight()[GUEST]
+    assert room.num_tokens == 0 and "arena: callers" in room.why and "spill: callers" in room.why
+    room.require(0)
+    with pytest.raises(Busy, match=r"no room to keep 1 tokens: .*guest_fraction 0\.25"):
+        room.require(1)
+    assert one.room(ONE).num_tokens == 6000
     mine = one.allocate(3000, ONE)
     assert one.spilled == 2000 * TOKEN, "who shares the mail still has memory"
     del first, second, third, mine
     gc.collect()
-    assert (one.used, one.spilled, one.full()) == (0, 0, {})
+    assert (one.used, one.spilled, one.room(GUEST).num_tokens) == (0, 0, 2000)
 
 
 def test_what_a_fork_holds_counts_until_nobody_has_it() -> None:
@@ -97,12 +102,15 @@ def test_what_a_fork_holds_counts_until_nobody_has_it() -> None:
     assert one.used == 0 and one.allocate(500, ONE) is not None
 
 
-def test_an_arena_without_room_is_full_for_everybody() -> None:
-    one = arena(LEAST_TOKENS + 10, 0)
-    held = one.allocate(11, ONE)
-    assert one.full().keys() == {ONE, GUEST, EVERYBODY}
+def test_an_arena_with_little_room_has_little_for_everybody() -> None:
+    one = arena(2 * TIGHT_TOKENS, 0)
+    assert one.tight() == {}
+    held = one.allocate(TIGHT_TOKENS + 1, ONE)
+    assert {caller: room.num_tokens for caller, room in one.tight().items()} == dict.fromkeys(
+        (ONE, GUEST, EVERYBODY), TIGHT_TOKENS - 1
+    )
     with pytest.raises(StorageFailed, match="all callers together have"):
-        one.allocate(LEAST_TOKENS, TWO)
+        one.allocate(TIGHT_TOKENS, TWO)
     del held
 
 

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 from thaw.core.errors import StorageFailed
-from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Caller, Shares, mib
+from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Caller, Room, Shares, mib
 from thaw.engines.served.slab import Slab
 
 MAX_PIECES = 64
 """A record of more pieces is joined into one: loads should not walk through crumbs."""
-LEAST_TOKENS = 256
-"""Whoever has no room for so many more is full: nothing of its that begins now could be kept."""
+TIGHT_TOKENS = 1 << 17
+"""Whoever has room for so many more is not told how much it is."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,21 @@ class Arena:
     def spilled(self) -> int:
         return self._files.total
 
-    def full(self) -> dict[Caller, str]:
-        """Callers that have no room left, and why; `EVERYBODY` among them when one who has nothing yet has none."""
-        least = self._nbytes(LEAST_TOKENS)
+    def room(self, caller: Caller) -> Room:
+        """What may still be kept for the caller in one piece, and the limits that say so."""
+        with self._lock:
+            left = max(self._memory.left(caller), self._files.left(caller))
+            beyond = left + 1
+            why = f"{self._memory.refusal(caller, beyond)}; {self._files.refusal(caller, beyond)}"
+        return Room(num_tokens=left // self._nbytes(1), why=why)
+
+    def tight(self) -> dict[Caller, Room]:
+        """The callers with room for less than `TIGHT_TOKENS`; `EVERYBODY` among them when that is all that one who has
+        nothing yet could have."""
         with self._lock:
             asked = {*self._memory.callers(), *self._files.callers(), GUEST, EVERYBODY}
-            found = {caller: self._refusal(caller, least) for caller in asked}
-        return {caller: why for caller, why in found.items() if why}
+        found = {caller: self.room(caller) for caller in asked}
+        return {caller: room for caller, room in found.items() if room.num_tokens < TIGHT_TOKENS}
 
     def allocate(self, num_tokens: int, caller: Caller) -> torch.Tensor:
         """[head][layer][K|V][num_tokens][head_dim], not set. Raises `StorageFailed` when there is no room, saying which
@@ -126,10 +134,6 @@ class Arena:
     def _nbytes(self, num_tokens: int) -> int:
         heads, layers, two, dim = self._shape
         return heads * layers * two * num_tokens * dim * self._dtype.itemsize
-
-    def _refusal(self, caller: Caller, nbytes: int) -> str:
-        memory, files = self._memory.refusal(caller, nbytes), self._files.refusal(caller, nbytes)
-        return f"{memory}; {files}" if memory and files else ""
 
     def _from_memory(self, shape: Sequence[int], nbytes: int, caller: Caller) -> torch.Tensor | None:
         """None: what is left of it is too little, or too much in pieces."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+import msgspec
+
 from thaw.core.errors import Busy
 
 Caller: TypeAlias = str
@@ -38,6 +40,20 @@ class Shares:
         return f"guest_fraction {self.guests:g}" if caller == GUEST else f"caller_fraction {self.caller:g}"
 
 
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """How many tokens of KV more a caller may keep, and the limits that say so."""
+
+    num_tokens: int
+    why: str
+
+    def require(self, num_tokens: int) -> None:
+        """Raises `Busy` where that is more."""
+        if num_tokens > self.num_tokens:
+            raise Busy(
+                f"no room to keep {num_tokens:,} tokens: {self.why}; close sessions, or start the engine with more"
+            )
+
+
 class Budget:
     """How much of `what` there may be: `whole` in all, and of each caller its share. Not safe for several threads."""
 
@@ -59,6 +75,10 @@ class Budget:
             option = self._shares.option(caller)
             return f"{self._what}: {_who(caller)} {self._shown(used)} of {self._shown(limit)} ({option})"
         return ""
+
+    def left(self, caller: Caller) -> int:
+        """How many more `caller` may have."""
+        return max(0, min(self._whole - self.total, self._shares.of(caller, self._whole) - self._used[caller]))
 
     def require(self, caller: Caller, more: int = 1) -> None:
         """Raises `Busy` saying which limit was reached."""

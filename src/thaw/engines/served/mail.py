@@ -11,7 +11,7 @@ the folder; that is also what a store needs.
     callers/<name>         empty: messages that say this name are of a client that shares the folder
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
     facts/<from>           what a process says about itself
-    facts/full.<rank>      callers whose KV has no more room in a worker, and why; not there while all have some
+    facts/tight.<rank>     callers whose KV has little room left in a worker's arena; not there while all have much
     facts/lock             locked by the engine for as long as its process lives
 """
 
@@ -31,6 +31,7 @@ import msgspec
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StorageFailed
 from thaw.data.private import is_own, make_private
 from thaw.engines.base import HydratePlan
+from thaw.engines.served.budget import Caller, Room
 from thaw.engines.served.protocol import Answer, EngineFacts, Message, WorkerFacts
 
 T = TypeVar("T")
@@ -195,16 +196,16 @@ class Mail:
     def worker_facts(self, rank: int) -> WorkerFacts | None:
         return _read(self.folder / "facts" / str(rank), WorkerFacts)
 
-    def post_full(self, rank: int, full: Mapping[str, str]) -> None:
-        """Who has no more room in this worker's arena, and why."""
-        path = self.folder / "facts" / f"full.{rank}"
-        if full:
-            _put(path, msgspec.json.encode(full))
+    def post_tight(self, rank: int, tight: Mapping[Caller, Room]) -> None:
+        """Who has little room left in this worker's arena."""
+        path = self.folder / "facts" / f"tight.{rank}"
+        if tight:
+            _put(path, msgspec.json.encode(tight))
         else:
             path.unlink(missing_ok=True)
 
-    def full(self, rank: int) -> dict[str, str]:
-        return _read(self.folder / "facts" / f"full.{rank}", dict[str, str]) or {}
+    def tight(self, rank: int) -> dict[Caller, Room]:
+        return _read(self.folder / "facts" / f"tight.{rank}", dict[Caller, Room]) or {}
 
     def sweep(self) -> None:
         """Remove what was never fetched."""

@@ -80,6 +80,10 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     mail: bool = False
     grammar_from: Count | None = None
 
+    def num_new(self, num_tokens: int) -> int:
+        """How many of a request's tokens are to be kept anew."""
+        return num_tokens - (self.num_kv if self.source is not None else 0) if self.keep else 0
+
 
 class Fill(Message, frozen=True, kw_only=True, tag="fill"):
     """Read the plan that lies in the mail under this id into the new record `record`."""

@@ -64,8 +64,8 @@ class Commands:
     def _fill(self, message: protocol.Fill) -> None:
         side = self._side
         caller = message.caller or GUEST
-        side.require_room(message.record, caller)
         plan = side.agreement.together(lambda: side.mail.plan(message.id))
+        side.require_room(message.record, caller, plan.num_kv)
         if plan.num_kv > side.engine.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.engine.max_model_len}")
         epoch, started = side.epochs.now(), time.perf_counter()

@@ -30,7 +30,7 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Arena, Piece
 from thaw.engines.served.arena import Record as Kept
-from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
+from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
@@ -88,7 +88,7 @@ class Side:
         if not self.on:
             raise Unsupported("thaw is switched off in this engine; plain requests work")
         caller = message.caller or GUEST
-        self.require_room(message.record, caller)
+        self.require_room(message.record, caller, message.num_new(len(tokens)))
         source, want = self._source(message), 0
         epoch = self.epochs.now()
         pieces: tuple[Piece, ...] = ()
@@ -103,17 +103,10 @@ class Side:
         self.counters["forks"] += message.source not in (None, message.record)
         return run
 
-    def require_room(self, record: str, caller: Caller) -> None:
-        """Raises `Busy` where the caller may not keep one more record, or its KV would find no room on some rank."""
+    def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
+        """Raises `Busy` where the caller may not keep one more record, or that many tokens more on some rank."""
         self.records.require_room(record, caller)
-
-        def look() -> None:
-            full = self.arena.full()
-            why = full.get(caller) or full.get(EVERYBODY)
-            if why:
-                raise Busy(f"{why}; close sessions, or start the engine with more")
-
-        self.agreement.together(look)
+        self.agreement.together(lambda: self.arena.room(caller).require(num_tokens))
 
     def require_caller(self, message: protocol.Message) -> None:
         """Raises `InvalidRequest`, on all ranks alike."""

@@ -139,8 +139,8 @@ class Commands:
     def _fill(self, message: protocol.Fill) -> None:
         side = self._side
         caller = message.caller or GUEST
-        side.require_room(message.record, caller)
         plan = side.mail.plan(message.id)
+        side.require_room(message.record, caller, plan.num_kv)
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
         chain = [side.contents.fresh() for _ in range(plan.num_kv // side.facts.block_size)]

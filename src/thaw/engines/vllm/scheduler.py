@@ -110,7 +110,7 @@ class SchedulerSide:
             raise Unsupported("thaw is switched off in this engine; plain requests work (thaw engine switch on)")
         support.require_alone(request.sampling_params, message)
         caller = message.caller or GUEST
-        self.require_room(message.record, caller)
+        self.require_room(message.record, caller, message.num_new(request.num_tokens))
         source = self._source(message)
         tokens = list(request.all_token_ids)
         want = message.num_kv
@@ -130,14 +130,14 @@ class SchedulerSide:
             give_own_salt(request)
         self.counters["forks"] += message.source not in (None, message.record)
 
-    def require_room(self, record: str, caller: Caller) -> None:
-        """Raises `Busy` where the caller may not keep one more record, or its KV would find no room in some worker."""
+    def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
+        """Raises `Busy` where the caller may not keep one more record, or that many tokens more in some worker."""
         self.records.require_room(record, caller)
         for rank in range(self.facts.world_size):
-            full = self.mail.full(rank)
-            why = full.get(caller) or full.get(EVERYBODY)
-            if why:
-                raise Busy(f"{why}; close sessions, or start the engine with more")
+            tight = self.mail.tight(rank)
+            room = tight.get(caller) or tight.get(EVERYBODY)
+            if room is not None:
+                room.require(num_tokens)
 
     def _source(self, message: protocol.Run) -> Record | None:
         own = self.records.get(message.record)

@@ -17,7 +17,7 @@ from typing import Any
 
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.arena import Arena, Piece, Record
-from thaw.engines.served.budget import GUEST, Caller
+from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, WorkerFacts
@@ -51,7 +51,7 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self._epoch: int | None = None
         self._watching = True
-        self._full: dict[str, str] = {}
+        self._tight: dict[Caller, Room] = {}
 
     # -- called by the connector
 
@@ -63,14 +63,14 @@ class WorkerSide:
                 self._do(job)
             except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it
                 self._failed(job, error)
-        self._tell_who_is_full()
+        self._tell_what_is_left()
 
-    def _tell_who_is_full(self) -> None:
+    def _tell_what_is_left(self) -> None:
         """The scheduler's side refuses what could not be kept, before it is computed."""
-        full = self._arena.full()
-        if full != self._full:
-            self._full = full
-            self._mail.post_full(self._facts.rank, full)
+        tight = self._arena.tight()
+        if tight != self._tight:
+            self._tight = tight
+            self._mail.post_tight(self._facts.rank, tight)
 
     def finished(self) -> tuple[set[str], set[str]]:
         """Requests whose blocks may be freed, and requests whose load is over, since last asked."""
