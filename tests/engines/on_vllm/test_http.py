@@ -374,7 +374,7 @@ def guest(name: int, **more: object) -> dict[str, Any]:
 def test_who_has_the_api_key_alone_keeps_no_more_than_the_guests_part(engine: Engine, server: Server, lab: Lab) -> None:
     session = lab.begin(engine, 300)
     before = engine.stats()["arena_nbytes"]  # type: ignore[attr-defined]
-    outcomes = [complete(server, guest(i), prompt=list(ids(3000, i))) for i in range(12)]
+    outcomes = [complete(server, guest(i), prompt=list(ids(1000, i))) for i in range(12)]
     status, reply = outcomes[-1]
     assert outcomes[0][0] == 200 and status == 429
     for what in ("arena: ", "spill: ", "do not share the engine's mail folder", "guest_fraction 0.001"):
@@ -386,7 +386,7 @@ def test_who_has_the_api_key_alone_keeps_no_more_than_the_guests_part(engine: En
     drop = [f"{i:032x}" for i in range(12)]
     assert complete(server, {"op": "stats", "id": "e" * 32, "drop": drop})[0] == 200
     assert engine.stats()["arena_nbytes"] < before + GUESTS_NBYTES // 4  # type: ignore[attr-defined]
-    assert complete(server, guest(50), prompt=list(ids(3000, 50)))[0] == 200
+    assert complete(server, guest(50), prompt=list(ids(1000, 50)))[0] == 200
     complete(server, {"op": "stats", "id": "f" * 32, "drop": [guest(50)["record"]]})
 
 
