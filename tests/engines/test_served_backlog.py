@@ -22,7 +22,7 @@ from thaw.engines.served.talk import Talk
 from thaw.engines.served.transport import Chunk, Submission
 from thaw.engines.vllm.client.http import HttpTransport
 
-STREAMS, EVENTS = 8, 300
+STREAMS, EVENTS = 8, 600
 TAKE_S = 0.0005
 """What a token costs the client, besides its way through HTTP: text, stop conditions, whoever listens."""
 SERVER = """

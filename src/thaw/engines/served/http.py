@@ -6,7 +6,6 @@ import abc
 import asyncio
 import contextlib
 import ipaddress
-import time
 from collections.abc import AsyncIterator, Mapping
 from typing import ClassVar, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -23,22 +22,9 @@ from thaw.engines.served.transport import Chunk, Submission, Transport
 CONNECT_LIMIT_S = 30.0
 HELLO_LIMIT_S = 120.0
 """A busy server answers late; one that is starting does not listen yet."""
-TURN_S = 0.001
-"""How long a stream has the event loop to itself while news of it is there. Without an end to that, answers that the
+AT_ONCE = 2
+"""News of one stream that are read before others of the event loop go on. Without an end to that, answers that the
 server has ready would be read to their last token before anything else that this client has to say or to hear."""
-
-
-class Turn:
-    """A task's time on the event loop."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-
-    async def pause(self) -> None:
-        """Let all others have theirs, if this one's is over."""
-        if time.perf_counter() - self._began > TURN_S:
-            await asyncio.sleep(0)
-            self._began = time.perf_counter()
 
 
 class Call:
@@ -106,13 +92,11 @@ class HttpTransport(Transport, Generic[C]):
     async def stream(self, submission: Submission) -> AsyncIterator[Chunk]:
         call = self._calls[submission.name] = self.call()
         call.task = asyncio.create_task(self._follow(submission, call))
-        turn = Turn()
         try:
             while (news := await call.news.get()) is not None:
                 if isinstance(news, BaseException):
                     raise news
                 yield news
-                await turn.pause()
         finally:
             self._calls.pop(submission.name, None)
             await end(call.task)
@@ -142,9 +126,8 @@ class HttpTransport(Transport, Generic[C]):
             call.news.put_nowait(failed)
 
     async def _pass_on(self, response: httpx.Response, call: C) -> None:
-        ended, turn = False, Turn()
+        ended = False
         async for line in response.aiter_lines():
-            await turn.pause()
             if not line.startswith("data:"):
                 continue
             data = line[5:].strip()
@@ -154,6 +137,8 @@ class HttpTransport(Transport, Generic[C]):
             if chunk is not None:
                 ended = ended or chunk.finish_reason is not None
                 call.news.put_nowait(chunk)
+                if call.news.qsize() >= AT_ONCE:
+                    await asyncio.sleep(0)
         if not ended:
             raise httpx.RemoteProtocolError("the stream ended in the middle")
 
