@@ -135,7 +135,8 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
         failed = described(error)
         if side is not None:
             side.refuse(name, message, failed)
-        _end(scheduler, request, said(failed), http_status(failed))
+        # Without thaw's cache the reply has no status of thaw's: whoever asks who is there hears that nobody is.
+        _end(scheduler, request, said(failed), http_status(failed) if side is not None else None)
         if isinstance(message, protocol.Run):
             _WAITING.refused(message)
 
