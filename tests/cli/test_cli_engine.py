@@ -7,6 +7,8 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from thaw.core.errors import EngineDied, InvalidRequest, TimedOut
 from thaw.engines.served.mail import Mail
 from thaw.engines.vllm import settings as vllm
 from thaw.repo import served
-from thaw.repo.settings import EngineSettings, recall
+from thaw.repo.settings import EngineSettings, recall, remember
 from thaw.store import Store
 
 from .conftest import Shell
@@ -218,7 +220,100 @@ def test_up_needs_a_model(repo: Shell) -> None:
     assert refused.code == 2 and "--model" in refused.err
 
 
+@pytest.mark.parametrize("sizes", [[1] * 8, [1, 10, 1, 1, 1], [100, 1]], ids=["many", "a large one", "too large"])
+def test_former_logs_are_kept_as_far_as_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(server, "FORMER_NBYTES", 10)
+    log = tmp_path / "engine.log"
+    for i, size in enumerate(sizes):
+        server.keep_former(log)
+        assert not log.exists()
+        log.write_text(f"{i}" * size)
+    server.keep_former(log)
+    former = [log.with_name(f"engine.log.{i + 1}") for i in range(server.FORMER_LOGS)]
+    said = [path.read_text()[0] for path in former if path.exists()]
+    expected = {8: ["7", "6", "5", "4", "3"], 5: ["4", "3", "2"], 2: ["1"]}[len(sizes)]
+    assert said == expected and len(list(tmp_path.iterdir())) == len(said)
+
+
+def test_a_log_is_there_after_the_next_server_has_started(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    for i in range(3):
+        server.start([sys.executable, "-c", f"print('server {i}')"], log).wait()
+    texts = [log.with_name(name).read_text() for name in ("engine.log", "engine.log.1", "engine.log.2")]
+    assert texts == ["server 2\n", "server 1\n", "server 0\n"]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in tmp_path.iterdir())
+
+
 # -- joining one
+
+LOCKED = """
+import http.server, json, sys
+class Locked(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.headers["Authorization"] == "Bearer sesame"
+        said = b"{}" if known else b'{"error": "Unauthorized"}'
+        self.send_response(200 if known else 401); self.send_header("Content-Length", str(len(said)))
+        self.end_headers(); self.wfile.write(said)
+    def do_GET(self):
+        self.send_response(404); self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Locked).serve_forever()
+"""
+"""A server of the OpenAI kind that wants a key, and has no thaw."""
+JOINING = {
+    "run": ("run", "Why?", "--engine", "URL"),
+    "fork": ("fork", "main", "Why?", "--engine", "URL"),
+    "match": ("match", "Why?", "--engine", "URL"),
+    "verify": ("verify", "main", "--engine", "URL"),
+    "pool run": ("pool", "run", "main", "Why?", "--attach", "URL"),
+    "engine stats": ("engine", "stats", "URL"),
+    "engine switch": ("engine", "switch", "off", "URL"),
+}
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    process, url = started(LOCKED, tmp_path_factory.mktemp("locked") / "log")
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))):
+            time.sleep(0.05)
+    yield url
+    server.stop(process.pid, process)
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("THAW_API_KEY", "VLLM_API_KEY", "SGLANG_API_KEY"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.mark.parametrize("verb", JOINING)
+@pytest.mark.usefixtures("no_keys")
+def test_every_verb_that_joins_a_server_takes_its_key(tree: Shell, locked: str, verb: str) -> None:
+    """The server here has no thaw, and that is what is said when the key is right."""
+    words = [locked if word == "URL" else word for word in JOINING[verb]]
+    done = tree(*words, "--api-key", "sesame")
+    assert done.code == 2 and "without thaw's connector" in done.err, done.err
+
+
+@pytest.mark.parametrize("variable", ["THAW_API_KEY", "VLLM_API_KEY", None])
+@pytest.mark.usefixtures("no_keys")
+def test_the_key_may_be_in_a_variable(shell: Shell, locked: str, variable: str | None) -> None:
+    done = shell("engine", "stats", locked, **({variable: "sesame"} if variable else {}))
+    said = "without thaw's connector" if variable else "refused the API key (401)"
+    assert done.code == 2 and said in done.err
+    assert variable or "--api-key, or the variable THAW_API_KEY" in done.err
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_doctor_asks_a_server_with_its_key(repo: Shell, locked: str) -> None:
+    with Store.open(repo.cwd / ".thaw") as store:
+        remember(store, EngineSettings(name="vllm", options={"url": locked}))
+    assert "does not answer" in repo("doctor", "--quick").out
+    assert "thaw is not active in the server" in repo("doctor", "--quick", "--api-key", "sesame").out
 
 
 def test_an_engine_may_be_named_by_its_url() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from thaw.core.errors import InvalidRequest
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.core.errors import InvalidRequest, StorageFailed
+from thaw.engines.served.mail import SCHEDULER, Mail, default_folder
 from thaw.engines.served.protocol import Answer, Message, Switch, Unpin, Write
 
 
@@ -58,3 +59,38 @@ def test_mail_is_for_its_owner_only(tmp_path: Path) -> None:
     mail.register_store("0" * 32, tmp_path)
     for path in mail.folder.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022], ids=oct)
+def test_every_folder_of_the_usual_place_is_for_its_owner_only(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    before = os.umask(umask)
+    try:
+        folder = Mail(default_folder("one") / "dp0").folder
+    finally:
+        os.umask(before)
+    made = [folder, *folder.parents][: len(folder.relative_to(runtime).parts)]
+    assert [stat.S_IMODE(place.stat().st_mode) for place in made] == [0o700] * 3
+    for place in made:
+        place.chmod(0o755)  # as earlier releases left them
+    Mail(folder)
+    assert [stat.S_IMODE(place.stat().st_mode) for place in made] == [0o700] * 3
+    made[1].chmod(0o777)
+    with pytest.raises(StorageFailed, match=r"the mail folder .*dp0 cannot be used: .* open to others"):
+        Mail(folder)
+
+
+@pytest.mark.parametrize("runtime", ["", "relative", "another user's", "not there"])
+def test_a_runtime_folder_that_is_not_ours_is_not_used(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {"": "", "relative": ".", "another user's": "/", "not there": str(tmp_path / "gone")}[runtime]
+    if named == "/" and os.getuid() == 0:
+        os.chown(tmp_path, 65534, 65534)
+        named = str(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", named)
+    assert default_folder("one") == Path("/tmp") / f"thaw-{os.getuid()}" / "thaw-mail" / "one"

@@ -70,7 +70,9 @@ def test_the_manifest_in_the_docs_holds_the_file_that_thaw_reads() -> None:
     config_map, deployment = yaml.safe_load_all(manifest)
     said = yaml.safe_load(config_map["data"]["thaw.yaml"])
     wanted = VllmSettings(
-        mail="/thaw/mail", spill="/thaw/spill", stores={"00000000-0000-4000-8000-000000000000": "/thaw/store/packs"}
+        mail="/thaw/mail/engine",
+        spill="/thaw/spill",
+        stores={"00000000-0000-4000-8000-000000000000": "/thaw/store/packs"},
     )
     assert said == yaml.safe_load(settings.config_file(wanted))
     pod = deployment["spec"]["template"]["spec"]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, 
 from thaw.core.objects import Turn
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
 from thaw.pool import ForkPool, wire
+from thaw.pool.guard import GRACE_S
 from thaw.pool.rates import Rates, line
 from thaw.pool.round import Round
 from thaw.pool.values import BranchResult
+from thaw.testing.laws.kit import until
 from thaw.testing.laws.pool_kit import bits
 
 HERE = Path(__file__).parent
+SRC = HERE.parents[1] / "src"
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 
 
@@ -273,12 +277,44 @@ def test_new_weights_reach_every_worker_and_those_that_are_restarted() -> None:
 
 @pytest.mark.slow("starts and ends a pool of processes")
 def test_a_function_cannot_be_sent_to_another_process_and_an_update_that_fails_serves_nothing() -> None:
-    with ForkPool("fake") as pool, pytest.raises(Unsupported, match="module:function"):
-        pool.set_policy("1", update=lambda engine: None)
+    with ForkPool("fake") as pool:
+        before = pool.stats()
+        with pytest.raises(Unsupported, match="module:function"):
+            pool.set_policy("1", update=lambda engine: None)
+        assert pool.policy_version == "0" and pool.stats().workers == before.workers, "it has changed nothing"
+        assert pool.fork(pool.encode("a document"), 1, GREEDY)[0].ok
     with ForkPool("fake", backend="inline") as pool:
         seen: list[str] = []
         pool.set_policy("1", update=lambda engine: seen.append(engine.policy_version))
         assert seen == ["0"] and pool.policy_version == "1"
+
+
+@pytest.mark.slow("starts and ends a pool of processes")
+def test_a_worker_that_could_not_be_brought_to_the_policy_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process used to stay, and the pool waited at its end for it to go."""
+    monkeypatch.setattr("thaw.pool.fleet.MAX_RESTARTS", 1)
+    with ForkPool("fake", env={"PYTHONPATH": str(HERE)}) as pool:
+        with pytest.raises(ThawError, match="left no weights"):
+            pool.set_policy("1", update="pool_updates:broken")
+        until(lambda: [worker.state for worker in pool.stats().workers] == ["gone"])
+        began = time.monotonic()
+    assert time.monotonic() - began < GRACE_S / 2
+
+
+@pytest.mark.slow("starts and ends a pool of processes")
+def test_a_pool_is_closed_while_a_worker_boots(tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    waits = f"import os, time\nwhile os.path.exists({str(stop)!r}):\n    time.sleep(0.1)\n"
+    (tmp_path / "sitecustomize.py").write_text(waits)
+    with ForkPool("fake", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{SRC}"}) as pool:
+        (pid,) = [worker.pid for worker in pool.stats().workers]
+        assert pid is not None
+        stop.touch()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: [worker.state for worker in pool.stats().workers] == ["booting"])
+        began = time.monotonic()
+    assert time.monotonic() - began < GRACE_S / 2
+    assert pool._threads._shutdown and not pool._home.path.exists()
 
 
 @pytest.mark.parametrize("backend", ["process", "inline"])

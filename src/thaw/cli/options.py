@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+KEY_VARIABLE = "THAW_API_KEY"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -75,9 +77,22 @@ def option_of(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, cls=Grouped, group=group, **settings)
 
 
+def _use_key(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    """Whatever joins a server finds it there, processes that the verb starts as well."""
+    if value is not None:
+        os.environ[KEY_VARIABLE] = value
+
+
+api_key = option_of(
+    "Engine", "--api-key", metavar="KEY", expose_value=False, callback=_use_key,
+    help=f"Of the server that is joined. Others of the host see command lines: prefer the variable {KEY_VARIABLE}.",
+)  # fmt: skip
+
+
 def engine(function: F) -> F:
-    """--engine, --model and how to load it; what is not given the repository remembers."""
+    """--engine, --model and how to load it; what is not given the repository remembers. --api-key."""
     for option in (
+        api_key,
         option_of("Engine", "--device", help="cpu or cuda."),
         option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: the weights' own."),
         option_of("Engine", "--model", metavar="PATH", help="A folder (or hub id); the repository remembers it."),

@@ -25,11 +25,15 @@ from thaw.repo import served
 EVERY_S = 0.5
 POLITE_S = 30.0
 TAIL_NBYTES = 8192
+FORMER_LOGS = 5
+FORMER_NBYTES = 64 << 20
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?(INFO|WARNING) [\d-]+ [\d:]+ \[[^]]*\] *")
 
 
 def start(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Begin it; both its outputs go to `log`, which only this user may read. `environment`: what is added to ours."""
+    """Begin it; both its outputs go to `log`, which only this user may read. The logs of those before are kept beside
+    it (`keep_former`). `environment`: what is added to ours."""
+    keep_former(log)
     with storage_errors(log, "write"):
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -41,6 +45,21 @@ def start(command: list[str], log: Path, environment: Mapping[str, str] | None =
         raise EngineDied(f"{command[0]} could not be started: {error.strerror}") from None
     finally:
         os.close(fd)
+
+
+def keep_former(log: Path) -> None:
+    """Make room for a new log: the one before becomes `.1` (engine.log.1), that one `.2`, and so on. The oldest are
+    removed beyond `FORMER_LOGS` of them, or `FORMER_NBYTES` in all; the one before is always kept."""
+    names = [log, *(log.with_name(f"{log.name}.{i + 1}") for i in range(FORMER_LOGS))]
+    with storage_errors(log, "keep the log before"):
+        for older, newer in zip(reversed(names), reversed(names[:-1]), strict=False):
+            if newer.exists():
+                newer.replace(older)
+        nbytes = 0
+        for i, former in enumerate(names[1:]):
+            nbytes += former.stat().st_size if former.exists() else 0
+            if i and nbytes > FORMER_NBYTES:
+                former.unlink(missing_ok=True)
 
 
 def wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> float:

@@ -26,7 +26,7 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     [num_layers][K|V][token][head_dim] in `dtype`, little-endian.
     """
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.-]{1,40}$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.-]{1,40}\Z")]
     kind: Literal["full"]
     first_layer: int
     num_layers: int

@@ -18,7 +18,8 @@ def attach(
     """Join what runs already; closing the engine leaves it running.
 
     `target` is one of
-        the address of a vLLM OpenAI server that was started with thaw's file (`api_key`: that server's)
+        the address of a vLLM OpenAI server that was started with thaw's file (`api_key`: that server's; default: the
+            variable THAW_API_KEY, else VLLM_API_KEY or SGLANG_API_KEY)
         the address of an SGLang server that was started with `--radix-cache-backend thaw`
         an `sglang.Engine` made with `radix_cache_backend="thaw"`
         a `vllm.AsyncLLM` or `vllm.LLM` made with `thaw.engines.vllm.settings.engine_args`
@@ -54,7 +55,10 @@ def engine_at(url: str, api_key: str | None = None) -> str:
     import urllib.error
     import urllib.request
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    from thaw.engines.keys import api_key as key_for
+
+    key = key_for("sglang", api_key)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         asked = urllib.request.Request(url.rstrip("/").removesuffix("/v1") + "/model_info", headers=headers)
         with urllib.request.urlopen(asked, timeout=ASK_LIMIT_S) as reply:

@@ -51,6 +51,12 @@ class Backend(Protocol):
     def boot(self, index: int, name: str, policy_version: str | None) -> Host:
         """Blocks until the engine can be used. Called on several threads at once, for different workers."""
 
+    def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
+        """Raise `Unsupported` for a function that its workers could not run."""
+
+    def close(self) -> None:
+        """Nothing is booted any more: what is booting now ends with `EngineDied`, where it can be ended. Idempotent."""
+
 
 def choose(
     home: Home, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float

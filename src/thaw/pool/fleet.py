@@ -14,7 +14,7 @@ from typing import Any
 from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
 from thaw.pool.arena import Arena
-from thaw.pool.backend import Backend
+from thaw.pool.backend import Backend, Host
 from thaw.pool.closer import Closer
 from thaw.pool.values import WorkerStats
 from thaw.pool.worker import Life, Worker
@@ -81,6 +81,13 @@ class Fleet:
 
     def _begin(self, worker: Worker) -> Life:
         host = self._backend.boot(worker.index, worker.name, self.policy_version)
+        try:
+            return self._brought_to_policy(worker, host)
+        except BaseException:
+            host.kill()
+            raise
+
+    def _brought_to_policy(self, worker: Worker, host: Host) -> Life:
         life = Life(worker.name, host, self._arena, self._durable, self._residents, self._closer)
         applied: Update | None = None
         while True:
@@ -208,6 +215,8 @@ class Fleet:
     def close(self) -> None:
         with self.changed:
             self._closing = True
+        self._backend.close()
+        with self.changed:
             lives = [worker.life for worker in self.workers if worker.life is not None]
             for worker in self.workers:
                 worker.state = "gone"

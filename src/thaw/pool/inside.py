@@ -62,6 +62,12 @@ class InProcess:
         engine = load_engine(self._engine, **options)
         return Inside(engine, owned=True, boot_s=time.perf_counter() - began)
 
+    def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
 
 class Attached:
     """Engines that run already: `Engine` objects, addresses, or whatever `thaw.attach` joins."""
@@ -84,3 +90,9 @@ class Attached:
         began = time.perf_counter()
         engine = attach(target, **self._options)
         return Inside(engine, owned=True, boot_s=time.perf_counter() - began)
+
+    def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
+        return
+
+    def close(self) -> None:
+        return

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ from thaw.pool.remote import Line, RemoteEngine
 from thaw.pool.wire import Booted
 
 FAREWELL_S = 25.0
+NOT_SENT = (
+    "the workers are processes of their own, to which no function can be sent: give update as 'module:function', "
+    "importable there, or make the pool with backend='inline'"
+)
 
 
 class LocalProcesses:
@@ -43,6 +48,9 @@ class LocalProcesses:
         self._home, self._engine, self._options = home, engine, dict(options)
         self._env = env
         self._limit_s = boot_timeout_s
+        self._lock = threading.Lock()
+        self._booting: set[LocalProcess] = set()
+        self._closed = False
 
     def boot(self, index: int, name: str, policy_version: str | None) -> Host:
         options = self._options if policy_version is None else {**self._options, "policy": policy_version}
@@ -52,11 +60,32 @@ class LocalProcesses:
         line = Line(Connection(ours), name)
         host = LocalProcess(self._home, process, line, log)
         try:
-            host.start(self._engine, options, self._limit_s)
+            self._start(host, options)
         except BaseException:
             host.kill()
             raise
         return host
+
+    def _start(self, host: LocalProcess, options: dict[str, Any]) -> None:
+        with self._lock:
+            if self._closed:
+                raise EngineDied("the pool was closed while a worker booted")
+            self._booting.add(host)
+        try:
+            host.start(self._engine, options, self._limit_s)
+        finally:
+            with self._lock:
+                self._booting.discard(host)
+
+    def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
+        if update is not None and not isinstance(update, str):
+            raise Unsupported(NOT_SENT)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed, booting = True, list(self._booting)
+        for host in booting:
+            host.kill()
 
     def _environment(self, index: int) -> dict[str, str]:
         """This process', with this very thaw first on the path, and what was given for this worker."""
@@ -122,7 +151,7 @@ class LocalProcess:
 
     def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
         if not isinstance(update, str):
-            raise Unsupported("the workers are processes of their own: give update as 'module:function'")
+            raise Unsupported(NOT_SENT)
         assert isinstance(self.engine, RemoteEngine)
         return self.engine.invoke(update, arguments)
 

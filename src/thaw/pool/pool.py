@@ -260,10 +260,12 @@ class ForkPool:
 
         Waits for the batches that run; those that wait go on under the new policy (a live or stored point of the old
         one is then refused by name; plain tokens are prefilled anew). `update` brings the weights: a function that is
-        called with each engine, or "module:function" to run it in the workers' own processes, with `arguments`.
-        Workers that are restarted later get the same. One at which it fails is not used any more.
+        called with each engine, or "module:function" to run it in the workers' own processes, with `arguments`; where
+        they are such, a function is refused and nothing is changed. Workers that are restarted later get the same. One
+        at which it fails is not used any more.
         """
         self._check_open()
+        self._backend.check_update(update)
         self._scheduler.pause()
         try:
             self._fleet.set_policy((version, update, dict(arguments or {})))

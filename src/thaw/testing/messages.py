@@ -26,5 +26,21 @@ HOSTILE: dict[str, object] = {
     "too many packs": {**_WRITE, "packs": ["x"] * (protocol.MAX_RANKS + 1)},
     "a megabyte for a name": {**_FILL, "record": "2" * (1 << 20)},
     "a number out of range": {"op": "run", "id": _ONE, "record": _TWO, "num_kv": -1},
+    "a line break after an id": {"op": "run", "id": _ONE + "\n", "record": _TWO},
+    "a line break after a record": {"op": "run", "id": _ONE, "record": _TWO + "\n"},
+    "a line break after a store": {**_WRITE, "store": _THREE + "\n"},
+    "a line break after a pack": {**_WRITE, "packs": ["x\n"]},
+    "a caller that nobody added": {"op": "run", "id": _ONE, "record": _TWO, "caller": "5" * 32},
+    "a caller that is a path": {"op": "stats", "id": _ONE, "caller": "../facts/s"},
+    "everybody's, without a grant": {"op": "unpin", "id": _ONE},
+    "no record": {"op": "run", "id": _ONE},
+    "no operation": {"id": _ONE},
+    "nothing in it": {},
+    "a list": [],
     "no message": "not a message",
 }
+MALFORMED = frozenset(HOSTILE) - {
+    "a record that was guessed", "a record that was guessed, to pin", "a plan that was guessed",
+    "a store that nobody registered", "a caller that nobody added", "everybody's, without a grant",
+}  # fmt: skip
+"""Those that are no messages: refused wherever they are read. The others only by an engine that knows what it has."""

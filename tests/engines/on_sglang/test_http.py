@@ -40,6 +40,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         arguments = {"model_path": model, "port": port, "api_key": KEY, "context_length": 2048}
+        self.log = log
         self._log = log.open("wb")
         self._process = subprocess.Popen(
             [
@@ -87,7 +88,7 @@ def mail(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, mail: Path) -> Iterator[Server]:
-    settings = SglangSettings(mail=str(mail))
+    settings = SglangSettings(mail=str(mail), guest_fraction=0.001, spill_nbytes=1 << 30)
     one = Server(model, mail.with_name("server.log"), settings, "--radix-cache-backend", "thaw")
     try:
         yield one.wait()
@@ -160,9 +161,12 @@ def test_plain_requests_are_sglangs_own(server: Server, engine: SglangEngine, la
 def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
     server: Server, engine: SglangEngine, lab: Lab, message: object
 ) -> None:
-    reply = server.generate(input_ids=list(ids(20)), kv_hints=hints({"message": message})).json()
-    reason = reply["meta_info"]["finish_reason"]
-    assert reason["type"] == "abort" and json.loads(reason["message"])["kind"] in ("invalid-request", "not-found")
+    """The reply says why, and so does the log."""
+    reply = server.generate(input_ids=list(ids(20)), kv_hints=hints({"message": message}))
+    said = reply.json()
+    why = json.loads(said.get("error", said)["message"])
+    assert reply.status_code in (400, 404) and why["kind"] in ("invalid-request", "not-found")
+    assert why["error"] in server.log.read_text(errors="replace")
     assert len(lab.one(engine, lab.begin(engine, 20), greedy(2)).token_ids) == 2
 
 
@@ -173,6 +177,25 @@ def test_what_a_session_cannot_go_on_with_is_refused_for_itself(server: Server) 
         reply = server.generate(input_ids=list(ids(20)), kv_hints=hints({"message": message}), **body)
         text = reply.text
         assert "unsupported" in text or reply.status_code == 400, text
+
+
+def test_who_has_the_api_key_alone_keeps_no_more_than_the_guests_part(
+    server: Server, engine: SglangEngine, lab: Lab
+) -> None:
+    def ask(i: int, **more: object) -> httpx.Response:
+        message = {"op": "run", "id": f"{i + 7000:032x}", "record": f"{i:032x}", **more}
+        return server.generate(input_ids=list(ids(1900, i)), kv_hints=hints({"message": message}))
+
+    session, before = lab.begin(engine, 300), engine.stats()["arena_nbytes"]
+    outcomes = [ask(i) for i in range(20)]
+    assert outcomes[0].status_code == 200 and outcomes[-1].status_code == 429
+    for what in ("arena: ", "spill: ", "do not share the engine's mail folder", "guest_fraction 0.001"):
+        assert what in outcomes[-1].text
+    limit = int((4 << 30) * 0.001) + int((1 << 30) * 0.001)
+    assert limit // 2 < engine.stats()["arena_nbytes"] - before <= limit
+    same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 300), greedy(2)))
+    assert lab.capture(engine, session).num_kv > 300
+    assert ask(50, drop=[f"{i:032x}" for i in range(20)]).status_code == 200
 
 
 def test_the_owner_aborts_everything_and_sessions_stay(server: Server, engine: SglangEngine, lab: Lab) -> None:

@@ -6,6 +6,7 @@ One server serves the tests; the last of them stops it. Then the law book, on se
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -31,16 +32,20 @@ from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, SessionRef
 from thaw.engines.served import protocol
+from thaw.engines.served.budget import MAX_COMMANDS
+from thaw.engines.served.mail import Mail
 from thaw.engines.vllm.client.http import HttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
-from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, wait_for
-from thaw.testing.messages import HOSTILE
+from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, until, wait_for
+from thaw.testing.messages import HOSTILE, MALFORMED
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
 KEY = "sesame"
 START_LIMIT_S = 300.0
+SHARED = VllmSettings(caller_fraction=0.05, guest_fraction=0.001, spill_nbytes=1 << 30)
+GUESTS_NBYTES = int(SHARED.arena_nbytes * 0.001) + int(SHARED.spill_nbytes * 0.001)
 
 
 class Server:
@@ -176,7 +181,8 @@ def in_process(model: Path, lab: Lab) -> InProcess:
 @pytest.fixture(scope="module")
 def server(model: Path, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started when the engine in process is gone: two at once crowd a small machine."""
-    server = Server(model, tmp_path_factory.mktemp("server"), "--max-model-len", "4096", "--api-key", KEY)
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(model, folder, "--max-model-len", "4096", "--api-key", KEY, settings=SHARED)
     yield server
     server.stop()
 
@@ -311,41 +317,115 @@ def test_the_servers_own_metrics_count_what_thaw_does(engine: Engine, server: Se
     assert after["thaw_arena_nbytes"] == engine.stats()["arena_nbytes"] > 0  # type: ignore[attr-defined]
 
 
-def complete(server: Server, message: object) -> tuple[int, dict[str, Any]]:
-    """A request as anybody may send it, with this for thaw's message: the reply's status and body."""
-    body = {"prompt": list(ids(20)), "max_tokens": 1, "kv_transfer_params": {protocol.KEY: message}}
+def complete(server: Server, message: object, **more: object) -> tuple[int, dict[str, Any]]:
+    """A request as anybody may send it, with this for thaw's message: the reply's status and body, or of a stream the
+    first event."""
+    body = {"prompt": list(ids(20)), "max_tokens": 1, "kv_transfer_params": {protocol.KEY: message}, **more}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     asked = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(asked, timeout=LIMIT_S) as reply:
-            return reply.status, json.load(reply)
+            return reply.status, json.loads(reply.readline().removeprefix(b"data: "))
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
 
-@pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE)
 def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
-    engine: Engine, server: Server, lab: Lab, tmp_path_factory: pytest.TempPathFactory, message: object
+    engine: Engine, server: Server, lab: Lab, tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
-    """What answers a request of thaw's in the reply says why. Any other ends with an error, and the mail says why."""
+    """The reply says why, and so does the log where the engine refused it."""
     session = lab.begin(engine, 20)
-    letters, everything = server.log.parent / "mail" / "answers", tmp_path_factory.getbasetemp()
+    everything = tmp_path_factory.getbasetemp()
     refused = engine.stats()["refused"]  # type: ignore[attr-defined]
-    mailed, files = set(letters.iterdir()), set(everything.rglob("*"))
-    status, reply = complete(server, message)
-    new = set(letters.iterdir()) - mailed
-    if status == 200:
-        kinds = [reply["kv_transfer_params"][protocol.KEY]["kind"]]
+    files = set(everything.rglob("*"))
+    status, reply = complete(server, HOSTILE[name])
+    assert status in (400, 404), reply
+    why = reply["error"]["message"]
+    assert set(everything.rglob("*")) == files, "nothing is made or taken away, whatever the message names"
+    if name in MALFORMED:
+        assert "protocol" in why or f"kv_transfer_params.{protocol.KEY}: " in why
     else:
-        assert status == 500 and "choices" not in reply
-        kinds = [json.loads(letter.read_bytes())["kind"] for letter in new]
-    assert len(kinds) == 1 and kinds[0] in ("invalid-request", "not-found")
-    assert set(everything.rglob("*")) == files | new, "nothing is made or taken away, whatever the message names"
-    for letter in new:
-        letter.unlink()
-    assert engine.stats()["refused"] == refused + 1  # type: ignore[attr-defined]
+        assert reply["error"]["type"] in ("invalid-request", "not-found") and why in server.log.read_text()
+    assert engine.stats()["refused"] == refused + (name not in MALFORMED)  # type: ignore[attr-defined]
     same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 20), greedy(2)))
     assert requests_in(server) == 0
+
+
+def test_a_stream_that_is_refused_says_why_as_well(server: Server) -> None:
+    status, event = complete(server, HOSTILE["a record that was guessed"], stream=True)
+    assert status == 200, "vLLM has begun its reply by then"
+    assert event["error"]["type"] == "not-found" and event["error"]["code"] == 404
+    assert "has let go of this session" in event["error"]["message"]
+
+
+def test_a_failure_that_is_none_of_thaws_stays_as_it_is(server: Server) -> None:
+    """A body that only looks like one with a message passes through, and so does what vLLM itself refuses."""
+    status, reply = complete(server, None, user='"thaw"')
+    assert status == 200 and reply["choices"]
+    status, reply = complete(server, None, user='"thaw"', temperature=-1.0)
+    assert status == 400 and "temperature" in reply["error"]["message"]
+
+
+def guest(name: int, **more: object) -> dict[str, Any]:
+    return {"op": "run", "id": f"{name + 7000:032x}", "record": f"{name:032x}", **more}
+
+
+def test_who_has_the_api_key_alone_keeps_no_more_than_the_guests_part(engine: Engine, server: Server, lab: Lab) -> None:
+    session = lab.begin(engine, 300)
+    before = engine.stats()["arena_nbytes"]  # type: ignore[attr-defined]
+    outcomes = [complete(server, guest(i), prompt=list(ids(1000, i))) for i in range(12)]
+    status, reply = outcomes[-1]
+    assert outcomes[0][0] == 200 and status == 429
+    for what in ("arena: ", "spill: ", "do not share the engine's mail folder", "guest_fraction 0.001"):
+        assert what in reply["error"]["message"]
+    kept = engine.stats()["arena_nbytes"] - before  # type: ignore[attr-defined]
+    assert GUESTS_NBYTES // 2 < kept <= GUESTS_NBYTES
+    same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 300), greedy(2)))
+    assert lab.capture(engine, session).num_kv > 300
+    drop = [f"{i:032x}" for i in range(12)]
+    assert complete(server, {"op": "stats", "id": "e" * 32, "drop": drop})[0] == 200
+    assert engine.stats()["arena_nbytes"] < before + GUESTS_NBYTES // 4  # type: ignore[attr-defined]
+    assert complete(server, guest(50), prompt=list(ids(1000, 50)))[0] == 200
+    complete(server, {"op": "stats", "id": "f" * 32, "drop": [guest(50)["record"]]})
+
+
+def test_commands_that_are_held_are_counted_by_caller(engine: Engine, server: Server) -> None:
+    """Here `caller_fraction` lets a caller have 51 of them at once."""
+    name = "9" * 32
+    Mail(server.log.parent / "mail").add_caller(name)
+    limit = int(MAX_COMMANDS * 0.05)
+    body = {"prompt": [0], "max_tokens": 1}
+    held = []
+    for i in range(limit):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+        message = {"op": "stats", "id": f"{i:032x}", "caller": name}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        asked = {**body, "kv_transfer_params": {protocol.KEY: message}}
+        connection.request("POST", "/v1/completions", json.dumps(asked), headers)
+        held.append(connection)
+    try:
+        until(lambda: engine.stats()["commands"] >= limit)  # type: ignore[attr-defined]
+        status, reply = complete(server, {"op": "stats", "id": "d" * 32, "caller": name, "inband": True})
+        assert status == 429 and "held commands: this caller has 51 of 51" in reply["error"]["message"]
+        assert engine.stats()["records"] >= 0  # type: ignore[attr-defined]
+    finally:
+        for connection in held:
+            connection.close()
+    until(lambda: engine.stats()["commands"] == 0)  # type: ignore[attr-defined]
+    assert complete(server, {"op": "stats", "id": "c" * 32, "caller": name, "inband": True})[0] == 200
+
+
+def test_a_command_whose_sender_hangs_up_does_not_take_the_engine_with_it(engine: Engine, server: Server) -> None:
+    for i in range(20):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+        message = {"op": "look", "id": f"{i:032x}", "digest": True}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        body = {"prompt": [0], "max_tokens": 1, "kv_transfer_params": {protocol.KEY: message}}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        time.sleep(0.003 * i)
+        connection.close()
+    until(lambda: engine.stats()["commands"] == 0)  # type: ignore[attr-defined]
 
 
 def test_two_clients_do_not_see_each_others_sessions(engine: Engine, server: Server, lab: Lab) -> None:
@@ -371,9 +451,9 @@ def test_the_api_key_alone_does_not_change_what_is_everybodys(
     """The control: thaw's client, which shares the mail folder, asks for the same and gets it."""
     session = lab.begin(engine, 300, start=33)
     assert engine.pin(session, 60).result(LIMIT_S) == 256  # type: ignore[attr-defined]
-    _, reply = complete(server, msgspec.to_builtins(message))
-    said = reply["kv_transfer_params"][protocol.KEY]
-    assert said["kind"] == "invalid-request" and "share the engine's mail folder" in said["error"]
+    status, reply = complete(server, msgspec.to_builtins(message))
+    said = reply["error"]
+    assert status == 400 and said["type"] == "invalid-request" and "share the engine's mail folder" in said["message"]
     assert engine.stats()["pinned_blocks"] == 2  # type: ignore[attr-defined]
     engine.release_pins()  # type: ignore[attr-defined]
     assert engine.stats()["pinned_blocks"] == 0  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ leaves a note about itself in the mail folder, and all of them must be there.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import msgspec
 
 from thaw.bench.doctor.report import Finding
 from thaw.core.errors import ThawError
+from thaw.engines.keys import api_key
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import Mail, ranks_beside
 from thaw.engines.sglang.client import wire
@@ -110,19 +110,19 @@ def _mail_of_vllm(url: str) -> str:
     MsgspecError for what is no such server."""
     message = protocol.Hello(id=secrets.token_hex(16))
     body = {"prompt": [0], "max_tokens": 1, "temperature": 0.0, "kv_transfer_params": protocol.params(message)}
-    said = json.loads(_asked(f"{url}/v1/completions", body, "VLLM_API_KEY"))
+    said = json.loads(_asked(f"{url}/v1/completions", body, "vllm"))
     answer = (said.get("kv_transfer_params") or {}).get(protocol.KEY) or {}
     return str((answer.get("facts") or {}).get("mail", ""))
 
 
 def _mail_of_sglang(url: str) -> str:
     """Likewise."""
-    said = msgspec.json.decode(_asked(f"{url}/generate", wire.hello(), "SGLANG_API_KEY"), type=wire.News)
+    said = msgspec.json.decode(_asked(f"{url}/generate", wire.hello(), "sglang"), type=wire.News)
     return wire.facts(said).get("mail", "")
 
 
-def _asked(url: str, body: dict[str, Any], key_in: str) -> bytes:
-    key = os.environ.get(key_in)
+def _asked(url: str, body: dict[str, Any], engine: str) -> bytes:
+    key = api_key(engine)
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=HELLO_LIMIT_S) as reply:

@@ -33,6 +33,7 @@ PROBLEM_EXIT = 1
 @click.option("--model", metavar="PATH", help="Load this model and measure its prefill against loading.")
 @click.option("--dtype", metavar="DTYPE", help="The cache's type, if not the config's.")
 @click.option("--quick", is_flag=True, help="Measure nothing.")
+@options.api_key
 @options.as_json
 def command(
     named: str | None, config: str | None, model: str | None, dtype: str | None, quick: bool, as_json: bool

@@ -128,7 +128,7 @@ def _other(text: str) -> str | dict[str, object]:
 
 
 def _absolute(folder: str | None) -> str | None:
-    return None if folder is None else str(Path(folder).expanduser().absolute())
+    return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
 for verb in (config, engine_live.stats, engine_live.switch):

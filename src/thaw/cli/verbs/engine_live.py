@@ -24,6 +24,7 @@ thaw engine switch on http://localhost:8000
 
 @options.verb("stats", STATS_EXAMPLE)
 @click.argument("url", required=False)
+@options.api_key
 @options.as_json
 def stats(named: str | None, url: str | None, as_json: bool) -> None:
     """Print what a running engine counts: sessions, blocks (free, pinned), captures, hydrates, refusals, bytes held.
@@ -41,6 +42,7 @@ def stats(named: str | None, url: str | None, as_json: bool) -> None:
 @options.verb("switch", SWITCH_EXAMPLE)
 @click.argument("state", type=click.Choice(["on", "off"]))
 @click.argument("url", required=False)
+@options.api_key
 @options.as_json
 def switch(named: str | None, state: str, url: str | None, as_json: bool) -> None:
     """Turn thaw off in a running engine without a restart, or on again.

@@ -54,7 +54,8 @@ def command(
     """Start a stock vLLM or SGLang server in the background, with thaw in it. From then on the verbs of this repository
     join it instead of loading the model each time, until `thaw down`.
 
-    What stands after -- are the engine's own arguments. Its log is engine.log in the repository.
+    What stands after -- are the engine's own arguments. Its log is engine.log in the repository; those of the five
+    servers before are engine.log.1 (the last) to engine.log.5.
     """
     from thaw.repo import served
 

@@ -2,7 +2,8 @@
 
 A record is a list of pieces, append-only; a fork shares its parent's pieces (a cut one by reference too), so it costs
 no bytes. A piece is [head][layer][K|V][token][head_dim]. Memory beyond the budget is a file's: mapped, unlinked, paged
-by the operating system. Beside an accelerator all of the budget is one pinned slab, taken at boot (`slab`).
+by the operating system, and has a budget of its own. Beside an accelerator all of the memory is one pinned slab, taken
+at boot (`slab`). Each piece counts for the caller whose record it was made for, as long as anybody's record has it.
 
 A piece may still be on its way out of the accelerator: whoever reads it waits for `ready` first.
 """
@@ -21,10 +22,13 @@ from pathlib import Path
 import torch
 
 from thaw.core.errors import StorageFailed
+from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Caller, Room, Shares, mib
 from thaw.engines.served.slab import Slab
 
 MAX_PIECES = 64
 """A record of more pieces is joined into one: loads should not walk through crumbs."""
+TIGHT_TOKENS = 1 << 17
+"""Whoever has room for so many more is not told how much it is."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,12 @@ class Piece:
 
 @dataclass
 class Record:
-    """`epoch`: of the weights that computed it. `broken`: why it can no longer be used."""
+    """`epoch`: of the weights that computed it. `broken`: why it can no longer be used. `caller`: whose it is."""
 
     pieces: tuple[Piece, ...]
     epoch: int
     broken: str = ""
+    caller: Caller = GUEST
 
     @property
     def num_kv(self) -> int:
@@ -79,58 +84,102 @@ class Record:
 
 
 class Arena:
-    """`pinned`: memory that the accelerator reads and writes by itself. Pieces are then never joined: a load walks over
+    """`nbytes` of memory and `spill_nbytes` of files in the folder `spill`, of both of which each caller has its share.
+    `pinned`: memory that the accelerator reads and writes by itself. Pieces are then never joined: a load walks over
     crumbs without cost there."""
 
     def __init__(
         self, nbytes: int, spill: Path | None, heads: int, layers: int, head_dim: int, dtype: torch.dtype,
-        *, pinned: bool = False,
+        *, spill_nbytes: int, shares: Shares, pinned: bool = False,
     ):  # fmt: skip
-        self._budget, self._spill = nbytes, spill
+        self._memory, self._files = Budget("arena", nbytes, shares, mib), Budget("spill", spill_nbytes, shares, mib)
+        self._spill = spill
         self._slab = Slab(nbytes) if pinned else None
         self._shape, self._dtype = (heads, layers, 2, head_dim), dtype
         self._lock = threading.RLock()  # Python's collector may end a tensor while it is held
-        self._used = 0
-        self.spilled = 0
 
     @property
     def used(self) -> int:
-        return self._used
+        """Bytes in memory and in files."""
+        return self._memory.total + self._files.total
 
-    def allocate(self, num_tokens: int) -> torch.Tensor:
-        """[head][layer][K|V][num_tokens][head_dim], not set. Raises `StorageFailed` when there is no room."""
+    @property
+    def spilled(self) -> int:
+        return self._files.total
+
+    def room(self, caller: Caller) -> Room:
+        """What may still be kept for the caller in one piece, and the limits that say so."""
+        with self._lock:
+            left = max(self._memory.left(caller), self._files.left(caller))
+            beyond = left + 1
+            why = f"{self._memory.refusal(caller, beyond)}; {self._files.refusal(caller, beyond)}"
+        return Room(num_tokens=left // self._nbytes(1), why=why)
+
+    def tight(self) -> dict[Caller, Room]:
+        """The callers with room for less than `TIGHT_TOKENS`; `EVERYBODY` among them when that is all that one who has
+        nothing yet could have."""
+        with self._lock:
+            asked = {*self._memory.callers(), *self._files.callers(), GUEST, EVERYBODY}
+        found = {caller: self.room(caller) for caller in asked}
+        return {caller: room for caller, room in found.items() if room.num_tokens < TIGHT_TOKENS}
+
+    def allocate(self, num_tokens: int, caller: Caller) -> torch.Tensor:
+        """[head][layer][K|V][num_tokens][head_dim], not set. Raises `StorageFailed` when there is no room, saying which
+        limit was reached."""
         heads, layers, two, dim = self._shape
-        shape = (heads, layers, two, num_tokens, dim)
-        nbytes = heads * layers * two * num_tokens * dim * self._dtype.itemsize
+        shape, nbytes = (heads, layers, two, num_tokens, dim), self._nbytes(num_tokens)
+        tensor = self._from_memory(shape, nbytes, caller)
+        return tensor if tensor is not None else self._from_files(shape, nbytes, caller)
+
+    def _nbytes(self, num_tokens: int) -> int:
+        heads, layers, two, dim = self._shape
+        return heads * layers * two * num_tokens * dim * self._dtype.itemsize
+
+    def _from_memory(self, shape: Sequence[int], nbytes: int, caller: Caller) -> torch.Tensor | None:
+        """None: what is left of it is too little, or too much in pieces."""
         with self._lock:
-            fits = self._used + nbytes <= self._budget
-            self._used += nbytes
-        if self._slab is not None:
-            return self._from(self._slab, shape, nbytes)
+            if self._memory.refusal(caller, nbytes):
+                return None
+            self._memory.take(caller, nbytes)
+        tensor = None
         try:
-            tensor = torch.empty(shape, dtype=self._dtype) if fits else self._mapped(shape, nbytes)
-        except BaseException:
-            self._give_back(nbytes, spilled=0)
-            raise
-        weakref.finalize(tensor, self._give_back, nbytes, 0 if fits else nbytes)
+            tensor = self._in_memory(shape, nbytes)
+        finally:
+            if tensor is None:
+                self._give_back(self._memory, caller, nbytes)
+        if tensor is not None:
+            weakref.finalize(tensor, self._give_back, self._memory, caller, nbytes)
         return tensor
 
-    def _from(self, slab: Slab, shape: Sequence[int], nbytes: int) -> torch.Tensor:
-        found = slab.take(nbytes)
-        try:
-            tensor = self._mapped(shape, nbytes) if found is None else found[1][:nbytes].view(self._dtype).view(*shape)
-        except BaseException:
-            self._give_back(nbytes, spilled=0)
-            raise
-        weakref.finalize(tensor, self._give_back, nbytes, nbytes if found is None else 0)
-        if found is not None:
-            weakref.finalize(tensor, slab.give_back, found[0], nbytes)
+    def _in_memory(self, shape: Sequence[int], nbytes: int) -> torch.Tensor | None:
+        if self._slab is None:
+            return torch.empty(shape, dtype=self._dtype)
+        found = self._slab.take(nbytes)
+        if found is None:
+            return None
+        tensor = found[1][:nbytes].view(self._dtype).view(*shape)
+        weakref.finalize(tensor, self._slab.give_back, found[0], nbytes)
         return tensor
 
-    def _give_back(self, nbytes: int, spilled: int) -> None:
+    def _from_files(self, shape: Sequence[int], nbytes: int, caller: Caller) -> torch.Tensor:
         with self._lock:
-            self._used -= nbytes
-            self.spilled -= spilled
+            if why := self._files.refusal(caller, nbytes):
+                whole = f"{self._memory.refusal(caller, nbytes)}; {why}".removeprefix("; ")
+                raise StorageFailed(
+                    f"{mib(nbytes)} more of KV have no room: {whole}. Close sessions, or start the engine with more"
+                )
+            self._files.take(caller, nbytes)
+        try:
+            tensor = self._mapped(shape, nbytes)
+        except BaseException:
+            self._give_back(self._files, caller, nbytes)
+            raise
+        weakref.finalize(tensor, self._give_back, self._files, caller, nbytes)
+        return tensor
+
+    def _give_back(self, budget: Budget, caller: Caller, nbytes: int) -> None:
+        with self._lock:
+            budget.give_back(caller, nbytes)
 
     def _mapped(self, shape: Sequence[int], nbytes: int) -> torch.Tensor:
         try:
@@ -139,19 +188,17 @@ class Arena:
                 memory = mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
             raise StorageFailed(
-                f"the arena is full ({self._used >> 20} MiB of {self._budget >> 20}) and {nbytes >> 20} MiB more "
-                f"do not fit on the disk: {error}. Close sessions, or start the engine with a larger arena."
+                f"the arena is full ({mib(self._memory.total)} in memory) and {mib(nbytes)} more do not fit on the "
+                f"disk: {error}. Close sessions, or start the engine with a larger arena."
             ) from None
-        with self._lock:
-            self.spilled += nbytes
         return torch.frombuffer(memory, dtype=self._dtype).view(*shape)
 
-    def joined(self, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    def joined(self, pieces: Sequence[Piece], caller: Caller) -> tuple[Piece, ...]:
         """The same tokens in one piece, when there are too many."""
         if len(pieces) <= MAX_PIECES or self._slab is not None:
             return tuple(pieces)
         stop = pieces[-1].stop
-        tensor = self.allocate(stop)
+        tensor = self.allocate(stop, caller)
         for piece in pieces:
             tensor[:, :, :, piece.start : piece.stop] = piece.tensor[:, :, :, : piece.length]
         return (Piece(0, stop, tensor),)

@@ -22,6 +22,9 @@ from thaw.engines.served.transport import Chunk, Submission, Transport
 CONNECT_LIMIT_S = 30.0
 HELLO_LIMIT_S = 120.0
 """A busy server answers late; one that is starting does not listen yet."""
+AT_ONCE = 2
+"""News of one stream that are read before others of the event loop go on. Without an end to that, answers that the
+server has ready would be read to their last token before anything else that this client has to say or to hear."""
 
 
 class Call:
@@ -134,6 +137,8 @@ class HttpTransport(Transport, Generic[C]):
             if chunk is not None:
                 ended = ended or chunk.finish_reason is not None
                 call.news.put_nowait(chunk)
+                if call.news.qsize() >= AT_ONCE:
+                    await asyncio.sleep(0)
         if not ended:
             raise httpx.RemoteProtocolError("the stream ended in the middle")
 
@@ -141,7 +146,10 @@ class HttpTransport(Transport, Generic[C]):
         """The server's error as one of thaw's."""
         message = server_message(content)
         if status in (401, 403):
-            return InvalidRequest(f"{self.url} refused the API key ({status}): give the server's own as api_key")
+            return InvalidRequest(
+                f"{self.url} refused the API key ({status}): give the server's own as api_key (--api-key, or "
+                "the variable THAW_API_KEY)"
+            )
         if status == 404:
             said = message or f"no {self.route} there"
             return NotFound(f"{self.url}: {said}; give the address of a {self.title} server")

@@ -1,13 +1,17 @@
-"""The mail: a folder of the user's own (0700) in which engine and client leave each other short files.
+"""The mail: a folder of the user's own in which engine and client leave each other short files.
 
-It carries what requests cannot: answers to commands, hydrate plans on their way in, and which stores (folders of packs)
-the engine may touch. Both sides run as the same user on one host, or share the folder; that is also what a store needs.
+It is 0700 whatever the umask, and so is every folder above it that thaw names; a way that another user of the host
+could change is refused (`data.private`). It carries what requests cannot: answers to commands, hydrate plans on their
+way in, and which stores (folders of packs) the engine may touch. Both sides run as the same user on one host, or share
+the folder; that is also what a store needs.
 
     stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
     grants/<id>            empty: whoever says the message of this id may change what is everybody's
+    callers/<name>         empty: messages that say this name are of a client that shares the folder
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
     facts/<from>           what a process says about itself
+    facts/tight.<rank>     callers whose KV has little room left in a worker's arena; not there while all have much
     facts/lock             locked by the engine for as long as its process lives
 """
 
@@ -18,14 +22,16 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StorageFailed
+from thaw.data.private import is_own, make_private
 from thaw.engines.base import HydratePlan
+from thaw.engines.served.budget import Caller, Room
 from thaw.engines.served.protocol import Answer, EngineFacts, Message, WorkerFacts
 
 T = TypeVar("T")
@@ -41,17 +47,18 @@ ROOT = "thaw-mail"
 
 class Mail:
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._make()
-        if folder.stat().st_uid != os.getuid():
-            raise StorageFailed(f"the mail folder {folder} belongs to another user; choose another")
 
     def _make(self) -> None:
-        for name in ("stores", "plans", "answers", "facts", "grants"):
-            try:
-                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}; choose another") from None
+        """Raises `StorageFailed` for a folder that others could change."""
+        try:
+            for folder in _own_part(self.folder):
+                make_private(folder, close=True)
+            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers"):
+                make_private(self.folder / name)
+        except StorageFailed as error:
+            raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}") from None
 
     # -- whose it is
 
@@ -79,7 +86,8 @@ class Mail:
         """Raise `EngineDied` when the engine's process is gone."""
         facts = self.engine_facts()
         if facts is None or (facts.pid != os.getpid() and _is_free(self.folder / "facts" / "lock")):
-            raise EngineDied("vLLM's engine died (its process is gone); start it again and hydrate from a commit")
+            name = facts.engine if facts is not None else "the server"
+            raise EngineDied(f"{name}'s engine died (its process is gone); start it again and hydrate from a commit")
 
     def remove(self) -> None:
         """For whoever started the engine, when it is gone: the whole folder, other data-parallel ranks' too."""
@@ -118,6 +126,30 @@ class Mail:
 
     def drop_plan(self, name: str) -> None:
         (self.folder / "plans" / name).unlink(missing_ok=True)
+
+    # -- callers
+
+    def add_caller(self, name: str) -> None:
+        """Messages may say this name from now on."""
+        _put(self.folder / "callers" / name, b"")
+
+    def drop_caller(self, name: str) -> None:
+        (self.folder / "callers" / name).unlink(missing_ok=True)
+
+    def require_caller(self, message: Message) -> None:
+        """Raise `InvalidRequest` for a caller that nobody has added, and where the message needs one and has none."""
+        name = type(message).__name__.lower()
+        if message.caller is None:
+            if message.for_sharers:
+                raise InvalidRequest(
+                    f"{name}: it is for those who share the engine's mail folder; use thaw's own client there, as the "
+                    "same user"
+                )
+        elif not (self.folder / "callers" / message.caller).exists():
+            raise InvalidRequest(
+                f"{name}: its caller is not among those who share the engine's mail folder: attach anew, or leave "
+                "`caller` out"
+            )
 
     # -- grants
 
@@ -164,6 +196,17 @@ class Mail:
     def worker_facts(self, rank: int) -> WorkerFacts | None:
         return _read(self.folder / "facts" / str(rank), WorkerFacts)
 
+    def post_tight(self, rank: int, tight: Mapping[Caller, Room]) -> None:
+        """Who has little room left in this worker's arena."""
+        path = self.folder / "facts" / f"tight.{rank}"
+        if tight:
+            _put(path, msgspec.json.encode(tight))
+        else:
+            path.unlink(missing_ok=True)
+
+    def tight(self, rank: int) -> dict[Caller, Room]:
+        return _read(self.folder / "facts" / f"tight.{rank}", dict[Caller, Room]) or {}
+
     def sweep(self) -> None:
         """Remove what was never fetched."""
         limit = time.time() - STALE_S
@@ -175,10 +218,21 @@ class Mail:
 
 
 def default_folder(name: str) -> Path:
-    """A folder for the engine `name`, below the user's runtime folder."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    root = Path(base) if base and os.access(base, os.W_OK) else Path("/tmp") / f"thaw-{os.getuid()}"
+    """A folder for the engine `name`, below the user's runtime folder, or in the temporary one where there is none."""
+    base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    root = base if base.is_absolute() and is_own(base) else Path("/tmp") / _of_user()
     return root / ROOT / name
+
+
+def _of_user() -> str:
+    return f"thaw-{os.getuid()}"
+
+
+def _own_part(folder: Path) -> list[Path]:
+    """Those of `folder` and what is above it that thaw names itself, the outermost first."""
+    way = [*reversed(folder.parents), folder]
+    first = next((i for i, place in enumerate(way) if place.name in (_of_user(), ROOT)), len(way))
+    return way[first:]
 
 
 def ranks_beside(folder: Path) -> list[int]:

@@ -20,6 +20,7 @@ from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, stream_blobs, write_pack
 from thaw.engines.base import HydratePlan, Slice
 from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.served.budget import Caller
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.protocol import Answer, Blob, WorkerFacts
 
@@ -32,12 +33,13 @@ class Packing:
     def __init__(self, facts: WorkerFacts, mail: Mail, arena: Arena, dtype: torch.dtype) -> None:
         self._facts, self._mail, self._arena, self._dtype = facts, mail, arena, dtype
 
-    def read(self, plan: HydratePlan) -> tuple[list[Piece], int, float]:
-        """All slices in one piece, every blob verified in scratch memory before it is laid out there."""
+    def read(self, plan: HydratePlan, caller: Caller) -> tuple[list[Piece], int, float]:
+        """All slices in one piece, every blob verified in scratch memory before it is laid out there. It counts for
+        `caller`."""
         _check_cover(plan)
         if not plan.num_kv:
             return [], 0, 0.0
-        tensor = self._arena.allocate(plan.num_kv)
+        tensor = self._arena.allocate(plan.num_kv, caller)
         group = plan.identity.groups[0].name
         wanted = [(piece, head, blob) for piece in plan.slices for head, blob in enumerate(self._own(piece, group))]
         for piece, _, location in wanted:

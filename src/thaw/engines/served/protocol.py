@@ -18,16 +18,16 @@ import msgspec
 
 from thaw.core.errors import InvalidRequest
 
-VERSION = 4
+VERSION = 5
 KEY = "thaw"
-Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """128 random bits, in hex: unguessable, and safe as a file name."""
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
-PackName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+PackName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")]
 MAX_RANKS = 64
 SALT = "thaw:"
 """How the cache salt of a lineage begins; one that shares its prefix with everybody has the user's own or none."""
-StoreName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f-]{32,36}$")]
+StoreName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f-]{32,36}\Z")]
 
 
 MAX_DROP = 4096
@@ -37,15 +37,27 @@ MAX_DROP = 4096
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
     """`drop` names records that nobody needs any more. `inband`: answer in the reply, not only in the mail.
 
+    `caller` is who asks: a name that its client has put among the mail's callers. Whoever leaves it out may only send
+    requests: it is answered in the reply (`inband` is implied), and what it keeps in the engine counts together with
+    what all others without a name keep there.
+
     `for_owner`: it is about everybody's sessions, so its sender must also have put its id among the mail's grants; who
-    may only send requests cannot.
+    may only send requests cannot. `for_sharers`: it works through the mail, or at everybody's cost, so it
+    needs a caller.
     """
 
     for_owner: ClassVar[bool] = False
+    for_sharers: ClassVar[bool] = False
     v: int = VERSION
     id: Name
     drop: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_DROP)] = ()
     inband: bool = False
+    caller: Name | None = None
+
+    @property
+    def in_reply(self) -> bool:
+        """Whether its answer goes back with the request."""
+        return self.inband or self.caller is None
 
 
 class Run(Message, frozen=True, kw_only=True, tag="run"):
@@ -68,10 +80,15 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     mail: bool = False
     grammar_from: Count | None = None
 
+    def num_new(self, num_tokens: int) -> int:
+        """How many of a request's tokens are to be kept anew."""
+        return num_tokens - (self.num_kv if self.source is not None else 0) if self.keep else 0
+
 
 class Fill(Message, frozen=True, kw_only=True, tag="fill"):
     """Read the plan that lies in the mail under this id into the new record `record`."""
 
+    for_sharers: ClassVar[bool] = True
     record: Name
 
 
@@ -79,6 +96,7 @@ class Write(Message, frozen=True, kw_only=True, tag="write"):
     """Write tokens [base, num_kv) of `record` into a pack of a store, rank r into `packs[r]`. `num_kv` None: all
     that is computed by now."""
 
+    for_sharers: ClassVar[bool] = True
     record: Name
     store: StoreName
     packs: Annotated[tuple[PackName, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
@@ -101,6 +119,7 @@ class Write(Message, frozen=True, kw_only=True, tag="write"):
 class Pin(Message, frozen=True, kw_only=True, tag="pin"):
     """Hold the record's blocks in the engine for `seconds` (0: let go)."""
 
+    for_sharers: ClassVar[bool] = True
     record: Name
     seconds: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 

@@ -8,27 +8,30 @@ from collections import OrderedDict
 from typing import Any, Generic, Protocol, TypeVar
 
 from thaw.core.errors import NotFound
+from thaw.engines.served.budget import MAX_RECORDS, Budget, Caller, Shares
 
-MAX_RECORDS = 100_000
 LOOKED_AT = 64
 """How many of the oldest are looked at when there is something to tidy."""
 
 
 class Kept(Protocol):
-    """`live`: the request that extends it, if one does. `touched`: when it was last used, by the monotonic clock."""
+    """`live`: the request that extends it, if one does. `touched`: when it was last used, by the monotonic clock.
+    `caller`: whose it is."""
 
     live: Any
     touched: float
+    caller: Caller
 
 
 R = TypeVar("R", bound=Kept)
 
 
 class Records(Generic[R]):
-    """`ttl_s`: what nobody used for so long is overdue, and so are the oldest of more than `MAX_RECORDS`."""
+    """`ttl_s`: what nobody used for so long is overdue. `shares`: of `MAX_RECORDS`."""
 
-    def __init__(self, ttl_s: float) -> None:
+    def __init__(self, ttl_s: float, shares: Shares) -> None:
         self._ttl_s = ttl_s
+        self._budget = Budget("records", MAX_RECORDS, shares)
         self._kept: OrderedDict[str, R] = OrderedDict()
 
     def __len__(self) -> int:
@@ -44,7 +47,14 @@ class Records(Generic[R]):
             raise NotFound("the engine has let go of this session (it restarted, or the session was idle too long)")
         return record
 
+    def require_room(self, name: str, caller: Caller) -> None:
+        """Raises `Busy` where the caller may not have one more, of this name."""
+        if name not in self._kept:
+            self._budget.require(caller)
+
     def keep(self, name: str, record: R) -> None:
+        self.drop(name)
+        self._budget.take(record.caller)
         self._kept[name] = record
         self.touch(name)
 
@@ -54,14 +64,18 @@ class Records(Generic[R]):
 
     def drop(self, name: str) -> bool:
         """Whether it was there."""
-        return self._kept.pop(name, None) is not None
+        record = self._kept.pop(name, None)
+        if record is None:
+            return False
+        self._budget.give_back(record.caller)
+        return True
 
     def overdue(self) -> tuple[str, ...]:
         """The names of those that have had their time, the oldest first; at most `LOOKED_AT` at once."""
-        over, limit = len(self._kept) - MAX_RECORDS, time.monotonic() - self._ttl_s
-        oldest = enumerate(itertools.islice(self._kept.items(), LOOKED_AT))
-        found = itertools.takewhile(lambda item: item[0] < over or item[1][1].touched < limit, oldest)
-        return tuple(name for _, (name, _) in found)
+        limit = time.monotonic() - self._ttl_s
+        oldest = itertools.islice(self._kept.items(), LOOKED_AT)
+        found = itertools.takewhile(lambda item: item[1].touched < limit, oldest)
+        return tuple(name for name, _ in found)
 
     def unused(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `names` that no request extends; the others count as used now."""

@@ -30,16 +30,20 @@ RUN_LIMIT_S = 30.0
 
 
 class Talk:
-    """`dropped`: records that nobody needs any more. Any thread may add to it; the next message tells the engine."""
+    """`dropped`: records that nobody needs any more. Any thread may add to it; the next message tells the engine.
+
+    All that it says is said under one name, which stands among the mail's callers until the farewell."""
 
     def __init__(self, transport: Transport, dialect: Dialect) -> None:
         self.transport, self.mail, self.dialect = transport, transport.mail, dialect
+        self._name = secrets.token_hex(16)
+        self.mail.add_caller(self._name)
         self.dropped: list[str] = []
         self._ranks: tuple[str | int, ...] = tuple(range(transport.facts.world_size))
 
     async def command(self, message: Message, senders: tuple[str | int, ...] | None = None) -> Answer:
         """Say it, wait for the mail, take the request back. Raises what the engine answered."""
-        message = msgspec.structs.replace(message, drop=self._take_dropped())
+        message = msgspec.structs.replace(message, drop=self._take_dropped(), caller=self._name)
         if message.for_owner:
             self.mail.grant(message.id)
         submission = Submission(message.id, [0], self.dialect.one_token, None, message)
@@ -79,10 +83,12 @@ class Talk:
             message = protocol.Pin(id=secrets.token_hex(16), record=secrets.token_hex(16), seconds=0.0)
             with contextlib.suppress(ThawError, TimeoutError):
                 await asyncio.wait_for(self.command(message, (SCHEDULER,)), FAREWELL_LIMIT_S)
+        self.mail.drop_caller(self._name)
 
     def _with_news(self, submission: Submission) -> Submission:
         """By mail, for a stream that is left may have had its last chunk already, and nobody sees what that said."""
-        message = msgspec.structs.replace(submission.message, mail=True, drop=self._take_dropped())
+        news = {"mail": True, "drop": self._take_dropped(), "caller": self._name}
+        message = msgspec.structs.replace(submission.message, **news)
         return dataclasses.replace(submission, message=message)
 
     def _take_dropped(self) -> tuple[str, ...]:

@@ -40,8 +40,8 @@ def attach(target: Any, *, policy: str = "0", api_key: str | None = None) -> Eng
     """Join an SGLang that runs with thaw's cache (`--radix-cache-backend thaw`): a server, by its address, or an
     `sglang.Engine` of this program (`Engine(radix_cache_backend="thaw", …)`).
 
-    It goes on when this engine is closed. `api_key`: the server's (default: SGLANG_API_KEY). Raises `NotFound` when
-    nobody is there, or nobody with thaw's cache.
+    It goes on when this engine is closed. `api_key`: the server's (default: THAW_API_KEY, else SGLANG_API_KEY). Raises
+    `NotFound` when nobody is there, or nobody with thaw's cache.
 
     An `Engine` is used on the event loop that it runs on. `engine.generate` works between two verbs of thaw's; in an
     `async` program wait for thaw on another thread than that loop's (`thaw.aio` does).

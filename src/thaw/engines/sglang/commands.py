@@ -4,6 +4,7 @@ They run between two steps. What takes long, reading and writing packs, goes on 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer
 from thaw.engines.sglang.agreement import described
@@ -23,14 +25,19 @@ if TYPE_CHECKING:
 
 
 class Commands:
-    def __init__(self, side: Side, packing: Packing) -> None:
+    """Each caller has its share of `MAX_COMMANDS` that threads work at, or have yet to begin."""
+
+    def __init__(self, side: Side, packing: Packing, shares: Shares) -> None:
         self._side, self._packing = side, packing
+        self._budget, self._lock = Budget("held commands", MAX_COMMANDS, shares), threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
 
     def begin(self, message: protocol.Command) -> None:
         """Raises what refuses it, on all ranks alike."""
         side = self._side
         side.mail.require_granted(message)
+        caller = message.caller or GUEST
+        side.agreement.together(lambda: self._require_room(caller))
         if isinstance(message, protocol.Fill):
             self._fill(message)
         elif isinstance(message, protocol.Write):
@@ -50,27 +57,33 @@ class Commands:
                 side.pins.reset()
             side.answer(message.id, Answer())
 
+    def _require_room(self, caller: Caller) -> None:
+        with self._lock:
+            self._budget.require(caller)
+
     def _fill(self, message: protocol.Fill) -> None:
         side = self._side
+        caller = message.caller or GUEST
         plan = side.agreement.together(lambda: side.mail.plan(message.id))
+        side.require_room(message.record, caller, plan.num_kv)
         if plan.num_kv > side.engine.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.engine.max_model_len}")
         epoch, started = side.epochs.now(), time.perf_counter()
         chain = side.contents.fresh(plan.num_kv)
         side.counters["hydrates"] += 1
         # The record is there at once, broken until it is whole: who is quicker than the disk is refused, not served.
-        kept = Kept((), epoch, broken="it is not read yet")
-        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), kept, chain))
+        kept = Kept((), epoch, broken="it is not read yet", caller=caller)
+        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), kept, chain, caller=caller))
 
         def read() -> Answer:
-            pieces, nbytes, read_s = self._packing.read(plan)
-            kept.pieces = side.arena.joined(pieces)
+            pieces, nbytes, read_s = self._packing.read(plan, caller)
+            kept.pieces = side.arena.joined(pieces, caller)
             kept.broken = ""
             seconds = time.perf_counter() - started
             stages = {"read": read_s, "fill": seconds}
             return Answer(num_kv=plan.num_kv, nbytes=nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
 
-        self._in_thread(message.id, read)
+        self._in_thread(message, read)
 
     def _write(self, message: protocol.Write) -> None:
         side = self._side
@@ -90,7 +103,7 @@ class Commands:
             answer.stages_s["cut"] = cut_s
             return answer
 
-        self._in_thread(message.id, write)
+        self._in_thread(message, write)
 
     def _num_ready(self, message: protocol.Write, record: Record, epoch: int) -> int:
         """How many of the record's tokens every rank has."""
@@ -122,7 +135,7 @@ class Commands:
         weights = side.epochs.weights
         if weights is None:
             raise NotFound("the model was not found in this process; its weights cannot be hashed")
-        self._in_thread(message.id, lambda: Answer(epoch=epoch, digest=weights.digest()))
+        self._in_thread(message, lambda: Answer(epoch=epoch, digest=weights.digest()))
 
     def _counts(self) -> dict[str, int]:
         side = self._side
@@ -136,13 +149,19 @@ class Commands:
             "spilled_nbytes": side.arena.spilled,
         }
 
-    def _in_thread(self, name: str, work: Callable[[], Answer]) -> None:
+    def _in_thread(self, message: protocol.Command, work: Callable[[], Answer]) -> None:
+        caller = message.caller or GUEST
+        with self._lock:
+            self._budget.take(caller)
+
         def run() -> None:
             try:
                 answer = work()
             except Exception as error:  # noqa: BLE001 - the answer says so
                 failed = described(error)
                 answer = Answer(kind=failed.kind, error=str(failed))
-            self._side.answer(name, answer)
+            with self._lock:
+                self._budget.give_back(caller)
+            self._side.answer(message.id, answer)
 
         self._threads.submit(run)

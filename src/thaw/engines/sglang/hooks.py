@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
-from thaw.core.errors import InvalidRequest
+from thaw.core.errors import InvalidRequest, ThawError
 from thaw.engines.served import protocol
+from thaw.engines.served.said import http_status, said
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
 from thaw.engines.sglang import support
 from thaw.engines.sglang.agreement import Due, described
@@ -33,6 +32,10 @@ from thaw.engines.sglang.settings import ACTION, REFUSED
 from thaw.engines.sglang.side import Side
 
 GROUP_LIMIT_S = 10.0
+UNHEARD = (
+    "its answer comes through the engine's mail folder, so it is for those who share that; use thaw's own client "
+    "there, as the same user"
+)
 _ACTIVE: list[ThawRadixCache] = []
 """The cache of this process: at most one."""
 
@@ -114,6 +117,7 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
         message = protocol.parse({protocol.KEY: payload.get("message")})
         if side is None or message is None:
             raise InvalidRequest("kv_hints of type thaw without a message, or this SGLang runs without thaw's cache")
+        side.require_caller(message)
         if isinstance(message, protocol.Run):
             extra = _extra(payload)
             support.require_request(request)
@@ -123,13 +127,16 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
         if isinstance(message, protocol.Hello):
             _end(scheduler, request, side.hello(message))
             return
+        if message.caller is None:
+            raise InvalidRequest(f"{type(message).__name__.lower()}: {UNHEARD}")
         side.command(message)
         _end(scheduler, request, "")
     except Exception as error:  # noqa: BLE001 - a failing thaw costs its own request, never the engine
         failed = described(error)
         if side is not None:
-            side.refuse(getattr(message, "id", name), failed)
-        _end(scheduler, request, msgspec.json.encode({"kind": failed.kind, "error": str(failed)}).decode())
+            side.refuse(name, message, failed)
+        # Without thaw's cache the reply has no status of thaw's: whoever asks who is there hears that nobody is.
+        _end(scheduler, request, said(failed), http_status(failed) if side is not None else None)
         if isinstance(message, protocol.Run):
             _WAITING.refused(message)
 
@@ -145,11 +152,11 @@ def _extra(payload: dict[str, Any]) -> SamplingExtra | None:
     return from_extra({EXTRA: payload["sampling"]} if "sampling" in payload else None)
 
 
-def _end(scheduler: Any, request: Any, text: str) -> None:
-    """Tell the front end that this request is over."""
+def _end(scheduler: Any, request: Any, text: str, status: int | None = None) -> None:
+    """Tell the front end that this request is over. With a `status` the server's reply has that, unless it streams."""
     from sglang.srt.managers.io_struct import AbortReq
 
-    reason = {"type": "abort", "message": text, "status_code": None, "err_type": None}
+    reason = {"type": "abort", "message": text, "status_code": status, "err_type": None}
     scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=request.rid, finished_reason=reason), request)
 
 
@@ -190,19 +197,20 @@ def init_next_round_input(
         original(req, tree_cache, *args, **more)
         run = cache.side.runs.get(req.rid)
         if run is not None and run.error is not None and req.to_finish is None:
-            _end_unread(req)
+            _end_unread(req, run.error)
             original(req, tree_cache, *args, **more)
     finally:
         cache.admitting = False
 
 
-def _end_unread(req: Any) -> None:
+def _end_unread(req: Any, error: ThawError) -> None:
     """The request's session cannot be used, and its tokens are not to be read again in its place: it ends as SGLang's
     own refusals do, after a step of one token that nobody sees."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-    req.set_finish_with_abort(REFUSED)
-    req.to_finish = FINISH_ABORT(REFUSED)
+    text = f"{REFUSED} {said(error)}"
+    req.set_finish_with_abort(text)
+    req.to_finish = FINISH_ABORT(text, http_status(error))
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **more: Any) -> Any:

@@ -11,6 +11,7 @@ from thaw.core.errors import ThawError
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Piece
 from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.sglang.rows import Chosen
 
 
@@ -18,7 +19,7 @@ from thaw.engines.sglang.rows import Chosen
 class Record:
     """`tokens[:num_kv]` have KV in the arena (`kept`). `chain` [num_kv], int64: the number of each token's content, by
     which the slots of SGLang's pool that hold the same bits are known. `salt`: under which SGLang's tree may have them;
-    None until a request has run."""
+    None until a request has run. `caller`: whose it is."""
 
     tokens: list[int]
     kept: Kept
@@ -26,6 +27,7 @@ class Record:
     live: Run | None = None
     salt: str | None = None
     touched: float = 0.0
+    caller: Caller = GUEST
 
     @property
     def num_kv(self) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from thaw.core.errors import InvalidRequest
+from thaw.engines.served.budget import Shares
 from thaw.engines.served.mail import default_folder
 
 BACKEND = "thaw"
@@ -24,7 +25,8 @@ ACTION = "thaw"
 RANKS = ("--tp", "--tp-size", "--tensor-parallel-size")
 """SGLang's names for the number of ranks."""
 REFUSED = "thaw: refused"
-"""How a request ends in SGLang whose session cannot be used: nothing is computed in its place. Why is in the mail."""
+"""How the reason begins with which a request ends in SGLang whose session cannot be used: nothing is computed in its
+place."""
 MAX_LOGPROBS = 100
 """What `Sampling.logprobs` may ask for."""
 ON_CPU: Mapping[str, object] = {
@@ -62,6 +64,14 @@ class SglangSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Host memory for the KV of sessions, of each rank. What is beyond it goes to `spill`."""
     spill: str | None = None
     """The folder of the file that holds what is beyond `arena_nbytes`. None: the system's temporary folder."""
+    spill_nbytes: NumBytes = 64 << 30
+    """How much that file may hold, of each rank."""
+    caller_fraction: Fraction = 1.0
+    """The part of `arena_nbytes`, of `spill_nbytes`, of the records and of the commands held at once that one client of
+    thaw's may have."""
+    guest_fraction: Fraction = 0.125
+    """The part that all those may have together who do not share the mail folder, but may send requests (they have the
+    server's API key, say)."""
     session_ttl_s: Seconds = 86_400.0
     """A session that nobody used for so long is forgotten."""
     pin_fraction: Fraction = 0.25
@@ -70,6 +80,9 @@ class SglangSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A pin ends by itself after so long."""
     enabled: bool = True
     """Off: the cache is SGLang's own, and thaw's requests are refused."""
+
+    def shares(self) -> Shares:
+        return Shares(self.caller_fraction, self.guest_fraction)
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> SglangSettings:

@@ -16,6 +16,7 @@ whether a piece of work succeeded, and that is agreed before it matters (`agreem
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Arena, Piece
 from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
@@ -45,6 +47,7 @@ from thaw.engines.sglang.records import Record, Run
 from thaw.engines.sglang.rows import Chosen
 from thaw.engines.sglang.settings import SglangSettings
 
+log = logging.getLogger("thaw.sglang")
 MAIL_SWEEP_S = 300.0
 
 
@@ -55,14 +58,17 @@ class Side:
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
         self.on = settings.enabled
-        self.records: Records[Record] = Records(settings.session_ttl_s)
+        self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
         self.runs: dict[str, Run] = {}
         self.contents = Contents(pool.num_slots, agreement)
         self.epochs = Epochs(weights, agreement)
         self.pins = Pins(settings, engine)
         spill = Path(settings.spill) if settings.spill else None
-        self.arena = Arena(settings.arena_nbytes, spill, pool.num_heads, pool.num_layers, pool.head_dim, pool.dtype)
-        self._commands = Commands(self, Packing(facts, mail, self.arena, pool.dtype))
+        self.arena = Arena(
+            settings.arena_nbytes, spill, pool.num_heads, pool.num_layers, pool.head_dim, pool.dtype,
+            spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
+        )  # fmt: skip
+        self._commands = Commands(self, Packing(facts, mail, self.arena, pool.dtype), settings.shares())
         self._pool = pool
         self._swept = time.monotonic()
         self.row: Callable[[Any, int], torch.Tensor] = unbound
@@ -81,6 +87,8 @@ class Side:
         self.forget(message.drop)
         if not self.on:
             raise Unsupported("thaw is switched off in this engine; plain requests work")
+        caller = message.caller or GUEST
+        self.require_room(message.record, caller, message.num_new(len(tokens)))
         source, want = self._source(message), 0
         epoch = self.epochs.now()
         pieces: tuple[Piece, ...] = ()
@@ -89,10 +97,20 @@ class Side:
             want = self._ready(source, message.num_kv, tokens, epoch)
             pieces, chain = source.kept.cut(want), source.chain[:want]
         run = Run(rid, message, want, len(tokens), Chosen(extra, tokens))
-        self.records.keep(message.record, Record(tokens[:want], Kept(pieces, epoch), chain, live=run, salt=salt or ""))
+        kept = Kept(pieces, epoch, caller=caller)
+        self.records.keep(message.record, Record(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller))
         self.runs[rid] = run
         self.counters["forks"] += message.source not in (None, message.record)
         return run
+
+    def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
+        """Raises `Busy` where the caller may not keep one more record, or that many tokens more on some rank."""
+        self.records.require_room(record, caller)
+        self.agreement.together(lambda: self.arena.room(caller).require(num_tokens))
+
+    def require_caller(self, message: protocol.Message) -> None:
+        """Raises `InvalidRequest`, on all ranks alike."""
+        self.agreement.together(lambda: self.mail.require_caller(message))
 
     def _ready(self, source: Record, want: int, tokens: list[int], epoch: int) -> int:
         """How many of the `want` tokens can be used, on every rank."""
@@ -188,13 +206,13 @@ class Side:
         if same == upto:
             return
         try:
-            piece = self.arena.allocate(upto - same)
+            piece = self.arena.allocate(upto - same, record.caller)
             self._pool.read(slots[same:], piece)
-            pieces = self.arena.joined((*record.kept.cut(same), Piece(same, upto - same, piece)))
+            pieces = self.arena.joined((*record.kept.cut(same), Piece(same, upto - same, piece)), record.caller)
         except (ThawError, RuntimeError, MemoryError) as error:
             record.kept.broken = str(error)
             return
-        record.kept = Kept(pieces, record.kept.epoch)
+        record.kept = Kept(pieces, record.kept.epoch, caller=record.caller)
         record.chain, record.tokens = chain.clone(), run.tokens()[:upto]
 
     def catch_up(self, record: Record, want: int | None) -> int:
@@ -245,7 +263,8 @@ class Side:
             preempted=run.retracted,
             kept=run.message.keep,
         )
-        self.say(run.message.id, answer)
+        if run.message.caller is not None:
+            self.say(run.message.id, answer)
 
     def flushed(self) -> None:
         """SGLang has thrown its cache away: slots hold nobody's content, and the locks are gone with the tree."""
@@ -265,9 +284,13 @@ class Side:
         if not self.facts.rank:
             self.mail.answer(name, SCHEDULER, answer)
 
-    def refuse(self, name: str, error: ThawError) -> None:
+    def refuse(self, rid: str, message: protocol.Message | None, error: ThawError) -> None:
+        """By mail to who shares it; to the operator in the first rank's log."""
         self.counters["refused"] += 1
-        self.say(name, Answer(kind=error.kind, error=str(error)))
+        if not self.facts.rank:
+            log.warning("thaw: request %s is refused (%s): %s", rid, error.kind, error)
+        if message is not None and message.caller is not None:
+            self.say(message.id, Answer(kind=error.kind, error=str(error)))
 
     # -- what has had its time
 

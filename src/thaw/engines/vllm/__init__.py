@@ -50,8 +50,8 @@ def attach(url: Any, *, policy: str = "0", api_key: str | None = None) -> Engine
     or a list of addresses (or one string of them, with commas), which are one engine then: sessions are spread over
     them, as over the ranks of a data-parallel server.
 
-    It goes on when this engine is closed. `api_key` goes with an address (default: VLLM_API_KEY, the name that the
-    server reads too). Raises `NotFound` when nobody is there, or nobody with thaw's connector.
+    It goes on when this engine is closed. `api_key` goes with an address (default: THAW_API_KEY, else VLLM_API_KEY,
+    which the server reads too). Raises `NotFound` when nobody is there, or nobody with thaw's connector.
     """
     from thaw.engines.vllm.client.boot import attach as join
 

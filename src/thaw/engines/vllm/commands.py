@@ -5,12 +5,15 @@ They ask the scheduler's side for what it keeps, and put jobs for the workers in
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from thaw.core.errors import Busy, TooLong
+from thaw.core.errors import Busy, ThawError, TimedOut, TooLong
 from thaw.engines.served import protocol
+from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
 from thaw.engines.served.mail import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
 from thaw.engines.vllm import jobs
@@ -20,21 +23,36 @@ if TYPE_CHECKING:
     from thaw.engines.vllm.scheduler import SchedulerSide
 
 
-class Commands:
-    """By the request that carries each."""
+HELD_LIMIT_S = 900.0
+"""A request whose command is still held then has been left by its client, who waits no longer than
+`talk.COMMAND_LIMIT_S`: it runs its one token and ends."""
 
-    def __init__(self, side: SchedulerSide) -> None:
+
+@dataclass(frozen=True)
+class Held:
+    command: protocol.Command
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_overdue(self) -> bool:
+        return time.monotonic() - self.since > HELD_LIMIT_S
+
+
+class Commands:
+    """By the request that carries each. Each caller has its share of `MAX_COMMANDS`."""
+
+    def __init__(self, side: SchedulerSide, shares: Shares) -> None:
         self._side = side
-        self._open: dict[str, protocol.Command] = {}
+        self._open: dict[str, Held] = {}
+        self._budget = Budget("held commands", MAX_COMMANDS, shares)
 
     def __contains__(self, request: str) -> bool:
         return request in self._open
 
     def begin(self, request: str, message: protocol.Command) -> None:
-        """Raises what is to be answered."""
-        self._open[request] = message
+        """Raises what is to be answered; nothing is held where that is one too many."""
+        self._hold(request, message)
         side = self._side
-        side.mail.require_granted(message)
         if isinstance(message, protocol.Fill):
             self._fill(message)
         elif isinstance(message, protocol.Write):
@@ -54,16 +72,24 @@ class Commands:
                 side.reset()
             side.queue.append(jobs.Watch(message.id, message.watch_weights))
 
+    def _hold(self, request: str, message: protocol.Command) -> None:
+        if not isinstance(message, protocol.Hello):  # which goes on in the next step
+            self._budget.require(message.caller or GUEST)
+            self._budget.take(message.caller or GUEST)
+        self._open[request] = Held(message)
+
     def may_pass(self, request: str) -> bool:
-        """Whether it may run its one token now, because its answer goes with the reply."""
-        command = self._open[request]
-        if isinstance(command, protocol.Hello):
+        """Whether it may run its one token now: its answer goes with the reply, or nobody waits for it any more."""
+        held = self._open[request]
+        if isinstance(held.command, protocol.Hello) or held.is_overdue:
             return True
-        return command.inband and self._answered(command.id)
+        return held.command.in_reply and self._answered(held.command.id)
 
     def end(self, request: str) -> dict[str, Any] | None:
         """The request is over: what goes back with its output."""
-        command = self._open.pop(request)
+        command = self._open.pop(request).command
+        if not isinstance(command, protocol.Hello):
+            self._budget.give_back(command.caller or GUEST)
         self._withdraw(command)
         return self._reply(command)
 
@@ -80,19 +106,22 @@ class Commands:
         if mine:
             side.queue[:] = [job for job in side.queue if job not in mine]
             error = Busy("the engine's owner stopped all requests before this one began (a pause?); try it again later")
-            side.mail.answer(command.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
+            side.mail.answer(command.id, SCHEDULER, refused(error))
 
     def _reply(self, command: protocol.Command) -> dict[str, Any] | None:
         side = self._side
         if isinstance(command, protocol.Hello):
             return reply(command.id, Answer(facts={"mail": str(side.mail.folder), "pid": str(side.facts.pid)}))
-        if not command.inband:
+        if not command.in_reply:
             return None
         own = side.mail.take(command.id, SCHEDULER)
         if own is not None:
             return reply(command.id, own)
         parts = [side.mail.take(command.id, rank) for rank in range(side.facts.world_size)]
-        return reply(command.id, merge([part for part in parts if part is not None]))
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return reply(command.id, refused(TimedOut("the request ended before all workers had answered its command")))
+        return reply(command.id, merge(found))
 
     def _counts(self) -> dict[str, int]:
         side = self._side
@@ -109,12 +138,14 @@ class Commands:
 
     def _fill(self, message: protocol.Fill) -> None:
         side = self._side
+        caller = message.caller or GUEST
         plan = side.mail.plan(message.id)
+        side.require_room(message.record, caller, plan.num_kv)
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
         chain = [side.contents.fresh() for _ in range(plan.num_kv // side.facts.block_size)]
-        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain))
-        side.queue.append(jobs.ReadPlan(message.id, message.record))
+        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain, caller=caller))
+        side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
         side.counters["hydrates"] += 1
 
     def _write(self, message: protocol.Write) -> None:
@@ -135,6 +166,10 @@ class Commands:
             return Answer()
         count, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
         return Answer(num_kv=count * side.facts.block_size, seconds=seconds)
+
+
+def refused(error: ThawError) -> Answer:
+    return Answer(kind=error.kind, error=str(error))
 
 
 def reply(name: str, answer: Answer) -> dict[str, Any]:

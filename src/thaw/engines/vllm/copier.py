@@ -19,6 +19,7 @@ import torch
 
 from thaw.core.errors import StorageFailed
 from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.served.budget import Caller
 from thaw.engines.vllm.layout import KVLayout
 
 SCATTER_TOKENS = 1024
@@ -33,9 +34,10 @@ class Copier:
         self._lock = threading.Lock()
         self.loads = ThreadPoolExecutor(1, thread_name_prefix="thaw-load")
 
-    def save(self, blocks: Sequence[int], start: int, stop: int) -> list[Piece]:
-        """Tokens [start, stop) out of the blocks, as earlier steps have written them."""
-        tensor = self._arena.allocate(stop - start)
+    def save(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> list[Piece]:
+        """Tokens [start, stop) out of the blocks, as earlier steps have written them, into memory that counts for
+        `caller`."""
+        tensor = self._arena.allocate(stop - start, caller)
         with self._lock:
             self._layout.gather(blocks, start, stop, tensor)
         return [Piece(start, stop - start, tensor)]
@@ -77,17 +79,17 @@ class AcceleratorCopier(Copier):
         self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._busy: deque[tuple[torch.cuda.Event, object]] = deque()
 
-    def save(self, blocks: Sequence[int], start: int, stop: int) -> list[Piece]:
+    def save(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> list[Piece]:
         whole = max(start, stop // self._layout.block_size * self._layout.block_size)
         out = []
         if start < whole:
-            out.append(self._save_aside(blocks, start, whole))
+            out.append(self._save_aside(blocks, start, whole, caller))
         if whole < stop:
-            out.append(self._save_tail(blocks, whole, stop))
+            out.append(self._save_tail(blocks, whole, stop, caller))
         return out
 
-    def _save_aside(self, blocks: Sequence[int], start: int, stop: int) -> Piece:
-        tensor = self._arena.allocate(stop - start)
+    def _save_aside(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> Piece:
+        tensor = self._arena.allocate(stop - start, caller)
         written = self._mark()
         done: Future[None] = self._saves.submit(self._gather, tuple(blocks), start, stop, tensor, written)
         return Piece(start, stop - start, tensor, partial(_result, done))
@@ -99,8 +101,8 @@ class AcceleratorCopier(Copier):
             self._out.wait_event(written)
             self._layout.gather(blocks, start, stop, tensor)
 
-    def _save_tail(self, blocks: Sequence[int], start: int, stop: int) -> Piece:
-        tensor = self._arena.allocate(stop - start)
+    def _save_tail(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> Piece:
+        tensor = self._arena.allocate(stop - start, caller)
         if not self._layout.gather_now(blocks, start, stop, tensor):
             self._layout.gather(blocks, start, stop, tensor)
             return Piece(start, stop - start, tensor)

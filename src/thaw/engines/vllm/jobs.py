@@ -12,11 +12,13 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Derive:
-    """Record `record` becomes the first `num_kv` tokens of `source` (which may be itself, or None: empty)."""
+    """Record `record` becomes the first `num_kv` tokens of `source` (which may be itself, or None: empty), and
+    `caller`'s."""
 
     record: str
     source: str | None
     num_kv: int
+    caller: str
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class Fail:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Fill `record` from the plan `name` in the mail."""
+    """Fill `record` of `caller` from the plan `name` in the mail."""
 
     name: str
     record: str
+    caller: str
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from thaw.engines.served.budget import GUEST, Caller
+
 
 @dataclass
 class Record:
     """`tokens[:num_kv]` have KV in the workers' arena; `chain[i]` is the content number of full block i. `leaving`:
-    some of it may still be on its way there, out of the blocks of the request that runs."""
+    some of it may still be on its way there, out of the blocks of the request that runs. `caller`: whose it is."""
 
     tokens: list[int]
     num_kv: int
@@ -17,3 +19,4 @@ class Record:
     live: Any = None
     leaving: bool = False
     touched: float = 0.0
+    caller: Caller = GUEST

@@ -41,8 +41,9 @@ class ThawSampling(LogitsProcessor, v2_processor()):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Called at admission. Raises ValueError for an extra that is not thaw's, for a request that asks vLLM to
-        sample or to penalise as well, and for one whose message of thaw's cannot go with what else it asks for."""
+        """Called at admission. Raises ValueError (which a server answers with status 400) for an extra that is not
+        thaw's, for a request that asks vLLM to sample or to penalise as well, and for a message that is none of thaw's
+        or cannot go with what else the request asks for."""
         try:
             support.require_request(sampling_params)
             extra = from_extra(sampling_params.extra_args)

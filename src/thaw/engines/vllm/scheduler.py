@@ -21,11 +21,12 @@ from typing import Any
 from thaw.core.errors import Busy, InvalidRequest, StorageFailed, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
+from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.records import Records
 from thaw.engines.vllm import jobs, support
-from thaw.engines.vllm.commands import Commands, reply
+from thaw.engines.vllm.commands import Commands, refused, reply
 from thaw.engines.vllm.contents import Contents
 from thaw.engines.vllm.groups import Groups
 from thaw.engines.vllm.jobs import Job
@@ -44,13 +45,13 @@ class SchedulerSide:
     def __init__(self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
         self._block_size = facts.block_size
-        self.records: Records[Record] = Records(settings.session_ttl_s)
+        self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
         self.contents = Contents()
         self.pins = Pins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
         self.on = settings.enabled
-        self._commands = Commands(self)
+        self._commands = Commands(self, settings.shares())
         self._runs: dict[str, Running] = {}
         self._groups = Groups()
         self._saving = Saving(self.records, self.contents, self.queue, facts.block_size)
@@ -71,12 +72,14 @@ class SchedulerSide:
         try:
             message = protocol.parse(request.kv_transfer_params)
         except Exception as error:  # noqa: BLE001 - whatever a client sent
-            self._refuse(request, _anonymous(), _described(error))
+            self._refuse(request, None, _described(error))
             return
         if message is None:
             return
         self._tidy()
         try:
+            self.mail.require_caller(message)
+            self.mail.require_granted(message)
             self._forget(message.drop)
             if isinstance(message, protocol.Run):
                 self._begin(request, message)
@@ -85,20 +88,29 @@ class SchedulerSide:
         except Exception as error:  # noqa: BLE001 - a failing thaw costs its own request, never the engine
             self._refuse(request, message, _described(error))
 
-    def _refuse(self, request: Any, message: Any, error: ThawError) -> None:
-        """Answer with the error; a `Run` then ends through a load that fails, before anything is computed."""
-        self.counters["refused"] += 1
-        self.mail.answer(message.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
+    def _refuse(self, request: Any, message: protocol.Message | None, error: ThawError) -> None:
+        """Answer with the error; what is not held as a command then ends through a load that fails, before anything is
+        computed. `message` None: it could not be read."""
+        self._tell_refused(request, message, error)
         if request.request_id not in self._commands:
-            run = message if isinstance(message, protocol.Run) else protocol.Run(id=message.id, record=message.id)
+            run = message if isinstance(message, protocol.Run) else _no_run()
             self._runs[request.request_id] = Running(request, run, 0, error=error)
             if run.group is not None:
                 self._groups.join(run.group, run.group_size, run.group_place, request.request_id)
 
+    def _tell_refused(self, request: Any, message: protocol.Message | None, error: ThawError) -> None:
+        """By mail, out of which `refusals` answers those who do not share it; to the operator in the log."""
+        self.counters["refused"] += 1
+        log.warning("thaw: request %s is refused (%s): %s", request.request_id, error.kind, error)
+        if message is not None:
+            self.mail.answer(message.id, SCHEDULER, refused(error))
+
     def _begin(self, request: Any, message: protocol.Run) -> None:
         if not self.on:
             raise Unsupported("thaw is switched off in this engine; plain requests work (thaw engine switch on)")
-        support.require_request(request.sampling_params)
+        support.require_alone(request.sampling_params, message)
+        caller = message.caller or GUEST
+        self.require_room(message.record, caller, message.num_new(request.num_tokens))
         source = self._source(message)
         tokens = list(request.all_token_ids)
         want = message.num_kv
@@ -108,8 +120,8 @@ class SchedulerSide:
             if same < want:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
         chain = source.chain[: want // self._block_size] if source is not None else []
-        self.queue.append(jobs.Derive(message.record, message.source, want))
-        self.records.keep(message.record, Record(tokens[:want], want, chain, live=request))
+        self.queue.append(jobs.Derive(message.record, message.source, want, caller))
+        self.records.keep(message.record, Record(tokens[:want], want, chain, live=request, caller=caller))
         salted = (request.cache_salt or "").startswith(protocol.SALT)
         self._runs[request.request_id] = Running(request, message, want, salted=salted)
         if message.group is not None:
@@ -117,6 +129,15 @@ class SchedulerSide:
         if self.contents.hits_foreign(request, chain):
             give_own_salt(request)
         self.counters["forks"] += message.source not in (None, message.record)
+
+    def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
+        """Raises `Busy` where the caller may not keep one more record, or that many tokens more in some worker."""
+        self.records.require_room(record, caller)
+        for rank in range(self.facts.world_size):
+            tight = self.mail.tight(rank)
+            room = tight.get(caller) or tight.get(EVERYBODY)
+            if room is not None:
+                room.require(num_tokens)
 
     def _source(self, message: protocol.Run) -> Record | None:
         own = self.records.get(message.record)
@@ -182,8 +203,7 @@ class SchedulerSide:
                 f"the grammar does not allow the {len(prior)} tokens that the completion has already: was it begun "
                 "with another one?"
             )
-            self.counters["refused"] += 1
-            self.mail.answer(run.message.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
+            self._tell_refused(request, run.message, error)
             run.error = error
 
     def _foreign(self, request: Any, run: Running, local: int) -> bool:
@@ -283,13 +303,12 @@ class SchedulerSide:
         strange = num_computed - run.given
         if strange <= 0 or run.error is not None or not run.salted or self._settings.others_keep_salt:
             return
-        self.counters["refused"] += 1
         run.error = Unsupported(
             f"another connector of this engine loaded {strange} tokens of the session, which other requests computed: "
             "put thaw first among the connectors, open the session with share_prefix=True, or say others_keep_salt "
             "among thaw's options where that connector finds KV by vLLM's salted block hashes"
         )
-        self.mail.answer(run.message.id, SCHEDULER, Answer(kind=run.error.kind, error=str(run.error)))
+        self._tell_refused(run.request, run.message, run.error)
         self.queue.append(jobs.Fail(name, tuple(self._saving.tables[name]), background=False))
 
     # -- a request ends
@@ -308,12 +327,13 @@ class SchedulerSide:
         self._loads.ends(run)
         if run.error is not None:
             held, _ = self._settle(request, run, blocks)
-            return held, reply(run.message.id, Answer(kind=run.error.kind, error=str(run.error)))
+            return held, reply(run.message.id, refused(run.error))
         if is_failed(request) and run.found is None and run.message.grammar_from is not None:
             error = InvalidRequest("vLLM could not make a grammar of structured_outputs; the engine's log says why")
-            self.mail.answer(run.message.id, SCHEDULER, Answer(kind=error.kind, error=str(error)))
+            self._tell_refused(request, run.message, error)
         held, answer = self._settle(request, run, blocks)
-        if is_aborted(request) or (run.message.mail and not is_failed(request)):
+        wanted = is_aborted(request) or (run.message.mail and not is_failed(request))
+        if wanted and run.message.caller is not None:
             self.mail.answer(run.message.id, SCHEDULER, answer)
         return held, reply(run.message.id, answer)
 
@@ -372,6 +392,6 @@ def _described(error: Exception) -> ThawError:
     return StorageFailed(f"{type(error).__name__}: {error}")
 
 
-def _anonymous() -> protocol.Look:
-    """Stands for a message that could not be read."""
-    return protocol.Look(id=secrets.token_hex(16))
+def _no_run() -> protocol.Run:
+    """Stands for a message that begins nothing."""
+    return protocol.Run(id=secrets.token_hex(16), record=secrets.token_hex(16))

@@ -22,12 +22,14 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from thaw.core.errors import InvalidRequest
+from thaw.engines.served.budget import Shares
 from thaw.engines.served.mail import default_folder
 
 CONNECTOR = "ThawConnector"
 CONNECTOR_MODULE = "thaw.engines.vllm.connector"
 MULTI = "MultiConnector"
 LOGITS_PROCESSOR = "thaw.engines.vllm.sampling:ThawSampling"
+REFUSALS = "thaw.engines.vllm.refusals.Refusals"
 KEY = "thaw"
 MAX_LOGPROBS = 100
 """What `Sampling.logprobs` may ask for; vLLM's own limit is 20."""
@@ -55,6 +57,14 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Host memory for the KV of sessions, of each worker. What is beyond it goes to `spill`."""
     spill: str | None = None
     """The folder of the file that holds what is beyond `arena_nbytes`. None: the system's temporary folder."""
+    spill_nbytes: NumBytes = 64 << 30
+    """How much that file may hold, of each worker."""
+    caller_fraction: Fraction = 1.0
+    """The part of `arena_nbytes`, of `spill_nbytes`, of the records and of the commands held at once that one client of
+    thaw's may have."""
+    guest_fraction: Fraction = 0.125
+    """The part that all those may have together who do not share the mail folder, but may send requests (they have the
+    server's API key, say)."""
     async_nbytes: NumBytes = 64 << 20
     """A load of more than this runs beside the steps of others; a smaller one inside a step."""
     session_ttl_s: Seconds = 86_400.0
@@ -68,6 +78,9 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     others_keep_salt: bool = False
     """What another connector of a `MultiConnector` loads for a session is found by vLLM's salted block hashes.
     Otherwise a session for which another one has loaded tokens is refused, unless it shares its prefix with all."""
+
+    def shares(self) -> Shares:
+        return Shares(self.caller_fraction, self.guest_fraction)
 
 
 def from_extra_config(extra: Mapping[str, object]) -> VllmSettings:
@@ -118,8 +131,10 @@ def engine_args(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[st
 
 
 def server_args(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[str, object]:
-    """`engine_args` and what the HTTP server needs besides: its replies count cached tokens only when told to."""
-    return {**engine_args(settings, others), "max_logprobs": MAX_LOGPROBS, "enable_prompt_tokens_details": True}
+    """`engine_args` and what the HTTP server needs besides: its replies count cached tokens only when told to, and say
+    why a request of thaw's was refused."""
+    more = {"max_logprobs": MAX_LOGPROBS, "enable_prompt_tokens_details": True, "middleware": [REFUSALS]}
+    return {**engine_args(settings, others), **more}
 
 
 def config_file(settings: VllmSettings, others: Sequence[Other] = ()) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import Unsupported
-from thaw.engines.served.protocol import KEY, MAX_RANKS
+from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, parse
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.settings import LOGITS_PROCESSOR
 
@@ -126,16 +126,21 @@ def _require_model(model: Any) -> None:
 
 
 def require_request(params: Any) -> None:
-    """Raise `Unsupported` where a request that carries thaw's message asks for what a session cannot go on with.
+    """Raise `InvalidRequest` where a request carries a message that is none of thaw's, and `Unsupported` where it asks
+    for what a session cannot go on with besides.
 
     `params` are its `SamplingParams`. Requests without a message are nobody's business here."""
     transfer = (params.extra_args or {}).get("kv_transfer_params")
-    if not isinstance(transfer, dict) or KEY not in transfer:
-        return
-    message = transfer[KEY]
+    message = parse(transfer if isinstance(transfer, dict) else None)
+    if message is not None:
+        require_alone(params, message)
+
+
+def require_alone(params: Any, message: Message) -> None:
+    """Raise `Unsupported` for a parameter that cannot go with the message."""
     for name, usual, why in ALONE:
         asked = getattr(params, name, None)
-        if name == "structured_outputs" and isinstance(message, dict) and message.get("grammar_from") is not None:
+        if name == "structured_outputs" and getattr(message, "grammar_from", None) is not None:
             continue
         if asked is not None and (usual is None or asked != usual):
             raise Unsupported(f"{name} in a request that carries kv_transfer_params[{KEY!r}]: {why}")

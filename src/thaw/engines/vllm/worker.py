@@ -17,6 +17,7 @@ from typing import Any
 
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, WorkerFacts
@@ -38,7 +39,7 @@ class WorkerSide:
         spill = Path(settings.spill) if settings.spill else None
         self._arena = Arena(
             settings.arena_nbytes, spill, layout.num_kv_heads, layout.num_layers, layout.head_dim, layout.dtype,
-            pinned=layout.on_its_own,
+            spill_nbytes=settings.spill_nbytes, shares=settings.shares(), pinned=layout.on_its_own,
         )  # fmt: skip
         self._packing = Packing(facts, mail, self._arena, layout.dtype)
         self._copier = make_copier(layout, self._arena)
@@ -50,6 +51,7 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self._epoch: int | None = None
         self._watching = True
+        self._tight: dict[Caller, Room] = {}
 
     # -- called by the connector
 
@@ -61,6 +63,14 @@ class WorkerSide:
                 self._do(job)
             except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it
                 self._failed(job, error)
+        self._tell_what_is_left()
+
+    def _tell_what_is_left(self) -> None:
+        """The scheduler's side refuses what could not be kept, before it is computed."""
+        tight = self._arena.tight()
+        if tight != self._tight:
+            self._tight = tight
+            self._mail.post_tight(self._facts.rank, tight)
 
     def finished(self) -> tuple[set[str], set[str]]:
         """Requests whose blocks may be freed, and requests whose load is over, since last asked."""
@@ -114,7 +124,9 @@ class WorkerSide:
     def _failed(self, job: Job, error: Exception) -> None:
         """Tell whoever waits for it."""
         kind, text = _described(error)
-        if not isinstance(error, ThawError):
+        if isinstance(error, ThawError):
+            log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
+        else:
             log.exception("thaw: %s failed", type(job).__name__)
         if isinstance(job, jobs.Load | jobs.Check):
             self._answer(job.name, Answer(kind=kind, error=text))
@@ -122,18 +134,19 @@ class WorkerSide:
         elif isinstance(job, jobs.ReadPlan | jobs.WritePack | jobs.LookAtWeights | jobs.Count | jobs.Watch):
             self._answer(job.name, Answer(kind=kind, error=text))
         elif isinstance(job, jobs.Derive | jobs.Sync):
-            self._records[job.record] = Record((), self._now(), broken=text)
+            caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
+            self._records[job.record] = Record((), self._now(), broken=text, caller=caller)
             if isinstance(job, jobs.Sync) and job.finished is not None:
                 self._copier.after_saves(partial(self._let_go, job.finished))
 
     def _derive(self, job: jobs.Derive) -> None:
         if job.source is None:
-            self._records[job.record] = Record((), self._now())
+            self._records[job.record] = Record((), self._now(), caller=job.caller)
             return
         source = self._get(job.source)
         if source.num_kv < job.num_kv and source.epoch == self._now():
             raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
-        self._records[job.record] = Record(source.cut(job.num_kv), source.epoch)
+        self._records[job.record] = Record(source.cut(job.num_kv), source.epoch, caller=job.caller)
 
     def _sync(self, job: jobs.Sync) -> None:
         """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
@@ -141,8 +154,9 @@ class WorkerSide:
         if record.epoch != self._now():
             record.broken = "the weights changed while it was computed"
         elif not record.broken and job.num_kv > record.num_kv:
-            pieces = self._copier.save(job.blocks, record.num_kv, job.num_kv)
-            self._records[job.record] = Record(self._arena.joined((*record.pieces, *pieces)), record.epoch)
+            pieces = self._copier.save(job.blocks, record.num_kv, job.num_kv, record.caller)
+            whole = self._arena.joined((*record.pieces, *pieces), record.caller)
+            self._records[job.record] = Record(whole, record.epoch, caller=record.caller)
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
@@ -202,8 +216,8 @@ class WorkerSide:
     def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
         started = time.perf_counter()
         plan = self._mail.plan(job.name)
-        pieces, nbytes, read_s = self._packing.read(plan)
-        self._records[job.record] = Record(self._arena.joined(pieces), epoch)
+        pieces, nbytes, read_s = self._packing.read(plan, job.caller)
+        self._records[job.record] = Record(self._arena.joined(pieces, job.caller), epoch, caller=job.caller)
         seconds = time.perf_counter() - started
         stages = {"read": read_s, "fill": seconds}
         self._answer(job.name, Answer(num_kv=plan.num_kv, nbytes=nbytes, epoch=epoch, seconds=seconds, stages_s=stages))
@@ -222,6 +236,10 @@ class WorkerSide:
         if record is None:
             raise NotFound("the engine has let go of this session")
         return record
+
+    def _caller_of(self, name: str) -> Caller:
+        record = self._records.get(name)
+        return GUEST if record is None else record.caller
 
     def _usable(self, name: str) -> Record:
         record = self._get(name)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,6 +100,14 @@ def when(handle: Handle[Any], num_tokens: int, act: Callable[[], object]) -> Non
         if seen >= num_tokens and not acted:
             acted = True
             act()
+
+
+def until(holds: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+    """Return once `holds`; fail when it never does."""
+    ends = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < ends, "it never came to that"
+        time.sleep(0.02)
 
 
 def wait_for(handle: Handle[Any], num_tokens: int) -> None:

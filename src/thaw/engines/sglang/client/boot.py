@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut
+from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.joining import join
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.transport import Transport
@@ -133,7 +134,7 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> SglangEng
     stays when this ends."""
 
     async def to_server() -> Transport:
-        return HttpTransport(target, api_key or os.environ.get("SGLANG_API_KEY"))
+        return HttpTransport(target, key_for("sglang", api_key))
 
     if isinstance(target, str):
         return join(SglangEngine, to_server, policy=policy)

@@ -76,7 +76,7 @@ def facts(news: News) -> Mapping[str, str]:
 def chunk(news: News, meta: Meta, seen: int) -> Chunk:
     """What is new after `seen` tokens. SGLang repeats all tokens with every event unless it streams increments."""
     reason = meta.finish_reason or {}
-    count = 0 if reason.get("message") == REFUSED else max(0, meta.completion_tokens - seen)
+    count = 0 if str(reason.get("message")).startswith(REFUSED) else max(0, meta.completion_tokens - seen)
     return Chunk(
         token_ids=tuple(_last(news.output_ids, count)),
         logprobs=tuple(_number(entry[0]) for entry in _last(meta.output_token_logprobs, count)),

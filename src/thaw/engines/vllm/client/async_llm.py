@@ -101,14 +101,19 @@ def _own(step: Any, token: int) -> float:
 
 def mail_of(vllm_config: Any) -> Mail:
     """The engine's mail, by its own configuration. Raises `NotFound` without thaw's connector."""
+    base = mail_folder(vllm_config)
+    support.require_one_rank(vllm_config.parallel_config)
+    return Mail(base)
+
+
+def mail_folder(vllm_config: Any) -> Path:
+    """Where the engine's mail is, or those of its data-parallel ranks. Raises `NotFound` without thaw's connector."""
     transfer = vllm_config.kv_transfer_config
     extra = _thaw_extra(transfer) if transfer is not None else None
     if extra is None:
         raise NotFound("this vLLM was started without thaw's connector (thaw engine config vllm writes what it needs)")
     settings = from_extra_config(extra)
-    base = Path(settings.mail) if settings.mail else default_folder(vllm_config.instance_id)
-    support.require_one_rank(vllm_config.parallel_config)
-    return Mail(base)
+    return Path(settings.mail) if settings.mail else default_folder(vllm_config.instance_id)
 
 
 def _thaw_extra(transfer: Any) -> dict[str, Any] | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, ThawError
 from thaw.engines.base import Engine
+from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.engine import MAX_TOP_LOGPROBS
 from thaw.engines.served.joining import join
 from thaw.engines.served.transport import Transport
@@ -78,10 +78,10 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:
 
 def _ranks(url: str, api_key: str | None, policy: str) -> Iterator[VllmEngine]:
     """The server's engine, or those of all its data-parallel ranks."""
-    first = HttpTransport(url, api_key or os.environ.get("VLLM_API_KEY"))
+    first = HttpTransport(url, key_for("vllm", api_key))
     yield _named(join(VllmEngine, _given(first), policy=policy), first)
     for rank in first.other_ranks:
-        other = HttpTransport(url, api_key or os.environ.get("VLLM_API_KEY"), rank=rank)
+        other = HttpTransport(url, key_for("vllm", api_key), rank=rank)
         yield _named(join(VllmEngine, _given(other), policy=policy), other)
 
 

@@ -1,0 +1,127 @@
+"""Why a request of thaw's was refused, in the reply of vLLM's server: a middleware (`middleware` of the one file).
+
+vLLM has one answer to a request that its engine ended with an error: status 500 and "Internal server error", as a reply
+or as an event of a stream. The connector has left the reason in the mail; here it takes the answer's place, with the
+status that it stands for. All other replies pass as they come, and nothing is kept of requests without a message of
+thaw's. Streams of thaw's own clients pass, too: they read the mail themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from thaw.core.errors import NotFound, ThawError
+from thaw.engines.kinds import made
+from thaw.engines.served import protocol
+from thaw.engines.served.protocol import Answer, Message
+from thaw.engines.served.said import http_status
+from thaw.engines.vllm.client.async_llm import mail_folder
+
+Event: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Event]]
+Send: TypeAlias = Callable[[Event], Awaitable[None]]
+App: TypeAlias = Callable[[Event, Receive, Send], Awaitable[None]]
+MARK = f'"{protocol.KEY}"'.encode()
+"""In the body of every request that carries a message."""
+FAILED = b'"InternalServerError"'
+"""In the event of a stream that ended with an error."""
+
+
+class Refusals:
+    """Around the server's own application (ASGI)."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        await self._app(scope, exchange.receive, exchange.send)
+
+
+class _Exchange:
+    """One request and its reply."""
+
+    def __init__(self, scope: Event, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._body: list[bytes] = []
+        self._failed: Event | None = None
+        self._said: list[bytes] = []
+
+    async def receive(self) -> Event:
+        event = await self._receive()
+        if event["type"] == "http.request":
+            self._body.append(event.get("body", b""))
+            if not event.get("more_body") and MARK not in (body := b"".join(self._body)):
+                self._body.clear()
+            elif not event.get("more_body"):
+                self._body = [body]
+        return event
+
+    async def send(self, event: Event) -> None:
+        if not self._body:
+            await self._send(event)
+        elif event["type"] == "http.response.start" and event["status"] == 500:
+            self._failed = event
+        elif event["type"] == "http.response.body" and self._failed is not None:
+            self._said.append(event.get("body", b""))
+            if not event.get("more_body"):
+                await self._end(self._failed)
+        elif event["type"] == "http.response.body" and FAILED in event.get("body", b""):
+            error = self._reason(streams=True)
+            await self._send(event if error is None else {**event, "body": b"data: " + _body(error) + b"\n\n"})
+        else:
+            await self._send(event)
+
+    async def _end(self, start: Event) -> None:
+        """The reply as it was, or with the reason."""
+        error = self._reason(streams=False)
+        body = b"".join(self._said) if error is None else _body(error)
+        if error is not None:
+            kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            length = (b"content-length", str(len(body)).encode())
+            start = {**start, "status": http_status(error), "headers": [*kept, length]}
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _reason(self, *, streams: bool) -> ThawError | None:
+        message = self._message()
+        if message is None or (streams and message.caller is not None):
+            return None
+        found = [_taken(letter) for folder in self._mails() for letter in folder.glob(f"{message.id}.*")]
+        return next((made(answer.kind, answer.error) for answer in found if answer is not None and answer.kind), None)
+
+    def _message(self) -> Message | None:
+        try:
+            return protocol.parse(json.loads(b"".join(self._body)).get("kv_transfer_params"))
+        except (ValueError, AttributeError, ThawError):
+            return None
+
+    def _mails(self) -> list[Path]:
+        try:
+            base = mail_folder(self._scope["app"].state.vllm_config)
+        except NotFound:
+            return []
+        return [place / "answers" for place in (base, *base.glob("dp*"))]
+
+
+def _taken(letter: Path) -> Answer | None:
+    try:
+        answer = msgspec.json.decode(letter.read_bytes(), type=Answer)
+        letter.unlink(missing_ok=True)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return answer
+
+
+def _body(error: ThawError) -> bytes:
+    """As vLLM words its own."""
+    said = {"message": str(error), "type": error.kind, "param": None, "code": http_status(error)}
+    return json.dumps({"error": said}).encode()
