@@ -42,7 +42,16 @@ SUITES = {"vllm": VLLM, "sglang": SGLANG}
 PYTHONS = {"tests/engines/on_vllm": ".venv-vllm", "tests/engines/on_sglang": ".venv-sglang"}
 
 
-TO_BE_WRITTEN_ANEW = frozenset(("suite-sglang-0.5.22", "suite-vllm-0.26", "suite-vllm-0.29"))
+TO_BE_WRITTEN_ANEW = frozenset(
+    (
+        "io-share", "kill9", "pool-soak", "pool-soak-vllm", "seeded-faults", "sglang-kills",
+        "sglang-law-book-in-process", "sglang-law-book-on-three-ranks", "sglang-operations-pages-of-1",
+        "sglang-operations-pages-of-16", "sglang-operations-pages-of-16-on-two-ranks",
+        "sglang-real-model-across-rank-counts", "suite-sglang-0.5.22", "suite-vllm-0.26", "suite-vllm-0.29",
+        "vllm-bench-pool-pressure", "vllm-demo", "vllm-kills", "vllm-law-book-on-two-ranks",
+        "vllm-operations-loads-in-step", "vllm-operations-loads-in-the-background", "vllm-real-model-styles-and-ways",
+    )
+)  # fmt: skip
 """Receipts that are missing, or from before they said what code they are of. They are named and are no error, until
 each is written anew and goes from this list for good."""
 
