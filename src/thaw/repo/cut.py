@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from thaw.core.objects import State, Turn
+from thaw.core.objects import State, Turn, without_chat
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -38,7 +38,7 @@ def cut_turns(turns: Sequence[Turn], tokens: Sequence[int], num_tokens: int, dec
 def _truncate(turn: Turn, tokens: Sequence[int], end: int, decode: Decode | None) -> Turn:
     n = end - turn.start
     return msgspec.structs.replace(
-        turn,
+        without_chat(turn),
         end=end,
         text=decode(tokens[turn.start : end]) if decode else "",
         finish_reason=None,

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
 from thaw.core.identity import ModelIdentity, compare
+from thaw.core.objects import Chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
@@ -93,7 +94,13 @@ class EmbeddedEngine(Engine):
         return self._driver.call(lambda: self._get(session).view()).result()
 
     def append(
-        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
     ) -> Handle[SessionView]:
         promise: Promise[SessionView] = Promise()
 
@@ -101,7 +108,7 @@ class EmbeddedEngine(Engine):
             live = self._usable(session)
             self._check_tokens(len(live.tokens), token_ids, 0)
             settle_turn(live)
-            lane = Lane(0, live, list(token_ids), text, role)
+            lane = Lane(0, live, list(token_ids), text, role, chat)
             task = Append(self._backend, lane, promise, self._release)
             live.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
@@ -281,7 +288,7 @@ class EmbeddedEngine(Engine):
                 settle_turn(live)
             if not request.prompt:
                 _step_back(live)
-            lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role))
+            lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role, request.chat))
         return lanes
 
     def _check_request(self, live: LiveSession, request: GenerateRequest) -> None:

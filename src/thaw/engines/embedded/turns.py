@@ -13,7 +13,7 @@ import msgspec
 
 from thaw.core.canonical import U64
 from thaw.core.errors import InvalidRequest, PolicyMismatch
-from thaw.core.objects import Turn
+from thaw.core.objects import Chat, Turn, with_chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, Completion, GenerateRequest, SessionRef, Usage
@@ -151,11 +151,12 @@ def settle_turn(session: HasTurns) -> None:
         session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")
 
 
-def close_prompt(session: HasTurns, start: int, text: str, role: str | None) -> None:
-    """Record what was appended from token `start` on as a prompt turn."""
+def close_prompt(session: HasTurns, start: int, text: str, role: str | None, chat: Chat | None = None) -> None:
+    """Record what was appended from token `start` on as a prompt turn; `chat` only where it was appended whole."""
     end = len(session.tokens)
     if end > start:
-        session.turns.append(Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy))
+        turn = Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy)
+        session.turns.append(turn if chat is None else with_chat(turn, chat))
 
 
 def completion(
