@@ -41,7 +41,7 @@ class Chat:
         return [*before, *history, *self._said(content)]
 
     def _said(self, content: str) -> list[Message]:
-        after = [] if self.prefill is None else [{"role": "assistant", "content": self.prefill}]
+        after: list[Message] = [] if self.prefill is None else [{"role": "assistant", "content": self.prefill}]
         return [{"role": "user", "content": content}, *after]
 
 

@@ -164,9 +164,8 @@ def _report(
     together = list(zip(group, wanted, completions, commits, strict=True))
     if as_json:
         said = [{"prompt": w.prompt, **speak.plain(done, c, s)} for s, w, c, done in together]
-        said = [
-            {**one, **conversation.plain(chat)} for one, chat in zip(said, chats or [None] * len(said), strict=True)
-        ]
+        for one, result in zip(said, chats, strict=False):
+            one.update(conversation.plain(result))
         output.print_json({"children": said})
         return
     for _, child, completion, done in together:
