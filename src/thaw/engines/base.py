@@ -260,7 +260,15 @@ class Codec(abc.ABC):
         """Token ids of `text`. With `first` the tokenizer's own start tokens (BOS) are added."""
 
     @abc.abstractmethod
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of these tokens alone; U+FFFD stands for bytes that are no UTF-8, as with Python's "replace"."""
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As `decode`, without a character at the end that has only begun: whatever follows, its text starts with this.
+
+        Here a U+FFFD at the end is taken for such a character. A codec that sees bytes can tell it from bytes that are
+        no UTF-8, and from a U+FFFD that was said."""
+        return self.decode(token_ids, skip_special_tokens=skip_special_tokens).removesuffix("\ufffd")
 
     @abc.abstractmethod
     def render_chat(

@@ -144,7 +144,9 @@ _VERBS: dict[type, Callable[[Engine, Any], Any]] = {
     wire.SetPolicy: lambda e, c: e.set_policy(c.version),
     wire.Identity: lambda e, c: e.identity(),
     wire.Encode: lambda e, c: e.codec.encode(c.text, first=c.first),
-    wire.Decode: lambda e, c: e.codec.decode(c.token_ids, skip_special_tokens=c.skip_special_tokens),
+    wire.Decode: lambda e, c: (e.codec.decode_settled if c.settled else e.codec.decode)(
+        c.token_ids, skip_special_tokens=c.skip_special_tokens
+    ),
     wire.RenderChat: lambda e, c: e.codec.render_chat(
         c.messages, add_generation_prompt=c.add_generation_prompt, tools=c.tools
     ),

@@ -113,7 +113,18 @@ class RemoteCodec(Codec):
         return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        call = wire.Decode(id=self._line.number(), token_ids=tuple(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._decode(token_ids, skip_special_tokens, settled=False)
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._decode(token_ids, skip_special_tokens, settled=True)
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool, *, settled: bool) -> str:
+        call = wire.Decode(
+            id=self._line.number(),
+            token_ids=tuple(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            settled=settled,
+        )
         return str(self._line.ask(call).result())
 
     def render_chat(

@@ -27,7 +27,7 @@ from thaw.engines.base import (
 )
 from thaw.engines.kinds import made
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -102,8 +102,11 @@ class Encode(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Decode(_Message, frozen=True, kw_only=True, tag=True):
+    """`settled`: without a character at the end that has only begun."""
+
     token_ids: tuple[int, ...]
     skip_special_tokens: bool = True
+    settled: bool = False
 
 
 class RenderChat(_Message, frozen=True, kw_only=True, tag=True):

@@ -17,6 +17,7 @@ from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef, SessionView
+from thaw.engines.text import left_open, text_after
 from thaw.repo import chat as chats
 from thaw.repo import commit as commits
 from thaw.repo import refs, resolve
@@ -174,7 +175,7 @@ class Session(ProcessBound):
         request = GenerateRequest(
             session=self.ref,
             prompt=rendered.new,
-            prompt_text=codec.decode(rendered.new, skip_special_tokens=False),
+            prompt_text=text_after(codec, view.tokens[: rendered.keep], rendered.new, skip_special_tokens=False),
             role=rendered.role,
             sampling=params,
         )
@@ -198,11 +199,14 @@ class Session(ProcessBound):
     def encode(self, text: str, token_ids: Sequence[int] | None) -> tuple[list[int], str]:
         """(token ids, their text) of what is to be appended here."""
         codec = self._context.engine.codec
-        if token_ids is not None:
-            if text:
-                raise InvalidRequest("text and token_ids are both given; give one of the two")
-            return list(token_ids), codec.decode(token_ids, skip_special_tokens=False)
-        return (codec.encode(text, first=self.num_tokens == 0), text) if text else ([], "")
+        if token_ids is None and not text:
+            return [], ""
+        tokens = self.tokens
+        if token_ids is None:
+            return codec.encode(text, first=not tokens), left_open(codec, tokens) + text
+        if text:
+            raise InvalidRequest("text and token_ids are both given; give one of the two")
+        return list(token_ids), text_after(codec, tokens, token_ids, skip_special_tokens=False)
 
     def _run(self, request: GenerateRequest) -> Stream[Completion]:
         return Stream(self._context.engine.generate([request]), lambda done: done[0])

@@ -5,7 +5,7 @@ No KV here, and nothing of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,7 +41,6 @@ class OpenTurn:
         """One more token; (finish_reason, stop_reason) after it, in vLLM's order. `full`: the session has no room."""
         self.logprobs.append(logprob)
         self.tops.append(top)
-        before = len(self.stream.text)
         self.stream.push(token)
         s, num_output = self.sampling, len(self.logprobs)
         if num_output >= s.min_tokens:
@@ -50,15 +49,13 @@ class OpenTurn:
             if token in s.stop_token_ids:
                 return "stop", token
         if num_output > s.min_tokens or s.min_tokens == 0:
-            hit = self.stream.cut_at_stop(before)
+            hit = self.stream.cut_at_stop()
             if hit is not None:
                 return "stop", hit
         return ("length", None) if num_output >= s.max_tokens or full else (None, None)
 
-    def rest(self, stop_reason: str | int | None) -> str:
+    def rest(self) -> str:
         """The text that was held back, once the turn has ended."""
-        if not isinstance(stop_reason, str):
-            self.stream.flush()
         return self.stream.news(final=True)
 
     def freeze(self, reason: str | None = None, stop_reason: str | int | None = None) -> Turn:
@@ -181,34 +178,6 @@ def completion(
         proof=session.proof,
         ttft_s=ttft_s or 0.0,
         total_s=total_s,
-    )
-
-
-def cut_turns(turns: Sequence[Turn], at: int, codec: Codec | None, tokens: Sequence[int]) -> list[Turn]:
-    """`turns` as they were when the session had `at` tokens: later ones gone, a turn cut through left unfinished."""
-    out = []
-    for turn in turns:
-        if turn.end <= at:
-            out.append(turn)
-        elif turn.start < at:
-            out.append(_truncate(turn, at, codec, tokens))
-    return out
-
-
-def _truncate(turn: Turn, at: int, codec: Codec | None, tokens: Sequence[int]) -> Turn:
-    count = at - turn.start
-    text = codec.decode(list(tokens[turn.start : at])) if codec is not None else ""
-    return Turn(
-        kind=turn.kind,
-        start=turn.start,
-        end=at,
-        role=turn.role,
-        text=text,
-        sampling=turn.sampling,
-        seed=turn.seed,
-        logprobs=None if turn.logprobs is None else turn.logprobs[:count],
-        top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:count],
-        policy=turn.policy,
     )
 
 
