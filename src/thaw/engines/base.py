@@ -257,11 +257,16 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, *, first: bool) -> list[int]:
-        """Token ids of `text`. With `first` the tokenizer's own start tokens (BOS) are added."""
+        """Token ids of `text`. With `first` they begin a session, as the tokenizer begins a text: its own start tokens
+        (BOS), and a space before the first word where it puts one there. Otherwise the text goes on where another
+        ended, and nothing is added. No token is added at the end."""
 
     @abc.abstractmethod
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of these tokens alone; U+FFFD stands for bytes that are no UTF-8, as with Python's "replace"."""
+        """The text of these tokens alone; U+FFFD stands for bytes that are no UTF-8, as with Python's "replace".
+
+        `skip_special_tokens` leaves out the special tokens that frame a text: its start, its ends, padding. Others are
+        part of what is said (that a tool is called, for one) and stay."""
 
     def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """As `decode`, without a character at the end that has only begun: whatever follows, its text starts with this.

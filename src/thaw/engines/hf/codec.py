@@ -50,15 +50,13 @@ class HFCodec(Codec):
     ) -> list[int]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise Unsupported("this model's tokenizer has no chat template; use append and generate with text")
-        return list(
-            self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
+        text = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
         )
+        return self._pieces.encode(text)
 
     def identity(self) -> str:
         """A digest of the vocabulary, merges, normaliser and chat template."""

@@ -44,9 +44,8 @@ class FastPieces:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        decoders = set(_kinds(_state(backend.decoder)))
-        self._alphabet = byte_level_alphabet() if "ByteLevel" in decoders else {}
-        self._fallback = "ByteFallback" in decoders
+        self._alphabet = byte_level_alphabet() if is_byte_level(backend) else {}
+        self._fallback = "ByteFallback" in _kinds(_state(backend.decoder))
         self.start = _start(backend.encode(FIRST).ids, self.encode(FIRST))
 
     def encode(self, text: str) -> list[int]:
@@ -122,6 +121,11 @@ class SlowPieces:
 
     def ends_inside(self, token_ids: Sequence[int]) -> bool:
         return True
+
+
+def is_byte_level(backend: Any) -> bool:
+    """Whether a token's characters stand for bytes, as GPT-2's do."""
+    return "ByteLevel" in _kinds(_state(backend.decoder))
 
 
 def _start(whole: Sequence[int], bare: Sequence[int]) -> tuple[int, ...]:
