@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ transformers = pytest.importorskip("transformers")
 from made_tokenizers import byte_level, sentencepiece  # noqa: E402
 
 from thaw.core.errors import NotFound  # noqa: E402
+from thaw.core.identity import CacheGroup, ModelIdentity  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
 from thaw.engines.embedded.text import TextStream  # noqa: E402
 from thaw.engines.embedded.turns import OpenTurn, _unseen_stops  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
 from thaw.engines.hf.config import stop_set  # noqa: E402
 from thaw.engines.hf.tokenizer import FileTokenizer, load_tokenizer  # noqa: E402
+from thaw.engines.served.remembered import CACHE_NAME, remembered  # noqa: E402
+from thaw.engines.sglang.client.engine import SglangDialect  # noqa: E402
 
 PIECES = [
     ["un", "believable", "."],
@@ -117,6 +121,20 @@ def test_the_tokenizers_end_token_is_one_of_the_ends() -> None:
     assert stop_set((258,), tokenizer, 1000) == (258,)
     assert stop_set((256, 5000), tokenizer, 258) == (256,), "what the model cannot say ends nothing"
     assert stop_set((1,), object(), 10) == (1,)
+
+
+def test_sglang_goes_on_where_only_it_would_end() -> None:
+    """It takes the config's end of text for one even where generation_config.json names another; there it is told to
+    ignore all, and the client ends the turn."""
+    codec = HFCodec(byte_level(), (258,))
+    asked = OpenTurn(
+        start=0, sampling=Sampling(), seed=0, policy="0", role=None, stream=TextStream(codec, [], ()),
+    )  # fmt: skip
+    for more, eom, ignores in [((), (), False), ((256,), (), True), ((258,), (), False), ((), ("<|eom_id|>",), True)]:
+        said = HFCodec(byte_level(specials=eom), (258,))
+        info = SimpleNamespace(eos_token_ids=(258,), max_model_len=99)
+        fields = SglangDialect(SimpleNamespace(more_ends=more), info, said).fields(asked, 5)  # type: ignore[arg-type]
+        assert (fields["ignore_eos"], fields["stop_token_ids"]) == (ignores, [258])
 
 
 # --- from files alone
@@ -231,6 +249,36 @@ def test_what_the_files_do_not_say_transformers_does_and_a_log_line_says_so(
 def test_a_model_that_is_not_there_is_our_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="tokenizer of"):
         load_tokenizer(str(tmp_path / "nothing"))
+
+
+def test_an_identity_is_said_once_for_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = CacheGroup(
+        name="full", kind="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=16, dtype="float32"
+    )
+    said: list[ModelIdentity] = []
+
+    def say() -> ModelIdentity:
+        said.append(
+            ModelIdentity(
+                architecture="A", weights=f"w{len(said)}", config={"a": "1.5"}, dtype="float32", tokenizer="t",
+                groups=(group,),
+            )
+        )  # fmt: skip
+        return said[-1]
+
+    monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path / "cache"))
+    (folder := tmp_path / "m").mkdir()
+    (folder / "config.json").write_text("{}")
+    first = remembered(folder, say, dtype="float32", group=group)
+    assert remembered(folder, say, dtype="float32", group=group) == first and len(said) == 1
+    assert remembered(folder, say, dtype="bfloat16", group=group) != first, "the engine runs it otherwise"
+    (folder / "config.json").write_text("{ }")
+    assert remembered(folder, say, dtype="bfloat16", group=group).weights == "w2", "another file"
+    (folder / CACHE_NAME).write_bytes((folder / CACHE_NAME).read_bytes()[:-9])
+    assert remembered(folder, say, dtype="bfloat16", group=group).weights == "w3", "what is damaged is said anew"
+    assert remembered(tmp_path / "of the hub", say).weights == "w4"
+    monkeypatch.setattr("thaw.engines.served.remembered.__version__", "another")
+    assert remembered(folder, say, dtype="bfloat16", group=group).weights == "w5"
 
 
 CLIENT = """

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.served.loop import LoopThread
+from thaw.engines.served.remembered import remembered
 from thaw.engines.served.transport import Transport
 
 E = TypeVar("E", bound=ServedEngine)
@@ -61,13 +62,16 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
     ends = stop_set(facts.eos_token_ids, tokenizer, facts.vocab_size)
 
     def identity(group: CacheGroup) -> ModelIdentity:
-        """By transformers, as every engine says it; imported where a session is first committed or brought back."""
-        from transformers import AutoTokenizer
+        def say() -> ModelIdentity:
+            """By torch and transformers, as every engine says it."""
+            from transformers import AutoTokenizer
 
-        from thaw.engines.served.identity import model_identity
+            from thaw.engines.served.identity import model_identity
 
-        known = HFCodec(AutoTokenizer.from_pretrained(name))
-        return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known)
+            known = HFCodec(AutoTokenizer.from_pretrained(name))
+            return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known)
+
+        return remembered(Path(name), say, dtype=facts.dtype, group=group)
 
     return kind(
         transport,

@@ -149,6 +149,19 @@ class TextLaw(EngineKit):
         ignored = again[batch.index(ended)]
         assert ignored.token_ids[:-2] == ended.token_ids and ignored.finish_reason == "length"
 
+    def test_every_end_token_ends_the_turn_unless_ignored(self, engine: Engine, lab: Lab) -> None:
+        """The tokenizer's and those that the model's files name, whichever of them the server knows itself."""
+        session = lab.begin(engine, 60)
+        for token in engine.info.eos_token_ids:
+            wanted = {"logit_bias": {token: 100.0}}
+            out = lab.one(engine, lab.twin(engine, session), greedy(4, ignore_eos=False, **wanted))
+            assert (out.token_ids, out.finish_reason, out.stop_reason) == ((token,), "stop", None)
+            assert out.text == "", "an end of a turn is no text"
+            free = lab.one(engine, lab.twin(engine, session), greedy(4, **wanted))
+            assert (free.token_ids, free.finish_reason) == ((token,) * 4, "length")
+            held = lab.one(engine, lab.twin(engine, session), greedy(4, ignore_eos=False, min_tokens=2, **wanted))
+            assert token not in held.token_ids[:2] and held.token_ids[2:] == (token,) and held.finish_reason == "stop"
+
     def test_logprobs_are_of_the_raw_distribution(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 60)
         plain = lab.one(engine, lab.twin(engine, session), greedy(1, logprobs=5))
