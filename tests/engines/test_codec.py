@@ -249,6 +249,9 @@ def test_what_the_files_do_not_say_transformers_does_and_a_log_line_says_so(
 def test_a_model_that_is_not_there_is_our_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="tokenizer of"):
         load_tokenizer(str(tmp_path / "nothing"))
+    (folder_of(byte_level(), tmp_path / "m") / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(NotFound, match="is no tokenizer"):
+        load_tokenizer(str(tmp_path / "m"))
 
 
 def test_an_identity_is_said_once_for_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

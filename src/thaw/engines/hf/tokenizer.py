@@ -88,6 +88,7 @@ class FileTokenizer:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of the model in that folder, or of that hub id. Raises `NotFound`."""
+    why = ""
     try:
         config = _config(name)
         backend, why = _backend(name, config)
@@ -99,6 +100,8 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise NotFound(f"the tokenizer of {name} could not be loaded here: {error}") from None
+    except ImportError as error:
+        raise Unsupported(f"the tokenizer of {name} needs transformers ({why}), which is not here: {error}") from None
 
 
 def _backend(name: str, config: Mapping[str, Any]) -> tuple[Any, str]:
@@ -112,7 +115,11 @@ def _backend(name: str, config: Mapping[str, Any]) -> tuple[Any, str]:
         return None, "its code comes with the model"
     if _find(name, "tekken.json") is not None:
         return None, "it is in Mistral's format"
-    backend, kind = Tokenizer.from_file(str(filed)), str(config.get("tokenizer_class"))
+    try:
+        backend = Tokenizer.from_file(str(filed))
+    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+        raise NotFound(f"{filed} is no tokenizer that the tokenizers library reads: {error}") from None
+    kind = str(config.get("tokenizer_class"))
     if is_byte_level(backend) or kind.removesuffix("Fast") in _AS_FILED:
         return backend, ""
     return None, f"{kind} makes one of its own"
