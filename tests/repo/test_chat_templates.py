@@ -17,7 +17,8 @@ from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.core.objects import Turn, with_chat
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, Message, SessionView
-from thaw.repo import chat, conversation, cut, trajectory
+from thaw.engines.text import cut_turns, text_after
+from thaw.repo import chat, conversation, trajectory
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -96,7 +97,7 @@ class Talk:
     def say(self, new: Any = None, answer: str | Sequence[int] = "", *, end: bool = True, **options: Any) -> chat.Plan:
         """Append what is planned, then the answer: text, or token ids; `end`: with the end token behind it."""
         plan = self.plan(new, **options)
-        self.turns = list(cut.cut_turns(self.turns, self.tokens, plan.keep, self.codec.decode))
+        self.turns = list(cut_turns(self.turns, self.tokens, plan.keep, self.codec))
         self.tokens = self.tokens[: plan.keep]
         if plan.new:
             turn = self._turn("prompt", plan.new, plan.role)
@@ -106,11 +107,11 @@ class Talk:
         return plan
 
     def _turn(self, kind: Any, ids: Sequence[int], role: str) -> Turn:
-        start = len(self.tokens)
+        start, text = len(self.tokens), text_after(self.codec, self.tokens, ids)
         self.tokens += ids
         sampled = kind == "completion"
         turn = Turn(
-            kind=kind, start=start, end=len(self.tokens), role=role, text=self.codec.decode(ids),
+            kind=kind, start=start, end=len(self.tokens), role=role, text=text,
             sampling=Sampling() if sampled else None, seed=U64(0) if sampled else None,
             finish_reason="stop" if sampled else None, logprobs=(-0.5,) * len(ids) if sampled else None,
         )  # fmt: skip
@@ -403,3 +404,14 @@ def _with_text(turn: Turn, text: str) -> Turn:
     import msgspec
 
     return msgspec.structs.replace(turn, text=text)
+
+
+def test_an_answer_that_ends_inside_a_character_keeps_its_tokens(make: Make) -> None:
+    """The text of the answer has no part of a character; its tokens have."""
+    talk = Talk(make(CHATML))
+    half = talk.codec.encode_chat("Yes \U0001f44f")[:-2]
+    talk.say("hello", half, end=False)
+    assert talk.messages[-1] == {"role": "assistant", "content": "Yes "}
+    assert talk.say("and?", "So.").num_dropped == 0
+    assert talk.say(history=[*talk.messages, user("more")]).num_dropped == 0
+    assert talk.num_sampled() == len(half) + 4 + 1

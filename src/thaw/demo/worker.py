@@ -78,7 +78,7 @@ def fitting(engine: Engine) -> str:
     if room < 1:
         raise TooLong(f"the model has {engine.info.max_model_len} positions; the demo needs more than {ROOM}")
     ids = engine.codec.encode(document(), first=True)
-    return document() if len(ids) <= room else engine.codec.decode(ids[:room]).rstrip("\ufffd")
+    return document() if len(ids) <= room else engine.codec.decode_settled(ids[:room])
 
 
 def _chat_script(codec: Codec, text: str) -> Script | None:

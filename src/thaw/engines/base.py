@@ -262,10 +262,23 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, *, first: bool) -> list[int]:
-        """Token ids of `text`. With `first` the tokenizer's own start tokens (BOS) are added."""
+        """Token ids of `text`. With `first` they begin a session, as the tokenizer begins a text: its own start tokens
+        (BOS), and a space before the first word where it puts one there. Otherwise the text goes on where another
+        ended, and nothing is added. No token is added at the end."""
 
     @abc.abstractmethod
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of these tokens alone; U+FFFD stands for bytes that are no UTF-8, as with Python's "replace".
+
+        `skip_special_tokens` leaves out the special tokens that frame a text: its start, its ends, padding. Others are
+        part of what is said (that a tool is called, for one) and stay."""
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As `decode`, without a character at the end that has only begun: whatever follows, its text starts with this.
+
+        Here a U+FFFD at the end is taken for such a character. A codec that sees bytes can tell it from bytes that are
+        no UTF-8, and from a U+FFFD that was said."""
+        return self.decode(token_ids, skip_special_tokens=skip_special_tokens).removesuffix("\ufffd")
 
     @abc.abstractmethod
     def chat_text(
@@ -283,8 +296,9 @@ class Codec(abc.ABC):
         the template refuses."""
 
     @abc.abstractmethod
-    def encode_chat(self, text: str) -> list[int]:
-        """Token ids of a piece of what `chat_text` gave: special tokens are read as such, and none is added."""
+    def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
+        """Token ids of what `chat_text` gave, or, with `inside`, of a piece that stands behind other text in it:
+        special tokens are read as such, and none is added."""
 
     def tool_schema(self, function: Callable[..., object]) -> Message:
         """A function as a tool's JSON schema, from its signature and docstring. Raises `Unsupported` where the engine

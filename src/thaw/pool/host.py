@@ -145,7 +145,9 @@ _VERBS: dict[type, Callable[[Engine, Any], Any]] = {
     wire.SetPolicy: lambda e, c: e.set_policy(c.version),
     wire.Identity: lambda e, c: e.identity(),
     wire.Encode: lambda e, c: e.codec.encode(c.text, first=c.first),
-    wire.Decode: lambda e, c: e.codec.decode(c.token_ids, skip_special_tokens=c.skip_special_tokens),
+    wire.Decode: lambda e, c: (e.codec.decode_settled if c.settled else e.codec.decode)(
+        c.token_ids, skip_special_tokens=c.skip_special_tokens
+    ),
     wire.ChatText: lambda e, c: e.codec.chat_text(
         c.messages,
         add_generation_prompt=c.add_generation_prompt,
@@ -153,7 +155,7 @@ _VERBS: dict[type, Callable[[Engine, Any], Any]] = {
         variables=c.variables,
         moment=None if c.moment is None else datetime.fromisoformat(c.moment),
     ),
-    wire.EncodeChat: lambda e, c: e.codec.encode_chat(c.text),
+    wire.EncodeChat: lambda e, c: e.codec.encode_chat(c.text, inside=c.inside),
     wire.Invoke: lambda e, c: invoke(e, c.function, c.arguments),
 }
 

@@ -116,7 +116,18 @@ class RemoteCodec(Codec):
         return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        call = wire.Decode(id=self._line.number(), token_ids=tuple(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._decode(token_ids, skip_special_tokens, settled=False)
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._decode(token_ids, skip_special_tokens, settled=True)
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool, *, settled: bool) -> str:
+        call = wire.Decode(
+            id=self._line.number(),
+            token_ids=tuple(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            settled=settled,
+        )
         return str(self._line.ask(call).result())
 
     def chat_text(
@@ -138,8 +149,8 @@ class RemoteCodec(Codec):
         )
         return str(self._line.ask(call).result())
 
-    def encode_chat(self, text: str) -> list[int]:
-        found: list[int] = self._line.ask(wire.EncodeChat(id=self._line.number(), text=text)).result()
+    def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
+        found: list[int] = self._line.ask(wire.EncodeChat(id=self._line.number(), text=text, inside=inside)).result()
         return found
 
 

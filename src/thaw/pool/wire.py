@@ -104,8 +104,11 @@ class Encode(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Decode(_Message, frozen=True, kw_only=True, tag=True):
+    """`settled`: without a character at the end that has only begun."""
+
     token_ids: tuple[int, ...]
     skip_special_tokens: bool = True
+    settled: bool = False
 
 
 class ChatText(_Message, frozen=True, kw_only=True, tag=True):
@@ -119,7 +122,10 @@ class ChatText(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class EncodeChat(_Message, frozen=True, kw_only=True, tag=True):
+    """`inside`: it is a piece that stands behind other text."""
+
     text: str
+    inside: bool = False
 
 
 class Invoke(_Message, frozen=True, kw_only=True, tag=True):

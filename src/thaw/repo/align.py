@@ -55,12 +55,12 @@ def _parted(codec: Codec, mine: _Text, theirs: _Text, text: str) -> Aligned:
     """The texts differ, `mine` is `text`: keep what is said alike, in whole tokens, and say the rest as wanted."""
     alike = _common(text, theirs.upto(theirs.end_of(len(text))))
     keep = mine.end_of(alike)
-    while keep > mine.start and not (len(said := mine.upto(keep)) <= alike and text.startswith(said)):
+    while keep > mine.start and len(mine.upto(keep)) > alike:
         keep -= 1
     count = len(mine.upto(keep))
     end = theirs.end_of(count)
     rest = theirs.upto(end)[count:]
-    return Aligned(keep=keep, new=(*(codec.encode_chat(rest) if rest else ()), *theirs.ids[end:]))
+    return Aligned(keep=keep, new=(*(codec.encode_chat(rest, inside=True) if rest else ()), *theirs.ids[end:]))
 
 
 def _common(a: str, b: str) -> int:
@@ -69,11 +69,13 @@ def _common(a: str, b: str) -> int:
 
 
 class _Text:
-    """What ids [start, end) say behind those before them. `hide`: special tokens say nothing."""
+    """What ids [start, end) say behind those before them. `hide`: special tokens say nothing, nor does a character at
+    the end that has only begun: a turn's text has neither."""
 
     def __init__(self, codec: Codec, ids: Sequence[int], start: int, end: int, *, hide: bool) -> None:
         self.start, self.end = start, end
-        self._decode: Callable[[Sequence[int]], str] = lambda some: codec.decode(some, skip_special_tokens=hide)
+        decode = codec.decode_settled if hide else codec.decode
+        self._decode: Callable[[Sequence[int]], str] = lambda some: decode(some, skip_special_tokens=hide)
         self.ids = ids
         self._before = max(0, start - CONTEXT)
         self._skipped = len(self._decode(ids[self._before : start]))

@@ -278,7 +278,7 @@ class _Rendering:
         if anchor is None:
             return align(self._codec, view.tokens, view.turns, self.start, self._codec.encode_chat(self._text))
         count, said, least = anchor
-        wanted = self._codec.encode_chat(self._text_behind(count - 1))
+        wanted = self._codec.encode_chat(self._text_behind(count - 1), inside=True)
         found = align(self._codec, view.tokens, view.turns, said, wanted)
         return found if found.keep >= least else align(self._codec, view.tokens, view.turns, least, wanted)
 

@@ -20,6 +20,7 @@ from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, Engine, GenerateRequest, Message, SessionRef, SessionView
+from thaw.engines.text import left_open, text_after
 from thaw.repo import chat as chats
 from thaw.repo import chat_meta, conversation, refs, resolve, talk
 from thaw.repo import commit as commits
@@ -314,7 +315,8 @@ class Session(ProcessBound):
         return view
 
     def _shown(self, plan: chats.Plan) -> str:
-        return self._context.engine.codec.decode(plan.new, skip_special_tokens=False)
+        codec, before = self._context.engine.codec, self.tokens
+        return text_after(codec, before, plan.new, skip_special_tokens=False)
 
     def _told_earlier(self, view: SessionView) -> conversation.Conversation | None:
         """The conversation as commits of an older thaw recorded it, if they did up to where this session came from."""
@@ -332,11 +334,14 @@ class Session(ProcessBound):
     def encode(self, text: str, token_ids: Sequence[int] | None) -> tuple[list[int], str]:
         """(token ids, their text) of what is to be appended here."""
         codec = self._context.engine.codec
-        if token_ids is not None:
-            if text:
-                raise InvalidRequest("text and token_ids are both given; give one of the two")
-            return list(token_ids), codec.decode(token_ids, skip_special_tokens=False)
-        return (codec.encode(text, first=self.num_tokens == 0), text) if text else ([], "")
+        if token_ids is None and not text:
+            return [], ""
+        tokens = self.tokens
+        if token_ids is None:
+            return codec.encode(text, first=not tokens), left_open(codec, tokens) + text
+        if text:
+            raise InvalidRequest("text and token_ids are both given; give one of the two")
+        return list(token_ids), text_after(codec, tokens, token_ids, skip_special_tokens=False)
 
     def _run(self, request: GenerateRequest) -> Stream[Completion]:
         return Stream(self._context.engine.generate([request]), lambda done: done[0])

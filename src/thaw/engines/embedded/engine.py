@@ -33,8 +33,9 @@ from thaw.engines.embedded.generation import Append, Generation, Lane
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
-from thaw.engines.embedded.turns import cut_turns, require_resumable, reseed, settle_turn
+from thaw.engines.embedded.turns import require_resumable, reseed, settle_turn
 from thaw.engines.embedded.weights import WeightsWatch
+from thaw.engines.text import cut_turns
 
 T = TypeVar("T")
 CAPABILITIES = frozenset(
@@ -315,7 +316,7 @@ class EmbeddedEngine(Engine):
         num_kv = parent.kv.num_tokens if whole else min(parent.kv.num_tokens, max(at - 1, 0))
         child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
         child.tokens = parent.tokens[:at]
-        child.turns = cut_turns(parent.all_turns(), at, self.codec, parent.tokens)
+        child.turns = list(cut_turns(parent.all_turns(), parent.tokens, at, self.codec))
         child.row = parent.row if whole else None
         child.last = parent.last if whole else None
         child.stored_boundary = parent.stored_boundary if whole else None

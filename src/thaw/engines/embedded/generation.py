@@ -238,7 +238,7 @@ class Generation:
 
     def _finish(self, lane: Lane, reason: str, stop_reason: str | int | None, choice: Sampled | None = None) -> None:
         session, turn = lane.session, lane.session.turn
-        text = "" if turn is None else turn.rest(stop_reason)
+        text = "" if turn is None else turn.rest()
         closed = self._close(lane, reason, stop_reason)
         ids = () if choice is None else (choice.token,)
         self._emit(lane, ids, () if choice is None else (choice.logprob,), text, reason)

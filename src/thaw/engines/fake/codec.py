@@ -9,6 +9,7 @@ from datetime import datetime
 
 from thaw.engines.base import Codec, Message
 from thaw.engines.content import as_text
+from thaw.engines.text import whole_characters
 
 BOS, EOS, VOCAB = 256, 257, 258
 MARKS = {"<s>": BOS, "</s>": EOS}
@@ -19,8 +20,10 @@ class FakeCodec(Codec):
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        marks = {} if skip_special_tokens else {BOS: b"<s>", EOS: b"</s>"}
-        return b"".join(bytes([t]) if t < 256 else marks.get(t, b"") for t in token_ids).decode(errors="replace")
+        return _bytes(token_ids, skip_special_tokens).decode(errors="replace")
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return whole_characters(_bytes(token_ids, skip_special_tokens))
 
     def chat_text(
         self,
@@ -39,7 +42,7 @@ class FakeCodec(Codec):
         text = "".join(f"<s>{_said(i, message)}</s>" for i, message in enumerate([*setup, *messages], -len(setup)))
         return f"{text}<s>assistant\n" if add_generation_prompt else text
 
-    def encode_chat(self, text: str) -> list[int]:
+    def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
         pieces = re.split("(</?s>)", text)
         return [t for piece in pieces for t in ([MARKS[piece]] if piece in MARKS else piece.encode())]
 
@@ -49,3 +52,8 @@ def _said(number: int, message: Message) -> str:
     calls = message.get("tool_calls")
     called = json.dumps(calls, ensure_ascii=False) if calls else ""
     return f"{message.get('role')}\n{as_text(message, where)['content']}{called}"
+
+
+def _bytes(token_ids: Sequence[int], skip_special_tokens: bool) -> bytes:
+    marks = {} if skip_special_tokens else {BOS: b"<s>", EOS: b"</s>"}
+    return b"".join(bytes([t]) if t < 256 else marks.get(t, b"") for t in token_ids)

@@ -1,8 +1,7 @@
 """A chat template rendered as transformers renders it, by jinja2 in a sandbox.
 
 Templates are programs that come with a model. They see the conversation, the tools, and what transformers gives them:
-`raise_exception`, `strftime_now`, `tojson` as plain JSON, loop controls, and the tag `generation`, which changes
-nothing.
+`raise_exception`, `strftime_now`, `tojson` as plain JSON, loop controls, and a tag `generation` that changes nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def render(
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None: many templates take a missing field and not a null. Reasoning under each of its names."""
+    """Without what is None: many templates take a missing field and not a null. Reasoning goes by each of its names."""
     said = {key: value for key, value in message.items() if value is not None}
     reasoning = next((said[name] for name in REASONING if name in said), None)
     return said if reasoning is None else {"thinking": reasoning, **said, "reasoning_content": reasoning}
