@@ -432,6 +432,31 @@ FAULTS = (
         ("tests/bench/test_receipt.py::test_a_changed_figure_is_found_even_under_a_new_digest",),
         "a receipt holds whose interval was changed",
     ),
+    # --- chat
+    Fault(
+        "answer-tokenised-again", "chat", "fake", "repo/align.py",
+        "or j == len(wanted) or answer is None:", "or j == len(wanted) or True:",
+        ("tests/repo/test_chat.py::test_a_sampled_answer_keeps_its_tokens_and_log_probabilities",),
+        "the next chat turn takes the tokenizer's ids for an answer, and not those that were sampled",
+    ),
+    Fault(
+        "the-day-of-today", "chat", "fake", "repo/chat.py",
+        "        if settings.moment is not None:\n", "        if settings.moment is None:\n",
+        ("tests/repo/test_chat.py::test_the_day_on_which_a_conversation_began_stays",),
+        "the time that a template read is not recorded",
+    ),
+    Fault(
+        "message-left-out-unseen", "chat", "none", "repo/chat.py",
+        "                if mark not in said:\n", "                if not said:\n",
+        ("tests/repo/test_chat_templates.py::test_a_message_that_the_template_leaves_out_is_an_error",),
+        "a message whose role the template does not know is lost",
+    ),
+    Fault(
+        "gone-back-to-nothing", "chat", "fake", "repo/session.py",
+        "if failed and not self._closed and", "if not failed and not self._closed and",
+        ("tests/repo/test_chat.py::test_a_chat_that_the_engine_refuses_leaves_the_session_as_it_was",),
+        "a chat that the engine refuses has dropped what it was to replace",
+    ),
 )  # fmt: skip
 
 

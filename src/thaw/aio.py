@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from thaw.engines.base import Completion, Delta, Engine, Policy, SessionView
 from thaw.repo import repository as blocking
-from thaw.repo.chat import ChatResult, Message
+from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult, Expect
 from thaw.repo.group import Group
+from thaw.repo.messages import Messages, Tool
 from thaw.repo.report import VerifyReport
 from thaw.repo.repository import PointLike, Repository
 from thaw.repo.session import Session
@@ -137,9 +138,26 @@ class AsyncSession:
         self.sync = session
 
     async def append(
-        self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None
+        self,
+        text: str = "",
+        *,
+        token_ids: Sequence[int] | None = None,
+        role: str | None = None,
+        messages: Messages | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = False,
     ) -> SessionView:
-        return await asyncio.to_thread(self.sync.append, text, token_ids=token_ids, role=role)
+        return await asyncio.to_thread(
+            self.sync.append,
+            text,
+            token_ids=token_ids,
+            role=role,
+            messages=messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def generate(
         self, prompt: str = "", sampling: object = None, *, token_ids: Sequence[int] | None = None
@@ -153,9 +171,28 @@ class AsyncSession:
         return AsyncStream(self.sync.resume_stream)
 
     def chat(
-        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
+        self,
+        messages: Messages | None = None,
+        sampling: object = None,
+        *,
+        history: Messages | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        keep_sampled: bool = False,
+        continue_final_message: bool = False,
     ) -> AsyncStream[ChatResult]:
-        return AsyncStream(lambda: self.sync.chat_stream(messages, sampling, tools=tools))
+        """As `Session.chat`: await the `ChatResult`, or iterate for deltas."""
+        return AsyncStream(
+            lambda: self.sync.chat_stream(
+                messages,
+                sampling,
+                history=history,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                keep_sampled=keep_sampled,
+                continue_final_message=continue_final_message,
+            )
+        )
 
     async def commit(
         self,
@@ -210,6 +247,28 @@ class AsyncGroup:
         return AsyncStream(lambda: self.sync.stream(prompts, sampling, token_ids=token_ids))
 
     stream = generate
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: object = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        keep_sampled: bool = False,
+        continue_final_message: bool = False,
+    ) -> AsyncStream[list[ChatResult]]:
+        """As `Group.chat`."""
+        return AsyncStream(
+            lambda: self.sync.chat_stream(
+                messages,
+                sampling,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                keep_sampled=keep_sampled,
+                continue_final_message=continue_final_message,
+            )
+        )
 
     def resume(self) -> AsyncStream[list[Completion]]:
         return AsyncStream(self.sync.resume_stream)

@@ -168,6 +168,7 @@ def said(mail: Path, *, workers: int = 1, prefix_caching: bool = True) -> Path:
     facts = EngineFacts(
         protocol=1, thaw="1", version="0.32.0", pid=1, model="m", dtype="bfloat16", max_model_len=512, max_logprobs=20,
         block_size=128, num_blocks=8, world_size=1, prefix_caching=prefix_caching, runner="V1",
+        vocab_size=320, eos_token_ids=(2,),
     )  # fmt: skip
     here = Mail(mail)
     here.post(SCHEDULER, facts)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import thaw
+
 from .conftest import Shell
 
 PLAIN = re.compile(r"\x1b\[")
@@ -107,6 +109,53 @@ def test_chat_keeps_the_conversation_over_processes(repo: Shell) -> None:
     assert text.index("first question") < text.index("second question")
 
 
+def test_chat_options_become_part_of_the_conversation(repo: Shell) -> None:
+    greedy = ("--temperature", "0", "--max-tokens", "6")
+    (repo.cwd / "tools.json").write_text('[{"type": "function", "function": {"name": "weather"}}]')
+    repo.ok(
+        "run", "--chat", "hello", "--system", "Be brief.", "--tools", "tools.json", "--template-var", "thinking=false",
+        "--prefill", "Well, ", *greedy,
+    )  # fmt: skip
+    text = repo.ok("show", "--text").out
+    assert '"weather"' in text and '"thinking": false' in text
+    assert "system\nBe brief.</s><s>user\nhello</s><s>assistant\nWell, " in text
+    done = repo.ok("run", "--chat", "and?", "--system", "Be brief.", *greedy, "--json").json()
+    assert (done["forked_at"], done["num_dropped_tokens"], done["num_dropped_sampled"]) == (None, 0, 0)
+    assert repo.ok("show", "--text").out.count("Be brief.") == 1
+    other = repo("run", "--chat", "more", "--system", "Be long.", *greedy)
+    assert other.code == 2
+    assert "Be brief." in other.err
+    late = repo("run", "more", "--system", "Be long.", "--keep-sampled")
+    assert late.code == 2
+    assert "--system, --keep-sampled: only with --chat" in late.err
+    assert repo("run", "--chat", "more", "--template-var", "thinking").code == 2
+    (repo.cwd / "tools.json").write_text("{}")
+    assert repo("run", "--chat", "more", "--tools", "tools.json").code == 2
+
+
+def test_a_system_message_of_the_session_is_not_left_behind(repo: Shell) -> None:
+    """Whoever said it: here a program, and then the command line goes on."""
+    with thaw.load_engine("fake") as engine, thaw.open(repo.cwd / ".thaw", engine=engine) as opened:
+        session = opened.session()
+        session.append(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Read this."}])
+        session.commit("read", branch="main")
+    repo.ok("run", "--chat", "hello", "--max-tokens", "4", "--engine", "fake")
+    text = repo.ok("show", "--text").out
+    assert text.startswith("<s>system\nBe brief.</s><s>user\nRead this.</s><s>user\nhello</s>")
+
+
+def test_a_conversation_given_whole_replaces_what_was_said(repo: Shell) -> None:
+    greedy = ("--temperature", "0", "--max-tokens", "6")
+    repo.ok("run", "--chat", "hello", *greedy)
+    (repo.cwd / "talk.json").write_text(
+        '[{"role": "user", "content": "hallo"}, {"role": "assistant", "content": [{"type": "text", "text": "ja"}]}]'
+    )
+    done = repo.ok("run", "--chat", "und?", "--history", "talk.json", *greedy)
+    assert "left behind, 6 of them sampled (--keep-sampled keeps those)" in done.err
+    text = repo.ok("show", "--text").out
+    assert "<s>assistant\nja</s><s>user\nund?" in text and "hello" not in text
+
+
 def test_fork_runs_one_batch_and_makes_a_branch_each(tree: Shell) -> None:
     done = tree.ok("fork", "main", "Why?", "-n", "3", "--name", "try", "--max-tokens", "6", "--json").json()
     children = done["children"]
@@ -154,6 +203,9 @@ def test_fork_in_a_chat_renders_the_next_message(repo: Shell) -> None:
     repo.ok("run", "--chat", "and then?", "--branch", "fork/1", *greedy)
     text = repo.ok("show", "fork/1", "--text").out
     assert text.index("hello") < text.index("two?") < text.index("and then?")
+    done = repo.ok("fork", "main:turn=2", "three?", "-n", "2", "--chat", "--prefill", "So ", *greedy, "--json").json()
+    assert [child["forked_at"] for child in done["children"]] == [None, None]
+    assert "three?</s><s>assistant\nSo " in repo.ok("show", "fork2/0", "--text").out
 
 
 def test_branches_and_tags_are_made_listed_renamed_deleted(tree: Shell) -> None:

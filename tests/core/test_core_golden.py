@@ -8,7 +8,19 @@ from thaw.core import canonical, objects, prefix
 from thaw.core.canonical import U64
 from thaw.core.identity import CacheGroup, ModelIdentity, compare, tensor_leaf, weights_root
 from thaw.core.ids import digest, is_id, short
-from thaw.core.objects import Boundary, Commit, Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode
+from thaw.core.objects import (
+    Boundary,
+    Chat,
+    ChatSettings,
+    ChatTurn,
+    Commit,
+    Segment,
+    SegmentEntry,
+    SegmentNode,
+    State,
+    Turn,
+    TurnNode,
+)
 from thaw.core.sampling import Sampling, derive, uniform
 
 A, B, C = (digest(letter) for letter in (b"a", b"b", b"c"))
@@ -26,6 +38,13 @@ OBJECTS = {
     "segments": SegmentNode(entries=(SegmentEntry(segment=A, start=0, length=3),)),
     "turn": TURN,
     "turns": TurnNode(entries=(A, B)),
+    "chat turn": ChatTurn(
+        kind="prompt", start=2, end=4, role="user",
+        chat=Chat(
+            begin=0, messages=('{"role":"user","content":"hé"}',),
+            settings=ChatSettings(tools=('{"b":1,"a":2}',), variables={"x": "1.5"}, moment="2026-11-29T03:04:05"),
+        ),
+    ),
     "state": State(
         model=A, num_tokens=4, num_kv=3, nodes=(B,), tail_tokens=(9,), turn_nodes=(C,), num_turns=2, seed=U64(5),
         salt="s", boundary=Boundary(position=3, digest=A, top=((1, -0.5),), batch=1),
@@ -38,6 +57,7 @@ GOLDEN = {
     "segments": "b3:f8ee716a23993c1d3be505a9eb57cb40f9b3ae0e6be0ddc278799cc3d6261164",
     "turn": "b3:352faf502b8f473096c7eeaeaac5f9f655db494fdcdd9ae41b7d02cc9f0194b2",
     "turns": "b3:aab06b70904ff5dfeaa703af76da2b49a51845d8afedba880338304cd09df871",
+    "chat turn": "b3:a8bda24bc4d3cb3337ec8956c6696699e78a3c120d8c4afcf91cfcd8eebf57bf",
     "state": "b3:c8b78b1be145bcad48d5ccc1b24737931fe72d1e9fa041bf900f3f0e00d84769",
     "commit": "b3:0d8e2234e51079b80de17991e3d54c29c93c173063aa6277055625cfaf9566b6",
 }

@@ -1,8 +1,11 @@
 """Makes the golden repository of the current format: `python tests/golden/make_golden.py FOLDER`.
 
-Run once for each format version; the folder is checked in and never written again. Tests read a copy of it with
+Run once for each change of the format; the folder is checked in and never written again. Tests read a copy of it with
 whatever thaw they test: old repositories stay readable. Contents: every kind of object with every optional field
 used once, two branches, a tag, a reflog, a fork inside a segment, a commit with two parents, pads, equal blobs.
+
+    format-1         no turn has messages
+    format-1-chat    prompts are `thaw.turn/2`
 """
 
 from __future__ import annotations
@@ -17,7 +20,19 @@ from blake3 import blake3
 from thaw.core.canonical import U64
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.ids import CommitId, digest
-from thaw.core.objects import Boundary, Commit, Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode
+from thaw.core.objects import (
+    Boundary,
+    Chat,
+    ChatSettings,
+    ChatTurn,
+    Commit,
+    Segment,
+    SegmentEntry,
+    SegmentNode,
+    State,
+    Turn,
+    TurnNode,
+)
 from thaw.core.prefix import chains, extend
 from thaw.core.sampling import Sampling
 from thaw.data.pack import PackItem, write_pack
@@ -35,6 +50,15 @@ MODEL = ModelIdentity(
     policy="7",
     groups=(
         CacheGroup(name="full", kind="full", first_layer=0, num_layers=1, num_kv_heads=2, head_dim=4, dtype="bfloat16"),
+    ),
+)
+
+CHAT = Chat(
+    begin=0,
+    messages=('{"role":"system","content":"kühl"}', '{"role":"user","content":[{"type":"text","text":"Grüße,"}]}'),
+    continue_final_message=True,
+    settings=ChatSettings(
+        tools=('{"z":1,"a":2.5}',), variables={"enable_thinking": "false"}, moment="2026-11-29T03:04:05"
     ),
 )
 
@@ -67,7 +91,7 @@ def put_kv(
 
 
 def turns(tx: Transaction) -> TurnNode:
-    prompt = Turn(kind="prompt", start=0, end=290, role="user", text="Grüße,\n\u2028 \U0001f9ca?")
+    prompt = ChatTurn(kind="prompt", start=0, end=290, role="user", text="Grüße,\n\u2028 \U0001f9ca?", chat=CHAT)
     completion = Turn(
         kind="completion",
         start=290,

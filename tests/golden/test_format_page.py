@@ -71,7 +71,7 @@ class Reader:
         data = self.tensors[f"object {identifier}"]
         value = json.loads(data)
         assert rfc8785.dumps(value) == data
-        assert value["type"] == f"thaw.{kind}/1"
+        assert value["type"] in {f"thaw.{kind}/1", f"thaw.{kind}/{2 if kind == 'turn' else 1}"}
         return value
 
     def tokens(self, state: dict[str, Any]) -> list[int]:
@@ -118,9 +118,19 @@ def test_a_reader_written_from_the_page_reads_every_commit(repository: Path) -> 
         assert len(reader.tokens(state)) == state["num_tokens"]
         turns = [turn for node in state["turn_nodes"] for turn in reader.get(node, "turns")["entries"]]
         assert len(turns) == state["num_turns"]
+        check_messages(reader.get(turns[0], "turn"))
         assert int(reader.get(turns[1], "turn")["seed"]) == 2**64 - 1
         assert b3(reader.tensors[state["boundary"]["hidden"]]) == state["boundary"]["hidden"]
     assert len(seen) == 3
+
+
+def check_messages(turn: dict[str, Any]) -> None:
+    assert ("chat" in turn) == (turn["type"] == "thaw.turn/2")
+    if "chat" in turn:
+        chat = turn["chat"]
+        assert chat["begin"] <= turn["start"] and turn["kind"] == "prompt"
+        assert [json.loads(message)["role"] for message in chat["messages"]] == ["system", "user"]
+        assert json.loads(chat["settings"]["variables"]["enable_thinking"]) is False
 
 
 COLUMNS = {

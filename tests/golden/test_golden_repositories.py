@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from thaw.core.ids import digest
-from thaw.core.objects import Commit, Segment, SegmentNode, State, Turn, TurnNode
+from thaw.core.objects import ChatTurn, Commit, Segment, SegmentNode, State, Turn, TurnNode
 from thaw.data.header import OBJECT
 from thaw.data.pack import PackItem, read_blob, write_pack
+from thaw.repo import conversation
 from thaw.store import Store, fsck
 
 HERE = Path(__file__).parent
@@ -75,9 +77,34 @@ def check_commit(store: Store, identifier: str) -> None:
     (place,) = store.locate([state.boundary.hidden]).values()
     assert len(read_blob(store.packs, place)) == 16
     prompt, completion = (store.get_as(one, Turn) for one in store.get_as(state.turn_nodes[0], TurnNode).entries)
+    if isinstance(prompt, ChatTurn):
+        check_chat(prompt)
     assert prompt.text == "Grüße,\n\u2028 \U0001f9ca?"
     assert completion.seed == 2**64 - 1 and completion.sampling is not None and completion.sampling.seed == 2**64 - 1
     assert completion.logprobs == (-0.25, -1e-07)
+
+
+def check_chat(turn: ChatTurn) -> None:
+    held = conversation.read([turn], turn.end)
+    assert held.messages == [
+        {"role": "system", "content": "kühl"},
+        {"role": "user", "content": [{"type": "text", "text": "Grüße,"}]},
+    ]
+    assert turn.chat.continue_final_message and held.pieces[0].open
+    assert held.settings.variables == {"enable_thinking": False} and list(held.settings.tools[0]) == ["z", "a"]
+    assert held.settings.moment == datetime(2026, 11, 29, 3, 4, 5)
+
+
+def test_golden_repositories_have_turns_with_and_without_messages(tmp_path: Path) -> None:
+    found = {name: kinds_of_turns(shutil.copytree(HERE / name, tmp_path / name)) for name in FORMATS}
+    assert found == {"format-1": {Turn}, "format-1-chat": {Turn, ChatTurn}}
+
+
+def kinds_of_turns(path: Path) -> set[type]:
+    with Store.open(path) as store:
+        states = [store.get_as(store.get_as(one, Commit).state, State) for one in store.commits()]
+        nodes = [store.get_as(node, TurnNode) for state in states for node in state.turn_nodes]
+        return {type(store.get(one)) for node in nodes for one in node.entries}
 
 
 def used(store: Store, state: str, segment: str) -> int:

@@ -20,7 +20,7 @@ from thaw import Sampling
 from thaw.bench.doctor import pools as doctor
 from thaw.core.canonical import U64
 from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, Unsupported
-from thaw.core.objects import Turn
+from thaw.core.objects import ChatTurn, Turn
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
 from thaw.pool import ForkPool, wire
 from thaw.pool.guard import GRACE_S
@@ -358,3 +358,25 @@ def test_a_session_and_a_snapshot_of_tokens_are_prefilled_anew_too() -> None:
         life.host.invoke(load, {"seed": 5})
         new = pool.fork(pool.snapshot(ids), 2, GREEDY, seed=1)
         assert bits(new) != bits(old) and bits(pool.fork(pool.session(ids), 2, GREEDY, seed=1)) == bits(new)
+
+
+# -- conversations
+
+
+def test_a_conversation_goes_on_in_a_worker_of_its_own(tmp_path: Path) -> None:
+    """Its messages travel to the worker and back, and through a round into the repository."""
+    with thaw.open(tmp_path / "runs", create=True) as repo, ForkPool("fake", workers=1, repo=repo) as pool:
+        trunk = pool.session(seed=7)
+        first = trunk.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}], GREEDY)
+        asked = trunk.engine.codec.render_chat(trunk.messages, add_generation_prompt=True, variables={"a": 1})
+        assert isinstance(trunk.turns[0], ChatTurn) and len(asked) > trunk.num_tokens
+        assert trunk.chat("and?", GREEDY, tools=[{"name": "weather"}]).num_dropped_sampled == 8
+        told = trunk.messages
+        assert [message["role"] for message in told] == ["system", "user", "assistant", "user", "assistant"]
+        assert told[2] == first.message
+        winner = pool.fork(trunk, 2, GREEDY)[1].session
+        assert winner.messages[:4] == told[:4]
+        winner.commit("chosen", branch="main")
+        assert thaw.open(tmp_path / "runs").show("main").turns == winner.turns
+        with pytest.raises(Unsupported, match="image_url"):
+            trunk.chat([{"role": "user", "content": [{"type": "image_url"}]}], GREEDY)

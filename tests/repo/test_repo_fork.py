@@ -148,37 +148,6 @@ def test_a_parked_session_comes_back_whole(parent: Session) -> None:
     assert child.generate("x", WARM).logprobs == parent.generate("x", WARM).logprobs
 
 
-def test_chat_appends_only_what_is_new(repo: Repository) -> None:
-    s = repo.session()
-    greedy = Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
-    talk: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-    first = s.chat(talk, greedy)
-    assert first.forked_at is None and [t.role for t in s.turns] == ["user", "assistant"]
-    talk += [first.message, {"role": "user", "content": "and?"}]
-    before = s.num_tokens
-    second = s.chat(talk, greedy)
-    assert (second.forked_at, second.num_dropped_tokens) == (None, 0)
-    assert second.completion.usage.num_prompt_tokens == before + second.num_new_tokens
-    assert second.completion.num_cached_tokens == before - 1
-    again = s.chat(talk, greedy)
-    assert again.forked_at == before + second.num_new_tokens and again.text == second.text
-
-
-def test_chat_forks_at_the_last_common_token_and_says_so(repo: Repository) -> None:
-    s = repo.session(seed=1)
-    s.append("Plain text before the conversation stays.")
-    plain = s.num_tokens
-    s.chat([{"role": "user", "content": "one"}], Sampling(max_tokens=4, ignore_eos=True))
-    old = s.tokens
-    changed: list[dict[str, object]] = [{"role": "user", "content": "one more"}]
-    result = s.chat(changed, Sampling(max_tokens=4, ignore_eos=True))
-    assert result.forked_at == plain + 1 + len("user\none")
-    assert result.num_dropped_tokens == len(old) - result.forked_at
-    assert s.tokens[: result.forked_at] == old[: result.forked_at]
-    done = s.commit("after the fork", branch="main")
-    assert repo.session(done.commit).tokens == s.tokens
-
-
 def test_a_trajectory_is_aligned_token_by_token(repo: Repository, parent: Session) -> None:
     t = parent.trajectory()
     assert t.prompt_ids + t.completion_ids == parent.tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from thaw.cli import output
 from thaw.cli.progress import Progress
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from thaw.engines.base import Completion
     from thaw.repo.stream import Stream
 
+T = TypeVar("T")
 MAX_ROWS = 32
 PER_SECOND = 8
 
 
-def follow(stream: Stream[list[Completion]], names: list[str], *, quiet: bool) -> list[Completion]:
+def follow(stream: Stream[list[T]], names: list[str], *, quiet: bool) -> list[T]:
     """Wait for all of them. The table disappears when they are done; the caller prints what is to stay."""
     with Board(names, quiet=quiet) as board:
         for delta in stream:

@@ -1,44 +1,117 @@
-"""Conversations in history: every commit made with --chat records the messages that it added.
-
-They stand in the commit's meta under `chat.messages`, as JSON; the conversation of a point is what its first-parent
-ancestors recorded, oldest first. Templates cannot be read backwards, so a session's tokens alone would not tell.
-"""
+"""Conversations at the command line: what --chat and the options beside it say, as the arguments of `Session.chat`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import msgspec
+import click
 
+from thaw.cli import output, prompts, words
 from thaw.core.errors import InvalidRequest
-from thaw.core.objects import Commit
 
 if TYPE_CHECKING:
-    from thaw.repo.chat import Message
-    from thaw.repo.resolve import ResolvedPoint
-    from thaw.store import Store
+    from thaw.engines.base import Message
+    from thaw.repo.chat import ChatResult
+    from thaw.repo.session import Session
 
-KEY = "chat.messages"
+NAMES = {
+    "system": "--system", "tools": "--tools", "template_vars": "--template-var", "prefill": "--prefill",
+    "keep_sampled": "--keep-sampled",
+}  # fmt: skip
+"""The options, by the verbs' arguments."""
 
 
-def meta(new: Sequence[Message]) -> dict[str, str]:
-    """What a commit's meta says of the messages that it adds."""
-    return {KEY: msgspec.json.encode(list(new)).decode()}
+@dataclass(frozen=True)
+class Chat:
+    """What was said beside --chat. `arguments` are those of `Session.chat` that are no messages."""
+
+    system: str | None
+    prefill: str | None
+    arguments: dict[str, Any]
+
+    def messages(self, session: Session, content: str) -> list[Message]:
+        """What is appended to the session's conversation: the user's words, and what was given around them."""
+        return [*([] if self.system is None else _system(session, self.system)), *self._said(content)]
+
+    def after(self, history: list[Any], content: str) -> list[Any]:
+        """A conversation that is given whole, with the user's words at its end."""
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*before, *history, *self._said(content)]
+
+    def _said(self, content: str) -> list[Message]:
+        after: list[Message] = [] if self.prefill is None else [{"role": "assistant", "content": self.prefill}]
+        return [{"role": "user", "content": content}, *after]
 
 
-def of(store: Store, point: ResolvedPoint) -> list[Message]:
-    """The conversation at a commit's end. Raises `InvalidRequest` inside one."""
-    if not point.at_end:
-        raise InvalidRequest(
-            f"{point} lies inside a commit, where --chat cannot tell which messages are whole. "
-            "Name a commit, or go on without --chat."
-        )
-    parts: list[list[Message]] = []
-    identifier: str | None = point.commit
-    while identifier is not None:
-        commit = store.get_as(identifier, Commit)
-        if KEY in commit.meta:
-            parts.append(msgspec.json.decode(commit.meta[KEY], type=list[dict[str, object]]))
-        identifier = commit.parents[0] if commit.parents else None
-    return [message for part in reversed(parts) for message in part]
+def taken(values: dict[str, Any], *, chat: bool) -> Chat:
+    """Takes the options out of a verb's arguments. Raises where one of them was given without --chat."""
+    given = {name: values.pop(name) for name in NAMES}
+    used = [NAMES[name] for name, value in given.items() if value]
+    if used and not chat:
+        raise click.UsageError(f"{', '.join(used)}: only with --chat.")
+    arguments: dict[str, Any] = {"keep_sampled": given["keep_sampled"]}
+    if given["tools"] is not None:
+        arguments["tools"] = json_list(given["tools"])
+    if given["template_vars"]:
+        arguments["chat_template_kwargs"] = dict(_variable(text) for text in given["template_vars"])
+    if given["prefill"] is not None:
+        arguments["continue_final_message"] = True
+    return Chat(given["system"], given["prefill"], arguments)
+
+
+def json_list(name: str) -> list[Any]:
+    """The list in a JSON file; `-` is stdin."""
+    try:
+        value = json.loads(prompts.from_file(name))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{name}: a JSON list was expected, got {type(value).__name__}")
+    return value
+
+
+def _variable(text: str) -> tuple[str, object]:
+    """NAME=VALUE; a value that is JSON (true, 3, "text") is read as such, any other is text."""
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise click.UsageError(f"--template-var {text}: write NAME=VALUE, such as enable_thinking=false.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _system(session: Session, text: str) -> list[Message]:
+    """The system's message, for a conversation that begins; nothing where it began with it."""
+    message: Message = {"role": "system", "content": text}
+    held = session.messages
+    if not held:
+        return [message]
+    if held[0] == message:
+        return []
+    first = output.one_line(str(held[0].get("content")), 60)
+    raise InvalidRequest(
+        f"the conversation began with the {held[0]['role']}'s message {first!r}; --system begins one. Leave it out, or "
+        "begin another conversation with --branch NAME."
+    )
+
+
+def note(result: ChatResult, name: str = "") -> None:
+    """Say what the template no longer says, if anything."""
+    if not result.num_dropped_tokens:
+        return
+    sampled = f", {result.num_dropped_sampled:,} of them sampled (--keep-sampled keeps those)"
+    output.note(
+        f"{name}the template renders this conversation differently: went on from token {result.forked_at:,}, "
+        f"{words.count(result.num_dropped_tokens, 'token')} left behind{sampled if result.num_dropped_sampled else ''}"
+    )
+
+
+def plain(result: ChatResult | None) -> dict[str, object]:
+    """What --json adds of a chat."""
+    if result is None:
+        return {}
+    names = ("forked_at", "num_dropped_tokens", "num_dropped_sampled")
+    return {name: getattr(result, name) for name in names}

@@ -126,6 +126,26 @@ def sampling(function: F) -> F:
     return function
 
 
+def chat(function: F) -> F:
+    """--chat, and what belongs to it."""
+    about = "PROMPT is the user's next message, in the model's own template."
+    for option in reversed(
+        (
+            option_of("Chat", "--chat", is_flag=True, help=about),
+            option_of("Chat", "--system", metavar="TEXT", help="The system's message; begins the conversation."),
+            option_of("Chat", "--tools", metavar="FILE", help="A JSON list of tools (JSON schemas); - is stdin."),
+            option_of(
+                "Chat", "--template-var", "template_vars", multiple=True, metavar="NAME=VALUE",
+                help="A variable of the template, as enable_thinking=false; repeatable.",
+            ),
+            option_of("Chat", "--prefill", metavar="TEXT", help="The answer begins with this."),
+            option_of("Chat", "--keep-sampled", is_flag=True, help="Keep what a template leaves out of old answers."),
+        )
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 SAMPLING = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "min_tokens", "ignore_eos",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "bad_words", "logprobs",

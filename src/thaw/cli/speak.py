@@ -13,8 +13,8 @@ from thaw.cli import boot, output, place, words
 from thaw.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from thaw.engines.base import Completion, Delta
-    from thaw.repo.chat import ChatResult, Message
+    from thaw.engines.base import Completion, Delta, Message
+    from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitResult
     from thaw.repo.repository import Repository
     from thaw.repo.session import Session
@@ -63,9 +63,11 @@ def generate(session: Session, prompt: str, sampling: Any, *, quiet: bool) -> tu
     return follow(session.stream(prompt, sampling), quiet=quiet)
 
 
-def chat(session: Session, messages: list[Message], sampling: Any, *, quiet: bool) -> tuple[ChatResult, bool]:
-    """Answer the conversation. (result, interrupted)."""
-    return follow(session.chat_stream(messages, sampling), quiet=quiet)
+def chat(
+    session: Session, messages: list[Message] | None, sampling: Any, *, quiet: bool, **arguments: Any
+) -> tuple[ChatResult, bool]:
+    """Answer the messages. (result, interrupted)."""
+    return follow(session.chat_stream(messages, sampling, **arguments), quiet=quiet)
 
 
 def follow(stream: Stream[T], *, quiet: bool) -> tuple[T, bool]:

@@ -14,6 +14,8 @@ import rfc8785
 from thaw.core.errors import CorruptBlob, NewerFormat
 
 MAX_OBJECT_BYTES = 16 * 1024 * 1024
+NEWEST = {"thaw.turn": 2}
+"""The newest version of each type of object that is not still at its first."""
 T = TypeVar("T")
 
 
@@ -79,6 +81,6 @@ def _refuse_newer(data: bytes | memoryview, what: str) -> None:
         return
     name = head.get("type") if isinstance(head, dict) else None
     if isinstance(name, str) and name.startswith("thaw.") and name[-1:].isdigit():
-        version = name.rpartition("/")[2]
-        if version.isascii() and version.isdigit() and len(version) < 9 and int(version) > 1:
+        kind, _, version = name.rpartition("/")
+        if version.isascii() and version.isdigit() and len(version) < 9 and int(version) > NEWEST.get(kind, 1):
             raise NewerFormat(f"{what} is a {name[:60]}: written by a newer thaw. Upgrade thaw to read it.")

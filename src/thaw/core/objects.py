@@ -3,7 +3,7 @@
 A *segment* is a run of at most 256 tokens with the blobs of its KV, one a cache group and KV head. A *node* lists up
 to 64 entries; a *state* lists nodes, so that a commit writes what is new and not what is long. A *state* is a session
 at a point, content-addressed: nothing in it names a machine or a time. A *commit* puts it into history. A *turn* is
-one prompt or one completion, with its text.
+one prompt or one completion, with its text; a prompt that was rendered from messages has them with it.
 
     commit ──> state ──> model identity
                  ├─────> node (64 segments) ──> segment ──> blobs
@@ -96,6 +96,58 @@ class Turn(_Object, frozen=True, kw_only=True, tag="thaw.turn/1"):
     policy: str = "0"
 
 
+class ChatSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a conversation is rendered with, besides its messages: `tools` (JSON texts), `variables` (the template's
+    own, name -> JSON text) and `moment`, the local time that the template reads (ISO 8601; None where it reads none).
+    """
+
+    tools: tuple[str, ...] = ()
+    variables: dict[str, str] = {}
+    moment: str | None = None
+
+
+class Chat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the tokens [begin, end of the turn) of a conversation were rendered from, so that it can be rendered again.
+
+    `messages` are JSON texts, as the caller gave them (the order of their keys is kept). Before `begin` the
+    conversation is what earlier turns say; turns from `begin` on are told anew here. With `continue_final_message` the
+    completion that follows is the rest of the last message. `settings` hold from here on; None: those before `begin`.
+    """
+
+    begin: Count
+    messages: tuple[str, ...]
+    continue_final_message: bool = False
+    settings: ChatSettings | None = None
+
+
+class ChatTurn(Turn, frozen=True, kw_only=True, tag="thaw.turn/2"):
+    """A prompt that was rendered from messages."""
+
+    chat: Chat
+
+    def __post_init__(self) -> None:
+        if self.kind != "prompt" or self.chat.begin > self.start:
+            raise ValueError(
+                f"messages belong to a prompt and begin at or before it; this {self.kind} at token {self.start} has "
+                f"some from token {self.chat.begin} on"
+            )
+
+
+AnyTurn = Turn | ChatTurn
+
+
+def with_chat(turn: Turn, chat: Chat) -> ChatTurn:
+    """The same prompt, with the messages that it was rendered from."""
+    return ChatTurn(**{name: getattr(turn, name) for name in Turn.__struct_fields__}, chat=chat)
+
+
+def without_chat(turn: Turn) -> Turn:
+    """The turn as tokens and text alone: what is left when it is cut through, with part of its messages gone."""
+    if not isinstance(turn, ChatTurn):
+        return turn
+    return Turn(**{name: getattr(turn, name) for name in Turn.__struct_fields__})
+
+
 class Boundary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The last logits the session computed: those that predict the token at `position`.
 
@@ -148,7 +200,7 @@ class Commit(_Object, frozen=True, kw_only=True, tag="thaw.commit/1"):
 
 
 canonical.declare_plain(Segment, SegmentNode, TurnNode)
-AnyObject = ModelIdentity | Segment | SegmentNode | TurnNode | Turn | State | Commit
+AnyObject = ModelIdentity | Segment | SegmentNode | TurnNode | Turn | ChatTurn | State | Commit
 
 
 def encode(value: AnyObject) -> tuple[ObjectId, bytes]:

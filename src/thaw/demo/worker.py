@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Literal
+from typing import IO, Literal, TypeVar
 
 import msgspec
 
@@ -25,18 +25,16 @@ from thaw.core.sampling import Sampling
 from thaw.demo import document, events, prompts
 from thaw.demo.events import Event
 from thaw.engines import load_engine
-from thaw.engines.base import Codec, Completion, Engine, GenerateRequest
-from thaw.repo import Group, Repository, Session
+from thaw.engines.base import Codec, Completion, Engine, GenerateRequest, Message
+from thaw.repo import Group, Repository, Session, Stream
 from thaw.repo import open as open_repository
 
 ROOM = 512
 """Tokens kept free for the framing, a question and its answer."""
-MESSAGES = "chat.messages"
-"""Where a commit's meta keeps the messages that it added; `thaw run --chat` reads it."""
 TRUNK, ANSWERS = "main", "answer"
 EVERY_S = 0.25
 Tell = Callable[[Event], None]
-Message = dict[str, object]
+T = TypeVar("T")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,9 +61,6 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     trunk: tuple[int, ...]
     suffixes: tuple[tuple[int, ...], ...]
 
-    def meta(self, *messages: Message) -> dict[str, str]:
-        return {MESSAGES: msgspec.json.encode(messages).decode()} if self.chat else {}
-
 
 def script(engine: Engine) -> Script:
     """Render trunk and questions once, the same in both processes."""
@@ -83,7 +78,7 @@ def fitting(engine: Engine) -> str:
     if room < 1:
         raise TooLong(f"the model has {engine.info.max_model_len} positions; the demo needs more than {ROOM}")
     ids = engine.codec.encode(document(), first=True)
-    return document() if len(ids) <= room else engine.codec.decode(ids[:room]).rstrip("\ufffd")
+    return document() if len(ids) <= room else engine.codec.decode_settled(ids[:room])
 
 
 def _chat_script(codec: Codec, text: str) -> Script | None:
@@ -122,12 +117,14 @@ def read(repo: Repository, job: Job, tell: Tell) -> None:
     session = repo.session(seed=job.seed)
     started = time.perf_counter()
     with _progress(session, len(words.trunk), tell):
-        session.append(token_ids=words.trunk, role=prompts.trunk()[0]["role"] if words.chat else None)
+        if words.chat:
+            session.append(messages=_messages(words.text))
+        else:
+            session.append(token_ids=words.trunk)
     tell(events.Read(num_tokens=session.num_tokens, seconds=time.perf_counter() - started))
     _describe(repo.engine, tell)
     started = time.perf_counter()
-    meta = words.meta(*_messages(words.text))
-    done = session.commit("read the handbook", branch=TRUNK, meta=meta)
+    done = session.commit("read the handbook", branch=TRUNK)
     tell(
         events.Committed(
             commit=done.commit,
@@ -157,7 +154,13 @@ def hydrate(repo: Repository, job: Job, tell: Tell) -> None:
 
 def _children(group: Group, words: Script, job: Job, tell: Tell) -> list[Completion]:
     sampling = Sampling(temperature=0.0, max_tokens=job.max_tokens)
-    stream = group.stream("", sampling, token_ids=words.suffixes)
+    if not words.chat:
+        return _told(group.stream("", sampling, token_ids=words.suffixes), tell)
+    asked = [[_asked(question)] for question in prompts.QUESTIONS]
+    return [result.completion for result in _told(group.chat_stream(asked, sampling), tell)]
+
+
+def _told(stream: Stream[list[T]], tell: Tell) -> list[T]:
     for delta in stream:
         tell(events.Said(index=delta.index, text=delta.text))
     return stream.result()
@@ -165,9 +168,7 @@ def _children(group: Group, words: Script, job: Job, tell: Tell) -> list[Complet
 
 def _commit_child(session: Session, completion: Completion, words: Script, index: int) -> events.Child:
     question = prompts.QUESTIONS[index]
-    answer: Message = {"role": "assistant", "content": completion.text}
-    meta = words.meta(_asked(question), answer)
-    done = session.commit(question, branch=f"{ANSWERS}/{index}", meta=meta)
+    done = session.commit(question, branch=f"{ANSWERS}/{index}")
     usage = completion.usage
     return events.Child(
         index=index,
@@ -187,7 +188,10 @@ def _commit_child(session: Session, completion: Completion, words: Script, index
 def _answer(session: Session, words: Script, job: Job, tell: Tell) -> None:
     """The parent's own answer to the first question, drawn at temperature 1 from the session's seed."""
     sampling = Sampling(temperature=1.0, max_tokens=job.parent_max_tokens, ignore_eos=True)
-    done = session.generate("", sampling, token_ids=words.suffixes[0])
+    if words.chat:
+        done = session.chat([_asked(prompts.QUESTIONS[0])], sampling).completion
+    else:
+        done = session.generate("", sampling, token_ids=words.suffixes[0])
     tell(
         events.Answered(
             token_ids=done.token_ids,

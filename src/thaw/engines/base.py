@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
 
-from thaw.core.errors import EngineDied
+from thaw.core.errors import EngineDied, Unsupported
 from thaw.core.identity import CacheGroup, ModelIdentity
-from thaw.core.objects import Boundary, Turn
+from thaw.core.objects import AnyTurn, Boundary, Chat
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
@@ -31,6 +32,8 @@ CONTRACT_VERSION = 1
 SessionRef = NewType("SessionRef", str)
 """An unguessable name of a session in one engine."""
 T = TypeVar("T")
+Message = dict[str, object]
+"""A chat message, a tool or one of its parts: what JSON can hold, in OpenAI's shape."""
 Policy = Literal["exact", "recompute"]
 """`exact`: load or fail. `recompute`: load where identity allows it, else prefill again; reported and counted."""
 
@@ -60,7 +63,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[int, ...]
     num_kv: int
     slices: tuple[Slice, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[AnyTurn, ...]
     seed: int
     salt: str
     share_prefix: bool = False
@@ -111,7 +114,7 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     segments: tuple[CapturedSegment, ...]
     blobs: tuple[BlobLocation, ...]
     packs: tuple[WrittenPack, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[AnyTurn, ...]
     seed: int
     salt: str
     share_prefix: bool
@@ -129,7 +132,7 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens: tuple[int, ...]
     num_kv: int
-    turns: tuple[Turn, ...]
+    turns: tuple[AnyTurn, ...]
     seed: int
     salt: str
     running: bool
@@ -139,12 +142,14 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One session's part of a batch. `prompt` is appended first; `resume` goes on with an unfinished completion
-    instead (then `prompt` is empty and `sampling` None: the turn has its own)."""
+    instead (then `prompt` is empty and `sampling` None: the turn has its own). `chat`: the messages that the prompt was
+    rendered from, kept with its turn."""
 
     session: SessionRef
     prompt: tuple[int, ...] = ()
     prompt_text: str = ""
     role: str | None = None
+    chat: Chat | None = None
     sampling: Sampling | None = None
     resume: bool = False
 
@@ -257,20 +262,65 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, *, first: bool) -> list[int]:
-        """Token ids of `text`. With `first` the tokenizer's own start tokens (BOS) are added."""
+        """Token ids of `text`. With `first` they begin a session, as the tokenizer begins a text: its own start tokens
+        (BOS), and a space before the first word where it puts one there. Otherwise the text goes on where another
+        ended, and nothing is added. No token is added at the end."""
 
     @abc.abstractmethod
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of these tokens alone; U+FFFD stands for bytes that are no UTF-8, as with Python's "replace".
+
+        `skip_special_tokens` leaves out the special tokens that frame a text: its start, its ends, padding. Others are
+        part of what is said (that a tool is called, for one) and stay."""
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As `decode`, without a character at the end that has only begun: whatever follows, its text starts with this.
+
+        Here a U+FFFD at the end is taken for such a character. A codec that sees bytes can tell it from bytes that are
+        no UTF-8, and from a U+FFFD that was said."""
+        return self.decode(token_ids, skip_special_tokens=skip_special_tokens).removesuffix("\ufffd")
 
     @abc.abstractmethod
-    def render_chat(
+    def chat_text(
         self,
-        messages: Sequence[dict[str, object]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[object] | None = None,
+        tools: Sequence[Message] | None = None,
+        variables: Mapping[str, object] | None = None,
+        moment: datetime | None = None,
+    ) -> str:
+        """A conversation as the model's chat template renders it: a pure function of these, where `moment` is given (it
+        is the time that a template reads; else now). Content may be a list of text parts; a message that only calls
+        tools needs none. Raises `Unsupported` without a template or for parts that are no text, `InvalidRequest` where
+        the template refuses."""
+
+    @abc.abstractmethod
+    def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
+        """Token ids of what `chat_text` gave, or, with `inside`, of a piece that stands behind other text in it:
+        special tokens are read as such, and none is added."""
+
+    def tool_schema(self, function: Callable[..., object]) -> Message:
+        """A function as a tool's JSON schema, from its signature and docstring. Raises `Unsupported` where the engine
+        cannot read one, `InvalidRequest` where it is not documented."""
+        raise Unsupported(f"{_name_of(function)}: this engine takes tools as JSON schemas (dicts), not as functions")
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Message] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation by the model's chat template. Raises `Unsupported` without a template."""
+        """Token ids of a conversation by the model's chat template; raises as `chat_text`."""
+        return self.encode_chat(
+            self.chat_text(messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables)
+        )
+
+
+def _name_of(function: object) -> str:
+    return str(getattr(function, "__name__", function))
 
 
 class Engine(abc.ABC):
@@ -291,9 +341,16 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def append(
-        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
     ) -> Handle[SessionView]:
-        """Prefill `token_ids` at the end of the session as one prompt turn."""
+        """Prefill `token_ids` at the end of the session as one prompt turn. `chat`: the messages that they were
+        rendered from, kept with the turn; a prompt that is stopped half way keeps none."""
 
     @abc.abstractmethod
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from thaw.core.sampling import derive
 from thaw.engines.base import Completion, GenerateRequest, SessionRef
+from thaw.engines.text import left_open, text_after
 from thaw.pool.finder import Finder
 from thaw.pool.history import History
 from thaw.pool.job import Chunk, Job
@@ -91,7 +92,7 @@ class Batch:
     def _generate(
         self, chunk: Chunk, life: Life, children: list[SessionRef]
     ) -> tuple[list[Completion], list[tuple[tuple[int, ...], str]]]:
-        prompts = [self._encode(job, life) for job in chunk.jobs]
+        prompts = [self._encode(job, chunk.trunk.tokens, life) for job in chunk.jobs]
         requests = [
             GenerateRequest(session=ref, resume=True)
             if job.resume
@@ -109,11 +110,13 @@ class Batch:
         return handle.result(), prompts
 
     @staticmethod
-    def _encode(job: Job, life: Life) -> tuple[tuple[int, ...], str]:
+    def _encode(job: Job, before: tuple[int, ...], life: Life) -> tuple[tuple[int, ...], str]:
         codec = life.engine.codec
         if job.token_ids is not None:
-            return job.token_ids, codec.decode(job.token_ids, skip_special_tokens=False)
-        return (tuple(codec.encode(job.prompt, first=False)), job.prompt) if job.prompt else ((), "")
+            return job.token_ids, text_after(codec, before, job.token_ids, skip_special_tokens=False)
+        if not job.prompt:
+            return (), ""
+        return tuple(codec.encode(job.prompt, first=False)), left_open(codec, before) + job.prompt
 
     def _measure(self, completions: list[Completion]) -> None:
         longest = max(completions, key=lambda done: len(done.token_ids))

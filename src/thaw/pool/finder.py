@@ -10,13 +10,14 @@ from collections.abc import Callable, Hashable, Sequence
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
+from thaw.engines.text import cut_turns
 from thaw.pool.arena import Arena, ArenaPoint
 from thaw.pool.session import PoolSession
 from thaw.pool.snapshot import Snapshot
 from thaw.pool.trunk import Held, Trunk
 from thaw.pool.values import BranchResult
 from thaw.pool.worker import Life
-from thaw.repo import cut, timeline
+from thaw.repo import timeline
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
 from thaw.repo.repository import Repository
@@ -126,7 +127,7 @@ class Finder:
                 "Fork from a snapshot (pool.snapshot) where a session must outlive its worker"
             )
         at = check_at(at, len(known.tokens))
-        turns = cut.cut_turns(known.turns, known.tokens, at, None)
+        turns = cut_turns(known.turns, known.tokens, at, None)
         return Trunk(
             key=("lost", id(session), at), at=at, tokens=known.tokens[:at], turns=turns,
             seed=known.seed if seed is None else seed, policy=known.policy,
@@ -152,7 +153,7 @@ class Finder:
 
     def _of_stored(self, store: Store, where: ResolvedPoint, seed: int | None, *, in_arena: bool) -> Trunk:
         line = timeline.read(store, timeline.read_state(store, where.state))
-        turns = cut.cut_turns(line.turns, line.tokens, where.num_tokens, None)
+        turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)
         if not where.num_tokens:
             raise InvalidRequest(f"{where} is empty; give token ids, or a point with at least one token")
         return Trunk(

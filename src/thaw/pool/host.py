@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from queue import SimpleQueue
 from typing import Any
 
@@ -133,7 +134,7 @@ def invoke(engine: Engine, update: str, arguments: dict[str, Any]) -> Any:
 
 _VERBS: dict[type, Callable[[Engine, Any], Any]] = {
     wire.Open: lambda e, c: e.open(seed=c.seed, salt=c.salt, share_prefix=c.share_prefix),
-    wire.Append: lambda e, c: e.append(c.session, c.token_ids, text=c.text, role=c.role),
+    wire.Append: lambda e, c: e.append(c.session, c.token_ids, text=c.text, role=c.role, chat=c.chat),
     wire.Generate: lambda e, c: e.generate(c.requests),
     wire.Capture: lambda e, c: e.capture(c.session, c.plan),
     wire.Hydrate: lambda e, c: e.hydrate(c.plan),
@@ -144,10 +145,17 @@ _VERBS: dict[type, Callable[[Engine, Any], Any]] = {
     wire.SetPolicy: lambda e, c: e.set_policy(c.version),
     wire.Identity: lambda e, c: e.identity(),
     wire.Encode: lambda e, c: e.codec.encode(c.text, first=c.first),
-    wire.Decode: lambda e, c: e.codec.decode(c.token_ids, skip_special_tokens=c.skip_special_tokens),
-    wire.RenderChat: lambda e, c: e.codec.render_chat(
-        c.messages, add_generation_prompt=c.add_generation_prompt, tools=c.tools
+    wire.Decode: lambda e, c: (e.codec.decode_settled if c.settled else e.codec.decode)(
+        c.token_ids, skip_special_tokens=c.skip_special_tokens
     ),
+    wire.ChatText: lambda e, c: e.codec.chat_text(
+        c.messages,
+        add_generation_prompt=c.add_generation_prompt,
+        tools=c.tools,
+        variables=c.variables,
+        moment=None if c.moment is None else datetime.fromisoformat(c.moment),
+    ),
+    wire.EncodeChat: lambda e, c: e.codec.encode_chat(c.text, inside=c.inside),
     wire.Invoke: lambda e, c: invoke(e, c.function, c.arguments),
 }
 

@@ -25,7 +25,7 @@ import msgspec
 from thaw.core.errors import EngineDied, InvalidRequest, ThawError
 from thaw.core.sampling import check_seed
 from thaw.data.files import cache_dir, write_atomic
-from thaw.engines.base import Engine, EngineInfo
+from thaw.engines.base import Engine, EngineInfo, Message
 from thaw.pool.arena import Arena
 from thaw.pool.asking import (
     Branches,
@@ -287,12 +287,14 @@ class ForkPool:
         return self._idlest().engine.codec.encode(text, first=first)
 
     def render_chat(
-        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True,
-        tools: Sequence[object] | None = None,
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True,
+        tools: Sequence[Message] | None = None, chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[int]:  # fmt: skip
         """Token ids of a conversation, by the model's own chat template: a point to fork from."""
         codec = self._idlest().engine.codec
-        return codec.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return codec.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=chat_template_kwargs
+        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._idlest().engine.codec.decode(token_ids, skip_special_tokens=skip_special_tokens)

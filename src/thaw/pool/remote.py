@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from thaw.core.errors import EngineDied
 from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Chat
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -23,6 +25,7 @@ from thaw.engines.base import (
     Handle,
     Hydrated,
     HydratePlan,
+    Message,
     SessionRef,
     SessionView,
 )
@@ -113,23 +116,41 @@ class RemoteCodec(Codec):
         return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        call = wire.Decode(id=self._line.number(), token_ids=tuple(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._decode(token_ids, skip_special_tokens, settled=False)
+
+    def decode_settled(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._decode(token_ids, skip_special_tokens, settled=True)
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool, *, settled: bool) -> str:
+        call = wire.Decode(
+            id=self._line.number(),
+            token_ids=tuple(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            settled=settled,
+        )
         return str(self._line.ask(call).result())
 
-    def render_chat(
+    def chat_text(
         self,
-        messages: Sequence[dict[str, object]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[object] | None = None,
-    ) -> list[int]:
-        call = wire.RenderChat(
+        tools: Sequence[Message] | None = None,
+        variables: Mapping[str, object] | None = None,
+        moment: datetime | None = None,
+    ) -> str:
+        call = wire.ChatText(
             id=self._line.number(),
             messages=tuple(messages),
             add_generation_prompt=add_generation_prompt,
             tools=None if tools is None else tuple(tools),
+            variables=None if variables is None else dict(variables),
+            moment=None if moment is None else moment.isoformat(),
         )
-        found: list[int] = self._line.ask(call).result()
+        return str(self._line.ask(call).result())
+
+    def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
+        found: list[int] = self._line.ask(wire.EncodeChat(id=self._line.number(), text=text, inside=inside)).result()
         return found
 
 
@@ -152,10 +173,18 @@ class RemoteEngine(Engine):
         return SessionRef(self._line.ask(call).result())
 
     def append(
-        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
     ) -> Handle[SessionView]:
-        number = self._line.number()
-        return self._line.ask(wire.Append(id=number, session=session, token_ids=tuple(token_ids), text=text, role=role))
+        call = wire.Append(
+            id=self._line.number(), session=session, token_ids=tuple(token_ids), text=text, role=role, chat=chat
+        )
+        return self._line.ask(call)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         return self._line.ask(wire.Generate(id=self._line.number(), requests=tuple(requests)))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import CommitId
 from thaw.core.proof import Proof
+from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, GenerateRequest, SessionRef, SessionView
 from thaw.pool.history import History
-from thaw.repo.chat import ChatResult, Message
+from thaw.repo.chat import Plan
 from thaw.repo.commit import CommitResult
 from thaw.repo.group import Group
 from thaw.repo.kept import Kept
@@ -57,9 +58,9 @@ class PoolSession(Session):
         """Whether something was added to it since its round ended."""
         return self.history is None
 
-    def append(self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None) -> SessionView:
+    def append(self, text: str = "", **what: Any) -> SessionView:
         self.history = None
-        return super().append(text, token_ids=token_ids, role=role)
+        return super().append(text, **what)
 
     def request(self, prompt: str, sampling: object, *, token_ids: Sequence[int] | None = None) -> GenerateRequest:
         self.history = None
@@ -69,11 +70,9 @@ class PoolSession(Session):
         self.history = None
         return super().resume_stream()
 
-    def chat_stream(
-        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
-    ) -> Stream[ChatResult]:
+    def follow(self, plan: Plan, sampling: Sampling) -> GenerateRequest:
         self.history = None
-        return super().chat_stream(messages, sampling, tools=tools)
+        return super().follow(plan, sampling)
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
         """N plain sessions in the same worker. A round (`pool.fork(session, n)`) is retried when the worker dies."""

@@ -13,6 +13,7 @@ import msgspec
 from thaw.core.canonical import U64
 from thaw.core.errors import EngineDied, IdentityMismatch, ThawError
 from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Chat
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -27,7 +28,7 @@ from thaw.engines.base import (
 )
 from thaw.engines.kinds import made
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -53,6 +54,7 @@ class Append(_Message, frozen=True, kw_only=True, tag=True):
     token_ids: tuple[int, ...]
     text: str = ""
     role: str | None = None
+    chat: Chat | None = None
 
 
 class Generate(_Message, frozen=True, kw_only=True, tag=True):
@@ -102,14 +104,28 @@ class Encode(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Decode(_Message, frozen=True, kw_only=True, tag=True):
+    """`settled`: without a character at the end that has only begun."""
+
     token_ids: tuple[int, ...]
     skip_special_tokens: bool = True
+    settled: bool = False
 
 
-class RenderChat(_Message, frozen=True, kw_only=True, tag=True):
+class ChatText(_Message, frozen=True, kw_only=True, tag=True):
+    """Render a conversation; `moment` is the time that the template reads, ISO 8601."""
+
     messages: tuple[dict[str, Any], ...]
     add_generation_prompt: bool
-    tools: tuple[Any, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    variables: dict[str, Any] | None = None
+    moment: str | None = None
+
+
+class EncodeChat(_Message, frozen=True, kw_only=True, tag=True):
+    """`inside`: it is a piece that stands behind other text."""
+
+    text: str
+    inside: bool = False
 
 
 class Invoke(_Message, frozen=True, kw_only=True, tag=True):
@@ -134,7 +150,7 @@ class Bye(_Message, frozen=True, kw_only=True, tag=True):
 
 Call = (
     Boot | Open | Append | Generate | Capture | Hydrate | Fork | View | Park | CloseSession | SetPolicy | Identity
-    | Encode | Decode | RenderChat | Invoke | Cancel | Ping | Bye
+    | Encode | Decode | ChatText | EncodeChat | Invoke | Cancel | Ping | Bye
 )  # fmt: skip
 
 
@@ -185,7 +201,8 @@ RESULTS: dict[type, Any] = {
     Identity: ModelIdentity,
     Encode: list[int],
     Decode: str,
-    RenderChat: list[int],
+    ChatText: str,
+    EncodeChat: list[int],
     Invoke: Any,
     Bye: None,
 }

@@ -26,6 +26,7 @@ from thaw.core.objects import (
 )
 from thaw.core.prefix import WINDOW
 from thaw.engines.base import Captured, CapturedSegment, Codec
+from thaw.engines.text import text_after
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
 from thaw.store import Transaction
@@ -108,14 +109,13 @@ def _segment(captured: Captured, piece: CapturedSegment, chains: Sequence[str]) 
 def _tiled(turns: Sequence[Turn], tokens: Sequence[int], codec: Codec) -> list[Turn]:
     """`turns` without gaps: tokens that no turn covers yet (a capture in the middle of a prefill) become a prompt."""
     out: list[Turn] = []
-    for start, turn in ((t.start, t) for t in turns):
+    for start, turn in (*((t.start, t) for t in turns), (len(tokens), None)):
         end = out[-1].end if out else 0
         if start > end:
-            out.append(Turn(kind="prompt", start=end, end=start, text=codec.decode(tokens[end:start])))
-        out.append(turn)
-    end = out[-1].end if out else 0
-    if end < len(tokens):
-        out.append(Turn(kind="prompt", start=end, end=len(tokens), text=codec.decode(tokens[end:])))
+            text = text_after(codec, tokens[:end], tokens[end:start])
+            out.append(Turn(kind="prompt", start=end, end=start, text=text))
+        if turn is not None:
+            out.append(turn)
     return out
 
 

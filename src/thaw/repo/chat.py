@@ -1,72 +1,349 @@
-"""Chat: whole conversations in, only what is new prefilled.
+"""Chat: messages in, an answer out; only what the session does not say yet is prefilled.
 
-The conversation is rendered by the model's own template and compared with the session's tokens. When it starts with
-them, the rest is appended. A template is not always prefix-stable (thinking that is stripped, tool calls that are
-tokenised differently, a history that the caller changed): the session then goes on from the last common token, by a
-fork, and the result says where and how many tokens that dropped.
+`chat(new)` appends messages to the conversation that the session holds; `chat(history=…)` gives the conversation whole.
+Either is rendered by the model's own template, all of it, and laid beside the session's tokens:
 
-A session that begins with plain text keeps it: the conversation starts at the first turn with a role.
+    the session says the beginning of it     the rest is appended; where only the tokens of a sampled answer differ, and
+                                             not its text, the sampled ones stay
+    the template now leaves something out    (thinking in earlier answers): the session goes on from the last common
+                                             token, by a fork, and the result says so; `keep_sampled` keeps it instead
+    a message would be lost                  an error, before anything is changed
+
+The messages, tools and template variables are recorded with the turn that they became, so that a session which was
+forked, cut, committed and opened elsewhere goes on as well. So is the time that a template reads: tomorrow the
+conversation still begins with the day on which it began.
+
+Plain text that was appended between messages stays where it is; what follows is then rendered from there on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 
 import msgspec
 
-from thaw.core.errors import InvalidRequest
-from thaw.core.objects import Turn
-from thaw.engines.base import Codec, Completion
+from thaw.core import canonical
+from thaw.core.errors import InvalidRequest, TooLong, Unsupported
+from thaw.core.objects import Chat, Turn
+from thaw.engines.base import Codec, Completion, Message, SessionView
+from thaw.repo import conversation, messages
+from thaw.repo.align import Aligned, align, said_end
+from thaw.repo.conversation import Conversation, Piece, Settings
+from thaw.repo.messages import Messages, Tool
 
-Message = dict[str, object]
+__all__ = ["Ask", "ChatResult", "Message", "Messages", "Plan", "Tool", "ask", "plan"]
+
+MARK = "thawMark{}q"
+"""Stands in for the text of message {} where the question is only whether, or where, a template says it."""
+MAX_NBYTES = canonical.MAX_OBJECT_BYTES // 4
+"""Of the messages of one turn. Its object has them and, as text, what they became."""
+EARLIER = timedelta(days=400, hours=5, minutes=7)
 
 
 class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
     """A completion, and what became of the session to get it.
 
-    `num_new_tokens` were appended. `forked_at`: None when the conversation started with the session's tokens, else the
-    token from which the session went on; the `num_dropped_tokens` after it are no longer part of this session.
+    `num_new_tokens` were appended. `forked_at`: None when the session's tokens were all kept, else the token from which
+    it went on; the `num_dropped_tokens` after it are no longer part of this session, and `num_dropped_sampled` of them
+    were sampled. `message` is the answer, to append to the conversation; one that continued a message is all of it.
     """
 
     completion: Completion
+    message: Message
     num_new_tokens: int
     forked_at: int | None = None
     num_dropped_tokens: int = 0
+    num_dropped_sampled: int = 0
 
     @property
     def text(self) -> str:
+        """What was generated now."""
         return self.completion.text
 
-    @property
-    def message(self) -> Message:
-        """The answer, to append to the conversation."""
-        return {"role": "assistant", "content": self.completion.text}
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caller wants, checked. `whole`: these messages are the conversation, else they are appended to it.
+    `tools`, `variables` None: as before. `answer`: the assistant speaks next."""
+
+    messages: tuple[Message, ...]
+    whole: bool = False
+    tools: tuple[Message, ...] | None = None
+    variables: dict[str, object] | None = None
+    keep_sampled: bool = False
+    continue_final_message: bool = False
+    answer: bool = True
 
 
-class Rendered(msgspec.Struct, frozen=True, kw_only=True):
-    """How a conversation continues a session: keep `keep` tokens, then append `new`."""
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Keep the session's first `keep` tokens, drop `num_dropped`, then append `new`, which is recorded as `chat`.
+    `final`: the message that the answer completes, if it completes one."""
 
     keep: int
     new: tuple[int, ...]
     role: str
+    chat: Chat
+    num_dropped: int
+    num_dropped_sampled: int
+    final: Message | None
+
+    def result(self, completion: Completion) -> ChatResult:
+        """What the caller gets once the answer is there."""
+        answer: Message = {"role": "assistant", "content": completion.text}
+        return ChatResult(
+            completion=completion,
+            message=answer if self.final is None else conversation.completed(self.final, completion.text),
+            num_new_tokens=len(self.new),
+            forked_at=self.keep if self.num_dropped else None,
+            num_dropped_tokens=self.num_dropped,
+            num_dropped_sampled=self.num_dropped_sampled,
+        )
 
 
-def continue_with(
+def ask(
     codec: Codec,
-    tokens: Sequence[int],
-    turns: Sequence[Turn],
-    messages: Sequence[Message],
-    tools: Sequence[object] | None,
-) -> Rendered:
-    """Where the rendered conversation and the session part, and what comes after. Pure."""
-    if not messages:
-        raise InvalidRequest("chat: no messages; give the whole conversation, ending with what is to be answered")
-    wanted = codec.render_chat(messages, add_generation_prompt=True, tools=tools)
-    start = next((turn.start for turn in turns if turn.role is not None), len(tokens))
-    common = _common(tokens[start:], wanted)
-    return Rendered(keep=start + common, new=tuple(wanted[common:]), role=str(messages[-1].get("role", "user")))
+    new: Messages | None,
+    *,
+    history: Messages | None = None,
+    tools: Sequence[Tool] | None = None,
+    chat_template_kwargs: Mapping[str, object] | None = None,
+    keep_sampled: bool = False,
+    continue_final_message: bool = False,
+    answer: bool = True,
+) -> Ask:
+    """The caller's arguments, checked. Raises `InvalidRequest`."""
+    if (new is None) == (history is None):
+        raise InvalidRequest("chat: give either the new messages, or the whole conversation as history=…")
+    given = messages.checked(new, "messages") if new is not None else messages.checked(history or (), "history")
+    if not given:
+        raise InvalidRequest("chat: no messages; give what is to be answered")
+    if continue_final_message and given[-1]["role"] != "assistant":
+        raise InvalidRequest(
+            f"continue_final_message: the last message is the {given[-1]['role']}'s; end with the beginning of the "
+            "assistant's answer"
+        )
+    return Ask(
+        messages=given,
+        whole=new is None,
+        tools=messages.checked_tools(tools, codec),
+        variables=messages.checked_variables(chat_template_kwargs),
+        keep_sampled=keep_sampled,
+        continue_final_message=continue_final_message,
+        answer=answer,
+    )
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
+def plan(codec: Codec, view: SessionView, asked: Ask, earlier: Callable[[], Conversation | None]) -> Plan:
+    """How the session is to go on. Changes nothing. `earlier` reads what an older thaw recorded elsewhere.
+
+    Raises `InvalidRequest` where a message would be lost, the template refuses, or the session's conversation is not
+    known; `Unsupported` where the model has no template, or its template has no place for tools."""
+    held = conversation.read(view.turns, len(view.tokens))
+    if held.untold is not None:
+        held = earlier() or held
+    if not asked.whole:
+        _check_append(held, asked)
+    rendering = _Rendering(codec, view, held, asked)
+    rendering.check_nothing_is_left_out()
+    aligned = rendering.align()
+    if aligned.keep < held.plain_end and held.start < held.plain_end:
+        raise InvalidRequest(
+            f"the session holds text that is no message, up to token {held.plain_end}, and this conversation parts "
+            f"from it at token {aligned.keep}: the text would be lost. Append with chat(new), or begin another session."
+        )
+    return Plan(
+        keep=aligned.keep,
+        new=aligned.new,
+        role=str(asked.messages[-1]["role"]),
+        chat=_record(held, rendering, aligned.keep, asked),
+        num_dropped=len(view.tokens) - aligned.keep,
+        num_dropped_sampled=_num_sampled(view.turns, aligned.keep),
+        final=asked.messages[-1] if asked.continue_final_message else None,
+    )
+
+
+def _record(held: Conversation, rendering: _Rendering, keep: int, asked: Ask) -> Chat:
+    """What the new turn keeps: the messages that no turn before token `keep` does."""
+    kept = rendering.kept_pieces(keep)
+    chat = conversation.record(
+        max(kept[-1].end, held.plain_end) if kept else rendering.start,
+        rendering.messages[len(conversation.joined(kept)) :],
+        None if kept and kept[-1].settings == rendering.settings else rendering.settings,
+        open=asked.continue_final_message,
+    )
+    nbytes = sum(len(message.encode()) for message in chat.messages)
+    if nbytes > MAX_NBYTES:
+        raise TooLong(
+            f"these messages are {nbytes} bytes; {MAX_NBYTES} are kept with one turn. Append them one by one, with "
+            "append(messages=…), and chat with the last."
+        )
+    return chat
+
+
+def _check_append(held: Conversation, asked: Ask) -> None:
+    if held.untold is not None:
+        turn = held.untold
+        raise InvalidRequest(
+            f"tokens [{turn.start}, {turn.end}) of this session are the {turn.role}'s, but not as messages that could "
+            "be rendered again (they were appended with role=…, cut through, or written by an older thaw), so what "
+            "follows them is not known. Give the whole conversation with history=…"
+        )
+    known = held.messages
+    if known and len(asked.messages) > len(known) and list(asked.messages[: len(known)]) == known:
+        raise InvalidRequest(
+            f"these messages begin with the {len(known)} that the session holds already; give the new ones alone, or "
+            "the whole conversation as history=…"
+        )
+
+
+def _num_sampled(turns: Sequence[Turn], keep: int) -> int:
+    return sum(turn.end - max(turn.start, keep) for turn in turns if turn.kind == "completion" and turn.end > keep)
+
+
+class _Rendering:
+    """The conversation as it is to be, its text, and how it lies beside the session's tokens."""
+
+    def __init__(self, codec: Codec, view: SessionView, held: Conversation, asked: Ask) -> None:
+        self._codec, self._view, self._held, self._asked = codec, view, held, asked
+        self.messages = list(asked.messages) if asked.whole else [*held.messages, *asked.messages]
+        self.start = held.start if held.untold is None else min(held.start, held.untold.start)
+        self.settings = self._settings()
+        self._text = self._said({})
+
+    def _settings(self) -> Settings:
+        """Those of the conversation, with what is given now; and the time of now, if the template reads the time."""
+        last, asked = self._held.settings, self._asked
+        settings = Settings(
+            tools=last.tools if asked.tools is None else asked.tools,
+            variables={**last.variables, **(asked.variables or {})},
+            moment=last.moment,
+        )
+        if settings.moment is not None:
+            return settings
+        now = datetime.now().replace(microsecond=0)
+        timed, other = (msgspec.structs.replace(settings, moment=moment) for moment in (now, now - EARLIER))
+        return settings if self._render(self.messages, timed) == self._render(self.messages, other) else timed
+
+    def _render(self, some: Sequence[Message], settings: Settings) -> str:
+        return self._codec.chat_text(
+            some,
+            add_generation_prompt=self._asked.answer and not self._asked.continue_final_message,
+            tools=settings.tools or None,
+            variables=settings.variables,
+            moment=settings.moment,
+        )
+
+    def _said(self, replaced: dict[int, Message]) -> str:
+        """The text of the conversation, some of its messages replaced; up to where the last one is to be continued."""
+        some = [replaced.get(i, message) for i, message in enumerate(self.messages)]
+        if not self._asked.continue_final_message:
+            return self._render(some, self.settings)
+        mark = MARK.format("End")
+        text, found, _ = self._render([*some[:-1], conversation.completed(some[-1], mark)], self.settings).rpartition(
+            mark
+        )
+        if not found:
+            raise self._left_out(len(some) - 1, "text")
+        return text
+
+    # -- nothing is lost
+
+    def check_nothing_is_left_out(self) -> None:
+        """Raise `InvalidRequest` for a message, and `Unsupported` for tools, that the template does not render."""
+        marks = {i: _marked(message, i) for i, message in enumerate(self.messages)}
+        try:
+            said = self._said({i: message for i, (message, _) in marks.items()})
+        except InvalidRequest:  # it looks into what the messages say
+            return
+        for i, (_, wanted) in marks.items():
+            for what, mark in wanted:
+                if mark not in said:
+                    raise self._left_out(i, what)
+        for name in filter(None, (_name_of(tool) for tool in self.settings.tools)):
+            if name not in self._text:
+                raise Unsupported(f"the model's chat template has no place for tools; {name!r} would not be seen")
+
+    def _left_out(self, number: int, what: str) -> InvalidRequest:
+        role = self.messages[number]["role"]
+        return InvalidRequest(
+            f"the model's chat template leaves out the {what} of message {number} (role {role!r}): it would be lost. "
+            "Use a role that the template knows, or say it in another message."
+        )
+
+    # -- beside the session's tokens
+
+    def align(self) -> Aligned:
+        """How far the session says it. What it says before the anchor, if there is one, is not compared."""
+        view, anchor = self._view, self._anchor()
+        if anchor is None:
+            return align(self._codec, view.tokens, view.turns, self.start, self._codec.encode_chat(self._text))
+        count, said, least = anchor
+        wanted = self._codec.encode_chat(self._text_behind(count - 1), inside=True)
+        found = align(self._codec, view.tokens, view.turns, said, wanted)
+        return found if found.keep >= least else align(self._codec, view.tokens, view.turns, least, wanted)
+
+    def _anchor(self) -> tuple[int, int, int] | None:
+        """(messages, token up to which they are said, tokens to keep at least): what comes before stays as it is.
+
+        Behind plain text, since no template renders it; behind the last answer, where what was sampled is kept."""
+        held, view = self._held, self._view
+        plain = held.plain_end if held.plain_end > held.start and not self._asked.whole else None
+        answers = [i for i, piece in enumerate(held.pieces) if piece.sampled] if self._asked.keep_sampled else []
+        if answers and (plain is None or held.pieces[answers[-1]].end > plain):
+            answer = held.pieces[answers[-1]]
+            count = len(conversation.joined(held.pieces[: answers[-1] + 1]))
+            if not self._begins_alike(count):
+                return None
+            return count, said_end(self._codec, view.tokens, answer.begin, answer.end), answer.end
+        if plain is None:
+            return None
+        return len(conversation.joined([p for p in held.pieces if p.end <= plain])), plain, plain
+
+    def _begins_alike(self, count: int) -> bool:
+        """Whether the first `count` messages are the session's; answers may be told in other words."""
+        mine, theirs = self._held.messages[:count], self.messages[:count]
+        return len(mine) == len(theirs) and all(
+            a == b or a["role"] == b["role"] == "assistant" for a, b in zip(mine, theirs, strict=True)
+        )
+
+    def _text_behind(self, number: int) -> str:
+        """What is said behind the text of message `number`."""
+        mark = MARK.format("Here")
+        _, found, behind = self._said({number: {**self.messages[number], "content": mark}}).rpartition(mark)
+        if not found:
+            raise self._left_out(number, "text")
+        return behind
+
+    def kept_pieces(self, keep: int) -> tuple[Piece, ...]:
+        """The pieces that stay as they are recorded, when the session keeps its first `keep` tokens."""
+        pieces = [piece for piece in self._held.pieces if piece.end <= keep]
+        while pieces and (pieces[-1].open or not self._begins_with(conversation.joined(pieces))):
+            pieces.pop()
+        return tuple(pieces)
+
+    def _begins_with(self, some: Sequence[Message]) -> bool:
+        return self.messages[: len(some)] == list(some)
+
+
+def _marked(message: Message, number: int) -> tuple[Message, list[tuple[str, str]]]:
+    """The message with marks in place of its text and of the functions that it calls; (what, mark) of each."""
+    marked, wanted = dict(message), []
+    content = message.get("content")
+    if content:
+        mark = MARK.format(number)
+        marked["content"] = [{"type": "text", "text": mark}] if isinstance(content, list) else mark
+        wanted.append(("text", mark))
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        for i, call in enumerate(calls):
+            if isinstance(call, dict) and isinstance(function := call.get("function"), dict) and "name" in function:
+                mark = MARK.format(f"{number}call{i}")
+                calls = [*calls[:i], {**call, "function": {**function, "name": mark}}, *calls[i + 1 :]]
+                wanted.append(("tool calls", mark))
+        marked["tool_calls"] = calls
+    return marked, wanted
+
+
+def _name_of(tool: Message) -> str:
+    function = tool.get("function", tool)
+    return str(function.get("name", "")) if isinstance(function, dict) else ""

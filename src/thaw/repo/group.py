@@ -5,15 +5,19 @@ The engine sees one request of N sequences, so the batch's shape (and with it th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.proof import Proof
 from thaw.engines.base import Completion, GenerateRequest
+from thaw.repo import chat as chats
+from thaw.repo import talk
+from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult
 from thaw.repo.context import Context
 from thaw.repo.guard import ProcessBound
+from thaw.repo.messages import Messages, Tool
 from thaw.repo.stream import Stream
 
 if TYPE_CHECKING:
@@ -72,6 +76,57 @@ class Group(ProcessBound, Sequence["Session"]):
             [s.request(t, p, token_ids=i) for s, t, p, i in zip(self._sessions, texts, params, ids, strict=True)]
         )
 
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: object = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        keep_sampled: bool = False,
+        continue_final_message: bool = False,
+    ) -> list[ChatResult]:
+        """Append messages to every session's conversation and answer, in ONE batch; as `Session.chat`.
+
+        A string, a message or a list of messages is for all; a list of strings or of such lists has one each. Where one
+        session cannot go on with its messages, none does."""
+        return self.chat_stream(
+            messages,
+            sampling,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            keep_sampled=keep_sampled,
+            continue_final_message=continue_final_message,
+        ).result()
+
+    def chat_stream(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: object = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        keep_sampled: bool = False,
+        continue_final_message: bool = False,
+    ) -> Stream[list[ChatResult]]:
+        """As `chat`: deltas carry the session's `index` in the group."""
+        self._check()
+        for_all = not isinstance(messages, (list, tuple)) or all(isinstance(one, Mapping) for one in messages)
+        each: list[Any] = [messages] * len(self) if for_all else self._each("messages", messages, ())
+        engine = self._context.engine
+        asks = [
+            chats.ask(
+                engine.codec,
+                one,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                keep_sampled=keep_sampled,
+                continue_final_message=continue_final_message,
+            )
+            for one in each
+        ]
+        return talk.stream(engine, self._sessions, asks, self._each("sampling", sampling, ()), list)
+
     def resume(self) -> list[Completion]:
         """Go on with every session's interrupted completion, in one batch."""
         return self.resume_stream().result()
@@ -97,10 +152,13 @@ class Group(ProcessBound, Sequence["Session"]):
         return f"<Group of {len(self)} sessions>"
 
     def _run(self, requests: list[GenerateRequest]) -> Stream[list[Completion]]:
-        self.check_process()
-        if not requests:
-            raise InvalidRequest("the group is empty; there is nothing to run")
+        self._check()
         return Stream(self._context.engine.generate(requests), lambda done: done)
+
+    def _check(self) -> None:
+        self.check_process()
+        if not self._sessions:
+            raise InvalidRequest("the group is empty; there is nothing to run")
 
     def _each(self, name: str, value: object, scalars: tuple[type, ...]) -> list:  # type: ignore[type-arg]
         """`value` once a session: a list or tuple has one each, anything else holds for all."""

@@ -18,7 +18,8 @@ from thaw.core.objects import Segment, SegmentEntry, Turn
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import MissingPack
-from thaw.engines.base import HydratePlan, Policy, SessionRef, Slice
+from thaw.engines.base import Codec, HydratePlan, Policy, SessionRef, Slice
+from thaw.engines.text import cut_turns
 from thaw.repo import cut, kept
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
@@ -55,7 +56,7 @@ def hydrate(
         for last in (False, True):
             plan = make_plan(
                 context.store, context.mount, timeline, point.num_tokens,
-                decode=engine.codec.decode, seed=seed, share_prefix=share_prefix, policy=policy,
+                codec=engine.codec, seed=seed, share_prefix=share_prefix, policy=policy,
             )  # fmt: skip
             try:
                 done = engine.hydrate(plan).result()
@@ -87,7 +88,7 @@ def make_plan(
     timeline: Timeline,
     num_tokens: int,
     *,
-    decode: cut.Decode | None = None,
+    codec: Codec | None = None,
     seed: int | None = None,
     share_prefix: bool = False,
     policy: Policy = "exact",
@@ -95,7 +96,7 @@ def make_plan(
     """The plan for the first `num_tokens` tokens of a state, with every blob located."""
     state = timeline.state
     num_kv = cut.num_kv_at(state, num_tokens)
-    turns = cut.cut_turns(timeline.turns, timeline.tokens, num_tokens, decode)
+    turns = cut_turns(timeline.turns, timeline.tokens, num_tokens, codec)
     boundary = state.boundary if num_tokens == state.num_tokens else None
     hidden = boundary.hidden if boundary is not None else None
     used = [(e, s) for e, s in zip(timeline.entries, timeline.segments, strict=True) if e.start < num_kv]

@@ -7,29 +7,44 @@ leading part of it is stored, so that a commit writes only what is new.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from thaw.core.errors import Busy, InvalidRequest
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, ThawError, TooLong
 from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
-from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef, SessionView
+from thaw.core.sampling import Sampling
+from thaw.engines.base import Completion, Engine, GenerateRequest, Message, SessionRef, SessionView
+from thaw.engines.text import left_open, text_after
 from thaw.repo import chat as chats
+from thaw.repo import chat_meta, conversation, refs, resolve, talk
 from thaw.repo import commit as commits
-from thaw.repo import refs, resolve
 from thaw.repo import trajectory as trajectories
-from thaw.repo.chat import ChatResult, Message
+from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult, Expect
 from thaw.repo.context import Context
 from thaw.repo.group import Group
 from thaw.repo.guard import ProcessBound
 from thaw.repo.kept import Kept
+from thaw.repo.messages import Messages, Tool
 from thaw.repo.params import as_sampling
 from thaw.repo.stream import Stream
 from thaw.repo.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A session as it was before a chat dropped its tokens from `keep` on: where to go back to if that fails."""
+
+    ref: SessionRef
+    kept: Kept
+    last: tuple[CommitResult, tuple[Turn, ...]] | None
+    keep: int
 
 
 class Session(ProcessBound):
@@ -53,6 +68,7 @@ class Session(ProcessBound):
         self._branch = branch
         self._proof = proof
         self._last: tuple[CommitResult, tuple[Turn, ...]] | None = None
+        self._aside: Aside | None = None
         self._lock = threading.RLock()
         self._closed = False
 
@@ -90,6 +106,13 @@ class Session(ProcessBound):
     def text(self) -> str:
         """The turns' texts, joined: prompts as given, completions as the caller saw them."""
         return "".join(turn.text for turn in self.view().turns)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation that it holds: what was appended as messages, and the answers."""
+        view = self.view()
+        held = conversation.read(view.turns, len(view.tokens))
+        return ((held.untold and self._told_earlier(view)) or held).messages
 
     @property
     def seed(self) -> int:
@@ -132,8 +155,37 @@ class Session(ProcessBound):
 
     # -- going on
 
-    def append(self, text: str = "", *, token_ids: Sequence[int] | None = None, role: str | None = None) -> SessionView:
-        """Prefill text (or tokens) at the end, as one prompt turn. Returns when its KV is there."""
+    def append(
+        self,
+        text: str = "",
+        *,
+        token_ids: Sequence[int] | None = None,
+        role: str | None = None,
+        messages: Messages | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> SessionView:
+        """Prefill text, tokens or chat messages at the end, as one prompt turn. Returns when its KV is there.
+
+        `messages` are appended to the conversation as by `chat`, and nobody answers yet; `add_generation_prompt`: up to
+        where the answer begins, so that `generate` answers."""
+        if messages is not None:
+            if text or token_ids is not None or role is not None:
+                raise InvalidRequest("messages stand alone: leave text, token_ids and role out")
+            return self._append_messages(
+                chats.ask(
+                    self._context.engine.codec,
+                    messages,
+                    tools=tools,
+                    chat_template_kwargs=chat_template_kwargs,
+                    answer=add_generation_prompt,
+                )
+            )
+        if tools is not None or chat_template_kwargs is not None or add_generation_prompt:
+            raise InvalidRequest(
+                "tools, chat_template_kwargs and add_generation_prompt belong to messages=…; plain text has no template"
+            )
         ids, shown = self.encode(text, token_ids)
         return self._context.engine.append(self.ref, ids, text=shown, role=role).result()
 
@@ -157,37 +209,121 @@ class Session(ProcessBound):
         return self._run(GenerateRequest(session=self.ref, resume=True))
 
     def chat(
-        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
+        self,
+        messages: Messages | None = None,
+        sampling: object = None,
+        *,
+        history: Messages | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        keep_sampled: bool = False,
+        continue_final_message: bool = False,
     ) -> ChatResult:
-        """Answer a conversation, given whole; only what the session does not hold yet is prefilled."""
-        return self.chat_stream(messages, sampling, tools=tools).result()
+        """Append `messages` to the session's conversation and answer; a string is what the user says.
+
+        `history` gives the conversation whole instead. Either way only what the session does not say yet is prefilled.
+        Where the template leaves out what it said before (thinking in earlier answers), the session goes on without it,
+        by a fork, and the result says so; `keep_sampled` keeps what was sampled.
+
+        `tools` (JSON schemas or documented functions) and `chat_template_kwargs` (the template's own variables, such as
+        enable_thinking) hold for the conversation until they are given anew. `continue_final_message`: the last message
+        is the beginning of the answer.
+
+        Raises `InvalidRequest`, with the session as it was, where a message would be lost or the template refuses.
+        """
+        return self.chat_stream(
+            messages,
+            sampling,
+            history=history,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            keep_sampled=keep_sampled,
+            continue_final_message=continue_final_message,
+        ).result()
 
     def chat_stream(
-        self, messages: Sequence[Message], sampling: object = None, *, tools: Sequence[object] | None = None
+        self,
+        messages: Messages | None = None,
+        sampling: object = None,
+        *,
+        history: Messages | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        keep_sampled: bool = False,
+        continue_final_message: bool = False,
     ) -> Stream[ChatResult]:
-        params, view = as_sampling(sampling), self.view()
-        codec = self._context.engine.codec
-        rendered = chats.continue_with(codec, view.tokens, view.turns, messages, tools)
-        dropped = len(view.tokens) - rendered.keep
-        if dropped:
-            self._rewind(view, rendered.keep)
-        request = GenerateRequest(
+        """As `chat`: iterate for the deltas, `result()` is the `ChatResult`."""
+        asked = chats.ask(
+            self._context.engine.codec,
+            messages,
+            history=history,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            keep_sampled=keep_sampled,
+            continue_final_message=continue_final_message,
+        )
+        return talk.stream(self._context.engine, [self], [asked], [sampling], lambda results: results[0])
+
+    def plan_chat(self, asked: chats.Ask) -> chats.Plan:
+        """How this session would go on with it. Changes nothing; raises what `chat` raises."""
+        engine, view = self._context.engine, self.view()
+        if view.running:
+            raise Busy("the session is generating; wait for its result, cancel it, or fork it")
+        plan = chats.plan(engine.codec, view, asked, lambda: self._told_earlier(view))
+        num_tokens, limit = plan.keep + len(plan.new), engine.info.max_model_len
+        if num_tokens >= limit:
+            raise TooLong(
+                f"the conversation has {num_tokens} tokens and the engine takes {limit}, the answer included; the "
+                "session is as it was. Begin another one with fewer messages."
+            )
+        return plan
+
+    def follow(self, plan: chats.Plan, sampling: Sampling) -> GenerateRequest:
+        """This session's part of a batch that answers; what the plan drops is set aside until `settle_chat`."""
+        self._set_aside(plan.keep)
+        return GenerateRequest(
             session=self.ref,
-            prompt=rendered.new,
-            prompt_text=codec.decode(rendered.new, skip_special_tokens=False),
-            role=rendered.role,
-            sampling=params,
+            prompt=plan.new,
+            prompt_text=self._shown(plan),
+            role=plan.role,
+            chat=plan.chat,
+            sampling=sampling,
         )
-        handle = self._context.engine.generate([request])
-        return Stream(
-            handle,
-            lambda done: ChatResult(
-                completion=done[0],
-                num_new_tokens=len(rendered.new),
-                forked_at=rendered.keep if dropped else None,
-                num_dropped_tokens=dropped,
-            ),
-        )
+
+    def settle_chat(self, *, failed: bool) -> None:
+        """The batch is over: forget what was set aside, or, where it failed before it appended anything, go back.
+        Nothing to do where nothing was set aside, or the engine is gone."""
+        with self._lock, contextlib.suppress(EngineDied):
+            aside, self._aside = self._aside, None
+            if aside is None:
+                return
+            unwanted, engine = aside.ref, self._context.engine
+            if failed and not self._closed and len(engine.view(self._ref).tokens) == aside.keep:
+                unwanted, self._ref, self._kept, self._last = self._ref, aside.ref, aside.kept, aside.last
+            engine.close_session(unwanted)
+
+    def _append_messages(self, asked: chats.Ask) -> SessionView:
+        plan = self.plan_chat(asked)
+        self._set_aside(plan.keep)
+        handle = self._context.engine.append(self.ref, plan.new, text=self._shown(plan), role=plan.role, chat=plan.chat)
+        try:
+            view = handle.result()
+        except ThawError:
+            self.settle_chat(failed=True)
+            raise
+        self.settle_chat(failed=False)
+        return view
+
+    def _shown(self, plan: chats.Plan) -> str:
+        codec, before = self._context.engine.codec, self.tokens
+        return text_after(codec, before, plan.new, skip_special_tokens=False)
+
+    def _told_earlier(self, view: SessionView) -> conversation.Conversation | None:
+        """The conversation as commits of an older thaw recorded it, if they did up to where this session came from."""
+        found = chat_meta.read(self._context.store, self._parent)
+        if found is None or found[1] > len(view.tokens):
+            return None
+        return conversation.read(view.turns, len(view.tokens), found)
 
     def request(self, prompt: str, sampling: object, *, token_ids: Sequence[int] | None = None) -> GenerateRequest:
         """One session's part of a batch."""
@@ -198,24 +334,28 @@ class Session(ProcessBound):
     def encode(self, text: str, token_ids: Sequence[int] | None) -> tuple[list[int], str]:
         """(token ids, their text) of what is to be appended here."""
         codec = self._context.engine.codec
-        if token_ids is not None:
-            if text:
-                raise InvalidRequest("text and token_ids are both given; give one of the two")
-            return list(token_ids), codec.decode(token_ids, skip_special_tokens=False)
-        return (codec.encode(text, first=self.num_tokens == 0), text) if text else ([], "")
+        if token_ids is None and not text:
+            return [], ""
+        tokens = self.tokens
+        if token_ids is None:
+            return codec.encode(text, first=not tokens), left_open(codec, tokens) + text
+        if text:
+            raise InvalidRequest("text and token_ids are both given; give one of the two")
+        return list(token_ids), text_after(codec, tokens, token_ids, skip_special_tokens=False)
 
     def _run(self, request: GenerateRequest) -> Stream[Completion]:
         return Stream(self._context.engine.generate([request]), lambda done: done[0])
 
-    def _rewind(self, view: SessionView, at: int) -> None:
-        """Go on from token `at`: this object moves to a fork, and the engine forgets the rest."""
-        if view.running:
-            raise Busy("the session is generating; wait for its result, cancel it, or fork it")
+    def _set_aside(self, keep: int) -> None:
+        """Go on from token `keep`, if that is not the end: this object moves to a fork and keeps the longer session."""
+        self.settle_chat(failed=False)
         engine, old = self._context.engine, self.ref
-        new = engine.fork(old, 1, at=at, replay=True).result()[0]
+        if keep == len(engine.view(old).tokens):
+            return
+        new = engine.fork(old, 1, at=keep, replay=True).result()[0]
         with self._lock:
+            self._aside = Aside(old, self._kept, self._last, keep)
             self._ref, self._kept, self._last = new, self._kept.cut(engine.view(new).num_kv), None
-        engine.close_session(old)
 
     # -- git's verbs
 
@@ -264,6 +404,7 @@ class Session(ProcessBound):
         """Forget the live session; running work on it is cancelled, commits stay. Closing twice is fine."""
         self.check_process()
         if not self._closed:
+            self.settle_chat(failed=False)
             self._closed = True
             self._context.engine.close_session(self._ref)
 

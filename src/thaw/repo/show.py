@@ -6,6 +6,7 @@ import msgspec
 
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Boundary, Commit, Turn
+from thaw.engines.text import cut_turns
 from thaw.repo import cut, timeline
 from thaw.repo import log as logs
 from thaw.repo.log import LogEntry
@@ -41,7 +42,7 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
     line = timeline.read(store, timeline.read_state(store, point.state))
     num_kv = cut.num_kv_at(line.state, point.num_tokens)
     blobs = blobs_of(line, num_kv, with_boundary=point.at_end)
-    turns = cut.cut_turns(line.turns, line.tokens, point.num_tokens, None)
+    turns = cut_turns(line.turns, line.tokens, point.num_tokens, None)
     return Shown(
         point=point,
         entry=logs.entry(store, point.commit, commit, logs.refs_by_commit(store)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from thaw.core.errors import ThawError, TimedOut
 from thaw.engines.base import Completion, Delta, Handle
 
 T = TypeVar("T")
@@ -17,16 +18,30 @@ T = TypeVar("T")
 class Stream(Generic[T]):
     """Deltas of one generation. Iterating again gives the same deltas again. Safe from any thread."""
 
-    def __init__(self, handle: Handle[list[Completion]], finish: Callable[[list[Completion]], T]) -> None:
+    def __init__(
+        self,
+        handle: Handle[list[Completion]],
+        finish: Callable[[list[Completion]], T],
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`finish` makes the outcome, each time that it is asked for; `failed` is called where there is none."""
         self.handle = handle
         self._finish = finish
+        self._failed = failed
 
     def __iter__(self) -> Iterator[Delta]:
         return iter(self.handle)
 
     def result(self, timeout: float | None = None) -> T:
         """The outcome. Raises `TimedOut` after `timeout` seconds (the work goes on), `Cancelled` after `cancel`."""
-        return self._finish(self.handle.result(timeout))
+        try:
+            done = self.handle.result(timeout)
+        except TimedOut:
+            raise
+        except ThawError:
+            self._failed()
+            raise
+        return self._finish(done)
 
     def cancel(self) -> None:
         """Stop at the next step boundary; the session keeps the tokens it has."""

@@ -12,7 +12,7 @@ import msgspec
 
 from thaw.core.errors import CorruptBlob
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import Commit, Segment, SegmentNode, State, Turn, TurnNode
+from thaw.core.objects import ChatTurn, Commit, Segment, SegmentNode, State, Turn, TurnNode
 
 KINDS: dict[str, str] = {
     "thaw.model/1": "model",
@@ -20,12 +20,13 @@ KINDS: dict[str, str] = {
     "thaw.segments/1": "segments",
     "thaw.turns/1": "turns",
     "thaw.turn/1": "turn",
+    "thaw.turn/2": "turn",
     "thaw.state/1": "state",
     "thaw.commit/1": "commit",
 }
 _CLASSES: dict[type, str] = {
     ModelIdentity: "model", Segment: "segment", SegmentNode: "segments", TurnNode: "turns", Turn: "turn",
-    State: "state", Commit: "commit",
+    ChatTurn: "turn", State: "state", Commit: "commit",
 }  # fmt: skip
 
 

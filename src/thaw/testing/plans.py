@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from thaw.core.ids import digest
-from thaw.core.objects import Boundary, Turn
+from thaw.core.objects import Boundary, Turn, without_chat
 from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import PackItem, read_blob, write_pack
 from thaw.engines.base import Captured, CapturePlan, HydratePlan, Slice
@@ -85,7 +85,7 @@ def turns_at(turns: Sequence[Turn], end: int) -> tuple[Turn, ...]:
 def _cut(turn: Turn, end: int) -> Turn:
     count = end - turn.start
     return msgspec.structs.replace(
-        turn,
+        without_chat(turn),
         end=end,
         text="",
         finish_reason=None,

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 import thaw
+from light_client import HEAVY, light_client
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.engines.served import protocol
 from thaw.engines.sglang.client.engine import SglangEngine
@@ -135,6 +136,14 @@ def test_the_next_client_takes_up_what_the_one_before_committed(server: Server, 
         assert (again.token_ids, again.logprobs) == (expected.token_ids, expected.logprobs)
         assert again.num_cached_tokens == 399
         assert repo.engine_settings() is not None and KEY not in str(repo.engine_settings())
+
+
+def test_a_client_loads_neither_torch_nor_transformers(server: Server, engine: SglangEngine, tmp_path: Path) -> None:
+    """Nor does it where it commits and brings back, once the identity of the model's files was said on this machine."""
+    engine.identity()
+    found = light_client(server.url, KEY, tmp_path / "repo")
+    assert HEAVY.isdisjoint(found["loaded"]) and found["restored"] > 0
+    assert found["joined_s"] <= 1.0, found
 
 
 def test_a_client_that_leaves_leaves_nothing_behind(server: Server, lab: Lab) -> None:

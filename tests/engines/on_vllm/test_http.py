@@ -26,6 +26,7 @@ import pytest
 
 import thaw
 import warm
+from light_client import HEAVY, light_client
 from thaw.core.errors import Cancelled, EngineDied, InvalidRequest, NotFound
 from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
@@ -203,6 +204,14 @@ def test_tokens_and_logprobs_are_those_of_the_engine_in_process(
 
 def test_the_model_is_the_same_one(engine: Engine, in_process: InProcess) -> None:
     assert engine.identity() == in_process.plan.identity
+
+
+def test_a_client_loads_neither_torch_nor_transformers(engine: Engine, server: Server, tmp_path: Path) -> None:
+    """Nor does it where it commits and brings back, once the identity of the model's files was said on this machine."""
+    engine.identity()
+    found = light_client(server.url, KEY, tmp_path / "repo")
+    assert HEAVY.isdisjoint(found["loaded"]) and found["restored"] > 0
+    assert found["joined_s"] <= 1.0, found
 
 
 def test_a_session_of_the_engine_in_process_goes_on_over_http(engine: Engine, lab: Lab, in_process: InProcess) -> None:

@@ -13,10 +13,10 @@ from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from thaw.engines.base import Completion
+    from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitResult
     from thaw.repo.group import Group
     from thaw.repo.repository import Repository
-    from thaw.repo.resolve import ResolvedPoint
 
 EXAMPLE = """
 thaw fork main "Why?" "How?" "Who?" --max-tokens 40
@@ -28,12 +28,10 @@ DEFAULT_N = 4
 
 @dataclass(frozen=True)
 class Child:
-    """One child's prompt, as text and (in a chat) as tokens and messages, and how it samples."""
+    """One child's prompt, and how it samples."""
 
     prompt: str
     sampling: Any
-    token_ids: tuple[int, ...] | None = None
-    messages: tuple[dict[str, object], ...] = ()
 
 
 @options.verb("fork", EXAMPLE)
@@ -42,10 +40,10 @@ class Child:
 @click.option("-n", "n", type=click.IntRange(min=1), metavar="N", help="Children; default: one a prompt, else 4.")
 @click.option("--prompts", "file", metavar="FILE.jsonl", help='One child a line: "text" or {"prompt": …, "seed": …}.')
 @click.option("--name", metavar="NAME", help="Branches are NAME/0, NAME/1, …; default: fork, or the first free forkN.")
-@click.option("--chat", is_flag=True, help="A prompt is the user's next message, in the model's own template.")
 @click.option("--replay", is_flag=True, help="Children keep the parent's seed instead of one of their own.")
 @click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
 @click.option("-m", "message", metavar="TEXT", help="The commits' message; default: the start of each prompt.")
+@options.chat
 @options.sampling
 @options.engine
 @options.as_json
@@ -72,18 +70,18 @@ def command(
     One PROMPT is for all children, several are one each; with none each child goes on by itself. Children draw from
     seeds of their own, derived from the parent's.
     """
+    talk = conversation.taken(values, chat=chat)
     wanted = _children(prompt, n, file, options.given_sampling(values))
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         where = repo.resolve(point)
         prefix = _free_name(repo, name, len(wanted))
-        if chat:
-            wanted = _as_chat(repo, where, wanted)
         with Progress("bringing the session back"):
             group = repo.fork(where, len(wanted), replay=replay, policy="recompute" if recompute else "exact")
         with group:
-            completions = _generate(group, wanted, prefix, as_json)
-            commits = _commit(group, wanted, completions, prefix, message)
-            _report(group, wanted, completions, commits, as_json)
+            results = _chat(group, wanted, talk, prefix, as_json) if chat else []
+            completions = [r.completion for r in results] if chat else _generate(group, wanted, prefix, as_json)
+            commits = _commit(group, wanted, prefix, message)
+            _report(group, wanted, completions, commits, results, as_json)
 
 
 def _children(prompt: tuple[str, ...], n: int | None, file: str | None, given: dict[str, Any]) -> list[Child]:
@@ -115,37 +113,30 @@ def _numbered(i: int) -> str:
     return "fork" if i == 1 else f"fork{i}"
 
 
-def _as_chat(repo: Repository, where: ResolvedPoint, wanted: list[Child]) -> list[Child]:
-    """The same children, their prompts rendered by the model's template as the next message."""
-    from thaw.repo.chat import continue_with
-
+def _chat(group: Group, wanted: list[Child], talk: conversation.Chat, prefix: str, quiet: bool) -> list[ChatResult]:
+    """Each child's prompt is the user's next message."""
     if not all(child.prompt for child in wanted):
         raise click.UsageError("--chat needs a prompt for every child.")
-    before, shown = conversation.of(repo.store, where), repo.show(where)
-    out = []
-    for child in wanted:
-        message: dict[str, object] = {"role": "user", "content": child.prompt}
-        codec = repo.engine.codec
-        rendered = continue_with(codec, shown.tokens, shown.turns, [*before, message], None)
-        if rendered.keep != len(shown.tokens):
-            raise InvalidRequest(
-                f"the model's template renders this conversation differently from token {rendered.keep:,} of "
-                f"{len(shown.tokens):,} on, so children could not share the rest. Leave --chat out, or fork at "
-                f"{where.commit[3:13]}:token={rendered.keep}."
-            )
-        out.append(Child(child.prompt, child.sampling, rendered.new, (message,)))
-    return out
+    new = [talk.messages(session, child.prompt) for session, child in zip(group, wanted, strict=True)]
+    stream = group.chat_stream(new, [child.sampling for child in wanted], **talk.arguments)
+    names = _branches(prefix, wanted)
+    results = children.follow(stream, names, quiet=quiet)
+    for name, result in zip(names, results, strict=True):
+        conversation.note(result, f"{name}: ")
+    return results
 
 
 def _generate(group: Group, wanted: list[Child], prefix: str, quiet: bool) -> list[Completion]:
     sampling = [child.sampling for child in wanted]
     if not any(child.prompt for child in wanted) and _cut(group):
         stream = group.resume_stream()
-    elif wanted[0].token_ids is not None:
-        stream = group.stream("", sampling, token_ids=[child.token_ids or () for child in wanted])
     else:
         stream = group.stream([child.prompt for child in wanted], sampling)
-    return children.follow(stream, [f"{prefix}/{i}" for i in range(len(wanted))], quiet=quiet)
+    return children.follow(stream, _branches(prefix, wanted), quiet=quiet)
+
+
+def _branches(prefix: str, wanted: list[Child]) -> list[str]:
+    return [f"{prefix}/{i}" for i in range(len(wanted))]
 
 
 def _cut(group: Group) -> bool:
@@ -153,25 +144,29 @@ def _cut(group: Group) -> bool:
     return bool(turns) and turns[-1].kind == "completion" and turns[-1].finish_reason is None
 
 
-def _commit(
-    group: Group, wanted: list[Child], completions: list[Completion], prefix: str, message: str | None
-) -> list[CommitResult]:
+def _commit(group: Group, wanted: list[Child], prefix: str, message: str | None) -> list[CommitResult]:
     done = []
     with Progress("committing"):
-        for i, (session, child, completion) in enumerate(zip(group, wanted, completions, strict=True)):
-            answer: dict[str, object] = {"role": "assistant", "content": completion.text}
-            meta = conversation.meta([*child.messages, answer]) if child.messages else {}
+        for session, child, name in zip(group, wanted, _branches(prefix, wanted), strict=True):
             text = message or output.one_line(child.prompt, 72) or "went on"
-            done.append(session.commit(text, branch=f"{prefix}/{i}", meta=meta))
+            done.append(session.commit(text, branch=name))
     return done
 
 
 def _report(
-    group: Group, wanted: list[Child], completions: list[Completion], commits: list[CommitResult], as_json: bool
+    group: Group,
+    wanted: list[Child],
+    completions: list[Completion],
+    commits: list[CommitResult],
+    chats: list[ChatResult],
+    as_json: bool,
 ) -> None:
     together = list(zip(group, wanted, completions, commits, strict=True))
     if as_json:
-        output.print_json({"children": [{"prompt": w.prompt, **speak.plain(done, c, s)} for s, w, c, done in together]})
+        said = [{"prompt": w.prompt, **speak.plain(done, c, s)} for s, w, c, done in together]
+        for one, result in zip(said, chats, strict=False):
+            one.update(conversation.plain(result))
+        output.print_json({"children": said})
         return
     for _, child, completion, done in together:
         name = output.style(str(done.branch), "bold", "green")

@@ -13,6 +13,7 @@ from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from thaw.engines.base import Completion
+    from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitResult
     from thaw.repo.repository import Repository
     from thaw.repo.session import Session
@@ -30,7 +31,8 @@ class Job:
 
     files: tuple[str, ...]
     prompt: str
-    chat: bool
+    chat: conversation.Chat | None
+    history: str | None
     generate: bool
     message: str | None
     sampling: Any
@@ -44,6 +46,7 @@ class Outcome:
     completion: Completion | None
     session: Session
     interrupted: bool = False
+    chat: ChatResult | None = None
 
 
 @options.verb("run", EXAMPLE)
@@ -52,9 +55,10 @@ class Outcome:
 @click.option("--branch", metavar="NAME", help="Default: the current one. A new branch starts empty, or at --from.")
 @click.option("--from", "start", metavar="POINT", help="Start there; needs a new --branch, unless POINT is a branch.")
 @click.option("--no-generate", is_flag=True, help="Only read and commit.")
-@click.option("--chat", is_flag=True, help="PROMPT is the user's next message, in the model's own template.")
 @click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
 @click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
+@options.chat
+@options.option_of("Chat", "--history", metavar="FILE", help="The conversation before PROMPT, whole: a JSON list.")
 @options.sampling
 @options.engine
 @options.as_json
@@ -66,6 +70,7 @@ def command(
     start: str | None,
     no_generate: bool,
     chat: bool,
+    history: str | None,
     recompute: bool,
     message: str | None,
     engine_name: str | None,
@@ -84,7 +89,10 @@ def command(
     text = prompts.from_arguments(prompt, or_stdin=not files)
     if no_generate and not (text or files):
         raise click.UsageError("--no-generate needs something to read: PROMPT, --file or stdin.")
-    job = Job(files, text, chat, not no_generate, message, sampling)
+    talk = conversation.taken(values, chat=chat)
+    if history is not None and not chat:
+        raise click.UsageError("--history: only with --chat.")
+    job = Job(files, text, talk if chat else None, history, not no_generate, message, sampling)
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         name, point = _start(repo, branch, start)
         with _session(repo, point, recompute) as session:
@@ -121,8 +129,8 @@ def _session(repo: Repository, point: str | None, recompute: bool) -> Session:
 
 
 def _run(repo: Repository, session: Session, job: Job, branch: str, quiet: bool) -> Outcome:
-    if job.chat:
-        return _chat(repo, session, job, branch, quiet)
+    if job.chat is not None:
+        return _chat(session, job, job.chat, branch, quiet)
     for name in job.files:
         speak.read(session, prompts.from_file(name), name)
     completion, interrupted = None, False
@@ -130,37 +138,34 @@ def _run(repo: Repository, session: Session, job: Job, branch: str, quiet: bool)
         completion, interrupted = speak.generate(session, job.prompt, job.sampling, quiet=quiet)
     elif job.prompt:
         speak.read(session, job.prompt, "the prompt")
-    return Outcome(_commit(session, job, branch, {}), completion, session, interrupted)
+    return Outcome(_commit(session, job, branch), completion, session, interrupted)
 
 
-def _chat(repo: Repository, session: Session, job: Job, branch: str, quiet: bool) -> Outcome:
-    """The files and the prompt are one message; the conversation so far is read from history."""
+def _chat(session: Session, job: Job, talk: conversation.Chat, branch: str, quiet: bool) -> Outcome:
+    """The files and the prompt are one message; the session knows the conversation so far."""
     content = "\n\n".join([*(prompts.from_file(name) for name in job.files), *([job.prompt] if job.prompt else [])])
     if not content or not job.generate:
         raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave --no-generate out.")
-    before = conversation.of(repo.store, repo.resolve(session.parent)) if session.parent else []
-    message: dict[str, object] = {"role": "user", "content": content}
-    result, interrupted = speak.chat(session, [*before, message], job.sampling, quiet=quiet)
-    if result.num_dropped_tokens:
-        output.note(
-            f"the template renders this conversation differently: went on from token {result.forked_at:,}, "
-            f"{words.count(result.num_dropped_tokens, 'token')} left behind"
-        )
-    meta = conversation.meta([message, result.message])
-    return Outcome(_commit(session, job, branch, meta), result.completion, session, interrupted)
+    if job.history is None:
+        new, arguments = talk.messages(session, content), talk.arguments
+    else:
+        new, arguments = None, {**talk.arguments, "history": talk.after(conversation.json_list(job.history), content)}
+    result, interrupted = speak.chat(session, new, job.sampling, quiet=quiet, **arguments)
+    conversation.note(result)
+    return Outcome(_commit(session, job, branch), result.completion, session, interrupted, result)
 
 
-def _commit(session: Session, job: Job, branch: str, meta: dict[str, str]) -> CommitResult:
+def _commit(session: Session, job: Job, branch: str) -> CommitResult:
     said = f"read {', '.join(job.files)}" if job.files else "went on"
     text = job.message or output.one_line(job.prompt, 72) or said
     with Progress("committing"):
-        return session.commit(text, branch=branch, meta=meta)
+        return session.commit(text, branch=branch)
 
 
 def _report(outcome: Outcome, as_json: bool) -> None:
     done, completion = outcome.commit, outcome.completion
     if as_json:
-        output.print_json(speak.plain(done, completion, outcome.session))
+        output.print_json({**speak.plain(done, completion, outcome.session), **conversation.plain(outcome.chat)})
         return
     name = f"[{done.branch} {view.commit_id(done.commit)}]"
     read = f"{words.count(done.num_tokens, 'token')}, {words.nbytes(done.nbytes_written)} written"

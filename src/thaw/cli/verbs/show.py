@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thaw.cli import conversation, options, output, place, view, words
+from thaw.cli import options, output, place, view, words
+from thaw.repo.chat_meta import KEY
 
 if TYPE_CHECKING:
     from thaw.repo.show import Shown
@@ -74,7 +75,7 @@ def _fields(shown: Shown) -> list[tuple[str, str]]:
         ("origin", _origin(entry.origin)),
         ("continues", _boundary(shown)),
     ]
-    told = {key: value for key, value in entry.meta.items() if key != conversation.KEY}
+    told = {key: value for key, value in entry.meta.items() if key != KEY}
     return fields + [(f"meta {key}", output.one_line(value, 100)) for key, value in sorted(told.items())]
 
 

@@ -20,8 +20,9 @@ def bad_ids(codec: Codec, words: Sequence[str]) -> BadIds:
     """Each word's tokens at the start of a text, and those after a space where that is another form of the same length
     (vLLM's rule). Raises `BadSampling` for a word that has no tokens."""
     out: list[tuple[int, ...]] = []
+    start = len(codec.encode("", first=True)) if words else 0
     for word in words:
-        plain, spaced = (tuple(codec.encode(space + word.lstrip(), first=False)) for space in ("", " "))
+        plain, spaced = (tuple(codec.encode(space + word.lstrip(), first=True)[start:]) for space in ("", " "))
         if not plain:
             raise BadSampling(f"bad_words has {word!r}, which is no token of this model's vocabulary; leave it out")
         out.append(plain)

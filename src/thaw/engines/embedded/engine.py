@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
 from thaw.core.identity import ModelIdentity, compare
+from thaw.core.objects import Chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
@@ -32,8 +33,9 @@ from thaw.engines.embedded.generation import Append, Generation, Lane
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
-from thaw.engines.embedded.turns import cut_turns, require_resumable, reseed, settle_turn
+from thaw.engines.embedded.turns import require_resumable, reseed, settle_turn
 from thaw.engines.embedded.weights import WeightsWatch
+from thaw.engines.text import cut_turns
 
 T = TypeVar("T")
 CAPABILITIES = frozenset(
@@ -93,7 +95,13 @@ class EmbeddedEngine(Engine):
         return self._driver.call(lambda: self._get(session).view()).result()
 
     def append(
-        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
     ) -> Handle[SessionView]:
         promise: Promise[SessionView] = Promise()
 
@@ -101,7 +109,7 @@ class EmbeddedEngine(Engine):
             live = self._usable(session)
             self._check_tokens(len(live.tokens), token_ids, 0)
             settle_turn(live)
-            lane = Lane(0, live, list(token_ids), text, role)
+            lane = Lane(0, live, list(token_ids), text, role, chat)
             task = Append(self._backend, lane, promise, self._release)
             live.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
@@ -281,7 +289,7 @@ class EmbeddedEngine(Engine):
                 settle_turn(live)
             if not request.prompt:
                 _step_back(live)
-            lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role))
+            lanes.append(Lane(i, live, list(request.prompt), request.prompt_text, request.role, request.chat))
         return lanes
 
     def _check_request(self, live: LiveSession, request: GenerateRequest) -> None:
@@ -308,7 +316,7 @@ class EmbeddedEngine(Engine):
         num_kv = parent.kv.num_tokens if whole else min(parent.kv.num_tokens, max(at - 1, 0))
         child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
         child.tokens = parent.tokens[:at]
-        child.turns = cut_turns(parent.all_turns(), at, self.codec, parent.tokens)
+        child.turns = list(cut_turns(parent.all_turns(), parent.tokens, at, self.codec))
         child.row = parent.row if whole else None
         child.last = parent.last if whole else None
         child.stored_boundary = parent.stored_boundary if whole else None

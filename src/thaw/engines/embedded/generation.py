@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from thaw.core.objects import Turn
+from thaw.core.objects import Chat, Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.bad_words import endings
@@ -33,6 +33,7 @@ class Lane:
     prompt: list[int] = field(default_factory=list)
     prompt_text: str = ""
     role: str | None = None
+    chat: Chat | None = None
     prompt_start: int = 0
     num_cached: int = 0
     num_prefilled: int = 0
@@ -57,7 +58,8 @@ class Lane:
             del self.prompt[:missing]
 
     def close_prompt(self) -> None:
-        close_prompt(self.session, self.prompt_start, self.prompt_text, self.role)
+        chat = None if self.prompt else self.chat
+        close_prompt(self.session, self.prompt_start, self.prompt_text, self.role, chat)
 
 
 class Prefill:
@@ -236,7 +238,7 @@ class Generation:
 
     def _finish(self, lane: Lane, reason: str, stop_reason: str | int | None, choice: Sampled | None = None) -> None:
         session, turn = lane.session, lane.session.turn
-        text = "" if turn is None else turn.rest(stop_reason)
+        text = "" if turn is None else turn.rest()
         closed = self._close(lane, reason, stop_reason)
         ids = () if choice is None else (choice.token,)
         self._emit(lane, ids, () if choice is None else (choice.logprob,), text, reason)

@@ -5,7 +5,7 @@ No KV here, and nothing of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import msgspec
 
 from thaw.core.canonical import U64
 from thaw.core.errors import InvalidRequest, PolicyMismatch
-from thaw.core.objects import Turn
+from thaw.core.objects import Chat, Turn, with_chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, Completion, GenerateRequest, SessionRef, Usage
@@ -23,7 +23,8 @@ from thaw.engines.embedded.text import TextStream
 
 @dataclass
 class OpenTurn:
-    """The completion being generated: everything in `Turn`, still growing. `bad_ids`: its bad words, as token ids."""
+    """The completion being generated: everything in `Turn`, still growing. `bad_ids`: its bad words, as token ids.
+    `unseen_stops`: those of its stop strings that are a token which the text leaves out."""
 
     start: int
     sampling: Sampling
@@ -32,6 +33,7 @@ class OpenTurn:
     role: str | None
     stream: TextStream
     bad_ids: BadIds = ()
+    unseen_stops: Mapping[int, str] = field(default_factory=dict)
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
@@ -41,7 +43,6 @@ class OpenTurn:
         """One more token; (finish_reason, stop_reason) after it, in vLLM's order. `full`: the session has no room."""
         self.logprobs.append(logprob)
         self.tops.append(top)
-        before = len(self.stream.text)
         self.stream.push(token)
         s, num_output = self.sampling, len(self.logprobs)
         if num_output >= s.min_tokens:
@@ -50,15 +51,13 @@ class OpenTurn:
             if token in s.stop_token_ids:
                 return "stop", token
         if num_output > s.min_tokens or s.min_tokens == 0:
-            hit = self.stream.cut_at_stop(before)
+            hit = self.unseen_stops.get(token) or self.stream.cut_at_stop()
             if hit is not None:
                 return "stop", hit
         return ("length", None) if num_output >= s.max_tokens or full else (None, None)
 
-    def rest(self, stop_reason: str | int | None) -> str:
+    def rest(self) -> str:
         """The text that was held back, once the turn has ended."""
-        if not isinstance(stop_reason, str):
-            self.stream.flush()
         return self.stream.news(final=True)
 
     def freeze(self, reason: str | None = None, stop_reason: str | int | None = None) -> Turn:
@@ -120,6 +119,7 @@ def open_turn(session: HasTurns, request: GenerateRequest, codec: Codec) -> Open
         role="assistant" if request.role is not None else None,
         stream=TextStream(codec, session.tokens, request.sampling.stop),
         bad_ids=bad_ids(codec, request.sampling.bad_words),
+        unseen_stops=_unseen_stops(codec, request.sampling),
     )
 
 
@@ -139,9 +139,16 @@ def _reopen(session: HasTurns, codec: Codec) -> OpenTurn:
         role=turn.role,
         stream=stream,
         bad_ids=bad_ids(codec, turn.sampling.bad_words),
+        unseen_stops=_unseen_stops(codec, turn.sampling),
         logprobs=list(turn.logprobs or ()),
         tops=list(turn.top_logprobs or ()),
     )
+
+
+def _unseen_stops(codec: Codec, sampling: Sampling) -> dict[int, str]:
+    """Stop strings that no text could show: an end of a turn, for one, under `ignore_eos`."""
+    ids = {stop: codec.encode(stop, first=False) for stop in sampling.stop}
+    return {found[0]: stop for stop, found in ids.items() if len(found) == 1 and not codec.decode(found)}
 
 
 def settle_turn(session: HasTurns) -> None:
@@ -151,11 +158,12 @@ def settle_turn(session: HasTurns) -> None:
         session.turns[-1] = msgspec.structs.replace(last, finish_reason="abort")
 
 
-def close_prompt(session: HasTurns, start: int, text: str, role: str | None) -> None:
-    """Record what was appended from token `start` on as a prompt turn."""
+def close_prompt(session: HasTurns, start: int, text: str, role: str | None, chat: Chat | None = None) -> None:
+    """Record what was appended from token `start` on as a prompt turn; `chat` only where it was appended whole."""
     end = len(session.tokens)
     if end > start:
-        session.turns.append(Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy))
+        turn = Turn(kind="prompt", start=start, end=end, role=role, text=text, policy=session.policy)
+        session.turns.append(turn if chat is None else with_chat(turn, chat))
 
 
 def completion(
@@ -181,34 +189,6 @@ def completion(
         proof=session.proof,
         ttft_s=ttft_s or 0.0,
         total_s=total_s,
-    )
-
-
-def cut_turns(turns: Sequence[Turn], at: int, codec: Codec | None, tokens: Sequence[int]) -> list[Turn]:
-    """`turns` as they were when the session had `at` tokens: later ones gone, a turn cut through left unfinished."""
-    out = []
-    for turn in turns:
-        if turn.end <= at:
-            out.append(turn)
-        elif turn.start < at:
-            out.append(_truncate(turn, at, codec, tokens))
-    return out
-
-
-def _truncate(turn: Turn, at: int, codec: Codec | None, tokens: Sequence[int]) -> Turn:
-    count = at - turn.start
-    text = codec.decode(list(tokens[turn.start : at])) if codec is not None else ""
-    return Turn(
-        kind=turn.kind,
-        start=turn.start,
-        end=at,
-        role=turn.role,
-        text=text,
-        sampling=turn.sampling,
-        seed=turn.seed,
-        logprobs=None if turn.logprobs is None else turn.logprobs[:count],
-        top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:count],
-        policy=turn.policy,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,15 @@ def _said_twice(config: Mapping[str, Any]) -> set[str]:
     return {name for name in _IN_ROPE if name in config and name in inner and config[name] == inner[name]}
 
 
-def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text of the model in `folder`: those that the loaded model would name.
+def eos_token_ids(folder: Path, config: Any = None) -> tuple[int, ...]:
+    """The tokens that end a text of the model in `folder` (or of that hub id): those that the loaded model would name.
+    `config` is its config where that is loaded already.
 
     Raises OSError or ValueError when the folder has no config that can be read.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder) if config is None else config
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:  # it has no generation_config.json
@@ -86,3 +87,12 @@ def eos_of(generation_config: Any, config: Any) -> tuple[int, ...]:
     if found is None:
         found = getattr(config, "eos_token_id", None)
     return () if found is None else tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+
+
+def stop_set(named: Iterable[int], tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a turn, in every engine: those that the model's files name, and the tokenizer's end token.
+
+    Of many fine-tunes only the tokenizer knows the token that ends a turn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    found = dict.fromkeys((*named, *(() if own is None else (own,))))
+    return tuple(token for token in found if 0 <= token < vocab_size)

@@ -9,13 +9,13 @@ from thaw.core.errors import Busy, InvalidRequest, LawBroken, StaleSession
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
-from thaw.engines.embedded.turns import cut_turns
 from thaw.engines.served import protocol
 from thaw.engines.served.lane import Lane
 from thaw.engines.served.model import Model
 from thaw.engines.served.protocol import Answer, Blob
 from thaw.engines.served.session import ServedSession
 from thaw.engines.served.talk import Talk
+from thaw.engines.text import cut_turns
 
 
 async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: Model) -> Captured:
@@ -73,7 +73,7 @@ def _captured(
         segments=segments,
         blobs=locations,
         packs=tuple(WrittenPack(name=name, nbytes=nbytes) for name, nbytes in sorted(answer.packs.items())),
-        turns=tuple(cut_turns(session.all_turns(), len(tokens), model.codec, tokens)),
+        turns=cut_turns(session.all_turns(), tokens, len(tokens), model.codec),
         seed=session.seed,
         salt=session.salt,
         share_prefix=session.share_prefix,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
 from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
@@ -124,10 +125,16 @@ class ServedEngine(Engine):
         return self._loop.wait(soon(lambda: self._get(session).view()))
 
     def append(
-        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
     ) -> Handle[SessionView]:
         return self._loop.begin(
-            lambda promise: self._generation.append(promise, self._usable(session), list(token_ids), text, role)
+            lambda promise: self._generation.append(promise, self._usable(session), list(token_ids), text, role, chat)
         )
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from thaw.core.errors import Cancelled, InvalidRequest, TooLong
+from thaw.core.objects import Chat
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.embedded.driver import Promise
 from thaw.engines.embedded.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
@@ -45,7 +46,13 @@ class Generation:
         return [lane.completion() for lane in lanes]
 
     async def append(
-        self, promise: Promise[SessionView], session: ServedSession, tokens: list[int], text: str, role: str | None
+        self,
+        promise: Promise[SessionView],
+        session: ServedSession,
+        tokens: list[int],
+        text: str,
+        role: str | None,
+        chat: Chat | None = None,
     ) -> SessionView:
         """Read a prompt. Cancelled, the session keeps what was read by then."""
         self._model.check_tokens(len(session.tokens), tokens, 0)
@@ -58,11 +65,11 @@ class Generation:
         if not tokens:
             return session.view()
         settle_turn(session)
-        request = GenerateRequest(session=session.ref, prompt=tuple(tokens))
+        request = GenerateRequest(session=session.ref, prompt=tuple(tokens), prompt_text=text, role=role, chat=chat)
         lane = claim(0, session, request, nobody, self._talk.dropped.append)
         promise.on_cancel = lambda: self._cancel([lane])
         try:
-            return await self._prefill(lane, text, role)
+            return await self._prefill(lane)
         finally:
             promise.on_cancel = None
             lane.release()
@@ -115,7 +122,7 @@ class Generation:
             start = len(session.tokens)
             session.tokens += lane.prompt
             if lane.prompt:
-                close_prompt(session, start, lane.request.prompt_text, lane.request.role)
+                close_prompt(session, start, lane.request.prompt_text, lane.request.role, lane.request.chat)
             session.turn = open_turn(session, lane.request, self._model.codec)
             lane.num_prompt = len(session.tokens)
             await self._decode(lane, session.turn, lane.message(group, size))
@@ -139,7 +146,7 @@ class Generation:
         lane.close()
         lane.count(answer)
 
-    async def _prefill(self, lane: Lane, text: str, role: str | None) -> SessionView:
+    async def _prefill(self, lane: Lane) -> SessionView:
         session, one = lane.session, self._talk.dialect.one_token
         start, whole = len(session.tokens), [*session.tokens, *lane.prompt]
         lane.num_prompt = len(whole)
@@ -151,7 +158,8 @@ class Generation:
             lane.aborted = True
         count = max(start, min(answer.num_kv, len(whole))) if lane.aborted else len(whole)
         session.tokens = whole[:count]
-        close_prompt(session, start, text, role)
+        asked = lane.request
+        close_prompt(session, start, asked.prompt_text, asked.role, asked.chat if count == len(whole) else None)
         lane.count(answer)
         if lane.aborted:
             raise Cancelled("cancelled by the caller; the session keeps the tokens it has")

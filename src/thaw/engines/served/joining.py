@@ -8,10 +8,10 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from thaw.core.errors import NotFound
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.served.loop import LoopThread
+from thaw.engines.served.remembered import remembered
 from thaw.engines.served.transport import Transport
 
 E = TypeVar("E", bound=ServedEngine)
@@ -53,29 +53,32 @@ def _warn(notes: Iterable[str]) -> None:
 
 
 def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) -> E:
-    from transformers import AutoConfig, AutoTokenizer
-
     from thaw.engines.hf.codec import HFCodec
-    from thaw.engines.hf.config import eos_token_ids
-    from thaw.engines.served.identity import model_identity
+    from thaw.engines.hf.config import stop_set
+    from thaw.engines.hf.tokenizer import load_tokenizer
 
-    name = transport.facts.model
-    folder = Path(name)
-    try:
-        codec = HFCodec(AutoTokenizer.from_pretrained(name))
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"the tokenizer and config of {name} could not be loaded here: {error}") from None
+    facts, name = transport.facts, transport.facts.model
+    tokenizer = load_tokenizer(name)
+    ends = stop_set(facts.eos_token_ids, tokenizer, facts.vocab_size)
 
     def identity(group: CacheGroup) -> ModelIdentity:
-        return model_identity(folder, dtype=transport.facts.dtype, group=group, codec=codec)
+        def say() -> ModelIdentity:
+            """By torch and transformers, as every engine says it."""
+            from transformers import AutoTokenizer
+
+            from thaw.engines.served.identity import model_identity
+
+            known = HFCodec(AutoTokenizer.from_pretrained(name))
+            return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known)
+
+        return remembered(Path(name), say, dtype=facts.dtype, group=group)
 
     return kind(
         transport,
-        codec=codec,
+        codec=HFCodec(tokenizer, ends),
         identity=identity,
-        eos_token_ids=tuple(eos_token_ids(folder)),
-        vocab_size=config.get_text_config().vocab_size,
+        eos_token_ids=ends,
+        vocab_size=facts.vocab_size,
         name=name,
         policy=policy,
         loop=loop,

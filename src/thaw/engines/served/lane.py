@@ -94,7 +94,7 @@ class Lane:
     def _end(self, ids: list[int], logprobs: list[float]) -> None:
         turn = self.session.turn
         assert turn is not None
-        self._tell(ids, logprobs, turn.rest(self.stop_reason), self.reason)
+        self._tell(ids, logprobs, turn.rest(), self.reason)
 
     def _tell(self, ids: list[int], logprobs: list[float], text: str, reason: str | None) -> None:
         self.emit(

@@ -232,7 +232,10 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler's side posts at boot. `engine`, `version`: the server's."""
+    """What the scheduler's side posts at boot. `engine`, `version`: the server's.
+
+    `eos_token_ids`: the ends of text that the model's files name. `more_ends`: other tokens at which this server ends a
+    request that does not say `ignore_eos`."""
 
     protocol: int
     thaw: str
@@ -250,6 +253,9 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     runner: str
     data_parallel_rank: int = 0
     reasons: bool = False
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    more_ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.engines.base import Codec, SessionRef, SessionView
-from thaw.engines.embedded.turns import OpenTurn, cut_turns
+from thaw.engines.embedded.turns import OpenTurn
 from thaw.engines.served import protocol
+from thaw.engines.text import cut_turns
 
 if TYPE_CHECKING:
     from thaw.engines.served.lane import Lane
@@ -96,7 +97,7 @@ def forked(parent: ServedSession, at: int, codec: Codec, continuation: Continuat
         node=parent.node if num_kv else None,
         num_kv=num_kv,
         tokens=parent.tokens[:at],
-        turns=cut_turns(parent.all_turns(), at, codec, parent.tokens),
+        turns=list(cut_turns(parent.all_turns(), parent.tokens, at, codec)),
         proof=Proof(
             num_prompt_tokens=at,
             num_cached_tokens=num_kv,

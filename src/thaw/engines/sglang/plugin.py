@@ -66,6 +66,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     import sglang
 
     from thaw._version import __version__
+    from thaw.engines.hf.config import eos_token_ids
     from thaw.engines.served import protocol
     from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
@@ -96,6 +97,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         layout=pool.describe(),
     )
     limit = min(model.context_len, allocator.size) - 6  # SGLang keeps as many back from a prompt
+    ends = eos_token_ids(model.model_path, model.hf_config)
     engine = EngineFacts(
         protocol=protocol.VERSION,
         thaw=__version__,
@@ -111,6 +113,9 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         world_size=size,
         prefix_caching=True,
         runner="",
+        vocab_size=model.hf_text_config.vocab_size,
+        eos_token_ids=ends,
+        more_ends=tuple(sorted(set(model.hf_eos_token_id or ()) - set(ends))),
         notes=tuple(versions.notes(sglang.__version__)),
     )
     if rank == 0:

@@ -14,7 +14,7 @@ from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.hf.codec import HFCodec
-from thaw.engines.hf.config import eos_of
+from thaw.engines.hf.config import eos_of, stop_set
 from thaw.engines.hf.weights import sample_weights
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME, PlanCache
@@ -38,11 +38,12 @@ class TransformersBackend(Backend):
         self._hashed_once = False
         self.name, self.version, self.model = "transformers", transformers.__version__, loaded.name
         self.device = str(self._device)
-        self.codec: HFCodec = HFCodec(loaded.tokenizer)
         self.group = _group(module)
         self.vocab_size = int(module.config.vocab_size)
         self.max_model_len = _max_len(module, max_model_len)
-        self.eos_token_ids = eos_of(module.generation_config, module.config)
+        named = eos_of(module.generation_config, module.config)
+        self.eos_token_ids = stop_set(named, loaded.tokenizer, self.vocab_size)
+        self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
         self.numerics = _numerics(self._device)
         self._first_sample: str | None = None
         self._probe()

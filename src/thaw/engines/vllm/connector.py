@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from thaw._version import __version__
+from thaw.engines.hf.config import eos_token_ids
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
@@ -109,6 +110,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             runner=versions.runner(config),
             data_parallel_rank=versions.data_parallel_rank(config) or 0,
             reasons=bool(getattr(config.structured_outputs_config, "reasoning_parser", "")),
+            vocab_size=model.hf_text_config.vocab_size,
+            eos_token_ids=eos_token_ids(model.model, model.hf_config),
             notes=tuple(versions.notes(vllm.__version__)),
         )
         self._mail.post(SCHEDULER, facts)

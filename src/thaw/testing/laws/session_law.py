@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from thaw.core.errors import Busy, Cancelled, EngineDied, InvalidRequest, NotFound, ThawError, TimedOut, TooLong
+from thaw.core.objects import Chat, ChatTurn
 from thaw.engines.base import Engine, GenerateRequest, Handle, SessionRef
 from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import (
@@ -40,6 +41,27 @@ class SessionLaw(EngineKit):
         assert completion.logprobs == out.logprobs and completion.text == out.text
         assert completion.finish_reason == out.finish_reason == "length"
         assert engine.view(session).tokens == (*ids(10), *out.token_ids)
+
+    def test_messages_stay_with_the_prompt_that_they_became(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        """Through forks, cuts, captures and hydrates; a prompt that is cut through has none of them left."""
+        told = [Chat(begin=begin, messages=(f'{{"role":"user","content":"{begin}"}}',)) for begin in (0, 14)]
+        session = engine.open(seed=3)
+        engine.append(session, ids(10), text="ten", role="user", chat=told[0]).result(LIMIT_S)
+        lab.one(engine, session, greedy(4))
+        asked = GenerateRequest(session=session, prompt=ids(6, 1), role="user", chat=told[1], sampling=greedy(4))
+        engine.generate([asked]).result(LIMIT_S)
+        captured = lab.capture(engine, session)
+        assert [turn.start for turn in captured.turns] == [0, 10, 14, 20]
+        for at, kept in ((24, 2), (22, 2), (20, 2), (17, 1), (14, 1), (12, 1), (10, 1), (7, 0)):
+            for where, child in (
+                (engine, lab.twin(engine, session, at=at)),
+                (other, lab.hydrate(other, lab.plan(captured, at=at)).session),
+            ):
+                turns = where.view(child).turns
+                assert [turn.chat for turn in turns if isinstance(turn, ChatTurn)] == told[:kept]
+                assert turns[-1].end == at
+        again = lab.move(other, lab.move(engine, session, other), engine)
+        assert engine.view(again).turns == engine.view(session).turns
 
     def test_park_and_return(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 300)
@@ -83,12 +105,14 @@ class SessionLaw(EngineKit):
     def test_cancelling_a_prefill_keeps_what_was_read(self, engine: Engine, lab: Lab) -> None:
         """Whenever the cancel comes, the session goes on from what it has."""
         session, prompt = engine.open(seed=1), ids(self.long_prompt)
-        handle = engine.append(session, prompt)
+        handle = engine.append(session, prompt, role="user", chat=Chat(begin=0, messages=("{}",)))
         handle.cancel()
         outcome = _outcome(handle)
         assert outcome is None or isinstance(outcome, Cancelled)
         view = engine.view(session)
         assert view.tokens == prompt[: len(view.tokens)] and kv_complete(engine, view.num_kv, len(view.tokens))
+        messages = [turn for turn in view.turns if isinstance(turn, ChatTurn)]
+        assert len(messages) == (view.tokens == prompt), "half a prompt has no messages"
         if view.tokens:
             assert len(lab.one(engine, session, greedy(2)).token_ids) == 2
         assert len(lab.one(engine, session, greedy(2), (3,)).token_ids) == 2

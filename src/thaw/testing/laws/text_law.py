@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef
+from thaw.engines.text import text_after
 from thaw.testing.laws.boundary_law import stop_string
 from thaw.testing.laws.kit import LIMIT_S, EngineKit, Lab, bits, can, greedy, ids, same, seeded
 
@@ -76,6 +78,37 @@ class TextLaw(EngineKit):
         news = "".join(delta.text for delta in deltas)
         assert out.text.endswith(news) and len(news) < len(out.text)
 
+    def test_text_is_what_the_tokens_say_at_any_cut(self, engine: Engine, lab: Lab) -> None:
+        """Turns and forks that begin inside a character lose nothing of it, streamed or not."""
+        session = lab.begin(engine, 60)
+        for length in (1, 2, 3, 1, 7, 20):
+            handle = lab.start(engine, session, sampling=seeded(length))
+            streamed = "".join(delta.text for delta in handle)
+            assert handle.result(LIMIT_S)[0].text == streamed
+        tokens = engine.view(session).tokens
+        assert len(tokens) == 94
+        for at in range(61, 95):
+            child = session if at == 94 else lab.twin(engine, session, at=at)
+            assert _answers(engine, child) == text_after(engine.codec, tokens[:60], tokens[60:at])
+        halfway = lab.twin(engine, session, at=80)
+        lab.one(engine, halfway, seeded(9))
+        assert _answers(engine, halfway) == text_after(engine.codec, tokens[:60], engine.view(halfway).tokens[60:])
+
+    @pytest.mark.parametrize("cut", [1, 2, 3])
+    def test_a_character_that_the_prompt_begins_is_said_whole(self, engine: Engine, lab: Lab, cut: int) -> None:
+        """Also one that a stop string begins with."""
+        session = lab.begin(engine, 60)
+        tokens = engine.codec.encode("👏☃", first=False)
+        engine.append(session, tokens[:cut]).result(LIMIT_S)
+        for token in tokens[cut:-1]:
+            lab.one(engine, session, _this(token))
+        stopped = lab.twin(engine, session)
+        begun = text_after(engine.codec, [], tokens[:cut])
+        assert lab.one(engine, session, _this(tokens[-1])).text.endswith("☃")
+        assert begun + _answers(engine, session) == "👏☃"
+        end = lab.one(engine, stopped, _this(tokens[-1], stop=("☃",)))
+        assert (end.text, end.finish_reason, end.stop_reason) == ("", "stop", "☃")
+
     def test_a_stop_string_across_token_borders_ends_the_turn(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 60)
         probe = lab.one(engine, lab.twin(engine, session), seeded(64))
@@ -116,6 +149,19 @@ class TextLaw(EngineKit):
         ignored = again[batch.index(ended)]
         assert ignored.token_ids[:-2] == ended.token_ids and ignored.finish_reason == "length"
 
+    def test_every_end_token_ends_the_turn_unless_ignored(self, engine: Engine, lab: Lab) -> None:
+        """The tokenizer's and those that the model's files name, whichever of them the server knows itself."""
+        session = lab.begin(engine, 60)
+        for token in engine.info.eos_token_ids:
+            wanted = {"logit_bias": {token: 100.0}}
+            out = lab.one(engine, lab.twin(engine, session), greedy(4, ignore_eos=False, **wanted))
+            assert (out.token_ids, out.finish_reason, out.stop_reason) == ((token,), "stop", None)
+            assert out.text == "", "an end of a turn is no text"
+            free = lab.one(engine, lab.twin(engine, session), greedy(4, **wanted))
+            assert (free.token_ids, free.finish_reason) == ((token,) * 4, "length")
+            held = lab.one(engine, lab.twin(engine, session), greedy(4, ignore_eos=False, min_tokens=2, **wanted))
+            assert token not in held.token_ids[:2] and held.token_ids[2:] == (token,) and held.finish_reason == "stop"
+
     def test_logprobs_are_of_the_raw_distribution(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 60)
         plain = lab.one(engine, lab.twin(engine, session), greedy(1, logprobs=5))
@@ -137,6 +183,16 @@ class TextLaw(EngineKit):
         one, two = (lab.one(engine, kid, seeded(12, seed=5)) for kid in kids[:2])
         same(one, two)
         assert lab.one(engine, kids[2], seeded(12, seed=6)).token_ids != one.token_ids
+
+
+def _this(token: int, **options: object) -> Sampling:
+    """One token: this one."""
+    return greedy(1, logit_bias={token: 100.0}, **options)
+
+
+def _answers(engine: Engine, session: SessionRef) -> str:
+    """The texts of a session's completions."""
+    return "".join(turn.text for turn in engine.view(session).turns if turn.kind == "completion")
 
 
 def _batch(

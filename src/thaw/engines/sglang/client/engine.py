@@ -19,11 +19,12 @@ class SglangDialect(Dialect):
         """All that is not plain greedy goes through thaw's own sampling inside SGLang, by (seed, position)."""
         s, done, eos = turn.sampling, len(turn.logprobs), self.info.eos_token_ids
         stops = {*s.stop_token_ids, *(() if s.ignore_eos else eos)}
+        too_soon = {*self.facts.more_ends, *self._end_of_message()} - set(eos)
         fields: dict[str, Any] = {
             "temperature": 0.0,
             "max_new_tokens": max(1, min(s.max_tokens - done, self.info.max_model_len - num_tokens)),
             "logprobs": s.logprobs or 0,
-            "ignore_eos": s.ignore_eos,
+            "ignore_eos": s.ignore_eos or bool(too_soon),
             "stop_token_ids": sorted(stops),
         }
         if needed(s):
@@ -31,6 +32,11 @@ class SglangDialect(Dialect):
                 s, seed=turn.seed, output_start=turn.start, eos_token_ids=eos, bad_ids=turn.bad_ids
             )
         return fields
+
+    def _end_of_message(self) -> list[int]:
+        """Llama's `<|eom_id|>`, at which SGLang ends a request whatever the model's files say."""
+        found = self.codec.encode("<|eom_id|>", first=False)
+        return found if len(found) == 1 else []
 
     def num_cached(self, chunk: Chunk) -> int | None:
         """SGLang says it with its tokens."""

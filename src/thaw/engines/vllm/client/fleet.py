@@ -16,6 +16,7 @@ import msgspec
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.core.identity import ModelIdentity, compare
+from thaw.core.objects import Chat
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -105,9 +106,15 @@ class Fleet(Engine):
     # -- verbs find their way by the session
 
     def append(
-        self, session: SessionRef, token_ids: Sequence[int], *, text: str = "", role: str | None = None
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
     ) -> Handle[SessionView]:
-        return self._of(session).append(session, token_ids, text=text, role=role)
+        return self._of(session).append(session, token_ids, text=text, role=role, chat=chat)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         if not requests:

@@ -1,0 +1,45 @@
+"""Chats of several sessions as one batch: all are planned before any is touched, and if the batch fails all go back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from thaw.core.errors import ThawError
+from thaw.engines.base import Completion, Engine
+from thaw.repo.chat import Ask, ChatResult
+from thaw.repo.params import as_sampling
+from thaw.repo.stream import Stream
+
+if TYPE_CHECKING:
+    from thaw.repo.session import Session
+
+T = TypeVar("T")
+
+
+def stream(
+    engine: Engine,
+    sessions: Sequence[Session],
+    asks: Sequence[Ask],
+    samplings: Sequence[object],
+    pick: Callable[[list[ChatResult]], T],
+) -> Stream[T]:
+    """Answer each session's messages, in one batch. `pick` makes the outcome of the results, in order."""
+    params = [as_sampling(sampling) for sampling in samplings]
+    plans = [session.plan_chat(asked) for session, asked in zip(sessions, asks, strict=True)]
+
+    def settle(*, failed: bool) -> None:
+        for session in sessions:
+            session.settle_chat(failed=failed)
+
+    def finish(done: list[Completion]) -> T:
+        settle(failed=False)
+        return pick([plan.result(completion) for plan, completion in zip(plans, done, strict=True)])
+
+    try:
+        requests = [session.follow(plan, s) for session, plan, s in zip(sessions, plans, params, strict=True)]
+        handle = engine.generate(requests)
+    except ThawError:
+        settle(failed=True)
+        raise
+    return Stream(handle, finish, lambda: settle(failed=True))
