@@ -78,6 +78,7 @@ def command(
         prefix = _free_name(repo, name, len(wanted))
         if chat:
             wanted = _as_chat(repo, where, wanted)
+        repo.require_room(sum(child.sampling.max_tokens for child in wanted))
         with Progress("bringing the session back"):
             group = repo.fork(where, len(wanted), replay=replay, policy="recompute" if recompute else "exact")
         with group:
