@@ -222,6 +222,16 @@ def read_places(connection: sqlite3.Connection) -> Iterator[tuple[str, str, str]
         yield "blob", place.blob, place.pack
 
 
+def read_blobs_nbytes(connection: sqlite3.Connection) -> int:
+    """Bytes of all blobs, each row checked; the index by pack must have as many."""
+    rows = connection.execute('SELECT id, pack, start, nbytes, "check" FROM blobs NOT INDEXED')
+    nbytes = [blob_place(row).nbytes for row in rows]
+    (num,) = connection.execute("SELECT count(*) FROM blobs INDEXED BY blobs_pack").fetchone()
+    if len(nbytes) != num:
+        raise CorruptDatabase(f"blobs has {len(nbytes)} rows, its index {num}. {REBUILD}")
+    return sum(nbytes)
+
+
 def is_used(connection: sqlite3.Connection, pack: str) -> bool:
     """Whether a row points into the pack."""
     query = "SELECT 1 FROM blobs WHERE pack = ? UNION ALL SELECT 1 FROM objects WHERE pack = ? LIMIT 1"

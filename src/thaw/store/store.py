@@ -224,10 +224,10 @@ class Store:
         """What the repository takes on disk."""
         with self.database.read() as connection:
             packs = objects.read_packs(connection, "doomed_ns IS NULL")
-            (blobs,) = connection.execute("SELECT coalesce(sum(nbytes), 0) FROM blobs").fetchone()
+            blobs = objects.read_blobs_nbytes(connection)
         with storage_errors(self.database.path, "look at"):
             database = os.stat(self.database.path).st_size
-        return Usage(len(packs), sum(pack.nbytes for pack in packs), int(blobs), database)
+        return Usage(len(packs), sum(pack.nbytes for pack in packs), blobs, database)
 
     # --- writing
 
