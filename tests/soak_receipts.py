@@ -44,7 +44,7 @@ PYTHONS = {"tests/engines/on_vllm": ".venv-vllm", "tests/engines/on_sglang": ".v
 
 TO_BE_WRITTEN_ANEW = frozenset(
     (
-        "io-share", "kill9", "pool-soak", "pool-soak-vllm", "seeded-faults", "sglang-kills",
+        "database-flips", "growth", "io-share", "kill9", "pool-soak", "pool-soak-vllm", "seeded-faults", "sglang-kills",
         "sglang-law-book-in-process", "sglang-law-book-on-three-ranks", "sglang-operations-pages-of-1",
         "sglang-operations-pages-of-16", "sglang-operations-pages-of-16-on-two-ranks",
         "sglang-real-model-across-rank-counts", "suite-sglang-0.5.22", "suite-vllm-0.26", "suite-vllm-0.29",

@@ -344,6 +344,66 @@ def test_gc_takes_what_nothing_refers_to(tree: Shell) -> None:
     tree.ok("verify", "main", "--tokens", "0")
 
 
+def test_undo_and_reflog_go_back_move_by_move(repo: Shell) -> None:
+    repo.ok("run", "a document. " * 20, "--no-generate", "-m", "first")
+    first = repo.commit()
+    repo.ok("run", "more. " * 20, "--no-generate", "-m", "second")
+    second = repo.commit()
+    moves = repo.ok("reflog", "--json").json()
+    assert [(move["point"], move["new"]) for move in moves["moves"]] == [("main@{0}", second), ("main@{1}", first)]
+    assert [repo.commit(move["point"]) for move in moves["moves"]] == [second, first]
+    assert "second" in repo.ok("reflog", "main", "-n", "1").out
+    assert "is at" in repo.ok("undo").out and repo.commit() == first
+    assert repo.ok("undo", "main", "--json").json()["new"] is None
+    gone = repo("undo")
+    assert gone.code == 2 and "no move left" in gone.err
+    repo.ok("branch", "main", second[3:15])
+    assert repo("reflog", "none").code == 0
+
+
+def test_stats_say_what_sharing_saves(tree: Shell) -> None:
+    found = tree.ok("stats", "--prefill-rate", "1000", "--json").json()
+    assert {ref["name"] for ref in found["refs"]} == {"main", "fork/0", "fork/1", "read"}
+    assert found["dedup"] > 1 and found["seconds_saved"] == found["num_tokens_saved"] / 1000
+    assert "times that" in tree.ok("stats").out
+
+
+LIMIT = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("run", "--file", "/dev/zero"), 2),
+        (("fork", "main", "--prompts", "/dev/zero"), 2),
+        (("match", "--file", "/dev/zero"), 2),
+        (("receipt", "verify", "/dev/zero"), 7),
+    ],
+    ids=lambda words: words[0] if isinstance(words, tuple) else "",
+)
+def test_an_endless_file_is_refused_in_bounded_memory(tree: Shell, words: tuple[str, ...], code: int) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (4 * LIMIT, before[1]))
+    try:
+        done = tree(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert done.code == code and "the most that is read here" in done.out + done.err
+
+
+def test_endless_stdin_is_refused(tree: Shell) -> None:
+    import subprocess
+    import sys
+
+    with open("/dev/zero", "rb") as zero:
+        done = subprocess.run(
+            [sys.executable, "-m", "thaw.cli", "run", "-"], cwd=tree.cwd, stdin=zero, capture_output=True, timeout=300
+        )
+    assert done.returncode == 2 and b"stdin has more than" in done.stderr
+
+
 def test_doctor_looks_at_the_machine_and_at_a_config(shell: Shell) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,

@@ -1,11 +1,11 @@
 """Makes the golden repository of the current format: `python tests/golden/make_golden.py FOLDER`.
 
-Run once for each change of the format; the folder is checked in and never written again. Tests read a copy of it with
+Run once for each format version; the folder is checked in and never written again. Tests read a copy of it with
 whatever thaw they test: old repositories stay readable. Contents: every kind of object with every optional field
 used once, two branches, a tag, a reflog, a fork inside a segment, a commit with two parents, pads, equal blobs.
 
-    format-1         no turn has messages
-    format-1-chat    prompts are `thaw.turn/2`
+    format-1    no turn has messages
+    format-2    prompts are `thaw.turn/2`, the database has format 2
 """
 
 from __future__ import annotations

@@ -134,9 +134,23 @@ def check_messages(turn: dict[str, Any]) -> None:
 
 
 COLUMNS = {
-    "settings": ("key", "value"),
-    "refs": ("name", "kind", "target"),
-    "reflog": ("name", "kind", "old", "new", "reason", "time_ns", "moved"),
+    1: {
+        "settings": ("key", "value"),
+        "refs": ("name", "kind", "target"),
+        "reflog": ("name", "kind", "old", "new", "reason", "time_ns", "moved"),
+    },
+    2: {
+        "settings": ("key", "value"),
+        "refs": ("name", "kind", "target"),
+        "reflog": ("seq", "before", "name", "kind", "old", "new", "reason", "time_ns", "moved"),
+        "reflog_ends": ("name", "seq"),
+    },
+}
+CHECKED = {
+    "packs": ("name", "nbytes", "doomed_ns"),
+    "blobs": ("id", "pack", "start", "nbytes"),
+    "objects": ("id", "kind", "pack", "start", "state"),
+    "segments": ("window", "hex(key)", "segment", "state"),
 }
 
 
@@ -144,16 +158,43 @@ COLUMNS = {
 def test_the_rows_of_the_database_are_as_the_page_says(repository: Path, tmp_path: Path) -> None:
     shutil.copy(repository / "thaw.db", tmp_path)
     connection = sqlite3.connect(tmp_path / "thaw.db")
-    assert connection.execute("PRAGMA user_version").fetchone() == (1,)
-    for table, columns in COLUMNS.items():
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    assert repository.name == f"format-{version}"
+    for table, columns in COLUMNS[version].items():
         for *row, checksum in connection.execute(f"SELECT {', '.join(columns)}, checksum FROM {table}"):
             assert b3(json.dumps([table, *row], separators=(",", ":")).encode())[3:35] == checksum
+    if version > 1:
+        check_rows(connection, Reader(repository))
     packs = {pack.name: pack.read_bytes() for pack in (repository / "packs").iterdir()}
     for identifier, pack, start, nbytes in connection.execute("SELECT id, pack, start, nbytes FROM blobs"):
         assert b3(packs[pack][start : start + nbytes]) == identifier
     for identifier, data, pack, start in connection.execute("SELECT id, data, pack, start FROM objects"):
         assert b3(data) == identifier and packs[pack][start : start + len(data)] == data
     connection.close()
+
+
+def check_rows(connection: sqlite3.Connection, reader: Reader) -> None:
+    for table, columns in CHECKED.items():
+        for *row, check in connection.execute(f'SELECT {", ".join(columns)}, "check" FROM {table}'):
+            if table == "segments":
+                row[1] = row[1].lower()
+            assert int(b3(json.dumps([table, *row], separators=(",", ":")).encode())[3:15], 16) == check
+    settings = dict(connection.execute("SELECT key, value FROM settings"))
+    rows = connection.execute("SELECT seq, before, name FROM reflog ORDER BY seq").fetchall()
+    assert [row[0] for row in rows] == list(range(1, int(settings["moves"]) + 1))
+    ends: dict[str, int] = {}
+    for seq, before, name in rows:
+        assert before == ends.get(name, 0)
+        ends[name] = seq
+    assert dict(connection.execute("SELECT name, seq FROM reflog_ends")) == ends
+    assert connection.execute("SELECT count(*) FROM refs").fetchone() == (int(settings["refs"]),)
+    for window, key, segment, state in connection.execute('SELECT "window", "key", segment, state FROM segments'):
+        of = reader.get(segment, "segment")
+        start = of["start"] // 256 * 256
+        tokens = reader.tokens(reader.get(state, "state"))[start : start + 256]
+        assert window == of["window"] and key == struct.pack(f">{len(tokens)}I", *tokens)
+    for identifier, kind, state in connection.execute("SELECT id, kind, state FROM objects"):
+        assert state == (reader.get(identifier, "commit")["state"] if kind == "commit" else None)
 
 
 def test_draws_are_as_the_page_says() -> None:

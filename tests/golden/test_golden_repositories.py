@@ -97,7 +97,7 @@ def check_chat(turn: ChatTurn) -> None:
 
 def test_golden_repositories_have_turns_with_and_without_messages(tmp_path: Path) -> None:
     found = {name: kinds_of_turns(shutil.copytree(HERE / name, tmp_path / name)) for name in FORMATS}
-    assert found == {"format-1": {Turn}, "format-1-chat": {Turn, ChatTurn}}
+    assert found == {"format-1": {Turn}, "format-2": {Turn, ChatTurn}}
 
 
 def kinds_of_turns(path: Path) -> set[type]:

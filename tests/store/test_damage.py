@@ -196,9 +196,9 @@ def test_a_lost_database_is_rebuilt(repo: tuple[Path, list[str]], without_backup
 
 
 def test_the_lookup_of_prefixes_is_rebuilt(repo: tuple[Path, list[str]]) -> None:
-    def rows() -> list[tuple[str, str]]:
+    def rows() -> list[tuple[str, str, bytes]]:
         with sqlite3.connect(repo[0] / "thaw.db") as connection:
-            return connection.execute('SELECT segment, "window" FROM segments ORDER BY segment').fetchall()
+            return connection.execute('SELECT segment, "window", "key" FROM segments ORDER BY segment').fetchall()
 
     before = rows()
     (repo[0] / "thaw.db").unlink()
@@ -308,9 +308,9 @@ def test_objects_of_a_lost_pack_are_rescued_from_the_old_database(repo: tuple[Pa
 def test_a_newer_database_is_refused(repo: tuple[Path, list[str]]) -> None:
     path, _ = repo
     with sqlite3.connect(path / "thaw.db") as connection:
-        connection.execute("PRAGMA user_version = 2")
-        value = (checksum("settings", "format", "2"),)
-        connection.execute("UPDATE settings SET value = '2', checksum = ? WHERE key = 'format'", value)
+        connection.execute("PRAGMA user_version = 3")
+        value = (checksum("settings", "format", "3"),)
+        connection.execute("UPDATE settings SET value = '3', checksum = ? WHERE key = 'format'", value)
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="written by a newer thaw"):
             attempt(path)

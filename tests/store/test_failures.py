@@ -6,9 +6,11 @@ limits everywhere.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -68,6 +70,86 @@ def test_a_full_disk_is_named_and_loses_nothing(small_disk: Path) -> None:
     store.close()
 
 
+@pytest.fixture
+def larger_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB: ext4 on a file where this user may mount one, else a tmpfs."""
+    folder, image = tmp_path / "disk", tmp_path / "image"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(24 << 20)
+    made = subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", str(image)], capture_output=True)
+    mounted = (
+        made.returncode
+        or subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True).returncode
+    )
+    if mounted:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)]).returncode
+    if mounted:
+        pytest.skip("this user may mount no file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Takes every byte that is free."""
+    with (folder / "ballast").open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096, 512):
+            while True:
+                try:
+                    if not file.write(bytes(size)):
+                        break
+                except OSError:
+                    break
+
+
+@pytest.mark.parametrize("opened_anew", [False, True], ids=["open", "opened-anew"])
+def test_a_full_disk_has_a_way_out(larger_disk: Path, opened_anew: bool) -> None:
+    """Nothing is free, not a byte: a branch is deleted, gc frees what it held, and commits go on."""
+    path = larger_disk / "repo"
+    store = Store.init(path)
+    store.require_room()
+    kept = commit(store, tokens(300), branch="kept")
+    for number in range(12):
+        commit(store, tokens(4000, seed=number + 1), branch=f"spare-{number}")
+    if opened_anew:
+        store.close()
+    fill(larger_disk)
+    if opened_anew:
+        store = Store.open(path)
+        fill(larger_disk)
+    with pytest.raises(StorageFailed, match=r"full: .* bytes are free.*thaw gc"):
+        store.require_room()
+    with pytest.raises(StorageFailed, match="full"):
+        commit(store, tokens(4000, seed=99), branch="more")
+    for number in range(12):
+        ref = store.ref(f"spare-{number}")
+        assert ref is not None
+        store.update_refs(RefUpdate(ref.name, "branch", None, ref.target, "deleted"))
+    fill(larger_disk)
+    report = store.gc(keep_reflog_s=0)
+    assert report.commits_removed == 12 and report.nbytes_freed > 2 << 20
+    read_all(store, kept)
+    assert [problem for problem in fsck(path).problems if problem.file != "refs.json"] == []
+    (larger_disk / "ballast").unlink()
+    store.require_room()
+    commit(store, tokens(4000, seed=99), branch="more")
+    assert fsck(path).problems == []
+    store.close()
+
+
+def test_a_writer_is_told_of_a_full_disk_before_it_generates(larger_disk: Path) -> None:
+    import thaw
+
+    engine = thaw.load_engine("fake", max_model_len=1 << 20)
+    with engine, thaw.open(larger_disk / "repo", engine=engine, create=True) as repo:
+        repo.require_room(num_tokens=100)
+        with pytest.raises(StorageFailed, match=r"are needed to commit.*thaw gc"):
+            repo.require_room(num_tokens=1 << 20)
+        fill(larger_disk)
+        with pytest.raises(StorageFailed, match="are needed to commit"):
+            repo.require_room()
+
+
 def test_a_full_disk_at_init_is_named(small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(3 << 20))
     with pytest.raises(StorageFailed, match="full"):
@@ -90,6 +172,18 @@ def test_a_read_only_file_system_is_named(small_disk: Path) -> None:
     with pytest.raises(StorageFailed, match="read-only"):
         Store.init(small_disk / "other")
     assert fsck(small_disk / "repo").ok
+
+
+def test_a_repository_of_an_older_format_opens_on_a_read_only_file_system(small_disk: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    shutil.copytree(golden / "format-1", small_disk / "repo")
+    ids = json.loads((golden / "format-1.json").read_text())["ids"]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with Store.open(small_disk / "repo") as store:
+        assert [entry.new for entry in store.reflog("main")] == [ids["merge"], ids["first"]]
+        read_all(store, ids["merge"])
+        assert store.recorders(store.get_as(ids["fork"], Commit).state) == [ids["fork"]]
+    assert fsck(small_disk / "repo").problems == []
 
 
 @pytest.mark.parametrize(("limit", "says"), [(200_000, "ulimit -f"), (20_000, "space")])

@@ -113,11 +113,11 @@ def test_mostly_dead_packs_are_rewritten_without_changing_an_id(store: Store) ->
 
 def test_many_small_packs_are_put_together(store: Store) -> None:
     parents: tuple[str, ...] = ()
-    for number in range(70):
+    for number in range(40):
         parents = (commit(store, tokens(5 + number), parents=parents),)
-    assert len(os.listdir(store.packs)) == 140
+    assert len(os.listdir(store.packs)) == 80
     report = store.gc()
-    assert report.packs_rewritten == 140
+    assert report.packs_rewritten == 80
     assert len(os.listdir(store.packs)) == 1
     assert report.commits_removed == 0
     for one in store.commits():

@@ -17,10 +17,13 @@ SECTIONS: dict[str, dict[str, str]] = {
         "show": "Show a commit: its state, turns, origin and bytes.",
         "diff": "Show where two points part, in tokens, text and bytes.",
         "match": "Find the longest stored prefix of a text.",
+        "stats": "Show bytes by branch and what sharing saves.",
     },
     "Names": {
         "branch": "List, make, rename or delete branches.",
         "tag": "List, make or delete tags.",
+        "reflog": "List where a branch stood, move by move.",
+        "undo": "Take back the last move of a branch.",
     },
     "Trust": {
         "verify": "Hydrate in a fresh process and say which laws held.",

@@ -9,23 +9,32 @@ from typing import Any
 import msgspec
 
 from thaw.core.errors import InvalidRequest, NotFound
+from thaw.data.files import read_at_most
 
 STDIN = "-"
+MAX_BYTES = 64 << 20
+"""The longest text that is read: some four bytes for each token that a session may have."""
 
 
 def from_arguments(prompt: str | None, *, or_stdin: bool) -> str:
     """The prompt itself; `-` is stdin, and so is nothing at all when stdin is a pipe or file and `or_stdin`."""
     if prompt == STDIN or (prompt is None and or_stdin and not sys.stdin.isatty()):
-        return _decode(sys.stdin.buffer.read(), "stdin")
+        return _decode(read_at_most(sys.stdin.buffer, MAX_BYTES, "stdin"), "stdin")
     return prompt or ""
 
 
 def from_file(name: str) -> str:
     """A text file; `-` is stdin."""
+    return _decode(bytes_of(name, MAX_BYTES), "stdin" if name == STDIN else name)
+
+
+def bytes_of(name: str, limit: int) -> bytes:
+    """What is in a file, or in stdin (`-`). Raises `NotFound`, and `InvalidRequest` for more than `limit` bytes."""
     if name == STDIN:
-        return _decode(sys.stdin.buffer.read(), "stdin")
+        return read_at_most(sys.stdin.buffer, limit, "stdin")
     try:
-        return _decode(Path(name).expanduser().read_bytes(), name)
+        with Path(name).expanduser().open("rb") as file:
+            return read_at_most(file, limit, name)
     except OSError as error:
         raise NotFound(f"{name} could not be read: {error.strerror}") from None
 

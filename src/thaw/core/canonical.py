@@ -73,6 +73,12 @@ def decode(data: bytes | memoryview, kind: type[T], what: str = "object") -> T:
     return value
 
 
+def decode_stored(data: bytes, kind: type[T]) -> T:
+    """The struct in bytes that hash to their name, and so are what was stored. For who looks at thousands: that they
+    are canonical is not checked again. Raises `msgspec.DecodeError`."""
+    return msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
+
+
 def _refuse_newer(data: bytes | memoryview, what: str) -> None:
     """Raise `NewerFormat` when `data` says `"type": "thaw.x/N"` with an N above ours."""
     try:

@@ -11,11 +11,13 @@ import ctypes
 import errno
 import functools
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from thaw.core.errors import StorageFailed
+from thaw.core.errors import CorruptBlob, InvalidRequest, StorageFailed
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full. Free some space (`thaw gc` drops what no branch or tag needs), then try again",
@@ -53,6 +55,39 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_failed(error, path, doing) from error
+
+
+def read_at_most(file: BinaryIO, limit: int, name: str) -> bytes:
+    """All of an open file, which may be a pipe, or a device that never ends: no more than `limit` bytes are taken in.
+
+    Raises `InvalidRequest` when there are more, `OSError`.
+    """
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InvalidRequest(f"{name} has more than {limit:,} bytes, the most that is read here. Give a smaller one.")
+    return data
+
+
+def read_tail(path: Path, nbytes: int) -> bytes:
+    """The last bytes of a file that may be long, as a log is. Raises `OSError`."""
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - nbytes))
+        return file.read(nbytes)
+
+
+def read_own(path: Path, limit: int) -> bytes:
+    """A file of thaw's own, which whoever may write there may have made anything: no pipe is waited for.
+
+    Raises `CorruptBlob` when it is no file or longer than `limit`, `OSError`.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CorruptBlob(f"{path.name} is no file but a folder, a pipe or a device")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CorruptBlob(f"{path.name} has more than {limit:,} bytes")
+    return data
 
 
 def pwrite_all(fd: int, data: memoryview, offset: int) -> None:

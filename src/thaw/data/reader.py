@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -128,9 +129,13 @@ def _checked(location: BlobLocation, target: memoryview | None) -> memoryview | 
 
 
 def open_pack(path: Path) -> int:
-    """A file descriptor. Raises `MissingPack`, `StorageFailed`."""
+    """A file descriptor. Raises `MissingPack`, `StorageFailed`, and `CorruptBlob` for what is no file."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise CorruptBlob(f"pack {path.name} is no file but a folder, a pipe or a device. Run `thaw fsck`.")
     except FileNotFoundError:
         text = f"pack {path.name} is missing from {path.parent}. Run `thaw fsck` to see what needs it."
         raise MissingPack(text) from None

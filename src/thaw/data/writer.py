@@ -57,9 +57,14 @@ class PackResult:
     stages_s: dict[str, float]
 
 
+def is_pack_name(name: object) -> bool:
+    """Whether this is a plain file name of a pack."""
+    return isinstance(name, str) and _NAME.match(name) is not None
+
+
 def check_pack_name(name: str) -> str:
     """`name` if it names a pack: a plain file name, so that no path comes from outside."""
-    if not _NAME.match(name):
+    if not is_pack_name(name):
         raise InvalidRequest(f"{name[:80]!r} is not the name of a pack: letters, digits, '_', '-', then '.safetensors'")
     return name
 

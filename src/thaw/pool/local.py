@@ -16,6 +16,7 @@ from typing import Any
 
 import thaw
 from thaw.core.errors import EngineDied, TimedOut, Unsupported
+from thaw.data.files import read_tail
 from thaw.engines.base import Engine
 from thaw.pool import wire
 from thaw.pool.backend import Host
@@ -179,6 +180,6 @@ class LocalProcess:
     def _last_words(self) -> str:
         """The last lines of its log, for the error."""
         with contextlib.suppress(OSError):
-            lines = self._log.read_bytes()[-3000:].decode(errors="replace").strip().splitlines()[-5:]
+            lines = read_tail(self._log, 3000).decode(errors="replace").strip().splitlines()[-5:]
             return ": " + " | ".join(lines) if lines else ""
         return ""

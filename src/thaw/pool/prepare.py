@@ -25,7 +25,7 @@ from thaw.pool.trunk import Trunk
 from thaw.pool.values import Decision, LoadPolicy
 from thaw.pool.worker import Life, Resident
 from thaw.repo.hydrate import Hydration, hydrate
-from thaw.repo.match import Matcher
+from thaw.repo.match import match
 from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Store
 
@@ -57,7 +57,6 @@ class Preparer:
     ) -> None:
         self._arena, self._finder, self._planner = arena, finder, planner
         self._durable, self._token_nbytes = durable, token_nbytes
-        self._in_arena, self._in_durable = Matcher(), Matcher()
 
     def prepare(self, trunk: Trunk, life: Life, policy: LoadPolicy) -> Prepared:
         """Raises what hydrating raises, and `EngineDied` where KV that may not be prefilled again is gone."""
@@ -176,9 +175,9 @@ class Preparer:
     def _longest(self, trunk: Trunk, life: Life) -> tuple[Resident | None, int]:
         """A session at the longest stored prefix of plain tokens, and its length."""
         model = objects.encode(life.engine.identity())[0]
-        found = [(self._in_arena.match(self._arena.store, [model], trunk.tokens), True)]
+        found = [(match(self._arena.store, [model], trunk.tokens), True)]
         if self._durable is not None:
-            found.append((self._in_durable.match(self._durable, [model], trunk.tokens), False))
+            found.append((match(self._durable, [model], trunk.tokens), False))
         usable = [(where, arena) for where, arena in found if where is not None and where.num_tokens >= MIN_MATCH]
         if not usable:
             return None, 0

@@ -8,9 +8,11 @@ from itertools import islice
 
 import msgspec
 
+from thaw.core import canonical
+from thaw.core.errors import CorruptBlob
 from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, State
-from thaw.store import Store
+from thaw.store import Recorded, Ref, Store
 
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,10 +32,10 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def log(store: Store, starts: Iterable[CommitId], limit: int | None = None) -> list[LogEntry]:
-    """The commits reachable from `starts`, newest first; with `limit` no more are read than are needed."""
-    names = refs_by_commit(store)
-    walk = _newest_first(store, starts)
-    return [entry(store, identifier, commit, names) for identifier, commit in islice(walk, limit)]
+    """The commits reachable from `starts`, newest first; with `limit` not many more are read than are needed."""
+    found = list(islice(_newest_first(store, starts), limit))
+    names = names_at(store, [identifier for identifier, _, _ in found]) if limit is not None else _all_names(store)
+    return [entry(identifier, commit, state, names) for identifier, commit, state in found]
 
 
 def tips(store: Store) -> list[CommitId]:
@@ -41,39 +43,80 @@ def tips(store: Store) -> list[CommitId]:
     return [ref.target for ref in store.refs() if ref.target is not None]
 
 
-def refs_by_commit(store: Store) -> dict[CommitId, tuple[str, ...]]:
+def names_at(store: Store, commits: Iterable[CommitId]) -> dict[CommitId, tuple[str, ...]]:
+    """The names of refs that point at these commits, in order, the current branch first."""
+    return _names(store.refs_at(commits), store.head)
+
+
+def _all_names(store: Store) -> dict[CommitId, tuple[str, ...]]:
+    return _names(store.refs(), store.head)
+
+
+def _names(refs: Iterable[Ref], head: str) -> dict[CommitId, tuple[str, ...]]:
     out: dict[CommitId, list[str]] = {}
-    for ref in store.refs():
+    for ref in refs:
         names = out.setdefault(ref.target, [])
-        if ref.kind == "branch" and ref.name == store.head:
+        if ref.kind == "branch" and ref.name == head:
             names.insert(0, f"HEAD -> {ref.name}")
         else:
             names.append(ref.name if ref.kind == "branch" else f"tag: {ref.name}")
     return {commit: tuple(names) for commit, names in out.items()}
 
 
-def _newest_first(store: Store, starts: Iterable[CommitId]) -> Iterator[tuple[CommitId, Commit]]:
+class Size(msgspec.Struct, frozen=True, tag_field="type", tag="thaw.state/1"):
+    """What `log` wants of a state."""
+
+    num_tokens: int
+    num_turns: int
+
+
+def _newest_first(store: Store, starts: Iterable[CommitId]) -> Iterator[tuple[CommitId, Commit, Size]]:
     """A commit is always later than its parents (see `commit`), so children come before parents without reading all."""
-    ready: list[tuple[int, CommitId, Commit]] = []
+    ready: list[tuple[int, CommitId, Commit, Size]] = []
     seen: set[CommitId] = set()
+    history, num = _History(store), 0
 
     def add(identifiers: Iterable[CommitId]) -> None:
         for identifier in identifiers:
             if identifier not in seen:
                 seen.add(identifier)
-                commit = store.get_as(identifier, Commit)
-                heapq.heappush(ready, (-commit.time_ns, identifier, commit))
+                commit, size = history.get(identifier, num)
+                heapq.heappush(ready, (-commit.time_ns, identifier, commit, size))
 
     add(starts)
     while ready:
-        _, identifier, commit = heapq.heappop(ready)
-        yield identifier, commit
+        _, identifier, commit, size = heapq.heappop(ready)
+        num += 1
+        yield identifier, commit, size
         add(map(CommitId, commit.parents))
 
 
-def entry(store: Store, identifier: CommitId, commit: Commit, names: dict[CommitId, tuple[str, ...]]) -> LogEntry:
+AHEAD = 512
+
+
+class _History:
+    """Commits; those that were stored before one are read with it, as many as were wanted so far."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read: dict[CommitId, Recorded] = {}
+
+    def get(self, identifier: CommitId, num_so_far: int) -> tuple[Commit, Size]:
+        found = self._read.pop(identifier, None)
+        if found is None:
+            found, *before = self._store.recorded(identifier, min(1 + num_so_far, AHEAD))
+            self._read.update((one.id, one) for one in before)
+        try:
+            commit = canonical.decode_stored(found.commit, Commit)
+            return commit, msgspec.json.decode(found.state, type=Size)
+        except msgspec.DecodeError as error:
+            raise CorruptBlob(f"commit {identifier}: {error}. Run `thaw fsck`.") from None
+
+
+def entry(
+    identifier: CommitId, commit: Commit, state: State | Size, names: dict[CommitId, tuple[str, ...]]
+) -> LogEntry:
     """One commit as `log` shows it."""
-    state = store.get_as(commit.state, State)
     return LogEntry(
         commit=identifier,
         state=StateId(commit.state),

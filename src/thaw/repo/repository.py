@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from thaw.repo.diff import Diff
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
-    from thaw.repo.match import Matcher
     from thaw.repo.report import VerifyReport
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
     from thaw.repo.show import Shown
+    from thaw.repo.stats import Stats
+    from thaw.repo.undo import Undone
     from thaw.store import FsckReport, GcReport
 
 PointLike = str | Point | ResolvedPoint
@@ -39,7 +40,6 @@ class Repository:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._matcher: Matcher | None = None
 
     @property
     def store(self) -> Store:
@@ -140,14 +140,12 @@ class Repository:
     def match(self, token_ids: Sequence[int]) -> ResolvedPoint | None:
         """The longest stored prefix of these tokens, as a point (perhaps inside a segment), or None.
 
-        With an engine: of its model and policy. Without: of any model that a ref's commit belongs to.
+        With an engine: of its model and policy. Without: of any model that something here was captured with.
         """
         from thaw.repo import match as matches
 
-        self._matcher = self._matcher or matches.Matcher()
-        known = self._context.has_engine
-        models = [self._model()] if known else matches.models_of(self.store)
-        return self._matcher.match(self.store, models, token_ids)
+        models = [self._model()] if self._context.has_engine else self.store.models()
+        return matches.match(self.store, models, token_ids)
 
     # -- refs
 
@@ -172,8 +170,24 @@ class Repository:
     def rename(self, old: str, new: str) -> Ref:
         return refs.rename(self.store, old, new)
 
-    def reflog(self, name: str) -> list[ReflogEntry]:
-        return self.store.reflog(name)
+    def reflog(self, name: str, *, limit: int | None = None) -> list[ReflogEntry]:
+        """Moves of a branch or tag, newest first; a deleted one has its moves still."""
+        return self.store.reflog(name, limit=limit)
+
+    def undo(self, name: str | None = None) -> Undone:
+        """Take back the last move of a branch or tag (default: the current branch), and with each call one more.
+
+        Nothing is deleted; see `thaw.repo.undo`. Raises `NotFound`, `RefConflict`, `Conflict`.
+        """
+        from thaw.repo.undo import undo
+
+        return undo(self.store, self.store.head if name is None else name)
+
+    def stats(self, *, prefill_tokens_per_s: float | None = None) -> Stats:
+        """Bytes by branch, what sharing saves, tokens that forks did not read again, and at that rate the seconds."""
+        from thaw.repo.stats import stats
+
+        return stats(self.store, prefill_tokens_per_s=prefill_tokens_per_s)
 
     def adopt(self, winner: Session | PointLike, branch: str) -> Ref:
         """The winner becomes the branch; the old tip stays in its reflog. A session is committed first."""
@@ -202,6 +216,17 @@ class Repository:
         return verify_worker.verify_in_fresh_process(
             self.store, str(where), engine=engine, num_tokens=num_tokens, timeout_s=timeout_s
         )
+
+    def require_room(self, num_tokens: int = 0) -> None:
+        """For who is about to generate and commit so many tokens (the model's limit at most): that the disk has room.
+
+        Raises `StorageFailed`; a full disk is then found before the work and not after it.
+        """
+        nbytes = 0
+        if num_tokens:
+            info = self.engine.info
+            nbytes = min(num_tokens, info.max_model_len) * sum(group.token_nbytes for group in info.groups)
+        self.store.require_room(nbytes)
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float | None = None) -> GcReport:
         """Reclaim what no ref, recent reflog entry or lease needs; safe beside running commits."""
@@ -238,8 +263,10 @@ class Repository:
 
 
 def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> Repository:
-    """A new, empty repository. Raises `Conflict` where there is one."""
-    return Repository(Context(Store.init(Path(path)), engine))
+    """A new, empty repository, and its reserve. Raises `Conflict` where there is one, `StorageFailed`."""
+    store = Store.init(Path(path))
+    store.require_room()
+    return Repository(Context(store, engine))
 
 
 def open(path: str | Path, *, engine: Engine | EngineSettings | None = None, create: bool | None = None) -> Repository:

@@ -92,8 +92,8 @@ def _named(store: Store, point: Point) -> CommitId:
 
 def _moved(store: Store, name: str, moved: int) -> CommitId:
     """Where the ref stood `moved` moves ago."""
-    before = [entry.old for entry in store.reflog(name) if entry.old is not None]
-    if moved > len(before):
+    before = store.stood(name, moved)
+    if len(before) < moved:
         raise NotFound(f"{name}@{{{moved}}}: {name!r} has moved {len(before)} times since it was made")
     return before[moved - 1]
 

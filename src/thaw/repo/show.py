@@ -45,7 +45,7 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
     turns = cut_turns(line.turns, line.tokens, point.num_tokens, None)
     return Shown(
         point=point,
-        entry=logs.entry(store, point.commit, commit, logs.refs_by_commit(store)),
+        entry=logs.entry(point.commit, commit, line.state, logs.names_at(store, [point.commit])),
         model=store.get_as(line.state.model, ModelIdentity),
         turns=turns,
         tokens=line.tokens[: point.num_tokens],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thaw.store.checkup import fsck
     from thaw.store.gc import GcReport
+    from thaw.store.objects import Recorded
     from thaw.store.refs import Ref, ReflogEntry, RefUpdate
     from thaw.store.report import FsckReport
     from thaw.store.store import Store
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOME = {
     "FsckReport": "report",
     "GcReport": "gc",
+    "Recorded": "objects",
     "Ref": "refs",
     "RefUpdate": "refs",
     "ReflogEntry": "refs",
@@ -26,7 +28,7 @@ _HOME = {
     "Transaction": "transaction",
     "fsck": "checkup",
 }
-__all__ = ["FsckReport", "GcReport", "Ref", "RefUpdate", "ReflogEntry", "Store", "Transaction", "fsck"]
+__all__ = ["FsckReport", "GcReport", "Recorded", "Ref", "RefUpdate", "ReflogEntry", "Store", "Transaction", "fsck"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ moment; so it is never newer than the database, unless the database lost somethi
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -16,15 +17,18 @@ from pathlib import Path
 
 import msgspec
 
-from thaw.core.errors import Busy, CorruptDatabase, NewerFormat, StorageFailed
+from thaw.core.errors import Busy, CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed
 from thaw.core.ids import digest
-from thaw.data.files import storage_errors, write_atomic
-from thaw.store.db import Database, setting
+from thaw.data.files import read_own, storage_errors, write_atomic
+from thaw.store import reserve
+from thaw.store.db import Database, number, required
 from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
 
 NAME = "refs.json"
 REFLOG_ENTRIES = 200
 MAX_BYTES = 64 << 20
+NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENXIO)
+"""What opening says of something in its place that is no file."""
 
 
 class Backup(
@@ -78,11 +82,15 @@ def read(folder: Path) -> Backup | None:
     path = folder / NAME
     with storage_errors(path, "read"):
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise CorruptDatabase(f"{NAME} has {path.stat().st_size} bytes; at most {MAX_BYTES} are allowed")
-            data = path.read_bytes()
+            data = read_own(path, MAX_BYTES)
         except FileNotFoundError:
             return None
+        except CorruptBlob as error:
+            raise CorruptDatabase(f"{NAME} is not readable: {error}") from None
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise CorruptDatabase(f"{NAME} is not readable: {error.strerror}") from None
+            raise
     return decode(data)
 
 
@@ -91,12 +99,12 @@ def collect(connection: sqlite3.Connection) -> Backup:
     rows = connection.execute("SELECT key FROM settings WHERE key LIKE 'user.%' ORDER BY key").fetchall()
     return Backup(
         digest=_ZERO,
-        sequence=int(setting(connection, "sequence") or "0"),
-        uuid=setting(connection, "uuid") or "",
-        head=setting(connection, "head") or "main",
+        sequence=number(connection, "sequence"),
+        uuid=required(connection, "uuid"),
+        head=required(connection, "head"),
         refs=tuple(read_refs(connection)),
         reflog=tuple(read_whole_reflog(connection, limit=REFLOG_ENTRIES)),
-        settings={key: setting(connection, key) or "" for (key,) in rows},
+        settings={key: required(connection, key) for (key,) in rows},
     )
 
 
@@ -108,10 +116,13 @@ def write(folder: Path, database: Database) -> None:
         write_atomic(folder / NAME, encode(backup))
 
 
-def save(folder: Path, database: Database) -> None:
+def save(folder: Path, database: Database, *, with_reserve: bool = False) -> None:
     """`write`, where a failure is a warning, because the change itself is on disk."""
     try:
-        write(folder, database)
+        if with_reserve:
+            reserve.with_room(folder, lambda: write(folder, database))
+        else:
+            write(folder, database)
     except StorageFailed as error:
         warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=4)
 

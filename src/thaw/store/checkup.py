@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from thaw.core.errors import CorruptDatabase, NewerFormat, NotFound, ThawError
 from thaw.data.files import storage_errors
 from thaw.store import backup, leases, rebuild
-from thaw.store.db import Database
+from thaw.store.db import Database, check_format
 from thaw.store.report import FsckReport, Problem
-from thaw.store.scan import PackScan, list_packs, scan_packs
-from thaw.store.schema import DATABASE, PACKS
-from thaw.store.tables import Index, check_tables
+from thaw.store.scan import PackScan, list_packs, look_at, scan_packs
+from thaw.store.schema import DATABASE, FORMAT, PACKS
+from thaw.store.tables import Index, check_tables, load
+from thaw.store.upgrade import bring_up
 
 __all__ = ["FsckReport", "Problem", "fsck"]
 
 
 def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
-    """Checks the repository in `path`; `deep` (the default) hashes all bytes. Damage is reported, not raised.
+    """Checks the repository in `path`. Damage is reported, not raised.
+
+    `deep` (the default) reads and hashes everything. Without it the database's own structure, refs and reflog are
+    checked, and that each pack is there in its length; objects are read only to name what a damaged one belongs to.
 
     Raises `NotFound` when there is no repository, `NewerFormat`, and with `rebuild` also `Busy` and `StorageFailed`.
     """
@@ -47,7 +52,9 @@ def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
 def _repair(path: Path, report: FsckReport, scans: dict[str, PackScan], deep: bool) -> FsckReport:
     files = {problem.file for problem in report.problems}
     if DATABASE in files:
-        notes = rebuild.rebuild(path, scans, deep=deep)
+        if not deep:
+            scans = scan_packs(path / PACKS, list_packs(path / PACKS), deep=False)
+        notes = rebuild.rebuild(path, scans)
     elif backup.NAME in files:
         with contextlib.closing(Database(path / DATABASE)) as database:
             backup.write(path, database)
@@ -69,16 +76,21 @@ def _check(path: Path, deep: bool) -> tuple[FsckReport, dict[str, PackScan]]:
         lease = _lease(database)
         index = _index(path, database, report)
         names = list_packs(path / PACKS)
-        scans = scan_packs(path / PACKS, sorted({*names} | index.packs.keys()), deep=deep)
+        if deep:
+            scans = scan_packs(path / PACKS, sorted({*names} | index.packs.keys()), deep=True)
+        else:
+            scans = {name: look_at(path / PACKS, name, nbytes) for name, nbytes in index.packs.items()}
+            if report.problems or any(scan.problems for scan in scans.values()):
+                _reading(database, report, lambda connection: load(connection, index, report))
         _check_packs(index, scans, names, report)
         _check_backup(path, report)
         _check_links(index, report)
+        _reading(database, report, lambda connection: _count(connection, report))
         if lease is not None:
             with contextlib.suppress(ThawError), database.write(durable=False) as connection:
                 leases.release(connection, lease)
     report.problems = _with_commits(report.problems, index)
-    report.num_packs, report.num_blobs, report.num_objects = len(index.packs), len(index.blobs), len(index.links)
-    report.num_commits = sum(of.kind == "commit" for of in index.links.values())
+    report.num_packs = len(index.packs)
     report.nbytes = sum(scan.nbytes for scan in scans.values())
     return report, scans
 
@@ -95,12 +107,39 @@ def _lease(database: Database) -> str | None:
 def _index(path: Path, database: Database, report: FsckReport) -> Index:
     try:
         with database.read() as connection:
-            return check_tables(connection, path, report)
+            old = check_format(connection, database.path) < FORMAT
+        if old:
+            bring_up(database)
     except NewerFormat:
         raise
     except ThawError as error:
         report.add(DATABASE, str(error))
-        return Index()
+    found = Index()
+
+    def check(connection: sqlite3.Connection) -> None:
+        nonlocal found
+        found = check_tables(connection, path, report)
+
+    _reading(database, report, check)
+    return found
+
+
+def _reading(database: Database, report: FsckReport, step: Callable[[sqlite3.Connection], None]) -> None:
+    """Runs `step` in a view of the database; that it cannot be read is a problem of it."""
+    try:
+        with database.read() as connection:
+            step(connection)
+    except NewerFormat:
+        raise
+    except ThawError as error:
+        if str(error) not in {problem.what for problem in report.problems}:
+            report.add(DATABASE, str(error))
+
+
+def _count(connection: sqlite3.Connection, report: FsckReport) -> None:
+    report.num_blobs = connection.execute("SELECT count(*) FROM blobs").fetchone()[0]
+    report.num_objects = connection.execute("SELECT count(*) FROM objects").fetchone()[0]
+    report.num_commits = connection.execute("SELECT count(*) FROM objects WHERE kind = 'commit'").fetchone()[0]
 
 
 def _check_packs(index: Index, scans: dict[str, PackScan], names: list[str], report: FsckReport) -> None:
@@ -111,8 +150,9 @@ def _check_packs(index: Index, scans: dict[str, PackScan], names: list[str], rep
     for pack, wanted in rows.items():
         if pack not in index.packs:
             report.add(DATABASE, f"rows point into pack {pack}, which packs does not list", _ids(wanted))
+    there = set(names)
     for pack, nbytes in index.packs.items():
-        _check_pack(scans[pack], nbytes, rows[pack], pack in names, report)
+        _check_pack(scans[pack], nbytes, rows[pack], pack in there, report)
     known = index.packs.keys()
     for name in names:
         if name not in known and index.packs:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from thaw.core.errors import Busy, CorruptDatabase, NewerFormat, StorageFailed, ThawError
 from thaw.data.files import storage_errors, sync_folder
-from thaw.store.schema import DATABASE, FORMAT, TABLES, checksum
+from thaw.store.schema import COUNTS, DATABASE, FORMAT, TABLES, checksum
 
 BUSY_S = 60.0
 REBUILD = "Run `thaw fsck --rebuild` to make it again from the packs."
@@ -178,7 +178,8 @@ def is_read_only(path: Path) -> bool:
 def connect(path: Path) -> sqlite3.Connection:
     """A connection to an existing database; transactions are explicit.
 
-    On a read-only file system it only reads, provided that no write-ahead log waits to be taken in.
+    On a read-only file system it only reads, provided that no write-ahead log waits to be taken in, and a database of
+    an older format is brought up in memory.
     """
     mode = "mode=rw"
     if is_read_only(path):
@@ -197,10 +198,16 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA trusted_schema=OFF")
         connection.execute("PRAGMA cell_size_check=ON")
         connection.execute("PRAGMA wal_autocheckpoint=1000")
+        if mode == "mode=rw" or connection.execute("PRAGMA user_version").fetchone()[0] >= FORMAT:
+            return connection
+        from thaw.store.upgrade import upgraded_copy  # it stands on this module
+
+        copy = upgraded_copy(connection, path)
     except BaseException:
         connection.close()
         raise
-    return connection
+    connection.close()
+    return copy
 
 
 @contextlib.contextmanager
@@ -220,8 +227,11 @@ def creating(folder: Path, uuid: str) -> Iterator[sqlite3.Connection]:
             for statement in TABLES:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version={FORMAT}")
-            for key, value in (("format", str(FORMAT)), ("uuid", uuid), ("head", "main"), ("sequence", "0")):
-                set_setting(connection, key, value)
+            set_setting(connection, "format", str(FORMAT))
+            set_setting(connection, "uuid", uuid)
+            set_setting(connection, "head", "main")
+            for key in COUNTS:
+                set_setting(connection, key, "0")
             yield connection
             connection.execute("COMMIT")
         with storage_errors(path, "create"):
@@ -247,13 +257,31 @@ def _remove(path: Path) -> None:
 
 
 def setting(connection: sqlite3.Connection, key: str) -> str | None:
-    """A row of `settings`, its checksum verified."""
+    """A row of `settings`, its checksum verified; what the index does not find is looked for in the table itself."""
     row = connection.execute("SELECT value, checksum FROM settings WHERE key = ?", (key,)).fetchone()
     if row is None:
+        if connection.execute("SELECT 1 FROM settings NOT INDEXED WHERE key = ?", (key,)).fetchone() is not None:
+            raise CorruptDatabase(f"the index of settings does not find the row {key!r}. {REBUILD}")
         return None
     if row[1] != checksum("settings", key, row[0]):
         raise CorruptDatabase(f"the row {key!r} of settings does not match its checksum. {REBUILD}")
     return str(row[0])
+
+
+def required(connection: sqlite3.Connection, key: str) -> str:
+    """A setting that every repository has. Raises `CorruptDatabase` where it is missing."""
+    value = setting(connection, key)
+    if value is None:
+        raise CorruptDatabase(f"the row {key!r} of settings is missing. {REBUILD}")
+    return value
+
+
+def number(connection: sqlite3.Connection, key: str) -> int:
+    """A setting that every repository has, and that counts something."""
+    value = required(connection, key)
+    if not (value.isascii() and value.isdigit() and len(value) < 19):
+        raise CorruptDatabase(f"the row {key!r} of settings says {value[:40]!r}, which is no count. {REBUILD}")
+    return int(value)
 
 
 def set_setting(connection: sqlite3.Connection, key: str, value: str) -> None:
@@ -263,13 +291,17 @@ def set_setting(connection: sqlite3.Connection, key: str, value: str) -> None:
     )
 
 
-def check_format(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises `NewerFormat` for a database of a later thaw, `CorruptDatabase` for one that is none of ours."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
+def check_format(connection: sqlite3.Connection, path: Path) -> int:
+    """The format of the database: ours, or an older one.
+
+    Raises `NewerFormat` for a database of a later thaw, `CorruptDatabase` for one that is none of ours.
+    """
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     said = setting(connection, "format")
-    if said is None or str(version) != said:
+    if said is None or str(version) != said or version < 1:
         raise CorruptDatabase(f"{path} does not say its format twice alike ({version}, {said}). {REBUILD}")
     if version > FORMAT:
         raise NewerFormat(
             f"{path} has format {version}: written by a newer thaw. This one reads up to {FORMAT}; upgrade thaw."
         )
+    return version

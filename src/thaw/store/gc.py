@@ -1,13 +1,15 @@
 """gc: removes what no ref, no reflog entry within the limit and no live lease needs. Ids never change.
 
     mark     in one view of the database, while others commit
-    doom     one short transaction: marks brought up to date, dead rows deleted, segments given to surviving states,
-             packs without a live byte doomed. A commit under way that builds on a dead blob gets `Conflict`.
-    rewrite  packs that are mostly dead, and many small ones, are copied into a new pack, then doomed
+    doom     short transactions: marks brought up to date, some dead rows deleted, what needs before what it needs; in
+             the last segments are given to surviving states, and packs without a live byte doomed. A commit under way
+             that builds on what is gone gets `Conflict`.
     unlink   doomed packs that no older reader's lease holds
     sweep    temporary and unindexed files that no live lease names
+    rewrite  packs that are mostly dead, and many small ones, are copied into a new pack, doomed and unlinked
 
-Killed at any point it leaves a repository as good as before; the next gc finishes. One gc runs at a time.
+Killed at any point it leaves a repository as good as before; the next gc finishes. One gc runs at a time. On a full
+disk it runs on the reserve (see `thaw.store.reserve`): no transaction is large, and what frees space comes first.
 """
 
 from __future__ import annotations
@@ -15,19 +17,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
-from thaw.store import leases, objects
+from thaw.store import leases, objects, reserve, windows
 from thaw.store.backup import locked
 from thaw.store.db import Database
-from thaw.store.mark import Marks, catch_up, mark_all
+from thaw.store.mark import UPKEEP, Marks, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
 from thaw.store.schema import KEEP_REFLOG_S
+from thaw.store.windows import Windows
 
 
 class Home(Protocol):
@@ -44,7 +49,8 @@ class GcReport:
     """What gc did, or with `dry_run` would do. `nbytes_freed` counts file sizes on disk.
 
     `packs_waiting`: doomed, but a reader's lease still holds them; the next gc unlinks them. `damaged`: packs that
-    could not be copied because their bytes are not what was written; they were left as they are.
+    could not be copied because their bytes are not what was written; they were left as they are. `strangers`: folders
+    in packs/, which nobody but their owner removes. `packs_without_room`: those that a full disk left as they were.
     """
 
     dry_run: bool
@@ -54,11 +60,13 @@ class GcReport:
     packs_removed: int = 0
     packs_rewritten: int = 0
     packs_waiting: int = 0
+    packs_without_room: int = 0
     orphans_removed: int = 0
     nbytes_freed: int = 0
     nbytes_kept: int = 0
     seconds: float = 0.0
     damaged: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
 
 
 def collect_garbage(
@@ -70,110 +78,159 @@ def collect_garbage(
     report = GcReport(dry_run=dry_run)
     busy = f"another gc is running in {store.path}. Try again when it is done."
     with locked(store.path / "gc.lock", wait=False, busy=busy):
-        with store.database.read() as connection:
-            marks = mark_all(connection, since_ns)
-            if dry_run:
-                _predict(store, connection, marks, report)
-        if not dry_run:
-            _doom(store, marks, since_ns, report)
-            _rewrite(store, report)
-            _unlink(store, report)
-            _sweep(store, report)
-            report.nbytes_kept = _pack_bytes(store)
+        if dry_run:
+            with store.database.read() as connection:
+                _predict(store, connection, mark_all(connection, since_ns), report)
+        else:
+            _collect(store, since_ns, report)
     report.seconds = time.perf_counter() - began
     return report
 
 
-def _doom(store: Home, marks: Marks, since_ns: int, report: GcReport) -> None:
+def _collect(store: Home, since_ns: int, report: GcReport) -> None:
+    with store.database.read() as connection:
+        marks = mark_all(connection, since_ns)
+        dead = _dead(connection, marks)
+    for begin in range(0, len(dead), BATCH):
+        _delete(store, marks, since_ns, dead[begin : begin + BATCH], report)
     with store.database.write() as connection:
         catch_up(connection, marks, since_ns)
-        dead_objects, dead_blobs = dead(connection, marks)
-        _count(connection, dead_objects, dead_blobs, report)
-        connection.executemany("DELETE FROM objects WHERE id = ?", [(o,) for o in dead_objects])
-        connection.executemany("DELETE FROM blobs WHERE id = ?", [(b,) for b in dead_blobs])
         _rehome(connection, marks)
-        doom_empty(connection)
+        _doom_empty(connection)
         for lease in leases.split(connection)[1]:
             leases.release(connection, lease.id)
+    _unlink(store, report)
+    _sweep(store, report)
+    _rewrite(store, report)
+    report.nbytes_kept = _pack_bytes(store)
 
 
-def dead(connection: sqlite3.Connection, marks: Marks) -> tuple[list[str], list[str]]:
-    """(objects, blobs) that are stored but not marked."""
-    stored_objects = (row[0] for row in connection.execute("SELECT id FROM objects"))
-    stored_blobs = (row[0] for row in connection.execute("SELECT id FROM blobs"))
-    return [o for o in stored_objects if o not in marks.objects], [b for b in stored_blobs if b not in marks.blobs]
+BATCH = 1000
+"""Rows deleted in one transaction: with their entries in indexes a few MiB of write-ahead log."""
+_ORDER = ("commit", "state", "segments", "turns", "segment", "turn", "model", "blob")
+"""Kinds, each before what it may need, so that what is left between two transactions is whole."""
 
 
-def _count(connection: sqlite3.Connection, dead_objects: list[str], dead_blobs: list[str], report: GcReport) -> None:
-    report.objects_removed, report.blobs_removed = len(dead_objects), len(dead_blobs)
-    commits = {row[0] for row in connection.execute("SELECT id FROM objects WHERE kind = 'commit'")}
-    report.commits_removed = len(commits.intersection(dead_objects))
+def _delete(store: Home, marks: Marks, since_ns: int, some: list[tuple[str, str]], report: GcReport) -> None:
+    """Deletes those of `some` that are dead still. What a power cut brings back, the next gc deletes."""
+    with store.database.write(durable=False) as connection:
+        catch_up(connection, marks, since_ns)
+        dead = [(kind, one) for kind, one in some if one not in marks.objects and one not in marks.blobs]
+        blobs = [(one,) for kind, one in dead if kind == "blob"]
+        connection.executemany("DELETE FROM objects WHERE id = ?", [(one,) for kind, one in dead if kind != "blob"])
+        connection.executemany("DELETE FROM blobs WHERE id = ?", blobs)
+    report.commits_removed += sum(kind == "commit" for kind, _ in dead)
+    report.objects_removed += len(dead) - len(blobs)
+    report.blobs_removed += len(blobs)
+
+
+def _dead(connection: sqlite3.Connection, marks: Marks) -> list[tuple[str, str]]:
+    """(kind, id) of what is stored but not marked, in the order in which it may go: of a kind, newest first.
+
+    Raises `CorruptDatabase` where what is marked has no row: the row of what seems dead may have been its.
+    """
+    alive = marks.objects | marks.blobs
+    found: dict[str, list[str]] = {kind: [] for kind in _ORDER}
+    num_alive = 0
+    for kind, one, _ in objects.read_places(connection):
+        if one in alive:
+            num_alive += 1
+        else:
+            found.setdefault(kind, []).append(one)
+    if num_alive != len(alive):
+        raise CorruptDatabase(f"{len(alive)} objects and blobs are needed, {num_alive} of them are stored. {UPKEEP}")
+    return [(kind, one) for kind, of_kind in found.items() for one in of_kind]
 
 
 def _rehome(connection: sqlite3.Connection, marks: Marks) -> None:
     """Every live segment is found through a live state; dead segments are found no more."""
-    rows = connection.execute("SELECT segment, state FROM segments").fetchall()
-    gone = [(segment,) for segment, state in rows if segment not in marks.objects or state not in marks.objects]
-    connection.executemany("DELETE FROM segments WHERE segment = ?", gone)
-    objects.home_segments(connection, marks.homed())
+    rows = connection.execute('SELECT "window", "key", segment, state FROM segments').fetchall()
+    gone = [row[:3] for row in rows if row[2] not in marks.objects or row[3] not in marks.objects]
+    found = {row[2] for row in rows} - {row[2] for row in gone}
+    connection.executemany('DELETE FROM segments WHERE "window" = ? AND "key" = ? AND segment = ?', gone)
+    homeless = (home for home in marks.homed() if home[0] not in found)
+    windows.insert(connection, Windows(lambda one: objects.read_bytes(connection, one)).rows(homeless))
 
 
-def doom_empty(connection: sqlite3.Connection) -> None:
+def _doom_empty(connection: sqlite3.Connection) -> None:
     """Dooms packs that no row points into."""
-    connection.execute(
-        "UPDATE packs SET doomed_ns = ? WHERE doomed_ns IS NULL AND name NOT IN (SELECT pack FROM blobs) "
-        "AND name NOT IN (SELECT pack FROM objects)",
-        (time.time_ns(),),
-    )
+    used = {pack for _, _, pack in objects.read_places(connection)}
+    there = objects.read_packs(connection, "doomed_ns IS NULL")
+    empty = [pack for pack in there if pack.name not in used]
+    objects.doom_packs(connection, empty, time.time_ns())
 
 
 def _rewrite(store: Home, report: GcReport) -> None:
+    """Each group's old packs go before the next is copied; where a new pack has no room, the others wait for it."""
     with store.database.read() as connection:
         groups = choose(connection)
     damaged: list[str] = []
     for group in groups:
-        report.packs_rewritten += copy_packs(store, group, damaged)
+        try:
+            report.packs_rewritten += copy_packs(store, group, damaged)
+        except StorageFailed as error:
+            if not reserve.is_full(error, store.path):
+                raise
+            report.packs_without_room += len(group)
+        _unlink(store, report)
     report.damaged = tuple(damaged)
 
 
 def _unlink(store: Home, report: GcReport) -> None:
-    """Doomed packs go when no lease of a reader is older than their doom. File first, row after: a crash between them
-    leaves a row that the next gc finds without a file."""
+    removed, report.packs_waiting, freed = unlink_doomed(store)
+    report.packs_removed += removed
+    report.nbytes_freed += freed
+
+
+def unlink_doomed(store: Home) -> tuple[int, int, int]:
+    """Unlinks doomed packs; (how many, how many wait for a reader, bytes of files).
+
+    They go when no lease of a reader is older than their doom. File first, row after: a crash between them leaves a row
+    that the next gc finds without a file. Raises `CorruptDatabase` when rows point into a doomed pack.
+    """
     with store.database.read() as connection:
         readers = [lease.taken_ns for lease in leases.split(connection)[0] if lease.kind == "read"]
-        doomed = connection.execute("SELECT name, doomed_ns FROM packs WHERE doomed_ns IS NOT NULL").fetchall()
-    oldest = min(readers, default=1 << 63)
-    gone = [name for name, doomed_ns in doomed if doomed_ns < oldest]
-    report.packs_waiting = len(doomed) - len(gone)
-    if gone:
-        report.nbytes_freed += _unlink_files(store.packs, gone)
-        with store.database.write() as connection:
-            connection.executemany("DELETE FROM packs WHERE name = ?", [(name,) for name in gone])
-        report.packs_removed += len(gone)
+        oldest = min(readers, default=1 << 63)
+        doomed = objects.read_packs(connection, "doomed_ns IS NOT NULL")
+        gone = [pack.name for pack in doomed if pack.doomed_ns is not None and pack.doomed_ns < oldest]
+        used = [name for name in gone if objects.is_used(connection, name)]
+    if used:
+        raise CorruptDatabase(f"pack {used[0]} is doomed, yet rows point into it; it stays. Run `thaw fsck`.")
+    if not gone:
+        return 0, len(doomed), 0
+    freed, _ = _unlink_files(store.packs, gone)
+    with store.database.write() as connection:
+        connection.executemany("DELETE FROM packs WHERE name = ?", [(name,) for name in gone])
+    return len(gone), len(doomed) - len(gone), freed
 
 
-def _unlink_files(folder: Path, names: Iterable[str]) -> int:
-    """Unlinks for good; returns the bytes of the files that were there."""
-    freed = 0
+def _unlink_files(folder: Path, names: Iterable[str]) -> tuple[int, list[str]]:
+    """Unlinks for good; returns the bytes of the files that were there, and what is no file and stays."""
+    freed, left = 0, []
     with storage_errors(folder, "remove packs from"):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                nbytes = os.stat(folder / name).st_size
+                status = os.lstat(folder / name)
+                if stat.S_ISDIR(status.st_mode):
+                    left.append(name)
+                    continue
                 os.unlink(folder / name)
-                freed += nbytes
+                freed += status.st_size
         sync_folder(folder)
-    return freed
+    return freed, left
 
 
 def _sweep(store: Home, report: GcReport) -> None:
     gone = orphans(store)
     if gone:
-        report.nbytes_freed += _unlink_files(store.packs, gone)
-        report.orphans_removed = len(gone)
+        freed, left = _unlink_files(store.packs, gone)
+        report.nbytes_freed += freed
+        report.orphans_removed = len(gone) - len(left)
+        report.strangers = tuple(left)
 
 
 def orphans(store: Home) -> list[str]:
-    """Files that belong to nobody: neither indexed nor named by a live lease.
+    """What belongs to nobody: neither indexed nor named by a live lease.
 
     The folder is listed first: a lease is taken before its file is made, and given back in the transaction that
     indexes it, so a listed file that is neither leased nor indexed afterwards has no owner.
@@ -181,7 +238,7 @@ def orphans(store: Home) -> list[str]:
     with storage_errors(store.packs, "list"):
         listed = sorted(os.listdir(store.packs))
     with store.database.read() as connection:
-        known = {row[0] for row in connection.execute("SELECT name FROM packs")}
+        known = {pack.name for pack in objects.read_packs(connection)}
         for lease in leases.split(connection)[0]:
             known.update(name for pack in lease.packs for name in (pack, f"{pack}.tmp"))
     return [name for name in listed if name not in known]
@@ -189,23 +246,28 @@ def orphans(store: Home) -> list[str]:
 
 def _pack_bytes(store: Home) -> int:
     with store.database.read() as connection:
-        row = connection.execute("SELECT coalesce(sum(nbytes), 0) FROM packs WHERE doomed_ns IS NULL").fetchone()
-    return int(row[0])
+        return sum(pack.nbytes for pack in objects.read_packs(connection, "doomed_ns IS NULL"))
 
 
 def _predict(store: Home, connection: sqlite3.Connection, marks: Marks, report: GcReport) -> None:
     """What gc would remove, from one view: whole packs and orphans (rewriting may free more)."""
-    dead_objects, dead_blobs = dead(connection, marks)
-    _count(connection, dead_objects, dead_blobs, report)
-    used = {row[1] for row in connection.execute("SELECT id, pack FROM blobs") if row[0] in marks.blobs}
-    used |= {row[1] for row in connection.execute("SELECT id, pack FROM objects") if row[0] in marks.objects}
-    for name, nbytes in connection.execute("SELECT name, nbytes FROM packs"):
-        if name in used:
-            report.nbytes_kept += nbytes
+    dead = _dead(connection, marks)
+    report.blobs_removed = sum(kind == "blob" for kind, _ in dead)
+    report.commits_removed = sum(kind == "commit" for kind, _ in dead)
+    report.objects_removed = len(dead) - report.blobs_removed
+    gone = {one for _, one in dead}
+    used = {pack for _, one, pack in objects.read_places(connection) if one not in gone}
+    for pack in objects.read_packs(connection):
+        if pack.name in used:
+            report.nbytes_kept += pack.nbytes
         else:
             report.packs_removed += 1
-            report.nbytes_freed += nbytes
+            report.nbytes_freed += pack.nbytes
     for name in orphans(store):
-        report.orphans_removed += 1
         with contextlib.suppress(OSError):
-            report.nbytes_freed += os.stat(store.packs / name).st_size
+            status = os.lstat(store.packs / name)
+            if stat.S_ISDIR(status.st_mode):
+                report.strangers += (name,)
+            else:
+                report.orphans_removed += 1
+                report.nbytes_freed += status.st_size

@@ -122,5 +122,5 @@ def _lease(row: tuple[str, str, str, int, str, int, int, str, str]) -> Lease:
     try:
         packs, roots = (tuple(map(str, json.loads(text))) for text in row[7:])
         return Lease(row[0], kind, row[2], int(row[3]), row[4], int(row[5]), int(row[6]), packs, roots)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptDatabase(f"a row of leases is damaged ({error}). Run `thaw fsck --rebuild`.") from None

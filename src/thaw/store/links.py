@@ -6,28 +6,59 @@ The bytes must have been verified against their id first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from thaw.core.errors import CorruptBlob
-from thaw.core.identity import ModelIdentity
-from thaw.core.objects import ChatTurn, Commit, Segment, SegmentNode, State, Turn, TurnNode
 
-KINDS: dict[str, str] = {
-    "thaw.model/1": "model",
-    "thaw.segment/1": "segment",
-    "thaw.segments/1": "segments",
-    "thaw.turns/1": "turns",
-    "thaw.turn/1": "turn",
-    "thaw.turn/2": "turn",
-    "thaw.state/1": "state",
-    "thaw.commit/1": "commit",
-}
-_CLASSES: dict[type, str] = {
-    ModelIdentity: "model", Segment: "segment", SegmentNode: "segments", TurnNode: "turns", Turn: "turn",
-    ChatTurn: "turn", State: "state", Commit: "commit",
-}  # fmt: skip
+
+class _Commit(msgspec.Struct, tag_field="type", tag="thaw.commit/1"):
+    state: str
+    parents: tuple[str, ...]
+
+
+class _Boundary(msgspec.Struct):
+    hidden: str | None = None
+
+
+class _State(msgspec.Struct, tag_field="type", tag="thaw.state/1"):
+    model: str
+    nodes: tuple[str, ...]
+    turn_nodes: tuple[str, ...]
+    boundary: _Boundary | None = None
+
+
+class _Entry(msgspec.Struct):
+    segment: str
+    length: int
+
+
+class _Segments(msgspec.Struct, tag_field="type", tag="thaw.segments/1"):
+    entries: tuple[_Entry, ...]
+
+
+class _Segment(msgspec.Struct, tag_field="type", tag="thaw.segment/1"):
+    blobs: dict[str, tuple[str, ...]]
+    window: str
+
+
+class _Turns(msgspec.Struct, tag_field="type", tag="thaw.turns/1"):
+    entries: tuple[str, ...]
+
+
+class _Turn(msgspec.Struct, tag_field="type", tag="thaw.turn/1"):
+    pass
+
+
+class _ChatTurn(msgspec.Struct, tag_field="type", tag="thaw.turn/2"):
+    pass
+
+
+class _Model(msgspec.Struct, tag_field="type", tag="thaw.model/1"):
+    pass
+
+
+_DECODER = msgspec.json.Decoder(_Commit | _State | _Segments | _Segment | _Turns | _Turn | _ChatTurn | _Model)
 
 
 @dataclass(frozen=True)
@@ -43,33 +74,31 @@ class Links:
     window: str = ""
     lengths: tuple[int, ...] = ()
 
-
-def kind_of(value: object) -> str:
-    """The word the database uses for an object's class."""
-    return _CLASSES[type(value)]
+    @property
+    def state(self) -> str | None:
+        """What a commit recorded."""
+        return self.objects[0] if self.kind == "commit" else None
 
 
 def links(data: bytes) -> Links:
-    """The links in an object's bytes. Raises `CorruptBlob` when they are not of a known kind."""
+    """The links in an object's bytes. Raises `CorruptBlob` when they are not of a known kind and form."""
     try:
-        return _links(msgspec.json.decode(data))
-    except (msgspec.DecodeError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptBlob(f"an object is not of a kind this thaw knows: {error!r}") from None
-
-
-def _links(plain: dict[str, Any]) -> Links:
-    kind = KINDS[plain["type"]]
-    if kind == "commit":
-        return Links(kind, (plain["state"], *plain["parents"]))
-    if kind == "state":
-        hidden = (plain.get("boundary") or {}).get("hidden")
-        return Links(kind, (plain["model"], *plain["nodes"], *plain["turn_nodes"]), (hidden,) if hidden else ())
-    if kind == "segments":
-        entries = plain["entries"]
-        return Links(kind, tuple(e["segment"] for e in entries), lengths=tuple(e["length"] for e in entries))
-    if kind == "turns":
-        return Links(kind, tuple(plain["entries"]))
-    if kind == "segment":
-        blobs = tuple(blob for heads in plain["blobs"].values() for blob in heads)
-        return Links(kind, (), blobs, plain["window"])
-    return Links(kind)
+        value = _DECODER.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise CorruptBlob(f"an object is not of a kind this thaw knows: {error}") from None
+    match value:
+        case _Commit():
+            return Links("commit", (value.state, *value.parents))
+        case _State():
+            hidden = value.boundary.hidden if value.boundary is not None else None
+            return Links("state", (value.model, *value.nodes, *value.turn_nodes), (hidden,) if hidden else ())
+        case _Segments():
+            entries = value.entries
+            return Links("segments", tuple(e.segment for e in entries), lengths=tuple(e.length for e in entries))
+        case _Turns():
+            return Links("turns", value.entries)
+        case _Segment():
+            return Links("segment", (), tuple(blob for heads in value.blobs.values() for blob in heads), value.window)
+        case _Turn() | _ChatTurn():
+            return Links("turn")
+    return Links("model")

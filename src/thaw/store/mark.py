@@ -8,13 +8,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 
-from thaw.core.errors import CorruptDatabase
-from thaw.core.ids import digest
+from thaw.core.errors import CorruptBlob, CorruptDatabase
 from thaw.store import leases
+from thaw.store.db import number
 from thaw.store.links import Links, links
+from thaw.store.objects import verified
 from thaw.store.refs import read_refs, read_whole_reflog
 
-_UPKEEP = "gc removes nothing from a damaged repository. Run `thaw fsck`."
+UPKEEP = "gc removes nothing from a damaged repository. Run `thaw fsck`."
 
 
 class Marks:
@@ -29,7 +30,8 @@ class Marks:
         self.homes: dict[str, tuple[int, str]] = {}
         """segment -> (tokens used, state)"""
         self.last_seq = 0
-        self._windows: dict[str, str] = {}
+        self.sequence = -1
+        """What the view that was marked last had seen: objects, changes of refs."""
 
     def mark(self, connection: sqlite3.Connection, roots: Iterable[str]) -> None:
         """Adds everything that `roots` reach."""
@@ -43,8 +45,6 @@ class Marks:
             self.blobs.update(of.blobs)
             if of.kind == "state":
                 state = identifier
-            if of.kind == "segment":
-                self._windows[identifier] = of.window
             if of.kind == "segments":
                 self._home(of, state)
             pending.extend((linked, state) for linked in of.objects)
@@ -54,51 +54,60 @@ class Marks:
             if state and length > self.homes.get(segment, (0, ""))[0]:
                 self.homes[segment] = (length, state)
 
-    def homed(self) -> list[tuple[str, str, str]]:
-        """(segment, window, state) of every reached segment that a reached state uses."""
-        return [
-            (segment, self._windows[segment], state)
-            for segment, (_, state) in self.homes.items()
-            if segment in self._windows
-        ]
+    def homed(self) -> list[tuple[str, str]]:
+        """(segment, state) of every reached segment that a reached state uses."""
+        return [(segment, state) for segment, (_, state) in self.homes.items()]
 
 
 def read_links(connection: sqlite3.Connection, identifier: str) -> Links:
     """The links of a stored object, its bytes verified first. Raises `CorruptDatabase`."""
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
-        raise CorruptDatabase(f"object {identifier} is needed but not stored. {_UPKEEP}")
-    data = row[0]
-    if not isinstance(data, bytes) or digest(data) != identifier:
-        raise CorruptDatabase(f"object {identifier} does not match its hash. {_UPKEEP}")
-    return links(data)
+        raise CorruptDatabase(f"object {identifier} is needed but not stored. {UPKEEP}")
+    try:
+        return links(verified(row[0], identifier))
+    except CorruptBlob as error:
+        raise CorruptDatabase(f"{error} {UPKEEP}") from None
 
 
-def roots(connection: sqlite3.Connection, reflog_since_ns: int) -> set[str]:
-    """What must stay, by refs, reflog and live leases; names of objects that are not stored (any more) are left out
-    for reflog and leases, but not for refs."""
+def _named(connection: sqlite3.Connection, reflog_since_ns: int) -> set[str]:
+    """What must stay by refs and reflog; what the reflog names and is not stored any more is left out."""
     found: set[str] = set()
     for entry in read_whole_reflog(connection, since_ns=reflog_since_ns):
         found.update(commit for commit in (entry.old, entry.new) if commit is not None)
-    for lease in leases.split(connection)[0]:
-        found.update(lease.roots)
-    stored = {row[0] for root in found for row in connection.execute("SELECT id FROM objects WHERE id = ?", (root,))}
-    return stored | {ref.target for ref in read_refs(connection)}
+    return _stored(connection, found) | {ref.target for ref in read_refs(connection)}
+
+
+def _leased(connection: sqlite3.Connection) -> set[str]:
+    return _stored(connection, {root for lease in leases.split(connection)[0] for root in lease.roots})
+
+
+def _stored(connection: sqlite3.Connection, found: set[str]) -> set[str]:
+    return {row[0] for one in found for row in connection.execute("SELECT id FROM objects WHERE id = ?", (one,))}
 
 
 def mark_all(connection: sqlite3.Connection, reflog_since_ns: int) -> Marks:
-    """Marks from the roots in one view of the database, and remembers the last object it saw."""
+    """Marks from the roots in one view of the database."""
     marks = Marks()
-    marks.mark(connection, roots(connection, reflog_since_ns))
-    marks.last_seq = last_seq(connection)
+    catch_up(connection, marks, reflog_since_ns)
     return marks
 
 
 def catch_up(connection: sqlite3.Connection, marks: Marks, reflog_since_ns: int) -> None:
     """Brings `marks` up to a newer view: roots as they are now, and every object stored since."""
-    newer = connection.execute("SELECT id FROM objects WHERE seq > ?", (marks.last_seq,)).fetchall()
-    marks.mark(connection, roots(connection, reflog_since_ns) | {row[0] for row in newer})
+    first = marks.sequence < 0
+    sequence, seq = number(connection, "sequence"), last_seq(connection)
+    if sequence != marks.sequence:
+        marks.mark(connection, _named(connection, reflog_since_ns))
+    marks.mark(connection, _leased(connection))
+    if not first:
+        newer = connection.execute("SELECT id FROM objects WHERE seq > ?", (marks.last_seq,)).fetchall()
+        marks.mark(connection, [row[0] for row in newer])
+    marks.sequence, marks.last_seq = sequence, seq
 
 
 def last_seq(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("SELECT coalesce(max(seq), 0) FROM objects").fetchone()[0])
+    (last,) = connection.execute("SELECT coalesce(max(seq), 0) FROM objects").fetchone()
+    if not isinstance(last, int):
+        raise CorruptDatabase(f"objects has a row numbered {str(last)[:40]!r}. {UPKEEP}")
+    return last

@@ -1,4 +1,8 @@
-"""Objects and blob places in the database: looked up, verified, decoded, inserted."""
+"""Objects and blob places in the database: looked up, verified, decoded, inserted.
+
+What a row says that its object does not is covered by the row's check. What an index does not find, where that would be
+news, is looked for in the table itself.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from thaw.core import objects
-from thaw.core.errors import CorruptBlob, NotFound
-from thaw.core.ids import CommitId, ObjectId, StateId
+from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
+from thaw.core.ids import CommitId, digest
 from thaw.core.objects import AnyObject
 from thaw.data.locations import BlobLocation
+from thaw.data.writer import is_pack_name
+from thaw.store.db import REBUILD
 from thaw.store.links import Links
+from thaw.store.schema import check
 
 CACHE_ENTRIES = 1024
 _CHUNK = 500
@@ -47,6 +55,8 @@ def read(connection: sqlite3.Connection, identifier: str) -> AnyObject:
     """The decoded object, its hash verified. Raises `NotFound`, `CorruptBlob`, `NewerFormat`."""
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
+        if connection.execute("SELECT 1 FROM objects NOT INDEXED WHERE id = ?", (identifier,)).fetchone() is not None:
+            raise CorruptDatabase(f"the index of objects does not find {identifier}, which is stored. {REBUILD}")
         raise NotFound(f"there is no object {identifier[:80]} in this repository.")
     return objects.decode(stored_bytes(row[0], identifier), identifier)
 
@@ -56,6 +66,60 @@ def stored_bytes(value: object, identifier: str) -> bytes:
     if not isinstance(value, bytes):
         raise CorruptBlob(f"object {identifier}: its row holds no bytes. Run `thaw fsck --rebuild`.")
     return value
+
+
+def read_bytes(connection: sqlite3.Connection, identifier: str) -> bytes:
+    """The object's verified bytes. Raises `CorruptBlob` where it is not stored or does not match its hash."""
+    row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
+    if row is None:
+        raise CorruptBlob(f"object {identifier[:80]} is needed but not stored. Run `thaw fsck`.")
+    return verified(row[0], identifier)
+
+
+def verified(value: object, identifier: str) -> bytes:
+    """The `data` of an object's row, hashed. Raises `CorruptBlob`."""
+    data = stored_bytes(value, identifier)
+    if digest(data) != identifier:
+        raise CorruptBlob(f"object {identifier} does not match its hash. {REBUILD}")
+    return data
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A commit and the state that it names, each as the verified bytes of an object."""
+
+    id: CommitId
+    commit: bytes
+    state: bytes
+
+
+def read_recorded(connection: sqlite3.Connection, identifier: str, num: int) -> list[Recorded]:
+    """The commit, and the `num` - 1 that were stored before it: where its ancestors mostly are.
+
+    Raises `NotFound`, `CorruptBlob`, `CorruptDatabase`.
+    """
+    row = connection.execute("SELECT seq FROM objects WHERE id = ? AND kind = 'commit'", (identifier,)).fetchone()
+    if row is None:
+        read(connection, identifier)
+        raise CorruptBlob(f"object {identifier} is not a commit.")
+    query = (
+        "SELECT c.id, c.data, s.id, s.data FROM objects c LEFT JOIN objects s ON s.id = c.state "
+        "WHERE c.kind = 'commit' AND c.seq <= ? ORDER BY c.seq DESC LIMIT ?"
+    )
+    found = []
+    for commit, data, state, state_data in connection.execute(query, (row[0], num)):
+        if state is None:
+            raise CorruptDatabase(f"the state of commit {commit} is not stored. {REBUILD}")
+        found.append(Recorded(CommitId(commit), verified(data, commit), verified(state_data, state)))
+    if not found or found[0].id != identifier:
+        raise CorruptDatabase(f"the index of commits does not find {identifier}, which is stored. {REBUILD}")
+    return found
+
+
+def find_recorders(connection: sqlite3.Connection, state: str) -> list[CommitId]:
+    """The commits that recorded a state, newest first."""
+    query = "SELECT id FROM objects WHERE state = ? ORDER BY seq DESC"
+    return [CommitId(row[0]) for row in connection.execute(query, (state,))]
 
 
 def present(connection: sqlite3.Connection, table: str, identifiers: Iterable[str]) -> set[str]:
@@ -73,15 +137,22 @@ def locate(connection: sqlite3.Connection, blobs: Iterable[str]) -> dict[str, Bl
     found: dict[str, BlobLocation] = {}
     for chunk in _chunks(wanted):
         marks = ",".join("?" * len(chunk))
-        query = f"SELECT id, pack, start, nbytes FROM blobs WHERE id IN ({marks})"
-        for blob, pack, start, nbytes in connection.execute(query, chunk):
-            if not (isinstance(pack, str) and isinstance(start, int) and isinstance(nbytes, int)):
-                raise CorruptBlob(f"blob {blob}: its row says no place. Run `thaw fsck --rebuild`.")
-            found[blob] = BlobLocation(blob=blob, pack=pack, offset=start, nbytes=nbytes)
+        query = f'SELECT id, pack, start, nbytes, "check" FROM blobs WHERE id IN ({marks})'
+        for row in connection.execute(query, chunk):
+            place = blob_place(row)
+            found[place.blob] = place
     for blob in wanted:
         if blob not in found:
             raise CorruptBlob(f"blob {blob[:80]} is in no pack here. Run `thaw fsck` to see what needs it.")
     return found
+
+
+def blob_place(row: tuple[str, str, int, int, int]) -> BlobLocation:
+    blob, pack, start, nbytes, said = row
+    sound = isinstance(blob, str) and is_pack_name(pack) and isinstance(start, int) and isinstance(nbytes, int)
+    if not sound or said != check("blobs", blob, pack, start, nbytes):
+        raise CorruptBlob(f"the row of {str(blob)[:80]} in blobs does not match its check. {REBUILD}")
+    return BlobLocation(blob=blob, pack=pack, offset=start, nbytes=nbytes)
 
 
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -90,42 +161,124 @@ def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def find_commits(connection: sqlite3.Connection, prefix: str) -> list[CommitId]:
     """Commits whose id starts with `prefix` ("b3:" and hex digits), by id."""
-    query = "SELECT id FROM objects WHERE id >= ? AND id < ? AND kind = 'commit' ORDER BY id LIMIT 100"
-    return [CommitId(row[0]) for row in connection.execute(query, (prefix, prefix + "g"))]
+    for how in ("", "NOT INDEXED"):
+        query = f"SELECT id FROM objects {how} WHERE id >= ? AND id < ? AND kind = 'commit' ORDER BY id LIMIT 100"
+        found = [CommitId(row[0]) for row in connection.execute(query, (prefix, prefix + "g"))]
+        if found and how:
+            raise CorruptDatabase(f"the index of objects does not find {found[0]}, which is stored. {REBUILD}")
+        if found:
+            return found
+    return []
 
 
-def find_segments(connection: sqlite3.Connection, window: str) -> list[tuple[ObjectId, StateId]]:
-    query = 'SELECT segment, state FROM segments WHERE "window" = ? ORDER BY segment'
-    return [(ObjectId(segment), StateId(state)) for segment, state in connection.execute(query, (window,))]
+@dataclass(frozen=True)
+class PackRow:
+    """A file of `packs/`; `doomed_ns`: since when nothing points into it."""
+
+    name: str
+    nbytes: int
+    doomed_ns: int | None
+
+
+def read_packs(connection: sqlite3.Connection, where: str = "1", *values: int) -> list[PackRow]:
+    """The packs, or those of a condition, by name. Raises `CorruptDatabase`."""
+    query = f'SELECT name, nbytes, doomed_ns, "check" FROM packs WHERE {where} ORDER BY name'
+    return [pack_row(row) for row in connection.execute(query, values)]
+
+
+def pack_row(row: tuple[str, int, int | None, int]) -> PackRow:
+    name, nbytes, doomed_ns, said = row
+    sound = is_pack_name(name) and isinstance(nbytes, int) and isinstance(doomed_ns, int | None)
+    if not sound or said != check("packs", name, nbytes, doomed_ns):
+        raise CorruptDatabase(f"the row of {str(name)[:80]!r} in packs does not match its check. {REBUILD}")
+    return PackRow(name, nbytes, doomed_ns)
 
 
 def insert_pack(connection: sqlite3.Connection, name: str, nbytes: int) -> None:
-    connection.execute("INSERT INTO packs (name, nbytes, doomed_ns) VALUES (?, ?, NULL)", (name, nbytes))
+    connection.execute("INSERT INTO packs VALUES (?, ?, NULL, ?)", (name, nbytes, check("packs", name, nbytes, None)))
+
+
+def doom_packs(connection: sqlite3.Connection, packs: Iterable[PackRow], now_ns: int) -> None:
+    """Says of packs that nothing points into them any more."""
+    connection.executemany(
+        'UPDATE packs SET doomed_ns = ?, "check" = ? WHERE name = ?',
+        ((now_ns, check("packs", pack.name, pack.nbytes, now_ns), pack.name) for pack in packs),
+    )
+
+
+def read_places(connection: sqlite3.Connection) -> Iterator[tuple[str, str, str]]:
+    """(kind, id, pack) of every object and blob ("blob"), each row checked, read from the tables and not by an index.
+
+    Raises `CorruptDatabase`, `CorruptBlob`.
+    """
+    columns = 'id, kind, pack, start, state, "check"'
+    for row in connection.execute(f"SELECT {columns} FROM objects NOT INDEXED ORDER BY seq DESC"):
+        identifier, kind, pack = row[:3]
+        if not (isinstance(identifier, str) and is_pack_name(pack)) or row[5] != check("objects", *row[:5]):
+            raise CorruptDatabase(f"the row of {str(identifier)[:80]} in objects does not match its check. {REBUILD}")
+        yield kind, identifier, pack
+    for row in connection.execute('SELECT id, pack, start, nbytes, "check" FROM blobs'):
+        place = blob_place(row)
+        yield "blob", place.blob, place.pack
+
+
+def read_blobs_nbytes(connection: sqlite3.Connection) -> int:
+    """Bytes of all blobs, each row checked; the index by pack must have as many."""
+    rows = connection.execute('SELECT id, pack, start, nbytes, "check" FROM blobs NOT INDEXED')
+    nbytes = [blob_place(row).nbytes for row in rows]
+    (num,) = connection.execute("SELECT count(*) FROM blobs INDEXED BY blobs_pack").fetchone()
+    if len(nbytes) != num:
+        raise CorruptDatabase(f"blobs has {len(nbytes)} rows, its index {num}. {REBUILD}")
+    return sum(nbytes)
+
+
+def is_used(connection: sqlite3.Connection, pack: str) -> bool:
+    """Whether a row points into the pack."""
+    query = "SELECT 1 FROM blobs WHERE pack = ? UNION ALL SELECT 1 FROM objects WHERE pack = ? LIMIT 1"
+    return connection.execute(query, (pack, pack)).fetchone() is not None
 
 
 def insert_blobs(connection: sqlite3.Connection, blobs: Iterable[BlobLocation]) -> None:
     """Blobs stored already keep their place."""
+    connection.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, ?, ?)", map(_blob_row, blobs))
+
+
+def move_blobs(connection: sqlite3.Connection, moves: Iterable[tuple[BlobLocation, str]]) -> None:
+    """Gives each blob its new place, if it still lies in the pack that it was copied from."""
+    rows = ((*_blob_row(place)[1:], place.blob, old) for place, old in moves)
     connection.executemany(
-        "INSERT OR IGNORE INTO blobs (id, pack, start, nbytes) VALUES (?, ?, ?, ?)",
-        ((b.blob, b.pack, b.offset, b.nbytes) for b in blobs),
+        'UPDATE blobs SET pack = ?, start = ?, nbytes = ?, "check" = ? WHERE id = ? AND pack = ?', rows
     )
 
 
-def insert_object(connection: sqlite3.Connection, place: BlobLocation, kind: str, data: bytes) -> None:
+def _blob_row(place: BlobLocation) -> tuple[str, str, int, int, int]:
+    row = (place.blob, place.pack, place.offset, place.nbytes)
+    return (*row, check("blobs", *row))
+
+
+def move_objects(connection: sqlite3.Connection, moves: Iterable[tuple[BlobLocation, str]]) -> None:
+    """As `move_blobs`."""
+    for place, old in moves:
+        query = "SELECT kind, state FROM objects WHERE id = ? AND pack = ?"
+        for kind, state in connection.execute(query, (place.blob, old)).fetchall():
+            said = check("objects", place.blob, kind, place.pack, place.offset, state)
+            connection.execute(
+                'UPDATE objects SET pack = ?, start = ?, "check" = ? WHERE id = ?',
+                (place.pack, place.offset, said, place.blob),
+            )
+
+
+def insert_object(connection: sqlite3.Connection, place: BlobLocation, of: Links, data: bytes) -> None:
+    said = check("objects", place.blob, of.kind, place.pack, place.offset, of.state)
     connection.execute(
-        "INSERT OR IGNORE INTO objects (id, kind, data, pack, start) VALUES (?, ?, ?, ?, ?)",
-        (place.blob, kind, data, place.pack, place.offset),
+        'INSERT OR IGNORE INTO objects (id, kind, data, pack, start, state, "check") VALUES (?, ?, ?, ?, ?, ?, ?)',
+        (place.blob, of.kind, data, place.pack, place.offset, of.state, said),
     )
 
 
-def home_segments(connection: sqlite3.Connection, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Makes segments findable: (segment, window, state). Segments that have a state keep it."""
-    connection.executemany('INSERT OR IGNORE INTO segments (segment, "window", state) VALUES (?, ?, ?)', rows)
-
-
-def homes(new: dict[str, Links]) -> list[tuple[str, str, str]]:
-    """(segment, window, state) for each segment that a state in `new` uses through a node in `new`: of several states
-    the one that uses most of it.
+def homes(new: dict[str, Links]) -> list[tuple[str, str]]:
+    """(segment, state) for each segment that a state in `new` uses through a node in `new`: of several states the one
+    that uses most of it.
 
     Nodes that were stored before came with a state of their own.
     """
@@ -136,4 +289,4 @@ def homes(new: dict[str, Links]) -> list[tuple[str, str, str]]:
             for segment, length in (pair for node in nodes for pair in zip(node.objects, node.lengths, strict=True)):
                 if segment in new and length > best.get(segment, (0, ""))[0]:
                     best[segment] = (length, state)
-    return [(segment, new[segment].window, state) for segment, (_, state) in best.items()]
+    return [(segment, state) for segment, (_, state) in best.items()]

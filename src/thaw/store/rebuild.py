@@ -12,26 +12,29 @@ import contextlib
 import sqlite3
 import time
 import uuid as uuids
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from thaw.core.errors import ThawError
+from thaw.core.canonical import MAX_OBJECT_BYTES
+from thaw.core.errors import CorruptBlob, ThawError
 from thaw.core.ids import CommitId
 from thaw.core.objects import Commit, decode
 from thaw.core.points import check_name
 from thaw.data.files import storage_errors
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
-from thaw.data.pack import PackItem, read_blob, write_pack
-from thaw.store import backup, leases, objects, refs
+from thaw.data.pack import PackItem, write_pack
+from thaw.store import backup, leases, objects, refs, windows
 from thaw.store.db import Database, creating, set_setting
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
 from thaw.store.refs import Ref, ReflogEntry
 from thaw.store.salvage import Salvage, salvage
-from thaw.store.scan import PackScan
+from thaw.store.scan import PackFiles, PackScan
 from thaw.store.schema import DATABASE, PACKS
+from thaw.store.windows import Windows
 
 
 @dataclass
@@ -45,8 +48,14 @@ class _Found:
     commits: dict[str, Commit] = field(default_factory=dict)
     uuid: str = ""
 
+    def read(self, identifier: str) -> bytes:
+        """The bytes of an object. Raises `CorruptBlob` where it is lost."""
+        if identifier not in self.objects:
+            raise CorruptBlob(f"object {identifier[:80]} is lost")
+        return self.objects[identifier][1]
 
-def rebuild(path: Path, scans: dict[str, PackScan], *, deep: bool) -> list[str]:
+
+def rebuild(path: Path, scans: dict[str, PackScan]) -> list[str]:
     """Replaces the database of the repository in `path`, atomically; returns what is worth telling.
 
     `scans` say which bytes are good. Raises `Busy` when gc or another rebuild runs, `StorageFailed`.
@@ -97,29 +106,30 @@ def _merge(saved: backup.Backup | None, old: Salvage) -> backup.Backup:
 
 def _collect(folder: Path, scans: dict[str, PackScan]) -> _Found:
     found = _Found()
-    for name, scan in scans.items():
-        if scan.header is None:
-            continue
-        found.packs[name] = scan.header.nbytes
-        found.uuid = found.uuid or scan.header.metadata.get("thaw.store", "")
-        for entry in scan.good():
-            place = BlobLocation(blob=entry.id, pack=name, offset=entry.offset, nbytes=entry.nbytes)
-            if entry.is_object:
-                _take_object(folder, place, found)
-            else:
-                found.blobs.setdefault(entry.id, place)
+    with PackFiles(folder) as files:
+        for name, scan in scans.items():
+            if scan.header is None:
+                continue
+            found.packs[name] = scan.header.nbytes
+            found.uuid = found.uuid or scan.header.metadata.get("thaw.store", "")
+            for entry in scan.good():
+                place = BlobLocation(blob=entry.id, pack=name, offset=entry.offset, nbytes=entry.nbytes)
+                if entry.is_object:
+                    _take_object(files, place, found)
+                else:
+                    found.blobs.setdefault(entry.id, place)
     return found
 
 
-def _take_object(folder: Path, place: BlobLocation, found: _Found) -> None:
+def _take_object(files: PackFiles, place: BlobLocation, found: _Found) -> None:
     """Objects that do not verify or decode are left out; the scan or the next check names them."""
-    try:
-        _keep_object(place, read_blob(folder, place), found)
-    except ThawError:
-        return
+    with contextlib.suppress(ThawError):
+        if place.nbytes <= MAX_OBJECT_BYTES:
+            _keep_object(place, files.read(place.pack, place.offset, place.nbytes), found)
 
 
 def _keep_object(place: BlobLocation, data: bytes, found: _Found) -> None:
+    """Raises `CorruptBlob`, `NewerFormat`."""
     value = decode(data, place.blob)
     found.links[place.blob] = links(data)
     found.objects[place.blob] = (place, data)
@@ -129,7 +139,7 @@ def _keep_object(place: BlobLocation, data: bytes, found: _Found) -> None:
 
 def _rescue(folder: Path, old: Salvage, found: _Found) -> None:
     """Objects that only the old database still has are written into a pack again."""
-    lost = {identifier: data for identifier, data in old.objects.items() if identifier not in found.objects}
+    lost = {i: data for i, data in old.objects.items() if i not in found.objects and _is_object(data, i)}
     if not lost:
         return
     items = [PackItem(OBJECT, "U8", (len(data),), len(data), lambda data=data: data) for data in lost.values()]  # type: ignore[misc]
@@ -139,21 +149,27 @@ def _rescue(folder: Path, old: Salvage, found: _Found) -> None:
         _keep_object(place, data, found)
 
 
+def _is_object(data: bytes, identifier: str) -> bool:
+    try:
+        return decode(data, identifier) is not None
+    except ThawError:
+        return False
+
+
 def _fill(connection: sqlite3.Connection, found: _Found) -> None:
     for name, nbytes in found.packs.items():
         objects.insert_pack(connection, name, nbytes)
     objects.insert_blobs(connection, found.blobs.values())
     for identifier in sorted(found.objects, key=lambda i: int(found.commits[i].time_ns) if i in found.commits else -1):
         place, data = found.objects[identifier]
-        objects.insert_object(connection, place, found.links[identifier].kind, data)
-    objects.home_segments(connection, objects.homes(found.links))
+        objects.insert_object(connection, place, found.links[identifier], data)
+    windows.insert(connection, Windows(found.read).rows(objects.homes(found.links), whole=False))
 
 
 def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _Found, notes: list[str]) -> None:
     for key, value in {**saved.settings, "head": saved.head, "sequence": str(saved.sequence)}.items():
         set_setting(connection, key, value)
-    for entry in reversed(saved.reflog):
-        refs.log_move(connection, entry)
+    refs.log_moves(connection, reversed(saved.reflog))
     tips = {ref.name: ref for ref in saved.refs}
     for ref in saved.refs:
         if ref.target not in found.commits:
@@ -165,7 +181,7 @@ def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _
         if ref != before.get(ref.name):
             old = before[ref.name].target if ref.name in before else None
             move = ReflogEntry(ref.name, old, ref.target, "fsck --rebuild", time.time_ns(), ref.kind)
-            refs.log_move(connection, move)
+            refs.log_moves(connection, [move])
     _keep_unnamed(connection, tips.values(), saved, found, notes)
     refs.bump_sequence(connection)
 
@@ -184,6 +200,7 @@ def _fall_back(tips: dict[str, Ref], ref: Ref, reflog: Iterable[ReflogEntry], fo
 def _advance(tips: dict[str, Ref], saved: backup.Backup, found: _Found, notes: list[str]) -> None:
     """Moves branches forward to whole commits that say they are on them, descend from them, and are newer."""
     newest = {entry.name: entry.time_ns for entry in reversed(saved.reflog)}
+    whole = wholes(found.links, found.blobs.keys())
     logged = {commit for entry in saved.reflog for commit in (entry.old, entry.new)}
     for identifier, commit in sorted(found.commits.items(), key=lambda pair: pair[1].time_ns):
         name = commit.branch
@@ -191,7 +208,7 @@ def _advance(tips: dict[str, Ref], saved: backup.Backup, found: _Found, notes: l
             continue
         tip = tips.get(name)
         follows = tip is None or (tip.kind == "branch" and descends(found.commits, identifier, tip.target))
-        if follows and (tip is not None or name not in newest) and is_whole(found.links, found.blobs, identifier):
+        if follows and (tip is not None or name not in newest) and identifier in whole:
             tips[name] = Ref(name, "branch", CommitId(identifier))
             notes.append(f"branch {name!r} stands at {identifier}, which is newer than refs.json")
 
@@ -213,38 +230,44 @@ def _keep_unnamed(
         new = [parent for parent in (commit.parents if commit else ()) if parent not in named]
         named.update(new)  # type: ignore[arg-type]
         pending += new  # type: ignore[arg-type]
+    whole = wholes(found.links, found.blobs.keys())
     for identifier, commit in found.commits.items():
-        if identifier not in named and is_whole(found.links, found.blobs, identifier):
+        if identifier not in named and identifier in whole:
             name = commit.branch if commit.branch and _is_name(commit.branch) else "lost-found"
             now = time.time_ns()
             kept = ReflogEntry(name, None, CommitId(identifier), "found by fsck --rebuild", now, moved=False)
-            refs.log_move(connection, kept)
+            refs.log_moves(connection, [kept])
             notes.append(f"commit {identifier} has no branch or tag; gc keeps it for now")
 
 
 def descends(commits: dict[str, Commit], identifier: str, ancestor: str) -> bool:
-    """Whether `ancestor` is `identifier` or one of its ancestors."""
+    """Whether `ancestor` is `identifier` or an ancestor of it, all of which are older than what comes from them."""
+    until = commits[ancestor].time_ns if ancestor in commits else 0
     seen: set[str] = set()
     pending = [identifier]
     while pending:
         one = pending.pop()
         if one == ancestor:
             return True
-        if one not in seen and one in commits:
+        if one not in seen and one in commits and commits[one].time_ns >= until:
             seen.add(one)
             pending.extend(commits[one].parents)
     return False
 
 
-def is_whole(of: dict[str, Links], blobs: dict[str, BlobLocation], identifier: str) -> bool:
-    """Whether everything under an object is there."""
-    seen: set[str] = set()
-    pending = [identifier]
-    while pending:
-        one = pending.pop()
-        if one not in of or any(blob not in blobs for blob in of[one].blobs):
-            return False
-        new = [linked for linked in of[one].objects if linked not in seen]
-        seen.update(new)
-        pending += new
-    return True
+def wholes(of: dict[str, Links], blobs: Collection[str]) -> set[str]:
+    """The objects under which everything is there."""
+    users: dict[str, list[str]] = defaultdict(list)
+    broken: list[str] = []
+    for identifier, links_ in of.items():
+        for linked in links_.objects:
+            users[linked].append(identifier)
+        if any(linked not in of for linked in links_.objects) or any(blob not in blobs for blob in links_.blobs):
+            broken.append(identifier)
+    whole = set(of) - set(broken)
+    while broken:
+        for user in users[broken.pop()]:
+            if user in whole:
+                whole.remove(user)
+                broken.append(user)
+    return whole

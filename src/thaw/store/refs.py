@@ -1,21 +1,22 @@
 """Branches and tags, moved by compare-and-swap, and the log of every move.
 
-Branches and tags share one set of names. A row that fails its checksum raises `CorruptDatabase`. A commit whose ref
-update lost the race is kept from gc by a reflog row with `moved` 0, which `reflog` leaves out.
+Branches and tags share one set of names. A row that fails its checksum, is another's or is missing raises
+`CorruptDatabase`. A commit whose ref update lost the race is kept from gc by a reflog row with `moved` 0, which
+`reflog` leaves out.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from thaw.core.errors import CorruptDatabase, InvalidRequest, NotFound, RefConflict
 from thaw.core.ids import CommitId, short
 from thaw.core.points import check_name
-from thaw.store.db import REBUILD, set_setting, setting
+from thaw.store.db import REBUILD, number, set_setting
 from thaw.store.schema import checksum
 
 RefKind: TypeAlias = Literal["branch", "tag"]
@@ -52,15 +53,46 @@ class ReflogEntry:
     moved: bool = True
 
 
+_REF = "SELECT name, kind, target, checksum FROM refs"
+
+
 def read_ref(connection: sqlite3.Connection, name: str) -> Ref | None:
-    row = connection.execute("SELECT name, kind, target, checksum FROM refs WHERE name = ?", (name,)).fetchone()
-    return None if row is None else _ref(row)
+    row = connection.execute(f"{_REF} WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        _require_absent(connection, name)
+        return None
+    ref = _ref(row)
+    if ref.name != name:
+        raise CorruptDatabase(f"the index of refs gives another row for {name[:80]!r}. {REBUILD}")
+    return ref
+
+
+def _require_absent(connection: sqlite3.Connection, name: str) -> None:
+    """What the index does not find is looked for in the table itself, and the table counted."""
+    query = "SELECT count(*), coalesce(sum(name = ?), 0) FROM refs NOT INDEXED"
+    rows, found = connection.execute(query, (name,)).fetchone()
+    if found or rows != number(connection, "refs"):
+        raise CorruptDatabase(f"refs has {rows} rows, {name[:80]!r} {found} times; its index finds none. {REBUILD}")
 
 
 def read_refs(connection: sqlite3.Connection, kind: str | None = None) -> list[Ref]:
     """All refs of a kind (None: both), by name."""
-    rows = connection.execute("SELECT name, kind, target, checksum FROM refs ORDER BY name").fetchall()
-    return [ref for ref in map(_ref, rows) if kind in (None, ref.kind)]
+    found = [_ref(row) for row in connection.execute(f"{_REF} NOT INDEXED").fetchall()]
+    if len({ref.name for ref in found}) != number(connection, "refs"):
+        raise CorruptDatabase(f"refs has {len(found)} rows; there were {number(connection, 'refs')}. {REBUILD}")
+    return sorted((ref for ref in found if kind in (None, ref.kind)), key=lambda ref: ref.name)
+
+
+def read_refs_at(connection: sqlite3.Connection, targets: Iterable[str]) -> list[Ref]:
+    """Refs that name one of these commits, by name; reads no others, so two indexes must say the same of them."""
+    targets = list(targets)
+    first, second = (
+        {row for one in targets for row in connection.execute(f"{_REF} INDEXED BY {index} WHERE target = ?", (one,))}
+        for index in ("refs_target", "refs_target_name")
+    )
+    if first != second:
+        raise CorruptDatabase(f"the indexes of refs by target do not agree. {REBUILD}")
+    return sorted(map(_ref, first), key=lambda ref: ref.name)
 
 
 def _ref(row: tuple[str, RefKind, str, str]) -> Ref:
@@ -69,46 +101,95 @@ def _ref(row: tuple[str, RefKind, str, str]) -> Ref:
     return Ref(row[0], row[1], CommitId(row[2]))
 
 
-_LOG = "SELECT name, kind, old, new, reason, time_ns, moved, checksum FROM reflog"
+_LOG = "SELECT seq, before, name, kind, old, new, reason, time_ns, moved, checksum FROM reflog"
 
 
-def read_reflog(connection: sqlite3.Connection, name: str, *, kept: bool = False) -> list[ReflogEntry]:
-    """Moves of `name`, newest first; with `kept` also the commits kept after lost races."""
-    rows = connection.execute(f"{_LOG} WHERE name = ? ORDER BY seq DESC", (name,)).fetchall()
-    return [entry for entry in map(_entry, rows) if entry.moved or kept]
+def read_reflog(connection: sqlite3.Connection, name: str, *, kept: bool = False) -> Iterator[ReflogEntry]:
+    """Moves of `name`, newest first, read as they are asked for; with `kept` also the commits kept after lost races."""
+    seq = _end(connection, name)
+    if not seq and connection.execute("SELECT 1 FROM reflog WHERE name = ?", (name,)).fetchone() is not None:
+        raise CorruptDatabase(f"the reflog of {name[:80]!r} has lost its end. {REBUILD}")
+    while seq:
+        row = connection.execute(f"{_LOG} WHERE seq = ?", (seq,)).fetchone()
+        entry = _entry(row, seq)
+        if entry.name != name or row[1] >= seq:
+            raise CorruptDatabase(f"row {seq} of reflog is in the chain of {name[:80]!r} but is not of it. {REBUILD}")
+        if entry.moved or kept:
+            yield entry
+        seq = row[1]
 
 
-def read_whole_reflog(connection: sqlite3.Connection, *, since_ns: int = 0, limit: int = -1) -> list[ReflogEntry]:
-    """Entries of all refs since a time, newest first."""
-    query = f"{_LOG} WHERE time_ns >= ? ORDER BY seq DESC LIMIT ?"
-    return [_entry(row) for row in connection.execute(query, (since_ns, limit)).fetchall()]
+def read_whole_reflog(
+    connection: sqlite3.Connection, *, since_ns: int = 0, limit: int | None = None
+) -> list[ReflogEntry]:
+    """Entries of all refs since a time, newest first; with `limit` no more are read."""
+    last = number(connection, "moves")
+    rows = connection.execute(f"{_LOG} ORDER BY seq DESC LIMIT ?", (last if limit is None else limit,)).fetchall()
+    if len(rows) != (last if limit is None else min(last, limit)):
+        raise CorruptDatabase(f"reflog has {len(rows)} rows of {last}. {REBUILD}")
+    entries = [_entry(row, last - i) for i, row in enumerate(rows)]
+    return [entry for entry in entries if entry.time_ns >= since_ns]
 
 
-def _entry(row: tuple[str, RefKind, str | None, str | None, str, int, int, str]) -> ReflogEntry:
-    if row[7] != checksum("reflog", *row[:7]):
-        raise CorruptDatabase(f"a row of {str(row[0])[:80]!r} in reflog does not match its checksum. {REBUILD}")
-    old, new = (None if value is None else CommitId(value) for value in row[2:4])
-    return ReflogEntry(row[0], old, new, row[4], row[5], row[1], bool(row[6]))
+def _entry(row: tuple[int, int, str, RefKind, str | None, str | None, str, int, int, str], seq: int) -> ReflogEntry:
+    """The entry in a row, which must be number `seq`."""
+    if row is None or row[0] != seq or row[9] != checksum("reflog", *row[:9]):
+        raise CorruptDatabase(f"row {seq} of reflog is missing or does not match its checksum. {REBUILD}")
+    old, new = (None if value is None else CommitId(value) for value in row[4:6])
+    return ReflogEntry(row[2], old, new, row[6], row[7], row[3], bool(row[8]))
 
 
-def log_move(connection: sqlite3.Connection, entry: ReflogEntry) -> None:
-    row = (entry.name, entry.kind, entry.old, entry.new, entry.reason, entry.time_ns, int(entry.moved))
-    connection.execute(
-        "INSERT INTO reflog (name, kind, old, new, reason, time_ns, moved, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (*row, checksum("reflog", *row)),
+def _end(connection: sqlite3.Connection, name: str) -> int:
+    """The number of the last entry of `name`; 0 when there is none."""
+    row = connection.execute("SELECT name, seq, checksum FROM reflog_ends WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        return 0
+    if row[0] != name or row[2] != checksum("reflog_ends", *row[:2]):
+        raise CorruptDatabase(f"the row of {name[:80]!r} in reflog_ends does not match its checksum. {REBUILD}")
+    return int(row[1])
+
+
+def log_moves(connection: sqlite3.Connection, entries: Iterable[ReflogEntry]) -> None:
+    """Adds entries to the reflog, oldest first."""
+    ends: dict[str, int] = {}
+    last = number(connection, "moves")
+    for seq, entry in enumerate(entries, last + 1):
+        before = ends[entry.name] if entry.name in ends else _end(connection, entry.name)
+        row = (
+            seq, before, entry.name, entry.kind, entry.old, entry.new, entry.reason, entry.time_ns, int(entry.moved)
+        )  # fmt: skip
+        connection.execute("INSERT INTO reflog VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, checksum("reflog", *row)))
+        ends[entry.name] = last = seq
+    connection.executemany(
+        "INSERT OR REPLACE INTO reflog_ends VALUES (?, ?, ?)",
+        [(name, end, checksum("reflog_ends", name, end)) for name, end in ends.items()],
     )
+    set_setting(connection, "moves", str(last))
 
 
 def write_ref(connection: sqlite3.Connection, ref: Ref) -> None:
+    """Makes the ref or moves it."""
+    before = read_ref(connection, ref.name)
     row = (ref.name, ref.kind, ref.target)
     connection.execute(
         "INSERT OR REPLACE INTO refs (name, kind, target, checksum) VALUES (?, ?, ?, ?)", (*row, checksum("refs", *row))
     )
+    if before is None:
+        _count(connection, +1)
+
+
+def remove_ref(connection: sqlite3.Connection, name: str) -> None:
+    connection.execute("DELETE FROM refs WHERE name = ?", (name,))
+    _count(connection, -1)
+
+
+def _count(connection: sqlite3.Connection, more: int) -> None:
+    set_setting(connection, "refs", str(number(connection, "refs") + more))
 
 
 def bump_sequence(connection: sqlite3.Connection) -> int:
     """Counts a change of refs, reflog or settings: what tells whether database or backup is newer."""
-    sequence = int(setting(connection, "sequence") or "0") + 1
+    sequence = number(connection, "sequence") + 1
     set_setting(connection, "sequence", str(sequence))
     return sequence
 
@@ -132,20 +213,24 @@ def _apply(connection: sqlite3.Connection, update: RefUpdate) -> None:
     if update.target is None:
         if current is None:
             raise NotFound(f"there is no {update.kind} {update.name!r} to delete.")
-        connection.execute("DELETE FROM refs WHERE name = ?", (update.name,))
+        remove_ref(connection, update.name)
     else:
         require_commit(connection, update.target)
         write_ref(connection, Ref(update.name, update.kind, update.target))
-    log_move(connection, ReflogEntry(update.name, old, update.target, update.reason, time.time_ns(), update.kind))
+    log_moves(connection, [ReflogEntry(update.name, old, update.target, update.reason, time.time_ns(), update.kind)])
 
 
 def keep(connection: sqlite3.Connection, updates: Sequence[RefUpdate]) -> None:
     """Keeps the targets of updates that lost their race: gc sees them in the reflog."""
-    for update in updates:
-        if update.target is not None:
-            reason = f"kept: {update.reason}"
-            now = time.time_ns()
-            log_move(connection, ReflogEntry(update.name, None, update.target, reason, now, update.kind, moved=False))
+    now = time.time_ns()
+    log_moves(
+        connection,
+        [
+            ReflogEntry(update.name, None, update.target, f"kept: {update.reason}", now, update.kind, moved=False)
+            for update in updates
+            if update.target is not None
+        ],
+    )
     bump_sequence(connection)
 
 

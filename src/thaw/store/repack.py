@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -15,15 +16,18 @@ from typing import Protocol
 from thaw.core.errors import CorruptBlob
 from thaw.data.header import OBJECT, Entry
 from thaw.data.locations import BlobLocation
-from thaw.data.pack import PackItem, PackResult, read_blob, read_header, write_pack
+from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import leases, objects
 from thaw.store.db import Database
+from thaw.store.objects import PackRow
+from thaw.store.scan import PackFiles
 
 DEAD_SHARE = 0.3
 """A pack is rewritten when at least this share of its bytes is dead."""
 SMALL_BYTES, SMALL_COUNT = 1 << 20, 64
 """Packs below this size are put together when there are this many."""
-GROUP_BYTES = 1 << 30
+GROUP_BYTES, GROUP_ENTRIES = 1 << 30, 1 << 14
+"""What one new pack holds at most, about: more entries would make a header that takes long to read."""
 
 
 class Home(Protocol):
@@ -33,17 +37,19 @@ class Home(Protocol):
     database: Database
 
 
-def choose(connection: sqlite3.Connection) -> list[list[str]]:
-    """Groups of packs to copy, each group into one new pack of about a GiB at most."""
-    live = dict.fromkeys((row[0] for row in connection.execute("SELECT name FROM packs")), 0)
+def choose(connection: sqlite3.Connection) -> list[list[PackRow]]:
+    """Groups of packs for gc to copy, each group into one new pack."""
+    live = {}
     places = "SELECT pack, nbytes FROM blobs UNION ALL SELECT pack, length(data) FROM objects"
-    for pack, nbytes in connection.execute(f"SELECT pack, sum(nbytes) FROM ({places}) GROUP BY pack"):
-        live[pack] = nbytes
-    packs = connection.execute("SELECT name, nbytes FROM packs WHERE doomed_ns IS NULL ORDER BY name").fetchall()
-    small = [name for name, nbytes in packs if nbytes < SMALL_BYTES]
-    chosen = set(small) if len(small) >= SMALL_COUNT else set()
-    chosen |= {name for name, nbytes in packs if _overhead_free(nbytes) - live[name] >= DEAD_SHARE * nbytes}
-    return _grouped([(name, live[name]) for name, _ in packs if name in chosen])
+    for pack, num, nbytes in connection.execute(f"SELECT pack, count(*), sum(nbytes) FROM ({places}) GROUP BY pack"):
+        live[pack] = (num, nbytes)
+    packs = objects.read_packs(connection, "doomed_ns IS NULL")
+    small = {pack.name for pack in packs if pack.nbytes < SMALL_BYTES}
+    chosen = small if len(small) >= SMALL_COUNT else set()
+    for pack in packs:
+        if _overhead_free(pack.nbytes) - live.get(pack.name, (0, 0))[1] >= DEAD_SHARE * pack.nbytes:
+            chosen.add(pack.name)
+    return grouped((pack, *live.get(pack.name, (0, 0))) for pack in packs if pack.name in chosen)
 
 
 def _overhead_free(nbytes: int) -> int:
@@ -51,19 +57,20 @@ def _overhead_free(nbytes: int) -> int:
     return nbytes - min(nbytes // 2, 64 << 10)
 
 
-def _grouped(packs: list[tuple[str, int]]) -> list[list[str]]:
-    groups: list[list[str]] = []
-    total = GROUP_BYTES
-    for name, nbytes in packs:
-        if total + nbytes > GROUP_BYTES:
+def grouped(packs: Iterable[tuple[PackRow, int, int]]) -> list[list[PackRow]]:
+    """(pack, live entries, live bytes) put together, in order, so that no group goes beyond what a pack is to hold."""
+    groups: list[list[PackRow]] = []
+    total = entries = 0
+    for pack, num, nbytes in packs:
+        if not groups or total + nbytes > GROUP_BYTES or entries + num > GROUP_ENTRIES:
             groups.append([])
-            total = 0
-        groups[-1].append(name)
-        total += nbytes
+            total = entries = 0
+        groups[-1].append(pack)
+        total, entries = total + nbytes, entries + num
     return groups
 
 
-def copy_packs(store: Home, packs: list[str], damaged: list[str]) -> int:
+def copy_packs(store: Home, packs: list[PackRow], damaged: list[str]) -> int:
     """Copies what is alive in `packs` into one new pack; returns how many were doomed. Damaged ones are left alone."""
     name = leases.new_pack_name()
     with store.database.write(durable=False) as connection:
@@ -72,75 +79,84 @@ def copy_packs(store: Home, packs: list[str], damaged: list[str]) -> int:
         copied, entries = _copyable(store, packs, damaged)
         if not copied:
             return 0
-        items = [_item(store.packs, pack, entry) for pack, entry in entries]
-        result = write_pack(store.packs, name, items, metadata={"thaw.store": store.uuid}) if items else None
+        result = _copy(store, name, entries)
         with store.database.write() as connection:
             _move_rows(connection, entries, result)
-            doomed = _doom(connection, copied)
+            emptied = [pack for pack in copied if not objects.is_used(connection, pack.name)]
+            objects.doom_packs(connection, emptied, time.time_ns())
             leases.release(connection, lease)
-        return doomed
+        return len(emptied)
     finally:
         with store.database.write(durable=False) as connection:
             leases.release(connection, lease)
 
 
-def _copyable(store: Home, packs: list[str], damaged: list[str]) -> tuple[list[str], list[tuple[str, Entry]]]:
+def _copyable(store: Home, packs: list[PackRow], damaged: list[str]) -> tuple[list[PackRow], list[BlobOf]]:
     """The packs whose live entries all verify, and those entries. A pack that does not is added to `damaged`."""
-    good: list[str] = []
-    entries: list[tuple[str, Entry]] = []
-    for pack in packs:
-        try:
-            alive = _alive(store, pack)
-            for entry in alive:
-                read_blob(store.packs, _place(pack, entry))
-        except CorruptBlob:
-            damaged.append(pack)
-            continue
-        good.append(pack)
-        entries.extend((pack, entry) for entry in alive)
+    good: list[PackRow] = []
+    entries: list[BlobOf] = []
+    with PackFiles(store.packs) as files:
+        for pack in packs:
+            try:
+                alive = _alive(store, pack.name)
+                for entry in alive:
+                    what = files.damage(pack.name, entry)
+                    if what:
+                        raise CorruptBlob(f"pack {pack.name}: {what}")
+            except CorruptBlob:
+                damaged.append(pack.name)
+                continue
+            good.append(pack)
+            entries.extend((pack.name, entry) for entry in alive)
     return good, entries
 
 
+BlobOf = tuple[str, Entry]
+"""An entry and the pack that it is in."""
+
+
 def _alive(store: Home, pack: str) -> list[Entry]:
-    """The entries of `pack` that rows point at."""
+    """The entries of `pack` that rows point at: the index of packs must know all of them, and no others."""
     header = read_header(store.packs / pack)
     with store.database.read() as connection:
         rows = connection.execute("SELECT start, id FROM blobs WHERE pack = ?", (pack,)).fetchall()
         rows += connection.execute("SELECT start, id FROM objects WHERE pack = ?", (pack,)).fetchall()
-    wanted = set(rows)
-    alive = [entry for entry in header.entries if (entry.offset, entry.id) in wanted]
-    if len(alive) != len(wanted):
+        alive = [entry for entry in header.entries if not entry.is_pad and _lies_in(connection, pack, entry)]
+    if {(entry.offset, entry.id) for entry in alive} != set(rows):
         raise CorruptBlob(f"pack {pack}: database and header do not agree about what it holds. Run `thaw fsck`.")
     return alive
 
 
-def _place(pack: str, entry: Entry) -> BlobLocation:
-    return BlobLocation(blob=entry.id, pack=pack, offset=entry.offset, nbytes=entry.nbytes)
+def _lies_in(connection: sqlite3.Connection, pack: str, entry: Entry) -> bool:
+    table = "objects" if entry.is_object else "blobs"
+    row = connection.execute(f"SELECT pack, start FROM {table} WHERE id = ?", (entry.id,)).fetchone()
+    return bool(row == (pack, entry.offset))
 
 
-def _item(folder: Path, pack: str, entry: Entry) -> PackItem:
-    read = partial(read_blob, folder, _place(pack, entry))
-    return PackItem(OBJECT if entry.is_object else "", entry.dtype, entry.shape, entry.nbytes, read)
+def _copy(store: Home, name: str, entries: list[BlobOf]) -> PackResult | None:
+    """Writes the entries into a new pack; what was written is what they are named by."""
+    if not entries:
+        return None
+    with PackFiles(store.packs) as files:
+        items = [
+            PackItem(
+                OBJECT if e.is_object else "", e.dtype, e.shape, e.nbytes, partial(files.read, pack, e.offset, e.nbytes)
+            )
+            for pack, e in entries
+        ]
+        result = write_pack(store.packs, name, items, metadata={"thaw.store": store.uuid})
+    for (pack, entry), place in zip(entries, result.blobs, strict=True):
+        if place.blob != entry.id:
+            raise CorruptBlob(f"pack {pack}: {entry.id} changed while it was copied. Run `thaw fsck`.")
+    return result
 
 
-def _move_rows(connection: sqlite3.Connection, entries: list[tuple[str, Entry]], result: PackResult | None) -> None:
+def _move_rows(connection: sqlite3.Connection, entries: list[BlobOf], result: PackResult | None) -> None:
     if result is None:
         return
     objects.insert_pack(connection, result.name, result.nbytes)
+    moves: dict[bool, list[tuple[BlobLocation, str]]] = {False: [], True: []}
     for (pack, entry), place in zip(entries, result.blobs, strict=True):
-        table = "objects" if entry.is_object else "blobs"
-        connection.execute(
-            f"UPDATE {table} SET pack = ?, start = ? WHERE id = ? AND pack = ?",
-            (place.pack, place.offset, entry.id, pack),
-        )
-
-
-def _doom(connection: sqlite3.Connection, packs: list[str]) -> int:
-    """Dooms those of `packs` that no row points into any more."""
-    doomed = 0
-    for pack in packs:
-        used = "SELECT 1 FROM blobs WHERE pack = ? UNION ALL SELECT 1 FROM objects WHERE pack = ? LIMIT 1"
-        if connection.execute(used, (pack, pack)).fetchone() is None:
-            connection.execute("UPDATE packs SET doomed_ns = ? WHERE name = ?", (time.time_ns(), pack))
-            doomed += 1
-    return doomed
+        moves[entry.is_object].append((place, pack))
+    objects.move_blobs(connection, moves[False])
+    objects.move_objects(connection, moves[True])

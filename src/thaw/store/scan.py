@@ -6,16 +6,19 @@ Works in constant memory, whatever a header claims, and never raises for damage:
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from blake3 import blake3
 
-from thaw.core.errors import ThawError
+from thaw.core.errors import CorruptBlob, ThawError
 from thaw.data.files import storage_errors
 from thaw.data.header import Entry, PackHeader
 from thaw.data.pack import read_header
+from thaw.data.reader import open_pack
 
 PIECE = 8 << 20
 SUFFIX = ".safetensors"
@@ -42,6 +45,23 @@ def list_packs(folder: Path) -> list[str]:
     """Names of pack files; nothing when the folder is gone."""
     with storage_errors(folder, "list"):
         return sorted(n for n in os.listdir(folder) if n.endswith(SUFFIX)) if folder.is_dir() else []
+
+
+def look_at(folder: Path, name: str, nbytes: int) -> PackScan:
+    """A scan that opens nothing: whether the file is there, and is `nbytes` long."""
+    scan = PackScan(name)
+    try:
+        status = os.stat(folder / name)
+    except OSError as error:
+        scan.problems.append(f"pack {name} is missing or cannot be reached: {error.strerror}")
+        return scan
+    scan.nbytes = status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        scan.problems.append(f"pack {name} is no file but a folder, a pipe or a device")
+    elif status.st_size != nbytes:
+        how = "was cut off" if status.st_size < nbytes else "was appended to"
+        scan.problems.append(f"pack {name} {how}: {status.st_size} bytes are there, {nbytes} were written")
+    return scan
 
 
 def scan_packs(folder: Path, names: Iterable[str], *, deep: bool) -> dict[str, PackScan]:
@@ -75,21 +95,56 @@ def _check_end(scan: PackScan) -> None:
 
 def _check_bytes(path: Path, scan: PackScan) -> None:
     assert scan.header is not None
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with PackFiles(path.parent) as files:
         for entry in scan.header.entries:
-            if entry.offset + entry.nbytes > scan.nbytes:
-                continue
-            what = _damage(fd, entry)
+            what = files.damage(path.name, entry) if entry.offset + entry.nbytes <= scan.nbytes else ""
             if what:
                 scan.problems.append(f"pack {path.name}: {what}")
                 scan.bad.append(entry)
-    finally:
-        os.close(fd)
+
+
+class PackFiles:
+    """Packs that are read in order, one open at a time. Raises `MissingPack`, `StorageFailed`, `CorruptBlob`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._pack, self._fd = folder, "", -1
+
+    def damage(self, pack: str, entry: Entry) -> str:
+        """What is wrong with an entry's bytes, "" when nothing is."""
+        return _damage(self._open(pack), entry)
+
+    def read(self, pack: str, start: int, nbytes: int) -> bytes:
+        """Bytes [start, start + nbytes), not verified. Raises `CorruptBlob` where the file ends before."""
+        fd, data = self._open(pack), bytearray()
+        while len(data) < nbytes:
+            with storage_errors(self._folder / pack, "read"):
+                piece = os.pread(fd, min(PIECE, nbytes - len(data)), start + len(data))
+            if not piece:
+                raise CorruptBlob(f"pack {pack} ended at byte {start + len(data)} while being read. Run `thaw fsck`.")
+            data += piece
+        return bytes(data)
+
+    def _open(self, pack: str) -> int:
+        if pack != self._pack:
+            self._close()
+            self._fd, self._pack = open_pack(self._folder / pack), pack
+        return self._fd
+
+    def _close(self) -> None:
+        if self._pack:
+            os.close(self._fd)
+        self._fd, self._pack = -1, ""
+
+    def __enter__(self) -> PackFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
 
 
 def _damage(fd: int, entry: Entry) -> str:
-    """What is wrong with an entry's bytes, "" when nothing is."""
     hasher = blake3()
     zero = True
     for start in range(entry.offset, entry.offset + entry.nbytes, PIECE):

@@ -8,23 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core import points
-from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound
-from thaw.core.ids import CommitId, ObjectId, StateId
-from thaw.core.objects import AnyObject
+from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
+from thaw.core.ids import CommitId, ObjectId, StateId, digest
+from thaw.core.objects import AnyObject, Commit
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
-from thaw.store import backup, leases, objects, refs
-from thaw.store.db import REBUILD, Database, check_format, creating, is_read_only, set_setting, setting
+from thaw.store import backup, leases, objects, refs, reserve, windows
+from thaw.store.db import (
+    REBUILD,
+    Database,
+    check_format,
+    creating,
+    is_read_only,
+    number,
+    required,
+    set_setting,
+    setting,
+)
 from thaw.store.filesystem import refuse_network
-from thaw.store.objects import ObjectCache
+from thaw.store.objects import ObjectCache, Recorded
 from thaw.store.refs import Ref, ReflogEntry, RefUpdate
-from thaw.store.schema import DATABASE, KEEP_REFLOG_S, PACKS
+from thaw.store.schema import DATABASE, FORMAT, KEEP_REFLOG_S, PACKS
 
 if TYPE_CHECKING:
     from thaw.store.gc import GcReport
@@ -33,6 +45,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PAGE = 1000
+ROOM = 1 << 20
+"""Bytes that the smallest commit may take, with what SQLite writes beside it."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes on disk. `pack_nbytes` counts whole files, `blob_nbytes` the KV in them."""
+
+    num_packs: int
+    pack_nbytes: int
+    blob_nbytes: int
+    database_nbytes: int
 
 
 class Store:
@@ -44,7 +68,7 @@ class Store:
         self.database = Database(path / DATABASE)
         self._cache = ObjectCache()
         try:
-            self.uuid = self._check()
+            self.uuid = reserve.with_room(path, self._check)
         except BaseException:
             self.database.close()
             raise
@@ -54,9 +78,14 @@ class Store:
         path = self.path
         saved = _saved_sequence(path)
         with self.database.read() as connection:
-            check_format(connection, path / DATABASE)
-            uuid = setting(connection, "uuid") or ""
-            sequence = int(setting(connection, "sequence") or "0")
+            version = check_format(connection, path / DATABASE)
+        if version < FORMAT:
+            from thaw.store.upgrade import bring_up
+
+            bring_up(self.database)
+        with self.database.read() as connection:
+            uuid = required(connection, "uuid")
+            sequence = number(connection, "sequence")
         if sequence < saved:
             raise CorruptDatabase(
                 f"{path / DATABASE} has seen {sequence} changes of refs, but refs.json {saved}: it lost some. {REBUILD}"
@@ -149,7 +178,35 @@ class Store:
     def find_segments(self, window: str) -> list[tuple[ObjectId, StateId]]:
         """Segments whose `window` hash equals, each with a state that holds it (or at least its first tokens)."""
         with self.database.read() as connection:
-            return objects.find_segments(connection, window)
+            return windows.find(connection, window)
+
+    def nearest(self, window: str, tokens: Sequence[int]) -> list[StateId]:
+        """The states with this hash before a window whose tokens in it (256 at most) are most like these: up to two."""
+        with self.database.read() as connection:
+            return windows.nearest(connection, window, tokens)
+
+    def recorded(self, commit: str, num: int = 1) -> list[Recorded]:
+        """A commit's bytes and its state's, and those of the `num` - 1 commits that were stored before it.
+
+        For who looks at many: bytes are verified, not decoded. Raises `NotFound`, `CorruptBlob`, `CorruptDatabase`.
+        """
+        with self.database.read() as connection:
+            return objects.read_recorded(connection, commit, num)
+
+    def models(self) -> list[ObjectId]:
+        """The identities of models that something here was captured with."""
+        with self.database.read() as connection:
+            rows = connection.execute("SELECT id, data FROM objects WHERE kind = 'model' ORDER BY seq").fetchall()
+        return [ObjectId(digest(objects.verified(data, identifier))) for identifier, data in rows]
+
+    def recorders(self, state: str) -> list[CommitId]:
+        """The commits that recorded a state, newest first."""
+        with self.database.read() as connection:
+            found = objects.find_recorders(connection, state)
+        for one in found:
+            if self.get_as(one, Commit).state != state:
+                raise CorruptDatabase(f"the row of commit {one} in objects says another state than it. {REBUILD}")
+        return found
 
     def commits(self) -> Iterator[CommitId]:
         """All commits in the order they were stored; those that come meanwhile may be seen."""
@@ -162,6 +219,15 @@ class Store:
                 return
             last = rows[-1][0]
             yield from (CommitId(row[1]) for row in rows)
+
+    def usage(self) -> Usage:
+        """What the repository takes on disk."""
+        with self.database.read() as connection:
+            packs = objects.read_packs(connection, "doomed_ns IS NULL")
+            blobs = objects.read_blobs_nbytes(connection)
+        with storage_errors(self.database.path, "look at"):
+            database = os.stat(self.database.path).st_size
+        return Usage(len(packs), sum(pack.nbytes for pack in packs), blobs, database)
 
     # --- writing
 
@@ -183,20 +249,39 @@ class Store:
 
     def update_refs(self, *updates: RefUpdate) -> None:
         """All or none, on disk on return. Raises `RefConflict`, `NotFound`, `BadPoint`."""
+        if any(update.target is not None for update in updates):
+            self._apply(updates)
+            backup.save(self.path, self.database)
+        else:  # whoever deletes is about to make room
+            reserve.with_room(self.path, lambda: self._apply(updates))
+            backup.save(self.path, self.database, with_reserve=True)
+
+    def _apply(self, updates: Sequence[RefUpdate]) -> None:
         with self.database.write() as connection:
             refs.apply(connection, updates)
-        backup.save(self.path, self.database)
 
-    def reflog(self, name: str, *, kept: bool = False) -> list[ReflogEntry]:
-        """Moves of a ref, newest first; with `kept` also commits that were kept when their update lost a race."""
+    def refs_at(self, targets: Iterable[str]) -> list[Ref]:
+        """The refs that name one of these commits, by name; others are not read."""
         with self.database.read() as connection:
-            return refs.read_reflog(connection, name, kept=kept)
+            return refs.read_refs_at(connection, targets)
+
+    def reflog(self, name: str, *, kept: bool = False, limit: int | None = None) -> list[ReflogEntry]:
+        """Moves of a ref, newest first; with `kept` also commits that were kept when their update lost a race. With
+        `limit` no more are read."""
+        with self.database.read() as connection:
+            return list(islice(refs.read_reflog(connection, name, kept=kept), limit))
+
+    def stood(self, name: str, num: int) -> list[CommitId]:
+        """Where a ref stood before each of its last moves, newest first: `num` commits, or as many as there are."""
+        with self.database.read() as connection:
+            entries = refs.read_reflog(connection, name)
+            return list(islice((entry.old for entry in entries if entry.old is not None), num))
 
     @property
     def head(self) -> str:
         """The name of the current branch, which need not exist yet."""
         with self.database.read() as connection:
-            return setting(connection, "head") or "main"
+            return required(connection, "head")
 
     def set_head(self, name: str) -> None:
         self._set("head", points.check_name(name))
@@ -217,10 +302,16 @@ class Store:
     # --- upkeep
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float = KEEP_REFLOG_S, now: float | None = None) -> GcReport:
-        """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`."""
+        """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`.
+
+        On a full disk, and only there, it takes the reserve's space, and gives it back.
+        """
         from thaw.store.gc import collect_garbage
 
-        report = collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
+        def collect() -> GcReport:
+            return collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
+
+        report = collect() if dry_run else reserve.with_room(self.path, collect)
         self._cache.clear()
         return report
 
@@ -231,6 +322,20 @@ class Store:
         report = fsck(self.path, rebuild=rebuild, deep=deep)
         self._cache.clear()
         return report
+
+    def require_room(self, nbytes: int = 0) -> None:
+        """For who is about to write: that the disk holds `nbytes` more, and the reserve. Nothing on a read-only one.
+
+        Raises `StorageFailed`. What is free now may be gone when it is needed; then writing fails, and leaves nothing.
+        """
+        if is_read_only(self.database.path):
+            return
+        whole, free = reserve.keep(self.path), reserve.free_bytes(self.path)
+        if not whole or free < nbytes + ROOM:
+            raise StorageFailed(
+                f"the disk of {self.path} is full: {free:,} bytes are free, and about {nbytes + ROOM:,} are needed to "
+                "commit. Free some space first (`thaw branch -d` and `thaw gc` work on a full disk), then try again."
+            )
 
     @contextlib.contextmanager
     def reading(self, *roots: str) -> Iterator[None]:

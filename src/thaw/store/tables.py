@@ -1,25 +1,30 @@
 """Checking the database for `fsck`: that SQLite finds it whole, that rows match their checksums, objects their
-hashes, and that what should agree does: index and packs, objects and what they point to, refs and refs.json."""
+hashes, and that what should agree does: index and packs, objects and what they point to, refs and refs.json.
+
+Rows may hold anything that SQLite can: what is not as it was written is reported, and never raises.
+"""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from thaw.core import objects as core_objects
-from thaw.core.errors import NewerFormat, ThawError
-from thaw.store import backup, refs
-from thaw.store.db import check_format, setting, translate
+from thaw.core.errors import CorruptDatabase, NewerFormat, ThawError
+from thaw.store import backup, leases, objects, refs
+from thaw.store.db import REBUILD, check_format, number, required, setting, translate
 from thaw.store.links import Links, links
 from thaw.store.report import FsckReport
-from thaw.store.schema import DATABASE, TABLES
+from thaw.store.schema import COUNTS, DATABASE, TABLES, check, checksum
+from thaw.store.windows import Windows
 
 
 @dataclass
 class Index:
-    """The database's rows, as far as they could be read."""
+    """The database's rows, as far as they could be read. A quick check reads `packs` alone."""
 
     packs: dict[str, int] = field(default_factory=dict)
     blobs: dict[str, tuple[str, int, int]] = field(default_factory=dict)
@@ -30,17 +35,23 @@ class Index:
 
 
 def check_tables(connection: sqlite3.Connection, folder: Path, report: FsckReport) -> Index:
-    """Adds what is wrong inside the database to `report`, under the file `thaw.db`."""
+    """Adds what is wrong inside the database to `report`, under `thaw.db`; looks as far as `report.deep` says."""
     index = Index()
     steps: list[Callable[[], None]] = [
-        lambda: check_format(connection, folder / DATABASE),
+        lambda: _format(connection, folder),
         lambda: _sqlite(connection, report),
-        lambda: _rows(connection),
-        lambda: _load(connection, index, report),
-        lambda: _segments(connection, index, report),
-        lambda: _refs(connection, index, report),
+        lambda: _settings(connection),
+        lambda: _refs(connection, report),
+        lambda: _reflog(connection, report),
+        lambda: _leases(connection),
+        lambda: _packs(connection, index, report),
         lambda: _against_backup(connection, folder, report),
     ]
+    if report.deep:
+        steps += [
+            lambda: load(connection, index, report),
+            lambda: _segments(connection, index, report),
+        ]
     for step in steps:
         try:
             step()
@@ -53,8 +64,12 @@ def check_tables(connection: sqlite3.Connection, folder: Path, report: FsckRepor
     return index
 
 
+def _format(connection: sqlite3.Connection, folder: Path) -> None:
+    check_format(connection, folder / DATABASE)
+
+
 def _sqlite(connection: sqlite3.Connection, report: FsckReport) -> None:
-    for (line,) in connection.execute("PRAGMA integrity_check(20)"):
+    for (line,) in connection.execute(f"PRAGMA {'integrity' if report.deep else 'quick'}_check(20)"):
         if line != "ok":
             report.add(DATABASE, f"SQLite: {line}")
     found = {row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")}
@@ -62,62 +77,119 @@ def _sqlite(connection: sqlite3.Connection, report: FsckReport) -> None:
         report.add(DATABASE, "its tables are not those of this format")
 
 
-def _rows(connection: sqlite3.Connection) -> None:
-    """Every checksum of settings, refs and reflog."""
+def _settings(connection: sqlite3.Connection) -> None:
     for (key,) in connection.execute("SELECT key FROM settings").fetchall():
+        if not isinstance(key, str):
+            raise CorruptDatabase(f"settings has a row of {str(key)[:40]!r}, which is no key. {REBUILD}")
         setting(connection, key)
-    for key in ("uuid", "head", "sequence"):
-        if setting(connection, key) is None:
-            raise ValueError(f"the row {key!r} of settings is missing")
-    refs.read_refs(connection)
+    for key in ("uuid", "head"):
+        required(connection, key)
+    for key in COUNTS:
+        number(connection, key)
+
+
+def _refs(connection: sqlite3.Connection, report: FsckReport) -> None:
+    for ref in refs.read_refs(connection):
+        if connection.execute("SELECT kind FROM objects WHERE id = ?", (ref.target,)).fetchone() != ("commit",):
+            what = f"{ref.kind} {ref.name!r} names {ref.target}, which is no stored commit"
+            report.add(DATABASE, what, (ref.target,))
+
+
+def _reflog(connection: sqlite3.Connection, report: FsckReport) -> None:
+    """Every row, and that each name's chain is whole from its end to its beginning."""
     refs.read_whole_reflog(connection)
+    ends: dict[str, int] = {}
+    for seq, before, name in connection.execute("SELECT seq, before, name FROM reflog ORDER BY seq"):
+        if before != ends.get(name, 0):
+            report.add(DATABASE, f"row {seq} of reflog does not follow the one of {name[:80]!r} before it")
+        ends[name] = seq
+    rows = {(name, end, checksum("reflog_ends", name, end)) for name, end in ends.items()}
+    if rows != set(connection.execute("SELECT name, seq, checksum FROM reflog_ends").fetchall()):
+        report.add(DATABASE, "reflog_ends does not name the last rows of reflog")
 
 
-def _load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
-    for name, nbytes, doomed in connection.execute("SELECT name, nbytes, doomed_ns FROM packs"):
-        if doomed is None:
-            index.packs[name] = nbytes
-    for blob, pack, start, nbytes in connection.execute("SELECT id, pack, start, nbytes FROM blobs"):
-        index.blobs[blob] = (pack, start, nbytes)
-    for identifier, kind, data, pack, start in connection.execute("SELECT id, kind, data, pack, start FROM objects"):
+def _leases(connection: sqlite3.Connection) -> None:
+    leases.split(connection)
+
+
+def _each(rows: sqlite3.Cursor, report: FsckReport) -> Iterator[Any]:
+    """Rows one by one, and those that cannot be read reported."""
+    while True:
         try:
-            core_objects.decode(bytes(data), identifier)
-            of = links(bytes(data))
-            if of.kind != kind:
-                raise ValueError(f"object {identifier} is a {of.kind}, but its row says {kind}")
+            row = rows.fetchone()
+        except sqlite3.OperationalError as error:
+            report.add(DATABASE, f"a row cannot be read: {error}")
+            return
+        if row is None:
+            return
+        yield row
+
+
+def _packs(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
+    for row in _each(connection.execute('SELECT name, nbytes, doomed_ns, "check" FROM packs'), report):
+        try:
+            pack = objects.pack_row(row)
+        except ThawError as error:
+            report.add(DATABASE, str(error))
+            continue
+        if pack.doomed_ns is None:
+            index.packs[pack.name] = pack.nbytes
+        elif objects.is_used(connection, pack.name):
+            report.add(DATABASE, f"pack {pack.name} is doomed, yet rows point into it")
+
+
+def load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
+    """Reads places and objects, each checked."""
+    for row in _each(connection.execute('SELECT id, pack, start, nbytes, "check" FROM blobs'), report):
+        try:
+            place = objects.blob_place(row)
+            index.blobs[place.blob] = (place.pack, place.offset, place.nbytes)
+        except ThawError as error:
+            report.add(DATABASE, str(error), (str(row[0]),))
+    columns = 'SELECT id, kind, data, pack, start, state, "check" FROM objects'
+    for identifier, kind, data, pack, start, state, said in _each(connection.execute(columns), report):
+        try:
+            core_objects.decode(objects.stored_bytes(data, str(identifier)[:80]), identifier)
+            of = links(data)
+            agrees = (kind, state) == (of.kind, of.state) and isinstance(pack, str) and isinstance(start, int)
+            if not agrees or said != check("objects", identifier, kind, pack, start, state):
+                raise CorruptDatabase(f"the row of {identifier} in objects does not say what its object does")
             index.links[identifier] = of
             index.objects[identifier] = (pack, start, len(data))
-        except (ThawError, ValueError, TypeError) as error:
-            index.bad.add(identifier)
+        except ThawError as error:
+            index.bad.add(str(identifier))
             report.add(DATABASE, str(error), (str(identifier),))
 
 
 def _segments(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
     """Each segment that a state uses is found by its window and through a state that has it, and no others are."""
-    used: set[str] = set()
-    of_state: dict[str, set[str]] = {}
-    for identifier, of in index.links.items():
-        if of.kind == "state":
-            nodes = [index.links[node] for node in of.objects if node in index.links]
-            of_state[identifier] = {segment for node in nodes if node.kind == "segments" for segment in node.objects}
-            used |= of_state[identifier]
-    rows = connection.execute('SELECT segment, "window", state FROM segments').fetchall()
-    for segment, window, state in rows:
-        of_segment = index.links.get(segment)
-        if of_segment is None or of_segment.window != window or segment not in of_state.get(state, ()):
-            report.add(DATABASE, f"the row of {segment} in segments does not match the objects")
-    missing = (used & index.links.keys()) - {row[0] for row in rows}
+    rows: set[object] = set()
+    last, of_last = None, set[str]()
+    made = Windows(lambda identifier: objects.read_bytes(connection, identifier))
+    columns = 'SELECT "window", "key", segment, state, "check" FROM segments ORDER BY state'
+    for row in _each(connection.execute(columns), report):
+        _, _, segment, state, _ = row
+        if state != last:
+            last, of_last = state, _segments_of(index, [state])
+        rows.add(segment)
+        try:
+            agrees = segment in of_last and row == next(made.rows([(segment, state)]))
+        except ThawError:
+            agrees = False
+        if not agrees:
+            report.add(DATABASE, f"the row of {str(segment)[:80]} in segments does not match the objects")
+    used = _segments_of(index, (identifier for identifier, of in index.links.items() if of.kind == "state"))
+    missing = (used & index.links.keys()) - rows
     if missing:
         what = f"segments lacks {len(missing)} rows, that of {min(missing)} among them"
         report.add(DATABASE, what, tuple(sorted(missing)))
 
 
-def _refs(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
-    for ref in refs.read_refs(connection):
-        of = index.links.get(ref.target)
-        if of is None or of.kind != "commit":
-            what = f"{ref.kind} {ref.name!r} names {ref.target}, which is no stored commit"
-            report.add(DATABASE, what, (ref.target,))
+def _segments_of(index: Index, states: Iterable[str]) -> set[str]:
+    """All segments that these states use."""
+    used = {node for state in states if state in index.links for node in index.links[state].objects}
+    nodes = (index.links[node] for node in used if node in index.links)
+    return {segment for node in nodes if node.kind == "segments" for segment in node.objects}
 
 
 def _against_backup(connection: sqlite3.Connection, folder: Path, report: FsckReport) -> None:

@@ -4,7 +4,8 @@
     add_pack   a pack that an engine wrote and synced
     put        objects, queued
     commit     object pack written and synced ── SQL: packs, blobs, objects, check that everything they
-               point to is there, refs by compare-and-swap, reflog, lease released ── refs.json
+               point to is there, refs by compare-and-swap, reflog, lease released ── refs.json ── now and
+               then small packs are put together (see `thaw.store.gather`)
 
 Before the SQL transaction nothing is visible; after it everything is, power cut or not. Whoever leaves without
 `commit` leaves nothing: packs are removed, or, if the process died, reclaimed by gc when its lease is dead.
@@ -28,8 +29,10 @@ from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import backup, leases, objects, refs
 from thaw.store.db import CommitUnsure, Database
-from thaw.store.links import kind_of, links
+from thaw.store.gather import gather, is_due
+from thaw.store.links import links
 from thaw.store.refs import RefUpdate
+from thaw.store.windows import Windows, insert
 
 
 class Home(Protocol):
@@ -50,7 +53,7 @@ class Transaction:
         self._store = store
         self._leased = [self.pack, self._object_pack]
         self._added: dict[str, tuple[int, tuple[BlobLocation, ...]]] = {}
-        self._queue: dict[str, tuple[str, bytes]] = {}
+        self._queue: dict[str, bytes] = {}
         self._over = False
         self._pid = os.getpid()
         with store.database.write(durable=False) as connection:
@@ -99,7 +102,7 @@ class Transaction:
             decode(data, identifier)
         except CorruptBlob as error:
             raise InvalidRequest(f"a {type(obj).__name__} that cannot be read again is not stored: {error}") from None
-        self._queue[identifier] = (kind_of(obj), data)
+        self._queue[identifier] = data
         return identifier
 
     def commit(self, *updates: RefUpdate) -> None:
@@ -121,17 +124,20 @@ class Transaction:
             self._insert_objects(connection, new, written)
             lost = _move(connection, updates)
             leases.release(connection, self._lease)
+            many_small = is_due(connection)
         self._over = True
         self._remove(redundant)
         if updates:
             backup.save(self._store.path, self._store.database)
+        if many_small:
+            gather(self._store)
         if lost is not None:
             raise lost
 
-    def _write_objects(self, new: dict[str, tuple[str, bytes]]) -> PackResult | None:
+    def _write_objects(self, new: dict[str, bytes]) -> PackResult | None:
         if not new:
             return None
-        items = [PackItem(OBJECT, "U8", (len(data),), len(data), lambda data=data: data) for _, data in new.values()]  # type: ignore[misc]
+        items = [PackItem(OBJECT, "U8", (len(data),), len(data), lambda data=data: data) for data in new.values()]  # type: ignore[misc]
         return write_pack(self._store.packs, self._object_pack, items, metadata={"thaw.store": self._store.uuid})
 
     def _insert_blobs(self, connection: sqlite3.Connection) -> list[str]:
@@ -147,18 +153,19 @@ class Transaction:
         return redundant
 
     def _insert_objects(
-        self, connection: sqlite3.Connection, new: dict[str, tuple[str, bytes]], written: PackResult | None
+        self, connection: sqlite3.Connection, new: dict[str, bytes], written: PackResult | None
     ) -> None:
         if written is None:
             self._require(connection, "objects", self._queue)
             return
         objects.insert_pack(connection, written.name, written.nbytes)
+        of_new = {identifier: links(data) for identifier, data in new.items()}
         for place in written.blobs:
-            objects.insert_object(connection, place, *new[place.blob])
-        of_new = {identifier: links(data) for identifier, (_, data) in new.items()}
+            objects.insert_object(connection, place, of_new[place.blob], new[place.blob])
         self._require(connection, "objects", [*self._queue, *(o for of in of_new.values() for o in of.objects)])
         self._require(connection, "blobs", [blob for of in of_new.values() for blob in of.blobs])
-        objects.home_segments(connection, objects.homes(of_new))
+        windows = Windows(lambda identifier: new.get(identifier) or objects.read_bytes(connection, identifier))
+        insert(connection, windows.rows(objects.homes(of_new)))
 
     def _require(self, connection: sqlite3.Connection, table: str, identifiers: Iterable[str]) -> None:
         wanted = set(identifiers)

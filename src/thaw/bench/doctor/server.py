@@ -17,6 +17,7 @@ import msgspec
 
 from thaw.bench.doctor.report import Finding
 from thaw.core.errors import ThawError
+from thaw.data.files import read_at_most
 from thaw.engines.keys import api_key
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import Mail, ranks_beside
@@ -26,6 +27,7 @@ from thaw.repo.served import Served
 from thaw.store import Store
 
 HELLO_LIMIT_S = 60.0
+MAX_REPLY_NBYTES = 1 << 20
 SWITCHED_ON_BY = {"sglang": "--radix-cache-backend thaw"}
 WITH_A_FILE = "the file that `thaw engine config vllm` writes (--config FILE)"
 
@@ -126,8 +128,7 @@ def _asked(url: str, body: dict[str, Any], engine: str) -> bytes:
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=HELLO_LIMIT_S) as reply:
-        data: bytes = reply.read()
-    return data
+        return read_at_most(reply, MAX_REPLY_NBYTES, f"the reply of {url}")
 
 
 def _connector(known: Served) -> Iterator[Finding]:

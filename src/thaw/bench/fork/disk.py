@@ -16,6 +16,7 @@ from thaw.data.files import storage_errors, sync_folder
 from thaw.data.locations import StoreMount
 from thaw.engines.base import CapturePlan, Engine
 from thaw.repo import Repository, Session
+from thaw.store import reserve
 
 _WRITE_BYTES = 8 << 20
 
@@ -33,10 +34,10 @@ def packs_against_files(folder: Path, nbytes: int, rounds: int) -> dict[str, lis
 
 
 def folder_nbytes(repo: Repository) -> int:
-    """Bytes of every file of the repository, its write-ahead log emptied into the database first."""
+    """Bytes of every file of the repository but its reserve, its write-ahead log emptied into the database first."""
     with contextlib.closing(sqlite3.connect(repo.path / "thaw.db")) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return sum(path.stat().st_size for path in repo.path.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in repo.path.rglob("*") if path.is_file() and path.name != reserve.NAME)
 
 
 def forks(repo: Repository, live: Session, n: int, num_tokens: int) -> Sample:

@@ -75,6 +75,7 @@ def command(
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         where = repo.resolve(point)
         prefix = _free_name(repo, name, len(wanted))
+        repo.require_room(sum(child.sampling.max_tokens for child in wanted))
         with Progress("bringing the session back"):
             group = repo.fork(where, len(wanted), replay=replay, policy="recompute" if recompute else "exact")
         with group:

@@ -38,5 +38,9 @@ def command(named: str | None, dry_run: bool, keep_days: float | None, as_json: 
     output.line(f"{verb} {', '.join(gone)}: {freed}; {kept} kept")
     if report.packs_waiting:
         output.line(f"{words.count(report.packs_waiting, 'pack')} still held by a reader; the next gc takes them")
+    if report.packs_without_room:
+        output.line(f"no room to write {words.count(report.packs_without_room, 'pack')} anew; gc again when there is")
+    for name in report.strangers:
+        output.line(f"a folder that is not thaw's was left in packs/: {output.clean(name)}")
     for pack in report.damaged:
         output.line(f"damaged, left as it was: {pack} (see `thaw fsck`)")

@@ -39,9 +39,10 @@ def verify(named: str | None, files: tuple[str, ...], as_json: bool) -> int:
 def _problems(name: str) -> list[str]:
     """What is wrong with the receipt in a file; a file that is none is one problem, so that the others are checked."""
     from thaw.receipt import verify as check
+    from thaw.receipt.format import MAX_BYTES
 
     try:
-        return list(check(prompts.from_file(name).encode()).problems)
+        return list(check(prompts.bytes_of(name, MAX_BYTES)).problems)
     except ThawError as error:
         return [str(error)]
 

@@ -95,6 +95,7 @@ def command(
     job = Job(files, text, talk if chat else None, history, not no_generate, message, sampling)
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         name, point = _start(repo, branch, start)
+        repo.require_room(sampling.max_tokens if job.generate else 0)
         with _session(repo, point, recompute) as session:
             outcome = _run(repo, session, job, name, as_json)
             if repo.store.ref(repo.store.head) is None:

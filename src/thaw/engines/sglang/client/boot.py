@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut
+from thaw.data.files import read_tail
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.joining import join
 from thaw.engines.served.mail import Mail
@@ -41,6 +42,7 @@ BOOT_LIMIT_S = 600.0
 FAREWELL_S = 2.0
 KEPT_BACK = 6
 """Tokens of the context that SGLang keeps back from a prompt."""
+TAIL_NBYTES = 1 << 20
 
 
 class OwnServer:
@@ -84,7 +86,8 @@ class OwnServer:
 
     def last_words(self) -> str:
         """What its log says last, with the error if one is there."""
-        lines = [line for line in Path(self._log.name).read_text(errors="replace").splitlines() if line.strip()]
+        said = read_tail(Path(self._log.name), TAIL_NBYTES).decode(errors="replace")
+        lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "Unsupported" in line]
         return " | ".join((errors or lines)[-3:])[-1500:]
 

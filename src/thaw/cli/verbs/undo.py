@@ -1,0 +1,30 @@
+"""`thaw undo`: a branch goes back to where it stood before its last move."""
+
+from __future__ import annotations
+
+import click
+
+from thaw.cli import options, output, place, view
+
+EXAMPLE = """
+thaw undo
+thaw undo idea
+"""
+
+
+@options.verb("undo", EXAMPLE)
+@click.argument("name", required=False)
+@options.as_json
+def command(named: str | None, name: str | None, as_json: bool) -> None:
+    """Take back the last move of a branch or tag (default: the current branch).
+
+    Nothing is deleted: a commit, an adoption or a deletion is taken back by moving the name, and the reflog keeps where
+    it stood. Each undo goes one move further back; `thaw adopt NAME@{1} NAME` goes forward again.
+    """
+    with place.open_repository(named) as repo:
+        done = repo.undo(name)
+    if as_json:
+        output.print_json(done)
+        return
+    where = f"is at {view.commit_id(done.new)} again" if done.new else "is gone, as before it was made"
+    output.line(f"{done.kind} {done.name} {where} (taken back: {output.one_line(done.reason, 60)})")
