@@ -68,7 +68,8 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
         raise NotFound(f"the tokenizer and config of {name} could not be loaded here: {error}") from None
 
     def identity(group: CacheGroup) -> ModelIdentity:
-        return model_identity(folder, dtype=transport.facts.dtype, group=group, codec=codec)
+        facts = transport.facts
+        return model_identity(folder, dtype=facts.dtype, group=group, codec=codec, overrides=facts.overrides)
 
     return kind(
         transport,

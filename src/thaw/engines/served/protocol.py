@@ -213,7 +213,8 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler's side posts at boot. `engine`, `version`: the server's."""
+    """What the scheduler's side posts at boot. `engine`, `version`: the server's. `overrides`: fields of the model's
+    config, as resolved, that the engine was told to run in place of those in its folder."""
 
     protocol: int
     thaw: str
@@ -232,6 +233,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     data_parallel_rank: int = 0
     reasons: bool = False
     notes: tuple[str, ...] = ()
+    overrides: dict[str, Any] = {}
 
 
 PER_WORKER = ("arena_nbytes", "spilled_nbytes")

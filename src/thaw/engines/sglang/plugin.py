@@ -66,11 +66,12 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     import sglang
 
     from thaw._version import __version__
+    from thaw.engines.hf.checkpoint import require_whole
     from thaw.engines.served import protocol
     from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
     from thaw.engines.served.weights import WeightsSample
-    from thaw.engines.sglang import versions
+    from thaw.engines.sglang import support, versions
     from thaw.engines.sglang.agreement import Agreement
     from thaw.engines.sglang.pool import Pool
     from thaw.engines.sglang.settings import MAX_LOGPROBS
@@ -112,8 +113,10 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         prefix_caching=True,
         runner="",
         notes=tuple(versions.notes(sglang.__version__)),
+        overrides=support.overrides(context.server_args, model),
     )
     if rank == 0:
+        require_whole(engine.model, engine.overrides)
         mail.claim()
         mail.sweep()
         sweep_dead(folder)

@@ -13,6 +13,7 @@ import msgspec
 
 from thaw.core.errors import Unsupported
 from thaw.core.identity import DTYPE_BYTES
+from thaw.engines.hf.config import num_positions, ropes
 
 TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
 LENGTH_ROPES = ("dynamic", "longrope", "su")  # "su" is longrope's first name
@@ -52,7 +53,7 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
         head_dim=dim,
         dtype=dtype,
         kv_token_nbytes=int(layers) * 2 * int(heads) * int(dim) * DTYPE_BYTES[dtype] if known else None,  # type: ignore[arg-type]
-        max_model_len=config.get("max_position_embeddings"),
+        max_model_len=num_positions(config),
     )
 
 
@@ -89,9 +90,9 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         out.append(f"some layers are not full attention ({', '.join(map(str, kinds))})")
     if config.get("sliding_window") and config.get("use_sliding_window", True) and not config.get("layer_types"):
         out.append(f"it attends through a sliding window of {config['sliding_window']} tokens")
-    ropes = sorted(_rope_types(config) & set(LENGTH_ROPES))
-    if ropes:
-        out.append(f"its rope ({', '.join(ropes)}) changes with length, so stored keys would change too")
+    kinds = sorted(_rope_types(config) & set(LENGTH_ROPES))
+    if kinds:
+        out.append(f"its rope ({', '.join(kinds)}) changes with length, so stored keys would change too")
     if config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"):
         out.append("its logits are soft-capped")
     if _alibi(config):
@@ -110,9 +111,7 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:
     """The kinds of rope; newer configs may give one for each kind of layer."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = [rope, *rope.values()] if isinstance(rope, Mapping) else []
-    return {str(one.get("rope_type") or one.get("type") or "") for one in found if isinstance(one, Mapping)}
+    return {str(one.get("rope_type") or one.get("type") or "") for one in ropes(config)}
 
 
 def _alibi(config: Mapping[str, Any]) -> bool:

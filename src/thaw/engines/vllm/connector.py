@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from thaw._version import __version__
+from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
@@ -86,6 +87,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_scheduler(self) -> SchedulerSide:
         config, groups = self._config, self._kv_cache_config.kv_cache_groups
+        overrides = support.overrides(config.model_config)
+        require_whole(config.model_config.model, overrides)
         self._mail.claim()
         self._mail.sweep()
         sweep_dead(_base_folder(config, self._settings))
@@ -110,6 +113,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             data_parallel_rank=versions.data_parallel_rank(config) or 0,
             reasons=bool(getattr(config.structured_outputs_config, "reasoning_parser", "")),
             notes=tuple(versions.notes(vllm.__version__)),
+            overrides=overrides,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:
