@@ -48,6 +48,8 @@ _NOT_FUNCTION = frozenset(
 """Config fields that do not change what the model computes for given tokens."""
 ROPE, OLD_ROPE = "rope_parameters", "rope_scaling"
 """transformers 5's name for the rope's fields, and the name that transformers 4 and model cards have for it."""
+MAX_LAYERS = 100_000
+"""Classes write down each layer's kind, so a config that says more is not asked."""
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
 """What configs call the number of their positions; the first one there counts."""
 STRETCHED = ("yarn", "linear")
@@ -86,6 +88,31 @@ def load_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     if overrides and getattr(config, ROPE, None):
         config.standardize_rope_params()
     return config
+
+
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's fields as transformers completes them: with its class's own values, and a rope in one place.
+
+    As it is where transformers is not here or does not know its type. Raises ValueError, TypeError and the like where
+    its values make no sense.
+    """
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError:
+        return dict(config)
+    from huggingface_hub.errors import StrictDataclassError
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return dict(config)
+    long = [name for name, value in config.items() if "layer" in name and isinstance(value, int) and value > MAX_LAYERS]
+    if long:
+        raise ValueError(f"{long[0]}={config[long[0]]}")
+    try:
+        fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from None
+    return fields
 
 
 def overridden(config: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -64,7 +64,8 @@ LOADED_FROM_FILES = ("auto", "safetensors", "pt", "npcache", "fastsafetensors", 
 
 def _require_files(args: Any, model: Any) -> None:
     """What runs must be what the folder says, for that is the model's identity; overridden fields are part of it."""
-    load_format = str(getattr(args.load_format, "value", args.load_format))
+    load_format = getattr(args, "load_format", "auto")
+    load_format = str(getattr(load_format, "value", load_format))
     if load_format not in LOADED_FROM_FILES:
         raise Unsupported(
             f"load_format={load_format}: the weights that run must be those of the folder's files; use auto"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -60,7 +61,7 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
             name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise NotFound(f"the model {name} could not be loaded: {error}") from None
     except SafetensorError as error:  # of a hub id: a folder was looked at before
         raise IncompleteModel(f"the weights of {name} cannot be read: {error}; get the files again") from None
