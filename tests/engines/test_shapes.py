@@ -35,7 +35,6 @@ WHOLE: dict[str, dict[str, Any]] = {
     "nanochat": {"final_logit_softcapping": None},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "lfm2_moe": {"layer_types": ALL, "num_dense_layers": 1},
 }
 """What makes every layer see all, where that is not a kind's default, and what a kind needs to be small."""

@@ -24,7 +24,6 @@ RUNS = frozenset(
         "aria_text",
         "biogpt",
         "bitnet",
-        "dots1",
         "ernie4_5",
         "ernie4_5_moe",
         "exaone4",
@@ -153,8 +152,8 @@ def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
     """Falcon and GPT-BigCode say by a flag that all query heads share one, Falcon's newer shape how many there are."""
     if config.get("new_decoder_architecture"):
         return config.get("num_kv_heads") or heads
-    if config.get("multi_query"):
-        return 1
+    if config.get("multi_query") is not None:
+        return 1 if config["multi_query"] else heads
     return config.get("num_key_value_heads") or heads
 
 
