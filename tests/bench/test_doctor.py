@@ -56,8 +56,8 @@ def test_a_config_alone_says_kv_bytes_and_size(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "changes with length"),
         ({"kv_lora_rank": 512}, "latent"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"num_hidden_layers": None}, "does not give layers"),
+        ({"layer_types": ["full_attention", "linear_attention"] * 16}, "linear_attention"),
+        ({"model_type": "of_tomorrow", "num_hidden_layers": None}, "does not give layers"),
     ],
 )
 def test_what_is_not_supported_is_said_with_the_reason(tmp_path: Path, change: dict[str, Any], reason: str) -> None:

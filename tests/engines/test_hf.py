@@ -17,9 +17,18 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from thaw.core.errors import IncompleteModel, InvalidRequest  # noqa: E402
 from thaw.engines.hf import weights  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
-from thaw.engines.hf.config import eos_of, eos_token_ids, function_config  # noqa: E402
+from thaw.engines.hf.config import (  # noqa: E402
+    check_length,
+    eos_of,
+    eos_token_ids,
+    function_config,
+    load_config,
+    num_positions,
+    overridden,
+)
 from thaw.engines.hf.files import NotOneToOne, hash_files  # noqa: E402
 from thaw.engines.hf.weights import CACHE_NAME, hash_weights, root_of_folder, root_of_module  # noqa: E402
 
@@ -49,6 +58,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(tensors)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def assert_straight(folder: Path, dtype: str = "float32") -> None:
@@ -111,10 +125,61 @@ def test_tied_tensors_count_once_under_the_first_name(tmp_path: Path, dtype: str
     assert hash_files(tmp_path, getattr(torch, dtype)) == root
 
 
-def test_tied_tensors_that_differ_are_left_to_the_loader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tied_tensors_that_differ_are_refused(tmp_path: Path) -> None:
+    """transformers runs both, vLLM and SGLang the embedding twice: there is no one model in such files."""
     make(tmp_path, "llama", tie_word_embeddings=True)
     edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    assert_by_loading(tmp_path, "should be one tensor and differ", caplog)
+    with pytest.raises(IncompleteModel, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
+        root_of_folder(tmp_path, "float32")
+
+
+def test_the_root_is_of_the_config_too(tmp_path: Path) -> None:
+    """A head that equals the embedding counts once where the config ties it, and that root is not kept for both."""
+    make(tmp_path, "llama")
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    untied = root_of_folder(tmp_path, "float32")
+    set_config(tmp_path, tie_word_embeddings=True)
+    assert root_of_folder(tmp_path, "float32") == hash_weights(load(tmp_path)) != untied
+
+
+def test_fields_that_an_engine_overrides_are_those_of_a_folder_that_says_them(tmp_path: Path) -> None:
+    make(tmp_path / "said", "llama")
+    shutil.copytree(tmp_path / "said", tmp_path / "plain")
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
+    set_config(tmp_path / "said", rope_parameters=rope, rms_norm_eps=1e-3)
+    said = load_config(tmp_path / "said")
+    overrides = overridden(said, ("rope_scaling", "rms_norm_eps", "no_such_field"))
+    assert overrides.keys() == {"rope_parameters", "rms_norm_eps"}
+    found = load_config(tmp_path / "plain", overrides)
+    assert function_config(found.to_dict()) == function_config(said.to_dict())
+    assert function_config(load_config(tmp_path / "plain").to_dict()) != function_config(said.to_dict())
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"n_positions": 1024}, 1024),
+        ({}, None),
+        ({"max_position_embeddings": 512, "rope_scaling": YARN}, 2048),
+        ({"max_position_embeddings": 2048, "rope_parameters": YARN}, 2048),
+        ({"max_position_embeddings": 640, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 2560),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "linear", "factor": 2.5}}, 1280),
+        ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
+        ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "yarn", "factor": None}}, 512),
+        ({"max_position_embeddings": 512, "rope_parameters": {"full": YARN, "sliding": {"rope_type": "default"}}}, 512),
+    ],
+)
+def test_a_stretched_rope_has_the_positions_that_model_cards_say(config: dict[str, Any], positions: int | None) -> None:
+    assert num_positions(config) == positions
+    check_length(config, positions)
+    check_length(config, None)
+    for wrong in (0, -1, "12", True, *(() if positions is None else (positions + 1,))):
+        with pytest.raises(InvalidRequest, match="max_model_len"):
+            check_length(config, wrong)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

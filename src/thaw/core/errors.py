@@ -9,6 +9,7 @@
     │   └── Unsupported         this engine or model cannot do it; the message names what
     ├── Refused                 fail closed: bytes exist, but using them would be wrong
     │   ├── IdentityMismatch    other weights, dtype, rope, tokenizer, adapter, layout
+    │   ├── IncompleteModel     the files of a model are cut short, missing, or not those of its config
     │   ├── PolicyMismatch      KV of another policy version
     │   └── StaleSession        the weights changed under a live session
     ├── Conflict                somebody else was first; look, then try again
@@ -82,6 +83,12 @@ class IdentityMismatch(Refused):
         self.field = field
         self.stored = stored
         self.running = running
+
+
+class IncompleteModel(Refused):
+    """What would run is not what the files say: a tensor would be random, left out, or of another shape."""
+
+    kind = "incomplete-model"
 
 
 class PolicyMismatch(Refused):

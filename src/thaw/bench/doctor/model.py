@@ -9,6 +9,7 @@ from typing import Any
 
 from thaw.bench.doctor.report import Finding, ModelReport
 from thaw.core.errors import InvalidRequest, NotFound
+from thaw.engines.hf.config import resolved
 from thaw.engines.transformers import support
 
 SESSION_TOKENS = 4096
@@ -38,8 +39,9 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> ModelReport:
-    """What the config says. Raises `InvalidRequest` where it makes no sense."""
+    """What the config says, completed as a boot does. Raises `InvalidRequest` where it makes no sense."""
     try:
+        config = resolved(config)
         found = support.examine(config, dtype)
         parameters, work = _work(config, found)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:

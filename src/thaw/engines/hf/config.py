@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from thaw.core.errors import InvalidRequest
+
 _NOT_FUNCTION = frozenset(
     (
         "_attn_implementation",
@@ -44,6 +46,14 @@ _NOT_FUNCTION = frozenset(
     )
 )
 """Config fields that do not change what the model computes for given tokens."""
+ROPE, OLD_ROPE = "rope_parameters", "rope_scaling"
+"""transformers 5's name for the rope's fields, and the name that transformers 4 and model cards have for it."""
+MAX_LAYERS = 100_000
+"""Classes write down each layer's kind, so a config that says more is not asked."""
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+"""What configs call the number of their positions; the first one there counts."""
+STRETCHED = ("yarn", "linear")
+"""Ropes whose `factor` says by how much positions are stretched, beyond what the model was trained with."""
 _IN_ROPE = ("partial_rotary_factor",)
 """Read from `rope_parameters` by every model of transformers 5; see docs/design/0003-identity-across-versions.md."""
 
@@ -60,9 +70,97 @@ def _said_twice(config: Mapping[str, Any]) -> set[str]:
 
     Dropped where both say the same; where they differ the field stays, and so does the refusal.
     """
-    rope = config.get("rope_parameters")
+    rope = config.get(ROPE)
     inner = rope if isinstance(rope, Mapping) else {}
     return {name for name in _IN_ROPE if name in config and name in inner and config[name] == inner[name]}
+
+
+def load_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The resolved config of the model in `folder` (or of that hub id), with `overrides` in place of its own fields.
+
+    Raises OSError or ValueError when there is no config that can be read.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in (overrides or {}).items():
+        setattr(config, ROPE if name == OLD_ROPE else name, value)
+    if overrides and getattr(config, ROPE, None):
+        config.standardize_rope_params()
+    return config
+
+
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's fields as transformers completes them: with its class's own values, and a rope in one place.
+
+    As it is where transformers is not here or does not know its type. Raises ValueError, TypeError and the like where
+    its values make no sense.
+    """
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError:
+        return dict(config)
+    from huggingface_hub.errors import StrictDataclassError
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return dict(config)
+    long = [name for name, value in config.items() if "layer" in name and isinstance(value, int) and value > MAX_LAYERS]
+    if long:
+        raise ValueError(f"{long[0]}={config[long[0]]}")
+    try:
+        fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from None
+    return fields
+
+
+def overridden(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What an engine's resolved `config` has in the fields `names`, for `load_config`."""
+    resolved = config.to_dict()
+    return {name: resolved[name] for name in (ROPE if n == OLD_ROPE else n for n in names) if name in resolved}
+
+
+def num_positions(config: Mapping[str, Any]) -> int | None:
+    """How many positions a model of this config (as `to_dict()` gives it) has; None where nothing says it.
+
+    A rope that is stretched by `factor` has more than `max_position_embeddings` says where that is still the number
+    before: model cards add yarn to a config and leave the number alone. With several ropes, the least stretched counts.
+    """
+    own = next((config[name] for name in POSITIONS if config.get(name) is not None), None)
+    if not isinstance(own, int) or own <= 0:
+        return None
+    return min((_stretched(own, rope) for rope in ropes(config)), default=own)
+
+
+def _stretched(own: int, rope: Mapping[str, Any]) -> int:
+    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+    if kind not in STRETCHED or not isinstance(factor, (int, float)) or isinstance(factor, bool):
+        return own
+    before = rope.get("original_max_position_embeddings") or own
+    return max(own, int(before * factor)) if isinstance(before, int) else own
+
+
+def ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The fields of its rope; of several where each kind of layer has its own."""
+    rope = config.get(ROPE) or config.get(OLD_ROPE)
+    if not isinstance(rope, Mapping):
+        return []
+    return [one for one in rope.values() if isinstance(one, Mapping)] or [rope]
+
+
+def check_length(config: Mapping[str, Any], wanted: object) -> None:
+    """Raise `InvalidRequest` where a `max_model_len` of `wanted` is no number of tokens that the model has positions
+    for; None is left to the engine."""
+    if wanted is None:
+        return
+    limit = num_positions(config)
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+        raise InvalidRequest(f"max_model_len={wanted!r}: must be a number of tokens, 1 or more")
+    if limit is not None and wanted > limit:
+        raise InvalidRequest(
+            f"max_model_len={wanted}: this model has {limit} positions; a longer rope (yarn) is said in its config.json"
+        )
 
 
 def eos_token_ids(folder: Path, config: Any = None) -> tuple[int, ...]:

@@ -9,16 +9,18 @@ weights, adapters, other formats.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from thaw.core.identity import weights_root
+from thaw.engines.hf.checkpoint import require_files
+from thaw.engines.hf.config import load_config
 from thaw.engines.hf.weights import hashed_tensors, leaf
 
 
@@ -26,20 +28,22 @@ class NotOneToOne(Exception):
     """The files alone do not say what the loaded module holds; the message says why, without a path."""
 
 
-def skeleton(folder: Path, dtype: torch.dtype) -> Any:
+def skeleton(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> Any:
     """The module that transformers would load from `folder` in `dtype`, on the meta device: everything but its bytes.
+    `overrides`: see `load_config`.
 
     Raises OSError or ValueError when the folder has no config that can be read.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder, overrides)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def hash_files(folder: Path, dtype: torch.dtype) -> str:
-    """The root of the weights in `folder` loaded in `dtype`, from its files. Raises `NotOneToOne`."""
+def hash_files(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> str:
+    """The root of the weights in `folder` loaded in `dtype`, from its files. Raises `NotOneToOne`, or `IncompleteModel`
+    for files that are cut short or missing."""
     paths = _weight_files(folder)
-    module = skeleton(folder, dtype)
+    module = skeleton(folder, dtype, overrides)
     _refuse_conversions(module, dtype)
     with ExitStack() as stack:
         files = _open(paths, stack)
@@ -57,12 +61,10 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read: one, or those that the index names."""
     if (folder / "adapter_config.json").is_file():
         raise NotOneToOne("the folder holds an adapter")
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    paths = require_files(folder)
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
         raise NotOneToOne("there is no model.safetensors and no model.safetensors.index.json")
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return paths
 
 
 def _refuse_conversions(module: Any, dtype: torch.dtype) -> None:

@@ -3,8 +3,9 @@
 The root is one of the loaded module. Where the files hold that module's tensors under its own names, `root_of_folder`
 takes them from there and nothing is loaded (`files.py`).
 
-The root is cached beside the weights (or in the user's cache folder), keyed by every weight file's path, size and mtime
-and by the dtype it was loaded in, so that a second boot does not hash again, whichever engine it is.
+The root is cached beside the weights (or in the user's cache folder), keyed by every weight file's path, size and
+mtime, by the config and by the dtype it was loaded in, so that a second boot does not hash again, whichever engine it
+is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,45 @@ CACHE_NAME = ".thaw-weights.json"
 log = logging.getLogger(__name__)
 
 
-def root_of_folder(folder: Path, dtype: str) -> str:
+def root_of_folder(folder: Path, dtype: str, overrides: Mapping[str, Any] | None = None) -> str:
     """The root that `hash_weights` gives for the model of `folder` (or of that hub id) loaded in `dtype`; cached.
+    `overrides`: fields that the engine's config has in place of the folder's.
 
     A process that does not run the model gets it from the files, one tensor in memory at a time. Where they do not map
     one to one to the module, the model is loaded on the CPU to be hashed, and a log line says why. Raises OSError or
-    ValueError when there is no such model.
+    ValueError when there is no such model, `IncompleteModel` when its files are not those of its config.
     """
+    from thaw.engines.hf.checkpoint import local_folder
     from thaw.engines.hf.files import NotOneToOne, hash_files
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    key = files_key(folder, torch_dtype)
+    folder = local_folder(folder) or folder
+    key = files_key(folder, torch_dtype, overrides)
     known = None if key is None else cached_root(folder, key)
     if known is not None:
         return known
     try:
-        root = hash_files(folder, torch_dtype)
+        root = hash_files(folder, torch_dtype, overrides)
     except NotOneToOne as reason:
         log.warning("thaw: the model is loaded on the CPU once, to hash its weights: %s", reason)
-        root = hash_weights(_load(folder, torch_dtype))
+        root = hash_weights(_load(folder, torch_dtype, overrides))
     if key is not None:
         remember(folder, key, root)
     return root
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    from thaw.engines.hf.checkpoint import require_loaded
+    from thaw.engines.hf.config import load_config
+
+    module, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=load_config(folder, overrides), dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    require_loaded(folder, module, info)
+    return module
 
 
 def root_of_module(module: Any, folder: Path | None) -> str:
@@ -102,13 +114,16 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
 
 
-def files_key(folder: Path, dtype: torch.dtype) -> str | None:
-    """What the cached root hangs on: every weight file's path, size and mtime, and the dtype. None: no weight files."""
+def files_key(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> str | None:
+    """What the cached root hangs on: every weight file's path, size and mtime, the config (which tensors there are, and
+    which are tied) and the dtype. None: no weight files."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         return None
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return digest(json.dumps([str(folder.resolve()), str(dtype), stats]).encode())
+    config = folder / "config.json"
+    said = [digest(config.read_bytes()) if config.is_file() else None, overrides or None]
+    return digest(json.dumps([str(folder.resolve()), str(dtype), stats, *said], default=str).encode())
 
 
 def _cache_files(folder: Path) -> list[Path]:

@@ -1,12 +1,14 @@
-"""The identity of the model that a vLLM runs, from its folder: equal to any other engine's for the same model.
+"""The identity of the model that a served engine runs, from its folder: equal to any other engine's for the same model.
 
-The weights lie in vLLM's workers. Here the model is a skeleton without bytes, which knows its class and its resolved
-config, and the root of its weights comes from the cache beside the files or from the files themselves.
+The weights lie in the engine's workers. Here the model is a skeleton without bytes, which knows its class and its
+resolved config, and the root of its weights comes from the cache beside the files or from the files themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,15 +19,18 @@ from thaw.engines.hf.files import skeleton
 from thaw.engines.hf.weights import root_of_folder
 
 
-def model_identity(folder: Path, *, dtype: str, group: CacheGroup, codec: HFCodec) -> ModelIdentity:
-    """The identity of the model in `folder` (or of that hub id) when it runs in `dtype`.
+def model_identity(
+    folder: Path, *, dtype: str, group: CacheGroup, codec: HFCodec, overrides: Mapping[str, Any] | None = None
+) -> ModelIdentity:
+    """The identity of the model in `folder` (or of that hub id) when it runs in `dtype`, with the fields `overrides` in
+    place of its config's.
 
-    Raises OSError or ValueError when there is no such model.
+    Raises OSError or ValueError when there is no such model, `IncompleteModel` when its files are not its config's.
     """
-    module = skeleton(folder, getattr(torch, dtype))
+    module = skeleton(folder, getattr(torch, dtype), overrides)
     return ModelIdentity(
         architecture=type(module).__name__,
-        weights=root_of_folder(folder, dtype),
+        weights=root_of_folder(folder, dtype, overrides),
         config=function_config(module.config.to_dict()),
         dtype=dtype,
         tokenizer=codec.identity(),

@@ -69,9 +69,10 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
             from thaw.engines.served.identity import model_identity
 
             known = HFCodec(AutoTokenizer.from_pretrained(name))
-            return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known)
+            return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known, overrides=facts.overrides)
 
-        return remembered(Path(name), say, dtype=facts.dtype, group=group)
+        how = {"dtype": facts.dtype, "group": group, "overrides": sorted(facts.overrides.items())}
+        return remembered(Path(name), say, **how)
 
     return kind(
         transport,

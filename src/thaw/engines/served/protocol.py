@@ -235,7 +235,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler's side posts at boot. `engine`, `version`: the server's.
 
     `eos_token_ids`: the ends of text that the model's files name. `more_ends`: other tokens at which this server ends a
-    request that does not say `ignore_eos`."""
+    request that does not say `ignore_eos`. `overrides`: fields of the model's config, as resolved, that the engine was
+    told to run in place of those in its folder."""
 
     protocol: int
     thaw: str
@@ -257,6 +258,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     more_ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    overrides: dict[str, Any] = {}
 
 
 PER_WORKER = ("arena_nbytes", "spilled_nbytes")

@@ -66,12 +66,13 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     import sglang
 
     from thaw._version import __version__
+    from thaw.engines.hf.checkpoint import require_whole
     from thaw.engines.hf.config import eos_token_ids
     from thaw.engines.served import protocol
     from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
     from thaw.engines.served.weights import WeightsSample
-    from thaw.engines.sglang import versions
+    from thaw.engines.sglang import support, versions
     from thaw.engines.sglang.agreement import Agreement
     from thaw.engines.sglang.pool import Pool
     from thaw.engines.sglang.settings import MAX_LOGPROBS
@@ -117,8 +118,10 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         eos_token_ids=ends,
         more_ends=tuple(sorted(set(model.hf_eos_token_id or ()) - set(ends))),
         notes=tuple(versions.notes(sglang.__version__)),
+        overrides=support.overrides(context.server_args, model),
     )
     if rank == 0:
+        require_whole(engine.model, engine.overrides)
         mail.claim()
         mail.sweep()
         sweep_dead(folder)

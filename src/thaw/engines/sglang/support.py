@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import Unsupported
+from thaw.engines.hf.config import overridden
 
 REFUSED = (
     ("speculative_algorithm", "a draft's state is not captured"),
@@ -51,8 +53,34 @@ def require(context: Any) -> None:
             raise Unsupported(f"{name}={getattr(args, name)}: {why} (several ranks by tp_size alone are supported)")
     if getattr(args, "disaggregation_mode", "null") != "null":
         raise Unsupported(f"disaggregation_mode={args.disaggregation_mode}: prefill and decode in one engine only")
+    _require_files(args, context.model_config)
     if getattr(context.model_config, "is_multimodal", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
+
+
+LOADED_FROM_FILES = ("auto", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer", "layered")
+"""Values of `load_format` that read the files which the identity is made of."""
+
+
+def _require_files(args: Any, model: Any) -> None:
+    """What runs must be what the folder says, for that is the model's identity; overridden fields are part of it."""
+    load_format = getattr(args, "load_format", "auto")
+    load_format = str(getattr(load_format, "value", load_format))
+    if load_format not in LOADED_FROM_FILES:
+        raise Unsupported(
+            f"load_format={load_format}: the weights that run must be those of the folder's files; use auto"
+        )
+    for name in ("quantization", "torchao_config"):
+        if getattr(args, name, None) and getattr(model.hf_config, "quantization_config", None) is None:
+            raise Unsupported(
+                f"{name}={getattr(args, name)} of a checkpoint that is not quantised: other weights run than its files "
+                "hold; start SGLang without it"
+            )
+
+
+def overrides(args: Any, model: Any) -> dict[str, Any]:
+    """The config's fields that SGLang was told to run in place of the folder's, as it resolved them."""
+    return overridden(model.hf_config, json.loads(args.json_model_override_args))
 
 
 def require_functions(targets: Iterable[str]) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from thaw.core.errors import CorruptBlob, InvalidRequest, Unsupported
+from thaw.core.errors import CorruptBlob, Unsupported
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.hf.codec import HFCodec
-from thaw.engines.hf.config import eos_of, stop_set
+from thaw.engines.hf.config import check_length, eos_of, num_positions, stop_set
 from thaw.engines.hf.weights import sample_weights
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME, PlanCache
@@ -23,6 +23,8 @@ from thaw.engines.transformers.kv import BatchPlan, TorchExtent
 from thaw.engines.transformers.loading import LoadedModel
 from thaw.engines.transformers.sampler import choose, largest
 
+UNBOUNDED = 1 << 20
+"""The length of a model whose config names no number of positions."""
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Largest difference of log probabilities between thaw's path and the stock model's that passes at boot."""
@@ -40,7 +42,7 @@ class TransformersBackend(Backend):
         self.device = str(self._device)
         self.group = _group(module)
         self.vocab_size = int(module.config.vocab_size)
-        self.max_model_len = _max_len(module, max_model_len)
+        self.max_model_len = _max_len(module.config.to_dict(), max_model_len)
         named = eos_of(module.generation_config, module.config)
         self.eos_token_ids = stop_set(named, loaded.tokenizer, self.vocab_size)
         self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
@@ -143,11 +145,9 @@ def _group(module: object) -> CacheGroup:
     )
 
 
-def _max_len(module: object, wanted: int | None) -> int:
-    own = int(getattr(module.config, "max_position_embeddings", 0) or 1 << 20)  # type: ignore[attr-defined]
-    if wanted is not None and not 1 <= wanted <= own:
-        raise InvalidRequest(f"max_model_len={wanted}: the model has {own} positions")
-    return wanted or own
+def _max_len(config: dict[str, object], wanted: int | None) -> int:
+    check_length(config, wanted)
+    return wanted or num_positions(config) or UNBOUNDED
 
 
 def _numerics(device: torch.device) -> dict[str, str]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from thaw.core.errors import InvalidRequest, NotFound, Unsupported
+from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
+from thaw.engines.hf import checkpoint
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 
@@ -51,11 +54,18 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     if folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise NotFound(f"there is no folder {name}; give a model's folder or a hub id such as org/name")
     transformers_logging.disable_progress_bar()
+    if folder is not None:
+        checkpoint.require_files(folder)
     try:
-        module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype] if dtype else "auto")
+        module, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise NotFound(f"the model {name} could not be loaded: {error}") from None
+    except SafetensorError as error:  # of a hub id: a folder was looked at before
+        raise IncompleteModel(f"the weights of {name} cannot be read: {error}; get the files again") from None
+    checkpoint.require_loaded(name, module, info)
     module.to(device)
     return _ready(LoadedModel(module, tokenizer, name, folder))
 

@@ -1,7 +1,8 @@
-"""What the transformers engine can hold, decided from a model's config.json alone. No torch here.
+"""What the transformers engine can hold, decided from a model's config alone. No torch here.
 
-Supported: decoder-only models in which every layer keeps keys and values of every token in one shape, with a rope
-that does not change with length. Everything else is refused by name.
+Supported: the decoder-only models of `RUNS`, where every layer keeps keys and values of every token in one shape, with
+a rope that does not change with length. Everything else is refused by name. The doctor and the boot ask this one table,
+each with the config as transformers resolves it (`hf.config.resolved`), so they say the same.
 """
 
 from __future__ import annotations
@@ -13,8 +14,82 @@ import msgspec
 
 from thaw.core.errors import Unsupported
 from thaw.core.identity import DTYPE_BYTES
+from thaw.engines.hf.config import num_positions, ropes
 
 TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
+RUNS = frozenset(
+    (
+        "apertus",
+        "arcee",
+        "aria_text",
+        "biogpt",
+        "bitnet",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "flex_olmo",
+        "gemma",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "laguna",
+        "lfm2",
+        "lfm2_moe",
+        "llama",
+        "mellum",
+        "minimax_m2",
+        "minimax_m3_vl_text",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "olmo",
+        "olmo2",
+        "olmoe",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "solar_open",
+        "starcoder2",
+    )
+)
+"""Model types that thaw's pages, attention and head compute as their own code does; `tests/engines/test_shapes.py`
+boots each. One that is not here is refused until somebody has looked at it."""
+WHY = {
+    "bert": "it is an encoder",
+    "cohere": "its logits are scaled, and thaw computes the head alone",
+    "falcon": "its attention asks the cache for more than thaw's gives",
+    "gpt_oss": "its attention has sinks",
+    "nemotron": "its attention takes a mask, which thaw does not compute",
+    "stablelm": "its attention takes a mask, which thaw does not compute",
+}
+"""Why some others are not there."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads")
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+HEAD_DIM = ("head_dim", "kv_channels", "dim_head")
+"""What configs call these numbers."""
+SCALED = ("logits_scaling", "logit_scale")
 LENGTH_ROPES = ("dynamic", "longrope", "su")  # "su" is longrope's first name
 
 
@@ -36,7 +111,7 @@ class Support(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
-    """Read a config (as in config.json) and say whether it is supported, and why not."""
+    """Read a resolved config (as `to_dict()` gives it) and say whether it is supported, and why not."""
     architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
     reasons = tuple(_reasons(config, architecture))
     layers, heads, dim = _shape(config)
@@ -52,7 +127,7 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
         head_dim=dim,
         dtype=dtype,
         kv_token_nbytes=int(layers) * 2 * int(heads) * int(dim) * DTYPE_BYTES[dtype] if known else None,  # type: ignore[arg-type]
-        max_model_len=config.get("max_position_embeddings"),
+        max_model_len=num_positions(config),
     )
 
 
@@ -67,13 +142,23 @@ def require(config: Mapping[str, Any]) -> Support:
 
 
 def _shape(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
-    layers = config.get("num_hidden_layers") or config.get("n_layer")
-    query_heads = config.get("num_attention_heads") or config.get("n_head")
-    heads = config.get("num_key_value_heads") or query_heads
-    dim = config.get("head_dim")
-    if dim is None and config.get("hidden_size") and query_heads:
-        dim = config["hidden_size"] // query_heads
-    return layers, heads, dim
+    layers, heads, hidden, dim = (_first(config, names) for names in (LAYERS, HEADS, HIDDEN, HEAD_DIM))
+    if dim is None and hidden and heads:
+        dim = hidden // heads
+    return layers, _kv_heads(config, heads), dim
+
+
+def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
+    """Falcon and GPT-BigCode say by a flag that all query heads share one, Falcon's newer shape how many there are."""
+    if config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads") or heads
+    if config.get("multi_query") is not None:
+        return 1 if config["multi_query"] else heads
+    return config.get("num_key_value_heads") or heads
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
 def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
@@ -89,9 +174,9 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         out.append(f"some layers are not full attention ({', '.join(map(str, kinds))})")
     if config.get("sliding_window") and config.get("use_sliding_window", True) and not config.get("layer_types"):
         out.append(f"it attends through a sliding window of {config['sliding_window']} tokens")
-    ropes = sorted(_rope_types(config) & set(LENGTH_ROPES))
-    if ropes:
-        out.append(f"its rope ({', '.join(ropes)}) changes with length, so stored keys would change too")
+    kinds = sorted(_rope_types(config) & set(LENGTH_ROPES))
+    if kinds:
+        out.append(f"its rope ({', '.join(kinds)}) changes with length, so stored keys would change too")
     if config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"):
         out.append("its logits are soft-capped")
     if _alibi(config):
@@ -103,6 +188,12 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         out.append("it has recurrent layers")
     if config.get("quantization_config"):
         out.append("its weights are quantised in a way that was not tested")
+    scaled = [f"{name}={config[name]}" for name in SCALED if config.get(name) not in (None, 1)]
+    if scaled:
+        out.append(f"its logits are scaled ({', '.join(scaled)}), and thaw computes the head alone")
+    model_type = str(config.get("model_type"))
+    if not out and model_type not in RUNS:
+        out.append(WHY.get(model_type, f"thaw does not run models of type {model_type} yet"))
     if any(value in (None, 0) for value in _shape(config)):
         out.append("the config does not give layers, heads and head size")
     return out
@@ -110,9 +201,7 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:
     """The kinds of rope; newer configs may give one for each kind of layer."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = [rope, *rope.values()] if isinstance(rope, Mapping) else []
-    return {str(one.get("rope_type") or one.get("type") or "") for one in found if isinstance(one, Mapping)}
+    return {str(one.get("rope_type") or one.get("type") or "") for one in ropes(config)}
 
 
 def _alibi(config: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from thaw._version import __version__
+from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.hf.config import eos_token_ids
 from thaw.engines.served import protocol
 from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
@@ -87,6 +88,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_scheduler(self) -> SchedulerSide:
         config, groups = self._config, self._kv_cache_config.kv_cache_groups
+        overrides = support.overrides(config.model_config)
+        require_whole(config.model_config.model, overrides)
         self._mail.claim()
         self._mail.sweep()
         sweep_dead(_base_folder(config, self._settings))
@@ -113,6 +116,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             vocab_size=model.hf_text_config.vocab_size,
             eos_token_ids=eos_token_ids(model.model, model.hf_config),
             notes=tuple(versions.notes(vllm.__version__)),
+            overrides=overrides,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:

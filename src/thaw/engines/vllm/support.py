@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import Unsupported
+from thaw.engines.hf.config import overridden
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, parse
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.settings import LOGITS_PROCESSOR
@@ -41,6 +42,7 @@ def require(config: Any, kv_cache_config: Any) -> None:
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config)
+    _require_files(config)
     _require_full_attention(config.model_config, config.cache_config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
@@ -123,6 +125,42 @@ def _require_model(model: Any) -> None:
         raise Unsupported(
             f"logprobs_mode={model.logprobs_mode}: a session's log probabilities are of raw logits; use raw_logprobs"
         )
+
+
+LOADED_FROM_FILES = (
+    "auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "instanttensor", "runai_streamer",
+)  # fmt: skip
+"""Values of `load_format` that read the files which the identity is made of."""
+
+
+def _require_files(config: Any) -> None:
+    """What runs must be what the folder says, for that is the model's identity; overridden fields are part of it."""
+    model, load_format = config.model_config, str(config.load_config.load_format)
+    if load_format not in LOADED_FROM_FILES:
+        raise Unsupported(
+            f"load_format={load_format}: the weights that run must be those of the folder's files; use auto"
+        )
+    if model.quantization is not None and getattr(model.hf_config, "quantization_config", None) is None:
+        raise Unsupported(
+            f"quantization={model.quantization} of a checkpoint that is not quantised: other weights run than its "
+            "files hold; start vLLM without it"
+        )
+    if model.hf_config_path not in (None, model.model):
+        raise Unsupported(f"hf_config_path={model.hf_config_path}: the config must be the one beside the weights")
+    if callable(model.hf_overrides):
+        raise Unsupported("hf_overrides as a function: a session's identity cannot tell it; give the fields by name")
+
+
+ALLOWED = "model_max_length"
+"""The field of a config up to which vLLM takes a `max_model_len` beyond the one that it derives. The model computes
+nothing from it."""
+FITTED = -1
+"""A `max_model_len` by which vLLM takes what fits into memory."""
+
+
+def overrides(model: Any) -> dict[str, Any]:
+    """The config's fields that vLLM was told to run in place of the folder's, as it resolved them."""
+    return overridden(model.hf_config, model.hf_overrides.keys() - {ALLOWED})
 
 
 def require_request(params: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut
 from thaw.data.files import read_tail
+from thaw.engines.hf.config import check_length, load_config
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.joining import join
 from thaw.engines.served.mail import Mail
@@ -122,8 +124,12 @@ class OwnServerTransport(HttpTransport):
 
 def boot(model: str, *, policy: str, settings: SglangSettings, **options: Any) -> SglangEngine:
     """Start a server of this client's own. `options` are SGLang's arguments by their names (page_size, tp_size, …)."""
+    from thaw.engines.hf.checkpoint import require_whole
+
     own = settled(settings)
-    _check_length(model, options.get("max_model_len"))
+    overrides = _overrides(options.get("json_model_override_args"))
+    require_whole(model, overrides)
+    check_length(_config(model, overrides), options.get("max_model_len"))
     given = {**_defaults(options), **_translated(options)}
 
     async def start() -> Transport:
@@ -153,19 +159,24 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> SglangEng
     return join(SglangEngine, to_engine, policy=policy)
 
 
-def _check_length(model: str, wanted: object) -> None:
-    """SGLang is told to allow the few tokens beyond the model's length that it keeps back; so the check is here."""
-    from transformers import AutoConfig
-
-    if wanted is None:
-        return
+def _config(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """SGLang is told to allow a context beyond the one it derives: it keeps tokens back, and knows no stretched rope
+    with its former length. So thaw looks at the length itself."""
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        fields: dict[str, Any] = load_config(model, overrides).get_text_config().to_dict()
     except (OSError, ValueError) as error:
         raise NotFound(f"the config of {model} could not be loaded: {error}") from None
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and int(str(wanted)) > limit:
-        raise InvalidRequest(f"max_model_len={wanted}: this model has {limit} positions")
+    return fields
+
+
+def _overrides(given: object) -> dict[str, Any]:
+    try:
+        fields = json.loads(str(given)) if given is not None else {}
+    except ValueError as error:
+        raise InvalidRequest(f"json_model_override_args is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("json_model_override_args is no JSON object")
+    return fields
 
 
 def _defaults(options: Mapping[str, object]) -> dict[str, object]:

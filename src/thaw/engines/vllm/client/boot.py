@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, ThawError
 from thaw.engines.base import Engine
+from thaw.engines.hf.config import check_length, load_config, num_positions
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.engine import MAX_TOP_LOGPROBS
 from thaw.engines.served.joining import join
@@ -22,10 +23,11 @@ def boot(
     model: str, *, policy: str, settings: VllmSettings, beside: Sequence[Other] = (), **options: Any
 ) -> VllmEngine:
     """Start an engine of this client's own. `options` are vLLM's engine arguments. Raises `Unsupported` for those that
-    thaw cannot work with, before anything starts."""
+    thaw cannot work with, `IncompleteModel` for files that are not their config's, before anything starts."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from thaw.engines.hf.checkpoint import require_whole
     from thaw.engines.vllm.client.async_llm import AsyncLLMTransport
 
     own = engine_args(settled(settings), beside)
@@ -33,6 +35,7 @@ def boot(
     if clash:
         raise InvalidRequest(f"{', '.join(clash)}: set by thaw itself; give thaw's own options instead")
     arguments = {"max_logprobs": MAX_TOP_LOGPROBS, "disable_log_stats": True, **options, **own}
+    arguments |= _length(model, options)
 
     async def start() -> Transport:
         try:
@@ -41,6 +44,7 @@ def boot(
             config = AsyncEngineArgs(model=model, **arguments).create_engine_config()
             support.require_one_rank(config.parallel_config)
             support.require_config(config)
+            require_whole(config.model_config.model, support.overrides(config.model_config))
             llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments))
         except ThawError:
             raise
@@ -49,6 +53,21 @@ def boot(
         return AsyncLLMTransport(llm, owned=True)
 
     return join(VllmEngine, start, policy=policy)
+
+
+def _length(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes vLLM take a `max_model_len` that a stretched rope has positions for: it goes by the config's number.
+    Raises `InvalidRequest` for a longer one, as every engine of thaw's does."""
+    wanted, overrides = options.get("max_model_len"), options.get("hf_overrides") or {}
+    if wanted in (None, support.FITTED) or not isinstance(overrides, Mapping):
+        return {}
+    try:
+        config = load_config(model, overrides).get_text_config().to_dict()
+    except (OSError, ValueError):  # vLLM says what is wrong with it
+        return {}
+    check_length(config, wanted)
+    limit = num_positions(config)
+    return {"hf_overrides": {**overrides, support.ALLOWED: limit}} if limit is not None else {}
 
 
 def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:

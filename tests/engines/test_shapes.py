@@ -1,0 +1,178 @@
+"""The doctor, by a config.json alone, and a boot say the same of every kind of causal model that transformers ships."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+from thaw import load_engine  # noqa: E402
+from thaw.bench.doctor import model as doctor  # noqa: E402
+from thaw.bench.doctor.report import ModelReport  # noqa: E402
+from thaw.core.errors import InvalidRequest, Unsupported  # noqa: E402
+from thaw.engines.transformers.support import RUNS  # noqa: E402
+
+SHIPPED = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SMALLER = {"head_dim": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
+SMALLER |= {"num_experts_per_tok": 2, "n_layer": 2, "num_layers": 2}
+ALL = ["full_attention"] * 2
+WHOLE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "exaone4": {"sliding_window": None, "layer_types": ALL},
+    "nanochat": {"final_logit_softcapping": None},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ALL, "num_dense_layers": 1},
+}
+"""What makes every layer see all, where that is not a kind's default, and what a kind needs to be small."""
+
+
+def small(kind: str, **fields: Any) -> Any:
+    """A config of that kind with few small layers, as far as it has such fields."""
+    own = AutoConfig.for_model(kind)
+    names, known = own.attribute_map or {}, own.to_dict()
+    wanted = {names.get(name, name): value for name, value in SMALL.items()}
+    wanted |= {name: value for name, value in SMALLER.items() if known.get(name) is not None}
+    wanted = {name: value for name, value in wanted.items() if name in known}
+    return AutoConfig.for_model(kind, **{**wanted, **WHOLE.get(kind, {}), **fields})
+
+
+def some(kind: str) -> Any:
+    """`small`, or for models of several parts the kind's default."""
+    try:
+        return small(kind)
+    except Exception:  # noqa: BLE001 - each kind has a way of its own to say that it has no such shape
+        return AutoConfig.for_model(kind)
+
+
+def examined(config: Any, folder: Path) -> ModelReport:
+    """What the doctor says of it, from its config.json alone."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    config.architectures = [name if isinstance(name, str) else name[0]]
+    config.to_json_file(folder / "config.json")
+    return doctor.report(*doctor.read_config(folder))
+
+
+def draw(module: Any) -> None:
+    """Weights with which each layer passes on what attention brings."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+
+
+def cache_of(module: Any) -> list[tuple[int, int]]:
+    """(KV heads, head size) of each layer of the stock model's own cache."""
+    with torch.inference_mode():
+        kept = module.eval()(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in kept.layers]
+
+
+@pytest.mark.slow("boots a model of every kind")
+@pytest.mark.parametrize("kind", sorted(RUNS & set(SHIPPED)))
+def test_what_the_doctor_calls_supported_boots(kind: str, tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    said = examined(small(kind), tmp_path)
+    assert said.supported, said.reasons
+    module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    draw(module)
+    module.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_model("llama") / name, tmp_path)
+    assert doctor.report(*doctor.read_config(tmp_path)).reasons == (), "of the file that the model wrote, too"
+    with load_engine("transformers", model=str(tmp_path)) as engine:
+        (group,) = engine.info.groups
+        shape = (group.num_layers, group.num_kv_heads, group.head_dim)
+        assert shape == (said.num_layers, said.num_kv_heads, said.head_dim)
+        assert said.max_model_len in (engine.info.max_model_len, None)
+    assert cache_of(module) == [(said.num_kv_heads, said.head_dim)] * int(said.num_layers or 0)
+
+
+@pytest.mark.slow("builds a model of every kind")
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_what_the_doctor_refuses_does_not_boot(kind: str, tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """On the meta device, for the smallest of some have billions of weights."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    try:
+        said = examined(some(kind), tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+    except Exception:  # noqa: BLE001 - neither can read such a config
+        assert kind not in RUNS
+        return
+    if said.supported:
+        assert kind in RUNS
+        return
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config)
+    except Exception:  # noqa: BLE001 - what transformers cannot build does not boot
+        return
+    with pytest.raises(Unsupported):
+        load_engine("transformers", model=module, tokenizer=tokenizer)
+
+
+SHAPES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon, one head": ("falcon", {"multi_query": True, "alibi": False}, "cache"),
+    "falcon, all heads": ("falcon", {"multi_query": False, "alibi": False}, "cache"),
+    "falcon, newer": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}, "cache"),
+    "gpt2": ("gpt2", {}, "type gpt2 yet"),
+    "gptj": ("gptj", {"rotary_dim": 8}, "type gptj yet"),
+    "codegen": ("codegen", {"rotary_dim": 8}, "type codegen yet"),
+    "gpt_bigcode": ("gpt_bigcode", {"multi_query": True}, "type gpt_bigcode yet"),
+    "gpt_bigcode, all heads": ("gpt_bigcode", {"multi_query": False}, "type gpt_bigcode yet"),
+    "xglm": ("xglm", {}, "type xglm yet"),
+    "stablelm": ("stablelm", {}, "takes a mask"),
+    "nemotron": ("nemotron", {}, "takes a mask"),
+    "granite": ("granite", {"logits_scaling": 8.0}, "logits are scaled (logits_scaling=8.0)"),
+    "cohere": ("cohere", {}, "logits are scaled (logit_scale=0.0625)"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_refusal_has_the_right_reason_and_numbers(name: str, tmp_path: Path) -> None:
+    kind, fields, reason = SHAPES[name]
+    config = small(kind, **fields)
+    said = examined(config, tmp_path)
+    assert not said.supported and len(said.reasons) == 1 and reason in said.reasons[0]
+    module = AutoModelForCausalLM.from_config(config)
+    if "new_decoder_architecture" not in fields:  # transformers repeats Falcon's heads in its cache; vLLM does not
+        assert cache_of(module) == [(said.num_kv_heads, said.head_dim)] * int(said.num_layers or 0)
+    assert said.kv_token_nbytes == 2 * 2 * int(said.num_kv_heads or 0) * 16 * 4
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def test_what_a_config_leaves_out_is_what_its_class_says(tmp_path: Path) -> None:
+    """A Mistral whose config.json names no window has one of 4096 tokens."""
+    folder = write(tmp_path, '{"model_type": "mistral", "architectures": ["MistralForCausalLM"]}')
+    said = doctor.report(*doctor.read_config(folder))
+    assert not said.supported and "sliding window of 4096" in said.reasons[0]
+
+
+def test_a_type_that_nobody_looked_at_is_refused(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path, '{"model_type": "of_tomorrow", "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}'
+    )
+    assert doctor.report(*doctor.read_config(folder)).reasons == ("thaw does not run models of type of_tomorrow yet",)
+
+
+def test_a_config_of_endless_layers_is_refused_before_its_class_writes_them_down(tmp_path: Path) -> None:
+    folder = write(tmp_path, '{"model_type": "qwen2", "num_hidden_layers": 1000000000000}')
+    with pytest.raises(InvalidRequest, match="num_hidden_layers"):
+        doctor.report(*doctor.read_config(folder))
