@@ -66,6 +66,7 @@ def mail(tmp_path: Path) -> Mail:
     facts = EngineFacts(
         protocol=protocol.VERSION, thaw="", version="", pid=os.getpid(), model="", dtype="", max_model_len=1,
         max_logprobs=1, block_size=1, num_blocks=1, world_size=1, prefix_caching=True, runner="",
+        vocab_size=1, eos_token_ids=(),
     )  # fmt: skip
     mail.post(SCHEDULER, facts)
     return mail

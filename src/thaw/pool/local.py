@@ -91,9 +91,10 @@ class LocalProcesses:
     def _environment(self, index: int) -> dict[str, str]:
         """This process', with this very thaw first on the path, and what was given for this worker."""
         folder = str(Path(thaw.__file__).resolve().parents[1])
-        rest = os.environ.get("PYTHONPATH", "")
         given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
-        return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder, **given}
+        own = {**os.environ, **given}
+        rest = own.get("PYTHONPATH", "")
+        return {**own, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder}
 
 
 def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
