@@ -147,11 +147,11 @@ def training_row(node: Node) -> dict[str, Any]:
     """What a trainer takes of one answer: an advantage a token, and a mask that counts each token of the tree once."""
     t = node.result.trajectory
     base = len(t.prompt_ids)
-    own = [int(m and base + i >= node.start) for i, m in enumerate(t.mask)]
-    begins = [max((at for at in node.advantages if at <= base + i), default=None) for i in range(len(own))]
+    begins = [max((at for at in node.advantages if at <= base + i), default=None) for i in range(len(t.mask))]
     advantages = [0.0 if at is None else node.advantages[at] for at in begins]
-    return {"prompt_ids": t.prompt_ids, "completion_ids": t.completion_ids, "logprobs": t.logprobs, "mask": own,
-            "advantages": advantages, "policy_versions": t.policy_versions, "reward": node.reward}  # fmt: skip
+    return {"prompt_ids": t.prompt_ids, "completion_ids": t.completion_ids, "logprobs": t.logprobs,
+            "mask": t.own_mask, "advantages": advantages, "policy_versions": t.policy_versions,
+            "reward": node.reward}  # fmt: skip
 
 
 def account(nodes: Sequence[Node]) -> dict[str, float]:

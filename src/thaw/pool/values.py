@@ -126,10 +126,11 @@ class BranchResult:
 
     @cached_property
     def trajectory(self) -> Trajectory:
-        """Prompt ids, completion ids, logprobs, mask and policy versions, from the first token of the point on."""
+        """Prompt ids, completion ids, logprobs, mask and policy versions, from the first token of the point on; the
+        point's own tokens are inherited (`own_mask`)."""
         if self.history is None:
             raise InvalidRequest(f"branch {self.index} did not run: {self.error}")
-        return of_turns(self.history.tokens, self.history.turns)
+        return of_turns(self.history.tokens, self.history.turns, len(self.history.before))
 
     def close(self) -> None:
         """Forget the session. Closing twice is fine."""

@@ -44,7 +44,9 @@ class Session(ProcessBound):
         parent: CommitId | None = None,
         branch: str | None = None,
         proof: Proof | None = None,
+        num_inherited: int = 0,
     ) -> None:
+        """`num_inherited`: how many tokens it begins with."""
         super().__init__("session")
         self._context = context
         self._ref = ref
@@ -52,6 +54,7 @@ class Session(ProcessBound):
         self._parent = parent
         self._branch = branch
         self._proof = proof
+        self._num_inherited = num_inherited
         self._last: tuple[CommitResult, tuple[Turn, ...]] | None = None
         self._lock = threading.RLock()
         self._closed = False
@@ -126,9 +129,10 @@ class Session(ProcessBound):
             return self._kept.cut(num_kv)
 
     def trajectory(self) -> Trajectory:
-        """What was sampled here, as training data, all of one moment; also while it generates."""
+        """What was sampled here, as training data, all of one moment; also while it generates, and when its KV is of
+        another policy by now. `own_mask` leaves out what it began with: of a fork, its parent's tokens."""
         view = self.view()
-        return trajectories.of_turns(view.tokens, view.turns)
+        return trajectories.of_turns(view.tokens, view.turns, self._num_inherited)
 
     # -- going on
 
@@ -215,6 +219,7 @@ class Session(ProcessBound):
         new = engine.fork(old, 1, at=at, replay=True).result()[0]
         with self._lock:
             self._ref, self._kept, self._last = new, self._kept.cut(engine.view(new).num_kv), None
+            self._num_inherited = min(self._num_inherited, at)
         engine.close_session(old)
 
     # -- git's verbs
@@ -238,8 +243,10 @@ class Session(ProcessBound):
         """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written."""
         engine = self._context.engine
         refs = engine.fork(self.ref, n, at=at, replay=replay).result()
-        kept = self._kept.cut(engine.view(refs[0]).num_kv)
-        return Group(self._context, [Session(self._context, ref, kept=kept, parent=self._parent) for ref in refs])
+        view = engine.view(refs[0])
+        kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
+        children = [Session(self._context, ref, kept=kept, parent=self._parent, num_inherited=begun) for ref in refs]
+        return Group(self._context, children)
 
     def adopt(self, branch: str, message: str = "") -> CommitResult:
         """Commit (if anything is new) and make it the branch, whatever the branch was; the old tip stays in its reflog.
