@@ -101,6 +101,7 @@ class BranchResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    entropies: tuple[float, ...] | None = None
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     seed: int = 0

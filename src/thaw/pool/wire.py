@@ -27,7 +27,7 @@ from thaw.engines.base import (
 )
 from thaw.engines.kinds import made
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -45,6 +45,7 @@ def _truncate(turn: Turn, tokens: Sequence[int], end: int, decode: Decode | None
         stop_reason=None,
         logprobs=None if turn.logprobs is None else turn.logprobs[:n],
         top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:n],
+        entropies=turn.entropies and turn.entropies[:n],
     )
 
 

@@ -39,7 +39,7 @@ T = TypeVar("T")
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy",
     }
 )  # fmt: skip
 

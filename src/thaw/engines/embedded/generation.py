@@ -228,7 +228,7 @@ class Generation:
         session.tokens.append(choice.token)
         full = len(session.tokens) >= self._backend.max_model_len
         eos = self._backend.eos_token_ids
-        reason, stop_reason = turn.take(choice.token, choice.logprob, choice.top, eos=eos, full=full)
+        reason, stop_reason = turn.take(choice.token, choice.logprob, choice.top, choice.entropy, eos=eos, full=full)
         if reason is not None:
             self._finish(lane, reason, stop_reason, choice)
         else:

@@ -34,13 +34,23 @@ class OpenTurn:
     bad_ids: BadIds = ()
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     def take(
-        self, token: int, logprob: float, top: tuple[tuple[int, float], ...], *, eos: Container[int], full: bool
+        self,
+        token: int,
+        logprob: float,
+        top: tuple[tuple[int, float], ...],
+        entropy: float | None,
+        *,
+        eos: Container[int],
+        full: bool,
     ) -> tuple[str | None, str | int | None]:
         """One more token; (finish_reason, stop_reason) after it, in vLLM's order. `full`: the session has no room."""
         self.logprobs.append(logprob)
         self.tops.append(top)
+        if entropy is not None:
+            self.entropies.append(entropy)
         before = len(self.stream.text)
         self.stream.push(token)
         s, num_output = self.sampling, len(self.logprobs)
@@ -76,6 +86,7 @@ class OpenTurn:
             logprobs=tuple(self.logprobs),
             top_logprobs=tuple(self.tops) if self.sampling.logprobs else None,
             policy=self.policy,
+            entropies=tuple(self.entropies) if self.sampling.entropy else msgspec.UNSET,
         )
 
 
@@ -141,6 +152,7 @@ def _reopen(session: HasTurns, codec: Codec) -> OpenTurn:
         bad_ids=bad_ids(codec, turn.sampling.bad_words),
         logprobs=list(turn.logprobs or ()),
         tops=list(turn.top_logprobs or ()),
+        entropies=list(turn.entropies or ()),
     )
 
 
@@ -181,6 +193,7 @@ def completion(
         proof=session.proof,
         ttft_s=ttft_s or 0.0,
         total_s=total_s,
+        entropies=(turn.entropies or None) if turn else None,
     )
 
 
@@ -208,6 +221,7 @@ def _truncate(turn: Turn, at: int, codec: Codec | None, tokens: Sequence[int]) -
         seed=turn.seed,
         logprobs=None if turn.logprobs is None else turn.logprobs[:count],
         top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:count],
+        entropies=turn.entropies and turn.entropies[:count],
         policy=turn.policy,
     )
 

@@ -43,7 +43,7 @@ from thaw.engines.served.talk import Talk, worker_facts
 from thaw.engines.served.transport import Transport
 
 CAPABILITIES = frozenset(
-    {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs"}
+    {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
 )
 MAX_TOP_LOGPROBS = 100
 
@@ -100,7 +100,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities,
+            capabilities=self.capabilities_of(facts),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -110,6 +110,10 @@ class ServedEngine(Engine):
             },
             num_packs=facts.world_size,
         )
+
+    def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
+        """`capabilities`, as far as this server has them."""
+        return self.capabilities
 
     # -- the contract
 

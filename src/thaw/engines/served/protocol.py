@@ -18,7 +18,7 @@ import msgspec
 
 from thaw.core.errors import InvalidRequest
 
-VERSION = 4
+VERSION = 5
 KEY = "thaw"
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
 """128 random bits, in hex: unguessable, and safe as a file name."""

@@ -20,10 +20,13 @@ from thaw.engines.served.sampling_extra import SamplingExtra
 class Chosen:
     """One request's row: its prompt's length and what was chosen so far, by position."""
 
-    def __init__(self, extra: SamplingExtra | None, prompt: list[int]) -> None:
+    def __init__(
+        self, extra: SamplingExtra | None, prompt: list[int], tell: Callable[[int, float], None] | None = None
+    ) -> None:
+        """`tell` gets entropies, where the request asks for them (`Row`)."""
         self._num_prompt = len(prompt)
         self._output: list[int] = []
-        self._row = None if extra is None else Row((), extra, prompt, self._output)
+        self._row = None if extra is None else Row((), extra, prompt, self._output, tell)
 
     def next(self, logits_V: torch.Tensor, num_tokens: int) -> int | None:
         """The token after `num_tokens`; None in the middle of the prompt, where nobody looks at it.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class Side:
         if source is not None:
             want = self._ready(source, message.num_kv, tokens, epoch)
             pieces, chain = source.kept.cut(want), source.chain[:want]
-        run = Run(rid, message, want, len(tokens), Chosen(extra, tokens))
+        tell = None if self.facts.rank else partial(self.mail.put_entropy, message.id)
+        run = Run(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
         self.records.keep(message.record, Record(tokens[:want], Kept(pieces, epoch), chain, live=run, salt=salt or ""))
         self.runs[rid] = run
         self.counters["forks"] += message.source not in (None, message.record)
