@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from thaw import Sampling
-from thaw.core.errors import PolicyMismatch
+from thaw.core.errors import PolicyMismatch, StaleSession
 from thaw.core.objects import Turn
 from thaw.repo import Repository
 from thaw.repo.trajectory import of_turns
@@ -107,6 +107,27 @@ def test_a_session_from_a_commit_inherits_what_the_commit_has(repo: Repository) 
     cut.resume()
     assert cut.trajectory().own_mask == (0,) * 3 + (1,) * 3
     assert cut.trajectory().completion_ids == s.trajectory().completion_ids
+
+
+def test_a_rollout_is_exported_after_the_step_that_ended_it(repo: Repository) -> None:
+    """Only its KV is refused, and the refusal says so. What was committed is shown whatever runs."""
+    s = repo.session()
+    s.generate("the prompt", Sampling(max_tokens=6, ignore_eos=True, entropy=True))
+    done = s.commit("one", branch="main")
+    child = s.fork(1)[0]
+    child.generate(sampling=PLAIN)
+    before = [(one.tokens, one.text, one.turns, one.trajectory(), one.seed, one.proof) for one in (s, child)]
+    shown = repo.show("main")
+    repo.engine.set_policy("1")
+    assert before == [(one.tokens, one.text, one.turns, one.trajectory(), one.seed, one.proof) for one in (s, child)]
+    for verb in (s.commit, s.park, s.resume, lambda: s.fork(1), lambda: s.append("more"), lambda: child.adopt("main")):
+        with pytest.raises(StaleSession, match="tokens, text and trajectory can still be read"):
+            verb()
+    assert repo.show("main") == shown and shown.turns[-1].entropies == before[0][3].entropies
+    assert repo.session(done.commit, policy="recompute").tokens == s.tokens
+    again = repo.session()
+    again.append(token_ids=child.tokens)
+    assert again.tokens == child.tokens
 
 
 def test_every_token_says_which_policy_sampled_it(repo: Repository) -> None:

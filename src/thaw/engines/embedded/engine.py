@@ -225,8 +225,7 @@ class EmbeddedEngine(Engine):
         if (live.kv.num_tokens or live.parked) and self._is_stale(live):
             raise StaleSession(
                 f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
-                f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens "
-                "again, or hydrate a commit with policy='recompute'."
+                f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. {StaleSession.way_out}"
             )
         live.epoch, live.policy = self._weights.epoch, self._weights.policy
         if isinstance(live.parked, Parked):

@@ -276,8 +276,8 @@ class ServedEngine(Engine):
         if live.policy != policy:
             if live.computed():
                 raise StaleSession(
-                    f"the session's KV is of policy {live.policy!r}; the engine now runs policy {policy!r}. Open "
-                    "a session and append its tokens again, or hydrate a commit with policy='recompute'."
+                    f"the session's KV is of policy {live.policy!r}; the engine now runs policy {policy!r}. "
+                    f"{StaleSession.way_out}"
                 )
             live.policy = policy
         return live

@@ -87,12 +87,16 @@ class PoolPointLaw(PoolKit):
             trunk.commit("old", branch="main")
             old = pool.fork(ids, 2, self.sampled(), spread=2)
             snapshot = pool.snapshot(trunk)
+            said = [(r.trajectory, r.session.turns, r.session.text) for r in old if r.session]
             pool.set_policy("1")
             assert pool.policy_version == "1"
             refused = {StaleSession: trunk, PolicyMismatch: snapshot, Refused: old[0]}
             for error, stale in (*refused.items(), (PolicyMismatch, "main")):
                 with pytest.raises(error, match="policy"):
                     pool.fork(stale, 1, self.sampled())
+            assert said == [(r.trajectory, r.session.turns, r.session.text) for r in old if r.session]
+            assert all(r.session is not None and r.session.trajectory() == r.trajectory for r in old)
+            assert list(trunk.trajectory().prompt_ids) == list(trunk.tokens) == ids
             new = pool.fork(ids, 2, self.sampled(), spread=2)
             assert sum(r.decision.num_prefilled_tokens for r in new if r.decision) >= len(ids)
             assert all(set(r.trajectory.policy_versions) == {"1"} for r in new)
