@@ -3,8 +3,8 @@
     python examples/rl_tree.py path/to/model [--sum 14 9 12] [--levels 4] [--width 4] [--pivots 2] [--json]
 
 A fork pool reads a prompt of worked sums once. Level 1 are `width` answers to it; each later level takes the `pivots`
-most uncertain tokens of the level before (entropy of the top log probabilities) and forks `width` other continuations
-there, mid-sentence, with the KV that decoding left. None of the tokens before a pivot is prefilled again.
+most uncertain tokens of the level before (by their entropy over the full vocabulary) and forks `width` other
+continuations there, mid-sentence, with the KV that decoding left. None of the tokens before a pivot is prefilled again.
 
 The reward is checked, not judged: half for the first sum, half for the answer. The group at a pivot are the children
 forked there and the continuation that was there already; a branch's advantage is its value (the mean reward of the
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import re
 import statistics
@@ -27,7 +26,7 @@ from thaw import Sampling
 from thaw.pool import Branch, BranchResult, ForkPool
 
 WORKED = [[random.Random(f"{i}/{k}").randint(2, 20) for k in range(3)] for i in range(24)]
-SAMPLING = Sampling(temperature=1.0, max_tokens=40, stop=("\n",), logprobs=20)
+SAMPLING = Sampling(temperature=1.0, max_tokens=40, stop=("\n",), entropy=True)
 Reward = Callable[[str], float]
 
 
@@ -57,10 +56,9 @@ class Node:
         return self.result.token_ids[self.start - self.first :]
 
     def entropy(self, at: int) -> float:
-        """Of the choice of token `at`, in nats: a lower bound, for what is below the top counts as one."""
-        assert self.result.top_logprobs is not None
-        top = [math.exp(logprob) for _, logprob in self.result.top_logprobs[at - self.first]]
-        return sum(-p * math.log(p) for p in (*top, max(0.0, 1.0 - sum(top))) if p > 0.0)
+        """Of the choice of token `at`, in nats."""
+        assert self.result.entropies is not None
+        return self.result.entropies[at - self.first]
 
     def rewards(self, at: int) -> list[float]:
         """Of every answer that has this node's tokens up to and including `at`: its own, and those forked after."""
@@ -147,11 +145,11 @@ def training_row(node: Node) -> dict[str, Any]:
     """What a trainer takes of one answer: an advantage a token, and a mask that counts each token of the tree once."""
     t = node.result.trajectory
     base = len(t.prompt_ids)
-    own = [int(m and base + i >= node.start) for i, m in enumerate(t.mask)]
-    begins = [max((at for at in node.advantages if at <= base + i), default=None) for i in range(len(own))]
+    begins = [max((at for at in node.advantages if at <= base + i), default=None) for i in range(len(t.mask))]
     advantages = [0.0 if at is None else node.advantages[at] for at in begins]
-    return {"prompt_ids": t.prompt_ids, "completion_ids": t.completion_ids, "logprobs": t.logprobs, "mask": own,
-            "advantages": advantages, "policy_versions": t.policy_versions, "reward": node.reward}  # fmt: skip
+    return {"prompt_ids": t.prompt_ids, "completion_ids": t.completion_ids, "logprobs": t.logprobs,
+            "mask": t.own_mask, "advantages": advantages, "policy_versions": t.policy_versions,
+            "reward": node.reward}  # fmt: skip
 
 
 def account(nodes: Sequence[Node]) -> dict[str, float]:

@@ -55,7 +55,7 @@ def rollout(repo: Repository, prompts: list[str], trainer: GRPOTrainer) -> Rollo
         "prompt_ids": [list(t.prompt_ids) for t in done],
         "completion_ids": [list(t.completion_ids) for t in done],
         "logprobs": [list(t.logprobs) for t in done],
-        "env_mask": [list(t.mask) for t in done],  # 0 where a token was put in, by a tool for instance
+        "env_mask": [list(t.own_mask) for t in done],  # 0 where a token was inherited, or put in by a tool
         "policy": [t.policy_versions[0] for t in done],  # what TRL does not know goes to the reward functions
         "num_prefilled": num_prefilled,
     }

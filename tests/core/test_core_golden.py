@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from thaw.core import canonical, objects, prefix
@@ -32,11 +33,13 @@ TURN = Turn(
     kind="completion", start=2, end=4, role="assistant", text="h\u00e9", sampling=Sampling(temperature=0.5, seed=1),
     seed=U64(2**64 - 1), finish_reason="stop", stop_reason=7, logprobs=(-0.5, -1.25), policy="0",
 )  # fmt: skip
+TOLD = msgspec.structs.replace(TURN, sampling=Sampling(entropy=True), entropies=(0.25, 3.0))
 OBJECTS = {
     "model": MODEL,
     "segment": Segment(start=0, tokens=(1, 2, 3), window=A, prefix=B, blobs={"full": (A, C)}),
     "segments": SegmentNode(entries=(SegmentEntry(segment=A, start=0, length=3),)),
     "turn": TURN,
+    "turn with entropies": TOLD,
     "turns": TurnNode(entries=(A, B)),
     "chat turn": ChatTurn(
         kind="prompt", start=2, end=4, role="user",
@@ -56,6 +59,7 @@ GOLDEN = {
     "segment": "b3:68b4c0d2c4be48992d06597fb226dd41c29aa111c2cb968b664eb6b2ef11262d",
     "segments": "b3:f8ee716a23993c1d3be505a9eb57cb40f9b3ae0e6be0ddc278799cc3d6261164",
     "turn": "b3:352faf502b8f473096c7eeaeaac5f9f655db494fdcdd9ae41b7d02cc9f0194b2",
+    "turn with entropies": "b3:90fa7c367785648754f3fd16d6db0494a215fd859c5b99d064d7291afcb8d7f0",
     "turns": "b3:aab06b70904ff5dfeaa703af76da2b49a51845d8afedba880338304cd09df871",
     "chat turn": "b3:a8bda24bc4d3cb3337ec8956c6696699e78a3c120d8c4afcf91cfcd8eebf57bf",
     "state": "b3:c8b78b1be145bcad48d5ccc1b24737931fe72d1e9fa041bf900f3f0e00d84769",

@@ -15,11 +15,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from thaw.engines import load_engine  # noqa: E402
-from thaw.engines.base import Engine  # noqa: E402
+from thaw.engines.base import Engine, GenerateRequest  # noqa: E402
 from thaw.engines.embedded.weights import WeightsWatch  # noqa: E402
 from thaw.testing import EngineTests, ExactnessTests  # noqa: E402
-from thaw.testing.laws.kit import Load  # noqa: E402
+from thaw.testing.laws.kit import Load, ids, seeded  # noqa: E402
 from thaw.testing.models import ARCHITECTURES  # noqa: E402
+from thaw.testing.reference import Reference  # noqa: E402
 
 WHOLE = ("llama", "float32")
 QUICK = {("qwen2", "bfloat16")}
@@ -58,3 +59,20 @@ class TestExactness(ExactnessTests):
     def engine_factory(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
         arch, dtype = request.param
         return factory(tiny_model(arch, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"temperature": 0.0}, {"temperature": 0.3, "top_k": 3, "repetition_penalty": 1.5}]
+)
+def test_entropies_are_those_of_the_stock_models_forward_pass(
+    tiny_model: Callable[..., Path], knobs: dict[str, float]
+) -> None:
+    """Whatever the sampler's parameters are. The control: those of the token before."""
+    folder, prompt = tiny_model("llama"), ids(70)
+    with load_engine("transformers", model=str(folder)) as engine:
+        session = engine.open(seed=5)
+        asked = seeded(24, entropy=True, **knobs)
+        out = engine.generate([GenerateRequest(session=session, prompt=prompt, sampling=asked)]).result()[0]
+    expected = Reference(folder).entropies(prompt, out.token_ids)
+    assert out.entropies == pytest.approx(expected, abs=1e-4)
+    assert out.entropies[1:] != pytest.approx(expected[:-1], abs=1e-2)

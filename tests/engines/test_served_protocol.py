@@ -57,6 +57,7 @@ def test_mail_is_for_its_owner_only(tmp_path: Path) -> None:
     mail.answer("0" * 32, SCHEDULER, Answer())
     mail.grant("0" * 32)
     mail.register_store("0" * 32, tmp_path)
+    mail.expect_entropies("0" * 32)
     for path in mail.folder.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
@@ -94,3 +95,21 @@ def test_a_runtime_folder_that_is_not_ours_is_not_used(
         named = str(tmp_path)
     monkeypatch.setenv("XDG_RUNTIME_DIR", named)
     assert default_folder("one") == Path("/tmp") / f"thaw-{os.getuid()}" / "thaw-mail" / "one"
+
+
+def test_entropies_come_by_mail_where_they_are_expected(tmp_path: Path) -> None:
+    """Of each token the last one that was said: a step may run again."""
+    mail, name = Mail(tmp_path / "mail"), "0" * 32
+    mail.put_entropy(name, 0, 1.0)
+    with pytest.raises(StorageFailed, match="cannot be read"):
+        mail.entropies(name, 0, 1)
+    mail.expect_entropies(name)
+    for index, value in enumerate((9.0, 0.1, 2.5, 3.0)):
+        mail.put_entropy(name, index, value)
+    mail.put_entropy(name, 0, 1.0 / 3.0)
+    assert mail.entropies(name, 0, 2) == (1.0 / 3.0, 0.1) and mail.entropies(name, 2, 2) == (2.5, 3.0)
+    with pytest.raises(StorageFailed, match=r"tokens up to 5 .* 1 of the last 2"):
+        mail.entropies(name, 3, 2)
+    mail.drop_entropies(name)
+    mail.put_entropy(name, 4, 1.0)
+    assert not list((mail.folder / "entropies").iterdir())

@@ -10,7 +10,11 @@ from thaw.core.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 
+from thaw.core.canonical import U64  # noqa: E402
+from thaw.engines.embedded import sampler as ps  # noqa: E402
 from thaw.engines.embedded import torch_sampler as ts  # noqa: E402
+from thaw.engines.served.row import Row  # noqa: E402
+from thaw.engines.served.sampling_extra import SamplingExtra  # noqa: E402
 
 VOCAB = 3000
 
@@ -91,3 +95,26 @@ def test_choosing_changes_no_logit() -> None:
     before = logits_V.clone()
     ts.pick(logits_V, Sampling(repetition_penalty=2.0, top_p=0.5), 1, 2, ts.Past({5}, {6}, {}))
     assert torch.equal(logits_V, before)
+
+
+def test_an_entropy_is_shannons_in_nats() -> None:
+    for seed in range(5):
+        logprobs_V = torch.log_softmax(logits_of(seed), 0)
+        expected = -math.fsum(math.exp(x) * x for x in logprobs_V.tolist())
+        assert ts.entropy(logprobs_V) == pytest.approx(expected, abs=1e-9)
+        assert ps.entropy(logprobs_V.tolist()) == pytest.approx(expected, abs=1e-12)
+    for entropy, values in ((ts.entropy, torch.tensor), (ps.entropy, list)):
+        assert entropy(values([math.log(0.25)] * 4)) == pytest.approx(math.log(4), abs=1e-6)
+        assert entropy(values([0.0, -math.inf, -math.inf])) == 0.0
+
+
+def test_a_row_tells_the_entropy_of_each_step_where_it_was_asked_to() -> None:
+    """By the token's place in the output, so that a step that is run again is told again."""
+    logits_V, told = logits_of(1), []
+    for asked in (True, False):
+        extra = SamplingExtra(sampling=Sampling(entropy=asked), seed=U64(1), output_start=2)
+        row = Row((), extra, [1, 2], output := [], lambda index, value: told.append((index, value)))
+        output.append(row.pick(logits_V))
+        row.pick(logits_V)
+    assert [index for index, _ in told] == [0, 1]
+    assert told[0][1] == ts.entropy(torch.log_softmax(logits_V, 0))

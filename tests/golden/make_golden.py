@@ -4,8 +4,8 @@ Run once for each format version; the folder is checked in and never written aga
 whatever thaw they test: old repositories stay readable. Contents: every kind of object with every optional field
 used once, two branches, a tag, a reflog, a fork inside a segment, a commit with two parents, pads, equal blobs.
 
-    format-1    no turn has messages
-    format-2    prompts are `thaw.turn/2`, the database has format 2
+    format-1    no turn has messages or entropies
+    format-2    prompts are `thaw.turn/2`, completions have entropies, the database has format 2
 """
 
 from __future__ import annotations
@@ -97,13 +97,14 @@ def turns(tx: Transaction) -> TurnNode:
         start=290,
         end=292,
         text="ice",
-        sampling=Sampling(temperature=0.7, top_p=0.9, stop=("\n\n",), max_tokens=8, seed=2**64 - 1),
+        sampling=Sampling(temperature=0.7, top_p=0.9, stop=("\n\n",), max_tokens=8, seed=2**64 - 1, entropy=True),
         seed=U64(2**64 - 1),
         finish_reason="stop",
         stop_reason="\n\n",
         logprobs=(-0.25, -1e-07),
         top_logprobs=(((17, -0.25), (4, -3.5)), ((9, -1e-07),)),
         policy="7",
+        entropies=(0.5, 2.25),
     )
     return TurnNode(entries=(tx.put(prompt), tx.put(completion)))
 

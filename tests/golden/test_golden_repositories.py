@@ -7,6 +7,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from thaw.core.ids import digest
@@ -82,6 +83,7 @@ def check_commit(store: Store, identifier: str) -> None:
     assert prompt.text == "Grüße,\n\u2028 \U0001f9ca?"
     assert completion.seed == 2**64 - 1 and completion.sampling is not None and completion.sampling.seed == 2**64 - 1
     assert completion.logprobs == (-0.25, -1e-07)
+    assert completion.entropies == ((0.5, 2.25) if isinstance(prompt, ChatTurn) else msgspec.UNSET)
 
 
 def check_chat(turn: ChatTurn) -> None:

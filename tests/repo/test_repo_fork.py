@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import thaw
@@ -154,7 +155,9 @@ def test_a_trajectory_is_aligned_token_by_token(repo: Repository, parent: Sessio
     assert len(t.completion_ids) == len(t.logprobs) == len(t.mask) == len(t.policy_versions)
     assert sum(t.mask) == 80 and t.mask[:40] == (1,) * 40 and t.mask[40:48] == (0,) * 8
     assert t.logprobs[:40] == parent.turns[2].logprobs and set(t.policy_versions) == {"0"}
-    assert repo.session("main").trajectory() == t
+    stored = repo.session("main").trajectory()
+    assert stored.num_inherited_tokens == parent.num_tokens and not any(stored.own_mask)
+    assert msgspec.structs.replace(stored, num_inherited_tokens=0) == t
 
 
 def test_a_busy_session_is_refused_by_name_and_streams_can_be_cancelled(tmp_path: Path, slow_engine: Engine) -> None:

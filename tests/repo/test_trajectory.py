@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from thaw import Sampling
-from thaw.core.errors import PolicyMismatch
+from thaw.core.errors import PolicyMismatch, StaleSession
 from thaw.core.objects import Turn
 from thaw.repo import Repository
 from thaw.repo.trajectory import of_turns
@@ -51,6 +52,84 @@ def test_siblings_share_the_prompt_and_have_logprobs_of_their_own(repo: Reposito
         assert len({kid.trajectory().completion_ids for kid in kids}) > 1
 
 
+def test_a_child_tells_its_own_tokens_from_those_it_was_forked_with(repo: Repository) -> None:
+    trunk = repo.session()
+    trunk.generate("the prompt", PLAIN)
+    at = trunk.num_tokens - 2
+    with trunk.fork(3, at=at) as kids:
+        assert kids[0].trajectory().own_mask == (0,) * 4
+        kids.generate(sampling=PLAIN)
+        kids[0].append("a tool's result")
+        kids[0].generate(sampling=PLAIN)
+        for kid in kids:
+            t = kid.trajectory()
+            assert (t.num_inherited_tokens, t.mask[:10], t.own_mask[:10]) == (at, (1,) * 10, (0,) * 4 + (1,) * 6)
+        t = kids[0].trajectory()
+        assert t.own_mask[4:] == t.mask[4:] == (1,) * 6 + (0,) * len("a tool's result") + (1,) * 6
+    assert trunk.trajectory().own_mask == trunk.trajectory().mask == (1,) * 6
+
+
+def test_in_a_tree_of_forks_every_sampled_token_is_some_sessions_own_and_only_one_s(repo: Repository) -> None:
+    """What N children share was trained on N times by whoever took `mask`."""
+    root = repo.session()
+    root.generate("the prompt", Sampling(max_tokens=12, ignore_eos=True))
+    family = [root]
+    for at in (14, 17, 22):
+        family += root.fork(2, at=at)
+    family += [grandchild for child in family[1:] for grandchild in child.fork(2, at=child.num_tokens - 1)]
+    for session in family[1:]:
+        session.generate(sampling=PLAIN)
+    family += family[-1].fork(2)
+    ts = [session.trajectory() for session in family]
+    assert sum(sum(t.own_mask) for t in ts) == 12 + 6 * (len(family) - 3)
+    assert sum(sum(t.mask) for t in ts) > 2 * sum(sum(t.own_mask) for t in ts)
+
+
+def test_a_fork_inside_a_prompt_or_at_its_end_inherits_no_completion(repo: Repository) -> None:
+    trunk = repo.session()
+    trunk.append("the prompt")
+    for at in (4, None):
+        child = trunk.fork(1, at=at)[0]
+        child.generate(sampling=PLAIN)
+        t = child.trajectory()
+        assert t.own_mask == t.mask == (1,) * 6 and t.num_inherited_tokens == len(t.prompt_ids) == (at or 10)
+
+
+def test_a_session_from_a_commit_inherits_what_the_commit_has(repo: Repository) -> None:
+    """However it goes on from there: alone, as one of a fork, or with the completion that the point cuts through."""
+    s = repo.session()
+    s.generate("the prompt", PLAIN)
+    s.commit("one", branch="main")
+    for session in (repo.session("main"), repo.fork("main", 2)[1]):
+        session.generate(sampling=PLAIN)
+        assert session.trajectory().own_mask == (0,) * 6 + (1,) * 6
+    cut = repo.session("main:token=13")
+    cut.resume()
+    assert cut.trajectory().own_mask == (0,) * 3 + (1,) * 3
+    assert cut.trajectory().completion_ids == s.trajectory().completion_ids
+
+
+def test_a_rollout_is_exported_after_the_step_that_ended_it(repo: Repository) -> None:
+    """Only its KV is refused, and the refusal says so. What was committed is shown whatever runs."""
+    s = repo.session()
+    s.generate("the prompt", Sampling(max_tokens=6, ignore_eos=True, entropy=True))
+    done = s.commit("one", branch="main")
+    child = s.fork(1)[0]
+    child.generate(sampling=PLAIN)
+    before = [(one.tokens, one.text, one.turns, one.trajectory(), one.seed, one.proof) for one in (s, child)]
+    shown = repo.show("main")
+    repo.engine.set_policy("1")
+    assert before == [(one.tokens, one.text, one.turns, one.trajectory(), one.seed, one.proof) for one in (s, child)]
+    for verb in (s.commit, s.park, s.resume, lambda: s.fork(1), lambda: s.append("more"), lambda: child.adopt("main")):
+        with pytest.raises(StaleSession, match="tokens, text and trajectory can still be read"):
+            verb()
+    assert repo.show("main") == shown and shown.turns[-1].entropies == before[0][3].entropies
+    assert repo.session(done.commit, policy="recompute").tokens == s.tokens
+    again = repo.session()
+    again.append(token_ids=child.tokens)
+    assert again.tokens == child.tokens
+
+
 def test_every_token_says_which_policy_sampled_it(repo: Repository) -> None:
     s = repo.session()
     s.generate("under one policy", PLAIN)
@@ -61,7 +140,10 @@ def test_every_token_says_which_policy_sampled_it(repo: Repository) -> None:
     again.generate(sampling=PLAIN)
     assert again.trajectory().policy_versions == ("0",) * 6 + ("1",) * (len("and then") + 6)
     again.commit("two", branch="main")
-    assert repo.session("main").trajectory() == again.trajectory()
+    stored = repo.session("main").trajectory()
+    assert msgspec.structs.replace(stored, num_inherited_tokens=again.trajectory().num_inherited_tokens) == (
+        again.trajectory()
+    )
 
 
 def test_a_completion_begun_under_another_policy_is_not_resumed_but_followed(repo: Repository) -> None:

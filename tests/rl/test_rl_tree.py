@@ -17,7 +17,7 @@ from thaw import Sampling
 from thaw.pool import ForkPool
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rl_tree.py"
-SAMPLING = Sampling(temperature=1.0, max_tokens=24, ignore_eos=True, logprobs=20)
+SAMPLING = Sampling(temperature=1.0, max_tokens=24, ignore_eos=True, entropy=True)
 PROMPT = list(b"Every branch of the tree has these tokens. ")
 
 

@@ -96,7 +96,13 @@ class PolicyMismatch(Refused):
 
 
 class StaleSession(Refused):
+    """Only its KV: what the session said can still be read."""
+
     kind = "stale-session"
+    way_out = (
+        "Its tokens, text and trajectory can still be read. To go on, open a session and append its tokens again, or "
+        "hydrate a commit with policy='recompute'."
+    )
 
 
 class Conflict(ThawError):

@@ -79,7 +79,8 @@ class Turn(_Object, frozen=True, kw_only=True, tag="thaw.turn/1"):
     `text` of a completion is what the caller saw (a stop string is cut off). `finish_reason` None with kind
     "completion": captured in the middle; going on continues it under `sampling` with `seed`. `logprobs[i]` is the raw
     log probability of token start+i; `top_logprobs[i]` its alternatives as (token, logprob).
-    `policy` is the policy version that sampled it.
+    `policy` is the policy version that sampled it. `entropies[i]`, where they were asked for: of the distribution that
+    the log probability is of, in nats; else left out of the object, so that turns without keep their ids.
     """
 
     kind: Literal["prompt", "completion"]
@@ -94,6 +95,7 @@ class Turn(_Object, frozen=True, kw_only=True, tag="thaw.turn/1"):
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[TokenId, float], ...], ...] | None = None
     policy: str = "0"
+    entropies: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

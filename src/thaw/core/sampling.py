@@ -56,13 +56,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     (None: only the sampled token's). Log probabilities are of the model's raw logits, before penalties and
     temperature. `seed` None takes the session's.
 
+    `entropy` records, for each sampled token, the Shannon entropy in nats of the distribution that its log probability
+    is of: the softmax of the model's raw logits over the full vocabulary, before biases, bans, penalties, temperature
+    and filters. An engine that cannot say it refuses it.
+
     `logit_bias` is added to the logits of tokens before penalties: given as a mapping of token id to a number in
     [-100, 100], kept as pairs in order of id. `bad_words` may not come up in this turn's output: of each word's tokens,
     at the start of a text and after a space, the last one is banned while the ones before it stand at the output's end.
 
-    `structured_outputs`, given as such or as a mapping, is what the output must look like; log probabilities are then
-    of the tokens that it allows. It ends by itself, so neither `ignore_eos` nor `min_tokens` goes with it. An engine
-    without the capability `structured` refuses it.
+    `structured_outputs`, given as such or as a mapping, is what the output must look like; log probabilities and
+    entropies are then of the tokens that it allows. It ends by itself, so neither `ignore_eos` nor `min_tokens` goes
+    with it. An engine without the capability `structured` refuses it.
     """
 
     temperature: float = 1.0
@@ -82,6 +86,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[str, ...] = ()
     structured_outputs: StructuredOutputs | None = None
+    entropy: bool = False
 
     def __post_init__(self) -> None:
         """Check types and ranges, and bring values into one form. Raises `BadSampling`."""
@@ -91,7 +96,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
             self._set(name, float(value))
         for name in ("top_k", "min_tokens", "max_tokens"):
             _require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
-        _require(type(self.ignore_eos) is bool, "ignore_eos", self.ignore_eos, "True or False")
+        for name in ("ignore_eos", "entropy"):
+            _require(type(getattr(self, name)) is bool, name, getattr(self, name), "True or False")
         self._set("stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, str))
         self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int))
         self._set("logit_bias", _biases(self.logit_bias))

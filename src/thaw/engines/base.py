@@ -178,6 +178,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     proof: Proof | None
     ttft_s: float
     total_s: float
+    entropies: tuple[float, ...] | None = None
+    """One for each token, where `Sampling.entropy` asked for them."""
 
     @property
     def num_cached_tokens(self) -> int:
@@ -225,6 +227,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `prefill-progress`  tokens of a running append are seen by `view` and `fork` as they are read, as they are by
                         `capture` in every engine; else all of them at its end
     `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
+    `entropy`           `Sampling.entropy`; else refused
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
     """
     numerics: dict[str, str]

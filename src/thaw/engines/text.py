@@ -79,6 +79,7 @@ def _cut_turn(turn: Turn, tokens: Sequence[int], at: int, codec: Codec | None) -
         stop_reason=None,
         logprobs=None if turn.logprobs is None else turn.logprobs[:count],
         top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:count],
+        entropies=turn.entropies and turn.entropies[:count],
     )
 
 

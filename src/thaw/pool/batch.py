@@ -130,8 +130,9 @@ class Batch:
         seed = self.seed_of(chunk, job)
         history = History(
             before=chunk.trunk.tokens, before_turns=there.turns, prompt=prompt[0], prompt_text=prompt[1],
-            token_ids=done.token_ids, logprobs=done.logprobs, text=done.text, finish_reason=done.finish_reason,
-            sampling=job.sampling, seed=seed, policy=life.engine.policy_version, resumed=job.resume,
+            token_ids=done.token_ids, logprobs=done.logprobs, entropies=done.entropies, text=done.text,
+            finish_reason=done.finish_reason, sampling=job.sampling, seed=seed, policy=life.engine.policy_version,
+            resumed=job.resume,
         )  # fmt: skip
         session = None
         if chunk.keep and not job.stop:
@@ -142,8 +143,9 @@ class Batch:
             life.forget(done.session)
         return BranchResult(
             index=job.index, text=done.text, token_ids=done.token_ids, logprobs=done.logprobs,
-            top_logprobs=done.top_logprobs, finish_reason=done.finish_reason, stop_reason=done.stop_reason,
-            seed=done.seed, usage=done.usage, proof=done.proof, restore=there.restore, decision=there.decision,
+            top_logprobs=done.top_logprobs, entropies=done.entropies, finish_reason=done.finish_reason,
+            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=there.restore,
+            decision=there.decision,
             timings=Timings(
                 queue_s=timings.queue_s, prepare_s=timings.prepare_s, capture_s=timings.capture_s,
                 hydrate_s=timings.hydrate_s, fork_s=timings.fork_s, ttft_s=done.ttft_s,
@@ -161,5 +163,5 @@ class Batch:
         num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
         return PoolSession(
             life, done.session, kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
-            parent=there.parent, proof=done.proof, history=history,
+            parent=there.parent, proof=done.proof, history=history, num_inherited=len(history.before),
         )  # fmt: skip

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import msgspec
+
 from thaw.core.canonical import U64
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling
@@ -26,6 +28,7 @@ class History:
     prompt_text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    entropies: tuple[float, ...] | None
     text: str
     finish_reason: Literal["stop", "length", "abort"] | None
     sampling: Sampling
@@ -58,4 +61,5 @@ class History:
         return Turn(
             kind=kind, start=start, end=end, text=self.text, sampling=self.sampling, seed=U64(self.seed),
             finish_reason=self.finish_reason, logprobs=self.logprobs, policy=self.policy,
+            entropies=self.entropies or msgspec.UNSET,
         )  # fmt: skip

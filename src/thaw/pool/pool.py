@@ -198,7 +198,7 @@ class ForkPool:
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
             life, ref, kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
-            parent=there.parent,
+            parent=there.parent, num_inherited=trunk.at,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:

@@ -40,8 +40,9 @@ class PoolSession(Session):
         parent: CommitId | None = None,
         proof: Proof | None = None,
         history: History | None = None,
+        num_inherited: int = 0,
     ) -> None:
-        super().__init__(life.context, ref, kept=kept, parent=parent, proof=proof)
+        super().__init__(life.context, ref, kept=kept, parent=parent, proof=proof, num_inherited=num_inherited)
         self.life = life
         self.arena_kept = arena_kept or Kept()
         self.history = history

@@ -101,6 +101,7 @@ class BranchResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    entropies: tuple[float, ...] | None = None
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     seed: int = 0
@@ -126,10 +127,11 @@ class BranchResult:
 
     @cached_property
     def trajectory(self) -> Trajectory:
-        """Prompt ids, completion ids, logprobs, mask and policy versions, from the first token of the point on."""
+        """Prompt ids, completion ids, logprobs, mask and policy versions, from the first token of the point on; the
+        point's own tokens are inherited (`own_mask`)."""
         if self.history is None:
             raise InvalidRequest(f"branch {self.index} did not run: {self.error}")
-        return of_turns(self.history.tokens, self.history.turns)
+        return of_turns(self.history.tokens, self.history.turns, len(self.history.before))
 
     def close(self) -> None:
         """Forget the session. Closing twice is fine."""

@@ -82,8 +82,9 @@ class Repository:
         where = self.resolve(point)
         live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
         return Session(
-            self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof
-        )
+            self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof,
+            num_inherited=where.num_tokens,
+        )  # fmt: skip
 
     def fork(self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact") -> Group:
         """N sessions that go on from `point`: loaded once, shared by all, on no branch.
@@ -101,10 +102,14 @@ class Repository:
             children = self.engine.fork(live.session, n, replay=replay).result()
         finally:
             self.engine.close_session(live.session)
-        return Group(
-            self._context,
-            [Session(self._context, c, kept=live.kept, parent=where.commit, proof=live.proof) for c in children],
-        )
+        sessions = [
+            Session(
+                self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
+                num_inherited=where.num_tokens,
+            )
+            for child in children
+        ]  # fmt: skip
+        return Group(self._context, sessions)
 
     # -- looking
 

@@ -44,6 +44,7 @@ class Aside:
     ref: SessionRef
     kept: Kept
     last: tuple[CommitResult, tuple[Turn, ...]] | None
+    num_inherited: int
     keep: int
 
 
@@ -59,7 +60,9 @@ class Session(ProcessBound):
         parent: CommitId | None = None,
         branch: str | None = None,
         proof: Proof | None = None,
+        num_inherited: int = 0,
     ) -> None:
+        """`num_inherited`: how many tokens it begins with."""
         super().__init__("session")
         self._context = context
         self._ref = ref
@@ -67,6 +70,7 @@ class Session(ProcessBound):
         self._parent = parent
         self._branch = branch
         self._proof = proof
+        self._num_inherited = num_inherited
         self._last: tuple[CommitResult, tuple[Turn, ...]] | None = None
         self._aside: Aside | None = None
         self._lock = threading.RLock()
@@ -149,9 +153,10 @@ class Session(ProcessBound):
             return self._kept.cut(num_kv)
 
     def trajectory(self) -> Trajectory:
-        """What was sampled here, as training data, all of one moment; also while it generates."""
+        """What was sampled here, as training data, all of one moment; also while it generates, and when its KV is of
+        another policy by now. `own_mask` leaves out what it began with: of a fork, its parent's tokens."""
         view = self.view()
-        return trajectories.of_turns(view.tokens, view.turns)
+        return trajectories.of_turns(view.tokens, view.turns, self._num_inherited)
 
     # -- going on
 
@@ -300,6 +305,7 @@ class Session(ProcessBound):
             unwanted, engine = aside.ref, self._context.engine
             if failed and not self._closed and len(engine.view(self._ref).tokens) == aside.keep:
                 unwanted, self._ref, self._kept, self._last = self._ref, aside.ref, aside.kept, aside.last
+                self._num_inherited = aside.num_inherited
             engine.close_session(unwanted)
 
     def _append_messages(self, asked: chats.Ask) -> SessionView:
@@ -354,8 +360,9 @@ class Session(ProcessBound):
             return
         new = engine.fork(old, 1, at=keep, replay=True).result()[0]
         with self._lock:
-            self._aside = Aside(old, self._kept, self._last, keep)
+            self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep)
             self._ref, self._kept, self._last = new, self._kept.cut(engine.view(new).num_kv), None
+            self._num_inherited = min(self._num_inherited, keep)
 
     # -- git's verbs
 
@@ -378,8 +385,10 @@ class Session(ProcessBound):
         """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written."""
         engine = self._context.engine
         refs = engine.fork(self.ref, n, at=at, replay=replay).result()
-        kept = self._kept.cut(engine.view(refs[0]).num_kv)
-        return Group(self._context, [Session(self._context, ref, kept=kept, parent=self._parent) for ref in refs])
+        view = engine.view(refs[0])
+        kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
+        children = [Session(self._context, ref, kept=kept, parent=self._parent, num_inherited=begun) for ref in refs]
+        return Group(self._context, children)
 
     def adopt(self, branch: str, message: str = "") -> CommitResult:
         """Commit (if anything is new) and make it the branch, whatever the branch was; the old tip stays in its reflog.

@@ -3,6 +3,9 @@
 Everything from the first sampled token on is the completion; what was put in between (tool results, later user turns)
 stands in it with mask 0. All lists of the completion have one entry a token, and prompt and completion together are the
 session's tokens: the ids that the model saw, never text that was tokenised again.
+
+A fork's child begins with its parent's tokens, and so does everything that goes on from a commit. Those are inherited;
+whoever trains on several sessions of one lineage takes `own_mask` of each, and every sampled token counts once.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling
 
 _PLAIN = Sampling()
-_HARMLESS = ("stop", "stop_token_ids", "ignore_eos", "max_tokens", "logprobs", "seed")
+_HARMLESS = ("stop", "stop_token_ids", "ignore_eos", "max_tokens", "logprobs", "entropy", "seed")
 """What leaves the distribution that is drawn from the model's own. Whatever else is set makes it another one."""
 
 
@@ -25,6 +28,12 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
 
     `logprobs[i]` is the model's raw log probability of token i; 0.0 where the mask is 0, NaN where none was recorded.
     `policy_versions[i]` is the policy that sampled token i, or that ran when it was put in.
+
+    `entropies[i]` is the entropy, in nats over the full vocabulary, of the raw distribution of token i; 0.0 where the
+    mask is 0, NaN where none was recorded. None where no completion was sampled with `Sampling(entropy=True)`.
+
+    `num_inherited_tokens`: how many leading tokens, of prompt and completion together, the session had when it began:
+    where it was forked, or the point that it was hydrated from. 0 for one that began empty.
 
     `plain_sampling`: every sampled token was drawn at temperature 1, without filters, penalties, biases, bans or
     grammar, so `logprobs` are those of the distribution that was sampled as well. Where it is False they are not, and a
@@ -37,13 +46,22 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     mask: tuple[int, ...]
     policy_versions: tuple[str, ...]
     plain_sampling: bool = True
+    num_inherited_tokens: int = 0
+    entropies: tuple[float, ...] | None = None
+
+    @property
+    def own_mask(self) -> tuple[int, ...]:
+        """As `mask`, and 0 where the token was inherited: 1 only for what this session sampled itself."""
+        inherited = min(max(self.num_inherited_tokens - len(self.prompt_ids), 0), len(self.mask))
+        return (0,) * inherited + self.mask[inherited:]
 
 
-def of_turns(tokens: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
-    """The trajectory of these tokens and turns (in order). A token that no turn covers yet was put in."""
+def of_turns(tokens: Sequence[int], turns: Sequence[Turn], num_inherited: int = 0) -> Trajectory:
+    """The trajectory of these tokens and turns (in order), of a session that began with the first `num_inherited`
+    tokens. A token that no turn covers yet was put in."""
     sampled = [turn for turn in turns if turn.kind == "completion"]
     first = sampled[0].start if sampled else len(tokens)
-    logprobs, mask = [0.0] * len(tokens), [0] * len(tokens)
+    logprobs, entropies, mask = [0.0] * len(tokens), [0.0] * len(tokens), [0] * len(tokens)
     policies = [turns[-1].policy if turns else ""] * len(tokens)
     for turn in turns:
         policies[turn.start : turn.end] = [turn.policy] * (turn.end - turn.start)
@@ -51,6 +69,7 @@ def of_turns(tokens: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
         count = turn.end - turn.start
         assert turn.logprobs is None or len(turn.logprobs) == count
         logprobs[turn.start : turn.end] = [math.nan] * count if turn.logprobs is None else turn.logprobs
+        entropies[turn.start : turn.end] = turn.entropies or [math.nan] * count
         mask[turn.start : turn.end] = [1] * count
     return Trajectory(
         prompt_ids=tuple(tokens[:first]),
@@ -59,6 +78,8 @@ def of_turns(tokens: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
         mask=tuple(mask[first:]),
         policy_versions=tuple(policies[first:]),
         plain_sampling=all(_is_plain(turn.sampling) for turn in sampled),
+        num_inherited_tokens=num_inherited,
+        entropies=tuple(entropies[first:]) if any(turn.entropies for turn in sampled) else None,
     )
 
 

@@ -92,6 +92,7 @@ def _cut(turn: Turn, end: int) -> Turn:
         stop_reason=None,
         logprobs=None if turn.logprobs is None else turn.logprobs[:count],
         top_logprobs=None if turn.top_logprobs is None else turn.top_logprobs[:count],
+        entropies=turn.entropies and turn.entropies[:count],
     )
 
 

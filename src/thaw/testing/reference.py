@@ -21,6 +21,14 @@ class Reference:
         self._module = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
 
     @torch.inference_mode()
+    def entropies(self, tokens: Sequence[int], then: Sequence[int]) -> list[float]:
+        """What the model says after `tokens`, and after each of `then` but the last: the entropy of its next token, in
+        nats over the full vocabulary."""
+        ids = torch.tensor([[*tokens, *then[:-1]]])
+        logprobs = torch.log_softmax(self._module(input_ids=ids, logits_to_keep=len(then)).logits[0].double(), -1)
+        return (-(logprobs.exp() * logprobs).sum(-1)).tolist()
+
+    @torch.inference_mode()
     def distance(self, tokens: Sequence[int], then: Sequence[int], told: Sequence[Mapping[int, float]]) -> float:
         """How far an engine that went on after `tokens` with `then` is from what the model says: the mean difference
         of the log probabilities that it told, a mapping of tokens for each of `then`."""

@@ -415,6 +415,20 @@ def test_where_vllm_samples_itself_a_bad_word_that_has_begun_is_not_forgotten(
         lab.resume(engine, lab.twin(engine, child, at=74))
 
 
+@only("small blocks")
+def test_where_vllm_samples_itself_entropies_are_refused(
+    engine: VllmEngine, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its V2 runner shows logits to others only after biases and penalties. The control: on the V1 runner it works."""
+    session, dialect = lab.begin(engine, 20), engine._talk.dialect
+    assert len(lab.one(engine, session, greedy(3, entropy=True)).entropies or ()) == 3
+    v2 = msgspec.structs.replace(dialect.facts, runner="V2")
+    assert engine.capabilities_of(dialect.facts) - engine.capabilities_of(v2) == {"entropy"}
+    monkeypatch.setattr(dialect, "facts", v2)
+    with pytest.raises(Unsupported, match=r"entropy: .*VLLM_USE_V2_MODEL_RUNNER=0"):
+        lab.one(engine, session, greedy(3, entropy=True))
+
+
 # --- refused before vLLM starts
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -94,7 +94,7 @@ def leftovers(engine: VllmEngine) -> dict[str, object]:
     found: dict[str, object] = {name: stats[name] for name in ("records", "running", "commands", "pinned_blocks")}
     found["blocks"] = stats["blocks"] - 1 - stats["free_blocks"]
     mail = engine._transport.mail.folder
-    found["mail"] = [path.name for place in ("answers", "plans") for path in (mail / place).iterdir()]
+    found["mail"] = [path.name for place in ("answers", "plans", "entropies") for path in (mail / place).iterdir()]
     found["arena_nbytes"] = stats["arena_nbytes"]
     return {name: value for name, value in found.items() if value}
 

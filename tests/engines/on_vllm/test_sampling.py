@@ -22,6 +22,7 @@ from thaw.engines.embedded import sampler as reference
 from thaw.engines.embedded.backend import SampleSpec
 from thaw.engines.embedded.bad_words import bad_ids, endings
 from thaw.engines.hf.codec import HFCodec
+from thaw.engines.served import protocol
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra, needed, to_extra
 
 VOCAB = 320
@@ -327,6 +328,12 @@ def test_a_bad_request_is_refused_at_admission(v1: Any) -> None:
     good = to_extra(Sampling(), seed=1, output_start=0)
     v1.ThawSampling.validate_params(v1.SamplingParams(temperature=0.7))
     v1.ThawSampling.validate_params(v1.SamplingParams(temperature=0.0, extra_args={EXTRA: good}))
+    run = protocol.params(protocol.Run(id="0" * 32, record="1" * 32))
+    told = {EXTRA: to_extra(Sampling(entropy=True), seed=1, output_start=0)}
+    v1.ThawSampling.validate_params(v1.SamplingParams(temperature=0.0, extra_args={**told, "kv_transfer_params": run}))
+    for nowhere in ({}, {"kv_transfer_params": protocol.params(protocol.Look(id="0" * 32))}):
+        with pytest.raises(ValueError, match="entropy"):
+            v1.ThawSampling.validate_params(v1.SamplingParams(temperature=0.0, extra_args={**told, **nowhere}))
     for value in GARBAGE.values():
         with pytest.raises(ValueError, match=EXTRA):
             v1.ThawSampling.validate_params(SimpleNamespace(extra_args={EXTRA: value}))

@@ -48,6 +48,8 @@ class Sampled:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    entropy: float | None
+    """None where `Sampling.entropy` did not ask for it."""
 
 
 class Backend(ExtentFactory):

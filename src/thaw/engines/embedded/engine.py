@@ -41,7 +41,7 @@ T = TypeVar("T")
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy",
     }
 )  # fmt: skip
 
@@ -233,8 +233,7 @@ class EmbeddedEngine(Engine):
         if (live.kv.num_tokens or live.parked) and self._is_stale(live):
             raise StaleSession(
                 f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
-                f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. Open a session and append its tokens "
-                "again, or hydrate a commit with policy='recompute'."
+                f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. {StaleSession.way_out}"
             )
         live.epoch, live.policy = self._weights.epoch, self._weights.policy
         if isinstance(live.parked, Parked):

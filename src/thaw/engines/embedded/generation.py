@@ -1,8 +1,9 @@
 """Prefill and generation: one batch, step by step.
 
 Prompts go in chunks that end at multiples of CHUNK tokens of the session's own positions, each session's alone; what
-is left of every session (at most CHUNK tokens) then runs packed together. So the shape of every forward pass, and
-with it the bits, is a function of the batch's own requests and of nothing else that runs.
+is left of every session (at most CHUNK tokens) then runs packed together. A prompt that is only read has its last token
+run by itself: a child that is forked there later runs that token so, and has the same bits. So the shape of every
+forward pass, and with it the bits, is a function of the batch's own requests and of nothing else that runs.
 """
 
 from __future__ import annotations
@@ -63,15 +64,17 @@ class Lane:
 
 
 class Prefill:
-    """Brings every lane to the point where its next logits are known. `step` returns True while there is more."""
+    """Brings every lane to the point where its next logits are known. `step` returns True while there is more.
 
-    def __init__(self, backend: Backend, lanes: Sequence[Lane]) -> None:
+    `last_alone`: the last token runs by itself, after the others, as it does for whoever goes on from there later."""
+
+    def __init__(self, backend: Backend, lanes: Sequence[Lane], *, last_alone: bool = False) -> None:
         self._backend = backend
         self._lanes = lanes
+        self._last_alone = last_alone
 
     def step(self) -> bool:
-        waiting = [(lane, lane.pending()) for lane in self._lanes if not lane.aborted]
-        waiting = [(lane, pending) for lane, pending in waiting if pending]
+        waiting = [(lane, self._next(lane)) for lane in self._waiting()]
         for lane, pending in waiting:
             if len(pending) > CHUNK:
                 position = lane.session.kv.num_tokens
@@ -83,7 +86,14 @@ class Prefill:
                 pack.append((lane, pending))
         if pack:
             self._feed(pack)
-        return len(pack) < len(waiting)
+        return bool(self._waiting())
+
+    def _waiting(self) -> list[Lane]:
+        return [lane for lane in self._lanes if not lane.aborted and lane.pending()]
+
+    def _next(self, lane: Lane) -> list[int]:
+        pending = lane.pending()
+        return pending[:-1] if self._last_alone and len(pending) > 1 else pending
 
     def _feed(self, pack: Sequence[tuple[Lane, list[int]]]) -> None:
         for lane, tokens in pack:
@@ -101,7 +111,7 @@ class Append:
         self, backend: Backend, lane: Lane, promise: Promise[SessionView], release: Callable[[LiveSession], None]
     ):
         self._lane, self._promise, self._release = lane, promise, release
-        self._prefill = Prefill(backend, [lane])
+        self._prefill = Prefill(backend, [lane], last_alone=True)
 
     def step(self) -> bool:
         if self._lane.aborted:
@@ -230,7 +240,7 @@ class Generation:
         session.tokens.append(choice.token)
         full = len(session.tokens) >= self._backend.max_model_len
         eos = self._backend.eos_token_ids
-        reason, stop_reason = turn.take(choice.token, choice.logprob, choice.top, eos=eos, full=full)
+        reason, stop_reason = turn.take(choice.token, choice.logprob, choice.top, choice.entropy, eos=eos, full=full)
         if reason is not None:
             self._finish(lane, reason, stop_reason, choice)
         else:

@@ -1,9 +1,9 @@
 """Choosing a token from logits, in plain Python: the reference, and what `fake` runs.
 
-Order as in vLLM: raw log probabilities are taken first; then biases, bans (min_tokens, bad words), repetition,
-frequency and presence penalties, temperature, min_p, top_k, top_p; then one draw `uniform(seed, position)` through the
-cumulative distribution in token order. Greedy (temperature 0) is the argmax after penalties, the lowest id among
-equals.
+Order as in vLLM: raw log probabilities, and the entropy of their distribution, are taken first; then biases, bans
+(min_tokens, bad words), repetition, frequency and presence penalties, temperature, min_p, top_k, top_p; then one draw
+`uniform(seed, position)` through the cumulative distribution in token order. Greedy (temperature 0) is the argmax after
+penalties, the lowest id among equals.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ def largest(values: Sequence[float], count: int) -> tuple[tuple[int, float], ...
     return tuple((i, values[i]) for i in order)
 
 
+def entropy(logprobs: Sequence[float]) -> float:
+    """Shannon entropy in nats; what cannot come adds nothing."""
+    return -math.fsum(math.exp(x) * x for x in logprobs if x > -math.inf)
+
+
 def choose(logits: Sequence[float], spec: SampleSpec) -> Sampled:
     raw = log_softmax(logits)
     token = pick(penalised(logits, spec), spec.sampling, spec.seed, spec.position)
-    return Sampled(token, raw[token], largest(raw, spec.num_top))
+    return Sampled(token, raw[token], largest(raw, spec.num_top), entropy(raw) if spec.sampling.entropy else None)
 
 
 def penalised(logits: Sequence[float], spec: SampleSpec) -> list[float]:

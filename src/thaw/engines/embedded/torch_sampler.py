@@ -1,9 +1,10 @@
 """Choosing a token with torch: the rules of `embedded.sampler`, for every engine that has its logits in a tensor.
 
-Log probabilities are float32 of the raw logits. The draw runs in float64 on the host, through the cumulative
-distribution in token order, so the token is a pure function of (logits, sampling, seed, position, past) and the same
-in each engine that comes here. Nothing raises because of a number: where a NaN or an infinity leaves no distribution,
-the token is the argmax (torch's: a NaN before everything, else the lowest id among equals).
+Log probabilities are float32 of the raw logits, entropies float64 of these log probabilities. The draw runs in float64
+on the host, through the cumulative distribution in token order, so the token is a pure function of (logits, sampling,
+seed, position, past) and the same in each engine that comes here. Nothing raises because of a number: where a NaN or an
+infinity leaves no distribution, the token is the argmax (torch's: a NaN before everything, else the lowest id among
+equals).
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ def choose(logits_V: torch.Tensor, spec: SampleSpec) -> Sampled:
     """One row. `logits_V` float32 on the host; it is not changed."""
     raw_V = torch.log_softmax(logits_V, 0)
     token = pick(logits_V, spec.sampling, spec.seed, spec.position, _past(spec))
-    return Sampled(token, float(raw_V[token]), largest(raw_V, spec.num_top))
+    return Sampled(
+        token, float(raw_V[token]), largest(raw_V, spec.num_top), entropy(raw_V) if spec.sampling.entropy else None
+    )
+
+
+def entropy(logprobs_V: torch.Tensor) -> float:
+    """Shannon entropy in nats; what cannot come adds nothing. NaN where the log probabilities are no distribution."""
+    return float(torch.special.entr(logprobs_V.double().exp()).sum())
 
 
 def largest(values_V: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

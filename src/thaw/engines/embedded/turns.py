@@ -36,13 +36,23 @@ class OpenTurn:
     unseen_stops: Mapping[int, str] = field(default_factory=dict)
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     def take(
-        self, token: int, logprob: float, top: tuple[tuple[int, float], ...], *, eos: Container[int], full: bool
+        self,
+        token: int,
+        logprob: float,
+        top: tuple[tuple[int, float], ...],
+        entropy: float | None,
+        *,
+        eos: Container[int],
+        full: bool,
     ) -> tuple[str | None, str | int | None]:
         """One more token; (finish_reason, stop_reason) after it, in vLLM's order. `full`: the session has no room."""
         self.logprobs.append(logprob)
         self.tops.append(top)
+        if entropy is not None:
+            self.entropies.append(entropy)
         self.stream.push(token)
         s, num_output = self.sampling, len(self.logprobs)
         if num_output >= s.min_tokens:
@@ -75,6 +85,7 @@ class OpenTurn:
             logprobs=tuple(self.logprobs),
             top_logprobs=tuple(self.tops) if self.sampling.logprobs else None,
             policy=self.policy,
+            entropies=tuple(self.entropies) if self.sampling.entropy else msgspec.UNSET,
         )
 
 
@@ -142,6 +153,7 @@ def _reopen(session: HasTurns, codec: Codec) -> OpenTurn:
         unseen_stops=_unseen_stops(codec, turn.sampling),
         logprobs=list(turn.logprobs or ()),
         tops=list(turn.top_logprobs or ()),
+        entropies=list(turn.entropies or ()),
     )
 
 
@@ -189,6 +201,7 @@ def completion(
         proof=session.proof,
         ttft_s=ttft_s or 0.0,
         total_s=total_s,
+        entropies=(turn.entropies or None) if turn else None,
     )
 
 

@@ -44,7 +44,7 @@ from thaw.engines.served.talk import Talk, worker_facts
 from thaw.engines.served.transport import Transport
 
 CAPABILITIES = frozenset(
-    {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs"}
+    {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
 )
 MAX_TOP_LOGPROBS = 100
 
@@ -101,7 +101,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities,
+            capabilities=self.capabilities_of(facts),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -111,6 +111,10 @@ class ServedEngine(Engine):
             },
             num_packs=facts.world_size,
         )
+
+    def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
+        """`capabilities`, as far as this server has them."""
+        return self.capabilities
 
     # -- the contract
 
@@ -279,8 +283,8 @@ class ServedEngine(Engine):
         if live.policy != policy:
             if live.computed():
                 raise StaleSession(
-                    f"the session's KV is of policy {live.policy!r}; the engine now runs policy {policy!r}. Open "
-                    "a session and append its tokens again, or hydrate a commit with policy='recompute'."
+                    f"the session's KV is of policy {live.policy!r}; the engine now runs policy {policy!r}. "
+                    f"{StaleSession.way_out}"
                 )
             live.policy = policy
         return live

@@ -136,15 +136,27 @@ class Generation:
 
         def take(chunk: Chunk) -> bool:
             if not lane.aborted:
-                lane.take(chunk, info.eos_token_ids, info.max_model_len, num_top)
+                entropies = self._entropies(lane, turn, len(chunk.token_ids))
+                lane.take(chunk, entropies, info.eos_token_ids, info.max_model_len, num_top)
             return lane.reason is None and not lane.aborted
 
         submission = Submission(lane.name, list(session.tokens), sampling, session.cache_salt or None, message)
-        answer = await self._talk.run(submission, take)
+        if turn.sampling.entropy:
+            self._talk.mail.expect_entropies(lane.name)
+        try:
+            answer = await self._talk.run(submission, take)
+        finally:
+            self._talk.mail.drop_entropies(lane.name)
         if lane.reason is None:
             lane.abort()
         lane.close()
         lane.count(answer)
+
+    def _entropies(self, lane: Lane, turn: OpenTurn, count: int) -> Sequence[float | None]:
+        """Of the next `count` tokens, which have come: the engine says them in the mail, before it sends the tokens."""
+        if not turn.sampling.entropy:
+            return [None] * count
+        return self._talk.mail.entropies(lane.name, len(lane.session.tokens) - lane.num_prompt, count)
 
     async def _prefill(self, lane: Lane) -> SessionView:
         session, one = lane.session, self._talk.dialect.one_token

@@ -11,6 +11,7 @@ from typing import ClassVar, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
 from thaw.engines.served.mail import Mail
@@ -19,6 +20,7 @@ from thaw.engines.served.said import error_text, server_message
 from thaw.engines.served.shared import shared_mail
 from thaw.engines.served.transport import Chunk, Submission, Transport
 
+JSON = {"Content-Type": "application/json"}
 CONNECT_LIMIT_S = 30.0
 HELLO_LIMIT_S = 120.0
 """A busy server answers late; one that is starting does not listen yet."""
@@ -105,7 +107,8 @@ class HttpTransport(Transport, Generic[C]):
         """The request from beginning to end; it ends early when it is cancelled, which closes the connection."""
         failed: BaseException | None = None
         try:
-            request = self._client.build_request("POST", self.route, json=self._body(submission))
+            body = msgspec.json.encode(self._body(submission))  # 60,000 tokens: 0.3 ms; by httpx's own encoder 6
+            request = self._client.build_request("POST", self.route, content=body, headers=JSON)
             await self._in_turn(submission.message, call)
             async with contextlib.aclosing(await self._client.send(request, stream=True)) as response:
                 if response.status_code != 200:

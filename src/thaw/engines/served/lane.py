@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from thaw.core.errors import NotHit
@@ -58,7 +58,9 @@ class Lane:
             grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
         )
 
-    def take(self, chunk: Chunk, eos: tuple[int, ...], limit: int, num_top: int) -> None:
+    def take(
+        self, chunk: Chunk, entropies: Sequence[float | None], eos: tuple[int, ...], limit: int, num_top: int
+    ) -> None:
         """The chunk's tokens, one by one; what comes after the turn's end is not wanted."""
         session, turn = self.session, self.session.turn
         assert turn is not None
@@ -71,7 +73,7 @@ class Lane:
             logprob = chunk.logprobs[i]
             session.tokens.append(token)
             full, top = len(session.tokens) >= limit, _largest(chunk.tops[i], num_top)
-            self.reason, self.stop_reason = turn.take(token, logprob, top, eos=eos, full=full)
+            self.reason, self.stop_reason = turn.take(token, logprob, top, entropies[i], eos=eos, full=full)
             ids.append(token)
             logprobs.append(logprob)
         if not ids:

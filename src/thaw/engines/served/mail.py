@@ -2,13 +2,14 @@
 
 It is 0700 whatever the umask, and so is every folder above it that thaw names; a way that another user of the host
 could change is refused (`data.private`). It carries what requests cannot: answers to commands, hydrate plans on their
-way in, and which stores (folders of packs) the engine may touch. Both sides run as the same user on one host, or share
-the folder; that is also what a store needs.
+way in, entropies of sampled tokens, and which stores (folders of packs) the engine may touch. Both sides run as the
+same user on one host, or share the folder; that is also what a store needs.
 
     stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
     grants/<id>            empty: whoever says the message of this id may change what is everybody's
     callers/<name>         empty: messages that say this name are of a client that shares the folder
+    entropies/<id>         of the tokens of a run, 8 bytes each; made by the client, filled by the first worker
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
     facts/<from>           what a process says about itself
     facts/tight.<rank>     callers whose KV has little room left in a worker's arena; not there while all have much
@@ -21,6 +22,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +45,7 @@ STALE_S = 3600.0
 CLAIM_LIMIT_S = 30.0
 """How long an engine waits for the one before it, which uses the same folder, to end."""
 ROOT = "thaw-mail"
+_ENTROPY = struct.Struct("<d")
 
 
 class Mail:
@@ -55,7 +58,7 @@ class Mail:
         try:
             for folder in _own_part(self.folder):
                 make_private(folder, close=True)
-            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers"):
+            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers", "entropies"):
                 make_private(self.folder / name)
         except StorageFailed as error:
             raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}") from None
@@ -185,6 +188,38 @@ class Mail:
             (self.folder / "answers" / f"{name}.{sender}").unlink(missing_ok=True)
         return found
 
+    # -- entropies
+
+    def expect_entropies(self, name: str) -> None:
+        """Let the engine put those of the run `name` here, until they are dropped."""
+        _put(self.folder / "entropies" / name, b"")
+
+    def put_entropy(self, name: str, index: int, value: float) -> None:
+        """Of the run's token `index`; once more where it is sampled again. Never raises, for it stands in the middle of
+        an engine's step: nothing happens where nobody expects it, and who misses one says so (`entropies`)."""
+        with contextlib.suppress(OSError), (self.folder / "entropies" / name).open("r+b", buffering=0) as file:
+            file.seek(index * _ENTROPY.size)
+            file.write(_ENTROPY.pack(value))
+
+    def entropies(self, name: str, start: int, count: int) -> tuple[float, ...]:
+        """Of tokens [start, start + count) of the run, all of which have come. Raises `StorageFailed` where the engine
+        has not put them here."""
+        try:
+            with (self.folder / "entropies" / name).open("rb") as file:
+                file.seek(start * _ENTROPY.size)
+                data = file.read(count * _ENTROPY.size)
+        except OSError as error:
+            raise StorageFailed(f"the entropies of a run cannot be read from the engine's mail: {error}") from None
+        if len(data) < count * _ENTROPY.size:
+            raise StorageFailed(
+                f"the engine sent tokens up to {start + count} of a run, and entropies of {len(data) // _ENTROPY.size} "
+                f"of the last {count}; is its mail folder {self.folder} full?"
+            )
+        return tuple(value for (value,) in _ENTROPY.iter_unpack(data))
+
+    def drop_entropies(self, name: str) -> None:
+        (self.folder / "entropies" / name).unlink(missing_ok=True)
+
     # -- facts
 
     def post(self, sender: str | int, facts: WorkerFacts | EngineFacts) -> None:
@@ -210,7 +245,7 @@ class Mail:
     def sweep(self) -> None:
         """Remove what was never fetched."""
         limit = time.time() - STALE_S
-        for name in ("plans", "answers", "grants"):
+        for name in ("plans", "answers", "grants", "entropies"):
             for path in (self.folder / name).iterdir():
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < limit:

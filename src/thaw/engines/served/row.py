@@ -6,21 +6,30 @@ A pure function of the logits, the request's parameters, its seed, the position 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from thaw.engines.embedded.bad_words import endings
-from thaw.engines.embedded.torch_sampler import Past, pick
+from thaw.engines.embedded.torch_sampler import Past, entropy, pick
 from thaw.engines.served.sampling_extra import SamplingExtra
 
 
 class Row:
     """One thaw request in the batch. `output` is kept by whoever made the row, and grows with each step. `ends`: the
-    server's own ids of an end of text, for an extra that names none."""
+    server's own ids of an end of text, for an extra that names none. `tell`, where the extra asks for entropies, gets
+    that of each step, with the index of the step's token in `output`."""
 
-    def __init__(self, ends: Iterable[int], extra: SamplingExtra, prompt: list[int], output: list[int]) -> None:
+    def __init__(
+        self,
+        ends: Iterable[int],
+        extra: SamplingExtra,
+        prompt: list[int],
+        output: list[int],
+        tell: Callable[[int, float], None] | None = None,
+    ) -> None:
         s = extra.sampling
+        self._tell = tell if s.entropy else None
         self._extra, self._num_prompt, self._output = extra, len(prompt), output
         ends = ends if extra.eos_token_ids is None else extra.eos_token_ids
         self._ends = frozenset((*ends, *s.stop_token_ids))
@@ -30,6 +39,8 @@ class Row:
 
     def pick(self, logits_V: torch.Tensor) -> int:
         """The next token. `logits_V` float32 on the host; it is not changed."""
+        if self._tell is not None:
+            self._tell(len(self._output), entropy(torch.log_softmax(logits_V, 0)))
         position = self._num_prompt + len(self._output)
         return pick(logits_V, self._extra.sampling, self._extra.seed, position, self._past(position))
 

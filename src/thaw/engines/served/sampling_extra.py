@@ -79,9 +79,10 @@ def from_extra(extra_args: Mapping[str, Any] | None) -> SamplingExtra | None:
 
 
 def needed(sampling: Sampling) -> bool:
-    """Whether vLLM cannot choose these tokens itself: False for plain greedy, whose token is vLLM's own argmax."""
+    """Whether the server cannot do this itself: False for plain greedy, whose token is its own argmax."""
     s = sampling
-    return s.temperature >= 1e-5 or s.min_tokens > 0 or bool(s.logit_bias or s.bad_words) or penalises(s)
+    chosen = s.temperature >= 1e-5 or s.min_tokens > 0 or bool(s.logit_bias or s.bad_words) or penalises(s)
+    return chosen or s.entropy
 
 
 def penalises(sampling: Sampling) -> bool:

@@ -35,7 +35,7 @@ def require_usable(record: Record, epoch: int) -> None:
     if record.kept.epoch != epoch:
         raise StaleSession(
             f"the session's KV is of weights epoch {record.kept.epoch}; the engine's weights changed (epoch "
-            f"{epoch}). Open a session and append its tokens again, or hydrate a commit with policy='recompute'."
+            f"{epoch}). {StaleSession.way_out}"
         )
     if record.kept.broken:
         raise StorageFailed(f"the session's KV could not be kept: {record.kept.broken}")

@@ -20,21 +20,32 @@ from thaw.engines.served.sampling_extra import SamplingExtra
 class Chosen:
     """One request's row: its prompt's length and what was chosen so far, by position."""
 
-    def __init__(self, extra: SamplingExtra | None, prompt: list[int]) -> None:
+    def __init__(
+        self, extra: SamplingExtra | None, prompt: list[int], tell: Callable[[int, float], None] | None = None
+    ) -> None:
+        """`tell` gets entropies, where the request asks for them (`Row`)."""
         self._num_prompt = len(prompt)
         self._output: list[int] = []
-        self._row = None if extra is None else Row((), extra, prompt, self._output)
+        self._row = None if extra is None else Row((), extra, prompt, self._output, tell)
 
-    def next(self, logits_V: torch.Tensor, num_tokens: int) -> int | None:
-        """The token after `num_tokens`; None in the middle of the prompt, where nobody looks at it.
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token of the raw logits, which the device finds by itself."""
+        return self._row is None
+
+    def is_due(self, num_tokens: int) -> bool:
+        """Whether the token after `num_tokens` is looked at: not in the middle of the prompt."""
+        return num_tokens >= self._num_prompt
+
+    def pick(self, logits_V: torch.Tensor, num_tokens: int) -> int:
+        """The token after `num_tokens`, of a row that is due and not greedy. `logits_V` on the host.
 
         A request that SGLang put back in the queue stands where it stood before: what came later is dropped."""
+        assert self._row is not None
         count = num_tokens - self._num_prompt
-        if count < 0:
-            return None
         assert count <= len(self._output), f"{count} tokens were generated, {len(self._output)} were seen"
         del self._output[count:]
-        token = int(logits_V.argmax()) if self._row is None else self._row.pick(logits_V)
+        token = self._row.pick(logits_V)
         self._output.append(token)
         return token
 
@@ -42,22 +53,41 @@ class Chosen:
 def sample(
     original: Callable[..., torch.Tensor], rows: Sequence[tuple[int, Chosen]], runner: Any, output: Any, batch: Any
 ) -> torch.Tensor:
-    """`ModelRunner.sample` where `rows` of the batch are thaw's."""
-    indices = torch.tensor([index for index, _ in rows], device=output.next_token_logits.device)
-    raw = output.next_token_logits[indices].float()
-    chosen = original(runner, output, batch)
-    host = raw.cpu()
+    """`ModelRunner.sample` where `rows` of the batch are thaw's. Rows that are all greedy are not waited for."""
     seq_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.seq_lens.cpu()
-    logprobs = torch.log_softmax(raw, dim=-1) if batch.return_logprob else None
-    for i, (index, row) in enumerate(rows):
-        token = row.next(host[i], int(seq_lens[index]))
-        if token is None:
-            continue
-        chosen[index] = token
-        if logprobs is not None and output.next_token_logprobs is not None:
-            output.next_token_logprobs[index] = logprobs[i, token]
-            _tops(output, index, logprobs[i], batch.top_logprobs_nums)
+    due = [(index, row) for index, row in rows if row.is_due(int(seq_lens[index]))]
+    if not due:
+        return original(runner, output, batch)
+    indices = _sent([index for index, _ in due], output.next_token_logits.device)
+    raw_RV = output.next_token_logits[indices].float()
+    chosen = original(runner, output, batch)
+    tokens_R = _tokens(due, raw_RV, seq_lens)
+    chosen[indices] = tokens_R.to(chosen.dtype)
+    if batch.return_logprob and output.next_token_logprobs is not None:
+        logprobs_RV = torch.log_softmax(raw_RV, dim=-1)
+        picked_R = logprobs_RV.gather(1, tokens_R[:, None])[:, 0]
+        output.next_token_logprobs[indices] = picked_R.to(output.next_token_logprobs.dtype)
+        for (index, _), logprobs_V in zip(due, logprobs_RV, strict=True):
+            _tops(output, index, logprobs_V, batch.top_logprobs_nums)
     return chosen
+
+
+def _tokens(rows: Sequence[tuple[int, Chosen]], raw_RV: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """Their next tokens, on the logits' device. Only for rows that are not greedy the logits come to the host."""
+    tokens_R = raw_RV.argmax(dim=-1)
+    picking = [(i, index, row) for i, (index, row) in enumerate(rows) if not row.is_greedy]
+    if picking:
+        host_RV = raw_RV.cpu()
+        for i, index, row in picking:
+            tokens_R[i] = row.pick(host_RV[i], int(seq_lens[index]))
+    return tokens_R
+
+
+def _sent(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it is doing."""
+    if device.type == "cpu":
+        return torch.tensor(numbers)
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
 
 
 def _tops(output: Any, index: int, logprobs_V: torch.Tensor, wanted: Sequence[int] | None) -> None:

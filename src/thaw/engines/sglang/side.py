@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Side:
         if source is not None:
             want = self._ready(source, message.num_kv, tokens, epoch)
             pieces, chain = source.kept.cut(want), source.chain[:want]
-        run = Run(rid, message, want, len(tokens), Chosen(extra, tokens))
+        tell = None if self.facts.rank else partial(self.mail.put_entropy, message.id)
+        run = Run(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
         kept = Kept(pieces, epoch, caller=caller)
         self.records.keep(message.record, Record(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller))
         self.runs[rid] = run

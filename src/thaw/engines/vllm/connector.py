@@ -34,6 +34,7 @@ from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.layout import make_layout
 from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
+from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
 from thaw.engines.vllm.worker import WorkerSide
@@ -63,6 +64,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._changes = Changes()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler()
+        else:
+            MAILS[vllm_config.instance_id] = self._mail
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -16,13 +16,18 @@ of an interface of its own, so the class has both: there it declines every reque
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from thaw.core.errors import ThawError
+from thaw.core.errors import InvalidRequest, ThawError
+from thaw.engines.served import protocol
+from thaw.engines.served.mail import Mail
 from thaw.engines.served.row import Row
 from thaw.engines.served.sampling_extra import EXTRA, from_extra
 from thaw.engines.vllm import support
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
 
 QUALNAME = "thaw.engines.vllm.sampling:ThawSampling"
 """How `logits_processors` names the class."""
+MAILS: WeakValueDictionary[str, Mail] = WeakValueDictionary()
+"""Where entropies are told, by vLLM's name of the engine: put here by the connector of the same worker."""
 
 
 class ThawSampling(LogitsProcessor, v2_processor()):  # type: ignore[misc]
@@ -42,11 +49,13 @@ class ThawSampling(LogitsProcessor, v2_processor()):  # type: ignore[misc]
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Called at admission. Raises ValueError (which a server answers with status 400) for an extra that is not
-        thaw's, for a request that asks vLLM to sample or to penalise as well, and for a message that is none of thaw's
-        or cannot go with what else the request asks for."""
+        thaw's, for a request that asks vLLM to sample or to penalise as well, for a message that is none of thaw's or
+        cannot go with what else the request asks for, and for entropies without a message."""
         try:
             support.require_request(sampling_params)
             extra = from_extra(sampling_params.extra_args)
+            if extra is not None and extra.sampling.entropy:
+                _run(sampling_params)
         except ThawError as error:
             raise ValueError(str(error)) from None
         if extra is not None:
@@ -56,6 +65,7 @@ class ThawSampling(LogitsProcessor, v2_processor()):  # type: ignore[misc]
         """V1 gives its device and whether memory is pinned, V2 the state of its requests."""
         if is_pin_memory is not None:
             _check_config(vllm_config)
+        self._config = vllm_config
         self._rows: dict[int, Row] = {}
 
     def is_argmax_invariant(self) -> bool:
@@ -69,7 +79,7 @@ class ThawSampling(LogitsProcessor, v2_processor()):  # type: ignore[misc]
             self._rows.pop(index, None)
         for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
-            self._put(index, _row(params, prompt, output))
+            self._put(index, self._row(params, prompt, output))
         for source, target, direction in batch_update.moved:
             moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             self._put(target, moved)
@@ -96,14 +106,28 @@ class ThawSampling(LogitsProcessor, v2_processor()):  # type: ignore[misc]
         if row is not None:
             self._rows[index] = row
 
+    def _row(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Row | None:
+        """The request as thaw's, or None for one that is not."""
+        extra = from_extra(params.extra_args)
+        if extra is None:
+            return None
+        assert prompt is not None, "prompts given as embeddings are refused when the engine starts"
+        tell = self._teller(params) if extra.sampling.entropy else None
+        return Row(params.all_stop_token_ids, extra, prompt, output, tell)
 
-def _row(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Row | None:
-    """The request as thaw's, or None for one that is not."""
-    extra = from_extra(params.extra_args)
-    if extra is None:
-        return None
-    assert prompt is not None, "prompts given as embeddings are refused when the engine starts"
-    return Row(params.all_stop_token_ids, extra, prompt, output)
+    def _teller(self, params: SamplingParams) -> Callable[[int, float], None] | None:
+        """Every rank samples alike; the first one tells."""
+        parallel, mail = self._config.parallel_config, MAILS.get(self._config.instance_id)
+        first = parallel.rank % parallel.tensor_parallel_size == 0
+        return partial(mail.put_entropy, _run(params)) if mail is not None and first else None
+
+
+def _run(params: SamplingParams) -> str:
+    """The id of the run that the request is. Raises `InvalidRequest` where it carries no such message."""
+    message = protocol.parse((params.extra_args or {}).get("kv_transfer_params"))
+    if not isinstance(message, protocol.Run):
+        raise InvalidRequest("entropy: it is told in the mail, to the run of a message; this request carries none")
+    return message.id
 
 
 def _check_neutral(params: SamplingParams) -> None:

@@ -249,7 +249,7 @@ class WorkerSide:
         if record.epoch != now:
             raise StaleSession(
                 f"the session's KV is of weights epoch {record.epoch}; the engine's weights changed (epoch {now}). "
-                "Open a session and append its tokens again, or hydrate a commit with policy='recompute'."
+                f"{StaleSession.way_out}"
             )
         return record
 

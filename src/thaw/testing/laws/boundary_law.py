@@ -227,6 +227,18 @@ class BoundaryLaw(EngineKit):
             same(live, again)
             same(live, hydrated)
 
+    def test_regenerating_from_a_prompts_end_with_the_same_seed(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        """What the session said, bit for bit, if its prompt was read before it was answered: from a capture that was
+        made there, from a later one, and live. The control: another seed."""
+        session = lab.begin(engine, 400)
+        there = lab.capture(engine, session)
+        whole = lab.one(engine, session, seeded(12))
+        later = lab.capture(engine, session)
+        same(whole, lab.one(other, lab.hydrate(other, lab.plan(there)).session, seeded(12)))
+        same(whole, lab.one(other, lab.hydrate(other, lab.plan(later, at=400)).session, seeded(12)))
+        same(whole, lab.one(engine, lab.twin(engine, session, at=400), seeded(12)))
+        assert lab.one(engine, lab.twin(engine, session, at=400), seeded(12, seed=5)).token_ids != whole.token_ids
+
     def test_a_point_inside_generated_text_is_exact_from_disk_too(
         self, engine: Engine, other: Engine, lab: Lab
     ) -> None:

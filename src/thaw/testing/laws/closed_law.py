@@ -155,6 +155,29 @@ class ClosedLaw(EngineKit):
                 verbs[verb]()
             assert engine.view(session).tokens == ids(30)
 
+    @pytest.mark.parametrize("parked", [False, True], ids=["resident", "parked"])
+    def test_what_a_stale_session_said_can_still_be_read(self, engine: Engine, lab: Lab, parked: bool) -> None:
+        """Tokens, turns with text and log probabilities, seed: a rollout is exported after the step that ended it. Its
+        children, too, and each as often as one likes."""
+        session = lab.begin(engine, 30)
+        lab.one(engine, session, seeded(8, logprobs=2), ids(3, 4))
+        child = lab.fork(engine, session, at=36)[0]
+        if parked:
+            engine.park(session).result(LIMIT_S)
+        before = [engine.view(one) for one in (session, child)]
+        assert [turn.kind for turn in before[0].turns] == ["prompt", "prompt", "completion"]
+        with running_policy(engine, "step-2"):
+            for _ in range(2):
+                with pytest.raises(StaleSession, match="can still be read"):
+                    lab.fork(engine, session)
+                assert [engine.view(one) for one in (session, child)] == before
+            engine.close_session(session)
+            assert engine.view(child) == before[1]
+
+    def test_what_a_session_said_can_be_read_after_its_weights_changed(self, changed: Changed) -> None:
+        assert changed.engine.view(changed.session).tokens == changed.plan.tokens
+        assert changed.engine.view(changed.session).turns == changed.plan.turns
+
     def test_a_completion_of_another_policy_is_not_resumed(self, engine: Engine, lab: Lab) -> None:
         """Its tokens would be of no one policy, and no name for them right. Another completion may follow it."""
         session = lab.begin(engine, 30)

@@ -132,6 +132,7 @@ def same(one: Completion, two: Completion) -> None:
     assert one.token_ids == two.token_ids
     assert bits(one.logprobs) == bits(two.logprobs)
     assert one.top_logprobs == two.top_logprobs
+    assert bits(one.entropies or ()) == bits(two.entropies or ())
     assert (one.text, one.finish_reason, one.stop_reason) == (two.text, two.finish_reason, two.stop_reason)
     assert len(one.token_ids) == len(one.logprobs) > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 import thaw
@@ -21,7 +22,9 @@ class PoolPointLaw(PoolKit):
             results = pool.fork(session, [Branch(resume=True)], self.sampled(), replay=True)
             parent = stream.result()
             assert results[0].token_ids == parent.token_ids
-            assert results[0].trajectory == session.trajectory()
+            found, expected = results[0].trajectory, session.trajectory()
+            assert msgspec.structs.replace(found, num_inherited_tokens=0) == expected
+            assert len(expected.prompt_ids) < found.num_inherited_tokens and 0 < sum(found.own_mask) < sum(found.mask)
 
     def test_an_earlier_token_of_a_result_is_a_point(self, pool_factory: PoolFactory) -> None:
         with pool_factory(workers=1) as pool:
@@ -31,7 +34,12 @@ class PoolPointLaw(PoolKit):
             again = pool.fork(done, [Branch(resume=True)], self.sampled(), at=at, replay=True)[0]
             assert again.token_ids == done.token_ids
             other = pool.fork(done, 2, self.sampled(), at=at)
-            assert all(r.trajectory.completion_ids[:5] == done.token_ids[:5] for r in other)
+            for result in (again, *other):
+                t = result.trajectory
+                assert t.completion_ids[:5] == done.token_ids[:5]
+                assert (t.num_inherited_tokens, t.mask[:5], t.own_mask[:5]) == (at, (1,) * 5, (0,) * 5)
+                assert t.own_mask[5:] == t.mask[5:] and result.session is not None and result.session.trajectory() == t
+            assert pool.session(done, at=at).trajectory().own_mask == (0,) * 5
             with pytest.raises(NotFound, match="at="):
                 pool.fork(done, 1, self.sampled(), at=10_000)
 
@@ -79,12 +87,16 @@ class PoolPointLaw(PoolKit):
             trunk.commit("old", branch="main")
             old = pool.fork(ids, 2, self.sampled(), spread=2)
             snapshot = pool.snapshot(trunk)
+            said = [(r.trajectory, r.session.turns, r.session.text) for r in old if r.session]
             pool.set_policy("1")
             assert pool.policy_version == "1"
             refused = {StaleSession: trunk, PolicyMismatch: snapshot, Refused: old[0]}
             for error, stale in (*refused.items(), (PolicyMismatch, "main")):
                 with pytest.raises(error, match="policy"):
                     pool.fork(stale, 1, self.sampled())
+            assert said == [(r.trajectory, r.session.turns, r.session.text) for r in old if r.session]
+            assert all(r.session is not None and r.session.trajectory() == r.trajectory for r in old)
+            assert list(trunk.trajectory().prompt_ids) == list(trunk.tokens) == ids
             new = pool.fork(ids, 2, self.sampled(), spread=2)
             assert sum(r.decision.num_prefilled_tokens for r in new if r.decision) >= len(ids)
             assert all(set(r.trajectory.policy_versions) == {"1"} for r in new)

@@ -14,16 +14,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from thaw.core.errors import InvalidRequest, NotFound
-from thaw.engines.base import SessionRef
+from thaw.engines.base import GenerateRequest, SessionRef
 from thaw.engines.served.engine import ServedEngine
 from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, same, seeded
 from thaw.testing.plans import mount_at
@@ -134,6 +135,22 @@ class PressureTests:
         engine.pin(session, 0).result(LIMIT_S)
         assert self.num_pinned(engine) == 0
 
+    def test_entropies_are_those_that_the_model_has_by_itself(
+        self, engine: ServedEngine, lab: Lab, reference: Reference
+    ) -> None:
+        """Also of requests that were preempted, of rows that moved, and where the token was greedy or filtered. The
+        control: those of the token before."""
+        sessions = [lab.begin(engine, 700, start=40 + i, seed=i) for i in range(4)]
+        prompts, knobs = [engine.view(session).tokens for session in sessions], (greedy, seeded)
+        asked = [
+            GenerateRequest(session=session, sampling=knobs[i % 2](100 + i, entropy=True, top_p=0.8))
+            for i, session in enumerate(sessions)
+        ]
+        for prompt, out in zip(prompts, engine.generate(asked).result(LIMIT_S), strict=True):
+            expected = reference.entropies(prompt, out.token_ids)
+            assert out.entropies is not None and len(out.entropies) == len(expected)
+            assert _distance(out.entropies, expected) < self.tolerance < _distance(out.entropies[1:], expected[:-1])
+
     def test_switched_off_it_refuses_and_on_again_it_goes_on(self, engine: ServedEngine, lab: Lab) -> None:
         session = lab.begin(engine, 300)
         expected = lab.one(engine, lab.twin(engine, session), greedy(4))
@@ -242,3 +259,7 @@ class PressureTests:
             case _:
                 self.operate(kind, engine, session, reference, dice)
                 return []
+
+
+def _distance(one: Sequence[float], two: Sequence[float]) -> float:
+    return statistics.fmean(abs(a - b) for a, b in zip(one, two, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from thaw.core.errors import ThawError
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef
 from thaw.engines.text import text_after
@@ -173,6 +174,44 @@ class TextLaw(EngineKit):
         assert len(top) == 5 and [x for _, x in top] == sorted((x for _, x in top), reverse=True)
         assert top[0] == (plain.token_ids[0], plain.logprobs[0])
         assert 0 < math.fsum(math.exp(x) for _, x in top) <= 1 + 1e-6
+
+    def test_entropies_are_of_the_raw_distribution_over_the_full_vocabulary(self, engine: Engine, lab: Lab) -> None:
+        """However the tokens are chosen from it; between the least and the most that its largest twenty leave open."""
+        session = lab.begin(engine, 60)
+        if not can(engine, "entropy"):
+            with pytest.raises(ThawError, match="entropy"):
+                lab.one(engine, session, greedy(1, entropy=True))
+            return
+        plain = lab.one(engine, lab.twin(engine, session), greedy(1, entropy=True, logprobs=20))
+        knobs = {"temperature": 0.01, "repetition_penalty": 2.0, "top_k": 1, "logit_bias": {3: 9.0}}
+        warped = lab.one(engine, lab.twin(engine, session), seeded(1, entropy=True, logprobs=20, **knobs))
+        assert plain.entropies is not None and bits(plain.entropies) == bits(warped.entropies or ())
+        out = lab.one(engine, session, seeded(12, entropy=True, logprobs=20))
+        assert out.entropies is not None and out.top_logprobs is not None and len(out.entropies) == 12
+        for entropy, top in zip(out.entropies, out.top_logprobs, strict=True):
+            probs = [math.exp(x) for _, x in top]
+            head, rest = math.fsum(-p * math.log(p) for p in probs), max(1.0 - math.fsum(probs), 1e-12)
+            left = engine.info.vocab_size - len(probs)
+            assert head - rest * math.log(rest) - 1e-3 <= entropy <= head - rest * math.log(rest / left) + 1e-3
+        assert len({round(entropy, 6) for entropy in out.entropies}) > 6, "a constant would pass the bounds"
+        assert lab.one(engine, session, greedy(2)).entropies is None
+
+    def test_entropies_are_part_of_the_session(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        """A turn that goes on elsewhere, or from its middle, has those that it had."""
+        session = lab.begin(engine, 60)
+        whole = lab.one(engine, lab.twin(engine, session), seeded(16))
+        if not can(engine, "entropy"):
+            return
+        told = lab.one(engine, session, seeded(16, entropy=True))
+        assert (told.token_ids, bits(told.logprobs)) == (whole.token_ids, bits(whole.logprobs))
+        assert engine.view(session).turns[-1].entropies == told.entropies is not None
+        captured = lab.capture(engine, session)
+        for where, cut in (
+            (engine, lab.twin(engine, session, at=66)),
+            (other, lab.hydrate(other, lab.plan(captured, at=66)).session),
+        ):
+            assert where.view(cut).turns[-1].entropies == told.entropies[:6]
+            same(told, lab.resume(where, cut)[0])
 
     def test_one_session_at_temperature_zero_ignores_the_seed(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 60)

@@ -12,6 +12,7 @@ from thaw.engines.embedded.bad_words import bad_ids, straddling
 from thaw.engines.embedded.turns import OpenTurn
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.engine import CAPABILITIES, ServedEngine
+from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
 
 MAX_V2_STOPS, MAX_V2_BIASES, MAX_V2_BAD_WORDS = 128, 1024, 128
@@ -29,6 +30,11 @@ class VllmDialect(Dialect):
         super().check(sampling)
         if self.facts.runner != "V2":
             return
+        if sampling.entropy:
+            raise Unsupported(
+                "entropy: vLLM's V2 runner shows its logits to others only after biases and penalties, and a session's "
+                "entropies are of the raw ones; set VLLM_USE_V2_MODEL_RUNNER=0, or leave entropy out"
+            )
         stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.info.eos_token_ids)}
         for what, count, most in (
             ("stop_token_ids beside min_tokens", len(stops) if sampling.min_tokens else 0, MAX_V2_STOPS),
@@ -62,6 +68,9 @@ class VllmEngine(ServedEngine):
     name = "vllm"
     dialect = VllmDialect
     capabilities = CAPABILITIES | {"structured"}
+
+    def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
+        return self.capabilities - {"entropy"} if facts.runner == "V2" else self.capabilities
 
 
 def vllm_sampling(
