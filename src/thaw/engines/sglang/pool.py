@@ -42,12 +42,22 @@ class Pool:
     def write(self, slots: torch.Tensor, piece: torch.Tensor) -> None:
         """`piece` into `slots`, for the steps that are launched from now on."""
         with torch.no_grad():
-            source = piece if self._on_host else piece.to(self.device)
+            source = piece if self._on_host else self._sent(piece)
             for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
                 keys[slots] = source[:, layer, 0].transpose(0, 1)
                 values[slots] = source[:, layer, 1].transpose(0, 1)
             if not self._on_host:
                 torch.cuda.synchronize(self.device)
+
+    def _sent(self, piece: torch.Tensor) -> torch.Tensor:
+        """On the accelerator. Of a longer piece each run of tokens goes over by itself: at once they would be put
+        together in new host memory first."""
+        if piece.is_contiguous():
+            return piece.to(self.device, non_blocking=True)
+        out = torch.empty(piece.shape, dtype=piece.dtype, device=self.device)
+        for to, run in zip(out.flatten(0, 2), (r for h in piece for layer in h for r in layer), strict=True):
+            to.copy_(run, non_blocking=True)
+        return out
 
     def _gather(self, slots: torch.Tensor, out: torch.Tensor) -> None:
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):

@@ -67,7 +67,7 @@ class Side:
         spill = Path(settings.spill) if settings.spill else None
         self.arena = Arena(
             settings.arena_nbytes, spill, pool.num_heads, pool.num_layers, pool.head_dim, pool.dtype,
-            spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
+            spill_nbytes=settings.spill_nbytes, shares=settings.shares(), pinned=pool.device.type == "cuda",
         )  # fmt: skip
         self._commands = Commands(self, Packing(facts, mail, self.arena, pool.dtype), settings.shares())
         self._pool = pool
