@@ -30,13 +30,19 @@ SMALLER = {"head_dim": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_e
 SMALLER |= {"num_experts_per_tok": 2, "n_layer": 2, "num_layers": 2}
 ALL = ["full_attention"] * 2
 WHOLE: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
+    **{kind: {"layer_types": ALL} for kind in ("afmoe", "cwm", "exaone_moe", "gemma3_text", "kolibri1", "olmo3")},
+    "dots1": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
     "exaone4": {"sliding_window": None, "layer_types": ALL},
-    "nanochat": {"final_logit_softcapping": None},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ALL, "num_dense_layers": 1},
-}
+    "lfm3": {"sliding_window": None, "layer_types": ALL},
+    "mistral": {"sliding_window": None},
+    "nanochat": {"final_logit_softcapping": None},
+}  # fmt: skip
 """What makes every layer see all, where that is not a kind's default, and what a kind needs to be small."""
 
 
