@@ -409,6 +409,24 @@ def test_a_chat_that_the_engine_refuses_leaves_the_session_as_it_was(repo: Repos
     assert s.chat("two", GREEDY).forked_at is None
 
 
+def test_a_child_that_chats_tells_its_own_tokens(repo: Repository) -> None:
+    """Of its parent's it may keep fewer, and has them all again where the chat was refused."""
+    parent = repo.session()
+    parent.chat("one", GREEDY)
+    (child,) = parent.fork(1)
+    begun = child.num_tokens
+    with pytest.raises(ThawError):
+        child.chat(history=[user("other")], sampling=Sampling(structured_outputs={"regex": "a+"}))  # type: ignore[arg-type]
+    assert child.trajectory().num_inherited_tokens == begun and not any(child.trajectory().own_mask)
+    answer = child.chat("two", GREEDY)
+    own = child.trajectory()
+    assert own.num_inherited_tokens == begun and sum(own.own_mask) == len(answer.completion.token_ids)
+    other = child.chat(history=[user("other")], sampling=GREEDY)
+    assert other.forked_at is not None and other.forked_at < begun
+    own = child.trajectory()
+    assert own.num_inherited_tokens == other.forked_at and sum(own.own_mask) == len(other.completion.token_ids)
+
+
 def test_nothing_is_left_in_the_engine_of_what_a_chat_dropped(repo: Repository) -> None:
     s = repo.session()
     s.chat("one", GREEDY)
