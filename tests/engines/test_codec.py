@@ -95,7 +95,7 @@ def taken(codec: HFCodec, sampling: Sampling, text: str, ends: tuple[int, ...]) 
         unseen_stops=_unseen_stops(codec, sampling),
     )  # fmt: skip
     for token in codec.encode(text, first=False):
-        reason, stop = turn.take(token, 0.0, (), eos=ends, full=False)
+        reason, stop = turn.take(token, 0.0, (), None, eos=ends, full=False)
         if reason:
             return turn.stream.text, reason, stop
     return turn.stream.text, None, None

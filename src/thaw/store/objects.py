@@ -277,8 +277,8 @@ def insert_object(connection: sqlite3.Connection, place: BlobLocation, of: Links
 
 
 def homes(new: dict[str, Links]) -> list[tuple[str, str]]:
-    """(segment, state) for each segment that a state in `new` uses through a node in `new`: of several states the one
-    that uses most of it.
+    """(segment, state) for each segment that a state in `new` uses through a node in `new`: of several states the
+    first that uses most of it.
 
     Nodes that were stored before came with a state of their own.
     """

@@ -163,7 +163,13 @@ def _fill(connection: sqlite3.Connection, found: _Found) -> None:
     for identifier in sorted(found.objects, key=lambda i: int(found.commits[i].time_ns) if i in found.commits else -1):
         place, data = found.objects[identifier]
         objects.insert_object(connection, place, found.links[identifier], data)
-    windows.insert(connection, Windows(found.read).rows(objects.homes(found.links), whole=False))
+    windows.insert(connection, Windows(found.read).rows(objects.homes(_oldest_first(found)), whole=False))
+
+
+def _oldest_first(found: _Found) -> dict[str, Links]:
+    """The links, those of states as they were committed: a segment's home is the state that it was made for again."""
+    states = [found.commits[one].state for one in sorted(found.commits, key=lambda i: int(found.commits[i].time_ns))]
+    return {**{state: found.links[state] for state in states if state in found.links}, **found.links}
 
 
 def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _Found, notes: list[str]) -> None:
