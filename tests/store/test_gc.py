@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,8 @@ from thaw.core.canonical import U64
 from thaw.core.errors import Busy, Conflict, NotFound, RefConflict
 from thaw.core.objects import Commit
 from thaw.data.pack import MissingPack, read_blob
-from thaw.store import RefUpdate, Store
+from thaw.repo import match
+from thaw.store import RefUpdate, Store, gc
 from thaw.store.backup import locked
 
 
@@ -45,6 +49,56 @@ def test_gc_keeps_everything_reachable_and_removes_the_rest(store: Store) -> Non
     assert store.fsck().ok
     assert list(store.commits()) == [kept]
     assert store.gc(keep_reflog_s=0).objects_removed == 0
+
+
+def test_gc_that_is_killed_between_two_transactions_leaves_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole by fsck, and what lives is found by its tokens, also where the state that it was found through is dead."""
+    monkeypatch.setattr(gc, "BATCH", 2)
+    path, done = tmp_path / "repo", 0
+    with Store.init(path) as store:
+        first = commit(store, tokens(600))
+        kept = commit(store, tokens(900), base=first, branch="kept")
+        commit(store, tokens(600, seed=1), branch="gone")
+        commit(store, tokens(900, seed=2), branch="gone-too")
+        for name in ("main", "gone", "gone-too"):
+            delete(store, name)
+    while True:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        with Store.open(shutil.copytree(path, tmp_path / "copy")) as store:
+            ended = not killed_after(done, store, monkeypatch)
+            assert store.fsck().problems == []
+            found = match.match(store, store.models(), (*tokens(300), *tokens(300, seed=9)))
+            assert found is not None and found.num_tokens == 300
+            read_all(store, kept)
+            assert store.gc(keep_reflog_s=0).nbytes_kept == folder_bytes(store.packs)
+            assert store.fsck().ok and list(store.commits()) == [kept]
+        if ended:
+            break
+        done += 1
+    assert done > 15
+
+
+def killed_after(num: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run gc up to its transaction `num`; False where it had no more."""
+    left, write = [num], store.database.write
+
+    @contextlib.contextmanager
+    def counted(**how: bool) -> Iterator[sqlite3.Connection]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        with write(**how) as connection:
+            yield connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database, "write", counted)
+        try:
+            store.gc(keep_reflog_s=0)
+        except KeyboardInterrupt:
+            return True
+    return False
 
 
 def test_the_reflog_holds_commits_until_its_limit(store: Store) -> None:

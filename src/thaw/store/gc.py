@@ -1,9 +1,10 @@
 """gc: removes what no ref, no reflog entry within the limit and no live lease needs. Ids never change.
 
     mark     in one view of the database, while others commit
-    doom     short transactions: marks brought up to date, some dead rows deleted, what needs before what it needs; in
-             the last segments are given to surviving states, and packs without a live byte doomed. A commit under way
-             that builds on what is gone gets `Conflict`.
+    doom     short transactions, each with marks brought up to date: surviving segments are found through surviving
+             states; dead rows are deleted, what needs before what it needs, and a dead segment is found no more before
+             the states go that it was found through; in the last, packs without a live byte are doomed. A commit under
+             way that builds on what is gone gets `Conflict`.
     unlink   doomed packs that no older reader's lease holds
     sweep    temporary and unindexed files that no live lease names
     rewrite  packs that are mostly dead, and many small ones, are copied into a new pack, doomed and unlinked
@@ -19,10 +20,10 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
@@ -33,6 +34,10 @@ from thaw.store.mark import UPKEEP, Marks, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
 from thaw.store.schema import KEEP_REFLOG_S
 from thaw.store.windows import Windows
+
+T = TypeVar("T")
+Found = tuple[str, bytes, str, str]
+"""window, key, segment, state: by which a segment is found, and through which state."""
 
 
 class Home(Protocol):
@@ -91,8 +96,17 @@ def _collect(store: Home, since_ns: int, report: GcReport) -> None:
     with store.database.read() as connection:
         marks = mark_all(connection, since_ns)
         dead = _dead(connection, marks)
-    for begin in range(0, len(dead), BATCH):
-        _delete(store, marks, since_ns, dead[begin : begin + BATCH], report)
+        stale = _stale(connection, marks)
+    commits, others = _parted(dead, lambda row: row[0] == "commit")
+    homeless, unused = _parted(stale, lambda row: row[2] in marks.objects)
+    for rows in _batches(homeless):
+        _find_anew(store, marks, since_ns, rows)
+    for some in _batches(commits):
+        _delete(store, marks, since_ns, some, report)
+    for rows in _batches(unused):
+        _find_anew(store, marks, since_ns, rows)
+    for some in _batches(others):
+        _delete(store, marks, since_ns, some, report)
     with store.database.write() as connection:
         catch_up(connection, marks, since_ns)
         _rehome(connection, marks)
@@ -103,6 +117,15 @@ def _collect(store: Home, since_ns: int, report: GcReport) -> None:
     _sweep(store, report)
     _rewrite(store, report)
     report.nbytes_kept = _pack_bytes(store)
+
+
+def _parted(rows: list[T], belongs: Callable[[T], bool]) -> tuple[list[T], list[T]]:
+    return [row for row in rows if belongs(row)], [row for row in rows if not belongs(row)]
+
+
+def _batches(rows: list[T]) -> Iterator[list[T]]:
+    for begin in range(0, len(rows), BATCH):
+        yield rows[begin : begin + BATCH]
 
 
 BATCH = 1000
@@ -142,14 +165,35 @@ def _dead(connection: sqlite3.Connection, marks: Marks) -> list[tuple[str, str]]
     return [(kind, one) for kind, of_kind in found.items() for one in of_kind]
 
 
-def _rehome(connection: sqlite3.Connection, marks: Marks) -> None:
-    """Every live segment is found through a live state; dead segments are found no more."""
+def _stale(connection: sqlite3.Connection, marks: Marks) -> list[Found]:
+    """Rows by which a dead segment is found, or a segment through a dead state."""
     rows = connection.execute('SELECT "window", "key", segment, state FROM segments').fetchall()
-    gone = [row[:3] for row in rows if row[2] not in marks.objects or row[3] not in marks.objects]
-    found = {row[2] for row in rows} - {row[2] for row in gone}
-    connection.executemany('DELETE FROM segments WHERE "window" = ? AND "key" = ? AND segment = ?', gone)
-    homeless = (home for home in marks.homed() if home[0] not in found)
-    windows.insert(connection, Windows(lambda one: objects.read_bytes(connection, one)).rows(homeless))
+    return [row for row in rows if row[2] not in marks.objects or row[3] not in marks.objects]
+
+
+def _find_anew(store: Home, marks: Marks, since_ns: int, rows: list[Found]) -> None:
+    """Live segments of `rows` are found through live states, those that are dead still no more."""
+    with store.database.write(durable=False) as connection:
+        catch_up(connection, marks, since_ns)
+        _lose(connection, rows)
+        _home(connection, marks, {row[2] for row in rows})
+
+
+def _rehome(connection: sqlite3.Connection, marks: Marks) -> None:
+    """What a commit meanwhile has made live again is found through a live state, too."""
+    _lose(connection, _stale(connection, marks))
+    found = {segment for (segment,) in connection.execute("SELECT segment FROM segments")}
+    _home(connection, marks, marks.homes.keys() - found)
+
+
+def _lose(connection: sqlite3.Connection, rows: list[Found]) -> None:
+    query = 'DELETE FROM segments WHERE "window" = ? AND "key" = ? AND segment = ?'
+    connection.executemany(query, [row[:3] for row in rows])
+
+
+def _home(connection: sqlite3.Connection, marks: Marks, segments: Collection[str]) -> None:
+    homes = (home for home in marks.homed() if home[0] in segments)
+    windows.insert(connection, Windows(lambda one: objects.read_bytes(connection, one)).rows(homes))
 
 
 def _doom_empty(connection: sqlite3.Connection) -> None:

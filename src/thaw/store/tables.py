@@ -162,7 +162,7 @@ def load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> No
 
 
 def _segments(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
-    """Each segment that a state uses is found by its window and through a state that has it, and no others are."""
+    """Each segment that a recorded state uses is found by its window and through a state that has it."""
     rows: set[object] = set()
     last, of_last = None, set[str]()
     made = Windows(lambda identifier: objects.read_bytes(connection, identifier))
@@ -178,7 +178,7 @@ def _segments(connection: sqlite3.Connection, index: Index, report: FsckReport) 
             agrees = False
         if not agrees:
             report.add(DATABASE, f"the row of {str(segment)[:80]} in segments does not match the objects")
-    used = _segments_of(index, (identifier for identifier, of in index.links.items() if of.kind == "state"))
+    used = _segments_of(index, [of.state for of in index.links.values() if of.state is not None])
     missing = (used & index.links.keys()) - rows
     if missing:
         what = f"segments lacks {len(missing)} rows, that of {min(missing)} among them"
