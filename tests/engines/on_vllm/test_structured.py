@@ -65,6 +65,8 @@ def equal(one: Completion, two: Completion) -> None:
 
 
 def fits(kind: str, text: str) -> bool:
+    """Prompts of random tokens may end inside a character; its rest stands before what the grammar shapes."""
+    text = text.removeprefix("\ufffd")
     if kind == "regex":
         return re.fullmatch(REGEX, text) is not None
     if kind == "choice":
