@@ -79,7 +79,7 @@ def _variable(text: str) -> tuple[str, object]:
         raise click.UsageError(f"--template-var {text}: write NAME=VALUE, such as enable_thinking=false.")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
