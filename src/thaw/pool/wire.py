@@ -26,7 +26,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.kinds import made
+from thaw.engines.error_kinds import made
 
 PROTOCOL = 2
 

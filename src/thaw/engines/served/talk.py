@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from thaw.core.errors import NotFound, ThawError, TimedOut
-from thaw.engines.kinds import made
+from thaw.engines.error_kinds import made
 from thaw.engines.served import protocol
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.mail import SCHEDULER

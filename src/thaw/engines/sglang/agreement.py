@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from thaw.core.errors import StorageFailed, ThawError
-from thaw.engines.kinds import made
+from thaw.engines.error_kinds import made
 
 log = logging.getLogger("thaw.sglang")
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from thaw.core.errors import NotFound, ThawError
-from thaw.engines.kinds import made
+from thaw.engines.error_kinds import made
 from thaw.engines.served import protocol
 from thaw.engines.served.protocol import Answer, Message
 from thaw.engines.served.said import http_status
