@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from thaw import load_engine
 from thaw.bench import doctor
 from thaw.bench.doctor import model, place, server, software
-from thaw.bench.doctor.report import Finding
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
+from thaw.core.findings import Finding
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+from thaw.engines.vllm import kind as vllm
 from thaw.repo import served
 from thaw.repo.served import Served
 from thaw.store import Store
@@ -215,6 +216,6 @@ def test_of_a_joined_server_all_ranks_that_run_are_asked(tmp_path: Path, monkeyp
     for rank in range(3):
         said(tmp_path / f"dp{rank}")
     (tmp_path / "dp2" / "facts" / "lock").touch()
-    monkeypatch.setattr(server, "_mail_of_vllm", lambda url: str(tmp_path / "dp1"))
+    monkeypatch.setattr(vllm, "mail_at", lambda url: str(tmp_path / "dp1"))
     found = [one for one in server._joined("vllm", "http://127.0.0.1:9") if one.name == "connector"]
     assert [one.text.split("rank ")[1][0] for one in found] == ["0", "1"]

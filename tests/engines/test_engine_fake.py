@@ -34,6 +34,9 @@ class TestFake(EngineTests):
     def change_weights(self, engine: Engine) -> None:
         engine._backend.weights[0] ^= 0x55  # type: ignore[attr-defined]
 
+    def weights(self, engine: Engine) -> tuple[str, str]:
+        return "0", "5"
+
     def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(WeightsWatch, "_look", lambda self: None)
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from thaw.repo.settings import EngineSettings
     from thaw.store import Store
 
-DEFAULT = "transformers"
-NEEDS_MODEL = ("transformers", "vllm", "sglang")
 URL = "url"
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -31,7 +29,6 @@ _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
@@ -41,8 +38,11 @@ def hush() -> None:
         return
     import warnings
 
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    from thaw.engines.registry import kinds
+
+    for settings in (_QUIET, *(kind.quiet for kind in kinds())):
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
 
 
@@ -50,28 +50,35 @@ def choose(
     store: Store | None, name: str | None, model: str | None, dtype: str | None = None, device: str | None = None
 ) -> EngineSettings:
     """The engine to boot. Options given here replace the remembered ones of the same engine; the model is any's."""
+    from thaw.engines import registry
     from thaw.repo import settings
 
     known = settings.recall(store) if store is not None else None
     if name is not None and name.startswith(("http://", "https://")):
-        from thaw.engines.joining import engine_at
-
-        return _joined(engine_at(name), {URL: name.rstrip("/")}, model, dtype, device)
-    chosen = name or (known.name if known else DEFAULT)
+        return _joined(registry.engine_at(name), {URL: name.rstrip("/")}, model, dtype, device)
+    chosen = name or (known.name if known else registry.DEFAULT)
     options: dict[str, object] = dict(known.options) if known and known.name == chosen else {}
-    if known and chosen in NEEDS_MODEL and "model" in known.options:
+    needs_model = _needs_model(chosen)
+    if known and needs_model and "model" in known.options:
         options.setdefault("model", known.options["model"])  # another engine for the same model
     if model is not None:
         options = {"model": _lasting(model)}
     if URL in options:
         return _joined(chosen, options, model, dtype, device)
     options |= {key: value for key, value in (("dtype", dtype), ("device", device)) if value is not None}
-    if chosen in NEEDS_MODEL and "model" not in options:
+    if needs_model and "model" not in options:
         raise InvalidRequest(
             "no model was named yet. Give one with --model PATH (a folder with config.json and safetensors); the "
             "repository remembers it. Without one at hand, `thaw demo` fetches a small one."
         )
     return settings.EngineSettings(name=chosen, options=options)
+
+
+def _needs_model(name: str) -> bool:
+    """Of an engine that is not known here, loading says so."""
+    from thaw.engines.registry import available, kind_of
+
+    return name in available() and kind_of(name).needs_model
 
 
 def choose_anywhere(

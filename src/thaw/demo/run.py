@@ -27,15 +27,11 @@ from thaw.core.errors import Conflict, EngineDied, ThawError
 from thaw.demo import events, record
 from thaw.demo.events import Answered, Child, Committed, Described, Event, Hydrated, Loaded, Read
 from thaw.demo.worker import Job
+from thaw.engines.registry import kind_of
 
 FOLDER = "thaw-demo"
 REPOSITORY = ".thaw"
 RECEIPT = "receipt.json"
-WITHOUT_MODEL = ("fake",)
-MODEST: dict[str, dict[str, object]] = {"vllm": {"enforce_eager": True, "disable_log_stats": True}}
-"""Engine options for a short story: nothing is compiled for a handful of tokens."""
-MODEST_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""On a CPU vLLM would take nearly all memory for its KV (a GiB is plenty here). What the user set stays."""
 CAUSE = re.compile(r"\w*Error: (.+)")
 Tell = Callable[[Event], None]
 E = TypeVar("E", bound=msgspec.Struct)
@@ -143,14 +139,14 @@ def _remove(folder: Path, force: bool) -> None:
 
 
 def _engine_options(options: Options, progress: Callable[[str], None]) -> dict[str, object]:
-    modest = MODEST.get(options.engine, {})
+    kind = kind_of(options.engine)
     if options.model is not None:
-        return {"model": options.model, **modest}
-    if options.engine in WITHOUT_MODEL:
+        return {"model": options.model, **kind.modest}
+    if not kind.needs_model:
         return {}
     from thaw.demo.model import ensure_demo_model
 
-    return {"model": str(ensure_demo_model(progress)), **modest}
+    return {"model": str(ensure_demo_model(progress)), **kind.modest}
 
 
 def work(job: Job, tell: Tell) -> Iterator[Event]:
@@ -162,7 +158,7 @@ def work(job: Job, tell: Tell) -> Iterator[Event]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=noise,
-            env=_environment(),
+            env=_environment(job.engine),
         )
         try:
             yield from _listen(process, job, tell)
@@ -214,11 +210,14 @@ def _error_of(event: events.Failed) -> ThawError:
     return ThawError(event.message)
 
 
-def _environment() -> dict[str, str]:
-    """Ours, with the folder of this very thaw first, so that a worker imports the same one."""
+def _environment(engine: str) -> dict[str, str]:
+    """Ours, with the folder of this very thaw first, so that a worker imports the same one, and what keeps the engine
+    quiet and content with a part of the memory. What the user set stays."""
+    kind = kind_of(engine)
     folder = str(Path(thaw.__file__).resolve().parents[1])
     rest = os.environ.get("PYTHONPATH", "")
-    return {**MODEST_ENVIRONMENT, **os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder}
+    path = f"{folder}{os.pathsep}{rest}" if rest else folder
+    return {**kind.modest_environment, **kind.quiet, **os.environ, "PYTHONPATH": path}
 
 
 class _Heard:

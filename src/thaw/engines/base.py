@@ -17,6 +17,7 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
@@ -418,6 +419,17 @@ class Engine(abc.ABC):
                 with contextlib.suppress(EngineDied):  # then nothing runs
                     self.set_policy(former)
 
+    def update_weights(self, source: str | Path) -> None:
+        """Run the weights of `source`, a model's folder as the engine's process sees it, in place of those that run.
+
+        Takes effect at a step boundary. KV of the former weights is refused from then on, sessions and plans alike
+        (`StaleSession`, `IdentityMismatch`), and the engine's own cache of it is emptied; a generation that runs
+        meanwhile is refused at its end. The policy version stays what it is: `set_policy` says the new one. Raises
+        `Unsupported` where this engine, or this way to it, cannot; `ThawError` for files that are not of this model,
+        and what ran before runs on.
+        """
+        raise Unsupported(f"engine {self.info.name} does not change its weights while it runs; load another one")
+
     @abc.abstractmethod
     def close_session(self, session: SessionRef) -> None:
         """Forget the session; running work on it is cancelled. Closing twice is fine."""
@@ -431,3 +443,9 @@ class Engine(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def update_weights(engine: Engine, source: str) -> None:
+    """`engine.update_weights`, by name: `pool.set_policy("7", update="thaw.engines.base:update_weights",
+    arguments={"source": folder})` changes the weights in every worker's own process."""
+    engine.update_weights(source)

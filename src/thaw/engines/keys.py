@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 VARIABLE = "THAW_API_KEY"
-"""For every engine; it goes before the variables that the engines' own servers read."""
-OF_ENGINE = {"vllm": "VLLM_API_KEY", "sglang": "SGLANG_API_KEY"}
+"""For every engine; it goes before the variable that the engine's own server reads (`EngineKind.key_variable`)."""
 
 
-def api_key(engine: str, given: str | None = None) -> str | None:
-    """The key for a server of this engine; None or empty: it takes none."""
-    return given or os.environ.get(VARIABLE) or os.environ.get(OF_ENGINE[engine])
+def api_key(variable: str | None, given: str | None = None) -> str | None:
+    """The key for a server that reads `variable`; None or empty: it takes none."""
+    return given or os.environ.get(VARIABLE) or (os.environ.get(variable) if variable else None)

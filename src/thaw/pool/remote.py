@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from thaw.core.errors import EngineDied
@@ -222,6 +223,9 @@ class RemoteEngine(Engine):
     @property
     def policy_version(self) -> str:
         return self._policy
+
+    def update_weights(self, source: str | Path) -> None:
+        self.invoke("thaw.engines.base:update_weights", {"source": str(source)})
 
     def close_session(self, session: SessionRef) -> None:
         self._line.ask(wire.CloseSession(id=self._line.number(), session=session)).result()

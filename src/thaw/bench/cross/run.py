@@ -15,6 +15,7 @@ import thaw
 from thaw import receipt as r
 from thaw.bench.cross.options import Arrived, Distance, Leg, Options
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.engines.registry import kind_of
 from thaw.receipt.machine import software, this_machine
 
 NOTES = (
@@ -47,7 +48,7 @@ def _leg(options: Options, number: int, repository: Path, say: Callable[[str], N
     try:
         done = subprocess.run(
             [python, "-m", "thaw.bench.cross.leg"], input=msgspec.json.encode(leg), capture_output=True,
-            timeout=options.timeout_s, env=_environment(), check=False,
+            timeout=options.timeout_s, env=_environment(engine), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise TimedOut(f"{engine} took over {options.timeout_s:g} s; allow more, or measure less") from None
@@ -57,11 +58,12 @@ def _leg(options: Options, number: int, repository: Path, say: Callable[[str], N
     return msgspec.json.decode(answer.read_bytes(), type=Arrived)
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment, with this thaw importable, and vLLM on a CPU content with a GiB for its cache."""
+def _environment(engine: str) -> dict[str, str]:
+    """This process's environment, with this thaw importable, and the engine content with a part of the memory."""
     source = str(Path(thaw.__file__).resolve().parents[1])
     path = os.environ.get("PYTHONPATH", "")
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
+    modest = kind_of(engine).modest_environment
+    return {**modest, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
 
 
 def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:

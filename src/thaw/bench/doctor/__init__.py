@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from thaw.bench.doctor import model as models
-from thaw.bench.doctor import place, pools, server, sglang, software, speed
-from thaw.bench.doctor.report import DoctorReport, Figure, Finding, ModelReport
+from thaw.bench.doctor import place, pools, server, software, speed
+from thaw.bench.doctor.report import DoctorReport, Figure, ModelReport
+from thaw.core.findings import Finding
 from thaw.engines.base import Engine
 
 __all__ = ["DoctorReport", "Figure", "Finding", "ModelReport", "examine"]
@@ -38,8 +39,12 @@ def examine(
     report = None if config is None else models.report(*models.read_config(Path(config)), dtype)
     folder = Path(repository)
     findings = [
-        *software.findings(), *sglang.findings(), *place.findings(folder), *server.findings(folder), *pools.findings()
-    ]  # fmt: skip
+        *software.findings(),
+        *software.engines_own(),
+        *place.findings(folder),
+        *server.findings(folder),
+        *pools.findings(),
+    ]
     if report is not None:
         findings.append(models.finding(report))
     return DoctorReport(

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from thaw.bench.doctor.report import Finding
+from thaw.core.findings import Finding
 from thaw.receipt.machine import cpu_model, memory_nbytes, num_cores
 from thaw.store.filesystem import is_network, mount_type
 

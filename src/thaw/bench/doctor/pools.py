@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from thaw.bench.doctor.report import Finding
+from thaw.core.findings import Finding
 from thaw.data.files import cache_dir
 from thaw.pool.rates import Fit, Measured, remembered
 

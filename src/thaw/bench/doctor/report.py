@@ -6,17 +6,9 @@ from typing import Literal
 
 import msgspec
 
-Status = Literal["ok", "info", "warning", "problem"]
+from thaw.core.findings import Finding
+
 Basis = Literal["measured", "estimated"]
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing looked at. `text` says what was found; `advice` what to do, empty when there is nothing to do."""
-
-    name: str
-    status: Status
-    text: str
-    advice: str = ""
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):

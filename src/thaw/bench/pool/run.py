@@ -17,16 +17,14 @@ from thaw.bench.subject import accelerator, model_of, numerics
 from thaw.bench.vllm.arms import Document
 from thaw.core.errors import InvalidRequest
 from thaw.engines.base import EngineInfo
+from thaw.engines.registry import kind_of
 from thaw.pool import ForkPool, PoolSession
 from thaw.receipt.machine import software, this_machine
-
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-"""On a CPU vLLM takes nearly all memory for its cache, and two engines run side by side here."""
 
 
 def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
     """Measure, and return the receipt. Raises `InvalidRequest` for what does not fit the model."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in kind_of(options.engine).modest_environment.items():  # two engines run side by side here
         os.environ.setdefault(name, value)
     return _Run(options, progress).receipt()
 
@@ -37,6 +35,7 @@ EDGE, EDGE_TOKENS = 11, 4
 
 class _Run:
     def __init__(self, options: Options, progress: Progress) -> None:
+        self._environment = kind_of(options.engine).modest_environment
         self.options, self.rounds = options, Rounds(progress, options.settle_s)
         self.info: EngineInfo | None = None
         self.model: r.Model | None = None
@@ -180,5 +179,5 @@ class _Run:
             "pressure_tokens": options.pressure_tokens, "pressure_returns": options.pressure_returns,
             "pressure_rounds": options.pressure_rounds, "seed": options.seed, "settle_s": options.settle_s,
             "capture_s": self.capture_s,
-            **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT}, **given, **numerics(info),
+            **{f"environment.{name}": os.environ[name] for name in self._environment}, **given, **numerics(info),
         }  # fmt: skip

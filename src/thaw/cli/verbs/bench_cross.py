@@ -12,13 +12,8 @@ EXAMPLE = """
 thaw bench cross --model ~/models/SmolLM2-135M-Instruct --out cross-engines.json
 thaw bench cross --route transformers,sglang --python sglang=.venv-sglang/bin/python
 """
-PYTHONS = {"vllm": ".venv-vllm/bin/python", "sglang": ".venv-sglang/bin/python"}
-"""Where a clone's own environments are."""
-MODEST: dict[str, dict[str, object]] = {
-    "vllm": {"enforce_eager": True, "max_model_len": 4096},
-    "sglang": {"max_model_len": 4096},
-}
-"""Nothing is compiled for a handful of tokens."""
+MAX_MODEL_LEN = 4096
+"""Enough for what is measured, of an engine with a server: it would make room for the model's whole length."""
 
 
 @options.verb("cross", EXAMPLE)
@@ -51,17 +46,19 @@ def command(
     from pathlib import Path
 
     from thaw.bench.cross import Options, run
+    from thaw.engines.registry import DEFAULT, kinds
 
     boot.hush()
     if engine_name is not None or device is not None:
         raise InvalidRequest("bench cross loads the engines of --route: leave out --engine and --device")
-    chosen = boot.choose_anywhere(named, "transformers", model)
-    found = {name: python for name, python in PYTHONS.items() if Path(python).exists()}
+    chosen = boot.choose_anywhere(named, DEFAULT, model)
+    served = [kind for kind in kinds() if kind.server is not None]
+    found = {kind.name: python for kind in served if Path(python := f".venv-{kind.name}/bin/python").exists()}
     wanted = Options(
         model=str(chosen.options["model"]),
         route=tuple(route.split(",")),
         pythons=found | _pairs(pythons),
-        engine_options=MODEST,
+        engine_options={kind.name: {**kind.modest, "max_model_len": MAX_MODEL_LEN} for kind in served},
         num_tokens=num_tokens,
         points=points,
         dtype=dtype or "",

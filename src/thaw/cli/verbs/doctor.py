@@ -57,13 +57,14 @@ def _examine(
     named: str | None, config: str | None, model: str | None, dtype: str | None, measure: bool
 ) -> DoctorReport:
     from thaw.bench.doctor import examine
+    from thaw.engines.registry import DEFAULT
 
     repository = _repository(named)
     known = config or model or _remembered(repository)
     with contextlib.ExitStack() as stack:
         engine = None
         if model is not None:
-            engine = stack.enter_context(boot.boot(boot.choose(None, boot.DEFAULT, model, dtype)))
+            engine = stack.enter_context(boot.boot(boot.choose(None, DEFAULT, model, dtype)))
         progress = stack.enter_context(Progress("looking"))
         return examine(
             config=known,

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from thaw.cli import options, output, place
 from thaw.cli.verbs import engine_live
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.settings import VllmSettings
+    from thaw.engines.kind import Server
 
 EXAMPLE = """
 thaw engine config vllm --out thaw.yaml --store runs
@@ -30,7 +29,7 @@ def command() -> None:
 
 
 @options.verb("config", EXAMPLE)
-@click.argument("engine", type=click.Choice(["vllm"]), metavar="vllm")
+@click.argument("engine", metavar="ENGINE")
 @click.option("--out", metavar="FILE", default=FILE, show_default=True, help="Where to write; - is stdout.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--store", "stores", multiple=True, metavar="FOLDER",
@@ -41,7 +40,7 @@ def command() -> None:
 @click.option("--arena", type=options.num_bytes, metavar="BYTES", help="Host memory for sessions; default: 4GiB.")
 @click.option("--spill", metavar="FOLDER", help="Where what is beyond that goes; default: the temporary folder.")
 @click.option("--beside", "others", multiple=True, metavar="CONNECTOR",
-              help="Another connector of vLLM's that stands beside thaw's in a MultiConnector: its name, or JSON as "
+              help="vllm: another connector that stands beside thaw's in a MultiConnector: its name, or JSON as "
               "--kv-transfer-config takes it; repeatable.")  # fmt: skip
 @options.as_json
 def config(
@@ -56,38 +55,40 @@ def config(
     others: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Write the file that loads thaw into a stock server (its --config), and say how to start it.
+    """Write the file that loads thaw into a stock server (its --config), and say how to start it. ENGINE: one whose
+    server reads such a file (vllm).
 
     thaw must be installed in the server's environment. A client of the same user on the same host needs no --store: it
     makes its own repository known.
     """
-    from thaw.engines.vllm import settings
+    from thaw.cli import serving
+    from thaw.engines.kind import Settings
 
     del named  # the repositories are named with --store
-    wanted = settings.settled(make_settings(mail=mail, arena=arena, spill=spill, stores=stores))
-    text = settings.config_file(wanted, [_other(text) for text in others])
+    server = serving.server_of(engine)
+    if not server.config_suffixes:
+        raise click.BadParameter(f"{server.title} reads no file of thaw's ({server.by_hand})")
+    told = Settings(
+        stores=dict(_store(store) for store in stores),
+        mail=_absolute(mail),
+        arena_nbytes=arena,
+        spill=_absolute(spill),
+        beside=tuple(_other(text) for text in others),
+    )
+    wanted = server.config_file(told)
     if out == "-":
-        output.write(text)
+        output.write(wanted.text)
         return
-    path = _path(out)
-    keep(path, text, force)
-    words = ["vllm", "serve", "MODEL", "--config", str(path)]
+    path = _path(out, server)
+    keep(path, wanted.text, force)
+    (usual, _), *more = server.config_commands(path)
     if as_json:
-        output.print_json({"path": str(path.absolute()), "mail": wanted.mail, "command": words})
+        output.print_json({"path": str(path.absolute()), "mail": wanted.mail, "command": usual})
         return
     output.line(f"wrote {path}. Start the server with")
-    output.line(f"  {shlex.join(words)}")
-    output.line(f"  {shlex.join(settings.server_command('MODEL', path))}   (the CPU wheels, which have no `vllm`)")
-
-
-def make_settings(*, mail: str | None, arena: int | None, spill: str | None, stores: tuple[str, ...]) -> VllmSettings:
-    """The options that were given, paths made absolute."""
-    from thaw.engines.vllm.settings import VllmSettings
-
-    known = VllmSettings(stores=dict(_store(store) for store in stores), spill=_absolute(spill))
-    return msgspec.structs.replace(
-        known, mail=_absolute(mail) or "", arena_nbytes=known.arena_nbytes if arena is None else arena
-    )
+    output.line(f"  {shlex.join(usual)}")
+    for words, remark in more:
+        output.line(f"  {shlex.join(words)}   ({remark})")
 
 
 def keep(path: Path, text: str, force: bool) -> None:
@@ -100,10 +101,12 @@ def keep(path: Path, text: str, force: bool) -> None:
     write_atomic(path, text.encode())
 
 
-def _path(out: str) -> Path:
-    path = Path(out).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        raise click.BadParameter(f"vLLM reads only files whose names end with .yaml, and {out} does not.")
+def _path(out: str, server: Server) -> Path:
+    path, known = Path(out).expanduser(), server.config_suffixes
+    if path.suffix not in known:
+        raise click.BadParameter(
+            f"{server.title} reads only files whose names end with {known[0]}, and {out} does not."
+        )
     return path
 
 

@@ -25,13 +25,12 @@ thaw up --engine vllm --model ~/models/Qwen3-8B --port 8000 -- --tensor-parallel
 thaw up --engine sglang --model ~/models/Qwen3-8B -- --page-size 16
 thaw down
 """
-DEFAULT = "vllm"
-ENGINE_HELP = f"Default: the one that the repository remembers, else {DEFAULT}."
+ENGINE_HELP = "An engine that has a server. Default: the one that the repository remembers, else vllm."
 
 
 @options.verb("up", EXAMPLE)
 @click.argument("arguments", nargs=-1, metavar="[-- ENGINE_ARGUMENTS...]")
-@click.option("--engine", "engine_name", type=click.Choice(list(serving.KINDS)), help=ENGINE_HELP)
+@click.option("--engine", "engine_name", metavar="NAME", help=ENGINE_HELP)
 @click.option("--model", metavar="PATH", help="A folder or hub id; default: the one that the repository remembers.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Default: a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
@@ -51,23 +50,35 @@ def command(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Start a stock vLLM or SGLang server in the background, with thaw in it. From then on the verbs of this repository
-    join it instead of loading the model each time, until `thaw down`.
+    """Start a stock server of an engine (vllm, sglang) in the background, with thaw in it. From then on the verbs of
+    this repository join it instead of loading the model each time, until `thaw down`.
 
     What stands after -- are the engine's own arguments. Its log is engine.log in the repository; those of the five
     servers before are engine.log.1 (the last) to engine.log.5.
     """
+    from thaw.engines.kind import Wanted
     from thaw.repo import served
 
     interpreter = python or sys.executable
     with place.open_repository(named) as repo:
         _refuse_second(repo.store)
         chosen = _model(repo.store, engine_name, model)
-        kind, path = serving.KINDS[chosen.name], str(chosen.options["model"])
+        kind, path = serving.server_of(chosen.name), str(chosen.options["model"])
         serving.require(kind, interpreter, named_one=python is not None)
         port = _port(host, port)
         log = serving.log_of(repo.store)
-        start = kind.start(serving.Wanted(repo.store, interpreter, path, host, port, arena, arguments))
+        start = kind.start(
+            Wanted(
+                model=path,
+                host=host,
+                port=port,
+                python=interpreter,
+                folder=repo.path.resolve(),
+                stores={repo.store.uuid: str(repo.store.packs.resolve())},
+                arena_nbytes=arena,
+                arguments=arguments,
+            )
+        )
         process = server.start(start.command, log, start.environment)
         record = served.Served(
             engine=chosen.name,
@@ -82,7 +93,7 @@ def command(
             started_ns=time.time_ns(),
             before=_before(repo.store),
         )
-        seconds = _bring_up(repo.store, record, process, timeout_s)
+        seconds = _bring_up(repo.store, record, process, timeout_s, kind.log_prefix)
     _say(record, seconds, as_json)
 
 
@@ -97,10 +108,13 @@ def _refuse_second(store: Store) -> None:
 
 def _model(store: Store, engine_name: str | None, model: str | None) -> EngineSettings:
     """The engine to start; a server that is gone does not count as the one that is remembered."""
+    from thaw.engines.registry import DEFAULT_SERVER
     from thaw.repo.settings import EngineSettings, recall
 
+    if engine_name is not None:
+        serving.server_of(engine_name)
     known = _before(store) or recall(store)
-    name = engine_name or (known.name if known is not None and known.name in serving.KINDS else DEFAULT)
+    name = engine_name or (known.name if known is not None and serving.has_server(known.name) else DEFAULT_SERVER)
     if model is None and known is not None and "model" in known.options:
         return EngineSettings(name=name, options={"model": known.options["model"]})
     return boot.choose(None, name, model)
@@ -131,7 +145,9 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _bring_up(store: Store, record: Served, process: subprocess.Popen[bytes], timeout_s: float) -> float:
+def _bring_up(
+    store: Store, record: Served, process: subprocess.Popen[bytes], timeout_s: float, log_prefix: str
+) -> float:
     """Seconds until it answered. It is written down before that, so that `thaw down` finds it whatever happens here."""
     from pathlib import Path
 
@@ -140,7 +156,7 @@ def _bring_up(store: Store, record: Served, process: subprocess.Popen[bytes], ti
 
     served.remember(store, record)
     try:
-        seconds = server.wait(process, record.url, Path(record.log), timeout_s)
+        seconds = server.wait(process, record.url, Path(record.log), timeout_s, log_prefix)
     except BaseException:
         served.remember(store, None)
         raise

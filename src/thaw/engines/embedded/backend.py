@@ -7,10 +7,12 @@ A `Row` is the backend's own value behind the next logits of one sequence (for t
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from thaw.core.errors import Unsupported
 from thaw.core.identity import CacheGroup, ModelIdentity
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec
@@ -93,6 +95,11 @@ class Backend(ExtentFactory):
     @abc.abstractmethod
     def weights_sample(self) -> str:
         """A quick digest of some elements of every weight: notices changes that nobody announced."""
+
+    def weights_of(self, source: str | Path) -> Callable[[], None]:
+        """Read the weights of `source`, on any thread; calling the result puts them in place of those that run. Raises
+        as `Engine.update_weights` does."""
+        raise Unsupported(f"engine {self.name} does not change its weights while it runs; load another one")
 
     def close(self) -> None:
         """Let go of the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
@@ -79,6 +80,16 @@ class EmbeddedEngine(Engine):
         if not version or len(version) > 200:
             raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
         self._driver.call(lambda: self._weights.set_policy(version)).result()
+
+    def update_weights(self, source: str | Path) -> None:
+        """See the contract. Other sessions run on while the files are read."""
+        put = self._backend.weights_of(source)
+
+        def change() -> None:
+            put()
+            self._weights.check()
+
+        self._driver.call(change).result()
 
     @property
     def policy_version(self) -> str:

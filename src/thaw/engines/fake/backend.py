@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from thaw.core.errors import CorruptBlob
+from thaw.core.errors import CorruptBlob, InvalidRequest
 from thaw.core.identity import CacheGroup, ModelIdentity, tensor_leaf, weights_root
 from thaw.core.ids import digest
 from thaw.core.prefix import windows
@@ -125,6 +126,18 @@ class FakeBackend(Backend):
             tokenizer=digest(b"bytes"),
             groups=(GROUP,),
         )
+
+    def weights_of(self, source: str | Path) -> Callable[[], None]:
+        """`source` is a seed."""
+        try:
+            weights = struct.pack("<Q", int(str(source)))
+        except (ValueError, struct.error):
+            raise InvalidRequest(f"the fake engine's weights are a seed, and {str(source)!r} is none") from None
+
+        def put() -> None:
+            self.weights[:] = weights
+
+        return put
 
     def weights_sample(self) -> str:
         return digest(bytes(self.weights))

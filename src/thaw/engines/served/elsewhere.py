@@ -58,6 +58,9 @@ class ElsewhereTransport(Transport):
     async def collective_rpc(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         return await self._done(self._inner.collective_rpc(method, args, kwargs))
 
+    async def reload_weights(self, folder: str) -> None:
+        await self._done(self._inner.reload_weights(folder))
+
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         return await self._done(self._inner.post(route, body))
 

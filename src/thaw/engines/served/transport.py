@@ -62,6 +62,11 @@ class Transport(abc.ABC):
         """Call a method of every worker. Raises `Unsupported` where this way in does not reach them."""
         raise Unsupported("this engine is reached by requests only; call collective_rpc where it runs")
 
+    async def reload_weights(self, folder: str) -> None:
+        """Have every worker load the weights of `folder` in place, and the engine empty its own cache. Raises
+        `Unsupported` where this way in cannot, `InvalidRequest` where the engine refuses."""
+        raise Unsupported("the weights of this engine cannot be changed from here; change them where it runs")
+
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """Call one of the server's own routes. Raises `Unsupported` where this way in has none."""
         raise Unsupported(f"this engine has no route {route}; call what it stands for where it runs")

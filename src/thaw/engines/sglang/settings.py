@@ -27,6 +27,8 @@ RANKS = ("--tp", "--tp-size", "--tensor-parallel-size")
 REFUSED = "thaw: refused"
 """How the reason begins with which a request ends in SGLang whose session cannot be used: nothing is computed in its
 place."""
+KEY_VARIABLE = "SGLANG_API_KEY"
+"""Where the server looks for its API key."""
 MAX_LOGPROBS = 100
 """What `Sampling.logprobs` may ask for."""
 ON_CPU: Mapping[str, object] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME, PlanCache
 from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import BatchPlan, TorchExtent
-from thaw.engines.transformers.loading import LoadedModel
+from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.sampler import choose, largest
 
 UNBOUNDED = 1 << 20
@@ -101,6 +102,19 @@ class TransformersBackend(Backend):
         fresh = self._hashed_once or self.weights_sample() != self._first_sample
         self._hashed_once = True
         return model_identity(self._loaded, self.codec, self.group, fresh=fresh)
+
+    def weights_of(self, source: str | Path) -> Callable[[], None]:
+        """A folder or hub id of the same model: its config must say the same of the function."""
+        if self._loaded.owner is not None:
+            raise Unsupported("the weights are those of a module that is not thaw's; change them there")
+        module = weights_like(self._module, str(source))
+
+        def put() -> None:
+            with torch.inference_mode():
+                for name, tensor in self._module.state_dict().items():
+                    tensor.copy_(module[name])
+
+        return put
 
     def weights_sample(self) -> str:
         sample = sample_weights(self._module)

@@ -31,6 +31,8 @@ MULTI = "MultiConnector"
 LOGITS_PROCESSOR = "thaw.engines.vllm.sampling:ThawSampling"
 REFUSALS = "thaw.engines.vllm.refusals.Refusals"
 KEY = "thaw"
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Where the server looks for its API key."""
 MAX_LOGPROBS = 100
 """What `Sampling.logprobs` may ask for; vLLM's own limit is 20."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from thaw.core.errors import IdentityMismatch, InvalidRequest, PolicyMismatch, Refused, StaleSession
+from thaw.core.errors import IdentityMismatch, InvalidRequest, PolicyMismatch, Refused, StaleSession, ThawError
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.base import Engine, HydratePlan, SessionRef
@@ -232,6 +232,35 @@ class ClosedLaw(EngineKit):
         with pytest.raises(InvalidRequest, match="policy version ''"), engine.policy(version=""):
             raise AssertionError("the body must not run")
         assert engine.policy_version == engine.identity().policy == former
+
+    def test_updated_weights_run_and_old_kv_is_refused_until_they_are_back(self, engine: Engine, lab: Lab) -> None:
+        known = self.weights(engine)
+        if known is None:
+            pytest.skip("this class does not say which weights the engine may change to (weights)")
+        own, others = known
+        session = lab.begin(engine, 40)
+        plan, before = lab.plan(lab.capture(engine, session)), engine.identity()
+        right = lab.one(engine, lab.hydrate(engine, plan).session, greedy(6))
+        try:
+            engine.update_weights(others)
+            assert engine.identity().weights != before.weights
+            assert engine.policy_version == before.policy
+            with pytest.raises(StaleSession):
+                lab.one(engine, session, greedy(2))
+            with pytest.raises(IdentityMismatch):
+                lab.hydrate(engine, plan)
+            assert lab.one(engine, lab.begin(engine, 40), greedy(6)).token_ids != right.token_ids
+        finally:
+            engine.update_weights(own)
+        assert engine.identity() == before
+        same(right, lab.one(engine, lab.hydrate(engine, plan).session, greedy(6)))
+
+    def test_weights_that_are_none_are_refused_and_what_ran_runs_on(self, engine: Engine, lab: Lab) -> None:
+        before = engine.identity()
+        with pytest.raises(ThawError):
+            engine.update_weights("/nowhere/at/all")
+        assert engine.identity() == before
+        assert len(lab.one(engine, lab.begin(engine, 10), greedy(2)).token_ids) == 2
 
     def test_weights_changed_in_place_are_noticed(self, changed: Changed, lab: Lab) -> None:
         with pytest.raises(StaleSession):

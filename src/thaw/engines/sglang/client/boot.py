@@ -32,6 +32,7 @@ from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.http import HttpTransport
 from thaw.engines.sglang.settings import (
     BACKEND,
+    KEY_VARIABLE,
     ON_CPU,
     SglangSettings,
     command_line,
@@ -143,7 +144,7 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> SglangEng
     stays when this ends."""
 
     async def to_server() -> Transport:
-        return HttpTransport(target, key_for("sglang", api_key))
+        return HttpTransport(target, key_for(KEY_VARIABLE, api_key))
 
     if isinstance(target, str):
         return join(SglangEngine, to_server, policy=policy)

@@ -49,9 +49,9 @@ class SglangEngine(ServedEngine):
     name = "sglang"
     dialect = SglangDialect
 
-    def update_weights(self, folder: Path) -> None:
-        """SGLang loads the weights of `folder` in place and empties its cache; `InvalidRequest` when it refuses."""
-        self._loop.wait(self._transport.post("/update_weights_from_disk", {"model_path": str(folder)}))
+    def update_weights(self, source: str | Path) -> None:
+        """SGLang loads the weights of the folder in place and empties its cache; `InvalidRequest` when it refuses."""
+        self._loop.wait(self._transport.post("/update_weights_from_disk", {"model_path": str(source)}))
 
     def flush_cache(self) -> None:
         """SGLang's own reset of its cache; sessions are in thaw's arena and stay. Raises `InvalidRequest` while

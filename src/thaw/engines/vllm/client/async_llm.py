@@ -16,6 +16,9 @@ from thaw.engines.served.transport import Chunk, LogprobsOfToken, Submission, Tr
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.settings import from_extra_config
 
+RELOAD = "reload_weights"
+"""The method of vLLM's workers that loads weights in place."""
+
 
 class AsyncLLMTransport(Transport):
     """`owned`: the engine was booted for this client and ends with it."""
@@ -61,6 +64,15 @@ class AsyncLLMTransport(Transport):
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine died: {error}") from None
         return found
+
+    async def reload_weights(self, folder: str) -> None:
+        try:
+            await self.collective_rpc(RELOAD, (), {"weights_path": folder})
+        except EngineDied:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a worker raised comes as a plain Exception
+            raise InvalidRequest(f"vLLM refused the weights of {folder}: {error}") from None
+        await self._llm.reset_prefix_cache()
 
     async def close(self) -> None:
         if self._owned:

@@ -16,7 +16,7 @@ from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.client.fleet import Fleet
 from thaw.engines.vllm.client.http import HttpTransport
-from thaw.engines.vllm.settings import Other, VllmSettings, engine_args, settled
+from thaw.engines.vllm.settings import KEY_VARIABLE, Other, VllmSettings, engine_args, settled
 
 
 def boot(
@@ -97,10 +97,10 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:
 
 def _ranks(url: str, api_key: str | None, policy: str) -> Iterator[VllmEngine]:
     """The server's engine, or those of all its data-parallel ranks."""
-    first = HttpTransport(url, key_for("vllm", api_key))
+    first = HttpTransport(url, key_for(KEY_VARIABLE, api_key))
     yield _named(join(VllmEngine, _given(first), policy=policy), first)
     for rank in first.other_ranks:
-        other = HttpTransport(url, key_for("vllm", api_key), rank=rank)
+        other = HttpTransport(url, key_for(KEY_VARIABLE, api_key), rank=rank)
         yield _named(join(VllmEngine, _given(other), policy=policy), other)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from thaw.core.errors import Unsupported
@@ -68,6 +69,12 @@ class VllmEngine(ServedEngine):
     name = "vllm"
     dialect = VllmDialect
     capabilities = CAPABILITIES | {"structured"}
+
+    def update_weights(self, source: str | Path) -> None:
+        """Every worker loads the folder's weights in place (vLLM's `reload_weights`), and vLLM's prefix cache is reset.
+        Over HTTP this is for a server in development mode (VLLM_SERVER_DEV_MODE=1); `Unsupported` otherwise."""
+        self.release_pins()
+        self._loop.wait(self._transport.reload_weights(str(source)))
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
         return self.capabilities - {"entropy"} if facts.runner == "V2" else self.capabilities

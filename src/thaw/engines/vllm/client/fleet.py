@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -151,6 +152,10 @@ class Fleet(Engine):
     def set_policy(self, version: str) -> None:
         for member in self._living():
             member.set_policy(version)
+
+    def update_weights(self, source: str | Path) -> None:
+        for member in self._living():
+            member.update_weights(source)
 
     @property
     def policy_version(self) -> str:

@@ -21,16 +21,17 @@ import httpx
 import msgspec
 import rfc8785
 
-from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut
+from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut, Unsupported
 from thaw.engines.served import http, protocol
 from thaw.engines.served.http import HELLO_LIMIT_S, Call
 from thaw.engines.served.mail import ranks_beside
 from thaw.engines.served.protocol import Message
-from thaw.engines.served.said import error_text
+from thaw.engines.served.said import error_text, server_message
 from thaw.engines.served.transport import Chunk, Submission
 
 log = logging.getLogger("thaw.vllm")
 RANK_HEADER = "X-data-parallel-rank"
+RELOAD_LIMIT_S = 600.0
 TURN_LIMIT_S = 2.0
 """A server that does not say that it has taken a request gets the next of its group after this long all the same."""
 _TOKEN = "token_id:"
@@ -210,6 +211,20 @@ class HttpTransport(http.HttpTransport[Call]):
             tops=tuple(_tops(step) for step in logprobs.top_logprobs),
             finish_reason=one.finish_reason,
         )
+
+    async def reload_weights(self, folder: str) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        for route, said in (("/collective_rpc", body), ("/reset_prefix_cache", {})):
+            try:
+                reply = await self._client.post(route, json=said, timeout=RELOAD_LIMIT_S)
+            except httpx.HTTPError as error:
+                raise EngineDied(f"{self.url}: {error_text(error)}") from None
+            if reply.status_code == 404:
+                raise Unsupported(
+                    f"the server at {self.url} lets nobody change its weights: start it with VLLM_SERVER_DEV_MODE=1"
+                )
+            if reply.status_code != 200:
+                raise InvalidRequest(f"{self.url} refused the weights of {folder}: {server_message(reply.content)}")
 
     async def abort(self, name: str) -> None:
         call = self._calls.get(name)

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
 from thaw.engines.served.transport import Chunk, Submission, Transport
 from thaw.engines.vllm import versions
-from thaw.engines.vllm.client.async_llm import chunk_of, mail_of, sampling_params
+from thaw.engines.vllm.client.async_llm import RELOAD, chunk_of, mail_of, sampling_params
 
 PAUSE_S = 0.001
 News: TypeAlias = "Chunk | BaseException | None"
@@ -100,6 +100,20 @@ class LLMTransport(Transport):
 
         self._ask(call)
         return await asyncio.wrap_future(found)
+
+    async def reload_weights(self, folder: str) -> None:
+        try:
+            await self.collective_rpc(RELOAD, (), {"weights_path": folder})
+        except Exception as error:  # noqa: BLE001 - whatever a worker raised comes as a plain Exception
+            raise InvalidRequest(f"vLLM refused the weights of {folder}: {error}") from None
+        emptied: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def reset() -> None:
+            self._engine.reset_prefix_cache()
+            emptied.set_result(None)
+
+        self._ask(reset)
+        await asyncio.wrap_future(emptied)
 
     async def close(self) -> None:
         with self._wake:

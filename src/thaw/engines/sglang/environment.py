@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 
-from thaw.bench.doctor.report import Finding
 from thaw.core.errors import Unsupported
+from thaw.core.findings import Finding
 from thaw.engines.sglang import versions
 
 GROUP = "sglang.srt.plugins"
