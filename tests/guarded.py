@@ -29,9 +29,6 @@ class GuardedTests(EngineTests):
         cls.other_weights = tiny_model("llama", dtype="bfloat16", head_dim=64, seed=1)
         return partial(cls.boot, tiny_model("llama", dtype="bfloat16", head_dim=64))
 
-    def weights(self, engine: Engine) -> tuple[str, str]:
-        return engine.info.model, str(self.other_weights)
-
     def change_weights(self, engine: Engine) -> None:
         """As trainers do: the server loads other weights in place, and thaw is not told."""
         assert isinstance(engine, SglangEngine)

@@ -34,8 +34,8 @@ class TestFake(EngineTests):
     def change_weights(self, engine: Engine) -> None:
         engine._backend.weights[0] ^= 0x55  # type: ignore[attr-defined]
 
-    def weights(self, engine: Engine) -> tuple[str, str]:
-        return "0", "5"
+    def own_weights(self, engine: Engine) -> str:
+        return "0"
 
     def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(WeightsWatch, "_look", lambda self: None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -42,16 +41,11 @@ def factory(folder: Path) -> Load:
 
 class TestEveryLaw(EngineTests):
     changes_weights = True
-    folders: ClassVar[tuple[str, str]]
 
     @pytest.fixture(scope="class")
     @classmethod
     def engine_factory(cls, tiny_model: Callable[..., Path]) -> Load:
-        cls.folders = tuple(str(tiny_model(WHOLE[0], dtype=WHOLE[1], seed=seed)) for seed in (0, 1))
-        return factory(Path(cls.folders[0]))
-
-    def weights(self, engine: Engine) -> tuple[str, str]:
-        return self.folders
+        return factory(tiny_model(WHOLE[0], dtype=WHOLE[1]))
 
     def change_weights(self, engine: Engine) -> None:
         with torch.no_grad():

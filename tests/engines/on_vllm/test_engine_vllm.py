@@ -34,9 +34,6 @@ class TestVllm(EngineTests):
 
         return boot
 
-    def weights(self, engine: Engine) -> tuple[str, str]:
-        return engine.info.model, str(self.other_weights)
-
     def change_weights(self, engine: Engine) -> None:
         """As trainers do: the workers load other weights in place, and thaw is not told."""
         assert isinstance(engine, VllmEngine)

@@ -553,9 +553,6 @@ class TestVllmHttp(EngineTests):
         for server in cls.servers.values():
             server.stop()
 
-    def weights(self, engine: Engine) -> tuple[str, str]:
-        return engine.info.model, str(self.other_weights)
-
     def change_weights(self, engine: Engine) -> None:
         self.servers[engine].collective_rpc("reload_weights", weights_path=str(self.other_weights))
 

@@ -233,35 +233,6 @@ class ClosedLaw(EngineKit):
             raise AssertionError("the body must not run")
         assert engine.policy_version == engine.identity().policy == former
 
-    def test_updated_weights_run_and_old_kv_is_refused_until_they_are_back(self, engine: Engine, lab: Lab) -> None:
-        known = self.weights(engine)
-        if known is None:
-            pytest.skip("this class does not say which weights the engine may change to (weights)")
-        own, others = known
-        session = lab.begin(engine, 40)
-        plan, before = lab.plan(lab.capture(engine, session)), engine.identity()
-        right = lab.one(engine, lab.hydrate(engine, plan).session, greedy(6))
-        try:
-            engine.update_weights(others)
-            assert engine.identity().weights != before.weights
-            assert engine.policy_version == before.policy
-            with pytest.raises(StaleSession):
-                lab.one(engine, session, greedy(2))
-            with pytest.raises(IdentityMismatch):
-                lab.hydrate(engine, plan)
-            assert lab.one(engine, lab.begin(engine, 40), greedy(6)).token_ids != right.token_ids
-        finally:
-            engine.update_weights(own)
-        assert engine.identity() == before
-        same(right, lab.one(engine, lab.hydrate(engine, plan).session, greedy(6)))
-
-    def test_weights_that_are_none_are_refused_and_what_ran_runs_on(self, engine: Engine, lab: Lab) -> None:
-        before = engine.identity()
-        with pytest.raises(ThawError):
-            engine.update_weights("/nowhere/at/all")
-        assert engine.identity() == before
-        assert len(lab.one(engine, lab.begin(engine, 10), greedy(2)).token_ids) == 2
-
     def test_weights_changed_in_place_are_noticed(self, changed: Changed, lab: Lab) -> None:
         with pytest.raises(StaleSession):
             lab.one(changed.engine, changed.session, greedy(2))
@@ -270,6 +241,28 @@ class ClosedLaw(EngineKit):
         assert refusal.value.field == "weights"
         running = changed.engine.identity()
         assert (refusal.value.stored, refusal.value.running) == (changed.before.weights, running.weights)
+
+    def test_updated_weights_run_and_kv_of_the_former_is_refused(self, changed: Changed, lab: Lab) -> None:
+        engine = changed.engine
+        session, former = lab.begin(engine, 40), engine.identity()
+        right = lab.one(engine, lab.begin(engine, 60), greedy(6))
+        try:
+            engine.update_weights(self.own_weights(engine))
+            assert engine.identity().weights != former.weights
+            assert engine.policy_version == former.policy
+            with pytest.raises(StaleSession):
+                lab.one(engine, session, greedy(2))
+            assert lab.one(engine, lab.begin(engine, 60), greedy(6)).token_ids != right.token_ids
+        finally:
+            self.change_weights(engine)
+        same(right, lab.one(engine, lab.begin(engine, 60), greedy(6)))
+
+    def test_weights_that_are_none_are_refused_and_what_ran_runs_on(self, changed: Changed, lab: Lab) -> None:
+        engine, before = changed.engine, changed.engine.identity()
+        with pytest.raises(ThawError):
+            engine.update_weights("/nowhere/at/all")
+        assert engine.identity() == before
+        assert len(lab.one(engine, lab.begin(engine, 10), greedy(2)).token_ids) == 2
 
     def test_without_the_guard_changed_weights_would_give_wrong_tokens(
         self, changed: Changed, load: Load, lab: Lab, monkeypatch: pytest.MonkeyPatch

@@ -296,10 +296,9 @@ class EngineKit:
         """Change the running model's weights in place, telling nobody, so that its outputs change."""
         raise NotImplementedError
 
-    def weights(self, engine: Engine) -> tuple[str, str] | None:
-        """What `engine.update_weights` takes for the weights that it was booted with, and for others of the same
-        shape. None: this class knows no others."""
-        return None
+    def own_weights(self, engine: Engine) -> str:
+        """What `engine.update_weights` takes for the weights that it was booted with."""
+        return engine.info.model
 
     def guard_off(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         """Switch off what notices changed weights: to show what would happen without it."""
