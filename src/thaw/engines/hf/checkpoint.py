@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from thaw.core.errors import IncompleteModel
-from thaw.engines.hf.config import load_config
+from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound
+from thaw.engines.hf.config import function_config, load_config
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
@@ -65,6 +65,18 @@ def require_whole(model: str | Path, overrides: Mapping[str, Any] | None = None)
     require_loaded(folder, module, info)
     _require_names(folder, like, shapes)
     _require_ties(folder, like, paths)
+
+
+def require_weights_of(model: str | Path, source: str | Path) -> None:
+    """Raise unless `source` is a folder whose weights may run in place of those of `model`: `NotFound` where there is
+    none, `IncompleteModel` as `require_whole`, `InvalidRequest` where its config is of another function."""
+    if not (Path(source) / "config.json").is_file():
+        raise NotFound(f"{source} has no config.json: give a folder with weights of {model}")
+    require_whole(source)
+    theirs, ours = (function_config(load_config(folder).to_dict()) for folder in (source, model))
+    differ = sorted(field for field in theirs.keys() | ours.keys() if theirs.get(field) != ours.get(field))
+    if differ:
+        raise InvalidRequest(f"the weights of {source} are of another model ({', '.join(differ)}): load that one")
 
 
 def require_loaded(model: str | Path, module: Any, info: Mapping[str, Any]) -> None:

@@ -73,6 +73,9 @@ class VllmEngine(ServedEngine):
     def update_weights(self, source: str | Path) -> None:
         """Every worker loads the folder's weights in place (vLLM's `reload_weights`), and vLLM's prefix cache is reset.
         Over HTTP this is for a server in development mode (VLLM_SERVER_DEV_MODE=1); `Unsupported` otherwise."""
+        from thaw.engines.hf.checkpoint import require_weights_of
+
+        require_weights_of(self.info.model, source)  # a worker that fails half way ends the engine
         self.release_pins()
         self._loop.wait(self._transport.reload_weights(str(source)))
 
