@@ -44,3 +44,5 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
 }
 VERBS: dict[str, str] = {name: text for verbs in SECTIONS.values() for name, text in verbs.items()}
+LIGHT = ("log", "show", "diff", "stats", "branch", "tag", "reflog")
+"""Those that only read the repository, declared without click (`light`)."""

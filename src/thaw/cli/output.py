@@ -12,10 +12,6 @@ import re
 import sys
 from typing import Any, TextIO
 
-import msgspec
-
-from thaw.core.canonical import to_plain
-
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -110,6 +106,10 @@ def say_error(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout. Structs become objects, 64-bit integers strings."""
+    import msgspec
+
+    from thaw.core.canonical import to_plain
+
     text = msgspec.json.format(msgspec.json.encode(to_plain(value)), indent=2).decode()
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

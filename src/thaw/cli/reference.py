@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from thaw.cli import catalog
-from thaw.cli.app import thaw
+from thaw.cli.group import thaw
 
 WIDTH = 96
 HEAD = """# The command line

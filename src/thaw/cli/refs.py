@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import click
-
-from thaw.cli import output, place, view, words
+from thaw.cli import light, output, place, view, words
 from thaw.core.ids import short
 
 if TYPE_CHECKING:
@@ -32,11 +30,11 @@ def act(kind: Kind, named: str | None, names: tuple[str, ...], what: What, as_js
 
 def _check(kind: Kind, names: tuple[str, ...], what: What) -> None:
     if what == "rename" and len(names) != 2:
-        raise click.UsageError("-m takes the old name and the new one.")
+        raise light.usage("-m takes the old name and the new one.")
     if what == "delete" and not names:
-        raise click.UsageError(f"-d takes the names of the {_plural(kind)} to delete.")
+        raise light.usage(f"-d takes the names of the {_plural(kind)} to delete.")
     if what == "make" and len(names) > 2:
-        raise click.UsageError(f"a {kind} takes a name and a point; {len(names)} words were given.")
+        raise light.usage(f"a {kind} takes a name and a point; {len(names)} words were given.")
 
 
 def _do(repo: Repository, kind: Kind, names: tuple[str, ...], what: What) -> tuple[list[Ref], str]:

@@ -7,7 +7,6 @@ So a state needs no generator: the seed and the number of tokens are the whole o
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -37,6 +36,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     def __post_init__(self) -> None:
         """Bring values into one form. Raises `BadSampling`."""
         if isinstance(self.json, Mapping):
+            import json
+
             msgspec.structs.force_setattr(self, "json", json.dumps(self.json))
         msgspec.structs.force_setattr(self, "choice", _tuple("structured_outputs.choice", self.choice, str))
         given = [name for name in self.__struct_fields__ if getattr(self, name)]

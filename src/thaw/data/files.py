@@ -7,7 +7,6 @@ operating system error becomes `StorageFailed` with the path, the reason and wha
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
@@ -104,7 +103,7 @@ def start_writeback(fd: int, offset: int, nbytes: int) -> None:
     """
     call = _sync_file_range()
     if call is not None:
-        call(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+        call(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -114,7 +113,12 @@ _SYNC_FILE_RANGE_WRITE = 2
 def _sync_file_range() -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
         return None
-    return getattr(ctypes.CDLL(None), "sync_file_range", None)
+    import ctypes  # only for those who write
+
+    call: Callable[..., int] | None = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)  # type: ignore[attr-defined]
+    return call
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,120}\.safetensors\Z")
 
 
 class StoreMount(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,3 +24,8 @@ class BlobLocation(msgspec.Struct, frozen=True, kw_only=True):
     pack: str
     offset: int
     nbytes: int
+
+
+def is_pack_name(name: object) -> bool:
+    """Whether this is a plain file name of a pack."""
+    return isinstance(name, str) and _NAME.match(name) is not None

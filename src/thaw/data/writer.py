@@ -8,7 +8,6 @@ copy is overwritten by what follows it).
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.core.ids import digest
 from thaw.data.files import pwrite_all, replacing, start_writeback, storage_errors
 from thaw.data.header import DTYPE_BYTES, OBJECT, Entry, align, build, reserve, tensor_nbytes
-from thaw.data.locations import BlobLocation
+from thaw.data.locations import BlobLocation, is_pack_name
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,6 @@ HASH_APART = 64 * 1024
 """Items of at least this size are hashed on another thread; below, handing over costs more than it hides."""
 WRITEBACK_BYTES = 8 << 20
 """The device is told to begin after so many bytes, and writes while the next are hashed and copied."""
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,120}\.safetensors\Z")
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,6 @@ class PackResult:
     nbytes: int
     blobs: tuple[BlobLocation, ...]
     stages_s: dict[str, float]
-
-
-def is_pack_name(name: object) -> bool:
-    """Whether this is a plain file name of a pack."""
-    return isinstance(name, str) and _NAME.match(name) is not None
 
 
 def check_pack_name(name: str) -> str:

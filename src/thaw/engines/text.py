@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from thaw.core.objects import Turn, without_chat
-from thaw.engines.base import Codec
+
+if TYPE_CHECKING:
+    from thaw.engines.base import Codec
 
 CONTEXT = 8
 """Tokens that are decoded along with a piece, at first."""

@@ -12,9 +12,10 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from thaw.core.errors import CorruptDatabase
 
@@ -22,8 +23,7 @@ LIMIT_S = 24 * 3600.0
 NEW_PACK = "{}.safetensors"
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """A row of `leases`. `packs`: file names its holder may be writing; `roots`: objects that gc must keep for it."""
 
     id: str

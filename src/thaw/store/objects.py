@@ -10,17 +10,20 @@ import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from thaw.core import objects
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
 from thaw.core.ids import CommitId, digest
 from thaw.core.objects import AnyObject
-from thaw.data.locations import BlobLocation
-from thaw.data.writer import is_pack_name
+from thaw.data.locations import BlobLocation, is_pack_name
 from thaw.store.db import REBUILD
-from thaw.store.links import Links
 from thaw.store.schema import check
+
+if TYPE_CHECKING:
+    from thaw.store.links import Links
 
 CACHE_ENTRIES = 1024
 _CHUNK = 500
@@ -51,14 +54,15 @@ class ObjectCache:
             self._entries.clear()
 
 
-def read(connection: sqlite3.Connection, identifier: str) -> AnyObject:
-    """The decoded object, its hash verified. Raises `NotFound`, `CorruptBlob`, `NewerFormat`."""
+def read(connection: sqlite3.Connection, identifier: str, kind: type[AnyObject] | None = None) -> AnyObject:
+    """The decoded object (of `kind`, probably), its hash verified. Raises `NotFound`, `CorruptBlob`, `NewerFormat`."""
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
         if connection.execute("SELECT 1 FROM objects NOT INDEXED WHERE id = ?", (identifier,)).fetchone() is not None:
             raise CorruptDatabase(f"the index of objects does not find {identifier}, which is stored. {REBUILD}")
         raise NotFound(f"there is no object {identifier[:80]} in this repository.")
-    return objects.decode(stored_bytes(row[0], identifier), identifier)
+    data = stored_bytes(row[0], identifier)
+    return objects.decode(data, identifier) if kind is None else objects.decode_as(data, identifier, kind)
 
 
 def stored_bytes(value: object, identifier: str) -> bytes:
@@ -84,8 +88,7 @@ def verified(value: object, identifier: str) -> bytes:
     return data
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(msgspec.Struct, frozen=True):
     """A commit and the state that it names, each as the verified bytes of an object."""
 
     id: CommitId
@@ -171,8 +174,7 @@ def find_commits(connection: sqlite3.Connection, prefix: str) -> list[CommitId]:
     return []
 
 
-@dataclass(frozen=True)
-class PackRow:
+class PackRow(msgspec.Struct, frozen=True):
     """A file of `packs/`; `doomed_ns`: since when nothing points into it."""
 
     name: str

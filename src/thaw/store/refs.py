@@ -10,8 +10,9 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+import msgspec
 
 from thaw.core.errors import CorruptDatabase, InvalidRequest, NotFound, RefConflict
 from thaw.core.ids import CommitId, short
@@ -22,8 +23,7 @@ from thaw.store.schema import checksum
 RefKind: TypeAlias = Literal["branch", "tag"]
 
 
-@dataclass(frozen=True)
-class RefUpdate:
+class RefUpdate(msgspec.Struct, frozen=True):
     """Move `name` to `target` (None deletes it), if it stands at `expect` now (None: it must not exist; "any")."""
 
     name: str
@@ -33,15 +33,13 @@ class RefUpdate:
     reason: str
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(msgspec.Struct, frozen=True):
     name: str
     kind: RefKind
     target: CommitId
 
 
-@dataclass(frozen=True)
-class ReflogEntry:
+class ReflogEntry(msgspec.Struct, frozen=True):
     """`old` None: the ref was made; `new` None: it was deleted. `moved` False: a commit kept after a lost race."""
 
     name: str

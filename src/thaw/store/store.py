@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from thaw.core import points
 from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
 from thaw.core.ids import CommitId, ObjectId, StateId, digest
-from thaw.core.objects import AnyObject, Commit
+from thaw.core.objects import AnyObject, Commit, State
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
 from thaw.store import backup, leases, objects, refs, reserve, windows
@@ -48,9 +49,11 @@ _PAGE = 1000
 ROOM = 1 << 20
 """Bytes that the smallest commit may take, with what SQLite writes beside it."""
 
+_ALONE: dict[type, type[AnyObject]] = {Commit: Commit, State: State}
+"""Kinds that a verb that only reads looks at, often without any other."""
 
-@dataclass(frozen=True)
-class Usage:
+
+class Usage(msgspec.Struct, frozen=True):
     """Bytes on disk. `pack_nbytes` counts whole files, `blob_nbytes` the KV in them."""
 
     num_packs: int
@@ -144,16 +147,19 @@ class Store:
 
     def get(self, id: str) -> AnyObject:
         """The object, decoded and verified against its id. Raises `NotFound`, `CorruptBlob`, `NewerFormat`."""
+        return self._get(id, None)
+
+    def _get(self, id: str, kind: type[AnyObject] | None) -> AnyObject:
         value = self._cache.get(id)
         if value is None:
             with self.database.read() as connection:
-                value = objects.read(connection, id)
+                value = objects.read(connection, id, kind)
             self._cache.add(id, value)
         return value
 
     def get_as(self, id: str, kind: type[T]) -> T:
         """As `get`; raises `CorruptBlob` when the object is of another kind."""
-        value = self.get(id)
+        value = self._get(id, _ALONE.get(kind))
         if not isinstance(value, kind):
             raise CorruptBlob(f"object {id} is a {type(value).__name__}; a {kind.__name__} was expected.")
         return value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import click
-
-from thaw.cli import options, refs
+from thaw.cli import light, refs
 
 EXAMPLE = """
 thaw branch
@@ -14,13 +12,15 @@ thaw branch -d better-idea
 """
 
 
-@options.verb("branch", EXAMPLE)
-@click.argument("names", nargs=-1, metavar="[NAME [POINT]]")
-@click.option("-d", "--delete", is_flag=True, help="Delete the branches named; their commits stay until gc.")
-@click.option("-m", "--move", is_flag=True, help="Rename: -m OLD NEW. HEAD follows.")
-@options.as_json
+@light.verb(
+    "branch",
+    EXAMPLE,
+    light.Argument("names", many=True, metavar="[NAME [POINT]]"),
+    light.Flag("delete", ("-d", "--delete"), "Delete the branches named; their commits stay until gc."),
+    light.Flag("move", ("-m", "--move"), "Rename: -m OLD NEW. HEAD follows."),
+)
 def command(named: str | None, names: tuple[str, ...], delete: bool, move: bool, as_json: bool) -> None:
     """List branches, or make NAME at POINT (default: HEAD)."""
     if delete and move:
-        raise click.UsageError("-d deletes and -m renames; give one of the two.")
+        raise light.usage("-d deletes and -m renames; give one of the two.")
     refs.act("branch", named, names, "delete" if delete else "rename" if move else "make", as_json)

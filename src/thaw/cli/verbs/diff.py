@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.cli import options, output, view, words
+from thaw.cli import light, output, view, words
 from thaw.cli.place import open_repository
 
 if TYPE_CHECKING:
@@ -19,10 +17,9 @@ thaw diff main main@{1} --json
 LINES, COMMON_LINES = 12, 3
 
 
-@options.verb("diff", EXAMPLE)
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B", default="HEAD")
-@options.as_json
+@light.verb(
+    "diff", EXAMPLE, light.Argument("a", required=True, metavar="A"), light.Argument("b", default="HEAD", metavar="B")
+)
 def command(named: str | None, a: str, b: str, as_json: bool) -> None:
     """Show where A and B (default: HEAD) part: the common point, both texts from there, logprobs, bytes.
 

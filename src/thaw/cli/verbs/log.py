@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.cli import graph, options, output, place, words
+from thaw.cli import light, output, place, words
 from thaw.core.ids import short
 
 if TYPE_CHECKING:
@@ -19,12 +17,14 @@ thaw log main~3 -n 5
 """
 
 
-@options.verb("log", EXAMPLE)
-@click.argument("point", required=False)
-@click.option("--graph", "as_graph", is_flag=True, help="Draw the tree.")
-@click.option("--all", "everything", is_flag=True, help="From every branch and tag, not from one point.")
-@click.option("-n", "limit", type=click.IntRange(min=1), metavar="N", help="At most N commits.")
-@options.as_json
+@light.verb(
+    "log",
+    EXAMPLE,
+    light.Argument("point"),
+    light.Flag("as_graph", ("--graph",), "Draw the tree."),
+    light.Flag("everything", ("--all",), "From every branch and tag, not from one point."),
+    light.Number("limit", ("-n",), int, 1, "At most N commits."),
+)
 def command(
     named: str | None, point: str | None, as_graph: bool, everything: bool, limit: int | None, as_json: bool
 ) -> None:
@@ -44,16 +44,20 @@ def command(
 
 def _read(named: str | None, point: str | None, everything: bool, limit: int | None) -> list[LogEntry]:
     if everything and point is not None:
-        raise click.UsageError("--all starts from every branch and tag; leave POINT out.")
+        raise light.usage("--all starts from every branch and tag; leave POINT out.")
     with place.open_repository(named) as repo:
         return repo.log(point, all=everything, limit=limit)
 
 
 def _lines(entries: list[LogEntry], as_graph: bool) -> Iterator[str]:
     by_id = {str(entry.commit): entry for entry in entries}
+    if not as_graph:
+        yield from (_line(entry, 0) for entry in entries)
+        return
+    from thaw.cli import graph
+
     glyphs = graph.UNICODE if output.has_unicode() else graph.ASCII
-    drawn = graph.draw(((str(e.commit), tuple(map(str, e.parents))) for e in entries), glyphs)
-    for row in drawn if as_graph else (graph.Row("", str(e.commit)) for e in entries):
+    for row in graph.draw(((str(e.commit), tuple(map(str, e.parents))) for e in entries), glyphs):
         gutter = output.style(row.gutter, "blue")
         if row.id is None:
             yield gutter

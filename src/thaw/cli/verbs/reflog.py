@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.cli import options, output, place, view, words
+from thaw.cli import light, output, place, view, words
 
 if TYPE_CHECKING:
     from thaw.store import ReflogEntry
@@ -18,10 +16,7 @@ thaw reflog idea -n 5
 """
 
 
-@options.verb("reflog", EXAMPLE)
-@click.argument("name", required=False)
-@click.option("-n", "limit", type=click.IntRange(min=1), metavar="N", help="At most N moves.")
-@options.as_json
+@light.verb("reflog", EXAMPLE, light.Argument("name"), light.Number("limit", ("-n",), int, 1, "At most N moves."))
 def command(named: str | None, name: str | None, limit: int | None, as_json: bool) -> None:
     """List the moves of a branch or tag (default: the current branch), newest first; deleted ones have theirs still.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.cli import options, output, place, view, words
+from thaw.cli import light, output, place, view, words
 from thaw.repo.chat_meta import KEY
 
 if TYPE_CHECKING:
@@ -19,11 +17,13 @@ thaw show main:turn=1 --text
 LINES = 8
 
 
-@options.verb("show", EXAMPLE)
-@click.argument("point", default="HEAD")
-@click.option("--text", "whole_text", is_flag=True, help="Print the whole text of every turn, and nothing else.")
-@click.option("--tokens", is_flag=True, help="With --json: also the token ids.")
-@options.as_json
+@light.verb(
+    "show",
+    EXAMPLE,
+    light.Argument("point", default="HEAD"),
+    light.Flag("whole_text", ("--text",), "Print the whole text of every turn, and nothing else."),
+    light.Flag("tokens", ("--tokens",), "With --json: also the token ids."),
+)
 def command(named: str | None, point: str, whole_text: bool, tokens: bool, as_json: bool) -> None:
     """Show POINT (default: HEAD): commit, state, turns, where it came from and what it weighs."""
     shown = _read(named, point)

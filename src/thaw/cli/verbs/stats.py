@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.cli import options, output, place, words
+from thaw.cli import light, output, place, words
 
 if TYPE_CHECKING:
     from thaw.repo.stats import Stats
@@ -17,14 +15,18 @@ thaw stats --prefill-rate 20000 --json
 """
 
 
-@options.verb("stats", EXAMPLE)
-@click.option(
-    "--prefill-rate",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="N",
-    help="Tokens a second that the engine prefills, for the seconds saved.",
+@light.verb(
+    "stats",
+    EXAMPLE,
+    light.Number(
+        "prefill_rate",
+        ("--prefill-rate",),
+        float,
+        0,
+        "Tokens a second that the engine prefills, for the seconds saved.",
+        above=True,
+    ),
 )
-@options.as_json
 def command(named: str | None, prefill_rate: float | None, as_json: bool) -> None:
     """Show bytes by branch, how much sharing saves, and the tokens that forks did not read again.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import click
-
-from thaw.cli import options, refs
+from thaw.cli import light, refs
 
 EXAMPLE = """
 thaw tag
@@ -13,10 +11,12 @@ thaw tag -d read-it
 """
 
 
-@options.verb("tag", EXAMPLE)
-@click.argument("names", nargs=-1, metavar="[NAME [POINT]]")
-@click.option("-d", "--delete", is_flag=True, help="Delete the tags named; their commits stay until gc.")
-@options.as_json
+@light.verb(
+    "tag",
+    EXAMPLE,
+    light.Argument("names", many=True, metavar="[NAME [POINT]]"),
+    light.Flag("delete", ("-d", "--delete"), "Delete the tags named; their commits stay until gc."),
+)
 def command(named: str | None, names: tuple[str, ...], delete: bool, as_json: bool) -> None:
     """List tags, or make NAME at POINT (default: HEAD). A tag stays where it is."""
     refs.act("tag", named, names, "delete" if delete else "make", as_json)
