@@ -8,10 +8,9 @@ was broken, 8 stopped); 70 an error inside thaw; 130 interrupted.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from thaw.cli import catalog, light
@@ -25,7 +24,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         verb = light.plain(words, catalog.LIGHT)
-        code = _clicked(words) if verb is None else _unhindered(verb)
+        code = _clicked(words) if verb is None else verb()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -34,17 +33,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _interrupted(words)
     except Exception as error:  # noqa: BLE001 - the last frame: everything becomes a message and a code
         return _failed(words, error)
-
-
-def _unhindered(verb: Callable[[], int | None]) -> int | None:
-    """Without the garbage collector, which finds nothing in a process that imports, reads and ends."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        return verb()
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _clicked(words: list[str]) -> Any:
