@@ -43,7 +43,7 @@ from thaw.engines import load_engine
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client import wire
 from thaw.engines.sglang.settings import command_line
-from thaw.engines.vllm.plain import PlainBatch, PlainRequest, PlainResult
+from thaw.bench.vllm.plain import PlainBatch, PlainRequest, PlainResult
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository, Session
 from thaw.repo import open as open_repository

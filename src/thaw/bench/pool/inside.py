@@ -23,7 +23,7 @@ def read(engine: Engine, *, name: str, trunk: Sequence[int]) -> None:
     """Prefill the trunk, so that the engine has it in its own cache."""
     if _is_vllm(engine):
         from thaw.bench.vllm.arms import read_trunk
-        from thaw.engines.vllm.plain import beside
+        from thaw.bench.vllm.plain import beside
 
         plain, salt = beside(engine), f"bench:{secrets.token_hex(16)}"
         read_trunk(plain, tuple(trunk), salt)
@@ -54,7 +54,7 @@ def again(
 ) -> dict[str, Any]:
     """The trunk prefilled again, nothing of it cached, and the branches on it."""
     if _is_vllm(engine):
-        from thaw.engines.vllm.plain import beside
+        from thaw.bench.vllm.plain import beside
 
         salt = f"bench:{secrets.token_hex(16)}"
         return _plain(beside(engine), tuple(trunk), salt, suffixes, max_tokens, 0, first=True)

@@ -15,7 +15,7 @@ from thaw.bench.vllm.options import SUFFIX_TOKENS
 from thaw.receipt import Hits
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.plain import Plain, PlainBatch
+    from thaw.bench.vllm.plain import Plain, PlainBatch
 
 Tokens = tuple[int, ...]
 
@@ -48,7 +48,7 @@ def plain_children(
 ) -> Sample:
     """The same children as plain requests, submitted at once; blocks of earlier requests under `salt` are found by
     vLLM's prefix cache. `fields[i]` are child i's sampling, greedy without."""
-    from thaw.engines.vllm.plain import PlainRequest
+    from thaw.bench.vllm.plain import PlainRequest
 
     requests = [
         PlainRequest(
@@ -79,7 +79,7 @@ def sample_of(batch: PlainBatch, num_prompt: int, num_wanted: int) -> Sample:
 
 def read_trunk(plain: Plain, trunk: Tokens, salt: str) -> Sample:
     """Prefill `trunk` under `salt`, so that vLLM's cache has its blocks."""
-    from thaw.engines.vllm.plain import PlainRequest
+    from thaw.bench.vllm.plain import PlainRequest
 
     batch = plain.run([PlainRequest(tokens=trunk, max_tokens=1, salt=salt)])
     return sample_of(batch, len(trunk), 0)

@@ -19,7 +19,7 @@ from thaw.core.sampling import Sampling, derive
 from thaw.repo import Repository, Session
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.plain import Plain
+    from thaw.bench.vllm.plain import Plain
 
 
 def measure(rounds: Rounds, options: Options, repo: Repository, plain: Plain, document: Document) -> None:
@@ -62,7 +62,7 @@ def _fork(live: Session, ask: Ask) -> Sample:
 
 def _as_thaw(live: Session, ask: Ask) -> list[dict[str, Any]]:
     """Child i draws as child i of the fork does."""
-    from thaw.engines.vllm.plain import as_thaw_samples
+    from thaw.bench.vllm.plain import as_thaw_samples
 
     sampling = Sampling(temperature=ask.temperature, max_tokens=ask.max_tokens, ignore_eos=True)
     start = live.num_tokens

@@ -17,7 +17,7 @@ from thaw.core.errors import NotHit
 from thaw.repo import Repository, Session
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.plain import Plain
+    from thaw.bench.vllm.plain import Plain
 
 
 class Stored:

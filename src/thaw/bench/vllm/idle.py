@@ -14,7 +14,7 @@ from thaw.bench.vllm.arms import Document, fresh_salt, sample_of
 from thaw.bench.vllm.options import Options
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.plain import Plain
+    from thaw.bench.vllm.plain import Plain
 
 
 def measure(rounds: Rounds, options: Options, boot: int, plain: Plain, stock: Plain, document: Document) -> None:
@@ -28,7 +28,7 @@ def measure(rounds: Rounds, options: Options, boot: int, plain: Plain, stock: Pl
 
 def _batch(plain: Plain, options: Options, document: Document) -> Sample:
     """All requests at once, read and answered; nothing of an earlier batch is found in the cache."""
-    from thaw.engines.vllm.plain import PlainRequest
+    from thaw.bench.vllm.plain import PlainRequest
 
     salt = fresh_salt()
     requests = [

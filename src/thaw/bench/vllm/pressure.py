@@ -21,7 +21,7 @@ from thaw.bench.vllm.options import Options
 from thaw.repo import Repository
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.plain import Plain
+    from thaw.bench.vllm.plain import Plain
 
 Visit = Callable[[], Sample]
 Make = Callable[[ExitStack, int], Visit]

@@ -29,7 +29,7 @@ from thaw.repo import Repository
 from thaw.repo import open as open_repository
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.plain import Plain
+    from thaw.bench.vllm.plain import Plain
 
 TOKENS_A_SENTENCE = 8
 """The built-in document has at least so many, in common vocabularies."""
@@ -96,7 +96,7 @@ class _Run:
 
     def _with_offload(self) -> None:
         """The same sessions in as few blocks, in an engine with vLLM's own offload tier and nothing of thaw."""
-        from thaw.engines.vllm.plain import boot_stock, offload_tier
+        from thaw.bench.vllm.plain import boot_stock, offload_tier
 
         options = self.options
         self.rounds.progress("booting an engine with vLLM's offload tier")
@@ -121,7 +121,7 @@ class _Run:
 
     def _idle(self, boot: int) -> None:
         """Both engines side by side; which of them is there first changes from boot to boot."""
-        from thaw.engines.vllm.plain import boot_stock
+        from thaw.bench.vllm.plain import boot_stock
 
         what = f"boot {boot + 1} of {self.options.idle_boots}"
         with ExitStack() as both:
@@ -193,7 +193,7 @@ class _Run:
 
 def _plain(engine: Engine) -> Plain:
     try:
-        from thaw.engines.vllm.plain import beside
+        from thaw.bench.vllm.plain import beside
     except ImportError as error:
         raise NotFound(f"the bench needs {error.name}: install vLLM in this environment") from None
     return beside(engine)
