@@ -16,6 +16,7 @@ whether a piece of work succeeded, and that is agreed before it matters (`agreem
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,6 +47,9 @@ from thaw.engines.sglang.rows import Chosen
 from thaw.engines.sglang.settings import SglangSettings
 
 MAIL_SWEEP_S = 300.0
+SWITCH_S = 0.0002
+"""On an accelerator SGLang's scheduler never rests, and the interpreter lets it run for 5 ms while threads that read
+packs wait for their turn."""
 
 
 class Side:
@@ -63,6 +67,8 @@ class Side:
         spill = Path(settings.spill) if settings.spill else None
         self.arena = Arena(settings.arena_nbytes, spill, pool.num_heads, pool.num_layers, pool.head_dim, pool.dtype)
         self._commands = Commands(self, Packing(facts, mail, self.arena, pool.dtype))
+        if pool.device.type != "cpu":
+            sys.setswitchinterval(SWITCH_S)
         self._pool = pool
         self._swept = time.monotonic()
         self.row: Callable[[Any, int], torch.Tensor] = unbound
