@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
