@@ -132,7 +132,7 @@ FAULTS = (
     Fault(
         "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
         "        return before if same else []", "        return before",
-        ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
+        ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
         "what one session found in the engine's blocks is taken for what another finds",
     ),
     Fault(
