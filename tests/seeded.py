@@ -1,6 +1,6 @@
 """Seed faults into src/ one at a time, and show that the tests catch each.
 
-    python tests/seeded.py                           every fault; a quarter of an hour on 2 cores
+    python tests/seeded.py                           every fault; 25 minutes on 2 cores
     python tests/seeded.py --engine transformers     those that one engine's tests must catch; `none` needs no model
     python tests/seeded.py --list                    what there is
     python tests/seeded.py lost-fsync --tree DIR     one, in another checkout, with the environments of this one
@@ -124,10 +124,16 @@ FAULTS = (
     ),
     Fault(
         "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
-        "            if self._in_block.get(found[0].block_id) != number:\n                return True\n",
-        "            return self._in_block.get(found[0].block_id) != number\n",
+        "            if self._in_block.get(hit[0].block_id) != number:\n                return True\n",
+        "            return self._in_block.get(hit[0].block_id) != number\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
+    ),
+    Fault(
+        "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
+        "        return before if same else []", "        return before",
+        ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
+        "what one session found in the engine's blocks is taken for what another finds",
     ),
     Fault(
         "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",
