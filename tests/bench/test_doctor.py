@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thaw import load_engine
-from thaw.bench import doctor
-from thaw.bench.doctor import model, place, server, software
+from thaw import doctor, load_engine
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
+from thaw.doctor import model, place, server, software
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.vllm import kind as vllm

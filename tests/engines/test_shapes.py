@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from thaw import load_engine  # noqa: E402
-from thaw.bench.doctor import model as doctor  # noqa: E402
-from thaw.bench.doctor.report import ModelReport  # noqa: E402
 from thaw.core.errors import InvalidRequest, Unsupported  # noqa: E402
+from thaw.doctor import model as doctor  # noqa: E402
+from thaw.doctor.report import ModelReport  # noqa: E402
 from thaw.engines.transformers.support import RUNS  # noqa: E402
 
 SHIPPED = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

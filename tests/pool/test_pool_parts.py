@@ -17,10 +17,10 @@ from pool_updates import load
 
 import thaw
 from thaw import Sampling
-from thaw.bench.doctor import pools as doctor
 from thaw.core.canonical import U64
 from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, Unsupported
 from thaw.core.objects import ChatTurn, Turn
+from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
 from thaw.pool import ForkPool, wire
 from thaw.pool.guard import GRACE_S

@@ -13,7 +13,7 @@ from thaw.cli.progress import Progress
 from thaw.core.errors import NotFound
 
 if TYPE_CHECKING:
-    from thaw.bench.doctor import DoctorReport, Figure, ModelReport
+    from thaw.doctor import DoctorReport, Figure, ModelReport
 
 EXAMPLE = """
 thaw doctor
@@ -56,7 +56,7 @@ def command(
 def _examine(
     named: str | None, config: str | None, model: str | None, dtype: str | None, measure: bool
 ) -> DoctorReport:
-    from thaw.bench.doctor import examine
+    from thaw.doctor import examine
     from thaw.engines.registry import DEFAULT
 
     repository = _repository(named)

@@ -1,6 +1,6 @@
 """`thaw doctor`: what works here, and what a model would cost, as plain values.
 
-    report = thaw.bench.doctor.examine(config="path/to/config.json")
+    report = thaw.doctor.examine(config="path/to/config.json")
 
 Looks at Python, thaw (and whether the distribution of its name is the right one), SQLite, engines, shared memory, the
 disk and file system of the repository, the server that it started, what pools have measured; for a model's config
@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from thaw.bench.doctor import model as models
-from thaw.bench.doctor import place, pools, server, software, speed
-from thaw.bench.doctor.report import DoctorReport, Figure, ModelReport
 from thaw.core.findings import Finding
+from thaw.doctor import model as models
+from thaw.doctor import place, pools, server, software, speed
+from thaw.doctor.report import DoctorReport, Figure, ModelReport
 from thaw.engines.base import Engine
 
 __all__ = ["DoctorReport", "Figure", "Finding", "ModelReport", "examine"]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from thaw.bench.doctor.report import ModelReport
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.core.findings import Finding
+from thaw.doctor.report import ModelReport
 from thaw.engines.hf.config import resolved
 from thaw.engines.transformers import support
 

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from thaw.bench.doctor.report import Figure, ModelReport
 from thaw.data.files import drop_cache
 from thaw.data.pack import PackItem, read_blobs, write_pack
+from thaw.doctor.report import Figure, ModelReport
 from thaw.engines.base import Engine
 
 PROBE_NBYTES, ITEM_NBYTES = 64 << 20, 1 << 20
