@@ -32,6 +32,12 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_it_is_found_under_the_name_that_it_had() -> None:
+    from thaw.bench import doctor as former
+
+    assert former.examine is doctor.examine and former.DoctorReport is doctor.DoctorReport
+
+
 def write(folder: Path, config: object) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
