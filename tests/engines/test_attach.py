@@ -251,6 +251,15 @@ def test_methods_patched_into_a_module_run_on_thaws_side_too(
         assert worst(out.logprobs, logprobs_of(trained, s.tokens, 300)) < 1e-3
 
 
+def test_the_weights_of_anothers_module_are_not_thaws_to_change(
+    trained: Any, engine: Engine, tiny_model: Callable[..., Path]
+) -> None:
+    before = state_of(trained)
+    with pytest.raises(Unsupported, match="change them there"):
+        engine.update_weights(tiny_model("llama", seed=1))
+    assert state_of(trained) == before
+
+
 def test_closing_leaves_the_module_running(trained: Any, engine: Engine) -> None:
     expected = loss_of(trained)
     engine.close()

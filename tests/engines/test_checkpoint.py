@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from thaw import load_engine  # noqa: E402
-from thaw.core.errors import IncompleteModel, NotFound  # noqa: E402
-from thaw.engines.hf.checkpoint import require_whole  # noqa: E402
+from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound  # noqa: E402
+from thaw.engines.hf.checkpoint import require_weights_of, require_whole  # noqa: E402
 from thaw.engines.hf.weights import CACHE_NAME, root_of_folder  # noqa: E402
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -211,3 +211,23 @@ def test_the_check_says_nothing_in_the_log(folder: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.DEBUG), pytest.raises(IncompleteModel):
         require_whole(folder)
     assert not [record for record in caplog.records if record.name.startswith(("thaw", "transformers"))]
+
+
+def test_weights_that_run_in_place_of_others_are_of_the_same_model(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    require_weights_of(model, tiny_model("llama", seed=1))
+    with pytest.raises(InvalidRequest, match=r"another model \(.*head_dim"):
+        require_weights_of(model, tiny_model("llama", head_dim=64))
+    with pytest.raises(NotFound, match=r"no config\.json"):
+        require_weights_of(model, tmp_path)
+    with load_engine("transformers", model=str(model)) as engine:
+        before = engine.identity()
+        with pytest.raises(InvalidRequest, match=r"another model \(.*head_dim"):
+            engine.update_weights(tiny_model("llama", head_dim=64))
+        assert engine.identity() == before
+        engine.update_weights(tiny_model("llama", seed=1))
+        assert engine.identity().weights != before.weights
+        engine.update_weights(model)
+        assert engine.identity() == before

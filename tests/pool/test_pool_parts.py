@@ -259,12 +259,17 @@ def test_a_branch_has_one_result_however_often_it_is_settled() -> None:
 # -- weight sync
 
 
-def test_new_weights_reach_every_worker_and_those_that_are_restarted() -> None:
+@pytest.mark.parametrize(
+    ("update", "arguments"),
+    [("pool_updates:load", {"seed": 5}), ("thaw.engines.base:update_weights", {"source": "5"})],
+    ids=["a function of the user's", "the contract's own"],
+)
+def test_new_weights_reach_every_worker_and_those_that_are_restarted(update: str, arguments: dict[str, object]) -> None:
     env = {"PYTHONPATH": str(HERE)}
     with ForkPool("fake", workers=2, env=env) as pool:
         ids = pool.encode("a document " * 10)
         old = pool.fork(ids, 2, GREEDY, seed=1)
-        pool.set_policy("1", update="pool_updates:load", arguments={"seed": 5})
+        pool.set_policy("1", update=update, arguments=arguments)
         new = [pool.fork(ids, 2, GREEDY, seed=1, worker=name) for name in pool.workers]
         assert bits(new[0]) == bits(new[1]) != bits(old)
         pids = {worker.name: worker.pid for worker in pool.stats().workers}

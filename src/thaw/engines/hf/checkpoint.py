@@ -73,8 +73,13 @@ def require_weights_of(model: str | Path, source: str | Path) -> None:
     if not (Path(source) / "config.json").is_file():
         raise NotFound(f"{source} has no config.json: give a folder with weights of {model}")
     require_whole(source)
-    theirs, ours = (function_config(load_config(folder).to_dict()) for folder in (source, model))
-    differ = sorted(field for field in theirs.keys() | ours.keys() if theirs.get(field) != ours.get(field))
+    require_same_function(source, load_config(source), load_config(model))
+
+
+def require_same_function(source: str | Path, theirs: Any, ours: Any) -> None:
+    """Raise `InvalidRequest`, naming the fields, where the config of `source` is not that of the model that runs."""
+    one, two = (function_config(config.to_dict()) for config in (theirs, ours))
+    differ = sorted(field for field in one.keys() | two.keys() if one.get(field) != two.get(field))
     if differ:
         raise InvalidRequest(f"the weights of {source} are of another model ({', '.join(differ)}): load that one")
 

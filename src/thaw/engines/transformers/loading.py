@@ -15,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
 from thaw.engines.hf import checkpoint
-from thaw.engines.hf.config import function_config
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 
@@ -52,12 +51,7 @@ def weights_like(module: Model, name: str) -> dict[str, torch.Tensor]:
     """The tensors of the model `name`, on the CPU and in the dtype of `module`. Raises `InvalidRequest` where its
     config is of another function, `NotFound` or `IncompleteModel` as a boot does."""
     loaded = _boot(name, str(module.dtype).removeprefix("torch."), "cpu").module
-    theirs, ours = (function_config(one.config.to_dict()) for one in (loaded, module))
-    differ = sorted(field for field in theirs.keys() | ours.keys() if theirs.get(field) != ours.get(field))
-    if type(loaded).__name__ != type(module).__name__ or differ:
-        raise InvalidRequest(
-            f"the weights of {name} are of another model ({', '.join(differ) or type(loaded).__name__}): load that one"
-        )
+    checkpoint.require_same_function(name, loaded.config, module.config)
     tensors: dict[str, torch.Tensor] = loaded.state_dict()
     return tensors
 
