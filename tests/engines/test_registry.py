@@ -78,7 +78,7 @@ def test_an_object_of_its_own_is_joined() -> None:
 
 
 def test_an_object_that_nobody_knows_is_refused_naming_who_was_asked() -> None:
-    with pytest.raises(InvalidRequest, match=r"a dict is no address.*\(fake, icebox, sglang, transformers, vllm\)"):
+    with pytest.raises(InvalidRequest, match=r"a dict is none of.*\(fake, icebox, sglang, transformers, vllm\)"):
         thaw.attach({})
 
 

@@ -39,6 +39,6 @@ def attach(
         if kind.recognises(target):
             return kind.attach(target, policy=policy, api_key=api_key, **given)
     raise InvalidRequest(
-        f"attach: a {type(target).__name__} is no address of a server, and no object that one of the engines here "
-        f"knows ({', '.join(sorted(kind.name for kind in found))})"
+        f"attach: a {type(target).__name__} is none of: the address of a server, an object of one of the engines here "
+        f"({', '.join(sorted(kind.name for kind in found))})"
     )
