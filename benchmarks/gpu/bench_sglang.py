@@ -39,11 +39,11 @@ from thaw.bench.subject import model_of, numerics
 from thaw.bench.vllm import hydrate, pressure, report
 from thaw.bench.vllm.arms import Document, fresh_salt, plain_children, read_trunk
 from thaw.bench.vllm.options import SUFFIX_TOKENS, Options
+from thaw.bench.vllm.plain import PlainBatch, PlainRequest, PlainResult
 from thaw.engines import load_engine
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client import wire
 from thaw.engines.sglang.settings import command_line
-from thaw.bench.vllm.plain import PlainBatch, PlainRequest, PlainResult
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository, Session
 from thaw.repo import open as open_repository
