@@ -48,6 +48,8 @@ NOT_A_CATCH = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError",
 
 FAKE = "tests/engines/test_engine_fake.py::TestFake"
 LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
+GROUPS = "tests/engines/test_engine_groups.py"
+REPO_GROUPS = "tests/repo/test_repo_groups.py"
 VLLM = "tests/engines/on_vllm/test_engine_vllm.py::TestVllm"
 SGLANG = "tests/engines/on_sglang/test_engine_sglang.py::TestSglang"
 POOL = "tests/pool/test_pool_laws.py::TestInProcess"
@@ -91,14 +93,15 @@ FAULTS = (
     ),
     Fault(
         "heads-in-reverse", "1", "fake", "engines/embedded/transfer.py",
-        "for x in blobs[i * heads : (i + 1) * heads])", "for x in reversed(blobs[i * heads : (i + 1) * heads]))",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in there},",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs))[::-1] for group in there},",
         (f"{FAKE}::test_restored_kv_equals_captured_kv_byte_for_byte",),
         "a segment names the blobs of its heads in the wrong order",
     ),
     Fault(
         "partial-page-transposed", "1", "transformers", "engines/transformers/kv.py",
-        "self.kv_HPL2TD[head, page, :, :, start:stop].contiguous()",
-        "self.kv_HPL2TD[head, page, :, :, start:stop].transpose(0, 1).contiguous()",
+        "self.kv_HPL2TD[column, page, :, :, start:stop].contiguous()",
+        "self.kv_HPL2TD[column, page, :, :, start:stop].transpose(0, 1).contiguous()",
         (f"{LLAMA}::test_restored_kv_equals_captured_kv_byte_for_byte",),
         "a partial page is written as [K|V][layer], and read as [layer][K|V]",
     ),
@@ -136,6 +139,51 @@ FAULTS = (
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
          "test_what_one_sibling_sampled_and_another_read_is_not_exchanged",),
         "a session goes on with the bits that a sibling's equal tokens have",
+    ),
+    # --- laws 1 and 5 by cache group
+    Fault(
+        "window-a-token-short", "1", "fake", "core/cache.py",
+        "range(max(0, num_kv - window + 1), num_kv)", "range(max(0, num_kv - window + 2), num_kv)",
+        (f"{GROUPS}::TestHybrid::test_what_a_plan_needs_is_enough",),
+        "the oldest token of a window is neither kept nor asked for",
+    ),
+    Fault(
+        "nearest-state-for-own", "1", "fake", "repo/cover.py",
+        "if point.token == num_kv), None)", "if point.token <= num_kv), None)",
+        (f"{REPO_GROUPS}::test_every_point_that_is_named_goes_on_as_its_session_did",),
+        "a point goes on with the state of an earlier token",
+    ),
+    Fault(
+        "parts-in-reverse", "1", "fake", "engines/embedded/transfer.py",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in self._states}",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs))[::-1] for group in self._states}",
+        (f"{GROUPS}::TestHybrid::test_restored_kv_equals_captured_kv_byte_for_byte",),
+        "a state names the blobs of its parts in the wrong order",
+    ),
+    Fault(
+        "state-not-asked-for", "5", "fake", "engines/embedded/transfer.py",
+        "if groups and plan.num_kv and plan.num_kv not in {point.token for point in plan.points}:",
+        "if groups and plan.num_kv and not plan.points:",
+        (f"{GROUPS}::TestHybrid::test_negative_control_a_state_of_another_token_changes_the_logprobs",),
+        "a session without its state is taken for restored",
+    ),
+    Fault(
+        "missing-group-passed-over", "5", "fake", "engines/embedded/transfer.py",
+        "            if blobs or needed:\n", "            if blobs:\n",
+        (f"{GROUPS}::TestTwoFullGroups::test_a_plan_that_lacks_a_group_is_refused_by_name",),
+        "a plan without one group's bytes is loaded, and its memory is what it was",
+    ),
+    Fault(
+        "states-not-followed", "7", "fake", "store/links.py",
+        "points = value.points if isinstance(value, _GroupedSegment) else ()", "points = ()",
+        (f"{REPO_GROUPS}::test_gc_fsck_and_a_rebuild_keep_the_states",),
+        "gc takes the states of a live commit for garbage",
+    ),
+    Fault(
+        "window-written-anew", "4", "fake", "repo/commit.py",
+        "rewrite=keeps_all(engine.info.groups)", "rewrite=True",
+        (f"{REPO_GROUPS}::test_many_small_commits_do_not_write_their_window_anew",),
+        "a commit writes its last window anew, without the states in it",
     ),
     # --- lineage
     Fault(

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from thaw.core import canonical, objects, prefix
+from thaw.core.cache import FullKV
 from thaw.core.canonical import U64
-from thaw.core.identity import CacheGroup, ModelIdentity, compare, tensor_leaf, weights_root
+from thaw.core.identity import ModelIdentity, compare, tensor_leaf, weights_root
 from thaw.core.ids import digest, is_id, short
 from thaw.core.objects import (
     Boundary,
@@ -25,7 +26,7 @@ from thaw.core.objects import (
 from thaw.core.sampling import Sampling, derive, uniform
 
 A, B, C = (digest(letter) for letter in (b"a", b"b", b"c"))
-GROUP = CacheGroup(name="full", kind="full", first_layer=0, num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
+GROUP = FullKV(name="full", first_layer=0, num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
 MODEL = ModelIdentity(
     architecture="Fake", weights=A, config={"rope": '{"theta":10000}'}, dtype="bfloat16", tokenizer=B, groups=(GROUP,)
 )

@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers")
 
 from made_tokenizers import byte_level, sentencepiece  # noqa: E402
 
+from thaw.core.cache import FullKV  # noqa: E402
 from thaw.core.errors import NotFound  # noqa: E402
-from thaw.core.identity import CacheGroup, ModelIdentity  # noqa: E402
+from thaw.core.identity import ModelIdentity  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
 from thaw.engines.embedded.text import TextStream  # noqa: E402
 from thaw.engines.embedded.turns import OpenTurn, _unseen_stops  # noqa: E402
@@ -255,9 +256,7 @@ def test_a_model_that_is_not_there_is_our_error(tmp_path: Path) -> None:
 
 
 def test_an_identity_is_said_once_for_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    group = CacheGroup(
-        name="full", kind="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=16, dtype="float32"
-    )
+    group = FullKV(name="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=16, dtype="float32")
     said: list[ModelIdentity] = []
 
     def say() -> ModelIdentity:

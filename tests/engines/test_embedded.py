@@ -79,7 +79,7 @@ def test_forking_copies_no_full_page(engine: Engine, lab: Lab, at: int | None) -
 def test_a_child_writes_into_no_page_that_it_shares(engine: Engine, lab: Lab) -> None:
     parent = lab.begin(engine, 700)
     kv = kv_of(engine, parent)
-    heads = range(kv.factory.group.num_kv_heads)
+    heads = range(kv.factory.groups[0].num_blobs)
     before = [bytes(kv.read(head, a, b)) for a, b in windows(0, 700) for head in heads]
     lab.run(engine, *lab.fork(engine, parent, 3), sampling=seeded(8), prompt=ids(100, 4))
     assert before == [bytes(kv.read(head, a, b)) for a, b in windows(0, 700) for head in heads]

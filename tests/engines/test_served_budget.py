@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import Busy, InvalidRequest, StorageFailed
-from thaw.core.identity import CacheGroup
 from thaw.core.objects import Id
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Shares

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from thaw.core import cache
 from thaw.core.errors import Conflict, InvalidRequest, NotFound
 from thaw.core.points import Point
 from thaw.repo import refs, resolve
@@ -230,7 +231,7 @@ class Repository:
         nbytes = 0
         if num_tokens:
             info = self.engine.info
-            nbytes = min(num_tokens, info.max_model_len) * sum(group.token_nbytes for group in info.groups)
+            nbytes = min(num_tokens, info.max_model_len) * cache.token_nbytes(info.groups)
         self.store.require_room(nbytes)
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float | None = None) -> GcReport:

@@ -42,6 +42,14 @@ class _Segment(msgspec.Struct, tag_field="type", tag="thaw.segment/1"):
     window: str
 
 
+class _Point(msgspec.Struct):
+    blobs: dict[str, tuple[str, ...]]
+
+
+class _GroupedSegment(_Segment, tag="thaw.segment/2"):
+    points: tuple[_Point, ...]
+
+
 class _Turns(msgspec.Struct, tag_field="type", tag="thaw.turns/1"):
     entries: tuple[str, ...]
 
@@ -58,7 +66,13 @@ class _Model(msgspec.Struct, tag_field="type", tag="thaw.model/1"):
     pass
 
 
-_DECODER = msgspec.json.Decoder(_Commit | _State | _Segments | _Segment | _Turns | _Turn | _ChatTurn | _Model)
+class _GroupedModel(msgspec.Struct, tag_field="type", tag="thaw.model/2"):
+    pass
+
+
+_DECODER = msgspec.json.Decoder(
+    _Commit | _State | _Segments | _Segment | _GroupedSegment | _Turns | _Turn | _ChatTurn | _Model | _GroupedModel
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,10 @@ def links(data: bytes) -> Links:
         case _Turns():
             return Links("turns", value.entries)
         case _Segment():
-            return Links("segment", (), tuple(blob for heads in value.blobs.values() for blob in heads), value.window)
+            points = value.points if isinstance(value, _GroupedSegment) else ()
+            named = [value.blobs, *(point.blobs for point in points)]
+            blobs = tuple(blob for one in named for heads in one.values() for blob in heads)
+            return Links("segment", (), blobs, value.window)
         case _Turn() | _ChatTurn():
             return Links("turn")
     return Links("model")

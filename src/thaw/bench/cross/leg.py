@@ -17,6 +17,7 @@ import msgspec
 from thaw.bench.cross.options import Arrived, Distance, Leg
 from thaw.bench.subject import model_of, numerics
 from thaw.bench.text import document
+from thaw.core.cache import the_full_one
 from thaw.core.ids import digest
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
@@ -83,7 +84,7 @@ def _arrived(leg: Leg, engine: Engine) -> Arrived:
     return Arrived(
         engine=leg.engine,
         version=engine.info.version,
-        dtype=engine.info.groups[0].dtype,
+        dtype=the_full_one(engine.info.groups).dtype,
         model=model_of(engine),
         giver=None,
         numerics=numerics(engine.info),
@@ -168,7 +169,7 @@ def _captured(repo: Repository, session: Session) -> str:
 
 def _digest(engine: Engine, packs: Path, parts: Parts) -> str:
     """Of every head's keys and values by layer, token by token, however they are cut into blobs."""
-    group = engine.info.groups[0]
+    group = the_full_one(engine.info.groups)
     rows: list[list[bytes]] = [[] for _ in range(group.num_kv_heads * group.num_layers * 2)]
     for length, stored, blobs in parts:
         for head, location in enumerate(blobs):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec
 from thaw.engines.embedded.pages import ExtentFactory, PagedKV
@@ -57,7 +57,6 @@ class Backend(ExtentFactory):
     version: str
     model: str
     device: str
-    group: CacheGroup
     codec: Codec
     max_model_len: int
     vocab_size: int

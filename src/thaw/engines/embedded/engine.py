@@ -63,11 +63,11 @@ class EmbeddedEngine(Engine):
             model=backend.model,
             device=backend.device,
             continuation="decode-exact",
-            groups=(backend.group,),
+            groups=backend.groups,
             max_model_len=backend.max_model_len,
             vocab_size=backend.vocab_size,
             eos_token_ids=backend.eos_token_ids,
-            capabilities=CAPABILITIES,
+            capabilities=CAPABILITIES if backend.keeps_interior else CAPABILITIES - {"interior-points"},
             numerics=backend.numerics,
         )
 

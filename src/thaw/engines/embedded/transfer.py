@@ -7,22 +7,25 @@ session goes on while they are written.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from typing import TypeAlias
 
 import msgspec
 
+from thaw.core.cache import TokenGroup, columns, point_groups, token_groups
 from thaw.core.errors import CorruptBlob, InvalidRequest, NotHit
-from thaw.core.identity import CacheGroup, ModelIdentity
-from thaw.core.objects import Boundary, Turn
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Boundary, Point, Turn
 from thaw.core.prefix import windows
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
-from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, Slice, WrittenPack
+from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, PointSlice, Slice, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
-from thaw.engines.embedded.pages import PagedKV
+from thaw.engines.embedded.pages import PagedKV, list_of
 from thaw.engines.embedded.session import LiveSession
 
 SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
@@ -66,27 +69,21 @@ def cut(session: LiveSession, backend: Backend) -> Cut:
 
 def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     """Write what `plan` lacks of a cut into its pack; returns when it is synced."""
-    group, num_kv = taken.kv.factory.group, taken.kv.num_tokens
+    kv, num_kv = taken.kv, taken.kv.num_tokens
     if not 0 <= plan.base <= num_kv:
         raise InvalidRequest(f"capture from token {plan.base}: the session has KV for {num_kv} tokens")
-    spans = windows(plan.base, num_kv)
-    items = [_item(taken.kv, group, head, a, b) for a, b in spans for head in range(group.num_kv_heads)]
+    pieces = [_Piece(kv, start, stop) for start, stop in windows(plan.base, num_kv)]
+    items = [item for piece in pieces for item in piece.items()]
     if taken.hidden is not None:
         items.append(_hidden_item(*taken.hidden))
     result = write_pack(plan.mount.packs, plan.packs[0], items) if items else None
     blobs = result.blobs if result is not None else ()
-    heads = group.num_kv_heads
-    segments = tuple(
-        CapturedSegment(
-            start=a, length=b - a, blobs={group.name: tuple(x.blob for x in blobs[i * heads : (i + 1) * heads])}
-        )
-        for i, (a, b) in enumerate(spans)
-    )
+    ids = iter([place.blob for place in blobs])
     return Captured(
         identity=identity,
         tokens=taken.tokens,
         num_kv=num_kv,
-        segments=segments,
+        segments=tuple(piece.segment(ids) for piece in pieces),
         blobs=tuple(blobs),
         packs=(WrittenPack(name=result.name, nbytes=result.nbytes),) if result is not None else (),
         turns=taken.turns,
@@ -98,13 +95,49 @@ def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     )
 
 
-def _item(kv: PagedKV, group: CacheGroup, head: int, start: int, stop: int) -> PackItem:
+class _Piece:
+    """Tokens [start, stop) of one window: what is kept of each group's tokens, and the states at tokens in
+    (start, stop]."""
+
+    def __init__(self, kv: PagedKV, start: int, stop: int) -> None:
+        self._kv, self._start, self._stop = kv, start, stop
+        groups = kv.factory.groups
+        first = {group.name: max(start, kv.first_of(group)) for group in token_groups(groups)}
+        self._first = {name: token for name, token in first.items() if token < stop}
+        self._columns = [(i, c.group) for i, c in enumerate(columns(groups)) if c.group.name in self._first]
+        self._points = [token for token in sorted(kv.points) if start < token <= stop]
+        self._states = point_groups(groups)
+
+    def items(self) -> Iterator[PackItem]:
+        for column, group in self._columns:
+            yield _item(self._kv, column, group, self._first[group.name], self._stop)
+        for token in self._points:
+            kinds = [(part, (group.num_layers, *part.shape)) for group in self._states for part, _ in group.blobs]
+            for (part, shape), data in zip(kinds, self._kv.points[token], strict=True):
+                yield PackItem("", SAFETENSORS[part.dtype], shape, len(data), partial(bytes, data))
+
+    def segment(self, ids: Iterator[str]) -> CapturedSegment:
+        """With the ids of its items, which are the next of `ids`."""
+        there = [group for group in token_groups(self._kv.factory.groups) if group.name in self._first]
+        return CapturedSegment(
+            start=self._start,
+            length=self._stop - self._start,
+            blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in there},
+            first={name: token for name, token in self._first.items() if token > self._start},
+            points=tuple(
+                Point(token=t, blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in self._states})
+                for t in self._points
+            ),
+        )
+
+
+def _item(kv: PagedKV, column: int, group: TokenGroup, start: int, stop: int) -> PackItem:
     return PackItem(
         name_prefix="",
         dtype=SAFETENSORS[group.dtype],
-        shape=(group.num_layers, 2, stop - start, group.head_dim),
-        nbytes=group.token_nbytes_per_head * (stop - start),
-        read=partial(kv.read, head, start, stop),
+        shape=group.blob_shape(stop - start),
+        nbytes=group.token_nbytes_per_blob * (stop - start),
+        read=partial(kv.read, column, start, stop),
     )
 
 
@@ -133,11 +166,15 @@ def load(plan: HydratePlan, backend: Backend) -> Loaded:
     kv = PagedKV(backend)
     kv.reserve(plan.num_kv)
     allocated = time.perf_counter()
-    wanted, staged = _targets(plan.slices, kv, backend.group)
+    wanted, staged = _targets(plan, kv)
+    found = _points(plan, backend)
+    states = [(point.token, [(place, bytearray(place.nbytes)) for place in places]) for point, places in found]
+    wanted += [(place, memoryview(data)) for _, pairs in states for place, data in pairs]
     stats = read_blobs(plan.mount.packs, wanted)
-    for head, piece, data in staged:
-        kv.write(head, piece.start, piece.start + piece.length, memoryview(data), piece.stored)
+    for column, start, stop, stored, staging in staged:
+        kv.write(column, start, stop, memoryview(staging), stored)
     kv.num_tokens = sum(piece.length for piece in plan.slices)
+    kv.points = {token: tuple(bytes(data) for _, data in pairs) for token, pairs in states}
     row = _hidden_row(plan, backend)
     if kv.num_tokens != plan.num_kv:
         raise NotHit(f"{kv.num_tokens} of {plan.num_kv} tokens were loaded; nothing was recomputed")
@@ -166,28 +203,87 @@ def _check_cover(plan: HydratePlan) -> None:
         raise CorruptBlob(f"the state's segments cover {at} tokens; it says num_kv {plan.num_kv} of {len(plan.tokens)}")
 
 
-def _targets(
-    slices: Sequence[Slice], kv: PagedKV, group: CacheGroup
-) -> tuple[list[tuple[BlobLocation, memoryview | None]], list[tuple[int, Slice, bytearray]]]:
+Staged: TypeAlias = tuple[int, int, int, int, bytearray]
+"""Column, start, stop, tokens of the blob, its bytes: [start, stop) are the blob's first tokens."""
+
+
+def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, memoryview | None]], list[Staged]]:
     """Where each blob is read to: whole pages in place, the rest into staging that is cut afterwards."""
     wanted: list[tuple[BlobLocation, memoryview | None]] = []
-    staged: list[tuple[int, Slice, bytearray]] = []
-    for piece in slices:
-        blobs = piece.blobs.get(group.name, ())
-        if len(blobs) != group.num_kv_heads or set(piece.blobs) != {group.name}:
-            raise CorruptBlob(f"the segment at {piece.start} has blobs {sorted(piece.blobs)}; expected {group.name!r}")
-        for head, location in enumerate(blobs):
-            if location.nbytes != group.token_nbytes_per_head * piece.stored:
-                raise CorruptBlob(
-                    f"blob {location.blob} has {location.nbytes} bytes, not those of {piece.stored} tokens"
-                )
-            target = kv.target(head, piece.start, piece.start + piece.length) if piece.length == piece.stored else None
-            if target is None:
-                staging = bytearray(location.nbytes)
-                staged.append((head, piece, staging))
-                target = memoryview(staging)
-            wanted.append((location, target))
+    staged: list[Staged] = []
+    groups = token_groups(kv.factory.groups)
+    for piece in plan.slices:
+        strange = set(piece.blobs) - {group.name for group in groups}
+        if strange:
+            raise CorruptBlob(f"the segment at {piece.start} has blobs of {sorted(strange)}, which the model has not")
+    column = 0
+    for group in groups:
+        covered, kept_from = group.covers(plan.num_kv), plan.num_kv
+        for piece in reversed(plan.slices):
+            stop = piece.start + piece.length
+            blobs, start = piece.blobs.get(group.name, ()), piece.first.get(group.name, piece.start)
+            needed = range(max(covered.start, piece.start), min(covered.stop, stop))
+            if blobs or needed:
+                _check_blobs(piece, group, needed.start if needed else piece.start + piece.stored)
+            if not blobs or start >= stop:
+                continue
+            kept_from = start if kept_from == stop else kept_from
+            stored = piece.start + piece.stored - start
+            for index, location in enumerate(blobs):
+                target = kv.target(column + index, start, stop) if stop - start == stored else None
+                if target is None:
+                    staging = bytearray(location.nbytes)
+                    staged.append((column + index, start, stop, stored, staging))
+                    target = memoryview(staging)
+                wanted.append((location, target))
+        column += group.num_blobs
+        kv.loaded_from[group.name] = kept_from
     return wanted, staged
+
+
+def _check_blobs(piece: Slice, group: TokenGroup, needed: int) -> None:
+    """The blobs of a group that tokens from `needed` on are taken from."""
+    blobs, first = piece.blobs.get(group.name, ()), piece.first.get(group.name, piece.start)
+    if len(blobs) != group.num_blobs:
+        raise CorruptBlob(
+            f"the segment at {piece.start} has {len(blobs)} blobs of cache group {group.name!r}; expected "
+            f"{group.num_blobs} (it has blobs of {sorted(piece.blobs)})"
+        )
+    if not piece.start <= first <= needed:
+        raise CorruptBlob(
+            f"the segment at {piece.start} has cache group {group.name!r} from token {first} on; it is needed from "
+            f"{needed} on"
+        )
+    for location in blobs:
+        if location.nbytes != group.token_nbytes_per_blob * (piece.start + piece.stored - first):
+            raise CorruptBlob(
+                f"blob {location.blob} has {location.nbytes} bytes, not those of "
+                f"{piece.start + piece.stored - first} tokens of cache group {group.name!r}"
+            )
+
+
+def _points(plan: HydratePlan, backend: Backend) -> list[tuple[PointSlice, list[BlobLocation]]]:
+    """The plan's point states, each with all its blobs in order. Raises `CorruptBlob` where they are not the model's or
+    the one at `num_kv` is missing."""
+    groups = point_groups(backend.groups)
+    found = []
+    for point in plan.points:
+        if set(point.blobs) != {group.name for group in groups}:
+            raise CorruptBlob(f"the states after {point.token} tokens are of {sorted(point.blobs)}, not of the model's")
+        places = [place for group in groups for place in point.blobs[group.name]]
+        sizes = [nbytes for group in groups for _, nbytes in group.blobs]
+        if [place.nbytes for place in places] != sizes or not 0 < point.token <= plan.num_kv:
+            raise CorruptBlob(
+                f"the states after {point.token} tokens have blobs of {[place.nbytes for place in places]} bytes; "
+                f"expected {sizes}, after at most {plan.num_kv} tokens"
+            )
+        found.append((point, places))
+    if groups and plan.num_kv and plan.num_kv not in {point.token for point in plan.points}:
+        raise CorruptBlob(
+            f"the plan has no state after {plan.num_kv} tokens; it has states after "
+            f"{list_of([point.token for point in plan.points])}"
+        )
+    return found
 
 
 def _hidden_row(plan: HydratePlan, backend: Backend) -> Row | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 
+from thaw.core.cache import FullKV, the_full_one
 from thaw.core.errors import Busy, InvalidRequest, LawBroken, StaleSession
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
 from thaw.engines.served import protocol
@@ -65,7 +66,7 @@ def _captured(
 ) -> Captured:
     if plan.base > answer.num_kv:
         raise InvalidRequest(f"capture from token {plan.base}: the session has KV for {answer.num_kv} tokens")
-    segments, locations = _segments(answer, model.info.groups[0])
+    segments, locations = _segments(answer, the_full_one(model.info.groups))
     return Captured(
         identity=identity,
         tokens=tokens,
@@ -82,7 +83,7 @@ def _captured(
     )
 
 
-def _segments(answer: Answer, group: CacheGroup) -> tuple[tuple[CapturedSegment, ...], tuple[BlobLocation, ...]]:
+def _segments(answer: Answer, group: FullKV) -> tuple[tuple[CapturedSegment, ...], tuple[BlobLocation, ...]]:
     """What all ranks wrote, in the order of tokens and heads. Raises `LawBroken` unless every head is there once."""
     at: dict[int, list[Blob]] = {}
     for blob in sorted(answer.blobs, key=lambda b: (b.start, b.head)):

@@ -12,8 +12,9 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from thaw.core.cache import FullKV
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
 from thaw.core.sampling import check_seed, derive, fresh_seed
@@ -63,7 +64,7 @@ class ServedEngine(Engine):
         transport: Transport,
         *,
         codec: Codec,
-        identity: Callable[[CacheGroup], ModelIdentity],
+        identity: Callable[[FullKV], ModelIdentity],
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         name: str,
@@ -82,9 +83,8 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
-        group = CacheGroup(
+        group = FullKV(
             name="full",
-            kind="full",
             first_layer=0,
             num_layers=worker.num_layers,
             num_kv_heads=worker.total_heads,

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.cache import FullKV
+from thaw.core.identity import ModelIdentity
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import function_config
 from thaw.engines.hf.files import skeleton
@@ -20,7 +21,7 @@ from thaw.engines.hf.weights import root_of_folder
 
 
 def model_identity(
-    folder: Path, *, dtype: str, group: CacheGroup, codec: HFCodec, overrides: Mapping[str, Any] | None = None
+    folder: Path, *, dtype: str, group: FullKV, codec: HFCodec, overrides: Mapping[str, Any] | None = None
 ) -> ModelIdentity:
     """The identity of the model in `folder` (or of that hub id) when it runs in `dtype`, with the fields `overrides` in
     place of its config's.

@@ -8,7 +8,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.cache import FullKV
+from thaw.core.identity import ModelIdentity
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.served.loop import LoopThread
 from thaw.engines.served.remembered import remembered
@@ -61,7 +62,7 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
     tokenizer = load_tokenizer(name)
     ends = stop_set(facts.eos_token_ids, tokenizer, facts.vocab_size)
 
-    def identity(group: CacheGroup) -> ModelIdentity:
+    def identity(group: FullKV) -> ModelIdentity:
         def say() -> ModelIdentity:
             """By torch and transformers, as every engine says it."""
             from transformers import AutoTokenizer

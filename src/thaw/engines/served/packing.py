@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from thaw.core.cache import the_full_one
 from thaw.core.errors import CorruptBlob
 from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
@@ -40,7 +41,7 @@ class Packing:
         if not plan.num_kv:
             return [], 0, 0.0
         tensor = self._arena.allocate(plan.num_kv, caller)
-        group = plan.identity.groups[0].name
+        group = the_full_one(plan.identity.groups).name
         wanted = [(piece, head, blob) for piece in plan.slices for head, blob in enumerate(self._own(piece, group))]
         for piece, _, location in wanted:
             self._check_nbytes(location, piece)
@@ -58,6 +59,11 @@ class Packing:
 
     def _own(self, piece: Slice, group: str) -> Sequence[BlobLocation]:
         blobs = piece.blobs.get(group, ())
+        if piece.first or set(piece.blobs) != {group}:
+            raise CorruptBlob(
+                f"the segment at {piece.start} has blobs of {sorted(piece.blobs)}, from its start on but for "
+                f"{piece.first}; expected {group!r}, from its start on"
+            )
         if len(blobs) != self._facts.total_heads:
             raise CorruptBlob(
                 f"the segment at {piece.start} has {len(blobs)} blobs; expected {self._facts.total_heads}"

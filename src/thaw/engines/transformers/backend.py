@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from thaw.core.cache import FullKV
 from thaw.core.errors import CorruptBlob, Unsupported
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.pages import PagedKV
@@ -40,7 +41,8 @@ class TransformersBackend(Backend):
         self._hashed_once = False
         self.name, self.version, self.model = "transformers", transformers.__version__, loaded.name
         self.device = str(self._device)
-        self.group = _group(module)
+        self._group = _group(module)
+        self.groups = (self._group,)
         self.vocab_size = int(module.config.vocab_size)
         self.max_model_len = _max_len(module.config.to_dict(), max_model_len)
         named = eos_of(module.generation_config, module.config)
@@ -51,7 +53,7 @@ class TransformersBackend(Backend):
         self._probe()
 
     def extent(self, num_pages: int) -> TorchExtent:
-        return TorchExtent(self.group, num_pages, self._dtype, self._device)
+        return TorchExtent(self._group, num_pages, self._dtype, self._device)
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
@@ -100,7 +102,7 @@ class TransformersBackend(Backend):
     def identity(self) -> ModelIdentity:
         fresh = self._hashed_once or self.weights_sample() != self._first_sample
         self._hashed_once = True
-        return model_identity(self._loaded, self.codec, self.group, fresh=fresh)
+        return model_identity(self._loaded, self.codec, self._group, fresh=fresh)
 
     def weights_sample(self) -> str:
         sample = sample_weights(self._module)
@@ -132,11 +134,10 @@ class TransformersBackend(Backend):
             )
 
 
-def _group(module: object) -> CacheGroup:
+def _group(module: object) -> FullKV:
     shape = support.examine(module.config.to_dict())  # type: ignore[attr-defined]
-    return CacheGroup(
+    return FullKV(
         name="full",
-        kind="full",
         first_layer=0,
         num_layers=int(shape.num_layers or 0),
         num_kv_heads=int(shape.num_kv_heads or 0),

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from thaw.core.cache import DTYPE_BYTES
 from thaw.core.errors import Unsupported
-from thaw.core.identity import DTYPE_BYTES
 from thaw.engines.hf.config import num_positions, ropes
 
 TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")

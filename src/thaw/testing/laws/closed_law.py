@@ -27,9 +27,9 @@ def mismatch(plan: HydratePlan, field: str) -> tuple[HydratePlan, str, str, str]
         stored = identity.config[name] + "0"
         return replaced(plan, config={**identity.config, name: stored}), f"config.{name}", stored, identity.config[name]
     if field == "cache layout":
-        wider = msgspec.structs.replace(identity.groups[0], head_dim=identity.groups[0].head_dim + 1)
-        wide, narrow = (f"KV heads of {g.head_dim}," for g in (wider, identity.groups[0]))
-        return replaced(plan, groups=(wider,)), field, wide, narrow
+        first, *others = identity.groups
+        wider = msgspec.structs.replace(first, num_layers=first.num_layers + 1)
+        return replaced(plan, groups=(wider, *others)), field, str(wider), str(first)
     value = {"architecture": "Other", "dtype": "float64", "policy": "other-policy"}.get(field, FOREIGN)
     return replaced(plan, **{field: value}), field, value, str(getattr(identity, field))
 
