@@ -127,10 +127,16 @@ FAULTS = (
     ),
     Fault(
         "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
-        "            if self._in_block.get(found[0].block_id) != number:\n                return True\n",
-        "            return self._in_block.get(found[0].block_id) != number\n",
+        "            if self._in_block.get(hit[0].block_id) != number:\n                return True\n",
+        "            return self._in_block.get(hit[0].block_id) != number\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
+    ),
+    Fault(
+        "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
+        "        return before if same else []", "        return before",
+        ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
+        "what one session found in the engine's blocks is taken for what another finds",
     ),
     Fault(
         "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",

@@ -1,13 +1,14 @@
 """`thaw bench vllm` with a GPU's sizes: `python bench.py MODEL OUT PARTS`, with vLLM for CUDA and thaw importable.
 
-PARTS are some of pressure, hydrate, fork and idle, joined by commas; each takes a few minutes on an H100 or H200, and
-together they share their engines. The receipt in the folder OUT is written anew whenever an engine has done its part,
-so a run that was cut off keeps what it measured. With `--small` and a small model the same runs wherever vLLM does.
+PARTS are some of pressure, hydrate, fork and idle, joined by commas; each takes one to five minutes on an H100 or H200,
+and together they share their engines. The receipt in the folder OUT is written anew whenever an engine has done its
+part, so a run that was cut off keeps what it measured. With `--small` and a small model the same runs wherever vLLM
+does.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ GIB = 1 << 30
 ENGINE = {"gpu_memory_utilization": 0.85, "kv_cache_memory_bytes": 20 * GIB, "arena_nbytes": 32 * GIB}
 TWO_ENGINES = {"gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 8 * GIB, "arena_nbytes": 8 * GIB}
 """idle has an engine with and one without thaw side by side."""
+SETTLE_S = 0.3
+"""A GPU's engine does not leave threads spinning on the host's cores."""
 SIZES: dict[str, dict[str, object]] = {
     "pressure": {"trees": 12, "tree_tokens": 16004, "branches": 8, "branch_tokens": 64, "offload_gib": 30},
     "hydrate": {"lengths": (4000, 16000, 60000), "hydrate_rounds": 5},
@@ -28,9 +31,17 @@ SIZES: dict[str, dict[str, object]] = {
 }
 
 
-def main(model: str, out: Path, parts: tuple[str, ...], small: bool) -> None:
-    target = out / f"bench-gpu-{'-'.join(parts)}.json"
-    out.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("model")
+    words.add_argument("out", type=Path)
+    words.add_argument("parts")
+    words.add_argument("--children", help="sizes of forks, joined by commas")
+    words.add_argument("--rounds", type=int, help="of each fork")
+    words.add_argument("--small", action="store_true")
+    told = words.parse_args()
+    target = told.out / f"bench-gpu-{told.parts.replace(',', '-')}.json"
+    told.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
     def keep(receipt: Receipt) -> None:
@@ -39,21 +50,28 @@ def main(model: str, out: Path, parts: tuple[str, ...], small: bool) -> None:
     def say(line: str) -> None:
         print(f"{time.monotonic() - started:7.1f} s  {line}", flush=True)
 
-    receipt = run(_options(model, out, parts, small), say, keep)
+    receipt = run(_options(told), say, keep)
     keep(receipt)
     for line in (*receipt.derived, *receipt.checks, *receipt.goals):
         print(msgspec.json.encode(line).decode(), flush=True)
 
 
-def _options(model: str, out: Path, parts: tuple[str, ...], small: bool) -> Options:
-    told = {"parts": parts, "folder": out, "command": f"make bench-gpu PARTS={','.join(parts)}"}
-    if small:
-        return msgspec.convert({**told, "goals": False, "engine_options": {"model": model}}, Options)
+def _options(told: argparse.Namespace) -> Options:
+    parts = tuple(told.parts.split(","))
+    fork: dict[str, object] = {}
+    if told.children:
+        fork["children"] = tuple(int(n) for n in told.children.split(","))
+    if told.rounds:
+        fork["rounds"] = told.rounds
+    more = "".join(f" {flag.upper()}={value}" for flag, value in vars(told).items() if flag in fork)
+    common = {**fork, "parts": parts, "folder": told.out, "command": f"make bench-gpu PARTS={told.parts}{more}"}
+    if told.small:
+        return msgspec.convert({**common, "goals": False, "engine_options": {"model": told.model}}, Options)
     sizes = {name: value for part in parts for name, value in SIZES[part].items()}
-    engine = {"model": model, **(TWO_ENGINES if "idle" in parts else ENGINE)}
-    return msgspec.convert({**sizes, **told, "block_size": 16, "eager": False, "engine_options": engine}, Options)
+    engine = {"model": told.model, **(TWO_ENGINES if "idle" in parts else ENGINE)}
+    on_gpu = {"block_size": 16, "eager": False, "settle_s": SETTLE_S, "engine_options": engine}
+    return msgspec.convert({**sizes, **common, **on_gpu}, Options)
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--small"]
-    main(words[0], Path(words[1]), tuple(words[2].split(",")), "--small" in sys.argv)
+    main()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import stretched_rope
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
@@ -76,3 +78,7 @@ def test_entropies_are_those_of_the_stock_models_forward_pass(
     expected = Reference(folder).entropies(prompt, out.token_ids)
     assert out.entropies == pytest.approx(expected, abs=1e-4)
     assert out.entropies[1:] != pytest.approx(expected[:-1], abs=1e-2)
+
+
+def test_a_session_may_be_as_long_as_a_stretched_rope(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    stretched_rope.check("transformers", stretched_rope.stretched(tiny_model("llama"), tmp_path / "model"))

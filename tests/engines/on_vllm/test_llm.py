@@ -121,6 +121,21 @@ def test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged(
         assert not all(goes_on_as_captured(engine, lab, child) for child in (alone, *group))
 
 
+@pytest.mark.all_cores("on one core a batch of another shape has the same bits")
+def test_a_sibling_right_after_another_goes_on_from_its_own(engine: Engine, lab: Lab) -> None:
+    """What was found for one session a moment ago is not taken for the next one's: same tokens, other bits."""
+    session = lab.begin(engine, 300, start=8)
+    alone, *group = (lab.twin(engine, session) for _ in range(5))
+    alike = greedy(100, logit_bias={97: 100.0})
+    lab.one(engine, alone, alike)
+    lab.run(engine, *group, sampling=alike)
+    siblings = (alone, group[0])
+    captured = [lab.move(engine, one, engine) for one in siblings]
+    live = [lab.one(engine, one, greedy(6)) for one in siblings]
+    for one, other in zip(live, captured, strict=True):
+        same(one, lab.one(engine, other, greedy(6)))
+
+
 def test_aborted_it_goes_on(engine: Engine, llm: Any, lab: Lab) -> None:
     session, _, whole = lab.stopped_amid(engine, lab.begin(engine, start=6))
     assert len(native(llm, list(ids(20)))) == 12

@@ -17,6 +17,7 @@ whether a piece of work succeeded, and that is agreed before it matters (`agreem
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -50,6 +51,9 @@ from thaw.engines.sglang.settings import SglangSettings
 
 log = logging.getLogger("thaw.sglang")
 MAIL_SWEEP_S = 300.0
+SWITCH_S = 0.0002
+"""On an accelerator SGLang's scheduler never rests, and the interpreter lets it run for 5 ms while threads that read
+packs wait for their turn."""
 
 
 class Side:
@@ -70,6 +74,8 @@ class Side:
             spill_nbytes=settings.spill_nbytes, shares=settings.shares(), pinned=pool.device.type == "cuda",
         )  # fmt: skip
         self._commands = Commands(self, Packing(facts, mail, self.arena, pool.dtype), settings.shares())
+        if pool.device.type != "cpu":
+            sys.setswitchinterval(SWITCH_S)
         self._pool = pool
         self._swept = time.monotonic()
         self.row: Callable[[Any, int], torch.Tensor] = unbound

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from thaw.engines.vllm.records import Record
+
+
+class Found(NamedTuple):
+    """What vLLM's cache had for a full block: `key` is what the block itself says that it holds."""
+
+    hash: bytes
+    block: int
+    key: Any
 
 
 class Contents:
@@ -18,6 +26,7 @@ class Contents:
         self._in_block: dict[int, int] = {}
         self._numbers = itertools.count(1)
         self._given: set[int] = set()
+        self._found: list[Found] = []
         self.pool: Any = None
         """vLLM's block pool, once it is bound."""
 
@@ -49,13 +58,32 @@ class Contents:
 
     def hits_foreign(self, request: Any, chain: Sequence[int]) -> bool:
         """Whether vLLM would take a block from its cache for one of the chain's and it is not that one."""
-        for block_hash, number in zip(request.block_hashes, chain, strict=False):
-            found = self.pool.get_cached_block(block_hash, [0]) if self.pool is not None else None
-            if not found:
-                return False
-            if self._in_block.get(found[0].block_id) != number:
+        if self.pool is None:
+            return False
+        found = self._found_again(request.block_hashes, chain)
+        for block_hash, number in zip(request.block_hashes[len(found) :], chain[len(found) :], strict=False):
+            hit = self.pool.get_cached_block(block_hash, [0])
+            if not hit:
+                break
+            if self._in_block.get(hit[0].block_id) != number:
                 return True
+            found.append(Found(block_hash, hit[0].block_id, hit[0].block_hash))
+        self._found = found
         return False
+
+    def _found_again(self, hashes: Sequence[bytes], chain: Sequence[int]) -> list[Found]:
+        """What the last walk found, as far as this one would find the same: siblings have their prefix in common, and
+        one lookup a block takes as long as all of these comparisons. vLLM takes the block that has had a hash longest,
+        so one that still has its hash and its content is still the one."""
+        n = min(len(self._found), len(hashes), len(chain))
+        before = self._found[:n]
+        blocks = self.pool.blocks
+        same = (
+            [x.hash for x in before] == list(hashes[:n])
+            and [self._in_block.get(x.block) for x in before] == list(chain[:n])
+            and [blocks[x.block].block_hash for x in before] == [x.key for x in before]
+        )
+        return before if same else []
 
     def resident(self, record: Record) -> list[int]:
         """The record's full blocks, from the first on, as far as they still lie in the engine's cache."""
