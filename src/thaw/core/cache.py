@@ -27,6 +27,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 Dtype = Literal["float32", "bfloat16", "float16", "uint8"]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.-]{1,40}\Z")]
 Layer = Annotated[int, msgspec.Meta(ge=0)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class _Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -62,7 +63,7 @@ class _KV(_Layers, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_fi
     num_kv_heads: int
     head_dim: int
     dtype: Dtype
-    value_dim: int | UnsetType = UNSET
+    value_dim: Size | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +89,8 @@ class _KV(_Layers, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_fi
 
     @property
     def token_nbytes_per_blob(self) -> int:
-        return sum(self.planes)
+        value = self.head_dim if self.value_dim is UNSET else self.value_dim
+        return self.num_layers * (self.head_dim + value) * DTYPE_BYTES[self.dtype]
 
     @property
     def token_nbytes(self) -> int:
@@ -138,7 +140,7 @@ class SlidingKV(_KV, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
 class LatentKV(_Layers, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="latent"):
     """One vector of `width` a token and layer, the same on every rank."""
 
-    width: Annotated[int, msgspec.Meta(ge=1)]
+    width: Size
     dtype: Dtype
     window: Annotated[int, msgspec.Meta(ge=2)] | UnsetType = UNSET
     plain = False
@@ -153,7 +155,7 @@ class LatentKV(_Layers, frozen=True, kw_only=True, forbid_unknown_fields=True, t
 
     @property
     def token_nbytes_per_blob(self) -> int:
-        return sum(self.planes)
+        return self.num_layers * self.width * DTYPE_BYTES[self.dtype]
 
     @property
     def token_nbytes(self) -> int:
@@ -175,8 +177,8 @@ class StatePart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A tensor of a point state: for each of `num_heads` a blob [layer][*shape] in `dtype`."""
 
     name: Name
-    num_heads: Annotated[int, msgspec.Meta(ge=1)]
-    shape: Annotated[tuple[int, ...], msgspec.Meta(min_length=1, max_length=8)]
+    num_heads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=8)]
     dtype: Dtype
 
 
