@@ -131,8 +131,8 @@ test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minute
 	@echo "· tests without the real model; under 2 minutes"
 	@$(ONE_CORE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
-test: $(INSTALLED) model ## everything but the soak tests, on every engine (about half an hour, installs apart)
-	@echo "· all tests but the soak; about half an hour on 2 cores, vLLM's and SGLang's included"
+test: $(INSTALLED) model ## everything but the soak tests, on every engine (about 20 minutes, installs apart)
+	@echo "· all tests but the soak; about 20 minutes on 2 cores, vLLM's and SGLang's included"
 	@$(ONE_CORE) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(SUITE) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm test-sglang
 
@@ -152,7 +152,7 @@ test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
 	@$(VLLM_VENV)/bin/python -m pytest $(ALL_CORES) $(VLLM_TESTS) $(PYTEST_ARGS) || \
 		test $$? -eq 5 -a -n "$(PYTEST_ARGS)"
 
-soak: $(INSTALLED) model ## everything, with the long tests and older vLLMs; receipts go to receipts/soak (hours)
+soak: $(INSTALLED) $(VLLM_VENV)/.installed $(SGLANG_VENV)/.installed model ## everything, with the long tests and the other releases of vLLM and SGLang; receipts in receipts/soak (hours)
 	@echo "· all tests and the soak; hours, receipts in receipts/soak"
 	@mkdir -p receipts/soak
 	@THAW_SOAK=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
@@ -170,7 +170,6 @@ $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed mod
 	@THAW_SUITE=sglang-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(ONE_CORE) $(SGLANG_VENV)-$*/bin/python -m pytest $(BY_FILE) $(SGLANG_TESTS) $(PYTEST_ARGS)
 
-# The soak on the release of `make test`, its engines booted cold, and the tests of `make test` on the others.
 soak-vllm: $(VLLM_VENV)/.installed model
 	@echo "· tests and soak on vLLM $(VLLM)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \

@@ -1,8 +1,8 @@
 """What a run of the tests costs: boots of engines, seconds of set-up and of tests. A plugin of pytest.
 
 Every run says so at its end. One that boots more engines than `BOOTS` allows has failed, whatever its tests say: boots
-are what made this suite slow. Counted are the engines that tests begin (`warm.py`); a pool's workers, `thaw up` and
-a bench begin theirs by themselves.
+are what made this suite slow. It counts the engines that a test boots warm (`warm.py`). Those that another program
+boots are cold and are not counted: a pool's workers, `thaw up`, a bench, a server with an environment of its own.
 
 Minutes of `make test` on 2 cores, installs apart: 30 in all, 12 for one engine's folder. What new parts may add to it:
 
@@ -20,8 +20,8 @@ import pytest
 
 import warm
 
-BOOTS = {"vllm": 60, "sglang": 40}
-"""Engines that one run of `make test` may boot: what it does boot, and a few for a test that boots once more."""
+BOOTS = {"vllm": 50, "sglang": 20}
+"""Engines that one run of pytest may boot: what `make test` boots (42 and 14), and a few more."""
 PROCESS = {"vllm": "run_engine_core", "sglang": "run_detokenizer_process"}
 """By which of an engine's processes it is counted: there is one in each."""
 

@@ -1,6 +1,6 @@
 """Seed faults into src/ one at a time, and show that the tests catch each.
 
-    python tests/seeded.py                           every fault; a quarter of an hour on 2 cores
+    python tests/seeded.py                           every fault; 25 minutes on 2 cores
     python tests/seeded.py --engine transformers     those that one engine's tests must catch; `none` needs no model
     python tests/seeded.py --list                    what there is
     python tests/seeded.py lost-fsync --tree DIR     one, in another checkout, with the environments of this one

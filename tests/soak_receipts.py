@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from code_digest import digest_of, is_mark
+from code_digest import LENGTH, digest_of, is_mark
 from thaw import receipt as r
 from thaw.core.errors import ThawError
+from thaw.core.ids import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "receipts/soak"
@@ -36,24 +37,14 @@ COVERS = {
     "tests/pool": ("src/thaw/pool",),
     "tests/data": ("src/thaw/data",),
 }
-"""What a test covers by its place, where its mark says nothing else. Always its own file too: the law that was held."""
-SUITES = {"vllm": VLLM, "sglang": SGLANG}
+"""What a test covers by its place, where its mark says nothing else. Always its own file too, and what that brings
+along (`brought`): the law that was held."""
+SUITES = {
+    "vllm": (*VLLM, "src/thaw/testing", "tests/engines/on_vllm"),
+    "sglang": (*SGLANG, "src/thaw/testing", "tests/engines/on_sglang"),
+}
 """Engines whose other releases leave a receipt of their whole suite, and what that covers besides the versions."""
 PYTHONS = {"tests/engines/on_vllm": ".venv-vllm", "tests/engines/on_sglang": ".venv-sglang"}
-
-
-TO_BE_WRITTEN_ANEW = frozenset(
-    (
-        "database-flips", "growth", "io-share", "kill9", "pool-soak", "pool-soak-vllm", "seeded-faults", "sglang-kills",
-        "sglang-law-book-in-process", "sglang-law-book-on-three-ranks", "sglang-operations-pages-of-1",
-        "sglang-operations-pages-of-16", "sglang-operations-pages-of-16-on-two-ranks",
-        "sglang-real-model-across-rank-counts", "suite-sglang-0.5.22", "suite-vllm-0.26", "suite-vllm-0.29",
-        "vllm-bench-pool-pressure", "vllm-demo", "vllm-kills", "vllm-law-book-on-two-ranks",
-        "vllm-operations-loads-in-step", "vllm-operations-loads-in-the-background", "vllm-real-model-styles-and-ways",
-    )
-)  # fmt: skip
-"""Receipts that are missing, or from before they said what code they are of. They are named and are no error, until
-each is written anew and goes from this list for good."""
 
 
 class Group(NamedTuple):
@@ -62,6 +53,7 @@ class Group(NamedTuple):
     name: str
     sites: tuple[str, ...]
     covers: tuple[str, ...]
+    brings: tuple[str, ...] = ()
 
     @property
     def python(self) -> str:
@@ -81,9 +73,11 @@ def groups(root: Path = ROOT) -> dict[str, Group]:
     """By name, those of all marks under tests and of the other releases' suites. Raises `Unclear`."""
     found: dict[str, Group] = {suite.name: suite for suite in suites(root)}
     for file in sorted((root / "tests").rglob("*.py")):
-        for place, receipt, covers in read_marks(file, file.relative_to(root).as_posix()):
-            before = found.get(receipt, Group(receipt, (), ()))
-            found[receipt] = Group(receipt, joined(before.sites, (place,)), joined(before.covers, covers))
+        name = file.relative_to(root).as_posix()
+        for place, receipt, covers in read_marks(file, name):
+            old = found.get(receipt, Group(receipt, (), ()))
+            brings = joined(old.brings, brought(file, root))
+            found[receipt] = Group(receipt, joined(old.sites, (place,)), joined(old.covers, covers), brings)
     for group in found.values():
         for path in group.covers:
             if not (root / path).exists():
@@ -115,6 +109,45 @@ def read_marks(file: Path, name: str) -> Iterator[tuple[str, str, tuple[str, ...
         yield site, said["receipt"], (*covers, name)
 
 
+def brought(file: Path, root: Path) -> tuple[str, ...]:
+    """What a file of tests brings along, by path: the laws that it imports from `thaw.testing`, the helpers beside it,
+    and what those import of the same."""
+    found, left = [], [file]
+    while left:
+        new = [path for path in _imported(left.pop(), root) if path != file and path not in found]
+        found += new
+        left += new
+    return tuple(path.relative_to(root).as_posix() for path in sorted(found))
+
+
+def _imported(file: Path, root: Path) -> list[Path]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            found += [_module(alias.name, file, root) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [_module(node.module, file, root, alias.name) for alias in node.names]
+    return list(dict.fromkeys(path for path in found if path is not None))
+
+
+def _module(module: str, file: Path, root: Path, name: str = "") -> Path | None:
+    """The file of a module of `thaw.testing` (where a package offers `name`, of that), or of a helper of the tests."""
+    if module.partition(".")[0] == "thaw":
+        base = root / "src" / module.replace(".", "/")
+        return _offered(base, name, root) if module.startswith("thaw.testing") else None
+    beside = (folder / f"{module}.py" for folder in (file.parent, root / "tests"))
+    return next((path for path in beside if path.is_file() and not module.startswith("test_")), None)
+
+
+def _offered(base: Path, name: str, root: Path) -> Path | None:
+    files = (base / f"{name}.py", base.with_suffix(".py"))
+    if not base.is_dir() or files[0].is_file():
+        return next((file for file in files if file.is_file()), None)
+    lines = ast.walk(ast.parse((base / "__init__.py").read_bytes()))
+    froms = (node for node in lines if isinstance(node, ast.ImportFrom) and name in [x.name for x in node.names])
+    return next((_module(str(node.module), base, root, name) for node in froms), None)
+
+
 def _marks(node: ast.AST, site: str) -> Iterator[tuple[str, ast.expr]]:
     for child in ast.iter_child_nodes(node):
         if is_mark(child, MARKS):
@@ -138,11 +171,14 @@ def _written_out(mark: ast.expr, where: str) -> dict[str, str]:
 
 def states(root: Path, known: Mapping[str, Group]) -> dict[str, dict[str, str]]:
     """By name, what each group covers, how that stands now, and what writes its receipt."""
-    digests = {path: digest_of(root / path) for path in {path for group in known.values() for path in group.covers}}
+    paths = {path for group in known.values() for path in (*group.covers, *group.brings)}
+    digests = {path: digest_of(root / path) for path in paths}
     return {
         name: {
             "covers": " ".join(group.covers),
             "covered": " ".join(digests[path] for path in group.covers),
+            "brought": digest(" ".join(f"{path} {digests[path]}" for path in sorted(group.brings)).encode())[:LENGTH],
+            "brings": ", ".join(group.brings),
             "command": written_by(group),
         }
         for name, group in known.items()
@@ -176,6 +212,8 @@ def differs(receipt: r.Receipt, now: Mapping[str, str]) -> str:
     changed = [path for path, before, after in pairs if before != after]
     if changed:
         return f"{', '.join(changed)} changed since"
+    if was.get("brought") != now["brought"]:
+        return f"a law or helper that its tests import changed since, of {now['brings']}"
     if receipt.kind == "soak" and receipt.command != now["command"]:
         return f"it is of other tests: {receipt.command}"
     return ""
@@ -210,18 +248,11 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     if "--stale" in arguments:
         print(*commands([known[name] for name in found]), sep="\n")
         return 0
-    awaited = sorted(TO_BE_WRITTEN_ANEW & found.keys()) if root == ROOT else []
-    if awaited:
-        print(f"to be written anew: {', '.join(awaited)}")
-    done = sorted(TO_BE_WRITTEN_ANEW - found.keys()) if root == ROOT else []
-    for name in done:
-        print(f"{FOLDER}/{name}.json is of this code: take its name out of TO_BE_WRITTEN_ANEW in {Path(__file__).name}")
-    found = {name: said for name, said in found.items() if name not in awaited}
     for name, said in found.items():
-        print(f"{FOLDER}/{name}.json: {said}. Anew: {commands([known[name]])[0]}")
+        print(f"{FOLDER}/{name}.json: {said}. To renew it: {commands([known[name]])[0]}")
     for path in strangers(root, known):
         print(f"{FOLDER}/{path.name}: no test leaves it. Bring its test back, or remove it and say why.")
-    return 1 if found or done or strangers(root, known) else 0
+    return 1 if found or strangers(root, known) else 0
 
 
 if __name__ == "__main__":

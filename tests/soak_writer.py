@@ -120,7 +120,7 @@ class Writer:
 
     def _keep(self, group: Group, receipt: r.Receipt) -> None:
         of = self.began[group.name]
-        parameters = {**receipt.parameters, "covers": of["covers"], "covered": of["covered"]}
+        parameters = {**receipt.parameters, **{name: of[name] for name in ("covers", "covered", "brought")}}
         receipt = msgspec.structs.replace(receipt, parameters=parameters)
         receipt = msgspec.structs.replace(receipt, digest=compute.digest_of(receipt))
         assert r.verify(r.dumps(receipt)).problems == ()

@@ -206,6 +206,28 @@ def test_what_it_covers_makes_a_receipt_stale_and_words_do_not(
     assert wrong(tree) == ({name: f"{part} changed since" for name in ("kills", "longer")} if changed else {})
 
 
+@pytest.mark.parametrize("file", ["laws/kill_law.py", "laws/kit.py", "../../../tests/store/leaks.py"])
+def test_the_laws_and_helpers_that_a_test_imports_are_covered(tree: pytest.Pytester, file: str) -> None:
+    """Directly, by a package's name for it, and by one another."""
+    put(tree.path / "src/thaw/testing", {
+        "__init__.py": "def __getattr__(name):\n    from thaw.testing.laws.kill_law import KillTests\n",
+        "laws/kill_law.py": "from thaw.testing.laws import kit\nclass KillTests:\n    x = 1\n",
+        "laws/kit.py": "x = 1\n",
+        "laws/other_law.py": "x = 1\n",
+    })  # fmt: skip
+    put(tree.path / "tests/store", {
+        "leaks.py": "x = 1\n",
+        "test_a.py": "if 0:\n    from thaw.testing import KillTests\n    import leaks\n" + SOAK,
+    })  # fmt: skip
+    run(tree)
+    changed = tree.path / "src/thaw/testing" / file
+    put(tree.path, {"src/thaw/testing/laws/other_law.py": "x = 2\n"})
+    assert wrong(tree) == {}
+    changed.write_text(changed.read_text().replace("1", "2"))
+    said = wrong(tree)
+    assert set(said) == {"kills", "longer"} and all(changed.name in why for why in said.values())
+
+
 def test_the_lint_names_what_is_wrong_and_what_mends_it(
     tree: pytest.Pytester, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,7 +270,8 @@ def test_a_suite_that_passed_leaves_the_receipt_of_its_release(
 ) -> None:
     monkeypatch.delenv("THAW_SOAK")
     monkeypatch.setenv("THAW_SUITE", "vllm-0.1")
-    files = ("src/thaw/engines/vllm/a.py", "src/thaw/engines/served/a.py", "constraints-vllm-0.1.txt")
+    folders = ("src/thaw/engines/vllm", "src/thaw/engines/served", "src/thaw/testing", "tests/engines/on_vllm")
+    files = (*(f"{folder}/a.py" for folder in folders), "constraints-vllm-0.1.txt")
     put(tree.path, {"Makefile": "VLLM_OTHERS := 0.1\n", **dict.fromkeys(files, "")})
     run(tree, "-k", "law").stdout.fnmatch_lines(
         "no receipt suite-vllm-0.1: not all of its tests were asked for*keyword=law"

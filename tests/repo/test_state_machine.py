@@ -2,7 +2,7 @@
 
 The model is three dicts: commits (tokens and parents), branches, tags. What the repository says must equal it after
 every step, and greedy tokens after any hydrated point must equal those after a plain prefill of the same tokens: the
-fake engine reads its KV to choose them, so one wrong byte would show. `THAW_SOAK=1` runs it for long.
+fake engine reads its KV to choose them, so one wrong byte would show. The soak has more histories, and longer ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -258,10 +259,14 @@ class History(RuleBasedStateMachine):
             self.branches[done.branch] = done.commit
 
 
-TestHistory = History.TestCase
-TestHistory.settings = settings(
-    max_examples=400 if SOAK else 15,
-    stateful_step_count=60 if SOAK else 25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+@pytest.mark.longer_in_soak(
+    "400 histories of 60 steps, in place of 15 of 25", receipt="histories",
+    covers=("src/thaw/repo", "src/thaw/store", "src/thaw/data", "src/thaw/core", "src/thaw/engines/fake"),
+)  # fmt: skip
+class TestHistory(History.TestCase):  # type: ignore[misc]
+    settings = settings(
+        max_examples=400 if SOAK else 15,
+        stateful_step_count=60 if SOAK else 25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
