@@ -167,15 +167,15 @@ FAULTS = (
         "a state names the blobs of its parts in the wrong order",
     ),
     Fault(
-        "state-not-asked-for", "5", "fake", "engines/embedded/transfer.py",
+        "state-not-asked-for", "5", "fake", "engines/restoring.py",
         "if groups and plan.num_kv and plan.num_kv not in {point.token for point in plan.points}:",
         "if groups and plan.num_kv and not plan.points:",
         (f"{GROUPS}::TestHybrid::test_negative_control_a_state_of_another_token_changes_the_logprobs",),
         "a session without its state is taken for restored",
     ),
     Fault(
-        "missing-group-passed-over", "5", "fake", "engines/embedded/transfer.py",
-        "            if blobs or needed:\n", "            if blobs:\n",
+        "missing-group-passed-over", "5", "fake", "engines/restoring.py",
+        "        if blobs or needed:\n", "        if blobs:\n",
         (f"{GROUPS}::TestTwoFullGroups::test_a_plan_that_lacks_a_group_is_refused_by_name",),
         "a plan without one group's bytes is loaded, and its memory is what it was",
     ),

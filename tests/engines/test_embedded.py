@@ -11,7 +11,7 @@ import pytest
 
 from thaw.core.errors import CorruptBlob, NotHit, StaleSession, ThawError
 from thaw.core.prefix import windows
-from thaw.engines import load_engine
+from thaw.engines import load_engine, restoring
 from thaw.engines.base import Engine, GenerateRequest, SessionRef
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend, Feed
@@ -128,7 +128,7 @@ def test_usage_counts_the_tokens_that_really_ran(engine: Engine, lab: Lab, batch
 def test_a_load_that_brings_too_little_is_not_hit(engine: Engine, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine counts what it loaded by itself, also when the plan's own check is blind."""
     plan = lab.plan(lab.capture(engine, lab.begin(engine, 600)))
-    monkeypatch.setattr(transfer, "_check_cover", lambda plan: None)
+    monkeypatch.setattr(restoring, "check_cover", lambda plan: None)
     with pytest.raises(NotHit, match="512 of 600"):
         lab.hydrate(engine, msgspec.structs.replace(plan, slices=plan.slices[:-1]))
 

@@ -15,7 +15,7 @@ Groups of a model that has plain full groups alone are written as format 1 has t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Annotated, Literal, NamedTuple, TypeAlias
@@ -271,6 +271,12 @@ def nbytes_at(groups: Sequence[CacheGroup], num_kv: int) -> int:
     """What is needed to go on after `num_kv` tokens."""
     tokens = sum(group.token_nbytes * len(group.covers(num_kv)) for group in token_groups(groups))
     return tokens + (sum(group.nbytes for group in point_groups(groups)) if num_kv else 0)
+
+
+def list_of(tokens: Collection[int]) -> str:
+    """The tokens that something is kept at, the last of them where there are many."""
+    last = sorted(tokens)[-8:]
+    return f"{'… ' * (len(tokens) > len(last))}{', '.join(map(str, last))} tokens" if last else "no tokens"
 
 
 def _window(num_kv: int, window: int) -> range:

@@ -14,10 +14,9 @@ that they are of.
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection
 from dataclasses import dataclass
 
-from thaw.core.cache import CacheGroup, TokenGroup, point_groups, token_groups
+from thaw.core.cache import CacheGroup, TokenGroup, list_of, point_groups, token_groups
 from thaw.core.errors import NotKept
 from thaw.core.prefix import WINDOW
 
@@ -173,9 +172,3 @@ class PagedKV:
         page, begin = divmod(start, PAGE)
         extent, index = self.locate(page)
         extent.scatter(column, index, begin, begin + stop - start, data, stored)
-
-
-def list_of(tokens: Collection[int]) -> str:
-    """The tokens that something is kept at, the last of them where there are many."""
-    last = sorted(tokens)[-8:]
-    return f"{'… ' * (len(tokens) > len(last))}{', '.join(map(str, last))} tokens" if last else "no tokens"

@@ -16,16 +16,17 @@ from typing import TypeAlias
 import msgspec
 
 from thaw.core.cache import TokenGroup, columns, point_groups, token_groups
-from thaw.core.errors import CorruptBlob, InvalidRequest, NotHit
+from thaw.core.errors import InvalidRequest, NotHit
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Boundary, Point, Turn
 from thaw.core.prefix import windows
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
-from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, PointSlice, Slice, WrittenPack
+from thaw.engines import restoring
+from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
-from thaw.engines.embedded.pages import PagedKV, list_of
+from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.session import LiveSession
 
 SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
@@ -162,12 +163,12 @@ class Loaded:
 def load(plan: HydratePlan, backend: Backend) -> Loaded:
     """Read and verify a plan's KV into new pages. Raises `CorruptBlob`, `NotHit`, `InvalidRequest`."""
     started = time.perf_counter()
-    _check_cover(plan)
+    restoring.check_cover(plan)
     kv = PagedKV(backend)
     kv.reserve(plan.num_kv)
     allocated = time.perf_counter()
     wanted, staged = _targets(plan, kv)
-    found = _points(plan, backend)
+    found = restoring.states(plan, backend.groups)
     states = [(point.token, [(place, bytearray(place.nbytes)) for place in places]) for point, places in found]
     wanted += [(place, memoryview(data)) for _, pairs in states for place, data in pairs]
     stats = read_blobs(plan.mount.packs, wanted)
@@ -192,17 +193,6 @@ def load(plan: HydratePlan, backend: Backend) -> Loaded:
     return Loaded(kv, row, proof)
 
 
-def _check_cover(plan: HydratePlan) -> None:
-    at = 0
-    for piece in plan.slices:
-        inside = piece.start // 256 == (piece.start + piece.stored - 1) // 256
-        if piece.start != at or not 1 <= piece.length <= piece.stored <= 256 or not inside:
-            raise CorruptBlob(f"the state's segments do not join: one starts at {piece.start}, expected {at}")
-        at += piece.length
-    if at != plan.num_kv or not plan.num_kv <= len(plan.tokens):
-        raise CorruptBlob(f"the state's segments cover {at} tokens; it says num_kv {plan.num_kv} of {len(plan.tokens)}")
-
-
 Staged: TypeAlias = tuple[int, int, int, int, bytearray]
 """Column, start, stop, tokens of the blob, its bytes: [start, stop) are the blob's first tokens."""
 
@@ -211,25 +201,12 @@ def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, m
     """Where each blob is read to: whole pages in place, the rest into staging that is cut afterwards."""
     wanted: list[tuple[BlobLocation, memoryview | None]] = []
     staged: list[Staged] = []
-    groups = token_groups(kv.factory.groups)
-    for piece in plan.slices:
-        strange = set(piece.blobs) - {group.name for group in groups}
-        if strange:
-            raise CorruptBlob(f"the segment at {piece.start} has blobs of {sorted(strange)}, which the model has not")
+    restoring.check_names(plan, kv.factory.groups)
     column = 0
-    for group in groups:
-        covered, kept_from = group.covers(plan.num_kv), plan.num_kv
-        for piece in reversed(plan.slices):
-            stop = piece.start + piece.length
-            blobs, start = piece.blobs.get(group.name, ()), piece.first.get(group.name, piece.start)
-            needed = range(max(covered.start, piece.start), min(covered.stop, stop))
-            if blobs or needed:
-                _check_blobs(piece, group, needed.start if needed else piece.start + piece.stored)
-            if not blobs or start >= stop:
-                continue
-            kept_from = start if kept_from == stop else kept_from
-            stored = piece.start + piece.stored - start
-            for index, location in enumerate(blobs):
+    for group in token_groups(kv.factory.groups):
+        found = restoring.runs(plan, group)
+        for start, stop, stored, places in found:
+            for index, location in enumerate(places):
                 target = kv.target(column + index, start, stop) if stop - start == stored else None
                 if target is None:
                     staging = bytearray(location.nbytes)
@@ -237,53 +214,8 @@ def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, m
                     target = memoryview(staging)
                 wanted.append((location, target))
         column += group.num_blobs
-        kv.loaded_from[group.name] = kept_from
+        kv.loaded_from[group.name] = restoring.kept_from(found, plan.num_kv)
     return wanted, staged
-
-
-def _check_blobs(piece: Slice, group: TokenGroup, needed: int) -> None:
-    """The blobs of a group that tokens from `needed` on are taken from."""
-    blobs, first = piece.blobs.get(group.name, ()), piece.first.get(group.name, piece.start)
-    if len(blobs) != group.num_blobs:
-        raise CorruptBlob(
-            f"the segment at {piece.start} has {len(blobs)} blobs of cache group {group.name!r}; expected "
-            f"{group.num_blobs} (it has blobs of {sorted(piece.blobs)})"
-        )
-    if not piece.start <= first <= needed:
-        raise CorruptBlob(
-            f"the segment at {piece.start} has cache group {group.name!r} from token {first} on; it is needed from "
-            f"{needed} on"
-        )
-    for location in blobs:
-        if location.nbytes != group.token_nbytes_per_blob * (piece.start + piece.stored - first):
-            raise CorruptBlob(
-                f"blob {location.blob} has {location.nbytes} bytes, not those of "
-                f"{piece.start + piece.stored - first} tokens of cache group {group.name!r}"
-            )
-
-
-def _points(plan: HydratePlan, backend: Backend) -> list[tuple[PointSlice, list[BlobLocation]]]:
-    """The plan's point states, each with all its blobs in order. Raises `CorruptBlob` where they are not the model's or
-    the one at `num_kv` is missing."""
-    groups = point_groups(backend.groups)
-    found = []
-    for point in plan.points:
-        if set(point.blobs) != {group.name for group in groups}:
-            raise CorruptBlob(f"the states after {point.token} tokens are of {sorted(point.blobs)}, not of the model's")
-        places = [place for group in groups for place in point.blobs[group.name]]
-        sizes = [nbytes for group in groups for _, nbytes in group.blobs]
-        if [place.nbytes for place in places] != sizes or not 0 < point.token <= plan.num_kv:
-            raise CorruptBlob(
-                f"the states after {point.token} tokens have blobs of {[place.nbytes for place in places]} bytes; "
-                f"expected {sizes}, after at most {plan.num_kv} tokens"
-            )
-        found.append((point, places))
-    if groups and plan.num_kv and plan.num_kv not in {point.token for point in plan.points}:
-        raise CorruptBlob(
-            f"the plan has no state after {plan.num_kv} tokens; it has states after "
-            f"{list_of([point.token for point in plan.points])}"
-        )
-    return found
 
 
 def _hidden_row(plan: HydratePlan, backend: Backend) -> Row | None:
