@@ -49,6 +49,7 @@ NOT_A_CATCH = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError",
 FAKE = "tests/engines/test_engine_fake.py::TestFake"
 LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
 GROUPS = "tests/engines/test_engine_groups.py"
+SERVED_GROUPS = "tests/engines/test_served_groups.py"
 REPO_GROUPS = "tests/repo/test_repo_groups.py"
 VLLM = "tests/engines/on_vllm/test_engine_vllm.py::TestVllm"
 SGLANG = "tests/engines/on_sglang/test_engine_sglang.py::TestSglang"
@@ -127,14 +128,15 @@ FAULTS = (
     ),
     Fault(
         "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
-        "            if self._in_block.get(hit[0].block_id) != number:\n                return True\n",
-        "            return self._in_block.get(hit[0].block_id) != number\n",
+        "            if any(self._in_block.get(block.block_id) != number for block in hit):\n"
+        "                return True\n",
+        "            return any(self._in_block.get(block.block_id) != number for block in hit)\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
     ),
     Fault(
         "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
-        "        return before if same else []", "        return before",
+        "        return before if same else Found()", "        return before",
         ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
         "what one session found in the engine's blocks is taken for what another finds",
     ),
@@ -178,6 +180,39 @@ FAULTS = (
         "        if blobs or needed:\n", "        if blobs:\n",
         (f"{GROUPS}::TestTwoFullGroups::test_a_plan_that_lacks_a_group_is_refused_by_name",),
         "a plan without one group's bytes is loaded, and its memory is what it was",
+    ),
+    Fault(
+        "written-by-every-rank", "1", "none", "engines/served/rank_groups.py",
+        "for rank in range(self._rank) for index", "for rank in () for index",
+        (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
+        "what several ranks hold is written by all of them",
+    ),
+    Fault(
+        "window-from-the-start", "1", "none", "engines/served/arena.py",
+        "        first = self.first(strip)\n        return self.tensors",
+        "        first = self.start\n        return self.tensors",
+        (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
+        "tokens of a window are taken from where a full group has them",
+    ),
+    Fault(
+        "states-of-later-tokens", "3", "none", "engines/served/arena.py",
+        "for token, state in self.points.items() if token <= num_kv}", "for token, state in self.points.items()}",
+        (f"{SERVED_GROUPS}::test_an_earlier_token_is_cut_in_every_group",),
+        "a fork of an earlier token has the states of later ones",
+    ),
+    Fault(
+        "one-table-for-all-groups", "1", "none", "engines/vllm/copier.py",
+        "for layout, blocks, tensor in zip(self._layouts, tables, tensors, strict=True):\n            layout.gather",
+        "for layout, blocks, tensor in zip(self._layouts, tables[:1] * len(tables), tensors, strict=True):\n"
+        "            layout.gather",
+        (f"{SERVED_GROUPS}::test_each_group_is_copied_by_its_own_block_table",),
+        "a group's KV is taken from another group's blocks",
+    ),
+    Fault(
+        "first-group-speaks-for-all", "1", "none", "engines/vllm/contents.py",
+        "!= number for block in hit):", "!= number for block in hit[:1]):",
+        (f"{SERVED_GROUPS}::test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign",),
+        "a sibling's block of another group is taken for the session's",
     ),
     Fault(
         "states-not-followed", "7", "fake", "store/links.py",
@@ -226,7 +261,7 @@ FAULTS = (
     ),
     Fault(
         "record-not-cut", "2", "vllm", "engines/served/arena.py",
-        "piece if piece.stop <= num_kv else Piece(piece.start, num_kv - piece.start, piece.tensor, piece.ready)\n",
+        "piece if piece.stop <= num_kv else replace(piece, length=num_kv - piece.start)\n",
         "piece\n",
         (f"{VLLM}::test_a_child_that_went_its_own_way_is_cut_like_any_other",),
         "a fork of an earlier token keeps the parent's KV of the later ones",

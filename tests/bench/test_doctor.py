@@ -18,6 +18,7 @@ from thaw import load_engine
 from thaw.bench import doctor
 from thaw.bench.doctor import model, place, server, software
 from thaw.bench.doctor.report import Finding
+from thaw.core.cache import FullKV
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
@@ -25,6 +26,7 @@ from thaw.repo import served
 from thaw.repo.served import Served
 from thaw.store import Store
 
+GROUP = FullKV(name="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=64, dtype="bfloat16")
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
@@ -174,8 +176,7 @@ def said(mail: Path, *, workers: int = 1, prefix_caching: bool = True) -> Path:
     here.post(SCHEDULER, facts)
     for rank in range(workers):
         here.post(rank, WorkerFacts(
-            rank=rank, world_size=1, pid=1, total_heads=2, first_head=0, num_heads=2, num_layers=3, head_dim=64,
-            dtype="bfloat16", layout={"kind": "made up"},
+            rank=rank, world_size=1, pid=1, groups=(GROUP,), layout={"kind": "made up"},
         ))  # fmt: skip
     return mail
 

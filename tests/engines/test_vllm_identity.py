@@ -30,7 +30,7 @@ def fresh(folder: Path, to: Path) -> Path:
 
 def of_folder(folder: Path, dtype: str, groups: tuple[CacheGroup, ...]) -> ModelIdentity:
     codec = HFCodec(transformers.AutoTokenizer.from_pretrained(folder))
-    return model_identity(folder, dtype=dtype, group=groups[0], codec=codec)
+    return model_identity(folder, dtype=dtype, groups=groups, codec=codec)
 
 
 def of_engine(folder: Path, dtype: str) -> ModelIdentity:

@@ -16,14 +16,16 @@ Groups of a model that has plain full groups alone are written as format 1 has t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from math import prod
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
+"""What packs call the dtypes."""
 Dtype = Literal["float32", "bfloat16", "float16", "uint8"]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.-]{1,40}\Z")]
 Layer = Annotated[int, msgspec.Meta(ge=0)]
@@ -80,6 +82,13 @@ class _KV(_Layers, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_fi
         size = DTYPE_BYTES[self.dtype]
         value = self.head_dim if self.value_dim is UNSET else self.value_dim
         return (self.head_dim * size, value * size) * self.num_layers
+
+    @property
+    def layer_planes(self) -> tuple[tuple[int, int], ...]:
+        """A layer's planes, those alike together: (how many, numbers of a token in each)."""
+        if self.value_dim is UNSET:
+            return ((2, self.head_dim),)
+        return ((1, self.head_dim), (1, self.value_dim))
 
     def blob_shape(self, num_tokens: int) -> tuple[int, ...]:
         """Of a blob as a tensor: [layer][K|V][token][head_dim], or flat where K and V differ."""
@@ -149,6 +158,10 @@ class LatentKV(_Layers, frozen=True, kw_only=True, forbid_unknown_fields=True, t
     @property
     def planes(self) -> tuple[int, ...]:
         return (self.width * DTYPE_BYTES[self.dtype],) * self.num_layers
+
+    @property
+    def layer_planes(self) -> tuple[tuple[int, int], ...]:
+        return ((1, self.width),)
 
     def blob_shape(self, num_tokens: int) -> tuple[int, ...]:
         return (self.num_layers, num_tokens, self.width)
@@ -225,6 +238,12 @@ class Column(NamedTuple):
     number: int
 
 
+def layers_of(layers: Sequence[int]) -> dict[str, Any]:
+    """The fields that name these layers, which are in order."""
+    named: dict[str, Any] = {"first_layer": layers[0], "num_layers": len(layers)}
+    return named if layers[-1] - layers[0] == len(layers) - 1 else {**named, "layers": tuple(layers)}
+
+
 def token_groups(groups: Sequence[CacheGroup]) -> tuple[TokenGroup, ...]:
     return tuple(group for group in groups if not isinstance(group, PointState))
 
@@ -236,6 +255,12 @@ def point_groups(groups: Sequence[CacheGroup]) -> tuple[PointState, ...]:
 def columns(groups: Sequence[CacheGroup]) -> tuple[Column, ...]:
     """All blobs that a whole segment has, group by group."""
     return tuple(Column(group, number) for group in token_groups(groups) for number in range(group.num_blobs))
+
+
+def held(group: CacheGroup, rank: int, num_ranks: int) -> tuple[int, ...]:
+    """The blobs of a group that a tensor-parallel rank holds, by their numbers."""
+    share = group.share(rank, num_ranks)
+    return tuple(share) if isinstance(share, range) else tuple(chain.from_iterable(share))
 
 
 def the_full_one(groups: Sequence[CacheGroup]) -> FullKV:

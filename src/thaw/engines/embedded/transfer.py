@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from thaw.core.cache import TokenGroup, columns, point_groups, token_groups
+from thaw.core.cache import SAFETENSORS, TokenGroup, columns, point_groups, token_groups
 from thaw.core.errors import InvalidRequest, NotHit
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Boundary, Point, Turn
@@ -28,8 +28,6 @@ from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePla
 from thaw.engines.embedded.backend import Backend, Row
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.session import LiveSession
-
-SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
 
 
 @dataclass

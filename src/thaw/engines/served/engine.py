@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from thaw.core.cache import FullKV
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
@@ -64,7 +64,7 @@ class ServedEngine(Engine):
         transport: Transport,
         *,
         codec: Codec,
-        identity: Callable[[FullKV], ModelIdentity],
+        identity: Callable[[tuple[CacheGroup, ...]], ModelIdentity],
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         name: str,
@@ -83,21 +83,13 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
-        group = FullKV(
-            name="full",
-            first_layer=0,
-            num_layers=worker.num_layers,
-            num_kv_heads=worker.total_heads,
-            head_dim=worker.head_dim,
-            dtype=worker.dtype,  # type: ignore[arg-type]
-        )
         return EngineInfo(
             name=self.name,
             version=facts.version,
             model=model,
             device=worker.layout.get("device", "cpu"),
             continuation=self.continuation,
-            groups=(group,),
+            groups=worker.groups,
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,

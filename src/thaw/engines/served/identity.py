@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from thaw.core.cache import FullKV
+from thaw.core.cache import CacheGroup
 from thaw.core.identity import ModelIdentity
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import function_config
@@ -21,7 +21,12 @@ from thaw.engines.hf.weights import root_of_folder
 
 
 def model_identity(
-    folder: Path, *, dtype: str, group: FullKV, codec: HFCodec, overrides: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    dtype: str,
+    groups: tuple[CacheGroup, ...],
+    codec: HFCodec,
+    overrides: Mapping[str, Any] | None = None,
 ) -> ModelIdentity:
     """The identity of the model in `folder` (or of that hub id) when it runs in `dtype`, with the fields `overrides` in
     place of its config's.
@@ -35,5 +40,5 @@ def model_identity(
         config=function_config(module.config.to_dict()),
         dtype=dtype,
         tokenizer=codec.identity(),
-        groups=(group,),
+        groups=groups,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from thaw.core.cache import FullKV
+from thaw.core.cache import CacheGroup
 from thaw.core.identity import ModelIdentity
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.served.loop import LoopThread
@@ -62,7 +62,7 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
     tokenizer = load_tokenizer(name)
     ends = stop_set(facts.eos_token_ids, tokenizer, facts.vocab_size)
 
-    def identity(group: FullKV) -> ModelIdentity:
+    def identity(groups: tuple[CacheGroup, ...]) -> ModelIdentity:
         def say() -> ModelIdentity:
             """By torch and transformers, as every engine says it."""
             from transformers import AutoTokenizer
@@ -70,9 +70,9 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
             from thaw.engines.served.identity import model_identity
 
             known = HFCodec(AutoTokenizer.from_pretrained(name))
-            return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known, overrides=facts.overrides)
+            return model_identity(Path(name), dtype=facts.dtype, groups=groups, codec=known, overrides=facts.overrides)
 
-        how = {"dtype": facts.dtype, "group": group, "overrides": sorted(facts.overrides.items())}
+        how = {"dtype": facts.dtype, "groups": groups, "overrides": sorted(facts.overrides.items())}
         return remembered(Path(name), say, **how)
 
     return kind(

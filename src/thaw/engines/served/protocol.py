@@ -16,9 +16,10 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import InvalidRequest
 
-VERSION = 5
+VERSION = 6
 KEY = "thaw"
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """128 random bits, in hex: unguessable, and safe as a file name."""
@@ -178,11 +179,16 @@ def parse(kv_transfer_params: dict[str, Any] | None) -> _Any | None:
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):
-    """One blob that a worker wrote: KV head `head` of tokens [start, start + length)."""
+    """One blob that a worker wrote: number `index` of cache group `group`, in the segment [start, start + length).
 
+    It holds the segment's tokens from `first` on; a point state's is that after `point` tokens (0: it is none)."""
+
+    group: str
+    index: int
     start: int
     length: int
-    head: int
+    first: int
+    point: int = 0
     blob: str
     pack: str
     offset: int
@@ -217,17 +223,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker posts once its caches are registered. Heads are [first_head, first_head + num_heads)."""
+    """What a worker posts once its caches are registered. `groups` are the model's, the same for every rank; which of
+    their blobs a rank holds follows from `rank` and `world_size` (`cache.held`)."""
 
     rank: int
     world_size: int
     pid: int
-    total_heads: int
-    first_head: int
-    num_heads: int
-    num_layers: int
-    head_dim: int
-    dtype: str
+    groups: tuple[CacheGroup, ...]
     layout: dict[str, str]
 
 

@@ -165,7 +165,7 @@ class Commands:
         if message.seconds == 0:
             return Answer()
         count, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
-        return Answer(num_kv=count * side.facts.block_size, seconds=seconds)
+        return Answer(num_kv=count // side.contents.num_groups * side.facts.block_size, seconds=seconds)
 
 
 def refused(error: ThawError) -> Answer:

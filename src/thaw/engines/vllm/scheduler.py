@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from thaw.core.errors import Busy, InvalidRequest, StorageFailed, ThawError, Unsupported
@@ -42,11 +42,13 @@ MAIL_SWEEP_S = 300.0
 
 
 class SchedulerSide:
-    def __init__(self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int) -> None:
+    def __init__(
+        self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int, num_groups: int = 1
+    ) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
         self._block_size = facts.block_size
         self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
-        self.contents = Contents()
+        self.contents = Contents(num_groups)
         self.pins = Pins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
@@ -214,19 +216,19 @@ class SchedulerSide:
 
     # -- vLLM has given a request its blocks
 
-    def allocated(self, request: Any, blocks: Sequence[int], num_external: int) -> None:
+    def allocated(self, request: Any, tables: jobs.Tables, num_external: int) -> None:
         run = self._runs.get(request.request_id)
         if run is not None and run.background and not num_external:
             run.given = run.want
-            self.contents.renew(blocks[-(-run.want // self._block_size) :])
+            self.contents.renew(_from(tables, -(-run.want // self._block_size)))
             self._loads.ends(run)  # who is asked after it in this step shares its blocks, and starts with it
             return
-        self.contents.renew(blocks[0 if run is None else run.local // self._block_size :])
+        self.contents.renew(_from(tables, 0 if run is None else run.local // self._block_size))
         if run is None:
             return
         if run.error is not None:
             if num_external:  # else vLLM loads nothing for this request: it runs, and hears the error at its end
-                self.queue.append(jobs.Fail(request.request_id, tuple(blocks)))
+                self.queue.append(jobs.Fail(request.request_id, tables))
             return
         want = min(run.want, request.num_tokens - 1)
         run.given = run.local + num_external
@@ -237,19 +239,19 @@ class SchedulerSide:
         if num_external:
             background = self._loads.in_background(num_external)
             start = want - num_external
-            used = tuple(blocks[: -(-want // self._block_size)])
+            used = _upto(tables, -(-want // self._block_size))
             self.queue.append(jobs.Load(request.request_id, name, record, used, start, want, background))
             self._note_loaded(run, used, start, want)
             run.background = background
             if background:
                 self._loads.begins(run, want)
         elif want:
-            self.queue.append(jobs.Check(request.request_id, name, record, tuple(blocks[:1])))
+            self.queue.append(jobs.Check(request.request_id, name, record, _upto(tables, 1)))
 
-    def _note_loaded(self, run: Running, blocks: Sequence[int], start: int, stop: int) -> None:
+    def _note_loaded(self, run: Running, tables: jobs.Tables, start: int, stop: int) -> None:
         record = self.records.get(run.message.record)
         if record is not None:
-            self.contents.note_loaded(record, blocks, start // self._block_size, stop // self._block_size)
+            self.contents.note_loaded(record, tables, start // self._block_size, stop // self._block_size)
 
     # -- a step is put together
 
@@ -269,7 +271,7 @@ class SchedulerSide:
         self._groups.step_begins()
         for new in output.scheduled_new_reqs:
             if new.req_id in self._runs:
-                self._saving.tables[new.req_id] = list(new.block_ids[0])
+                self._saving.tables[new.req_id] = [list(blocks) for blocks in new.block_ids]
                 self._loads.ends(self._runs[new.req_id])
                 self._check_own(new.req_id, new.num_computed_tokens)
                 self._groups.begins(self._runs[new.req_id].message.group)
@@ -281,14 +283,17 @@ class SchedulerSide:
             if fresh is None:
                 continue
             if name not in cached.resumed_req_ids:
-                self.contents.renew(fresh[0])
+                self.contents.renew(_from(fresh, 0))
             if name in self._runs:
                 if name in cached.resumed_req_ids:
-                    self._saving.tables[name] = list(fresh[0])
+                    self._saving.tables[name] = [list(blocks) for blocks in fresh]
                     self._loads.ends(self._runs[name])
                     self._check_own(name, before)
                 else:
-                    self._saving.tables.setdefault(name, []).extend(fresh[0])
+                    for table, blocks in zip(
+                        self._saving.tables.setdefault(name, [[] for _ in fresh]), fresh, strict=True
+                    ):
+                        table.extend(blocks)
         for name in output.finished_req_ids:
             self._saving.tables.pop(name, None)
 
@@ -309,11 +314,11 @@ class SchedulerSide:
             "among thaw's options where that connector finds KV by vLLM's salted block hashes"
         )
         self._tell_refused(run.request, run.message, run.error)
-        self.queue.append(jobs.Fail(name, tuple(self._saving.tables[name]), background=False))
+        self.queue.append(jobs.Fail(name, _upto(self._saving.tables[name], None), background=False))
 
     # -- a request ends
 
-    def finished(self, request: Any, blocks: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """(whether its blocks must be held until the workers have synced them, what goes back with its output)."""
         name = request.request_id
         if name in self._commands:
@@ -326,19 +331,19 @@ class SchedulerSide:
             self._groups.start(run.message.group)
         self._loads.ends(run)
         if run.error is not None:
-            held, _ = self._settle(request, run, blocks)
+            held, _ = self._settle(request, run, tables)
             return held, reply(run.message.id, refused(run.error))
         if is_failed(request) and run.found is None and run.message.grammar_from is not None:
             error = InvalidRequest("vLLM could not make a grammar of structured_outputs; the engine's log says why")
             self._tell_refused(request, run.message, error)
-        held, answer = self._settle(request, run, blocks)
+        held, answer = self._settle(request, run, tables)
         wanted = is_aborted(request) or (run.message.mail and not is_failed(request))
         if wanted and run.message.caller is not None:
             self.mail.answer(run.message.id, SCHEDULER, answer)
         return held, reply(run.message.id, answer)
 
-    def _settle(self, request: Any, run: Running, blocks: Sequence[int]) -> tuple[bool, Answer]:
-        held, num_kv = self._saving.end(run, blocks)
+    def _settle(self, request: Any, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, Answer]:
+        held, num_kv = self._saving.end(run, tables)
         local, external = run.found or (0, 0)
         return held, Answer(
             num_tokens=request.num_tokens,
@@ -383,6 +388,15 @@ class SchedulerSide:
     def reset(self) -> None:
         """vLLM asks connectors to drop what they hold in its blocks: pins end; records are in the arena and stay."""
         self.pins.reset()
+
+
+def _from(tables: Sequence[Sequence[int]], first: int) -> Iterator[int]:
+    """The blocks of all groups, from a place in their tables on."""
+    return (block for table in tables for block in table[first:])
+
+
+def _upto(tables: Sequence[Sequence[int]], end: int | None) -> jobs.Tables:
+    return tuple(tuple(table[:end]) for table in tables)
 
 
 def _described(error: Exception) -> ThawError:
