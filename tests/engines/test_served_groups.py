@@ -104,9 +104,10 @@ def test_an_earlier_token_is_cut_in_every_group(shape: str, num_ranks: int, lab:
         (child,) = lab.fork(engine, session, at=400)
         expected = lab.capture(engine, child, 300)
     groups, num_kv = expected.identity.groups, expected.num_kv
-    answers = [
-        worker.write(worker.read(plan).upto(num_kv), 300, num_kv, "cut") for worker in workers(groups, num_ranks, lab)
-    ]
+    ranks = workers(groups, num_ranks, lab)
+    cut = [worker.read(plan).upto(num_kv) for worker in ranks]
+    assert all(token <= num_kv for record in cut for token in record.points), "later tokens will be others"
+    answers = [worker.write(record, 300, num_kv, "cut") for worker, record in zip(ranks, cut, strict=True)]
     assert joined_segments(merge(answers), 300, groups)[0] == expected.segments
 
 
