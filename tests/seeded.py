@@ -221,6 +221,19 @@ FAULTS = (
         "gc takes the states of a live commit for garbage",
     ),
     Fault(
+        "rebuilt-without-the-newer", "7", "fake", "store/rebuild.py",
+        "    except NewerFormat:\n        raise\n    except ThawError:\n        return\n",
+        "    except ThawError:\n        return\n",
+        (f"{REPO_GROUPS}::test_upkeep_by_an_older_thaw_refuses_and_takes_nothing",),
+        "a rebuild leaves out what a newer thaw wrote, and gc then takes it",
+    ),
+    Fault(
+        "not-kept-restored-empty", "6", "fake", "engines/restoring.py",
+        "    if plan.not_kept:\n        raise NotKept(plan.not_kept)\n", "    return\n",
+        (f"{REPO_GROUPS}::test_a_point_that_was_not_kept_is_recomputed_where_that_is_allowed",),
+        "a point without KV counts as restored",
+    ),
+    Fault(
         "window-written-anew", "4", "fake", "repo/commit.py",
         "rewrite=keeps_all(engine.info.groups)", "rewrite=True",
         (f"{REPO_GROUPS}::test_many_small_commits_do_not_write_their_window_anew",),

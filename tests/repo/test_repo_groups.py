@@ -18,7 +18,7 @@ from thaw.core.objects import Commit, GroupedSegment, Segment, SegmentNode, Stat
 from thaw.engines.base import Engine
 from thaw.engines.fake.shapes import WINDOW
 from thaw.repo import Repository
-from thaw.store import Store, fsck
+from thaw.store import Store, fsck, links
 
 TEXT = "A document that is read once. " * 20
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -140,6 +140,45 @@ def test_many_small_commits_do_not_write_their_window_anew(repo: Repository) -> 
     assert len(found) == 40 + 560 // 256 and all(s.states for s in found if s.end % 256)
     with repo.session("main:14") as early:
         assert early.num_tokens == 14
+
+
+@pytest.mark.parametrize("at", [300, 605, 611])
+def test_a_point_that_was_not_kept_is_recomputed_where_that_is_allowed(told: Repository, at: int) -> None:
+    """It goes on as the same tokens that are read anew; where the point was kept, nothing is read again."""
+    point = f"main:token={at}"
+    with told.session(point, policy="recompute") as again:
+        proof = again.proof
+        assert proof is not None
+        if at in told.show("main").resumable:  # type: ignore[operator]
+            assert proof.hit and proof.num_recomputed_tokens == 0
+            return
+        assert (proof.num_recomputed_tokens, proof.num_cached_tokens, proof.continuation) == (at, 0, "close")
+        assert f"token {at} cannot be gone on from" in proof.reason and "612" in proof.reason
+        assert again.num_tokens == at and again.generate("", GREEDY).token_ids
+        again.commit("again", branch="again")
+    with told.session("again") as live:
+        assert live.num_tokens == at + 12 and live.proof is not None and live.proof.hit
+    with pytest.raises(NotKept, match="allow recompute"):
+        told.session(point)
+
+
+def test_upkeep_by_an_older_thaw_refuses_and_takes_nothing(told: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its database is gone: one without what a newer thaw wrote would pass for the whole."""
+    path = told.path
+    with monkeypatch.context() as older:
+        older.setattr(canonical, "NEWEST", {"thaw.turn": 2})
+        older.setattr(links, "_DECODER", msgspec.json.Decoder(links._Commit | links._State | links._Segments
+                      | links._Segment | links._Turns | links._Turn | links._ChatTurn | links._Model))  # fmt: skip
+        for attempt in (told.gc, lambda: fsck(path), lambda: fsck(path, rebuild=True)):
+            with pytest.raises(NewerFormat, match=r"thaw\.(model|segment)/2: written by a newer thaw"):
+                attempt()
+        told.store.close()
+        data = (path / "thaw.db").read_bytes()
+        (path / "thaw.db").write_bytes(b"nothing" + data[7:])
+        with pytest.raises(NewerFormat, match="Upgrade thaw"):
+            fsck(path, rebuild=True)
+        assert (path / "thaw.db").read_bytes()[:7] == b"nothing"
+    assert fsck(path, rebuild=True).ok and fsck(path).num_commits == 2
 
 
 def test_an_older_thaw_refuses_such_objects_by_name(told: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

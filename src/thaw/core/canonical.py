@@ -66,7 +66,7 @@ def decode(data: bytes | memoryview, kind: type[T], what: str = "object") -> T:
         value = msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
         again = encode(value)
     except (msgspec.DecodeError, ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
-        _refuse_newer(data, what)
+        refuse_newer(data, what)
         raise CorruptBlob(f"{what}: {error}") from None
     if again != bytes(data):
         raise CorruptBlob(f"{what}: the bytes are not canonical JSON (RFC 8785)")
@@ -79,7 +79,7 @@ def decode_stored(data: bytes, kind: type[T]) -> T:
     return msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
 
 
-def _refuse_newer(data: bytes | memoryview, what: str) -> None:
+def refuse_newer(data: bytes | memoryview, what: str) -> None:
     """Raise `NewerFormat` when `data` says `"type": "thaw.x/N"` with an N above ours."""
     try:
         head = msgspec.json.decode(data)

@@ -66,7 +66,8 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     `tokens` are all token ids; slices cover exactly [0, num_kv). `boundary.hidden` is located by `hidden`. A model with
     point states needs those at `num_kv` among `points`; earlier ones are for forks of earlier tokens.
-    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed.
+    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why no KV of
+    the point can be named; the plan is then refused with `NotKept`, or recomputed where `policy` allows it.
     """
 
     identity: ModelIdentity
@@ -82,6 +83,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     boundary: Boundary | None = None
     hidden: BlobLocation | None = None
     policy: Policy = "exact"
+    not_kept: str = ""
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):

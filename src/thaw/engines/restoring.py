@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from thaw.core.cache import CacheGroup, TokenGroup, list_of, point_groups, token_groups
-from thaw.core.errors import CorruptBlob
+from thaw.core.errors import CorruptBlob, NotKept
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import HydratePlan, PointSlice, Slice
 
@@ -21,6 +21,12 @@ class Run(NamedTuple):
     stop: int
     stored: int
     places: tuple[BlobLocation, ...]
+
+
+def check_kept(plan: HydratePlan) -> None:
+    """Raise `NotKept` for a plan that can only be recomputed."""
+    if plan.not_kept:
+        raise NotKept(plan.not_kept)
 
 
 def check_cover(plan: HydratePlan) -> None:

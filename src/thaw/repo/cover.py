@@ -43,7 +43,8 @@ def require(timeline: Timeline, num_tokens: int) -> None:
     more = "… " * (len(found) > NAMED)
     raise NotKept(
         f"token {num_tokens} cannot be gone on from: {missing}. Of this commit's tokens these can: {more}{some}. Name "
-        "one of them (:token=…), or append the tokens to a new session, which reads them again."
+        "one of them (:token=…), append the tokens to a new session, or allow recompute (policy='recompute', "
+        "--recompute)."
     )
 
 

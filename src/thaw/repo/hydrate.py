@@ -13,7 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from thaw.core.canonical import U64
-from thaw.core.errors import InvalidRequest, StorageFailed
+from thaw.core.errors import InvalidRequest, NotKept, StorageFailed
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Segment, SegmentEntry, Turn
 from thaw.core.proof import Proof
@@ -97,13 +97,15 @@ def make_plan(
     policy: Policy = "exact",
 ) -> HydratePlan:
     """The plan for the first `num_tokens` tokens of a state, with every blob located that is needed there. Raises
-    `NotKept` where one is not stored."""
+    `NotKept` where one is not stored; with `recompute` the plan says so and names none."""
     state = timeline.state
-    num_kv = cut.num_kv_at(state, num_tokens)
+    not_kept = _not_kept(timeline, num_tokens) if policy == "recompute" else ""
+    if not not_kept:
+        cover.require(timeline, num_tokens)
+    num_kv = 0 if not_kept else cut.num_kv_at(state, num_tokens)
     turns = cut_turns(timeline.turns, timeline.tokens, num_tokens, codec)
-    boundary = state.boundary if num_tokens == state.num_tokens else None
+    boundary = state.boundary if num_tokens == state.num_tokens and not not_kept else None
     hidden = boundary.hidden if boundary is not None else None
-    cover.require(timeline, num_tokens)
     used, at = list(cover.blobs_at(timeline, num_kv)), cover.state_at(timeline, num_kv)
     named = [blobs for _, _, blobs in used] + ([at.blobs] if at else [])
     found = store.locate([b for one in named for ids in one.values() for b in ids] + ([hidden] if hidden else []))
@@ -121,7 +123,17 @@ def make_plan(
         boundary=boundary,
         hidden=found[hidden] if hidden else None,
         policy=policy,
+        not_kept=not_kept,
     )
+
+
+def _not_kept(timeline: Timeline, num_tokens: int) -> str:
+    """Why the point cannot be gone on from as it is stored; "" where it can."""
+    try:
+        cover.require(timeline, num_tokens)
+    except NotKept as refusal:
+        return str(refusal)
+    return ""
 
 
 def _slice(entry: SegmentEntry, segment: Segment, blobs: Named, num_kv: int, found: dict[str, BlobLocation]) -> Slice:

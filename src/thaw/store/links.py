@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from thaw.core import canonical
 from thaw.core.errors import CorruptBlob
 
 
@@ -95,10 +96,12 @@ class Links:
 
 
 def links(data: bytes) -> Links:
-    """The links in an object's bytes. Raises `CorruptBlob` when they are not of a known kind and form."""
+    """The links in an object's bytes. Raises `NewerFormat` for a version that is not known yet, `CorruptBlob` when they
+    are not of a known kind and form."""
     try:
         value = _DECODER.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        canonical.refuse_newer(data, "an object")
         raise CorruptBlob(f"an object is not of a kind this thaw knows: {error}") from None
     match value:
         case _Commit():

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thaw.core.canonical import MAX_OBJECT_BYTES
-from thaw.core.errors import CorruptBlob, ThawError
+from thaw.core.errors import CorruptBlob, NewerFormat, ThawError
 from thaw.core.ids import CommitId
 from thaw.core.objects import Commit, decode
 from thaw.core.points import check_name
@@ -58,7 +58,7 @@ class _Found:
 def rebuild(path: Path, scans: dict[str, PackScan]) -> list[str]:
     """Replaces the database of the repository in `path`, atomically; returns what is worth telling.
 
-    `scans` say which bytes are good. Raises `Busy` when gc or another rebuild runs, `StorageFailed`.
+    `scans` say which bytes are good. Raises `Busy` when gc or another rebuild runs, `NewerFormat`, `StorageFailed`.
     """
     refuse_network(path)
     with storage_errors(path / PACKS, "make"):
@@ -122,10 +122,15 @@ def _collect(folder: Path, scans: dict[str, PackScan]) -> _Found:
 
 
 def _take_object(files: PackFiles, place: BlobLocation, found: _Found) -> None:
-    """Objects that do not verify or decode are left out; the scan or the next check names them."""
-    with contextlib.suppress(ThawError):
+    """Objects that do not verify or decode are left out; the scan or the next check names them. Raises `NewerFormat`:
+    a database without what a newer thaw wrote would be taken for the whole."""
+    try:
         if place.nbytes <= MAX_OBJECT_BYTES:
             _keep_object(place, files.read(place.pack, place.offset, place.nbytes), found)
+    except NewerFormat:
+        raise
+    except ThawError:
+        return
 
 
 def _keep_object(place: BlobLocation, data: bytes, found: _Found) -> None:
@@ -152,6 +157,8 @@ def _rescue(folder: Path, old: Salvage, found: _Found) -> None:
 def _is_object(data: bytes, identifier: str) -> bool:
     try:
         return decode(data, identifier) is not None
+    except NewerFormat:
+        raise
     except ThawError:
         return False
 

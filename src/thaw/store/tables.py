@@ -139,7 +139,7 @@ def _packs(connection: sqlite3.Connection, index: Index, report: FsckReport) -> 
 
 
 def load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
-    """Reads places and objects, each checked."""
+    """Reads places and objects, each checked. Raises `NewerFormat`."""
     for row in _each(connection.execute('SELECT id, pack, start, nbytes, "check" FROM blobs'), report):
         try:
             place = objects.blob_place(row)
@@ -156,6 +156,8 @@ def load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> No
                 raise CorruptDatabase(f"the row of {identifier} in objects does not say what its object does")
             index.links[identifier] = of
             index.objects[identifier] = (pack, start, len(data))
+        except NewerFormat:
+            raise
         except ThawError as error:
             index.bad.add(str(identifier))
             report.add(DATABASE, str(error), (str(identifier),))

@@ -41,7 +41,7 @@ class Child:
 @click.option("--prompts", "file", metavar="FILE.jsonl", help='One child a line: "text" or {"prompt": …, "seed": …}.')
 @click.option("--name", metavar="NAME", help="Branches are NAME/0, NAME/1, …; default: fork, or the first free forkN.")
 @click.option("--replay", is_flag=True, help="Children keep the parent's seed instead of one of their own.")
-@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit, or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commits' message; default: the start of each prompt.")
 @options.chat
 @options.sampling

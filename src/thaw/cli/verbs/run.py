@@ -55,7 +55,7 @@ class Outcome:
 @click.option("--branch", metavar="NAME", help="Default: the current one. A new branch starts empty, or at --from.")
 @click.option("--from", "start", metavar="POINT", help="Start there; needs a new --branch, unless POINT is a branch.")
 @click.option("--no-generate", is_flag=True, help="Only read and commit.")
-@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit, or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
 @options.chat
 @options.option_of("Chat", "--history", metavar="FILE", help="The conversation before PROMPT, whole: a JSON list.")

@@ -12,6 +12,7 @@ from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
+from thaw.engines import restoring
 from thaw.engines.base import (
     Captured,
     CapturePlan,
@@ -337,6 +338,7 @@ class EmbeddedEngine(Engine):
         try:
             identity, epoch = self._weights.stamp()
             compare(plan.identity, identity)
+            restoring.check_kept(plan)
         except Refused as refusal:
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise
