@@ -209,6 +209,16 @@ def test_a_server_without_ranks_is_one_engine_and_says_whether_it_caches_prefixe
     (found,) = connectors(tmp_path / "r", said(tmp_path / "mail", prefix_caching=on), monkeypatch)
     assert found.status == "ok" and "active in vLLM 0.32.0 and" in found.text
     assert f"prefix caching {'on' if on else 'off'}" in found.text
+    assert "; cache groups: full: layers 0..2, 2 KV heads of 64, bfloat16; layout: kind made up" in found.text
+
+
+def test_an_engine_of_another_protocol_is_told_from_workers_that_lack_thaw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail = said(tmp_path / "mail")
+    (mail / "facts" / "0").write_text('{"rank": 0, "world_size": 1, "total_heads": 2}')  # as version 5 had it
+    (found,) = connectors(tmp_path / "r", mail, monkeypatch)
+    assert found.status == "problem" and "speaks version 1 of thaw's protocol" in found.advice
 
 
 def test_of_a_joined_server_all_ranks_that_run_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
