@@ -185,8 +185,8 @@ def _active(folder: Path, log: str) -> Iterator[Finding]:
 def _why_not(engine: EngineFacts, log: str) -> str:
     if engine.protocol != protocol.VERSION:
         return (
-            f"It speaks version {engine.protocol} of thaw's protocol, this thaw {protocol.VERSION}: install the same thaw "
-            f"on both sides (there: {engine.thaw}) and start the server again."
+            f"It speaks version {engine.protocol} of thaw's protocol, this thaw {protocol.VERSION}: install the same "
+            f"thaw on both sides (there: {engine.thaw}) and start the server again."
         )
     return f"Some workers did not load it; the server's log says why: {log}"
 
