@@ -128,9 +128,8 @@ FAULTS = (
     ),
     Fault(
         "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
-        "            if any(self._in_block.get(block.block_id) != number for block in hit):\n"
-        "                return True\n",
-        "            return any(self._in_block.get(block.block_id) != number for block in hit)\n",
+        "                if self._in_block.get(block.block_id) != number:\n                    return True\n",
+        "                return self._in_block.get(block.block_id) != number\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
     ),
@@ -210,7 +209,7 @@ FAULTS = (
     ),
     Fault(
         "first-group-speaks-for-all", "1", "none", "engines/vllm/contents.py",
-        "!= number for block in hit):", "!= number for block in hit[:1]):",
+        "            for block in hit:\n", "            for block in hit[:1]:\n",
         (f"{SERVED_GROUPS}::test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign",),
         "a sibling's block of another group is taken for the session's",
     ),

@@ -77,11 +77,12 @@ class Contents:
             hit = self.pool.get_cached_block(block_hash, groups)
             if not hit:
                 break
-            if any(self._in_block.get(block.block_id) != number for block in hit):
-                return True
+            for block in hit:
+                if self._in_block.get(block.block_id) != number:
+                    return True
+                found.blocks.append(block.block_id)
+                found.keys.append(block.block_hash)
             found.hashes.append(block_hash)
-            found.blocks += [block.block_id for block in hit]
-            found.keys += [block.block_hash for block in hit]
         self._found = found
         return False
 
