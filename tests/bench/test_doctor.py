@@ -46,6 +46,7 @@ def test_a_config_alone_says_kv_bytes_and_size(tmp_path: Path) -> None:
     assert found is not None and found.supported and found.tested
     assert found.kv_token_nbytes == 128 << 10
     assert found.session_nbytes == 512 << 20
+    assert found.cache_groups == ("full: layers 0..31, 8 KV heads of 128, bfloat16",)
     assert found.num_parameters == pytest.approx(8.03e9, rel=0.01)
     assert found.name == tmp_path.name
     assert report.ok and report.figures == ()

@@ -264,7 +264,7 @@ def held(group: CacheGroup, rank: int, num_ranks: int) -> tuple[int, ...]:
 
 
 def the_full_one(groups: Sequence[CacheGroup]) -> FullKV:
-    """The one group of a model that has one, and a full one: what served engines take so far."""
+    """The one group of a model that has one, and a full one: what `transformers` takes so far."""
     (group,) = groups
     assert isinstance(group, FullKV), group
     return group

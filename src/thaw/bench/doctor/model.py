@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thaw.bench.doctor.report import Finding, ModelReport
+from thaw.core.cache import nbytes_at
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.hf.config import resolved
 from thaw.engines.transformers import support
@@ -64,7 +65,8 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         prefill_flops=work,
         kv_token_nbytes=per_token,
         session_tokens=SESSION_TOKENS,
-        session_nbytes=None if per_token is None else per_token * SESSION_TOKENS,
+        session_nbytes=nbytes_at(found.groups, SESSION_TOKENS) if found.groups else None,
+        cache_groups=tuple(map(str, found.groups)),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from thaw.core.cache import FullKV
+from thaw.core.cache import the_full_one
 from thaw.core.errors import CorruptBlob, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
@@ -41,8 +41,8 @@ class TransformersBackend(Backend):
         self._hashed_once = False
         self.name, self.version, self.model = "transformers", transformers.__version__, loaded.name
         self.device = str(self._device)
-        self._group = _group(module)
-        self.groups = (self._group,)
+        self.groups = support.examine(module.config.to_dict(), str(self._dtype)).groups
+        self._group = the_full_one(self.groups)
         self.vocab_size = int(module.config.vocab_size)
         self.max_model_len = _max_len(module.config.to_dict(), max_model_len)
         named = eos_of(module.generation_config, module.config)
@@ -102,7 +102,7 @@ class TransformersBackend(Backend):
     def identity(self) -> ModelIdentity:
         fresh = self._hashed_once or self.weights_sample() != self._first_sample
         self._hashed_once = True
-        return model_identity(self._loaded, self.codec, self._group, fresh=fresh)
+        return model_identity(self._loaded, self.codec, self.groups, fresh=fresh)
 
     def weights_sample(self) -> str:
         sample = sample_weights(self._module)
@@ -132,18 +132,6 @@ class TransformersBackend(Backend):
                 f"log probability (at most {PROBE_TOLERANCE[self._dtype]:g} passes): it computes something thaw does "
                 "not know"
             )
-
-
-def _group(module: object) -> FullKV:
-    shape = support.examine(module.config.to_dict())  # type: ignore[attr-defined]
-    return FullKV(
-        name="full",
-        first_layer=0,
-        num_layers=int(shape.num_layers or 0),
-        num_kv_heads=int(shape.num_kv_heads or 0),
-        head_dim=int(shape.head_dim or 0),
-        dtype=str(module.dtype).removeprefix("torch."),  # type: ignore[attr-defined,arg-type]
-    )
 
 
 def _max_len(config: dict[str, object], wanted: int | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from thaw.core.cache import DTYPE_BYTES
+from thaw.core.cache import DTYPE_BYTES, CacheGroup, FullKV, token_nbytes
 from thaw.core.errors import Unsupported
 from thaw.engines.hf.config import num_positions, ropes
 
@@ -104,7 +104,8 @@ LENGTH_ROPES = ("dynamic", "longrope", "su")  # "su" is longrope's first name
 class Support(msgspec.Struct, frozen=True, kw_only=True):
     """`supported` with `reasons` against it (empty when supported); `tested` architectures are in thaw's own tests.
 
-    `kv_token_nbytes`: bytes of KV a token at `dtype`; None when the config does not say."""
+    `groups`: its cache groups at `dtype`, and `kv_token_nbytes` their bytes a token; empty, and None, when the config
+    does not say."""
 
     architecture: str
     supported: bool
@@ -114,6 +115,7 @@ class Support(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_heads: int | None
     head_dim: int | None
     dtype: str
+    groups: tuple[CacheGroup, ...]
     kv_token_nbytes: int | None
     max_model_len: int | None
 
@@ -124,7 +126,7 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
     reasons = tuple(_reasons(config, architecture))
     layers, heads, dim = _shape(config)
     dtype = str(dtype or config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    known = None not in (layers, heads, dim) and dtype in DTYPE_BYTES
+    groups = _groups(layers, heads, dim, dtype)
     return Support(
         architecture=architecture,
         supported=not reasons,
@@ -134,7 +136,8 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
         num_kv_heads=heads,
         head_dim=dim,
         dtype=dtype,
-        kv_token_nbytes=int(layers) * 2 * int(heads) * int(dim) * DTYPE_BYTES[dtype] if known else None,  # type: ignore[arg-type]
+        groups=groups,
+        kv_token_nbytes=token_nbytes(groups) if groups else None,
         max_model_len=num_positions(config),
     )
 
@@ -154,6 +157,20 @@ def _shape(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | Non
     if dim is None and hidden and heads:
         dim = hidden // heads
     return layers, _kv_heads(config, heads), dim
+
+
+def _groups(layers: Any, heads: Any, dim: Any, dtype: str) -> tuple[CacheGroup, ...]:
+    if None in (layers, heads, dim) or dtype not in DTYPE_BYTES:
+        return ()
+    one = FullKV(
+        name="full",
+        first_layer=0,
+        num_layers=int(layers),
+        num_kv_heads=int(heads),
+        head_dim=int(dim),
+        dtype=dtype,  # type: ignore[arg-type]
+    )
+    return (one,)
 
 
 def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
