@@ -229,7 +229,7 @@ FAULTS = (
     Fault(
         "not-kept-restored-empty", "6", "fake", "engines/restoring.py",
         "    if plan.not_kept:\n        raise NotKept(plan.not_kept)\n", "    return\n",
-        (f"{REPO_GROUPS}::test_a_point_that_was_not_kept_is_recomputed_where_that_is_allowed",),
+        (f"{FAKE}::test_a_point_that_was_not_kept_is_refused_or_recomputed",),
         "a point without KV counts as restored",
     ),
     Fault(
