@@ -64,3 +64,13 @@ def test_match_ends_where_it_can_be_gone_on_from(told: Shell) -> None:
     found = told.ok("match", TEXT + "Why? and something else", "--json").json()
     longest = len(TEXT) + len("Why? ")
     assert found["num_matched"] == (len(TEXT) + 1 if is_hybrid(told) else longest), found
+
+
+def test_a_token_that_was_not_kept_is_read_again_where_that_is_allowed(told: Shell) -> None:
+    run = ("run", "--from", "main:token=100", "--branch", "early", "x", "--max-tokens", "2", "--json")
+    assert told(*run).code == (3 if is_hybrid(told) else 0)
+    again = told.ok(*run[:4], "again", *run[5:], "--recompute").json()
+    assert again["proof"]["num_recomputed_tokens"] == (100 if is_hybrid(told) else 0)
+    assert told.ok("show", "again", "--json").json()["num_tokens"] == 103
+    told.ok("fork", "main:token=200", "x", "y", "--max-tokens", "2", "--name", "f", "--recompute")
+    assert all(law["held"] is not False for law in told.ok("verify", "f/1", "--json").json()["laws"])
