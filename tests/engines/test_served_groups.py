@@ -14,14 +14,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from thaw.core.cache import CacheGroup, nbytes_at, point_groups, token_groups, token_nbytes
-from thaw.core.errors import CorruptBlob, LawBroken
+from thaw.core.cache import CacheGroup, FullKV, nbytes_at, point_groups, token_groups, token_nbytes
+from thaw.core.errors import CorruptBlob, LawBroken, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan
 from thaw.engines.fake.shapes import SHAPES, WINDOW
 from thaw.engines.served.budget import Shares
-from thaw.engines.served.protocol import Answer, merge
+from thaw.engines.served.mail import Mail
+from thaw.engines.served.protocol import Answer, WorkerFacts, merge
 from thaw.engines.served.rank_groups import RankGroups
+from thaw.engines.served.talk import worker_facts
 from thaw.testing.laws.groups_law import least
 from thaw.testing.laws.kit import Lab
 from thaw.testing.plans import mount_at
@@ -189,6 +191,26 @@ def test_a_blob_that_no_rank_or_that_two_ranks_wrote_breaks_the_law(lab: Lab) ->
         joined_segments(merge([twice, twice]), 0, groups)
     with pytest.raises(LawBroken, match="nobody asked for"):
         joined_segments(twice, 256, groups)
+
+
+def test_an_engine_whose_ranks_hold_other_heads_is_refused_at_boot() -> None:
+    group = FullKV(name="full", first_layer=0, num_layers=2, num_kv_heads=4, head_dim=8, dtype="float32")
+    RankGroups((group,), 1, 2).require([2])
+    RankGroups((group,), 5, 8).require([1])
+    with pytest.raises(Unsupported, match="rank 1 of 2 has 3 KV heads of cache group full, which are 4 in all"):
+        RankGroups((group,), 1, 2).require([3])
+
+
+def test_workers_of_unlike_groups_are_not_one_engine(tmp_path: Path) -> None:
+    mail = Mail(tmp_path / "mail")
+    transport: Any = SimpleNamespace(mail=mail, facts=SimpleNamespace(world_size=2))
+    for shapes in (("two", "two"), ("two", "latent")):
+        for rank, shape in enumerate(shapes):
+            mail.post(rank, WorkerFacts(rank=rank, world_size=2, pid=1, groups=SHAPES[shape], layout={}))
+        if shapes[0] == shapes[1]:
+            assert [facts.groups for facts in worker_facts(transport)] == [SHAPES["two"]] * 2
+    with pytest.raises(LawBroken, match=r"worker 0 has full: .*worker 1 has latent: "):
+        worker_facts(transport)
 
 
 # --- blocks of several KV cache groups

@@ -10,6 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 from thaw.core.cache import DTYPE_BYTES, CacheGroup, Dtype, TokenGroup, held, point_groups, token_groups
+from thaw.core.errors import Unsupported
 
 
 class Strip(NamedTuple):
@@ -55,6 +56,16 @@ class RankGroups:
         """Those of them that it writes: what several ranks hold is written by the first of them."""
         before = {index for rank in range(self._rank) for index in held(group, rank, self._num_ranks)}
         return tuple(index for index in self.held(group) if index not in before)
+
+    def require(self, heads: Sequence[int]) -> None:
+        """Raise `Unsupported` unless the engine's rank has so many heads of each strip, which it itself says that it
+        has: else blobs would be of other heads than they are named for."""
+        for strip, there in zip(self.strips, heads, strict=True):
+            if strip.num_blobs != there:
+                raise Unsupported(
+                    f"rank {self._rank} of {self._num_ranks} has {there} KV heads of cache group {strip.group.name}, "
+                    f"which are {strip.group.num_blobs} in all; it should have {strip.num_blobs}"
+                )
 
     def strips_of(self, group: TokenGroup) -> list[int]:
         """The numbers of the group's strips."""

@@ -71,6 +71,7 @@ class Side:
         self.pins = Pins(settings, engine)
         spill = Path(settings.spill) if settings.spill else None
         groups, device = RankGroups(facts.groups, facts.rank, facts.world_size), pools[0].device.type
+        groups.require([pool.num_heads for pool in pools])
         self.arena = Arena(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=device == "cuda",

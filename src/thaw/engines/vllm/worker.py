@@ -43,6 +43,7 @@ class WorkerSide:
     ) -> None:
         self._facts, self._mail, self._weights = facts, mail, weights
         groups = RankGroups(facts.groups, facts.rank, facts.world_size)
+        groups.require([layout.num_kv_heads for layout in layouts])
         spill = Path(settings.spill) if settings.spill else None
         self._arena = Arena(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
