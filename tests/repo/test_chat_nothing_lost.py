@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +15,24 @@ from test_chat_templates import CHATML, KNOWN_ROLES, THINKING, TOOL, Make, Talk,
 
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.base import Codec
+from thaw.repo.chat import END, HERE
 from thaw.repo.marks import Marks
 
-FRAGMENTS = ("900000000000000", "9000000", "9000001", "9", "0", "thawMarkHereq", "thawMarkEndq", "thawMark0q", "a", " ")
+FIRST, NEXT = Marks(), Marks(Marks().of(0))
+FRAGMENTS = (
+    *(marks.of(number) for marks in (FIRST, NEXT) for number in (0, HERE, END)),
+    "9000000", "9", "0", "thawMarkHereq", "thawMarkEndq", "thawMark0q", "a", " ",
+)  # fmt: skip
 """Marks as they are chosen first, the next, their beginnings, and those that once were words."""
 WORDS = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=12).map("".join).filter(str.strip)
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 CALLS = (
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{% if HOW %}{{ HOW }}{% endif %}</call>{% endfor %}"
 )
+
+trl = importlib.util.find_spec("trl")
+TEMPLATES = Path(trl.origin or "").parent / "chat_templates" if trl is not None else Path("none")
+MODELS = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if "training" not in path.stem)
 
 
 def template(said: str, *, calls: str = "") -> str:
@@ -187,6 +197,30 @@ def test_where_the_template_says_a_text_twice_what_follows_it_is_not_guessed(mak
     assert talk.tokens == before and talk.plan("and?").num_dropped > 0
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_templates_of_models_say_all_or_are_refused(make: Make, name: str) -> None:
+    """Those that TRL ships: what is sampled stays, what follows is there once, and nothing else is said anew."""
+    tool = {**TOOL, "function": {**TOOL["function"], "description": "ask"}}
+    result = {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "sunny there"}
+    talk = Talk(make((TEMPLATES / f"{name}.jinja").read_text()))
+    call = calling({"city": "Rome"})
+    try:
+        talk.say("hello", "I look. So I call.", tools=[tool])
+        for keep in (False, True):
+            fresh = Talk(talk.codec)
+            fresh.tokens, fresh.turns = list(talk.tokens), list(talk.turns)
+            plan = fresh.plan(history=[user("hello"), call, result], keep_sampled=keep)
+            new = talk.codec.decode(plan.new, skip_special_tokens=False)
+            assert new.count("sunny there") == 1 and new.count("Rome") == (not keep)
+            assert (plan.num_dropped == 0) or not keep
+    except Unsupported as refused:
+        assert "no place for tools" in str(refused)
+    except InvalidRequest as refused:
+        assert any(
+            why in str(refused) for why in ("leaves out the t", "does not tell what", "refuses this conversation")
+        )
+
+
 def test_calls_that_were_sampled_are_not_said_again_where_they_are_kept(make: Make) -> None:
     """An agent gives an answer back as the calls that were read from it."""
     talk = Talk(make(THINKING))
@@ -199,6 +233,24 @@ def test_calls_that_were_sampled_are_not_said_again_where_they_are_kept(make: Ma
     assert talk.messages[:3] == history
     with pytest.raises(InvalidRequest, match="the last message calls tools"):
         talk.plan([user("x"), calling({})], continue_final_message=True)
+
+
+def test_results_that_are_said_along_with_the_calls_are_not_lost(make: Make) -> None:
+    """As Gemma 4 says them; and a template that takes no result without the calls."""
+    along = template("{{ m.content }}", calls="''").replace(
+        "<|im_end|>", "{% if m.tool_calls %}{{ messages[loop.index].content }}{% endif %}<|im_end|>"
+    )
+    along = along.replace("messages %}", "messages %}{% if m.role != 'tool' %}", 1)
+    along = along.replace("{% endfor %}{% if add", "{% endif %}{% endfor %}{% if add")
+    needs = template("{{ m.content if m.role != 'tool' or messages[1].tool_calls else 1 / 0 }}", calls="''")
+    for text, why in ((along, "text of a later one"), (needs, "")):
+        talk = Talk(make(text))
+        talk.say("hello", "I look.<call>weather</call>")
+        history = [user("hello"), calling({}), {"role": "tool", "content": "sunny"}]
+        with pytest.raises(InvalidRequest, match=f"does not tell what stands behind it.*{why}.*keep_sampled"):
+            talk.plan(history=history, keep_sampled=True)
+        talk.say(history=history)
+        assert "sunny" in talk.text()
 
 
 def test_arguments_are_text_to_a_template_that_writes_them_down(make: Make) -> None:

@@ -38,6 +38,8 @@ __all__ = ["Ask", "ChatResult", "Message", "Messages", "Plan", "Tool", "ask", "p
 MAX_NBYTES = canonical.MAX_OBJECT_BYTES // 4
 """Of the messages of one turn. Its object has them and, as text, what they became."""
 EARLIER = timedelta(days=400, hours=5, minutes=7)
+HERE, END = 8**8 - 1, 8**8 - 2
+"""Numbers of the marks for where something stands; those that ask whether something is said count from 0."""
 
 
 class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,7 +222,7 @@ class _Rendering:
         self.settings = self._settings()
         whole = self._render(self.messages, self.settings)
         self._marks = Marks(*(messages.written(given) for given in self._given()), whole)
-        self._text = self._said({}) if asked.continue_final_message else whole
+        self._text = self._said(self.messages) if asked.continue_final_message else whole
 
     def _settings(self) -> Settings:
         """Those of the conversation, with what is given now; and the time of now, if the template reads the time."""
@@ -250,14 +252,13 @@ class _Rendering:
         yield from self.settings.tools
         yield self.settings.variables
 
-    def _said(self, replaced: dict[int, Message]) -> str:
-        """The text of the conversation, some of its messages replaced; up to where the last one is to be continued."""
-        some = [replaced.get(i, message) for i, message in enumerate(self.messages)]
+    def _said(self, some: Sequence[Message]) -> str:
+        """The text of these messages, up to where the last one is to be continued."""
         if not self._asked.continue_final_message:
             return self._render(some, self.settings)
-        mark, last = self._marks.of(1), len(some) - 1
-        some[last] = conversation.completed(some[last], mark)
-        return self._parted(self._render(some, self.settings), mark, last)[0]
+        mark = self._marks.of(END)
+        text = self._render([*some[:-1], conversation.completed(some[-1], mark)], self.settings)
+        return self._parted(text, mark, len(some) - 1)[0]
 
     def _parted(self, text: str, mark: str, number: int) -> tuple[str, str]:
         """What stands before and behind the mark, which was put into message `number`."""
@@ -330,10 +331,32 @@ class _Rendering:
         )
 
     def _text_behind(self, number: int) -> str:
-        """What is said behind message `number`, of which the session has said all, calls of tools, too."""
-        mark = self._marks.of(0)
+        """What is said behind message `number`, of which the session has said all, calls of tools, too.
+
+        Raises `InvalidRequest` where that is not known, or not all that follows is said there: some templates say the
+        results of tools along with the calls."""
+        rest = self.messages[number + 1 :]
+        try:
+            behind = self._said_behind(number, rest)
+            lost = said.left_out(rest, (), lambda some, _: self._said_behind(number, some), behind, self._marks)
+        except InvalidRequest:
+            if not self.messages[number].get("tool_calls"):
+                raise
+            lost = None
+        else:
+            if lost is None:
+                return behind
+        with_it = "" if lost is None else f", since it says the {lost.what} of a later one only along with it"
+        raise InvalidRequest(
+            f"the session keeps message {number} as it was said, and the model's chat template does not tell what "
+            f"stands behind it{with_it}. Leave keep_sampled out; where plain text stands between messages, begin "
+            "another session."
+        )
+
+    def _said_behind(self, number: int, rest: Sequence[Message]) -> str:
+        mark = self._marks.of(HERE)
         marked: Message = {"role": self.messages[number]["role"], "content": mark}
-        return self._parted(self._said({number: marked}), mark, number)[1]
+        return self._parted(self._said([*self.messages[:number], marked, *rest]), mark, number)[1]
 
     def num_dropped_messages(self, keep: int) -> int:
         """How many of the session's are not in this conversation, when the session keeps its first `keep` tokens."""
