@@ -160,6 +160,20 @@ def test_a_conversation_given_whole_replaces_what_was_said(repo: Shell) -> None:
     assert again.json()["num_dropped_messages"] == 1 and "1 message of the branch's" in again.err
 
 
+def test_a_chat_that_cannot_be_is_refused_before_a_model_is_booted(tree: Shell) -> None:
+    (tree.cwd / "talk.json").write_text('{"role": "user"}')
+    for words in (
+        ("run", "--chat", ""),
+        ("run", "--chat", "hello", "--no-generate"),
+        ("run", "--chat", "hello", "--history", "talk.json"),
+        ("run", "--chat", "hello", "--history", "nowhere.json"),
+        ("fork", "main", "--chat"),
+        ("fork", "main", "--chat", "one", ""),
+    ):
+        done = tree(*words, "--engine", "transformers", "--model", "no-such-model")
+        assert done.code in (2, 3) and "no-such-model" not in done.err, (words, done.err)
+
+
 def test_fork_runs_one_batch_and_makes_a_branch_each(tree: Shell) -> None:
     done = tree.ok("fork", "main", "Why?", "-n", "3", "--name", "try", "--max-tokens", "6", "--json").json()
     children = done["children"]

@@ -94,7 +94,7 @@ def _system(session: Session, text: str) -> list[Message]:
     first = output.one_line(str(held[0].get("content")), 60)
     raise InvalidRequest(
         f"the conversation began with the {held[0]['role']}'s message {first!r}; --system begins one. Leave it out, or "
-        "begin another conversation with --branch NAME."
+        "begin another conversation: thaw run --branch NAME --chat …"
     )
 
 
