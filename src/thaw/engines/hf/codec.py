@@ -67,7 +67,7 @@ class HFCodec(Codec):
             )
 
     def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
-        return self._pieces.encode_inside(text) if inside else self._pieces.encode(text)
+        return self._pieces.encode_chat_inside(text) if inside else self._pieces.encode(text)
 
     def tool_schema(self, function: Callable[..., object]) -> Message:
         return schema_of(function)
