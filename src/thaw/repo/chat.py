@@ -27,6 +27,7 @@ from thaw.core import canonical
 from thaw.core.errors import InvalidRequest, TooLong, Unsupported
 from thaw.core.objects import Chat, Turn
 from thaw.engines.base import Codec, Completion, Message, SessionView
+from thaw.engines.text import cut_turns
 from thaw.repo import conversation, messages, said
 from thaw.repo.align import Aligned, align, said_end
 from thaw.repo.conversation import Conversation, Piece, Settings
@@ -157,6 +158,8 @@ def plan(codec: Codec, view: SessionView, asked: Ask, earlier: Callable[[], Conv
     rendering = _Rendering(codec, view, held, asked)
     rendering.check_nothing_is_left_out()
     aligned = rendering.align()
+    if not aligned.new and aligned.keep > rendering.start and not rendering.is_told_at(aligned.keep):
+        aligned = Aligned(keep=aligned.keep - 1, new=view.tokens[aligned.keep - 1 : aligned.keep])
     if aligned.keep < held.plain_end and held.start < held.plain_end:
         raise InvalidRequest(
             f"the session holds text that is no message, up to token {held.plain_end}, and this conversation parts "
@@ -357,6 +360,12 @@ class _Rendering:
         mark = self._marks.of(HERE)
         marked: Message = {"role": self.messages[number]["role"], "content": mark}
         return self._parted(self._said([*self.messages[:number], marked, *rest]), mark, number)[1]
+
+    def is_told_at(self, keep: int) -> bool:
+        """Whether the turns of the first `keep` tokens tell this conversation, so that no new one need record it."""
+        turns = cut_turns(self._view.turns, self._view.tokens, keep, self._codec)
+        told = conversation.read(turns, keep)
+        return told.untold is None and (told.messages, told.settings) == (self.messages, self.settings)
 
     def num_dropped_messages(self, keep: int) -> int:
         """How many of the session's are not in this conversation, when the session keeps its first `keep` tokens."""
