@@ -273,6 +273,10 @@ def test_what_the_template_refuses_is_refused_in_its_words(make: Make) -> None:
     codec._tokenizer.chat_template = None
     with pytest.raises(Unsupported, match="no chat template"):
         Talk(codec).plan("hello")
+    for wrong in (5, True, {"default": 5}):
+        codec._tokenizer.chat_template = wrong
+        with pytest.raises(Unsupported, match=r"chat template is a (int|bool), and only text"):
+            Talk(codec).plan("hello")
     with pytest.raises(InvalidRequest, match="'tokenize' is no variable"):
         Talk(make(CHATML)).plan("hello", chat_template_kwargs={"tokenize": True})
 

@@ -80,7 +80,9 @@ class HFCodec(Codec):
             found = next((found[name] for name in names if name in found), None)
         if not found:
             raise Unsupported("this model's tokenizer has no chat template; use append and generate with text")
-        return str(found)
+        if not isinstance(found, str):
+            raise Unsupported(f"this model's chat template is a {type(found).__name__}, and only text can be one")
+        return found
 
     def _render(
         self, template: str, messages: list[Message], *, variables: Mapping[str, object] | None = None, **more: Any
