@@ -452,10 +452,22 @@ FAULTS = (
         "the time that a template read is not recorded",
     ),
     Fault(
-        "message-left-out-unseen", "chat", "none", "repo/chat.py",
-        "                if mark not in said:\n", "                if not said:\n",
+        "message-left-out-unseen", "chat", "none", "repo/said.py",
+        "if number not in (found or ()) and", "if found is None and",
         ("tests/repo/test_chat_templates.py::test_a_message_that_the_template_leaves_out_is_an_error",),
         "a message whose role the template does not know is lost",
+    ),
+    Fault(
+        "mark-that-is-a-word", "chat", "none", "repo/marks.py",
+        " if stem not in taken)", ")",
+        ("tests/repo/test_chat_nothing_lost.py::test_messages_may_say_anything_and_keep_their_headers",),
+        "what stands in for a text occurs in another, and that message loses its header",
+    ),
+    Fault(
+        "result-said-along-with-the-call", "chat", "none", "repo/chat.py",
+        "            if lost is None:\n", "            if True:\n",
+        ("tests/repo/test_chat_nothing_lost.py::test_results_that_are_said_along_with_the_calls_are_not_lost",),
+        "what a template says of a tool's result along with the call is lost behind a call that was sampled",
     ),
     Fault(
         "gone-back-to-nothing", "chat", "fake", "repo/session.py",

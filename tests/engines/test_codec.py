@@ -55,6 +55,24 @@ def test_pieces_join_without_a_space_between_them(maker: str, pieces: list[str])
 
 
 @pytest.mark.parametrize("maker", MAKERS)
+def test_a_conversation_has_the_same_tokens_in_pieces_and_whole(maker: str) -> None:
+    """Also where the tokenizer puts a space behind a special token; a piece that begins as text gets none before it."""
+    tokenizer = MAKERS[maker]()
+    codec, end = HFCodec(tokenizer), tokenizer.eos_token
+    pieces = [
+        "[INST] un believable [/INST]",
+        f"able{end}[INST] and [/INST]",
+        f"{end}{end}[INST]",
+        "so, ",
+        f"x{end} y{end}",
+    ]
+    tokens: list[int] = []
+    for piece in pieces:
+        tokens += codec.encode_chat(piece, inside=bool(tokens))
+    assert tokens == codec.encode_chat("".join(pieces))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
 def test_a_text_begins_as_the_tokenizer_begins_it(maker: str) -> None:
     tokenizer = MAKERS[maker]()
     assert HFCodec(tokenizer).encode("Once upon", first=True) == tokenizer.encode("Once upon")

@@ -72,6 +72,8 @@ def command(
     """
     talk = conversation.taken(values, chat=chat)
     wanted = _children(prompt, n, file, options.given_sampling(values))
+    if chat and not all(child.prompt for child in wanted):
+        raise click.UsageError("--chat needs a prompt for every child.")
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         where = repo.resolve(point)
         prefix = _free_name(repo, name, len(wanted))
@@ -116,8 +118,6 @@ def _numbered(i: int) -> str:
 
 def _chat(group: Group, wanted: list[Child], talk: conversation.Chat, prefix: str, quiet: bool) -> list[ChatResult]:
     """Each child's prompt is the user's next message."""
-    if not all(child.prompt for child in wanted):
-        raise click.UsageError("--chat needs a prompt for every child.")
     new = [talk.messages(session, child.prompt) for session, child in zip(group, wanted, strict=True)]
     stream = group.chat_stream(new, [child.sampling for child in wanted], **talk.arguments)
     names = _branches(prefix, wanted)

@@ -142,6 +142,8 @@ def _chat_template(name: str, config: Mapping[str, Any]) -> str | dict[str, str]
     """A file goes before what stands in the config; several have names."""
     found: str | dict[str, str] | list[Any] | None = config.get("chat_template")
     if isinstance(found, list):
+        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in found):
+            raise ValueError("chat_template of tokenizer_config.json is a list of other than names and templates")
         found = {entry["name"]: entry["template"] for entry in found}
     file, more = _find(name, "chat_template.jinja"), sorted(Path(name, "additional_chat_templates").glob("*.jinja"))
     filed = {**({"default": file} if file is not None else {}), **{path.stem: path for path in more}}
