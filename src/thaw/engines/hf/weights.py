@@ -58,14 +58,24 @@ def root_of_folder(folder: Path, dtype: str, overrides: Mapping[str, Any] | None
 def _load(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from thaw.engines.hf.checkpoint import require_loaded
-    from thaw.engines.hf.config import load_config
+    from thaw.engines.hf.checkpoint import (
+        refuse_other_files,
+        require_files,
+        require_floats,
+        require_loaded,
+        without_report,
+    )
+    from thaw.engines.hf.config import ATTENTION, load_config
 
-    module, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=load_config(folder, overrides), dtype=dtype, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    config = load_config(folder, overrides)
+    refuse_other_files(folder, config)
+    with without_report():
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            attn_implementation=ATTENTION,
+        )  # fmt: skip
     require_loaded(folder, module, info)
+    require_floats(folder, module, require_files(folder))
     return module
 
 

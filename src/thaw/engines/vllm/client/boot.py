@@ -27,7 +27,7 @@ def boot(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from thaw.engines.hf.checkpoint import require_whole
+    from thaw.engines.hf.checkpoint import local_folder, require_files, require_whole
     from thaw.engines.vllm.client.async_llm import AsyncLLMTransport
 
     own = engine_args(settled(settings), beside)
@@ -35,6 +35,9 @@ def boot(
     if clash:
         raise InvalidRequest(f"{', '.join(clash)}: set by thaw itself; give thaw's own options instead")
     arguments = {"max_logprobs": MAX_TOP_LOGPROBS, "disable_log_stats": True, **options, **own}
+    folder = local_folder(model)
+    if folder is not None:
+        require_files(folder)  # vLLM reads them in its own way before it says what config it runs
     arguments |= _length(model, options)
 
     async def start() -> Transport:
