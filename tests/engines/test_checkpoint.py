@@ -276,6 +276,24 @@ def test_masks_of_old_checkpoints_may_be_of_integers(tmp_path: Path) -> None:
         require_whole(tmp_path)
 
 
+def test_an_adapter_beside_a_model_is_refused_in_every_engine(folder: Path) -> None:
+    """transformers puts it on where PEFT is installed, and leaves it out where not; vLLM and SGLang leave it out."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for ask in (
+        require_whole,
+        lambda f: load_engine("transformers", model=str(f)),
+        lambda f: root_of_folder(f, "float32"),
+    ):
+        with pytest.raises(Unsupported, match="holds an adapter.*merge_and_unload"):
+            ask(folder)
+    (found,) = doctor_model.files(folder, doctor_model.report(*doctor_model.read_config(folder)))
+    assert found.status == "problem" and "holds an adapter" in found.text
+    for file in (FILE, "config.json"):
+        (folder / file).unlink()
+    with pytest.raises(Unsupported, match="holds an adapter"):
+        load_engine("transformers", model=str(folder))
+
+
 def test_an_index_that_transformers_does_not_read_is_named(folder: Path) -> None:
     indexed(lambda f, said: said.pop("metadata"))(folder)
     require_whole(folder)

@@ -142,6 +142,33 @@ def test_what_nobody_reads_may_be_anything(folder: Path) -> None:
     assert 7 in boot(folder)
 
 
+@pytest.mark.parametrize("name", [GENERATION, CONFIG, TOKENIZER, TOKENIZER_CONFIG])
+def test_files_of_a_hub_id_are_refused_by_name_too(
+    folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "hub" / "models--org--m"
+    shutil.copytree(folder, home / "snapshots" / ("a" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    boot(Path("org/m"))
+    (home / "snapshots" / ("a" * 40) / name).write_text("[]")
+    with pytest.raises(IncompleteModel, match=name):
+        boot(Path("org/m"))
+
+
+def test_tokenizers_that_only_transformers_reads_are_ours_to_refuse(folder: Path) -> None:
+    (folder / TOKENIZER).unlink()
+    (folder / "vocab.json").write_text('{"a": "b"}')
+    (folder / "merges.txt").write_text("x")
+    (folder / TOKENIZER_CONFIG).write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    for read in (boot, lambda folder: load_tokenizer(str(folder))):
+        with pytest.raises(IncompleteModel, match="transformers cannot read the tokenizer"):
+            read(folder)
+
+
 NONSENSE: dict[str, dict[str, Any]] = {
     "layers by name": {"num_hidden_layers": "x"},
     "no heads": {"num_attention_heads": 0},

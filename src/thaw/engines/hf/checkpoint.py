@@ -32,6 +32,7 @@ from thaw.engines.hf.config import ATTENTION, load_config, sensible
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
+ADAPTER = "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
@@ -134,10 +135,16 @@ def require_loaded(model: str | Path, module: Any, info: Mapping[str, Any]) -> N
 def require_files(folder: Path) -> list[Path]:
     """The weight files that transformers loads from `folder`. Raises `IncompleteModel` for a file that a boot reads and
     that is a Git LFS pointer, was cut short, is not what its name says, or is missing though the index names it, and
-    for a tensor that stands elsewhere than the index says; `StorageFailed` for a file that this user may not read."""
+    for a tensor that stands elsewhere than the index says; `StorageFailed` for a file that this user may not read,
+    `Unsupported` for an adapter."""
     require_beside(folder)
+    if is_there(folder / ADAPTER):
+        raise Unsupported(
+            f"{folder} holds an adapter ({ADAPTER}), which some engines put on the model and others leave out: merge "
+            "it into the model (merge_and_unload) and save that"
+        )
     index = _first(folder)
-    if index is None or is_there(folder / "adapter_config.json"):
+    if index is None:
         return []
     if index.suffix != ".json":
         _headers(index)

@@ -4,7 +4,7 @@ A skeleton of the module on the meta device (names, shapes, dtypes, ties; no byt
 files. Names must agree one to one, a tied tensor being there under one of its names; then every tensor is read, cast
 to the skeleton's dtype and hashed, one at a time. Whatever else loading might do to a tensor is refused with
 `NotOneToOne`: renamed or merged tensors, tensors that the module has no use for, modules kept in float32, quantised
-weights, adapters, other formats.
+weights, other formats.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ def hash_files(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read: one, or those that the index names."""
-    if (folder / "adapter_config.json").is_file():
-        raise NotOneToOne("the folder holds an adapter")
     paths = require_files(folder)
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         raise NotOneToOne("there is no model.safetensors and no model.safetensors.index.json")

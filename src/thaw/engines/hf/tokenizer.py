@@ -15,7 +15,7 @@ from typing import Any
 
 from thaw.core.errors import IncompleteModel, NotFound, Unsupported
 from thaw.engines.hf.beside import AGAIN, TOKENIZER, is_there, read_object, read_text, read_tokenizer
-from thaw.engines.hf.config import nonsense, refuse_foreign_code
+from thaw.engines.hf.config import refuse_foreign_code
 from thaw.engines.hf.pieces import is_byte_level
 from thaw.engines.hf.rendering import Messages, render
 
@@ -114,7 +114,9 @@ def transformers_tokenizer(name: str) -> Any:
     except (OSError, ValueError) as error:
         refuse_foreign_code(name, error)
         raise _not_here(name, error) from None
-    except nonsense(RuntimeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the tokenizers library raises nothing narrower)
         raise IncompleteModel(f"transformers cannot read the tokenizer of {name}: {error!r}; {AGAIN}") from None
 
 

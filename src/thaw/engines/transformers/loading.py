@@ -52,6 +52,7 @@ def load_model(
 def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     folder = Path(name) if os.path.isdir(name) else None
     if folder is not None and not is_there(folder / "config.json"):
+        checkpoint.require_files(folder)
         raise NotFound(f"{name} has no config.json: give a folder with a transformers model")
     if folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise NotFound(f"there is no folder {name}; give a model's folder or a hub id such as org/name")
@@ -65,18 +66,26 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
             )  # fmt: skip
     except (OSError, ValueError) as error:
         refuse_foreign_code(name, error)
+        _look_at_fetched(name)
         raise NotFound(f"the model {name} could not be loaded: {error}") from None
     except nonsense() as error:
+        _look_at_fetched(name)
         raise IncompleteModel(f"transformers cannot read the files of {name}: {error!r}; {AGAIN}") from None
     except SafetensorError as error:  # of a hub id: a folder was looked at before
         raise IncompleteModel(f"the weights of {name} cannot be read: {error}; {AGAIN}") from None
-    if folder is None and (fetched := checkpoint.local_folder(name)) is not None:
-        paths = checkpoint.require_files(fetched)
+    if folder is None:
+        paths = _look_at_fetched(name)
     checkpoint.require_loaded(name, module, info)
     checkpoint.require_floats(name, module, paths)
     tokenizer = transformers_tokenizer(name)
     module.to(device)
     return _ready(LoadedModel(module, tokenizer, name, folder))
+
+
+def _look_at_fetched(name: str) -> list[Path]:
+    """The weight files of a hub id, which are here once they were asked for, after a look at all of its files."""
+    fetched = checkpoint.local_folder(name)
+    return [] if fetched is None else checkpoint.require_files(fetched)
 
 
 def _look_at(folder: Path, dtype: str | None) -> list[Path]:
