@@ -284,7 +284,7 @@ def test_an_adapter_beside_a_model_is_refused_in_every_engine(folder: Path) -> N
         lambda f: load_engine("transformers", model=str(f)),
         lambda f: root_of_folder(f, "float32"),
     ):
-        with pytest.raises(Unsupported, match="holds an adapter.*merge_and_unload"):
+        with pytest.raises(Unsupported, match=r"holds an adapter.*merge_and_unload"):
             ask(folder)
     (found,) = doctor_model.files(folder, doctor_model.report(*doctor_model.read_config(folder)))
     assert found.status == "problem" and "holds an adapter" in found.text

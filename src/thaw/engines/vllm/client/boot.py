@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-from thaw.core.errors import EngineDied, InvalidRequest, ThawError
+from thaw.core.errors import EngineDied, InvalidRequest, ThawError, Unsupported
 from thaw.engines.base import Engine
 from thaw.engines.hf.config import check_length, load_config, num_positions
 from thaw.engines.keys import api_key as key_for
@@ -66,7 +66,7 @@ def _length(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         config = load_config(model, overrides).get_text_config().to_dict()
-    except (OSError, ValueError):  # vLLM says what is wrong with it
+    except (OSError, ValueError, Unsupported):  # vLLM says what is wrong with it
         return {}
     check_length(config, wanted)
     limit = num_positions(config)
