@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from made_tokenizers import byte_level, sentencepiece  # noqa: E402
 
-from thaw.core.errors import NotFound  # noqa: E402
+from thaw.core.errors import IncompleteModel, NotFound  # noqa: E402
 from thaw.core.identity import CacheGroup, ModelIdentity  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
 from thaw.engines.embedded.text import TextStream  # noqa: E402
@@ -268,7 +268,7 @@ def test_a_model_that_is_not_there_is_our_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="tokenizer of"):
         load_tokenizer(str(tmp_path / "nothing"))
     (folder_of(byte_level(), tmp_path / "m") / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(NotFound, match="is no tokenizer"):
+    with pytest.raises(IncompleteModel, match="is no tokenizer"):
         load_tokenizer(str(tmp_path / "m"))
 
 

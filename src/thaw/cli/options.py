@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-KEY_VARIABLE = "THAW_API_KEY"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -80,12 +79,14 @@ def option_of(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
 def _use_key(_: click.Context, __: click.Parameter, value: str | None) -> None:
     """Whatever joins a server finds it there, processes that the verb starts as well."""
     if value is not None:
-        os.environ[KEY_VARIABLE] = value
+        from thaw.engines.keys import VARIABLE, check_key
+
+        os.environ[VARIABLE] = check_key(value, "--api-key")
 
 
 api_key = option_of(
     "Engine", "--api-key", metavar="KEY", expose_value=False, callback=_use_key,
-    help=f"Of the server that is joined. Others of the host see command lines: prefer the variable {KEY_VARIABLE}.",
+    help="Of the server that is joined. Others of the host see command lines: prefer the variable THAW_API_KEY.",
 )  # fmt: skip
 
 

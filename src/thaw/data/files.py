@@ -57,6 +57,13 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
         raise storage_failed(error, path, doing) from error
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Size and times of a file: another once it was written, also where its mtime was put back, as archives and copies
+    do. Raises `OSError`."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def read_at_most(file: BinaryIO, limit: int, name: str) -> bytes:
     """All of an open file, which may be a pipe, or a device that never ends: no more than `limit` bytes are taken in.
 

@@ -60,6 +60,7 @@ def command(
     from thaw.repo import served
 
     interpreter = python or sys.executable
+    serving.require_keys(arguments)
     with place.open_repository(named) as repo:
         _refuse_second(repo.store)
         chosen = _model(repo.store, engine_name, model)
