@@ -85,6 +85,10 @@ class Contents:
         )
         return before if same else []
 
+    def has(self, block_hash: Any) -> bool:
+        """Whether vLLM would find a block of that hash."""
+        return self.pool is not None and bool(self.pool.get_cached_block(block_hash, [0]))
+
     def resident(self, record: Record) -> list[int]:
         """The record's full blocks, from the first on, as far as they still lie in the engine's cache."""
         where = {number: block for block, number in self._in_block.items()}

@@ -169,26 +169,49 @@ class SchedulerSide:
         if run is None:
             return 0, False
         if run.error is not None:
-            run.local = local  # blocks that are the session's own stay known as such
-            return max(1, request.num_tokens - local), True
+            return self._ends_by_load(run, local)
+        if self._finds_too_much(run, local):
+            return None, False
         if self._groups.waits(run.message.group, request.request_id):
             return None, False
         self._saving.rescue(run)
         self._replay(request, run)
         if run.error is not None:
-            run.local = local
-            return max(1, request.num_tokens - local), True
+            return self._ends_by_load(run, local)
         want = min(run.want, request.num_tokens - 1)
         if self._foreign(request, run, local):
+            run.hidden = []
             give_own_salt(request)
             return None, False
-        run.local = local
         missing = max(want - local, 0)
+        if missing and self._loads.is_led(run, want):
+            return None, False
+        run.local = local
+        run.show()
         if not missing:
             return 0, False
-        if self._loads.is_led(run, want):
-            return None, False
         return missing, self._loads.in_background(missing)
+
+    def _ends_by_load(self, run: Running, local: int) -> tuple[int, bool]:
+        """A load that fails ends the request. Blocks that are the session's own stay known as such."""
+        run.local = local
+        run.show()
+        return max(1, run.request.num_tokens - local), True
+
+    def _finds_too_much(self, run: Running, local: int) -> bool:
+        """A session has no KV for its last token, which runs again. Where that token fills a block, the engine that
+        read it has its KV all the same, and one that hydrated it has not: so that both compute the same, in batches of
+        one shape, the block is hidden and vLLM asked again. Not where it knows of more: siblings read that already."""
+        size = self._block_size
+        if run.found is not None or not run.want or (run.want + 1) % size:
+            return False
+        if not run.hidden and local == run.want + 1:
+            run.hide(run.want // size)
+            return True
+        if len(run.hidden) > 1 and self.contents.has(run.hidden[1]):
+            run.show()
+            return True
+        return False
 
     def _replay(self, request: Any, run: Running) -> None:
         """Bring the grammar of a completion that goes on in its middle to where it was. vLLM asks for matches only when
