@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.core.errors import Conflict, InvalidRequest, NotFound
-from thaw.core.points import Point
+from thaw.core.points import Point, check_name
 from thaw.repo import refs, resolve
 from thaw.repo.context import Context
 from thaw.repo.resolve import ResolvedPoint
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from thaw.store import FsckReport, GcReport
 
 PointLike = str | Point | ResolvedPoint
+MAX_LIMIT = 1 << 31
+MAX_KEEP_S = 10_000_000_000
+"""Some 300 years."""
 
 
 class Repository:
@@ -176,8 +179,16 @@ class Repository:
         return refs.rename(self.store, old, new)
 
     def reflog(self, name: str, *, limit: int | None = None) -> list[ReflogEntry]:
-        """Moves of a branch or tag, newest first; a deleted one has its moves still."""
-        return self.store.reflog(name, limit=limit)
+        """Moves of a branch or tag, newest first; a deleted one has its moves still. The current branch may have none
+        yet; raises `NotFound` for any other without moves."""
+        if limit is not None and not 0 <= limit <= MAX_LIMIT:
+            raise InvalidRequest(f"limit={limit}: a count of moves, 0 to {MAX_LIMIT}")
+        found = self.store.reflog(check_name(name), limit=limit)
+        if not found and limit != 0 and name != self.store.head:
+            raise NotFound(
+                f"there is no branch or tag {name!r}, and the reflog knows none{resolve.known_names(self.store)}"
+            )
+        return found
 
     def undo(self, name: str | None = None) -> Undone:
         """Take back the last move of a branch or tag (default: the current branch), and with each call one more.
@@ -237,6 +248,8 @@ class Repository:
         """Reclaim what no ref, recent reflog entry or lease needs; safe beside running commits."""
         if keep_reflog_s is None:
             return self.store.gc(dry_run=dry_run)
+        if not 0 <= keep_reflog_s <= MAX_KEEP_S:
+            raise InvalidRequest(f"keep_reflog_s={keep_reflog_s}: a number of seconds, 0 to {MAX_KEEP_S:,}")
         return self.store.gc(dry_run=dry_run, keep_reflog_s=keep_reflog_s)
 
     def fsck(self, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
