@@ -103,20 +103,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _require_text(words: list[str]) -> None:
     """Raise `click.UsageError` for an argument of bytes that are no UTF-8."""
+    from thaw.core.text import is_text
+
     for number, word in enumerate(words, 1):
-        if not _is_text(word):
+        if not is_text(word):
             raise click.UsageError(
                 f"argument {number} is not UTF-8 text: {ascii(word)[:80]}. Write it in UTF-8; a file of such a name "
                 "must be renamed, and a repository's folder can be named by the variable THAW_REPO."
             )
-
-
-def _is_text(word: str) -> bool:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _reader_left() -> int:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PointLike = str | Point | ResolvedPoint
 MAX_LIMIT = 1 << 31
+"""Of a list's entries that may be asked for."""
 MAX_KEEP_S = 10_000_000_000
 """Some 300 years."""
 
@@ -128,6 +129,7 @@ class Repository:
         """Commits from `point` (default: HEAD), or from every branch and tag, newest first, children before parents."""
         from thaw.repo import log as logs
 
+        _require_limit(limit)
         if all:
             return logs.log(self.store, logs.tips(self.store), limit)
         if point is None and self.store.ref(self.store.head) is None:
@@ -152,6 +154,8 @@ class Repository:
         """
         from thaw.repo import match as matches
 
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 1 << 32:
+            raise InvalidRequest(f"token ids from {min(token_ids)} to {max(token_ids)}: they are 0 to 2^32-1")
         models = [self._model()] if self._context.has_engine else self.store.models()
         return matches.match(self.store, models, token_ids)
 
@@ -181,8 +185,7 @@ class Repository:
     def reflog(self, name: str, *, limit: int | None = None) -> list[ReflogEntry]:
         """Moves of a branch or tag, newest first; a deleted one has its moves still. The current branch may have none
         yet; raises `NotFound` for any other without moves."""
-        if limit is not None and not 0 <= limit <= MAX_LIMIT:
-            raise InvalidRequest(f"limit={limit}: a count of moves, 0 to {MAX_LIMIT}")
+        _require_limit(limit)
         found = self.store.reflog(check_name(name), limit=limit)
         if not found and limit != 0 and name != self.store.head:
             raise NotFound(
@@ -303,3 +306,8 @@ def open(path: str | Path, *, engine: Engine | EngineSettings | None = None, cre
         return init(folder, engine=engine)
     except Conflict:
         return Repository(Context(Store.open(folder), engine))  # another process made it just now
+
+
+def _require_limit(limit: int | None) -> None:
+    if limit is not None and not 0 <= limit <= MAX_LIMIT:
+        raise InvalidRequest(f"limit={limit}: a count, 0 to {MAX_LIMIT}")
