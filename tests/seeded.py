@@ -369,11 +369,23 @@ FAULTS = (
     # --- law 9, good guest
     Fault(
         "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker.py",
-        "            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it\n"
-        "                self._failed(job, error)\n",
-        "            except Exception as error:\n                self._failed(job, error)\n                raise\n",
+        "            guarded(partial(self._do, job), partial(self._failed, job))\n", "            self._do(job)\n",
         ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
         "a load that fails takes vLLM with it",
+    ),
+    Fault(
+        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler.py",
+        "found = guarded(partial(self._match, request, run, local), partial(self._stop, run))",
+        "found = self._match(request, run, local)",
+        ("tests/engines/test_vllm_guard.py::test_what_nobody_foresaw_ends_the_one_request",),
+        "what nobody foresaw in one request's session takes vLLM with it",
+    ),
+    Fault(
+        "failing-token-ends-the-engine", "9", "none", "engines/sglang/rows.py",
+        "token = guarded(partial(row.pick, host_RV[i], int(seq_lens[index])), row.failed)",
+        "token = row.pick(host_RV[i], int(seq_lens[index]))",
+        ("tests/engines/test_sglang_guard.py::test_a_token_that_cannot_be_chosen_costs_its_own_request",),
+        "a token that cannot be chosen takes SGLang with it",
     ),
     Fault(
         "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler.py",

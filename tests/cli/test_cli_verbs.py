@@ -376,7 +376,8 @@ def test_undo_and_reflog_go_back_move_by_move(repo: Shell) -> None:
     gone = repo("undo")
     assert gone.code == 2 and "no move left" in gone.err
     repo.ok("branch", "main", second[3:15])
-    assert repo("reflog", "none").code == 0
+    unknown = repo("reflog", "none")
+    assert unknown.code == 2 and "no branch or tag 'none'" in unknown.err and "there are: main" in unknown.err
 
 
 def test_stats_say_what_sharing_saves(tree: Shell) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,12 +21,32 @@ class Grouped(click.Option):
         self.group = group
 
 
+class Number(click.FloatRange):
+    """A number that is one: neither "nan" nor "inf"."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return found
+
+
+COUNT = click.IntRange(1, 1_000_000_000)
+"""How many of something, at most."""
+CHILDREN = click.IntRange(1, 1 << 16)
+"""How many there are to be of one point."""
+MAX_BYTES = 1 << 62
+
+
 def num_bytes(text: str) -> int:
     """A number of bytes as people write it: 4GiB, 512MiB, 64M, 1000. The `type` of an option."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(?:i?b)?", text.strip().lower())
     if found is None:
         raise click.BadParameter(f"{text!r} is not a number of bytes; write 4GiB, 512MiB or 1000")
-    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
+    count = float(found[1]) * 1024 ** " kmgt".index(found[2] or " ")
+    if count > MAX_BYTES:
+        raise click.BadParameter(f"{text[:40]!r} is more than any machine has")
+    return int(count)
 
 
 class Verb(click.Command):

@@ -21,14 +21,15 @@ UNGATED = ("gpt_neox", "gpt2", "opt", "bloom", "falcon", "phi")
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """(name, config) of a config.json or of a model's folder. Raises `NotFound`, `InvalidRequest`, `StorageFailed`."""
-    file = path / "config.json" if path.is_dir() else path
+    file = path
     try:
+        file = path / "config.json" if path.is_dir() else path
         with file.open("rb") as opened:
             data = opened.read(MAX_CONFIG_BYTES + 1)
     except PermissionError as error:
         raise may_not_read(file, error) from None
     except (OSError, ValueError):
-        raise NotFound(f"there is no config {file}; give a model's folder or its config.json") from None
+        raise NotFound(f"there is no config {str(path)[:200]}; give a model's folder or its config.json") from None
     if len(data) > MAX_CONFIG_BYTES:
         raise InvalidRequest(f"{file} has more than {MAX_CONFIG_BYTES} bytes; a model's config.json is smaller")
     if is_pointer(data):

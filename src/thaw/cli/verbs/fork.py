@@ -37,7 +37,7 @@ class Child:
 @options.verb("fork", EXAMPLE)
 @click.argument("point")
 @click.argument("prompt", nargs=-1)
-@click.option("-n", "n", type=click.IntRange(min=1), metavar="N", help="Children; default: one a prompt, else 4.")
+@click.option("-n", "n", type=options.CHILDREN, metavar="N", help="Children; default: one a prompt, else 4.")
 @click.option("--prompts", "file", metavar="FILE.jsonl", help='One child a line: "text" or {"prompt": …, "seed": …}.')
 @click.option("--name", metavar="NAME", help="Branches are NAME/0, NAME/1, …; default: fork, or the first free forkN.")
 @click.option("--replay", is_flag=True, help="Children keep the parent's seed instead of one of their own.")

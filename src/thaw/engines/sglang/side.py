@@ -33,6 +33,7 @@ from thaw.engines.served import protocol
 from thaw.engines.served.arena import Arena, Piece
 from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.budget import GUEST, Caller
+from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
@@ -105,6 +106,7 @@ class Side:
             pieces, chain = source.kept.cut(want), source.chain[:want]
         tell = None if self.facts.rank else partial(self.mail.put_entropy, message.id)
         run = Run(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
+        run.chosen.failed = partial(self.stop, run)
         kept = Kept(pieces, epoch, caller=caller)
         self.records.keep(message.record, Record(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller))
         self.runs[rid] = run
@@ -167,6 +169,14 @@ class Side:
             run.error = error
             return None
         return record
+
+    def stop(self, run: Run, error: ThawError) -> None:
+        """The request ends with this error, and nobody goes on from what it computed."""
+        run.error = error
+        record = self.records.get(run.message.record)
+        if record is not None and record.live is run:
+            record.kept.broken = str(error)
+        unheard(error)
 
     def load(self, run: Run, record: Record, start: int, stop: int, slots: torch.Tensor) -> bool:
         """Tokens [start, stop) of the record into these slots, on every rank. Where one could not the request has its
@@ -323,4 +333,4 @@ class Side:
         now = time.monotonic()
         if now - self._swept > MAIL_SWEEP_S and not self.facts.rank:
             self._swept = now
-            self.mail.sweep()
+            guarded(self.mail.sweep, unheard)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from thaw.core.errors import Unsupported
+from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden
-from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, parse
+from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.settings import LOGITS_PROCESSOR
 
@@ -187,7 +187,13 @@ def require_request(params: Any) -> None:
 
 
 def require_alone(params: Any, message: Message) -> None:
-    """Raise `Unsupported` for a parameter that cannot go with the message."""
+    """Raise `Unsupported` for a parameter that cannot go with the message, `InvalidRequest` for a message that needs
+    one which is not there."""
+    if isinstance(message, Run) and message.grammar_from is not None and params.structured_outputs is None:
+        raise InvalidRequest(
+            f"kv_transfer_params.{KEY}: grammar_from={message.grammar_from} in a request without structured_outputs: "
+            "there is no grammar; leave one out, or send the other, too"
+        )
     for name, usual, why in ALONE:
         asked = getattr(params, name, None)
         if name == "structured_outputs" and getattr(message, "grammar_from", None) is not None:
