@@ -6,22 +6,19 @@ moment; so it is never newer than the database, unless the database lost somethi
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import os
 import sqlite3
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from thaw.core.errors import Busy, CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed
+from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, ThawError
 from thaw.core.ids import digest
 from thaw.data.files import read_own, storage_errors, write_atomic
 from thaw.store import reserve
 from thaw.store.db import Database, number, required
+from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
 
 NAME = "refs.json"
@@ -117,29 +114,11 @@ def write(folder: Path, database: Database) -> None:
 
 
 def save(folder: Path, database: Database, *, with_reserve: bool = False) -> None:
-    """`write`, where a failure is a warning, because the change itself is on disk."""
+    """`write`, where whatever goes wrong is a warning, because the change itself is on disk."""
     try:
         if with_reserve:
             reserve.with_room(folder, lambda: write(folder, database))
         else:
             write(folder, database)
-    except StorageFailed as error:
+    except ThawError as error:
         warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=4)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True, busy: str = "") -> Iterator[None]:
-    """An exclusive lock between processes and threads, by `flock` on a file; it ends with the process. `Busy`."""
-    with storage_errors(path, "lock"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            with storage_errors(path, "lock"):
-                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except Exception as error:
-            if isinstance(error.__cause__, BlockingIOError):
-                raise Busy(busy) from None
-            raise
-        yield
-    finally:
-        os.close(fd)
