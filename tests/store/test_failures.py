@@ -6,6 +6,7 @@ limits everywhere.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from store_sessions import commit, read_all, tokens
 
 from thaw.core.errors import CorruptDatabase, RefConflict, StorageFailed
 from thaw.core.objects import Commit
-from thaw.store import RefUpdate, Store, fsck
+from thaw.store import RefUpdate, Store, fsck, reserve
 from thaw.store.filesystem import is_network, mount_type
 
 
@@ -135,6 +136,54 @@ def test_a_full_disk_has_a_way_out(larger_disk: Path, opened_anew: bool) -> None
     commit(store, tokens(4000, seed=99), branch="more")
     assert fsck(path).problems == []
     store.close()
+
+
+def test_a_reader_wears_nothing_off_the_reserve_of_a_full_disk(larger_disk: Path) -> None:
+    """Somebody else takes every byte as soon as it is free."""
+    path = larger_disk / "repo"
+    with Store.init(path) as store:
+        store.require_room()
+        commit(store, tokens(300))
+        commit(store, tokens(300, seed=1), branch="spare")
+    whole = (path / reserve.NAME).stat().st_size
+    for _ in range(12):
+        fill(larger_disk)
+        with Store.open(path) as store:
+            fill(larger_disk)
+            assert len(store.refs()) == 2
+        assert (path / reserve.NAME).stat().st_size >= whole - 2 * reserve.OPENING
+    fill(larger_disk)
+    with Store.open(path) as store:
+        store.update_refs(RefUpdate("spare", "branch", None, "any", "deleted"))
+        assert store.gc(keep_reflog_s=0).commits_removed == 1
+
+
+def test_the_reserve_gives_up_no_more_than_is_needed(tmp_path: Path) -> None:
+    given = []
+
+    def work() -> str:
+        given.append((tmp_path / reserve.NAME).stat().st_size)
+        if len(given) < 3:
+            raise StorageFailed("full") from OSError(errno.ENOSPC, "no space")
+        return "done"
+
+    reserve.keep(tmp_path)
+    assert reserve.with_room(tmp_path, work, 100_000) == "done"
+    assert given == [reserve.NBYTES, reserve.NBYTES - 100_000, reserve.NBYTES - 500_000]
+    assert (tmp_path / reserve.NAME).stat().st_size == reserve.NBYTES
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_a_reserve_that_is_no_file_is_named_and_the_disk_is_not_called_full(tmp_path: Path, kind: str) -> None:
+    with Store.init(tmp_path / "repo") as store:
+        place = store.path / reserve.NAME
+        {"folder": place.mkdir, "pipe": lambda: os.mkfifo(place), "link": lambda: place.symlink_to("/dev/zero")}[kind]()
+        with pytest.raises(StorageFailed, match=r"no file.*Remove it") as caught:
+            store.require_room()
+        assert "full" not in str(caught.value)
+        commit(store, tokens(300))
+        assert store.gc().commits_removed == 0
+    assert fsck(store.path).ok
 
 
 def test_a_writer_is_told_of_a_full_disk_before_it_generates(larger_disk: Path) -> None:
