@@ -6,12 +6,14 @@ limits everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -232,6 +234,17 @@ def test_a_repository_of_an_older_format_opens_on_a_read_only_file_system(small_
         assert [entry.new for entry in store.reflog("main")] == [ids["merge"], ids["first"]]
         read_all(store, ids["merge"])
         assert store.recorders(store.get_as(ids["fork"], Commit).state) == [ids["fork"]]
+        for write in (
+            lambda: store.update_refs(RefUpdate("new", "branch", ids["first"], None, "made")),
+            lambda: store.update_refs(RefUpdate("main", "branch", None, "any", "deleted")),
+            lambda: store.set_setting("key", "value"),
+            lambda: store.set_head("new"),
+            store.begin,
+            store.gc,
+        ):
+            with pytest.raises(StorageFailed, match=r"read-?only"):
+                write()
+        assert store.ref("new") is None and store.get_setting("key") is None and store.head == "fork"
     assert fsck(small_disk / "repo").problems == []
 
 
@@ -365,6 +378,25 @@ MOUNTS = """\
 def test_a_network_file_system_is_recognised(path: str, kind: str, refused: bool) -> None:
     assert mount_type(Path(path), MOUNTS) == kind
     assert is_network(kind) is refused
+
+
+def test_a_change_that_is_on_disk_does_not_fail_for_its_backup(tmp_path: Path) -> None:
+    """Whatever is wrong with what the backup is made from."""
+    with Store.init(tmp_path / "repo") as store:
+        first = commit(store, tokens(300))
+        with contextlib.closing(sqlite3.connect(store.database.path, isolation_level=None)) as connection:
+            connection.execute("INSERT INTO settings VALUES ('user.x', 'y', 'no checksum')")
+        with pytest.warns(RuntimeWarning, match=r"refs\.json could not be brought up to date"):
+            second = commit(store, tokens(310), base=first, parents=(first,))
+        with pytest.warns(RuntimeWarning, match=r"refs\.json could not be brought up to date"):
+            store.update_refs(RefUpdate("more", "branch", second, None, "made"))
+        with pytest.warns(RuntimeWarning, match=r"refs\.json could not be brought up to date"):
+            store.set_head("more")
+        assert {ref.name: ref.target for ref in store.refs()} == {"main": second, "more": second}
+        assert store.head == "more"
+    assert fsck(tmp_path / "repo", rebuild=True).ok
+    with Store.open(tmp_path / "repo") as store:
+        assert {ref.name: ref.target for ref in store.refs()} == {"main": second, "more": second}
 
 
 def test_a_database_that_is_a_folder_or_empty_is_corrupt(tmp_path: Path) -> None:

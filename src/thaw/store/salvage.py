@@ -26,7 +26,7 @@ from thaw.store.upgrade import read_moves_1
 
 @dataclass
 class Salvage:
-    """Rows that can be trusted. `sequence` is -1 unless all refs and settings could be read."""
+    """Rows that can be trusted. `sequence` is -1 unless it and all refs could be read."""
 
     sequence: int = -1
     settings: dict[str, str] = field(default_factory=dict)
@@ -61,14 +61,12 @@ def salvage(path: Path) -> Salvage:
 def _read(path: Path, found: Salvage) -> None:
     with contextlib.closing(connect(path)) as connection:
         connection.text_factory = _text
-        whole = [
-            _try(path, lambda: _settings(connection, found)),
-            _try(path, lambda: _refs(connection, found)),
-        ]
+        _try(path, lambda: _settings(connection, found))
+        whole = _try(path, lambda: _refs(connection, found))
         for step in (_reflog, _objects, _packs, _leases):
             _try(path, partial(step, connection, found))
     sequence = found.settings.get("sequence", "")
-    if all(whole) and sequence.isascii() and sequence.isdigit() and len(sequence) < 19:
+    if whole and sequence.isascii() and sequence.isdigit() and len(sequence) < 19:
         found.sequence = int(sequence)
 
 
@@ -95,12 +93,10 @@ def _try(path: Path, step: Callable[[], bool | None]) -> bool:
     return False
 
 
-def _settings(connection: sqlite3.Connection, found: Salvage) -> bool:
-    rows = connection.execute("SELECT key, value, checksum FROM settings").fetchall()
-    for key, value, said in rows:
+def _settings(connection: sqlite3.Connection, found: Salvage) -> None:
+    for key, value, said in connection.execute("SELECT key, value, checksum FROM settings").fetchall():
         if said == checksum("settings", key, value) and isinstance(key, str) and isinstance(value, str):
             found.settings[key] = value
-    return len(found.settings) == len(rows)
 
 
 def _refs(connection: sqlite3.Connection, found: Salvage) -> bool:
@@ -108,7 +104,8 @@ def _refs(connection: sqlite3.Connection, found: Salvage) -> bool:
     for *row, said in rows:
         if said == checksum("refs", *row):
             found.refs += _typed(Ref, *row)
-    return len(found.refs) == len(rows) == int(found.settings.get("refs", len(rows)))
+    counted = found.settings.get("refs", len(rows) if found.settings.get("format") == "1" else -1)
+    return len(found.refs) == len(rows) == int(counted)
 
 
 def _typed(kind: type[Any], *values: object) -> list[Any]:
