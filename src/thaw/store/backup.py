@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import sqlite3
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
 
-from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, ThawError
+from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed, ThawError
 from thaw.core.ids import digest
-from thaw.data.files import read_own, storage_errors, write_atomic
+from thaw.data.files import make_way, read_own, storage_errors, write_atomic
 from thaw.store import reserve
 from thaw.store.db import Database, number, required
 from thaw.store.locks import locked
@@ -23,6 +24,8 @@ from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
 
 NAME = "refs.json"
 REFLOG_ENTRIES = 200
+REASONS = 1 << 20
+"""Characters of the reasons of all entries."""
 MAX_BYTES = 64 << 20
 NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """What opening says of something in its place that is no file."""
@@ -100,9 +103,16 @@ def collect(connection: sqlite3.Connection) -> Backup:
         uuid=required(connection, "uuid"),
         head=required(connection, "head"),
         refs=tuple(read_refs(connection)),
-        reflog=tuple(read_whole_reflog(connection, limit=REFLOG_ENTRIES)),
+        reflog=_recent(connection),
         settings={key: required(connection, key) for (key,) in rows},
     )
+
+
+def _recent(connection: sqlite3.Connection) -> tuple[ReflogEntry, ...]:
+    """The last moves of refs, newest first: as many as are to be kept here, reasons of any length taken together."""
+    entries = read_whole_reflog(connection, limit=REFLOG_ENTRIES)
+    lengths = accumulate(len(entry.reason) for entry in entries)
+    return tuple(entry for entry, length in zip(entries, lengths, strict=True) if length <= REASONS)
 
 
 def write(folder: Path, database: Database) -> None:
@@ -110,7 +120,17 @@ def write(folder: Path, database: Database) -> None:
     with locked(folder / "refs.lock"):
         with database.read() as connection:
             backup = collect(connection)
-        write_atomic(folder / NAME, encode(backup))
+        data = encode(backup)
+        if len(data) > MAX_BYTES:
+            raise StorageFailed(
+                f"{NAME} would have {len(data):,} bytes, and no more than {MAX_BYTES:,} are read again. Delete "
+                "branches that nobody needs, or make settings smaller; until then it stays as it was."
+            )
+        path = folder / NAME
+        with storage_errors(path, "write"):
+            if path.is_dir():
+                make_way(path)
+        write_atomic(path, data)
 
 
 def save(folder: Path, database: Database, *, with_reserve: bool = False) -> None:

@@ -17,11 +17,10 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 
 from thaw.core.errors import Busy, Conflict, CorruptDatabase, NewerFormat, StorageFailed, ThawError
-from thaw.data.files import storage_errors, sync_folder
+from thaw.data.files import aside, make_way, storage_errors, sync_folder
 from thaw.store.locks import locked
 from thaw.store.schema import COUNTS, DATABASE, FORMAT, TABLES, checksum
 
@@ -283,35 +282,35 @@ def creating(folder: Path, uuid: str) -> Iterator[sqlite3.Connection]:
             _remove(new)
 
 
-def _aside(path: str | Path) -> str:
-    return f"{path}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
 def _set_aside(path: Path) -> None:
     """Keeps a database that is to be replaced by another name; its write-ahead log must not meet the new one."""
     quietly = contextlib.suppress(ThawError, FileNotFoundError)
     with quietly, database_errors(path), contextlib.closing(connect(path)) as old:
         old.execute("PRAGMA wal_checkpoint(PASSIVE)")
-    aside = _aside(path)
+    name = aside(path)
     for suffix in SIDE_FILES:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+            os.rename(f"{path}{suffix}", f"{name}{suffix}")
     with contextlib.suppress(FileNotFoundError):
         try:
-            os.link(path, aside, follow_symlinks=False)
+            os.link(path, name, follow_symlinks=False)
         except OSError:
-            os.rename(path, aside)  # a folder, or no links on this file system
+            os.rename(path, name)  # a folder, or no links on this file system
 
 
 def _remove(path: Path) -> None:
-    """Removes a database that is only being made, and moves what is no file out of its way. Raises `OSError`."""
-    for one in (str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)):
-        try:
-            os.unlink(one)
-        except FileNotFoundError:
-            continue
-        except (IsADirectoryError, PermissionError):
-            os.rename(one, _aside(one))
+    """Removes a database that is only being made. Raises `OSError`."""
+    for suffix in ("", *SIDE_FILES):
+        make_way(f"{path}{suffix}")
+
+
+def remove_strangers(path: Path) -> None:
+    """Makes way for SQLite's files beside a database where what has their names is none. Raises `StorageFailed`."""
+    for suffix in SIDE_FILES:
+        side = path.with_name(path.name + suffix)
+        with storage_errors(side, "remove"):
+            if os.path.lexists(side) and not stat.S_ISREG(side.lstat().st_mode):
+                make_way(side)
 
 
 def setting(connection: sqlite3.Connection, key: str) -> str | None:

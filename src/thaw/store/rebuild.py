@@ -28,7 +28,7 @@ from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, write_pack
 from thaw.store import backup, leases, objects, refs, windows
-from thaw.store.db import BUSY_S, Database, creating, set_setting
+from thaw.store.db import BUSY_S, Database, creating, remove_strangers, set_setting
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
 from thaw.store.locks import locked
@@ -74,6 +74,7 @@ def rebuild(path: Path, scans: dict[str, PackScan], *, deep: bool = True) -> lis
         scans = _scan_on(path / PACKS, scans, deep)
         busy = f"another process has been writing to {path} for {BUSY_S:.0f} s. Try again when it is done."
         with locked(path, wait_s=BUSY_S, busy=busy):
+            remove_strangers(path / DATABASE)
             old = salvage(path / DATABASE)
             scans = _scan_on(path / PACKS, scans, deep)
             found = _collect(path / PACKS, {name: scan for name, scan in scans.items() if name not in old.held()})
