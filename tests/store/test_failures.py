@@ -154,6 +154,8 @@ def test_a_reader_wears_nothing_off_the_reserve_of_a_full_disk(larger_disk: Path
             fill(larger_disk)
             assert len(store.refs()) == 2
         assert (path / reserve.NAME).stat().st_size >= whole - 2 * reserve.OPENING
+        fill(larger_disk)
+        assert fsck(path).ok and fsck(path, deep=False).ok
     fill(larger_disk)
     with Store.open(path) as store:
         store.update_refs(RefUpdate("spare", "branch", None, "any", "deleted"))

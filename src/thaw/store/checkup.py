@@ -17,7 +17,7 @@ from pathlib import Path
 
 from thaw.core.errors import CorruptDatabase, Damaged, NewerFormat, NotFound, StorageFailed, ThawError
 from thaw.data.files import storage_errors
-from thaw.store import backup, leases, rebuild
+from thaw.store import backup, leases, rebuild, reserve
 from thaw.store.db import Database, check_format
 from thaw.store.report import FsckReport, Problem
 from thaw.store.scan import PackScan, list_packs, look_at, scan_packs
@@ -43,7 +43,7 @@ def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
     if not there & {DATABASE, PACKS, backup.NAME}:
         raise NotFound(f"{path} is not a repository (no {DATABASE}). Make one with `thaw init {path}`.")
     began = time.perf_counter()
-    report, scans = _check(path, deep)
+    report, scans = reserve.with_room(path, lambda: _check(path, deep), reserve.OPENING)
     if rebuild:
         report = _repair(path, report, scans, deep)
     report.seconds = time.perf_counter() - began
