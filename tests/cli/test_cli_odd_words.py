@@ -15,6 +15,7 @@ import pytest
 
 from thaw import cli
 from thaw.cli import catalog
+from thaw.core.errors import ThawError
 from thaw.store import Store
 
 from .conftest import Shell
@@ -88,11 +89,14 @@ def test_no_odd_value_is_an_error_inside_thaw(name: str, tree: Shell, monkeypatc
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in QUICK])
-def test_an_odd_value_is_taken_or_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
+def test_an_odd_value_is_taken_or_refused_before_anything_starts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THAW_API_KEY", "")  # --api-key sets it
     _, command = COMMANDS[name]
     with click.Context(click.Group("thaw")) as above:
         for line in lines(command, tmp_path):
-            with contextlib.suppress(click.ClickException, click.exceptions.Exit):
+            with contextlib.suppress(click.ClickException, click.exceptions.Exit, ThawError):
                 command.make_context(name, [*line], parent=above)
 
 
