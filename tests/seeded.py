@@ -138,7 +138,7 @@ FAULTS = (
     Fault(
         "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler.py",
         "        if not run.hidden and local == run.want + 1:", "        if False:",
-        (f"{VLLM}::test_a_live_child_computes_what_a_hydrated_one_does[256-None]",),
+        (f"{VLLM}::test_a_live_child_computes_what_a_hydrated_one_does",),
         "a child finds the KV of the session's last token where that fills a block, one of a hydrated session does not",
     ),
     Fault(
