@@ -19,11 +19,12 @@ def api_key(engine: str, given: str | None = None) -> str | None:
 
 def check_key(key: str, source: str) -> str:
     """`key`, which was given as `source`. Raises `InvalidRequest`, which does not show it, unless it is printable ASCII
-    without spaces: nothing else goes through an HTTP header as it is."""
-    wrong = [at for at, character in enumerate(key) if not "!" <= character <= "~"]
+    without a space at an end: nothing else goes through an HTTP header as it is."""
+    ends = (0, len(key) - 1)
+    wrong = [at for at, one in enumerate(key) if not " " <= one <= "~" or (one == " " and at in ends)]
     if wrong:
         raise InvalidRequest(
             f"{source} is no API key: its character {wrong[0] + 1} of {len(key)} is U+{ord(key[wrong[0]]):04X}, and a "
-            "key is of printable ASCII without spaces or line breaks; give it exactly as the server has it"
+            "key is of printable ASCII without a space at an end; give it exactly as the server has it"
         )
     return key
