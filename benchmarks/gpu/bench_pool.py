@@ -21,7 +21,7 @@ from thaw.receipt import dumps
 
 GIB = 1 << 30
 ENGINE = {"kv_cache_memory_bytes": 12 * GIB, "arena_nbytes": 8 * GIB, "block_size": 16}
-SIZES = {"branches": (4, 16), "branch_tokens": 64, "rounds": 8, "same_rounds": 24, "cold_rounds": 1, "boot_rounds": 3,
+SIZES = {"branches": (4, 16), "branch_tokens": 64, "rounds": 6, "same_rounds": 16, "cold_rounds": 0, "boot_rounds": 3,
          "settle_s": 0.2}  # fmt: skip
 
 
