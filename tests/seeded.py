@@ -140,6 +140,12 @@ FAULTS = (
         "what one session found in the engine's blocks is taken for what another finds",
     ),
     Fault(
+        "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler.py",
+        "        if not run.hidden and local == run.want + 1:", "        if False:",
+        (f"{VLLM}::test_a_live_child_computes_what_a_hydrated_one_does",),
+        "a child finds the KV of the session's last token where that fills a block, one of a hydrated session does not",
+    ),
+    Fault(
         "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",
         "if not self.side.contents.are(slots, record.chain):",
         "if not self.side.contents.are(slots[:1], record.chain):",
@@ -464,11 +470,23 @@ FAULTS = (
     # --- law 9, good guest
     Fault(
         "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker.py",
-        "            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it\n"
-        "                self._failed(job, error)\n",
-        "            except Exception as error:\n                self._failed(job, error)\n                raise\n",
+        "            guarded(partial(self._do, job), partial(self._failed, job))\n", "            self._do(job)\n",
         ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
         "a load that fails takes vLLM with it",
+    ),
+    Fault(
+        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler.py",
+        "found = guarded(partial(self._match, request, run, local), partial(self._stop, run))",
+        "found = self._match(request, run, local)",
+        ("tests/engines/test_vllm_guard.py::test_what_nobody_foresaw_ends_the_one_request",),
+        "what nobody foresaw in one request's session takes vLLM with it",
+    ),
+    Fault(
+        "failing-token-ends-the-engine", "9", "none", "engines/sglang/rows.py",
+        "token = guarded(partial(row.pick, host_RV[i], int(seq_lens[index])), row.failed)",
+        "token = row.pick(host_RV[i], int(seq_lens[index]))",
+        ("tests/engines/test_sglang_guard.py::test_a_token_that_cannot_be_chosen_costs_its_own_request",),
+        "a token that cannot be chosen takes SGLang with it",
     ),
     Fault(
         "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler.py",
@@ -547,10 +565,22 @@ FAULTS = (
         "the time that a template read is not recorded",
     ),
     Fault(
-        "message-left-out-unseen", "chat", "none", "repo/chat.py",
-        "                if mark not in said:\n", "                if not said:\n",
+        "message-left-out-unseen", "chat", "none", "repo/said.py",
+        "if number not in (found or ()) and", "if found is None and",
         ("tests/repo/test_chat_templates.py::test_a_message_that_the_template_leaves_out_is_an_error",),
         "a message whose role the template does not know is lost",
+    ),
+    Fault(
+        "mark-that-is-a-word", "chat", "none", "repo/marks.py",
+        " if stem not in taken)", ")",
+        ("tests/repo/test_chat_nothing_lost.py::test_messages_may_say_anything_and_keep_their_headers",),
+        "what stands in for a text occurs in another, and that message loses its header",
+    ),
+    Fault(
+        "result-said-along-with-the-call", "chat", "none", "repo/chat.py",
+        "            if lost is None:\n", "            if True:\n",
+        ("tests/repo/test_chat_nothing_lost.py::test_results_that_are_said_along_with_the_calls_are_not_lost",),
+        "what a template says of a tool's result along with the call is lost behind a call that was sampled",
     ),
     Fault(
         "gone-back-to-nothing", "chat", "fake", "repo/session.py",

@@ -87,6 +87,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _require_text(words)
         code = thaw.main(args=words, prog_name="thaw", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -98,6 +99,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _usage(words, error)
     except Exception as error:  # noqa: BLE001 - the last frame: everything becomes a message and a code
         return _failed(words, error)
+
+
+def _require_text(words: list[str]) -> None:
+    """Raise `click.UsageError` for an argument of bytes that are no UTF-8."""
+    from thaw.core.text import is_text
+
+    for number, word in enumerate(words, 1):
+        if not is_text(word):
+            raise click.UsageError(
+                f"argument {number} is not UTF-8 text: {ascii(word)[:80]}. Write it in UTF-8; a file of such a name "
+                "must be renamed, and a repository's folder can be named by the variable THAW_REPO."
+            )
 
 
 def _reader_left() -> int:

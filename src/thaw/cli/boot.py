@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from thaw.store import Store
 
 DEFAULT = "transformers"
+FAKE = "fake"
 NEEDS_MODEL = ("transformers", "vllm", "sglang")
 URL = "url"
 _QUIET = {
@@ -61,6 +62,11 @@ def choose(
     options: dict[str, object] = dict(known.options) if known and known.name == chosen else {}
     if known and chosen in NEEDS_MODEL and "model" in known.options:
         options.setdefault("model", known.options["model"])  # another engine for the same model
+    if model is not None and name is None and chosen == FAKE:
+        raise InvalidRequest(
+            f"the repository remembers the engine {FAKE!r}, which loads no model: say which one loads {model}, with "
+            f"--engine {DEFAULT} or another; the repository remembers that one then"
+        )
     if model is not None:
         options = {"model": _lasting(model)}
     if URL in options:

@@ -109,8 +109,15 @@ def say_error(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout. Structs become objects, 64-bit integers strings."""
-    text = msgspec.json.format(msgspec.json.encode(to_plain(value)), indent=2).decode()
+    """One JSON document on stdout. Structs become objects, 64-bit integers strings; with a path that is not UTF-8 it is
+    in ASCII, such bytes as `\\udc80` to `\\udcff`."""
+    plain = to_plain(value)
+    try:
+        text = msgspec.json.format(msgspec.json.encode(plain), indent=2).decode()
+    except UnicodeEncodeError:
+        import json  # what msgspec refuses
+
+        text = json.dumps(plain, indent=2)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

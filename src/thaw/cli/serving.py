@@ -16,6 +16,7 @@ from thaw.store import Store
 LOOK_LIMIT_S = 120.0
 FINDS = "import importlib.util as u, sys; f = [u.find_spec(n) for n in (sys.argv[1], 'thaw')]; "
 FINDS += "sys.exit(sum(2**i for i, s in enumerate(f) if s is None or s.origin is None))"
+KEY_OPTIONS = ("--api-key", "--api_key")
 HAS_CUDA = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
 
 
@@ -65,6 +66,21 @@ def require(kind: Kind, python: str, *, named_one: bool) -> None:
         f"{lacks}. Install {kind.title} {kind.releases} (in a clone: make .venv-{kind.package}) and thaw there, and "
         f"name its Python with --python; or start a server yourself ({kind.by_hand}) and join it with --engine URL."
     )
+
+
+def require_keys(arguments: tuple[str, ...]) -> None:
+    """Raise `InvalidRequest` for an API key among the server's own arguments that no client could send."""
+    from thaw.engines.keys import check_key
+
+    for at, argument in enumerate(arguments):
+        option, _, key = argument.partition("=")
+        if option in KEY_OPTIONS:
+            for one in [key] if "=" in argument else itertools.takewhile(_is_value, arguments[at + 1 :]):
+                check_key(one, option)
+
+
+def _is_value(argument: str) -> bool:
+    return not argument.startswith("--")
 
 
 def _vllm(wanted: Wanted) -> Start:

@@ -48,10 +48,21 @@ def load_engine(name: str, **options: object) -> Engine:
     if name not in engines:
         raise NotFound(f"no engine named {name!r}; installed: {', '.join(sorted(engines))}")
     make = engines[name].load() if "url" not in options else _joining(name, engines[name])
+    _require_options(name, make, options)
     engine: Engine = make(**options)
     options.pop("api_key", None)  # never kept where the repository remembers its engine
     engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
     return engine
+
+
+def _require_options(name: str, make: Callable[..., Engine], options: dict[str, object]) -> None:
+    """Raise `InvalidRequest` for an option that the engine has not, or for one that is missing."""
+    import inspect
+
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise InvalidRequest(f"engine {name}: {error}") from None
 
 
 def _joining(name: str, point: EntryPoint) -> Callable[..., Engine]:

@@ -30,6 +30,8 @@ from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
 
 CONTRACT_VERSION = 1
+MAX_CHILDREN = 1 << 16
+"""Of one fork."""
 SessionRef = NewType("SessionRef", str)
 """An unguessable name of a session in one engine."""
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from thaw.bench.doctor.report import Finding
-from thaw.core.errors import ThawError
+from thaw.core.errors import InvalidRequest, ThawError
 from thaw.data.files import read_at_most
 from thaw.engines.keys import api_key
 from thaw.engines.served import protocol
@@ -78,6 +78,11 @@ def _recall(folder: Path) -> tuple[Served | None, str, str]:
 def _joined(engine: str, url: str) -> Iterator[Finding]:
     """A server that somebody else started: asked itself, for that it answers says nothing about thaw."""
     what = f"the server at {url}, which this repository joins,"
+    try:
+        api_key(engine)
+    except InvalidRequest as error:
+        yield Finding(name="server", status="problem", text=f"{what} cannot be asked: {error}")
+        return
     try:
         mail = _mail_of_sglang(url) if engine == "sglang" else _mail_of_vllm(url)
     except (OSError, ValueError, msgspec.MsgspecError) as error:

@@ -23,7 +23,7 @@ thaw log main~3 -n 5
 @click.argument("point", required=False)
 @click.option("--graph", "as_graph", is_flag=True, help="Draw the tree.")
 @click.option("--all", "everything", is_flag=True, help="From every branch and tag, not from one point.")
-@click.option("-n", "limit", type=click.IntRange(min=1), metavar="N", help="At most N commits.")
+@click.option("-n", "limit", type=options.COUNT, metavar="N", help="At most N commits.")
 @options.as_json
 def command(
     named: str | None, point: str | None, as_graph: bool, everything: bool, limit: int | None, as_json: bool

@@ -20,7 +20,7 @@ thaw reflog idea -n 5
 
 @options.verb("reflog", EXAMPLE)
 @click.argument("name", required=False)
-@click.option("-n", "limit", type=click.IntRange(min=1), metavar="N", help="At most N moves.")
+@click.option("-n", "limit", type=options.COUNT, metavar="N", help="At most N moves.")
 @options.as_json
 def command(named: str | None, name: str | None, limit: int | None, as_json: bool) -> None:
     """List the moves of a branch or tag (default: the current branch), newest first; deleted ones have theirs still.

@@ -20,7 +20,7 @@ thaw stats --prefill-rate 20000 --json
 @options.verb("stats", EXAMPLE)
 @click.option(
     "--prefill-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Number(0.001, 1_000_000_000),
     metavar="N",
     help="Tokens a second that the engine prefills, for the seconds saved.",
 )

@@ -14,6 +14,7 @@ from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines import restoring
 from thaw.engines.base import (
+    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Completion,
@@ -157,8 +158,10 @@ class EmbeddedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if n < 1 or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
+        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
+            raise InvalidRequest(
+                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
+            )
         for seed in seeds or ():
             check_seed(seed)
         return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))

@@ -19,6 +19,7 @@ from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
+    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Codec,
@@ -159,8 +160,10 @@ class ServedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if n < 1 or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
+        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
+            raise InvalidRequest(
+                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
+            )
         for seed in seeds or ():
             check_seed(seed)
         return self._loop.begin(lambda _: soon(lambda: self._fork(self._fresh(session), n, at, replay, seeds)))

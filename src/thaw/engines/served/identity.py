@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from thaw.core.cache import CacheGroup
+from thaw.core.errors import NotFound
 from thaw.core.identity import ModelIdentity
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import function_config
@@ -31,12 +32,17 @@ def model_identity(
     """The identity of the model in `folder` (or of that hub id) when it runs in `dtype`, with the fields `overrides` in
     place of its config's.
 
-    Raises OSError or ValueError when there is no such model, `IncompleteModel` when its files are not its config's.
+    Raises `NotFound` when there is no such model here, `IncompleteModel` when its files are not its config's,
+    `Unsupported` for one that comes with code of its own.
     """
-    module = skeleton(folder, getattr(torch, dtype), overrides)
+    try:
+        module = skeleton(folder, getattr(torch, dtype), overrides)
+        root = root_of_folder(folder, dtype, overrides)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"the model {folder} that the engine runs cannot be read here: {error}") from None
     return ModelIdentity(
         architecture=type(module).__name__,
-        weights=root_of_folder(folder, dtype, overrides),
+        weights=root,
         config=function_config(module.config.to_dict()),
         dtype=dtype,
         tokenizer=codec.identity(),

@@ -56,7 +56,7 @@ def _warn(notes: Iterable[str]) -> None:
 def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) -> E:
     from thaw.engines.hf.codec import HFCodec
     from thaw.engines.hf.config import stop_set
-    from thaw.engines.hf.tokenizer import load_tokenizer
+    from thaw.engines.hf.tokenizer import load_tokenizer, transformers_tokenizer
 
     facts, name = transport.facts, transport.facts.model
     tokenizer = load_tokenizer(name)
@@ -65,11 +65,9 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
     def identity(groups: tuple[CacheGroup, ...]) -> ModelIdentity:
         def say() -> ModelIdentity:
             """By torch and transformers, as every engine says it."""
-            from transformers import AutoTokenizer
-
             from thaw.engines.served.identity import model_identity
 
-            known = HFCodec(AutoTokenizer.from_pretrained(name))
+            known = HFCodec(transformers_tokenizer(name))
             return model_identity(Path(name), dtype=facts.dtype, groups=groups, codec=known, overrides=facts.overrides)
 
         how = {"dtype": facts.dtype, "groups": groups, "overrides": sorted(facts.overrides.items())}

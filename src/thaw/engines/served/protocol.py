@@ -81,6 +81,10 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     mail: bool = False
     grammar_from: Count | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_kv and self.source is None:
+            raise ValueError(f"num_kv={self.num_kv} without a source: name the record that has these tokens")
+
     def num_new(self, num_tokens: int) -> int:
         """How many of a request's tokens are to be kept anew."""
         return num_tokens - (self.num_kv if self.source is not None else 0) if self.keep else 0
@@ -168,14 +172,34 @@ def parse(kv_transfer_params: dict[str, Any] | None) -> _Any | None:
     body = (kv_transfer_params or {}).get(KEY)
     if body is None:
         return None
-    version = body.get("v", VERSION) if isinstance(body, dict) else None
-    if version != VERSION:
-        raise InvalidRequest(f"the message speaks version {version!r} of thaw's protocol; this engine speaks {VERSION}")
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"kv_transfer_params.{KEY}: a message is an object with op and id, not {_shown(body)}")
+    version = body.get("v", VERSION)
+    if type(version) is not int or version != VERSION:
+        raise InvalidRequest(
+            f"the message says {_shown(version)} for the version of thaw's protocol; this engine speaks {VERSION}"
+        )
     try:
         found: _Any = msgspec.convert(body, _Any)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"kv_transfer_params.{KEY}: {error}") from None
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise InvalidRequest(f"kv_transfer_params.{KEY}: {_short(str(error))}") from None
     return found
+
+
+MOST_SHOWN = 200
+
+
+def _shown(value: object) -> str:
+    """What a client sent, for an error: a number, or the kind of anything else."""
+    if type(value) is int and abs(value) < 1 << 64:
+        return str(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def _short(text: str) -> str:
+    """In ASCII, and no longer than `MOST_SHOWN`: a client may have sent anything, of any length."""
+    found = text[: MOST_SHOWN + 1].encode("ascii", "backslashreplace").decode()
+    return found if len(found) <= MOST_SHOWN else f"{found[: MOST_SHOWN - 3]}..."
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,9 +14,9 @@ from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
+from thaw.engines.served.guard import described
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer
-from thaw.engines.sglang.agreement import described
 from thaw.engines.sglang.epochs import require_usable
 from thaw.engines.sglang.records import Record
 

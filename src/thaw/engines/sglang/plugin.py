@@ -92,6 +92,9 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         layout=pool.describe(),
     )
     limit = min(model.context_len, allocator.size) - 6  # SGLang keeps as many back from a prompt
+    overrides = support.overrides(context.server_args, model)
+    if rank == 0:
+        require_whole(str(model.model_path), overrides)
     ends = eos_token_ids(model.model_path, model.hf_config)
     engine = EngineFacts(
         protocol=protocol.VERSION,
@@ -112,10 +115,9 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         eos_token_ids=ends,
         more_ends=tuple(sorted(set(model.hf_eos_token_id or ()) - set(ends))),
         notes=tuple(versions.notes(sglang.__version__)),
-        overrides=support.overrides(context.server_args, model),
+        overrides=overrides,
     )
     if rank == 0:
-        require_whole(engine.model, engine.overrides)
         mail.claim()
         mail.sweep()
         sweep_dead(folder)

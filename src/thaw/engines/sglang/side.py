@@ -33,6 +33,7 @@ from thaw.engines.served import protocol
 from thaw.engines.served.arena import Arena, Piece
 from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.budget import GUEST, Caller
+from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
@@ -108,6 +109,7 @@ class Side:
             kept, chain = source.kept.upto(want, caller), source.chain[:want]
         tell = None if self.facts.rank else partial(self.mail.put_entropy, message.id)
         run = Run(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
+        run.chosen.failed = partial(self.stop, run)
         self.records.keep(message.record, Record(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller))
         self.runs[rid] = run
         self.counters["forks"] += message.source not in (None, message.record)
@@ -169,6 +171,14 @@ class Side:
             run.error = error
             return None
         return record
+
+    def stop(self, run: Run, error: ThawError) -> None:
+        """The request ends with this error, and nobody goes on from what it computed."""
+        run.error = error
+        record = self.records.get(run.message.record)
+        if record is not None and record.live is run:
+            record.kept.broken = str(error)
+        unheard(error)
 
     def load(self, run: Run, record: Record, start: int, stop: int, slots: torch.Tensor) -> bool:
         """Tokens [start, stop) of the record into these slots, on every rank. Where one could not the request has its
@@ -328,4 +338,4 @@ class Side:
         now = time.monotonic()
         if now - self._swept > MAIL_SWEEP_S and not self.facts.rank:
             self._swept = now
-            self.mail.sweep()
+            guarded(self.mail.sweep, unheard)

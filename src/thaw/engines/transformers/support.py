@@ -92,6 +92,10 @@ WHY = {
     "stablelm": "its attention takes a mask, which thaw does not compute",
 }
 """Why some others are not there."""
+DTYPES = ("bfloat16", "float16", "float32")
+"""What the engine runs in."""
+OWN = "auto"
+"""A dtype for the weights' own."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -123,9 +127,11 @@ class Support(msgspec.Struct, frozen=True, kw_only=True):
 def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
     """Read a resolved config (as `to_dict()` gives it) and say whether it is supported, and why not."""
     architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
-    reasons = tuple(_reasons(config, architecture))
     layers, heads, dim = _shape(config)
     dtype = str(dtype or config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    reasons = tuple(_reasons(config, architecture))
+    if dtype not in (*DTYPES, OWN):
+        reasons += (f"it runs in {dtype}; load it with dtype one of {', '.join(DTYPES)}",)
     groups = _groups(layers, heads, dim, dtype)
     return Support(
         architecture=architecture,
@@ -142,9 +148,9 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
     )
 
 
-def require(config: Mapping[str, Any]) -> Support:
+def require(config: Mapping[str, Any], dtype: str | None = None) -> Support:
     """`examine`, raising `Unsupported` with every reason."""
-    found = examine(config)
+    found = examine(config, dtype)
     if not found.supported:
         raise Unsupported(
             f"{found.architecture} is not supported: {'; '.join(found.reasons)}. See `thaw doctor --config`."
@@ -211,7 +217,7 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         for key in ("ssm_cfg", "mamba_d_state", "state_size", "time_step_rank", "linear_num_value_heads")
     ):
         out.append("it has recurrent layers")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") is not None:
         out.append("its weights are quantised in a way that was not tested")
     scaled = [f"{name}={config[name]}" for name in SCALED if config.get(name) not in (None, 1)]
     if scaled:

@@ -29,6 +29,7 @@ class Contents:
 
     def __init__(self, num_groups: int = 1) -> None:
         self.num_groups = num_groups
+        self._groups = list(range(num_groups))
         self._in_block: dict[int, int] = {}
         self._numbers = itertools.count(1)
         self._given: set[int] = set()
@@ -70,11 +71,10 @@ class Contents:
         """Whether vLLM would take a block from its cache for one of the chain's and it is not that one."""
         if self.pool is None:
             return False
-        groups = list(range(self.num_groups))
         found = self._found_again(request.block_hashes, chain)
         at = len(found.hashes)
         for block_hash, number in zip(request.block_hashes[at:], chain[at:], strict=False):
-            hit = self.pool.get_cached_block(block_hash, groups)
+            hit = self.pool.get_cached_block(block_hash, self._groups)
             if not hit:
                 break
             for block in hit:
@@ -101,6 +101,10 @@ class Contents:
             and [blocks[block].block_hash for block in before.blocks] == before.keys
         )
         return before if same else Found()
+
+    def has(self, block_hash: Any) -> bool:
+        """Whether vLLM would find a block of that hash: in every group, else it takes none."""
+        return self.pool is not None and bool(self.pool.get_cached_block(block_hash, self._groups))
 
     def resident(self, record: Record) -> list[int]:
         """The blocks that hold the record's full ones, from the first on, as far as they still lie in the engine's

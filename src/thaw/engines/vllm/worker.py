@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.arena import Arena, Record
 from thaw.engines.served.budget import GUEST, Caller, Room
+from thaw.engines.served.guard import guarded
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, WorkerFacts
@@ -67,10 +67,7 @@ class WorkerSide:
         """A step's jobs. The weights are looked at once a step, when a job needs to know."""
         self._epoch = None
         for job in todo:
-            try:
-                self._do(job)
-            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it
-                self._failed(job, error)
+            guarded(partial(self._do, job), partial(self._failed, job))
         self._tell_what_is_left()
 
     def _tell_what_is_left(self) -> None:
@@ -128,13 +125,10 @@ class WorkerSide:
             for name in job.records:
                 self._records.pop(name, None)
 
-    def _failed(self, job: Job, error: Exception) -> None:
+    def _failed(self, job: Job, error: ThawError) -> None:
         """Tell whoever waits for it."""
-        kind, text = _described(error)
-        if isinstance(error, ThawError):
-            log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
-        else:
-            log.exception("thaw: %s failed", type(job).__name__)
+        kind, text = error.kind, str(error)
+        log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
         if isinstance(job, jobs.Load | jobs.Check):
             self._answer(job.name, Answer(kind=kind, error=text))
             self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
@@ -142,7 +136,8 @@ class WorkerSide:
             self._answer(job.name, Answer(kind=kind, error=text))
         elif isinstance(job, jobs.Derive | jobs.Sync):
             caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
-            self._records[job.record] = Record((), self._now(), broken=text, caller=caller)
+            epoch = 0 if self._weights is None else self._weights.epoch
+            self._records[job.record] = Record((), epoch, broken=text, caller=caller)
             if isinstance(job, jobs.Sync) and job.finished is not None:
                 self._copier.after_saves(partial(self._let_go, job.finished))
 
@@ -184,14 +179,11 @@ class WorkerSide:
         since = self._copier.point()
 
         def work() -> None:
-            try:
-                self._copier.load_aside(job.tables, record, job.start, job.stop, since)
-                with self._lock:
-                    self._received.add(job.request)
-            except Exception as error:  # noqa: BLE001 - reported to the one request that waits for it
-                self._failed(job, error)
+            self._copier.load_aside(job.tables, record, job.start, job.stop, since)
+            with self._lock:
+                self._received.add(job.request)
 
-        self._copier.loads.submit(work)
+        self._copier.loads.submit(guarded, work, partial(self._failed, job))
 
     def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
         with self._lock:
@@ -211,14 +203,8 @@ class WorkerSide:
 
     # -- packs, on a thread
 
-    def _in_thread(self, job: Job, work: Any) -> None:
-        def run() -> None:
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001 - the answer says so
-                self._failed(job, error)
-
-        self._threads.submit(run)
+    def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
+        self._threads.submit(guarded, work, partial(self._failed, job))
 
     def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
         started = time.perf_counter()
@@ -273,9 +259,3 @@ class WorkerSide:
 
     def _answer(self, name: str, answer: Answer) -> None:
         self._mail.answer(name, self._facts.rank, answer)
-
-
-def _described(error: Exception) -> tuple[str, str]:
-    if isinstance(error, ThawError):
-        return error.kind, str(error)
-    return "storage-failed", f"{type(error).__name__}: {error}"

@@ -79,6 +79,18 @@ class BytesLaw(EngineKit):
         for early, late in itertools.pairwise(captures):
             assert prefix_bytes(lab, early, early.num_kv) == prefix_bytes(lab, late, early.num_kv)
 
+    @pytest.mark.parametrize("count, at", [(255, None), (256, None), (400, None), (600, 256), (600, 400)])
+    def test_a_live_child_computes_what_a_hydrated_one_does(
+        self, engine: Engine, other: Engine, lab: Lab, count: int, at: int | None
+    ) -> None:
+        """Also where the point ends a block of the engine's: bits hang on how many tokens a step has."""
+        session = lab.begin(engine, count)
+        plan = lab.plan(lab.capture(engine, session), at=at)
+        live = lab.one(engine, lab.twin(engine, session, at=at), greedy(4), (5, 6))
+        hydrated = lab.one(other, lab.hydrate(other, plan).session, greedy(4), (5, 6))
+        assert live.num_cached_tokens == hydrated.num_cached_tokens
+        assert bits(live.logprobs) == bits(hydrated.logprobs)
+
     def test_a_damaged_blob_is_refused_by_name(self, engine: Engine, other: Engine, lab: Lab) -> None:
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 300)))
         lab.hydrate(other, plan)
