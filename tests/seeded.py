@@ -48,6 +48,9 @@ NOT_A_CATCH = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError",
 
 FAKE = "tests/engines/test_engine_fake.py::TestFake"
 LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
+GROUPS = "tests/engines/test_engine_groups.py"
+SERVED_GROUPS = "tests/engines/test_served_groups.py"
+REPO_GROUPS = "tests/repo/test_repo_groups.py"
 VLLM = "tests/engines/on_vllm/test_engine_vllm.py::TestVllm"
 SGLANG = "tests/engines/on_sglang/test_engine_sglang.py::TestSglang"
 POOL = "tests/pool/test_pool_laws.py::TestInProcess"
@@ -91,14 +94,15 @@ FAULTS = (
     ),
     Fault(
         "heads-in-reverse", "1", "fake", "engines/embedded/transfer.py",
-        "for x in blobs[i * heads : (i + 1) * heads])", "for x in reversed(blobs[i * heads : (i + 1) * heads]))",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in there},",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs))[::-1] for group in there},",
         (f"{FAKE}::test_restored_kv_equals_captured_kv_byte_for_byte",),
         "a segment names the blobs of its heads in the wrong order",
     ),
     Fault(
         "partial-page-transposed", "1", "transformers", "engines/transformers/kv.py",
-        "self.kv_HPL2TD[head, page, :, :, start:stop].contiguous()",
-        "self.kv_HPL2TD[head, page, :, :, start:stop].transpose(0, 1).contiguous()",
+        "self.kv_HPL2TD[column, page, :, :, start:stop].contiguous()",
+        "self.kv_HPL2TD[column, page, :, :, start:stop].transpose(0, 1).contiguous()",
         (f"{LLAMA}::test_restored_kv_equals_captured_kv_byte_for_byte",),
         "a partial page is written as [K|V][layer], and read as [layer][K|V]",
     ),
@@ -124,16 +128,22 @@ FAULTS = (
     ),
     Fault(
         "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
-        "            if self._in_block.get(hit[0].block_id) != number:\n                return True\n",
-        "            return self._in_block.get(hit[0].block_id) != number\n",
+        "                if self._in_block.get(block.block_id) != number:\n                    return True\n",
+        "                return self._in_block.get(block.block_id) != number\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
     ),
     Fault(
         "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
-        "        return before if same else []", "        return before",
+        "        return before if same else Found()", "        return before",
         ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
         "what one session found in the engine's blocks is taken for what another finds",
+    ),
+    Fault(
+        "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler.py",
+        "        if not run.hidden and local == run.want + 1:", "        if False:",
+        (f"{VLLM}::test_a_live_child_computes_what_a_hydrated_one_does",),
+        "a child finds the KV of the session's last token where that fills a block, one of a hydrated session does not",
     ),
     Fault(
         "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",
@@ -142,6 +152,97 @@ FAULTS = (
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
          "test_what_one_sibling_sampled_and_another_read_is_not_exchanged",),
         "a session goes on with the bits that a sibling's equal tokens have",
+    ),
+    # --- laws 1 and 5 by cache group
+    Fault(
+        "window-a-token-short", "1", "fake", "core/cache.py",
+        "range(max(0, num_kv - window + 1), num_kv)", "range(max(0, num_kv - window + 2), num_kv)",
+        (f"{GROUPS}::TestHybrid::test_what_a_plan_needs_is_enough",),
+        "the oldest token of a window is neither kept nor asked for",
+    ),
+    Fault(
+        "nearest-state-for-own", "1", "fake", "repo/cover.py",
+        "if point.token == num_kv), None)", "if point.token <= num_kv), None)",
+        (f"{REPO_GROUPS}::test_every_point_that_is_named_goes_on_as_its_session_did",),
+        "a point goes on with the state of an earlier token",
+    ),
+    Fault(
+        "parts-in-reverse", "1", "fake", "engines/embedded/transfer.py",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in self._states}",
+        "blobs={group.name: tuple(islice(ids, group.num_blobs))[::-1] for group in self._states}",
+        (f"{GROUPS}::TestHybrid::test_restored_kv_equals_captured_kv_byte_for_byte",),
+        "a state names the blobs of its parts in the wrong order",
+    ),
+    Fault(
+        "state-not-asked-for", "5", "fake", "engines/restoring.py",
+        "if groups and plan.num_kv and plan.num_kv not in {point.token for point in plan.points}:",
+        "if groups and plan.num_kv and not plan.points:",
+        (f"{GROUPS}::TestHybrid::test_negative_control_a_state_of_another_token_changes_the_logprobs",),
+        "a session without its state is taken for restored",
+    ),
+    Fault(
+        "missing-group-passed-over", "5", "fake", "engines/restoring.py",
+        "        if blobs or needed:\n", "        if blobs:\n",
+        (f"{GROUPS}::TestTwoFullGroups::test_a_plan_that_lacks_a_group_is_refused_by_name",),
+        "a plan without one group's bytes is loaded, and its memory is what it was",
+    ),
+    Fault(
+        "written-by-every-rank", "1", "none", "engines/served/rank_groups.py",
+        "for rank in range(self._rank) for index", "for rank in () for index",
+        (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
+        "what several ranks hold is written by all of them",
+    ),
+    Fault(
+        "window-from-the-start", "1", "none", "engines/served/arena.py",
+        "        first = self.first(strip)\n        return self.tensors",
+        "        first = self.start\n        return self.tensors",
+        (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
+        "tokens of a window are taken from where a full group has them",
+    ),
+    Fault(
+        "states-of-later-tokens", "3", "none", "engines/served/arena.py",
+        "for token, state in self.points.items() if token <= num_kv}", "for token, state in self.points.items()}",
+        (f"{SERVED_GROUPS}::test_an_earlier_token_is_cut_in_every_group",),
+        "a fork of an earlier token has the states of later ones",
+    ),
+    Fault(
+        "one-table-for-all-groups", "1", "none", "engines/vllm/copier.py",
+        "for layout, blocks, tensor in zip(self._layouts, tables, tensors, strict=True):\n            layout.gather",
+        "for layout, blocks, tensor in zip(self._layouts, tables[:1] * len(tables), tensors, strict=True):\n"
+        "            layout.gather",
+        (f"{SERVED_GROUPS}::test_each_group_is_copied_by_its_own_block_table",),
+        "a group's KV is taken from another group's blocks",
+    ),
+    Fault(
+        "first-group-speaks-for-all", "1", "none", "engines/vllm/contents.py",
+        "            for block in hit:\n", "            for block in hit[:1]:\n",
+        (f"{SERVED_GROUPS}::test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign",),
+        "a sibling's block of another group is taken for the session's",
+    ),
+    Fault(
+        "states-not-followed", "7", "fake", "store/links.py",
+        "points = value.points if isinstance(value, _GroupedSegment) else ()", "points = ()",
+        (f"{REPO_GROUPS}::test_gc_fsck_and_a_rebuild_keep_the_states",),
+        "gc takes the states of a live commit for garbage",
+    ),
+    Fault(
+        "rebuilt-without-the-newer", "7", "fake", "store/rebuild.py",
+        "    except NewerFormat:\n        raise\n    except ThawError:\n        return\n",
+        "    except ThawError:\n        return\n",
+        (f"{REPO_GROUPS}::test_upkeep_by_an_older_thaw_refuses_and_takes_nothing",),
+        "a rebuild leaves out what a newer thaw wrote, and gc then takes it",
+    ),
+    Fault(
+        "not-kept-restored-empty", "6", "fake", "engines/restoring.py",
+        "    if plan.not_kept:\n        raise NotKept(plan.not_kept)\n", "    return\n",
+        (f"{FAKE}::test_a_point_that_was_not_kept_is_refused_or_recomputed",),
+        "a point without KV counts as restored",
+    ),
+    Fault(
+        "window-written-anew", "4", "fake", "repo/commit.py",
+        "rewrite=keeps_all(engine.info.groups)", "rewrite=True",
+        (f"{REPO_GROUPS}::test_many_small_commits_do_not_write_their_window_anew",),
+        "a commit writes its last window anew, without the states in it",
     ),
     # --- lineage
     Fault(
@@ -178,7 +279,7 @@ FAULTS = (
     ),
     Fault(
         "record-not-cut", "2", "vllm", "engines/served/arena.py",
-        "piece if piece.stop <= num_kv else Piece(piece.start, num_kv - piece.start, piece.tensor, piece.ready)\n",
+        "piece if piece.stop <= num_kv else replace(piece, length=num_kv - piece.start)\n",
         "piece\n",
         (f"{VLLM}::test_a_child_that_went_its_own_way_is_cut_like_any_other",),
         "a fork of an earlier token keeps the parent's KV of the later ones",
@@ -369,11 +470,23 @@ FAULTS = (
     # --- law 9, good guest
     Fault(
         "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker.py",
-        "            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it\n"
-        "                self._failed(job, error)\n",
-        "            except Exception as error:\n                self._failed(job, error)\n                raise\n",
+        "            guarded(partial(self._do, job), partial(self._failed, job))\n", "            self._do(job)\n",
         ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
         "a load that fails takes vLLM with it",
+    ),
+    Fault(
+        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler.py",
+        "found = guarded(partial(self._match, request, run, local), partial(self._stop, run))",
+        "found = self._match(request, run, local)",
+        ("tests/engines/test_vllm_guard.py::test_what_nobody_foresaw_ends_the_one_request",),
+        "what nobody foresaw in one request's session takes vLLM with it",
+    ),
+    Fault(
+        "failing-token-ends-the-engine", "9", "none", "engines/sglang/rows.py",
+        "token = guarded(partial(row.pick, host_RV[i], int(seq_lens[index])), row.failed)",
+        "token = row.pick(host_RV[i], int(seq_lens[index]))",
+        ("tests/engines/test_sglang_guard.py::test_a_token_that_cannot_be_chosen_costs_its_own_request",),
+        "a token that cannot be chosen takes SGLang with it",
     ),
     Fault(
         "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler.py",
@@ -452,10 +565,22 @@ FAULTS = (
         "the time that a template read is not recorded",
     ),
     Fault(
-        "message-left-out-unseen", "chat", "none", "repo/chat.py",
-        "                if mark not in said:\n", "                if not said:\n",
+        "message-left-out-unseen", "chat", "none", "repo/said.py",
+        "if number not in (found or ()) and", "if found is None and",
         ("tests/repo/test_chat_templates.py::test_a_message_that_the_template_leaves_out_is_an_error",),
         "a message whose role the template does not know is lost",
+    ),
+    Fault(
+        "mark-that-is-a-word", "chat", "none", "repo/marks.py",
+        " if stem not in taken)", ")",
+        ("tests/repo/test_chat_nothing_lost.py::test_messages_may_say_anything_and_keep_their_headers",),
+        "what stands in for a text occurs in another, and that message loses its header",
+    ),
+    Fault(
+        "result-said-along-with-the-call", "chat", "none", "repo/chat.py",
+        "            if lost is None:\n", "            if True:\n",
+        ("tests/repo/test_chat_nothing_lost.py::test_results_that_are_said_along_with_the_calls_are_not_lost",),
+        "what a template says of a tool's result along with the call is lost behind a call that was sampled",
     ),
     Fault(
         "gone-back-to-nothing", "chat", "fake", "repo/session.py",

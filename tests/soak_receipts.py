@@ -73,11 +73,12 @@ def groups(root: Path = ROOT) -> dict[str, Group]:
     """By name, those of all marks under tests and of the other releases' suites. Raises `Unclear`."""
     found: dict[str, Group] = {suite.name: suite for suite in suites(root)}
     for file in sorted((root / "tests").rglob("*.py")):
-        name = file.relative_to(root).as_posix()
-        for place, receipt, covers in read_marks(file, name):
+        marks = tuple(read_marks(file, file.relative_to(root).as_posix()))
+        brings = brought(file, root) if marks else ()
+        for place, receipt, covers in marks:
             old = found.get(receipt, Group(receipt, (), ()))
-            brings = joined(old.brings, brought(file, root))
-            found[receipt] = Group(receipt, joined(old.sites, (place,)), joined(old.covers, covers), brings)
+            new = (place,), covers, brings
+            found[receipt] = Group(receipt, *map(joined, (old.sites, old.covers, old.brings), new))
     for group in found.values():
         for path in group.covers:
             if not (root / path).exists():

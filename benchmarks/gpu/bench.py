@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import msgspec
+from arguments import parser
 
 from thaw.bench.vllm import Options, run
 from thaw.receipt import Receipt, dumps
@@ -32,13 +32,9 @@ SIZES: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("model")
-    words.add_argument("out", type=Path)
-    words.add_argument("parts")
+    words = parser(__doc__)
     words.add_argument("--children", help="sizes of forks, joined by commas")
     words.add_argument("--rounds", type=int, help="of each fork")
-    words.add_argument("--small", action="store_true")
     told = words.parse_args()
     target = told.out / f"bench-gpu-{told.parts.replace(',', '-')}.json"
     told.out.mkdir(parents=True, exist_ok=True)
@@ -58,13 +54,11 @@ def main() -> None:
 
 def _options(told: argparse.Namespace) -> Options:
     parts = tuple(told.parts.split(","))
-    fork: dict[str, object] = {}
+    asked = {name: value for name in ("children", "rounds") if (value := getattr(told, name))}
+    more = "".join(f" {name.upper()}={value}" for name, value in asked.items())
     if told.children:
-        fork["children"] = tuple(int(n) for n in told.children.split(","))
-    if told.rounds:
-        fork["rounds"] = told.rounds
-    more = "".join(f" {flag.upper()}={value}" for flag, value in vars(told).items() if flag in fork)
-    common = {**fork, "parts": parts, "folder": told.out, "command": f"make bench-gpu PARTS={told.parts}{more}"}
+        asked["children"] = tuple(map(int, told.children.split(",")))
+    common = {**asked, "parts": parts, "folder": told.out, "command": f"make bench-gpu PARTS={told.parts}{more}"}
     if told.small:
         return msgspec.convert({**common, "goals": False, "engine_options": {"model": told.model}}, Options)
     sizes = {name: value for part in parts for name, value in SIZES[part].items()}

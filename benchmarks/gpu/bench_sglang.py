@@ -10,7 +10,6 @@ that arm of pressure and no other; with `--small` and a small model the same run
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import json
@@ -30,6 +29,7 @@ from typing import Any
 
 import httpx
 import msgspec
+from arguments import parser
 
 from thaw import receipt as r
 from thaw.bench import text
@@ -335,16 +335,12 @@ def _accelerator() -> str | None:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("model")
-    words.add_argument("out", type=Path)
-    words.add_argument("parts")
+    words = parser(__doc__)
     words.add_argument("--attention", default="triton")
     words.add_argument("--page", type=int, default=1)
     words.add_argument("--returns", type=int, default=2, help="to each session under pressure")
     words.add_argument("--hicache-gib", type=int, default=SIZES["offload_gib"])
     words.add_argument("--hicache-alone", action="store_true")
-    words.add_argument("--small", action="store_true")
     told = words.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
     parts = tuple(told.parts.split(","))

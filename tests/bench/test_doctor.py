@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thaw import doctor, load_engine
+from thaw.core.cache import FullKV
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.doctor import model, place, server, software
@@ -25,6 +26,7 @@ from thaw.repo import served
 from thaw.repo.served import Served
 from thaw.store import Store
 
+GROUP = FullKV(name="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=64, dtype="bfloat16")
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
@@ -50,6 +52,7 @@ def test_a_config_alone_says_kv_bytes_and_size(tmp_path: Path) -> None:
     assert found is not None and found.supported and found.tested
     assert found.kv_token_nbytes == 128 << 10
     assert found.session_nbytes == 512 << 20
+    assert found.cache_groups == ("full: layers 0..31, 8 KV heads of 128, bfloat16",)
     assert found.num_parameters == pytest.approx(8.03e9, rel=0.01)
     assert found.name == tmp_path.name
     assert report.ok and report.figures == ()
@@ -180,8 +183,7 @@ def said(mail: Path, *, workers: int = 1, prefix_caching: bool = True) -> Path:
     here.post(SCHEDULER, facts)
     for rank in range(workers):
         here.post(rank, WorkerFacts(
-            rank=rank, world_size=1, pid=1, total_heads=2, first_head=0, num_heads=2, num_layers=3, head_dim=64,
-            dtype="bfloat16", layout={"kind": "made up"},
+            rank=rank, world_size=1, pid=1, groups=(GROUP,), layout={"kind": "made up"},
         ))  # fmt: skip
     return mail
 
@@ -214,6 +216,16 @@ def test_a_server_without_ranks_is_one_engine_and_says_whether_it_caches_prefixe
     (found,) = connectors(tmp_path / "r", said(tmp_path / "mail", prefix_caching=on), monkeypatch)
     assert found.status == "ok" and "active in vLLM 0.32.0 and" in found.text
     assert f"prefix caching {'on' if on else 'off'}" in found.text
+    assert "; cache groups: full: layers 0..2, 2 KV heads of 64, bfloat16; layout: kind made up" in found.text
+
+
+def test_an_engine_of_another_protocol_is_told_from_workers_that_lack_thaw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail = said(tmp_path / "mail")
+    (mail / "facts" / "0").write_text('{"rank": 0, "world_size": 1, "total_heads": 2}')  # as version 5 had it
+    (found,) = connectors(tmp_path / "r", mail, monkeypatch)
+    assert found.status == "problem" and "speaks version 1 of thaw's protocol" in found.advice
 
 
 def test_of_a_joined_server_all_ranks_that_run_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

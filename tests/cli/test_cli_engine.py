@@ -316,6 +316,21 @@ def test_doctor_asks_a_server_with_its_key(repo: Shell, locked: str) -> None:
     assert "thaw is not active in the server" in repo("doctor", "--quick", "--api-key", "sesame").out
 
 
+@pytest.mark.parametrize("key", ["é", "sesame\n", " ", "se same"])
+@pytest.mark.usefixtures("no_keys")
+def test_a_key_that_cannot_be_sent_is_named_and_not_shown(repo: Shell, locked: str, key: str) -> None:
+    with Store.open(repo.cwd / ".thaw") as store:
+        remember(store, EngineSettings(name="vllm", options={"url": locked}))
+    for words in (("engine", "stats"), ("run", "Why?")):
+        by_variable, by_option = repo(*words, THAW_API_KEY=key), repo(*words, "--api-key", key)
+        assert (by_variable.code, by_option.code) == (2, 2)
+        assert "THAW_API_KEY is no API key" in by_variable.err and "--api-key is no API key" in by_option.err
+        assert "same" not in by_variable.err + by_option.err
+    report = repo("doctor", "--quick", THAW_API_KEY=key)
+    assert report.code == 1 and "cannot be asked: THAW_API_KEY is no API key" in " ".join(report.out.split())
+    assert "--api-key is no API key" in repo("up", "--model", "m", "--", "--api-key", key).err
+
+
 def test_an_engine_may_be_named_by_its_url() -> None:
     assert boot.choose(None, "http://here:8000/", None) == EngineSettings(
         name="vllm", options={"url": "http://here:8000"}

@@ -151,9 +151,27 @@ def test_a_conversation_given_whole_replaces_what_was_said(repo: Shell) -> None:
         '[{"role": "user", "content": "hallo"}, {"role": "assistant", "content": [{"type": "text", "text": "ja"}]}]'
     )
     done = repo.ok("run", "--chat", "und?", "--history", "talk.json", *greedy)
-    assert "left behind, 6 of them sampled (--keep-sampled keeps those)" in done.err
+    assert "2 messages of the branch's are not in --history: went on from token" in done.err
+    assert "left behind, 6 of them sampled (the commit before has them)" in done.err
     text = repo.ok("show", "--text").out
     assert "<s>assistant\nja</s><s>user\nund?" in text and "hello" not in text
+    assert "hello" in repo.ok("show", "main~1", "--text").out
+    again = repo.ok("run", "--chat", "und?", "--history", "talk.json", *greedy, "--json")
+    assert again.json()["num_dropped_messages"] == 1 and "1 message of the branch's" in again.err
+
+
+def test_a_chat_that_cannot_be_is_refused_before_a_model_is_booted(tree: Shell) -> None:
+    (tree.cwd / "talk.json").write_text('{"role": "user"}')
+    for words in (
+        ("run", "--chat", ""),
+        ("run", "--chat", "hello", "--no-generate"),
+        ("run", "--chat", "hello", "--history", "talk.json"),
+        ("run", "--chat", "hello", "--history", "nowhere.json"),
+        ("fork", "main", "--chat"),
+        ("fork", "main", "--chat", "one", ""),
+    ):
+        done = tree(*words, "--engine", "transformers", "--model", "no-such-model")
+        assert done.code in (2, 3) and "no-such-model" not in done.err, (words, done.err)
 
 
 def test_fork_runs_one_batch_and_makes_a_branch_each(tree: Shell) -> None:
@@ -358,7 +376,8 @@ def test_undo_and_reflog_go_back_move_by_move(repo: Shell) -> None:
     gone = repo("undo")
     assert gone.code == 2 and "no move left" in gone.err
     repo.ok("branch", "main", second[3:15])
-    assert repo("reflog", "none").code == 0
+    unknown = repo("reflog", "none")
+    assert unknown.code == 2 and "no branch or tag 'none'" in unknown.err and "there are: main" in unknown.err
 
 
 def test_stats_say_what_sharing_saves(tree: Shell) -> None:

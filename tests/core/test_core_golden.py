@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from thaw.core import canonical, objects, prefix
+from thaw.core.cache import FullKV, LatentKV, PointState, SlidingKV, StatePart
 from thaw.core.canonical import U64
-from thaw.core.identity import CacheGroup, ModelIdentity, compare, tensor_leaf, weights_root
+from thaw.core.identity import ModelIdentity, compare, identity_of, tensor_leaf, weights_root
 from thaw.core.ids import digest, is_id, short
 from thaw.core.objects import (
     Boundary,
@@ -15,6 +16,8 @@ from thaw.core.objects import (
     ChatSettings,
     ChatTurn,
     Commit,
+    GroupedSegment,
+    Point,
     Segment,
     SegmentEntry,
     SegmentNode,
@@ -25,10 +28,25 @@ from thaw.core.objects import (
 from thaw.core.sampling import Sampling, derive, uniform
 
 A, B, C = (digest(letter) for letter in (b"a", b"b", b"c"))
-GROUP = CacheGroup(name="full", kind="full", first_layer=0, num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
+GROUP = FullKV(name="full", first_layer=0, num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
 MODEL = ModelIdentity(
     architecture="Fake", weights=A, config={"rope": '{"theta":10000}'}, dtype="bfloat16", tokenizer=B, groups=(GROUP,)
 )
+HYBRID = identity_of(
+    architecture="Fake", weights=A, config={}, dtype="bfloat16", tokenizer=B,
+    groups=(
+        FullKV(
+            name="full", first_layer=0, num_layers=2, layers=(0, 4), num_kv_heads=2, head_dim=4, value_dim=2,
+            dtype="bfloat16",
+        ),
+        SlidingKV(name="sliding", first_layer=1, num_layers=1, num_kv_heads=1, head_dim=4, dtype="float16", window=128),
+        LatentKV(name="latent", first_layer=2, num_layers=1, width=576, dtype="bfloat16"),
+        PointState(
+            name="state", first_layer=3, num_layers=1,
+            parts=(StatePart(name="conv", num_heads=1, shape=(3, 8), dtype="bfloat16"),),
+        ),
+    ),
+)  # fmt: skip
 TURN = Turn(
     kind="completion", start=2, end=4, role="assistant", text="h\u00e9", sampling=Sampling(temperature=0.5, seed=1),
     seed=U64(2**64 - 1), finish_reason="stop", stop_reason=7, logprobs=(-0.5, -1.25), policy="0",
@@ -37,6 +55,11 @@ TOLD = msgspec.structs.replace(TURN, sampling=Sampling(entropy=True), entropies=
 OBJECTS = {
     "model": MODEL,
     "segment": Segment(start=0, tokens=(1, 2, 3), window=A, prefix=B, blobs={"full": (A, C)}),
+    "model of four kinds": HYBRID,
+    "segment with states": GroupedSegment(
+        start=0, tokens=(1, 2, 3), window=A, prefix=B, blobs={"full": (A, C), "sliding": (B,)}, first={"sliding": 1},
+        points=(Point(token=2, blobs={"state": (C,)}), Point(token=3, blobs={"state": (A,)})),
+    ),
     "segments": SegmentNode(entries=(SegmentEntry(segment=A, start=0, length=3),)),
     "turn": TURN,
     "turn with entropies": TOLD,
@@ -57,6 +80,8 @@ OBJECTS = {
 GOLDEN = {
     "model": "b3:fda4af02693458dc857c191e09c362e991fd46971e66da5d0054953bf3c9acf8",
     "segment": "b3:68b4c0d2c4be48992d06597fb226dd41c29aa111c2cb968b664eb6b2ef11262d",
+    "model of four kinds": "b3:4cb8220615bd77b4a8da91a71624f6f19266ae3695f0a37a75f0c078af536d8d",
+    "segment with states": "b3:327a004b357edadd69caf5fb62705421cb654c0ce6889c37e2080dc3c33ba5a7",
     "segments": "b3:f8ee716a23993c1d3be505a9eb57cb40f9b3ae0e6be0ddc278799cc3d6261164",
     "turn": "b3:352faf502b8f473096c7eeaeaac5f9f655db494fdcdd9ae41b7d02cc9f0194b2",
     "turn with entropies": "b3:90fa7c367785648754f3fd16d6db0494a215fd859c5b99d064d7291afcb8d7f0",

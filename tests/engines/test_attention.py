@@ -145,7 +145,7 @@ def _copied(backend: Any, source: PagedKV, *, one_by_one: bool = False) -> Paged
         kv.runs = [Run(kv.factory.extent(1), 0, i, 1) for i in range(pages)]
     kv.reserve(source.num_tokens)
     for start, stop in windows(0, source.num_tokens):
-        for head in range(kv.factory.group.num_kv_heads):
+        for head in range(kv.factory.groups[0].num_blobs):
             kv.write(head, start, stop, source.read(head, start, stop), stop - start)
     kv.num_tokens = source.num_tokens
     return kv

@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from thaw import load_engine  # noqa: E402
-from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound  # noqa: E402
+from thaw import doctor, load_engine  # noqa: E402
+from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, ThawError, Unsupported  # noqa: E402
+from thaw.doctor import model as doctor_model  # noqa: E402
 from thaw.engines.hf.checkpoint import require_weights_of, require_whole  # noqa: E402
 from thaw.engines.hf.weights import CACHE_NAME, root_of_folder  # noqa: E402
 
@@ -80,6 +81,33 @@ def second_shard(folder: Path) -> Path:
     return sorted(folder.glob("model-*.safetensors"))[1]
 
 
+def indexed(change: Callable[[Path, dict[str, Any]], object]) -> Change:
+    """Shards whose index `change` gets to see; it is written anew."""
+
+    def apply(folder: Path) -> None:
+        said = json.loads((folder / INDEX).read_text())
+        change(folder, said)
+        (folder / INDEX).write_text(json.dumps(said))
+
+    return sharded(apply)
+
+
+def twice(first: str) -> Change:
+    """NORM stands in a shard of its own as well, where the index names it; `first` is the first file by name."""
+
+    def change(folder: Path, said: dict[str, Any]) -> None:
+        own = "model-00000-of-00008.safetensors" if first == "named" else "model-00009-of-00008.safetensors"
+        save_file({NORM: torch.full((64,), 5.0)}, folder / own, metadata={"format": "pt"})
+        said["weight_map"][NORM] = own
+
+    return indexed(change)
+
+
+def of_dtype(dtype: torch.dtype, name: str = "model.norm.weight") -> Change:
+    return tensors(lambda t: t.update({name: torch.ones(t[name].shape).to(dtype)}))
+
+
+NORM = "model.norm.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 LACKING: dict[str, tuple[Change, str]] = {
     "no head": (tensors(lambda t: t.pop("lm_head.weight")), r"lm_head\.weight.*tie_word_embeddings to true"),
@@ -116,7 +144,40 @@ UNREADABLE: dict[str, tuple[Change, str]] = {
     "an index of nothing": (sharded(lambda f: (f / INDEX).write_text("{}")), "no index of weights"),
     "half of a pickle": (as_bin(cut("pytorch_model.bin", 50_000)), r"pytorch_model\.bin \(50000 bytes\)"),
 }  # fmt: skip
-CHANGES = {**LACKING, **UNREADABLE}
+NOT_FLOATS = ("int8", "uint8", "int64", "bool", "float8_e4m3fn", "complex64")
+UNCLEAR: dict[str, tuple[Change, str]] = {
+    "a tensor twice, the named first": (twice("named"), r"model\.norm\.weight is in model-.* and in model-"),
+    "a tensor twice, the named last": (twice("other"), r"model\.norm\.weight is in model-.* and in model-"),
+    "another shard than is named": (
+        indexed(lambda f, said: said["weight_map"].update({NORM: sorted(said["weight_map"].values())[0]})),
+        r"says that model\.norm\.weight is in model-00001-.*, and it is in model-0000[2-8]-",
+    ),
+    "named and not there": (
+        indexed(lambda f, said: said["weight_map"].update({BIAS: sorted(said["weight_map"].values())[0]})),
+        r"says that .*q_proj\.bias is in model-00001-.*, and it is not there",
+    ),
+    "a shard elsewhere": (
+        indexed(lambda f, said: said["weight_map"].update({NORM: "../m/model.safetensors"})), "is no file beside it",
+    ),
+    "an index of a list": (sharded(lambda f: (f / INDEX).write_text("[]")), "no index of weights"),
+    "an index of numbers": (sharded(lambda f: (f / INDEX).write_text('{"weight_map": {"a": 5}}')), "no index of"),
+    "a pickle of a list": (as_bin(lambda f: torch.save([1], f / "pytorch_model.bin")), "cannot be read as weights"),
+    "files that the config names": (config(transformers_weights="own.safetensors"), "transformers_weights"),
+    **{
+        f"a norm of {name}": (of_dtype(getattr(torch, name)), r"have model\.norm\.weight in .*not say that weights are")
+        for name in NOT_FLOATS
+    },
+    "all of int8": (
+        tensors(lambda t: t.update({n: one.to(torch.int8) for n, one in t.items()})), r"lm_head\.weight in I8",
+    ),
+    "a pickled norm of int8": (
+        as_bin(lambda f: torch.save(
+            {n: t.to(torch.int8) if n == NORM else t for n, t in torch.load(f / "pytorch_model.bin").items()},
+            f / "pytorch_model.bin",
+        )), r"have model\.norm\.weight in torch\.int8",
+    ),
+}  # fmt: skip
+CHANGES = {**LACKING, **UNREADABLE, **UNCLEAR}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -140,6 +201,8 @@ WHOLE: dict[str, Change] = {
     "a buffer of old checkpoints": tensors(
         lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     ),
+    "a tensor that the index leaves out": indexed(lambda f, said: said["weight_map"].pop(NORM)),
+    "floats of other sizes": tensors(lambda t: t.update({NORM: t[NORM].double()})),
     "another format beside it": lambda folder: (folder / "pytorch_model.bin").write_text(POINTER),
 }
 
@@ -160,6 +223,140 @@ def test_tied_tensors_may_be_there_once_or_twice(folder: Path) -> None:
     require_whole(folder)
     tensors(lambda t: t.pop("lm_head.weight"))(folder)
     require_whole(folder)
+
+
+BESIDE: dict[str, Change] = {
+    "a second model": lambda f: shutil.copy(f / FILE, f / "other.safetensors"),
+    "an index of others": lambda f: (
+        shutil.copy(f / FILE, f / "other.safetensors"),
+        (f / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {NORM: "other.safetensors"}})),
+    ),
+    "another format": as_bin(lambda f: save_file({NORM: torch.ones(64)}, f / "other.safetensors")),
+    "a second pickle": as_bin(lambda f: shutil.copy(f / "pytorch_model.bin", f / "other.bin")),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_files_of_which_engines_load_others_run_in_none_that_is_served(folder: Path, name: str) -> None:
+    """transformers loads model.safetensors; vLLM and SGLang load every file there is, or those of the index."""
+    root = root_of_folder(folder, "float32")
+    BESIDE[name](folder)
+    with load_engine("transformers", model=str(folder)) as engine:
+        assert engine.identity().weights == root
+    with pytest.raises(IncompleteModel, match="others that vLLM and SGLang load"):
+        require_whole(folder)
+    said = [f for f in doctor.examine(config=folder, measure=False).findings if f.name == "model-files"]
+    assert [f.status for f in said] == ["ok", "warning"] and "vLLM and SGLang refuse it" in said[1].text
+
+
+def test_what_is_no_models_may_stand_beside_it(folder: Path) -> None:
+    as_bin(lambda f: (f / "training_args.bin").write_bytes(b"x"))(folder)
+    require_whole(folder)
+
+
+def test_a_checkpoint_that_says_how_it_is_quantised_may_hold_integers(folder: Path) -> None:
+    """Whether an engine runs it is that engine's to say."""
+    of_dtype(torch.int8)(folder)
+    config(quantization_config={"quant_method": "compressed-tensors"})(folder)
+    require_whole(folder)
+    with pytest.raises(Unsupported, match="quantised"):
+        load_engine("transformers", model=str(folder))
+
+
+def test_masks_of_old_checkpoints_may_be_of_integers(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = transformers.AutoConfig.for_model("gpt_neox", vocab_size=64, **shape)
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    mask, bias = "gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.query_key_value.bias"
+    tensors(lambda t: t.update({mask: torch.ones(1, 1, 8, 8, dtype=torch.uint8)}))(tmp_path)
+    require_whole(tmp_path)
+    of_dtype(torch.uint8, bias)(tmp_path)
+    with pytest.raises(IncompleteModel, match=r"query_key_value\.bias in U8"):
+        require_whole(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_refused_in_every_engine(folder: Path) -> None:
+    """transformers puts it on where PEFT is installed, and leaves it out where not; vLLM and SGLang leave it out."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for ask in (
+        require_whole,
+        lambda f: load_engine("transformers", model=str(f)),
+        lambda f: root_of_folder(f, "float32"),
+    ):
+        with pytest.raises(Unsupported, match=r"holds an adapter.*merge_and_unload"):
+            ask(folder)
+    (found,) = doctor_model.files(folder, doctor_model.report(*doctor_model.read_config(folder)))
+    assert found.status == "problem" and "holds an adapter" in found.text
+    for file in (FILE, "config.json"):
+        (folder / file).unlink()
+    with pytest.raises(Unsupported, match="holds an adapter"):
+        load_engine("transformers", model=str(folder))
+
+
+def test_an_index_that_transformers_does_not_read_is_named(folder: Path) -> None:
+    indexed(lambda f, said: said.pop("metadata"))(folder)
+    require_whole(folder)
+    with pytest.raises(IncompleteModel, match="has no 'metadata'"):
+        load_engine("transformers", model=str(folder))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_doctor_says_what_a_boot_would(folder: Path, name: str) -> None:
+    CHANGES[name][0](folder)
+    with pytest.raises(ThawError) as refused:
+        load_engine("transformers", model=str(folder))
+    try:
+        (found,) = doctor_model.files(folder, doctor_model.report(*doctor_model.read_config(folder)))
+    except InvalidRequest as error:  # the config itself
+        assert str(error) == str(refused.value)
+        return
+    assert (found.status, found.text) == ("problem", str(refused.value))
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "as it is": ({}, True),
+    "grouped": ({"num_key_value_heads": 1}, False),
+    "a body": ({"architectures": ["LlamaModel"]}, False),
+    "of no architecture": ({"architectures": None}, True),
+    "heads of less than nothing": ({"head_dim": -1}, False),
+    "quantised by nothing": ({"quantization_config": {}}, False),
+    "in double": ({"dtype": "float64"}, False),
+    "in half": ({"dtype": "float16"}, True),
+    "in its own": ({"torch_dtype": "auto"}, True),
+    "in nothing known": ({"dtype": "bogus"}, False),
+    "attention that is not installed": ({"attn_implementation": "flash_attention_2"}, True),
+    "a rope of no kind": ({"rope_scaling": {"rope_type": "bogus"}}, False),
+    "a pad beyond the words": ({"pad_token_id": 10**6}, False),
+    "another class of the same shapes": ({"model_type": "qwen3"}, False),
+    "no class at all": ({"model_type": ""}, False),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_doctor_and_a_boot_say_the_same_of_a_config(folder: Path, name: str) -> None:
+    fields, runs = VARIANTS[name]
+    config(**fields)(folder)
+    try:
+        report = doctor_model.report(*doctor_model.read_config(folder))
+        supported = report.supported and next(doctor_model.files(folder, report)).status == "ok"
+    except InvalidRequest:
+        supported = False
+    assert supported == runs
+    if not runs:
+        with pytest.raises(ThawError):
+            load_engine("transformers", model=str(folder))
+        return
+    load_engine("transformers", model=str(folder)).close()
+
+
+def test_the_doctor_of_a_whole_folder_says_that_it_is_whole(folder: Path) -> None:
+    report = doctor.examine(config=folder, measure=False)
+    found = report.finding("model-files")
+    assert report.ok and found is not None and found.status == "ok"
+    assert doctor.examine(config=folder / "config.json", measure=False).finding("model-files") is None
+    (folder / FILE).unlink()
+    found = doctor.examine(config=folder, measure=False).finding("model-files")
+    assert found is not None and found.status == "warning" and "no weights" in found.text
 
 
 def test_names_that_only_transformers_finds_are_refused_elsewhere(folder: Path) -> None:
@@ -206,11 +403,14 @@ def test_a_model_that_is_not_here_is_somebody_elses_business(tmp_path: Path) -> 
         load_engine("transformers", model=str(tmp_path))
 
 
-def test_the_check_says_nothing_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tensors(lambda t: t.pop("lm_head.weight"))(folder)
-    with caplog.at_level(logging.DEBUG), pytest.raises(IncompleteModel):
-        require_whole(folder)
-    assert not [record for record in caplog.records if record.name.startswith(("thaw", "transformers"))]
+@pytest.mark.parametrize("name", LACKING)
+def test_a_refusal_says_nothing_in_the_log(folder: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Not what transformers reports of the load, for the error has it."""
+    LACKING[name][0](folder)
+    for ask in (require_whole, lambda folder: load_engine("transformers", model=str(folder))):
+        with caplog.at_level(logging.DEBUG), pytest.raises(IncompleteModel):
+            ask(folder)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_weights_that_run_in_place_of_others_are_of_the_same_model(

@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers")
 
 from made_tokenizers import byte_level, sentencepiece  # noqa: E402
 
-from thaw.core.errors import NotFound  # noqa: E402
-from thaw.core.identity import CacheGroup, ModelIdentity  # noqa: E402
+from thaw.core.cache import FullKV  # noqa: E402
+from thaw.core.errors import IncompleteModel, NotFound  # noqa: E402
+from thaw.core.identity import ModelIdentity  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
 from thaw.engines.embedded.text import TextStream  # noqa: E402
 from thaw.engines.embedded.turns import OpenTurn, _unseen_stops  # noqa: E402
@@ -52,6 +53,24 @@ def test_pieces_join_without_a_space_between_them(maker: str, pieces: list[str])
         tokens += codec.encode(piece, first=not tokens)
     said = codec.decode(tokens, skip_special_tokens=False).removeprefix("<s>")
     assert said.removeprefix(" ") == "".join(pieces), "a text itself may begin with the tokenizer's space"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_conversation_has_the_same_tokens_in_pieces_and_whole(maker: str) -> None:
+    """Also where the tokenizer puts a space behind a special token; a piece that begins as text gets none before it."""
+    tokenizer = MAKERS[maker]()
+    codec, end = HFCodec(tokenizer), tokenizer.eos_token
+    pieces = [
+        "[INST] un believable [/INST]",
+        f"able{end}[INST] and [/INST]",
+        f"{end}{end}[INST]",
+        "so, ",
+        f"x{end} y{end}",
+    ]
+    tokens: list[int] = []
+    for piece in pieces:
+        tokens += codec.encode_chat(piece, inside=bool(tokens))
+    assert tokens == codec.encode_chat("".join(pieces))
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -250,14 +269,12 @@ def test_a_model_that_is_not_there_is_our_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="tokenizer of"):
         load_tokenizer(str(tmp_path / "nothing"))
     (folder_of(byte_level(), tmp_path / "m") / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(NotFound, match="is no tokenizer"):
+    with pytest.raises(IncompleteModel, match="is no tokenizer"):
         load_tokenizer(str(tmp_path / "m"))
 
 
 def test_an_identity_is_said_once_for_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    group = CacheGroup(
-        name="full", kind="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=16, dtype="float32"
-    )
+    group = FullKV(name="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=16, dtype="float32")
     said: list[ModelIdentity] = []
 
     def say() -> ModelIdentity:

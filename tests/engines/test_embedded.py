@@ -11,7 +11,7 @@ import pytest
 
 from thaw.core.errors import CorruptBlob, NotHit, StaleSession, ThawError
 from thaw.core.prefix import windows
-from thaw.engines import load_engine
+from thaw.engines import load_engine, restoring
 from thaw.engines.base import Engine, GenerateRequest, SessionRef
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend, Feed
@@ -79,7 +79,7 @@ def test_forking_copies_no_full_page(engine: Engine, lab: Lab, at: int | None) -
 def test_a_child_writes_into_no_page_that_it_shares(engine: Engine, lab: Lab) -> None:
     parent = lab.begin(engine, 700)
     kv = kv_of(engine, parent)
-    heads = range(kv.factory.group.num_kv_heads)
+    heads = range(kv.factory.groups[0].num_blobs)
     before = [bytes(kv.read(head, a, b)) for a, b in windows(0, 700) for head in heads]
     lab.run(engine, *lab.fork(engine, parent, 3), sampling=seeded(8), prompt=ids(100, 4))
     assert before == [bytes(kv.read(head, a, b)) for a, b in windows(0, 700) for head in heads]
@@ -128,7 +128,7 @@ def test_usage_counts_the_tokens_that_really_ran(engine: Engine, lab: Lab, batch
 def test_a_load_that_brings_too_little_is_not_hit(engine: Engine, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine counts what it loaded by itself, also when the plan's own check is blind."""
     plan = lab.plan(lab.capture(engine, lab.begin(engine, 600)))
-    monkeypatch.setattr(transfer, "_check_cover", lambda plan: None)
+    monkeypatch.setattr(restoring, "check_cover", lambda plan: None)
     with pytest.raises(NotHit, match="512 of 600"):
         lab.hydrate(engine, msgspec.structs.replace(plan, slices=plan.slices[:-1]))
 

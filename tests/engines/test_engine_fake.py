@@ -16,7 +16,7 @@ from thaw.engines.embedded.engine import CAPABILITIES, EmbeddedEngine
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.session import LiveSession
 from thaw.engines.embedded.weights import WeightsWatch
-from thaw.engines.fake.backend import HEADS, ROW_NBYTES, FakeBackend
+from thaw.engines.fake.backend import ROW_NBYTES, FakeBackend
 from thaw.testing import EngineTests
 from thaw.testing.laws.kit import Load
 
@@ -53,9 +53,9 @@ class MixedBackend(FakeBackend):
     def _write(self, kv: PagedKV, token: int) -> None:
         super()._write(kv, token)
         noise = hashlib.blake2b(self.shape, digest_size=1).digest()[0]
-        for head in range(HEADS):
-            data = bytes(byte ^ noise for byte in bytes(kv.read(head, kv.num_tokens - 1, kv.num_tokens)))
-            kv.write(head, kv.num_tokens - 1, kv.num_tokens, memoryview(data), 1)
+        for column in range(len(self._columns)):
+            data = bytes(byte ^ noise for byte in bytes(kv.read(column, kv.num_tokens - 1, kv.num_tokens)))
+            kv.write(column, kv.num_tokens - 1, kv.num_tokens, memoryview(data), 1)
 
     def num_running(self) -> int:
         return 1

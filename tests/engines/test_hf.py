@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from thaw.core.errors import IncompleteModel, InvalidRequest  # noqa: E402
-from thaw.engines.hf import weights  # noqa: E402
+from thaw.engines.hf import files, weights  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
 from thaw.engines.hf.config import (  # noqa: E402
     check_length,
@@ -256,15 +256,51 @@ def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
         root_of_folder(tmp_path / "nothing", "float32")
 
 
-def test_the_next_boot_reads_no_weights(tmp_path: Path) -> None:
-    """Other bytes behind the same size and mtime are not looked at: nothing is read."""
+def test_the_next_boot_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "llama")
     root = root_of_folder(tmp_path, "float32")
-    file = tmp_path / "model.safetensors"
-    stat = file.stat()
-    file.write_bytes(b"\0" * stat.st_size)
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    monkeypatch.setattr(files, "hash_files", lambda *_: pytest.fail("read again"))
     assert root_of_folder(tmp_path, "float32") == root
+
+
+def rewrite(file: Path, data: bytes) -> None:
+    """Other bytes of the same number, with the times that the file had, as far as they can be put back."""
+    status = file.stat()
+    assert len(data) == status.st_size
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kept", ["model.safetensors", "pytorch_model.bin"])
+def test_other_weights_of_the_same_size_and_mtime_have_another_root(tmp_path: Path, kept: str) -> None:
+    """Archives and images give every file one mtime."""
+    make(tmp_path / "a", "llama")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    edit(tmp_path / "b", lambda t: t["model.norm.weight"].add_(1))
+    if kept.endswith(".bin"):  # beside a file that no model is loaded from
+        for folder in (tmp_path / "a", tmp_path / "b"):
+            torch.save(load_file(folder / "model.safetensors"), folder / kept)
+            (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+        shutil.copy(tmp_path / "a" / "consolidated.safetensors", tmp_path / "b")
+    root = root_of_folder(tmp_path / "a", "float32")
+    rewrite(tmp_path / "a" / kept, (tmp_path / "b" / kept).read_bytes())
+    assert root_of_folder(tmp_path / "a", "float32") == root_of_folder(tmp_path / "b", "float32") != root
+
+
+def test_another_index_over_the_same_files_is_another_root(tmp_path: Path) -> None:
+    module = make(tmp_path / "a", "llama")
+    module.save_pretrained(tmp_path / "m", max_shard_size="10KB")
+    with torch.no_grad():
+        module.model.norm.weight.add_(1)
+    module.save_pretrained(tmp_path / "other", max_shard_size="10KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    root, said = root_of_folder(tmp_path / "m", "float32"), json.loads(index.read_text())
+    for file in (tmp_path / "other").glob("*.safetensors"):
+        shutil.copy(file, tmp_path / "m" / f"other-{file.name}")
+    assert root_of_folder(tmp_path / "m", "float32") == root
+    said["weight_map"] = {name: f"other-{file}" for name, file in said["weight_map"].items()}
+    index.write_text(json.dumps(said))
+    assert root_of_folder(tmp_path / "m", "float32") == root_of_folder(tmp_path / "other", "float32") != root
 
 
 def test_a_folder_and_a_loaded_module_share_the_cache(

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from thaw.core.cache import CacheGroup, FullKV
 from thaw.core.errors import Busy, InvalidRequest, StorageFailed
-from thaw.core.identity import CacheGroup
 from thaw.core.objects import Id
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Shares
+from thaw.engines.served.rank_groups import RankGroups
 from thaw.engines.served.records import Records
 from thaw.receipt import format as receipts
 from thaw.testing.messages import HOSTILE, MALFORMED
@@ -37,7 +38,8 @@ class Record:
 
 def arena(memory: int, files: int, shares: Shares = Shares(), folder: Path | None = None) -> Arena:  # noqa: B008
     """Room for so many tokens in memory and in files."""
-    return Arena(memory * TOKEN, folder, 2, 1, 8, torch.float32, spill_nbytes=files * TOKEN, shares=shares)
+    full = FullKV(name="full", first_layer=0, num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
+    return Arena(memory * TOKEN, folder, RankGroups((full,)), spill_nbytes=files * TOKEN, shares=shares)
 
 
 def test_every_caller_has_its_share_and_all_have_the_whole() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from thaw.core.errors import InvalidRequest, StorageFailed
+from thaw.core.errors import CorruptBlob, EngineDied, InvalidRequest, StorageFailed, ThawError
 from thaw.engines.served.mail import SCHEDULER, Mail, default_folder
 from thaw.engines.served.protocol import Answer, Message, Switch, Unpin, Write
 
@@ -113,3 +114,40 @@ def test_entropies_come_by_mail_where_they_are_expected(tmp_path: Path) -> None:
     mail.drop_entropies(name)
     mail.put_entropy(name, 4, 1.0)
     assert not list((mail.folder / "entropies").iterdir())
+
+
+ODD_FILES: dict[str, Callable[[Path], object]] = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link to nothing": lambda path: path.symlink_to("/nonexistent/x"),
+    "a socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_what_is_no_file_in_the_mail_is_named_and_nobody_waits_for_it(kind: str, tmp_path: Path) -> None:
+    mail = Mail(tmp_path / "mail")
+    name, store = "1" * 32, "3" * 32
+    for place in ("facts/lock", f"facts/{SCHEDULER}", f"stores/{store}", f"plans/{name}", f"answers/{name}.s"):
+        ODD_FILES[kind](mail.folder / place)
+    for tried in (mail.claim, lambda: mail.register_store(store, tmp_path)):
+        with pytest.raises(StorageFailed, match="is no file but a folder, a link, a pipe or a socket"):
+            tried()
+    assert mail.engine_facts() is None
+    for read in (lambda: mail.store(store), lambda: mail.plan(name), lambda: mail.peek(name, SCHEDULER)):
+        try:
+            assert read() is None
+        except ThawError:
+            continue
+    with pytest.raises(EngineDied):
+        mail.check_alive()
+    mail.answer(name, SCHEDULER, Answer())
+
+
+@pytest.mark.parametrize("what", ["answers", "plans"])
+def test_mail_that_says_nothing_is_named(what: str, tmp_path: Path) -> None:
+    mail, name = Mail(tmp_path / "mail"), "1" * 32
+    (mail.folder / "answers" / f"{name}.s").write_bytes(b"{")
+    (mail.folder / "plans" / name).write_bytes(b"{")
+    with pytest.raises(CorruptBlob, match=f"the {what[:-1]} {name}.* is none"):
+        mail.peek(name, SCHEDULER) if what == "answers" else mail.plan(name)

@@ -99,6 +99,23 @@ def test_turns_add_up_to_what_the_tokens_say(tokens: list[int], cuts: list[int])
     assert "".join(text_after(codec, tokens[:a], tokens[a:b]) for a, b in zip([0, *ends], ends, strict=False)) == said
 
 
+class Asked(FakeCodec):
+    """Counts how often it is asked to decode."""
+
+    num_times = 0
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        self.num_times += 1
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def test_a_long_prompt_is_decoded_once() -> None:
+    """Not token by token as well: where a codec is slow, that took seconds of a fork from inside a long prompt."""
+    codec, tokens = Asked(), list(b"word " * 2000)
+    assert text_after(codec, [], tokens) == "word " * 2000
+    assert codec.num_times < 100
+
+
 @pytest.mark.parametrize("text", [SPOKEN, TEXT])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_cut_of_every_kind_of_tokenizer(kind: str, text: str) -> None:

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from thaw.core import canonical  # noqa: E402
-from thaw.core.identity import CacheGroup, ModelIdentity  # noqa: E402
+from thaw.core.cache import CacheGroup  # noqa: E402
+from thaw.core.identity import ModelIdentity  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
 from thaw.engines.hf.weights import CACHE_NAME  # noqa: E402
@@ -29,7 +30,7 @@ def fresh(folder: Path, to: Path) -> Path:
 
 def of_folder(folder: Path, dtype: str, groups: tuple[CacheGroup, ...]) -> ModelIdentity:
     codec = HFCodec(transformers.AutoTokenizer.from_pretrained(folder))
-    return model_identity(folder, dtype=dtype, group=groups[0], codec=codec)
+    return model_identity(folder, dtype=dtype, groups=groups, codec=codec)
 
 
 def of_engine(folder: Path, dtype: str) -> ModelIdentity:

@@ -99,8 +99,9 @@ def test_a_stream_of_thaws_own_client_passes(tmp_path: Path) -> None:
         b'["thaw"]',
         b'{"user": "thaw", "kv_transfer_params": {}}',
         body(id="../x"),
+        b'{"thaw":' + b"[" * 100_000,
     ],
-    ids=["nothing", "no JSON", "a prompt", "a list", "a user", "a path"],
+    ids=["nothing", "no JSON", "a prompt", "a list", "a user", "a path", "brackets"],
 )
 @pytest.mark.parametrize(("status", "reply"), [(500, PLAIN), (200, b'{"choices": []}'), (400, b"{}")])
 def test_everything_else_passes_as_it_comes(tmp_path: Path, sent: bytes, status: int, reply: bytes) -> None:
@@ -114,3 +115,46 @@ def test_a_failure_of_which_nothing_is_known_stays_as_it_is(tmp_path: Path) -> N
     Mail(tmp_path / "mail")
     start, said = exchange(tmp_path / "mail", body(), 500, [PLAIN])
     assert start["status"] == 500 and said == PLAIN
+
+
+def test_of_two_requests_under_way_with_one_id_the_later_is_refused() -> None:
+    """Each part of its body comes as it was, and then what makes it no JSON: the server does not take it."""
+    taken: list[bytes] = []
+    replies: list[list[Any]] = []
+    inner: list[Refusals] = []
+
+    async def ask(parts: list[bytes]) -> None:
+        coming = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        coming.append({"type": "http.request", "body": b"", "more_body": False})
+        out: list[Any] = []
+        replies.append(out)
+
+        async def receive() -> Any:
+            return coming.pop(0)
+
+        async def send(event: Any) -> None:
+            out.append(event)
+
+        await inner[0]({"type": "http", "method": "POST"}, receive, send)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        said = b""
+        while (event := await receive())["more_body"]:
+            said += event["body"]
+        taken.append(said + event["body"])
+        if len(taken) == 1:
+            await ask([body(), b" "])
+        try:
+            json.loads(taken.pop())
+            status = 200
+        except ValueError:
+            status = 422
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"{}", "more_body": False})
+
+    inner.append(Refusals(app))
+    asyncio.run(ask([body()]))
+    asyncio.run(ask([body()]))
+    first, second, third = ([replies[i][0]["status"], json.loads(replies[i][1]["body"])] for i in range(3))
+    assert first == third == [200, {}]
+    assert second[0] == 400 and "under way has a message of this id" in second[1]["error"]["message"]

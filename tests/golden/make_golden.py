@@ -17,8 +17,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from thaw.core.cache import FullKV
 from thaw.core.canonical import U64
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, digest
 from thaw.core.objects import (
     Boundary,
@@ -48,9 +49,7 @@ MODEL = ModelIdentity(
     tokenizer=digest(b"tokenizer"),
     adapter=None,
     policy="7",
-    groups=(
-        CacheGroup(name="full", kind="full", first_layer=0, num_layers=1, num_kv_heads=2, head_dim=4, dtype="bfloat16"),
-    ),
+    groups=(FullKV(name="full", first_layer=0, num_layers=1, num_kv_heads=2, head_dim=4, dtype="bfloat16"),),
 )
 
 CHAT = Chat(

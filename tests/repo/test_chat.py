@@ -91,6 +91,29 @@ def test_the_same_conversation_again_answers_anew(repo: Repository) -> None:
     assert again.num_dropped_sampled == 12 and s.messages == [user("hello"), again.message]
 
 
+def test_a_conversation_that_ends_inside_a_prompt_of_the_session_is_recorded(repo: Repository) -> None:
+    """All its tokens are there already, but no turn of the session ends where it does."""
+    begun = {"role": "assistant", "content": "Well, "}
+    for history, open in (
+        ([user("hello")], False),
+        ([user("hello"), {"role": "assistant", "content": "We"}], True),
+        ([user("hello"), {"role": "assistant", "content": ""}], True),
+    ):
+        s = repo.session()
+        s.chat([user("hello"), begun], GREEDY, continue_final_message=True)
+        result = s.chat(history=history, sampling=GREEDY, continue_final_message=open)
+        assert result.num_new_tokens == 1 and result.num_dropped_messages == 1
+        assert s.messages == [user("hello"), result.message]
+        assert repo.session(s.commit("x").commit).messages == s.messages
+        wanted = rendered(s, user("and?"))
+        assert s.chat("and?", GREEDY).forked_at is None and list(s.tokens[: len(wanted)]) == wanted
+    s = repo.session()
+    s.append(messages=[user("hello"), user("and?")], add_generation_prompt=True)
+    s.generate("", GREEDY)
+    answered = s.chat(history=[user("hello"), user("and?")], sampling=GREEDY)
+    assert answered.num_new_tokens == 0, "where a turn ends there, nothing is said again"
+
+
 def test_a_session_keeps_its_conversation_through_commit_fork_and_cut(repo: Repository) -> None:
     s = repo.session(seed=3)
     s.chat([SYSTEM, user("hello")], GREEDY)

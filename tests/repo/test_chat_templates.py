@@ -17,6 +17,7 @@ from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.core.objects import Turn, with_chat
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, Message, SessionView
+from thaw.engines.hf.pieces import byte_level_alphabet
 from thaw.engines.text import cut_turns, text_after
 from thaw.repo import chat, conversation, trajectory
 
@@ -272,6 +273,10 @@ def test_what_the_template_refuses_is_refused_in_its_words(make: Make) -> None:
     codec._tokenizer.chat_template = None
     with pytest.raises(Unsupported, match="no chat template"):
         Talk(codec).plan("hello")
+    for wrong in (5, True, {"default": 5}):
+        codec._tokenizer.chat_template = wrong
+        with pytest.raises(Unsupported, match=r"chat template is a (int|bool), and only text"):
+            Talk(codec).plan("hello")
     with pytest.raises(InvalidRequest, match="'tokenize' is no variable"):
         Talk(make(CHATML)).plan("hello", chat_template_kwargs={"tokenize": True})
 
@@ -415,3 +420,22 @@ def test_an_answer_that_ends_inside_a_character_keeps_its_tokens(make: Make) -> 
     assert talk.say("and?", "So.").num_dropped == 0
     assert talk.say(history=[*talk.messages, user("more")]).num_dropped == 0
     assert talk.num_sampled() == len(half) + 4 + 1
+
+
+@pytest.mark.parametrize("tail", ["ef", "efbf", "ef78", "f09f", "80", "efbfbd", "efbfbdefbf", "ff", "c328", "efefbf"])
+def test_an_answer_that_is_no_utf8_keeps_its_tokens(make: Make, tail: str) -> None:
+    """Its text has U+FFFD where its tokens have bytes, some of which are the first bytes of U+FFFD."""
+    talk = Talk(make(CHATML))
+    backend = talk.codec._backend  # type: ignore[attr-defined]
+    symbols = {byte: symbol for symbol, byte in byte_level_alphabet().items()}
+    ids = [backend.token_to_id(symbols[byte]) for byte in b"Yes " + bytes.fromhex(tail)]
+    for end in (True, False):
+        talk.say("hello", ids, end=end)
+        for more in (
+            {"new": "and?"},
+            {"history": [*talk.messages, user("and?")]},
+            {"new": "and?", "keep_sampled": True},
+        ):
+            plan = talk.plan(**more)
+            said = talk.codec.decode(plan.new, skip_special_tokens=False)
+            assert plan.num_dropped == 0 and said.removeprefix("<|im_end|>").startswith("\n<|im_start|>user\nand?")

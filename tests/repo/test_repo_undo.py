@@ -39,7 +39,7 @@ def test_a_deleted_branch_and_a_tag_are_there_again(repo: Repository) -> None:
     repo.delete_branch("main")
     repo.undo("main")
     assert repo.store.ref("main").target == a
-    with pytest.raises(NotFound, match="There are: main, v1"):
+    with pytest.raises(NotFound, match="there are: main, v1"):
         repo.undo("none")
 
 

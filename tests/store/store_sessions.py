@@ -8,8 +8,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from thaw.core.cache import FullKV
 from thaw.core.canonical import U64
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId
 from thaw.core.objects import NODE_ENTRIES, Commit, Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode
 from thaw.core.prefix import chains, extend, windows
@@ -24,9 +25,8 @@ MODEL = ModelIdentity(
     dtype="float32",
     tokenizer="bytes",
     groups=(
-        CacheGroup(
+        FullKV(
             name="full",
-            kind="full",
             first_layer=0,
             num_layers=LAYERS,
             num_kv_heads=HEADS,

@@ -6,11 +6,14 @@ limits everywhere.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -21,7 +24,7 @@ from store_sessions import commit, read_all, tokens
 
 from thaw.core.errors import CorruptDatabase, RefConflict, StorageFailed
 from thaw.core.objects import Commit
-from thaw.store import RefUpdate, Store, fsck
+from thaw.store import RefUpdate, Store, fsck, reserve
 from thaw.store.filesystem import is_network, mount_type
 
 
@@ -137,6 +140,56 @@ def test_a_full_disk_has_a_way_out(larger_disk: Path, opened_anew: bool) -> None
     store.close()
 
 
+def test_a_reader_wears_nothing_off_the_reserve_of_a_full_disk(larger_disk: Path) -> None:
+    """Somebody else takes every byte as soon as it is free."""
+    path = larger_disk / "repo"
+    with Store.init(path) as store:
+        store.require_room()
+        commit(store, tokens(300))
+        commit(store, tokens(300, seed=1), branch="spare")
+    whole = (path / reserve.NAME).stat().st_size
+    for _ in range(12):
+        fill(larger_disk)
+        with Store.open(path) as store:
+            fill(larger_disk)
+            assert len(store.refs()) == 2
+        assert (path / reserve.NAME).stat().st_size >= whole - 2 * reserve.OPENING
+        fill(larger_disk)
+        assert fsck(path).ok and fsck(path, deep=False).ok
+    fill(larger_disk)
+    with Store.open(path) as store:
+        store.update_refs(RefUpdate("spare", "branch", None, "any", "deleted"))
+        assert store.gc(keep_reflog_s=0).commits_removed == 1
+
+
+def test_the_reserve_gives_up_no_more_than_is_needed(tmp_path: Path) -> None:
+    given = []
+
+    def work() -> str:
+        given.append((tmp_path / reserve.NAME).stat().st_size)
+        if len(given) < 3:
+            raise StorageFailed("full") from OSError(errno.ENOSPC, "no space")
+        return "done"
+
+    reserve.keep(tmp_path)
+    assert reserve.with_room(tmp_path, work, 100_000) == "done"
+    assert given == [reserve.NBYTES, reserve.NBYTES - 100_000, reserve.NBYTES - 500_000]
+    assert (tmp_path / reserve.NAME).stat().st_size == reserve.NBYTES
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_a_reserve_that_is_no_file_is_named_and_the_disk_is_not_called_full(tmp_path: Path, kind: str) -> None:
+    with Store.init(tmp_path / "repo") as store:
+        place = store.path / reserve.NAME
+        {"folder": place.mkdir, "pipe": lambda: os.mkfifo(place), "link": lambda: place.symlink_to("/dev/zero")}[kind]()
+        with pytest.raises(StorageFailed, match=r"no file.*Remove it") as caught:
+            store.require_room()
+        assert "full" not in str(caught.value)
+        commit(store, tokens(300))
+        assert store.gc().commits_removed == 0
+    assert fsck(store.path).ok
+
+
 def test_a_writer_is_told_of_a_full_disk_before_it_generates(larger_disk: Path) -> None:
     import thaw
 
@@ -183,6 +236,17 @@ def test_a_repository_of_an_older_format_opens_on_a_read_only_file_system(small_
         assert [entry.new for entry in store.reflog("main")] == [ids["merge"], ids["first"]]
         read_all(store, ids["merge"])
         assert store.recorders(store.get_as(ids["fork"], Commit).state) == [ids["fork"]]
+        for write in (
+            lambda: store.update_refs(RefUpdate("new", "branch", ids["first"], None, "made")),
+            lambda: store.update_refs(RefUpdate("main", "branch", None, "any", "deleted")),
+            lambda: store.set_setting("key", "value"),
+            lambda: store.set_head("new"),
+            store.begin,
+            store.gc,
+        ):
+            with pytest.raises(StorageFailed, match=r"read-?only"):
+                write()
+        assert store.ref("new") is None and store.get_setting("key") is None and store.head == "fork"
     assert fsck(small_disk / "repo").problems == []
 
 
@@ -316,6 +380,25 @@ MOUNTS = """\
 def test_a_network_file_system_is_recognised(path: str, kind: str, refused: bool) -> None:
     assert mount_type(Path(path), MOUNTS) == kind
     assert is_network(kind) is refused
+
+
+def test_a_change_that_is_on_disk_does_not_fail_for_its_backup(tmp_path: Path) -> None:
+    """Whatever is wrong with what the backup is made from."""
+    with Store.init(tmp_path / "repo") as store:
+        first = commit(store, tokens(300))
+        with contextlib.closing(sqlite3.connect(store.database.path, isolation_level=None)) as connection:
+            connection.execute("INSERT INTO settings VALUES ('user.x', 'y', 'no checksum')")
+        with pytest.warns(RuntimeWarning, match=r"refs\.json could not be brought up to date"):
+            second = commit(store, tokens(310), base=first, parents=(first,))
+        with pytest.warns(RuntimeWarning, match=r"refs\.json could not be brought up to date"):
+            store.update_refs(RefUpdate("more", "branch", second, None, "made"))
+        with pytest.warns(RuntimeWarning, match=r"refs\.json could not be brought up to date"):
+            store.set_head("more")
+        assert {ref.name: ref.target for ref in store.refs()} == {"main": second, "more": second}
+        assert store.head == "more"
+    assert fsck(tmp_path / "repo", rebuild=True).ok
+    with Store.open(tmp_path / "repo") as store:
+        assert {ref.name: ref.target for ref in store.refs()} == {"main": second, "more": second}
 
 
 def test_a_database_that_is_a_folder_or_empty_is_corrupt(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from thaw.core.objects import Commit
 from thaw.data.pack import MissingPack, read_blob
 from thaw.repo import match
 from thaw.store import RefUpdate, Store, gc
-from thaw.store.backup import locked
+from thaw.store.locks import locked
 
 
 @pytest.fixture

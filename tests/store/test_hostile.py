@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from store_sessions import commit, read_all, tokens
 
 from thaw.core.errors import CorruptDatabase, Damaged, ThawError
-from thaw.store import RefUpdate, Store, fsck
+from thaw.store import RefUpdate, Store, backup, fsck
 from thaw.store.schema import TABLES, check, checksum
 
 VALUES = (None, 0, -1, 1 << 62, 1.5, float("inf"), "", "text", "b3:" + "0" * 64, b"", b"\xff\xfe", '["a"]', "[" * 5000)
@@ -50,7 +51,8 @@ def columns() -> list[tuple[str, str]]:
 def unconstrained(path: Path, change: str, *values: object) -> None:
     """Runs a statement on the database after every table was made anew without types, keys and NOT NULL."""
     with contextlib.closing(sqlite3.connect(path / "thaw.db", isolation_level=None)) as connection:
-        for table in {table for table, _ in columns()}:
+        tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name != 'sqlite_sequence'"
+        for (table,) in connection.execute(tables).fetchall():
             connection.execute(f"CREATE TABLE copied AS SELECT * FROM {table}")
             connection.execute(f"DROP TABLE {table}")
             connection.execute(f"ALTER TABLE copied RENAME TO {table}")
@@ -97,6 +99,27 @@ def test_any_value_in_any_column_is_reported_and_repaired(
     everything(path)
     with Store.open(path) as store:
         read_all(store, sound[1])
+
+
+@pytest.mark.parametrize("value", [None, b"\xff", 1.5, "text"], ids=repr)
+@pytest.mark.parametrize("column", ["segment", "state"])
+def test_any_value_in_the_segments_of_an_older_format_is_survived(tmp_path: Path, column: str, value: object) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "format-1"
+    with Store.open(Path(shutil.copytree(golden, tmp_path / "sound"))) as store:
+        refs = store.refs()
+    path = Path(shutil.copytree(golden, tmp_path / "repo"))
+    unconstrained(path, f"UPDATE segments SET {column} = ?", value)
+    shutil.copytree(path, tmp_path / "opened")
+    for one in (path, tmp_path / "opened"):
+        if one != path:
+            with Store.open(one) as store:
+                assert store.refs() == refs
+        assert not fsck(one).ok
+        everything(one)
+        with Store.open(one) as store:
+            assert {ref.name: ref.target for ref in store.refs() if ref.name != "more"} == {
+                ref.name: ref.target for ref in refs
+            }
 
 
 @pytest.mark.parametrize("table", sorted({table for table, _ in columns()}))
@@ -164,20 +187,82 @@ def test_a_folder_among_the_packs_is_named_and_stops_nothing(repo: tuple[Path, s
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device", "loop"])
-@pytest.mark.parametrize("where", ["indexed", "stray", "refs.json"])
+@pytest.mark.parametrize("where", ["indexed", "stray", "refs.json", "refs.lock", "gc.lock"])
 def test_what_is_no_file_is_never_waited_for(repo: tuple[Path, str], kind: str, where: str) -> None:
     path, _ = repo
     (old, *_) = sorted((path / "packs").iterdir())
-    place = {"indexed": old, "stray": path / "packs" / "x.safetensors", "refs.json": path / "refs.json"}[where]
+    place = {"indexed": old, "stray": path / "packs" / "x.safetensors"}.get(where, path / where)
     place.unlink(missing_ok=True)
     _make(kind, place)
     for deep in (True, False):
         report = fsck(path, deep=deep)
-        assert report.ok == (where == "stray")
+        assert report.ok == (where not in ("indexed", "refs.json"))
     with contextlib.suppress(ThawError), Store.open(path) as store:
         store.gc()
     with contextlib.suppress(ThawError):
         fsck(path, rebuild=True)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device", "loop"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "refs.json", "refs.json.tmp", "thaw.db", "thaw.db-journal", "thaw.db-shm", "thaw.db-wal", "thaw.db.new",
+        "thaw.db.new-journal", "thaw.db.new-wal",
+    ],
+)  # fmt: skip
+def test_what_is_no_file_makes_way_for_one(repo: tuple[Path, str], kind: str, name: str) -> None:
+    """Nothing waits for it, a rebuild makes all whole, and what lies in a folder is still there."""
+    path, first = repo
+    with Store.open(path) as store:
+        refs = store.refs()
+    (path / name).unlink(missing_ok=True)
+    _make(kind, path / name)
+    if kind == "folder":
+        (path / name / "inside").touch()
+    with warnings.catch_warnings(), contextlib.suppress(ThawError):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with Store.open(path) as store:
+            store.set_setting("key", "value")
+            store.gc()
+    if name.startswith("thaw.db.new"):
+        unconstrained(path, "DELETE FROM packs")
+    for deep in (True, False):
+        fsck(path, deep=deep)
+    assert fsck(path, rebuild=True).ok
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with Store.open(path) as store:
+            assert store.refs() == refs
+            read_all(store, first)
+            second = commit(store, tokens(40, seed=3), branch="more")
+    assert fsck(path).ok and b'"more"' in (path / "refs.json").read_bytes()
+    with Store.open(path) as store:
+        read_all(store, second)
+    assert len(list(path.rglob("inside"))) == (kind == "folder")
+
+
+def test_the_backup_is_never_longer_than_what_is_read_again(
+    repo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, first = repo
+    monkeypatch.setattr(backup, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(backup, "REASONS", 1 << 17)
+    with Store.open(path) as store:
+        for number in range(8):
+            store.update_refs(RefUpdate(f"b{number}", "branch", first, None, "why " * (1 << 13)))
+        saved = backup.read(path)
+        assert saved is not None and 0 < len(saved.reflog) <= 4 and len(saved.refs) == len(store.refs())
+        with pytest.warns(RuntimeWarning, match=r"refs\.json would have .* bytes, and no more than 1,048,576"):
+            store.set_setting("large", "x" * (1 << 20))
+        assert store.get_setting("large") == "x" * (1 << 20)
+        assert backup.read(path) == saved
+        assert fsck(path).ok
+        store.set_setting("large", "small")
+        assert fsck(path).ok
+    for file in path.glob("thaw.db*"):
+        file.unlink()
+    assert fsck(path, rebuild=True).ok
 
 
 def _make(kind: str, place: Path) -> None:

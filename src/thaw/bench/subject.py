@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from thaw.core import objects
+from thaw.core import cache, objects
 from thaw.engines.base import Engine, EngineInfo
 from thaw.receipt import Model
 
@@ -17,7 +17,7 @@ def model_of(engine: Engine) -> Model:
         architecture=identity.architecture,
         dtype=identity.dtype,
         identity=objects.encode(identity)[0],
-        kv_token_nbytes=sum(group.token_nbytes for group in info.groups),
+        kv_token_nbytes=cache.token_nbytes(info.groups),
     )
 
 

@@ -23,6 +23,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _require_text(words)
         verb = light.plain(words, catalog.LIGHT)
         code = _clicked(words) if verb is None else verb()
         sys.stdout.flush()
@@ -33,6 +34,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _interrupted(words)
     except Exception as error:  # noqa: BLE001 - the last frame: everything becomes a message and a code
         return _failed(words, error)
+
+
+def _require_text(words: list[str]) -> None:
+    """Raise a usage error for an argument of bytes that are no UTF-8."""
+    if all(map(str.isascii, words)):
+        return
+    from thaw.core.text import is_text
+
+    for number, word in enumerate(words, 1):
+        if not is_text(word):
+            raise light.usage(
+                f"argument {number} is not UTF-8 text: {ascii(word)[:80]}. Write it in UTF-8; a file of such a name "
+                "must be renamed, and a repository's folder can be named by the variable THAW_REPO."
+            )
 
 
 def _clicked(words: list[str]) -> Any:

@@ -18,6 +18,7 @@ from thaw.core.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from thaw.engines.base import Engine
+    from thaw.engines.kind import EngineKind
     from thaw.repo.settings import EngineSettings
     from thaw.store import Store
 
@@ -58,9 +59,15 @@ def choose(
         return _joined(registry.engine_at(name), {URL: name.rstrip("/")}, model, dtype, device)
     chosen = name or (known.name if known else registry.DEFAULT)
     options: dict[str, object] = dict(known.options) if known and known.name == chosen else {}
-    needs_model = _needs_model(chosen)
+    kind = _known(chosen)
+    needs_model = kind is not None and kind.needs_model
     if known and needs_model and "model" in known.options:
         options.setdefault("model", known.options["model"])  # another engine for the same model
+    if model is not None and name is None and kind is not None and not kind.takes_model:
+        raise InvalidRequest(
+            f"the repository remembers the engine {chosen!r}, which loads no model: say which one loads {model}, with "
+            f"--engine {registry.DEFAULT} or another; the repository remembers that one then"
+        )
     if model is not None:
         options = {"model": _lasting(model)}
     if URL in options:
@@ -74,11 +81,11 @@ def choose(
     return settings.EngineSettings(name=chosen, options=options)
 
 
-def _needs_model(name: str) -> bool:
-    """Of an engine that is not known here, loading says so."""
+def _known(name: str) -> EngineKind | None:
+    """None for an engine that is not known here: loading it says so."""
     from thaw.engines.registry import available, kind_of
 
-    return name in available() and kind_of(name).needs_model
+    return kind_of(name) if name in available() else None
 
 
 def choose_anywhere(

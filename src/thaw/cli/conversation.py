@@ -94,24 +94,28 @@ def _system(session: Session, text: str) -> list[Message]:
     first = output.one_line(str(held[0].get("content")), 60)
     raise InvalidRequest(
         f"the conversation began with the {held[0]['role']}'s message {first!r}; --system begins one. Leave it out, or "
-        "begin another conversation with --branch NAME."
+        "begin another conversation: thaw run --branch NAME --chat …"
     )
 
 
 def note(result: ChatResult, name: str = "") -> None:
-    """Say what the template no longer says, if anything."""
+    """Say what of the session was left behind, if anything, and why."""
     if not result.num_dropped_tokens:
         return
-    sampled = f", {result.num_dropped_sampled:,} of them sampled (--keep-sampled keeps those)"
-    output.note(
-        f"{name}the template renders this conversation differently: went on from token {result.forked_at:,}, "
-        f"{words.count(result.num_dropped_tokens, 'token')} left behind{sampled if result.num_dropped_sampled else ''}"
-    )
+    sampled = f", {result.num_dropped_sampled:,} of them sampled" if result.num_dropped_sampled else ""
+    left = f"{words.count(result.num_dropped_tokens, 'token')} left behind{sampled}"
+    if result.num_dropped_messages:
+        why = f"{words.count(result.num_dropped_messages, 'message')} of the branch's are not in --history"
+        more = " (the commit before has them)"
+    else:
+        why = "the template renders this conversation differently"
+        more = " (--keep-sampled keeps those)" if sampled else ""
+    output.note(f"{name}{why}: went on from token {result.forked_at:,}, {left}{more}")
 
 
 def plain(result: ChatResult | None) -> dict[str, object]:
     """What --json adds of a chat."""
     if result is None:
         return {}
-    names = ("forked_at", "num_dropped_tokens", "num_dropped_sampled")
+    names = ("forked_at", "num_dropped_tokens", "num_dropped_sampled", "num_dropped_messages")
     return {name: getattr(result, name) for name in names}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PLACE = ("-C", "--repo")
 NAMED = "named"
+MOST = 1_000_000_000
+"""Of anything that is counted."""
 
 
 class Argument:
@@ -40,20 +42,19 @@ class Flag:
 
 
 class Number:
-    """An option with a number of at least `least` (`above`: more than that)."""
+    """An option with a number from `least` to `MOST`."""
 
     def __init__(
         self,
         name: str,
         words: tuple[str, ...],
         kind: type[int] | type[float],
-        least: int,
+        least: float,
         help: str,
-        above: bool = False,
         metavar: str = "N",
     ) -> None:
         self.name, self.words, self.kind, self.least, self.help = name, words, kind, least, help
-        self.above, self.metavar = above, metavar
+        self.metavar = metavar
 
 
 Parameter = Argument | Flag | Number
@@ -130,8 +131,8 @@ class Light:
             elif isinstance(each, Flag):
                 function = click.option(*each.words, each.name, is_flag=True, help=each.help)(function)
             else:
-                range_of = click.IntRange if each.kind is int else click.FloatRange
-                kind = range_of(min=each.least, min_open=each.above)
+                range_of = click.IntRange if each.kind is int else options.Number
+                kind = range_of(each.least, MOST)
                 function = click.option(*each.words, each.name, type=kind, metavar=each.metavar, help=each.help)(
                     function
                 )
@@ -169,4 +170,4 @@ def _number(option: Number, text: str) -> int | float | None:
         number = option.kind(text)
     except ValueError:
         return None
-    return number if number > option.least or (number == option.least and not option.above) else None
+    return number if option.least <= number <= MOST else None

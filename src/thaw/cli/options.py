@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any, TypeVar
 
 import click
 
-KEY_VARIABLE = "THAW_API_KEY"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -21,12 +21,30 @@ class Grouped(click.Option):
         self.group = group
 
 
+class Number(click.FloatRange):
+    """A number that is one: neither "nan" nor "inf"."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return found
+
+
+CHILDREN = click.IntRange(1, 1 << 16)
+"""How many there are to be of one point."""
+MAX_BYTES = 1 << 62
+
+
 def num_bytes(text: str) -> int:
     """A number of bytes as people write it: 4GiB, 512MiB, 64M, 1000. The `type` of an option."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(?:i?b)?", text.strip().lower())
     if found is None:
         raise click.BadParameter(f"{text!r} is not a number of bytes; write 4GiB, 512MiB or 1000")
-    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
+    count = float(found[1]) * 1024 ** " kmgt".index(found[2] or " ")
+    if count > MAX_BYTES:
+        raise click.BadParameter(f"{text[:40]!r} is more than any machine has")
+    return int(count)
 
 
 class Verb(click.Command):
@@ -80,12 +98,14 @@ def option_of(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
 def _use_key(_: click.Context, __: click.Parameter, value: str | None) -> None:
     """Whatever joins a server finds it there, processes that the verb starts as well."""
     if value is not None:
-        os.environ[KEY_VARIABLE] = value
+        from thaw.engines.keys import VARIABLE, check_key
+
+        os.environ[VARIABLE] = check_key(value, "--api-key")
 
 
 api_key = option_of(
     "Engine", "--api-key", metavar="KEY", expose_value=False, callback=_use_key,
-    help=f"Of the server that is joined. Others of the host see command lines: prefer the variable {KEY_VARIABLE}.",
+    help="Of the server that is joined. Others of the host see command lines: prefer the variable THAW_API_KEY.",
 )  # fmt: skip
 
 

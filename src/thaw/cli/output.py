@@ -105,12 +105,19 @@ def say_error(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout. Structs become objects, 64-bit integers strings."""
+    """One JSON document on stdout. Structs become objects, 64-bit integers strings; with a path that is not UTF-8 it is
+    in ASCII, such bytes as `\\udc80` to `\\udcff`."""
     import msgspec
 
     from thaw.core.canonical import to_plain
 
-    text = msgspec.json.format(msgspec.json.encode(to_plain(value)), indent=2).decode()
+    plain = to_plain(value)
+    try:
+        text = msgspec.json.format(msgspec.json.encode(plain), indent=2).decode()
+    except UnicodeEncodeError:
+        import json  # what msgspec refuses
+
+        text = json.dumps(plain, indent=2)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

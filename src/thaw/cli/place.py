@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.core.errors import NotFound
+from thaw.data.files import storage_errors
 
 if TYPE_CHECKING:
     from thaw.repo.repository import Repository
@@ -16,8 +17,10 @@ HOW = "Make one with `thaw init`, or name one with -C PATH or THAW_REPO."
 
 
 def is_repository(path: Path) -> bool:
-    """Whether a repository is or was here; one that lost its database still has its packs."""
-    return (path / "thaw.db").is_file() or (path / "packs").is_dir()
+    """Whether a repository is or was here; one that lost its database still has its packs. Raises `StorageFailed` where
+    that cannot be seen."""
+    with storage_errors(str(path)[:200], "look into"):
+        return (path / "thaw.db").is_file() or (path / "packs").is_dir()
 
 
 def find(named: str | None) -> Path:

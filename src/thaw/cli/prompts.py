@@ -50,7 +50,7 @@ def from_jsonl(name: str) -> list[tuple[str, dict[str, Any]]]:
 def _line(name: str, number: int, text: str) -> tuple[str, dict[str, Any]]:
     try:
         value = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"{name}, line {number}: {error}. Each line is one JSON value.") from None
     if isinstance(value, str):
         return value, {}

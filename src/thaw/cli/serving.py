@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 LOOK_LIMIT_S = 120.0
 FINDS = "import importlib.util as u, sys; f = [u.find_spec(n) for n in (sys.argv[1], 'thaw')]; "
 FINDS += "sys.exit(sum(2**i for i, s in enumerate(f) if s is None or s.origin is None))"
+KEY_OPTIONS = ("--api-key", "--api_key")
 
 
 def has_server(name: str) -> bool:
@@ -49,6 +51,21 @@ def require(server: Server, python: str, *, named_one: bool) -> None:
         f"{lacks}. {server.install}, and name its Python with --python; or start a server yourself ({server.by_hand}) "
         "and join it with --engine URL."
     )
+
+
+def require_keys(arguments: tuple[str, ...]) -> None:
+    """Raise `InvalidRequest` for an API key among the server's own arguments that no client could send."""
+    from thaw.engines.keys import check_key
+
+    for at, argument in enumerate(arguments):
+        option, _, key = argument.partition("=")
+        if option in KEY_OPTIONS:
+            for one in [key] if "=" in argument else itertools.takewhile(_is_value, arguments[at + 1 :]):
+                check_key(one, option)
+
+
+def _is_value(argument: str) -> bool:
+    return not argument.startswith("--")
 
 
 def _run(python: str, code: str, *arguments: str) -> int:

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import msgspec
 import rfc8785
 
-from thaw.core.errors import CorruptBlob, NewerFormat
+from thaw.core.errors import CorruptBlob, InvalidRequest, NewerFormat
 
 MAX_OBJECT_BYTES = 16 * 1024 * 1024
-NEWEST = {"thaw.turn": 2}
+NEWEST = {"thaw.turn": 2, "thaw.model": 2, "thaw.segment": 2}
 """The newest version of each type of object that is not still at its first."""
 T = TypeVar("T")
 
@@ -52,7 +52,14 @@ def declare_plain(*kinds: type) -> None:
 
 
 def encode(value: Any) -> bytes:
-    """The canonical bytes of a struct."""
+    """The canonical bytes of a struct. Raises `InvalidRequest` for what JSON cannot hold: half a character, NaN."""
+    try:
+        return _encode(value)
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
+        raise InvalidRequest(f"{type(value).__name__}: {error}; it cannot be written as JSON") from None
+
+
+def _encode(value: Any) -> bytes:
     if type(value) in _plain:
         return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted")
     return rfc8785.dumps(to_plain(value))
@@ -64,9 +71,9 @@ def decode(data: bytes | memoryview, kind: type[T], what: str = "object") -> T:
         raise CorruptBlob(f"{what}: {len(data)} bytes; an object has at most {MAX_OBJECT_BYTES}")
     try:
         value = msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
-        again = encode(value)
+        again = _encode(value)
     except (msgspec.DecodeError, ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
-        _refuse_newer(data, what)
+        refuse_newer(data, what)
         raise CorruptBlob(f"{what}: {error}") from None
     if again != bytes(data):
         raise CorruptBlob(f"{what}: the bytes are not canonical JSON (RFC 8785)")
@@ -79,7 +86,7 @@ def decode_stored(data: bytes, kind: type[T]) -> T:
     return msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
 
 
-def _refuse_newer(data: bytes | memoryview, what: str) -> None:
+def refuse_newer(data: bytes | memoryview, what: str) -> None:
     """Raise `NewerFormat` when `data` says `"type": "thaw.x/N"` with an N above ours."""
     try:
         head = msgspec.json.decode(data)

@@ -10,6 +10,7 @@
     ├── Refused                 fail closed: bytes exist, but using them would be wrong
     │   ├── IdentityMismatch    other weights, dtype, rope, tokenizer, adapter, layout
     │   ├── IncompleteModel     the files of a model are cut short, missing, or not those of its config
+    │   ├── NotKept             a window or a state that a point needs was not kept there
     │   ├── PolicyMismatch      KV of another policy version
     │   └── StaleSession        the weights changed under a live session
     ├── Conflict                somebody else was first; look, then try again
@@ -89,6 +90,12 @@ class IncompleteModel(Refused):
     """What would run is not what the files say: a tensor would be random, left out, or of another shape."""
 
     kind = "incomplete-model"
+
+
+class NotKept(Refused):
+    """On models with sliding windows or recurrent states not every token can be gone on from."""
+
+    kind = "not-kept"
 
 
 class PolicyMismatch(Refused):

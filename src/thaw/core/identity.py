@@ -8,46 +8,22 @@ own; its id is in every state and at the root of every prefix hash.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import msgspec
 from blake3 import blake3
 
+from thaw.core import cache
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import IdentityMismatch, PolicyMismatch
 from thaw.core.ids import digest
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
-
-
-class CacheGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Layers whose cache has one shape. `kind` "full": keys and values of every token.
-
-    Layers are [first_layer, first_layer + num_layers); a blob holds one KV head:
-    [num_layers][K|V][token][head_dim] in `dtype`, little-endian.
-    """
-
-    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.-]{1,40}\Z")]
-    kind: Literal["full"]
-    first_layer: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: Literal["float32", "bfloat16", "float16", "uint8"]
-
-    @property
-    def token_nbytes_per_head(self) -> int:
-        return self.num_layers * 2 * self.head_dim * DTYPE_BYTES[self.dtype]
-
-    @property
-    def token_nbytes(self) -> int:
-        """KV bytes of one token in this group, all heads."""
-        return self.num_kv_heads * self.token_nbytes_per_head
 
 
 class ModelIdentity(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="thaw.model/1", forbid_unknown_fields=True
 ):
-    """What a state's KV depends on. `config` maps a field's name to its value as JSON text."""
+    """What a state's KV depends on. `config` maps a field's name to its value as JSON text.
+
+    Format 1: its groups are plain full ones. `identity_of` takes any.
+    """
 
     architecture: str
     weights: str
@@ -57,6 +33,34 @@ class ModelIdentity(
     adapter: str | None = None
     policy: str = "0"
     groups: tuple[CacheGroup, ...]
+
+    def __post_init__(self) -> None:
+        cache.check(self.groups)
+        if cache.is_plain(self.groups) != (type(self) is ModelIdentity):
+            raise ValueError("plain full cache groups, and they alone, are written as thaw.model/1")
+
+
+class GroupedIdentity(ModelIdentity, frozen=True, kw_only=True, tag="thaw.model/2"):
+    """A model that has a cache group of another kind than plain full ones."""
+
+
+def identity_of(
+    *,
+    architecture: str,
+    weights: str,
+    config: dict[str, str],
+    dtype: str,
+    tokenizer: str,
+    adapter: str | None = None,
+    policy: str = "0",
+    groups: tuple[CacheGroup, ...],
+) -> ModelIdentity:
+    """A model's identity, in the oldest format that can say it."""
+    kind = ModelIdentity if cache.is_plain(groups) else GroupedIdentity
+    return kind(
+        architecture=architecture, weights=weights, config=config, dtype=dtype, tokenizer=tokenizer, adapter=adapter,
+        policy=policy, groups=groups,
+    )  # fmt: skip
 
 
 _WAY_OUT = {
@@ -87,11 +91,7 @@ def compare(stored: ModelIdentity, running: ModelIdentity) -> None:
 
 
 def _layout(groups: tuple[CacheGroup, ...]) -> str:
-    return "; ".join(
-        f"{g.name}: layers {g.first_layer}..{g.first_layer + g.num_layers - 1}, {g.num_kv_heads} KV heads of "
-        f"{g.head_dim}, {g.dtype}"
-        for g in groups
-    )
+    return "; ".join(map(str, groups))
 
 
 def _same(field: str, stored: str | None, running: str | None) -> None:

@@ -1,9 +1,10 @@
 """The objects: what a snapshot is made of, before any file.
 
-A *segment* is a run of at most 256 tokens with the blobs of its KV, one a cache group and KV head. A *node* lists up
-to 64 entries; a *state* lists nodes, so that a commit writes what is new and not what is long. A *state* is a session
-at a point, content-addressed: nothing in it names a machine or a time. A *commit* puts it into history. A *turn* is
-one prompt or one completion, with its text; a prompt that was rendered from messages has them with it.
+A *segment* is a run of at most 256 tokens with the blobs of its KV: those of each cache group (`thaw.core.cache`), for
+full ones one a KV head. A *node* lists up to 64 entries; a *state* lists nodes, so that a commit writes what is new and
+not what is long. A *state* is a session at a point, content-addressed: nothing in it names a machine or a time. A
+*commit* puts it into history. A *turn* is one prompt or one completion, with its text; a prompt that was rendered from
+messages has them with it.
 
     commit ──> state ──> model identity
                  ├─────> node (64 segments) ──> segment ──> blobs
@@ -24,7 +25,7 @@ import msgspec
 from thaw.core import canonical
 from thaw.core.canonical import U64
 from thaw.core.errors import CorruptBlob
-from thaw.core.identity import ModelIdentity
+from thaw.core.identity import GroupedIdentity, ModelIdentity
 from thaw.core.ids import BlobId, CommitId, ObjectId, StateId, digest
 from thaw.core.prefix import WINDOW
 from thaw.core.sampling import Sampling
@@ -44,7 +45,8 @@ class Segment(_Object, frozen=True, kw_only=True, tag="thaw.segment/1"):
     """Tokens [start, start + len(tokens)) and their KV; never crosses a multiple of 256, never re-cut.
 
     `window`: the chained hash of all tokens before this segment's window; `prefix`: of all tokens through its end.
-    `blobs[group][head]` names [layer][K|V][token][head_dim] of exactly these tokens.
+    `blobs[group][i]` names the group's i-th blob of exactly these tokens; for full groups the i-th KV head's
+    [layer][K|V][token][head_dim]. A group with a window has none where the segment lies before it.
     """
 
     start: Count
@@ -56,6 +58,56 @@ class Segment(_Object, frozen=True, kw_only=True, tag="thaw.segment/1"):
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    def first_of(self, group: str) -> int:
+        """The token that the group's blobs begin with."""
+        return self.start
+
+    @property
+    def states(self) -> tuple[Point, ...]:
+        """The point states that are kept in it."""
+        return ()
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The point states after exactly `token` tokens: `blobs[group]` are all blobs of the group's."""
+
+    token: Count
+    blobs: dict[str, tuple[Id, ...]]
+
+
+class GroupedSegment(Segment, frozen=True, kw_only=True, tag="thaw.segment/2"):
+    """A segment that says more than its tokens' blobs.
+
+    `first`: group -> the token that its blobs begin with, where that is after `start`. `points`: the states that were
+    kept at tokens in (start, end], in order.
+    """
+
+    first: dict[str, Count] = {}
+    points: tuple[Point, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.first and not self.points:
+            raise ValueError("a segment without `first` and `points` is a thaw.segment/1")
+        for group, token in self.first.items():
+            if group not in self.blobs or not self.start < token < self.end:
+                raise ValueError(f"{group}: blobs from token {token} on in a segment of [{self.start}, {self.end})")
+        tokens = [point.token for point in self.points]
+        if tokens != sorted(set(tokens)) or any(not self.start < token <= self.end for token in tokens):
+            raise ValueError(f"point states at {tokens[:8]} in a segment of [{self.start}, {self.end})")
+
+    def first_of(self, group: str) -> int:
+        return self.first.get(group, self.start)
+
+    @property
+    def states(self) -> tuple[Point, ...]:
+        return self.points
+
+
+def with_points(segment: Segment, first: dict[str, int], points: tuple[Point, ...]) -> GroupedSegment:
+    """The same tokens and blobs, with where windows begin and the states that were kept."""
+    fields = {name: getattr(segment, name) for name in Segment.__struct_fields__}
+    return GroupedSegment(**fields, first=first, points=points)
 
 
 class SegmentEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -202,8 +254,10 @@ class Commit(_Object, frozen=True, kw_only=True, tag="thaw.commit/1"):
     origin: dict[str, str] = {}
 
 
-canonical.declare_plain(Segment, SegmentNode, TurnNode)
-AnyObject = ModelIdentity | Segment | SegmentNode | TurnNode | Turn | ChatTurn | State | Commit
+canonical.declare_plain(Segment, GroupedSegment, SegmentNode, TurnNode)
+AnyModel = ModelIdentity | GroupedIdentity
+AnySegment = Segment | GroupedSegment
+AnyObject = AnyModel | AnySegment | SegmentNode | TurnNode | Turn | ChatTurn | State | Commit
 
 
 def encode(value: AnyObject) -> tuple[ObjectId, bytes]:
@@ -238,4 +292,6 @@ def commit_id(commit: Commit) -> CommitId:
 
 
 def segment_blobs(segment: Segment) -> list[BlobId]:
-    return [BlobId(blob) for group in sorted(segment.blobs) for blob in segment.blobs[group]]
+    """All blobs that a segment names: of its tokens, then of its point states."""
+    named = [segment.blobs, *(point.blobs for point in segment.states)]
+    return [BlobId(blob) for blobs in named for group in sorted(blobs) for blob in blobs[group]]

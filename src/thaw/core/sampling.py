@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from thaw.core.canonical import U64
 from thaw.core.errors import BadSampling
+from thaw.core.text import is_text
 
 MAX_STOPS = 64
 MAX_BIASES = 1024
@@ -43,7 +44,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         given = [name for name in self.__struct_fields__ if getattr(self, name)]
         _require(len(given) == 1, "structured_outputs", given, "one of json, regex, choice, grammar")
         value = getattr(self, given[0])
-        _require(given[0] == "choice" or type(value) is str, f"structured_outputs.{given[0]}", value, "text")
+        is_one = given[0] == "choice" or (type(value) is str and is_text(value))
+        _require(is_one, f"structured_outputs.{given[0]}", value, "text")
         size = sum(map(len, self.choice)) if self.choice else len(value)
         _require(size <= MAX_GRAMMAR, "structured_outputs", f"{size} characters", f"at most {MAX_GRAMMAR}")
 
@@ -99,11 +101,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
             _require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
         for name in ("ignore_eos", "entropy"):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "True or False")
-        self._set("stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, str))
+        self._set("stop", _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop, str))
         self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int))
         self._set("logit_bias", _biases(self.logit_bias))
         words = self.bad_words
-        self._set("bad_words", (words,) if isinstance(words, str) else _tuple("bad_words", words, str))
+        self._set("bad_words", _tuple("bad_words", (words,) if isinstance(words, str) else words, str))
         self._set("structured_outputs", _structured(self.structured_outputs))
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
@@ -153,7 +155,9 @@ def check_seed(seed: int) -> U64:
 def _tuple(name: str, values: object, kind: type) -> tuple[object, ...]:
     ok = isinstance(values, (list, tuple)) and all(type(value) is kind for value in values)
     _require(ok, name, values, f"a list of {kind.__name__}")
-    return tuple(values)  # type: ignore[arg-type]
+    found: tuple[object, ...] = tuple(values)  # type: ignore[arg-type]
+    _require(all(is_text(x) for x in found if isinstance(x, str)), name, values, "text without half characters")
+    return found
 
 
 def _structured(value: object) -> StructuredOutputs | None:

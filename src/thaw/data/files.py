@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +55,13 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_failed(error, path, doing) from error
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Size and times of a file: another once it was written, also where its mtime was put back, as archives and copies
+    do. Raises `OSError`."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_at_most(file: BinaryIO, limit: int, name: str) -> bytes:
@@ -130,6 +138,21 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def aside(path: Path | str) -> str:
+    """The name that what is in the place of a file, or is replaced as damaged, gets instead."""
+    return f"{path}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def make_way(path: Path | str) -> None:
+    """Removes a file that is left over, or what is none; a folder is only given another name. Raises `OSError`."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, PermissionError):
+        os.rename(path, aside(path))
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, overwrite: bool = True) -> Iterator[int]:
     """A file descriptor to write; at the end of the block it becomes `path`, whole and on disk, or nothing is left.
@@ -139,7 +162,8 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[int]:
     """
     temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path, "write"):
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        make_way(temporary)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     finished = False
     try:
         yield fd

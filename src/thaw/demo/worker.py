@@ -19,6 +19,7 @@ from typing import IO, Literal, TypeVar
 
 import msgspec
 
+from thaw.core import cache
 from thaw.core.errors import ThawError, TooLong, Unsupported
 from thaw.core.objects import encode
 from thaw.core.sampling import Sampling
@@ -226,7 +227,7 @@ def _describe(engine: Engine, tell: Tell) -> None:
             architecture=identity.architecture,
             dtype=identity.dtype,
             identity=encode(identity)[0],
-            kv_token_nbytes=sum(group.token_nbytes for group in identity.groups),
+            kv_token_nbytes=cache.token_nbytes(identity.groups),
         )
     )
 

@@ -31,7 +31,8 @@ def examine(
     measure: bool = True,
     progress: Callable[[str], object] = lambda _: None,
 ) -> DoctorReport:
-    """Look at everything. `config`: a config.json, or a model's folder; `dtype`: other than the config's.
+    """Look at everything. `config`: a config.json, or a model's folder, whose files are looked at, too; `dtype`:
+    other than the config's.
 
     `engine`: a loaded one, whose prefill is measured (a short one). `repository`: where one lies or will lie. `measure`
     False leaves out whatever takes longer than a moment. Raises `NotFound`, `InvalidRequest` for a config that is none.
@@ -47,6 +48,8 @@ def examine(
     ]
     if report is not None:
         findings.append(models.finding(report))
+    if report is not None and config is not None and Path(config).is_dir():
+        findings += models.files(Path(config), report)
     return DoctorReport(
         findings=tuple(findings),
         model=report,

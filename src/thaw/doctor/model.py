@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thaw.core.errors import InvalidRequest, NotFound
+from thaw.core.cache import nbytes_at
+from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.doctor.report import ModelReport
-from thaw.engines.hf.config import resolved
+from thaw.engines.hf.beside import POINTER, Config, is_pointer, may_not_read, parse_object, require_beside
+from thaw.engines.hf.config import resolved, sensible
 from thaw.engines.transformers import support
 
 SESSION_TOKENS = 4096
@@ -21,32 +22,35 @@ UNGATED = ("gpt_neox", "gpt2", "opt", "bloom", "falcon", "phi")
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """(name, config) of a config.json or of a model's folder. Raises `NotFound`, `InvalidRequest`."""
-    file = path / "config.json" if path.is_dir() else path
+    """(name, config) of a config.json or of a model's folder. Raises `NotFound`, `InvalidRequest`, `StorageFailed`."""
+    file = path
     try:
+        file = path / "config.json" if path.is_dir() else path
         with file.open("rb") as opened:
             data = opened.read(MAX_CONFIG_BYTES + 1)
+    except PermissionError as error:
+        raise may_not_read(file, error) from None
     except (OSError, ValueError):
-        raise NotFound(f"there is no config {file}; give a model's folder or its config.json") from None
+        raise NotFound(f"there is no config {str(path)[:200]}; give a model's folder or its config.json") from None
     if len(data) > MAX_CONFIG_BYTES:
         raise InvalidRequest(f"{file} has more than {MAX_CONFIG_BYTES} bytes; a model's config.json is smaller")
+    if is_pointer(data):
+        raise InvalidRequest(POINTER.format(file))
     try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{file} is not JSON: {str(error)[:200]}") from None
-    if not isinstance(config, dict):
-        raise InvalidRequest(f"{file} is not a model's config: it holds no JSON object")
+        config = parse_object(data.decode("utf-8"), file, Config)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{file} is not text in UTF-8: {error}") from None
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
     return (path if path.is_dir() else path.absolute().parent).name, config
 
 
 def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> ModelReport:
     """What the config says, completed as a boot does. Raises `InvalidRequest` where it makes no sense."""
-    try:
+    with sensible(repr(name)):
         config = resolved(config)
         found = support.examine(config, dtype)
         parameters, work = _work(config, found)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
-        raise InvalidRequest(f"the config of {name!r} makes no sense: {type(error).__name__}: {error}") from None
     per_token = found.kv_token_nbytes
     if per_token is not None and not 0 < per_token < MAX_TOKEN_NBYTES:
         raise InvalidRequest(f"the config of {name!r} makes no sense: it says {per_token} bytes of KV a token")
@@ -65,7 +69,8 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         prefill_flops=work,
         kv_token_nbytes=per_token,
         session_tokens=SESSION_TOKENS,
-        session_nbytes=None if per_token is None else per_token * SESSION_TOKENS,
+        session_nbytes=nbytes_at(found.groups, SESSION_TOKENS) if found.groups else None,
+        cache_groups=tuple(map(str, found.groups)),
     )
 
 
@@ -84,6 +89,43 @@ def finding(model: ModelReport) -> Finding:
         status="ok" if model.tested else "info",
         text=f"{model.name} ({model.architecture}) is supported, {tested}",
     )
+
+
+def files(folder: Path, model: ModelReport) -> Iterator[Finding]:
+    """Whether a boot takes the files of the model in `folder`. Their headers are read, and no weights."""
+    try:
+        paths = _look_at(folder, model.supported)
+    except ThawError as error:
+        yield Finding(name="model-files", status="problem", text=str(error))
+        return
+    if paths is None:
+        text = f"{model.name}: without torch and transformers only the files beside its weights were looked at"
+        yield Finding(name="model-files", status="info", text=text)
+    elif not paths:
+        advice = "No engine boots it before they are there."
+        yield Finding(name="model-files", status="warning", text=f"there are no weights in {folder}", advice=advice)
+    else:
+        yield Finding(name="model-files", status="ok", text=f"{model.name}: its files are whole and fit its config")
+        yield from _in_servers(folder)
+
+
+def _look_at(folder: Path, supported: bool) -> list[Path] | None:
+    """The weight files; None where there is nothing here to look into them with."""
+    require_beside(folder)
+    try:
+        from thaw.engines.hf.checkpoint import require_files, require_fit
+    except ImportError:
+        return None
+    return require_fit(folder) if supported else require_files(folder)
+
+
+def _in_servers(folder: Path) -> Iterator[Finding]:
+    from thaw.engines.hf.checkpoint import require_whole
+
+    try:
+        require_whole(folder)
+    except IncompleteModel as error:
+        yield Finding(name="model-files", status="warning", text=f"vLLM and SGLang refuse it: {error}")
 
 
 def _work(config: Mapping[str, Any], shape: support.Support) -> tuple[int | None, float | None]:

@@ -22,8 +22,9 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A model, from its config alone. `reasons` are those against it; `session_nbytes`: KV of a session of
-    `session_tokens` tokens, `prefill_flops` the work to read them. What the config does not say is None."""
+    """A model, from its config alone. `reasons` are those against it; `session_nbytes`: the cache of a session of
+    `session_tokens` tokens, `prefill_flops` the work to read them, `cache_groups` each group in words. What the config
+    does not say is None."""
 
     name: str
     architecture: str
@@ -40,6 +41,7 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_token_nbytes: int | None
     session_tokens: int
     session_nbytes: int | None
+    cache_groups: tuple[str, ...] = ()
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):

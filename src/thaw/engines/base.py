@@ -22,14 +22,17 @@ from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import EngineDied, Unsupported
-from thaw.core.identity import CacheGroup, ModelIdentity
-from thaw.core.objects import AnyTurn, Boundary, Chat
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import AnyTurn, Boundary, Chat, Point
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
 
 CONTRACT_VERSION = 1
+MAX_CHILDREN = 1 << 16
+"""Of one fork."""
 SessionRef = NewType("SessionRef", str)
 """An unguessable name of a session in one engine."""
 T = TypeVar("T")
@@ -42,21 +45,32 @@ Policy = Literal["exact", "recompute"]
 class Slice(msgspec.Struct, frozen=True, kw_only=True):
     """The first `length` tokens of a stored segment of `stored` tokens, to stand at `start`.
 
-    `blobs[group][head]` locates [layer][K|V][stored][head_dim]: the whole segment is read and verified, `length`
-    tokens of it are used.
+    `blobs[group][i]` locates the group's i-th blob (of a full group the i-th head's [layer][K|V][stored][head_dim]):
+    the whole segment is read and verified, `length` tokens of it are used. A group that needs none of these tokens may
+    be left out. Blobs of a group in `first` begin with that token, not with `start`.
     """
 
     start: int
     length: int
     stored: int
     blobs: dict[str, tuple[BlobLocation, ...]]
+    first: dict[str, int] = {}
+
+
+class PointSlice(msgspec.Struct, frozen=True, kw_only=True):
+    """The point states after exactly `token` tokens: `blobs[group]` locates all blobs of the group's."""
+
+    token: int
+    blobs: dict[str, tuple[BlobLocation, ...]]
 
 
 class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an engine needs to go on from a state.
 
-    `tokens` are all token ids; slices cover exactly [0, num_kv). `boundary.hidden` is located by `hidden`.
-    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed.
+    `tokens` are all token ids; slices cover exactly [0, num_kv). `boundary.hidden` is located by `hidden`. A model with
+    point states needs those at `num_kv` among `points`; earlier ones are for forks of earlier tokens.
+    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why no KV of
+    the point can be named; the plan is then refused with `NotKept`, or recomputed where `policy` allows it.
     """
 
     identity: ModelIdentity
@@ -64,6 +78,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[int, ...]
     num_kv: int
     slices: tuple[Slice, ...]
+    points: tuple[PointSlice, ...] = ()
     turns: tuple[AnyTurn, ...]
     seed: int
     salt: str
@@ -71,6 +86,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     boundary: Boundary | None = None
     hidden: BlobLocation | None = None
     policy: Policy = "exact"
+    not_kept: str = ""
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,11 +106,14 @@ class CapturePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CapturedSegment(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens [start, start + length) now in the packs; `blobs[group][head]` are blob ids."""
+    """Tokens [start, start + length) now in the packs; `blobs[group][i]` are blob ids. `first` and `points` as in a
+    stored segment (`objects.GroupedSegment`)."""
 
     start: int
     length: int
     blobs: dict[str, tuple[str, ...]]
+    first: dict[str, int] = {}
+    points: tuple[Point, ...] = ()
 
 
 class WrittenPack(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,12 +233,13 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Every engine that passes the law book has:
     `capture-running`   a session may be captured while it runs, without stopping
     `fork-running`      a session may be forked while it runs, without stopping
-    `interior-points`   any earlier token of a session may be forked from
     `park`              `park` lets go of the engine's memory; the next use brings the session back
     `resume`            an interrupted completion goes on where it was, bit for bit
     `policy`            `set_policy` and `policy`: KV of another policy version is refused
     `logprobs`          log probabilities of sampled tokens, and of the likeliest where asked for
     and may have:
+    `interior-points`   any earlier token of a session may be forked from; only where a model has windows or point
+                        states may an engine lack it, and `NotKept` then names the tokens at which it can
     `boundary`          captures carry a `Boundary`, the digest of the next logits; else `Captured.boundary` is None
     `boundary-hidden`   the last hidden state is kept: going on at a prompt's end prefills nothing; else everyone who
                         goes on from there, the parent too, runs the last token again (1 prefilled) and all are equal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.base import Message
@@ -54,22 +55,32 @@ def as_parts(message: Message, where: str) -> Message:
     }
 
 
-def with_read_arguments(message: Message) -> Message:
-    """The message with the arguments of its tool calls as objects: clients send them as JSON text, which a template
-    would quote once more."""
+def with_arguments(message: Message, *, as_objects: bool) -> Message:
+    """The message with the arguments of its tool calls as objects or as JSON text. Clients send either; a template
+    would quote text once more, or cannot write an object down."""
     calls = message.get("tool_calls")
     if not isinstance(calls, (list, tuple)):
         return message
-    return {**message, "tool_calls": [_read_call(call) for call in calls]}
+    return {**message, "tool_calls": [_with_arguments(call, as_objects) for call in calls]}
 
 
-def _read_call(call: object) -> object:
+def _with_arguments(call: object, as_objects: bool) -> object:
     function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(arguments, str):
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         return call
+    arguments = function.get("arguments")
+    shaped: object = None
+    if isinstance(arguments, str) and as_objects:
+        shaped = read_arguments(arguments)
+    elif isinstance(arguments, Mapping) and not as_objects:
+        shaped = json.dumps(arguments, ensure_ascii=False)
+    return call if shaped is None else {**call, "function": {**function, "arguments": shaped}}
+
+
+def read_arguments(text: str) -> dict[str, Any] | None:
+    """Arguments of a call that came as JSON text; None where it is no object's."""
     try:
-        read = json.loads(arguments or "{}")
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": read}} if isinstance(read, dict) else call
+        read = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return read if isinstance(read, dict) else None

@@ -13,7 +13,7 @@ no engine: all kinds are asked whose server an address is.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -115,6 +115,8 @@ class EngineKind(abc.ABC):
     """As in the registry; `EngineInfo.name` of its engines."""
     needs_model: ClassVar[bool] = True
     """Whether `load` must be told a `model`."""
+    takes_model: ClassVar[bool] = True
+    """Whether a `model` says what it loads."""
     server: ClassVar[Server | None] = None
     key_variable: ClassVar[str | None] = None
     """The environment variable in which its own server looks for its API key."""
@@ -157,6 +159,17 @@ class EngineKind(abc.ABC):
     def on_cores(self, cores: Sequence[int]) -> dict[str, str]:
         """The environment that keeps an engine's process to these cores, where it does not keep to them by itself."""
         return {}
+
+
+def called(name: str, make: Callable[..., Engine], *given: Any, **options: Any) -> Engine:
+    """What `make` makes. Raises `InvalidRequest` for an option that it has not, or for one that is missing."""
+    import inspect  # 20 ms that naming an engine need not cost
+
+    try:
+        inspect.signature(make).bind(*given, **options)
+    except TypeError as error:
+        raise InvalidRequest(f"engine {name}: {error}") from None
+    return make(*given, **options)
 
 
 def refuse_options(options: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from thaw.core.errors import InvalidRequest, NotFound
-from thaw.engines.kind import EngineKind
+from thaw.engines.kind import EngineKind, called
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,7 +89,10 @@ def load_engine(name: str, **options: object) -> Engine:
     With `url` the one that runs there is joined instead, where that kind of engine has a server."""
     kind = kind_of(name)
     given: dict[str, Any] = dict(options)
-    engine = kind.attach(given.pop("url"), **given) if "url" in given else kind.load(**given)
+    if "url" in given:
+        engine = called(name, kind.attach, given.pop("url"), **given)
+    else:
+        engine = called(name, kind.load, **given)
     options.pop("api_key", None)  # never kept where the repository remembers its engine
     engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
     return engine
@@ -111,10 +114,10 @@ class _Loader(EngineKind):
         self._load, self._module = load, point.module
 
     def load(self, **options: Any) -> Engine:
-        return self._load(**options)
+        return called(self.name, self._load, **options)
 
     def attach(self, target: Any, *, policy: str = "0", api_key: str | None = None, **options: Any) -> Engine:
         join: Callable[..., Engine] | None = getattr(import_module(self._module), "attach", None)
         if join is None:
             return super().attach(target, policy=policy, api_key=api_key, **options)
-        return join(target, policy=policy, api_key=api_key, **options)
+        return called(self.name, join, target, policy=policy, api_key=api_key, **options)

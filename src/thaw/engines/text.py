@@ -8,6 +8,7 @@ begun is in no text yet. When what follows does not end it, U+FFFD stands in its
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class Window:
         text = self._text()
         news, self._given = text[self._given :], len(text)
         if len(self._ids) > WINDOW:
-            self._begin(_context(self._codec, _visible(self._codec, self._ids)))
+            self._begin(_context(self._codec, _last_visible(self._codec, self._ids)))
         return news
 
     def _begin(self, ids: list[int]) -> None:
@@ -108,6 +109,13 @@ def _context(codec: Codec, tokens: Sequence[int]) -> list[int]:
         count *= 2
         ids = list(tokens[-count:])
     return ids if text == codec.decode_settled(ids) else _visible(codec, ids)
+
+
+def _last_visible(codec: Codec, tokens: Sequence[int]) -> list[int]:
+    """The last of those that say something, as many as any context needs: asking each of a long prompt takes seconds
+    where a codec is slow."""
+    found = itertools.islice((token for token in reversed(tokens) if codec.decode([token])), WINDOW)
+    return list(found)[::-1]
 
 
 def _visible(codec: Codec, tokens: Sequence[int]) -> list[int]:

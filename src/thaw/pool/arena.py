@@ -86,7 +86,8 @@ class Arena:
 
     def loaded(self, plan: HydratePlan) -> Literal["arena", "disk"]:
         """Note a load, and say where its bytes were: on disk when any of its packs is spilled."""
-        packs = {location.pack for piece in plan.slices for ids in piece.blobs.values() for location in ids}
+        named = [*(piece.blobs for piece in plan.slices), *(point.blobs for point in plan.points)]
+        packs = {location.pack for one in named for places in one.values() for location in places}
         with self._lock:
             self._loads += 1
             self._used.update(dict.fromkeys(packs, time.monotonic()))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from thaw.core import cache
 from thaw.core.errors import EngineDied, InvalidRequest, ThawError
 from thaw.core.sampling import check_seed
 from thaw.data.files import cache_dir, write_atomic
@@ -347,7 +348,7 @@ class ForkPool:
         self._fleet.policy_version = life.engine.policy_version
         self._rates = Rates(self._info.name, self._info.model, self._info.device, cache_dir())
         self._rates.booted(life.host.boot_s)
-        token_nbytes = sum(group.token_nbytes for group in self._info.groups)
+        token_nbytes = cache.token_nbytes(self._info.groups)
         self._planner = Planner(self._rates, token_nbytes)
         self._finder = Finder(self._arena, self.repo, self._life_of, lambda: self.policy_version)
         self._preparer = Preparer(self._arena, self._finder, self._planner, durable, token_nbytes)

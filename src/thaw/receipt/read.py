@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from thaw.core.errors import CorruptBlob, NewerFormat, NotFound, StorageFailed
+from thaw.core.errors import CorruptBlob, InvalidRequest, NewerFormat, NotFound, StorageFailed
 from thaw.receipt import compute
 from thaw.receipt.format import MAX_BYTES, MAX_DEPTH, TYPE, Receipt
 
@@ -35,7 +35,7 @@ def read(source: Source) -> Receipt:
         receipt = msgspec.convert(plain, Receipt)
         compute.digest_of(receipt)
         return receipt
-    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
+    except (InvalidRequest, msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptBlob(f"this is not a receipt: {str(error)[:400]}") from None
 
 

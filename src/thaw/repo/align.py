@@ -69,13 +69,12 @@ def _common(a: str, b: str) -> int:
 
 
 class _Text:
-    """What ids [start, end) say behind those before them. `hide`: special tokens say nothing, nor does a character at
-    the end that has only begun: a turn's text has neither."""
+    """What ids [start, end) say behind those before them; a character at the end that has only begun is not said yet.
+    `hide`: special tokens say nothing, as in a turn's text."""
 
     def __init__(self, codec: Codec, ids: Sequence[int], start: int, end: int, *, hide: bool) -> None:
         self.start, self.end = start, end
-        decode = codec.decode_settled if hide else codec.decode
-        self._decode: Callable[[Sequence[int]], str] = lambda some: decode(some, skip_special_tokens=hide)
+        self._decode: Callable[[Sequence[int]], str] = lambda some: codec.decode_settled(some, skip_special_tokens=hide)
         self.ids = ids
         self._before = max(0, start - CONTEXT)
         self._skipped = len(self._decode(ids[self._before : start]))

@@ -12,17 +12,20 @@ from typing import TypeVar
 import msgspec
 
 from thaw.core import prefix
+from thaw.core.cache import point_groups, token_groups
 from thaw.core.canonical import U64
 from thaw.core.errors import LawBroken
 from thaw.core.ids import ObjectId, StateId
 from thaw.core.objects import (
     NODE_ENTRIES,
+    AnySegment,
     Segment,
     SegmentEntry,
     SegmentNode,
     State,
     Turn,
     TurnNode,
+    with_points,
 )
 from thaw.core.prefix import WINDOW
 from thaw.engines.base import Captured, CapturedSegment, Codec
@@ -92,18 +95,37 @@ def _check_cover(kept: Kept, captured: Captured) -> None:
         raise LawBroken(
             f"the engine captured KV up to token {end} of {captured.num_kv}. This is a bug in the engine's adapter."
         )
+    _check_groups(captured)
 
 
-def _segment(captured: Captured, piece: CapturedSegment, chains: Sequence[str]) -> Segment:
+def _check_groups(captured: Captured) -> None:
+    """What the end of the capture needs of each group must be there."""
+    groups, num_kv = captured.identity.groups, captured.num_kv
+    for piece in captured.segments:
+        for group in token_groups(groups):
+            number = len(piece.blobs.get(group.name, ()))
+            needed = group.covers(num_kv).start < piece.start + piece.length
+            if number != group.num_blobs and (number or needed):
+                raise LawBroken(
+                    f"the engine captured {number} blobs of cache group {group.name} at token {piece.start}, not "
+                    f"{group.num_blobs}. This is a bug in the engine's adapter."
+                )
+    last = captured.segments[-1].points if captured.segments else ()
+    if captured.segments and point_groups(groups) and num_kv not in {point.token for point in last}:
+        raise LawBroken(f"the engine captured no state after {num_kv} tokens. This is a bug in the engine's adapter.")
+
+
+def _segment(captured: Captured, piece: CapturedSegment, chains: Sequence[str]) -> AnySegment:
     window = piece.start // WINDOW
     end = piece.start + piece.length
-    return Segment(
+    segment = Segment(
         start=piece.start,
         tokens=captured.tokens[piece.start : end],
         window=chains[window],
         prefix=prefix.extend(chains[window], captured.tokens[window * WINDOW : end]),
         blobs=piece.blobs,
     )
+    return with_points(segment, piece.first, piece.points) if piece.first or piece.points else segment
 
 
 def _tiled(turns: Sequence[Turn], tokens: Sequence[int], codec: Codec) -> list[Turn]:

@@ -18,7 +18,7 @@ Plain text that was appended between messages stays where it is; what follows is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
@@ -27,18 +27,20 @@ from thaw.core import canonical
 from thaw.core.errors import InvalidRequest, TooLong, Unsupported
 from thaw.core.objects import Chat, Turn
 from thaw.engines.base import Codec, Completion, Message, SessionView
-from thaw.repo import conversation, messages
+from thaw.engines.text import cut_turns
+from thaw.repo import conversation, messages, said
 from thaw.repo.align import Aligned, align, said_end
 from thaw.repo.conversation import Conversation, Piece, Settings
+from thaw.repo.marks import Marks
 from thaw.repo.messages import Messages, Tool
 
 __all__ = ["Ask", "ChatResult", "Message", "Messages", "Plan", "Tool", "ask", "plan"]
 
-MARK = "thawMark{}q"
-"""Stands in for the text of message {} where the question is only whether, or where, a template says it."""
 MAX_NBYTES = canonical.MAX_OBJECT_BYTES // 4
 """Of the messages of one turn. Its object has them and, as text, what they became."""
 EARLIER = timedelta(days=400, hours=5, minutes=7)
+HERE, END = 8**8 - 1, 8**8 - 2
+"""Numbers of the marks for where something stands; those that ask whether something is said count from 0."""
 
 
 class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +48,9 @@ class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `num_new_tokens` were appended. `forked_at`: None when the session's tokens were all kept, else the token from which
     it went on; the `num_dropped_tokens` after it are no longer part of this session, and `num_dropped_sampled` of them
-    were sampled. `message` is the answer, to append to the conversation; one that continued a message is all of it.
+    were sampled. `num_dropped_messages` of the session's are not in the conversation that was given as `history`: all
+    from the first one that differs, told in other words or not, unless its tokens were kept. `message` is the answer,
+    to append to the conversation; one that continued a message is all of it.
     """
 
     completion: Completion
@@ -55,6 +59,7 @@ class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
     forked_at: int | None = None
     num_dropped_tokens: int = 0
     num_dropped_sampled: int = 0
+    num_dropped_messages: int = 0
 
     @property
     def text(self) -> str:
@@ -85,6 +90,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     chat: Chat
     num_dropped: int
     num_dropped_sampled: int
+    num_dropped_messages: int
     final: Message | None
 
     def result(self, completion: Completion) -> ChatResult:
@@ -97,6 +103,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             forked_at=self.keep if self.num_dropped else None,
             num_dropped_tokens=self.num_dropped,
             num_dropped_sampled=self.num_dropped_sampled,
+            num_dropped_messages=self.num_dropped_messages,
         )
 
 
@@ -122,6 +129,11 @@ def ask(
             f"continue_final_message: the last message is the {given[-1]['role']}'s; end with the beginning of the "
             "assistant's answer"
         )
+    if continue_final_message and given[-1].get("tool_calls"):
+        raise InvalidRequest(
+            "continue_final_message: the last message calls tools, and its text would go on before them; leave "
+            "tool_calls out"
+        )
     return Ask(
         messages=given,
         whole=new is None,
@@ -146,6 +158,8 @@ def plan(codec: Codec, view: SessionView, asked: Ask, earlier: Callable[[], Conv
     rendering = _Rendering(codec, view, held, asked)
     rendering.check_nothing_is_left_out()
     aligned = rendering.align()
+    if not aligned.new and aligned.keep > rendering.start and not rendering.is_told_at(aligned.keep):
+        aligned = Aligned(keep=aligned.keep - 1, new=view.tokens[aligned.keep - 1 : aligned.keep])
     if aligned.keep < held.plain_end and held.start < held.plain_end:
         raise InvalidRequest(
             f"the session holds text that is no message, up to token {held.plain_end}, and this conversation parts "
@@ -158,6 +172,7 @@ def plan(codec: Codec, view: SessionView, asked: Ask, earlier: Callable[[], Conv
         chat=_record(held, rendering, aligned.keep, asked),
         num_dropped=len(view.tokens) - aligned.keep,
         num_dropped_sampled=_num_sampled(view.turns, aligned.keep),
+        num_dropped_messages=rendering.num_dropped_messages(aligned.keep),
         final=asked.messages[-1] if asked.continue_final_message else None,
     )
 
@@ -208,7 +223,9 @@ class _Rendering:
         self.messages = list(asked.messages) if asked.whole else [*held.messages, *asked.messages]
         self.start = held.start if held.untold is None else min(held.start, held.untold.start)
         self.settings = self._settings()
-        self._text = self._said({})
+        whole = self._render(self.messages, self.settings)
+        self._marks = Marks(*(messages.written(given) for given in self._given()), whole)
+        self._text = self._said(self.messages) if asked.continue_final_message else whole
 
     def _settings(self) -> Settings:
         """Those of the conversation, with what is given now; and the time of now, if the template reads the time."""
@@ -233,41 +250,51 @@ class _Rendering:
             moment=settings.moment,
         )
 
-    def _said(self, replaced: dict[int, Message]) -> str:
-        """The text of the conversation, some of its messages replaced; up to where the last one is to be continued."""
-        some = [replaced.get(i, message) for i, message in enumerate(self.messages)]
+    def _given(self) -> Iterator[object]:
+        yield from self.messages
+        yield from self.settings.tools
+        yield self.settings.variables
+
+    def _said(self, some: Sequence[Message]) -> str:
+        """The text of these messages, up to where the last one is to be continued."""
         if not self._asked.continue_final_message:
             return self._render(some, self.settings)
-        mark = MARK.format("End")
-        text, found, _ = self._render([*some[:-1], conversation.completed(some[-1], mark)], self.settings).rpartition(
-            mark
-        )
-        if not found:
-            raise self._left_out(len(some) - 1, "text")
-        return text
+        mark = self._marks.of(END)
+        text = self._render([*some[:-1], conversation.completed(some[-1], mark)], self.settings)
+        return self._parted(text, mark, len(some) - 1)[0]
+
+    def _parted(self, text: str, mark: str, number: int) -> tuple[str, str]:
+        """What stands before and behind the mark, which was put into message `number`."""
+        before, *behind = text.split(mark)
+        if not behind:
+            raise self._left_out(number, "text")
+        if len(behind) > 1:
+            raise InvalidRequest(
+                f"the model's chat template says the text of message {number} {len(behind)} times, so it is not known "
+                "what goes on behind it. Leave keep_sampled and continue_final_message out; where plain text stands "
+                "between messages, begin another session."
+            )
+        return before, behind[0]
 
     # -- nothing is lost
 
     def check_nothing_is_left_out(self) -> None:
-        """Raise `InvalidRequest` for a message, and `Unsupported` for tools, that the template does not render."""
-        marks = {i: _marked(message, i) for i, message in enumerate(self.messages)}
-        try:
-            said = self._said({i: message for i, (message, _) in marks.items()})
-        except InvalidRequest:  # it looks into what the messages say
+        """Raise `InvalidRequest` for what messages say, and `Unsupported` for tools, that the template leaves out."""
+        found = said.left_out(self.messages, self.settings.tools, self._render_with, self._text, self._marks)
+        if found is None:
             return
-        for i, (_, wanted) in marks.items():
-            for what, mark in wanted:
-                if mark not in said:
-                    raise self._left_out(i, what)
-        for name in filter(None, (_name_of(tool) for tool in self.settings.tools)):
-            if name not in self._text:
-                raise Unsupported(f"the model's chat template has no place for tools; {name!r} would not be seen")
+        if found.message is None:
+            raise Unsupported(f"the model's chat template has no place for tools; {found.value!r} would not be seen")
+        raise self._left_out(found.message, found.what)
+
+    def _render_with(self, some: Sequence[Message], tools: Sequence[Message]) -> str:
+        return self._render(some, msgspec.structs.replace(self.settings, tools=tuple(tools)))
 
     def _left_out(self, number: int, what: str) -> InvalidRequest:
         role = self.messages[number]["role"]
         return InvalidRequest(
             f"the model's chat template leaves out the {what} of message {number} (role {role!r}): it would be lost. "
-            "Use a role that the template knows, or say it in another message."
+            "Say it in another way: in a role that the template knows, as text, or in another message."
         )
 
     # -- beside the session's tokens
@@ -277,9 +304,9 @@ class _Rendering:
         view, anchor = self._view, self._anchor()
         if anchor is None:
             return align(self._codec, view.tokens, view.turns, self.start, self._codec.encode_chat(self._text))
-        count, said, least = anchor
+        count, begin, least = anchor
         wanted = self._codec.encode_chat(self._text_behind(count - 1), inside=True)
-        found = align(self._codec, view.tokens, view.turns, said, wanted)
+        found = align(self._codec, view.tokens, view.turns, begin, wanted)
         return found if found.keep >= least else align(self._codec, view.tokens, view.turns, least, wanted)
 
     def _anchor(self) -> tuple[int, int, int] | None:
@@ -307,12 +334,48 @@ class _Rendering:
         )
 
     def _text_behind(self, number: int) -> str:
-        """What is said behind the text of message `number`."""
-        mark = MARK.format("Here")
-        _, found, behind = self._said({number: {**self.messages[number], "content": mark}}).rpartition(mark)
-        if not found:
-            raise self._left_out(number, "text")
-        return behind
+        """What is said behind message `number`, of which the session has said all, calls of tools, too.
+
+        Raises `InvalidRequest` where that is not known, or not all that follows is said there: some templates say the
+        results of tools along with the calls."""
+        rest = self.messages[number + 1 :]
+        try:
+            behind = self._said_behind(number, rest)
+            lost = said.left_out(rest, (), lambda some, _: self._said_behind(number, some), behind, self._marks)
+        except InvalidRequest:
+            if not self.messages[number].get("tool_calls"):
+                raise
+            lost = None
+        else:
+            if lost is None:
+                return behind
+        with_it = "" if lost is None else f", since it says the {lost.what} of a later one only along with it"
+        raise InvalidRequest(
+            f"the session keeps message {number} as it was said, and the model's chat template does not tell what "
+            f"stands behind it{with_it}. Leave keep_sampled out; where plain text stands between messages, begin "
+            "another session."
+        )
+
+    def _said_behind(self, number: int, rest: Sequence[Message]) -> str:
+        mark = self._marks.of(HERE)
+        marked: Message = {"role": self.messages[number]["role"], "content": mark}
+        return self._parted(self._said([*self.messages[:number], marked, *rest]), mark, number)[1]
+
+    def is_told_at(self, keep: int) -> bool:
+        """Whether the turns of the first `keep` tokens tell this conversation, so that no new one need record it."""
+        turns = cut_turns(self._view.turns, self._view.tokens, keep, self._codec)
+        told = conversation.read(turns, keep)
+        return told.untold is None and (told.messages, told.settings) == (self.messages, self.settings)
+
+    def num_dropped_messages(self, keep: int) -> int:
+        """How many of the session's are not in this conversation, when the session keeps its first `keep` tokens."""
+        held = self._held.messages
+        kept = len(conversation.joined([piece for piece in self._held.pieces if piece.end <= keep]))
+        for i, (mine, theirs) in enumerate(zip(held, self.messages, strict=False)):
+            retold = i < kept and mine["role"] == theirs["role"]
+            if mine != theirs and not retold:
+                return len(held) - i
+        return max(len(held) - len(self.messages), 0)
 
     def kept_pieces(self, keep: int) -> tuple[Piece, ...]:
         """The pieces that stay as they are recorded, when the session keeps its first `keep` tokens."""
@@ -323,27 +386,3 @@ class _Rendering:
 
     def _begins_with(self, some: Sequence[Message]) -> bool:
         return self.messages[: len(some)] == list(some)
-
-
-def _marked(message: Message, number: int) -> tuple[Message, list[tuple[str, str]]]:
-    """The message with marks in place of its text and of the functions that it calls; (what, mark) of each."""
-    marked, wanted = dict(message), []
-    content = message.get("content")
-    if content:
-        mark = MARK.format(number)
-        marked["content"] = [{"type": "text", "text": mark}] if isinstance(content, list) else mark
-        wanted.append(("text", mark))
-    calls = message.get("tool_calls")
-    if isinstance(calls, list):
-        for i, call in enumerate(calls):
-            if isinstance(call, dict) and isinstance(function := call.get("function"), dict) and "name" in function:
-                mark = MARK.format(f"{number}call{i}")
-                calls = [*calls[:i], {**call, "function": {**function, "name": mark}}, *calls[i + 1 :]]
-                wanted.append(("tool calls", mark))
-        marked["tool_calls"] = calls
-    return marked, wanted
-
-
-def _name_of(tool: Message) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, dict) else ""

@@ -15,6 +15,7 @@ import msgspec
 
 from thaw._version import __version__
 from thaw.core import objects
+from thaw.core.cache import keeps_all
 from thaw.core.canonical import U64
 from thaw.core.errors import Busy, Conflict, InvalidRequest, RefConflict
 from thaw.core.ids import CommitId, StateId, short
@@ -120,7 +121,7 @@ def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction)
     engine = context.engine
     if kept.model is not None and kept.model != objects.encode(engine.identity())[0]:
         kept = Kept()
-    kept = kept.cut(kept.base(engine.view(session).num_kv))
+    kept = kept.cut(kept.base(engine.view(session).num_kv, rewrite=keeps_all(engine.info.groups)))
     plan = CapturePlan(mount=context.mount, packs=tx.packs(engine.info.num_packs), base=kept.end)
     captured = engine.capture(session, plan).result()
     for pack in captured.packs:

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import msgspec
 
 from thaw.core.canonical import U64
-from thaw.core.errors import InvalidRequest, StorageFailed
+from thaw.core.errors import InvalidRequest, NotKept, StorageFailed
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Segment, SegmentEntry, Turn
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import MissingPack
-from thaw.engines.base import Codec, HydratePlan, Policy, SessionRef, Slice
+from thaw.engines.base import Codec, HydratePlan, PointSlice, Policy, SessionRef, Slice
 from thaw.engines.text import cut_turns
-from thaw.repo import cut, kept
+from thaw.repo import cover, cut, kept
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.timeline import Timeline, read, read_state
 from thaw.store import Store
 
+Named: TypeAlias = dict[str, tuple[str, ...]]
+"""Ids of blobs by cache group."""
 POLICIES = ("exact", "fast", "recompute")
 
 
@@ -47,7 +50,7 @@ def hydrate(
     share_prefix: bool = False,
     policy: Policy = "exact",
 ) -> Hydration:
-    """Bring `point` back. Raises `Refused` (identity), `Damaged` (bytes), `NotHit`."""
+    """Bring `point` back. Raises `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`."""
     if policy not in POLICIES:
         raise InvalidRequest(f"policy={policy!r}: must be one of {', '.join(POLICIES)}")
     engine = context.engine
@@ -93,20 +96,26 @@ def make_plan(
     share_prefix: bool = False,
     policy: Policy = "exact",
 ) -> HydratePlan:
-    """The plan for the first `num_tokens` tokens of a state, with every blob located."""
+    """The plan for the first `num_tokens` tokens of a state, with every blob located that is needed there. Raises
+    `NotKept` where one is not stored; with `recompute` the plan says so and names none."""
     state = timeline.state
-    num_kv = cut.num_kv_at(state, num_tokens)
+    not_kept = _not_kept(timeline, num_tokens) if policy == "recompute" else ""
+    if not not_kept:
+        cover.require(timeline, num_tokens)
+    num_kv = 0 if not_kept else cut.num_kv_at(state, num_tokens)
     turns = cut_turns(timeline.turns, timeline.tokens, num_tokens, codec)
-    boundary = state.boundary if num_tokens == state.num_tokens else None
+    boundary = state.boundary if num_tokens == state.num_tokens and not not_kept else None
     hidden = boundary.hidden if boundary is not None else None
-    used = [(e, s) for e, s in zip(timeline.entries, timeline.segments, strict=True) if e.start < num_kv]
-    found = store.locate([b for _, s in used for ids in s.blobs.values() for b in ids] + ([hidden] if hidden else []))
+    used, at = list(cover.blobs_at(timeline, num_kv)), cover.state_at(timeline, num_kv)
+    named = [blobs for _, _, blobs in used] + ([at.blobs] if at else [])
+    found = store.locate([b for one in named for ids in one.values() for b in ids] + ([hidden] if hidden else []))
     return HydratePlan(
         identity=store.get_as(state.model, ModelIdentity),
         mount=mount,
         tokens=timeline.tokens[:num_tokens],
         num_kv=num_kv,
-        slices=tuple(_slice(entry, segment, num_kv, found) for entry, segment in used),
+        slices=tuple(_slice(entry, segment, blobs, num_kv, found) for entry, segment, blobs in used),
+        points=(PointSlice(token=num_kv, blobs=_located(at.blobs, found)),) if at else (),
         turns=turns if seed is None else _reseed(turns, seed),
         seed=int(state.seed) if seed is None else seed,
         salt=state.salt,
@@ -114,16 +123,31 @@ def make_plan(
         boundary=boundary,
         hidden=found[hidden] if hidden else None,
         policy=policy,
+        not_kept=not_kept,
     )
 
 
-def _slice(entry: SegmentEntry, segment: Segment, num_kv: int, found: dict[str, BlobLocation]) -> Slice:
+def _not_kept(timeline: Timeline, num_tokens: int) -> str:
+    """Why the point cannot be gone on from as it is stored; "" where it can."""
+    try:
+        cover.require(timeline, num_tokens)
+    except NotKept as refusal:
+        return str(refusal)
+    return ""
+
+
+def _slice(entry: SegmentEntry, segment: Segment, blobs: Named, num_kv: int, found: dict[str, BlobLocation]) -> Slice:
     return Slice(
         start=entry.start,
         length=min(entry.length, num_kv - entry.start),
         stored=len(segment.tokens),
-        blobs={group: tuple(found[blob] for blob in ids) for group, ids in segment.blobs.items()},
+        blobs=_located(blobs, found),
+        first={group: segment.first_of(group) for group in blobs if segment.first_of(group) > entry.start},
     )
+
+
+def _located(blobs: Named, found: dict[str, BlobLocation]) -> dict[str, tuple[BlobLocation, ...]]:
+    return {group: tuple(found[blob] for blob in ids) for group, ids in blobs.items()}
 
 
 def _reseed(turns: tuple[Turn, ...], seed: int) -> tuple[Turn, ...]:

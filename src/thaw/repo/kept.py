@@ -53,12 +53,12 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
             turns=tuple(pair for pair in self.turns if pair[0].end <= num_kv),
         )
 
-    def base(self, num_kv: int) -> int:
-        """Where the next capture starts in a session with `num_kv` tokens of KV: at the end of what is kept, or at the
-        start of its last window when that has filled up in many small pieces."""
+    def base(self, num_kv: int, *, rewrite: bool = True) -> int:
+        """Where the next capture starts in a session with `num_kv` tokens of KV: at the end of what is kept, or, with
+        `rewrite`, at the start of its last window when that has filled up in many small pieces."""
         window = self.end // WINDOW * WINDOW
         pieces = sum(e.start >= window for e in self.entries[-WINDOW:])
-        return window if pieces >= MAX_PIECES and num_kv >= window + WINDOW else self.end
+        return window if rewrite and pieces >= MAX_PIECES and num_kv >= window + WINDOW else self.end
 
     def chains_for(self, model: ObjectId, tokens: Sequence[int]) -> tuple[str, ...]:
         """Prefix hashes before every window of `tokens`, computed from where they are known."""

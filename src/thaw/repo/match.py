@@ -3,7 +3,8 @@
 Every segment carries the hash of all tokens before its window, chained from the model's id. The longest window hash of
 the query that any segment has proves (up to a hash collision) that so many tokens are equal; the store gives the states
 that are nearest to it inside that window, whose tokens are then compared one by one, so a match may end inside a
-segment. No more is read in a repository of many commits than in one of few.
+segment. No more is read in a repository of many commits than in one of few. On a model with windows or point states a
+match ends where its commit can be gone on from.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thaw.core import prefix
+from thaw.core.cache import keeps_all
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, ObjectId, StateId
 from thaw.core.objects import State
 from thaw.core.prefix import WINDOW, common_prefix
-from thaw.repo import resolve, timeline
+from thaw.repo import cover, resolve, timeline
 from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Store
 
@@ -38,9 +41,18 @@ def _longest(store: Store, model: ObjectId, tokens: tuple[int, ...]) -> tuple[in
         lengths = ((start + _inside(store, state, tokens, start), state) for state in found)
         for length, state in sorted(lengths, reverse=True):
             commits = store.recorders(state) if length else []
-            if commits:
+            length = _resumable(store, state, length) if commits else 0
+            if length:
                 return length, commits[0]
     return None
+
+
+def _resumable(store: Store, state_id: StateId, length: int) -> int:
+    """The most of the state's first `length` tokens that can be gone on from, or 0."""
+    state = store.get_as(state_id, State)
+    if keeps_all(store.get_as(state.model, ModelIdentity).groups):
+        return length
+    return max((n for n in cover.resumable(timeline.read(store, state)) if n <= length), default=0)
 
 
 def _inside(store: Store, state_id: StateId, tokens: tuple[int, ...], start: int) -> int:

@@ -8,7 +8,7 @@ can be kept and rendered again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from thaw.core.errors import InvalidRequest
@@ -77,13 +77,29 @@ def checked_variables(variables: Mapping[str, object] | None) -> dict[str, objec
 
 
 def written(value: object, where: str = "a message") -> str:
-    """`value` as JSON text, its keys in order. Raises `InvalidRequest` for what JSON cannot hold."""
+    """`value` as JSON text, its keys in order. Raises `InvalidRequest` for what JSON cannot hold as it is."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{where} cannot be kept as JSON: {error}") from None
+    for key in _keys(value):
+        if not isinstance(key, str):
+            kind = type(key).__name__
+            raise InvalidRequest(f"{where} cannot be kept as JSON: the key {key!r} is {kind}, and only text can be one")
     return text
+
+
+def _keys(value: object) -> Iterator[object]:
+    """Those of all objects in `value`, however deep."""
+    rest = [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            yield from one
+            rest += one.values()
+        elif isinstance(one, (list, tuple)):
+            rest += one
 
 
 def read(text: str) -> Any:

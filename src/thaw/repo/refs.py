@@ -42,7 +42,7 @@ def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -
 
 def delete(store: Store, name: str, kind: RefKind) -> Ref:
     """Remove a branch or tag; its commits stay until gc, and its reflog remembers them. Returns what it was."""
-    ref = _existing(store, name, kind)
+    ref = _existing(store, check_name(name), kind)
     store.update_refs(RefUpdate(name=name, kind=ref.kind, target=None, expect=ref.target, reason=f"{kind}: deleted"))
     return ref
 
@@ -50,7 +50,7 @@ def delete(store: Store, name: str, kind: RefKind) -> Ref:
 def rename(store: Store, old: str, new: str) -> Ref:
     """Give a branch or tag another name; atomic. HEAD follows its branch."""
     check_name(new)
-    ref = store.ref(old)
+    ref = store.ref(check_name(old))
     if ref is None:
         raise NotFound(f"there is no branch or tag {old!r} to rename")
     store.update_refs(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from thaw.core import cache
 from thaw.core.errors import Conflict, InvalidRequest, NotFound
-from thaw.core.points import Point
+from thaw.core.points import Point, check_name
 from thaw.repo import refs, resolve
 from thaw.repo.context import Context
 from thaw.repo.resolve import ResolvedPoint
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from thaw.store import FsckReport, GcReport
 
 PointLike = str | Point | ResolvedPoint
+MAX_LIMIT = 1 << 31
+"""Of a list's entries that may be asked for."""
+MAX_KEEP_S = 10_000_000_000
+"""Some 300 years."""
 
 
 class Repository:
@@ -125,6 +130,7 @@ class Repository:
         """Commits from `point` (default: HEAD), or from every branch and tag, newest first, children before parents."""
         from thaw.repo import log as logs
 
+        _require_limit(limit)
         if all:
             return logs.log(self.store, logs.tips(self.store), limit)
         if point is None and self.store.ref(self.store.head) is None:
@@ -149,6 +155,8 @@ class Repository:
         """
         from thaw.repo import match as matches
 
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 1 << 32:
+            raise InvalidRequest(f"token ids from {min(token_ids)} to {max(token_ids)}: they are 0 to 2^32-1")
         models = [self._model()] if self._context.has_engine else self.store.models()
         return matches.match(self.store, models, token_ids)
 
@@ -176,8 +184,15 @@ class Repository:
         return refs.rename(self.store, old, new)
 
     def reflog(self, name: str, *, limit: int | None = None) -> list[ReflogEntry]:
-        """Moves of a branch or tag, newest first; a deleted one has its moves still."""
-        return self.store.reflog(name, limit=limit)
+        """Moves of a branch or tag, newest first; a deleted one has its moves still. The current branch may have none
+        yet; raises `NotFound` for any other without moves."""
+        _require_limit(limit)
+        found = self.store.reflog(check_name(name), limit=limit)
+        if not found and limit != 0 and name != self.store.head:
+            raise NotFound(
+                f"there is no branch or tag {name!r}, and the reflog knows none{resolve.known_names(self.store)}"
+            )
+        return found
 
     def undo(self, name: str | None = None) -> Undone:
         """Take back the last move of a branch or tag (default: the current branch), and with each call one more.
@@ -230,13 +245,15 @@ class Repository:
         nbytes = 0
         if num_tokens:
             info = self.engine.info
-            nbytes = min(num_tokens, info.max_model_len) * sum(group.token_nbytes for group in info.groups)
+            nbytes = min(num_tokens, info.max_model_len) * cache.token_nbytes(info.groups)
         self.store.require_room(nbytes)
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float | None = None) -> GcReport:
         """Reclaim what no ref, recent reflog entry or lease needs; safe beside running commits."""
         if keep_reflog_s is None:
             return self.store.gc(dry_run=dry_run)
+        if not 0 <= keep_reflog_s <= MAX_KEEP_S:
+            raise InvalidRequest(f"keep_reflog_s={keep_reflog_s}: a number of seconds, 0 to {MAX_KEEP_S:,}")
         return self.store.gc(dry_run=dry_run, keep_reflog_s=keep_reflog_s)
 
     def fsck(self, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
@@ -290,3 +307,8 @@ def open(path: str | Path, *, engine: Engine | EngineSettings | None = None, cre
         return init(folder, engine=engine)
     except Conflict:
         return Repository(Context(Store.open(folder), engine))  # another process made it just now
+
+
+def _require_limit(limit: int | None) -> None:
+    if limit is not None and not 0 <= limit <= MAX_LIMIT:
+        raise InvalidRequest(f"limit={limit}: a count, 0 to {MAX_LIMIT}")

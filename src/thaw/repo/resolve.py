@@ -104,11 +104,12 @@ def _by_id(store: Store, name: str) -> CommitId:
         some = ", ".join(short(c, len(name) + 6) for c in found[:6])
         raise BadPoint(f"{name!r} begins the ids of {len(found)} commits ({some}); write more digits")
     if not found:
-        raise NotFound(f"there is no branch, tag or commit {name!r}{_known(store)}")
+        raise NotFound(f"there is no branch, tag or commit {name!r}{known_names(store)}")
     return found[0]
 
 
-def _known(store: Store) -> str:
+def known_names(store: Store) -> str:
+    """What could have been meant, as the end of a sentence."""
     names = [ref.name for ref in store.refs()]
     if not names:
         return "; the repository has no commits yet"

@@ -19,6 +19,7 @@ from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
+from thaw.core.text import require_text
 from thaw.engines.base import Completion, Engine, GenerateRequest, Message, SessionRef, SessionView
 from thaw.engines.text import left_open, text_after
 from thaw.repo import chat as chats
@@ -344,7 +345,7 @@ class Session(ProcessBound):
             return [], ""
         tokens = self.tokens
         if token_ids is None:
-            return codec.encode(text, first=not tokens), left_open(codec, tokens) + text
+            return codec.encode(require_text(text, "the text"), first=not tokens), left_open(codec, tokens) + text
         if text:
             raise InvalidRequest("text and token_ids are both given; give one of the two")
         return list(token_ids), text_after(codec, tokens, token_ids, skip_special_tokens=False)

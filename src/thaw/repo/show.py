@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from thaw.core.cache import keeps_all
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Boundary, Commit, Turn
 from thaw.engines.text import cut_turns
-from thaw.repo import cut, timeline
+from thaw.repo import cover, cut, timeline
 from thaw.repo import log as logs
 from thaw.repo.log import LogEntry
 from thaw.repo.resolve import ResolvedPoint
@@ -16,7 +17,8 @@ from thaw.store import Store
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """`nbytes`: bytes of the blobs that the point uses; `text` is the turns' texts, joined."""
+    """`nbytes`: bytes of the blobs that the point uses; `text` is the turns' texts, joined. `resumable`: the numbers of
+    tokens that can be gone on from up to here, or None where every one can."""
 
     point: ResolvedPoint
     entry: LogEntry
@@ -30,6 +32,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     num_blobs: int
     unfinished: bool
+    resumable: tuple[int, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -43,10 +46,12 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
     num_kv = cut.num_kv_at(line.state, point.num_tokens)
     blobs = blobs_of(line, num_kv, with_boundary=point.at_end)
     turns = cut_turns(line.turns, line.tokens, point.num_tokens, None)
+    model = store.get_as(line.state.model, ModelIdentity)
+    resumable = None if keeps_all(model.groups) else tuple(cover.resumable(line))
     return Shown(
         point=point,
         entry=logs.entry(point.commit, commit, line.state, logs.names_at(store, [point.commit])),
-        model=store.get_as(line.state.model, ModelIdentity),
+        model=model,
         turns=turns,
         tokens=line.tokens[: point.num_tokens],
         num_kv=num_kv,
@@ -56,4 +61,5 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
         nbytes=weigh(store, blobs),
         num_blobs=len(blobs),
         unfinished=cut.unfinished(turns),
+        resumable=resumable and tuple(n for n in resumable if n <= point.num_tokens),
     )

@@ -6,9 +6,10 @@ from collections import Counter
 
 import msgspec
 
+from thaw.core.cache import CacheGroup, nbytes_at
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId
-from thaw.core.objects import Commit, Segment, State
+from thaw.core.objects import Commit, Segment, State, segment_blobs
 from thaw.repo import log as logs
 from thaw.repo import timeline
 from thaw.repo.weight import weigh
@@ -51,16 +52,15 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
 def stats(store: Store, *, prefill_tokens_per_s: float | None = None) -> Stats:
     """Looks at all commits that branches and tags reach, and at all that is stored."""
-    per_token: dict[str, int] = {}
+    groups: dict[str, tuple[CacheGroup, ...]] = {}
     children: Counter[str] = Counter()
     num_tokens: dict[str, int] = {}
     whole = 0
     for entry in logs.log(store, logs.tips(store)):
         state = store.get_as(entry.state, State)
-        if state.model not in per_token:
-            model = store.get_as(state.model, ModelIdentity)
-            per_token[state.model] = sum(group.token_nbytes for group in model.groups)
-        whole += state.num_kv * per_token[state.model]
+        if state.model not in groups:
+            groups[state.model] = store.get_as(state.model, ModelIdentity).groups
+        whole += nbytes_at(groups[state.model], state.num_kv)
         num_tokens[entry.commit] = state.num_tokens
         children.update(entry.parents)
     saved = sum((num - 1) * num_tokens.get(commit, 0) for commit, num in children.items())
@@ -82,10 +82,7 @@ def _refs(store: Store, refs: list[Ref]) -> tuple[RefStats, ...]:
     states = {ref.name: store.get_as(store.get_as(ref.target, Commit).state, State) for ref in refs}
     segments = {name: [e.segment for e in timeline.read_entries(store, state)] for name, state in states.items()}
     users = Counter(segment for used in segments.values() for segment in set(used))
-    nbytes = {
-        segment: weigh(store, [blob for heads in store.get_as(segment, Segment).blobs.values() for blob in heads])
-        for segment in users
-    }
+    nbytes = {segment: weigh(store, segment_blobs(store.get_as(segment, Segment))) for segment in users}
     return tuple(
         RefStats(
             name=ref.name,

@@ -11,16 +11,20 @@ from collections.abc import Iterator
 
 import msgspec
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import CorruptBlob
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import StateId
 from thaw.core.objects import Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode
 from thaw.store import Store
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
-    """A state, read: `segments[i]` is what `entries[i]` names, `turn_ids[i]` the id of `turns[i]`."""
+    """A state, read: `segments[i]` is what `entries[i]` names, `turn_ids[i]` the id of `turns[i]`. `groups`: the cache
+    groups of its model."""
 
     state: State
+    groups: tuple[CacheGroup, ...]
     entries: tuple[SegmentEntry, ...]
     segments: tuple[Segment, ...]
     tokens: tuple[int, ...]
@@ -35,6 +39,7 @@ def read(store: Store, state: State) -> Timeline:
     tokens = [t for e, s in zip(entries, segments, strict=True) for t in s.tokens[: e.length]]
     return Timeline(
         state=state,
+        groups=store.get_as(state.model, ModelIdentity).groups,
         entries=entries,
         segments=segments,
         tokens=(*tokens, *state.tail_tokens),

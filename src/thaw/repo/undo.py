@@ -12,7 +12,9 @@ import msgspec
 
 from thaw.core.errors import Conflict, NotFound
 from thaw.core.ids import CommitId, short
-from thaw.store import Ref, ReflogEntry, RefUpdate, Store
+from thaw.core.points import check_name
+from thaw.repo.resolve import known_names
+from thaw.store import ReflogEntry, RefUpdate, Store
 
 REASON = "undo: "
 
@@ -33,10 +35,10 @@ def undo(store: Store, name: str) -> Undone:
     Atomic, on disk on return. Raises `NotFound` when nothing is left to take back, `RefConflict` in a race, `Conflict`
     when gc removed the commit meanwhile.
     """
-    entries = store.reflog(name)
+    entries = store.reflog(check_name(name))
     move = last_move(entries)
     if move is None:
-        raise NotFound(f"{name!r} has no move left to take back.{_named(store)}")
+        raise NotFound(f"{name!r} has no move left to take back{known_names(store)}")
     if move.old is not None and not store.has(move.old):
         raise Conflict(f"{name!r} stood at {short(move.old)}, which gc has removed since; it cannot go back there.")
     now = store.ref(name)
@@ -58,8 +60,3 @@ def last_move(entries: Iterable[ReflogEntry]) -> ReflogEntry | None:
         else:
             return entry
     return None
-
-
-def _named(store: Store) -> str:
-    refs: list[Ref] = store.refs()
-    return f" There are: {', '.join(ref.name for ref in refs[:8])}." if refs else ""

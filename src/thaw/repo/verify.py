@@ -45,7 +45,8 @@ def verify_in(engine: Engine, context: Context, point: ResolvedPoint, *, num_tok
     if all(law.held for law in laws) and line is not None:
         laws += _check_restore(here, point, line)
         laws.append(_check_boundary(here, point, line))
-        if num_tokens and point.num_tokens:
+        restored = all(law.held is not False for law in laws if law.name == "cached")
+        if restored and num_tokens and point.num_tokens:
             continuation = _continue(here, point, num_tokens)
     else:
         laws += [_not_tried(name) for name in ("cached", "state", "boundary")]

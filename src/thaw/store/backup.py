@@ -6,26 +6,26 @@ moment; so it is never newer than the database, unless the database lost somethi
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import os
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
 
-from thaw.core.errors import Busy, CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed
+from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed, ThawError
 from thaw.core.ids import digest
-from thaw.data.files import read_own, storage_errors, write_atomic
+from thaw.data.files import make_way, read_own, storage_errors, write_atomic
 from thaw.store import reserve
 from thaw.store.db import Database, number, required
+from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
 
 NAME = "refs.json"
 REFLOG_ENTRIES = 200
+REASONS = 1 << 20
+"""Characters of the reasons of all entries."""
 MAX_BYTES = 64 << 20
 NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """What opening says of something in its place that is no file."""
@@ -103,9 +103,16 @@ def collect(connection: sqlite3.Connection) -> Backup:
         uuid=required(connection, "uuid"),
         head=required(connection, "head"),
         refs=tuple(read_refs(connection)),
-        reflog=tuple(read_whole_reflog(connection, limit=REFLOG_ENTRIES)),
+        reflog=_recent(connection),
         settings={key: required(connection, key) for (key,) in rows},
     )
+
+
+def _recent(connection: sqlite3.Connection) -> tuple[ReflogEntry, ...]:
+    """The last moves of refs, newest first: as many as are to be kept here, reasons of any length taken together."""
+    entries = read_whole_reflog(connection, limit=REFLOG_ENTRIES)
+    lengths = accumulate(len(entry.reason) for entry in entries)
+    return tuple(entry for entry, length in zip(entries, lengths, strict=True) if length <= REASONS)
 
 
 def write(folder: Path, database: Database) -> None:
@@ -113,33 +120,25 @@ def write(folder: Path, database: Database) -> None:
     with locked(folder / "refs.lock"):
         with database.read() as connection:
             backup = collect(connection)
-        write_atomic(folder / NAME, encode(backup))
+        data = encode(backup)
+        if len(data) > MAX_BYTES:
+            raise StorageFailed(
+                f"{NAME} would have {len(data):,} bytes, and no more than {MAX_BYTES:,} are read again. Delete "
+                "branches that nobody needs, or make settings smaller; until then it stays as it was."
+            )
+        path = folder / NAME
+        with storage_errors(path, "write"):
+            if path.is_dir():
+                make_way(path)
+        write_atomic(path, data)
 
 
 def save(folder: Path, database: Database, *, with_reserve: bool = False) -> None:
-    """`write`, where a failure is a warning, because the change itself is on disk."""
+    """`write`, where whatever goes wrong is a warning, because the change itself is on disk."""
     try:
         if with_reserve:
             reserve.with_room(folder, lambda: write(folder, database))
         else:
             write(folder, database)
-    except StorageFailed as error:
+    except ThawError as error:
         warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=4)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True, busy: str = "") -> Iterator[None]:
-    """An exclusive lock between processes and threads, by `flock` on a file; it ends with the process. `Busy`."""
-    with storage_errors(path, "lock"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            with storage_errors(path, "lock"):
-                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except Exception as error:
-            if isinstance(error.__cause__, BlockingIOError):
-                raise Busy(busy) from None
-            raise
-        yield
-    finally:
-        os.close(fd)

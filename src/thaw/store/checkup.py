@@ -11,13 +11,13 @@ import os
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from thaw.core.errors import CorruptDatabase, NewerFormat, NotFound, ThawError
+from thaw.core.errors import CorruptDatabase, Damaged, NewerFormat, NotFound, StorageFailed, ThawError
 from thaw.data.files import storage_errors
-from thaw.store import backup, leases, rebuild
+from thaw.store import backup, leases, rebuild, reserve
 from thaw.store.db import Database, check_format
 from thaw.store.report import FsckReport, Problem
 from thaw.store.scan import PackScan, list_packs, look_at, scan_packs
@@ -34,7 +34,8 @@ def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
     `deep` (the default) reads and hashes everything. Without it the database's own structure, refs and reflog are
     checked, and that each pack is there in its length; objects are read only to name what a damaged one belongs to.
 
-    Raises `NotFound` when there is no repository, `NewerFormat`, and with `rebuild` also `Busy` and `StorageFailed`.
+    Others may go on: it sees the repository as it was at one moment. Raises `NotFound` when there is no repository,
+    `NewerFormat`, and `Busy` and `StorageFailed` where it cannot look or repair: that is no damage.
     """
     path = Path(path)
     with storage_errors(path, "open"):
@@ -42,7 +43,7 @@ def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
     if not there & {DATABASE, PACKS, backup.NAME}:
         raise NotFound(f"{path} is not a repository (no {DATABASE}). Make one with `thaw init {path}`.")
     began = time.perf_counter()
-    report, scans = _check(path, deep)
+    report, scans = reserve.with_room(path, lambda: _check(path, deep), reserve.OPENING)
     if rebuild:
         report = _repair(path, report, scans, deep)
     report.seconds = time.perf_counter() - began
@@ -52,9 +53,7 @@ def fsck(path: Path, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
 def _repair(path: Path, report: FsckReport, scans: dict[str, PackScan], deep: bool) -> FsckReport:
     files = {problem.file for problem in report.problems}
     if DATABASE in files:
-        if not deep:
-            scans = scan_packs(path / PACKS, list_packs(path / PACKS), deep=False)
-        notes = rebuild.rebuild(path, scans)
+        notes = rebuild.rebuild(path, scans if deep else {}, deep=deep)
     elif backup.NAME in files:
         with contextlib.closing(Database(path / DATABASE)) as database:
             backup.write(path, database)
@@ -71,40 +70,36 @@ def _repair(path: Path, report: FsckReport, scans: dict[str, PackScan], deep: bo
 
 def _check(path: Path, deep: bool) -> tuple[FsckReport, dict[str, PackScan]]:
     report = FsckReport(deep=deep)
-    database = Database(path / DATABASE)
-    with contextlib.closing(database):
-        lease = _lease(database)
-        index = _index(path, database, report)
+    with contextlib.closing(Database(path / DATABASE)) as database, _lease(database):
+        saved = _check_backup(path, report)  # before the database is looked at, which is never older
+        _bring_up(database, report)
+        index, scans = _view(path, database, saved, report)
         names = list_packs(path / PACKS)
         if deep:
             scans = scan_packs(path / PACKS, sorted({*names} | index.packs.keys()), deep=True)
-        else:
-            scans = {name: look_at(path / PACKS, name, nbytes) for name, nbytes in index.packs.items()}
-            if report.problems or any(scan.problems for scan in scans.values()):
-                _reading(database, report, lambda connection: load(connection, index, report))
         _check_packs(index, scans, names, report)
-        _check_backup(path, report)
         _check_links(index, report)
-        _reading(database, report, lambda connection: _count(connection, report))
-        if lease is not None:
-            with contextlib.suppress(ThawError), database.write(durable=False) as connection:
-                leases.release(connection, lease)
     report.problems = _with_commits(report.problems, index)
     report.num_packs = len(index.packs)
     report.nbytes = sum(scan.nbytes for scan in scans.values())
     return report, scans
 
 
-def _lease(database: Database) -> str | None:
-    """A reader's lease, so that gc unlinks nothing meanwhile; None when the database cannot be written."""
+@contextlib.contextmanager
+def _lease(database: Database) -> Iterator[None]:
+    """A reader's lease, so that gc unlinks nothing meanwhile; none where the database cannot be written."""
+    lease = None
+    with contextlib.suppress(Damaged, StorageFailed), database.write(durable=False) as connection:
+        lease = leases.take(connection, "read")
     try:
-        with database.write(durable=False) as connection:
-            return leases.take(connection, "read")
-    except ThawError:
-        return None
+        yield
+    finally:
+        if lease is not None:
+            with contextlib.suppress(ThawError), database.write(durable=False) as connection:
+                leases.release(connection, lease)
 
 
-def _index(path: Path, database: Database, report: FsckReport) -> Index:
+def _bring_up(database: Database, report: FsckReport) -> None:
     try:
         with database.read() as connection:
             old = check_format(connection, database.path) < FORMAT
@@ -112,28 +107,30 @@ def _index(path: Path, database: Database, report: FsckReport) -> Index:
             bring_up(database)
     except NewerFormat:
         raise
-    except ThawError as error:
+    except Damaged as error:
         report.add(DATABASE, str(error))
-    found = Index()
-
-    def check(connection: sqlite3.Connection) -> None:
-        nonlocal found
-        found = check_tables(connection, path, report)
-
-    _reading(database, report, check)
-    return found
 
 
-def _reading(database: Database, report: FsckReport, step: Callable[[sqlite3.Connection], None]) -> None:
-    """Runs `step` in a view of the database; that it cannot be read is a problem of it."""
+def _view(
+    path: Path, database: Database, saved: backup.Backup | None, report: FsckReport
+) -> tuple[Index, dict[str, PackScan]]:
+    """The rows of one view of the database; without `deep` also how long their packs are, and objects only where
+    something is wrong."""
+    index, scans = Index(), dict[str, PackScan]()
     try:
         with database.read() as connection:
-            step(connection)
+            index = check_tables(connection, database.path, saved, report)
+            if not report.deep:
+                scans = {name: look_at(path / PACKS, name, nbytes) for name, nbytes in index.packs.items()}
+                if report.problems or any(scan.problems for scan in scans.values()):
+                    load(connection, index, report)
+            _count(connection, report)
     except NewerFormat:
         raise
-    except ThawError as error:
+    except Damaged as error:
         if str(error) not in {problem.what for problem in report.problems}:
             report.add(DATABASE, str(error))
+    return index, scans
 
 
 def _count(connection: sqlite3.Connection, report: FsckReport) -> None:
@@ -184,12 +181,16 @@ def _ids(rows: Iterable[tuple[str, int, int]]) -> tuple[str, ...]:
     return tuple(sorted({row[0] for row in rows}))
 
 
-def _check_backup(path: Path, report: FsckReport) -> None:
+def _check_backup(path: Path, report: FsckReport) -> backup.Backup | None:
+    """refs.json; None where it is missing or damaged, which is reported."""
     try:
-        if backup.read(path) is None:
-            report.add(backup.NAME, f"{backup.NAME} is missing; `thaw fsck --rebuild` writes it again")
+        saved = backup.read(path)
     except CorruptDatabase as error:
         report.add(backup.NAME, str(error))
+        return None
+    if saved is None:
+        report.add(backup.NAME, f"{backup.NAME} is missing; `thaw fsck --rebuild` writes it again")
+    return saved
 
 
 def _check_links(index: Index, report: FsckReport) -> None:

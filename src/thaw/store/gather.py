@@ -12,8 +12,8 @@ import warnings
 
 from thaw.core.errors import Busy, ThawError
 from thaw.store import objects
-from thaw.store.backup import locked
 from thaw.store.gc import unlink_doomed
+from thaw.store.locks import locked
 from thaw.store.objects import PackRow
 from thaw.store.repack import SMALL_BYTES, Home, copy_packs, grouped
 
@@ -35,7 +35,7 @@ def _num(connection: sqlite3.Connection, low: int, high: int) -> int:
 def gather(store: Home) -> None:
     """Puts the packs of full tiers together. Does nothing beside a gc; raises nothing of thaw's, but warns."""
     try:
-        with locked(store.path / "gc.lock", wait=False, busy="a gc is running"):
+        with locked(store.path / "gc.lock", wait_s=0, busy="a gc is running"):
             for tier in TIERS:
                 _gather_tier(store, *tier)
             unlink_doomed(store)

@@ -28,8 +28,8 @@ from typing import Protocol, TypeVar
 from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
 from thaw.store import leases, objects, reserve, windows
-from thaw.store.backup import locked
 from thaw.store.db import Database
+from thaw.store.locks import locked
 from thaw.store.mark import UPKEEP, Marks, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
 from thaw.store.schema import KEEP_REFLOG_S
@@ -77,17 +77,27 @@ class GcReport:
 def collect_garbage(
     store: Home, *, dry_run: bool = False, keep_reflog_s: float = KEEP_REFLOG_S, now: float | None = None
 ) -> GcReport:
-    """Runs gc; safe beside commits and readers in any process. Raises `Busy` when another gc runs, `Damaged`."""
+    """Runs gc; safe beside commits and readers in any process. Raises `Busy` when another gc runs, `Damaged`.
+
+    On a full disk, and only there, it takes the reserve's space, and gives it back.
+    """
     began = time.perf_counter()
     since_ns = max(0, int(((time.time() if now is None else now) - keep_reflog_s) * 1e9))
     report = GcReport(dry_run=dry_run)
     busy = f"another gc is running in {store.path}. Try again when it is done."
-    with locked(store.path / "gc.lock", wait=False, busy=busy):
-        if dry_run:
-            with store.database.read() as connection:
-                _predict(store, connection, mark_all(connection, since_ns), report)
-        else:
-            _collect(store, since_ns, report)
+
+    def collect() -> None:
+        with locked(store.path / "gc.lock", wait_s=0, busy=busy):
+            if dry_run:
+                with store.database.read() as connection:
+                    _predict(store, connection, mark_all(connection, since_ns), report)
+            else:
+                _collect(store, since_ns, report)
+
+    if dry_run:
+        collect()
+    else:
+        reserve.with_room(store.path, collect)
     report.seconds = time.perf_counter() - began
     return report
 

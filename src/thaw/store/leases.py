@@ -80,15 +80,19 @@ def take(
     roots: Iterable[str] = (),
 ) -> str:
     """A new lease of this process; returns its id."""
-    identifier, now = os.urandom(8).hex(), time.time_ns()
-    connection.execute(
-        "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            identifier, kind, boot_id(), os.getpid(), start_time(os.getpid()) or "?", now, now + int(LIMIT_S * 1e9),
-            json.dumps(list(packs)), json.dumps(list(roots)),
-        ),
+    now = time.time_ns()
+    lease = Lease(
+        os.urandom(8).hex(), kind, boot_id(), os.getpid(), start_time(os.getpid()) or "?", now,
+        now + int(LIMIT_S * 1e9), tuple(packs), tuple(roots),
     )  # fmt: skip
-    return identifier
+    put(connection, lease)
+    return lease.id
+
+
+def put(connection: sqlite3.Connection, lease: Lease) -> None:
+    *row, packs, roots = msgspec.structs.astuple(lease)
+    values = (*row, json.dumps(packs), json.dumps(roots))
+    connection.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
 
 def set_packs(connection: sqlite3.Connection, identifier: str, packs: Sequence[str]) -> None:
@@ -113,11 +117,12 @@ def is_live(lease: Lease, now_ns: int) -> bool:
 def split(connection: sqlite3.Connection) -> tuple[list[Lease], list[Lease]]:
     """(live, dead) leases, by the real clock."""
     now = time.time_ns()
-    leases = [_lease(row) for row in connection.execute("SELECT * FROM leases ORDER BY id")]
+    leases = [from_row(row) for row in connection.execute("SELECT * FROM leases ORDER BY id")]
     return [lease for lease in leases if is_live(lease, now)], [lease for lease in leases if not is_live(lease, now)]
 
 
-def _lease(row: tuple[str, str, str, int, str, int, int, str, str]) -> Lease:
+def from_row(row: tuple[str, str, str, int, str, int, int, str, str]) -> Lease:
+    """Raises `CorruptDatabase`."""
     kind: Literal["write", "read"] = "write" if row[1] == "write" else "read"
     try:
         packs, roots = (tuple(map(str, json.loads(text))) for text in row[7:])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from thaw.core import canonical
 from thaw.core.errors import CorruptBlob
 
 
@@ -42,6 +43,14 @@ class _Segment(msgspec.Struct, tag_field="type", tag="thaw.segment/1"):
     window: str
 
 
+class _Point(msgspec.Struct):
+    blobs: dict[str, tuple[str, ...]]
+
+
+class _GroupedSegment(_Segment, tag="thaw.segment/2"):
+    points: tuple[_Point, ...]
+
+
 class _Turns(msgspec.Struct, tag_field="type", tag="thaw.turns/1"):
     entries: tuple[str, ...]
 
@@ -58,7 +67,13 @@ class _Model(msgspec.Struct, tag_field="type", tag="thaw.model/1"):
     pass
 
 
-_DECODER = msgspec.json.Decoder(_Commit | _State | _Segments | _Segment | _Turns | _Turn | _ChatTurn | _Model)
+class _GroupedModel(msgspec.Struct, tag_field="type", tag="thaw.model/2"):
+    pass
+
+
+_DECODER = msgspec.json.Decoder(
+    _Commit | _State | _Segments | _Segment | _GroupedSegment | _Turns | _Turn | _ChatTurn | _Model | _GroupedModel
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +96,12 @@ class Links:
 
 
 def links(data: bytes) -> Links:
-    """The links in an object's bytes. Raises `CorruptBlob` when they are not of a known kind and form."""
+    """The links in an object's bytes. Raises `NewerFormat` for a version that is not known yet, `CorruptBlob` when they
+    are not of a known kind and form."""
     try:
         value = _DECODER.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        canonical.refuse_newer(data, "an object")
         raise CorruptBlob(f"an object is not of a kind this thaw knows: {error}") from None
     match value:
         case _Commit():
@@ -98,7 +115,10 @@ def links(data: bytes) -> Links:
         case _Turns():
             return Links("turns", value.entries)
         case _Segment():
-            return Links("segment", (), tuple(blob for heads in value.blobs.values() for blob in heads), value.window)
+            points = value.points if isinstance(value, _GroupedSegment) else ()
+            named = [value.blobs, *(point.blobs for point in points)]
+            blobs = tuple(blob for one in named for heads in one.values() for blob in heads)
+            return Links("segment", (), blobs, value.window)
         case _Turn() | _ChatTurn():
             return Links("turn")
     return Links("model")

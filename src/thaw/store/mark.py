@@ -60,7 +60,7 @@ class Marks:
 
 
 def read_links(connection: sqlite3.Connection, identifier: str) -> Links:
-    """The links of a stored object, its bytes verified first. Raises `CorruptDatabase`."""
+    """The links of a stored object, its bytes verified first. Raises `CorruptDatabase`, `NewerFormat`."""
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
         raise CorruptDatabase(f"object {identifier} is needed but not stored. {UPKEEP}")

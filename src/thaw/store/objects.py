@@ -72,12 +72,13 @@ def stored_bytes(value: object, identifier: str) -> bytes:
     return value
 
 
-def read_bytes(connection: sqlite3.Connection, identifier: str) -> bytes:
-    """The object's verified bytes. Raises `CorruptBlob` where it is not stored or does not match its hash."""
+def read_bytes(connection: sqlite3.Connection, identifier: object) -> bytes:
+    """The object's verified bytes. `identifier` may come from a row, and be anything. Raises `CorruptBlob` where it is
+    not stored or does not match its hash."""
     row = connection.execute("SELECT data FROM objects WHERE id = ?", (identifier,)).fetchone()
     if row is None:
-        raise CorruptBlob(f"object {identifier[:80]} is needed but not stored. Run `thaw fsck`.")
-    return verified(row[0], identifier)
+        raise CorruptBlob(f"object {str(identifier)[:80]} is needed but not stored. Run `thaw fsck`.")
+    return verified(row[0], str(identifier))
 
 
 def verified(value: object, identifier: str) -> bytes:

@@ -3,7 +3,8 @@
 Objects and blob places come from the packs. Refs, reflog, HEAD and settings come from refs.json, brought up by rows of
 the old database that match their checksums. A commit that is newer than its branch and descends from it
 (`Commit.branch` is the hint) moves the branch forward. A ref whose commit is lost goes back to the newest one in its
-reflog that is there. Commits that nothing names are kept from gc by a reflog entry. The old file is kept aside.
+reflog that is there. Commits that nothing names are kept from gc by a reflog entry.
+Packs that a running process is only writing are left to it. The old file is kept aside.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thaw.core.canonical import MAX_OBJECT_BYTES
-from thaw.core.errors import CorruptBlob, ThawError
+from thaw.core.errors import CorruptBlob, Damaged, NewerFormat, ThawError
 from thaw.core.ids import CommitId
 from thaw.core.objects import Commit, decode
 from thaw.core.points import check_name
@@ -27,12 +28,13 @@ from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, write_pack
 from thaw.store import backup, leases, objects, refs, windows
-from thaw.store.db import Database, creating, set_setting
+from thaw.store.db import BUSY_S, Database, creating, remove_strangers, set_setting
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
+from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry
 from thaw.store.salvage import Salvage, salvage
-from thaw.store.scan import PackFiles, PackScan
+from thaw.store.scan import PackFiles, PackScan, list_packs, scan_packs
 from thaw.store.schema import DATABASE, PACKS
 from thaw.store.windows import Windows
 
@@ -55,34 +57,51 @@ class _Found:
         return self.objects[identifier][1]
 
 
-def rebuild(path: Path, scans: dict[str, PackScan]) -> list[str]:
+def rebuild(path: Path, scans: dict[str, PackScan], *, deep: bool = True) -> list[str]:
     """Replaces the database of the repository in `path`, atomically; returns what is worth telling.
 
-    `scans` say which bytes are good. Raises `Busy` when gc or another rebuild runs, `StorageFailed`.
+    `scans` say which bytes are good; packs that came since are scanned as well. Others may go on: what they committed
+    is in the new database, their leases too, and who writes to the database waits while it is exchanged.
+
+    Raises `Busy` when gc or another rebuild runs, `NewerFormat`, `StorageFailed`; then the old database is still there.
     """
     refuse_network(path)
     with storage_errors(path / PACKS, "make"):
         (path / PACKS).mkdir(mode=0o700, exist_ok=True)
+    notes: list[str] = []
     busy = f"gc or another rebuild is running in {path}. Try again when it is done."
-    with backup.locked(path / "gc.lock", wait=False, busy=busy):
-        old = salvage(path / DATABASE)
-        found = _collect(path / PACKS, scans)
-        _rescue(path / PACKS, old, found)
-        saved = _merge(_saved(path), old)
-        notes: list[str] = []
-        with creating(path, saved.uuid or found.uuid or str(uuids.uuid4())) as connection:
-            _fill(connection, found)
-            _restore_refs(connection, saved, found, notes)
+    with locked(path / "gc.lock", wait_s=0, busy=busy):
+        scans = _scan_on(path / PACKS, scans, deep)
+        busy = f"another process has been writing to {path} for {BUSY_S:.0f} s. Try again when it is done."
+        with locked(path, wait_s=BUSY_S, busy=busy):
+            remove_strangers(path / DATABASE)
+            old = salvage(path / DATABASE)
+            scans = _scan_on(path / PACKS, scans, deep)
+            found = _collect(path / PACKS, {name: scan for name, scan in scans.items() if name not in old.held()})
+            _rescue(path / PACKS, old, found)
+            saved = _merge(_saved(path), old)
+            with creating(path, saved.uuid or found.uuid or str(uuids.uuid4())) as connection:
+                _fill(connection, found)
+                _restore_refs(connection, saved, found, notes)
+                for lease in old.leases:
+                    leases.put(connection, lease)
         with contextlib.closing(Database(path / DATABASE)) as database:
-            backup.write(path, database)
+            backup.save(path, database)
     counts = f"{len(found.packs)} packs, {len(found.blobs)} blobs, {len(found.objects)} objects"
     return [f"the database was made again: {counts}, {len(found.commits)} commits", *notes]
+
+
+def _scan_on(folder: Path, scans: dict[str, PackScan], deep: bool) -> dict[str, PackScan]:
+    """The scans of the packs that are there now; what came meanwhile is scanned, what is gone left out."""
+    names = list_packs(folder)
+    new = scan_packs(folder, [name for name in names if name not in scans], deep=deep)
+    return {name: scans[name] if name in scans else new[name] for name in names}
 
 
 def _saved(path: Path) -> backup.Backup | None:
     try:
         return backup.read(path)
-    except ThawError:
+    except Damaged:
         return None
 
 
@@ -122,10 +141,15 @@ def _collect(folder: Path, scans: dict[str, PackScan]) -> _Found:
 
 
 def _take_object(files: PackFiles, place: BlobLocation, found: _Found) -> None:
-    """Objects that do not verify or decode are left out; the scan or the next check names them."""
-    with contextlib.suppress(ThawError):
+    """Objects that do not verify or decode are left out; the scan or the next check names them. Raises `NewerFormat`:
+    a database without what a newer thaw wrote would be taken for the whole."""
+    try:
         if place.nbytes <= MAX_OBJECT_BYTES:
             _keep_object(place, files.read(place.pack, place.offset, place.nbytes), found)
+    except NewerFormat:
+        raise
+    except ThawError:
+        return
 
 
 def _keep_object(place: BlobLocation, data: bytes, found: _Found) -> None:
@@ -152,6 +176,8 @@ def _rescue(folder: Path, old: Salvage, found: _Found) -> None:
 def _is_object(data: bytes, identifier: str) -> bool:
     try:
         return decode(data, identifier) is not None
+    except NewerFormat:
+        raise
     except ThawError:
         return False
 

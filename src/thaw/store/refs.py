@@ -10,6 +10,8 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import starmap
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -59,7 +61,7 @@ def read_ref(connection: sqlite3.Connection, name: str) -> Ref | None:
     if row is None:
         _require_absent(connection, name)
         return None
-    ref = _ref(row)
+    ref = _ref(*row)
     if ref.name != name:
         raise CorruptDatabase(f"the index of refs gives another row for {name[:80]!r}. {REBUILD}")
     return ref
@@ -75,7 +77,7 @@ def _require_absent(connection: sqlite3.Connection, name: str) -> None:
 
 def read_refs(connection: sqlite3.Connection, kind: str | None = None) -> list[Ref]:
     """All refs of a kind (None: both), by name."""
-    found = [_ref(row) for row in connection.execute(f"{_REF} NOT INDEXED").fetchall()]
+    found = [_ref(*row) for row in connection.execute(f"{_REF} NOT INDEXED").fetchall()]
     if len({ref.name for ref in found}) != number(connection, "refs"):
         raise CorruptDatabase(f"refs has {len(found)} rows; there were {number(connection, 'refs')}. {REBUILD}")
     return sorted((ref for ref in found if kind in (None, ref.kind)), key=lambda ref: ref.name)
@@ -90,13 +92,15 @@ def read_refs_at(connection: sqlite3.Connection, targets: Iterable[str]) -> list
     )
     if first != second:
         raise CorruptDatabase(f"the indexes of refs by target do not agree. {REBUILD}")
-    return sorted(map(_ref, first), key=lambda ref: ref.name)
+    return sorted(starmap(_ref, first), key=lambda ref: ref.name)
 
 
-def _ref(row: tuple[str, RefKind, str, str]) -> Ref:
-    if row[3] != checksum("refs", *row[:3]):
-        raise CorruptDatabase(f"the row of {str(row[0])[:80]!r} in refs does not match its checksum. {REBUILD}")
-    return Ref(row[0], row[1], CommitId(row[2]))
+@lru_cache(maxsize=1 << 16, typed=True)
+def _ref(name: str, kind: RefKind, target: str, said: str) -> Ref:
+    """What a row says. Those that were checked are remembered: each move of a ref reads all of them for refs.json."""
+    if said != checksum("refs", name, kind, target):
+        raise CorruptDatabase(f"the row of {str(name)[:80]!r} in refs does not match its checksum. {REBUILD}")
+    return Ref(name, kind, CommitId(target))
 
 
 _LOG = "SELECT seq, before, name, kind, old, new, reason, time_ns, moved, checksum FROM reflog"

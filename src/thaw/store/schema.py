@@ -65,6 +65,9 @@ TABLES = (
 """As SQLite keeps them: what of an older format was not made anew is spelled as ALTER TABLE leaves it."""
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, default=repr).encode
+
+
 def checksum(table: str, *values: str | int | None) -> str:
     """The checksum of a row: the first 32 hex digits of BLAKE3 of the JSON array [table, values …]."""
     return digest(_row(table, values))[3:35]
@@ -76,4 +79,4 @@ def check(table: str, *values: str | int | None) -> int:
 
 
 def _row(table: str, values: tuple[str | int | None, ...]) -> bytes:
-    return json.dumps([table, *values], separators=(",", ":"), ensure_ascii=True, default=repr).encode()
+    return _JSON([table, *values]).encode()

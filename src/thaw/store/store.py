@@ -71,7 +71,7 @@ class Store:
         self.database = Database(path / DATABASE)
         self._cache = ObjectCache()
         try:
-            self.uuid = reserve.with_room(path, self._check)
+            self.uuid = reserve.with_room(path, self._check, reserve.OPENING)
         except BaseException:
             self.database.close()
             raise
@@ -134,6 +134,7 @@ class Store:
     def close(self) -> None:
         """Idempotent. Transactions that are open can not commit any more."""
         self.database.close()
+        reserve.refill(self.path)
 
     def __enter__(self) -> Store:
         return self
@@ -308,16 +309,10 @@ class Store:
     # --- upkeep
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float = KEEP_REFLOG_S, now: float | None = None) -> GcReport:
-        """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`.
-
-        On a full disk, and only there, it takes the reserve's space, and gives it back.
-        """
+        """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`."""
         from thaw.store.gc import collect_garbage
 
-        def collect() -> GcReport:
-            return collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
-
-        report = collect() if dry_run else reserve.with_room(self.path, collect)
+        report = collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
         self._cache.clear()
         return report
 
@@ -336,7 +331,14 @@ class Store:
         """
         if is_read_only(self.database.path):
             return
-        whole, free = reserve.keep(self.path), reserve.free_bytes(self.path)
+        try:
+            reserve.keep(self.path)
+            whole = True
+        except StorageFailed as error:
+            if not reserve.is_full(error, self.path):
+                raise
+            whole = False
+        free = reserve.free_bytes(self.path)
         if not whole or free < nbytes + ROOM:
             raise StorageFailed(
                 f"the disk of {self.path} is full: {free:,} bytes are free, and about {nbytes + ROOM:,} are needed to "

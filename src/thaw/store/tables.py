@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from thaw.core import objects as core_objects
-from thaw.core.errors import CorruptDatabase, NewerFormat, ThawError
+from thaw.core.errors import Busy, CorruptDatabase, Damaged, NewerFormat, StorageFailed, ThawError
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import REBUILD, check_format, number, required, setting, translate
+from thaw.store.db import REBUILD, check_format, database_errors, number, required, setting, translate
 from thaw.store.links import Links, links
 from thaw.store.report import FsckReport
 from thaw.store.schema import COUNTS, DATABASE, TABLES, check, checksum
@@ -34,18 +34,22 @@ class Index:
     """Objects whose row is damaged."""
 
 
-def check_tables(connection: sqlite3.Connection, folder: Path, report: FsckReport) -> Index:
-    """Adds what is wrong inside the database to `report`, under `thaw.db`; looks as far as `report.deep` says."""
+def check_tables(connection: sqlite3.Connection, path: Path, saved: backup.Backup | None, report: FsckReport) -> Index:
+    """Adds what is wrong inside the database `path` to `report`, under `thaw.db`; looks as far as `report.deep` says.
+
+    `saved`: refs.json as it was read before this view of the database began. Raises `NewerFormat`, and `Busy` and
+    `StorageFailed` where something cannot be read that may be sound.
+    """
     index = Index()
     steps: list[Callable[[], None]] = [
-        lambda: _format(connection, folder),
+        lambda: _format(connection, path),
         lambda: _sqlite(connection, report),
         lambda: _settings(connection),
         lambda: _refs(connection, report),
         lambda: _reflog(connection, report),
         lambda: _leases(connection),
         lambda: _packs(connection, index, report),
-        lambda: _against_backup(connection, folder, report),
+        lambda: _against_backup(connection, saved, report),
     ]
     if report.deep:
         steps += [
@@ -53,19 +57,22 @@ def check_tables(connection: sqlite3.Connection, folder: Path, report: FsckRepor
             lambda: _segments(connection, index, report),
         ]
     for step in steps:
-        try:
-            step()
-        except sqlite3.Error as error:
-            report.add(DATABASE, str(translate(error, folder / DATABASE)))
-        except NewerFormat:
-            raise
-        except (ThawError, ValueError, TypeError, OverflowError) as error:
-            report.add(DATABASE, str(error))
+        _reported(step, path, report)
     return index
 
 
-def _format(connection: sqlite3.Connection, folder: Path) -> None:
-    check_format(connection, folder / DATABASE)
+def _reported(step: Callable[[], None], path: Path, report: FsckReport) -> None:
+    try:
+        with database_errors(path):
+            step()
+    except (NewerFormat, Busy, StorageFailed):
+        raise
+    except (ThawError, ValueError, TypeError) as error:
+        report.add(DATABASE, str(error))
+
+
+def _format(connection: sqlite3.Connection, path: Path) -> None:
+    check_format(connection, path)
 
 
 def _sqlite(connection: sqlite3.Connection, report: FsckReport) -> None:
@@ -118,6 +125,8 @@ def _each(rows: sqlite3.Cursor, report: FsckReport) -> Iterator[Any]:
         try:
             row = rows.fetchone()
         except sqlite3.OperationalError as error:
+            if not isinstance(translate(error, Path(DATABASE)), Damaged):
+                raise
             report.add(DATABASE, f"a row cannot be read: {error}")
             return
         if row is None:
@@ -139,7 +148,7 @@ def _packs(connection: sqlite3.Connection, index: Index, report: FsckReport) -> 
 
 
 def load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> None:
-    """Reads places and objects, each checked."""
+    """Reads places and objects, each checked. Raises `NewerFormat`."""
     for row in _each(connection.execute('SELECT id, pack, start, nbytes, "check" FROM blobs'), report):
         try:
             place = objects.blob_place(row)
@@ -156,6 +165,8 @@ def load(connection: sqlite3.Connection, index: Index, report: FsckReport) -> No
                 raise CorruptDatabase(f"the row of {identifier} in objects does not say what its object does")
             index.links[identifier] = of
             index.objects[identifier] = (pack, start, len(data))
+        except NewerFormat:
+            raise
         except ThawError as error:
             index.bad.add(str(identifier))
             report.add(DATABASE, str(error), (str(identifier),))
@@ -192,16 +203,12 @@ def _segments_of(index: Index, states: Iterable[str]) -> set[str]:
     return {segment for node in nodes if node.kind == "segments" for segment in node.objects}
 
 
-def _against_backup(connection: sqlite3.Connection, folder: Path, report: FsckReport) -> None:
-    """The database is never older than refs.json, and says the same when it is as old."""
-    try:
-        saved = backup.read(folder)
-    except ThawError:
+def _against_backup(connection: sqlite3.Connection, saved: backup.Backup | None, report: FsckReport) -> None:
+    """The database is never older than refs.json was before, and says the same when it is as old."""
+    if saved is None:
         return
     now = backup.collect(connection)
-    if saved is None or saved.sequence < now.sequence:
-        return
     if saved.sequence > now.sequence:
         report.add(DATABASE, f"it has seen {now.sequence} changes of refs, refs.json {saved.sequence}: it lost some")
-    elif backup.encode(now) != backup.encode(saved):
+    elif saved.sequence == now.sequence and backup.encode(now) != backup.encode(saved):
         report.add(DATABASE, "its refs, reflog or settings differ from refs.json of the same age")

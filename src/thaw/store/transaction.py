@@ -197,13 +197,17 @@ class Transaction:
                     path.unlink()
 
     def abort(self) -> None:
-        """Removes the packs and the lease; nothing was visible. Idempotent; after `commit` it does nothing."""
+        """Removes the packs and the lease; nothing was visible. Idempotent; after `commit` it does nothing.
+
+        Packs whose lease is gone belong to gc, or to a database that was made again with them.
+        """
         if self._over or self._pid != os.getpid():
             return
         self._over = True
-        self._remove(self._leased)
         with contextlib.suppress(StorageFailed, Conflict), self._store.database.write(durable=False) as connection:
-            leases.release(connection, self._lease)
+            if leases.exists(connection, self._lease):
+                self._remove(self._leased)
+                leases.release(connection, self._lease)
 
     def __enter__(self) -> Transaction:
         return self

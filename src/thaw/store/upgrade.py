@@ -32,7 +32,7 @@ def bring_up(database: Database) -> None:
 
 
 def upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
-    """A copy of an older database in memory, of this format."""
+    """A copy of an older database in memory, of this format. It refuses to be written to: nothing would be kept."""
     copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     try:
         connection.backup(copy)
@@ -40,6 +40,7 @@ def upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connect
             copy.execute("BEGIN")
             upgrade(copy)
             copy.execute("COMMIT")
+        copy.execute("PRAGMA query_only=ON")
     except BaseException:
         copy.close()
         raise

@@ -112,7 +112,7 @@ class Windows:
         try:
             return msgspec.json.decode(self._read(identifier), type=kind)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise CorruptBlob(f"object {identifier[:80]} is not what a state is made of: {error}") from None
+            raise CorruptBlob(f"object {str(identifier)[:80]} is not what a state is made of: {error}") from None
 
 
 def _check(window: str, key: bytes, segment: str, state: str) -> int:

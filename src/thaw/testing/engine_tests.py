@@ -24,6 +24,7 @@ from thaw.testing.laws.boundary_law import BoundaryLaw
 from thaw.testing.laws.bytes_law import BytesLaw
 from thaw.testing.laws.closed_law import ClosedLaw
 from thaw.testing.laws.fork_law import ForkLaw
+from thaw.testing.laws.groups_law import GroupsLaw
 from thaw.testing.laws.proof_law import ProofLaw
 from thaw.testing.laws.session_law import SessionLaw
 from thaw.testing.laws.text_law import TextLaw
@@ -33,5 +34,5 @@ class ExactnessTests(BytesLaw, BoundaryLaw, ForkLaw):
     """The laws of bytes, boundary and forks alone: what differs from model to model."""
 
 
-class EngineTests(ExactnessTests, ClosedLaw, ProofLaw, SessionLaw, TextLaw):
+class EngineTests(ExactnessTests, GroupsLaw, ClosedLaw, ProofLaw, SessionLaw, TextLaw):
     """The whole law book."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from thaw.core.ids import digest
 from thaw.core.objects import Boundary, Turn, without_chat
 from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import PackItem, read_blob, write_pack
-from thaw.engines.base import Captured, CapturePlan, HydratePlan, Slice
+from thaw.engines.base import Captured, CapturePlan, HydratePlan, PointSlice, Slice
 
 _NUMBERS = itertools.count()
 
@@ -50,6 +50,7 @@ def plan_from(captured: Captured, mount: StoreMount, *earlier: Captured, at: int
         tokens=captured.tokens[:end],
         num_kv=num_kv,
         slices=slices_of((*earlier, captured), num_kv),
+        points=points_of((*earlier, captured), num_kv),
         turns=turns_at(captured.turns, end),
         seed=int(captured.seed),
         salt=captured.salt,
@@ -69,12 +70,29 @@ def slices_of(captures: Sequence[Captured], num_kv: int) -> tuple[Slice, ...]:
                 start=segment.start,
                 length=min(segment.length, num_kv - segment.start),
                 stored=segment.length,
-                blobs={group: tuple(where[blob] for blob in ids) for group, ids in segment.blobs.items()},
+                blobs=_located(segment.blobs, where),
+                first=segment.first,
             )
             for segment in captured.segments
             if segment.start < num_kv
         ]
     return tuple(out)
+
+
+def points_of(captures: Sequence[Captured], num_kv: int) -> tuple[PointSlice, ...]:
+    """The captured point states after at most `num_kv` tokens, in order."""
+    out = []
+    for captured in captures:
+        where = {location.blob: location for location in captured.blobs}
+        points = [point for segment in captured.segments for point in segment.points if point.token <= num_kv]
+        out += [PointSlice(token=point.token, blobs=_located(point.blobs, where)) for point in points]
+    return tuple(out)
+
+
+def _located(
+    blobs: Mapping[str, Sequence[str]], where: Mapping[str, BlobLocation]
+) -> dict[str, tuple[BlobLocation, ...]]:
+    return {group: tuple(where[blob] for blob in ids) for group, ids in blobs.items()}
 
 
 def turns_at(turns: Sequence[Turn], end: int) -> tuple[Turn, ...]:
@@ -102,17 +120,20 @@ def _find_hidden(captured: Captured, boundary: Boundary | None) -> BlobLocation 
     return next(location for location in captured.blobs if location.blob == boundary.hidden)
 
 
-def tampered(plan: HydratePlan, change: Callable[[bytes], bytes], *, piece: int = 0, head: int = 0) -> HydratePlan:
-    """`plan` with one blob changed and hashed anew, in a pack of its own: it loads without complaint."""
-    group = plan.identity.groups[0]
+def tampered(
+    plan: HydratePlan, change: Callable[[bytes], bytes], *, piece: int = 0, head: int = 0, group: str | None = None
+) -> HydratePlan:
+    """`plan` with one blob (of the first group, unless `group` is named) changed and hashed anew, in a pack of its own:
+    it loads without complaint."""
+    group = group or plan.identity.groups[0].name
     victim = plan.slices[piece]
-    old = victim.blobs[group.name][head]
+    old = victim.blobs[group][head]
     data = change(read_blob(plan.mount.packs, old))
     assert len(data) == old.nbytes and digest(data) != old.blob, "the change must keep the size and change the bytes"
     item = PackItem(name_prefix="", dtype="U8", shape=(len(data),), nbytes=len(data), read=lambda: data)
     new = write_pack(plan.mount.packs, _pack_name(), [item]).blobs[0]
-    heads = [new if i == head else location for i, location in enumerate(victim.blobs[group.name])]
-    changed = msgspec.structs.replace(victim, blobs={**victim.blobs, group.name: tuple(heads)})
+    heads = [new if i == head else location for i, location in enumerate(victim.blobs[group])]
+    changed = msgspec.structs.replace(victim, blobs={**victim.blobs, group: tuple(heads)})
     slices = (*plan.slices[:piece], changed, *plan.slices[piece + 1 :])
     return msgspec.structs.replace(plan, slices=slices)
 

@@ -24,7 +24,8 @@ import pytest
 import torch
 
 import thaw
-from thaw.core.errors import BadSampling, Cancelled, InvalidRequest, Unsupported
+from damaged_models import DAMAGED, damaged
+from thaw.core.errors import BadSampling, Cancelled, IncompleteModel, InvalidRequest, Unsupported
 from thaw.core.sampling import Sampling
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
@@ -465,6 +466,28 @@ def test_a_watermark_is_refused(folder: str) -> None:
     object.__setattr__(config, "watermark_config", object())
     with pytest.raises(Unsupported, match="watermarking"):
         support.require_config(config)
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_model_is_refused_by_name_before_vllm_starts(folder: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(IncompleteModel, match=DAMAGED[what][1]):
+        load_engine(
+            "vllm", model=str(damaged(Path(folder), tmp_path / "m", what)), enforce_eager=True, max_model_len=512
+        )
+
+
+@pytest.mark.parametrize("load_format", ["pt", "npcache", "dummy"])
+def test_other_files_than_the_identitys_are_not_loaded(folder: str, load_format: str) -> None:
+    with pytest.raises(Unsupported, match=f"load_format={load_format}"):
+        load_engine("vllm", model=folder, load_format=load_format, enforce_eager=True, max_model_len=512)
+
+
+def test_mistrals_own_files_are_not_taken_unasked(folder: str, tmp_path: Path) -> None:
+    """vLLM takes them before all others, and the identity is made of the others."""
+    shutil.copytree(folder, tmp_path / "m")
+    shutil.copy(tmp_path / "m" / "model.safetensors", tmp_path / "m" / "consolidated.safetensors")
+    with pytest.raises(Unsupported, match=r"consolidated.*load_format=hf"):
+        support.require_config(configured(str(tmp_path / "m"), VllmSettings()))
 
 
 def configured(folder: str, settings: VllmSettings, others: tuple[str, ...] = (), policy: str = "fail") -> Any:

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ from thaw.engines.vllm.client.http import HttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
 from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, until, wait_for
-from thaw.testing.messages import HOSTILE, MALFORMED
+from thaw.testing.messages import HOSTILE, MALFORMED, MOST_SAID, UNFIT, odd_messages
 from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
@@ -352,13 +353,41 @@ def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
     assert status in (400, 404), reply
     why = reply["error"]["message"]
     assert set(everything.rglob("*")) == files, "nothing is made or taken away, whatever the message names"
-    if name in MALFORMED:
+    assert len(why) <= MOST_SAID
+    at_the_door = name in MALFORMED | UNFIT
+    if at_the_door:
         assert "protocol" in why or f"kv_transfer_params.{protocol.KEY}: " in why
     else:
         assert reply["error"]["type"] in ("invalid-request", "not-found") and why in server.log.read_text()
-    assert engine.stats()["refused"] == refused + (name not in MALFORMED)  # type: ignore[attr-defined]
+    assert engine.stats()["refused"] == refused + (not at_the_door)  # type: ignore[attr-defined]
     same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 20), greedy(2)))
     assert requests_in(server) == 0
+
+
+def test_messages_with_odd_fields_are_answered_in_words_and_the_engine_lives(
+    engine: Engine, server: Server, lab: Lab
+) -> None:
+    session = lab.begin(engine, 20)
+    grammars = {"structured_outputs": {"choice": ["a", "b"]}}
+    asked = [(message, {}) for message in odd_messages()]
+    asked += [(message, grammars) for message in odd_messages() if "grammar_from" in message]
+    with ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda each: complete(server, each[0], **each[1]), asked))
+    for (message, _), (status, reply) in zip(asked, replies, strict=True):
+        assert status in (200, 400, 404, 429), (message, reply)
+        assert status == 200 or len(reply["error"]["message"]) <= MOST_SAID
+    assert {status for status, _ in replies} >= {200, 400}
+    same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 20), greedy(2)))
+    assert requests_in(server) == 0 and engine.stats()["running"] == 0  # type: ignore[attr-defined]
+
+
+def test_of_ten_commands_with_one_id_each_is_answered(server: Server) -> None:
+    message = {"op": "look", "id": "7" * 32, "digest": True}
+    with ThreadPoolExecutor(10) as threads:
+        replies = list(threads.map(lambda _: complete(server, message), range(10)))
+    refused = [reply["error"] for status, reply in replies if status != 200]
+    assert len(refused) < 10
+    assert all(said["code"] in (400, 429) and said["type"] in ("invalid-request", "busy") for said in refused)
 
 
 def test_a_stream_that_is_refused_says_why_as_well(server: Server) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from thaw.bench.cross.options import Arrived, Distance, Leg
 from thaw.bench.subject import model_of, numerics
 from thaw.bench.text import document
+from thaw.core.cache import columns, token_groups
 from thaw.core.ids import digest
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
@@ -83,7 +84,7 @@ def _arrived(leg: Leg, engine: Engine) -> Arrived:
     return Arrived(
         engine=leg.engine,
         version=engine.info.version,
-        dtype=engine.info.groups[0].dtype,
+        dtype=token_groups(engine.info.groups)[0].dtype,
         model=model_of(engine),
         giver=None,
         numerics=numerics(engine.info),
@@ -144,9 +145,10 @@ def _stored(repo: Repository) -> str:
     store, point = repo.store, repo.resolve("main")
     line = read(store, read_state(store, point.state))
     parts: Parts = []
+    groups = token_groups(line.groups)
     for entry, segment in zip(line.entries, line.segments, strict=True):
         found = store.locate({blob for ids in segment.blobs.values() for blob in ids})
-        blobs = [found[blob] for ids in segment.blobs.values() for blob in ids]
+        blobs = [found[blob] for group in groups for blob in segment.blobs[group.name]]
         parts.append((entry.length, len(segment.tokens), blobs))
     return _digest(repo.engine, store.packs, parts)
 
@@ -159,25 +161,25 @@ def _captured(repo: Repository, session: Session) -> str:
         plan = CapturePlan(mount=StoreMount(uuid=secrets.token_hex(16), packs=Path(folder)), packs=packs)
         captured = engine.capture(session.ref, plan).result()
         where = {location.blob: location for location in captured.blobs}
+        groups = token_groups(engine.info.groups)
         parts = [
-            (one.length, one.length, [where[blob] for ids in one.blobs.values() for blob in ids])
+            (one.length, one.length, [where[blob] for group in groups for blob in one.blobs[group.name]])
             for one in captured.segments
         ]
         return _digest(engine, Path(folder), parts)
 
 
 def _digest(engine: Engine, packs: Path, parts: Parts) -> str:
-    """Of every head's keys and values by layer, token by token, however they are cut into blobs."""
-    group = engine.info.groups[0]
-    rows: list[list[bytes]] = [[] for _ in range(group.num_kv_heads * group.num_layers * 2)]
+    """Of every plane of every blob's column, token by token, however they are cut into blobs."""
+    planes = [column.group.planes for column in columns(engine.info.groups)]
+    rows: list[list[list[bytes]]] = [[[] for _ in widths] for widths in planes]
     for length, stored, blobs in parts:
-        for head, location in enumerate(blobs):
-            data = read_blob(packs, location)
-            row = len(data) // (group.num_layers * 2 * stored)
-            for side in range(group.num_layers * 2):
-                begin = side * stored * row
-                rows[head * group.num_layers * 2 + side].append(data[begin : begin + length * row])
-    return digest(b"".join(b"".join(row) for row in rows))
+        for row, widths, location in zip(rows, planes, blobs, strict=True):
+            data, at = read_blob(packs, location), 0
+            for plane, width in zip(row, widths, strict=True):
+                plane.append(data[at : at + length * width])
+                at += stored * width
+    return digest(b"".join(part for row in rows for plane in row for part in plane))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from thaw.bench import io
 from thaw.bench.sample import Sample
+from thaw.core import cache
 from thaw.core.sampling import Sampling
 from thaw.data.files import storage_errors, sync_folder
 from thaw.data.locations import StoreMount
@@ -44,7 +45,7 @@ def forks(repo: Repository, live: Session, n: int, num_tokens: int) -> Sample:
     """Fork `n` children, let each generate `num_tokens`, commit each to a branch; bytes before and after.
 
     `own_nbytes`: the KV that the children added (the last token of each has none yet)."""
-    kv_token_nbytes = sum(group.token_nbytes for group in repo.engine.info.groups)
+    kv_token_nbytes = cache.token_nbytes(repo.engine.info.groups)
     snapshot = folder_nbytes(repo)
     started = time.monotonic()
     with live.fork(n) as kids:

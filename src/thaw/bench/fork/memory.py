@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from thaw.bench.sample import Sample
+from thaw.core import cache
 from thaw.core.errors import Unsupported
 from thaw.repo import Repository
 
@@ -25,7 +26,7 @@ def measure(repo: Repository, commit: str, lengths: Sequence[int]) -> Sample:
     """Load the first `lengths[0]`, then the first `lengths[1]` tokens. `peak_…`: growth of the peak; `extra_…`: that
     less the KV."""
     values: dict[str, float] = {}
-    kv_token_nbytes = sum(group.token_nbytes for group in repo.engine.info.groups)
+    kv_token_nbytes = cache.token_nbytes(repo.engine.info.groups)
     with ExitStack() as open_sessions:
         open_sessions.enter_context(repo.session(repo.at(commit, token=WARM_UP_TOKENS + 1)))
         for name, length in zip(("short", "long"), lengths, strict=True):

@@ -28,12 +28,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pressure (vLLM alone): `pressure_points` of `pressure_trunk` tokens in one worker with blocks for 1/`pressure` of
     them, `pressure_branches` of `pressure_tokens` each from every one, right after it is read and in
     `pressure_returns` sweeps after that; all of it `pressure_rounds` times.
+    `worker_env`: variables of each worker that takes rounds, such as the device that it may see.
     `parts`: empty for all that the engine can. `settle_s`: the pause before each arm of a round, for the threads of a
     worker spin for a while after its last step. `goals` False records figures only.
     """
 
     engine: str = "vllm"
     engine_options: dict[str, Any] = {}
+    worker_env: tuple[dict[str, str], ...] = ()
     parts: tuple[str, ...] = ()
     trunk_tokens: int = 4096
     branches: tuple[int, ...] = (4, 16)

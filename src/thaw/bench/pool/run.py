@@ -49,7 +49,8 @@ class _Run:
             with self._pool(1, options.max_batch, options.few_blocks()) as pool:
                 pressure.measure(self.rounds, options, pool, self._tokens(pool))
         if "round" in parts:
-            with self._pool(2, max(*options.branches, options.max_batch), options.engine_options) as pool:
+            largest = max(*options.branches, options.max_batch)
+            with self._pool(2, largest, options.engine_options, options.worker_env) as pool:
                 self._round(pool)
         if "queue" in parts:
             env = queue.own_cores(options, 2)

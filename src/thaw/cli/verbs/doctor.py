@@ -29,7 +29,11 @@ PROBLEM_EXIT = 1
 
 
 @options.verb("doctor", EXAMPLE)
-@click.option("--config", metavar="PATH", help="A config.json (or a model's folder): supported? how large?")
+@click.option(
+    "--config",
+    metavar="PATH",
+    help="A config.json (supported? how large?), or a model's folder, whose files are looked at, too.",
+)
 @click.option("--model", metavar="PATH", help="Load this model and measure its prefill against loading.")
 @click.option("--dtype", metavar="DTYPE", help="The cache's type, if not the config's.")
 @click.option("--quick", is_flag=True, help="Measure nothing.")

@@ -125,8 +125,8 @@ def _other(text: str) -> str | dict[str, object]:
         return text
     try:
         found: dict[str, object] = json.loads(text)
-    except ValueError as error:
-        raise click.BadParameter(f"--beside {text}: no JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"--beside {text[:80]}: no JSON ({error})") from None
     return found
 
 

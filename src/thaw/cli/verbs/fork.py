@@ -37,11 +37,11 @@ class Child:
 @options.verb("fork", EXAMPLE)
 @click.argument("point")
 @click.argument("prompt", nargs=-1)
-@click.option("-n", "n", type=click.IntRange(min=1), metavar="N", help="Children; default: one a prompt, else 4.")
+@click.option("-n", "n", type=options.CHILDREN, metavar="N", help="Children; default: one a prompt, else 4.")
 @click.option("--prompts", "file", metavar="FILE.jsonl", help='One child a line: "text" or {"prompt": …, "seed": …}.')
 @click.option("--name", metavar="NAME", help="Branches are NAME/0, NAME/1, …; default: fork, or the first free forkN.")
 @click.option("--replay", is_flag=True, help="Children keep the parent's seed instead of one of their own.")
-@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit, or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commits' message; default: the start of each prompt.")
 @options.chat
 @options.sampling
@@ -72,6 +72,8 @@ def command(
     """
     talk = conversation.taken(values, chat=chat)
     wanted = _children(prompt, n, file, options.given_sampling(values))
+    if chat and not all(child.prompt for child in wanted):
+        raise click.UsageError("--chat needs a prompt for every child.")
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         where = repo.resolve(point)
         prefix = _free_name(repo, name, len(wanted))
@@ -116,8 +118,6 @@ def _numbered(i: int) -> str:
 
 def _chat(group: Group, wanted: list[Child], talk: conversation.Chat, prefix: str, quiet: bool) -> list[ChatResult]:
     """Each child's prompt is the user's next message."""
-    if not all(child.prompt for child in wanted):
-        raise click.UsageError("--chat needs a prompt for every child.")
     new = [talk.messages(session, child.prompt) for session, child in zip(group, wanted, strict=True)]
     stream = group.chat_stream(new, [child.sampling for child in wanted], **talk.arguments)
     names = _branches(prefix, wanted)

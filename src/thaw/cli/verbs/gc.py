@@ -10,6 +10,7 @@ from thaw.cli import options, output, words
 from thaw.cli.place import open_repository
 from thaw.cli.progress import Progress
 
+MAX_DAYS = 100_000
 EXAMPLE = """
 thaw gc --dry-run
 thaw gc --keep-days 7
@@ -18,7 +19,9 @@ thaw gc --keep-days 7
 
 @options.verb("gc", EXAMPLE)
 @click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
-@click.option("--keep-days", type=click.FloatRange(min=0), metavar="D", help="How long a reflog keeps old tips (90).")
+@click.option(
+    "--keep-days", type=options.Number(0, MAX_DAYS), metavar="D", help="How long a reflog keeps old tips (90)."
+)
 @options.as_json
 def command(named: str | None, dry_run: bool, keep_days: float | None, as_json: bool) -> None:
     """Delete what no branch, tag, recent reflog entry or running reader needs. Safe beside running commits."""

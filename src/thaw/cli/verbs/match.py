@@ -73,5 +73,5 @@ def _parse(tokens: str) -> list[int]:
 
     try:
         return msgspec.json.decode(prompts.from_arguments(tokens, or_stdin=False), type=list[int])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"--tokens: {error}. Give a JSON list of integers.") from None

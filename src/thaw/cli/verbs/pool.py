@@ -30,16 +30,22 @@ def command() -> None:
 @options.verb("run", EXAMPLE)
 @click.argument("point")
 @click.argument("prompt", nargs=-1)
-@click.option("-n", "n", type=click.IntRange(min=1), metavar="N", help="Branches; default: one a prompt, else 4.")
+@click.option("-n", "n", type=options.CHILDREN, metavar="N", help="Branches; default: one a prompt, else 4.")
 @click.option("--prompts", "file", metavar="FILE.jsonl", help='One branch a line: "text" or {"prompt": …, "seed": …}.')
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+@click.option("--workers", type=options.CHILDREN, default=1, show_default=True, metavar="N",
               help="Engines to boot.")  # fmt: skip
 @click.option("--attach", "urls", multiple=True, metavar="URL", help="Join this engine instead; repeatable.")
-@click.option("--spread", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+@click.option("--spread", type=options.CHILDREN, default=1, show_default=True, metavar="N",
               help="Workers that the branches go to.")  # fmt: skip
 @click.option("--policy", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
               help="fast: prefill again where that is expected sooner.")  # fmt: skip
-@click.option("--timeout", "timeout_s", type=float, metavar="S", help="End each branch after so many seconds.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=options.Number(min=0, min_open=True),
+    metavar="S",
+    help="End each branch after so many seconds.",
+)
 @click.option("--name", metavar="NAME", help="Commit the results, as branches NAME/0, NAME/1, …")
 @click.option("--arena", type=options.num_bytes, default="4GiB", show_default=True, metavar="BYTES",
               help="Shared memory for snapshots.")  # fmt: skip
@@ -119,7 +125,7 @@ def engine_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
             raise click.BadParameter(f"--set {pair}: write NAME=VALUE, for example --set max_model_len=4096")
         try:
             found[name] = msgspec.json.decode(value)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             found[name] = value
     return found
 

@@ -32,7 +32,7 @@ class Job:
     files: tuple[str, ...]
     prompt: str
     chat: conversation.Chat | None
-    history: str | None
+    history: list[Any] | None
     generate: bool
     message: str | None
     sampling: Any
@@ -55,7 +55,7 @@ class Outcome:
 @click.option("--branch", metavar="NAME", help="Default: the current one. A new branch starts empty, or at --from.")
 @click.option("--from", "start", metavar="POINT", help="Start there; needs a new --branch, unless POINT is a branch.")
 @click.option("--no-generate", is_flag=True, help="Only read and commit.")
-@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit the running model.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit, or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
 @options.chat
 @options.option_of("Chat", "--history", metavar="FILE", help="The conversation before PROMPT, whole: a JSON list.")
@@ -92,7 +92,10 @@ def command(
     talk = conversation.taken(values, chat=chat)
     if history is not None and not chat:
         raise click.UsageError("--history: only with --chat.")
-    job = Job(files, text, talk if chat else None, history, not no_generate, message, sampling)
+    if chat and (no_generate or not (text or files)):
+        raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave --no-generate out.")
+    told = None if history is None else conversation.json_list(history)
+    job = Job(files, text, talk if chat else None, told, not no_generate, message, sampling)
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         name, point = _start(repo, branch, start)
         repo.require_room(sampling.max_tokens if job.generate else 0)
@@ -145,12 +148,12 @@ def _run(repo: Repository, session: Session, job: Job, branch: str, quiet: bool)
 def _chat(session: Session, job: Job, talk: conversation.Chat, branch: str, quiet: bool) -> Outcome:
     """The files and the prompt are one message; the session knows the conversation so far."""
     content = "\n\n".join([*(prompts.from_file(name) for name in job.files), *([job.prompt] if job.prompt else [])])
-    if not content or not job.generate:
-        raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave --no-generate out.")
+    if not content:
+        raise InvalidRequest("--chat: the files are empty, so there is no message to answer.")
     if job.history is None:
         new, arguments = talk.messages(session, content), talk.arguments
     else:
-        new, arguments = None, {**talk.arguments, "history": talk.after(conversation.json_list(job.history), content)}
+        new, arguments = None, {**talk.arguments, "history": talk.after(job.history, content)}
     result, interrupted = speak.chat(session, new, job.sampling, quiet=quiet, **arguments)
     conversation.note(result)
     return Outcome(_commit(session, job, branch), result.completion, session, interrupted, result)

@@ -15,6 +15,7 @@ thaw show main
 thaw show main:turn=1 --text
 """
 LINES = 8
+POINTS = 8
 
 
 @light.verb(
@@ -43,7 +44,8 @@ def _read(named: str | None, point: str) -> Shown:
 def _plain(shown: Shown, with_tokens: bool) -> dict[str, object]:
     import msgspec
 
-    fields = {name: getattr(shown, name) for name in shown.__struct_fields__ if name not in ("tokens", "entry")}
+    left_out = ("tokens", "entry", *(["resumable"] if shown.resumable is None else []))
+    fields = {name: getattr(shown, name) for name in shown.__struct_fields__ if name not in left_out}
     entry = {**msgspec.structs.asdict(shown.entry), "time_ns": str(shown.entry.time_ns)}
     tokens = {"token_ids": shown.tokens} if with_tokens else {}
     return {**entry, **fields, "seed": str(shown.seed), "num_tokens": len(shown.tokens), **tokens}
@@ -74,6 +76,7 @@ def _fields(shown: Shown) -> list[tuple[str, str]]:
         ("model", f"{model.architecture}, {model.dtype}, weights {model.weights[:13]}, policy {model.policy}"),
         ("origin", _origin(entry.origin)),
         ("continues", _boundary(shown)),
+        *([] if shown.resumable is None else [("points", _points(shown.resumable))]),
     ]
     told = {key: value for key, value in entry.meta.items() if key != KEY}
     return fields + [(f"meta {key}", output.one_line(value, 100)) for key, value in sorted(told.items())]
@@ -88,6 +91,12 @@ def _length(shown: Shown) -> str:
 def _origin(origin: dict[str, str]) -> str:
     first = f"{origin.get('engine', '?')} {origin.get('version', '')} on {origin.get('device', '?')}"
     return f"{first.replace('  ', ' ')}, thaw {origin.get('thaw', '?')}"
+
+
+def _points(resumable: tuple[int, ...]) -> str:
+    """The last tokens that can be gone on from."""
+    last = ", ".join(map(str, resumable[-POINTS:]))
+    return f"{words.count(len(resumable), 'token')} that can be gone on from: {'… ' * (len(resumable) > POINTS)}{last}"
 
 
 def _boundary(shown: Shown) -> str:

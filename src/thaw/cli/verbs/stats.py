@@ -22,9 +22,8 @@ thaw stats --prefill-rate 20000 --json
         "prefill_rate",
         ("--prefill-rate",),
         float,
-        0,
+        0.001,
         "Tokens a second that the engine prefills, for the seconds saved.",
-        above=True,
     ),
 )
 def command(named: str | None, prefill_rate: float | None, as_json: bool) -> None:

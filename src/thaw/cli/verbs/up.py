@@ -36,7 +36,9 @@ ENGINE_HELP = "An engine that has a server. Default: the one that the repository
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
 @click.option("--python", metavar="PATH", help="The Python that has engine and thaw; default: the one that runs this.")
 @click.option("--arena", type=options.num_bytes, metavar="BYTES", help="Host memory for sessions; default: 4GiB.")
-@click.option("--timeout", "timeout_s", type=float, default=900, show_default=True, metavar="S")
+@click.option(
+    "--timeout", "timeout_s", type=options.Number(min=0, min_open=True), default=900, show_default=True, metavar="S"
+)
 @options.as_json
 def command(
     named: str | None,
@@ -60,6 +62,7 @@ def command(
     from thaw.repo import served
 
     interpreter = python or sys.executable
+    serving.require_keys(arguments)
     with place.open_repository(named) as repo:
         _refuse_second(repo.store)
         chosen = _model(repo.store, engine_name, model)

@@ -24,7 +24,9 @@ MARKS = {True: ("held", "green"), False: ("FAILED", "red"), None: ("-", "yellow"
 
 @options.verb("verify", EXAMPLE)
 @click.argument("point", default="HEAD")
-@click.option("--tokens", type=click.IntRange(min=0), default=16, metavar="N", help="Compare N greedy tokens (16).")
+@click.option(
+    "--tokens", type=click.IntRange(0, 1 << 31), default=16, metavar="N", help="Compare N greedy tokens (16)."
+)
 @options.engine
 @options.as_json
 def command(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from thaw.core.errors import Unsupported
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec
 from thaw.engines.embedded.pages import ExtentFactory, PagedKV
@@ -59,7 +59,6 @@ class Backend(ExtentFactory):
     version: str
     model: str
     device: str
-    group: CacheGroup
     codec: Codec
     max_model_len: int
     vocab_size: int

@@ -13,7 +13,9 @@ from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
+from thaw.engines import restoring
 from thaw.engines.base import (
+    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Completion,
@@ -64,11 +66,11 @@ class EmbeddedEngine(Engine):
             model=backend.model,
             device=backend.device,
             continuation="decode-exact",
-            groups=(backend.group,),
+            groups=backend.groups,
             max_model_len=backend.max_model_len,
             vocab_size=backend.vocab_size,
             eos_token_ids=backend.eos_token_ids,
-            capabilities=CAPABILITIES,
+            capabilities=CAPABILITIES if backend.keeps_interior else CAPABILITIES - {"interior-points"},
             numerics=backend.numerics,
         )
 
@@ -167,8 +169,10 @@ class EmbeddedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if n < 1 or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
+        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
+            raise InvalidRequest(
+                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
+            )
         for seed in seeds or ():
             check_seed(seed)
         return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))
@@ -348,6 +352,7 @@ class EmbeddedEngine(Engine):
         try:
             identity, epoch = self._weights.stamp()
             compare(plan.identity, identity)
+            restoring.check_kept(plan)
         except Refused as refusal:
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise

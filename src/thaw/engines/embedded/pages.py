@@ -1,9 +1,11 @@
 """Paged KV: a session's cache as pages of 256 tokens in shared extents.
 
-A *page* holds one window of all layers: a full page of one head is byte for byte a blob. An *extent* is memory for
-several pages, made by the backend. A session lists *runs* of pages; forking shares the runs of full pages by
-reference and copies the partial tail page only. Pages are append-only: token slots below `num_tokens` are never
-written again, so a fork taken at a step boundary stays consistent while the parent goes on (no lock, no copy).
+A *page* holds one window of all layers and cache groups, a *column* for each blob of a segment (`cache.columns`): a
+full page of one column is byte for byte a blob. An *extent* is memory for several pages, made by the backend. A session
+lists *runs* of pages; forking shares the runs of full pages by reference and copies the partial tail page only. Pages
+are append-only: token slots below `num_tokens` are never written again, so a fork taken at a step boundary stays
+consistent while the parent goes on (no lock, no copy). Point states are immutable values, kept by the number of tokens
+that they are of.
 
     pages [0, num_tokens // 256)      full, shared freely, immutable
     page   num_tokens // 256          partial: private to one session
@@ -14,7 +16,8 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 
-from thaw.core.identity import CacheGroup
+from thaw.core.cache import CacheGroup, TokenGroup, list_of, point_groups, token_groups
+from thaw.core.errors import NotKept
 from thaw.core.prefix import WINDOW
 
 PAGE = WINDOW
@@ -23,29 +26,32 @@ GROW_PAGES = 4
 
 
 class Extent(abc.ABC):
-    """Memory for `num_pages` pages, zero or garbage at first. Heads and pages count from 0."""
+    """Memory for `num_pages` pages, zero or garbage at first. Columns and pages count from 0."""
 
     num_pages: int
 
     @abc.abstractmethod
-    def page(self, head: int, page: int) -> memoryview | None:
-        """Writable bytes of a whole page of one head, or None where the memory is not the host's."""
+    def page(self, column: int, page: int) -> memoryview | None:
+        """Writable bytes of a whole page of one column, or None where the memory is not the host's."""
 
     @abc.abstractmethod
-    def gather(self, head: int, page: int, start: int, stop: int) -> memoryview:
-        """A copy of token slots [start, stop) as [layer][K|V][token][head_dim] bytes."""
+    def gather(self, column: int, page: int, start: int, stop: int) -> memoryview:
+        """A copy of token slots [start, stop) as blob bytes; for full groups [layer][K|V][token][head_dim]."""
 
     @abc.abstractmethod
-    def scatter(self, head: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
+    def scatter(self, column: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
         """Fill slots [start, stop) from the first tokens of blob bytes that hold `stored` tokens."""
 
     @abc.abstractmethod
     def copy_page(self, page: int, source: Extent, source_page: int, num_tokens: int) -> None:
-        """Copy the first `num_tokens` slots of a page of `source`, all heads."""
+        """Copy the first `num_tokens` slots of a page of `source`, all columns."""
 
 
 class ExtentFactory(abc.ABC):
-    group: CacheGroup
+    """`keeps_interior`: windows and point states of all tokens are kept; else those of the last tokens alone."""
+
+    groups: tuple[CacheGroup, ...]
+    keeps_interior: bool = True
 
     @abc.abstractmethod
     def extent(self, num_pages: int) -> Extent: ...
@@ -62,12 +68,16 @@ class Run:
 
 
 class PagedKV:
-    """The KV of one session; `num_tokens` tokens have been computed."""
+    """The KV of one session; `num_tokens` tokens have been computed. `points[n]`: all blobs of the point states after n
+    tokens, group by group; there is one for `num_tokens` wherever the model has such groups."""
 
     def __init__(self, factory: ExtentFactory) -> None:
         self.factory = factory
         self.runs: list[Run] = []
         self.num_tokens = 0
+        self.points: dict[int, tuple[bytes, ...]] = {}
+        self.loaded_from: dict[str, int] = {}
+        """The first token of a group's that was brought back; those before it were not needed."""
 
     @property
     def num_pages(self) -> int:
@@ -97,8 +107,10 @@ class PagedKV:
         return out
 
     def fork(self, at: int) -> PagedKV:
-        """The first `at` tokens as a PagedKV of their own: full pages shared, the tail page copied."""
+        """The first `at` tokens as a PagedKV of their own: full pages and states shared, the tail page copied. Raises
+        `NotKept` where what is needed there is not kept."""
         assert 0 <= at <= self.num_tokens, (at, self.num_tokens)
+        self._require(at)
         child = PagedKV(self.factory)
         whole, tail = divmod(at, PAGE)
         child.runs = self.full_runs(whole)
@@ -108,28 +120,55 @@ class PagedKV:
             extent.copy_page(0, source, index, tail)
             child.runs.append(Run(extent, 0, whole, 1))
         child.num_tokens = at
+        child.points = {token: state for token, state in self.points.items() if token <= at}
+        child.loaded_from = self.loaded_from
         return child
 
-    def read(self, head: int, start: int, stop: int) -> memoryview:
-        """Tokens [start, stop) of one window and head as blob bytes; without a copy when it is a whole host page."""
+    def keep(self, state: tuple[bytes, ...]) -> None:
+        """The point states after `num_tokens` tokens; those before the last two go where the interior is not kept."""
+        self.points[self.num_tokens] = state
+        if not self.factory.keeps_interior:
+            self.points = {token: state for token, state in self.points.items() if token >= self.num_tokens - 1}
+
+    def first_of(self, group: TokenGroup) -> int:
+        """The first token of a group that is kept: what is needed to go on from here, or one token earlier."""
+        kept = 0 if self.factory.keeps_interior else group.covers(max(self.num_tokens - 1, 0)).start
+        return max(kept, self.loaded_from.get(group.name, 0))
+
+    def _require(self, at: int) -> None:
+        if at and point_groups(self.factory.groups) and at not in self.points:
+            raise NotKept(
+                f"no state is kept after {at} tokens: this session has states after {list_of(self.points)}. Go on from "
+                "one of these, or read the tokens again (append them to a new session)"
+            )
+        for group in token_groups(self.factory.groups):
+            covered = group.covers(at)
+            if covered and covered.start < self.first_of(group):
+                raise NotKept(
+                    f"after {at} tokens the group {group.name} needs tokens from {covered.start} on; this session has "
+                    f"them from {self.first_of(group)} on. Go on from its present end, or read the tokens again"
+                )
+
+    def read(self, column: int, start: int, stop: int) -> memoryview:
+        """Tokens [start, stop) of one window and column as blob bytes; without a copy when it is a whole host page."""
         page, begin = divmod(start, PAGE)
         extent, index = self.locate(page)
         if begin == 0 and stop - start == PAGE:
-            whole = extent.page(head, index)
+            whole = extent.page(column, index)
             if whole is not None:
                 return whole
-        return extent.gather(head, index, begin, begin + stop - start)
+        return extent.gather(column, index, begin, begin + stop - start)
 
-    def target(self, head: int, start: int, stop: int) -> memoryview | None:
+    def target(self, column: int, start: int, stop: int) -> memoryview | None:
         """Where blob bytes of [start, stop) may be written in place: a whole host page, else None (use `write`)."""
         page, begin = divmod(start, PAGE)
         if begin or stop - start != PAGE:
             return None
         extent, index = self.locate(page)
-        return extent.page(head, index)
+        return extent.page(column, index)
 
-    def write(self, head: int, start: int, stop: int, data: memoryview, stored: int) -> None:
+    def write(self, column: int, start: int, stop: int, data: memoryview, stored: int) -> None:
         """Fill [start, stop) of one window from the first tokens of a blob that holds `stored` tokens."""
         page, begin = divmod(start, PAGE)
         extent, index = self.locate(page)
-        extent.scatter(head, index, begin, begin + stop - start, data, stored)
+        extent.scatter(column, index, begin, begin + stop - start, data, stored)

@@ -7,25 +7,27 @@ session goes on while they are written.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from typing import TypeAlias
 
 import msgspec
 
-from thaw.core.errors import CorruptBlob, InvalidRequest, NotHit
-from thaw.core.identity import CacheGroup, ModelIdentity
-from thaw.core.objects import Boundary, Turn
+from thaw.core.cache import SAFETENSORS, TokenGroup, columns, point_groups, token_groups
+from thaw.core.errors import InvalidRequest, NotHit
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Boundary, Point, Turn
 from thaw.core.prefix import windows
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
-from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, Slice, WrittenPack
+from thaw.engines import restoring
+from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.session import LiveSession
-
-SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
 
 
 @dataclass
@@ -66,27 +68,21 @@ def cut(session: LiveSession, backend: Backend) -> Cut:
 
 def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     """Write what `plan` lacks of a cut into its pack; returns when it is synced."""
-    group, num_kv = taken.kv.factory.group, taken.kv.num_tokens
+    kv, num_kv = taken.kv, taken.kv.num_tokens
     if not 0 <= plan.base <= num_kv:
         raise InvalidRequest(f"capture from token {plan.base}: the session has KV for {num_kv} tokens")
-    spans = windows(plan.base, num_kv)
-    items = [_item(taken.kv, group, head, a, b) for a, b in spans for head in range(group.num_kv_heads)]
+    pieces = [_Piece(kv, start, stop) for start, stop in windows(plan.base, num_kv)]
+    items = [item for piece in pieces for item in piece.items()]
     if taken.hidden is not None:
         items.append(_hidden_item(*taken.hidden))
     result = write_pack(plan.mount.packs, plan.packs[0], items) if items else None
     blobs = result.blobs if result is not None else ()
-    heads = group.num_kv_heads
-    segments = tuple(
-        CapturedSegment(
-            start=a, length=b - a, blobs={group.name: tuple(x.blob for x in blobs[i * heads : (i + 1) * heads])}
-        )
-        for i, (a, b) in enumerate(spans)
-    )
+    ids = iter([place.blob for place in blobs])
     return Captured(
         identity=identity,
         tokens=taken.tokens,
         num_kv=num_kv,
-        segments=segments,
+        segments=tuple(piece.segment(ids) for piece in pieces),
         blobs=tuple(blobs),
         packs=(WrittenPack(name=result.name, nbytes=result.nbytes),) if result is not None else (),
         turns=taken.turns,
@@ -98,13 +94,49 @@ def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     )
 
 
-def _item(kv: PagedKV, group: CacheGroup, head: int, start: int, stop: int) -> PackItem:
+class _Piece:
+    """Tokens [start, stop) of one window: what is kept of each group's tokens, and the states at tokens in
+    (start, stop]."""
+
+    def __init__(self, kv: PagedKV, start: int, stop: int) -> None:
+        self._kv, self._start, self._stop = kv, start, stop
+        groups = kv.factory.groups
+        first = {group.name: max(start, kv.first_of(group)) for group in token_groups(groups)}
+        self._first = {name: token for name, token in first.items() if token < stop}
+        self._columns = [(i, c.group) for i, c in enumerate(columns(groups)) if c.group.name in self._first]
+        self._points = [token for token in sorted(kv.points) if start < token <= stop]
+        self._states = point_groups(groups)
+
+    def items(self) -> Iterator[PackItem]:
+        for column, group in self._columns:
+            yield _item(self._kv, column, group, self._first[group.name], self._stop)
+        for token in self._points:
+            kinds = [(part, (group.num_layers, *part.shape)) for group in self._states for part, _ in group.blobs]
+            for (part, shape), data in zip(kinds, self._kv.points[token], strict=True):
+                yield PackItem("", SAFETENSORS[part.dtype], shape, len(data), partial(bytes, data))
+
+    def segment(self, ids: Iterator[str]) -> CapturedSegment:
+        """With the ids of its items, which are the next of `ids`."""
+        there = [group for group in token_groups(self._kv.factory.groups) if group.name in self._first]
+        return CapturedSegment(
+            start=self._start,
+            length=self._stop - self._start,
+            blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in there},
+            first={name: token for name, token in self._first.items() if token > self._start},
+            points=tuple(
+                Point(token=t, blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in self._states})
+                for t in self._points
+            ),
+        )
+
+
+def _item(kv: PagedKV, column: int, group: TokenGroup, start: int, stop: int) -> PackItem:
     return PackItem(
         name_prefix="",
         dtype=SAFETENSORS[group.dtype],
-        shape=(group.num_layers, 2, stop - start, group.head_dim),
-        nbytes=group.token_nbytes_per_head * (stop - start),
-        read=partial(kv.read, head, start, stop),
+        shape=group.blob_shape(stop - start),
+        nbytes=group.token_nbytes_per_blob * (stop - start),
+        read=partial(kv.read, column, start, stop),
     )
 
 
@@ -129,15 +161,19 @@ class Loaded:
 def load(plan: HydratePlan, backend: Backend) -> Loaded:
     """Read and verify a plan's KV into new pages. Raises `CorruptBlob`, `NotHit`, `InvalidRequest`."""
     started = time.perf_counter()
-    _check_cover(plan)
+    restoring.check_cover(plan)
     kv = PagedKV(backend)
     kv.reserve(plan.num_kv)
     allocated = time.perf_counter()
-    wanted, staged = _targets(plan.slices, kv, backend.group)
+    wanted, staged = _targets(plan, kv)
+    found = restoring.states(plan, backend.groups)
+    states = [(point.token, [(place, bytearray(place.nbytes)) for place in places]) for point, places in found]
+    wanted += [(place, memoryview(data)) for _, pairs in states for place, data in pairs]
     stats = read_blobs(plan.mount.packs, wanted)
-    for head, piece, data in staged:
-        kv.write(head, piece.start, piece.start + piece.length, memoryview(data), piece.stored)
+    for column, start, stop, stored, staging in staged:
+        kv.write(column, start, stop, memoryview(staging), stored)
     kv.num_tokens = sum(piece.length for piece in plan.slices)
+    kv.points = {token: tuple(bytes(data) for _, data in pairs) for token, pairs in states}
     row = _hidden_row(plan, backend)
     if kv.num_tokens != plan.num_kv:
         raise NotHit(f"{kv.num_tokens} of {plan.num_kv} tokens were loaded; nothing was recomputed")
@@ -155,38 +191,28 @@ def load(plan: HydratePlan, backend: Backend) -> Loaded:
     return Loaded(kv, row, proof)
 
 
-def _check_cover(plan: HydratePlan) -> None:
-    at = 0
-    for piece in plan.slices:
-        inside = piece.start // 256 == (piece.start + piece.stored - 1) // 256
-        if piece.start != at or not 1 <= piece.length <= piece.stored <= 256 or not inside:
-            raise CorruptBlob(f"the state's segments do not join: one starts at {piece.start}, expected {at}")
-        at += piece.length
-    if at != plan.num_kv or not plan.num_kv <= len(plan.tokens):
-        raise CorruptBlob(f"the state's segments cover {at} tokens; it says num_kv {plan.num_kv} of {len(plan.tokens)}")
+Staged: TypeAlias = tuple[int, int, int, int, bytearray]
+"""Column, start, stop, tokens of the blob, its bytes: [start, stop) are the blob's first tokens."""
 
 
-def _targets(
-    slices: Sequence[Slice], kv: PagedKV, group: CacheGroup
-) -> tuple[list[tuple[BlobLocation, memoryview | None]], list[tuple[int, Slice, bytearray]]]:
+def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, memoryview | None]], list[Staged]]:
     """Where each blob is read to: whole pages in place, the rest into staging that is cut afterwards."""
     wanted: list[tuple[BlobLocation, memoryview | None]] = []
-    staged: list[tuple[int, Slice, bytearray]] = []
-    for piece in slices:
-        blobs = piece.blobs.get(group.name, ())
-        if len(blobs) != group.num_kv_heads or set(piece.blobs) != {group.name}:
-            raise CorruptBlob(f"the segment at {piece.start} has blobs {sorted(piece.blobs)}; expected {group.name!r}")
-        for head, location in enumerate(blobs):
-            if location.nbytes != group.token_nbytes_per_head * piece.stored:
-                raise CorruptBlob(
-                    f"blob {location.blob} has {location.nbytes} bytes, not those of {piece.stored} tokens"
-                )
-            target = kv.target(head, piece.start, piece.start + piece.length) if piece.length == piece.stored else None
-            if target is None:
-                staging = bytearray(location.nbytes)
-                staged.append((head, piece, staging))
-                target = memoryview(staging)
-            wanted.append((location, target))
+    staged: list[Staged] = []
+    restoring.check_names(plan, kv.factory.groups)
+    column = 0
+    for group in token_groups(kv.factory.groups):
+        found = restoring.runs(plan, group)
+        for start, stop, stored, places in found:
+            for index, location in enumerate(places):
+                target = kv.target(column + index, start, stop) if stop - start == stored else None
+                if target is None:
+                    staging = bytearray(location.nbytes)
+                    staged.append((column + index, start, stop, stored, staging))
+                    target = memoryview(staging)
+                wanted.append((location, target))
+        column += group.num_blobs
+        kv.loaded_from[group.name] = restoring.kept_from(found, plan.num_kv)
     return wanted, staged
 
 

@@ -10,10 +10,23 @@ from thaw.engines.base import Engine
 
 
 def load(
-    *, model: str = "fake", seed: int = 0, max_model_len: int = 32768, policy: str = "0", step_s: float = 0.0
+    *,
+    model: str = "fake",
+    seed: int = 0,
+    max_model_len: int = 32768,
+    policy: str = "0",
+    step_s: float = 0.0,
+    groups: str = "one",
+    interior: bool = True,
 ) -> Engine:
-    """Boot a fake engine. `seed` are its "weights"; `step_s` slows every forward pass (for tests of concurrency)."""
+    """Boot a fake engine. `seed` are its "weights"; `step_s` slows every forward pass (for tests of concurrency).
+
+    `groups`: which cache groups it has (`shapes.py`): "one", "two" full ones, "hybrid" (full, sliding and a point
+    state), "latent". `interior=False`: as engines do, it keeps windows and states of a session's end alone.
+    """
     from thaw.engines.embedded.engine import EmbeddedEngine
     from thaw.engines.fake.backend import FakeBackend
+    from thaw.engines.fake.shapes import groups_of
 
-    return EmbeddedEngine(FakeBackend(model, seed, max_model_len, step_s), policy=policy)
+    backend = FakeBackend(model, seed, max_model_len, step_s, groups_of(groups), keeps_interior=interior)
+    return EmbeddedEngine(backend, policy=policy)

@@ -9,71 +9,125 @@ as it counts them.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound
-from thaw.engines.hf.config import function_config, load_config
+from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
+from thaw.engines.hf.beside import AGAIN, CUT, is_there, read_text, refuse_pointer, require_beside
+from thaw.engines.hf.config import ATTENTION, function_config, load_config, sensible
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
-READ_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")
-LFS_HEAD = b"version https://git-lfs.github.com/spec/"
-LFS_NBYTES = 1024
-"""A pointer is shorter than this."""
-AGAIN = "get the files again"
+ADAPTER = "adapter_config.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+TORCH_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
+"""Files that engines leave out, by what they are called."""
+UNREAD = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Names of buffers in old checkpoints, beside those that a class lists itself."""
 
 
 def require_whole(model: str | Path, overrides: Mapping[str, Any] | None = None) -> None:
     """Raise `IncompleteModel` unless the files of `model` (a folder, or a hub id that was fetched before) are whole and
-    hold the tensors of its config with `overrides`, in its shapes, under names that served engines look for. Reads
-    headers, and tied tensors that are there twice.
+    hold the tensors of its config with `overrides`, in its shapes, under names and in files that served engines read
+    as transformers does. Reads headers, and tied tensors that are there twice.
 
-    Says nothing of a model that is not here, that transformers does not know, or whose weights are quantised.
+    Says nothing of a model that is not here, that transformers does not know, or (of its tensors) whose weights are
+    quantised.
     """
     folder = local_folder(model)
     if folder is None:
         return
     paths = require_files(folder)
+    _require_same_files(folder, paths)
+    like = _require_fit(folder, paths, overrides)
+    if like is not None:
+        _require_names(folder, like, _shapes(paths))
+
+
+def require_fit(folder: Path) -> list[Path]:
+    """As `require_whole`, but of what transformers alone makes of a folder. The weight files that it loads."""
+    paths, index = require_files(folder), _first(folder)
+    if index is not None and index.suffix == ".json" and "metadata" not in json.loads(read_text(index)):
+        raise IncompleteModel(
+            f"{index} has no 'metadata', without which transformers reads no index; add \"metadata\": {{}} to it"
+        )
+    _require_fit(folder, paths, None)
+    return paths
+
+
+def _require_fit(folder: Path, paths: Collection[Path], overrides: Mapping[str, Any] | None) -> Any:
+    """The module on the meta device; None where nothing can be said of it."""
     try:
         config = load_config(folder, overrides)
-        with torch.device("meta"):
-            like = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError):
-        return
-    if not paths or getattr(config, "quantization_config", None) is not None:
-        return
-    shapes = _shapes(paths)
-    with _quiet():
+    except (OSError, ValueError, Unsupported):
+        return None
+    refuse_other_files(folder, config)
+    quantised = getattr(config, "quantization_config", None) is not None
+    if not paths or quantised or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"), sensible(folder):
+        like = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
+    with quiet():
         try:
             module, info = type(like).from_pretrained(
-                None, config=config, state_dict=shapes, device_map="meta", output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                None, config=config, state_dict=_shapes(paths), device_map="meta", output_loading_info=True,
+                ignore_mismatched_sizes=True, attn_implementation=ATTENTION,
             )  # fmt: skip
         except RuntimeError as error:
             raise IncompleteModel(f"the tensors of {folder} do not fit: {str(error)[:300]}; {AGAIN}") from None
     require_loaded(folder, module, info)
-    _require_names(folder, like, shapes)
+    require_floats(folder, like, paths)
     _require_ties(folder, like, paths)
+    return like
+
+
+def refuse_other_files(folder: Path, config: Any) -> None:
+    """Raise `IncompleteModel` where transformers would load other files than those that `require_files` looked at."""
+    if getattr(config, "transformers_weights", None) is not None:
+        raise IncompleteModel(
+            f"the config of {folder} names weight files of its own (transformers_weights), which other engines do not "
+            "read; take that out, and name the file model.safetensors"
+        )
+
+
+def require_floats(model: str | Path, module: Any, paths: Collection[Path]) -> None:
+    """Raise `IncompleteModel` where `paths` hold integers, or floats of 8 bits or less, for a tensor of floats of
+    `module`, whose config does not say that weights are quantised: engines would take the numbers as they stand."""
+    own, prefix = module.state_dict(), module.base_model_prefix
+    unread = re.compile("|".join((*UNREAD, *(module._keys_to_ignore_on_load_unexpected or ()))))
+    for header in (header for path in paths for header in _headers(path)):
+        place = own.get(header.name, own.get(f"{prefix}.{header.name}"))
+        is_for_floats = place.is_floating_point() if place is not None else not unread.search(header.name)
+        if not header.is_float and is_for_floats:
+            raise IncompleteModel(
+                f"the files of {model} have {header.name} in {header.dtype}, and its config does not say that weights "
+                f"are quantised; add its quantization_config to config.json, or {AGAIN}"
+            )
 
 
 def require_weights_of(model: str | Path, source: str | Path) -> None:
     """Raise unless `source` is a folder whose weights may run in place of those of `model`: `NotFound` where there is
     none, `IncompleteModel` as `require_whole`, `InvalidRequest` where its config is of another function."""
-    if not (Path(source) / "config.json").is_file():
+    if not is_there(Path(source) / "config.json"):
         raise NotFound(f"{source} has no config.json: give a folder with weights of {model}")
     require_whole(source)
-    require_same_function(source, load_config(source), load_config(model))
+    with sensible(source):
+        require_same_function(source, load_config(source), load_config(model))
 
 
 def require_same_function(source: str | Path, theirs: Any, ours: Any) -> None:
@@ -97,17 +151,28 @@ def require_loaded(model: str | Path, module: Any, info: Mapping[str, Any]) -> N
 
 
 def require_files(folder: Path) -> list[Path]:
-    """The weight files that loading `folder` reads. Raises `IncompleteModel` for a file that it reads and that is a Git
-    LFS pointer, was cut short, or is missing though the index names it."""
-    index = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if index is None or (folder / "adapter_config.json").is_file():
+    """The weight files that transformers loads from `folder`. Raises `IncompleteModel` for a file that a boot reads and
+    that is a Git LFS pointer, was cut short, is not what its name says, or is missing though the index names it, and
+    for a tensor that stands elsewhere than the index says; `StorageFailed` for a file that this user may not read,
+    `Unsupported` for an adapter."""
+    require_beside(folder)
+    if is_there(folder / ADAPTER):
+        raise Unsupported(
+            f"{folder} holds an adapter ({ADAPTER}), which some engines put on the model and others leave out: merge "
+            "it into the model (merge_and_unload) and save that"
+        )
+    index = _first(folder)
+    if index is None:
         return []
-    for path in sorted({index, *(path for pattern in READ_BESIDE for path in folder.glob(pattern))}):
-        _refuse_pointer(path)
-    paths = _shards(folder, index) if index.suffix == ".json" else [index]
-    for path in paths:
-        _require_file(path)
-    return paths
+    if index.suffix != ".json":
+        _headers(index)
+        return [index]
+    return _shards(folder, index)
+
+
+def _first(folder: Path) -> Path | None:
+    """The file by which transformers finds the weights in `folder`."""
+    return next((folder / name for name in WEIGHTS if is_there(folder / name)), None)
 
 
 def local_folder(model: str | Path) -> Path | None:
@@ -121,52 +186,93 @@ def local_folder(model: str | Path) -> Path | None:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-        if not named or not all(isinstance(name, str) for name in named):
-            raise ValueError("it names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IncompleteModel(f"{index} is no index of weights: {error!r}; {AGAIN}") from None
-    paths = sorted(folder / name for name in named)
-    gone = [path.name for path in paths if not path.is_file()]
+    """The files that the index names, once each tensor was found in the one where it says, and in no other: engines
+    load all of them, and which of two would run hangs on the order of their names."""
+    named = _weight_map(index)
+    paths = sorted({folder / name for name in named.values()})
+    gone = [path.name for path in paths if not is_there(path)]
     if gone:
         raise IncompleteModel(f"{index} names {len(paths)} files, and {_some(gone)} {_is(gone)} missing; {AGAIN}")
+    where: dict[str, str] = {}
+    for path in paths:
+        for header in _headers(path):
+            if header.name in where:
+                both = f"{where[header.name]} and in {path.name}"
+                raise IncompleteModel(f"{header.name} is in {both} of {folder}; {AGAIN}")
+            where[header.name] = path.name
+    for name, file in named.items():
+        if where.get(name) != file:
+            found = f"it is in {where[name]}" if name in where else "it is not there"
+            raise IncompleteModel(f"{index} says that {name} is in {file}, and {found}; {AGAIN}")
     return paths
 
 
-def _refuse_pointer(path: Path) -> None:
-    if path.is_file() and path.stat().st_size < LFS_NBYTES and path.read_bytes().startswith(LFS_HEAD):
-        raise IncompleteModel(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
-
-
-def _require_file(path: Path) -> None:
-    _refuse_pointer(path)
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as the index has it: one of its own folder, for there alone engines look."""
     try:
-        _shapes([path])
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        said = json.loads(read_text(index))
+        named: dict[str, str] = msgspec.convert(said["weight_map"], dict[str, str])
+        elsewhere = [name for name in named.values() if Path(name).name != name]
+        if not named or elsewhere:
+            raise ValueError(f"{min(elsewhere)!r} is no file beside it" if elsewhere else "it names no files")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IncompleteModel(f"{index} is no index of weights: {error!r}; {AGAIN}") from None
+    return named
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of one of its tensors. `dtype`: in the file's own word; `is_float`: of 16 bits or more."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    is_float: bool
+
+
+def _headers(path: Path) -> list[Header]:
+    """Every tensor of a weight file. Raises `IncompleteModel` where it cannot be read."""
+    refuse_pointer(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                kinds = {name: str(one.get_dtype()) for name, one in slices.items()}
+                return [Header(n, tuple(s.get_shape()), kinds[n], kinds[n] in FLOATS) for n, s in slices.items()]
+        loaded = torch.load(path, map_location="meta", weights_only=True)
+        return [Header(n, tuple(t.shape), str(t.dtype), t.dtype in TORCH_FLOATS) for n, t in loaded.items()]
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, AttributeError) as error:
         raise IncompleteModel(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as weights: {str(error)[:200]}. Its download was cut "
-            f"short, or it was damaged; {AGAIN}"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as weights: {str(error)[:200]}. {CUT}"
         ) from None
 
 
 def _shapes(paths: Collection[Path]) -> dict[str, torch.Tensor]:
     """Every tensor of the files by its name there, without bytes."""
-    out: dict[str, torch.Tensor] = {}
-    for path in paths:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
-                    out[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-        else:
-            out.update(torch.load(path, map_location="meta", weights_only=True))
-    return out
+    return {h.name: torch.empty(h.shape, device="meta") for path in paths for h in _headers(path)}
 
 
 def _ties(module: Any) -> dict[str, str]:
     """Tied tensors as the config has it, each with the one that it is."""
     found: dict[str, str] = module.get_expanded_tied_weights_keys(all_submodels=True)
     return found
+
+
+def _require_same_files(folder: Path, paths: Collection[Path]) -> None:
+    """vLLM and SGLang load every weight file of the folder, or all of those that the index names, where transformers
+    loads `paths`: what ran would not be what the identity is of."""
+    index = folder / WEIGHTS[1]
+    found = sorted(folder.glob("*.safetensors"))
+    if found and index.is_file():
+        named = set(_weight_map(index).values())
+        found = [path for path in found if path.name in named]
+    found = found or [path for path in sorted(folder.glob("*.bin")) if path.name not in NO_WEIGHTS]
+    differing = {path.name for path in paths} ^ {path.name for path in found}
+    if paths and differing:
+        raise IncompleteModel(
+            f"{folder} has weights that transformers loads and others that vLLM and SGLang load ({_some(differing)}): "
+            "leave the files of one model there, and move the others out"
+        )
 
 
 def _require_names(folder: Path, like: Any, names: Collection[str]) -> None:
@@ -252,7 +358,7 @@ def _is(names: Collection[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own report of the load, and its progress bar, stay out of the log."""
     before, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -263,3 +369,18 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """transformers' report of a load stays out of the log, where `require_loaded` says what is in it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

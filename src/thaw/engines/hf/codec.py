@@ -67,7 +67,7 @@ class HFCodec(Codec):
             )
 
     def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
-        return self._pieces.encode_inside(text) if inside else self._pieces.encode(text)
+        return self._pieces.encode_chat_inside(text) if inside else self._pieces.encode(text)
 
     def tool_schema(self, function: Callable[..., object]) -> Message:
         return schema_of(function)
@@ -80,7 +80,9 @@ class HFCodec(Codec):
             found = next((found[name] for name in names if name in found), None)
         if not found:
             raise Unsupported("this model's tokenizer has no chat template; use append and generate with text")
-        return str(found)
+        if not isinstance(found, str):
+            raise Unsupported(f"this model's chat template is a {type(found).__name__}, and only text can be one")
+        return found
 
     def _render(
         self, template: str, messages: list[Message], *, variables: Mapping[str, object] | None = None, **more: Any

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thaw.core.errors import InvalidRequest
+from thaw.core.errors import InvalidRequest, Unsupported
+from thaw.engines.hf.beside import is_there, read_object
 
 _NOT_FUNCTION = frozenset(
     (
@@ -54,6 +56,10 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 """What configs call the number of their positions; the first one there counts."""
 STRETCHED = ("yarn", "linear")
 """Ropes whose `factor` says by how much positions are stretched, beyond what the model was trained with."""
+GENERATION = "generation_config.json"
+ATTENTION = "eager"
+"""Where a model is only looked at: every class has it, and a config may ask for one that is not installed."""
+NONSENSE = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 _IN_ROPE = ("partial_rotary_factor",)
 """Read from `rope_parameters` by every model of transformers 5; see docs/design/0003-identity-across-versions.md."""
 
@@ -78,11 +84,10 @@ def _said_twice(config: Mapping[str, Any]) -> set[str]:
 def load_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
     """The resolved config of the model in `folder` (or of that hub id), with `overrides` in place of its own fields.
 
-    Raises OSError or ValueError when there is no config that can be read.
+    Raises OSError or ValueError when there is no config that can be read, `InvalidRequest` for one whose values make no
+    sense, `Unsupported` for one that only code beside it reads.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = _own_config(folder)
     for name, value in (overrides or {}).items():
         setattr(config, ROPE if name == OLD_ROPE else name, value)
     if overrides and getattr(config, ROPE, None):
@@ -90,28 +95,63 @@ def load_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     return config
 
 
+def _own_config(folder: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        refuse_foreign_code(folder, error)
+        raise
+    except nonsense() as error:
+        raise _senseless(folder, error) from None
+
+
+def refuse_foreign_code(model: str | Path, error: Exception) -> None:
+    """Raise `Unsupported` where `error` is what transformers says of a model that comes with code of its own."""
+    if "trust_remote_code" in str(error):
+        raise Unsupported(f"{model} comes with code of its own, and thaw runs none of it") from None
+
+
+@contextmanager
+def sensible(name: object) -> Iterator[None]:
+    """Turns what transformers raises of a config whose values make no sense into `InvalidRequest`."""
+    try:
+        yield
+    except nonsense(ValueError, RuntimeError) as error:
+        raise _senseless(name, error) from None
+
+
+def nonsense(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What transformers raises, beside OSError and ValueError, of files that it did not expect; and `more`."""
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+    except ImportError:
+        return (*NONSENSE, *more)
+    return (*NONSENSE, StrictDataclassError, *more)
+
+
+def _senseless(name: object, error: Exception) -> InvalidRequest:
+    return InvalidRequest(f"the config of {name} makes no sense: {type(error).__name__}: {error}")
+
+
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json's fields as transformers completes them: with its class's own values, and a rope in one place.
 
-    As it is where transformers is not here or does not know its type. Raises ValueError, TypeError and the like where
-    its values make no sense.
+    As it is where transformers is not here or does not know its type. Raises what `sensible` takes where its values
+    make no sense.
     """
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
         return dict(config)
-    from huggingface_hub.errors import StrictDataclassError
-
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return dict(config)
     long = [name for name, value in config.items() if "layer" in name and isinstance(value, int) and value > MAX_LAYERS]
     if long:
         raise ValueError(f"{long[0]}={config[long[0]]}")
-    try:
-        fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from None
+    fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
     return fields
 
 
@@ -167,11 +207,14 @@ def eos_token_ids(folder: Path, config: Any = None) -> tuple[int, ...]:
     """The tokens that end a text of the model in `folder` (or of that hub id): those that the loaded model would name.
     `config` is its config where that is loaded already.
 
-    Raises OSError or ValueError when the folder has no config that can be read.
+    Raises OSError or ValueError when the folder has no config that can be read, `IncompleteModel` for a
+    generation_config.json that cannot.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder) if config is None else config
+    config = _own_config(folder) if config is None else config
+    if is_there(Path(folder, GENERATION)):
+        read_object(Path(folder, GENERATION))
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:  # it has no generation_config.json

@@ -4,7 +4,7 @@ A skeleton of the module on the meta device (names, shapes, dtypes, ties; no byt
 files. Names must agree one to one, a tied tensor being there under one of its names; then every tensor is read, cast
 to the skeleton's dtype and hashed, one at a time. Whatever else loading might do to a tensor is refused with
 `NotOneToOne`: renamed or merged tensors, tensors that the module has no use for, modules kept in float32, quantised
-weights, adapters, other formats.
+weights, other formats.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from thaw.core.identity import weights_root
-from thaw.engines.hf.checkpoint import require_files
-from thaw.engines.hf.config import load_config
+from thaw.engines.hf.checkpoint import require_files, require_floats
+from thaw.engines.hf.config import ATTENTION, load_config, sensible
 from thaw.engines.hf.weights import hashed_tensors, leaf
 
 
@@ -32,11 +32,13 @@ def skeleton(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | No
     """The module that transformers would load from `folder` in `dtype`, on the meta device: everything but its bytes.
     `overrides`: see `load_config`.
 
-    Raises OSError or ValueError when the folder has no config that can be read.
+    Raises what `load_config` raises.
     """
     config = load_config(folder, overrides)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("meta"), sensible(folder):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False, attn_implementation=ATTENTION
+        )
 
 
 def hash_files(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> str:
@@ -45,6 +47,7 @@ def hash_files(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | 
     paths = _weight_files(folder)
     module = skeleton(folder, dtype, overrides)
     _refuse_conversions(module, dtype)
+    require_floats(folder, module, paths)
     with ExitStack() as stack:
         files = _open(paths, stack)
         names = _names(module)
@@ -59,8 +62,6 @@ def hash_files(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read: one, or those that the index names."""
-    if (folder / "adapter_config.json").is_file():
-        raise NotOneToOne("the folder holds an adapter")
     paths = require_files(folder)
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         raise NotOneToOne("there is no model.safetensors and no model.safetensors.index.json")

@@ -30,6 +30,10 @@ class Pieces(Protocol):
     def encode_inside(self, text: str) -> list[int]:
         """The tokens of what is appended to a text: decoded behind it they give `text`, no space more."""
 
+    def encode_chat_inside(self, text: str) -> list[int]:
+        """As `encode_inside`, but behind a special token in `text` as a whole text goes on there: some tokenizers put a
+        space there, too, and a conversation has the same tokens whether it was appended or is rendered whole."""
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """All tokens, special ones too."""
 
@@ -53,6 +57,12 @@ class FastPieces:
 
     def encode_inside(self, text: str) -> list[int]:
         return list(self._inside.encode(text, add_special_tokens=False).ids)
+
+    def encode_chat_inside(self, text: str) -> list[int]:
+        encoding = self._inside.encode(text, add_special_tokens=False)
+        ids, added = list(encoding.ids), self._backend.get_added_tokens_decoder()
+        first = next((i for i, token in enumerate(ids) if token in added), None)
+        return ids if first is None else [*ids[:first], *self.encode(text[encoding.offsets[first][0] :])]
 
     @cached_property
     def _inside(self) -> Any:
@@ -113,6 +123,9 @@ class SlowPieces:
         ids = self.encode("\n" + text)
         found = self._newline and ids[: len(self._newline)] == self._newline
         return ids[len(self._newline) :] if found else self.encode(text)
+
+    def encode_chat_inside(self, text: str) -> list[int]:
+        return self.encode_inside(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(

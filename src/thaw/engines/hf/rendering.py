@@ -31,13 +31,13 @@ def render(
     variables: Mapping[str, Any],
 ) -> str:
     """The conversation's text. Raises `jinja2.TemplateError`, and whatever else a program may."""
-    return _compiled(template).render(
-        messages=[_message(message) for message in messages],
-        tools=None if tools is None else [tool if isinstance(tool, Mapping) else _schema(tool) for tool in tools],
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **variables,
-    )
+    given = {
+        "messages": [_message(message) for message in messages],
+        "tools": None if tools is None else [tool if isinstance(tool, Mapping) else _schema(tool) for tool in tools],
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return _compiled(template).render({**given, **variables})
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

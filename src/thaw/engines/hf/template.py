@@ -18,7 +18,8 @@ from thaw.engines.base import Message
 
 Render = Callable[[list[Message]], str]
 """The template itself, with no generation prompt, tools or variables."""
-PROBE = "thawProbe0d1c"
+PROBE = "90210417"
+"""Digits: a template may capitalise what it says."""
 BEFORE: dict[str, list[Message]] = {
     "assistant": [{"role": "user", "content": "a"}],
     "tool": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -36,10 +37,12 @@ class ContentFit:
         self._render = render
         self._parts: dict[str, bool] = {}
         self._strings: dict[str, bool] = {}
+        self._objects: bool | None = None
 
     def fit(self, messages: Sequence[Message]) -> list[Message]:
-        """The same messages with content in a shape that the template says whole: a list of parts where it iterates
-        over them, else text. Raises `Unsupported` for parts that are no text."""
+        """The same messages in a shape that the template says whole: content as a list of parts where it iterates over
+        them, else text; arguments of calls as objects, or as JSON text where it writes them down as they are. Raises
+        `Unsupported` for parts that are no text."""
         return [self._fit(message, f"message {i}") for i, message in enumerate(messages)]
 
     def _fit(self, message: Message, where: str) -> Message:
@@ -47,13 +50,15 @@ class ContentFit:
         several = isinstance(message.get("content"), (list, tuple))
         as_parts = self.takes_parts(role) if several else not self.takes_text(role) and self.takes_parts(role)
         shaped = content.as_parts(message, where) if as_parts else content.as_text(message, where)
-        return content.with_read_arguments(shaped)
+        if not shaped.get("tool_calls"):
+            return shaped
+        return content.with_arguments(shaped, as_objects=self.takes_objects())
 
     def takes_parts(self, role: str) -> bool:
         """Whether the template iterates over content that is a list, rather than printing the list."""
         if role not in self._parts:
             said = self._said(role, [{"type": "text", "text": PROBE}])
-            self._parts[role] = PROBE in said and "type'" not in said and 'type"' not in said
+            self._parts[role] = PROBE in said and "type'" not in said.lower() and 'type"' not in said.lower()
         return self._parts[role]
 
     def takes_text(self, role: str) -> bool:
@@ -61,9 +66,27 @@ class ContentFit:
             self._strings[role] = PROBE in self._said(role, PROBE)
         return self._strings[role]
 
+    def takes_objects(self) -> bool:
+        """Whether arguments of calls are to be objects: unless the template says them as JSON text alone, or prints an
+        object as Python does and the text as it is."""
+        if self._objects is None:
+            said = self._said_of_call({PROBE: PROBE})
+            printed = f"{{'{PROBE}'" in said
+            self._objects = (PROBE in said and not printed) or PROBE not in self._said_of_call(f'{{"{PROBE}": "a"}}')
+        return self._objects
+
+    def _said_of_call(self, arguments: object) -> str:
+        call = {"id": "thawcall1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result: Message = {"role": "tool", "name": "f", "tool_call_id": call["id"], "content": "b"}
+        return self._tried([*BEFORE["assistant"], answer, result])
+
     def _said(self, role: str, said: object) -> str:
+        return self._tried([*BEFORE.get(role, []), {"role": role, "content": said}, *AFTER.get(role, [])])
+
+    def _tried(self, messages: list[Message]) -> str:
         try:
-            return self._render([*BEFORE.get(role, []), {"role": role, "content": said}, *AFTER.get(role, [])])
+            return self._render(messages)
         except ERRORS:
             return ""
 
@@ -86,7 +109,7 @@ RESERVED = frozenset(
         "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
         "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
         "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs", "sanitize_control_tokens",
-        "strftime_now", "raise_exception",
+        "strftime_now", "raise_exception", "self",
     }
 )  # fmt: skip
 """Names that are not a template's variables: they mean something to what renders it."""

@@ -7,14 +7,15 @@ format, code that comes with the model) `load_tokenizer` hands over to it, and a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thaw.core.errors import NotFound, Unsupported
+from thaw.core.errors import IncompleteModel, NotFound, Unsupported
+from thaw.engines.hf.beside import AGAIN, TOKENIZER, is_there, read_object, read_text, read_tokenizer
+from thaw.engines.hf.config import refuse_foreign_code
 from thaw.engines.hf.pieces import is_byte_level
 from thaw.engines.hf.rendering import Messages, render
 
@@ -87,39 +88,52 @@ class FileTokenizer:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of the model in that folder, or of that hub id. Raises `NotFound`."""
-    why = ""
+    """The tokenizer of the model in that folder, or of that hub id. Raises `NotFound`, `IncompleteModel` for files that
+    are not whole, `Unsupported`."""
     try:
         config = _config(name)
         backend, why = _backend(name, config)
-        if backend is not None:
-            return FileTokenizer(backend, config, _chat_template(name, config))
-        log.warning("thaw: transformers reads the model's tokenizer, which takes some seconds: %s", why)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"the tokenizer of {name} could not be loaded here: {error}") from None
+        template = _chat_template(name, config)
+    except (OSError, ValueError) as error:  # of the hub
+        raise _not_here(name, error) from None
+    if backend is not None:
+        return FileTokenizer(backend, config, template)
+    log.warning("thaw: transformers reads the model's tokenizer, which takes some seconds: %s", why)
+    try:
+        return transformers_tokenizer(name)
     except ImportError as error:
         raise Unsupported(f"the tokenizer of {name} needs transformers ({why}), which is not here: {error}") from None
 
 
+def transformers_tokenizer(name: str) -> Any:
+    """The tokenizer that transformers makes of the model's files. Raises as `load_tokenizer`, and ImportError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        refuse_foreign_code(name, error)
+        raise _not_here(name, error) from None
+    except ImportError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the tokenizers library raises nothing narrower)
+        raise IncompleteModel(f"transformers cannot read the tokenizer of {name}: {error!r}; {AGAIN}") from None
+
+
+def _not_here(name: str, error: Exception) -> NotFound:
+    return NotFound(f"the tokenizer of {name} could not be loaded here: {error}")
+
+
 def _backend(name: str, config: Mapping[str, Any]) -> tuple[Any, str]:
     """tokenizer.json, or None and why it does not say what transformers would make of it."""
-    from tokenizers import Tokenizer
-
-    filed = _find(name, "tokenizer.json")
+    filed = _find(name, TOKENIZER)
     if filed is None:
         return None, "it has no tokenizer.json"
     if "auto_map" in config:
         return None, "its code comes with the model"
     if _find(name, "tekken.json") is not None:
         return None, "it is in Mistral's format"
-    try:
-        backend = Tokenizer.from_file(str(filed))
-    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
-        raise NotFound(f"{filed} is no tokenizer that the tokenizers library reads: {error}") from None
-    kind = str(config.get("tokenizer_class"))
+    backend, kind = read_tokenizer(filed), str(config.get("tokenizer_class"))
     if is_byte_level(backend) or kind.removesuffix("Fast") in _AS_FILED:
         return backend, ""
     return None, f"{kind} makes one of its own"
@@ -142,10 +156,12 @@ def _chat_template(name: str, config: Mapping[str, Any]) -> str | dict[str, str]
     """A file goes before what stands in the config; several have names."""
     found: str | dict[str, str] | list[Any] | None = config.get("chat_template")
     if isinstance(found, list):
+        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in found):
+            raise ValueError("chat_template of tokenizer_config.json is a list of other than names and templates")
         found = {entry["name"]: entry["template"] for entry in found}
     file, more = _find(name, "chat_template.jinja"), sorted(Path(name, "additional_chat_templates").glob("*.jinja"))
     filed = {**({"default": file} if file is not None else {}), **{path.stem: path for path in more}}
-    texts = {key: path.read_text(encoding="utf-8") for key, path in filed.items()}
+    texts = {key: read_text(path) for key, path in filed.items() if is_there(path)}
     if not texts:
         return found
     return texts["default"] if list(texts) == ["default"] else texts
@@ -153,15 +169,15 @@ def _chat_template(name: str, config: Mapping[str, Any]) -> str | dict[str, str]
 
 def _read(name: str, file: str) -> dict[str, Any]:
     path = _find(name, file)
-    found = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+    return {} if path is None else read_object(path)
 
 
 def _find(name: str, file: str) -> Path | None:
-    """A file of the model: in its folder, or of the hub; None where the model has no such file."""
+    """A file of the model: in its folder, or of the hub; None where the model has no such file. Raises as `is_there`,
+    and OSError or ValueError of the hub's."""
     if os.path.isdir(name):
         path = Path(name, file)
-        return path if path.is_file() else None
+        return path if is_there(path) else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

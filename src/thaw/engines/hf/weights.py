@@ -4,7 +4,7 @@ The root is one of the loaded module. Where the files hold that module's tensors
 takes them from there and nothing is loaded (`files.py`).
 
 The root is cached beside the weights (or in the user's cache folder), keyed by every weight file's path, size and
-mtime, by the config and by the dtype it was loaded in, so that a second boot does not hash again, whichever engine it
+times, by the config and by the dtype it was loaded in, so that a second boot does not hash again, whichever engine it
 is.
 """
 
@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from thaw.core.identity import tensor_leaf, weights_root
 from thaw.core.ids import digest, is_id
-from thaw.data.files import cache_dir
+from thaw.data.files import cache_dir, stamp
 
 CACHE_NAME = ".thaw-weights.json"
 log = logging.getLogger(__name__)
@@ -58,14 +58,24 @@ def root_of_folder(folder: Path, dtype: str, overrides: Mapping[str, Any] | None
 def _load(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from thaw.engines.hf.checkpoint import require_loaded
-    from thaw.engines.hf.config import load_config
+    from thaw.engines.hf.checkpoint import (
+        refuse_other_files,
+        require_files,
+        require_floats,
+        require_loaded,
+        without_report,
+    )
+    from thaw.engines.hf.config import ATTENTION, load_config
 
-    module, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=load_config(folder, overrides), dtype=dtype, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    config = load_config(folder, overrides)
+    refuse_other_files(folder, config)
+    with without_report():
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            attn_implementation=ATTENTION,
+        )  # fmt: skip
     require_loaded(folder, module, info)
+    require_floats(folder, module, require_files(folder))
     return module
 
 
@@ -115,12 +125,12 @@ def _raw(tensor: torch.Tensor) -> memoryview:
 
 
 def files_key(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> str | None:
-    """What the cached root hangs on: every weight file's path, size and mtime, the config (which tensors there are, and
-    which are tied) and the dtype. None: no weight files."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    """What the cached root hangs on: every weight file and index with its `stamp`, the config (which tensors there are,
+    and which are tied) and the dtype. None: no weight files."""
+    files = sorted(file for pattern in ("*.safetensors", "*.bin", "*.index.json") for file in folder.glob(pattern))
     if not files:
         return None
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stats = [(file.name, *stamp(file)) for file in files]
     config = folder / "config.json"
     said = [digest(config.read_bytes()) if config.is_file() else None, overrides or None]
     return digest(json.dumps([str(folder.resolve()), str(dtype), stats, *said], default=str).encode())

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
+from typing import TypeAlias
 
+from thaw.core.cache import CacheGroup, point_groups, token_groups
 from thaw.core.errors import Busy, InvalidRequest, LawBroken, StaleSession
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Point
+from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
 from thaw.engines.served import protocol
@@ -16,6 +21,11 @@ from thaw.engines.served.protocol import Answer, Blob
 from thaw.engines.served.session import ServedSession
 from thaw.engines.served.talk import Talk
 from thaw.engines.text import cut_turns
+
+Named: TypeAlias = dict[str, list[Blob]]
+"""By cache group."""
+Found: TypeAlias = dict[tuple[int, str, int], list[Blob]]
+"""By the segment's start, the cache group, and the number of tokens that a state is of (else 0)."""
 
 
 async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: Model) -> Captured:
@@ -65,7 +75,7 @@ def _captured(
 ) -> Captured:
     if plan.base > answer.num_kv:
         raise InvalidRequest(f"capture from token {plan.base}: the session has KV for {answer.num_kv} tokens")
-    segments, locations = _segments(answer, model.info.groups[0])
+    segments, locations = joined_segments(answer, plan.base, model.info.groups)
     return Captured(
         identity=identity,
         tokens=tokens,
@@ -82,19 +92,65 @@ def _captured(
     )
 
 
-def _segments(answer: Answer, group: CacheGroup) -> tuple[tuple[CapturedSegment, ...], tuple[BlobLocation, ...]]:
-    """What all ranks wrote, in the order of tokens and heads. Raises `LawBroken` unless every head is there once."""
-    at: dict[int, list[Blob]] = {}
-    for blob in sorted(answer.blobs, key=lambda b: (b.start, b.head)):
-        at.setdefault(blob.start, []).append(blob)
-    for start, blobs in at.items():
-        if [b.head for b in blobs] != list(range(group.num_kv_heads)):
-            raise LawBroken(f"the workers wrote heads {[b.head for b in blobs]} of the segment at {start}")
-    segments = tuple(
-        CapturedSegment(start=start, length=blobs[0].length, blobs={group.name: tuple(b.blob for b in blobs)})
-        for start, blobs in at.items()
+def joined_segments(
+    answer: Answer, base: int, groups: Sequence[CacheGroup]
+) -> tuple[tuple[CapturedSegment, ...], tuple[BlobLocation, ...]]:
+    """What all ranks wrote of tokens from `base` on, in the order of segments, groups and blobs. Raises `LawBroken`
+    unless every blob is there once that every group needs."""
+    found: Found = {}
+    for blob in sorted(answer.blobs, key=lambda b: b.index):
+        found.setdefault((blob.start, blob.group, blob.point), []).append(blob)
+    segments, order = [], []
+    for start, stop in windows(base, answer.num_kv):
+        tokens, states = _tokens_of(found, start, stop, answer.num_kv, groups), _states_of(found, start, groups)
+        segments.append(_segment(start, stop, tokens, states))
+        order += [blob for named in (tokens, *states.values()) for blobs in named.values() for blob in blobs]
+    if found:
+        raise LawBroken(f"the workers wrote what nobody asked for: {sorted(found)}")
+    locations = tuple(BlobLocation(blob=b.blob, pack=b.pack, offset=b.offset, nbytes=b.nbytes) for b in order)
+    return tuple(segments), locations
+
+
+def _tokens_of(found: Found, start: int, stop: int, num_kv: int, groups: Sequence[CacheGroup]) -> Named:
+    """A segment's blobs of tokens; of a window that begins behind the segment there may be none."""
+    named = {}
+    for group in token_groups(groups):
+        blobs, needed = found.pop((start, group.name, 0), []), max(start, group.covers(num_kv).start)
+        if blobs or needed < stop:
+            _check_whole(blobs, group, start, needed)
+            named[group.name] = blobs
+    return named
+
+
+def _states_of(found: Found, start: int, groups: Sequence[CacheGroup]) -> dict[int, Named]:
+    """A segment's states, by the number of tokens that they are of."""
+    states: dict[int, Named] = {}
+    for token in sorted({token for at, _, token in found if at == start and token}):
+        states[token] = {group.name: found.pop((start, group.name, token), []) for group in point_groups(groups)}
+        for group in point_groups(groups):
+            _check_whole(states[token][group.name], group, start, start)
+    return states
+
+
+def _segment(start: int, stop: int, tokens: Named, states: dict[int, Named]) -> CapturedSegment:
+    return CapturedSegment(
+        start=start,
+        length=stop - start,
+        blobs=_ids(tokens),
+        first={name: blobs[0].first for name, blobs in tokens.items() if blobs[0].first > start},
+        points=tuple(Point(token=token, blobs=_ids(named)) for token, named in states.items()),
     )
-    locations = tuple(
-        BlobLocation(blob=b.blob, pack=b.pack, offset=b.offset, nbytes=b.nbytes) for blobs in at.values() for b in blobs
-    )
-    return segments, locations
+
+
+def _check_whole(blobs: Sequence[Blob], group: CacheGroup, start: int, needed: int) -> None:
+    """All of the group's blobs, from token `needed` on or an earlier one that is the same for all."""
+    told, firsts = [blob.index for blob in blobs], {blob.first for blob in blobs}
+    if told != list(range(group.num_blobs)) or len(firsts) != 1 or not start <= firsts.pop() <= needed:
+        raise LawBroken(
+            f"the workers wrote blobs {told} of cache group {group.name} in the segment at {start}, from tokens "
+            f"{sorted({blob.first for blob in blobs})} on; expected {group.num_blobs}, from {needed} on"
+        )
+
+
+def _ids(named: Named) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(blob.blob for blob in blobs) for name, blobs in named.items()}

@@ -12,12 +12,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
+    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Codec,
@@ -63,7 +65,7 @@ class ServedEngine(Engine):
         transport: Transport,
         *,
         codec: Codec,
-        identity: Callable[[CacheGroup], ModelIdentity],
+        identity: Callable[[tuple[CacheGroup, ...]], ModelIdentity],
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         name: str,
@@ -82,22 +84,13 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
-        group = CacheGroup(
-            name="full",
-            kind="full",
-            first_layer=0,
-            num_layers=worker.num_layers,
-            num_kv_heads=worker.total_heads,
-            head_dim=worker.head_dim,
-            dtype=worker.dtype,  # type: ignore[arg-type]
-        )
         return EngineInfo(
             name=self.name,
             version=facts.version,
             model=model,
             device=worker.layout.get("device", "cpu"),
             continuation=self.continuation,
-            groups=(group,),
+            groups=worker.groups,
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
@@ -167,8 +160,10 @@ class ServedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if n < 1 or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(f"fork: n={n}, seeds={seeds!r}; n is at least 1 and seeds, if given, are n integers")
+        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
+            raise InvalidRequest(
+                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
+            )
         for seed in seeds or ():
             check_seed(seed)
         return self._loop.begin(lambda _: soon(lambda: self._fork(self._fresh(session), n, at, replay, seeds)))

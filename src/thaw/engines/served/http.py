@@ -14,6 +14,7 @@ import httpx
 import msgspec
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
+from thaw.core.text import is_text
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.protocol import EngineFacts, Message
 from thaw.engines.served.said import error_text, server_message
@@ -62,8 +63,12 @@ class HttpTransport(Transport, Generic[C]):
     @classmethod
     def base_of(cls, url: str) -> str:
         """`http://host:port[/path]`. Raises `InvalidRequest` for what is no address."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_text(url)
+        except ValueError:  # no port, or no address in brackets
+            sound = False
+        if not sound:
             raise InvalidRequest(f"{url!r} is not the address of a server; give one such as {cls.example}")
         return url.rstrip("/")
 

@@ -8,6 +8,7 @@ import time
 from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused
 from thaw.core.identity import compare
 from thaw.core.proof import Continuation, Proof
+from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
 from thaw.engines.embedded.driver import Promise
 from thaw.engines.served import protocol
@@ -19,10 +20,12 @@ from thaw.engines.served.transport import Chunk, Submission
 
 
 async def hydrate(plan: HydratePlan, talk: Talk, model: Model, generation: Generation) -> ServedSession:
-    """A session of the plan, with its proof. Raises `Refused` where it is another model's and may not be recomputed."""
+    """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
+    it may not be recomputed."""
     identity = await model.identity()
     try:
         compare(plan.identity, identity)
+        restoring.check_kept(plan)
     except Refused as refused:
         if plan.policy != "recompute" or getattr(refused, "field", "") == "tokenizer":
             raise

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.cache import CacheGroup
+from thaw.core.errors import NotFound
+from thaw.core.identity import ModelIdentity
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import function_config
 from thaw.engines.hf.files import skeleton
@@ -20,19 +22,29 @@ from thaw.engines.hf.weights import root_of_folder
 
 
 def model_identity(
-    folder: Path, *, dtype: str, group: CacheGroup, codec: HFCodec, overrides: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    dtype: str,
+    groups: tuple[CacheGroup, ...],
+    codec: HFCodec,
+    overrides: Mapping[str, Any] | None = None,
 ) -> ModelIdentity:
     """The identity of the model in `folder` (or of that hub id) when it runs in `dtype`, with the fields `overrides` in
     place of its config's.
 
-    Raises OSError or ValueError when there is no such model, `IncompleteModel` when its files are not its config's.
+    Raises `NotFound` when there is no such model here, `IncompleteModel` when its files are not its config's,
+    `Unsupported` for one that comes with code of its own.
     """
-    module = skeleton(folder, getattr(torch, dtype), overrides)
+    try:
+        module = skeleton(folder, getattr(torch, dtype), overrides)
+        root = root_of_folder(folder, dtype, overrides)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"the model {folder} that the engine runs cannot be read here: {error}") from None
     return ModelIdentity(
         architecture=type(module).__name__,
-        weights=root_of_folder(folder, dtype, overrides),
+        weights=root,
         config=function_config(module.config.to_dict()),
         dtype=dtype,
         tokenizer=codec.identity(),
-        groups=(group,),
+        groups=groups,
     )

@@ -8,7 +8,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.cache import CacheGroup
+from thaw.core.identity import ModelIdentity
 from thaw.engines.served.engine import ServedEngine
 from thaw.engines.served.loop import LoopThread
 from thaw.engines.served.remembered import remembered
@@ -55,23 +56,21 @@ def _warn(notes: Iterable[str]) -> None:
 def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) -> E:
     from thaw.engines.hf.codec import HFCodec
     from thaw.engines.hf.config import stop_set
-    from thaw.engines.hf.tokenizer import load_tokenizer
+    from thaw.engines.hf.tokenizer import load_tokenizer, transformers_tokenizer
 
     facts, name = transport.facts, transport.facts.model
     tokenizer = load_tokenizer(name)
     ends = stop_set(facts.eos_token_ids, tokenizer, facts.vocab_size)
 
-    def identity(group: CacheGroup) -> ModelIdentity:
+    def identity(groups: tuple[CacheGroup, ...]) -> ModelIdentity:
         def say() -> ModelIdentity:
             """By torch and transformers, as every engine says it."""
-            from transformers import AutoTokenizer
-
             from thaw.engines.served.identity import model_identity
 
-            known = HFCodec(AutoTokenizer.from_pretrained(name))
-            return model_identity(Path(name), dtype=facts.dtype, group=group, codec=known, overrides=facts.overrides)
+            known = HFCodec(transformers_tokenizer(name))
+            return model_identity(Path(name), dtype=facts.dtype, groups=groups, codec=known, overrides=facts.overrides)
 
-        how = {"dtype": facts.dtype, "group": group, "overrides": sorted(facts.overrides.items())}
+        how = {"dtype": facts.dtype, "groups": groups, "overrides": sorted(facts.overrides.items())}
         return remembered(Path(name), say, **how)
 
     return kind(

@@ -15,9 +15,12 @@ from typing import Any
 
 import msgspec
 
+from thaw.core.errors import InvalidRequest
 from thaw.core.findings import Finding
 from thaw.data.files import read_at_most
+from thaw.engines.served import protocol
 from thaw.engines.served.mail import Mail, ranks_beside
+from thaw.engines.served.protocol import EngineFacts
 
 ASK_LIMIT_S = 5.0
 HELLO_LIMIT_S = 60.0
@@ -58,6 +61,9 @@ def joined(url: str, mail_at: Callable[[str], str], switched_on_by: str) -> Iter
     what = f"the server at {url}, which this repository joins,"
     try:
         mail = mail_at(url)
+    except InvalidRequest as error:
+        yield Finding(name="server", status="problem", text=f"{what} cannot be asked: {error}")
+        return
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         yield Finding(
             name="server",
@@ -125,14 +131,24 @@ def _active(folder: Path, log: str) -> Iterator[Finding]:
     )
     whole = len(workers) == engine.world_size
     layout = "; ".join(f"{k} {v}" for k, v in sorted(workers[0].layout.items())) if workers else ""
+    groups = " | ".join(map(str, workers[0].groups)) if workers else ""
     yield Finding(
         name="connector",
         status="ok" if whole else "problem",
-        text=f"{text}; layout: {layout}" if layout else text,
-        advice="" if whole else f"Some workers did not load it; the server's log says why: {log}",
+        text=f"{text}; cache groups: {groups}; layout: {layout}" if workers else text,
+        advice="" if whole else _why_not(engine, log),
     )
     for note in engine.notes:
         yield Finding(name="connector-note", status="warning", text=note)
+
+
+def _why_not(engine: EngineFacts, log: str) -> str:
+    if engine.protocol != protocol.VERSION:
+        return (
+            f"It speaks version {engine.protocol} of thaw's protocol, this thaw {protocol.VERSION}: install the same "
+            f"thaw on both sides (there: {engine.thaw}) and start the server again."
+        )
+    return f"Some workers did not load it; the server's log says why: {log}"
 
 
 def _rank(folder: Path) -> str:

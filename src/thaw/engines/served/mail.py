@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +32,14 @@ from typing import TypeVar
 
 import msgspec
 
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StorageFailed
+from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed
+from thaw.data.files import read_own, storage_errors
 from thaw.data.private import is_own, make_private
 from thaw.engines.base import HydratePlan
 from thaw.engines.served.budget import Caller, Room
 from thaw.engines.served.protocol import Answer, EngineFacts, Message, WorkerFacts
 
+log = logging.getLogger("thaw.served")
 T = TypeVar("T")
 SCHEDULER = "s"
 STALE_S = 3600.0
@@ -45,6 +49,8 @@ STALE_S = 3600.0
 CLAIM_LIMIT_S = 30.0
 """How long an engine waits for the one before it, which uses the same folder, to end."""
 ROOT = "thaw-mail"
+MAX_NBYTES = 1 << 30
+"""Of one file; a plan of a million tokens has some 10 MB."""
 _ENTROPY = struct.Struct("<d")
 
 
@@ -71,7 +77,9 @@ class Mail:
         while True:
             self._make()
             path = self.folder / "facts" / "lock"
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            _require_file(path)
+            with storage_errors(path, "open"):
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
             if _lock(file):
                 if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
                     return  # the file stays open as long as this process, and with it the lock
@@ -102,13 +110,14 @@ class Mail:
     def register_store(self, uuid: str, packs: Path) -> None:
         """Let the engine read and write this store."""
         path = self.folder / "stores" / uuid
-        if not path.exists() or path.read_text() != str(packs):
-            _put(path, str(packs).encode())
+        _require_file(path)
+        if not path.exists() or _bytes(path) != os.fsencode(packs):
+            _put(path, os.fsencode(packs))
 
     def store(self, uuid: str) -> Path:
         """The store's folder of packs. Raises `NotFound` when nobody registered it."""
         try:
-            return Path((self.folder / "stores" / uuid).read_text())
+            return Path(os.fsdecode(_bytes(self.folder / "stores" / uuid)))
         except OSError:
             raise NotFound(
                 f"store {uuid} is not known to this engine: open the repository on the engine's host, or start the "
@@ -122,13 +131,14 @@ class Mail:
 
     def plan(self, name: str) -> HydratePlan:
         try:
-            data = (self.folder / "plans" / name).read_bytes()
+            return msgspec.msgpack.decode(_bytes(self.folder / "plans" / name), type=HydratePlan, dec_hook=_made)
         except OSError:
             raise NotFound(f"no plan {name} in the engine's mail") from None
-        return msgspec.msgpack.decode(data, type=HydratePlan, dec_hook=_made)
+        except msgspec.MsgspecError as error:
+            raise CorruptBlob(f"the plan {name} in the engine's mail is none: {error}") from None
 
     def drop_plan(self, name: str) -> None:
-        (self.folder / "plans" / name).unlink(missing_ok=True)
+        _drop(self.folder / "plans" / name)
 
     # -- callers
 
@@ -137,7 +147,7 @@ class Mail:
         _put(self.folder / "callers" / name, b"")
 
     def drop_caller(self, name: str) -> None:
-        (self.folder / "callers" / name).unlink(missing_ok=True)
+        _drop(self.folder / "callers" / name)
 
     def require_caller(self, message: Message) -> None:
         """Raise `InvalidRequest` for a caller that nobody has added, and where the message needs one and has none."""
@@ -171,21 +181,27 @@ class Mail:
     # -- answers
 
     def answer(self, name: str, sender: str | int, answer: Answer) -> None:
-        _put(self.folder / "answers" / f"{name}.{sender}", msgspec.json.encode(answer))
+        """Never raises, for it stands in an engine's step: of what cannot be written the log alone hears."""
+        path = self.folder / "answers" / f"{name}.{sender}"
+        try:
+            _put(path, msgspec.json.encode(answer))
+        except StorageFailed as error:
+            log.error("thaw: an answer is lost: %s", error)
 
     def peek(self, name: str, sender: str | int) -> Answer | None:
         """The answer if it is there; it stays."""
         try:
-            data = (self.folder / "answers" / f"{name}.{sender}").read_bytes()
+            return msgspec.json.decode(_bytes(self.folder / "answers" / f"{name}.{sender}"), type=Answer)
         except OSError:
             return None
-        return msgspec.json.decode(data, type=Answer)
+        except msgspec.MsgspecError as error:
+            raise CorruptBlob(f"the answer {name}.{sender} in the engine's mail is none: {error}") from None
 
     def take(self, name: str, sender: str | int) -> Answer | None:
         """The answer if it is there; it is taken out."""
         found = self.peek(name, sender)
         if found is not None:
-            (self.folder / "answers" / f"{name}.{sender}").unlink(missing_ok=True)
+            _drop(self.folder / "answers" / f"{name}.{sender}")
         return found
 
     # -- entropies
@@ -218,7 +234,7 @@ class Mail:
         return tuple(value for (value,) in _ENTROPY.iter_unpack(data))
 
     def drop_entropies(self, name: str) -> None:
-        (self.folder / "entropies" / name).unlink(missing_ok=True)
+        _drop(self.folder / "entropies" / name)
 
     # -- facts
 
@@ -232,12 +248,16 @@ class Mail:
         return _read(self.folder / "facts" / str(rank), WorkerFacts)
 
     def post_tight(self, rank: int, tight: Mapping[Caller, Room]) -> None:
-        """Who has little room left in this worker's arena."""
+        """Who has little room left in this worker's arena. Never raises: without it requests are refused later, when
+        their KV cannot be kept."""
         path = self.folder / "facts" / f"tight.{rank}"
-        if tight:
-            _put(path, msgspec.json.encode(tight))
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if tight:
+                _put(path, msgspec.json.encode(tight))
+            else:
+                _drop(path)
+        except StorageFailed as error:
+            log.error("thaw: who has little room is not told: %s", error)
 
     def tight(self, rank: int) -> dict[Caller, Room]:
         return _read(self.folder / "facts" / f"tight.{rank}", dict[Caller, Room]) or {}
@@ -336,16 +356,38 @@ def _is_free(path: Path) -> bool:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """All at once or not at all; no fsync, for mail does not outlive its engine."""
+    """All at once or not at all; no fsync, for mail does not outlive its engine. Raises `StorageFailed`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with storage_errors(path, "write"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _drop(path: Path) -> None:
+    """Whether or not it is there. Raises `StorageFailed`."""
+    with storage_errors(path, "remove"):
+        path.unlink(missing_ok=True)
+
+
+def _bytes(path: Path) -> bytes:
+    """Raises `CorruptBlob` for what is no file, `OSError`."""
+    return read_own(path, MAX_NBYTES)
+
+
+def _require_file(path: Path) -> None:
+    """Raises `StorageFailed` for a folder, a link, a pipe or a socket in its place."""
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise StorageFailed(f"{path} is no file but a folder, a link, a pipe or a socket: look into it, then remove it")
 
 
 def _made(kind: Callable[[object], object], value: object) -> object:
@@ -355,6 +397,6 @@ def _made(kind: Callable[[object], object], value: object) -> object:
 
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(_bytes(path), type=kind)
+    except (OSError, msgspec.MsgspecError, CorruptBlob):
         return None

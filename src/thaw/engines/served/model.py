@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import InvalidRequest, TooLong
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.base import Codec, EngineInfo
 from thaw.engines.served import protocol
@@ -20,7 +21,12 @@ class Model:
     """`policy`: what its owner calls these weights. `of_files`: the identity by the files, on another thread."""
 
     def __init__(
-        self, talk: Talk, info: EngineInfo, codec: Codec, policy: str, of_files: Callable[[CacheGroup], ModelIdentity]
+        self,
+        talk: Talk,
+        info: EngineInfo,
+        codec: Codec,
+        policy: str,
+        of_files: Callable[[tuple[CacheGroup, ...]], ModelIdentity],
     ) -> None:
         self.info, self.codec, self.policy = info, codec, policy
         self._talk, self._of_files = talk, of_files
@@ -30,7 +36,7 @@ class Model:
         """The model's identity by its files, or by a digest of what runs when that has changed since the boot."""
         epoch = (await self._talk.command(protocol.Look(id=secrets.token_hex(16)))).epoch
         if self._found is None or self._found[0] != epoch:
-            found = await asyncio.to_thread(self._of_files, self.info.groups[0])
+            found = await asyncio.to_thread(self._of_files, self.info.groups)
             if epoch:
                 answer = await self._talk.command(protocol.Look(id=secrets.token_hex(16), digest=True))
                 weights = digest(f"{self.info.name}-device\0{answer.digest}".encode())

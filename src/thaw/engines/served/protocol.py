@@ -16,9 +16,10 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import InvalidRequest
 
-VERSION = 5
+VERSION = 6
 KEY = "thaw"
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """128 random bits, in hex: unguessable, and safe as a file name."""
@@ -79,6 +80,10 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     group_place: Count = 0
     mail: bool = False
     grammar_from: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_kv and self.source is None:
+            raise ValueError(f"num_kv={self.num_kv} without a source: name the record that has these tokens")
 
     def num_new(self, num_tokens: int) -> int:
         """How many of a request's tokens are to be kept anew."""
@@ -167,22 +172,47 @@ def parse(kv_transfer_params: dict[str, Any] | None) -> _Any | None:
     body = (kv_transfer_params or {}).get(KEY)
     if body is None:
         return None
-    version = body.get("v", VERSION) if isinstance(body, dict) else None
-    if version != VERSION:
-        raise InvalidRequest(f"the message speaks version {version!r} of thaw's protocol; this engine speaks {VERSION}")
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"kv_transfer_params.{KEY}: a message is an object with op and id, not {_shown(body)}")
+    version = body.get("v", VERSION)
+    if type(version) is not int or version != VERSION:
+        raise InvalidRequest(
+            f"the message says {_shown(version)} for the version of thaw's protocol; this engine speaks {VERSION}"
+        )
     try:
         found: _Any = msgspec.convert(body, _Any)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"kv_transfer_params.{KEY}: {error}") from None
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise InvalidRequest(f"kv_transfer_params.{KEY}: {_short(str(error))}") from None
     return found
 
 
-class Blob(msgspec.Struct, frozen=True, kw_only=True):
-    """One blob that a worker wrote: KV head `head` of tokens [start, start + length)."""
+MOST_SHOWN = 200
 
+
+def _shown(value: object) -> str:
+    """What a client sent, for an error: a number, or the kind of anything else."""
+    if type(value) is int and abs(value) < 1 << 64:
+        return str(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def _short(text: str) -> str:
+    """In ASCII, and no longer than `MOST_SHOWN`: a client may have sent anything, of any length."""
+    found = text[: MOST_SHOWN + 1].encode("ascii", "backslashreplace").decode()
+    return found if len(found) <= MOST_SHOWN else f"{found[: MOST_SHOWN - 3]}..."
+
+
+class Blob(msgspec.Struct, frozen=True, kw_only=True):
+    """One blob that a worker wrote: number `index` of cache group `group`, in the segment [start, start + length).
+
+    It holds the segment's tokens from `first` on; a point state's is that after `point` tokens (0: it is none)."""
+
+    group: str
+    index: int
     start: int
     length: int
-    head: int
+    first: int
+    point: int = 0
     blob: str
     pack: str
     offset: int
@@ -217,17 +247,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker posts once its caches are registered. Heads are [first_head, first_head + num_heads)."""
+    """What a worker posts once its caches are registered. `groups` are the model's, the same for every rank; which of
+    their blobs a rank holds follows from `rank` and `world_size` (`cache.held`)."""
 
     rank: int
     world_size: int
     pid: int
-    total_heads: int
-    first_head: int
-    num_heads: int
-    num_layers: int
-    head_dim: int
-    dtype: str
+    groups: tuple[CacheGroup, ...]
     layout: dict[str, str]
 
 

@@ -1,6 +1,6 @@
 """The identity of a model's files, kept for the next client: to say it anew takes torch, transformers and seconds.
 
-Kept beside the model's files (or in the user's cache folder) under the name, size and mtime of every one of them and
+Kept beside the model's files (or in the user's cache folder) under the name, size and times of every one of them and
 under whatever else it depends on: the versions that said it, and how the engine runs the model. Never of a hub id,
 whose files lie elsewhere.
 """
@@ -19,7 +19,7 @@ from thaw.core import canonical
 from thaw.core.errors import Damaged
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
-from thaw.data.files import cache_dir
+from thaw.data.files import cache_dir, stamp
 
 CACHE_NAME = ".thaw-identity.json"
 
@@ -39,7 +39,7 @@ def remembered(folder: Path, make: Callable[[], ModelIdentity], **how: object) -
 
 def _key(folder: Path, how: dict[str, object]) -> str:
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".thaw")]
-    stats = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(str(file.relative_to(folder)), *stamp(file)) for file in files]
     versions = [__version__]
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions.append(metadata.version("transformers"))

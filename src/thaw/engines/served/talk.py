@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from thaw.core.errors import NotFound, ThawError, TimedOut
+from thaw.core.errors import LawBroken, NotFound, ThawError, TimedOut
 from thaw.engines.error_kinds import made
 from thaw.engines.served import protocol
 from thaw.engines.served.dialect import Dialect
@@ -135,7 +135,8 @@ def refusal(answer: Answer) -> ThawError:
 
 
 def worker_facts(transport: Transport) -> list[WorkerFacts]:
-    """What every worker posted at its boot. Raises `NotFound` for workers without thaw."""
+    """What every worker posted at its boot. Raises `NotFound` for workers without thaw, `LawBroken` where they are not
+    of one model."""
     found = [transport.mail.worker_facts(rank) for rank in range(transport.facts.world_size)]
     missing = [rank for rank, facts in enumerate(found) if facts is None]
     if missing:
@@ -143,4 +144,9 @@ def worker_facts(transport: Transport) -> list[WorkerFacts]:
             f"thaw's connector is not active in worker(s) {missing} of {transport.facts.world_size}; is thaw installed "
             "in the engine's environment? (its log says why a connector was not loaded)"
         )
-    return [facts for facts in found if facts is not None]
+    known = [facts for facts in found if facts is not None]
+    told = {"; ".join(map(str, facts.groups)): facts.rank for facts in known}
+    if len(told) > 1:
+        each = ", ".join(f"worker {rank} has {groups}" for groups, rank in told.items())
+        raise LawBroken(f"the engine's workers have other cache groups than one another: {each}")
+    return known

@@ -14,7 +14,6 @@ what all ranks know alike. With one rank there is none.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from thaw.core.errors import StorageFailed, ThawError
+from thaw.core.errors import ThawError
 from thaw.engines.error_kinds import made
+from thaw.engines.served.guard import described
 
-log = logging.getLogger("thaw.sglang")
 T = TypeVar("T")
 
 
@@ -81,11 +80,3 @@ class Agreement:
         dist.all_gather_object(said, None if own is None else (own.kind, str(own)), group=self._group)
         rank, (kind, text) = next((rank, words) for rank, words in enumerate(said) if words is not None)
         return own if own is not None and rank == self._rank else made(kind, text)
-
-
-def described(error: Exception) -> ThawError:
-    """An error as one of thaw's; what nobody foresaw is logged whole."""
-    if isinstance(error, ThawError):
-        return error
-    log.error("thaw: a request could not be handled", exc_info=error)
-    return StorageFailed(f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ SGLang's own.
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.sglang.records import Record, Run
 from thaw.engines.sglang.side import Side
 
@@ -36,10 +38,8 @@ class ThawRadixCache(UnifiedRadixCache):
         run = self._run(params.req)
         if run is None or not self.admitting:
             return super().match_prefix(params)
-        record = self.side.record_of(run)
-        if record is None:
-            return super().match_prefix(_limited(params, 0))
-        return self._admitted(params, run, record)
+        match = guarded(partial(self._match_own, params, run), partial(self.side.stop, run))
+        return super().match_prefix(_limited(params, 0)) if match is None else match
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         run = self._run(req)
@@ -52,28 +52,28 @@ class ThawRadixCache(UnifiedRadixCache):
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         run = self._run(req)
-        if run is not None:
-            self.side.number(run, up_to)
-            if self._is_anothers(req, up_to):
-                return
+        if run is not None and not guarded(partial(self._may_publish, run, req, up_to), partial(self.side.stop, run)):
+            return
         super().checkpoint(req, up_to=up_to, **kwargs)
 
     def claim_kv_row(self, req: Any) -> bool:
         run = self._run(req)
         if run is not None:
-            self.side.released(run, retracted=not req.finished())
+            released = partial(self.side.released, run, retracted=not req.finished())
+            guarded(released, partial(self.side.stop, run))
         claimed: bool = super().claim_kv_row(req)
         return claimed
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         if self._run(req) is not None and req.finished():
-            self.side.end(req.rid, num_tokens=len(req.origin_input_ids) + len(req.output_ids))
+            num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+            guarded(partial(self.side.end, req.rid, num_tokens=num_tokens), unheard)
 
     def release_aborted_request(self, handle: Any) -> None:
         super().release_aborted_request(handle)
         if hasattr(self, "side"):
-            self.side.end(handle.rid)
+            guarded(partial(self.side.end, handle.rid), unheard)
 
     def reset(self) -> None:
         super().reset()
@@ -89,6 +89,15 @@ class ThawRadixCache(UnifiedRadixCache):
         if run is not None:
             run.req = req
         return run
+
+    def _match_own(self, params: MatchPrefixParams, run: Run) -> Any:
+        """None: its KV may not be used any more."""
+        record = self.side.record_of(run)
+        return None if record is None else self._admitted(params, run, record)
+
+    def _may_publish(self, run: Run, req: Any, up_to: int) -> bool:
+        self.side.number(run, up_to)
+        return not self._is_anothers(req, up_to)
 
     def _admitted(self, params: MatchPrefixParams, run: Run, record: Record) -> Any:
         """The match of exactly what the record has: the tree's where it holds the record's own bits, loaded where it

@@ -14,9 +14,9 @@ from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
+from thaw.engines.served.guard import described
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer
-from thaw.engines.sglang.agreement import described
 from thaw.engines.sglang.epochs import require_usable
 from thaw.engines.sglang.records import Record
 
@@ -76,12 +76,12 @@ class Commands:
         side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), kept, chain, caller=caller))
 
         def read() -> Answer:
-            pieces, nbytes, read_s = self._packing.read(plan, caller)
-            kept.pieces = side.arena.joined(pieces, caller)
+            found = self._packing.read(plan, caller)
+            kept.pieces, kept.points = found.pieces, found.points
             kept.broken = ""
             seconds = time.perf_counter() - started
-            stages = {"read": read_s, "fill": seconds}
-            return Answer(num_kv=plan.num_kv, nbytes=nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
+            stages = {"read": found.seconds, "fill": seconds}
+            return Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
 
         self._in_thread(message, read)
 
@@ -93,12 +93,12 @@ class Commands:
         run = record.live
         num_tokens = len(run.tokens() if run is not None and run.req is not None else record.tokens)
         side.counters["captures"] += 1
-        pieces, cut_s = record.kept.cut(num_kv), time.perf_counter() - started
+        taken, cut_s = record.kept.upto(num_kv), time.perf_counter() - started
         pack = message.packs[side.facts.rank]
 
         def write() -> Answer:
             answer = self._packing.write(
-                pieces, message.base, num_kv, store=message.store, pack=pack, num_tokens=num_tokens, epoch=epoch
+                taken, message.base, num_kv, store=message.store, pack=pack, num_tokens=num_tokens
             )
             answer.stages_s["cut"] = cut_s
             return answer

@@ -18,14 +18,16 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from thaw.core.errors import InvalidRequest, ThawError
 from thaw.engines.served import protocol
+from thaw.engines.served.guard import guarded
 from thaw.engines.served.said import http_status, said
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
 from thaw.engines.sglang import support
-from thaw.engines.sglang.agreement import Due, described
+from thaw.engines.sglang.agreement import Due
 from thaw.engines.sglang.cache import ThawRadixCache
 from thaw.engines.sglang.rows import sample
 from thaw.engines.sglang.settings import ACTION, REFUSED
@@ -111,34 +113,56 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
     if payload is None:
         original(scheduler, request, **more)
         return
-    side, name = _side(), str(request.rid)
-    message: Any = None
-    try:
+    side, message = _side(), None
+
+    def failed(error: ThawError) -> None:
+        if side is not None:
+            side.refuse(str(request.rid), message, error)
+        # Without thaw's cache the reply has no status of thaw's: whoever asks who is there hears that nobody is.
+        _end(scheduler, request, said(error), http_status(error) if side is not None else None)
+        if isinstance(message, protocol.Run):
+            _WAITING.refused(message)
+
+    def take() -> None:
+        nonlocal message
         message = protocol.parse({protocol.KEY: payload.get("message")})
         if side is None or message is None:
             raise InvalidRequest("kv_hints of type thaw without a message, or this SGLang runs without thaw's cache")
         side.require_caller(message)
         if isinstance(message, protocol.Run):
-            extra = _extra(payload)
-            support.require_request(request)
-            side.begin(name, message, list(request.input_ids), request.extra_key, extra)
-            _WAITING.add(message, name, lambda: original(scheduler, request, **more))
-            return
-        if isinstance(message, protocol.Hello):
-            _end(scheduler, request, side.hello(message))
-            return
-        if message.caller is None:
-            raise InvalidRequest(f"{type(message).__name__.lower()}: {UNHEARD}")
-        side.command(message)
-        _end(scheduler, request, "")
-    except Exception as error:  # noqa: BLE001 - a failing thaw costs its own request, never the engine
-        failed = described(error)
-        if side is not None:
-            side.refuse(name, message, failed)
-        # Without thaw's cache the reply has no status of thaw's: whoever asks who is there hears that nobody is.
-        _end(scheduler, request, said(failed), http_status(failed) if side is not None else None)
-        if isinstance(message, protocol.Run):
-            _WAITING.refused(message)
+            _begin(side, request, message, payload, go_on)
+        else:
+            _end(scheduler, request, _command(side, message))
+
+    def go_on() -> None:
+        """Where SGLang does not take it in, it is no request of thaw's any more either."""
+        guarded(partial(original, scheduler, request, **more), dropped)
+
+    def dropped(error: ThawError) -> None:
+        assert side is not None
+        side.end(str(request.rid))
+        failed(error)
+
+    guarded(take, failed)
+
+
+def _begin(side: Side, request: Any, message: protocol.Run, payload: dict[str, Any], go_on: Callable[[], None]) -> None:
+    name, extra = str(request.rid), _extra(payload)
+    if message.grammar_from is not None:
+        raise InvalidRequest("grammar_from: this SGLang has no grammar for thaw's requests; leave it out")
+    support.require_request(request)
+    side.begin(name, message, list(request.input_ids), request.extra_key, extra)
+    _WAITING.add(message, name, go_on)
+
+
+def _command(side: Side, message: protocol.Command) -> str:
+    """What is said at once."""
+    if isinstance(message, protocol.Hello):
+        return side.hello(message)
+    if message.caller is None:
+        raise InvalidRequest(f"{type(message).__name__.lower()}: {UNHEARD}")
+    side.command(message)
+    return ""
 
 
 def _payload(request: Any) -> dict[str, Any] | None:
@@ -206,11 +230,15 @@ def init_next_round_input(
 def _end_unread(req: Any, error: ThawError) -> None:
     """The request's session cannot be used, and its tokens are not to be read again in its place: it ends as SGLang's
     own refusals do, after a step of one token that nobody sees."""
+    req.set_finish_with_abort(f"{REFUSED} {said(error)}")
+    req.to_finish = _finish(error)
+
+
+def _finish(error: ThawError) -> Any:
+    """SGLang's end of a request that ends with this error."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-    text = f"{REFUSED} {said(error)}"
-    req.set_finish_with_abort(text)
-    req.to_finish = FINISH_ABORT(text, http_status(error))
+    return FINISH_ABORT(f"{REFUSED} {said(error)}", http_status(error))
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **more: Any) -> Any:
@@ -239,4 +267,10 @@ def sample_tokens(original: Callable[..., Any], runner: Any, output: Any, batch:
     side = _side()
     runs = side.runs if side is not None else {}
     rows = [(i, runs[rid].chosen) for i, rid in enumerate(batch.rids or ()) if rid in runs] if runs else []
-    return sample(original, rows, runner, output, batch) if rows else original(runner, output, batch)
+    if not rows:
+        return original(runner, output, batch)
+    chosen = sample(original, rows, runner, output, batch)
+    for run in [runs[rid] for rid in batch.rids if rid in runs]:
+        if run.error is not None and run.req is not None and run.req.to_finish is None:
+            run.req.to_finish = _finish(run.error)
+    return chosen

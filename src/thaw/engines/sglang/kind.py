@@ -14,7 +14,7 @@ from thaw.core.errors import NotFound
 from thaw.core.findings import Finding
 from thaw.engines.base import Engine
 from thaw.engines.keys import api_key as key_for
-from thaw.engines.kind import EngineKind, Server, Start, Wanted, refuse_options
+from thaw.engines.kind import EngineKind, Server, Start, Wanted, called, refuse_options
 from thaw.engines.served import lookup
 from thaw.engines.sglang import settings
 
@@ -62,7 +62,7 @@ class Sglang(EngineKind):
     def load(self, **options: Any) -> Engine:
         from thaw.engines.sglang import load
 
-        return load(**options)
+        return called(self.name, load, **options)
 
     def attach(self, target: Any, *, policy: str = "0", api_key: str | None = None, **options: Any) -> Engine:
         from thaw.engines.sglang import attach

@@ -84,20 +84,17 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     agreement = Agreement(context.tp_group.cpu_group, rank, size) if size > 1 else Agreement()
     folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{agreement.of_first(os.getpid())}")
     mail = Mail(folder)
-    total = model.get_total_num_kv_heads()
     facts = WorkerFacts(
         rank=rank,
         world_size=size,
         pid=os.getpid(),
-        total_heads=total,
-        first_head=rank * pool.num_heads if total >= size else rank * total // size,
-        num_heads=pool.num_heads,
-        num_layers=pool.num_layers,
-        head_dim=pool.head_dim,
-        dtype=str(pool.dtype).removeprefix("torch."),
+        groups=(pool.group(model.get_total_num_kv_heads()),),
         layout=pool.describe(),
     )
     limit = min(model.context_len, allocator.size) - 6  # SGLang keeps as many back from a prompt
+    overrides = support.overrides(context.server_args, model)
+    if rank == 0:
+        require_whole(str(model.model_path), overrides)
     ends = eos_token_ids(model.model_path, model.hf_config)
     engine = EngineFacts(
         protocol=protocol.VERSION,
@@ -118,10 +115,9 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         eos_token_ids=ends,
         more_ends=tuple(sorted(set(model.hf_eos_token_id or ()) - set(ends))),
         notes=tuple(versions.notes(sglang.__version__)),
-        overrides=support.overrides(context.server_args, model),
+        overrides=overrides,
     )
     if rank == 0:
-        require_whole(engine.model, engine.overrides)
         mail.claim()
         mail.sweep()
         sweep_dead(folder)
@@ -131,6 +127,6 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         for note in engine.notes:
             log.warning("thaw: %s", note)
     weights = WeightsSample(context.tp_worker.model_runner.model)
-    side = Side(pool, facts, engine, settings, mail, weights, agreement)
+    side = Side((pool,), facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)
     return side

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from thaw.core.cache import FullKV
 from thaw.core.errors import Unsupported
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,6 +28,17 @@ class Pool:
         self.num_slots, self.num_heads, self.head_dim = first.shape
         self.num_layers, self.dtype, self.device = len(self._keys), first.dtype, first.device
         self._on_host = first.device.type == "cpu"
+
+    def group(self, num_kv_heads: int) -> FullKV:
+        """What it is of a model with so many KV heads in all."""
+        return FullKV(
+            name="full",
+            first_layer=0,
+            num_layers=self.num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        )
 
     def read(self, slots: torch.Tensor, out: torch.Tensor) -> None:
         """The KV of `slots` (int64, in the tokens' order) into the piece `out`, when what was launched is done."""

@@ -9,10 +9,13 @@ requests are not touched, and a batch without thaw's requests costs one look at 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from thaw.core.errors import ThawError
+from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.row import Row
 from thaw.engines.served.sampling_extra import SamplingExtra
 
@@ -23,7 +26,9 @@ class Chosen:
     def __init__(
         self, extra: SamplingExtra | None, prompt: list[int], tell: Callable[[int, float], None] | None = None
     ) -> None:
-        """`tell` gets entropies, where the request asks for them (`Row`)."""
+        """`tell` gets entropies, where the request asks for them (`Row`). `failed` hears why a token could not be
+        chosen."""
+        self.failed: Callable[[ThawError], None] = unheard
         self._num_prompt = len(prompt)
         self._output: list[int] = []
         self._row = None if extra is None else Row((), extra, prompt, self._output, tell)
@@ -79,7 +84,9 @@ def _tokens(rows: Sequence[tuple[int, Chosen]], raw_RV: torch.Tensor, seq_lens: 
     if picking:
         host_RV = raw_RV.cpu()
         for i, index, row in picking:
-            tokens_R[i] = row.pick(host_RV[i], int(seq_lens[index]))
+            token = guarded(partial(row.pick, host_RV[i], int(seq_lens[index])), row.failed)
+            if token is not None:  # else its request ends, and nobody sees this one
+                tokens_R[i] = token
     return tokens_R
 
 

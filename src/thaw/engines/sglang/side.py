@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from thaw.engines.served import protocol
 from thaw.engines.served.arena import Arena, Piece
 from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.budget import GUEST, Caller
+from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
+from thaw.engines.served.rank_groups import RankGroups
 from thaw.engines.served.records import Records
 from thaw.engines.served.sampling_extra import SamplingExtra
 from thaw.engines.served.weights import WeightsSample
@@ -58,25 +60,28 @@ packs wait for their turn."""
 
 class Side:
     def __init__(
-        self, pool: Pool, facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mail,
+        self, pools: Sequence[Pool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mail,
         weights: WeightsSample | None, agreement: Agreement,
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
         self.on = settings.enabled
         self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
         self.runs: dict[str, Run] = {}
-        self.contents = Contents(pool.num_slots, agreement)
+        self.contents = Contents(pools[0].num_slots, agreement)
         self.epochs = Epochs(weights, agreement)
         self.pins = Pins(settings, engine)
         spill = Path(settings.spill) if settings.spill else None
+        groups, device = RankGroups(facts.groups, facts.rank, facts.world_size), pools[0].device.type
+        groups.require([pool.num_heads for pool in pools])
         self.arena = Arena(
-            settings.arena_nbytes, spill, pool.num_heads, pool.num_layers, pool.head_dim, pool.dtype,
-            spill_nbytes=settings.spill_nbytes, shares=settings.shares(), pinned=pool.device.type == "cuda",
+            settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
+            pinned=device == "cuda",
         )  # fmt: skip
-        self._commands = Commands(self, Packing(facts, mail, self.arena, pool.dtype), settings.shares())
-        if pool.device.type != "cpu":
+        self._commands = Commands(self, Packing(groups, mail, self.arena), settings.shares())
+        if device != "cpu":
             sys.setswitchinterval(SWITCH_S)
-        self._pool = pool
+        self._pools = tuple(pools)
+        """One for each strip of the arena's pieces."""
         self._swept = time.monotonic()
         self.row: Callable[[Any, int], torch.Tensor] = unbound
         """Slots of a request's first tokens."""
@@ -98,14 +103,13 @@ class Side:
         self.require_room(message.record, caller, message.num_new(len(tokens)))
         source, want = self._source(message), 0
         epoch = self.epochs.now()
-        pieces: tuple[Piece, ...] = ()
-        chain = empty_chain()
+        kept, chain = Kept((), epoch, caller=caller), empty_chain()
         if source is not None:
             want = self._ready(source, message.num_kv, tokens, epoch)
-            pieces, chain = source.kept.cut(want), source.chain[:want]
+            kept, chain = source.kept.upto(want, caller), source.chain[:want]
         tell = None if self.facts.rank else partial(self.mail.put_entropy, message.id)
         run = Run(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
-        kept = Kept(pieces, epoch, caller=caller)
+        run.chosen.failed = partial(self.stop, run)
         self.records.keep(message.record, Record(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller))
         self.runs[rid] = run
         self.counters["forks"] += message.source not in (None, message.record)
@@ -168,13 +172,22 @@ class Side:
             return None
         return record
 
+    def stop(self, run: Run, error: ThawError) -> None:
+        """The request ends with this error, and nobody goes on from what it computed."""
+        run.error = error
+        record = self.records.get(run.message.record)
+        if record is not None and record.live is run:
+            record.kept.broken = str(error)
+        unheard(error)
+
     def load(self, run: Run, record: Record, start: int, stop: int, slots: torch.Tensor) -> bool:
         """Tokens [start, stop) of the record into these slots, on every rank. Where one could not the request has its
         error, and the slots hold nobody's content on any."""
 
         def write() -> None:
-            for a, b, view in record.kept.spans(start, stop):
-                self._pool.write(slots[a - start : b - start], view)
+            for strip, pool in enumerate(self._pools):
+                for a, b, view in record.kept.spans(strip, start, stop):
+                    pool.write(slots[a - start : b - start], view)
 
         try:
             self.agreement.together(write)
@@ -214,13 +227,15 @@ class Side:
         if same == upto:
             return
         try:
-            piece = self.arena.allocate(upto - same, record.caller)
-            self._pool.read(slots[same:], piece)
-            pieces = self.arena.joined((*record.kept.cut(same), Piece(same, upto - same, piece)), record.caller)
+            tensors = self.arena.allocate(upto - same, record.caller)
+            for pool, tensor in zip(self._pools, tensors, strict=True):
+                pool.read(slots[same:], tensor)
+            pieces = self.arena.joined((*record.kept.cut(same), Piece(same, upto - same, tensors)), record.caller)
         except (ThawError, RuntimeError, MemoryError) as error:
             record.kept.broken = str(error)
             return
-        record.kept = Kept(pieces, record.kept.epoch, caller=record.caller)
+        points = record.kept.upto(same).points
+        record.kept = Kept(pieces, record.kept.epoch, caller=record.caller, points=points)
         record.chain, record.tokens = chain.clone(), run.tokens()[:upto]
 
     def catch_up(self, record: Record, want: int | None) -> int:
@@ -323,4 +338,4 @@ class Side:
         now = time.monotonic()
         if now - self._swept > MAIL_SWEEP_S and not self.facts.rank:
             self._swept = now
-            self.mail.sweep()
+            guarded(self.mail.sweep, unheard)

@@ -58,7 +58,7 @@ def require(context: Any) -> None:
         raise Unsupported("multimodal models: media features are not part of a session yet")
 
 
-LOADED_FROM_FILES = ("auto", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer", "layered")
+LOADED_FROM_FILES = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "layered")
 """Values of `load_format` that read the files which the identity is made of."""
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from thaw.core.cache import the_full_one
 from thaw.core.errors import CorruptBlob, Unsupported
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
 from thaw.engines.embedded.pages import PagedKV
@@ -41,7 +42,8 @@ class TransformersBackend(Backend):
         self._hashed_once = False
         self.name, self.version, self.model = "transformers", transformers.__version__, loaded.name
         self.device = str(self._device)
-        self.group = _group(module)
+        self.groups = support.examine(module.config.to_dict(), str(self._dtype)).groups
+        self._group = the_full_one(self.groups)
         self.vocab_size = int(module.config.vocab_size)
         self.max_model_len = _max_len(module.config.to_dict(), max_model_len)
         named = eos_of(module.generation_config, module.config)
@@ -52,7 +54,7 @@ class TransformersBackend(Backend):
         self._probe()
 
     def extent(self, num_pages: int) -> TorchExtent:
-        return TorchExtent(self.group, num_pages, self._dtype, self._device)
+        return TorchExtent(self._group, num_pages, self._dtype, self._device)
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
@@ -101,7 +103,7 @@ class TransformersBackend(Backend):
     def identity(self) -> ModelIdentity:
         fresh = self._hashed_once or self.weights_sample() != self._first_sample
         self._hashed_once = True
-        return model_identity(self._loaded, self.codec, self.group, fresh=fresh)
+        return model_identity(self._loaded, self.codec, self.groups, fresh=fresh)
 
     def weights_of(self, source: str | Path) -> Callable[[], None]:
         """A folder or hub id of the same model: its config must say the same of the function."""
@@ -144,19 +146,6 @@ class TransformersBackend(Backend):
                 f"log probability (at most {PROBE_TOLERANCE[self._dtype]:g} passes): it computes something thaw does "
                 "not know"
             )
-
-
-def _group(module: object) -> CacheGroup:
-    shape = support.examine(module.config.to_dict())  # type: ignore[attr-defined]
-    return CacheGroup(
-        name="full",
-        kind="full",
-        first_layer=0,
-        num_layers=int(shape.num_layers or 0),
-        num_kv_heads=int(shape.num_kv_heads or 0),
-        head_dim=int(shape.head_dim or 0),
-        dtype=str(module.dtype).removeprefix("torch."),  # type: ignore[attr-defined,arg-type]
-    )
 
 
 def _max_len(config: dict[str, object], wanted: int | None) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from thaw.core.identity import CacheGroup, ModelIdentity
+from thaw.core.cache import CacheGroup
+from thaw.core.identity import ModelIdentity
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import function_config
 from thaw.engines.hf.weights import root_of_module
 from thaw.engines.transformers.loading import LoadedModel
 
 
-def model_identity(loaded: LoadedModel, codec: HFCodec, group: CacheGroup, *, fresh: bool) -> ModelIdentity:
+def model_identity(
+    loaded: LoadedModel, codec: HFCodec, groups: tuple[CacheGroup, ...], *, fresh: bool
+) -> ModelIdentity:
     """Hash the model as it is. `fresh`: the weights changed in memory, so no cached root is used or written."""
     module = loaded.module
     return ModelIdentity(
@@ -18,5 +21,5 @@ def model_identity(loaded: LoadedModel, codec: HFCodec, group: CacheGroup, *, fr
         config=function_config(module.config.to_dict()),
         dtype=str(module.dtype).removeprefix("torch."),
         tokenizer=codec.identity(),
-        groups=(group,),
+        groups=groups,
     )

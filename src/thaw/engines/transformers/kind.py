@@ -6,7 +6,7 @@ from typing import Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Engine
-from thaw.engines.kind import EngineKind
+from thaw.engines.kind import EngineKind, called
 
 
 class Transformers(EngineKind):
@@ -17,7 +17,7 @@ class Transformers(EngineKind):
     def load(self, **options: Any) -> Engine:
         from thaw.engines.transformers import load
 
-        return load(**options)
+        return called(self.name, load, **options)
 
     def attach(self, target: Any, *, policy: str = "0", api_key: str | None = None, **options: Any) -> Engine:
         """A loaded module; `options` are those of `load`, its `tokenizer` among them."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from thaw.core.identity import CacheGroup
+from thaw.core.cache import FullKV
 from thaw.engines.embedded.backend import Feed
 from thaw.engines.embedded.pages import PAGE, Extent, Run
 
@@ -21,22 +21,23 @@ LONG = 16
 
 
 class TorchExtent(Extent):
-    """kv_HPL2TD in the model's dtype and on its device; a page of one head is contiguous and is a blob."""
+    """One full group, a column for each KV head: kv_HPL2TD in the model's dtype and on its device. A page of a head is
+    contiguous and is a blob."""
 
-    def __init__(self, group: CacheGroup, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, group: FullKV, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_pages = num_pages
         shape = (group.num_kv_heads, num_pages, group.num_layers, 2, PAGE, group.head_dim)
         self.kv_HPL2TD = torch.empty(shape, dtype=dtype, device=device)
         self._on_host = device.type == "cpu"
 
-    def page(self, head: int, page: int) -> memoryview | None:
-        return _bytes_of(self.kv_HPL2TD[head, page]) if self._on_host else None
+    def page(self, column: int, page: int) -> memoryview | None:
+        return _bytes_of(self.kv_HPL2TD[column, page]) if self._on_host else None
 
-    def gather(self, head: int, page: int, start: int, stop: int) -> memoryview:
-        return _bytes_of(self.kv_HPL2TD[head, page, :, :, start:stop].contiguous().cpu())
+    def gather(self, column: int, page: int, start: int, stop: int) -> memoryview:
+        return _bytes_of(self.kv_HPL2TD[column, page, :, :, start:stop].contiguous().cpu())
 
-    def scatter(self, head: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
-        slots = self.kv_HPL2TD[head, page]
+    def scatter(self, column: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
+        slots = self.kv_HPL2TD[column, page]
         raw = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
         blob = raw.view(slots.dtype).view(slots.shape[0], 2, stored, slots.shape[3])
         slots[:, :, start:stop].copy_(blob[:, :, : stop - start])

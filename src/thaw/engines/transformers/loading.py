@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
 from thaw.engines.hf import checkpoint
+from thaw.engines.hf.beside import AGAIN, is_there, read_object, require_beside
+from thaw.engines.hf.config import ATTENTION, nonsense, refuse_foreign_code, resolved, sensible
+from thaw.engines.hf.tokenizer import transformers_tokenizer
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in support.DTYPES}
 Model = Any
 """A transformers causal LM; its classes carry no usable types."""
 
@@ -58,25 +60,49 @@ def weights_like(module: Model, name: str) -> dict[str, torch.Tensor]:
 
 def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     folder = Path(name) if os.path.isdir(name) else None
-    if folder is not None and not (folder / "config.json").is_file():
+    if folder is not None and not is_there(folder / "config.json"):
+        checkpoint.require_files(folder)
         raise NotFound(f"{name} has no config.json: give a folder with a transformers model")
     if folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise NotFound(f"there is no folder {name}; give a model's folder or a hub id such as org/name")
     transformers_logging.disable_progress_bar()
-    if folder is not None:
-        checkpoint.require_files(folder)
+    paths = _look_at(folder, dtype) if folder is not None else []
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        with checkpoint.without_report():
+            module, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False, attn_implementation=ATTENTION,
+            )  # fmt: skip
+    except (OSError, ValueError) as error:
+        refuse_foreign_code(name, error)
+        _look_at_fetched(name)
         raise NotFound(f"the model {name} could not be loaded: {error}") from None
+    except nonsense() as error:
+        _look_at_fetched(name)
+        raise IncompleteModel(f"transformers cannot read the files of {name}: {error!r}; {AGAIN}") from None
     except SafetensorError as error:  # of a hub id: a folder was looked at before
-        raise IncompleteModel(f"the weights of {name} cannot be read: {error}; get the files again") from None
+        raise IncompleteModel(f"the weights of {name} cannot be read: {error}; {AGAIN}") from None
+    if folder is None:
+        paths = _look_at_fetched(name)
     checkpoint.require_loaded(name, module, info)
+    checkpoint.require_floats(name, module, paths)
+    tokenizer = transformers_tokenizer(name)
     module.to(device)
     return _ready(LoadedModel(module, tokenizer, name, folder))
+
+
+def _look_at_fetched(name: str) -> list[Path]:
+    """The weight files of a hub id, which are here once they were asked for, after a look at all of its files."""
+    fetched = checkpoint.local_folder(name)
+    return [] if fetched is None else checkpoint.require_files(fetched)
+
+
+def _look_at(folder: Path, dtype: str | None) -> list[Path]:
+    """The weight files of a folder whose config thaw supports, as the doctor reads it, and whose files are whole."""
+    require_beside(folder)
+    with sensible(folder):
+        support.require(resolved(read_object(folder / "config.json")), dtype)
+    return checkpoint.require_fit(folder)
 
 
 def _join(module: Any, tokenizer: Any, dtype: str | None, device: str | None) -> LoadedModel:

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from thaw.core.cache import DTYPE_BYTES, CacheGroup, FullKV, token_nbytes
 from thaw.core.errors import Unsupported
-from thaw.core.identity import DTYPE_BYTES
 from thaw.engines.hf.config import num_positions, ropes
 
 TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
@@ -92,6 +92,10 @@ WHY = {
     "stablelm": "its attention takes a mask, which thaw does not compute",
 }
 """Why some others are not there."""
+DTYPES = ("bfloat16", "float16", "float32")
+"""What the engine runs in."""
+OWN = "auto"
+"""A dtype for the weights' own."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -104,7 +108,8 @@ LENGTH_ROPES = ("dynamic", "longrope", "su")  # "su" is longrope's first name
 class Support(msgspec.Struct, frozen=True, kw_only=True):
     """`supported` with `reasons` against it (empty when supported); `tested` architectures are in thaw's own tests.
 
-    `kv_token_nbytes`: bytes of KV a token at `dtype`; None when the config does not say."""
+    `groups`: its cache groups at `dtype`, and `kv_token_nbytes` their bytes a token; empty, and None, when the config
+    does not say."""
 
     architecture: str
     supported: bool
@@ -114,6 +119,7 @@ class Support(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_heads: int | None
     head_dim: int | None
     dtype: str
+    groups: tuple[CacheGroup, ...]
     kv_token_nbytes: int | None
     max_model_len: int | None
 
@@ -121,10 +127,12 @@ class Support(msgspec.Struct, frozen=True, kw_only=True):
 def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
     """Read a resolved config (as `to_dict()` gives it) and say whether it is supported, and why not."""
     architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
-    reasons = tuple(_reasons(config, architecture))
     layers, heads, dim = _shape(config)
     dtype = str(dtype or config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    known = None not in (layers, heads, dim) and dtype in DTYPE_BYTES
+    reasons = tuple(_reasons(config, architecture))
+    if dtype not in (*DTYPES, OWN):
+        reasons += (f"it runs in {dtype}; load it with dtype one of {', '.join(DTYPES)}",)
+    groups = _groups(layers, heads, dim, dtype)
     return Support(
         architecture=architecture,
         supported=not reasons,
@@ -134,14 +142,15 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
         num_kv_heads=heads,
         head_dim=dim,
         dtype=dtype,
-        kv_token_nbytes=int(layers) * 2 * int(heads) * int(dim) * DTYPE_BYTES[dtype] if known else None,  # type: ignore[arg-type]
+        groups=groups,
+        kv_token_nbytes=token_nbytes(groups) if groups else None,
         max_model_len=num_positions(config),
     )
 
 
-def require(config: Mapping[str, Any]) -> Support:
+def require(config: Mapping[str, Any], dtype: str | None = None) -> Support:
     """`examine`, raising `Unsupported` with every reason."""
-    found = examine(config)
+    found = examine(config, dtype)
     if not found.supported:
         raise Unsupported(
             f"{found.architecture} is not supported: {'; '.join(found.reasons)}. See `thaw doctor --config`."
@@ -154,6 +163,20 @@ def _shape(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | Non
     if dim is None and hidden and heads:
         dim = hidden // heads
     return layers, _kv_heads(config, heads), dim
+
+
+def _groups(layers: Any, heads: Any, dim: Any, dtype: str) -> tuple[CacheGroup, ...]:
+    if None in (layers, heads, dim) or dtype not in DTYPE_BYTES:
+        return ()
+    one = FullKV(
+        name="full",
+        first_layer=0,
+        num_layers=int(layers),
+        num_kv_heads=int(heads),
+        head_dim=int(dim),
+        dtype=dtype,  # type: ignore[arg-type]
+    )
+    return (one,)
 
 
 def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
@@ -194,7 +217,7 @@ def _reasons(config: Mapping[str, Any], architecture: str) -> list[str]:
         for key in ("ssm_cfg", "mamba_d_state", "state_size", "time_step_rank", "linear_num_value_heads")
     ):
         out.append("it has recurrent layers")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") is not None:
         out.append("its weights are quantised in a way that was not tested")
     scaled = [f"{name}={config[name]}" for name in SCALED if config.get(name) not in (None, 1)]
     if scaled:

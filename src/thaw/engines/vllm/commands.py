@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from thaw.core.errors import Busy, ThawError, TimedOut, TooLong
+from thaw.core.errors import Busy, InvalidRequest, ThawError, TimedOut, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
 from thaw.engines.served.mail import SCHEDULER
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 HELD_LIMIT_S = 900.0
 """A request whose command is still held then has been left by its client, who waits no longer than
 `talk.COMMAND_LIMIT_S`: it runs its one token and ends."""
+
+
+SAME_ID = "another request that is under way has a message of this id; give each message one of its own"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Commands:
 
     def __contains__(self, request: str) -> bool:
         return request in self._open
+
+    def holds(self, name: str, *, besides: str = "") -> bool:
+        """Whether one of them, carried by another request than `besides`, has a message of this id: its answer has that
+        name."""
+        return any(held.command.id == name for request, held in self._open.items() if request != besides)
 
     def begin(self, request: str, message: protocol.Command) -> None:
         """Raises what is to be answered; nothing is held where that is one too many."""
@@ -73,6 +81,8 @@ class Commands:
             side.queue.append(jobs.Watch(message.id, message.watch_weights))
 
     def _hold(self, request: str, message: protocol.Command) -> None:
+        if self.holds(message.id):
+            raise InvalidRequest(f"id {message.id}: {SAME_ID}")
         if not isinstance(message, protocol.Hello):  # which goes on in the next step
             self._budget.require(message.caller or GUEST)
             self._budget.take(message.caller or GUEST)
@@ -165,7 +175,7 @@ class Commands:
         if message.seconds == 0:
             return Answer()
         count, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
-        return Answer(num_kv=count * side.facts.block_size, seconds=seconds)
+        return Answer(num_kv=count // side.contents.num_groups * side.facts.block_size, seconds=seconds)
 
 
 def refused(error: ThawError) -> Answer:

@@ -32,7 +32,7 @@ from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.served.weights import WeightsSample, owner_of
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.layout import make_layout
+from thaw.engines.vllm.layout import cache_groups, make_layouts
 from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler import SchedulerSide
@@ -124,10 +124,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:
             log.warning("thaw: %s", note)
-        heads = model.get_num_kv_heads(parallel)
-        head_dim = model.get_head_size()
-        token_nbytes = model.get_num_layers(parallel) * 2 * heads * head_dim * spec.dtype.itemsize
-        return SchedulerSide(facts, self._settings, self._mail, token_nbytes)
+        page_nbytes = sum(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups)
+        return SchedulerSide(facts, self._settings, self._mail, page_nbytes // spec.block_size, len(groups))
 
     @property
     def _s(self) -> SchedulerSide:
@@ -144,18 +142,18 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         return self._s.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self._s.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._s.allocated(request, tuple(map(tuple, blocks.get_block_ids())), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> ThawMetadata:
         return ThawMetadata(self._s.collect(scheduler_output))
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._s.finished(request, block_ids)
+        return self._s.finished(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._s.finished(request, block_ids[0])
+        return self._s.finished(request, block_ids)
 
     def reset_cache(self) -> bool | None:
         """vLLM resets its prefix cache with `reset_connector`: pins end; parked sessions are not in vLLM's blocks."""
@@ -166,24 +164,17 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        layout = make_layout(kv_caches)
+        layouts = make_layouts(kv_caches, [group.layer_names for group in self._kv_cache_config.kv_cache_groups])
         parallel, model = self._config.parallel_config, self._config.model_config
-        total, rank = model.get_total_num_kv_heads(), parallel.rank % parallel.tensor_parallel_size
-        size = parallel.tensor_parallel_size
-        first = rank * layout.num_kv_heads if total >= size else rank * total // size
+        rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
             rank=rank,
             world_size=size,
             pid=os.getpid(),
-            total_heads=total,
-            first_head=first,
-            num_heads=layout.num_kv_heads,
-            num_layers=layout.num_layers,
-            head_dim=layout.head_dim,
-            dtype=str(layout.dtype).removeprefix("torch."),
-            layout=layout.describe(),
+            groups=cache_groups(layouts, model.get_total_num_kv_heads()),
+            layout=layouts[0].describe(),
         )
-        self._worker = WorkerSide(layout, facts, self._settings, self._mail, self._watch(layout.layer_names[0]))
+        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, self._watch(layouts[0].layer_names[0]))
         self._mail.post(rank, facts)
 
     def _watch(self, layer_name: str) -> WeightsSample | None:

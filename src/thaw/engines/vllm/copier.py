@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from thaw.core.errors import StorageFailed
-from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.served.arena import Arena, Piece, Record, Tensors
 from thaw.engines.served.budget import Caller
+from thaw.engines.vllm.jobs import Tables
 from thaw.engines.vllm.layout import KVLayout
 
 SCATTER_TOKENS = 1024
@@ -27,40 +28,47 @@ SCATTER_TOKENS = 1024
 
 
 class Copier:
-    """On the engine's own cores."""
+    """On the engine's own cores. `layouts`: one for each strip of the arena's pieces. `tables`: for each of them the
+    block ids of a request, from its first token on; all have one block size."""
 
-    def __init__(self, layout: KVLayout, arena: Arena) -> None:
-        self._layout, self._arena = layout, arena
+    def __init__(self, layouts: Sequence[KVLayout], arena: Arena) -> None:
+        self._layouts, self._arena = tuple(layouts), arena
+        self._block_size = self._layouts[0].block_size
         self._lock = threading.Lock()
         self.loads = ThreadPoolExecutor(1, thread_name_prefix="thaw-load")
 
-    def save(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> list[Piece]:
+    def save(self, tables: Tables, start: int, stop: int, caller: Caller) -> list[Piece]:
         """Tokens [start, stop) out of the blocks, as earlier steps have written them, into memory that counts for
         `caller`."""
-        tensor = self._arena.allocate(stop - start, caller)
+        tensors = self._arena.allocate(stop - start, caller)
         with self._lock:
-            self._layout.gather(blocks, start, stop, tensor)
-        return [Piece(start, stop - start, tensor)]
+            self._gather_all(tables, start, stop, tensors)
+        return [Piece(start, stop - start, tensors)]
+
+    def _gather_all(self, tables: Tables, start: int, stop: int, tensors: Tensors) -> None:
+        for layout, blocks, tensor in zip(self._layouts, tables, tensors, strict=True):
+            layout.gather(blocks, start, stop, tensor)
 
     def after_saves(self, done: Callable[[], None]) -> None:
         """Call `done` when all that was to be saved is."""
         done()
 
-    def load(self, blocks: Sequence[int], record: Record, start: int, stop: int) -> None:
+    def load(self, tables: Tables, record: Record, start: int, stop: int) -> None:
         """Tokens [start, stop) into the blocks, for the step that is about to run."""
-        for a, b, view in record.spans(start, stop):
-            for at in range(a, b, SCATTER_TOKENS):
-                end = min(b, at + SCATTER_TOKENS)
-                with self._lock:
-                    self._layout.scatter(blocks, at, end, view[:, :, :, at - a : end - a])
+        for strip, (layout, blocks) in enumerate(zip(self._layouts, tables, strict=True)):
+            for a, b, view in record.spans(strip, start, stop):
+                for at in range(a, b, SCATTER_TOKENS):
+                    end = min(b, at + SCATTER_TOKENS)
+                    with self._lock:
+                        layout.scatter(blocks, at, end, view[:, :, :, at - a : end - a])
 
     def point(self) -> Any:
         """Where the steps stand now, for `load_aside`."""
         return None
 
-    def load_aside(self, blocks: Sequence[int], record: Record, start: int, stop: int, since: Any) -> None:
+    def load_aside(self, tables: Tables, record: Record, start: int, stop: int, since: Any) -> None:
         """Likewise on another thread, after the steps up to `since`; on return it is there."""
-        self.load(blocks, record, start, stop)
+        self.load(tables, record, start, stop)
 
     def close(self) -> None:
         self.loads.shutdown(wait=True, cancel_futures=True)
@@ -69,75 +77,83 @@ class Copier:
 class AcceleratorCopier(Copier):
     """Over the bus. Pieces that a launch on the step's stream still reads or writes are kept until it is over."""
 
-    _layout: Any  # a TritonPages
+    _layouts: tuple[Any, ...]  # of TritonPages
 
-    def __init__(self, layout: KVLayout, arena: Arena) -> None:
-        super().__init__(layout, arena)
-        self._device = layout.device
+    def __init__(self, layouts: Sequence[KVLayout], arena: Arena) -> None:
+        super().__init__(layouts, arena)
+        self._device = layouts[0].device
         self._saves = ThreadPoolExecutor(1, thread_name_prefix="thaw-save")
         self._in = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._busy: deque[tuple[torch.cuda.Event, object]] = deque()
 
-    def save(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> list[Piece]:
-        whole = max(start, stop // self._layout.block_size * self._layout.block_size)
+    def save(self, tables: Tables, start: int, stop: int, caller: Caller) -> list[Piece]:
+        whole = max(start, stop // self._block_size * self._block_size)
         out = []
         if start < whole:
-            out.append(self._save_aside(blocks, start, whole, caller))
+            out.append(self._save_aside(tables, start, whole, caller))
         if whole < stop:
-            out.append(self._save_tail(blocks, whole, stop, caller))
+            out.append(self._save_tail(tables, whole, stop, caller))
         return out
 
-    def _save_aside(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> Piece:
-        tensor = self._arena.allocate(stop - start, caller)
+    def _save_aside(self, tables: Tables, start: int, stop: int, caller: Caller) -> Piece:
+        tensors = self._arena.allocate(stop - start, caller)
         written = self._mark()
-        done: Future[None] = self._saves.submit(self._gather, tuple(blocks), start, stop, tensor, written)
-        return Piece(start, stop - start, tensor, partial(_result, done))
+        done: Future[None] = self._saves.submit(self._gather, tables, start, stop, tensors, written)
+        return Piece(start, stop - start, tensors, partial(_result, done))
 
-    def _gather(
-        self, blocks: Sequence[int], start: int, stop: int, tensor: torch.Tensor, written: torch.cuda.Event
-    ) -> None:
+    def _gather(self, tables: Tables, start: int, stop: int, tensors: Tensors, written: torch.cuda.Event) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._out):
             self._out.wait_event(written)
-            self._layout.gather(blocks, start, stop, tensor)
+            self._gather_all(tables, start, stop, tensors)
 
-    def _save_tail(self, blocks: Sequence[int], start: int, stop: int, caller: Caller) -> Piece:
-        tensor = self._arena.allocate(stop - start, caller)
-        if not self._layout.gather_now(blocks, start, stop, tensor):
-            self._layout.gather(blocks, start, stop, tensor)
-            return Piece(start, stop - start, tensor)
+    def _save_tail(self, tables: Tables, start: int, stop: int, caller: Caller) -> Piece:
+        tensors = self._arena.allocate(stop - start, caller)
+        launched = 0
+        for layout, blocks, tensor in zip(self._layouts, tables, tensors, strict=True):
+            if layout.gather_now(blocks, start, stop, tensor):
+                launched += 1
+            else:
+                layout.gather(blocks, start, stop, tensor)
+        if not launched:
+            return Piece(start, stop - start, tensors)
         written = self._mark()
-        self._keep(written, tensor)
-        return Piece(start, stop - start, tensor, written.synchronize)
+        self._keep(written, tensors)
+        return Piece(start, stop - start, tensors, written.synchronize)
 
     def after_saves(self, done: Callable[[], None]) -> None:
         self._saves.submit(done)
 
-    def load(self, blocks: Sequence[int], record: Record, start: int, stop: int) -> None:
+    def load(self, tables: Tables, record: Record, start: int, stop: int) -> None:
         for piece in record.pieces:
-            a, b = max(start, piece.start), min(stop, piece.stop)
-            if a >= b:
-                continue
-            view = piece.tensor[:, :, :, a - piece.start : b - piece.start]
-            if not _in_order(piece):
-                piece.ready()  # type: ignore[misc]
-            if self._layout.scatter_now(blocks, a, b, view):
-                self._keep(self._mark(), piece)
-            else:
-                if piece.ready is not None:
-                    piece.ready()
-                self._layout.scatter(blocks, a, b, view)
+            for strip, (layout, blocks) in enumerate(zip(self._layouts, tables, strict=True)):
+                a, b = max(start, piece.first(strip)), min(stop, piece.stop)
+                if a < b:
+                    self._load_piece(piece, layout, blocks, a, b, piece.view(strip, a, b))
+
+    def _load_piece(
+        self, piece: Piece, layout: Any, blocks: Sequence[int], start: int, stop: int, view: torch.Tensor
+    ) -> None:
+        if not _in_order(piece):
+            piece.ready()  # type: ignore[misc]
+        if layout.scatter_now(blocks, start, stop, view):
+            self._keep(self._mark(), piece)
+        else:
+            if piece.ready is not None:
+                piece.ready()
+            layout.scatter(blocks, start, stop, view)
 
     def point(self) -> torch.cuda.Event:
         return self._mark()
 
-    def load_aside(self, blocks: Sequence[int], record: Record, start: int, stop: int, since: torch.cuda.Event) -> None:
+    def load_aside(self, tables: Tables, record: Record, start: int, stop: int, since: torch.cuda.Event) -> None:
         record.wait(start, stop)
         with torch.cuda.device(self._device), torch.cuda.stream(self._in):
             self._in.wait_event(since)  # the blocks' former owner may still be in that step
-            for a, b, view in record.spans(start, stop):
-                if b - a > self._layout.block_size or not self._layout.scatter_now(blocks, a, b, view):
-                    self._layout.scatter(blocks, a, b, view)
+            for strip, (layout, blocks) in enumerate(zip(self._layouts, tables, strict=True)):
+                for a, b, view in record.spans(strip, start, stop):
+                    if b - a > self._block_size or not layout.scatter_now(blocks, a, b, view):
+                        layout.scatter(blocks, a, b, view)
             self._in.synchronize()
 
     def _mark(self) -> torch.cuda.Event:
@@ -156,8 +172,8 @@ class AcceleratorCopier(Copier):
         self._saves.shutdown(wait=True)
 
 
-def make_copier(layout: KVLayout, arena: Arena) -> Copier:
-    return AcceleratorCopier(layout, arena) if layout.on_its_own else Copier(layout, arena)
+def make_copier(layouts: Sequence[KVLayout], arena: Arena) -> Copier:
+    return AcceleratorCopier(layouts, arena) if layouts[0].on_its_own else Copier(layouts, arena)
 
 
 def _in_order(piece: Piece) -> bool:

@@ -1,13 +1,15 @@
 """What the scheduler's side tells the workers' side to do before a step's forward pass, in order.
 
-Every worker gets the same list and works through it on its own heads. `blocks` are block ids of the engine's cache,
-in token order from token 0.
+Every worker gets the same list and works through it on its own blobs. `tables` are block ids of the engine's cache, for
+each of its KV cache groups, in token order from token 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TypeAlias
+
+Tables: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sync:
     very step, so all of that is done when the job is."""
 
     record: str
-    blocks: tuple[int, ...]
+    tables: Tables
     num_kv: int
     finished: str | None = None
     now: bool = False
@@ -41,7 +43,7 @@ class Load:
     request: str
     name: str
     record: str
-    blocks: tuple[int, ...]
+    tables: Tables
     start: int
     stop: int
     background: bool
@@ -54,7 +56,7 @@ class Check:
     request: str
     name: str
     record: str
-    blocks: tuple[int, ...]
+    tables: Tables
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Fail:
     this step, and the request ends before anything is computed."""
 
     request: str
-    blocks: tuple[int, ...]
+    tables: Tables
     background: bool = True
 
 

@@ -14,7 +14,7 @@ from thaw.core.findings import Finding
 from thaw.data.files import write_atomic
 from thaw.engines.base import Engine
 from thaw.engines.keys import api_key as key_for
-from thaw.engines.kind import ConfigFile, EngineKind, Server, Settings, Start, Wanted, refuse_options
+from thaw.engines.kind import ConfigFile, EngineKind, Server, Settings, Start, Wanted, called, refuse_options
 from thaw.engines.served import lookup, protocol
 from thaw.engines.vllm import settings
 
@@ -73,7 +73,7 @@ class Vllm(EngineKind):
     def load(self, **options: Any) -> Engine:
         from thaw.engines.vllm import load
 
-        return load(**options)
+        return called(self.name, load, **options)
 
     def attach(self, target: Any, *, policy: str = "0", api_key: str | None = None, **options: Any) -> Engine:
         from thaw.engines.vllm import attach

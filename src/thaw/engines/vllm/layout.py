@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from thaw.core.cache import FullKV, layers_of
 from thaw.core.errors import Unsupported
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -172,6 +173,34 @@ def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
 
         return TritonPages(checked)
     raise Unsupported(f"KV caches on device {device!r} cannot be snapshotted; thaw reads those of cuda and cpu")
+
+
+def make_layouts(kv_caches: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> tuple[KVLayout, ...]:
+    """One for each of vLLM's KV cache groups, which name their layers. Raises `Unsupported` as `make_layout`, and for
+    caches of no group, whose layers use those of others."""
+    if len(groups) == 1:
+        return (make_layout(kv_caches),)
+    strange = sorted(kv_caches.keys() - {name for names in groups for name in names})
+    if strange:
+        raise Unsupported(
+            f"layer {strange[0]!r} is in no KV cache group; thaw snapshots layers with caches of their own"
+        )
+    return tuple(make_layout({name: kv_caches[name] for name in names}) for names in groups)
+
+
+def cache_groups(layouts: Sequence[KVLayout], num_kv_heads: int) -> tuple[FullKV, ...]:
+    """What the layouts are of a model with so many KV heads in all."""
+    order = layer_order(dict.fromkeys(name for layout in layouts for name in layout.layer_names))
+    return tuple(
+        FullKV(
+            name="full" if i == 0 else f"full.{i}",
+            **layers_of([order.index(name) for name in layout.layer_names]),
+            num_kv_heads=num_kv_heads,
+            head_dim=layout.head_dim,
+            dtype=str(layout.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+        for i, layout in enumerate(layouts)
+    )
 
 
 def layer_order(names: Mapping[str, object]) -> tuple[str, ...]:

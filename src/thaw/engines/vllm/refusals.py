@@ -4,6 +4,8 @@ vLLM has one answer to a request that its engine ended with an error: status 500
 or as an event of a stream. The connector has left the reason in the mail; here it takes the answer's place, with the
 status that it stands for. All other replies pass as they come, and nothing is kept of requests without a message of
 thaw's. Streams of thaw's own clients pass, too: they read the mail themselves.
+
+The mail is by the message's id, so of two requests under way with the same one the later is refused here.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from thaw.core.errors import NotFound, ThawError
+from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.engines.error_kinds import made
 from thaw.engines.served import protocol
 from thaw.engines.served.protocol import Answer, Message
 from thaw.engines.served.said import http_status
 from thaw.engines.vllm.client.async_llm import mail_folder
+from thaw.engines.vllm.commands import SAME_ID
 
 Event: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Event]]
@@ -28,6 +31,8 @@ Send: TypeAlias = Callable[[Event], Awaitable[None]]
 App: TypeAlias = Callable[[Event, Receive, Send], Awaitable[None]]
 MARK = f'"{protocol.KEY}"'.encode()
 """In the body of every request that carries a message."""
+NO_JSON = b"\0"
+"""After any part of a body: the server does not take it."""
 FAILED = b'"InternalServerError"'
 """In the event of a stream that ended with an error."""
 
@@ -37,21 +42,27 @@ class Refusals:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._under_way: set[str] = set()
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
-        await self._app(scope, exchange.receive, exchange.send)
+        exchange = _Exchange(scope, receive, send, self._under_way)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        finally:
+            exchange.ends()
 
 
 class _Exchange:
-    """One request and its reply."""
+    """One request and its reply. `under_way`: the ids of the messages of all that are."""
 
-    def __init__(self, scope: Event, receive: Receive, send: Send) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
+    def __init__(self, scope: Event, receive: Receive, send: Send, under_way: set[str]) -> None:
+        self._scope, self._receive, self._send, self._under_way = scope, receive, send, under_way
         self._body: list[bytes] = []
+        self._message: Message | None = None
+        self._twice = False
         self._failed: Event | None = None
         self._said: list[bytes] = []
 
@@ -63,12 +74,26 @@ class _Exchange:
                 self._body.clear()
             elif not event.get("more_body"):
                 self._body = [body]
+                self._message = _message(body)
+                if not self._begins():
+                    event = {**event, "body": NO_JSON}
         return event
+
+    def _begins(self) -> bool:
+        if self._message is None:
+            return True
+        self._twice = self._message.id in self._under_way
+        self._under_way.add(self._message.id)
+        return not self._twice
+
+    def ends(self) -> None:
+        if self._message is not None and not self._twice:
+            self._under_way.discard(self._message.id)
 
     async def send(self, event: Event) -> None:
         if not self._body:
             await self._send(event)
-        elif event["type"] == "http.response.start" and event["status"] == 500:
+        elif event["type"] == "http.response.start" and (event["status"] == 500 or self._twice):
             self._failed = event
         elif event["type"] == "http.response.body" and self._failed is not None:
             self._said.append(event.get("body", b""))
@@ -92,17 +117,13 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     def _reason(self, *, streams: bool) -> ThawError | None:
-        message = self._message()
+        message = self._message
+        if message is not None and self._twice:
+            return InvalidRequest(f"id {message.id}: {SAME_ID}")
         if message is None or (streams and message.caller is not None):
             return None
         found = [_taken(letter) for folder in self._mails() for letter in folder.glob(f"{message.id}.*")]
         return next((made(answer.kind, answer.error) for answer in found if answer is not None and answer.kind), None)
-
-    def _message(self) -> Message | None:
-        try:
-            return protocol.parse(json.loads(b"".join(self._body)).get("kv_transfer_params"))
-        except (ValueError, AttributeError, ThawError):
-            return None
 
     def _mails(self) -> list[Path]:
         try:
@@ -110,6 +131,13 @@ class _Exchange:
         except NotFound:
             return []
         return [place / "answers" for place in (base, *base.glob("dp*"))]
+
+
+def _message(body: bytes) -> Message | None:
+    try:
+        return protocol.parse(json.loads(body).get("kv_transfer_params"))
+    except (ValueError, AttributeError, RecursionError, ThawError):
+        return None
 
 
 def _taken(letter: Path) -> Answer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from thaw.core.errors import ThawError
@@ -17,7 +17,8 @@ class Running:
     `computed`: tokens that have KV in its blocks once all steps so far are done. `preempted`: how often its KV was
     saved when vLLM took its blocks away. `found`: (local, loaded) tokens when it first got blocks. `given`: tokens that
     it had from vLLM's cache and from thaw when it last got blocks. `salted`: its blocks are its lineage's alone.
-    `replayed`: its grammar knows what the completion has already."""
+    `replayed`: its grammar knows what the completion has already. `hidden`: hashes of its last blocks, in order, that
+    vLLM must not find yet."""
 
     request: Any
     message: protocol.Run
@@ -32,6 +33,16 @@ class Running:
     salted: bool = False
     background: bool = False
     loading: int | None = None
+    hidden: list[Any] = field(default_factory=list)
+
+    def hide(self, first: int) -> None:
+        """vLLM finds no block from number `first` on, until `show`. Only while it is not scheduled."""
+        hashes = self.request.block_hashes
+        self.hidden, hashes[first:] = hashes[first:], []
+
+    def show(self) -> None:
+        self.request.block_hashes.extend(self.hidden)
+        self.hidden = []
 
 
 def give_own_salt(request: Any) -> None:

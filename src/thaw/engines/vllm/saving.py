@@ -15,12 +15,13 @@ from thaw.engines.vllm.running import Running, is_failed
 
 
 class Saving:
-    """`tables`: the blocks of every request of thaw's that has some, by its name. `rescues`: jobs that must be done
-    before anything is written over what vLLM has taken away; they come first in the next step."""
+    """`tables`: the blocks of every request of thaw's that has some, by its name, a list for each of vLLM's KV cache
+    groups. `rescues`: jobs that must be done before anything is written over what vLLM has taken away; they come first
+    in the next step."""
 
     def __init__(self, records: Records[Record], contents: Contents, queue: list[Job], block_size: int) -> None:
         self._records, self._contents, self._queue, self._block_size = records, contents, queue, block_size
-        self.tables: dict[str, list[int]] = {}
+        self.tables: dict[str, list[list[int]]] = {}
         self.rescues: list[Job] = []
         self.num_preempted = 0
 
@@ -51,14 +52,14 @@ class Saving:
         record = self._records.get(run.message.record)
         if table is None or record is None or record.live is not request:
             return
-        upto = min(run.computed, request.num_tokens - 1, len(table) * self._block_size)
+        upto = min(run.computed, request.num_tokens - 1, self._room(table))
         if upto > record.num_kv or record.leaving:
             upto = max(upto, record.num_kv)
             self.rescues.append(self._sync(record, run.message.record, table, upto, request, now=True))
             record.leaving = False
         run.want = record.num_kv
 
-    def end(self, run: Running, blocks: Sequence[int]) -> tuple[bool, int]:
+    def end(self, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, int]:
         """The request is over: (whether its blocks must be held until the workers have copied them, how many tokens
         its record has then)."""
         request, name = run.request, run.message.record
@@ -68,23 +69,34 @@ class Saving:
         held = False
         num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
         keep = run.message.keep and run.error is None and not is_failed(request)
-        if keep and num_kv > record.num_kv and len(blocks) * self._block_size >= num_kv:
-            self._queue.append(self._sync(record, name, blocks, num_kv, request, request.request_id))
+        if keep and num_kv > record.num_kv and self._room(tables) >= num_kv:
+            self._queue.append(self._sync(record, name, tables, num_kv, request, request.request_id))
             held = True
-        elif record.leaving and blocks:
+        elif record.leaving and any(tables):
             self._queue.append(jobs.Sync(name, (), 0, request.request_id))
             held = True
         record.live, record.leaving = None, False
         self._records.touch(name)
         return held, record.num_kv
 
+    def _room(self, tables: Sequence[Sequence[int]]) -> int:
+        """Tokens that the blocks have room for, in every group."""
+        return min(map(len, tables)) * self._block_size
+
     def _sync(
-        self, record: Record, name: str, table: Sequence[int], upto: int, live: Any, finished: str | None = None,
-        *, now: bool = False,
-    ) -> Job:  # fmt: skip
+        self,
+        record: Record,
+        name: str,
+        tables: Sequence[Sequence[int]],
+        upto: int,
+        live: Any,
+        finished: str | None = None,
+        *,
+        now: bool = False,
+    ) -> Job:
         """What brings the record up to `upto` tokens; from now on it counts as done."""
-        blocks = tuple(table[: -(-upto // self._block_size)])
+        used = tuple(tuple(table[: -(-upto // self._block_size)]) for table in tables)
         record.tokens = list(live.all_token_ids[:upto])
         record.num_kv = upto
-        self._contents.note_computed(record, blocks, upto // self._block_size)
-        return jobs.Sync(name, blocks, upto, finished, now)
+        self._contents.note_computed(record, used, upto // self._block_size)
+        return jobs.Sync(name, used, upto, finished, now)

@@ -15,13 +15,15 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from thaw.core.errors import Busy, InvalidRequest, StorageFailed, ThawError, Unsupported
+from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
+from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.records import Records
@@ -42,11 +44,13 @@ MAIL_SWEEP_S = 300.0
 
 
 class SchedulerSide:
-    def __init__(self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int) -> None:
+    def __init__(
+        self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int, num_groups: int = 1
+    ) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
         self._block_size = facts.block_size
         self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
-        self.contents = Contents()
+        self.contents = Contents(num_groups)
         self.pins = Pins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
@@ -69,24 +73,20 @@ class SchedulerSide:
 
     def arrived(self, request: Any) -> None:
         """Read its message; queue what the workers must do for it."""
-        try:
-            message = protocol.parse(request.kv_transfer_params)
-        except Exception as error:  # noqa: BLE001 - whatever a client sent
-            self._refuse(request, None, _described(error))
-            return
+        message = guarded(partial(protocol.parse, request.kv_transfer_params), partial(self._refuse, request, None))
         if message is None:
             return
-        self._tidy()
-        try:
-            self.mail.require_caller(message)
-            self.mail.require_granted(message)
-            self._forget(message.drop)
-            if isinstance(message, protocol.Run):
-                self._begin(request, message)
-            else:
-                self._commands.begin(request.request_id, message)
-        except Exception as error:  # noqa: BLE001 - a failing thaw costs its own request, never the engine
-            self._refuse(request, message, _described(error))
+        guarded(self._tidy, unheard)
+        guarded(partial(self._take, request, message), partial(self._refuse, request, message))
+
+    def _take(self, request: Any, message: protocol.Run | protocol.Command) -> None:
+        self.mail.require_caller(message)
+        self.mail.require_granted(message)
+        self._forget(message.drop)
+        if isinstance(message, protocol.Run):
+            self._begin(request, message)
+        else:
+            self._commands.begin(request.request_id, message)
 
     def _refuse(self, request: Any, message: protocol.Message | None, error: ThawError) -> None:
         """Answer with the error; what is not held as a command then ends through a load that fails, before anything is
@@ -102,13 +102,14 @@ class SchedulerSide:
         """By mail, out of which `refusals` answers those who do not share it; to the operator in the log."""
         self.counters["refused"] += 1
         log.warning("thaw: request %s is refused (%s): %s", request.request_id, error.kind, error)
-        if message is not None:
+        if message is not None and not self._commands.holds(message.id, besides=request.request_id):
             self.mail.answer(message.id, SCHEDULER, refused(error))
 
     def _begin(self, request: Any, message: protocol.Run) -> None:
         if not self.on:
             raise Unsupported("thaw is switched off in this engine; plain requests work (thaw engine switch on)")
         support.require_alone(request.sampling_params, message)
+        _require_grammar(request, message)
         caller = message.caller or GUEST
         self.require_room(message.record, caller, message.num_new(request.num_tokens))
         source = self._source(message)
@@ -163,32 +164,64 @@ class SchedulerSide:
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
         """(tokens to load beyond the `local` ones, whether in the background); None: ask again next step."""
-        if request.request_id in self._commands:
-            return (0, False) if self._commands.may_pass(request.request_id) else (None, False)
-        run = self._runs.get(request.request_id)
+        name = request.request_id
+        if name in self._commands:
+            waits = guarded(partial(self._commands.may_pass, name), unheard) is False
+            return (None, False) if waits else (0, False)
+        run = self._runs.get(name)
         if run is None:
             return 0, False
-        if run.error is not None:
-            run.local = local  # blocks that are the session's own stay known as such
-            return max(1, request.num_tokens - local), True
+        found = None
+        if run.error is None:
+            found = guarded(partial(self._match, request, run, local), partial(self._stop, run))
+        return self._ends_by_load(run, local) if found is None else found
+
+    def _stop(self, run: Running, error: ThawError) -> None:
+        """The request ends with this error: through a load that fails where one is to come, else at its end."""
+        run.error = error
+        self._tell_refused(run.request, run.message, error)
+
+    def _match(self, request: Any, run: Running, local: int) -> tuple[int | None, bool]:
+        if self._finds_too_much(run, local):
+            return None, False
         if self._groups.waits(run.message.group, request.request_id):
             return None, False
         self._saving.rescue(run)
         self._replay(request, run)
-        if run.error is not None:
-            run.local = local
-            return max(1, request.num_tokens - local), True
         want = min(run.want, request.num_tokens - 1)
         if self._foreign(request, run, local):
+            run.hidden = []
             give_own_salt(request)
             return None, False
-        run.local = local
         missing = max(want - local, 0)
+        if missing and self._loads.is_led(run, want):
+            return None, False
+        run.local = local
+        run.show()
         if not missing:
             return 0, False
-        if self._loads.is_led(run, want):
-            return None, False
         return missing, self._loads.in_background(missing)
+
+    def _ends_by_load(self, run: Running, local: int) -> tuple[int, bool]:
+        """A load that fails ends the request. Blocks that are the session's own stay known as such."""
+        run.local = local
+        run.show()
+        return max(1, run.request.num_tokens - local), True
+
+    def _finds_too_much(self, run: Running, local: int) -> bool:
+        """A session has no KV for its last token, which runs again. Where that token fills a block, the engine that
+        read it has its KV all the same, and one that hydrated it has not: so that both compute the same, in batches of
+        one shape, the block is hidden and vLLM asked again. Not where it knows of more: siblings read that already."""
+        size = self._block_size
+        if run.found is not None or not run.want or (run.want + 1) % size:
+            return False
+        if not run.hidden and local == run.want + 1:
+            run.hide(run.want // size)
+            return True
+        if len(run.hidden) > 1 and self.contents.has(run.hidden[1]):
+            run.show()
+            return True
+        return False
 
     def _replay(self, request: Any, run: Running) -> None:
         """Bring the grammar of a completion that goes on in its middle to where it was. vLLM asks for matches only when
@@ -199,12 +232,10 @@ class SchedulerSide:
         run.replayed = True
         prior = list(request.all_token_ids[start:])
         if prior and not request.structured_output_request.grammar.accept_tokens(request.request_id, prior):
-            error = InvalidRequest(
+            raise InvalidRequest(
                 f"the grammar does not allow the {len(prior)} tokens that the completion has already: was it begun "
                 "with another one?"
             )
-            self._tell_refused(request, run.message, error)
-            run.error = error
 
     def _foreign(self, request: Any, run: Running, local: int) -> bool:
         record = self.records.get(run.message.record)
@@ -214,19 +245,38 @@ class SchedulerSide:
 
     # -- vLLM has given a request its blocks
 
-    def allocated(self, request: Any, blocks: Sequence[int], num_external: int) -> None:
-        run = self._runs.get(request.request_id)
-        if run is not None and run.background and not num_external:
+    def allocated(self, request: Any, tables: jobs.Tables, num_external: int) -> None:
+        name = request.request_id
+        run = self._runs.get(name)
+        if run is None:
+            self.contents.renew(_from(tables, 0))
+            return
+
+        def failed(error: ThawError) -> None:
+            self._stop(run, error)
+            self.contents.renew(_from(tables, 0))
+            self._take_back(name)
+            if num_external:
+                self.queue.append(jobs.Fail(name, tables, self._loads.in_background(num_external)))
+
+        guarded(partial(self._allocated, request, run, tables, num_external), failed)
+
+    def _take_back(self, request: str) -> None:
+        """Jobs by which workers would tell vLLM of this request."""
+        self.queue[:] = [
+            job for job in self.queue if request not in (getattr(job, "request", None), getattr(job, "finished", None))
+        ]
+
+    def _allocated(self, request: Any, run: Running, tables: jobs.Tables, num_external: int) -> None:
+        if run.background and not num_external:
             run.given = run.want
-            self.contents.renew(blocks[-(-run.want // self._block_size) :])
+            self.contents.renew(_from(tables, -(-run.want // self._block_size)))
             self._loads.ends(run)  # who is asked after it in this step shares its blocks, and starts with it
             return
-        self.contents.renew(blocks[0 if run is None else run.local // self._block_size :])
-        if run is None:
-            return
+        self.contents.renew(_from(tables, run.local // self._block_size))
         if run.error is not None:
             if num_external:  # else vLLM loads nothing for this request: it runs, and hears the error at its end
-                self.queue.append(jobs.Fail(request.request_id, tuple(blocks)))
+                self.queue.append(jobs.Fail(request.request_id, tables))
             return
         want = min(run.want, request.num_tokens - 1)
         run.given = run.local + num_external
@@ -237,26 +287,26 @@ class SchedulerSide:
         if num_external:
             background = self._loads.in_background(num_external)
             start = want - num_external
-            used = tuple(blocks[: -(-want // self._block_size)])
+            used = _upto(tables, -(-want // self._block_size))
             self.queue.append(jobs.Load(request.request_id, name, record, used, start, want, background))
             self._note_loaded(run, used, start, want)
             run.background = background
             if background:
                 self._loads.begins(run, want)
         elif want:
-            self.queue.append(jobs.Check(request.request_id, name, record, tuple(blocks[:1])))
+            self.queue.append(jobs.Check(request.request_id, name, record, _upto(tables, 1)))
 
-    def _note_loaded(self, run: Running, blocks: Sequence[int], start: int, stop: int) -> None:
+    def _note_loaded(self, run: Running, tables: jobs.Tables, start: int, stop: int) -> None:
         record = self.records.get(run.message.record)
         if record is not None:
-            self.contents.note_loaded(record, blocks, start // self._block_size, stop // self._block_size)
+            self.contents.note_loaded(record, tables, start // self._block_size, stop // self._block_size)
 
     # -- a step is put together
 
     def collect(self, output: Any) -> list[Job]:
         """The jobs of this step; also learn from vLLM's output which blocks its requests have."""
         for run in self._runs.values():
-            self._saving.rescue(run)
+            guarded(partial(self._saving.rescue, run), partial(self._stop, run))
         self._follow(output)
         self.pins.release()
         out = [*self._saving.rescues, *self.queue]
@@ -269,10 +319,10 @@ class SchedulerSide:
         self._groups.step_begins()
         for new in output.scheduled_new_reqs:
             if new.req_id in self._runs:
-                self._saving.tables[new.req_id] = list(new.block_ids[0])
-                self._loads.ends(self._runs[new.req_id])
-                self._check_own(new.req_id, new.num_computed_tokens)
-                self._groups.begins(self._runs[new.req_id].message.group)
+                run = self._runs[new.req_id]
+                there = partial(self._has_blocks, run, new.block_ids, new.num_computed_tokens)
+                guarded(there, partial(self._stop, run))
+                self._groups.begins(run.message.group)
                 self._count(new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for name, before in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
@@ -281,16 +331,28 @@ class SchedulerSide:
             if fresh is None:
                 continue
             if name not in cached.resumed_req_ids:
-                self.contents.renew(fresh[0])
-            if name in self._runs:
-                if name in cached.resumed_req_ids:
-                    self._saving.tables[name] = list(fresh[0])
-                    self._loads.ends(self._runs[name])
-                    self._check_own(name, before)
-                else:
-                    self._saving.tables.setdefault(name, []).extend(fresh[0])
+                self.contents.renew(_from(fresh, 0))
+            run = self._runs.get(name)
+            if run is None:
+                continue
+            if name in cached.resumed_req_ids:
+                guarded(partial(self._has_blocks, run, fresh, before), partial(self._stop, run))
+            else:
+                guarded(partial(self._has_more_blocks, name, fresh), partial(self._stop, run))
         for name in output.finished_req_ids:
             self._saving.tables.pop(name, None)
+
+    def _has_blocks(self, run: Running, tables: Sequence[Sequence[int]], num_computed: int) -> None:
+        """It begins, or goes on after it was preempted."""
+        name = run.request.request_id
+        self._saving.tables[name] = [list(table) for table in tables]
+        self._loads.ends(run)
+        self._check_own(name, num_computed)
+
+    def _has_more_blocks(self, name: str, fresh: Sequence[Sequence[int]]) -> None:
+        tables = self._saving.tables.setdefault(name, [[] for _ in fresh])
+        for table, blocks in zip(tables, fresh, strict=True):
+            table.extend(blocks)
 
     def _count(self, name: str, before: int, output: Any) -> None:
         if name in self._runs:
@@ -309,36 +371,49 @@ class SchedulerSide:
             "among thaw's options where that connector finds KV by vLLM's salted block hashes"
         )
         self._tell_refused(run.request, run.message, run.error)
-        self.queue.append(jobs.Fail(name, tuple(self._saving.tables[name]), background=False))
+        self.queue.append(jobs.Fail(name, _upto(self._saving.tables[name], None), background=False))
 
     # -- a request ends
 
-    def finished(self, request: Any, blocks: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """(whether its blocks must be held until the workers have synced them, what goes back with its output)."""
         name = request.request_id
         if name in self._commands:
-            return False, self._commands.end(name)
+            return False, guarded(partial(self._commands.end, name), unheard)
         run = self._runs.pop(name, None)
         if run is None:
             return False, None
-        self._saving.rescue(run)
         if run.message.group is not None:
             self._groups.start(run.message.group)
         self._loads.ends(run)
+
+        def failed(error: ThawError) -> None:
+            self._stop(run, error)
+            self._take_back(name)
+            self._forget((run.message.record,))
+
+        done = guarded(partial(self._end, request, run, tables), failed)
+        if done is None:
+            assert run.error is not None
+            return False, reply(run.message.id, refused(run.error))
+        return done
+
+    def _end(self, request: Any, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
+        self._saving.rescue(run)
         if run.error is not None:
-            held, _ = self._settle(request, run, blocks)
+            held, _ = self._settle(request, run, tables)
             return held, reply(run.message.id, refused(run.error))
         if is_failed(request) and run.found is None and run.message.grammar_from is not None:
             error = InvalidRequest("vLLM could not make a grammar of structured_outputs; the engine's log says why")
             self._tell_refused(request, run.message, error)
-        held, answer = self._settle(request, run, blocks)
+        held, answer = self._settle(request, run, tables)
         wanted = is_aborted(request) or (run.message.mail and not is_failed(request))
         if wanted and run.message.caller is not None:
             self.mail.answer(run.message.id, SCHEDULER, answer)
         return held, reply(run.message.id, answer)
 
-    def _settle(self, request: Any, run: Running, blocks: Sequence[int]) -> tuple[bool, Answer]:
-        held, num_kv = self._saving.end(run, blocks)
+    def _settle(self, request: Any, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, Answer]:
+        held, num_kv = self._saving.end(run, tables)
         local, external = run.found or (0, 0)
         return held, Answer(
             num_tokens=request.num_tokens,
@@ -385,11 +460,24 @@ class SchedulerSide:
         self.pins.reset()
 
 
-def _described(error: Exception) -> ThawError:
-    if isinstance(error, ThawError):
-        return error
-    log.error("thaw: a request could not be handled", exc_info=error)
-    return StorageFailed(f"{type(error).__name__}: {error}")
+def _from(tables: Sequence[Sequence[int]], first: int) -> Iterator[int]:
+    """The blocks of all groups, from a place in their tables on."""
+    return (block for table in tables for block in table[first:])
+
+
+def _upto(tables: Sequence[Sequence[int]], end: int | None) -> jobs.Tables:
+    return tuple(tuple(table[:end]) for table in tables)
+
+
+def _require_grammar(request: Any, message: protocol.Run) -> None:
+    """Raise `InvalidRequest` where the message counts on a grammar that is not there, or on tokens."""
+    start = message.grammar_from
+    if start is None:
+        return
+    if not request.use_structured_output:
+        raise InvalidRequest("grammar_from: the request's structured_outputs say nothing, so there is no grammar")
+    if start > request.num_tokens:
+        raise InvalidRequest(f"grammar_from={start}: the request has {request.num_tokens} tokens")
 
 
 def _no_run() -> protocol.Run:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from thaw.core.errors import Unsupported
+from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden
-from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, parse
+from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.settings import LOGITS_PROCESSOR
 
@@ -127,10 +127,10 @@ def _require_model(model: Any) -> None:
         )
 
 
-LOADED_FROM_FILES = (
-    "auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "instanttensor", "runai_streamer",
-)  # fmt: skip
+LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 """Values of `load_format` that read the files which the identity is made of."""
+MISTRAL = "consolidated*.safetensors"
+"""Files that vLLM takes before all others where `load_format` is auto."""
 
 
 def _require_files(config: Any) -> None:
@@ -139,6 +139,11 @@ def _require_files(config: Any) -> None:
     if load_format not in LOADED_FROM_FILES:
         raise Unsupported(
             f"load_format={load_format}: the weights that run must be those of the folder's files; use auto"
+        )
+    if load_format == "auto" and _has_files(model.model, MISTRAL):
+        raise Unsupported(
+            f"load_format=auto: vLLM would load {MISTRAL} of {model.model}, in Mistral's format, and other engines "
+            "load the files beside it; start vLLM with load_format=hf (--load-format hf)"
         )
     if model.quantization is not None and getattr(model.hf_config, "quantization_config", None) is None:
         raise Unsupported(
@@ -149,6 +154,13 @@ def _require_files(config: Any) -> None:
         raise Unsupported(f"hf_config_path={model.hf_config_path}: the config must be the one beside the weights")
     if callable(model.hf_overrides):
         raise Unsupported("hf_overrides as a function: a session's identity cannot tell it; give the fields by name")
+
+
+def _has_files(model: str, pattern: str) -> bool:
+    from thaw.engines.hf.checkpoint import local_folder
+
+    folder = local_folder(model)
+    return folder is not None and any(folder.glob(pattern))
 
 
 ALLOWED = "model_max_length"
@@ -175,7 +187,13 @@ def require_request(params: Any) -> None:
 
 
 def require_alone(params: Any, message: Message) -> None:
-    """Raise `Unsupported` for a parameter that cannot go with the message."""
+    """Raise `Unsupported` for a parameter that cannot go with the message, `InvalidRequest` for a message that needs
+    one which is not there."""
+    if isinstance(message, Run) and message.grammar_from is not None and params.structured_outputs is None:
+        raise InvalidRequest(
+            f"kv_transfer_params.{KEY}: grammar_from={message.grammar_from} in a request without structured_outputs: "
+            "there is no grammar; leave one out, or send the other, too"
+        )
     for name, usual, why in ALONE:
         asked = getattr(params, name, None)
         if name == "structured_outputs" and getattr(message, "grammar_from", None) is not None:

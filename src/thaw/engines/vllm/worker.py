@@ -1,4 +1,4 @@
-"""The workers' side of the connector: KV between vLLM's blocks, the arena and packs, on this rank's heads.
+"""The workers' side of the connector: KV between vLLM's blocks, the arena and packs, on this rank's blobs.
 
 Jobs run in the order the scheduler's side gave them, on the runner's thread before a step's forward pass (copies in
 memory), or handed to a thread (packs, big loads). A job that fails costs its own request or command, never the engine.
@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
-from thaw.engines.served.arena import Arena, Piece, Record
+from thaw.engines.served.arena import Arena, Record
 from thaw.engines.served.budget import GUEST, Caller, Room
+from thaw.engines.served.guard import guarded
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer, WorkerFacts
+from thaw.engines.served.rank_groups import RankGroups
 from thaw.engines.served.weights import WeightsSample
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.copier import make_copier
@@ -33,16 +34,23 @@ log = logging.getLogger("thaw.vllm")
 
 class WorkerSide:
     def __init__(
-        self, layout: KVLayout, facts: WorkerFacts, settings: VllmSettings, mail: Mail, weights: WeightsSample | None
+        self,
+        layouts: Sequence[KVLayout],
+        facts: WorkerFacts,
+        settings: VllmSettings,
+        mail: Mail,
+        weights: WeightsSample | None,
     ) -> None:
-        self._layout, self._facts, self._mail, self._weights = layout, facts, mail, weights
+        self._facts, self._mail, self._weights = facts, mail, weights
+        groups = RankGroups(facts.groups, facts.rank, facts.world_size)
+        groups.require([layout.num_kv_heads for layout in layouts])
         spill = Path(settings.spill) if settings.spill else None
         self._arena = Arena(
-            settings.arena_nbytes, spill, layout.num_kv_heads, layout.num_layers, layout.head_dim, layout.dtype,
-            spill_nbytes=settings.spill_nbytes, shares=settings.shares(), pinned=layout.on_its_own,
+            settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
+            pinned=layouts[0].on_its_own,
         )  # fmt: skip
-        self._packing = Packing(facts, mail, self._arena, layout.dtype)
-        self._copier = make_copier(layout, self._arena)
+        self._packing = Packing(groups, mail, self._arena)
+        self._copier = make_copier(layouts, self._arena)
         self._records: dict[str, Record] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
         self._lock = threading.Lock()
@@ -59,10 +67,7 @@ class WorkerSide:
         """A step's jobs. The weights are looked at once a step, when a job needs to know."""
         self._epoch = None
         for job in todo:
-            try:
-                self._do(job)
-            except Exception as error:  # noqa: BLE001 - a failing thaw must not take the engine with it
-                self._failed(job, error)
+            guarded(partial(self._do, job), partial(self._failed, job))
         self._tell_what_is_left()
 
     def _tell_what_is_left(self) -> None:
@@ -104,12 +109,11 @@ class WorkerSide:
         elif isinstance(job, jobs.Check):
             self._usable(job.record)
         elif isinstance(job, jobs.Fail):
-            self._fail(job.request, job.blocks, background=job.background)
+            self._fail(job.request, job.tables, background=job.background)
         elif isinstance(job, jobs.ReadPlan):
             self._in_thread(job, partial(self._read, job, self._now()))
         elif isinstance(job, jobs.WritePack):
-            pieces = self._usable(job.record).cut(job.num_kv)
-            self._in_thread(job, partial(self._write, job, pieces, self._now()))
+            self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
         elif isinstance(job, jobs.LookAtWeights):
             self._look(job)
         elif isinstance(job, jobs.Count):
@@ -121,21 +125,19 @@ class WorkerSide:
             for name in job.records:
                 self._records.pop(name, None)
 
-    def _failed(self, job: Job, error: Exception) -> None:
+    def _failed(self, job: Job, error: ThawError) -> None:
         """Tell whoever waits for it."""
-        kind, text = _described(error)
-        if isinstance(error, ThawError):
-            log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
-        else:
-            log.exception("thaw: %s failed", type(job).__name__)
+        kind, text = error.kind, str(error)
+        log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
         if isinstance(job, jobs.Load | jobs.Check):
             self._answer(job.name, Answer(kind=kind, error=text))
-            self._fail(job.request, job.blocks, background=isinstance(job, jobs.Load) and job.background)
+            self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
         elif isinstance(job, jobs.ReadPlan | jobs.WritePack | jobs.LookAtWeights | jobs.Count | jobs.Watch):
             self._answer(job.name, Answer(kind=kind, error=text))
         elif isinstance(job, jobs.Derive | jobs.Sync):
             caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
-            self._records[job.record] = Record((), self._now(), broken=text, caller=caller)
+            epoch = 0 if self._weights is None else self._weights.epoch
+            self._records[job.record] = Record((), epoch, broken=text, caller=caller)
             if isinstance(job, jobs.Sync) and job.finished is not None:
                 self._copier.after_saves(partial(self._let_go, job.finished))
 
@@ -146,7 +148,7 @@ class WorkerSide:
         source = self._get(job.source)
         if source.num_kv < job.num_kv and source.epoch == self._now():
             raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
-        self._records[job.record] = Record(source.cut(job.num_kv), source.epoch, caller=job.caller)
+        self._records[job.record] = source.upto(job.num_kv, job.caller)
 
     def _sync(self, job: jobs.Sync) -> None:
         """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
@@ -154,9 +156,9 @@ class WorkerSide:
         if record.epoch != self._now():
             record.broken = "the weights changed while it was computed"
         elif not record.broken and job.num_kv > record.num_kv:
-            pieces = self._copier.save(job.blocks, record.num_kv, job.num_kv, record.caller)
+            pieces = self._copier.save(job.tables, record.num_kv, job.num_kv, record.caller)
             whole = self._arena.joined((*record.pieces, *pieces), record.caller)
-            self._records[job.record] = Record(whole, record.epoch, caller=record.caller)
+            self._records[job.record] = Record(whole, record.epoch, caller=record.caller, points=record.points)
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
@@ -171,24 +173,21 @@ class WorkerSide:
         if record.num_kv < job.stop:
             raise StorageFailed(f"the session has KV for {record.num_kv} tokens; {job.stop} were wanted")
         if not job.background:
-            self._copier.load(job.blocks, record, job.start, job.stop)
+            self._copier.load(job.tables, record, job.start, job.stop)
             return
 
         since = self._copier.point()
 
         def work() -> None:
-            try:
-                self._copier.load_aside(job.blocks, record, job.start, job.stop, since)
-                with self._lock:
-                    self._received.add(job.request)
-            except Exception as error:  # noqa: BLE001 - reported to the one request that waits for it
-                self._failed(job, error)
+            self._copier.load_aside(job.tables, record, job.start, job.stop, since)
+            with self._lock:
+                self._received.add(job.request)
 
-        self._copier.loads.submit(work)
+        self._copier.loads.submit(guarded, work, partial(self._failed, job))
 
-    def _fail(self, request: str, blocks: Sequence[int], *, background: bool) -> None:
+    def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
         with self._lock:
-            self._invalid.update(blocks)
+            self._invalid.update(*tables)
             if background:
                 self._received.add(request)
 
@@ -204,28 +203,23 @@ class WorkerSide:
 
     # -- packs, on a thread
 
-    def _in_thread(self, job: Job, work: Any) -> None:
-        def run() -> None:
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001 - the answer says so
-                self._failed(job, error)
-
-        self._threads.submit(run)
+    def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
+        self._threads.submit(guarded, work, partial(self._failed, job))
 
     def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
         started = time.perf_counter()
         plan = self._mail.plan(job.name)
-        pieces, nbytes, read_s = self._packing.read(plan, job.caller)
-        self._records[job.record] = Record(self._arena.joined(pieces, job.caller), epoch, caller=job.caller)
+        found = self._packing.read(plan, job.caller)
+        self._records[job.record] = Record(found.pieces, epoch, caller=job.caller, points=found.points)
         seconds = time.perf_counter() - started
-        stages = {"read": read_s, "fill": seconds}
-        self._answer(job.name, Answer(num_kv=plan.num_kv, nbytes=nbytes, epoch=epoch, seconds=seconds, stages_s=stages))
+        stages = {"read": found.seconds, "fill": seconds}
+        answer = Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
+        self._answer(job.name, answer)
 
-    def _write(self, job: jobs.WritePack, pieces: Sequence[Piece], epoch: int) -> None:
+    def _write(self, job: jobs.WritePack, record: Record) -> None:
         pack = job.packs[self._facts.rank]
         answer = self._packing.write(
-            pieces, job.base, job.num_kv, store=job.store, pack=pack, num_tokens=job.num_tokens, epoch=epoch
+            record, job.base, job.num_kv, store=job.store, pack=pack, num_tokens=job.num_tokens
         )
         self._answer(job.name, answer)
 
@@ -265,9 +259,3 @@ class WorkerSide:
 
     def _answer(self, name: str, answer: Answer) -> None:
         self._mail.answer(name, self._facts.rank, answer)
-
-
-def _described(error: Exception) -> tuple[str, str]:
-    if isinstance(error, ThawError):
-        return error.kind, str(error)
-    return "storage-failed", f"{type(error).__name__}: {error}"

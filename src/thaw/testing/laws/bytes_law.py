@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from thaw.core.cache import columns, point_groups, token_groups
 from thaw.core.errors import CorruptBlob, Damaged
 from thaw.engines.base import Captured, Engine
 from thaw.testing.laws.kit import EngineKit, Lab, bits, can, greedy, kv_complete, seeded
@@ -14,7 +15,9 @@ from thaw.testing.plans import flip_byte, halves_swapped, tampered
 
 
 def blob_ids(captured: Captured) -> list[tuple[str, ...]]:
-    return [ids for segment in captured.segments for _, ids in sorted(segment.blobs.items())]
+    """All blobs of each segment: of its tokens group by group, then of its point states."""
+    named = [[segment.blobs, *(point.blobs for point in segment.points)] for segment in captured.segments]
+    return [tuple(blob for blobs in one for group in sorted(blobs) for blob in blobs[group]) for one in named]
 
 
 class BytesLaw(EngineKit):
@@ -76,6 +79,18 @@ class BytesLaw(EngineKit):
         for early, late in itertools.pairwise(captures):
             assert prefix_bytes(lab, early, early.num_kv) == prefix_bytes(lab, late, early.num_kv)
 
+    @pytest.mark.parametrize("count, at", [(255, None), (256, None), (400, None), (600, 256), (600, 400)])
+    def test_a_live_child_computes_what_a_hydrated_one_does(
+        self, engine: Engine, other: Engine, lab: Lab, count: int, at: int | None
+    ) -> None:
+        """Also where the point ends a block of the engine's: bits hang on how many tokens a step has."""
+        session = lab.begin(engine, count)
+        plan = lab.plan(lab.capture(engine, session), at=at)
+        live = lab.one(engine, lab.twin(engine, session, at=at), greedy(4), (5, 6))
+        hydrated = lab.one(other, lab.hydrate(other, plan).session, greedy(4), (5, 6))
+        assert live.num_cached_tokens == hydrated.num_cached_tokens
+        assert bits(live.logprobs) == bits(hydrated.logprobs)
+
     def test_a_damaged_blob_is_refused_by_name(self, engine: Engine, other: Engine, lab: Lab) -> None:
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 300)))
         lab.hydrate(other, plan)
@@ -98,31 +113,49 @@ class BytesLaw(EngineKit):
     def test_negative_control_one_block_of_wrong_kv_changes_the_logprobs(
         self, engine: Engine, other: Engine, lab: Lab, piece: int
     ) -> None:
-        """Corrupted and hashed again, so accepted: if this changed nothing, no test here would prove anything."""
+        """Corrupted and hashed again, so accepted: if this changed nothing, no test here would prove anything. Each
+        group that needs these tokens shows it."""
         session = lab.begin(engine, 400)
         plan = lab.plan(lab.capture(engine, session))
         right = lab.one(engine, session, greedy(8), (5,))
         same_again = lab.one(other, lab.hydrate(other, plan).session, greedy(8), (5,))
-        wrong_plan = tampered(plan, halves_swapped, piece=piece % len(plan.slices))
-        wrong = lab.one(other, lab.hydrate(other, wrong_plan).session, greedy(8), (5,))
         assert bits(right.logprobs) == bits(same_again.logprobs)
-        assert right.logprobs[0] != wrong.logprobs[0]
+        victim = plan.slices[piece]
+        last = min(victim.start + victim.length, plan.num_kv) - 1
+        needing = [group for group in token_groups(plan.identity.groups) if last in group.covers(plan.num_kv)]
+        assert needing, "a token group needs the last tokens"
+        for group in needing:
+            wrong_plan = tampered(plan, halves_swapped, piece=piece % len(plan.slices), group=group.name)
+            wrong = lab.one(other, lab.hydrate(other, wrong_plan).session, greedy(8), (5,))
+            assert right.logprobs[0] != wrong.logprobs[0], group
 
 
 def prefix_bytes(lab: Lab, captured: Captured, count: int, *earlier: Captured) -> list[bytes]:
-    """KV bytes of tokens [0, count), one entry a head, however the captures were cut into segments."""
+    """KV bytes of tokens [0, count), one entry a head (of other groups, a blob), then those of the point states after
+    at most `count` tokens; however the captures were cut into segments."""
     from thaw.data.pack import read_blob
 
-    group = captured.identity.groups[0]
     where = {x.blob: x for part in (*earlier, captured) for x in part.blobs}
+    segments = [s for part in (*earlier, captured) for s in part.segments]
     out = []
-    for head in range(group.num_kv_heads):
-        planes = [bytearray() for _ in range(group.num_layers * 2)]
-        for segment in [s for part in (*earlier, captured) for s in part.segments]:
-            data = read_blob(lab.mount.packs, where[segment.blobs[group.name][head]])
-            stride = len(data) // len(planes)
-            used = max(0, min(segment.length, count - segment.start)) * stride // segment.length
-            for i, plane in enumerate(planes):
-                plane += data[i * stride : i * stride + used]
+    for group, number in columns(captured.identity.groups):
+        planes = [bytearray() for _ in group.planes]
+        for segment in segments:
+            data = read_blob(lab.mount.packs, where[segment.blobs[group.name][number]])
+            used, at = max(0, min(segment.length, count - segment.start)), 0
+            for plane, width in zip(planes, group.planes, strict=True):
+                plane += data[at : at + used * width]
+                at += segment.length * width
         out.append(b"".join(planes))
-    return out
+    states = [point for s in segments for point in s.points if point.token <= count]
+    named = [(point.token, group, blob) for point in states for group, ids in point.blobs.items() for blob in ids]
+    return out + [read_blob(lab.mount.packs, where[blob]) for *_, blob in sorted(named)]
+
+
+def kv_nbytes(captured: Captured) -> int:
+    """What a capture's tokens, as far as each group has them, and its point states take."""
+    token = {group.name: group.token_nbytes for group in token_groups(captured.identity.groups)}
+    state = {group.name: group.nbytes for group in point_groups(captured.identity.groups)}
+    ends = [(s, s.start + s.length) for s in captured.segments]
+    tokens = sum(token[group] * (end - s.first.get(group, s.start)) for s, end in ends for group in s.blobs)
+    return tokens + sum(state[group] for s in captured.segments for point in s.points for group in point.blobs)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from thaw.core.errors import IdentityMismatch, InvalidRequest, PolicyMismatch, Refused, StaleSession, ThawError
+from thaw.core.errors import (
+    IdentityMismatch,
+    InvalidRequest,
+    NotKept,
+    PolicyMismatch,
+    Refused,
+    StaleSession,
+    ThawError,
+)
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.base import Engine, HydratePlan, SessionRef
@@ -27,9 +35,9 @@ def mismatch(plan: HydratePlan, field: str) -> tuple[HydratePlan, str, str, str]
         stored = identity.config[name] + "0"
         return replaced(plan, config={**identity.config, name: stored}), f"config.{name}", stored, identity.config[name]
     if field == "cache layout":
-        wider = msgspec.structs.replace(identity.groups[0], head_dim=identity.groups[0].head_dim + 1)
-        wide, narrow = (f"KV heads of {g.head_dim}," for g in (wider, identity.groups[0]))
-        return replaced(plan, groups=(wider,)), field, wide, narrow
+        first, *others = identity.groups
+        wider = msgspec.structs.replace(first, num_layers=first.num_layers + 1)
+        return replaced(plan, groups=(wider, *others)), field, str(wider), str(first)
     value = {"architecture": "Other", "dtype": "float64", "policy": "other-policy"}.get(field, FOREIGN)
     return replaced(plan, **{field: value}), field, value, str(getattr(identity, field))
 
@@ -105,6 +113,20 @@ class ClosedLaw(EngineKit):
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 20)))
         proof = lab.hydrate(other, msgspec.structs.replace(plan, policy="recompute")).proof
         assert proof.hit and proof.num_recomputed_tokens == 0 and not proof.reason
+
+    def test_a_point_that_was_not_kept_is_refused_or_recomputed(self, engine: Engine, other: Engine, lab: Lab) -> None:
+        """Its plan names no KV. Without leave to recompute it is not a session that has none yet."""
+        session = lab.begin(engine, 300)
+        plan = lab.plan(lab.capture(engine, session))
+        why = "no state was kept after 299 tokens"
+        bare = msgspec.structs.replace(plan, num_kv=0, slices=(), points=(), boundary=None, hidden=None, not_kept=why)
+        with pytest.raises(NotKept, match=why):
+            lab.hydrate(other, bare)
+        hydrated = lab.hydrate(other, msgspec.structs.replace(bare, policy="recompute"))
+        proof = hydrated.proof
+        assert (proof.num_recomputed_tokens, proof.num_cached_tokens, proof.matched) == (300, 0, 0)
+        assert not proof.hit and proof.continuation == "close" and proof.reason == why
+        same(lab.one(other, hydrated.session, greedy(6)), lab.one(engine, session, greedy(6)))
 
     def test_another_tokenizer_is_refused_even_with_recompute(self, engine: Engine, other: Engine, lab: Lab) -> None:
         """Tokens of another vocabulary mean other text: prefilling them again would be wrong too."""

@@ -7,9 +7,10 @@ import struct
 
 import pytest
 
+from thaw.core.cache import columns
 from thaw.data.pack import read_blob
 from thaw.engines.base import Captured, Completion, Engine, SessionRef
-from thaw.testing.laws.bytes_law import blob_ids, prefix_bytes
+from thaw.testing.laws.bytes_law import blob_ids, kv_nbytes, prefix_bytes
 from thaw.testing.laws.kit import (
     LIMIT_S,
     LONGER_AND_LONGER,
@@ -25,6 +26,8 @@ from thaw.testing.laws.kit import (
 
 SLACK_NBYTES = 64 * 1024
 """What a pack of a few hundred tokens may hold beside KV: its header, padding, a hidden state."""
+BLOB_NBYTES = 320
+"""And for each blob: its line in the header, and what aligns it."""
 
 
 class ForkLaw(EngineKit):
@@ -115,7 +118,7 @@ class ForkLaw(EngineKit):
             assert kv_complete(engine, captured.num_kv, 300)
         assert prefix_bytes(lab, captured, captured.num_kv) == prefix_bytes(lab, after, captured.num_kv)
         pack = b"".join((lab.mount.packs / written.name).read_bytes() for written in captured.packs)
-        assert 0 <= len(pack) - captured.num_kv * captured.identity.groups[0].token_nbytes <= SLACK_NBYTES
+        assert 0 <= len(pack) - kv_nbytes(captured) <= SLACK_NBYTES + BLOB_NBYTES * len(captured.blobs)
         assert _runs(lab, captured)[0] in pack, "the search itself must be able to find KV"
         for session in others:
             foreign = lab.capture(engine, session)
@@ -174,12 +177,12 @@ class ForkLaw(EngineKit):
 def _runs(lab: Lab, captured: Captured) -> list[bytes]:
     """Pieces of every blob, four tokens long at least: one token's values may be the same in two sessions."""
     where = {x.blob: x for x in captured.blobs}
-    group = captured.identity.groups[0]
-    size = max(64, 4 * group.token_nbytes_per_head // (2 * group.num_layers))
     out = []
-    for identifier in (blob for blobs in blob_ids(captured) for blob in blobs):
-        data = read_blob(lab.mount.packs, where[identifier])
-        out += [data[i : i + size] for i in range(0, len(data) - size, max(size, len(data) // 8))]
+    for group, number in columns(captured.identity.groups):
+        size = max(64, 4 * group.planes[0])
+        for segment in captured.segments:
+            data = read_blob(lab.mount.packs, where[segment.blobs[group.name][number]])
+            out += [data[i : i + size] for i in range(0, len(data) - size, max(size, len(data) // 8))]
     return out
 
 

@@ -76,13 +76,18 @@ class Lives:
         self._refs: dict[str, str | None] = {}
 
     def run(self, num_kills: int) -> None:
-        """So many lives, and one more that nobody ends. Half of the kills must have cut something short."""
-        for number in range(num_kills):
-            self._life(number)
-        told = sum(count for name, count in self.counts.items() if name.endswith(": told"))
-        assert told >= num_kills // 2, dict(self.counts)
+        """So many lives, and one more that nobody ends. Half of the kills must have cut something short: where the
+        machine was busy and they came too late, as many again may follow."""
+        for number in range(2 * num_kills):
+            if number < num_kills or self._told() < num_kills // 2:
+                self._life(number)
+        assert self._told() >= num_kills // 2, dict(self.counts)
         with self._boot() as engine, thaw.open(self._path, engine=engine) as repo:
             self._goes_on(repo)
+
+    def _told(self) -> int:
+        """Kills that cut something short."""
+        return sum(count for name, count in self.counts.items() if name.endswith(": told"))
 
     def _life(self, number: int) -> None:
         with self._boot() as engine:

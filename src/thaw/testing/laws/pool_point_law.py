@@ -7,6 +7,7 @@ import pytest
 
 import thaw
 from thaw.core.errors import CorruptBlob, InvalidRequest, NotFound, PolicyMismatch, Refused, StaleSession
+from thaw.data.reader import read_header
 from thaw.pool import Branch
 from thaw.testing.laws.pool_kit import PoolFactory, PoolKit, bits
 
@@ -108,13 +109,17 @@ class PoolPointLaw(PoolKit):
             snapshot = pool.snapshot(trunk)
             first = pool.fork(trunk, 2, self.sampled())
             packs = list((pool._arena.store.packs).glob("*.safetensors"))
-            largest = max(packs, key=lambda path: path.stat().st_size)
+            blobs = [(entry, pack) for pack in packs for entry in read_header(pack).entries if not entry.is_object]
+            _, pack = max(blobs, key=lambda pair: pair[0].nbytes)
             pool.drain(first[0].worker)
-            data = largest.read_bytes()
-            largest.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
+            data = pack.read_bytes()
+            damaged_data = bytearray(data)
+            for blob in (entry for entry, where in blobs if where == pack and not entry.is_pad):
+                damaged_data[blob.offset] ^= 1
+            pack.write_bytes(damaged_data)
             damaged = pool.fork(snapshot, 2, self.sampled(), errors="return")
             assert all(isinstance(result.error, CorruptBlob) for result in damaged)
-            largest.write_bytes(data)
+            pack.write_bytes(data)
             assert bits(pool.fork(snapshot, 2, self.sampled())) == bits(first)
 
     def test_packs_over_the_limit_are_spilled_and_loaded_all_the_same(self, pool_factory: PoolFactory) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from thaw.core.cache import nbytes_at
 from thaw.core.errors import CorruptBlob, NotHit
 from thaw.engines.base import Engine
 from thaw.testing.laws.kit import EngineKit, Lab, greedy, ids, kv_complete, run_again
@@ -20,7 +21,7 @@ class ProofLaw(EngineKit):
         num_kv = 300 - run_again(other)
         assert (proof.num_prompt_tokens, proof.num_cached_tokens, proof.matched) == (300, num_kv, num_kv)
         assert proof.hit and proof.first_mismatch is None and proof.num_recomputed_tokens == 0
-        assert proof.nbytes >= num_kv * captured.identity.groups[0].token_nbytes
+        assert proof.nbytes >= nbytes_at(captured.identity.groups, num_kv)
         assert proof.verification in ("disk-verified", "arena-sealed", "device-verified")
         assert proof.continuation == other.info.continuation
         assert proof.stages_s and all(seconds >= 0 for seconds in proof.stages_s.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-from thaw.core.errors import EngineDied, InvalidRequest, ThawError
+from thaw.core.errors import EngineDied, InvalidRequest, ThawError, Unsupported
 from thaw.engines.base import Engine
 from thaw.engines.hf.config import check_length, load_config, num_positions
 from thaw.engines.keys import api_key as key_for
@@ -27,7 +27,7 @@ def boot(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from thaw.engines.hf.checkpoint import require_whole
+    from thaw.engines.hf.checkpoint import local_folder, require_files, require_whole
     from thaw.engines.vllm.client.async_llm import AsyncLLMTransport
 
     own = engine_args(settled(settings), beside)
@@ -35,6 +35,9 @@ def boot(
     if clash:
         raise InvalidRequest(f"{', '.join(clash)}: set by thaw itself; give thaw's own options instead")
     arguments = {"max_logprobs": MAX_TOP_LOGPROBS, "disable_log_stats": True, **options, **own}
+    folder = local_folder(model)
+    if folder is not None:
+        require_files(folder)  # vLLM reads them in its own way before it says what config it runs
     arguments |= _length(model, options)
 
     async def start() -> Transport:
@@ -63,7 +66,7 @@ def _length(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         config = load_config(model, overrides).get_text_config().to_dict()
-    except (OSError, ValueError):  # vLLM says what is wrong with it
+    except (OSError, ValueError, Unsupported):  # vLLM says what is wrong with it
         return {}
     check_length(config, wanted)
     limit = num_positions(config)
