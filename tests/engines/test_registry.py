@@ -68,6 +68,14 @@ def test_it_is_found_by_its_entry_point_and_loaded() -> None:
         assert engine.info.name == "icebox" and engine.options == {"model": MODEL}
 
 
+@pytest.mark.parametrize(
+    ("options", "name"), [({"policy": "1"}, "'model'"), ({"model": MODEL, "dtype": "float16"}, "'dtype'")]
+)
+def test_an_option_that_is_missing_or_that_it_has_not_is_refused_by_name(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"engine icebox: .*{name}"):
+        thaw.load_engine("icebox", **options)
+
+
 def test_an_object_of_its_own_is_joined() -> None:
     from icebox import Icebox
 

@@ -131,8 +131,8 @@ class Light:
             elif isinstance(each, Flag):
                 function = click.option(*each.words, each.name, is_flag=True, help=each.help)(function)
             else:
-                range_of = click.IntRange if each.kind is int else options.Number
-                kind = range_of(each.least, MOST)
+                is_int = each.kind is int
+                kind = click.IntRange(int(each.least), MOST) if is_int else options.Number(each.least, MOST)
                 function = click.option(*each.words, each.name, type=kind, metavar=each.metavar, help=each.help)(
                     function
                 )

@@ -161,7 +161,7 @@ class EngineKind(abc.ABC):
         return {}
 
 
-def called(name: str, make: Callable[..., Engine], *given: Any, **options: Any) -> Engine:
+def called(name: str, make: Callable[..., Engine], /, *given: Any, **options: Any) -> Engine:
     """What `make` makes. Raises `InvalidRequest` for an option that it has not, or for one that is missing."""
     import inspect  # 20 ms that naming an engine need not cost
 
