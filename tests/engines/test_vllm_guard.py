@@ -1,5 +1,5 @@
 """Nothing that one request holds ends the engine: vLLM's hooks as the scheduler's side answers them, without a vLLM.
-`on_vllm/test_http.py` sends the same messages to a real one."""
+`on_vllm/test_http.py` sends the same messages to a real one. And what the hooks answer where blocks are hidden."""
 
 from __future__ import annotations
 
@@ -80,6 +80,22 @@ class Vllm:
 
     def run(self, record: str = TWO, **more: object) -> Any:
         return self.request({"op": "run", "id": f"{self._count:032x}", "record": record, **more})
+
+
+class Cache:
+    """vLLM's block pool: of each hash the block in each group, None where there is none."""
+
+    def __init__(self, found: dict[str, list[int | None]]) -> None:
+        self._found = found
+        self.blocks = {
+            block: SimpleNamespace(block_id=block, block_hash=(name, group))
+            for name, blocks in found.items()
+            for group, block in enumerate(blocks)
+        }
+
+    def get_cached_block(self, block_hash: str, groups: list[int]) -> list[Any] | None:
+        found = [self._found[block_hash][group] for group in groups]
+        return None if None in found else [self.blocks[block] for block in found]
 
 
 @pytest.fixture(params=[1, 2], ids=["one group", "two groups"])
@@ -186,3 +202,19 @@ def test_two_messages_of_one_id_do_not_answer_for_each_other(vllm: Vllm) -> None
     vllm.side.arrived(first)
     assert vllm.serve(second)["kind"] == "invalid-request"
     assert vllm.mail.peek(ONE, SCHEDULER) is None
+
+
+def test_the_block_of_a_sessions_last_token_is_hidden_until_the_next_one_is_there_in_every_group(vllm: Vllm) -> None:
+    """A hydrated session has no KV for its last token. Once siblings have read on, all of them find what they read."""
+    assert vllm.serve(vllm.request({"op": "run", "id": ONE, "record": TWO}, 2 * BLOCKS))["num_kv"] == 2 * BLOCKS - 1
+    first, others = [table[0] for table in vllm.tables], len(vllm.tables) - 1
+    for record, last in ((THREE, None), ("4" * 32, 9)):
+        cache = Cache({"a": [*first], "b": [5, 6][: others + 1], "c": [8] * others + [last]})
+        vllm.side.bind(cache)
+        message = {"op": "run", "id": record, "record": record, "source": TWO, "num_kv": 2 * BLOCKS - 1}
+        request = vllm.request(message, 3 * BLOCKS + 2, block_hashes=["a", "b", "c"])
+        vllm.side.arrived(request)
+        assert vllm.side.matched(request, 2 * BLOCKS) == (None, False) and request.block_hashes == ["a"]
+        wanted, _ = vllm.side.matched(request, BLOCKS)
+        assert wanted == (BLOCKS - 1 if last is None else None) and request.block_hashes == ["a", "b", "c"]
+    assert vllm.side.matched(request, 3 * BLOCKS) == (0, False)

@@ -332,13 +332,12 @@ class SchedulerSide:
                 continue
             if name not in cached.resumed_req_ids:
                 self.contents.renew(_from(fresh, 0))
-            run = self._runs.get(name)
-            if run is None:
-                continue
-            if name in cached.resumed_req_ids:
-                guarded(partial(self._has_blocks, run, fresh, before), partial(self._stop, run))
-            else:
-                guarded(partial(self._has_more_blocks, name, fresh), partial(self._stop, run))
+            if name in self._runs:
+                stop = partial(self._stop, self._runs[name])
+                if name in cached.resumed_req_ids:
+                    guarded(partial(self._has_blocks, self._runs[name], fresh, before), stop)
+                else:
+                    guarded(partial(self._has_more_blocks, name, fresh), stop)
         for name in output.finished_req_ids:
             self._saving.tables.pop(name, None)
 
