@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import thaw
-from thaw.core.errors import InvalidRequest
+from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.settings import BACKEND, ON_CPU, cpu_environment
@@ -127,7 +127,7 @@ def sglangs_own_controls(engine: SglangEngine, model: Path, lab: Lab) -> None:
     twin = lab.twin(engine, session)
     same(lab.one(engine, session, seeded(4)), lab.one(engine, twin, seeded(4)))
     engine.update_weights(model)
-    with pytest.raises(InvalidRequest, match="refused"):
+    with pytest.raises(NotFound, match=r"no config\.json"):
         engine.update_weights(model / "nothing")
 
 

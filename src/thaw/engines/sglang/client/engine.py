@@ -51,6 +51,9 @@ class SglangEngine(ServedEngine):
 
     def update_weights(self, source: str | Path) -> None:
         """SGLang loads the weights of the folder in place and empties its cache; `InvalidRequest` when it refuses."""
+        from thaw.engines.hf.checkpoint import require_weights_of
+
+        require_weights_of(self.info.model, source)  # SGLang leaves a tensor that the files lack as it was
         self._loop.wait(self._transport.post("/update_weights_from_disk", {"model_path": str(source)}))
 
     def flush_cache(self) -> None:
