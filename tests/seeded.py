@@ -146,6 +146,14 @@ FAULTS = (
         "a child finds the KV of the session's last token where that fills a block, one of a hydrated session does not",
     ),
     Fault(
+        "one-group-shows-the-block", "1", "none", "engines/vllm/contents.py",
+        "bool(self.pool.get_cached_block(block_hash, self._groups))",
+        "bool(self.pool.get_cached_block(block_hash, [0]))",
+        ("tests/engines/test_vllm_guard.py::"
+         "test_the_block_of_a_sessions_last_token_is_hidden_until_the_next_one_is_there_in_every_group",),
+        "a block that only one cache group has counts as one that siblings read",
+    ),
+    Fault(
         "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",
         "if not self.side.contents.are(slots, record.chain):",
         "if not self.side.contents.are(slots[:1], record.chain):",
