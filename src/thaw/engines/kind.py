@@ -149,7 +149,8 @@ class EngineKind(abc.ABC):
         return False
 
     def serves(self, url: str, api_key: str | None = None) -> bool:
-        """Whether the server there is one of its own. Asked in a few seconds; False when nobody answers."""
+        """Whether the server there is one of its own. Asked in a few seconds; False when nobody answers. Raises
+        `InvalidRequest` for a key that cannot be sent."""
         return False
 
     def findings(self) -> Iterator[Finding]:
