@@ -22,3 +22,11 @@ def test_others_are_warned_of_by_name(version: str) -> None:
 def test_older_ones_are_refused() -> None:
     with pytest.raises(Unsupported, match=r"0\.5\.21 is too old"):
         versions.notes("0.5.21")
+
+
+def test_a_refusal_is_never_answered_as_if_it_had_run() -> None:
+    """0.5.22 says 200 to what ends with a status that it does not know."""
+    statuses = (400, 404, 409, 429, 500)
+    assert [versions.reply_status(status, "0.5.23") for status in statuses] == list(statuses)
+    assert [versions.reply_status(status, "0.5.22") for status in statuses] == [400, 400, 400, 503, 500]
+    assert versions.reply_status(404, "0.6.0.dev1") == 404

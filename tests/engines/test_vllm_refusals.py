@@ -76,12 +76,26 @@ def test_the_reason_takes_the_place_of_the_servers_500(tmp_path: Path, sender: s
     assert not letter.exists()
 
 
-def test_a_stream_ends_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("events", [[EVENT, DONE], [EVENT + DONE], [DONE]], ids=["two", "in one part", "none of it"])
+def test_a_stream_ends_with_the_reason(tmp_path: Path, events: list[bytes]) -> None:
     left(tmp_path / "mail", NotFound("it is gone"))
-    start, said = exchange(tmp_path / "mail", body(), 200, [EVENT, DONE], streams=True)
+    start, said = exchange(tmp_path / "mail", body(), 200, events, streams=True)
     first, done = said.split(b"\n\n", 1)
     assert start["status"] == 200 and done == DONE
     assert json.loads(first.removeprefix(b"data: "))["error"]["type"] == "not-found"
+
+
+def test_a_stream_keeps_what_came_before_the_reason(tmp_path: Path) -> None:
+    left(tmp_path / "mail", NotFound("it is gone"))
+    token = b'data: {"choices": [{"text": "a"}]}\n\n'
+    _, said = exchange(tmp_path / "mail", body(), 200, [token, token + DONE], streams=True)
+    assert said.startswith(token * 2 + b"data: {") and said.endswith(DONE) and b"it is gone" in said
+
+
+def test_a_stream_that_goes_well_passes(tmp_path: Path) -> None:
+    Mail(tmp_path / "mail")
+    token = b'data: {"choices": [{"text": "a"}]}\n\n'
+    assert exchange(tmp_path / "mail", body(), 200, [token, token + DONE], streams=True)[1] == token * 2 + DONE
 
 
 def test_a_stream_of_thaws_own_client_passes(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_a_flipped_bit_of_the_database_is_an_error_or_changes_nothing_that_is_re
 
 
 @pytest.mark.soak("a bit of every byte of a database in turn", receipt="database-flips")
+@pytest.mark.timeout(3600)
 def test_a_bit_of_every_byte_of_the_database(repo: Path, soak_receipt: Callable[..., None]) -> None:
     offsets = used(repo)
     wrong = flips(repo, offsets)

@@ -157,6 +157,7 @@ def measured(path: Path, branch: str, ids: tuple[int, ...]) -> dict[str, float]:
     receipt="growth",
     covers=("src/thaw/store", "src/thaw/repo/log.py", "src/thaw/repo/match.py", "src/thaw/repo/stats.py"),
 )
+@pytest.mark.timeout(7200)
 def test_fifty_thousand_commits(tmp_path: Path, soak_receipt: Callable[..., None]) -> None:
     path, made, found = tmp_path / "repo", 0, list[dict[str, float]]()
     levels = [int(level) for level in os.environ.get("THAW_GROWTH", "").split(",") if level] or list(LEVELS)
@@ -201,6 +202,7 @@ def check(levels: list[int], found: list[dict[str, float]]) -> None:
     receipt="growth",
     covers=("src/thaw/store", "src/thaw/repo/log.py", "src/thaw/repo/match.py", "src/thaw/repo/stats.py"),
 )
+@pytest.mark.timeout(3600)
 def test_a_million_tokens(tmp_path: Path) -> None:
     path, num = tmp_path / "repo", 1_000_000
     with thaw.load_engine("fake", max_model_len=num + 1000) as engine, thaw.open(path, engine=engine) as repo:

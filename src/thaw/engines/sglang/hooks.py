@@ -26,7 +26,7 @@ from thaw.engines.served import protocol
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.said import http_status, said
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
-from thaw.engines.sglang import support
+from thaw.engines.sglang import support, versions
 from thaw.engines.sglang.agreement import Due
 from thaw.engines.sglang.cache import ThawRadixCache
 from thaw.engines.sglang.rows import sample
@@ -119,7 +119,7 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
         if side is not None:
             side.refuse(str(request.rid), message, error)
         # Without thaw's cache the reply has no status of thaw's: whoever asks who is there hears that nobody is.
-        _end(scheduler, request, said(error), http_status(error) if side is not None else None)
+        _end(scheduler, request, said(error), _status(error) if side is not None else None)
         if isinstance(message, protocol.Run):
             _WAITING.refused(message)
 
@@ -238,7 +238,11 @@ def _finish(error: ThawError) -> Any:
     """SGLang's end of a request that ends with this error."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-    return FINISH_ABORT(f"{REFUSED} {said(error)}", http_status(error))
+    return FINISH_ABORT(f"{REFUSED} {said(error)}", _status(error))
+
+
+def _status(error: ThawError) -> int:
+    return versions.reply_status(http_status(error))
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **more: Any) -> Any:

@@ -1,9 +1,9 @@
 """Why a request of thaw's was refused, in the reply of vLLM's server: a middleware (`middleware` of the one file).
 
 vLLM has one answer to a request that its engine ended with an error: status 500 and "Internal server error", as a reply
-or as an event of a stream. The connector has left the reason in the mail; here it takes the answer's place, with the
-status that it stands for. All other replies pass as they come, and nothing is kept of requests without a message of
-thaw's. Streams of thaw's own clients pass, too: they read the mail themselves.
+or as an event of a stream (up to 0.29 a stream ends without one). The connector has left the reason in the mail; here
+it takes the answer's place, with the status that it stands for. All other replies pass as they come, and nothing is
+kept of requests without a message of thaw's. Streams of thaw's own clients pass, too: they read the mail themselves.
 
 The mail is by the message's id, so of two requests under way with the same one the later is refused here.
 """
@@ -35,6 +35,8 @@ NO_JSON = b"\0"
 """After any part of a body: the server does not take it."""
 FAILED = b'"InternalServerError"'
 """In the event of a stream that ended with an error."""
+DONE = b"data: [DONE]"
+"""The last event of every stream."""
 
 
 class Refusals:
@@ -99,11 +101,20 @@ class _Exchange:
             self._said.append(event.get("body", b""))
             if not event.get("more_body"):
                 await self._end(self._failed)
-        elif event["type"] == "http.response.body" and FAILED in event.get("body", b""):
-            error = self._reason(streams=True)
-            await self._send(event if error is None else {**event, "body": b"data: " + _body(error) + b"\n\n"})
+        elif event["type"] == "http.response.body":
+            await self._send(self._with_reason(event))
         else:
             await self._send(event)
+
+    def _with_reason(self, event: Event) -> Event:
+        """A part of a stream: where it ends with an error, the event of that says why."""
+        body: bytes = event.get("body", b"")
+        error = self._reason(streams=True) if FAILED in body or DONE in body else None
+        if error is None:
+            return event
+        before, done, after = body.partition(DONE)
+        kept = b"" if FAILED in before else before
+        return {**event, "body": b"".join((kept, b"data: ", _body(error), b"\n\n", done, after))}
 
     async def _end(self, start: Event) -> None:
         """The reply as it was, or with the reason."""
