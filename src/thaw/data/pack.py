@@ -7,8 +7,9 @@ A pack is written once (`write_pack`), never changed, and read by extent (`read_
 from __future__ import annotations
 
 from thaw.data.header import Entry, PackHeader
-from thaw.data.reader import MissingPack, ReadStats, read_blob, read_blobs, read_header
+from thaw.data.reader import ReadStats, read_blob, read_blobs, read_header
 from thaw.data.stream import stream_blobs
+from thaw.data.tiers.base import MissingPack
 from thaw.data.writer import PackItem, PackResult, check_pack_name, write_pack
 
 __all__ = [

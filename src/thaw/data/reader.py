@@ -1,41 +1,44 @@
 """Reading blobs: straight into the caller's memory, verified, the hash of one overlapped with the read of the next.
 
-Extents are sorted by pack and offset, large blobs read in pieces, small neighbours (a pad between them at most)
-together. A blob that was returned has been hashed after it entered memory (`disk-verified`).
+Extents are sorted by pack and offset, large blobs read in pieces, small neighbours together, as the tier is read best
+(`tiers.base.Requests`); a tier that takes several requests at a time gets them ahead of the hashing, which goes in
+order. A blob that was returned has been hashed after it entered memory (`disk-verified`).
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeAlias
 
 from blake3 import blake3
 
 from thaw.core.errors import CorruptBlob, InvalidRequest
 from thaw.data.files import storage_errors
-from thaw.data.header import PAGE, PackHeader, header_length, parse
+from thaw.data.header import PackHeader, header_length, parse
 from thaw.data.locations import BlobLocation
+from thaw.data.tiers.base import OpenPack, ReadExtents, Requests
+from thaw.data.tiers.folder import Folder, open_file
 from thaw.data.writer import check_pack_name
 
-PIECE_BYTES = 512 << 10
-"""What is read and hashed at a time: it is still in the processor's cache when it is hashed."""
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
 IN_FLIGHT = 16
-"""Pieces read but not yet hashed, at most."""
+"""Batches read but not yet hashed, at most."""
+BATCH = 256
+"""Pieces that are read by one request, at most: the kernel takes 1,024 at a time, pads among them."""
+MAX_THREADS = 64
+"""Requests under way at a time, at most."""
 Wanted: TypeAlias = "tuple[BlobLocation, memoryview | None]"
-
-
-class MissingPack(CorruptBlob):
-    """The pack is gone: lost, or moved by gc. Look the blob up again; if it still lies there, it is lost."""
-
-    kind = "missing-pack"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def read_header(path: Path, *, short: bool = False) -> PackHeader:
 
     Raises `CorruptBlob`, `MissingPack`, `NewerFormat`, `StorageFailed`.
     """
-    fd = open_pack(path)
+    fd = open_file(path)
     try:
         with storage_errors(path, "read"):
             nbytes = os.fstat(fd).st_size
@@ -80,19 +83,22 @@ def read_header(path: Path, *, short: bool = False) -> PackHeader:
     return parse(whole, nbytes, f"pack {path.name}", short=short)
 
 
-def read_blobs(folder: Path, wanted: Sequence[Wanted]) -> ReadStats:
-    """Reads each blob into its writable memoryview of exactly `nbytes` (None: only verify it). Any order, any packs.
+def read_blobs(packs: Path | ReadExtents, wanted: Sequence[Wanted]) -> ReadStats:
+    """Reads each blob into its writable memoryview of exactly `nbytes` (None: only verify it). Any order, any packs of
+    a folder, a tier or a mount.
 
     On return every blob has the hash that names it. On an error the memory holds anything. Raises `CorruptBlob`
     naming pack and blob, `MissingPack`, `StorageFailed`.
     """
     began = time.perf_counter()
+    tier = Folder(packs) if isinstance(packs, Path) else packs
     targets = [(location, _checked(location, target)) for location, target in wanted]
     targets.sort(key=lambda pair: (pair[0].pack, pair[0].offset))
     hashed = _Hashing()
     try:
-        for pack, group in groupby(targets, key=lambda pair: pair[0].pack):
-            _read_pack(folder / check_pack_name(pack), list(group), hashed)
+        with _Reading(hashed) as reading:
+            for name, group in groupby(targets, key=lambda pair: pair[0].pack):
+                reading.read(tier.open_pack(check_pack_name(name)), name, list(group))
         hashed.finish()
     finally:
         hashed.close()
@@ -100,12 +106,12 @@ def read_blobs(folder: Path, wanted: Sequence[Wanted]) -> ReadStats:
     return ReadStats(nbytes=nbytes, seconds=time.perf_counter() - began, hash_seconds=hashed.seconds)
 
 
-def read_blob(folder: Path, location: BlobLocation) -> bytes:
+def read_blob(packs: Path | ReadExtents, location: BlobLocation) -> bytes:
     """One blob's verified bytes. Errors as `read_blobs`."""
-    path = folder / check_pack_name(location.pack)
-    _check_fits(path, location)
+    tier = Folder(packs) if isinstance(packs, Path) else packs
+    _check_fits(tier, location)
     data = bytearray(location.nbytes)
-    read_blobs(folder, [(location, memoryview(data))])
+    read_blobs(tier, [(location, memoryview(data))])
     return bytes(data)
 
 
@@ -128,96 +134,121 @@ def _checked(location: BlobLocation, target: memoryview | None) -> memoryview | 
     return target
 
 
-def open_pack(path: Path) -> int:
-    """A file descriptor. Raises `MissingPack`, `StorageFailed`, and `CorruptBlob` for what is no file."""
+def _check_fits(tier: ReadExtents, location: BlobLocation) -> None:
+    """Before memory is taken for it."""
+    pack = tier.open_pack(check_pack_name(location.pack))
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
-        raise CorruptBlob(f"pack {path.name} is no file but a folder, a pipe or a device. Run `thaw fsck`.")
-    except FileNotFoundError:
-        text = f"pack {path.name} is missing from {path.parent}. Run `thaw fsck` to see what needs it."
-        raise MissingPack(text) from None
-    except OSError as error:
-        with storage_errors(path, "read"):
-            raise error
-        raise AssertionError("unreachable") from error
-
-
-def _check_fits(path: Path, location: BlobLocation) -> None:
-    fd = open_pack(path)
-    try:
-        check_extent(path, location, os.fstat(fd).st_size)
+        check_extent(location, pack.nbytes)
     finally:
-        os.close(fd)
+        pack.close()
 
 
-def check_extent(path: Path, location: BlobLocation, nbytes: int) -> None:
-    """Raises `CorruptBlob` where the blob would end behind the pack's `nbytes`."""
+def check_extent(location: BlobLocation, nbytes: int) -> None:
+    """Raises `CorruptBlob` where the blob would end behind its pack's `nbytes`."""
     if location.offset + location.nbytes > nbytes:
         raise CorruptBlob(
-            f"pack {path.name} has {nbytes} bytes, but blob {location.blob} should end at byte "
+            f"pack {location.pack} has {nbytes} bytes, but blob {location.blob} should end at byte "
             f"{location.offset + location.nbytes}; the pack was cut off. Run `thaw fsck`."
         )
 
 
-def _read_pack(path: Path, targets: list[Wanted], hashed: _Hashing) -> None:
-    fd = open_pack(path)
-    try:
-        size = os.fstat(fd).st_size
+class _Reading:
+    """Batches are read and handed on to be hashed, in order. Nothing is read any more when the block has ended."""
+
+    def __init__(self, hashed: _Hashing) -> None:
+        self._hashed = hashed
+        self._under_way: deque[tuple[list[_Piece], Future[None]]] = deque()
+        self._threads: ThreadPoolExecutor | None = None
+        self._open: list[OpenPack] = []
+
+    def read(self, pack: OpenPack, name: str, targets: list[Wanted]) -> None:
+        """All targets of one pack; where it takes several requests at a time, some are under way on return."""
+        self._open.append(pack)
         for location, _ in targets:
-            check_extent(path, location, size)
-        for batch in _batches(targets):
-            with storage_errors(path, "read"):
-                _read_batch(fd, path, batch)
-            hashed.submit(batch)
-    finally:
-        os.close(fd)
+            check_extent(location, pack.nbytes)
+        ahead = min(pack.requests.num_parallel, MAX_THREADS)
+        for batch in _batches(targets, pack.requests):
+            if ahead > 1:
+                self._under_way.append((batch, self._started().submit(_read_batch, pack, batch)))
+            self._land(ahead if ahead > 1 else 0)
+            if ahead <= 1:
+                _read_batch(pack, batch)
+                self._hashed.submit(batch)
+        if not self._under_way:
+            self._open.pop().close()
+
+    def _land(self, left: int) -> None:
+        """Wait until at most `left` requests are under way."""
+        while len(self._under_way) > left:
+            batch, done = self._under_way.popleft()
+            try:
+                done.result()
+            finally:
+                del done  # its error's frames would hold it, and it the error: memory for the collector
+            self._hashed.submit(batch)
+
+    def _started(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor  # brings logging along: only where it is needed
+
+            self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-read")
+        return self._threads
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._land(0)
+        finally:
+            if self._threads is not None:
+                self._threads.shutdown(cancel_futures=True)
+            while self._open:
+                self._open.pop().close()
 
 
-def _pieces(targets: list[Wanted]) -> Iterator[_Piece]:
-    """The targets cut into pieces, in file order. Those that are only verified get memory for one piece at a time."""
+def _pieces(targets: list[Wanted], most: int) -> Iterator[_Piece]:
+    """The targets cut into pieces of `most` bytes, in file order. Those that are only verified get memory for one piece
+    at a time."""
     for location, target in targets:
-        for begin in range(0, location.nbytes, PIECE_BYTES):
-            nbytes = min(PIECE_BYTES, location.nbytes - begin)
+        for begin in range(0, location.nbytes, most):
+            nbytes = min(most, location.nbytes - begin)
             view = memoryview(bytearray(nbytes)) if target is None else target[begin : begin + nbytes]
             yield _Piece(location, begin, view)
 
 
-def _batches(targets: list[Wanted]) -> Iterator[list[_Piece]]:
-    """Runs of pieces that lie next to each other: at most a page apart, `PIECE_BYTES` in all, 256 in number."""
+def _batches(targets: list[Wanted], requests: Requests) -> Iterator[list[_Piece]]:
+    """Runs of pieces that lie near each other, `requests.nbytes` in all and `BATCH` in number."""
     batch: list[_Piece] = []
-    total = end = 0
-    for piece in _pieces(targets):
-        near = 0 <= piece.offset - end < PAGE
-        if batch and not (near and total + len(piece.view) <= PIECE_BYTES and len(batch) < 256):
+    end = 0
+    for piece in _pieces(targets, requests.nbytes):
+        near, stop = 0 <= piece.offset - end <= requests.gap_nbytes, piece.offset + len(piece.view)
+        if batch and not (near and stop - batch[0].offset <= requests.nbytes and len(batch) < BATCH):
             yield batch
-            batch, total = [], 0
+            batch = []
         batch.append(piece)
-        total, end = total + len(piece.view), piece.offset + len(piece.view)
+        end = stop
     if batch:
         yield batch
 
 
-def _read_batch(fd: int, path: Path, batch: list[_Piece]) -> None:
-    """Fills the pieces of one run, pads between them into scratch memory."""
+def _read_batch(pack: OpenPack, batch: list[_Piece]) -> None:
+    read_run(pack, [(piece.offset, piece.view) for piece in batch])
+
+
+def read_run(pack: OpenPack, run: Sequence[tuple[int, memoryview]]) -> None:
+    """Fills views that begin at these growing offsets by one request; what lies between goes into scratch memory."""
     views: list[memoryview] = []
-    start = cursor = batch[0].offset
-    for piece in batch:
-        if piece.offset > cursor:
-            views.append(memoryview(bytearray(piece.offset - cursor)))
-        views.append(piece.view)
-        cursor = piece.offset + len(piece.view)
-    while views:
-        got = os.preadv(fd, views, start)
-        if got == 0:
-            raise CorruptBlob(f"pack {path.name} ended at byte {start} while being read: cut off. Run `thaw fsck`.")
-        start += got
-        while views and got >= len(views[0]):
-            got -= len(views.pop(0))
-        if got:
-            views[0] = views[0][got:]
+    cursor = run[0][0]
+    for offset, view in run:
+        if offset > cursor:
+            views.append(memoryview(bytearray(offset - cursor)))
+        views.append(view)
+        cursor = offset + len(view)
+    pack.read_into(views, run[0][0])
 
 
 class _Hashing:

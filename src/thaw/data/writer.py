@@ -7,7 +7,6 @@ copy is overwritten by what follows it).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import digest
-from thaw.data.files import pwrite_all, replacing, start_writeback, storage_errors
 from thaw.data.header import DTYPE_BYTES, OBJECT, Entry, align, build, reserve, tensor_nbytes
 from thaw.data.locations import BlobLocation, is_pack_name
+from thaw.data.tiers.base import NewPack, WritePack
+from thaw.data.tiers.folder import Folder
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 HASH_APART = 64 * 1024
 """Items of at least this size are hashed on another thread; below, handing over costs more than it hides."""
-WRITEBACK_BYTES = 8 << 20
-"""The device is told to begin after so many bytes, and writes while the next are hashed and copied."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,21 @@ def check_pack_name(name: str) -> str:
 
 
 def write_pack(
-    folder: Path, name: str, items: Sequence[PackItem], *, metadata: Mapping[str, str] | None = None
+    packs: Path | WritePack, name: str, items: Sequence[PackItem], *, metadata: Mapping[str, str] | None = None
 ) -> PackResult:
-    """Writes `items` into `folder/name`, atomically: on return the pack is on disk; on any error nothing is left.
+    """Writes `items` into the pack `name` of a folder, a tier or a mount, atomically: on return the pack is durable
+    there; on any error nothing is left.
 
     Memory: one item. Raises `StorageFailed`, and whatever an item's `read` raises.
     """
-    path = folder / check_pack_name(name)
+    check_pack_name(name)
     for item in items:
         _check(item)
     began = time.perf_counter()
-    with replacing(path, overwrite=False) as fd:
+    tier = Folder(packs) if isinstance(packs, Path) else packs
+    with tier.new_pack(name) as pack:
         room = reserve([(item.name_prefix, item.dtype, item.shape, item.nbytes) for item in items], metadata or {})
-        writer = _Writer(fd, path, room)
+        writer = _Writer(pack, name, room)
         from concurrent.futures import ThreadPoolExecutor  # brings logging along: only for those who write
 
         with ThreadPoolExecutor(1, thread_name_prefix="thaw-hash") as hasher:
@@ -98,9 +98,9 @@ def _check(item: PackItem) -> None:
 class _Writer:
     """The growing pack: entries in file order from `data_start`, without holes."""
 
-    def __init__(self, fd: int, path: Path, data_start: int) -> None:
-        self.fd, self.path, self.data_start = fd, path, data_start
-        self.cursor = self.started = data_start
+    def __init__(self, pack: NewPack, name: str, data_start: int) -> None:
+        self.pack, self.name, self.data_start = pack, name, data_start
+        self.cursor = data_start
         self.entries: list[Entry] = []
         self.seen: dict[tuple[str, str], BlobLocation] = {}
 
@@ -112,11 +112,11 @@ class _Writer:
         if len(data) >= HASH_APART:
             hashing = hasher.submit(digest, data)
             try:
-                self._write(data, offset)
+                self.pack.write(data, offset)
             finally:
                 identifier = hashing.result()
         else:
-            self._write(data, offset)
+            self.pack.write(data, offset)
             identifier = digest(data)
         known = self.seen.get((item.name_prefix, identifier))
         return known or self._keep(item, identifier, offset)
@@ -131,26 +131,18 @@ class _Writer:
             )
         )  # fmt: skip
         self.cursor = offset + item.nbytes
-        location = BlobLocation(blob=identifier, pack=self.path.name, offset=offset, nbytes=item.nbytes)
+        location = BlobLocation(blob=identifier, pack=self.name, offset=offset, nbytes=item.nbytes)
         self.seen[item.name_prefix, identifier] = location
         return location
 
     def _pad(self, nbytes: int) -> None:
-        self._write(memoryview(bytes(nbytes)), self.cursor)
+        self.pack.write(memoryview(bytes(nbytes)), self.cursor)
         self.entries.append(
             Entry(id="", is_object=False, offset=self.cursor, nbytes=nbytes, dtype="U8", shape=(nbytes,))
         )
 
-    def _write(self, data: memoryview, offset: int) -> None:
-        with storage_errors(self.path, "write"):
-            pwrite_all(self.fd, data, offset)
-        if offset + len(data) - self.started >= WRITEBACK_BYTES:
-            start_writeback(self.fd, self.started, offset + len(data) - self.started)
-            self.started = offset + len(data)
-
     def finish(self, metadata: Mapping[str, str]) -> int:
-        """Writes the header; returns the file's size."""
-        self._write(memoryview(build(self.entries, self.data_start, metadata)), 0)
-        with storage_errors(self.path, "write"):
-            os.ftruncate(self.fd, self.cursor)
+        """Writes the header; returns the pack's size."""
+        self.pack.write(memoryview(build(self.entries, self.data_start, metadata)), 0)
+        self.pack.end(self.cursor)
         return self.cursor

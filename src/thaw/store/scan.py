@@ -18,7 +18,7 @@ from thaw.core.errors import CorruptBlob, ThawError
 from thaw.data.files import storage_errors
 from thaw.data.header import Entry, PackHeader
 from thaw.data.pack import read_header
-from thaw.data.reader import open_pack
+from thaw.data.tiers.folder import open_file
 
 PIECE = 8 << 20
 SUFFIX = ".safetensors"
@@ -127,7 +127,7 @@ class PackFiles:
     def _open(self, pack: str) -> int:
         if pack != self._pack:
             self._close()
-            self._fd, self._pack = open_pack(self._folder / pack), pack
+            self._fd, self._pack = open_file(self._folder / pack), pack
         return self._fd
 
     def _close(self) -> None:
