@@ -425,9 +425,9 @@ def test_weights_that_run_in_place_of_others_are_of_the_same_model(
     with load_engine("transformers", model=str(model)) as engine:
         before = engine.identity()
         with pytest.raises(InvalidRequest, match=r"another model \(.*head_dim"):
-            engine.update_weights(tiny_model("llama", head_dim=64))
+            engine.update_weights(str(tiny_model("llama", head_dim=64)))
         assert engine.identity() == before
-        engine.update_weights(tiny_model("llama", seed=1))
+        engine.update_weights(str(tiny_model("llama", seed=1)))
         assert engine.identity().weights != before.weights
-        engine.update_weights(model)
+        engine.update_weights(str(model))
         assert engine.identity() == before

@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(self, groups: Sequence[CacheGroup], rank: int, num_ranks: int, lab: Lab, nbytes: int = 1 << 24):
         own = RankGroups(groups, rank, num_ranks)
-        mail: Any = SimpleNamespace(store=lambda uuid: lab.mount.packs)
+        mail: Any = SimpleNamespace(mount=lambda uuid: lab.mount)
         self.rank, self.arena = rank, Arena(nbytes, None, own, spill_nbytes=0, shares=Shares())
         self.packing = Packing(own, mail, self.arena)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from thaw.core.errors import CorruptBlob, EngineDied, InvalidRequest, StorageFailed, ThawError
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.served.mail import SCHEDULER, Mail, default_folder
 from thaw.engines.served.protocol import Answer, Message, Switch, Unpin, Write
 
@@ -57,7 +58,7 @@ def test_mail_is_for_its_owner_only(tmp_path: Path) -> None:
     mail = Mail(tmp_path / "mail")
     mail.answer("0" * 32, SCHEDULER, Answer())
     mail.grant("0" * 32)
-    mail.register_store("0" * 32, tmp_path)
+    mail.register_store(folder_mount("0" * 32, tmp_path))
     mail.expect_entropies("0" * 32)
     for path in mail.folder.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
@@ -130,11 +131,11 @@ def test_what_is_no_file_in_the_mail_is_named_and_nobody_waits_for_it(kind: str,
     name, store = "1" * 32, "3" * 32
     for place in ("facts/lock", f"facts/{SCHEDULER}", f"stores/{store}", f"plans/{name}", f"answers/{name}.s"):
         ODD_FILES[kind](mail.folder / place)
-    for tried in (mail.claim, lambda: mail.register_store(store, tmp_path)):
+    for tried in (mail.claim, lambda: mail.register_store(folder_mount(store, tmp_path))):
         with pytest.raises(StorageFailed, match="is no file but a folder, a link, a pipe or a socket"):
             tried()
     assert mail.engine_facts() is None
-    for read in (lambda: mail.store(store), lambda: mail.plan(name), lambda: mail.peek(name, SCHEDULER)):
+    for read in (lambda: mail.mount(store), lambda: mail.plan(name), lambda: mail.peek(name, SCHEDULER)):
         try:
             assert read() is None
         except ThawError:

@@ -14,8 +14,8 @@ from thaw.core.errors import NewerFormat, NotKept
 from thaw.core.identity import GroupedIdentity, ModelIdentity
 from thaw.core.ids import digest
 from thaw.core.objects import GroupedSegment, Segment, State
-from thaw.data.locations import StoreMount
 from thaw.data.pack import read_blob
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.base import HydratePlan
 from thaw.repo import cover
 from thaw.repo.hydrate import make_plan
@@ -37,7 +37,7 @@ def line_of(store: Store, name: str) -> Timeline:
 
 
 def plan_of(store: Store, line: Timeline, token: int) -> HydratePlan:
-    return make_plan(store, StoreMount(uuid=store.uuid, packs=store.packs), line, token)
+    return make_plan(store, folder_mount(store.uuid, store.packs), line, token)
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])

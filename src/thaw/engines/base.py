@@ -1,7 +1,7 @@
 """The engine contract: what thaw asks of anything that runs a model. No torch here, and no repository.
 
 Client and engine exchange small values: which session, which state, which extents of which pack. The bytes go
-straight between the engine and the packs (`StoreMount`), never through these values.
+straight between the engine and the tiers of a store (`StoreMount`), never through these values.
 
 Every verb that takes time returns a `Handle`. `capture`, `fork` and `cancel` take effect at step boundaries; a session
 that is decoding may be captured and forked, and neither stops the others. What holds for every engine is written as
@@ -17,7 +17,6 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
@@ -30,7 +29,7 @@ from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 MAX_CHILDREN = 1 << 16
 """Of one fork."""
 SessionRef = NewType("SessionRef", str)
@@ -439,7 +438,7 @@ class Engine(abc.ABC):
                 with contextlib.suppress(EngineDied):  # then nothing runs
                     self.set_policy(former)
 
-    def update_weights(self, source: str | Path) -> None:
+    def update_weights(self, source: str) -> None:
         """Run the weights of `source`, a model's folder as the engine's process sees it, in place of those that run.
 
         Takes effect at a step boundary. KV of the former weights is refused from then on, sessions and plans alike

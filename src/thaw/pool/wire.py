@@ -1,7 +1,7 @@
 """What a pool and an engine's host process say to one another: msgpack over a socket pair (`connection.py`).
 
 A message is a call of the engine contract (its answer carries the same `id`), or news of one. Only small values
-travel: sessions, plans, tokens, deltas. KV goes between the engine and the packs that a plan names.
+travel: sessions, plans, tokens, deltas. KV goes between the engine and the tiers that a plan names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from thaw.engines.base import (
 )
 from thaw.engines.error_kinds import made
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):

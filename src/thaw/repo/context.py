@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import ObjectId
 from thaw.core.objects import SegmentNode, TurnNode
-from thaw.data.locations import StoreMount
 from thaw.repo import settings
 from thaw.repo.guard import ProcessBound
 from thaw.repo.settings import EngineSettings
 from thaw.store import Store
 
 if TYPE_CHECKING:
+    from thaw.data.locations import StoreMount
     from thaw.engines.base import Engine
 
 MEMO_ENTRIES = 4096
@@ -44,7 +44,10 @@ class Context(ProcessBound):
 
     @property
     def mount(self) -> StoreMount:
-        return StoreMount(uuid=self.store.uuid, packs=self.store.packs)
+        """The repository as an engine reaches it: its own folder of packs is the only tier."""
+        from thaw.data.tiers.folder import folder_mount  # only for those who read or write KV
+
+        return folder_mount(self.store.uuid, self.store.packs)
 
     @property
     def engine(self) -> Engine:

@@ -21,8 +21,8 @@ from thaw.core.errors import Damaged, NotFound, Refused, ThawError
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Boundary, Commit
 from thaw.core.sampling import Sampling
-from thaw.data.locations import StoreMount
 from thaw.data.pack import read_blob
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.base import CapturePlan, Completion, Engine, GenerateRequest, Handle, SessionRef
 from thaw.repo import cut
 from thaw.repo.context import Context
@@ -194,7 +194,7 @@ def _top_difference(stored: Boundary, seen: Boundary | None, done: Completion) -
 def _boundary_of(engine: Engine, session: SessionRef, uuid: str, base: int) -> Boundary | None:
     with tempfile.TemporaryDirectory(prefix="thaw-verify-") as folder:
         packs = tuple(f"{i:032}.safetensors" for i in range(engine.info.num_packs))
-        plan = CapturePlan(mount=StoreMount(uuid=uuid, packs=Path(folder)), packs=packs, base=base)
+        plan = CapturePlan(mount=folder_mount(uuid, Path(folder)), packs=packs, base=base)
         return engine.capture(session, plan).result().boundary
 
 

@@ -17,6 +17,8 @@ from thaw.core.ids import digest
 from thaw.core.objects import Boundary, Turn, without_chat
 from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import PackItem, read_blob, write_pack
+from thaw.data.tiers.folder import folder_mount
+from thaw.data.tiers.mounted import Mounted
 from thaw.engines.base import Captured, CapturePlan, HydratePlan, PointSlice, Slice
 
 _NUMBERS = itertools.count()
@@ -25,7 +27,7 @@ _NUMBERS = itertools.count()
 def mount_at(folder: Path) -> StoreMount:
     """A store that is nothing but a folder of packs."""
     folder.mkdir(parents=True, exist_ok=True)
-    return StoreMount(uuid=digest(str(folder).encode())[3:35], packs=folder)
+    return folder_mount(digest(str(folder).encode())[3:35], folder)
 
 
 def capture_plan(mount: StoreMount, base: int = 0, num_packs: int = 1) -> CapturePlan:
@@ -128,10 +130,10 @@ def tampered(
     group = group or plan.identity.groups[0].name
     victim = plan.slices[piece]
     old = victim.blobs[group][head]
-    data = change(read_blob(plan.mount.packs, old))
+    data = change(read_blob(Mounted(plan.mount), old))
     assert len(data) == old.nbytes and digest(data) != old.blob, "the change must keep the size and change the bytes"
     item = PackItem(name_prefix="", dtype="U8", shape=(len(data),), nbytes=len(data), read=lambda: data)
-    new = write_pack(plan.mount.packs, _pack_name(), [item]).blobs[0]
+    new = write_pack(Mounted(plan.mount), _pack_name(), [item]).blobs[0]
     heads = [new if i == head else location for i, location in enumerate(victim.blobs[group])]
     changed = msgspec.structs.replace(victim, blobs={**victim.blobs, group: tuple(heads)})
     slices = (*plan.slices[:piece], changed, *plan.slices[piece + 1 :])

@@ -102,7 +102,7 @@ def test_each_rank_writes_a_pack_of_its_own(three: SglangEngine, lab: Lab) -> No
     assert all(len(segment.blobs["full"]) == 3 for segment in captured.segments)
     for written in captured.packs:
         assert len([blob for blob in captured.blobs if blob.pack == written.name]) == len(captured.blobs) // RANKS
-        assert (lab.mount.packs / written.name).stat().st_size == written.nbytes
+        assert (lab.packs / written.name).stat().st_size == written.nbytes
 
 
 def test_a_hydrated_session_has_the_bits_of_the_engines_own_hit(three: SglangEngine, lab: Lab) -> None:
@@ -240,10 +240,10 @@ def test_a_blob_damaged_for_one_rank_is_refused_and_the_engine_goes_on(three: Sg
     captured = lab.capture(three, session)
     plan = lab.plan(captured)
     victim = plan.slices[0].blobs["full"][1]
-    flip_byte(lab.mount.packs, victim, at=100)
+    flip_byte(lab.packs, victim, at=100)
     with pytest.raises(CorruptBlob):
         lab.hydrate(three, plan)
-    flip_byte(lab.mount.packs, victim, at=100)
+    flip_byte(lab.packs, victim, at=100)
     same(lab.one(three, session, seeded(8)), lab.one(three, lab.hydrate(three, plan).session, seeded(8)))
     check_nothing_leaks(three)
 

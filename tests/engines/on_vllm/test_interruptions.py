@@ -422,7 +422,7 @@ def test_others_go_on_while_a_session_is_captured_and_another_one_is_loaded(engi
 
 def unread(engine: VllmEngine, lab: Lab, plan: HydratePlan) -> SessionRef:
     """A session whose pack is damaged, of a client that does not hear so and goes on: the engine has no KV of it."""
-    flip_byte(plan.mount.packs, plan.slices[0].blobs[plan.identity.groups[0].name][0])
+    flip_byte(lab.packs, plan.slices[0].blobs[plan.identity.groups[0].name][0])
     with pytest.raises(CorruptBlob):
         lab.hydrate(engine, plan)
     command = engine._talk.command

@@ -183,7 +183,7 @@ def test_negative_control_a_damaged_blob_is_refused_by_name(here: VllmEngine, la
     plan = lab.plan(lab.capture(here, begin(here, 300)))
     lab.hydrate(here, plan)
     victim = plan.slices[0].blobs[plan.identity.groups[0].name][0]
-    flip_byte(lab.mount.packs, victim, at=victim.nbytes // 2)
+    flip_byte(lab.packs, victim, at=victim.nbytes // 2)
     with pytest.raises(CorruptBlob, match=victim.blob):
         lab.hydrate(here, plan)
 

@@ -63,7 +63,7 @@ def test_each_rank_writes_a_pack_of_its_own(two: VllmEngine, lab: Lab) -> None:
     for written in captured.packs:
         mine = [blob for blob in captured.blobs if blob.pack == written.name]
         assert len(mine) == len(captured.blobs) // 2
-        assert (lab.mount.packs / written.name).stat().st_size == written.nbytes
+        assert (lab.packs / written.name).stat().st_size == written.nbytes
 
 
 def test_two_ranks_go_on_bit_for_bit(two: VllmEngine, lab: Lab) -> None:

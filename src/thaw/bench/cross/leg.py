@@ -20,8 +20,9 @@ from thaw.bench.text import document
 from thaw.core.cache import columns, token_groups
 from thaw.core.ids import digest
 from thaw.core.sampling import Sampling
-from thaw.data.locations import BlobLocation, StoreMount
+from thaw.data.locations import BlobLocation
 from thaw.data.pack import read_blob
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines import load_engine
 from thaw.engines.base import CapturePlan, Engine
 from thaw.repo import Repository, Session
@@ -158,7 +159,7 @@ def _captured(repo: Repository, session: Session) -> str:
     engine = repo.engine
     with tempfile.TemporaryDirectory(prefix="thaw-cross-") as folder:
         packs = tuple(f"{i:032}.safetensors" for i in range(engine.info.num_packs))
-        plan = CapturePlan(mount=StoreMount(uuid=secrets.token_hex(16), packs=Path(folder)), packs=packs)
+        plan = CapturePlan(mount=folder_mount(secrets.token_hex(16), Path(folder)), packs=packs)
         captured = engine.capture(session.ref, plan).result()
         where = {location.blob: location for location in captured.blobs}
         groups = token_groups(engine.info.groups)

@@ -14,7 +14,7 @@ from thaw.bench.sample import Sample
 from thaw.core import cache
 from thaw.core.sampling import Sampling
 from thaw.data.files import storage_errors, sync_folder
-from thaw.data.locations import StoreMount
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.base import CapturePlan, Engine
 from thaw.repo import Repository, Session
 from thaw.store import reserve
@@ -70,7 +70,7 @@ def capture(engine: Engine, live: Session, folder: Path) -> Sample:
     os.sync()
     started = time.monotonic()
     names = tuple(f"bench-{i}.safetensors" for i in range(engine.info.num_packs))
-    plan = CapturePlan(mount=StoreMount(uuid=secrets.token_hex(16), packs=folder), packs=names, base=0)
+    plan = CapturePlan(mount=folder_mount(secrets.token_hex(16), folder), packs=names, base=0)
     captured = engine.capture(live.ref, plan).result()
     elapsed = time.monotonic() - started
     for name in names:

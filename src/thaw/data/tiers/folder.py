@@ -8,16 +8,36 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from thaw.core.errors import CorruptBlob
+from thaw.core.errors import CorruptBlob, InvalidRequest
 from thaw.data.files import pwrite_all, replacing, start_writeback, storage_errors
 from thaw.data.header import PAGE
+from thaw.data.locations import StoreMount, TierAddress
 from thaw.data.tiers.base import MissingPack, Requests
 
-SCHEME = "file"
+SCHEME = "file://"
 REQUESTS = Requests(nbytes=512 << 10, gap_nbytes=PAGE - 1)
 """What is read and hashed at a time is still in the processor's cache when it is hashed."""
 WRITEBACK_BYTES = 8 << 20
 """The device is told to begin after so many bytes, and writes while the next are hashed and copied."""
+
+
+def folder_mount(uuid: str, folder: Path) -> StoreMount:
+    """A store whose packs lie in one folder of this host."""
+    return StoreMount(uuid=uuid, tiers=(TierAddress(url=folder.absolute().as_uri()),))
+
+
+def folder_of(address: TierAddress) -> Path:
+    """Raises `InvalidRequest` for the address of no folder."""
+    from urllib.parse import unquote_to_bytes
+
+    path = os.fsdecode(unquote_to_bytes(address.url.removeprefix(SCHEME)))
+    if not address.url.startswith(SCHEME) or not os.path.isabs(path) or address.options:
+        raise InvalidRequest(f"{address.url[:200]!r} names no folder; write {SCHEME}/FOLDER, without options")
+    return Path(path)
+
+
+def open_folder(address: TierAddress) -> Folder:
+    return Folder(folder_of(address))
 
 
 class Folder:

@@ -23,6 +23,7 @@ from thaw.core.prefix import windows
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
+from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
@@ -75,7 +76,7 @@ def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
     items = [item for piece in pieces for item in piece.items()]
     if taken.hidden is not None:
         items.append(_hidden_item(*taken.hidden))
-    result = write_pack(plan.mount.packs, plan.packs[0], items) if items else None
+    result = write_pack(Mounted(plan.mount), plan.packs[0], items) if items else None
     blobs = result.blobs if result is not None else ()
     ids = iter([place.blob for place in blobs])
     return Captured(
@@ -169,7 +170,7 @@ def load(plan: HydratePlan, backend: Backend) -> Loaded:
     found = restoring.states(plan, backend.groups)
     states = [(point.token, [(place, bytearray(place.nbytes)) for place in places]) for point, places in found]
     wanted += [(place, memoryview(data)) for _, pairs in states for place, data in pairs]
-    stats = read_blobs(plan.mount.packs, wanted)
+    stats = read_blobs(Mounted(plan.mount), wanted)
     for column, start, stop, stored, staging in staged:
         kv.write(column, start, stop, memoryview(staging), stored)
     kv.num_tokens = sum(piece.length for piece in plan.slices)
@@ -220,4 +221,4 @@ def _hidden_row(plan: HydratePlan, backend: Backend) -> Row | None:
     bound = plan.boundary
     if bound is None or plan.hidden is None or bound.position != len(plan.tokens) or plan.num_kv != len(plan.tokens):
         return None
-    return backend.row_from(read_blob(plan.mount.packs, plan.hidden), str(bound.hidden_dtype), bound.hidden_shape)
+    return backend.row_from(read_blob(Mounted(plan.mount), plan.hidden), str(bound.hidden_dtype), bound.hidden_shape)

@@ -39,7 +39,7 @@ async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: 
         return _captured(session, identity, plan, model, tuple(session.tokens), Answer())
     num_kv = None if lane is not None and not decoding else session.computed()
     tokens = tuple(session.tokens)
-    talk.mail.register_store(plan.mount.uuid, plan.mount.packs.resolve())
+    talk.mail.register_store(plan.mount)
     answer = await talk.command(
         protocol.Write(
             id=secrets.token_hex(16), record=session.node.name, store=plan.mount.uuid, packs=plan.packs,

@@ -49,7 +49,6 @@ async def _fill(session: ServedSession, plan: HydratePlan, talk: Talk, model: Mo
     """The plan into the engine's arena, then into its blocks, by a request that the engine itself counts."""
     node = Node(talk.dropped.append)
     name = secrets.token_hex(16)
-    talk.mail.register_store(plan.mount.uuid, plan.mount.packs.resolve())
     talk.mail.put_plan(name, plan)
     try:
         answer = await talk.command(protocol.Fill(id=name, record=node.name))

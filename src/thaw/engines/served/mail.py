@@ -2,10 +2,10 @@
 
 It is 0700 whatever the umask, and so is every folder above it that thaw names; a way that another user of the host
 could change is refused (`data.private`). It carries what requests cannot: answers to commands, hydrate plans on their
-way in, entropies of sampled tokens, and which stores (folders of packs) the engine may touch. Both sides run as the
+way in, entropies of sampled tokens, and the stores that the engine may write to. Both sides run as the
 same user on one host, or share the folder; that is also what a store needs.
 
-    stores/<uuid>          the folder of a store's packs, put there by the user's own client or the configuration
+    stores/<uuid>          a store's mount, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
     grants/<id>            empty: whoever says the message of this id may change what is everybody's
     callers/<name>         empty: messages that say this name are of a client that shares the folder
@@ -34,6 +34,7 @@ import msgspec
 
 from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed
 from thaw.data.files import read_own, storage_errors
+from thaw.data.locations import StoreMount
 from thaw.data.private import is_own, make_private
 from thaw.engines.base import HydratePlan
 from thaw.engines.served.budget import Caller, Room
@@ -107,17 +108,19 @@ class Mail:
 
     # -- stores
 
-    def register_store(self, uuid: str, packs: Path) -> None:
-        """Let the engine read and write this store."""
-        path = self.folder / "stores" / uuid
+    def register_store(self, mount: StoreMount) -> None:
+        """Let the engine write to this store."""
+        path, data = self.folder / "stores" / mount.uuid, msgspec.json.encode(mount)
         _require_file(path)
-        if not path.exists() or _bytes(path) != os.fsencode(packs):
-            _put(path, os.fsencode(packs))
+        if not path.exists() or _bytes(path) != data:
+            _put(path, data)
 
-    def store(self, uuid: str) -> Path:
-        """The store's folder of packs. Raises `NotFound` when nobody registered it."""
+    def mount(self, uuid: str) -> StoreMount:
+        """The store's. Raises `NotFound` when nobody registered it."""
         try:
-            return Path(os.fsdecode(_bytes(self.folder / "stores" / uuid)))
+            return msgspec.json.decode(_bytes(self.folder / "stores" / uuid), type=StoreMount)
+        except msgspec.MsgspecError as error:
+            raise CorruptBlob(f"the mount of store {uuid} in the engine's mail is none: {error}") from None
         except OSError:
             raise NotFound(
                 f"store {uuid} is not known to this engine: open the repository on the engine's host, or start the "
@@ -391,7 +394,7 @@ def _require_file(path: Path) -> None:
 
 
 def _made(kind: Callable[[object], object], value: object) -> object:
-    """What msgspec does not know by itself: paths, and 64-bit integers with a type of their own."""
+    """What msgspec does not know by itself: 64-bit integers with a type of their own."""
     return kind(value)
 
 

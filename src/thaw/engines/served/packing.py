@@ -1,6 +1,6 @@
 """Packs on the worker's side: a hydrate plan into the arena, a record into a pack, on this rank's blobs.
 
-The bytes go straight between files and the arena; every blob is verified as it is read.
+The bytes go straight between a store's tiers and the arena; every blob is verified as it is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from thaw.core.cache import SAFETENSORS, CacheGroup, TokenGroup, point_groups, t
 from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, stream_blobs, write_pack
+from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
 from thaw.engines.restoring import Run
@@ -71,8 +72,8 @@ class Packing:
             points[point.token] = self._arena.allocate_states(caller)
             own = [point.blobs[group.name][index] for group in self._point_groups for index in self._groups.held(group)]
             wanted += [(place, _setter(t)) for place, t in zip(own, points[point.token], strict=True)]
-        packs = self._mail.store(plan.mount.uuid)
-        stats = stream_blobs(packs, [place for place, _ in wanted], lambda i, data: wanted[i][1](data), threads=READERS)
+        places = [place for place, _ in wanted]
+        stats = stream_blobs(Mounted(plan.mount), places, lambda i, data: wanted[i][1](data), threads=READERS)
         return Read((piece,), points, stats.nbytes, stats.seconds)
 
     def _wanted(self, piece: Piece, group: TokenGroup, runs: Sequence[Run]) -> list[Wanted]:
@@ -106,7 +107,7 @@ class Packing:
         started = time.perf_counter()
         record.wait(base, num_kv)
         made = [part for a, b in windows(base, num_kv) for part in self._segment(record, a, b)]
-        result = write_pack(self._mail.store(store), pack, [item for _, item in made]) if made else None
+        result = write_pack(Mounted(self._mail.mount(store)), pack, [item for _, item in made]) if made else None
         found = result.blobs if result is not None else ()
         blobs = tuple(
             part(blob=x.blob, pack=x.pack, offset=x.offset, nbytes=x.nbytes)

@@ -19,7 +19,7 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import InvalidRequest
 
-VERSION = 6
+VERSION = 7
 KEY = "thaw"
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """128 random bits, in hex: unguessable, and safe as a file name."""

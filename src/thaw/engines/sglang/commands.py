@@ -110,7 +110,7 @@ class Commands:
         side = self._side
 
         def look() -> int:
-            side.mail.store(message.store)
+            side.mail.mount(message.store)
             require_usable(record, epoch)
             ready = side.catch_up(record, message.num_kv)
             require_usable(record, epoch)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.sglang.settings import BACKEND
 
 log = logging.getLogger("thaw.sglang")
@@ -122,7 +123,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         mail.sweep()
         sweep_dead(folder)
         for uuid, packs in settings.stores.items():
-            mail.register_store(uuid, Path(packs))
+            mail.register_store(folder_mount(uuid, Path(packs)))
         mail.post(SCHEDULER, engine)
         for note in engine.notes:
             log.warning("thaw: %s", note)

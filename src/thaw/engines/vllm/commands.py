@@ -160,7 +160,7 @@ class Commands:
 
     def _write(self, message: protocol.Write) -> None:
         side = self._side
-        side.mail.store(message.store)
+        side.mail.mount(message.store)
         record = side.records.known(message.record)
         num_kv = message.end(side.catch_up(message.record, record, message.num_kv), side.facts.world_size)
         num_tokens = record.live.num_tokens if record.live is not None else len(record.tokens)

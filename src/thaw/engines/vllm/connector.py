@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from thaw._version import __version__
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.hf.config import eos_token_ids
 from thaw.engines.served import protocol
@@ -97,7 +98,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._mail.sweep()
         sweep_dead(_base_folder(config, self._settings))
         for uuid, packs in self._settings.stores.items():
-            self._mail.register_store(uuid, Path(packs))
+            self._mail.register_store(folder_mount(uuid, Path(packs)))
         parallel, model = config.parallel_config, config.model_config
         spec = groups[0].kv_cache_spec
         facts = EngineFacts(

@@ -95,13 +95,13 @@ class BytesLaw(EngineKit):
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 300)))
         lab.hydrate(other, plan)
         victim = plan.slices[-1].blobs[plan.identity.groups[0].name][-1]
-        flip_byte(lab.mount.packs, victim, at=victim.nbytes - 1)
+        flip_byte(lab.packs, victim, at=victim.nbytes - 1)
         with pytest.raises(CorruptBlob, match=victim.blob):
             lab.hydrate(other, plan)
 
     def test_a_cut_off_or_missing_pack_is_refused(self, engine: Engine, other: Engine, lab: Lab) -> None:
         plan = lab.plan(lab.capture(engine, lab.begin(engine, 300)))
-        pack = lab.mount.packs / plan.slices[-1].blobs[plan.identity.groups[0].name][-1].pack
+        pack = lab.packs / plan.slices[-1].blobs[plan.identity.groups[0].name][-1].pack
         os.truncate(pack, pack.stat().st_size // 2)
         with pytest.raises(CorruptBlob):
             lab.hydrate(other, plan)
@@ -133,15 +133,13 @@ class BytesLaw(EngineKit):
 def prefix_bytes(lab: Lab, captured: Captured, count: int, *earlier: Captured) -> list[bytes]:
     """KV bytes of tokens [0, count), one entry a head (of other groups, a blob), then those of the point states after
     at most `count` tokens; however the captures were cut into segments."""
-    from thaw.data.pack import read_blob
-
     where = {x.blob: x for part in (*earlier, captured) for x in part.blobs}
     segments = [s for part in (*earlier, captured) for s in part.segments]
     out = []
     for group, number in columns(captured.identity.groups):
         planes = [bytearray() for _ in group.planes]
         for segment in segments:
-            data = read_blob(lab.mount.packs, where[segment.blobs[group.name][number]])
+            data = lab.read(where[segment.blobs[group.name][number]])
             used, at = max(0, min(segment.length, count - segment.start)), 0
             for plane, width in zip(planes, group.planes, strict=True):
                 plane += data[at : at + used * width]
@@ -149,7 +147,7 @@ def prefix_bytes(lab: Lab, captured: Captured, count: int, *earlier: Captured) -
         out.append(b"".join(planes))
     states = [point for s in segments for point in s.points if point.token <= count]
     named = [(point.token, group, blob) for point in states for group, ids in point.blobs.items() for blob in ids]
-    return out + [read_blob(lab.mount.packs, where[blob]) for *_, blob in sorted(named)]
+    return out + [lab.read(where[blob]) for *_, blob in sorted(named)]
 
 
 def kv_nbytes(captured: Captured) -> int:

@@ -8,7 +8,6 @@ import struct
 import pytest
 
 from thaw.core.cache import columns
-from thaw.data.pack import read_blob
 from thaw.engines.base import Captured, Completion, Engine, SessionRef
 from thaw.testing.laws.bytes_law import blob_ids, kv_nbytes, prefix_bytes
 from thaw.testing.laws.kit import (
@@ -117,7 +116,7 @@ class ForkLaw(EngineKit):
             assert len(captured.tokens) == 300 and blob_ids(captured) == blob_ids(before)
             assert kv_complete(engine, captured.num_kv, 300)
         assert prefix_bytes(lab, captured, captured.num_kv) == prefix_bytes(lab, after, captured.num_kv)
-        pack = b"".join((lab.mount.packs / written.name).read_bytes() for written in captured.packs)
+        pack = b"".join((lab.packs / written.name).read_bytes() for written in captured.packs)
         assert 0 <= len(pack) - kv_nbytes(captured) <= SLACK_NBYTES + BLOB_NBYTES * len(captured.blobs)
         assert _runs(lab, captured)[0] in pack, "the search itself must be able to find KV"
         for session in others:
@@ -181,7 +180,7 @@ def _runs(lab: Lab, captured: Captured) -> list[bytes]:
     for group, number in columns(captured.identity.groups):
         size = max(64, 4 * group.planes[0])
         for segment in captured.segments:
-            data = read_blob(lab.mount.packs, where[segment.blobs[group.name][number]])
+            data = lab.read(where[segment.blobs[group.name][number]])
             out += [data[i : i + size] for i in range(0, len(data) - size, max(size, len(data) // 8))]
     return out
 

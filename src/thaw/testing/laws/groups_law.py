@@ -13,7 +13,6 @@ import pytest
 
 from thaw.core.cache import columns, point_groups, token_groups
 from thaw.core.errors import CorruptBlob
-from thaw.data.pack import read_blob
 from thaw.engines.base import Engine, HydratePlan
 from thaw.testing.laws.kit import EngineKit, Lab, bits, greedy, same, seeded
 
@@ -30,7 +29,7 @@ class GroupsLaw(EngineKit):
                 ids, first = segment.blobs.get(group.name, ()), segment.first.get(group.name, segment.start)
                 assert len(ids) == group.num_blobs or (not ids and end <= group.covers(captured.num_kv).start)
                 for blob in ids:
-                    nbytes = len(read_blob(lab.mount.packs, where[blob]))
+                    nbytes = len(lab.read(where[blob]))
                     assert nbytes == group.token_nbytes_per_blob * (end - first)
             for point in segment.points:
                 assert set(point.blobs) == {state.name for state in point_groups(groups)}

@@ -24,7 +24,10 @@ import msgspec
 import pytest
 
 from thaw.core.sampling import Sampling
-from thaw.data.locations import StoreMount
+from thaw.data.locations import BlobLocation, StoreMount
+from thaw.data.pack import read_blob
+from thaw.data.tiers.folder import folder_of
+from thaw.data.tiers.mounted import Mounted
 from thaw.engines.base import (
     Captured,
     Completion,
@@ -142,6 +145,15 @@ class Lab:
 
     def __init__(self, mount: StoreMount) -> None:
         self.mount = mount
+
+    @property
+    def packs(self) -> Path:
+        """The folder of `mount`'s packs, for tests that look at its files."""
+        return folder_of(self.mount.tiers[0])
+
+    def read(self, location: BlobLocation) -> bytes:
+        """A stored blob's verified bytes."""
+        return read_blob(Mounted(self.mount), location)
 
     def begin(self, engine: Engine, count: int = 300, *, start: int = 0, seed: int = SEED) -> SessionRef:
         """A session that has read `count` tokens."""

@@ -14,7 +14,7 @@ import msgspec
 from icebox import make
 from icebox.wire import VERBS, decode, encode
 from thaw.core.errors import NotFound, ThawError
-from thaw.data.locations import StoreMount
+from thaw.data.tiers.folder import folder_mount
 from thaw.engines.base import CapturePlan, Handle, HydratePlan
 
 
@@ -64,7 +64,7 @@ def main(model: str, port: str, config: str) -> None:
         uuid = value.mount.uuid
         if uuid not in stores:
             raise NotFound(f"this icebox knows no store {uuid}")
-        return msgspec.structs.replace(value, mount=StoreMount(uuid=uuid, packs=Path(stores[uuid])))
+        return msgspec.structs.replace(value, mount=folder_mount(uuid, Path(stores[uuid])))
 
     print("[icebox] freezing", model, flush=True)
     ThreadingHTTPServer((os.environ.get("ICEBOX_HOST", "127.0.0.1"), int(port)), Answers).serve_forever()

@@ -155,7 +155,7 @@ class Fleet(Engine):
 
     def update_weights(self, source: str | Path) -> None:
         for member in self._living():
-            member.update_weights(source)
+            member.update_weights(str(source))
 
     @property
     def policy_version(self) -> str:
