@@ -166,12 +166,12 @@ class _Reading:
         self._open.append(pack)
         for location, _ in targets:
             check_extent(location, pack.nbytes)
-        ahead = min(pack.requests.num_parallel, MAX_THREADS)
+        ahead = max(1, min(pack.requests.num_parallel, MAX_THREADS))
         for batch in _batches(targets, pack.requests):
+            self._land(ahead - 1)
             if ahead > 1:
                 self._under_way.append((batch, self._started().submit(_read_batch, pack, batch)))
-            self._land(ahead if ahead > 1 else 0)
-            if ahead <= 1:
+            else:
                 _read_batch(pack, batch)
                 self._hashed.submit(batch)
         if not self._under_way:

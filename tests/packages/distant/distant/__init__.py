@@ -1,0 +1,1 @@
+"""Packs in the memory of another process, behind HTTP: `distant://HOST:PORT`."""
