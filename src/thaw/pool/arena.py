@@ -17,13 +17,13 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 from thaw.core.errors import NotFound, RefConflict, StorageFailed
 from thaw.core.ids import CommitId
 from thaw.data.files import storage_errors
 from thaw.engines.base import HydratePlan, SessionRef
-from thaw.pool.values import ArenaStats
+from thaw.pool.values import ArenaStats, Tier
 from thaw.repo import commit as commits
 from thaw.repo import resolve
 from thaw.repo.context import Context
@@ -48,6 +48,9 @@ class ArenaPoint:
 
 class Arena:
     """Safe from any thread. `limit_nbytes` is of packs in shared memory; captures under way may exceed it."""
+
+    tier: ClassVar[Tier] = "arena"
+    has_history: ClassVar[bool] = False
 
     def __init__(self, folder: Path, spill: Path, limit_nbytes: int) -> None:
         self.store = Store.init(folder)
@@ -84,16 +87,16 @@ class Arena:
     def at(self, point: ArenaPoint, token: int | None) -> ResolvedPoint:
         return resolve.at(self.store, point.commit, token=token)
 
-    def loaded(self, plan: HydratePlan) -> Literal["arena", "disk"]:
+    def loaded(self, plan: HydratePlan) -> Tier:
         """Note a load, and say where its bytes were: on disk when any of its packs is spilled."""
         named = [*(piece.blobs for piece in plan.slices), *(point.blobs for point in plan.points)]
         packs = {location.pack for one in named for places in one.values() for location in places}
         with self._lock:
             self._loads += 1
             self._used.update(dict.fromkeys(packs, time.monotonic()))
-        return self.tier(packs)
+        return self._tier_of(packs)
 
-    def tier(self, packs: Iterable[str]) -> Literal["arena", "disk"]:
+    def _tier_of(self, packs: Iterable[str]) -> Tier:
         return "disk" if any((self.store.packs / pack).is_symlink() for pack in packs) else "arena"
 
     def make_room(self, nbytes: int) -> None:

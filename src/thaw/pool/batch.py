@@ -162,6 +162,6 @@ class Batch:
     def _session(life: Life, there: Prepared, done: Completion, history: History) -> PoolSession:
         num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
         return PoolSession(
-            life, done.session, kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
-            parent=there.parent, proof=done.proof, history=history, num_inherited=len(history.before),
+            life, done.session, kept=there.resident.kept.cut(num_kv), parent=there.parent, proof=done.proof,
+            history=history, num_inherited=len(history.before),
         )  # fmt: skip

@@ -11,9 +11,10 @@ from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
 from thaw.engines.text import cut_turns
-from thaw.pool.arena import Arena, ArenaPoint
+from thaw.pool.arena import ArenaPoint
 from thaw.pool.session import PoolSession
 from thaw.pool.snapshot import Snapshot
+from thaw.pool.stores import KeptIn, Stored, Stores
 from thaw.pool.trunk import Held, Trunk
 from thaw.pool.values import BranchResult
 from thaw.pool.worker import Life
@@ -23,7 +24,6 @@ from thaw.repo.kept import Kept
 from thaw.repo.repository import Repository
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.session import Session
-from thaw.store import Store
 
 MAX_PROMPTS = 128
 """Prompts (points that are plain tokens) whose snapshots the arena keeps, the latest ones."""
@@ -34,12 +34,12 @@ class Finder:
 
     def __init__(
         self,
-        arena: Arena,
+        stores: Stores,
         repo: Repository | None,
         life_of: Callable[[Session], Life | None],
         policy: Callable[[], str],
     ) -> None:
-        self._arena, self._repo = arena, repo
+        self._stores, self._arena, self._repo = stores, stores.arena, repo
         self._life_of, self._policy = life_of, policy
         self._captured: weakref.WeakKeyDictionary[Session, ArenaPoint] = weakref.WeakKeyDictionary()
         self._prompts: OrderedDict[Hashable, ArenaPoint] = OrderedDict()
@@ -102,8 +102,6 @@ class Finder:
             seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
             held=held, kept=self._kept_of(session, fork.num_kv), source=weakref.ref(session),
         )  # fmt: skip
-        if isinstance(session, PoolSession):
-            trunk.arena_kept = session.arena_kept.cut(fork.num_kv)
         if captured is not None and captured.num_tokens >= at:
             trunk.put(self._arena, captured)
         return trunk
@@ -133,25 +131,29 @@ class Finder:
             seed=known.seed if seed is None else seed, policy=known.policy,
         )  # fmt: skip
 
-    def _kept_of(self, session: Session, num_kv: int) -> Kept:
-        """What the pool's repository has of it."""
-        ours = self._repo is not None and session.store_uuid == self._repo.store.uuid
-        return session.kept_at(num_kv) if ours else Kept()
+    def _kept_of(self, session: Session, num_kv: int) -> KeptIn:
+        """What the pool's stores have of it."""
+        kept = session.kept_in.cut(num_kv) if isinstance(session, PoolSession) else KeptIn()
+        for where in self._stores:
+            if session.store_uuid == where.store.uuid:  # the session itself knows best
+                kept = kept.add(where.store, session.kept_at(num_kv))
+        return kept
 
     def _of_arena(self, point: ArenaPoint, at: int | None, seed: int | None) -> Trunk:
-        trunk = self._of_stored(self._arena.store, self._arena.at(point, at), seed, in_arena=True)
-        trunk.captured, trunk.arena_kept = point, point.kept
+        trunk = self._of_stored(Stored(self._arena, self._arena.at(point, at)), seed)
+        trunk.captured, trunk.kept = point, KeptIn().add(self._arena.store, point.kept)
         return trunk
 
     def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> Trunk:
-        if self._repo is None:
+        if self._repo is None or self._stores.durable is None:
             raise InvalidRequest(f"{str(point)!r} names a point of a repository, and the pool has none: give repo=…")
         where = self._repo.resolve(point)
         if at is not None:
             where = self._repo.at(where, token=at)
-        return self._of_stored(self._repo.store, where, seed, in_arena=False)
+        return self._of_stored(Stored(self._stores.durable, where), seed)
 
-    def _of_stored(self, store: Store, where: ResolvedPoint, seed: int | None, *, in_arena: bool) -> Trunk:
+    def _of_stored(self, stored: Stored, seed: int | None) -> Trunk:
+        store, where = stored.where.store, stored.point
         line = timeline.read(store, timeline.read_state(store, where.state))
         turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)
         if not where.num_tokens:
@@ -159,7 +161,7 @@ class Finder:
         return Trunk(
             key=("stored", store.uuid, where.state, where.num_tokens), at=where.num_tokens,
             tokens=line.tokens[: where.num_tokens], turns=turns, seed=int(line.state.seed) if seed is None else seed,
-            policy=turns[-1].policy if turns else self._policy(), store=store, stored=where, in_arena=in_arena,
+            policy=turns[-1].policy if turns else self._policy(), stored=stored,
         )  # fmt: skip
 
     def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> Trunk:

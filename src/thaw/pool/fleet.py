@@ -13,12 +13,11 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
-from thaw.pool.arena import Arena
 from thaw.pool.backend import Backend, Host
 from thaw.pool.closer import Closer
+from thaw.pool.stores import Stores
 from thaw.pool.values import WorkerStats
 from thaw.pool.worker import Life, Worker
-from thaw.store import Store
 
 MAX_RESTARTS = 3
 Update = tuple[str, Any, dict[str, Any]]
@@ -29,13 +28,13 @@ class Fleet:
     """`changed` is the pool's one condition: its lock guards every `Worker`."""
 
     def __init__(
-        self, backend: Backend, arena: Arena, durable: Store | None, *, changed: threading.Condition,
+        self, backend: Backend, stores: Stores, *, changed: threading.Condition,
         threads: Executor, closer: Closer, residents: int, policy_version: str | None,
     ) -> None:  # fmt: skip
         self.workers: list[Worker] = []
         self.policy_version = policy_version
         self.restarts = backend.restarts
-        self._backend, self._arena, self._durable = backend, arena, durable
+        self._backend, self._stores = backend, stores
         self.changed, self._threads, self._closer = changed, threads, closer
         self._residents = residents
         self._update: Update | None = None
@@ -88,7 +87,7 @@ class Fleet:
             raise
 
     def _brought_to_policy(self, worker: Worker, host: Host) -> Life:
-        life = Life(worker.name, host, self._arena, self._durable, self._residents, self._closer)
+        life = Life(worker.name, host, self._stores, self._residents, self._closer)
         applied: Update | None = None
         while True:
             with self.changed:

@@ -74,7 +74,8 @@ class Planner:
 
     @staticmethod
     def _tier(trunk: Trunk) -> Tier:
-        return "disk" if trunk.stored is not None and not trunk.in_arena else "arena"
+        """Where it lies; one that only lives would go through the arena."""
+        return "arena" if trunk.stored is None else trunk.stored.where.tier
 
     @staticmethod
     def _decision(

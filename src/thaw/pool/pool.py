@@ -6,6 +6,7 @@ What it does is in the files beside it; this one wires them together.
     workers      fleet.py, backend.py       boot, watch, restart, drain
     rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
     bytes        arena.py, prepare.py       capture, hydrate, spill
+    stores       stores.py                  the arena and the repository, as one list
     decisions    planner.py, rates.py       load or prefill, spread or not
 """
 
@@ -55,6 +56,7 @@ from thaw.pool.scheduler import Scheduler
 from thaw.pool.session import PoolSession
 from thaw.pool.snapshot import Snapshot
 from thaw.pool.status import FILE, PoolStatus
+from thaw.pool.stores import Stores
 from thaw.pool.trunk import Trunk
 from thaw.pool.values import BranchResult, LoadPolicy, PoolStats
 from thaw.pool.worker import Life, Worker
@@ -198,8 +200,7 @@ class ForkPool:
         ref, there = self._preparer.fork(trunk, life, self._policy)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
-            life, ref, kept=there.resident.kept.cut(num_kv), arena_kept=there.resident.arena_kept.cut(num_kv),
-            parent=there.parent, num_inherited=trunk.at,
+            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=trunk.at,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:
@@ -337,9 +338,9 @@ class ForkPool:
     ) -> None:  # fmt: skip
         self._changed = threading.Condition()
         self._arena = Arena(self._home.path / "arena", self._home.spill, arena_nbytes)
-        durable = None if self.repo is None else self.repo.store
+        stores = Stores(self._arena, None if self.repo is None else self.repo.store)
         self._fleet = Fleet(
-            self._backend, self._arena, durable, changed=self._changed, threads=self._threads, closer=self._closer,
+            self._backend, stores, changed=self._changed, threads=self._threads, closer=self._closer,
             residents=residents, policy_version=version,
         )  # fmt: skip
         self._fleet.start(count)
@@ -350,8 +351,8 @@ class ForkPool:
         self._rates.booted(life.host.boot_s)
         token_nbytes = cache.token_nbytes(self._info.groups)
         self._planner = Planner(self._rates, token_nbytes)
-        self._finder = Finder(self._arena, self.repo, self._life_of, lambda: self.policy_version)
-        self._preparer = Preparer(self._arena, self._finder, self._planner, durable, token_nbytes)
+        self._finder = Finder(stores, self.repo, self._life_of, lambda: self.policy_version)
+        self._preparer = Preparer(stores, self._finder, self._planner, token_nbytes)
         batch = Batch(self._preparer, self._finder, self._rates, self._beside)
         self._scheduler = Scheduler(
             self._fleet, batch, self._planner, changed=self._changed, threads=self._threads,

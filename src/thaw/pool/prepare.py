@@ -18,16 +18,15 @@ from thaw.core.ids import CommitId
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import SessionRef
-from thaw.pool.arena import Arena
+from thaw.pool.arena import ArenaPoint
 from thaw.pool.finder import Finder
 from thaw.pool.planner import Planner
+from thaw.pool.stores import KeptIn, Stored, Stores
 from thaw.pool.trunk import Trunk
 from thaw.pool.values import Decision, LoadPolicy
 from thaw.pool.worker import Life, Resident
 from thaw.repo.hydrate import Hydration, hydrate
 from thaw.repo.match import match
-from thaw.repo.resolve import ResolvedPoint
-from thaw.store import Store
 
 MIN_MATCH = 16
 """A stored prefix shorter than this is not worth a load."""
@@ -52,11 +51,9 @@ class Prepared:
 class Preparer:
     """Shared by all workers of a pool; safe from any thread."""
 
-    def __init__(
-        self, arena: Arena, finder: Finder, planner: Planner, durable: Store | None, token_nbytes: int
-    ) -> None:
-        self._arena, self._finder, self._planner = arena, finder, planner
-        self._durable, self._token_nbytes = durable, token_nbytes
+    def __init__(self, stores: Stores, finder: Finder, planner: Planner, token_nbytes: int) -> None:
+        self._stores, self._arena = stores, stores.arena
+        self._finder, self._planner, self._token_nbytes = finder, planner, token_nbytes
 
     def prepare(self, trunk: Trunk, life: Life, policy: LoadPolicy) -> Prepared:
         """Raises what hydrating raises, and `EngineDied` where KV that may not be prefilled again is gone."""
@@ -102,8 +99,7 @@ class Preparer:
             if trunk.stored is None and trunk.held is not None:
                 life = trunk.held.life
                 life.check()
-                self._arena.make_room(self._token_nbytes * trunk.at)
-                point = self._arena.capture(life.arena_context, trunk.held.ref, trunk.arena_kept)
+                point = self._into_arena(trunk, life, trunk.held.ref, trunk.kept)
                 trunk.put(self._arena, point)
                 self._finder.captured(trunk, point)
         return time.perf_counter() - began
@@ -113,47 +109,46 @@ class Preparer:
         with trunk.lock:
             found = life.resident(trunk.key)
             if trunk.stored is None and found is not None:
-                self._arena.make_room(self._token_nbytes * trunk.at)
-                point = self._arena.capture(life.arena_context, found.ref, found.arena_kept)
-                found.arena_kept = point.kept
+                point = self._into_arena(trunk, life, found.ref, found.kept)
+                found.kept = found.kept.add(self._arena.store, point.kept)
                 trunk.put(self._arena, point)
                 self._finder.captured(trunk, point)
 
+    def _into_arena(self, trunk: Trunk, life: Life, ref: SessionRef, kept: KeptIn) -> ArenaPoint:
+        self._arena.make_room(self._token_nbytes * trunk.at)
+        store = self._arena.store
+        return self._arena.capture(life.context_of(store), ref, kept.of(store))
+
     def _here(self, trunk: Trunk, life: Life, decision: Decision) -> Prepared:
         if trunk.held is not None and trunk.lives_in(life):
-            resident = Resident(trunk.held.ref, trunk.kept, trunk.arena_kept)
+            resident = Resident(trunk.held.ref, trunk.kept)
             return Prepared(trunk.held.ref, resident, decision, trunk.turns)
         found = life.resident(trunk.key)
         if found is None:  # let go of since the decision: once more, with what is stored
             again = self._planner.decide(trunk, life, decision.policy)
             return self._hydrate(trunk, life, again) if again.action == "hydrate" else self._prefill(trunk, life, again)
-        parent = trunk.stored.commit if trunk.stored is not None and not trunk.in_arena else None
+        parent = None if trunk.stored is None else trunk.stored.parent
         return Prepared(found.ref, found, decision, trunk.turns, found.restore, parent)
 
     def _hydrate(self, trunk: Trunk, life: Life, decision: Decision) -> Prepared:
         capture_s = 0.0 if trunk.stored is not None else self.capture(trunk)
-        where = trunk.stored
-        if where is None:  # forgotten since the decision
+        stored = trunk.stored
+        if stored is None:  # forgotten since the decision
             return self._prefill(trunk, life, self._planner.decide(trunk, life, decision.policy))
         began = time.perf_counter()
-        live = self._load(where, life, in_arena=trunk.in_arena)
+        resident, live = self._load(stored, life)
         seconds = time.perf_counter() - began
-        tier = self._arena.loaded(live.plan) if trunk.in_arena else "disk"
+        tier = stored.where.loaded(live.plan)
         self._planner.rates.load(tier, live.proof.nbytes, seconds)
-        resident = Resident(live.session, restore=live.proof)
-        if trunk.in_arena:
-            resident.arena_kept = live.kept
-        else:
-            resident.kept = live.kept
         life.keep(trunk.key, resident)
         done = msgspec.structs.replace(decision, tier=tier, nbytes=live.proof.nbytes)
-        parent = None if trunk.in_arena else where.commit
-        return Prepared(live.session, resident, done, trunk.turns, live.proof, parent, capture_s, seconds)
+        return Prepared(live.session, resident, done, trunk.turns, live.proof, stored.parent, capture_s, seconds)
 
-    def _load(self, where: ResolvedPoint, life: Life, *, in_arena: bool) -> Hydration:
-        context = life.arena_context if in_arena else life.durable_context
-        assert context is not None
-        return hydrate(context, where)
+    @staticmethod
+    def _load(stored: Stored, life: Life) -> tuple[Resident, Hydration]:
+        store = stored.where.store
+        live = hydrate(life.context_of(store), stored.point)
+        return Resident(live.session, KeptIn().add(store, live.kept), live.proof), live
 
     def _prefill(self, trunk: Trunk, life: Life, decision: Decision) -> Prepared:
         """Run the trunk's tokens through the model, behind the longest stored prefix of them if they are plain."""
@@ -175,21 +170,13 @@ class Preparer:
     def _longest(self, trunk: Trunk, life: Life) -> tuple[Resident | None, int]:
         """A session at the longest stored prefix of plain tokens, and its length."""
         model = objects.encode(life.engine.identity())[0]
-        found = [(match(self._arena.store, [model], trunk.tokens), True)]
-        if self._durable is not None:
-            found.append((match(self._durable, [model], trunk.tokens), False))
-        usable = [(where, arena) for where, arena in found if where is not None and where.num_tokens >= MIN_MATCH]
+        found = [(where, match(where.store, [model], trunk.tokens)) for where in self._stores]
+        usable = [Stored(where, at) for where, at in found if at is not None and at.num_tokens >= MIN_MATCH]
         if not usable:
             return None, 0
-        where, in_arena = max(usable, key=lambda pair: pair[0].num_tokens)
-        assert where is not None
+        longest = max(usable, key=lambda stored: stored.point.num_tokens)
         try:
-            live = self._load(where, life, in_arena=in_arena)
+            resident, _ = self._load(longest, life)
         except OLD_KV:  # the weights changed since the look at them
             return None, 0
-        resident = Resident(live.session, restore=live.proof)
-        if in_arena:
-            resident.arena_kept = live.kept
-        else:
-            resident.kept = live.kept
-        return resident, where.num_tokens
+        return resident, longest.point.num_tokens

@@ -16,10 +16,10 @@ from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, GenerateRequest, SessionRef, SessionView
 from thaw.pool.history import History
+from thaw.pool.stores import KeptIn
 from thaw.repo.chat import Plan
 from thaw.repo.commit import CommitResult
 from thaw.repo.group import Group
-from thaw.repo.kept import Kept
 from thaw.repo.session import Session
 from thaw.repo.stream import Stream
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 
 class PoolSession(Session):
-    """See the module. `arena_kept`: the leading part of it that the arena has."""
+    """See the module. `kept_in`: the leading part of it that each of the pool's stores has."""
 
     def __init__(
         self,
         life: Life,
         ref: SessionRef,
         *,
-        kept: Kept | None = None,
-        arena_kept: Kept | None = None,
+        kept: KeptIn | None = None,
         parent: CommitId | None = None,
         proof: Proof | None = None,
         history: History | None = None,
         num_inherited: int = 0,
     ) -> None:
-        super().__init__(life.context, ref, kept=kept, parent=parent, proof=proof, num_inherited=num_inherited)
+        self.kept_in = kept or KeptIn()
+        own = self.kept_in.of(life.context.store)
+        super().__init__(life.context, ref, kept=own, parent=parent, proof=proof, num_inherited=num_inherited)
         self.life = life
-        self.arena_kept = arena_kept or Kept()
         self.history = history
         self._forget = weakref.finalize(self, life.forget, ref)
         self._forget.atexit = False
@@ -82,7 +82,7 @@ class PoolSession(Session):
     def _commit(
         self, message: str, branch: str | None, meta: Mapping[str, str], expect: object, reason: str
     ) -> CommitResult:
-        if self.life.durable_context is None:
+        if not self.life.has_history:
             raise InvalidRequest(
                 "the pool has no repository to commit to: ForkPool(…, repo=thaw.open(path)), or pass repo= a path"
             )

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from thaw.core.objects import Turn
 from thaw.engines.base import SessionRef
 from thaw.pool.arena import Arena, ArenaPoint
+from thaw.pool.stores import KeptIn, Stored
 from thaw.pool.worker import Life
-from thaw.repo.kept import Kept
-from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.session import Session
-from thaw.store import Store
 
 
 class Held:
@@ -33,8 +31,8 @@ class Held:
 class Trunk:
     """`at`: number of tokens. `seed`: what children's seeds derive from. `policy`: the version its KV is of.
 
-    `held`: the private fork, if it lives somewhere. `stored`: a point of `store`, which is the arena or the pool's
-    repository. `plain`: nothing but tokens, so prefilling it again is what was done before. `source`: the caller's
+    `held`: the private fork, if it lives somewhere. `stored`: where it lies in one of the pool's stores. `kept`: what
+    of it they have. `plain`: nothing but tokens, so prefilling it again is what was done before. `source`: the caller's
     session, to remember that it was captured.
     """
 
@@ -45,12 +43,9 @@ class Trunk:
     seed: int
     policy: str
     held: Held | None = None
-    store: Store | None = None
-    stored: ResolvedPoint | None = None
-    in_arena: bool = False
+    stored: Stored | None = None
     plain: bool = False
-    kept: Kept = field(default_factory=Kept)
-    arena_kept: Kept = field(default_factory=Kept)
+    kept: KeptIn = field(default_factory=KeptIn)
     captured: ArenaPoint | None = None
     source: weakref.ref[Session] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -66,10 +61,10 @@ class Trunk:
 
     def put(self, arena: Arena, point: ArenaPoint) -> None:
         """It is in the arena from now on, as the first tokens of `point`."""
-        self.store, self.in_arena, self.arena_kept = arena.store, True, point.kept
-        self.stored = arena.at(point, self.at if self.at < point.num_tokens else None)
+        self.kept = self.kept.add(arena.store, point.kept)
+        self.stored = Stored(arena, arena.at(point, self.at if self.at < point.num_tokens else None))
         self.captured = point
 
     def forget_stored(self) -> None:
         """What was stored of it is of no use any more; for a `plain` one, whose tokens can be prefilled again."""
-        self.stored, self.captured, self.arena_kept = None, None, Kept()
+        self.stored, self.captured, self.kept = None, None, KeptIn()

@@ -17,11 +17,10 @@ from typing import Literal
 from thaw.core.errors import EngineDied, ThawError
 from thaw.core.proof import Proof
 from thaw.engines.base import Engine, SessionRef
-from thaw.pool.arena import Arena
 from thaw.pool.backend import Host
 from thaw.pool.closer import Closer
+from thaw.pool.stores import KeptIn, Stores
 from thaw.repo.context import Context
-from thaw.repo.kept import Kept
 from thaw.store import Store
 
 LOCKS = 64
@@ -30,24 +29,25 @@ State = Literal["booting", "ready", "draining", "gone"]
 
 @dataclass
 class Resident:
-    """A session at a point, kept for rounds to fork from. `kept`: of the pool's repository; `arena_kept`: the arena's.
+    """A session at a point, kept for rounds to fork from. `kept`: what of it the pool's stores have.
 
     `restore`: the proof of its hydration, None where it was prefilled here."""
 
     ref: SessionRef
-    kept: Kept = field(default_factory=Kept)
-    arena_kept: Kept = field(default_factory=Kept)
+    kept: KeptIn = field(default_factory=KeptIn)
     restore: Proof | None = None
 
 
 class Life:
     """One engine, from its boot to its end."""
 
-    def __init__(self, name: str, host: Host, arena: Arena, durable: Store | None, limit: int, closer: Closer) -> None:
+    def __init__(self, name: str, host: Host, stores: Stores, limit: int, closer: Closer) -> None:
         self.name = name
         self.host = host
-        self.arena_context = Context(arena.store, host.engine)
-        self.durable_context = None if durable is None else Context(durable, host.engine)
+        self.has_history = stores.durable is not None
+        self._contexts = {where.store.uuid: Context(where.store, host.engine) for where in stores}
+        self.context = self.context_of((stores.durable or stores.arena).store)
+        """Where its sessions commit: the pool's repository, else the arena."""
         self.over = False
         self._limit = limit
         self._closer = closer
@@ -59,10 +59,9 @@ class Life:
     def engine(self) -> Engine:
         return self.host.engine
 
-    @property
-    def context(self) -> Context:
-        """Where its sessions commit: the pool's repository, else the arena."""
-        return self.arena_context if self.durable_context is None else self.durable_context
+    def context_of(self, store: Store) -> Context:
+        """Of this engine and one of the pool's stores."""
+        return self._contexts[store.uuid]
 
     def check(self) -> None:
         if self.over:
