@@ -33,7 +33,7 @@ class Trunk:
 
     `held`: the private fork, if it lives somewhere. `stored`: where it lies in one of the pool's stores. `kept`: what
     of it they have. `plain`: nothing but tokens, so prefilling it again is what was done before. `source`: the caller's
-    session, to remember that it was captured.
+    session, as the engine named it then, to remember that it was captured.
     """
 
     key: Hashable
@@ -47,7 +47,7 @@ class Trunk:
     plain: bool = False
     kept: KeptIn = field(default_factory=KeptIn)
     captured: ArenaPoint | None = None
-    source: weakref.ref[Session] | None = None
+    source: tuple[weakref.ref[Session], SessionRef] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while it is captured, so that this is done once."""
 
