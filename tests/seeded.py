@@ -93,6 +93,30 @@ FAULTS = (
         "a blob that was damaged on disk is handed on",
     ),
     Fault(
+        "last-tier-first", "1", "none", "data/tiers/mounted.py",
+        "in self._tiers:\n            try:", "in self._tiers[::-1]:\n            try:",
+        ("tests/data/test_mounts.py::test_a_pack_comes_from_the_first_tier_that_has_it",),
+        "what lies near is fetched from afar",
+    ),
+    Fault(
+        "failing-tier-passed-over", "6", "none", "data/tiers/mounted.py",
+        "            except MissingPack as error:\n", "            except ThawError as error:\n",
+        ("tests/data/test_mounts.py::test_a_tier_that_fails_is_an_error_and_no_other_is_asked",),
+        "a tier that is down is passed over, and nobody hears of it",
+    ),
+    Fault(
+        "captured-before-the-chat", "1", "none", "pool/finder.py",
+        "return point if ref == session.engine_ref else None", "return point",
+        ("tests/pool/test_pool_parts.py::test_a_session_that_a_chat_moved_is_captured_anew",),
+        "what a session said before a chat dropped it is loaded in another worker",
+    ),
+    Fault(
+        "kept-past-the-chat", "1", "none", "pool/session.py",
+        "        self.kept_in = self.kept_in.cut(keep)\n", "",
+        ("tests/pool/test_pool_parts.py::test_what_each_store_kept_of_it_ends_where_the_chat_moved_it_to",),
+        "what the arena has of dropped tokens is taken for those that followed",
+    ),
+    Fault(
         "heads-in-reverse", "1", "fake", "engines/embedded/transfer.py",
         "blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in there},",
         "blobs={group.name: tuple(islice(ids, group.num_blobs))[::-1] for group in there},",
