@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from thaw.data.locations import StoreMount, TierAddress
@@ -41,3 +42,9 @@ def installed() -> Iterator[Vault]:
 def mount_of(vault: Vault, *before: TierAddress, uuid: str = "7" * 32, **options: str | int | bool) -> StoreMount:
     """A store whose packs lie in `vault`, behind the tiers `before`."""
     return StoreMount(uuid=uuid, tiers=(*before, TierAddress(url=vault.url, options=options)))
+
+
+def hasty(mount: StoreMount) -> StoreMount:
+    """The same place, for whoever waits for no answer longer than a second: a silent server's client."""
+    (last,) = mount.tiers
+    return msgspec.structs.replace(mount, tiers=(TierAddress(url=last.url, options={"timeout_s": 1}),))

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,7 @@ from thaw.core.errors import CorruptBlob, InvalidRequest, NotFound, StorageFaile
 from thaw.data import tiers
 from thaw.data.locations import BlobLocation, StoreMount, TierAddress
 from thaw.data.pack import MissingPack, PackItem, read_blob, read_blobs, stream_blobs, write_pack
-from thaw.data.tiers.base import ReadExtents, WritePack
+from thaw.data.tiers.base import ReadExtents, Requests, WritePack
 from thaw.data.tiers.folder import folder_mount, folder_of
 from thaw.data.tiers.mounted import Mounted
 
@@ -200,12 +201,12 @@ def test_what_it_does_wrong_is_thaws_error_with_its_address(
     vault: Vault, read: Read, fault: str, error: type[ThawError]
 ) -> None:
     blobs = fill(distant_tier.mount_of(vault))
-    mounted = Mounted(distant_tier.mount_of(vault, timeout_s=1))
+    mount = distant_tier.mount_of(vault)
     vault.fault = fault
     with pytest.raises(error, match="hashes to" if error is CorruptBlob else vault.url):
-        read(mounted, list(blobs))
+        read(Mounted(distant_tier.hasty(mount) if fault == "silent" else mount), list(blobs))
     vault.fault = ""
-    assert read(mounted, list(blobs)) == list(blobs.values())
+    assert read(Mounted(mount), list(blobs)) == list(blobs.values())
 
 
 def test_a_pack_that_could_not_be_put_is_an_error(vault: Vault) -> None:
@@ -213,6 +214,17 @@ def test_a_pack_that_could_not_be_put_is_an_error(vault: Vault) -> None:
     with pytest.raises(StorageFailed, match=f"cannot write {vault.url}.*503"):
         fill(distant_tier.mount_of(vault))
     assert not vault.packs
+
+
+def test_one_that_says_nonsense_of_how_it_is_read_is_named(
+    vault: Vault, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distant.tier import Distant
+
+    blobs = fill(distant_tier.mount_of(vault))
+    monkeypatch.setattr(Distant, "open_pack", lambda self, name: SimpleNamespace(nbytes=9, requests=Requests(0, 0)))
+    with pytest.raises(StorageFailed, match=f"{vault.url}: it asks to be read 0 bytes at a time"):
+        read(Mounted(distant_tier.mount_of(vault)), list(blobs))
 
 
 @pytest.mark.parametrize("which", range(len(SIZES)))

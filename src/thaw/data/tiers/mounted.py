@@ -63,6 +63,8 @@ class _Reading:
     def __init__(self, address: TierAddress, pack: OpenPack) -> None:
         self._address, self._pack = address, pack
         self.nbytes, self.requests = pack.nbytes, pack.requests
+        if self.requests.nbytes < 1:
+            raise ValueError(f"it asks to be read {self.requests.nbytes} bytes at a time")
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> None:
         with _errors_of(self._address, "read"):
