@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("down", "cut", "short", "flip", "silent")
-SILENCE_S = 4.0
+SILENCE_S = 60.0
 
 
 class Vault(ThreadingHTTPServer):
