@@ -58,6 +58,8 @@ class _Model(msgspec.Struct, tag_field="type", tag="thaw.model/1"):
     pass
 
 
+KINDS = frozenset({"commit", "state", "segments", "segment", "turns", "turn", "model"})
+"""What `Links.kind` may be."""
 _DECODER = msgspec.json.Decoder(_Commit | _State | _Segments | _Segment | _Turns | _Turn | _ChatTurn | _Model)
 
 

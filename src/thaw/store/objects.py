@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from thaw.core import objects
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
-from thaw.core.ids import CommitId, digest
+from thaw.core.identity import ModelIdentity
+from thaw.core.ids import CommitId, ObjectId, digest
 from thaw.core.objects import AnyObject
 from thaw.data.locations import BlobLocation
 from thaw.data.writer import is_pack_name
 from thaw.store.db import REBUILD
-from thaw.store.links import Links
+from thaw.store.links import KINDS, Links
 from thaw.store.schema import check
 
 CACHE_ENTRIES = 1024
@@ -115,6 +116,22 @@ def read_recorded(connection: sqlite3.Connection, identifier: str, num: int) -> 
     if not found or found[0].id != identifier:
         raise CorruptDatabase(f"the index of commits does not find {identifier}, which is stored. {REBUILD}")
     return found
+
+
+def find_models(connection: sqlite3.Connection) -> list[ObjectId]:
+    """The identities of models, in the order in which they were stored. Raises `CorruptBlob`, `CorruptDatabase`.
+
+    A row's kind is in no check of the index that finds them by it, so the whole index is looked through for another.
+    """
+    query = "SELECT DISTINCT kind FROM objects INDEXED BY objects_kind"
+    for (kind,) in connection.execute(query).fetchall():
+        if kind not in KINDS:
+            raise CorruptDatabase(f"the index of objects has the kind {str(kind)[:40]!r}, which is none. {REBUILD}")
+    rows = connection.execute("SELECT id FROM objects WHERE kind = 'model' ORDER BY seq").fetchall()
+    for (identifier,) in rows:
+        if not isinstance(read(connection, identifier), ModelIdentity):
+            raise CorruptDatabase(f"the index of objects says that {identifier} is a model, which it is not. {REBUILD}")
+    return [ObjectId(identifier) for (identifier,) in rows]
 
 
 def find_recorders(connection: sqlite3.Connection, state: str) -> list[CommitId]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core import points
 from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
-from thaw.core.ids import CommitId, ObjectId, StateId, digest
+from thaw.core.ids import CommitId, ObjectId, StateId
 from thaw.core.objects import AnyObject, Commit
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
@@ -197,8 +197,7 @@ class Store:
     def models(self) -> list[ObjectId]:
         """The identities of models that something here was captured with."""
         with self.database.read() as connection:
-            rows = connection.execute("SELECT id, data FROM objects WHERE kind = 'model' ORDER BY seq").fetchall()
-        return [ObjectId(digest(objects.verified(data, identifier))) for identifier, data in rows]
+            return objects.find_models(connection)
 
     def recorders(self, state: str) -> list[CommitId]:
         """The commits that recorded a state, newest first."""
