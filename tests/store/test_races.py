@@ -69,7 +69,7 @@ def at_each_step(
 def damage(path: Path) -> None:
     """A row that is no pack's: everything else is sound, and everybody goes on."""
     with sqlite3.connect(path / "thaw.db") as connection:
-        connection.execute("INSERT INTO packs VALUES ('none', 1, NULL, 5)")
+        connection.execute("INSERT OR REPLACE INTO packs VALUES ('none', 1, NULL, 5)")
     connection.close()
 
 
