@@ -423,6 +423,7 @@ def test_endless_stdin_is_refused(tree: Shell) -> None:
     assert done.returncode == 2 and b"stdin has more than" in done.stderr
 
 
+@pytest.mark.slow("imports an engine and measures the machine, three times")
 def test_doctor_looks_at_the_machine_and_at_a_config(shell: Shell) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
