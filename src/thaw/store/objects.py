@@ -6,6 +6,7 @@ news, is looked for in the table itself.
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from thaw.core import objects
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, ObjectId, digest
-from thaw.core.objects import AnyObject
+from thaw.core.objects import AnyObject, State
 from thaw.data.locations import BlobLocation
 from thaw.data.writer import is_pack_name
 from thaw.store.db import REBUILD
@@ -121,17 +122,34 @@ def read_recorded(connection: sqlite3.Connection, identifier: str, num: int) -> 
 def find_models(connection: sqlite3.Connection) -> list[ObjectId]:
     """The identities of models, in the order in which they were stored. Raises `CorruptBlob`, `CorruptDatabase`.
 
-    A row's kind is in no check of the index that finds them by it, so the whole index is looked through for another.
+    The index that finds them by their kind has no check of its own, so what stands beside them there must be in order
+    and of kinds that there are, and the newest commit's model must be one of them.
     """
-    query = "SELECT DISTINCT kind FROM objects INDEXED BY objects_kind"
-    for (kind,) in connection.execute(query).fetchall():
-        if kind not in KINDS:
-            raise CorruptDatabase(f"the index of objects has the kind {str(kind)[:40]!r}, which is none. {REBUILD}")
-    rows = connection.execute("SELECT id FROM objects WHERE kind = 'model' ORDER BY seq").fetchall()
-    for (identifier,) in rows:
-        if not isinstance(read(connection, identifier), ModelIdentity):
-            raise CorruptDatabase(f"the index of objects says that {identifier} is a model, which it is not. {REBUILD}")
-    return [ObjectId(identifier) for (identifier,) in rows]
+    columns = "SELECT kind, seq, id FROM objects INDEXED BY objects_kind WHERE kind"
+    beside = list(connection.execute(f"{columns} < 'model' ORDER BY kind DESC, seq DESC LIMIT 2"))[::-1]
+    found = []
+    for row in connection.execute(f"{columns} >= 'model' ORDER BY kind, seq"):
+        beside.append(row)
+        if row[0] == "model":
+            found.append(ObjectId(row[2]))
+        elif len(beside) > len(found) + 3:
+            break
+    places = [(kind, seq) for kind, seq, _ in beside]
+    if not KINDS.issuperset(kind for kind, _ in places) or any(a >= b for a, b in itertools.pairwise(places)):
+        raise CorruptDatabase(f"the index of objects is out of order where the models are. {REBUILD}")
+    if not all(isinstance(read(connection, identifier), ModelIdentity) for identifier in found):
+        raise CorruptDatabase(f"the index of objects says that something is a model which is none. {REBUILD}")
+    newest = connection.execute("SELECT state FROM objects WHERE kind = 'commit' ORDER BY seq DESC LIMIT 1").fetchone()
+    if newest is not None and _model_of(connection, newest[0]) not in found:
+        raise CorruptDatabase(f"the index of objects does not find the model of the newest commit. {REBUILD}")
+    return found
+
+
+def _model_of(connection: sqlite3.Connection, state: object) -> str:
+    value = objects.decode(read_bytes(connection, state), str(state))
+    if not isinstance(value, State):
+        raise CorruptBlob(f"object {state} is a {type(value).__name__}; a State was expected.")
+    return value.model
 
 
 def find_recorders(connection: sqlite3.Connection, state: str) -> list[CommitId]:
