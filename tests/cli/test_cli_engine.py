@@ -121,6 +121,8 @@ def test_other_words_for_bytes_are_refused(text: str) -> None:
 
 
 # -- a server in the background
+
+
 @pytest.mark.slow("waits for servers")
 def test_a_server_is_waited_for_and_all_of_it_is_ended(tmp_path: Path) -> None:
     process, url = started(LEAVES_A_CHILD, tmp_path / "log")
