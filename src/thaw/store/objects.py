@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from thaw.core import objects
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
@@ -24,6 +25,7 @@ from thaw.store.db import REBUILD
 from thaw.store.links import KINDS, Links
 from thaw.store.schema import check
 
+T = TypeVar("T")
 CACHE_ENTRIES = 1024
 _CHUNK = 500
 
@@ -140,16 +142,20 @@ def find_models(connection: sqlite3.Connection) -> list[ObjectId]:
     if not all(isinstance(read(connection, identifier), ModelIdentity) for identifier in found):
         raise CorruptDatabase(f"the index of objects says that something is a model which is none. {REBUILD}")
     newest = connection.execute("SELECT state FROM objects WHERE kind = 'commit' ORDER BY seq DESC LIMIT 1").fetchone()
-    if newest is not None and _model_of(connection, newest[0]) not in found:
+    if newest is not None and _decoded(connection, newest[0], State).model not in found:
         raise CorruptDatabase(f"the index of objects does not find the model of the newest commit. {REBUILD}")
     return found
 
 
-def _model_of(connection: sqlite3.Connection, state: object) -> str:
-    value = objects.decode(read_bytes(connection, state), str(state))
-    if not isinstance(value, State):
-        raise CorruptBlob(f"object {state} is a {type(value).__name__}; a State was expected.")
-    return value.model
+def _decoded(connection: sqlite3.Connection, identifier: object, kind: type[T]) -> T:
+    return expect(objects.decode(read_bytes(connection, identifier), str(identifier)), identifier, kind)
+
+
+def expect(value: AnyObject, identifier: object, kind: type[T]) -> T:
+    """`value`, the object of this id. Raises `CorruptBlob` when it is of another kind."""
+    if not isinstance(value, kind):
+        raise CorruptBlob(f"object {identifier} is a {type(value).__name__}; a {kind.__name__} was expected.")
+    return value
 
 
 def find_recorders(connection: sqlite3.Connection, state: str) -> list[CommitId]:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core import points
-from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
+from thaw.core.errors import Conflict, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
 from thaw.core.ids import CommitId, ObjectId, StateId
 from thaw.core.objects import AnyObject, Commit
 from thaw.data.files import storage_errors
@@ -154,10 +154,7 @@ class Store:
 
     def get_as(self, id: str, kind: type[T]) -> T:
         """As `get`; raises `CorruptBlob` when the object is of another kind."""
-        value = self.get(id)
-        if not isinstance(value, kind):
-            raise CorruptBlob(f"object {id} is a {type(value).__name__}; a {kind.__name__} was expected.")
-        return value
+        return objects.expect(self.get(id), id, kind)
 
     def has(self, id: str) -> bool:
         with self.database.read() as connection:
