@@ -71,6 +71,8 @@ class _GroupedModel(msgspec.Struct, tag_field="type", tag="thaw.model/2"):
     pass
 
 
+KINDS = frozenset({"commit", "state", "segments", "segment", "turns", "turn", "model"})
+"""What `Links.kind` may be."""
 _DECODER = msgspec.json.Decoder(
     _Commit | _State | _Segments | _Segment | _GroupedSegment | _Turns | _Turn | _ChatTurn | _Model | _GroupedModel
 )

@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core import points
-from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
-from thaw.core.ids import CommitId, ObjectId, StateId, digest
+from thaw.core.errors import Conflict, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
+from thaw.core.ids import CommitId, ObjectId, StateId
 from thaw.core.objects import AnyObject, Commit
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
@@ -154,10 +154,7 @@ class Store:
 
     def get_as(self, id: str, kind: type[T]) -> T:
         """As `get`; raises `CorruptBlob` when the object is of another kind."""
-        value = self.get(id)
-        if not isinstance(value, kind):
-            raise CorruptBlob(f"object {id} is a {type(value).__name__}; a {kind.__name__} was expected.")
-        return value
+        return objects.expect(self.get(id), id, kind)
 
     def has(self, id: str) -> bool:
         with self.database.read() as connection:
@@ -197,8 +194,7 @@ class Store:
     def models(self) -> list[ObjectId]:
         """The identities of models that something here was captured with."""
         with self.database.read() as connection:
-            rows = connection.execute("SELECT id, data FROM objects WHERE kind = 'model' ORDER BY seq").fetchall()
-        return [ObjectId(digest(objects.verified(data, identifier))) for identifier, data in rows]
+            return objects.find_models(connection)
 
     def recorders(self, state: str) -> list[CommitId]:
         """The commits that recorded a state, newest first."""
