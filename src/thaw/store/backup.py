@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from thaw.core.canonical import decode_stored
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed, ThawError
 from thaw.core.ids import digest
 from thaw.data.files import make_way, read_own, storage_errors, write_atomic
@@ -58,7 +59,7 @@ def decode(data: bytes) -> Backup:
     """The backup in `data`. Raises `CorruptDatabase` for anything that `encode` would not have written."""
     _check_digest(data)
     try:
-        backup = msgspec.json.decode(data, type=Backup)
+        backup = decode_stored(data, Backup)
         again = encode(backup)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         if data.startswith(b'{\n "type": "thaw.refs/') and not data.startswith(b'{\n "type": "thaw.refs/1"'):
