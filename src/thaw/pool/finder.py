@@ -135,7 +135,7 @@ class Finder:
 
     def _kept_of(self, session: Session, num_kv: int) -> Kept:
         """What the pool's repository has of it."""
-        ours = self._repo is not None and session.store_uuid == self._repo.store.uuid
+        ours = self._repo is not None and self._repo.commits_of(session)
         return session.kept_at(num_kv) if ours else Kept()
 
     def _of_arena(self, point: ArenaPoint, at: int | None, seed: int | None) -> Trunk:

@@ -148,6 +148,11 @@ class Session(ProcessBound):
         """Of the repository that it commits to."""
         return self._context.store.uuid
 
+    @property
+    def namespace(self) -> str:
+        """Of the repository that it commits to; "" is the default one."""
+        return self._context.store.namespace
+
     def kept_at(self, num_kv: int) -> Kept:
         """What of its first `num_kv` tokens that repository has."""
         with self._lock:
