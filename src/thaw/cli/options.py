@@ -6,9 +6,14 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from thaw.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from thaw.engines.kind import Server
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,6 +169,16 @@ def chat(function: F) -> F:
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def server_of(name: str) -> Server:
+    """The server of the engine that an option names. Raises `click.BadParameter` where it has none."""
+    from thaw.cli import serving
+
+    try:
+        return serving.server_of(name)
+    except InvalidRequest as error:
+        raise click.BadParameter(str(error)) from None
 
 
 SAMPLING = (

@@ -13,11 +13,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from thaw.cli import output
-from thaw.cli.progress import Progress
 from thaw.core.errors import EngineDied, TimedOut
 from thaw.data.files import storage_errors
 from thaw.repo import served
@@ -61,13 +62,27 @@ def keep_former(log: Path) -> None:
                 former.unlink(missing_ok=True)
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, log_prefix: str = "") -> float:
+class Shown(Protocol):
+    """How a wait is shown: as long as the context lasts, `how_far` says what the server is doing."""
+
+    def __call__(self, what: str, how_far: Callable[[], str], /) -> AbstractContextManager[object]: ...
+
+
+def unseen(what: str, how_far: Callable[[], str]) -> AbstractContextManager[object]:
+    """Nothing is shown."""
+    return contextlib.nullcontext()
+
+
+def wait(
+    process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, log_prefix: str = "",
+    shown: Shown = unseen,
+) -> float:  # fmt: skip
     """Seconds until it answered. Ends it and raises `EngineDied` or `TimedOut` when it does not, or on ^C.
 
     `log_prefix`: a regular expression; what it finds is left out of the log's lines that are shown meanwhile."""
     began = time.monotonic()
     try:
-        with Progress("starting the engine", lambda: _last(log, log_prefix)):
+        with shown("starting the engine", lambda: _last(log, log_prefix)):
             while not served.answers(url):
                 if process.poll() is not None:
                     raise EngineDied(f"the engine ended with code {process.returncode} while starting.\n{tail(log)}")

@@ -7,9 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.core.errors import NotFound
+from thaw.core.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from thaw.engines.kind import Server
@@ -29,13 +27,13 @@ def has_server(name: str) -> bool:
 
 
 def server_of(name: str) -> Server:
-    """Raises `click.BadParameter` for an engine that is none, or has no server, naming those that have one."""
+    """Raises `InvalidRequest` for an engine that is none, or has no server, naming those that have one."""
     from thaw.engines.registry import available, kind_of, kinds
 
     server = kind_of(name).server if name in available() else None
     if server is None:
         known = ", ".join(sorted(kind.name for kind in kinds() if kind.server is not None))
-        raise click.BadParameter(f"there is no server of an engine {name!r}; there is one of {known}")
+        raise InvalidRequest(f"there is no server of an engine {name!r}; there is one of {known}")
     return server
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thaw.cli import boot, options, output, place, server, serving, words
+from thaw.cli.progress import Progress
 from thaw.core.errors import Busy, InvalidRequest
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _model(store: Store, engine_name: str | None, model: str | None) -> EngineSe
     from thaw.repo.settings import EngineSettings, recall
 
     if engine_name is not None:
-        serving.server_of(engine_name)
+        options.server_of(engine_name)
     known = _before(store) or recall(store)
     name = engine_name or (known.name if known is not None and serving.has_server(known.name) else DEFAULT_SERVER)
     if model is None and known is not None and "model" in known.options:
@@ -159,7 +160,7 @@ def _bring_up(
 
     served.remember(store, record)
     try:
-        seconds = server.wait(process, record.url, Path(record.log), timeout_s, log_prefix)
+        seconds = server.wait(process, record.url, Path(record.log), timeout_s, log_prefix, Progress)
     except BaseException:
         served.remember(store, None)
         raise
