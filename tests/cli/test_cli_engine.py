@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from thaw.cli import boot, options, server
+from thaw.cli import boot, options
 from thaw.cli.verbs import down
 from thaw.core.errors import EngineDied, InvalidRequest, TimedOut
 from thaw.engines.served.mail import Mail
 from thaw.engines.vllm import settings as vllm
-from thaw.repo import served
 from thaw.repo.settings import EngineSettings, recall, remember
+from thaw.serve import process as server
+from thaw.serve import record as served
 from thaw.store import Store
 
 from .conftest import Shell

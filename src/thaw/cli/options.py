@@ -173,7 +173,7 @@ def chat(function: F) -> F:
 
 def server_of(name: str) -> Server:
     """The server of the engine that an option names. Raises `click.BadParameter` where it has none."""
-    from thaw.cli import serving
+    from thaw.serve import command as serving
 
     try:
         return serving.server_of(name)

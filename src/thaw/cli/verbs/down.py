@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thaw.cli import boot, options, output, place, server
+from thaw.cli import boot, options, output, place
 from thaw.cli.progress import Progress
 from thaw.core.errors import Busy, CorruptDatabase
+from thaw.serve import process as server
 
 if TYPE_CHECKING:
-    from thaw.repo.served import Served
+    from thaw.serve.record import Served
     from thaw.store import Store
 
 EXAMPLE = """
@@ -38,7 +39,7 @@ def command(named: str | None, as_json: bool) -> None:
 
 def _end(store: Store) -> tuple[Served | None, bool]:
     """(what was recorded, whether it ran until now). Clears the record."""
-    from thaw.repo import served
+    from thaw.serve import record as served
 
     try:
         known = served.recall(store)

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thaw.cli import boot, options, output, place, server, serving, words
+from thaw.cli import boot, options, output, place, words
 from thaw.cli.progress import Progress
 from thaw.core.errors import Busy, InvalidRequest
+from thaw.serve import command as serving
+from thaw.serve import process as server
 
 if TYPE_CHECKING:
     import subprocess
 
-    from thaw.repo.served import Served
     from thaw.repo.settings import EngineSettings
+    from thaw.serve.record import Served
     from thaw.store import Store
 
 EXAMPLE = """
@@ -60,7 +62,7 @@ def command(
     servers before are engine.log.1 (the last) to engine.log.5.
     """
     from thaw.engines.kind import Wanted
-    from thaw.repo import served
+    from thaw.serve import record as served
 
     interpreter = python or sys.executable
     serving.require_keys(arguments)
@@ -102,7 +104,7 @@ def command(
 
 
 def _refuse_second(store: Store) -> None:
-    from thaw.repo import served
+    from thaw.serve import record as served
 
     known = served.recall(store)
     if known is not None and served.is_alive(known):
@@ -126,8 +128,8 @@ def _model(store: Store, engine_name: str | None, model: str | None) -> EngineSe
 
 def _before(store: Store) -> EngineSettings | None:
     """What the repository remembers besides servers."""
-    from thaw.repo import served
     from thaw.repo.settings import recall
+    from thaw.serve import record as served
 
     known, old = recall(store), served.recall(store)
     if known is not None and boot.URL in known.options:
@@ -155,8 +157,8 @@ def _bring_up(
     """Seconds until it answered. It is written down before that, so that `thaw down` finds it whatever happens here."""
     from pathlib import Path
 
-    from thaw.repo import served
     from thaw.repo.settings import EngineSettings, remember
+    from thaw.serve import record as served
 
     served.remember(store, record)
     try:

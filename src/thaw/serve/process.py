@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from thaw.cli import output
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.core.text import clean, one_line
 from thaw.data.files import storage_errors
-from thaw.repo import served
+from thaw.serve.record import answers
 
 EVERY_S = 0.5
 POLITE_S = 30.0
@@ -83,7 +83,7 @@ def wait(
     began = time.monotonic()
     try:
         with shown("starting the engine", lambda: _last(log, log_prefix)):
-            while not served.answers(url):
+            while not answers(url):
                 if process.poll() is not None:
                     raise EngineDied(f"the engine ended with code {process.returncode} while starting.\n{tail(log)}")
                 if time.monotonic() - began > timeout_s:
@@ -132,14 +132,14 @@ def is_taken(host: str, port: int) -> bool:
 
 def tail(log: Path, lines: int = 8) -> str:
     """The end of the log, for an error, and where the rest is."""
-    last = [output.clean(line)[:200] for line in _lines(log)][-lines:]
+    last = [clean(line)[:200] for line in _lines(log)][-lines:]
     return "\n".join([*(f"  {line}" for line in last), f"all of it: {log}"])
 
 
 def _last(log: Path, prefix: str) -> str:
     """What it is doing, in the words of its log."""
     found = _lines(log)
-    return f"({output.one_line(re.sub(prefix, '', found[-1]), 60)})" if found else ""
+    return f"({one_line(re.sub(prefix, '', found[-1]), 60)})" if found else ""
 
 
 def _lines(log: Path) -> list[str]:
