@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-
-from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from thaw.engines.kind import Server
@@ -172,12 +171,21 @@ def chat(function: F) -> F:
 
 
 def server_of(name: str) -> Server:
-    """The server of the engine that an option names. Raises `click.BadParameter` where it has none."""
-    from thaw.serve import command as serving
+    """The server of the engine that an option names."""
+    from thaw.serve.command import server_of
+
+    with has_server():
+        return server_of(name)
+
+
+@contextmanager
+def has_server() -> Iterator[None]:
+    """An engine without a server is a wrong option."""
+    from thaw.serve.command import NoServer
 
     try:
-        return serving.server_of(name)
-    except InvalidRequest as error:
+        yield
+    except NoServer as error:
         raise click.BadParameter(str(error)) from None
 
 
