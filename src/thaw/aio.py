@@ -20,7 +20,7 @@ from thaw.engines import load_engine as load
 from thaw.engines.base import Engine
 from thaw.repo import repository as blocking
 from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream
-from thaw.repo.bridge import call
+from thaw.repo.bridge import call, opened
 from thaw.repo.repository import Repository
 from thaw.repo.settings import EngineSettings
 
@@ -42,27 +42,25 @@ async def open(
     namespace: str | None = None,
 ) -> AsyncRepository:
     """As `thaw.open`."""
-    made = await call(
-        blocking.open, path, engine=engine, create=create, namespace=namespace, discard=Repository.close
-    )  # fmt: skip
+    made = await opened(Repository.close, blocking.open, path, engine=engine, create=create, namespace=namespace)
     return AsyncRepository(made)
 
 
 async def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> AsyncRepository:
     """As `thaw.init`."""
-    return AsyncRepository(await call(blocking.init, path, engine=engine, discard=Repository.close))
+    return AsyncRepository(await opened(Repository.close, blocking.init, path, engine=engine))
 
 
 async def load_engine(name: str, /, **options: Any) -> Engine:
     """As `thaw.load_engine`. Its handles call back, and its other verbs are called through a repository or pool."""
-    return await call(load, name, discard=Engine.close, **options)
+    return await opened(Engine.close, load, name, **options)
 
 
 async def attach(engine: Any, /, **options: Any) -> Engine:
     """As `thaw.attach`."""
     from thaw.engines.joining import attach as join
 
-    return await call(join, engine, discard=Engine.close, **options)
+    return await opened(Engine.close, join, engine, **options)
 
 
 async def pool(*args: Any, **options: Any) -> AsyncForkPool:

@@ -27,7 +27,7 @@ from thaw.pool import ForkPool, PoolSession, Round, Snapshot
 from thaw.pool.aio import AsyncForkPool, AsyncRound
 from thaw.repo import Group, Repository, Session, Stream
 from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream
-from thaw.repo.bridge import Begun, call
+from thaw.repo.bridge import Begun, call, opened
 
 VIEWS: dict[type, type] = {
     Repository: AsyncRepository,
@@ -162,7 +162,7 @@ def test_what_is_opened_for_a_task_that_is_gone_is_closed(tmp_path: Path, engine
         return "opened"
 
     async def main() -> None:
-        task = asyncio.ensure_future(call(slowly, discard=lambda one: closed.set()))
+        task = asyncio.ensure_future(opened(lambda one: closed.set(), slowly))
         await asyncio.to_thread(opening.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

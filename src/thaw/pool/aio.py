@@ -20,12 +20,12 @@ from thaw.pool.round import Round
 from thaw.pool.session import PoolSession
 from thaw.pool.values import BranchDelta, BranchResult
 from thaw.repo.aio import AsyncSession
-from thaw.repo.bridge import Begun, View, asked, awaited, call, each, shown
+from thaw.repo.bridge import Begun, View, asked, awaited, call, each, opened, shown
 
 
 async def pool(*args: Any, **options: Any) -> AsyncForkPool:
     """As `ForkPool`: boots or joins its workers. `repo` may be an `AsyncRepository`."""
-    return AsyncForkPool(await call(ForkPool, *args, discard=ForkPool.close, **options))
+    return AsyncForkPool(await opened(ForkPool.close, ForkPool, *args, **options))
 
 
 class AsyncRound(Begun[Round]):
@@ -87,7 +87,7 @@ class AsyncForkPool(View[ForkPool]):
 
     async def session(self, point: object = None, *, seed: int | None = None, at: int | None = None) -> AsyncSession:
         """As `ForkPool.session`."""
-        return AsyncSession(await call(self.sync.session, point, seed=seed, at=at, discard=PoolSession.close))
+        return AsyncSession(await opened(PoolSession.close, self.sync.session, point, seed=seed, at=at))
 
     async def __aenter__(self) -> AsyncForkPool:
         return self

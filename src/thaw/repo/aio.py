@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from thaw.engines.base import Delta
-from thaw.repo.bridge import Begun, View, asked, awaited, awaited_as, call, each
+from thaw.repo.bridge import Begun, View, asked, awaited, awaited_as, call, each, opened
 from thaw.repo.group import Group
 from thaw.repo.repository import PointLike, Repository
 from thaw.repo.session import Session
@@ -85,7 +85,7 @@ class AsyncSession(View[Session]):
 
     async def fork(self, n: int, at: int | None = None, replay: bool = False) -> AsyncGroup:
         """As `Session.fork`."""
-        return AsyncGroup(await call(self.sync.fork, n, at, replay, discard=Group.close))
+        return AsyncGroup(await opened(Group.close, self.sync.fork, n, at, replay))
 
     async def __aenter__(self) -> AsyncSession:
         return self

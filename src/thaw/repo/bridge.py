@@ -17,7 +17,7 @@ import contextvars
 import functools
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -54,17 +54,27 @@ def submit(do: Callable[[], T]) -> Future[T]:
 os.register_at_fork(after_in_child=_threads.clear)
 
 
-async def call(
-    do: Callable[..., T], /, *args: object, discard: Callable[[T], object] | None = None, **options: object
-) -> T:
-    """A blocking call, awaited. `discard`: what to do with an outcome that came when nobody waited any more."""
-    begun = submit(functools.partial(do, *map(shown, args), **{name: shown(value) for name, value in options.items()}))
+async def call(do: Callable[..., T], /, *args: Any, **options: Any) -> T:
+    """A blocking call, awaited."""
+    return await _ended(_submit(do, args, options))
+
+
+async def opened(discard: Callable[[T], object], do: Callable[..., T], /, *args: Any, **options: Any) -> T:
+    """As `call`; `discard` closes an outcome that came when nobody waited any more."""
+    begun = _submit(do, args, options)
     try:
-        return await asyncio.wrap_future(begun)
+        return await _ended(begun)
     except asyncio.CancelledError:
-        if discard is not None:
-            begun.add_done_callback(functools.partial(_discard, discard))
+        begun.add_done_callback(functools.partial(_discard, discard))
         raise
+
+
+def _submit(do: Callable[..., T], args: Iterable[object], options: Mapping[str, object]) -> Future[T]:
+    return submit(functools.partial(do, *map(shown, args), **{name: shown(value) for name, value in options.items()}))
+
+
+async def _ended(begun: Future[T]) -> T:
+    return await asyncio.wrap_future(begun)
 
 
 def _discard(discard: Callable[[T], object], begun: Future[T]) -> None:
@@ -93,22 +103,21 @@ def awaited(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[An
     name = method.__name__
 
     @functools.wraps(method)
-    async def verb(self: View[Any], *args: P.args, **options: P.kwargs) -> T:
-        return await call(getattr(self.sync, name), *args, **options)  # type: ignore[no-any-return]
+    async def verb(self: Any, /, *args: P.args, **options: P.kwargs) -> T:
+        return await call(getattr(self.sync, name), *args, **options)
 
     return verb
 
 
 def awaited_as(
-    method: Callable[Concatenate[Any, P], T], wrap: Callable[[T], U], discard: Callable[[T], object] | None = None
+    method: Callable[Concatenate[Any, P], T], wrap: Callable[[T], U], discard: Callable[[T], object]
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, U]]:
     """As `awaited`, the outcome wrapped. `discard`: how to close one that nobody waits for any more."""
     name = method.__name__
 
     @functools.wraps(method)
-    async def verb(self: View[Any], *args: P.args, **options: P.kwargs) -> U:
-        begun: Callable[..., T] = functools.partial(getattr(self.sync, name), *map(shown, args))
-        return wrap(await call(begun, discard=discard, **options))
+    async def verb(self: Any, /, *args: P.args, **options: P.kwargs) -> U:
+        return wrap(await opened(discard, getattr(self.sync, name), *args, **options))
 
     return verb
 

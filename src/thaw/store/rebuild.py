@@ -221,7 +221,7 @@ def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _
 
 
 def _has_namespaces(saved: backup.Backup, found: _Found) -> bool:
-    named = (one.name for one in (*saved.refs, *saved.reflog))
+    named = [*(ref.name for ref in saved.refs), *(entry.name for entry in saved.reflog)]
     return (
         any(split(name)[0] for name in named)
         or any(key.startswith("user.namespaces.") for key in saved.settings)
