@@ -51,7 +51,7 @@ def streamed(
     """The awaited form of what streams: await it, or iterate."""
     name = method.__name__
 
-    def verb(self: View[Any], *args: P.args, **options: P.kwargs) -> AsyncStream[T]:
+    def verb(self: Any, /, *args: P.args, **options: P.kwargs) -> AsyncStream[T]:
         return AsyncStream(lambda: getattr(self.sync, name)(*args, **options))
 
     verb.__doc__ = f"{method.__doc__ or ''}\n\nAwait it for the outcome, or iterate for deltas.".strip()

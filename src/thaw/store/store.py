@@ -8,7 +8,6 @@ and read the packs.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,6 @@ from thaw.core import namespaces, points
 from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
 from thaw.core.ids import CommitId, ObjectId, StateId, digest
 from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
-from thaw.core.text import require_text
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
 from thaw.store import backup, leases, objects, refs, reserve, windows
@@ -143,8 +141,8 @@ class Store:
 
     def within(self, namespace: str) -> Store:
         """The same open store, as a namespace sees it: to close either is to close both. Raises `InvalidRequest`."""
-        view = copy.copy(self)
-        view.namespace = namespaces.check(namespace)
+        view = object.__new__(Store)
+        view.__dict__.update(self.__dict__, namespace=namespaces.check(namespace))
         return view
 
     def namespaces(self) -> list[str]:
@@ -348,6 +346,8 @@ class Store:
         """`salt` of a caller as the lineage salt: that of a namespace is nobody else's, whatever they ask for."""
         if not self.namespace:
             return salt
+        from thaw.core.text import require_text
+
         secret = self.get_setting(SECRET)
         if secret is None:
             with self.database.write() as connection:
