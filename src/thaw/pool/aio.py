@@ -21,7 +21,6 @@ from thaw.pool.session import PoolSession
 from thaw.pool.values import BranchDelta, BranchResult
 from thaw.repo.aio import AsyncSession
 from thaw.repo.bridge import Begun, View, asked, awaited, call, each, opened, shown
-from thaw.repo.session import Session
 
 
 async def pool(*args: Any, **options: Any) -> AsyncForkPool:
@@ -88,7 +87,7 @@ class AsyncForkPool(View[ForkPool]):
 
     async def session(self, point: object = None, *, seed: int | None = None, at: int | None = None) -> AsyncSession:
         """As `ForkPool.session`."""
-        made: Session = await opened(PoolSession.close, self.sync.session, point, seed=seed, at=at)
+        made: PoolSession = await opened(PoolSession.close, self.sync.session, point, seed=seed, at=at)
         return AsyncSession(made)
 
     async def __aenter__(self) -> AsyncForkPool:
