@@ -50,7 +50,7 @@ install: $(INSTALLED) ## make .venv with everything (1 to 3 minutes, once)
 $(INSTALLED): pyproject.toml constraints.txt src/thaw/_version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "thaw needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
-	@echo "· making .venv and installing thaw with torch (CPU) and the tools; typically 1 to 3 minutes, once"
+	@echo "· making .venv and installing thaw with torch and the tools; typically 1 to 3 minutes, once"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

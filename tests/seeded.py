@@ -445,7 +445,7 @@ FAULTS = (
     ),
     Fault(
         "commit-removes-its-packs", "7", "none", "store/transaction.py",
-        "        self._over = True\n        self._remove(redundant)\n", "        self._remove(redundant)\n",
+        "        self._remove(redundant)\n", "        self._remove(self._leased)\n",
         ("tests/store/test_store.py::test_a_commit_that_returned_is_there_for_another_process",),
         "the clean-up of a failed commit runs after one that returned",
     ),

@@ -86,6 +86,7 @@ def test_help_says_something() -> None:
     assert "Usage: thaw" in done.stdout and "commit" in done.stdout
 
 
+@pytest.mark.slow("imports torch in a process of its own")
 def test_the_check_itself_notices_a_heavy_import() -> None:
     pytest.importorskip("torch")
     assert "torch" in loaded_by("import torch")

@@ -11,7 +11,8 @@ takes 2 s in place of 14, and 3 s of CPU time in place of 26.
 Each process still is one of its own, with the memory, environment, folder and output that it would have had, and runs
 the engine's code. It shares with its siblings Python's hash seed, addresses, and what libraries read from the
 environment as they are imported. Where PYTHONPATH is another one than at the start, by which a test has a process
-import something of its own, that process is a fresh one; with THAW_COLD_BOOTS set all of them are.
+import something of its own, or the level of vLLM's log is, that process is a fresh one; with THAW_COLD_BOOTS set all
+of them are.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ BOOTS = "THAW_BOOT_LOG"
 """A file to which each process that is forked here adds a line: what it runs."""
 KNOWN = ((3, 11), (3, 12))
 """Pythons whose fork server takes what is said to it here. In others every boot is a cold one."""
-
+READ_AT_IMPORT = ("PYTHONPATH", "VLLM_LOGGING_LEVEL")
 
 _begun_with: list[str | None] = []
-"""PYTHONPATH where the server was started or joined."""
+"""The values of `READ_AT_IMPORT` where the server was started or joined."""
+
+
+def _read_at_import(environment: Mapping[str, str]) -> list[str | None]:
+    return [environment.get(name) for name in READ_AT_IMPORT]
 
 
 def wanted() -> bool:
@@ -54,7 +59,7 @@ def wanted() -> bool:
 
 def start(modules: Sequence[str], environment: Mapping[str, str]) -> None:
     """Start the server, with those of `modules` imported under this environment that this release has."""
-    _begun_with[:] = [os.environ.get("PYTHONPATH")]
+    _begun_with[:] = _read_at_import(os.environ)
     forkserver.set_forkserver_preload([__name__, *modules])
     before = dict(os.environ)
     path = (str(Path(__file__).parent), before.get("PYTHONPATH", ""))
@@ -73,7 +78,7 @@ def spawn_from_it() -> None:
 
 def serves(environment: Mapping[str, str]) -> bool:
     """Whether there is a server, and what it has imported is what a process with this environment would import."""
-    return [environment.get("PYTHONPATH")] == _begun_with
+    return _read_at_import(environment) == _begun_with
 
 
 def join(address: str, alive_fd: int | None = None) -> None:
@@ -83,7 +88,7 @@ def join(address: str, alive_fd: int | None = None) -> None:
     if alive_fd is not None:
         server._forkserver_alive_fd = alive_fd
     server.ensure_running = lambda: None  # type: ignore[method-assign]
-    _begun_with[:] = [os.environ.get("PYTHONPATH")]
+    _begun_with[:] = _read_at_import(os.environ)
     spawn_from_it()
 
 

@@ -1,4 +1,4 @@
-"""What every bench for a GPU is told: `MODEL OUT PARTS [--small]`."""
+"""What every bench for a GPU is told: `MODEL OUT [PARTS] [--small]`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None, *, parts: bool = True) -> argparse.ArgumentParser:
     """Takes these, and what a bench adds; `doc` is its help."""
     words = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("model")
     words.add_argument("out", type=Path)
-    words.add_argument("parts", help="joined by commas")
+    if parts:
+        words.add_argument("parts", help="joined by commas")
     words.add_argument("--small", action="store_true")
     return words

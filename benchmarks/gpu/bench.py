@@ -19,7 +19,9 @@ from thaw.receipt import Receipt, dumps
 
 GIB = 1 << 30
 ENGINE = {"gpu_memory_utilization": 0.85, "kv_cache_memory_bytes": 20 * GIB, "arena_nbytes": 32 * GIB}
-TWO_ENGINES = {"gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 8 * GIB, "arena_nbytes": 8 * GIB}
+TWO_ENGINES = {
+    "gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 8 * GIB, "arena_nbytes": 8 * GIB, "max_model_len": 4096,
+}  # fmt: skip
 """idle has an engine with and one without thaw side by side."""
 SETTLE_S = 0.3
 """A GPU's engine does not leave threads spinning on the host's cores."""
@@ -27,7 +29,7 @@ SIZES: dict[str, dict[str, object]] = {
     "pressure": {"trees": 12, "tree_tokens": 16004, "branches": 8, "branch_tokens": 64, "offload_gib": 30},
     "hydrate": {"lengths": (4000, 16000, 60000), "hydrate_rounds": 5},
     "fork": {"fork_tokens": 4096, "children": (4, 16, 64), "child_tokens": 64, "rounds": 5},
-    "idle": {"idle_requests": 32, "idle_prompt": 512, "idle_tokens": 128, "idle_rounds": 12},
+    "idle": {"idle_requests": 32, "idle_prompt": 512, "idle_tokens": 128, "idle_rounds": 12, "idle_boots": 3},
 }
 
 

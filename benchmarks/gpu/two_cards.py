@@ -9,7 +9,6 @@ same runs wherever vLLM does, with `--ranks 1` also where there is one device.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import tempfile
@@ -20,13 +19,15 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+from arguments import parser
 
 from thaw import receipt as r
 from thaw.bench import text
 from thaw.bench.rounds import Rounds, arms_of
-from thaw.bench.sample import Ask, Clock, Sample, children
+from thaw.bench.sample import Ask
 from thaw.bench.subject import accelerator, model_of, numerics
-from thaw.bench.vllm.arms import Document, fresh_salt, plain_children
+from thaw.bench.vllm.arms import Document
+from thaw.bench.vllm.hydrate import Stored, hydrate, live_child, prefill
 from thaw.bench.vllm.options import SUFFIX_TOKENS
 from thaw.bench.vllm.plain import Plain, beside
 from thaw.engines import load_engine
@@ -70,7 +71,7 @@ class Journey:
         self.lengths, self.num_rounds, self.max_tokens = ((300,), 2, 4) if small else ((4000, 16000), 6, 32)
         self.target = out / "bench-two-cards.json"
         self.rounds = Rounds(self._say, 0.0 if small else 0.2)
-        self.commits: dict[int, list[tuple[str, tuple[int, ...], int]]] = {n: [] for n in self.lengths}
+        self.commits: dict[int, list[Stored]] = {n: [] for n in self.lengths}
         self.document: Document | None = None
         self.began = time.monotonic()
         self.about: dict[str, object] = {}
@@ -88,48 +89,33 @@ class Journey:
         with repo.session(seed=7) as live:
             live.append(token_ids=self._tokens.session(length))
             self._keep(live, length, "read on two cards")
-            self.rounds.alternate(self.num_rounds, {f"live.{length}": partial(self._child, live)})
+            self.rounds.alternate(self.num_rounds, {f"live.{length}": partial(live_child, live, self._ask)})
 
     def _on_one(self, repo: Repository, plain: Plain, length: int) -> None:
         self._pair("one", repo, plain, length)
-        with repo.session(self.commits[length][0][0]) as session:
+        with repo.session(self.commits[length][0].commit) as session:
             session.append(token_ids=self._tokens.suffixes(8)[7] * 16)
             self._keep(session, length, "gone on on one card")
-            self.rounds.alternate(self.num_rounds, {f"one.live.{length}": partial(self._child, session)})
+            self.rounds.alternate(self.num_rounds, {f"one.live.{length}": partial(live_child, session, self._ask)})
 
     def _again(self, repo: Repository, plain: Plain, length: int) -> None:
         self._pair("two", repo, plain, length)
-        self.rounds.alternate(
-            self.num_rounds, {f"back.hydrate.{length}": partial(self._hydrate, repo, self.commits[length][1])}
-        )
+        back = partial(hydrate, repo, self.commits[length][1], self._ask)
+        self.rounds.alternate(self.num_rounds, {f"back.hydrate.{length}": back})
 
     def _keep(self, session: Session, length: int, message: str) -> None:
         began = time.monotonic()
         commit = session.commit(message, branch=f"trunk-{length}-{len(self.commits[length])}").commit
         self._say(f"{message}, {length} tokens: committed in {time.monotonic() - began:.3f} s")
-        self.commits[length].append((commit, session.tokens, session.num_kv))
+        self.commits[length].append(Stored(session.tokens, commit, session.num_kv))
 
     def _pair(self, where: str, repo: Repository, plain: Plain, length: int) -> None:
         stored = self.commits[length][0]
         arms = {
-            f"{where}.hydrate.{length}": partial(self._hydrate, repo, stored),
-            f"{where}.prefill.{length}": lambda: plain_children(
-                plain, stored[1], fresh_salt(), self._ask, num_wanted=0
-            ),
+            f"{where}.hydrate.{length}": partial(hydrate, repo, stored, self._ask),
+            f"{where}.prefill.{length}": partial(prefill, plain, stored, self._ask),
         }
         self.rounds.alternate(self.num_rounds, arms)
-
-    def _hydrate(self, repo: Repository, stored: tuple[str, tuple[int, ...], int]) -> Sample:
-        clock = Clock()
-        with repo.session(stored[0]) as session:
-            clock.lap("hydrate")
-            sample = children(session, self._ask, clock, num_wanted=stored[2])
-            assert session.proof is not None and session.proof.hit
-            stages = {f"hydrate.{name}": seconds for name, seconds in session.proof.stages_s.items()}
-        return msgspec.structs.replace(sample, stages_s={**sample.stages_s, **stages})
-
-    def _child(self, live: Session) -> Sample:
-        return children(live, self._ask, Clock(), num_wanted=live.num_kv)
 
     @property
     def _ask(self) -> Ask:
@@ -217,10 +203,7 @@ def _words(name: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("model")
-    words.add_argument("out", type=Path)
-    words.add_argument("--small", action="store_true")
+    words = parser(__doc__, parts=False)
     words.add_argument("--ranks", type=int, default=2)
     told = words.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)

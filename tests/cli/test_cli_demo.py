@@ -116,6 +116,7 @@ EVENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow("tells the whole story three times")
 @pytest.mark.parametrize(("without_kv", "held"), [(0, True), (1, True), (2, False)])
 def test_an_engine_may_lack_the_kv_of_the_last_token_and_no_more(tmp_path: Path, without_kv: int, held: bool) -> None:
     """vLLM has none for a token that nothing followed yet; whatever lacks more did not find the whole document."""

@@ -126,6 +126,7 @@ def test_other_words_for_bytes_are_refused(text: str) -> None:
 # -- a server in the background
 
 
+@pytest.mark.slow("waits for servers")
 def test_a_server_is_waited_for_and_all_of_it_is_ended(tmp_path: Path) -> None:
     process, url = started(LEAVES_A_CHILD, tmp_path / "log")
     server.wait(process, url, tmp_path / "log", 60)
@@ -306,6 +307,7 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")
 
 
+@pytest.mark.slow("asks a server with every verb")
 @pytest.mark.parametrize("verb", JOINING)
 @pytest.mark.usefixtures("no_keys")
 def test_every_verb_that_joins_a_server_takes_its_key(tree: Shell, locked: str, verb: str) -> None:
@@ -332,7 +334,8 @@ def test_doctor_asks_a_server_with_its_key(repo: Shell, locked: str) -> None:
     assert "thaw is not active in the server" in repo("doctor", "--quick", "--api-key", "sesame").out
 
 
-@pytest.mark.parametrize("key", ["é", "sesame\n", " ", " sesame"])
+@pytest.mark.slow("asks a server with every verb")
+@pytest.mark.parametrize("key", ["é", "sesame\n", " ", " sesame", "sesame "])
 @pytest.mark.usefixtures("no_keys")
 def test_a_key_that_cannot_be_sent_is_named_and_not_shown(repo: Shell, locked: str, key: str) -> None:
     with Store.open(repo.cwd / ".thaw") as store:

@@ -198,6 +198,7 @@ def test_interrupting_a_generation_commits_what_it_had(repo: Shell) -> None:
     repo.ok("run", "and on", "--max-tokens", "3")
 
 
+@pytest.mark.slow("work that is long enough to be told of")
 def test_long_work_says_so_on_stderr_and_never_on_stdout(repo: Shell) -> None:
     from thaw.store import Store
 

@@ -62,12 +62,12 @@ def lines(command: click.Command, folder: Path) -> Iterator[list[str]]:
 
 COMMANDS = {name: (words, command) for name, words, command in commands()}
 QUICK = [name for name, (words, _) in COMMANDS.items() if words[0] not in BOOTS]
-SLOW = pytest.mark.slow("boots the fake engine for each of some 300 command lines")
 FEW = {"run": ["--max-tokens", "1"], "fork": ["--max-tokens", "1"]}
 """For those that generate."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) if name in FEW else name for name in QUICK])
+@pytest.mark.slow("some 300 command lines of every verb, and some boot the fake engine")
+@pytest.mark.parametrize("name", QUICK)
 def test_no_odd_value_is_an_error_inside_thaw(name: str, tree: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     words, command = COMMANDS[name]
     here, kept = tree.cwd / ".thaw", tree.cwd / "kept"
@@ -89,6 +89,7 @@ def test_no_odd_value_is_an_error_inside_thaw(name: str, tree: Shell, monkeypatc
             shutil.copytree(kept, here)
 
 
+@pytest.mark.slow("some 300 command lines of every verb")
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in QUICK])
 def test_an_odd_value_is_taken_or_refused_before_anything_starts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

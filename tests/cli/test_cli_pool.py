@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from .conftest import SOURCE, Shell
 
 CLIENT = Path(__file__).resolve().parents[1] / "pool" / "pool_client.py"
@@ -39,6 +41,7 @@ def test_a_branch_that_fails_is_shown_and_the_exit_code_says_so(tree: Shell, tmp
     assert found.code == 8 and found.json()["branches"][0]["error"]["kind"] == "timed-out"
 
 
+@pytest.mark.slow("starts a pool")
 def test_status_shows_the_pools_that_run_and_says_when_there_is_none(shell: Shell, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(SOURCE), "THAW_CACHE_DIR": str(tmp_path)}
     client = subprocess.Popen([sys.executable, str(CLIENT), "process"], stdout=subprocess.PIPE, env=env, text=True)

@@ -434,6 +434,7 @@ def test_endless_stdin_is_refused(tree: Shell) -> None:
     assert done.returncode == 2 and b"stdin has more than" in done.stderr
 
 
+@pytest.mark.slow("imports an engine and measures the machine, three times")
 def test_doctor_looks_at_the_machine_and_at_a_config(shell: Shell) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
@@ -452,6 +453,7 @@ def test_doctor_looks_at_the_machine_and_at_a_config(shell: Shell) -> None:
     assert shell("doctor", "--config", "nothing.json").code == 2
 
 
+@pytest.mark.slow("runs a bench")
 def test_bench_writes_a_receipt_that_verifies_and_a_picture(shell: Shell) -> None:
     done = shell.ok("bench", "fork", "--engine", "fake", "--quick", "--out", "b.json", "--svg", "b.svg")
     assert "promised ones held" in done.out

@@ -180,6 +180,7 @@ UNCLEAR: dict[str, tuple[Change, str]] = {
 CHANGES = {**LACKING, **UNREADABLE, **UNCLEAR}
 
 
+@pytest.mark.slow("writes and reads many models")
 @pytest.mark.parametrize("name", CHANGES)
 def test_files_that_are_not_those_of_the_config_are_refused_by_name(folder: Path, name: str) -> None:
     change, reason = CHANGES[name]

@@ -18,7 +18,7 @@ from thaw.engines.embedded.session import LiveSession
 from thaw.engines.embedded.weights import WeightsWatch
 from thaw.engines.fake.backend import ROW_NBYTES, FakeBackend
 from thaw.testing import EngineTests
-from thaw.testing.laws.kit import Load
+from thaw.testing.laws.kit import Lab, Load
 
 OPTIONAL = {"boundary", "boundary-hidden", "own-batch", "prefill-progress"}
 
@@ -97,3 +97,7 @@ class TestPlain(TestFake):
     @classmethod
     def engine_factory(cls) -> Load:
         return PlainEngine
+
+    @pytest.mark.slow("without a batch, looking for a seed whose turn ends takes long")
+    def test_the_end_token_ends_the_turn_unless_ignored(self, engine: Engine, lab: Lab) -> None:
+        super().test_the_end_token_ends_the_turn_unless_ignored(engine, lab)

@@ -91,6 +91,7 @@ DAMAGED: dict[str, tuple[str, str | bytes | dict[str, Any], str]] = {
 OF_THE_TOKENIZER = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL, TEMPLATE, "additional_chat_templates/tool_use.jinja")
 
 
+@pytest.mark.slow("reads a model many times")
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_file_is_refused_by_name(folder: Path, case: str) -> None:
     name, content, reason = DAMAGED[case]
@@ -244,6 +245,7 @@ def test_a_file_of_endless_size_is_not_taken_in(folder: Path, monkeypatch: pytes
         beside.read_object(folder / GENERATION)
 
 
+@pytest.mark.slow("reads a model many times")
 def test_only_our_errors_come_of_any_bytes(folder: Path) -> None:
     for name in (*beside.FIELDS, TOKENIZER, TEMPLATE):
         for data in (b"", b"{}", b"null", b"7", b'"x"', b"[" * 10_000, b"\xff", b"{" * 10_000, b'{"a": NaN}'):

@@ -118,6 +118,7 @@ async def spoken(url: str, mail: Mail) -> tuple[float, float, int]:
     return answered, whole, read
 
 
+@pytest.mark.slow("fills streams")
 def test_a_command_does_not_wait_until_streams_have_been_read(url: str, mail: Mail) -> None:
     answered, whole, read = asyncio.run(spoken(url, mail))
     assert read < STREAMS * EVENTS / 2, f"3 commands took {answered:.2f} of {whole:.2f} s"

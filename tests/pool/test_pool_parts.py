@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, 
 from thaw.core.objects import ChatTurn, Turn
 from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
-from thaw.pool import ForkPool, wire
+from thaw.pool import ForkPool, PoolSession, wire
 from thaw.pool.guard import GRACE_S
 from thaw.pool.rates import Rates, line
 from thaw.pool.round import Round
@@ -73,6 +73,57 @@ def test_sessions_that_the_collector_ends_amid_a_submit_are_closed() -> None:
     command = [sys.executable, "-c", COLLECTED_AMID_A_SUBMIT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
+# -- sessions that a chat moved to an earlier token
+
+
+def user(text: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Iterator[tuple[ForkPool, PoolSession]]:
+    """A pool with a repository, and a session that was captured before a chat dropped most of it."""
+    with ForkPool("fake", backend="inline", workers=2, repo=tmp_path / "runs") as pool:
+        session = pool.session()
+        session.chat(user("A" * 300), GREEDY)
+        pool.snapshot(session)
+        session.chat(history=user("A" * 100 + "B" * 100), sampling=GREEDY)
+        yield pool, session
+
+
+def elsewhere(pool: ForkPool, session: PoolSession) -> str:
+    return next(worker for worker in pool.workers if worker != session.worker)
+
+
+def test_a_session_that_a_chat_moved_is_captured_anew(moved: tuple[ForkPool, PoolSession]) -> None:
+    """What it said before would be loaded in the other worker, and seem to hit."""
+    pool, session = moved
+    here = pool.fork(session, 2, GREEDY, worker=session.worker)
+    there = pool.fork(session, 2, GREEDY, worker=elsewhere(pool, session))
+    assert there[0].decision is not None and there[0].decision.action == "hydrate"
+    assert bits(here) == bits(there)
+
+
+def test_what_the_arena_kept_of_it_ends_where_the_chat_moved_it_to(moved: tuple[ForkPool, PoolSession]) -> None:
+    pool, session = moved
+    child = pool.fork(pool.snapshot(session), 1, GREEDY, worker=elsewhere(pool, session))[0].session
+    assert child is not None and child.arena_kept.end > 200
+    child.chat(history=user("A" * 50 + "C" * 400), sampling=GREEDY)
+    saved = pool.snapshot(child)
+    assert pool.session(saved).tokens == child.tokens
+    here = pool.fork(child, 1, GREEDY, worker=child.worker)
+    assert bits(pool.fork(saved, 1, GREEDY, worker=elsewhere(pool, child))) == bits(here)
+
+
+def test_closing_a_session_that_a_chat_moved_ends_what_it_is_now(moved: tuple[ForkPool, PoolSession]) -> None:
+    _, session = moved
+    engine = session.engine
+    engine.view(session.ref)
+    ref = session.ref
+    session.close()
+    until(lambda: ref not in engine._sessions)  # type: ignore[attr-defined]
 
 
 # -- rates and decisions

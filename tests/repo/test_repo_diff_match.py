@@ -84,6 +84,7 @@ def test_match_does_not_name_what_was_deleted(repo: Repository) -> None:
     assert repo.match(tokens) is None
 
 
+@pytest.mark.slow("compares with a search of everything")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_match_equals_a_search_of_everything(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

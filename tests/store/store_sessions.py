@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -43,11 +44,13 @@ def kv(tokens: tuple[int, ...], start: int, end: int, head: int) -> bytes:
     return blake3(repr((tokens[:end], start, head)).encode()).digest(length=nbytes)
 
 
-def put_session(tx: Transaction, store: Store, tokens: tuple[int, ...], base: str | None = None) -> State:
-    """Writes the KV that commit `base` has not into the transaction's pack, and all objects; returns the state."""
+def put_session(
+    tx: Transaction, store: Store, tokens: tuple[int, ...], base: str | Sequence[SegmentEntry] | None = None
+) -> State:
+    """Writes the KV that `base`, a commit or its entries, has not into the transaction's pack, and all objects."""
     num_kv = len(tokens) - 1
     model = tx.put(MODEL)
-    entries = [] if base is None else stored_entries(store, base)
+    entries = stored_entries(store, base) if isinstance(base, str) else list(base or ())
     new = windows(entries[-1].start + entries[-1].length if entries else 0, num_kv)
     items = [
         PackItem("", "F32", (LAYERS, 2, b - a, HEAD_DIM), LAYERS * 2 * (b - a) * HEAD_DIM * 4,
@@ -87,7 +90,7 @@ def commit(
     branch: str | None = "main",
     parents: tuple[str, ...] = (),
     expect: object = "any",
-    base: str | None = None,
+    base: str | Sequence[SegmentEntry] | None = None,
     message: str = "m",
 ) -> CommitId:
     """One session committed onto a branch (None: no ref)."""

@@ -63,6 +63,7 @@ def test_a_sound_repository_has_no_problems(repo: tuple[Path, list[str]]) -> Non
     assert report.nbytes == sum(file.stat().st_size for file in (repo[0] / "packs").iterdir())
 
 
+@pytest.mark.slow("reads a repository many times")
 @settings(_QUICK, max_examples=150)
 @given(data=st.data())
 def test_a_flipped_bit_in_any_file_is_detected_or_changes_nothing(
@@ -95,6 +96,7 @@ def _fsck_or_newer(path: Path) -> FsckReport | None:
         return None
 
 
+@pytest.mark.slow("reads a repository many times")
 @_QUICK
 @given(data=st.data())
 def test_a_damaged_repository_raises_only_our_errors(repo: tuple[Path, list[str]], data: st.DataObject) -> None:

@@ -80,7 +80,8 @@ def larger_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     with image.open("wb") as file:
         file.truncate(24 << 20)
-    made = subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", str(image)], capture_output=True)
+    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "false"
+    made = subprocess.run([mkfs, "-q", "-O", "^has_journal", "-m", "0", str(image)], capture_output=True)
     mounted = (
         made.returncode
         or subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True).returncode

@@ -80,6 +80,34 @@ def test_gc_that_is_killed_between_two_transactions_leaves_what_it_found(
     assert done > 15
 
 
+@pytest.mark.parametrize("again", ["the same", "the same, the KV known", "what followed it"])
+def test_what_is_committed_again_after_gc_was_killed_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """Objects may be stored still whose rows gc has taken already."""
+    monkeypatch.setattr(gc, "BATCH", 2)
+    path, done, ended = tmp_path / "repo", 0, False
+    with Store.init(path) as store:
+        commit(store, tokens(300, seed=9), branch="other")
+        first = commit(store, tokens(600), branch="gone")
+        delete(store, "gone")
+    while not ended:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        with Store.open(shutil.copytree(path, tmp_path / "copy")) as store:
+            entries = () if again == "the same" else stored_entries(store, first)
+            length = 900 if again == "what followed it" else 600
+            ended = not killed_after(done, store, monkeypatch)
+            with contextlib.suppress(Conflict):
+                commit(store, tokens(length), branch="again", base=entries)
+                found = match.match(store, store.models(), (*tokens(length - 1), 7))
+                assert found is not None and found.num_tokens == length - 1
+            assert store.fsck().problems == []
+            store.gc(keep_reflog_s=0)
+            assert store.fsck().problems == []
+        done += 1
+    assert done > 8
+
+
 def killed_after(num: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run gc up to its transaction `num`; False where it had no more."""
     left, write = [num], store.database.write

@@ -85,6 +85,7 @@ def _use(path: Path) -> None:
                 use()
 
 
+@pytest.mark.slow("repairs a repository many times")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(columns()), value=st.sampled_from(VALUES), all_rows=st.booleans())
 def test_any_value_in_any_column_is_reported_and_repaired(
@@ -203,6 +204,7 @@ def test_what_is_no_file_is_never_waited_for(repo: tuple[Path, str], kind: str, 
         fsck(path, rebuild=True)
 
 
+@pytest.mark.slow("repairs a repository many times")
 @pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device", "loop"])
 @pytest.mark.parametrize(
     "name",

@@ -69,7 +69,7 @@ def at_each_step(
 def damage(path: Path) -> None:
     """A row that is no pack's: everything else is sound, and everybody goes on."""
     with sqlite3.connect(path / "thaw.db") as connection:
-        connection.execute("INSERT INTO packs VALUES ('none', 1, NULL, 5)")
+        connection.execute("INSERT OR REPLACE INTO packs VALUES ('none', 1, NULL, 5)")
     connection.close()
 
 
@@ -215,6 +215,7 @@ def test_a_write_into_a_file_that_is_no_longer_the_database_did_not_happen(store
         os.replace(store.path / "copy", store.path / "thaw.db")
 
 
+@pytest.mark.slow("kills a process at each step")
 def test_a_rebuild_that_is_killed_at_any_step_leaves_a_repository(store: Store, tmp_path: Path) -> None:
     """Where it is killed before the end, the next finishes; `thaw.db` is there at any time."""
     kept = {ref.name: ref.target for ref in store.refs()}

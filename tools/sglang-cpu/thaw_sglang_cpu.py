@@ -1,11 +1,13 @@
-"""Beside a CPU build of torch: the schemas of torchvision's `nms` and `qnms`, which its own import asks for.
+"""Beside a CPU build of torch: the schemas of torchvision's `nms` and `qnms`, which its own import asks for. Beside one
+for CUDA: no NCCL, with which SGLang's ranks ask for a GPU wherever the library is there.
 
-Imports nothing by itself; it acts when torchvision is first looked for. With a torchvision that was built for the CPU
-there is nothing to do, and nothing is done.
+Imports nothing of SGLang's or torch's by itself; it acts when torchvision is first looked for. With a torchvision that
+was built for the CPU there is nothing to do, and nothing is done.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -27,4 +29,5 @@ class BeforeTorchvision:
                     self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+os.environ.setdefault("SGLANG_NCCL_SO_PATH", "none")  # no library's path: SGLang goes on without it
 sys.meta_path.insert(0, BeforeTorchvision())

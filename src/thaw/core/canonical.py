@@ -6,6 +6,7 @@ size first, then UTF-8 JSON, then the schema, then that encoding again gives the
 
 from __future__ import annotations
 
+import threading
 from typing import Any, TypeVar
 
 import msgspec
@@ -70,7 +71,7 @@ def decode(data: bytes | memoryview, kind: type[T], what: str = "object") -> T:
     if len(data) > MAX_OBJECT_BYTES:
         raise CorruptBlob(f"{what}: {len(data)} bytes; an object has at most {MAX_OBJECT_BYTES}")
     try:
-        value = msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
+        value = decode_stored(data, kind)
         again = _encode(value)
     except (msgspec.DecodeError, ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
         refuse_newer(data, what)
@@ -80,9 +81,22 @@ def decode(data: bytes | memoryview, kind: type[T], what: str = "object") -> T:
     return value
 
 
-def decode_stored(data: bytes, kind: type[T]) -> T:
+_ready: set[Any] = set()
+_preparing = threading.Lock()
+
+
+def prepare(kind: Any) -> None:
+    """Lets msgspec work out a type before values of it are read: 0.22 crashes where two threads do so at once."""
+    if kind not in _ready:
+        with _preparing:
+            msgspec.json.Decoder(kind, dec_hook=_dec_hook)
+            _ready.add(kind)
+
+
+def decode_stored(data: bytes | memoryview, kind: type[T]) -> T:
     """The struct in bytes that hash to their name, and so are what was stored. For who looks at thousands: that they
     are canonical is not checked again. Raises `msgspec.DecodeError`."""
+    prepare(kind)
     return msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
 
 

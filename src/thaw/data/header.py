@@ -63,6 +63,11 @@ class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)], Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]]
 
 
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_METADATA = msgspec.json.Decoder(dict[str, str])
+_TENSOR = msgspec.json.Decoder(_Tensor)
+
+
 def alignment(nbytes: int) -> int:
     return PAGE if nbytes >= BIG else LINE
 
@@ -131,9 +136,9 @@ def parse(whole: bytes, file_nbytes: int, what: str, *, short: bool = False) -> 
     """
     _check_digest(whole, what)
     try:
-        fields = msgspec.json.decode(whole[8:], type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(fields.pop("__metadata__"), type=dict[str, str])
-        tensors = {name: msgspec.json.decode(raw, type=_Tensor) for name, raw in fields.items()}
+        fields = _FIELDS.decode(whole[8:])
+        metadata = _METADATA.decode(fields.pop("__metadata__"))
+        tensors = {name: _TENSOR.decode(raw) for name, raw in fields.items()}
     except (msgspec.DecodeError, ValueError, RecursionError, KeyError) as error:
         raise CorruptBlob(f"{what}: its header is not what safetensors allows: {error}") from None
     if metadata.get("thaw.format") != str(FORMAT):

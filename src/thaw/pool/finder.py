@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
+from thaw.engines.base import SessionRef
 from thaw.engines.text import cut_turns
 from thaw.pool.arena import Arena, ArenaPoint
 from thaw.pool.session import PoolSession
@@ -41,7 +42,7 @@ class Finder:
     ) -> None:
         self._arena, self._repo = arena, repo
         self._life_of, self._policy = life_of, policy
-        self._captured: weakref.WeakKeyDictionary[Session, ArenaPoint] = weakref.WeakKeyDictionary()
+        self._captured: weakref.WeakKeyDictionary[Session, tuple[SessionRef, ArenaPoint]] = weakref.WeakKeyDictionary()
         self._prompts: OrderedDict[Hashable, ArenaPoint] = OrderedDict()
 
     def find(self, point: object, at: int | None = None, seed: int | None = None) -> Trunk:
@@ -66,9 +67,9 @@ class Finder:
 
     def captured(self, trunk: Trunk, point: ArenaPoint) -> None:
         """`trunk` was captured as `point`: so was, up to there, the session or prompt that it came from."""
-        source = trunk.source() if trunk.source is not None else None
-        if source is not None:
-            self._captured[source] = point
+        source = trunk.source[0]() if trunk.source is not None else None
+        if source is not None and trunk.source is not None:
+            self._captured[source] = (trunk.source[1], point)
         elif trunk.plain:
             self._prompts[trunk.key] = point
             while len(self._prompts) > MAX_PROMPTS:
@@ -81,7 +82,7 @@ class Finder:
         self._prompts.clear()
 
     def _of_session(self, session: Session, at: int | None, seed: int | None) -> Trunk:
-        captured = self._captured.get(session)
+        captured = self._captured_of(session)
         life = self._life_of(session)
         if life is None and not isinstance(session, PoolSession):
             return self._of_elsewhere(session, at, seed)
@@ -90,17 +91,22 @@ class Finder:
                 return self._of_living(session, life, captured, at, seed)
         return self._of_dead(session, captured, at, seed)
 
+    def _captured_of(self, session: Session) -> ArenaPoint | None:
+        """Unless a chat that dropped tokens has made it another session of the engine's since."""
+        ref, point = self._captured.get(session, (None, None))
+        return point if ref == session.engine_ref else None
+
     def _of_living(
         self, session: Session, life: Life, captured: ArenaPoint | None, at: int | None, seed: int | None
     ) -> Trunk:
-        view = session.view()
+        ref, view = session.ref, session.view()
         at = check_at(at, len(view.tokens))
-        held = Held(life, life.engine.fork(session.ref, 1, at=at, replay=True).result()[0])
+        held = Held(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
         fork = life.engine.view(held.ref)
         trunk = Trunk(
-            key=("live", session.ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
+            key=("live", ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
             seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
-            held=held, kept=self._kept_of(session, fork.num_kv), source=weakref.ref(session),
+            held=held, kept=self._kept_of(session, fork.num_kv), source=(weakref.ref(session), ref),
         )  # fmt: skip
         if isinstance(session, PoolSession):
             trunk.arena_kept = session.arena_kept.cut(fork.num_kv)
@@ -110,10 +116,11 @@ class Finder:
 
     def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> Trunk:
         """A session of an engine that is not in the pool: captured by that engine, now, unless it was already."""
-        captured, position = self._captured.get(session), check_at(at, len(session.view().tokens))
+        captured, position = self._captured_of(session), check_at(at, len(session.view().tokens))
         if captured is None or captured.num_tokens < position:
-            captured = self._arena.capture(Context(self._arena.store, session.engine), session.ref, Kept())
-            self._captured[session] = captured
+            ref = session.ref
+            captured = self._arena.capture(Context(self._arena.store, session.engine), ref, Kept())
+            self._captured[session] = (ref, captured)
         return self._of_arena(captured, min(position, captured.num_tokens), seed)
 
     def _of_dead(self, session: Session, captured: ArenaPoint | None, at: int | None, seed: int | None) -> Trunk:

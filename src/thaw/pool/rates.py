@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from thaw.core.canonical import decode_stored
 from thaw.core.ids import digest
 from thaw.data.files import write_atomic
 
@@ -126,6 +127,6 @@ def _read(path: Path | None) -> Measured | None:
     if path is None:
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Measured)
+        return decode_stored(path.read_bytes(), Measured)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None

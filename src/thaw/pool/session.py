@@ -46,8 +46,7 @@ class PoolSession(Session):
         self.life = life
         self.arena_kept = arena_kept or Kept()
         self.history = history
-        self._forget = weakref.finalize(self, life.forget, ref)
-        self._forget.atexit = False
+        self._forget = self._forgetting(ref)
 
     @property
     def worker(self) -> str:
@@ -74,6 +73,25 @@ class PoolSession(Session):
     def follow(self, plan: Plan, sampling: Sampling) -> GenerateRequest:
         self.history = None
         return super().follow(plan, sampling)
+
+    def settle_chat(self, *, failed: bool) -> None:
+        super().settle_chat(failed=failed)
+        self._moved_to(self._ref)
+
+    def _set_aside(self, keep: int) -> None:
+        super()._set_aside(keep)
+        self.arena_kept = self.arena_kept.cut(keep)
+        self._moved_to(self._ref)
+
+    def _moved_to(self, ref: SessionRef) -> None:
+        """What is closed at the end is what this object is by then."""
+        if self._forget.detach() is not None:
+            self._forget = self._forgetting(ref)
+
+    def _forgetting(self, ref: SessionRef) -> weakref.finalize[Any, Any]:
+        made = weakref.finalize(self, self.life.forget, ref)
+        made.atexit = False
+        return made
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
         """N plain sessions in the same worker. A round (`pool.fork(session, n)`) is retried when the worker dies."""

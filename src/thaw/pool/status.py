@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from thaw.core.canonical import decode_stored
 from thaw.pool.home import PREFIX, SHARED
 from thaw.pool.values import PoolStats
 from thaw.store.leases import start_time
@@ -33,7 +34,7 @@ def pools(base: Path = SHARED) -> list[PoolStatus]:
         if len(fields) < 4 or not fields[1].isdigit() or start_time(int(fields[1])) != fields[2]:
             continue
         try:
-            found.append(msgspec.json.decode((folder / FILE).read_bytes(), type=PoolStatus))
+            found.append(decode_stored((folder / FILE).read_bytes(), PoolStatus))
         except (OSError, msgspec.DecodeError):
             continue  # it is being made, or was just removed
     return sorted(found, key=lambda one: one.began_ns)

@@ -35,7 +35,7 @@ class Trunk:
 
     `held`: the private fork, if it lives somewhere. `stored`: a point of `store`, which is the arena or the pool's
     repository. `plain`: nothing but tokens, so prefilling it again is what was done before. `source`: the caller's
-    session, to remember that it was captured.
+    session, as the engine named it then, to remember that it was captured.
     """
 
     key: Hashable
@@ -52,7 +52,7 @@ class Trunk:
     kept: Kept = field(default_factory=Kept)
     arena_kept: Kept = field(default_factory=Kept)
     captured: ArenaPoint | None = None
-    source: weakref.ref[Session] | None = None
+    source: tuple[weakref.ref[Session], SessionRef] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while it is captured, so that this is done once."""
 

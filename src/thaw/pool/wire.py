@@ -224,6 +224,7 @@ def _dec_hook(kind: type, value: Any) -> Any:
 ENCODER = msgspec.msgpack.Encoder(enc_hook=_enc_hook)
 CALLS: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call, dec_hook=_dec_hook)
 REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply, dec_hook=_dec_hook)
+_VALUES = {call: msgspec.msgpack.Decoder(kind, dec_hook=_dec_hook) for call, kind in RESULTS.items()}
 
 
 def settled(number: int, value: Any) -> Settled:
@@ -232,7 +233,7 @@ def settled(number: int, value: Any) -> Settled:
 
 def value_of(call: type, reply: Settled) -> Any:
     """The typed value of the answer to a `call`."""
-    return msgspec.msgpack.decode(reply.value, type=RESULTS[call], dec_hook=_dec_hook)
+    return _VALUES[call].decode(reply.value)
 
 
 def failed(number: int, error: BaseException) -> Failed:

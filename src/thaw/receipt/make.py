@@ -95,6 +95,7 @@ def make(
         digest=_UNSEALED,
     )
     try:
+        canonical.prepare(Receipt)
         msgspec.convert(canonical.to_plain(receipt), Receipt)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"this is no receipt: {error}") from None

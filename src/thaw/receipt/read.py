@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from thaw.core import canonical
 from thaw.core.errors import CorruptBlob, InvalidRequest, NewerFormat, NotFound, StorageFailed
 from thaw.receipt import compute
 from thaw.receipt.format import MAX_BYTES, MAX_DEPTH, TYPE, Receipt
@@ -32,6 +33,7 @@ def read(source: Source) -> Receipt:
         raise CorruptBlob("the receipt is not a JSON object")
     _refuse_newer(plain.get("type"))
     try:
+        canonical.prepare(Receipt)
         receipt = msgspec.convert(plain, Receipt)
         compute.digest_of(receipt)
         return receipt

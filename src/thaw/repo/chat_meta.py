@@ -28,8 +28,11 @@ def read(store: Store, commit: str | None) -> tuple[list[dict[str, object]], int
     return ([message for part in reversed(parts) for message in part], end) if parts else None
 
 
+_MESSAGES = msgspec.json.Decoder(list[dict[str, object]])
+
+
 def _messages(text: str, commit: str) -> list[dict[str, object]]:
     try:
-        return msgspec.json.decode(text, type=list[dict[str, object]])
+        return _MESSAGES.decode(text)
     except msgspec.DecodeError as error:
         raise CorruptBlob(f"meta {KEY} of commit {commit} is no list of messages: {error}") from None

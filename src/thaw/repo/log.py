@@ -108,7 +108,7 @@ class _History:
             self._read.update((one.id, one) for one in before)
         try:
             commit = canonical.decode_stored(found.commit, self._store.commit_kind)
-            return commit, msgspec.json.decode(found.state, type=Size)
+            return commit, canonical.decode_stored(found.state, Size)
         except msgspec.DecodeError as error:
             raise CorruptBlob(f"commit {identifier}: {error}. Run `thaw fsck`.") from None
 

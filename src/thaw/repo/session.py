@@ -87,6 +87,11 @@ class Session(ProcessBound):
             raise InvalidRequest("this session is closed; open its point again with repo.session(…)")
         return self._ref
 
+    @property
+    def engine_ref(self) -> SessionRef:
+        """As `ref`, of a session that was closed as well. Another one after a chat that dropped tokens."""
+        return self._ref
+
     def view(self) -> SessionView:
         """The session as of the engine's last step boundary, all of one moment."""
         return self._context.engine.view(self.ref)

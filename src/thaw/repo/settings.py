@@ -36,13 +36,16 @@ def of_engine(engine: Engine) -> EngineSettings:
     return EngineSettings(name=engine.info.name, options={k: v for k, v in options.items() if _is_json(v)})
 
 
+_DECODER = msgspec.json.Decoder(EngineSettings)
+
+
 def recall(store: Store) -> EngineSettings | None:
     """The remembered settings, or None in a repository that no engine has used."""
     text = store.get_setting(KEY)
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text, type=EngineSettings)
+        return _DECODER.decode(text)
     except msgspec.DecodeError as error:
         raise CorruptDatabase(f"the setting {KEY!r} of {store.path} is damaged: {error}. Name the engine.") from None
 

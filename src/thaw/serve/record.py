@@ -44,11 +44,14 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
         return self.host == socket.gethostname()
 
 
+_RECORD: msgspec.json.Decoder[Served | None] = msgspec.json.Decoder(Served | None)
+
+
 def recall(store: Store) -> Served | None:
     """The record, or None when nothing was started (or it was ended)."""
     text = store.get_setting(KEY)
     try:
-        return None if text is None else msgspec.json.decode(text, type=Served | None)
+        return None if text is None else _RECORD.decode(text)
     except msgspec.DecodeError as error:
         what = f"the setting {KEY!r} of {store.path} is damaged: {error}"
         raise CorruptDatabase(f"{what}. `thaw down` clears it.") from None

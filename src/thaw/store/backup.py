@@ -59,11 +59,14 @@ def encode(backup: Backup) -> bytes:
     return blank.replace(_ZERO.encode(), digest(blank).encode(), 1)
 
 
+_DECODER: msgspec.json.Decoder[Backup | NamespacedBackup] = msgspec.json.Decoder(Backup | NamespacedBackup)
+
+
 def decode(data: bytes) -> Backup:
     """The backup in `data`. Raises `CorruptDatabase` for anything that `encode` would not have written."""
     _check_digest(data)
     try:
-        backup = msgspec.json.decode(data, type=Backup | NamespacedBackup)
+        backup = _DECODER.decode(data)
         again = encode(backup)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         if data.startswith(b'{\n "type": "thaw.refs/') and not data.startswith(_KNOWN):

@@ -348,6 +348,10 @@ def set_setting(connection: sqlite3.Connection, key: str, value: str) -> None:
     )
 
 
+def drop_setting(connection: sqlite3.Connection, key: str) -> None:
+    connection.execute("DELETE FROM settings WHERE key = ?", (key,))
+
+
 def check_format(connection: sqlite3.Connection, path: Path) -> int:
     """The format of the database: ours, that of one with namespaces, or an older one.
 

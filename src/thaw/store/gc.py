@@ -4,7 +4,7 @@
     doom     short transactions, each with marks brought up to date: surviving segments are found through surviving
              states; dead rows are deleted, what needs before what it needs, and a dead segment is found no more before
              the states go that it was found through; in the last, packs without a live byte are doomed. A commit under
-             way that builds on what is gone gets `Conflict`.
+             way that builds on what is gone gets `Conflict`; what is there still, it makes found again.
     unlink   doomed packs that no older reader's lease holds
     sweep    temporary and unindexed files that no live lease names
     rewrite  packs that are mostly dead, and many small ones, are copied into a new pack, doomed and unlinked
@@ -28,11 +28,11 @@ from typing import Protocol, TypeVar
 from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
 from thaw.store import leases, objects, reserve, windows
-from thaw.store.db import Database
+from thaw.store.db import Database, drop_setting, set_setting
 from thaw.store.locks import locked
 from thaw.store.mark import UPKEEP, Marks, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
-from thaw.store.schema import KEEP_REFLOG_S
+from thaw.store.schema import COLLECTING, KEEP_REFLOG_S
 from thaw.store.windows import Windows
 
 T = TypeVar("T")
@@ -120,6 +120,7 @@ def _collect(store: Home, since_ns: int, report: GcReport) -> None:
     with store.database.write() as connection:
         catch_up(connection, marks, since_ns)
         _rehome(connection, marks)
+        drop_setting(connection, COLLECTING)
         _doom_empty(connection)
         for lease in leases.split(connection)[1]:
             leases.release(connection, lease.id)
@@ -184,6 +185,7 @@ def _stale(connection: sqlite3.Connection, marks: Marks) -> list[Found]:
 def _find_anew(store: Home, marks: Marks, since_ns: int, rows: list[Found]) -> None:
     """Live segments of `rows` are found through live states, those that are dead still no more."""
     with store.database.write(durable=False) as connection:
+        set_setting(connection, COLLECTING, "1")
         catch_up(connection, marks, since_ns)
         _lose(connection, rows)
         _home(connection, marks, {row[2] for row in rows})

@@ -6,26 +6,30 @@ news, is looked for in the table itself.
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from thaw.core import objects
+from thaw.core.canonical import decode_stored
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
-from thaw.core.ids import CommitId, digest
-from thaw.core.objects import AnyObject
+from thaw.core.identity import ModelIdentity
+from thaw.core.ids import CommitId, ObjectId, digest
+from thaw.core.objects import AnyObject, State
 from thaw.data.locations import BlobLocation, is_pack_name
 from thaw.store.db import REBUILD
-from thaw.store.schema import check
+from thaw.store.schema import KINDS, check
 
 if TYPE_CHECKING:
     from thaw.store.links import Links
 
+T = TypeVar("T")
 CACHE_ENTRIES = 1024
 _CHUNK = 500
 MOST_FOUND = 100
@@ -139,9 +143,46 @@ def read_namespace(connection: sqlite3.Connection, commit: str) -> str:
 
 def namespace_of(commit: bytes) -> str:
     try:
-        return msgspec.json.decode(commit, type=_Commit).namespace
+        return decode_stored(commit, _Commit).namespace
     except msgspec.DecodeError as error:
         raise CorruptBlob(f"a commit cannot be read: {error}. Run `thaw fsck`.") from None
+
+
+def find_models(connection: sqlite3.Connection) -> list[ObjectId]:
+    """The identities of models, in the order in which they were stored. Raises `CorruptBlob`, `CorruptDatabase`.
+
+    The index that finds them by their kind has no check of its own, so what stands beside them there must be in order
+    and of kinds that there are, and the newest commit's model must be one of them.
+    """
+    columns = "SELECT kind, seq, id FROM objects INDEXED BY objects_kind WHERE kind"
+    beside = list(connection.execute(f"{columns} < 'model' ORDER BY kind DESC, seq DESC LIMIT 2"))[::-1]
+    found = []
+    for row in connection.execute(f"{columns} >= 'model' ORDER BY kind, seq"):
+        beside.append(row)
+        if row[0] == "model":
+            found.append(ObjectId(row[2]))
+        elif len(beside) > len(found) + 3:
+            break
+    places = [(kind, seq) for kind, seq, _ in beside]
+    if not KINDS.issuperset(kind for kind, _ in places) or any(a >= b for a, b in itertools.pairwise(places)):
+        raise CorruptDatabase(f"the index of objects is out of order where the models are. {REBUILD}")
+    if not all(isinstance(read(connection, identifier), ModelIdentity) for identifier in found):
+        raise CorruptDatabase(f"the index of objects says that something is a model which is none. {REBUILD}")
+    newest = connection.execute("SELECT state FROM objects WHERE kind = 'commit' ORDER BY seq DESC LIMIT 1").fetchone()
+    if newest is not None and _decoded(connection, newest[0], State).model not in found:
+        raise CorruptDatabase(f"the index of objects does not find the model of the newest commit. {REBUILD}")
+    return found
+
+
+def _decoded(connection: sqlite3.Connection, identifier: object, kind: type[T]) -> T:
+    return expect(objects.decode(read_bytes(connection, identifier), str(identifier)), identifier, kind)
+
+
+def expect(value: AnyObject, identifier: object, kind: type[T]) -> T:
+    """`value`, the object of this id. Raises `CorruptBlob` when it is of another kind."""
+    if not isinstance(value, kind):
+        raise CorruptBlob(f"object {identifier} is a {type(value).__name__}; a {kind.__name__} was expected.")
+    return value
 
 
 def find_recorders(connection: sqlite3.Connection, state: str) -> list[CommitId]:

@@ -5,7 +5,8 @@ refs, reflog and settings exist nowhere else in this form; everything else can b
 their hash. That none is missing is checked too where its absence would say something: settings count the refs, and the
 reflog is a chain.
 
-    settings   format, uuid, head, user.*; sequence (counts changes of refs), refs (how many), moves (last of reflog)
+    settings   format, uuid, head, user.*; sequence (counts changes of refs), refs (how many), moves (last of reflog);
+               collecting, from when gc takes rows of `segments` until it ends
     refs       name -> commit
     reflog     every move of a ref, and commits kept for one (`moved` 0); `seq` from 1 without gaps, `before` the one of
                the same name before it, 0 for the first       reflog_ends   name -> its last
@@ -29,6 +30,10 @@ KEEP_REFLOG_S = 90 * 24 * 3600.0
 """How long gc keeps what only the reflog names."""
 COUNTS = ("sequence", "refs", "moves")
 """Settings that count: changes of refs, the refs, the entries of the reflog."""
+KINDS = frozenset({"commit", "state", "segments", "segment", "turns", "turn", "model"})
+"""Of objects."""
+COLLECTING = "collecting"
+"""The setting that is there from when gc takes rows of `segments` until it ends: longer if it was killed."""
 DATABASE = "thaw.db"
 PACKS = "packs"
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from thaw.core import namespaces, points
-from thaw.core.errors import Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
+from thaw.core.errors import Conflict, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
 from thaw.core.ids import CommitId, ObjectId, StateId, digest
 from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
 from thaw.data.files import storage_errors
@@ -184,10 +184,7 @@ class Store:
 
     def get_as(self, id: str, kind: type[T]) -> T:
         """As `get`; raises `CorruptBlob` when the object is of another kind."""
-        value = self._get(id, self.commit_kind if kind is Commit else _ALONE.get(kind))
-        if not isinstance(value, kind):
-            raise CorruptBlob(f"object {id} is a {type(value).__name__}; a {kind.__name__} was expected.")
-        return value
+        return objects.expect(self._get(id, self.commit_kind if kind is Commit else _ALONE.get(kind)), id, kind)
 
     @property
     def commit_kind(self) -> type[Commit]:
@@ -240,8 +237,7 @@ class Store:
     def models(self) -> list[ObjectId]:
         """The identities of models that something here was captured with."""
         with self.database.read() as connection:
-            rows = connection.execute("SELECT id, data FROM objects WHERE kind = 'model' ORDER BY seq").fetchall()
-        return [ObjectId(digest(objects.verified(data, identifier))) for identifier, data in rows]
+            return objects.find_models(connection)
 
     def recorders(self, state: str) -> list[CommitId]:
         """The commits of this namespace that recorded a state, newest first."""

@@ -21,17 +21,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from thaw.core.errors import Busy, Conflict, CorruptBlob, InvalidRequest, RefConflict, StorageFailed
+from thaw.core.errors import Busy, Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, RefConflict, StorageFailed
 from thaw.core.ids import ObjectId
 from thaw.core.objects import AnyObject, Commit, decode, encode
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import CommitUnsure, Database, admit_namespaces
+from thaw.store.db import CommitUnsure, Database, admit_namespaces, setting
 from thaw.store.gather import gather, is_due
 from thaw.store.links import links
+from thaw.store.mark import Marks
 from thaw.store.refs import RefUpdate
+from thaw.store.schema import COLLECTING
 from thaw.store.windows import Windows, insert
 
 
@@ -131,6 +133,8 @@ class Transaction:
                 admit_namespaces(connection)
             redundant += self._insert_blobs(connection)
             self._insert_objects(connection, new, written)
+            if setting(connection, COLLECTING) is not None:
+                self._find_again(connection)
             lost = _move(connection, updates)
             leases.release(connection, self._lease)
             many_small = is_due(connection)
@@ -182,6 +186,15 @@ class Transaction:
         self._require(connection, "blobs", [blob for of in of_new.values() for blob in of.blobs])
         windows = Windows(lambda identifier: new.get(identifier) or objects.read_bytes(connection, identifier))
         insert(connection, windows.rows(objects.homes(of_new)))
+
+    def _find_again(self, connection: sqlite3.Connection) -> None:
+        """Rows for every segment that is reached from here: those that were stored and dead may have lost theirs to a
+        gc that is under way, or was killed. What is damaged is left to fsck."""
+        marks = Marks()
+        with contextlib.suppress(CorruptDatabase):
+            marks.mark(connection, self._queue)
+        windows = Windows(lambda identifier: objects.read_bytes(connection, identifier))
+        insert(connection, windows.rows(marks.homed(), whole=False))
 
     def _require(self, connection: sqlite3.Connection, table: str, identifiers: Iterable[str]) -> None:
         wanted = set(identifiers)

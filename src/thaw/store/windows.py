@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
+from thaw.core.canonical import decode_stored
 from thaw.core.errors import CorruptBlob, CorruptDatabase
 from thaw.core.ids import ObjectId, StateId
 from thaw.core.prefix import WINDOW
@@ -110,7 +111,7 @@ class Windows:
 
     def _parse(self, identifier: str, kind: type[T]) -> T:
         try:
-            return msgspec.json.decode(self._read(identifier), type=kind)
+            return decode_stored(self._read(identifier), kind)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise CorruptBlob(f"object {str(identifier)[:80]} is not what a state is made of: {error}") from None
 

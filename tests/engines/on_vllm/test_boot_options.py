@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import logging
 import re
 import secrets
 import shutil
@@ -601,6 +602,7 @@ def test_a_release_that_was_not_run_is_warned_of_in_the_servers_log(
     from thaw.engines.served.mail import Mail
     from thaw.engines.vllm.connector import ThawConnector
 
+    caplog.set_level(logging.WARNING, "thaw")
     if not run:
         monkeypatch.setattr(versions, "RUN", frozenset())
     ThawConnector(configured(folder, VllmSettings(mail=str(tmp_path))), KVConnectorRole.SCHEDULER, full_attention())

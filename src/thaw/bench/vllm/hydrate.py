@@ -37,12 +37,13 @@ def store(rounds: Rounds, options: Options, repo: Repository, document: Document
             live.append(token_ids=document.session(length))
             commit = live.commit("a session that another process goes on from", branch=f"trunk-{length}").commit
             out.append(Stored(live.tokens, commit, live.num_kv))
-            fork = partial(_live, live, ask)
+            fork = partial(live_child, live, ask)
             rounds.alternate(options.hydrate_rounds, {f"live.{length}": fork})
     return out
 
 
-def _live(live: Session, ask: Ask) -> Sample:
+def live_child(live: Session, ask: Ask) -> Sample:
+    """A child of a session that the engine holds."""
     return children(live, ask, Clock(), num_wanted=live.num_kv)
 
 
@@ -56,13 +57,14 @@ def measure(
         rounds.alternate(
             options.hydrate_rounds,
             {
-                f"hydrate.{length}": partial(_hydrate, repo, session, ask),
-                f"prefill.{length}": partial(_prefill, plain, session, ask),
+                f"hydrate.{length}": partial(hydrate, repo, session, ask),
+                f"prefill.{length}": partial(prefill, plain, session, ask),
             },
         )
 
 
-def _hydrate(repo: Repository, stored: Stored, ask: Ask) -> Sample:
+def hydrate(repo: Repository, stored: Stored, ask: Ask) -> Sample:
+    """Load the commit, then a child of it. Raises `NotHit` where some of it was prefilled again."""
     clock = Clock()
     with repo.session(stored.commit) as session:
         clock.lap("hydrate")
@@ -75,7 +77,8 @@ def _hydrate(repo: Repository, stored: Stored, ask: Ask) -> Sample:
     return Sample(values=values, stages_s={**sample.stages_s, **stages}, hits=sample.hits, outputs=sample.outputs)
 
 
-def _prefill(plain: Plain, stored: Stored, ask: Ask) -> Sample:
+def prefill(plain: Plain, stored: Stored, ask: Ask) -> Sample:
+    """The same tokens as a plain request, with nothing cached."""
     return plain_children(plain, stored.tokens, fresh_salt(), ask, num_wanted=0)
 
 

@@ -79,6 +79,7 @@ class _Run:
         if "idle" in parts:
             for boot in range(self.options.idle_boots):
                 self._idle(boot)
+                so_far(self._seal())
         return self._seal()
 
     def _with_few_blocks(self) -> list[hydrate.Stored]:

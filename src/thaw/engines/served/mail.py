@@ -32,6 +32,7 @@ from typing import TypeVar
 
 import msgspec
 
+from thaw.core.canonical import prepare
 from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed
 from thaw.data.files import read_own, storage_errors
 from thaw.data.private import is_own, make_private
@@ -131,7 +132,7 @@ class Mail:
 
     def plan(self, name: str) -> HydratePlan:
         try:
-            return msgspec.msgpack.decode(_bytes(self.folder / "plans" / name), type=HydratePlan, dec_hook=_made)
+            return _PLAN.decode(_bytes(self.folder / "plans" / name))
         except OSError:
             raise NotFound(f"no plan {name} in the engine's mail") from None
         except msgspec.MsgspecError as error:
@@ -191,7 +192,7 @@ class Mail:
     def peek(self, name: str, sender: str | int) -> Answer | None:
         """The answer if it is there; it stays."""
         try:
-            return msgspec.json.decode(_bytes(self.folder / "answers" / f"{name}.{sender}"), type=Answer)
+            return _ANSWER.decode(_bytes(self.folder / "answers" / f"{name}.{sender}"))
         except OSError:
             return None
         except msgspec.MsgspecError as error:
@@ -395,8 +396,13 @@ def _made(kind: Callable[[object], object], value: object) -> object:
     return kind(value)
 
 
+_PLAN = msgspec.msgpack.Decoder(HydratePlan, dec_hook=_made)
+_ANSWER = msgspec.json.Decoder(Answer)
+
+
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
+        prepare(kind)
         return msgspec.json.decode(_bytes(path), type=kind)
     except (OSError, msgspec.MsgspecError, CorruptBlob):
         return None

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("thaw.vllm")
 
 
+def _log_as_much_as_vllm() -> None:
+    """Up to 0.29 a package that vLLM imports sets the root logger to errors alone; vLLM's own loggers keep theirs."""
+    level = logging.getLogger("vllm").level
+    if level and not logging.getLogger("thaw").level:
+        logging.getLogger("thaw").setLevel(level)
+
+
 @dataclass
 class ThawMetadata(KVConnectorMetadata):
     jobs: list[Job] = field(default_factory=list)
@@ -55,6 +62,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_much_as_vllm()
         support.require(vllm_config, kv_cache_config)
         self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._config, self._kv_cache_config = vllm_config, kv_cache_config

@@ -151,9 +151,12 @@ def _message(body: bytes) -> Message | None:
         return None
 
 
+_ANSWER = msgspec.json.Decoder(Answer)
+
+
 def _taken(letter: Path) -> Answer | None:
     try:
-        answer = msgspec.json.decode(letter.read_bytes(), type=Answer)
+        answer = _ANSWER.decode(letter.read_bytes())
         letter.unlink(missing_ok=True)
     except (OSError, msgspec.MsgspecError):
         return None

@@ -96,8 +96,11 @@ class HttpTransport(http.HttpTransport[_Call]):
         return found if isinstance(found, dict) else {}
 
 
+_NEWS = msgspec.json.Decoder(wire.News)
+
+
 def _read(data: bytes) -> wire.News:
     try:
-        return msgspec.json.decode(data, type=wire.News)
+        return _NEWS.decode(data)
     except msgspec.MsgspecError as error:
         raise EngineDied(f"the server sent what is not SGLang's: {error}") from None

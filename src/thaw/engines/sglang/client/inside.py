@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
+from thaw.core.canonical import prepare
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut, Unsupported
 from thaw.engines.served.elsewhere import ElsewhereTransport
 from thaw.engines.served.http import HELLO_LIMIT_S
@@ -246,6 +247,7 @@ def home_of(engine: Any) -> asyncio.AbstractEventLoop:
 
 def _read(out: dict[str, Any]) -> wire.News:
     try:
+        prepare(wire.News)
         return msgspec.convert(out, wire.News)
     except msgspec.ValidationError as error:
         raise EngineDied(f"SGLang sent what is not known: {error}") from None

@@ -235,9 +235,12 @@ class HttpTransport(http.HttpTransport[Call]):
             await http.end(call.task)
 
 
+_NEWS = msgspec.json.Decoder(_News)
+
+
 def _read(data: bytes) -> _News:
     try:
-        return msgspec.json.decode(data, type=_News)
+        return _NEWS.decode(data)
     except msgspec.MsgspecError as error:
         raise EngineDied(f"the server sent what is not vLLM's: {error}") from None
 
