@@ -307,7 +307,7 @@ def test_an_older_thaw_refuses_what_has_namespaces(
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="format 3"):
             attempt(repo.path)
-    monkeypatch.setattr(backup, "NamespacedBackup", backup.Backup)
+    monkeypatch.setattr(backup, "_DECODER", msgspec.json.Decoder(backup.Backup))
     monkeypatch.setattr(backup, "_KNOWN", backup._KNOWN[:1])
     with pytest.raises(NewerFormat, match="newer thaw"):
         backup.read(repo.path)
