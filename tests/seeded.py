@@ -51,6 +51,7 @@ LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
 GROUPS = "tests/engines/test_engine_groups.py"
 SERVED_GROUPS = "tests/engines/test_served_groups.py"
 REPO_GROUPS = "tests/repo/test_repo_groups.py"
+NAMESPACES = "tests/repo/test_namespaces.py"
 VLLM = "tests/engines/on_vllm/test_engine_vllm.py::TestVllm"
 SGLANG = "tests/engines/on_sglang/test_engine_sglang.py::TestSglang"
 POOL = "tests/pool/test_pool_laws.py::TestInProcess"
@@ -554,6 +555,31 @@ FAULTS = (
         ("tests/core/test_core_golden.py::test_prefix_hashes_are_as_they_were",
          "tests/core/test_core_golden.py::test_a_prefix_hash_says_model_tokens_and_order"),
         "the hash of a prefix forgets all but its last window",
+    ),
+    Fault(
+        "ids-of-other-namespaces", "8", "none", "store/objects.py",
+        "(CommitId(one) for (one,) in rows if read_namespace(connection, one) == namespace)",
+        "(CommitId(one) for (one,) in rows)",
+        (f"{NAMESPACES}::test_thousands_of_guesses_find_nothing",),
+        "the first digits of another tenant's commit find it",
+    ),
+    Fault(
+        "points-of-other-namespaces", "8", "none", "repo/resolve.py",
+        "        return _checked(store, point)\n", "        return point\n",
+        (f"{NAMESPACES}::test_a_point_is_not_put_together_of_ones_own_commit_and_anothers_state",),
+        "a point that a caller made up leads to another tenant's session",
+    ),
+    Fault(
+        "namespaces-in-one-chain", "8", "none", "core/prefix.py",
+        "    out = [root(model_id, namespace)]\n", "    out = [root(model_id)]\n",
+        (f"{NAMESPACES}::test_match_finds_ones_own_prefixes_alone",),
+        "a match in a namespace looks among the prefixes of the default one",
+    ),
+    Fault(
+        "equal-bytes-of-others-save-time", "8", "none", "store/transaction.py",
+        "stored = set[str]() if self._store.namespace else self._stored()", "stored = self._stored()",
+        (f"{NAMESPACES}::test_what_others_have_stored_shows_in_no_commit",),
+        "a tenant sees by a commit whether others have said the same",
     ),
     Fault(
         "seed-by-place-in-the-chunk", "pool", "fake", "pool/batch.py",

@@ -22,8 +22,8 @@ from thaw.doctor import model, place, server, software
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.vllm import kind as vllm
-from thaw.repo import served
-from thaw.repo.served import Served
+from thaw.serve import record as served
+from thaw.serve.record import Served
 from thaw.store import Store
 
 GROUP = FullKV(name="full", first_layer=0, num_layers=3, num_kv_heads=2, head_dim=64, dtype="bfloat16")

@@ -35,7 +35,8 @@ class Shell:
     cwd: Path
 
     def __call__(self, *words: str, stdin: str | bytes | None = None, **environment: str) -> Result:
-        env = {k: v for k, v in os.environ.items() if k not in ("THAW_REPO", "NO_COLOR", "THAW_DEBUG", "COLUMNS")}
+        ours = ("THAW_REPO", "THAW_NAMESPACE", "NO_COLOR", "THAW_DEBUG", "COLUMNS")
+        env = {k: v for k, v in os.environ.items() if k not in ours}
         env |= {"PYTHONPATH": str(SOURCE), "PYTHONUTF8": "1", **environment}
         data = stdin.encode() if isinstance(stdin, str) else stdin
         done = subprocess.run(

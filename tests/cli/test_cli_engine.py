@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from thaw.cli import boot, options, server
-from thaw.cli.verbs import down
-from thaw.core.errors import EngineDied, InvalidRequest, TimedOut
+import thaw
+from thaw import serve
+from thaw.cli import boot, options
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, TimedOut
 from thaw.engines.served.mail import Mail
 from thaw.engines.vllm import settings as vllm
-from thaw.repo import served
 from thaw.repo.settings import EngineSettings, recall, remember
+from thaw.serve import lifecycle
+from thaw.serve import process as server
+from thaw.serve import record as served
 from thaw.store import Store
 
 from .conftest import Shell
@@ -181,6 +184,21 @@ def test_down_ends_it_and_the_repository_remembers_what_it_did_before(repo: Shel
     assert repo.ok("down").out == "no engine is up\n"
 
 
+def test_a_program_finds_and_ends_the_server_of_a_repository_as_the_verbs_do(repo: Shell, tmp_path: Path) -> None:
+    process, url = started(ANSWERS, tmp_path / "log")
+    server.wait(process, url, tmp_path / "log", 60)
+    with thaw.open(repo.cwd / ".thaw") as opened:
+        assert serve.running(opened) is None
+        served.remember(opened.store, record(process, url))
+        assert (found := serve.running(opened)) is not None and found.url == url
+        with pytest.raises(Busy, match="is up already"):
+            serve.up(opened, "vllm", "a/model")
+        with pytest.raises(serve.NoServer, match="no server of an engine 'fake'"):
+            serve.up(opened.within("acme"), "fake") if serve.down(opened)[1] else None
+        assert serve.running(opened) is None and serve.down(opened) == (None, False)
+    process.wait(10)
+
+
 def test_doctor_says_when_the_server_is_gone(repo: Shell, tmp_path: Path) -> None:
     process, url = started(ANSWERS, tmp_path / "log")
     known = record(process, url)
@@ -194,15 +212,13 @@ def test_doctor_says_when_the_server_is_gone(repo: Shell, tmp_path: Path) -> Non
 
 
 def test_without_a_server_before_it_the_model_is_remembered(shell: Shell, tmp_path: Path) -> None:
-    from thaw.cli.verbs.down import _restore
-
     shell.ok("init")
     process, url = started(ANSWERS, tmp_path / "log")
     known = record(process, url)
     server.stop(process.pid, process)
     with Store.open(shell.cwd / ".thaw") as store:
         store.set_setting("engine", json.dumps({"name": "vllm", "options": {"url": url}}))
-        _restore(store, known)
+        lifecycle._restore(store, known)
         assert recall(store) == EngineSettings(name="vllm", options={"model": "some/model"})
 
 
@@ -358,5 +374,5 @@ def test_the_mail_of_a_server_that_went_down_is_removed_and_another_folder_is_no
         Mail(tmp_path / "mail" / rank)
     (tmp_path / "other").mkdir()
     for folder in ("mail", "other"):
-        down._sweep(tmp_path / folder)
+        lifecycle._sweep(tmp_path / folder)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -43,6 +43,17 @@ def test_repo_option_and_variable_name_a_repository(repo: Shell, tmp_path_factor
     assert "thaw init" in missing.err
 
 
+def test_namespace_option_and_variable_name_a_namespace(repo: Shell) -> None:
+    repo.ok("--namespace", "acme", "run", "the plans", "--no-generate")
+    commit = repo.ok("log", "--json", THAW_NAMESPACE="acme").json()["commits"][0]["commit"]
+    assert repo.ok("--namespace", "acme", "show", commit, "--json", THAW_NAMESPACE="bolt").json()["commit"] == commit
+    assert repo("show", commit).code == repo("show", commit, THAW_NAMESPACE="bolt").code == 2
+    assert repo.ok("log", "--json").json()["commits"] == []
+    refused = repo("--namespace", "acme", "gc")
+    assert refused.code == 2 and "without a namespace" in refused.err
+    assert repo("--namespace", "a/b", "log").code == repo("log", THAW_NAMESPACE="@acme").code == 2
+
+
 def test_run_streams_the_completion_and_nothing_else_to_stdout(repo: Shell) -> None:
     done = repo.ok("run", "Once upon", "--max-tokens", "9", "--temperature", "0", "--seed", "3")
     said = repo.ok("show", "--json").json()

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import thaw
-from thaw.cli import serving
 from thaw.core.errors import InvalidRequest
 from thaw.engines.keys import VARIABLE, api_key, check_key
 from thaw.engines.registry import OWN, kind_of
+from thaw.serve import command as serving
 
 WRONG = {"é": "00E9", "secret\n": "000A", " ": "0020", "secret ": "0020", "\udcff": "DCFF", "\0": "0000"}
 """Each with the character that is wrong in it."""

@@ -74,11 +74,11 @@ class Reader:
         assert rfc8785.dumps(value) == data
         assert value["type"] in {
             f"thaw.{kind}/1",
-            *([f"thaw.{kind}/2"] if kind in ("turn", "model", "segment") else []),
+            *([f"thaw.{kind}/2"] if kind in ("turn", "model", "segment", "commit") else []),
         }
         return value
 
-    def tokens(self, state: dict[str, Any]) -> list[int]:
+    def tokens(self, state: dict[str, Any], namespace: str = "") -> list[int]:
         """All tokens; prefix hashes and the sizes of KV are checked on the way."""
         groups = self.get(state["model"], "model")["groups"]
         tokens: list[int] = []
@@ -87,8 +87,8 @@ class Reader:
             for entry in self.get(node, "segments")["entries"]:
                 segment = self.get(entry["segment"], "segment")
                 assert entry["start"] == segment["start"] == len(tokens)
-                assert segment["window"] == prefix_hash(state["model"], tokens[: len(tokens) // 256 * 256])
-                assert segment["prefix"] == prefix_hash(state["model"], tokens + segment["tokens"])
+                assert segment["window"] == prefix_hash(state["model"], tokens[: len(tokens) // 256 * 256], namespace)
+                assert segment["prefix"] == prefix_hash(state["model"], tokens + segment["tokens"], namespace)
                 tokens += segment["tokens"][: entry["length"]]
                 states |= self.check_blobs(segment, groups)
         assert len(tokens) == state["num_kv"]
@@ -132,8 +132,9 @@ def state_blobs(group: dict[str, Any]) -> list[int]:
     ]
 
 
-def prefix_hash(model: str, tokens: list[int]) -> str:
-    chain = b3(b"thaw.prefix/1\0" + model.encode())
+def prefix_hash(model: str, tokens: list[int], namespace: str) -> str:
+    root = b"thaw.prefix/2\0" + f"{model}\0{namespace}".encode() if namespace else b"thaw.prefix/1\0" + model.encode()
+    chain = b3(root)
     for start in range(0, len(tokens), 256):
         window = tokens[start : start + 256]
         chain = b3(chain.encode() + struct.pack(f"<{len(window)}I", *window))
@@ -164,6 +165,19 @@ def test_a_reader_written_from_the_page_reads_every_commit(repository: Path) -> 
     assert len(seen) == (2 if repository.name == "groups" else 3)
 
 
+def test_a_reader_written_from_the_page_reads_every_namespace() -> None:
+    reader, refs = Reader(HERE / "namespaces"), read_refs(HERE / "namespaces" / "refs.json")
+    assert refs["type"] == "thaw.refs/2" and refs["settings"]["user.namespaces.head.bolt"] == "side"
+    found = {}
+    for ref in refs["refs"]:
+        namespace, _, name = ref["name"].removeprefix("@").partition("/") if ref["name"][0] == "@" else ("", "", "main")
+        commit = reader.get(ref["target"], "commit")
+        assert commit["type"] == f"thaw.commit/{2 if namespace else 1}" and commit.get("namespace", "") == namespace
+        state = reader.get(commit["state"], "state")
+        found[namespace, name] = len(reader.tokens(state, namespace))
+    assert found == {("", "main"): 300, ("acme", "main"): 308, ("acme", "v1"): 300, ("bolt", "side"): 300}
+
+
 def check_messages(turn: dict[str, Any]) -> None:
     assert ("chat" in turn) == (turn["type"] == "thaw.turn/2")
     if "chat" in turn:
@@ -186,6 +200,7 @@ COLUMNS = {
         "reflog_ends": ("name", "seq"),
     },
 }
+COLUMNS[3] = COLUMNS[2]
 CHECKED = {
     "packs": ("name", "nbytes", "doomed_ns"),
     "blobs": ("id", "pack", "start", "nbytes"),
@@ -194,12 +209,12 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("repository", FORMATS, ids=lambda path: path.name)
+@pytest.mark.parametrize("repository", [*FORMATS, HERE / "namespaces"], ids=lambda path: path.name)
 def test_the_rows_of_the_database_are_as_the_page_says(repository: Path, tmp_path: Path) -> None:
     shutil.copy(repository / "thaw.db", tmp_path)
     connection = sqlite3.connect(tmp_path / "thaw.db")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    assert repository.name == f"format-{version}"
+    assert repository.name == {3: "namespaces"}.get(version, f"format-{version}")
     for table, columns in COLUMNS[version].items():
         for *row, checksum in connection.execute(f"SELECT {', '.join(columns)}, checksum FROM {table}"):
             assert b3(json.dumps([table, *row], separators=(",", ":")).encode())[3:35] == checksum
@@ -228,10 +243,12 @@ def check_rows(connection: sqlite3.Connection, reader: Reader) -> None:
         ends[name] = seq
     assert dict(connection.execute("SELECT name, seq FROM reflog_ends")) == ends
     assert connection.execute("SELECT count(*) FROM refs").fetchone() == (int(settings["refs"]),)
+    commits = [reader.get(one, "commit") for (one,) in connection.execute("SELECT id FROM objects WHERE state NOTNULL")]
+    whose = {commit["state"]: commit.get("namespace", "") for commit in commits}
     for window, key, segment, state in connection.execute('SELECT "window", "key", segment, state FROM segments'):
         of = reader.get(segment, "segment")
         start = of["start"] // 256 * 256
-        tokens = reader.tokens(reader.get(state, "state"))[start : start + 256]
+        tokens = reader.tokens(reader.get(state, "state"), whose[state])[start : start + 256]
         assert window == of["window"] and key == struct.pack(f">{len(tokens)}I", *tokens)
     for identifier, kind, state in connection.execute("SELECT id, kind, state FROM objects"):
         assert state == (reader.get(identifier, "commit")["state"] if kind == "commit" else None)

@@ -52,7 +52,8 @@ def test_cancelling_the_task_cancels_the_generation(tmp_path: Path, slow_engine:
         async with await aio.open(tmp_path / "r", engine=slow_engine) as repo:
             s = await repo.session()
             task = asyncio.ensure_future(s.generate("x", long).result())
-            await asyncio.sleep(0.1)
+            while not (await s.view()).running:
+                await asyncio.sleep(0.01)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             while (await s.view()).running:

@@ -310,16 +310,16 @@ def test_objects_of_a_lost_pack_are_rescued_from_the_old_database(repo: tuple[Pa
 def test_a_newer_database_is_refused(repo: tuple[Path, list[str]]) -> None:
     path, _ = repo
     with sqlite3.connect(path / "thaw.db") as connection:
-        connection.execute("PRAGMA user_version = 3")
-        value = (checksum("settings", "format", "3"),)
-        connection.execute("UPDATE settings SET value = '3', checksum = ? WHERE key = 'format'", value)
+        connection.execute("PRAGMA user_version = 4")
+        value = (checksum("settings", "format", "4"),)
+        connection.execute("UPDATE settings SET value = '4', checksum = ? WHERE key = 'format'", value)
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="written by a newer thaw"):
             attempt(path)
 
 
 def test_a_newer_backup_is_refused_and_a_damaged_version_is_damage(repo: tuple[Path, list[str]]) -> None:
-    data = (repo[0] / "refs.json").read_bytes().replace(b"thaw.refs/1", b"thaw.refs/2")
+    data = (repo[0] / "refs.json").read_bytes().replace(b"thaw.refs/1", b"thaw.refs/3")
     with pytest.raises(CorruptDatabase, match="digest"):
         backup.decode(data)
     start = data.index(b"b3:") + 3

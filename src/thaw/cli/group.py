@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import click
 
@@ -53,6 +54,24 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
+def _use_namespace(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    """For the verb that follows, and the processes that it starts."""
+    if name is None:
+        return
+    from thaw.cli import place
+    from thaw.core import namespaces
+
+    before = os.environ.get(place.NAMESPACE)
+    os.environ[place.NAMESPACE] = namespaces.check(name)
+
+    def restore() -> None:
+        os.environ.pop(place.NAMESPACE, None)
+        if before is not None:
+            os.environ[place.NAMESPACE] = before
+
+    ctx.call_on_close(restore)
+
+
 @click.group(
     name="thaw",
     cls=Verbs,
@@ -61,6 +80,13 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option("-C", "--repo", "named", metavar="PATH", help="The repository, or a folder that holds one in .thaw.")
+@click.option(
+    "--namespace",
+    metavar="NAME",
+    expose_value=False,
+    callback=_use_namespace,
+    help="Whose branches, tags and commits; else THAW_NAMESPACE, else those without a namespace.",
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )

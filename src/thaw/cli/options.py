@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from thaw.engines.kind import Server
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,6 +168,25 @@ def chat(function: F) -> F:
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def server_of(name: str) -> Server:
+    """The server of the engine that an option names."""
+    from thaw.serve.command import server_of
+
+    with has_server():
+        return server_of(name)
+
+
+@contextmanager
+def has_server() -> Iterator[None]:
+    """An engine without a server is a wrong option."""
+    from thaw.serve.command import NoServer
+
+    try:
+        yield
+    except NoServer as error:
+        raise click.BadParameter(str(error)) from None
 
 
 SAMPLING = (

@@ -12,8 +12,10 @@ import re
 import sys
 from typing import Any, TextIO
 
+from thaw.core.text import clean as clean
+from thaw.core.text import one_line as one_line
+
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 MAX_WIDTH = 120
 
@@ -52,11 +54,6 @@ def seen(text: str) -> int:
     return len(_ESCAPES.sub("", text))
 
 
-def clean(text: str) -> str:
-    """Text from a model or a file, safe to show: no escape sequences, no direction overrides."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
-
-
 def fold(text: str, room: int) -> list[str]:
     """Lines of at most `room` columns, broken at single spaces; words stay whole, styles in place."""
     lines = []
@@ -70,12 +67,6 @@ def fold(text: str, room: int) -> list[str]:
                 current = f"{current} {word}" if current else word
         lines.append(current)
     return lines
-
-
-def one_line(text: str, room: int) -> str:
-    """`text` on one line of at most `room` columns, with an ellipsis where it was cut."""
-    flat = " ".join(clean(text).split())
-    return flat if len(flat) <= room else flat[: max(room - 1, 0)].rstrip() + "…"
 
 
 def line(text: str = "") -> None:

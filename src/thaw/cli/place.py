@@ -1,4 +1,5 @@
-"""Which repository: -C PATH, else THAW_REPO, else the nearest .thaw at or above the current folder."""
+"""Which repository: -C PATH, else THAW_REPO, else the nearest .thaw at or above the current folder; and which namespace
+of it: --namespace, else THAW_NAMESPACE, else the default one."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from thaw.repo.repository import Repository
 
 FOLDER = ".thaw"
+NAMESPACE = "THAW_NAMESPACE"
 HOW = "Make one with `thaw init`, or name one with -C PATH or THAW_REPO."
 
 
@@ -43,8 +45,13 @@ def _nearest(start: Path) -> Path:
     raise NotFound(f"there is no repository in {start} or above it. {HOW}")
 
 
+def namespace() -> str | None:
+    """The namespace that was asked for; None is the default one."""
+    return os.environ.get(NAMESPACE) or None
+
+
 def open_repository(named: str | None) -> Repository:
     """The repository without an engine: to look at it, and to move refs."""
     from thaw.repo.repository import open as open_at
 
-    return open_at(find(named), create=False)
+    return open_at(find(named), create=False, namespace=namespace())

@@ -40,6 +40,7 @@ with `NO_COLOR`.
 | variable | what it does |
 |---|---|
 | `THAW_REPO` | the repository, where `-C` names none |
+| `THAW_NAMESPACE` | the namespace, where `--namespace` names none |
 | `THAW_MODEL` | the model of `thaw demo` |
 | `THAW_CACHE_DIR` | where the demo's model is kept (default `~/.cache/thaw`) |
 | `THAW_DEBUG` | tracebacks, and what the libraries below have to say |

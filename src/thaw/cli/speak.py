@@ -35,7 +35,7 @@ def opened(
     named_one = any(value is not None for value in (engine_name, model, dtype, device))
     with open_at(path, create=False) as look:
         chosen = boot.choose(look.store, engine_name, model, dtype, device)
-    with boot.boot(chosen) as engine, open_at(path, engine=engine, create=False) as repo:
+    with boot.boot(chosen) as engine, open_at(path, engine=engine, create=False, namespace=place.namespace()) as repo:
         yield repo
         if named_one:
             remember(repo.store, chosen)

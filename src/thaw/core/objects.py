@@ -3,8 +3,8 @@
 A *segment* is a run of at most 256 tokens with the blobs of its KV: those of each cache group (`thaw.core.cache`), for
 full ones one a KV head. A *node* lists up to 64 entries; a *state* lists nodes, so that a commit writes what is new and
 not what is long. A *state* is a session at a point, content-addressed: nothing in it names a machine or a time. A
-*commit* puts it into history. A *turn* is one prompt or one completion, with its text; a prompt that was rendered from
-messages has them with it.
+*commit* puts it into history, that of one namespace. A *turn* is one prompt or one completion, with its text; a prompt
+that was rendered from messages has them with it.
 
     commit ──> state ──> model identity
                  ├─────> node (64 segments) ──> segment ──> blobs
@@ -22,9 +22,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from thaw.core import canonical
+from thaw.core import canonical, namespaces
 from thaw.core.canonical import U64
-from thaw.core.errors import CorruptBlob
+from thaw.core.errors import CorruptBlob, InvalidRequest
 from thaw.core.identity import GroupedIdentity, ModelIdentity
 from thaw.core.ids import BlobId, CommitId, ObjectId, StateId, digest
 from thaw.core.prefix import WINDOW
@@ -253,11 +253,38 @@ class Commit(_Object, frozen=True, kw_only=True, tag="thaw.commit/1"):
     meta: dict[str, str] = {}
     origin: dict[str, str] = {}
 
+    @property
+    def of_namespace(self) -> str:
+        """Whose it is; the default namespace is "" (`thaw.core.namespaces`)."""
+        return ""
+
+
+class NamespacedCommit(Commit, frozen=True, kw_only=True, tag="thaw.commit/2"):
+    """A commit of another namespace than the default one. Nobody else can name it, by whatever id."""
+
+    namespace: str
+
+    def __post_init__(self) -> None:
+        try:
+            namespaces.check(self.namespace)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def of_namespace(self) -> str:
+        return self.namespace
+
+
+def in_namespace(commit: Commit, namespace: str) -> Commit:
+    """The same commit of the default namespace, as one of `namespace`."""
+    fields = {name: getattr(commit, name) for name in Commit.__struct_fields__}
+    return NamespacedCommit(**fields, namespace=namespace) if namespace else commit
+
 
 canonical.declare_plain(Segment, GroupedSegment, SegmentNode, TurnNode)
 AnyModel = ModelIdentity | GroupedIdentity
 AnySegment = Segment | GroupedSegment
-AnyObject = AnyModel | AnySegment | SegmentNode | TurnNode | Turn | ChatTurn | State | Commit
+AnyObject = AnyModel | AnySegment | SegmentNode | TurnNode | Turn | ChatTurn | State | Commit | NamespacedCommit
 
 
 def encode(value: AnyObject) -> tuple[ObjectId, bytes]:

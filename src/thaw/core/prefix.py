@@ -3,7 +3,8 @@
 The sequence is cut in windows of 256 tokens. chain(0) = BLAKE3("thaw.prefix/1" NUL model-id);
 chain(k+1) = BLAKE3(chain(k) ‖ tokens of window k, each a little-endian u32). The hash of a prefix that ends inside
 window k is BLAKE3(chain(k) ‖ the tokens of that window so far). The model's object id is in the root, so prefixes of
-different models, tokenizers or policies never meet.
+different models, tokenizers or policies never meet. In a namespace chain(0) = BLAKE3("thaw.prefix/2" NUL model-id NUL
+namespace), so those of different namespaces never meet either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ WINDOW = 256
 """Tokens in a window; a segment never crosses a multiple of it."""
 
 
-def root(model_id: str) -> str:
+def root(model_id: str, namespace: str = "") -> str:
+    if namespace:
+        return digest(b"thaw.prefix/2\0" + model_id.encode() + b"\0" + namespace.encode())
     return digest(b"thaw.prefix/1\0" + model_id.encode())
 
 
@@ -27,9 +30,9 @@ def extend(chain: str, tokens: Sequence[int]) -> str:
     return digest(chain.encode() + struct.pack(f"<{len(tokens)}I", *tokens))
 
 
-def chains(model_id: str, tokens: Sequence[int]) -> list[str]:
+def chains(model_id: str, tokens: Sequence[int], namespace: str = "") -> list[str]:
     """chain(0) … chain(len(tokens) // 256): the hashes of every whole-window prefix."""
-    out = [root(model_id)]
+    out = [root(model_id, namespace)]
     for start in range(0, len(tokens) - WINDOW + 1, WINDOW):
         out.append(extend(out[-1], tokens[start : start + WINDOW]))
     return out

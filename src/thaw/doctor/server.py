@@ -9,8 +9,9 @@ from thaw.core.errors import NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.engines.kind import Server
 from thaw.engines.registry import kind_of
-from thaw.repo import served, settings
-from thaw.repo.served import Served
+from thaw.repo import settings
+from thaw.serve import record as served
+from thaw.serve.record import Served
 from thaw.store import Store
 
 

@@ -142,7 +142,7 @@ class Finder:
         """What the pool's stores have of it."""
         kept = session.kept_in.cut(num_kv) if isinstance(session, PoolSession) else KeptIn()
         for where in self._stores:
-            if session.store_uuid == where.store.uuid:  # the session itself knows best
+            if session.commits_to(where.store):  # the session itself knows best
                 kept = kept.add(where.store, session.kept_at(num_kv))
         return kept
 

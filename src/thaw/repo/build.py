@@ -49,7 +49,7 @@ def build(context: Context, tx: Transaction, kept: Kept, captured: Captured) -> 
     """Put the objects of `captured`, whose KV before `captured.segments` is `kept`; referenced ones first."""
     _check_cover(kept, captured)
     model_id = tx.put(captured.identity)
-    chains = kept.chains_for(model_id, captured.tokens)
+    chains = kept.chains_for(model_id, captured.tokens, context.store.namespace)
     segments = [_segment(captured, piece, chains) for piece in captured.segments]
     entries = (
         *kept.entries,

@@ -19,7 +19,7 @@ from thaw.core.cache import keeps_all
 from thaw.core.canonical import U64
 from thaw.core.errors import Busy, Conflict, InvalidRequest, RefConflict
 from thaw.core.ids import CommitId, StateId, short
-from thaw.core.objects import Commit
+from thaw.core.objects import Commit, in_namespace
 from thaw.engines.base import Captured, CapturePlan, SessionRef
 from thaw.repo import refs
 from thaw.repo.build import Built, build
@@ -137,7 +137,7 @@ def _commit_object(context: Context, request: Request, built: Built) -> Commit:
             raise Conflict(f"the commit that the session came from, {short(request.parent)}, was removed by gc")
         now = max(now, context.store.get_as(request.parent, Commit).time_ns + 1)
     origin = {"engine": info.name, "version": info.version, "device": info.device, "thaw": __version__}
-    return Commit(
+    commit = Commit(
         state=built.state_id,
         parents=() if request.parent is None else (request.parent,),
         message=request.message,
@@ -146,6 +146,7 @@ def _commit_object(context: Context, request: Request, built: Built) -> Commit:
         meta=request.meta,
         origin={**origin, **{f"numerics.{k}": v for k, v in info.numerics.items()}},
     )
+    return in_namespace(commit, context.store.namespace)
 
 
 def _publish(context: Context, tx: Transaction, request: Request, commit: CommitId) -> CommitConflict | None:

@@ -28,14 +28,22 @@ MEMO_ENTRIES = 4096
 class Context(ProcessBound):
     """Safe from any thread; bound to its process."""
 
-    def __init__(self, store: Store, engine: Engine | EngineSettings | None = None) -> None:
+    def __init__(
+        self, store: Store, engine: Engine | EngineSettings | None = None, *, of: Context | None = None
+    ) -> None:
+        """`of`: whose store and engine these are; that one boots the engine, and closes both."""
         super().__init__("repository")
+        self._of = of
         self._store = store
         self._engine = engine
         self._own_engine: Engine | None = None
         self._lock = threading.Lock()
         self._node_ids: OrderedDict[SegmentNode | TurnNode, ObjectId] = OrderedDict()
         self._remembered = False
+
+    def within(self, namespace: str) -> Context:
+        """The same store and engine in a namespace; to close it closes neither."""
+        return Context(self.store.within(namespace), self._engine, of=self)
 
     @property
     def store(self) -> Store:
@@ -53,6 +61,8 @@ class Context(ProcessBound):
     def engine(self) -> Engine:
         """The engine. Raises `InvalidRequest` when the repository was opened without one."""
         self.check_process()
+        if self._of is not None:
+            return self._of.engine
         with self._lock:
             if isinstance(self._engine, EngineSettings):
                 from thaw.engines import load_engine
@@ -97,8 +107,10 @@ class Context(ProcessBound):
             self._node_ids.clear()
 
     def close(self) -> None:
-        """Close the store, and the engine if it was booted here. Closing twice is fine."""
+        """Close the store, and the engine if it was booted here, unless they are another's. Closing twice is fine."""
         self.check_process()
+        if self._of is not None:
+            return
         self._store.close()
         if self._own_engine is not None:
             self._own_engine.close()

@@ -71,7 +71,7 @@ def hydrate(
     return Hydration(
         session=done.session,
         proof=done.proof,
-        kept=kept.of_timeline(timeline, plan.num_kv) if pure else Kept(),
+        kept=kept.of_timeline(timeline, plan.num_kv, context.store.namespace) if pure else Kept(),
         plan=plan,
     )
 

@@ -60,18 +60,18 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
         pieces = sum(e.start >= window for e in self.entries[-WINDOW:])
         return window if rewrite and pieces >= MAX_PIECES and num_kv >= window + WINDOW else self.end
 
-    def chains_for(self, model: ObjectId, tokens: Sequence[int]) -> tuple[str, ...]:
-        """Prefix hashes before every window of `tokens`, computed from where they are known."""
-        chains = list(self.chains) if self.model == model and self.chains else [prefix.root(model)]
+    def chains_for(self, model: ObjectId, tokens: Sequence[int], namespace: str) -> tuple[str, ...]:
+        """Prefix hashes before every window of `tokens`, computed from where they are known: those of one namespace."""
+        chains = list(self.chains) if self.model == model and self.chains else [prefix.root(model, namespace)]
         for start in range((len(chains) - 1) * WINDOW, len(tokens) - WINDOW + 1, WINDOW):
             chains.append(prefix.extend(chains[-1], tokens[start : start + WINDOW]))
         return tuple(chains)
 
 
-def of_timeline(timeline: Timeline, num_kv: int) -> Kept:
+def of_timeline(timeline: Timeline, num_kv: int, namespace: str) -> Kept:
     """What is kept of a session hydrated from `timeline` with its first `num_kv` tokens of KV."""
     model = ObjectId(timeline.state.model)
     turns = zip(timeline.turns, timeline.turn_ids, strict=True)
     kept = Kept(model=model, entries=timeline.entries, turns=tuple((turn, ObjectId(i)) for turn, i in turns))
-    chains = kept.chains_for(model, timeline.tokens[: kept.end])
+    chains = kept.chains_for(model, timeline.tokens[: kept.end], namespace)
     return msgspec.structs.replace(kept, chains=chains).cut(num_kv)

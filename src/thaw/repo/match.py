@@ -3,8 +3,9 @@
 Every segment carries the hash of all tokens before its window, chained from the model's id. The longest window hash of
 the query that any segment has proves (up to a hash collision) that so many tokens are equal; the store gives the states
 that are nearest to it inside that window, whose tokens are then compared one by one, so a match may end inside a
-segment. No more is read in a repository of many commits than in one of few. On a model with windows or point states a
-match ends where its commit can be gone on from.
+segment. No more is read in a repository of many commits than in one of few. The hashes of a namespace are its own, so
+that what others have stored is neither found nor looked at. On a model with windows or point states a match ends where
+its commit can be gone on from.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from thaw.store import Store
 
 
 def match(store: Store, models: Sequence[ObjectId], tokens: Sequence[int]) -> ResolvedPoint | None:
-    """The longest stored prefix under any of `models`, or None when not even one token is stored."""
+    """The longest stored prefix in this namespace under any of `models`; None when not even one token is stored."""
     best: tuple[int, CommitId] | None = None
     for model in models:
         found = _longest(store, model, tuple(tokens))
@@ -34,7 +35,7 @@ def match(store: Store, models: Sequence[ObjectId], tokens: Sequence[int]) -> Re
 
 def _longest(store: Store, model: ObjectId, tokens: tuple[int, ...]) -> tuple[int, CommitId] | None:
     """How many tokens, and the newest commit of a state that has them."""
-    chains = prefix.chains(model, tokens)
+    chains = prefix.chains(model, tokens, store.namespace)
     for k in reversed(range(len(chains))):
         start = k * WINDOW
         found = store.nearest(chains[k], tokens[start : start + WINDOW])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thaw.core import cache
+from thaw.core import cache, namespaces
 from thaw.core.errors import Conflict, InvalidRequest, NotFound
 from thaw.core.points import Point, check_name
 from thaw.repo import refs, resolve
@@ -59,6 +59,38 @@ class Repository:
     def path(self) -> Path:
         return self.store.path
 
+    # -- namespaces
+
+    @property
+    def namespace(self) -> str:
+        """The namespace that it shows; "" is the default one."""
+        return self.store.namespace
+
+    def within(self, namespace: str) -> Repository:
+        """This repository as a namespace sees it: refs, HEAD, history, `match` and stats are its own, and of others it
+        can reach nothing, by whatever name or id. It need not exist yet. Valid until this one is closed.
+
+        Raises `InvalidRequest` where the name can be none, or where this is a namespace already.
+        """
+        self._require_default("a namespace is entered")
+        return Repository(self._context.within(namespace))
+
+    def namespaces(self) -> list[str]:
+        """The namespaces that have a branch or tag or had one, by name, without the default one."""
+        self._require_default("namespaces are listed")
+        return self.store.namespaces()
+
+    def _require_default(self, what: str) -> None:
+        if self.store.namespace:
+            raise InvalidRequest(
+                f"{what} from the whole repository, and this is the namespace {self.store.namespace!r} of it. Open the "
+                "repository without a namespace."
+            )
+
+    def commits_of(self, session: Session) -> bool:
+        """Whether the session commits here: to this repository and namespace."""
+        return session.commits_to(self.store)
+
     # -- live sessions
 
     def session(
@@ -72,6 +104,8 @@ class Repository:
     ) -> Session:
         """A new session, or one that goes on from `point`. From a branch's tip it stays on that branch.
 
+        With `share_prefix` a session of a namespace shares blocks inside that namespace.
+
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
@@ -81,6 +115,8 @@ class Repository:
 
         check_seed(seed)
         if point is None:
+            if self.store.namespace and (share_prefix or salt is not None):
+                salt = self.store.salt(salt or "")
             return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
@@ -212,6 +248,10 @@ class Repository:
     def adopt(self, winner: Session | PointLike, branch: str) -> Ref:
         """The winner becomes the branch; the old tip stays in its reflog. A session is committed first."""
         if not isinstance(winner, PointLike):
+            if not self.commits_of(winner):
+                raise InvalidRequest(
+                    "the session commits to another repository or namespace; adopt it there, with session.adopt(branch)"
+                )
             return Ref(name=branch, kind="branch", target=winner.adopt(branch).commit)
         where = self.resolve(winner)
         return refs.move(self.store, branch, where, f"adopt: {where}")
@@ -249,7 +289,8 @@ class Repository:
         self.store.require_room(nbytes)
 
     def gc(self, *, dry_run: bool = False, keep_reflog_s: float | None = None) -> GcReport:
-        """Reclaim what no ref, recent reflog entry or lease needs; safe beside running commits."""
+        """Reclaim what no ref, recent reflog entry or lease of any namespace needs; safe beside running commits."""
+        self._require_default("gc is run")
         if keep_reflog_s is None:
             return self.store.gc(dry_run=dry_run)
         if not 0 <= keep_reflog_s <= MAX_KEEP_S:
@@ -257,6 +298,7 @@ class Repository:
         return self.store.gc(dry_run=dry_run, keep_reflog_s=keep_reflog_s)
 
     def fsck(self, *, rebuild: bool = False, deep: bool = True) -> FsckReport:
+        self._require_default("fsck is run")
         return self.store.fsck(rebuild=rebuild, deep=deep)
 
     def engine_settings(self) -> EngineSettings | None:
@@ -281,7 +323,8 @@ class Repository:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Repository {self._context.store.path}>"
+        store = self._context.store
+        return f"<Repository {store.path}{f' of {store.namespace}' if store.namespace else ''}>"
 
 
 def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> Repository:
@@ -291,22 +334,37 @@ def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> 
     return Repository(Context(store, engine))
 
 
-def open(path: str | Path, *, engine: Engine | EngineSettings | None = None, create: bool | None = None) -> Repository:
+def open(
+    path: str | Path,
+    *,
+    engine: Engine | EngineSettings | None = None,
+    create: bool | None = None,
+    namespace: str | None = None,
+) -> Repository:
     """Open a repository, making it where there is none if `create` (default: only when an engine is given).
 
-    `engine`: a running one, or the settings to boot it by when it is first needed.
+    `engine`: a running one, or the settings to boot it by when it is first needed. `namespace`: whose refs and commits
+    it shows (`Repository.within`); None is the default one. Raises `InvalidRequest` where it cannot name one.
     """
     folder = Path(path)
     make = engine is not None if create is None else create
+    if namespace is not None:
+        namespaces.check(namespace)
+    return Repository(Context(_opened(folder, make, namespace), engine))
+
+
+def _opened(folder: Path, make: bool, namespace: str | None) -> Store:
     try:
-        return Repository(Context(Store.open(folder), engine))
+        store = Store.open(folder)
     except NotFound:
         if not make:
             raise
-    try:
-        return init(folder, engine=engine)
-    except Conflict:
-        return Repository(Context(Store.open(folder), engine))  # another process made it just now
+        try:
+            store = Store.init(folder)
+            store.require_room()
+        except Conflict:
+            store = Store.open(folder)  # another process made it just now
+    return store if namespace is None else store.within(namespace)
 
 
 def _require_limit(limit: int | None) -> None:

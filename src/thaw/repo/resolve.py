@@ -44,7 +44,7 @@ class ResolvedPoint(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(store: Store, point: str | Point | ResolvedPoint) -> ResolvedPoint:
     """The place that `point` names. Raises `BadPoint` or `NotFound` saying what exists instead."""
     if isinstance(point, ResolvedPoint):
-        return point
+        return _checked(store, point)
     spelled = points.parse(point) if isinstance(point, str) else point
     commit = _ancestor(store, _named(store, spelled), spelled)
     branch = spelled.name if spelled.name != "HEAD" else store.head
@@ -52,6 +52,13 @@ def resolve(store: Store, point: str | Point | ResolvedPoint) -> ResolvedPoint:
     plain = spelled.moved is None and not spelled.back and spelled.turn is None and spelled.token is None
     on_branch = plain and ref is not None and ref.kind == "branch" and ref.target == commit
     return at(store, commit, turn=spelled.turn, token=spelled.token, branch=branch if on_branch else None)
+
+
+def _checked(store: Store, point: ResolvedPoint) -> ResolvedPoint:
+    """A point that a caller has or made: its commit must be of this namespace, and have recorded its state."""
+    if store.get_as(point.commit, Commit).state != point.state:
+        raise NotFound(f"commit {short(point.commit)} did not record the state {short(point.state)}")
+    return point
 
 
 def at(

@@ -36,6 +36,7 @@ from thaw.repo.messages import Messages, Tool
 from thaw.repo.params import as_sampling
 from thaw.repo.stream import Stream
 from thaw.repo.trajectory import Trajectory
+from thaw.store import Store
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ class Session(ProcessBound):
         """The engine that it lives in."""
         return self._context.engine
 
-    @property
-    def store_uuid(self) -> str:
-        """Of the repository that it commits to."""
-        return self._context.store.uuid
+    def commits_to(self, store: Store) -> bool:
+        """Whether it commits to this store, in its namespace."""
+        own = self._context.store
+        return (own.uuid, own.namespace) == (store.uuid, store.namespace)
 
     def kept_at(self, num_kv: int) -> Kept:
         """What of its first `num_kv` tokens that repository has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 
@@ -14,6 +15,7 @@ from thaw.repo import log as logs
 from thaw.repo import timeline
 from thaw.repo.weight import weigh
 from thaw.store import Ref, Store
+from thaw.store.store import Usage
 
 
 class RefStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +31,9 @@ class RefStats(msgspec.Struct, frozen=True, kw_only=True):
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """`whole_nbytes`: the KV of all commits if each held its own; `kv_nbytes`: what is stored of it, once.
+
+    Of a namespace it counts the KV that its commits reach, as if nobody else had any of it; files are the whole
+    repository's, and 0 there.
 
     `num_tokens_saved`: tokens that further children of a commit went on from and did not read again: for each commit,
     its tokens, times its children but one. `seconds_saved`: those at a rate of prefilling; None where none is known.
@@ -51,20 +56,23 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stats(store: Store, *, prefill_tokens_per_s: float | None = None) -> Stats:
-    """Looks at all commits that branches and tags reach, and at all that is stored."""
+    """Looks at all commits that branches and tags reach, and at all that is stored (of a namespace: what they need)."""
     groups: dict[str, tuple[CacheGroup, ...]] = {}
     children: Counter[str] = Counter()
     num_tokens: dict[str, int] = {}
     whole = 0
+    reached: set[str] = set()
     for entry in logs.log(store, logs.tips(store)):
         state = store.get_as(entry.state, State)
         if state.model not in groups:
             groups[state.model] = store.get_as(state.model, ModelIdentity).groups
+        if store.namespace:
+            reached.update(one.segment for one in timeline.read_entries(store, state))
         whole += nbytes_at(groups[state.model], state.num_kv)
         num_tokens[entry.commit] = state.num_tokens
         children.update(entry.parents)
     saved = sum((num - 1) * num_tokens.get(commit, 0) for commit, num in children.items())
-    used = store.usage()
+    used = store.usage() if not store.namespace else Usage(0, 0, _weigh(store, reached), 0)
     return Stats(
         num_commits=len(num_tokens),
         num_packs=used.num_packs,
@@ -76,6 +84,11 @@ def stats(store: Store, *, prefill_tokens_per_s: float | None = None) -> Stats:
         seconds_saved=saved / prefill_tokens_per_s if prefill_tokens_per_s else None,
         refs=_refs(store, store.refs()),
     )
+
+
+def _weigh(store: Store, segments: Iterable[str]) -> int:
+    blobs = {blob for one in segments for blob in segment_blobs(store.get_as(one, Segment))}
+    return weigh(store, blobs)
 
 
 def _refs(store: Store, refs: list[Ref]) -> tuple[RefStats, ...]:

@@ -50,6 +50,10 @@ class Stream(Generic[T]):
     def done(self) -> bool:
         return self.handle.done()
 
+    def add_done_callback(self, callback: Callable[[Stream[T]], object]) -> None:
+        """Call `callback(stream)` once it has ended, from a thread of the engine's."""
+        self.handle.add_done_callback(lambda _: callback(self))
+
     def __enter__(self) -> Stream[T]:
         return self
 

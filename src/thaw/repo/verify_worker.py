@@ -27,6 +27,7 @@ class VerifyRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What to verify, where, in which engine; `num_tokens` greedy tokens of continuation."""
 
     repository: str
+    namespace: str = ""
     point: str
     engine: EngineSettings
     num_tokens: int = 16
@@ -52,7 +53,10 @@ def verify_in_fresh_process(
     wanted = engine or recall(store)
     if wanted is None:
         raise InvalidRequest("no engine has used this repository yet; name one (engine=…, --engine NAME --model PATH)")
-    request = VerifyRequest(repository=str(store.path.resolve()), point=point, engine=wanted, num_tokens=num_tokens)
+    request = VerifyRequest(
+        repository=str(store.path.resolve()), namespace=store.namespace, point=point, engine=wanted,
+        num_tokens=num_tokens,
+    )  # fmt: skip
     command = [sys.executable, "-m", "thaw.repo.verify_worker"]
     try:
         done = subprocess.run(
@@ -89,7 +93,8 @@ def _verify(request: VerifyRequest) -> VerifyReport:
     from thaw.repo.resolve import resolve
     from thaw.repo.verify import verify_in
 
-    with Store.open(Path(request.repository)) as store:
+    with Store.open(Path(request.repository)) as whole:
+        store = whole.within(request.namespace) if request.namespace else whole
         point = resolve(store, request.point)
         with load_engine(request.engine.name, **request.engine.options) as engine:
             report = verify_in(engine, Context(store), point, num_tokens=request.num_tokens)

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from thaw.core.canonical import decode_stored
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed, ThawError
 from thaw.core.ids import digest
 from thaw.data.files import make_way, read_own, storage_errors, write_atomic
 from thaw.store import reserve
-from thaw.store.db import Database, number, required
+from thaw.store.db import Database, has_namespaces, number, required
 from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
 
@@ -46,8 +45,13 @@ class Backup(
     settings: dict[str, str]
 
 
+class NamespacedBackup(Backup, frozen=True, kw_only=True, tag="thaw.refs/2"):
+    """Of a repository that has namespaces: refs, reflog and settings of all of them, called as in the tables."""
+
+
 _DIGEST = b'\n "digest": "b3:'
 _ZERO = "b3:" + "0" * 64
+_KNOWN = tuple(f'{{\n "type": "thaw.refs/{version}"'.encode() for version in (1, 2))
 
 
 def encode(backup: Backup) -> bytes:
@@ -55,14 +59,17 @@ def encode(backup: Backup) -> bytes:
     return blank.replace(_ZERO.encode(), digest(blank).encode(), 1)
 
 
+_DECODER: msgspec.json.Decoder[Backup | NamespacedBackup] = msgspec.json.Decoder(Backup | NamespacedBackup)
+
+
 def decode(data: bytes) -> Backup:
     """The backup in `data`. Raises `CorruptDatabase` for anything that `encode` would not have written."""
     _check_digest(data)
     try:
-        backup = decode_stored(data, Backup)
+        backup = _DECODER.decode(data)
         again = encode(backup)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        if data.startswith(b'{\n "type": "thaw.refs/') and not data.startswith(b'{\n "type": "thaw.refs/1"'):
+        if data.startswith(b'{\n "type": "thaw.refs/') and not data.startswith(_KNOWN):
             raise NewerFormat(f"{NAME} was written by a newer thaw. Upgrade thaw to read it.") from None
         raise CorruptDatabase(f"{NAME} is not readable: {error}") from None
     if again != data:
@@ -98,7 +105,8 @@ def read(folder: Path) -> Backup | None:
 def collect(connection: sqlite3.Connection) -> Backup:
     """The backup that matches the database as `connection` sees it."""
     rows = connection.execute("SELECT key FROM settings WHERE key LIKE 'user.%' ORDER BY key").fetchall()
-    return Backup(
+    kind = NamespacedBackup if has_namespaces(connection) else Backup
+    return kind(
         digest=_ZERO,
         sequence=number(connection, "sequence"),
         uuid=required(connection, "uuid"),

@@ -22,7 +22,7 @@ from pathlib import Path
 from thaw.core.errors import Busy, Conflict, CorruptDatabase, NewerFormat, StorageFailed, ThawError
 from thaw.data.files import aside, make_way, storage_errors, sync_folder
 from thaw.store.locks import locked
-from thaw.store.schema import COUNTS, DATABASE, FORMAT, TABLES, checksum
+from thaw.store.schema import COUNTS, DATABASE, FORMAT, NAMESPACED, TABLES, checksum
 
 BUSY_S = 60.0
 REBUILD = "Run `thaw fsck --rebuild` to make it again from the packs."
@@ -353,7 +353,7 @@ def drop_setting(connection: sqlite3.Connection, key: str) -> None:
 
 
 def check_format(connection: sqlite3.Connection, path: Path) -> int:
-    """The format of the database: ours, or an older one.
+    """The format of the database: ours, that of one with namespaces, or an older one.
 
     Raises `NewerFormat` for a database of a later thaw, `CorruptDatabase` for one that is none of ours.
     """
@@ -361,8 +361,19 @@ def check_format(connection: sqlite3.Connection, path: Path) -> int:
     said = setting(connection, "format")
     if said is None or str(version) != said or version < 1:
         raise CorruptDatabase(f"{path} does not say its format twice alike ({version}, {said}). {REBUILD}")
-    if version > FORMAT:
+    if version > NAMESPACED:
         raise NewerFormat(
-            f"{path} has format {version}: written by a newer thaw. This one reads up to {FORMAT}; upgrade thaw."
+            f"{path} has format {version}: written by a newer thaw. This one reads up to {NAMESPACED}; upgrade thaw."
         )
     return version
+
+
+def has_namespaces(connection: sqlite3.Connection) -> bool:
+    return number(connection, "format") >= NAMESPACED
+
+
+def admit_namespaces(connection: sqlite3.Connection) -> None:
+    """From this transaction on the database has namespaces, and a thaw that knows none refuses to open it."""
+    if not has_namespaces(connection):
+        set_setting(connection, "format", str(NAMESPACED))
+        connection.execute(f"PRAGMA user_version={NAMESPACED}")

@@ -18,6 +18,10 @@ class _Commit(msgspec.Struct, tag_field="type", tag="thaw.commit/1"):
     parents: tuple[str, ...]
 
 
+class _NamespacedCommit(_Commit, tag="thaw.commit/2"):
+    namespace: str
+
+
 class _Boundary(msgspec.Struct):
     hidden: str | None = None
 
@@ -72,7 +76,17 @@ class _GroupedModel(msgspec.Struct, tag_field="type", tag="thaw.model/2"):
 
 
 _DECODER = msgspec.json.Decoder(
-    _Commit | _State | _Segments | _Segment | _GroupedSegment | _Turns | _Turn | _ChatTurn | _Model | _GroupedModel
+    _Commit
+    | _NamespacedCommit
+    | _State
+    | _Segments
+    | _Segment
+    | _GroupedSegment
+    | _Turns
+    | _Turn
+    | _ChatTurn
+    | _Model
+    | _GroupedModel
 )
 
 

@@ -11,11 +11,13 @@ import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from thaw.core import objects
+from thaw.core.canonical import decode_stored
 from thaw.core.errors import CorruptBlob, CorruptDatabase, NotFound
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, ObjectId, digest
@@ -30,25 +32,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CACHE_ENTRIES = 1024
 _CHUNK = 500
+MOST_FOUND = 100
 
 
 class ObjectCache:
-    """The decoded objects used last. They are immutable, so sharing them is safe; any thread may use it."""
+    """The decoded objects used last, those of each namespace apart: what one has read, another does not get sooner.
+
+    They are immutable, so sharing them is safe; any thread may use it."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[str, AnyObject] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], AnyObject] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, identifier: str) -> AnyObject | None:
+    def get(self, namespace: str, identifier: str) -> AnyObject | None:
         with self._lock:
-            value = self._entries.get(identifier)
+            value = self._entries.get((namespace, identifier))
             if value is not None:
-                self._entries.move_to_end(identifier)
+                self._entries.move_to_end((namespace, identifier))
             return value
 
-    def add(self, identifier: str, value: AnyObject) -> None:
+    def add(self, namespace: str, identifier: str, value: AnyObject) -> None:
         with self._lock:
-            self._entries[identifier] = value
+            self._entries[namespace, identifier] = value
             while len(self._entries) > CACHE_ENTRIES:
                 self._entries.popitem(last=False)
 
@@ -63,9 +68,13 @@ def read(connection: sqlite3.Connection, identifier: str, kind: type[AnyObject] 
     if row is None:
         if connection.execute("SELECT 1 FROM objects NOT INDEXED WHERE id = ?", (identifier,)).fetchone() is not None:
             raise CorruptDatabase(f"the index of objects does not find {identifier}, which is stored. {REBUILD}")
-        raise NotFound(f"there is no object {identifier[:80]} in this repository.")
+        raise not_stored(identifier)
     data = stored_bytes(row[0], identifier)
     return objects.decode(data, identifier) if kind is None else objects.decode_as(data, identifier, kind)
+
+
+def not_stored(identifier: str) -> NotFound:
+    return NotFound(f"there is no object {identifier[:80]} in this repository.")
 
 
 def stored_bytes(value: object, identifier: str) -> bytes:
@@ -121,6 +130,22 @@ def read_recorded(connection: sqlite3.Connection, identifier: str, num: int) -> 
     if not found or found[0].id != identifier:
         raise CorruptDatabase(f"the index of commits does not find {identifier}, which is stored. {REBUILD}")
     return found
+
+
+class _Commit(msgspec.Struct):
+    namespace: str = ""
+
+
+def read_namespace(connection: sqlite3.Connection, commit: str) -> str:
+    """Whose a stored commit is. Raises `CorruptBlob`."""
+    return namespace_of(read_bytes(connection, commit))
+
+
+def namespace_of(commit: bytes) -> str:
+    try:
+        return decode_stored(commit, _Commit).namespace
+    except msgspec.DecodeError as error:
+        raise CorruptBlob(f"a commit cannot be read: {error}. Run `thaw fsck`.") from None
 
 
 def find_models(connection: sqlite3.Connection) -> list[ObjectId]:
@@ -203,11 +228,13 @@ def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
     return (values[i : i + _CHUNK] for i in range(0, len(values), _CHUNK))
 
 
-def find_commits(connection: sqlite3.Connection, prefix: str) -> list[CommitId]:
-    """Commits whose id starts with `prefix` ("b3:" and hex digits), by id."""
+def find_commits(connection: sqlite3.Connection, prefix: str, namespace: str) -> list[CommitId]:
+    """Commits of a namespace whose id starts with `prefix` ("b3:" and hex digits), by id; 100 at most."""
     for how in ("", "NOT INDEXED"):
-        query = f"SELECT id FROM objects {how} WHERE id >= ? AND id < ? AND kind = 'commit' ORDER BY id LIMIT 100"
-        found = [CommitId(row[0]) for row in connection.execute(query, (prefix, prefix + "g"))]
+        query = f"SELECT id FROM objects {how} WHERE id >= ? AND id < ? AND kind = 'commit' ORDER BY id"
+        rows = connection.execute(query, (prefix, prefix + "g"))
+        own = (CommitId(one) for (one,) in rows if read_namespace(connection, one) == namespace)
+        found = list(islice(own, MOST_FOUND))
         if found and how:
             raise CorruptDatabase(f"the index of objects does not find {found[0]}, which is stored. {REBUILD}")
         if found:

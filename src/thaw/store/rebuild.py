@@ -21,14 +21,14 @@ from pathlib import Path
 from thaw.core.canonical import MAX_OBJECT_BYTES
 from thaw.core.errors import CorruptBlob, Damaged, NewerFormat, ThawError
 from thaw.core.ids import CommitId
+from thaw.core.namespaces import qualify, split
 from thaw.core.objects import Commit, decode
-from thaw.core.points import check_name
 from thaw.data.files import storage_errors
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, write_pack
 from thaw.store import backup, leases, objects, refs, windows
-from thaw.store.db import BUSY_S, Database, creating, remove_strangers, set_setting
+from thaw.store.db import BUSY_S, Database, admit_namespaces, creating, remove_strangers, set_setting
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
 from thaw.store.locks import locked
@@ -201,6 +201,8 @@ def _oldest_first(found: _Found) -> dict[str, Links]:
 def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _Found, notes: list[str]) -> None:
     for key, value in {**saved.settings, "head": saved.head, "sequence": str(saved.sequence)}.items():
         set_setting(connection, key, value)
+    if _has_namespaces(saved, found):
+        admit_namespaces(connection)
     refs.log_moves(connection, reversed(saved.reflog))
     tips = {ref.name: ref for ref in saved.refs}
     for ref in saved.refs:
@@ -216,6 +218,15 @@ def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _
             refs.log_moves(connection, [move])
     _keep_unnamed(connection, tips.values(), saved, found, notes)
     refs.bump_sequence(connection)
+
+
+def _has_namespaces(saved: backup.Backup, found: _Found) -> bool:
+    named = [*(ref.name for ref in saved.refs), *(entry.name for entry in saved.reflog)]
+    return (
+        any(split(name)[0] for name in named)
+        or any(key.startswith("user.namespaces.") for key in saved.settings)
+        or any(commit.of_namespace for commit in found.commits.values())
+    )
 
 
 def _fall_back(tips: dict[str, Ref], ref: Ref, reflog: Iterable[ReflogEntry], found: _Found, notes: list[str]) -> None:
@@ -235,8 +246,8 @@ def _advance(tips: dict[str, Ref], saved: backup.Backup, found: _Found, notes: l
     whole = wholes(found.links, found.blobs.keys())
     logged = {commit for entry in saved.reflog for commit in (entry.old, entry.new)}
     for identifier, commit in sorted(found.commits.items(), key=lambda pair: pair[1].time_ns):
-        name = commit.branch
-        if name is None or identifier in logged or commit.time_ns <= newest.get(name, 0) or not _is_name(name):
+        name = _branch(commit)
+        if name is None or identifier in logged or commit.time_ns <= newest.get(name, 0):
             continue
         tip = tips.get(name)
         follows = tip is None or (tip.kind == "branch" and descends(found.commits, identifier, tip.target))
@@ -245,11 +256,12 @@ def _advance(tips: dict[str, Ref], saved: backup.Backup, found: _Found, notes: l
             notes.append(f"branch {name!r} stands at {identifier}, which is newer than refs.json")
 
 
-def _is_name(name: str) -> bool:
+def _branch(commit: Commit) -> str | None:
+    """The branch that a commit says it was made on, called as in the tables; None where that cannot name one."""
     try:
-        return bool(check_name(name))
+        return None if commit.branch is None else qualify(commit.of_namespace, commit.branch)
     except ThawError:
-        return False
+        return None
 
 
 def _keep_unnamed(
@@ -265,7 +277,7 @@ def _keep_unnamed(
     whole = wholes(found.links, found.blobs.keys())
     for identifier, commit in found.commits.items():
         if identifier not in named and identifier in whole:
-            name = commit.branch if commit.branch and _is_name(commit.branch) else "lost-found"
+            name = _branch(commit) or qualify(commit.of_namespace, "lost-found")
             now = time.time_ns()
             kept = ReflogEntry(name, None, CommitId(identifier), "found by fsck --rebuild", now, moved=False)
             refs.log_moves(connection, [kept])

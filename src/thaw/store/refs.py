@@ -3,6 +3,8 @@
 Branches and tags share one set of names. A row that fails its checksum, is another's or is missing raises
 `CorruptDatabase`. A commit whose ref update lost the race is kept from gc by a reflog row with `moved` 0, which
 `reflog` leaves out.
+
+Here a ref of a namespace is called as in the tables, `@acme/main` (`thaw.core.namespaces`); messages say `main`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import msgspec
 
 from thaw.core.errors import CorruptDatabase, InvalidRequest, NotFound, RefConflict
 from thaw.core.ids import CommitId, short
-from thaw.core.points import check_name
-from thaw.store.db import REBUILD, number, set_setting
+from thaw.core.namespaces import DEFAULT, bounds, check_qualified, qualify, split
+from thaw.store.db import REBUILD, admit_namespaces, number, set_setting
+from thaw.store.objects import read_namespace
 from thaw.store.schema import checksum
 
 RefKind: TypeAlias = Literal["branch", "tag"]
@@ -81,6 +84,30 @@ def read_refs(connection: sqlite3.Connection, kind: str | None = None) -> list[R
     if len({ref.name for ref in found}) != number(connection, "refs"):
         raise CorruptDatabase(f"refs has {len(found)} rows; there were {number(connection, 'refs')}. {REBUILD}")
     return sorted((ref for ref in found if kind in (None, ref.kind)), key=lambda ref: ref.name)
+
+
+def read_refs_of(connection: sqlite3.Connection, namespace: str, kind: str | None = None) -> list[Ref]:
+    """The refs of one namespace by name, as they are called in it. Whole, as `read_refs`, and of the others it reads
+    nothing but how many rows there are."""
+    if namespace == DEFAULT:
+        return [ref for ref in read_refs(connection, kind) if split(ref.name)[0] == DEFAULT]
+    query = f"{_REF} NOT INDEXED WHERE name >= ? AND name < ?"
+    found = [_ref(*row) for row in connection.execute(query, bounds(namespace)).fetchall()]
+    (rows,) = connection.execute("SELECT count(*) FROM refs NOT INDEXED").fetchone()
+    if rows != number(connection, "refs"):
+        raise CorruptDatabase(f"refs has {rows} rows; there were {number(connection, 'refs')}. {REBUILD}")
+    return sorted((bare(ref) for ref in found if kind in (None, ref.kind)), key=lambda ref: ref.name)
+
+
+def bare(ref: Ref) -> Ref:
+    """A ref as it is called in its namespace."""
+    return Ref(split(ref.name)[1], ref.kind, ref.target)
+
+
+def read_namespaces(connection: sqlite3.Connection) -> list[str]:
+    """Those that have a ref or had one, the default one left out."""
+    names = connection.execute("SELECT name FROM reflog_ends WHERE name >= '@' AND name < 'A'").fetchall()
+    return sorted({split(name)[0] for (name,) in names})
 
 
 def read_refs_at(connection: sqlite3.Connection, targets: Iterable[str]) -> list[Ref]:
@@ -196,6 +223,11 @@ def bump_sequence(connection: sqlite3.Connection) -> int:
     return sequence
 
 
+def qualified(updates: Iterable[RefUpdate], namespace: str) -> list[RefUpdate]:
+    """`updates` of a namespace as the tables call its refs. Raises `BadPoint`."""
+    return [msgspec.structs.replace(update, name=qualify(namespace, update.name)) for update in updates]
+
+
 def apply(connection: sqlite3.Connection, updates: Sequence[RefUpdate]) -> None:
     """All of `updates` in the running transaction. On `RefConflict`, `NotFound`, `BadPoint` the caller rolls back."""
     for update in updates:
@@ -205,19 +237,21 @@ def apply(connection: sqlite3.Connection, updates: Sequence[RefUpdate]) -> None:
 
 
 def _apply(connection: sqlite3.Connection, update: RefUpdate) -> None:
-    check_name(update.name)
+    namespace, name = split(check_qualified(update.name))
+    if namespace != DEFAULT:
+        admit_namespaces(connection)
     current = read_ref(connection, update.name)
     if current is not None and current.kind != update.kind:
-        raise InvalidRequest(f"{update.name!r} is a {current.kind} already; choose another name for the {update.kind}.")
+        raise InvalidRequest(f"{name!r} is a {current.kind} already; choose another name for the {update.kind}.")
     old = None if current is None else current.target
     if update.expect not in ("any", old):
         raise RefConflict(_conflict(update, old))
     if update.target is None:
         if current is None:
-            raise NotFound(f"there is no {update.kind} {update.name!r} to delete.")
+            raise NotFound(f"there is no {update.kind} {name!r} to delete.")
         remove_ref(connection, update.name)
     else:
-        require_commit(connection, update.target)
+        require_commit(connection, update.target, namespace)
         write_ref(connection, Ref(update.name, update.kind, update.target))
     log_moves(connection, [ReflogEntry(update.name, old, update.target, update.reason, time.time_ns(), update.kind)])
 
@@ -236,13 +270,15 @@ def keep(connection: sqlite3.Connection, updates: Sequence[RefUpdate]) -> None:
     bump_sequence(connection)
 
 
-def require_commit(connection: sqlite3.Connection, target: str) -> None:
-    if connection.execute("SELECT 1 FROM objects WHERE id = ? AND kind = 'commit'", (target,)).fetchone() is None:
+def require_commit(connection: sqlite3.Connection, target: str, namespace: str) -> None:
+    """That `target` is a commit of this namespace; of others it says what it says of one that is not stored."""
+    row = connection.execute("SELECT 1 FROM objects WHERE id = ? AND kind = 'commit'", (target,)).fetchone()
+    if row is None or read_namespace(connection, target) != namespace:
         raise NotFound(f"there is no commit {target[:80]} in this repository; a ref can only name a stored commit.")
 
 
 def _conflict(update: RefUpdate, old: str | None) -> str:
-    name, expect = update.name, update.expect
+    name, expect = split(update.name)[1], update.expect
     if expect is None:
         there = f"{update.kind} {name!r} exists already, at {short(old or '')}."
         return f"{there} Choose another name, or move it on purpose."

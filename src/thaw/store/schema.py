@@ -24,6 +24,8 @@ from thaw.core.ids import digest
 
 FORMAT = 2
 """Of the database. What older ones lack, `thaw.store.upgrade` adds when they are opened."""
+NAMESPACED = 3
+"""The format of a database that has namespaces: the same tables. One without stays what older thaws can read."""
 KEEP_REFLOG_S = 90 * 24 * 3600.0
 """How long gc keeps what only the reflog names."""
 COUNTS = ("sequence", "refs", "moves")

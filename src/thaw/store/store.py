@@ -1,13 +1,15 @@
 """The repository as its users see it: objects, blob places, refs, writing, upkeep.
 
-A `Store` is a folder: `thaw.db`, `packs/`, `refs.json`. It may be used from any thread, and again in a process that
-was forked off. Nothing of a live session is in it, and no KV passes through it: engines write and read the packs.
+A `Store` is a folder: `thaw.db`, `packs/`, `refs.json`, as one namespace sees it. It may be used from any thread, and
+again in a process that was forked off. Nothing of a live session is in it, and no KV passes through it: engines write
+and read the packs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,16 +18,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from thaw.core import points
+from thaw.core import namespaces, points
 from thaw.core.errors import Conflict, CorruptDatabase, InvalidRequest, NotFound, StorageFailed
-from thaw.core.ids import CommitId, ObjectId, StateId
-from thaw.core.objects import AnyObject, Commit, State
+from thaw.core.ids import CommitId, ObjectId, StateId, digest
+from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
 from thaw.store import backup, leases, objects, refs, reserve, windows
 from thaw.store.db import (
     REBUILD,
     Database,
+    admit_namespaces,
     check_format,
     creating,
     is_read_only,
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PAGE = 1000
+SECRET = "namespaces.secret"
+"""The setting that lineage salts of namespaces are made from: who does not know it cannot ask for one of theirs."""
 ROOM = 1 << 20
 """Bytes that the smallest commit may take, with what SQLite writes beside it."""
 
@@ -64,6 +69,9 @@ class Usage(msgspec.Struct, frozen=True):
 
 class Store:
     """An open repository. Make one with `init` or `open`; `close` it, or use it as a context manager."""
+
+    namespace = namespaces.DEFAULT
+    """Whose refs, HEAD, reflogs and commits this store shows, and in whose name it writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,6 +139,17 @@ class Store:
         refuse_network(path)
         return cls(path)
 
+    def within(self, namespace: str) -> Store:
+        """The same open store, as a namespace sees it: to close either is to close both. Raises `InvalidRequest`."""
+        view = object.__new__(Store)
+        view.__dict__.update(self.__dict__, namespace=namespaces.check(namespace))
+        return view
+
+    def namespaces(self) -> list[str]:
+        """The namespaces that have a branch or tag or had one, by name; the default one left out."""
+        with self.database.read() as connection:
+            return refs.read_namespaces(connection)
+
     def close(self) -> None:
         """Idempotent. Transactions that are open can not commit any more."""
         self.database.close()
@@ -147,32 +166,46 @@ class Store:
     # --- objects
 
     def get(self, id: str) -> AnyObject:
-        """The object, decoded and verified against its id. Raises `NotFound`, `CorruptBlob`, `NewerFormat`."""
+        """The object, decoded and verified against its id. Raises `NotFound`, `CorruptBlob`, `NewerFormat`.
+
+        A commit of another namespace is not found.
+        """
         return self._get(id, None)
 
     def _get(self, id: str, kind: type[AnyObject] | None) -> AnyObject:
-        value = self._cache.get(id)
+        value = self._cache.get(self.namespace, id)
         if value is None:
             with self.database.read() as connection:
                 value = objects.read(connection, id, kind)
-            self._cache.add(id, value)
+            if isinstance(value, Commit) and value.of_namespace != self.namespace:
+                raise objects.not_stored(id)
+            self._cache.add(self.namespace, id, value)
         return value
 
     def get_as(self, id: str, kind: type[T]) -> T:
         """As `get`; raises `CorruptBlob` when the object is of another kind."""
-        return objects.expect(self._get(id, _ALONE.get(kind)), id, kind)
+        return objects.expect(self._get(id, self.commit_kind if kind is Commit else _ALONE.get(kind)), id, kind)
+
+    @property
+    def commit_kind(self) -> type[Commit]:
+        """What the commits of this namespace are."""
+        return NamespacedCommit if self.namespace else Commit
 
     def has(self, id: str) -> bool:
+        """Whether this object is stored; a commit, in this namespace."""
         with self.database.read() as connection:
-            return bool(objects.present(connection, "objects", [id]))
+            kinds = connection.execute("SELECT kind FROM objects WHERE id = ?", (id,)).fetchone()
+            if kinds is None or kinds[0] != "commit":
+                return kinds is not None
+            return objects.read_namespace(connection, id) == self.namespace
 
     def find(self, hex_prefix: str) -> list[CommitId]:
-        """Commits whose id starts with these hex digits (at least 4; at most 100 are returned), by id."""
+        """Commits of this namespace whose id starts with these hex digits (at least 4; 100 at most), by id."""
         digits = hex_prefix.removeprefix("b3:")
         if not 4 <= len(digits) <= 64 or any(c not in "0123456789abcdef" for c in digits):
             raise InvalidRequest(f"{hex_prefix[:80]!r} is no id prefix: 4 to 64 digits 0-9a-f.")
         with self.database.read() as connection:
-            return objects.find_commits(connection, "b3:" + digits)
+            return objects.find_commits(connection, "b3:" + digits, self.namespace)
 
     def locate(self, blobs: Iterable[str]) -> dict[str, BlobLocation]:
         """Where each blob lies now; valid until gc moves it (`reading` holds that off). Raises `CorruptBlob`."""
@@ -192,10 +225,14 @@ class Store:
     def recorded(self, commit: str, num: int = 1) -> list[Recorded]:
         """A commit's bytes and its state's, and those of the `num` - 1 commits that were stored before it.
 
-        For who looks at many: bytes are verified, not decoded. Raises `NotFound`, `CorruptBlob`, `CorruptDatabase`.
+        For who looks at many: bytes are verified, not decoded. Raises `NotFound` (of another namespace, too),
+        `CorruptBlob`, `CorruptDatabase`.
         """
         with self.database.read() as connection:
-            return objects.read_recorded(connection, commit, num)
+            found = objects.read_recorded(connection, commit, num)
+        if objects.namespace_of(found[0].commit) != self.namespace:
+            raise objects.not_stored(commit)
+        return found
 
     def models(self) -> list[ObjectId]:
         """The identities of models that something here was captured with."""
@@ -203,25 +240,27 @@ class Store:
             return objects.find_models(connection)
 
     def recorders(self, state: str) -> list[CommitId]:
-        """The commits that recorded a state, newest first."""
+        """The commits of this namespace that recorded a state, newest first."""
         with self.database.read() as connection:
-            found = objects.find_recorders(connection, state)
+            recorders = objects.find_recorders(connection, state)
+            found = [one for one in recorders if objects.read_namespace(connection, one) == self.namespace]
         for one in found:
             if self.get_as(one, Commit).state != state:
                 raise CorruptDatabase(f"the row of commit {one} in objects says another state than it. {REBUILD}")
         return found
 
     def commits(self) -> Iterator[CommitId]:
-        """All commits in the order they were stored; those that come meanwhile may be seen."""
+        """All commits of this namespace in the order they were stored; those that come meanwhile may be seen."""
         last = 0
         query = "SELECT seq, id FROM objects WHERE kind = 'commit' AND seq > ? ORDER BY seq LIMIT ?"
         while True:
             with self.database.read() as connection:
                 rows = connection.execute(query, (last, _PAGE)).fetchall()
+                own = [row[1] for row in rows if objects.read_namespace(connection, row[1]) == self.namespace]
             if not rows:
                 return
             last = rows[-1][0]
-            yield from (CommitId(row[1]) for row in rows)
+            yield from map(CommitId, own)
 
     def usage(self) -> Usage:
         """What the repository takes on disk."""
@@ -244,11 +283,15 @@ class Store:
 
     def refs(self, kind: str | None = None) -> list[Ref]:
         with self.database.read() as connection:
-            return refs.read_refs(connection, kind)
+            return refs.read_refs_of(connection, self.namespace, kind)
 
     def ref(self, name: str) -> Ref | None:
         with self.database.read() as connection:
-            return refs.read_ref(connection, name)
+            found = refs.read_ref(connection, self._qualified(name))
+        return None if found is None else refs.bare(found)
+
+    def _qualified(self, name: str) -> str:
+        return namespaces.qualify(self.namespace, name)
 
     def update_refs(self, *updates: RefUpdate) -> None:
         """All or none, on disk on return. Raises `RefConflict`, `NotFound`, `BadPoint`."""
@@ -261,33 +304,53 @@ class Store:
 
     def _apply(self, updates: Sequence[RefUpdate]) -> None:
         with self.database.write() as connection:
-            refs.apply(connection, updates)
+            refs.apply(connection, refs.qualified(updates, self.namespace))
 
     def refs_at(self, targets: Iterable[str]) -> list[Ref]:
-        """The refs that name one of these commits, by name; others are not read."""
+        """The refs of this namespace that name one of these commits, by name; others are not read."""
         with self.database.read() as connection:
-            return refs.read_refs_at(connection, targets)
+            found = refs.read_refs_at(connection, targets)
+        return [refs.bare(ref) for ref in found if namespaces.split(ref.name)[0] == self.namespace]
 
     def reflog(self, name: str, *, kept: bool = False, limit: int | None = None) -> list[ReflogEntry]:
         """Moves of a ref, newest first; with `kept` also commits that were kept when their update lost a race. With
         `limit` no more are read."""
         with self.database.read() as connection:
-            return list(islice(refs.read_reflog(connection, name, kept=kept), limit))
+            entries = refs.read_reflog(connection, self._qualified(name), kept=kept)
+            return [msgspec.structs.replace(entry, name=name) for entry in islice(entries, limit)]
 
     def stood(self, name: str, num: int) -> list[CommitId]:
         """Where a ref stood before each of its last moves, newest first: `num` commits, or as many as there are."""
         with self.database.read() as connection:
-            entries = refs.read_reflog(connection, name)
+            entries = refs.read_reflog(connection, self._qualified(name))
             return list(islice((entry.old for entry in entries if entry.old is not None), num))
 
     @property
     def head(self) -> str:
-        """The name of the current branch, which need not exist yet."""
+        """The name of the namespace's current branch, which need not exist yet."""
         with self.database.read() as connection:
-            return required(connection, "head")
+            return setting(connection, self._head) or "main" if self.namespace else required(connection, "head")
 
     def set_head(self, name: str) -> None:
-        self._set("head", points.check_name(name))
+        self._set(self._head, points.check_name(name))
+
+    @property
+    def _head(self) -> str:
+        return f"user.namespaces.head.{self.namespace}" if self.namespace else "head"
+
+    def salt(self, salt: str) -> str:
+        """`salt` of a caller as the lineage salt: that of a namespace is nobody else's, whatever they ask for."""
+        if not self.namespace:
+            return salt
+        from thaw.core.text import require_text
+
+        secret = self.get_setting(SECRET)
+        if secret is None:
+            with self.database.write() as connection:
+                secret = setting(connection, f"user.{SECRET}") or os.urandom(16).hex()
+                self._write_setting(connection, f"user.{SECRET}", secret)
+            backup.save(self.path, self.database)
+        return digest(f"thaw.salt/1\0{secret}\0{self.namespace}\0{require_text(salt, 'the salt')}".encode())
 
     def get_setting(self, key: str) -> str | None:
         with self.database.read() as connection:
@@ -298,9 +361,14 @@ class Store:
 
     def _set(self, key: str, value: str) -> None:
         with self.database.write() as connection:
-            set_setting(connection, key, value)
-            refs.bump_sequence(connection)
+            self._write_setting(connection, key, value)
         backup.save(self.path, self.database)
+
+    def _write_setting(self, connection: sqlite3.Connection, key: str, value: str) -> None:
+        if self.namespace:
+            admit_namespaces(connection)
+        set_setting(connection, key, value)
+        refs.bump_sequence(connection)
 
     # --- upkeep
 

@@ -23,12 +23,12 @@ from typing import Protocol
 
 from thaw.core.errors import Busy, Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, RefConflict, StorageFailed
 from thaw.core.ids import ObjectId
-from thaw.core.objects import AnyObject, decode, encode
+from thaw.core.objects import AnyObject, Commit, decode, encode
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import CommitUnsure, Database, setting
+from thaw.store.db import CommitUnsure, Database, admit_namespaces, setting
 from thaw.store.gather import gather, is_due
 from thaw.store.links import links
 from thaw.store.mark import Marks
@@ -44,6 +44,7 @@ class Home(Protocol):
     packs: Path
     uuid: str
     database: Database
+    namespace: str
 
 
 class Transaction:
@@ -96,9 +97,15 @@ class Transaction:
     def put(self, obj: AnyObject) -> ObjectId:
         """Queues an object; returns its id. Objects stored already are not written again.
 
-        Raises `InvalidRequest` for a value that could not be read again (its fields were set to other types).
+        Raises `InvalidRequest` for a value that could not be read again (its fields were set to other types), and for
+        a commit of another namespace.
         """
         self._check_open()
+        if isinstance(obj, Commit) and obj.of_namespace != self._store.namespace:
+            raise InvalidRequest(
+                f"a commit of namespace {obj.of_namespace!r} is not written by {self._store.namespace!r}; "
+                "open the repository in the commit's own."
+            )
         identifier, data = encode(obj)
         try:
             decode(data, identifier)
@@ -115,13 +122,15 @@ class Transaction:
         visible.
         """
         self._check_open()
-        with self._store.database.read() as connection:
-            stored = objects.present(connection, "objects", self._queue)
+        updates = tuple(refs.qualified(updates, self._store.namespace))
+        stored = set[str]() if self._store.namespace else self._stored()
         new = {identifier: queued for identifier, queued in self._queue.items() if identifier not in stored}
         written = self._write_objects(new)
         redundant: list[str] = []
         with self._store.database.write() as connection:
             self._check_lease(connection)
+            if self._store.namespace:
+                admit_namespaces(connection)
             redundant += self._insert_blobs(connection)
             self._insert_objects(connection, new, written)
             if setting(connection, COLLECTING) is not None:
@@ -138,6 +147,12 @@ class Transaction:
         if lost is not None:
             raise lost
 
+    def _stored(self) -> set[str]:
+        """What of the queue need not be written again. A namespace writes all: what others have stored must not show in
+        how long its commits take."""
+        with self._store.database.read() as connection:
+            return objects.present(connection, "objects", self._queue)
+
     def _write_objects(self, new: dict[str, bytes]) -> PackResult | None:
         if not new:
             return None
@@ -145,11 +160,12 @@ class Transaction:
         return write_pack(self._store.packs, self._object_pack, items, metadata={"thaw.store": self._store.uuid})
 
     def _insert_blobs(self, connection: sqlite3.Connection) -> list[str]:
-        """Packs of which everything is stored already are not indexed but returned."""
+        """Packs of which everything is stored already are not indexed but returned; those of a namespace stay until the
+        next gc, for the reason that `_stored` gives."""
         redundant = []
         for name, (nbytes, blobs) in self._added.items():
             known = objects.present(connection, "blobs", (blob.blob for blob in blobs))
-            if blobs and all(blob.blob in known for blob in blobs):
+            if blobs and not self._store.namespace and all(blob.blob in known for blob in blobs):
                 redundant.append(name)
                 continue
             objects.insert_pack(connection, name, nbytes)

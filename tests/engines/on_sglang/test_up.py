@@ -11,7 +11,7 @@ import pytest
 
 from thaw import attach
 from thaw.engines.sglang.settings import VARIABLE
-from thaw.repo import served
+from thaw.serve import record as served
 from verbs import here, thaw
 
 

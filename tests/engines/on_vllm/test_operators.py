@@ -29,7 +29,7 @@ from thaw.core.errors import Busy, InvalidRequest, StaleSession
 from thaw.data.locations import StoreMount
 from thaw.engines import load_engine
 from thaw.engines.base import Completion
-from thaw.repo.served import born
+from thaw.serve.record import born
 from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
 from thaw.testing.plans import capture_plan, mount_at

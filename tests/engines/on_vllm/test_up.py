@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from thaw import attach
-from thaw.repo import served
+from thaw.serve import record as served
 from verbs import here, thaw
 
 

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from thaw.cli import boot, options, output, place, server
+from thaw.cli import options, output, place
 from thaw.cli.progress import Progress
-from thaw.core.errors import Busy, CorruptDatabase
-
-if TYPE_CHECKING:
-    from thaw.repo.served import Served
-    from thaw.store import Store
 
 EXAMPLE = """
 thaw down
@@ -26,50 +17,13 @@ def command(named: str | None, as_json: bool) -> None:
 
     Commits are on disk and stay; sessions that were only in the engine are gone.
     """
+    from thaw import serve
+
     with place.open_repository(named) as repo:
-        known, ended = _end(repo.store)
+        known, ended = serve.down(repo, shown=Progress)
     if as_json:
         output.print_json({"ended": ended, "url": known.url if known else None, "pid": known.pid if known else None})
     elif known is None:
         output.line("no engine is up")
     else:
         output.line(f"{known.engine} at {known.url} {'ended' if ended else 'was gone already'}")
-
-
-def _end(store: Store) -> tuple[Served | None, bool]:
-    """(what was recorded, whether it ran until now). Clears the record."""
-    from thaw.repo import served
-
-    try:
-        known = served.recall(store)
-    except CorruptDatabase:
-        known = None
-    alive = known is not None and served.is_alive(known)
-    if known is not None and alive:
-        if not known.is_here:
-            raise Busy(f"{known.engine} at {known.url} runs on {known.host}: type `thaw down` there")
-        with Progress("ending the engine"):
-            server.stop(known.pid)
-    if known is not None and known.is_here:
-        _sweep(Path(known.mail))
-    served.remember(store, None)
-    _restore(store, known)
-    return known, alive
-
-
-def _sweep(mail: Path) -> None:
-    """Remove the mail folder, which `thaw up` had made for this server alone. A data-parallel one has a folder in it
-    for each rank."""
-    places = (mail, *mail.glob("dp*"))
-    if mail.is_absolute() and any((place / "facts").is_dir() and (place / "answers").is_dir() for place in places):
-        shutil.rmtree(mail, ignore_errors=True)
-
-
-def _restore(store: Store, known: Served | None) -> None:
-    """The repository remembers again what it did before, or the same model to be loaded by the verbs themselves."""
-    from thaw.repo.settings import EngineSettings, recall, remember
-
-    now = recall(store)
-    if known is None or now is None or now.options.get(boot.URL) != known.url:
-        return
-    remember(store, known.before or EngineSettings(name=known.engine, options={"model": known.model}))

@@ -61,11 +61,10 @@ def config(
     thaw must be installed in the server's environment. A client of the same user on the same host needs no --store: it
     makes its own repository known.
     """
-    from thaw.cli import serving
     from thaw.engines.kind import Settings
 
     del named  # the repositories are named with --store
-    server = serving.server_of(engine)
+    server = options.server_of(engine)
     if not server.config_suffixes:
         raise click.BadParameter(f"{server.title} reads no file of thaw's ({server.by_hand})")
     told = Settings(

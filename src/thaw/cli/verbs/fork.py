@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from thaw.cli import children, conversation, options, output, prompts, speak, view
 from thaw.cli.progress import Progress
-from thaw.core.errors import InvalidRequest
+from thaw.repo.children import Child, branches_of, free_name, was_cut
 
 if TYPE_CHECKING:
     from thaw.engines.base import Completion
     from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitResult
     from thaw.repo.group import Group
-    from thaw.repo.repository import Repository
 
 EXAMPLE = """
 thaw fork main "Why?" "How?" "Who?" --max-tokens 40
@@ -24,14 +22,6 @@ thaw fork main:turn=1 "Why?" -n 8 --name try
 thaw fork main --prompts questions.jsonl --json
 """
 DEFAULT_N = 4
-
-
-@dataclass(frozen=True)
-class Child:
-    """One child's prompt, and how it samples."""
-
-    prompt: str
-    sampling: Any
 
 
 @options.verb("fork", EXAMPLE)
@@ -76,7 +66,7 @@ def command(
         raise click.UsageError("--chat needs a prompt for every child.")
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         where = repo.resolve(point)
-        prefix = _free_name(repo, name, len(wanted))
+        prefix = free_name(repo, name, len(wanted))
         repo.require_room(sum(child.sampling.max_tokens for child in wanted))
         with Progress("bringing the session back"):
             group = repo.fork(where, len(wanted), replay=replay, policy="recompute" if recompute else "exact")
@@ -98,29 +88,11 @@ def _children(prompt: tuple[str, ...], n: int | None, file: str | None, given: d
     return [Child(text, prompts.make_sampling(given, own)) for text, own in lines]
 
 
-def _free_name(repo: Repository, name: str | None, n: int) -> str:
-    """The branches' common name; checked before anything runs, so that no work is lost to a name."""
-    taken = {ref.name for ref in repo.store.refs()}
-    if name is not None:
-        used = [f"{name}/{i}" for i in range(n) if f"{name}/{i}" in taken]
-        if used:
-            raise InvalidRequest(f"{', '.join(used[:4])} exist already; choose another --name, or delete them first.")
-        return name
-    i = 1
-    while any(f"{_numbered(i)}/{k}" in taken for k in range(n)):
-        i += 1
-    return _numbered(i)
-
-
-def _numbered(i: int) -> str:
-    return "fork" if i == 1 else f"fork{i}"
-
-
 def _chat(group: Group, wanted: list[Child], talk: conversation.Chat, prefix: str, quiet: bool) -> list[ChatResult]:
     """Each child's prompt is the user's next message."""
     new = [talk.messages(session, child.prompt) for session, child in zip(group, wanted, strict=True)]
     stream = group.chat_stream(new, [child.sampling for child in wanted], **talk.arguments)
-    names = _branches(prefix, wanted)
+    names = branches_of(prefix, wanted)
     results = children.follow(stream, names, quiet=quiet)
     for name, result in zip(names, results, strict=True):
         conversation.note(result, f"{name}: ")
@@ -129,26 +101,17 @@ def _chat(group: Group, wanted: list[Child], talk: conversation.Chat, prefix: st
 
 def _generate(group: Group, wanted: list[Child], prefix: str, quiet: bool) -> list[Completion]:
     sampling = [child.sampling for child in wanted]
-    if not any(child.prompt for child in wanted) and _cut(group):
+    if not any(child.prompt for child in wanted) and was_cut(group):
         stream = group.resume_stream()
     else:
         stream = group.stream([child.prompt for child in wanted], sampling)
-    return children.follow(stream, _branches(prefix, wanted), quiet=quiet)
-
-
-def _branches(prefix: str, wanted: list[Child]) -> list[str]:
-    return [f"{prefix}/{i}" for i in range(len(wanted))]
-
-
-def _cut(group: Group) -> bool:
-    turns = group[0].turns
-    return bool(turns) and turns[-1].kind == "completion" and turns[-1].finish_reason is None
+    return children.follow(stream, branches_of(prefix, wanted), quiet=quiet)
 
 
 def _commit(group: Group, wanted: list[Child], prefix: str, message: str | None) -> list[CommitResult]:
     done = []
     with Progress("committing"):
-        for session, child, name in zip(group, wanted, _branches(prefix, wanted), strict=True):
+        for session, child, name in zip(group, wanted, branches_of(prefix, wanted), strict=True):
             text = message or output.one_line(child.prompt, 72) or "went on"
             done.append(session.commit(text, branch=name))
     return done

@@ -27,7 +27,7 @@ import thaw
 from thaw.core.errors import EngineDied
 from thaw.engines.base import Engine
 from thaw.repo.repository import Repository
-from thaw.repo.served import born
+from thaw.serve.record import born
 from thaw.store import fsck
 from thaw.testing.laws.kit import bits, ids, seeded
 

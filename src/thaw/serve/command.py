@@ -7,9 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from thaw.core.errors import NotFound
+from thaw.core.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from thaw.engines.kind import Server
@@ -21,6 +19,10 @@ FINDS += "sys.exit(sum(2**i for i, s in enumerate(f) if s is None or s.origin is
 KEY_OPTIONS = ("--api-key", "--api_key")
 
 
+class NoServer(InvalidRequest):
+    """There is no server of an engine of that name."""
+
+
 def has_server(name: str) -> bool:
     """Whether the engine of that name is known here, and has a server."""
     from thaw.engines.registry import available, kind_of
@@ -29,13 +31,13 @@ def has_server(name: str) -> bool:
 
 
 def server_of(name: str) -> Server:
-    """Raises `click.BadParameter` for an engine that is none, or has no server, naming those that have one."""
+    """Raises `NoServer` for an engine that is none, or has no server, naming those that have one."""
     from thaw.engines.registry import available, kind_of, kinds
 
     server = kind_of(name).server if name in available() else None
     if server is None:
         known = ", ".join(sorted(kind.name for kind in kinds() if kind.server is not None))
-        raise click.BadParameter(f"there is no server of an engine {name!r}; there is one of {known}")
+        raise NoServer(f"there is no server of an engine {name!r}; there is one of {known}")
     return server
 
 

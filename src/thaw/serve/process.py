@@ -13,14 +13,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
-from thaw.cli import output
-from thaw.cli.progress import Progress
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.core.text import clean, one_line
 from thaw.data.files import storage_errors
-from thaw.repo import served
+from thaw.serve.record import answers
 
 EVERY_S = 0.5
 POLITE_S = 30.0
@@ -61,14 +62,28 @@ def keep_former(log: Path) -> None:
                 former.unlink(missing_ok=True)
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, log_prefix: str = "") -> float:
+class Shown(Protocol):
+    """How a wait is shown: as long as the context lasts, `how_far` says what the server is doing."""
+
+    def __call__(self, what: str, how_far: Callable[[], str], /) -> AbstractContextManager[object]: ...
+
+
+def unseen(what: str, how_far: Callable[[], str]) -> AbstractContextManager[object]:
+    """Nothing is shown."""
+    return contextlib.nullcontext()
+
+
+def wait(
+    process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, log_prefix: str = "",
+    shown: Shown = unseen,
+) -> float:  # fmt: skip
     """Seconds until it answered. Ends it and raises `EngineDied` or `TimedOut` when it does not, or on ^C.
 
     `log_prefix`: a regular expression; what it finds is left out of the log's lines that are shown meanwhile."""
     began = time.monotonic()
     try:
-        with Progress("starting the engine", lambda: _last(log, log_prefix)):
-            while not served.answers(url):
+        with shown("starting the engine", lambda: _last(log, log_prefix)):
+            while not answers(url):
                 if process.poll() is not None:
                     raise EngineDied(f"the engine ended with code {process.returncode} while starting.\n{tail(log)}")
                 if time.monotonic() - began > timeout_s:
@@ -117,14 +132,14 @@ def is_taken(host: str, port: int) -> bool:
 
 def tail(log: Path, lines: int = 8) -> str:
     """The end of the log, for an error, and where the rest is."""
-    last = [output.clean(line)[:200] for line in _lines(log)][-lines:]
+    last = [clean(line)[:200] for line in _lines(log)][-lines:]
     return "\n".join([*(f"  {line}" for line in last), f"all of it: {log}"])
 
 
 def _last(log: Path, prefix: str) -> str:
     """What it is doing, in the words of its log."""
     found = _lines(log)
-    return f"({output.one_line(re.sub(prefix, '', found[-1]), 60)})" if found else ""
+    return f"({one_line(re.sub(prefix, '', found[-1]), 60)})" if found else ""
 
 
 def _lines(log: Path) -> list[str]:
