@@ -220,5 +220,7 @@ def test_no_engine_is_named_above_the_registry() -> None:
     for path in rooms:
         text = path.read_text()
         for name in ("vllm", "sglang"):
-            assert f'"{name}"' not in text.replace(f'ForkPool("{name}"', "").replace(f'pool("{name}"', ""), path
+            for example in (f'ForkPool("{name}"', f'pool("{name}"', f'serve.up(repo, "{name}"'):
+                text = text.replace(example, "")
+            assert f'"{name}"' not in text, path
             assert f"thaw.engines.{name}" not in text or path.name == "joining.py", path
