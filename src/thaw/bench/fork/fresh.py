@@ -20,7 +20,7 @@ from thaw.bench.sample import Ask, Sample
 from thaw.core.errors import EngineDied, TimedOut
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class FreshJob(msgspec.Struct, frozen=True, kw_only=True):
     """What a fresh process has to do: `hydrate` or `prefill` and then the children, or measure `memory`.
 
     `started`: the monotonic clock when the process was asked for. `lengths`: for `memory`, tokens to hydrate.
@@ -39,7 +39,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answer: str = ""
 
 
-def run(job: Job, timeout_s: float) -> Sample:
+def run(job: FreshJob, timeout_s: float) -> Sample:
     """Run `job` in a fresh process. Raises `EngineDied` with the last lines that it wrote, `TimedOut`."""
     with tempfile.TemporaryDirectory(prefix="thaw-bench-") as folder:
         answer = Path(folder) / "answer.json"
