@@ -13,7 +13,7 @@ import msgspec
 
 import thaw
 from thaw import receipt as r
-from thaw.bench.cross.options import Arrived, Distance, Leg, Options
+from thaw.bench.cross.options import Arrived, CrossBenchOptions, Distance, Leg
 from thaw.core.errors import EngineDied, TimedOut
 from thaw.engines.registry import kind_of
 from thaw.receipt.machine import software, this_machine
@@ -28,7 +28,7 @@ NOTES = (
 )
 
 
-def run(options: Options, say: Callable[[str], None]) -> r.Receipt:
+def run(options: CrossBenchOptions, say: Callable[[str], None]) -> r.Receipt:
     """Run it and seal the receipt. Raises `EngineDied` with what a process said last, `TimedOut`."""
     with tempfile.TemporaryDirectory(prefix="thaw-cross-") as folder:
         repository = Path(folder) / "repo"
@@ -37,7 +37,7 @@ def run(options: Options, say: Callable[[str], None]) -> r.Receipt:
     return _receipt(options, legs)
 
 
-def _leg(options: Options, number: int, repository: Path, say: Callable[[str], None]) -> Arrived:
+def _leg(options: CrossBenchOptions, number: int, repository: Path, say: Callable[[str], None]) -> Arrived:
     engine = options.route[number]
     say(f"{engine} {'reads the document' if number == 0 else f'goes on from {options.route[number - 1]}'}")
     common = {"dtype": options.dtype} if options.dtype else {}
@@ -66,7 +66,7 @@ def _environment(engine: str) -> dict[str, str]:
     return {**modest, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
 
 
-def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
+def _receipt(options: CrossBenchOptions, legs: Sequence[Arrived]) -> r.Receipt:
     arms: list[r.Arm] = []
     derived: list[r.Derived] = []
     checks: list[r.Check] = []
@@ -96,7 +96,7 @@ def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
     )  # fmt: skip
 
 
-def _dtype(options: Options) -> str:
+def _dtype(options: CrossBenchOptions) -> str:
     return f" --dtype {options.dtype}" if options.dtype else ""
 
 
