@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Engine
-from thaw.pool.home import Home
+from thaw.pool.home import PoolHome
 
 
-class Host(Protocol):
+class WorkerHandle(Protocol):
     """One life of a worker's engine."""
 
     engine: Engine
@@ -43,12 +43,12 @@ class Host(Protocol):
         """End it in order. Idempotent."""
 
 
-class Backend(Protocol):
+class WorkerBackend(Protocol):
     """Boots workers. `restarts`: whether a dead worker can be booted again."""
 
     restarts: bool
 
-    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         """Blocks until the engine can be used. Called on several threads at once, for different workers."""
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
@@ -59,8 +59,8 @@ class Backend(Protocol):
 
 
 def choose(
-    home: Home, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float
-) -> tuple[Backend, int]:
+    home: PoolHome, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float
+) -> tuple[WorkerBackend, int]:
     """The backend for what a pool was given, and how many workers it begins with."""
     from thaw.pool.inside import Attached, InProcess
     from thaw.pool.local import LocalProcesses

@@ -21,7 +21,7 @@ from thaw.engines.base import SessionRef
 from thaw.pool.arena import ArenaPoint
 from thaw.pool.finder import Finder
 from thaw.pool.planner import Planner
-from thaw.pool.stores import KeptIn, Stored, Stores
+from thaw.pool.stores import KeptIn, StoredPoint, Stores
 from thaw.pool.trunk import Trunk
 from thaw.pool.values import Decision, LoadPolicy
 from thaw.pool.worker import Life, Resident
@@ -145,7 +145,7 @@ class Preparer:
         return Prepared(live.session, resident, done, trunk.turns, live.proof, stored.parent, capture_s, seconds)
 
     @staticmethod
-    def _load(stored: Stored, life: Life) -> tuple[Resident, Hydration]:
+    def _load(stored: StoredPoint, life: Life) -> tuple[Resident, Hydration]:
         store = stored.where.store
         live = hydrate(life.context_of(store), stored.point)
         return Resident(live.session, KeptIn().add(store, live.kept), live.proof), live
@@ -171,7 +171,7 @@ class Preparer:
         """A session at the longest stored prefix of plain tokens, and its length."""
         model = objects.encode(life.engine.identity())[0]
         found = [(where, match(where.store, [model], trunk.tokens)) for where in self._stores]
-        usable = [Stored(where, at) for where, at in found if at is not None and at.num_tokens >= MIN_MATCH]
+        usable = [StoredPoint(where, at) for where, at in found if at is not None and at.num_tokens >= MIN_MATCH]
         if not usable:
             return None, 0
         longest = max(usable, key=lambda stored: stored.point.num_tokens)
