@@ -30,7 +30,7 @@ from thaw.data.files import storage_errors, sync_folder
 from thaw.store import leases, objects, reserve, windows
 from thaw.store.db import Database, drop_setting, set_setting
 from thaw.store.locks import locked
-from thaw.store.mark import UPKEEP, Marks, catch_up, mark_all
+from thaw.store.mark import UPKEEP, Reachable, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
 from thaw.store.schema import COLLECTING, KEEP_REFLOG_S
 from thaw.store.windows import Windows
@@ -145,7 +145,7 @@ _ORDER = ("commit", "state", "segments", "turns", "segment", "turn", "model", "b
 """Kinds, each before what it may need, so that what is left between two transactions is whole."""
 
 
-def _delete(store: Home, marks: Marks, since_ns: int, some: list[tuple[str, str]], report: GcReport) -> None:
+def _delete(store: Home, marks: Reachable, since_ns: int, some: list[tuple[str, str]], report: GcReport) -> None:
     """Deletes those of `some` that are dead still. What a power cut brings back, the next gc deletes."""
     with store.database.write(durable=False) as connection:
         catch_up(connection, marks, since_ns)
@@ -158,7 +158,7 @@ def _delete(store: Home, marks: Marks, since_ns: int, some: list[tuple[str, str]
     report.blobs_removed += len(blobs)
 
 
-def _dead(connection: sqlite3.Connection, marks: Marks) -> list[tuple[str, str]]:
+def _dead(connection: sqlite3.Connection, marks: Reachable) -> list[tuple[str, str]]:
     """(kind, id) of what is stored but not marked, in the order in which it may go: of a kind, newest first.
 
     Raises `CorruptDatabase` where what is marked has no row: the row of what seems dead may have been its.
@@ -176,13 +176,13 @@ def _dead(connection: sqlite3.Connection, marks: Marks) -> list[tuple[str, str]]
     return [(kind, one) for kind, of_kind in found.items() for one in of_kind]
 
 
-def _stale(connection: sqlite3.Connection, marks: Marks) -> list[Found]:
+def _stale(connection: sqlite3.Connection, marks: Reachable) -> list[Found]:
     """Rows by which a dead segment is found, or a segment through a dead state."""
     rows = connection.execute('SELECT "window", "key", segment, state FROM segments').fetchall()
     return [row for row in rows if row[2] not in marks.objects or row[3] not in marks.objects]
 
 
-def _find_anew(store: Home, marks: Marks, since_ns: int, rows: list[Found]) -> None:
+def _find_anew(store: Home, marks: Reachable, since_ns: int, rows: list[Found]) -> None:
     """Live segments of `rows` are found through live states, those that are dead still no more."""
     with store.database.write(durable=False) as connection:
         set_setting(connection, COLLECTING, "1")
@@ -191,7 +191,7 @@ def _find_anew(store: Home, marks: Marks, since_ns: int, rows: list[Found]) -> N
         _home(connection, marks, {row[2] for row in rows})
 
 
-def _rehome(connection: sqlite3.Connection, marks: Marks) -> None:
+def _rehome(connection: sqlite3.Connection, marks: Reachable) -> None:
     """What a commit meanwhile has made live again is found through a live state, too."""
     _lose(connection, _stale(connection, marks))
     found = {segment for (segment,) in connection.execute("SELECT segment FROM segments")}
@@ -203,7 +203,7 @@ def _lose(connection: sqlite3.Connection, rows: list[Found]) -> None:
     connection.executemany(query, [row[:3] for row in rows])
 
 
-def _home(connection: sqlite3.Connection, marks: Marks, segments: Collection[str]) -> None:
+def _home(connection: sqlite3.Connection, marks: Reachable, segments: Collection[str]) -> None:
     homes = (home for home in marks.homed() if home[0] in segments)
     windows.insert(connection, Windows(lambda one: objects.read_bytes(connection, one)).rows(homes))
 
@@ -305,7 +305,7 @@ def _pack_bytes(store: Home) -> int:
         return sum(pack.nbytes for pack in objects.read_packs(connection, "doomed_ns IS NULL"))
 
 
-def _predict(store: Home, connection: sqlite3.Connection, marks: Marks, report: GcReport) -> None:
+def _predict(store: Home, connection: sqlite3.Connection, marks: Reachable, report: GcReport) -> None:
     """What gc would remove, from one view: whole packs and orphans (rewriting may free more)."""
     dead = _dead(connection, marks)
     report.blobs_removed = sum(kind == "blob" for kind, _ in dead)

@@ -58,7 +58,7 @@ _ALONE: dict[type, type[AnyObject]] = {Commit: Commit, State: State}
 """Kinds that a verb that only reads looks at, often without any other."""
 
 
-class Usage(msgspec.Struct, frozen=True):
+class DiskUsage(msgspec.Struct, frozen=True):
     """Bytes on disk. `pack_nbytes` counts whole files, `blob_nbytes` the KV in them."""
 
     num_packs: int
@@ -262,14 +262,14 @@ class Store:
             last = rows[-1][0]
             yield from map(CommitId, own)
 
-    def usage(self) -> Usage:
+    def usage(self) -> DiskUsage:
         """What the repository takes on disk."""
         with self.database.read() as connection:
             packs = objects.read_packs(connection, "doomed_ns IS NULL")
             blobs = objects.read_blobs_nbytes(connection)
         with storage_errors(self.database.path, "look at"):
             database = os.stat(self.database.path).st_size
-        return Usage(len(packs), sum(pack.nbytes for pack in packs), blobs, database)
+        return DiskUsage(len(packs), sum(pack.nbytes for pack in packs), blobs, database)
 
     # --- writing
 

@@ -31,7 +31,7 @@ from thaw.store import backup, leases, objects, refs
 from thaw.store.db import CommitUnsure, Database, admit_namespaces, setting
 from thaw.store.gather import gather, is_due
 from thaw.store.links import links
-from thaw.store.mark import Marks
+from thaw.store.mark import Reachable
 from thaw.store.refs import RefUpdate
 from thaw.store.schema import COLLECTING
 from thaw.store.windows import Windows, insert
@@ -190,7 +190,7 @@ class Transaction:
     def _find_again(self, connection: sqlite3.Connection) -> None:
         """Rows for every segment that is reached from here: those that were stored and dead may have lost theirs to a
         gc that is under way, or was killed. What is damaged is left to fsck."""
-        marks = Marks()
+        marks = Reachable()
         with contextlib.suppress(CorruptDatabase):
             marks.mark(connection, self._queue)
         windows = Windows(lambda identifier: objects.read_bytes(connection, identifier))

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from thaw.core.cache import CacheGroup, point_groups, token_groups
 from thaw.core.errors import Busy, InvalidRequest, LawBroken, StaleSession
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import Point
+from thaw.core.objects import StatesAtToken
 from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
@@ -138,7 +138,7 @@ def _segment(start: int, stop: int, tokens: Named, states: dict[int, Named]) -> 
         length=stop - start,
         blobs=_ids(tokens),
         first={name: blobs[0].first for name, blobs in tokens.items() if blobs[0].first > start},
-        points=tuple(Point(token=token, blobs=_ids(named)) for token, named in states.items()),
+        points=tuple(StatesAtToken(token=token, blobs=_ids(named)) for token, named in states.items()),
     )
 
 
