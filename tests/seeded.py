@@ -348,8 +348,8 @@ FAULTS = (
     Fault(
         "tail-page-shared", "4", "fake", "engines/embedded/pages.py",
         "            extent = self.factory.extent(1)\n            extent.copy_page(0, source, index, tail)\n"
-        "            child.runs.append(Run(extent, 0, whole, 1))\n",
-        "            child.runs.append(Run(source, index, whole, 1))\n",
+        "            child.runs.append(PageRange(extent, 0, whole, 1))\n",
+        "            child.runs.append(PageRange(source, index, whole, 1))\n",
         (f"{FAKE}::test_the_parent_is_untouched_by_what_its_children_do",
          f"{FAKE}::test_children_that_share_blocks_equal_children_that_own_copies"),
         "a child writes into the last page of its parent and siblings",
