@@ -29,7 +29,7 @@ from thaw.testing.laws.kit import Lab
 from thaw.testing.plans import mount_at
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import MAX_PIECES, Arena, Piece, Record  # noqa: E402 - it needs torch
+from thaw.engines.served.arena import MAX_PIECES, HostCache, HostRecord, Piece  # noqa: E402 - it needs torch
 from thaw.engines.served.capturing import joined_segments  # noqa: E402
 from thaw.engines.served.packing import Packing  # noqa: E402
 from thaw.engines.vllm.contents import Contents  # noqa: E402
@@ -59,14 +59,14 @@ class Worker:
     def __init__(self, groups: Sequence[CacheGroup], rank: int, num_ranks: int, lab: Lab, nbytes: int = 1 << 24):
         own = RankGroups(groups, rank, num_ranks)
         mail: Any = SimpleNamespace(mount=lambda uuid: lab.mount)
-        self.rank, self.arena = rank, Arena(nbytes, None, own, spill_nbytes=0, shares=Shares())
+        self.rank, self.arena = rank, HostCache(nbytes, None, own, spill_nbytes=0, shares=Shares())
         self.packing = Packing(own, mail, self.arena)
 
-    def read(self, plan: HydratePlan) -> Record:
+    def read(self, plan: HydratePlan) -> HostRecord:
         found = self.packing.read(plan, ME)
-        return Record(found.pieces, 0, caller=ME, points=found.points)
+        return HostRecord(found.pieces, 0, caller=ME, points=found.points)
 
-    def write(self, record: Record, base: int, num_kv: int, name: str) -> Answer:
+    def write(self, record: HostRecord, base: int, num_kv: int, name: str) -> Answer:
         return self.packing.write(
             record, base, num_kv, store="s", pack=f"{name}-{self.rank}.safetensors", num_tokens=num_kv
         )
@@ -229,10 +229,10 @@ def test_each_group_is_copied_by_its_own_block_table(lab: Lab) -> None:
     assert [str(group) for group in groups] == [
         "full: layers 0,2, 2 KV heads of 8, float32", "full.1: layers 1,3, 2 KV heads of 4, float32",
     ]  # fmt: skip
-    arena = Arena(1 << 24, None, RankGroups(groups), spill_nbytes=0, shares=Shares())
+    arena = HostCache(1 << 24, None, RankGroups(groups), spill_nbytes=0, shares=Shares())
     copier = Copier(layouts, arena)
     here, there = ((3, 1, 4), (2, 7, 5)), ((0, 6, 8), (1, 0, 3))
-    record = Record(tuple(copier.save(here, 0, 40, ME)), 0)
+    record = HostRecord(tuple(copier.save(here, 0, 40, ME)), 0)
     copier.load(there, record, 0, 40)
     for layout, source, target in zip(layouts, here, there, strict=True):
         read = [torch.empty(2, 2, 2, 40, layout.head_dim) for _ in range(2)]

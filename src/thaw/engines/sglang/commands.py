@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.arena import HostRecord as Kept
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
 from thaw.engines.served.guard import described
 from thaw.engines.served.packing import Packing
@@ -46,7 +46,7 @@ class Commands:
             side.say(message.id, self._pin(message))
         elif isinstance(message, protocol.Look):
             self._look(message)
-        elif isinstance(message, protocol.Stats):
+        elif isinstance(message, protocol.GetStats):
             side.answer(message.id, Answer(counts=self._counts()))
         elif isinstance(message, protocol.Unpin):
             side.pins.reset()

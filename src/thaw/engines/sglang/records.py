@@ -9,8 +9,8 @@ import torch
 
 from thaw.core.errors import ThawError
 from thaw.engines.served import protocol
+from thaw.engines.served.arena import HostRecord as Kept
 from thaw.engines.served.arena import Piece
-from thaw.engines.served.arena import Record as Kept
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.sglang.rows import Chosen
 

@@ -30,8 +30,8 @@ import torch
 from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import Arena, Piece
-from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.arena import HostCache, Piece
+from thaw.engines.served.arena import HostRecord as Kept
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.mail import SCHEDULER, Mail
@@ -73,7 +73,7 @@ class Side:
         spill = Path(settings.spill) if settings.spill else None
         groups, device = RankGroups(facts.groups, facts.rank, facts.world_size), pools[0].device.type
         groups.require([pool.num_heads for pool in pools])
-        self.arena = Arena(
+        self.arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=device == "cuda",
         )  # fmt: skip

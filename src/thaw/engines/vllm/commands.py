@@ -69,7 +69,7 @@ class Commands:
             side.mail.answer(message.id, SCHEDULER, self._pin(message))
         elif isinstance(message, protocol.Look):
             side.queue.append(jobs.LookAtWeights(message.id, message.digest))
-        elif isinstance(message, protocol.Stats):
+        elif isinstance(message, protocol.GetStats):
             side.queue.append(jobs.Count(message.id, self._counts()))
         elif isinstance(message, protocol.Unpin):
             side.reset()
