@@ -32,11 +32,11 @@ torch = pytest.importorskip("torch")
 from thaw.engines.served.arena import MAX_PIECES, HostCache, HostRecord, Piece  # noqa: E402 - it needs torch
 from thaw.engines.served.capturing import joined_segments  # noqa: E402
 from thaw.engines.served.packing import Packing  # noqa: E402
-from thaw.engines.vllm.contents import Contents  # noqa: E402
+from thaw.engines.vllm.contents import BlockContents  # noqa: E402
 from thaw.engines.vllm.copier import Copier  # noqa: E402
 from thaw.engines.vllm.layout import cache_groups, layer_order, make_layouts  # noqa: E402
 from thaw.engines.vllm.layout_cuda import TorchPages  # noqa: E402
-from thaw.engines.vllm.records import Record as Known  # noqa: E402
+from thaw.engines.vllm.records import SchedulerRecord as Known  # noqa: E402
 
 ME = "1" * 32
 RANKS = [("one", 1), ("one", 2), ("two", 1), ("two", 3), ("hybrid", 1), ("hybrid", 2), ("hybrid", 4), ("latent", 3)]
@@ -266,7 +266,7 @@ class Pool:
 
 
 def test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign() -> None:
-    contents = Contents(2)
+    contents = BlockContents(2)
     tables = ((11, 12, 13), (21, 22, 23))
     mine = Known([0] * 48, 48, [])
     contents.note_computed(mine, tables, 3)

@@ -106,13 +106,13 @@ class WorkerSide:
             self._sync(job)
         elif isinstance(job, jobs.Load):
             self._load(job)
-        elif isinstance(job, jobs.Check):
+        elif isinstance(job, jobs.CheckRecord):
             self._usable(job.record)
         elif isinstance(job, jobs.Fail):
             self._fail(job.request, job.tables, background=job.background)
         elif isinstance(job, jobs.ReadPlan):
             self._in_thread(job, partial(self._read, job, self._now()))
-        elif isinstance(job, jobs.WritePack):
+        elif isinstance(job, jobs.WriteRecord):
             self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
         elif isinstance(job, jobs.LookAtWeights):
             self._look(job)
@@ -129,10 +129,10 @@ class WorkerSide:
         """Tell whoever waits for it."""
         kind, text = error.kind, str(error)
         log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
-        if isinstance(job, jobs.Load | jobs.Check):
+        if isinstance(job, jobs.Load | jobs.CheckRecord):
             self._answer(job.name, Answer(kind=kind, error=text))
             self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
-        elif isinstance(job, jobs.ReadPlan | jobs.WritePack | jobs.LookAtWeights | jobs.Count | jobs.Watch):
+        elif isinstance(job, jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch):
             self._answer(job.name, Answer(kind=kind, error=text))
         elif isinstance(job, jobs.Derive | jobs.Sync):
             caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
@@ -216,7 +216,7 @@ class WorkerSide:
         answer = Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
         self._answer(job.name, answer)
 
-    def _write(self, job: jobs.WritePack, record: HostRecord) -> None:
+    def _write(self, job: jobs.WriteRecord, record: HostRecord) -> None:
         pack = job.packs[self._facts.rank]
         answer = self._packing.write(
             record, job.base, job.num_kv, store=job.store, pack=pack, num_tokens=job.num_tokens
