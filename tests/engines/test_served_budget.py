@@ -21,8 +21,12 @@ from thaw.receipt import format as receipts
 from thaw.testing.messages import HOSTILE, MALFORMED
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import TIGHT_TOKENS, HostCache, Piece  # noqa: E402 - it needs torch
-from thaw.engines.served.arena import HostRecord as Kept  # noqa: E402
+from thaw.engines.served.arena import (  # noqa: E402 - it needs torch
+    TIGHT_TOKENS,
+    HostCache,
+    HostRecord,
+    Piece,
+)
 
 ONE, TWO = "1" * 32, "2" * 32
 TOKEN = 2 * 1 * 2 * 8 * 4
@@ -91,8 +95,8 @@ def test_guests_fill_their_part_of_memory_then_of_the_disk_and_no_more(tmp_path:
 
 def test_what_a_fork_holds_counts_until_nobody_has_it() -> None:
     one = arena(1000, 0, Shares(caller=0.5))
-    parent = Kept((Piece(0, 500, one.allocate(500, ONE)),), epoch=0, caller=ONE)
-    child = Kept(parent.cut(10), epoch=0, caller=ONE)
+    parent = HostRecord((Piece(0, 500, one.allocate(500, ONE)),), epoch=0, caller=ONE)
+    child = HostRecord(parent.cut(10), epoch=0, caller=ONE)
     del parent
     gc.collect()
     assert one.used == 500 * TOKEN
