@@ -24,6 +24,7 @@ import msgspec
 import thaw
 from thaw.core import errors
 from thaw.core.errors import Conflict, EngineDied, ThawError
+from thaw.data.fresh_process import with_this_thaw
 from thaw.demo import events, record
 from thaw.demo.events import (
     Answered,
@@ -223,10 +224,7 @@ def _environment(engine: str) -> dict[str, str]:
     """Ours, with the folder of this very thaw first, so that a worker imports the same one, and what keeps the engine
     quiet and content with a part of the memory. What the user set stays."""
     kind = kind_of(engine)
-    folder = str(Path(thaw.__file__).resolve().parents[1])
-    rest = os.environ.get("PYTHONPATH", "")
-    path = f"{folder}{os.pathsep}{rest}" if rest else folder
-    return {**kind.modest_environment, **kind.quiet, **os.environ, "PYTHONPATH": path}
+    return with_this_thaw({**kind.modest_environment, **kind.quiet, **os.environ})
 
 
 class _Heard:

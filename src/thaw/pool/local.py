@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import thaw
 from thaw.core.errors import EngineDied, TimedOut, Unsupported
 from thaw.data.files import read_tail
+from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.base import Engine
 from thaw.pool import wire
 from thaw.pool.backend import WorkerHandle
@@ -90,11 +90,8 @@ class LocalProcesses:
 
     def _environment(self, index: int) -> dict[str, str]:
         """This process', with this very thaw first on the path, and what was given for this worker."""
-        folder = str(Path(thaw.__file__).resolve().parents[1])
         given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
-        own = {**os.environ, **given}
-        rest = own.get("PYTHONPATH", "")
-        return {**own, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder}
+        return with_this_thaw({**os.environ, **given})
 
 
 def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:

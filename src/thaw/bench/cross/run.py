@@ -15,6 +15,7 @@ import thaw
 from thaw import receipt as r
 from thaw.bench.cross.options import Arrived, CrossBenchOptions, Distance, Leg
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.registry import kind_of
 from thaw.receipt.machine import software, this_machine
 
@@ -60,10 +61,7 @@ def _leg(options: CrossBenchOptions, number: int, repository: Path, say: Callabl
 
 def _environment(engine: str) -> dict[str, str]:
     """This process's environment, with this thaw importable, and the engine content with a part of the memory."""
-    source = str(Path(thaw.__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH", "")
-    modest = kind_of(engine).modest_environment
-    return {**modest, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
+    return with_this_thaw({**kind_of(engine).modest_environment, **os.environ})
 
 
 def _receipt(options: CrossBenchOptions, legs: Sequence[Arrived]) -> r.Receipt:

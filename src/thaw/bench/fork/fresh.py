@@ -15,9 +15,9 @@ from typing import Literal
 
 import msgspec
 
-import thaw
 from thaw.bench.sample import Ask, Sample
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.data.fresh_process import with_this_thaw
 
 
 class FreshJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +47,7 @@ def run(job: FreshJob, timeout_s: float) -> Sample:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "thaw.bench.fork.probe"], input=msgspec.json.encode(job),
-                capture_output=True, timeout=timeout_s, env=_environment(), check=False,
+                capture_output=True, timeout=timeout_s, env=with_this_thaw(os.environ), check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise TimedOut(
@@ -57,10 +57,3 @@ def run(job: FreshJob, timeout_s: float) -> Sample:
             last = "\n".join(done.stderr.decode(errors="replace").strip().splitlines()[-5:])
             raise EngineDied(f"the fresh process ({job.what}) ended with code {done.returncode}: {last}")
         return msgspec.json.decode(answer.read_bytes(), type=Sample)
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, with this thaw importable."""
-    source = str(Path(thaw.__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
