@@ -34,8 +34,9 @@ from thaw.engines.served.capturing import joined_segments  # noqa: E402
 from thaw.engines.served.packing import Packing  # noqa: E402
 from thaw.engines.vllm.contents import BlockContents  # noqa: E402
 from thaw.engines.vllm.copier import Copier  # noqa: E402
-from thaw.engines.vllm.layout import cache_groups, layer_order, make_layouts  # noqa: E402
-from thaw.engines.vllm.layout_cuda import TorchPages  # noqa: E402
+from thaw.engines.vllm.layout import cache_groups, make_layouts  # noqa: E402
+from thaw.engines.vllm.layout.base import layer_order  # noqa: E402
+from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
 from thaw.engines.vllm.records import SchedulerRecord as Known  # noqa: E402
 
 ME = "1" * 32

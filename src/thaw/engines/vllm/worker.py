@@ -26,7 +26,7 @@ from thaw.engines.served.weights import WeightsSample
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.copier import make_copier
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.layout import KVLayout
+from thaw.engines.vllm.layout.base import KVLayout
 from thaw.engines.vllm.settings import VllmSettings
 
 log = logging.getLogger("thaw.vllm")
