@@ -139,7 +139,7 @@ FAULTS = (
         "a fork inside a segment takes the blob's last tokens, not its first",
     ),
     Fault(
-        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout_cpu.py",
+        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout/packed.py",
         "source[:, layer, 0].transpose(0, 1), source[:, layer, 1].transpose(0, 1), slots",
         "source[:, layer, 1].transpose(0, 1), source[:, layer, 0].transpose(0, 1), slots",
         ("tests/engines/on_vllm/test_layout.py::TestPackedPages::test_scatter_is_the_inverse_and_touches_nothing_else",),
