@@ -13,7 +13,7 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
-from thaw.pool.backend import WorkerBackend, WorkerHandle
+from thaw.pool.backends.base import WorkerBackend, WorkerHandle
 from thaw.pool.closer import Closer
 from thaw.pool.stores import Stores
 from thaw.pool.values import WorkerStats

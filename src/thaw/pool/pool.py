@@ -39,13 +39,13 @@ from thaw.pool.asking import (
     each_sampling,
     make_job,
 )
-from thaw.pool.backend import choose
+from thaw.pool.backends import choose
+from thaw.pool.backends.inside import Attached
 from thaw.pool.batch import Batch
 from thaw.pool.closer import Closer
 from thaw.pool.finder import Finder
 from thaw.pool.fleet import Fleet
 from thaw.pool.home import PoolHome
-from thaw.pool.inside import Attached
 from thaw.pool.job import JobChunk
 from thaw.pool.monitor import Monitor
 from thaw.pool.planner import Planner

@@ -17,7 +17,7 @@ from typing import Literal
 from thaw.core.errors import EngineDied, ThawError
 from thaw.core.proof import Proof
 from thaw.engines.base import Engine, SessionRef
-from thaw.pool.backend import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle
 from thaw.pool.closer import Closer
 from thaw.pool.stores import KeptIn, Stores
 from thaw.repo.context import Context

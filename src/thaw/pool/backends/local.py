@@ -19,7 +19,7 @@ from thaw.data.files import read_tail
 from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.base import Engine
 from thaw.pool import wire
-from thaw.pool.backend import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle
 from thaw.pool.connection import Connection
 from thaw.pool.home import PoolHome
 from thaw.pool.remote import Line, RemoteEngine

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from thaw.engines.base import Engine
-from thaw.pool.backend import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle
 
 
 class Inside:
