@@ -28,12 +28,12 @@ from typing import TypeVar
 from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
 from thaw.store import leases, objects, reserve, windows
-from thaw.store.db import drop_setting, set_setting
 from thaw.store.home import StoreHome
 from thaw.store.locks import locked
 from thaw.store.mark import UPKEEP, Reachable, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
 from thaw.store.schema import COLLECTING, KEEP_REFLOG_S
+from thaw.store.settings import drop_setting, set_setting
 from thaw.store.windows import Windows
 
 T = TypeVar("T")

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from thaw.core.errors import CorruptBlob, CorruptDatabase
 from thaw.store import leases
-from thaw.store.db import number
 from thaw.store.links import Links, links
 from thaw.store.objects import verified
 from thaw.store.refs import read_refs, read_whole_reflog
+from thaw.store.settings import number
 
 UPKEEP = "gc removes nothing from a damaged repository. Run `thaw fsck`."
 

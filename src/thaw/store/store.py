@@ -25,22 +25,12 @@ from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
 from thaw.store import backup, leases, objects, refs, reserve, windows
-from thaw.store.db import (
-    REBUILD,
-    Database,
-    admit_namespaces,
-    check_format,
-    creating,
-    is_read_only,
-    number,
-    required,
-    set_setting,
-    setting,
-)
+from thaw.store.db import Database, creating, is_read_only
 from thaw.store.filesystem import refuse_network
 from thaw.store.objects import ObjectCache, Recorded
 from thaw.store.refs import Ref, ReflogEntry, RefUpdate
 from thaw.store.schema import DATABASE, FORMAT, KEEP_REFLOG_S, PACKS
+from thaw.store.settings import REBUILD, admit_namespaces, check_format, number, required, set_setting, setting
 
 if TYPE_CHECKING:
     from thaw.store.gc import GcReport

@@ -26,13 +26,14 @@ from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import CommitUnsure, admit_namespaces, setting
+from thaw.store.db import CommitUnsure
 from thaw.store.gather import gather, is_due
 from thaw.store.home import NamespaceHome
 from thaw.store.links import links
 from thaw.store.mark import Reachable
 from thaw.store.refs import RefUpdate
 from thaw.store.schema import COLLECTING
+from thaw.store.settings import admit_namespaces, setting
 from thaw.store.windows import Windows, insert
 
 
