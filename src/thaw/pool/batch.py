@@ -37,6 +37,8 @@ class Batch:
             self._preparer.capture(chunk.trunk)
         there = self._preparer.prepare(chunk.trunk, life, chunk.policy)
         prepared = time.perf_counter()
+        # What was brought here nobody holds any more: another point may push it out before it is forked. It is tried
+        # again.
         chunk.stage, chunk.progress = "fork", prepared
         children = self._fork(chunk, life, there)
         forked = time.perf_counter()

@@ -49,7 +49,9 @@ class Prepared:
 
 
 class Preparer:
-    """Shared by all workers of a pool; safe from any thread."""
+    """Shared by all workers of a pool; safe from any thread.
+
+    Locks are taken in this order: a life's `making`, a trunk's, those of the life and of the arena."""
 
     def __init__(self, stores: Stores, finder: Finder, planner: Planner, token_nbytes: int) -> None:
         self._stores, self._arena = stores, stores.arena
@@ -107,6 +109,7 @@ class Preparer:
     def capture_resident(self, trunk: Trunk, life: Life) -> None:
         """Put a prefilled trunk into the arena, from the worker that prefilled it."""
         with trunk.lock:
+            # From here on another point may push it out, which closes the session: the capture raises `NotFound` then.
             found = life.resident(trunk.key)
             if trunk.stored is None and found is not None:
                 point = self._into_arena(trunk, life, found.ref, found.kept)

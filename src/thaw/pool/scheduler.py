@@ -89,6 +89,7 @@ class Scheduler:
             self._changed.notify_all()
         for job in gone:
             job.end_stopped()
+        # A child may be born only now: its batch sets it and looks at `stop` after that, so one of the two closes it.
         for job in closing:
             if job.child is not None:
                 job.child[0].forget(job.child[1])
@@ -199,6 +200,7 @@ class Scheduler:
         worker.running += len(chunk.jobs)
         self.running.add(chunk)
         self._changed.notify_all()
+        # The life may end from here on. It is named with the chunk, so that the one after it is not blamed.
         self._threads.submit(self._run, chunk, worker, life, len(chunk.jobs))
 
     def _stuck(self) -> bool:
@@ -224,10 +226,12 @@ class Scheduler:
             results = self._batch.run(chunk, life)
         except BaseException as error:  # noqa: BLE001 - judged, and given to the jobs
             self._done(chunk, worker, size)
+            # Neither running nor queued until `_requeue`: `pause` does not wait for it, and `stop` and `close` do not
+            # find it in a lane. What they said meanwhile is looked at there, under the lock.
             self._judge(chunk, worker, life, error)
         else:
             self._fleet.worked(worker, size)
-            self._done(chunk, worker, size)
+            self._done(chunk, worker, size)  # the next chunk may run in it before these results are heard of
             for job, result in zip(chunk.jobs, results, strict=True):
                 if job.stop:
                     job.end_stopped()

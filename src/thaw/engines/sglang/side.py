@@ -220,7 +220,7 @@ class RankSide:
         self.number(run, upto)
         if record.kept.broken or run.error is not None:
             return
-        if record.kept.epoch != self.epochs.seen():
+        if record.kept.epoch != self.epochs.seen():  # not `now`: inside `together` no collective may run
             record.kept.broken = "the weights changed while it was computed"
             return
         slots = self.row(run.req, upto)
@@ -230,6 +230,7 @@ class RankSide:
             return
         try:
             tensors = self.arena.allocate(upto - same, record.caller)
+            # SGLang may have launched steps that still write these slots; reading waits for them.
             for pool, tensor in zip(self._pools, tensors, strict=True):
                 pool.read(slots[same:], tensor)
             pieces = self.arena.joined((*record.kept.cut(same), Piece(same, upto - same, tensors)), record.caller)

@@ -33,6 +33,7 @@ class Saving:
         if live is None or (want is not None and want <= record.num_kv):
             return record.num_kv
         table = self.tables.get(live.request_id)
+        # Some of these are still being computed, in steps that vLLM has put together already. The job runs behind them.
         ready: int = min(live.num_computed_tokens, live.num_tokens - 1)
         if want is not None:
             ready = min(ready, want)
@@ -69,6 +70,7 @@ class Saving:
         if record is None or record.live is not request:
             return False, 0
         held = False
+        # A step may be under way that was put together before the last token was known: what it computes is nobody's.
         num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
         keep = run.message.keep and run.error is None and not is_failed(request)
         if keep and num_kv > record.num_kv and self._room(tables) >= num_kv:

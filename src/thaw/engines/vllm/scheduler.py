@@ -309,6 +309,8 @@ class SchedulerSide:
             guarded(partial(self._saving.rescue, run), partial(self._stop, run))
         self._follow(output)
         self.pins.release()
+        # The workers may still be computing the step before. They take these jobs after it, and before this one's
+        # forward pass: rescues first, for the blocks that they read are written by loads in the queue and by that pass.
         out = [*self._saving.rescues, *self.queue]
         self._saving.rescues.clear()
         self.queue.clear()

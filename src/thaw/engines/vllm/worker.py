@@ -113,6 +113,7 @@ class WorkerSide:
         elif isinstance(job, jobs.ReadPlan):
             self._in_thread(job, partial(self._read, job, self._now()))
         elif isinstance(job, jobs.WriteRecord):
+            # Cut now: while the thread writes, later steps put a longer record in this one's place.
             self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
         elif isinstance(job, jobs.LookAtWeights):
             self._look(job)
@@ -209,6 +210,7 @@ class WorkerSide:
     def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
         started = time.perf_counter()
         plan = self._mail.plan(job.name)
+        # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole.
         found = self._packing.read(plan, job.caller)
         self._records[job.record] = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
         seconds = time.perf_counter() - started
