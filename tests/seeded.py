@@ -139,7 +139,7 @@ FAULTS = (
         "a fork inside a segment takes the blob's last tokens, not its first",
     ),
     Fault(
-        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout_cpu.py",
+        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout/packed.py",
         "source[:, layer, 0].transpose(0, 1), source[:, layer, 1].transpose(0, 1), slots",
         "source[:, layer, 1].transpose(0, 1), source[:, layer, 0].transpose(0, 1), slots",
         ("tests/engines/on_vllm/test_layout.py::TestPackedPages::test_scatter_is_the_inverse_and_touches_nothing_else",),
@@ -348,8 +348,8 @@ FAULTS = (
     Fault(
         "tail-page-shared", "4", "fake", "engines/embedded/pages.py",
         "            extent = self.factory.extent(1)\n            extent.copy_page(0, source, index, tail)\n"
-        "            child.runs.append(Run(extent, 0, whole, 1))\n",
-        "            child.runs.append(Run(source, index, whole, 1))\n",
+        "            child.runs.append(PageRange(extent, 0, whole, 1))\n",
+        "            child.runs.append(PageRange(source, index, whole, 1))\n",
         (f"{FAKE}::test_the_parent_is_untouched_by_what_its_children_do",
          f"{FAKE}::test_children_that_share_blocks_equal_children_that_own_copies"),
         "a child writes into the last page of its parent and siblings",

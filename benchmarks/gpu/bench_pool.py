@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import msgspec
 from arguments import parser
 
-from thaw.bench.pool import Options, quick, run
+from thaw.bench.pool import PoolBenchOptions, quick, run
 from thaw.receipt import dumps
 
 GIB = 1 << 30
@@ -48,7 +48,7 @@ def main() -> None:
         branches = tuple(map(int, told.branches.split(",")))
         engine = {**ENGINE, **share, "max_model_len": told.trunk + 1024, "model": told.model}
         sizes = {**SIZES, "branches": branches, "trunk_tokens": told.trunk}
-        options = msgspec.convert({**sizes, **usual, "engine_options": engine}, Options)
+        options = msgspec.convert({**sizes, **usual, "engine_options": engine}, PoolBenchOptions)
     began = time.monotonic()
     receipt = run(options, lambda line: print(f"{time.monotonic() - began:7.1f} s  {line}", flush=True))
     name = f"bench-pool-{'-'.join(parts)}-{told.trunk}{'-two-cards' if cards else ''}.json"

@@ -106,7 +106,7 @@ class Plain:
             async for line in response.aiter_lines():
                 if not line.startswith("data:") or line[5:].strip() == "[DONE]":
                     continue
-                news = msgspec.json.decode(line[5:].strip().encode(), type=wire.News)
+                news = msgspec.json.decode(line[5:].strip().encode(), type=wire.StreamEvent)
                 if news.error is not None or news.meta_info is None:
                     raise RuntimeError(str(news.error))
                 chunk = wire.chunk(news, news.meta_info, len(ids))

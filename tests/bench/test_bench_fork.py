@@ -12,7 +12,7 @@ import pytest
 from thaw import receipt as r
 from thaw.bench import fork, text
 from thaw.bench.fork import fresh
-from thaw.bench.fork.fresh import Job
+from thaw.bench.fork.fresh import FreshJob
 from thaw.core.errors import EngineDied, InvalidRequest
 
 ARMS = {
@@ -98,7 +98,7 @@ def test_options_out_of_range_and_documents_too_long_are_refused() -> None:
 
 
 def test_a_fresh_process_that_fails_says_what_it_met(tmp_path: Path) -> None:
-    job = Job(what="hydrate", engine="fake", engine_options={}, repository=str(tmp_path), commit="b3:" + "0" * 64)
+    job = FreshJob(what="hydrate", engine="fake", engine_options={}, repository=str(tmp_path), commit="b3:" + "0" * 64)
     with pytest.raises(EngineDied, match="NotFound"):
         fresh.run(job, 60.0)
 

@@ -48,9 +48,9 @@ def test_the_engine_counts_and_the_outputs_are_compared(receipt: r.Receipt) -> N
 def test_options_that_cannot_be_are_refused() -> None:
     for wrong in ({"parts": ("round", "round")}, {"parts": ("x",)}, {"rounds": 0}, {"branches": (0,)}):
         with pytest.raises(InvalidRequest):
-            pool.Options(**wrong)  # type: ignore[arg-type]
+            pool.PoolBenchOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="fake not"):
-        pool.Options(engine="fake", parts=("pressure",))
+        pool.PoolBenchOptions(engine="fake", parts=("pressure",))
     with pytest.raises(InvalidRequest, match="limit"):
         pool.run(pool.quick(engine="fake", engine_options={"max_model_len": 128}))
 
@@ -67,7 +67,7 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
 
 
 def test_under_pressure_there_is_room_for_a_third_of_the_points_or_for_one_round() -> None:
-    many = pool.Options(pressure_points=24, pressure_trunk=1032, engine_options={"block_size": 16})
+    many = pool.PoolBenchOptions(pressure_points=24, pressure_trunk=1032, engine_options={"block_size": 16})
     assert many.few_blocks() == {"block_size": 16, "max_model_len": 1044, "num_gpu_blocks_override": 24 * 65 // 3 + 1}
-    few = pool.Options(pressure_points=2, pressure_trunk=1032, pressure_branches=16)
+    few = pool.PoolBenchOptions(pressure_points=2, pressure_trunk=1032, pressure_branches=16)
     assert few.few_blocks()["num_gpu_blocks_override"] == 9 + 16 + 1, "the point, and a block of each branch's own"

@@ -104,15 +104,15 @@ def _story(folder: Path) -> demo.Story:
     for key in ("ok", "sooner", "checks"):
         del plain[key]
     events = {name: msgspec.convert(plain[name], kind) for name, kind in EVENTS.items()}
-    children = msgspec.convert(plain["children"], tuple[demo.Child, ...])
+    children = msgspec.convert(plain["children"], tuple[demo.ChildAnswered, ...])
     checks = tuple(demo.checks(events["committed"], events["hydrated"], children, events["parent"], events["resumed"]))
     assert [check.held for check in checks] == [True] * 5 + [False]
     return demo.Story(folder="d", receipt="r", children=children, checks=checks, **events)
 
 
 EVENTS = {
-    "loaded": demo.Loaded, "described": demo.Described, "read": demo.Read, "committed": demo.Committed,
-    "parent": demo.Answered, "hydrated": demo.Hydrated, "resumed": demo.Answered,
+    "loaded": demo.ModelLoaded, "described": demo.Described, "read": demo.DocumentRead, "committed": demo.Committed,
+    "parent": demo.Answered, "hydrated": demo.ChildrenHydrated, "resumed": demo.Answered,
 }  # fmt: skip
 
 

@@ -17,11 +17,11 @@ from thaw.core.objects import (
     ChatTurn,
     Commit,
     GroupedSegment,
-    Point,
     Segment,
     SegmentEntry,
     SegmentNode,
     State,
+    StatesAtToken,
     Turn,
     TurnNode,
 )
@@ -58,7 +58,7 @@ OBJECTS = {
     "model of four kinds": HYBRID,
     "segment with states": GroupedSegment(
         start=0, tokens=(1, 2, 3), window=A, prefix=B, blobs={"full": (A, C), "sliding": (B,)}, first={"sliding": 1},
-        points=(Point(token=2, blobs={"state": (C,)}), Point(token=3, blobs={"state": (A,)})),
+        points=(StatesAtToken(token=2, blobs={"state": (C,)}), StatesAtToken(token=3, blobs={"state": (A,)})),
     ),
     "segments": SegmentNode(entries=(SegmentEntry(segment=A, start=0, length=3),)),
     "turn": TURN,

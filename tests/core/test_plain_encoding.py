@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thaw.core import canonical
-from thaw.core.objects import GroupedSegment, Point, Segment, SegmentEntry, SegmentNode, TurnNode
+from thaw.core.objects import GroupedSegment, Segment, SegmentEntry, SegmentNode, StatesAtToken, TurnNode
 
 IDS = st.binary(min_size=32, max_size=32).map(lambda raw: "b3:" + raw.hex())
 
@@ -27,7 +27,7 @@ def test_a_segment_is_canonical(tokens: list[int], blobs: list[str], some: str, 
 def test_a_segment_with_states_is_canonical(ids: list[str], group: str, token: int) -> None:
     segment = GroupedSegment(
         start=0, tokens=tuple(range(256)), window=ids[0], prefix=ids[0], blobs={group: tuple(ids), "a": ()},
-        first={group: token}, points=(Point(token=token, blobs={group: tuple(ids), "a": ()}),),
+        first={group: token}, points=(StatesAtToken(token=token, blobs={group: tuple(ids), "a": ()}),),
     )  # fmt: skip
     assert canonical.encode(segment) == rfc8785.dumps(canonical.to_plain(segment))
 

@@ -137,12 +137,12 @@ def _prefilled(backend: Any, count: int) -> PagedKV:
 def _copied(backend: Any, source: PagedKV, *, one_by_one: bool = False) -> PagedKV:
     """The same bytes in memory of its own: in one extent, or one a page."""
     from thaw.core.prefix import windows
-    from thaw.engines.embedded.pages import Run
+    from thaw.engines.embedded.pages import PageRange
 
     kv = PagedKV(backend)
     if one_by_one:
         pages = -(-source.num_tokens // PAGE)
-        kv.runs = [Run(kv.factory.extent(1), 0, i, 1) for i in range(pages)]
+        kv.runs = [PageRange(kv.factory.extent(1), 0, i, 1) for i in range(pages)]
     kv.reserve(source.num_tokens)
     for start, stop in windows(0, source.num_tokens):
         for head in range(kv.factory.groups[0].num_blobs):

@@ -20,7 +20,7 @@ from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.testing.laws.boundary_law import stop_string
 from thaw.testing.laws.kit import LIMIT_S, SEED, Lab, greedy, ids, seeded
 from thaw.testing.plans import halves_swapped, mount_at, tampered
-from thaw.testing.resume_worker import Answer, Job, Report, Round, answer, run_fresh
+from thaw.testing.resume_worker import Report, ResumeAnswer, ResumeJob, ResumeRound, answer, run_fresh
 
 PROMPT = (11, 5, 7)
 
@@ -33,8 +33,8 @@ class Story:
     engine: Engine
     session: SessionRef
     base: Captured
-    expected: dict[str, list[Answer]] = field(default_factory=dict)
-    rounds: dict[str, Round] = field(default_factory=dict)
+    expected: dict[str, list[ResumeAnswer]] = field(default_factory=dict)
+    rounds: dict[str, ResumeRound] = field(default_factory=dict)
     report: Report | None = None
 
     def resumed(self, name: str, sampling: Sampling, cut: int) -> None:
@@ -45,17 +45,17 @@ class Story:
         assert len(out.token_ids) > cut
         self.expected[name] = [answer(out)]
         part = self.lab.twin(self.engine, parent, at=start + cut)
-        self.rounds[name] = Round(plans=(self.plan(part),))
+        self.rounds[name] = ResumeRound(plans=(self.plan(part),))
 
     def plan(self, session: SessionRef) -> HydratePlan:
         return self.lab.plan(self.lab.capture(self.engine, session, base=self.base.num_kv), self.base)
 
-    def answers(self, name: str) -> tuple[Answer, ...]:
+    def answers(self, name: str) -> tuple[ResumeAnswer, ...]:
         assert self.report is not None
         return self.report.rounds[list(self.rounds).index(name)].completions
 
     def tell(self, engine_name: str, options: dict[str, str | int], folder: Path) -> None:
-        job = Job(engine=engine_name, options=options, rounds=tuple(self.rounds.values()))
+        job = ResumeJob(engine=engine_name, options=options, rounds=tuple(self.rounds.values()))
         self.report = run_fresh(job, folder)
 
 
@@ -75,7 +75,7 @@ def live(engine: Engine, tokens: tuple[int, ...], folder: Path) -> Story:
     for style, sampling in (("greedy", greedy(12)), ("seeded", seeded(12)), ("knobs", every_knob(12))):
         twin = lab.twin(engine, session)
         story.expected[f"{style} from the start"] = [answer(lab.one(engine, twin, sampling))]
-        story.rounds[f"{style} from the start"] = Round(plans=(lab.plan(story.base),), sampling=sampling)
+        story.rounds[f"{style} from the start"] = ResumeRound(plans=(lab.plan(story.base),), sampling=sampling)
         story.resumed(f"{style} after one", sampling, 1)
         story.resumed(f"{style} midway", sampling, 7)
     _stop_string(story)
@@ -97,7 +97,7 @@ def _while_running(story: Story) -> None:
     """Captured by this thread while the engine's decodes."""
     captured, whole = story.lab.captured_amid(story.engine, story.session, base=story.base.num_kv)
     story.expected["while running"] = [answer(whole)]
-    story.rounds["while running"] = Round(plans=(story.lab.plan(captured, story.base),))
+    story.rounds["while running"] = ResumeRound(plans=(story.lab.plan(captured, story.base),))
 
 
 def _children(story: Story) -> None:
@@ -105,7 +105,7 @@ def _children(story: Story) -> None:
     outs = story.lab.run(story.engine, *children, sampling=seeded(12), prompt=PROMPT)
     assert len({out.token_ids for out in outs}) == 4
     story.expected["four children"] = [answer(out) for out in outs]
-    story.rounds["four children"] = Round(
+    story.rounds["four children"] = ResumeRound(
         plans=(story.lab.plan(story.base),), fork=4, prompt=PROMPT, sampling=seeded(12)
     )
 
@@ -114,7 +114,7 @@ def _wrong_block(story: Story) -> None:
     """The negative control: one block wrong, hashed again and so accepted."""
     wrong = tampered(story.lab.plan(story.base), halves_swapped, piece=len(story.base.segments) // 2)
     story.expected["wrong block"] = story.expected["greedy from the start"]
-    story.rounds["wrong block"] = Round(plans=(wrong,), sampling=greedy(12))
+    story.rounds["wrong block"] = ResumeRound(plans=(wrong,), sampling=greedy(12))
 
 
 CUTS = [

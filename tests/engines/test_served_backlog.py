@@ -20,7 +20,7 @@ from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.talk import Talk
 from thaw.engines.served.transport import Chunk, Submission
-from thaw.engines.vllm.client.http import HttpTransport
+from thaw.engines.vllm.client.http import VllmHttpTransport
 
 STREAMS, EVENTS = 8, 600
 TAKE_S = 0.0005
@@ -83,7 +83,7 @@ def url(mail: Mail) -> Iterator[str]:
 
 async def spoken(url: str, mail: Mail) -> tuple[float, float, int]:
     """(seconds of three commands, of all streams, tokens that had been taken when the commands were answered)."""
-    transport = HttpTransport(url)
+    transport = VllmHttpTransport(url)
     transport._open()
     facts = mail.engine_facts()
     assert facts is not None

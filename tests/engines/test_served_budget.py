@@ -21,8 +21,12 @@ from thaw.receipt import format as receipts
 from thaw.testing.messages import HOSTILE, MALFORMED
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import TIGHT_TOKENS, Arena, Piece  # noqa: E402 - it needs torch
-from thaw.engines.served.arena import Record as Kept  # noqa: E402
+from thaw.engines.served.arena import (  # noqa: E402 - it needs torch
+    TIGHT_TOKENS,
+    HostCache,
+    HostRecord,
+    Piece,
+)
 
 ONE, TWO = "1" * 32, "2" * 32
 TOKEN = 2 * 1 * 2 * 8 * 4
@@ -36,10 +40,10 @@ class Record:
     touched: float = 0.0
 
 
-def arena(memory: int, files: int, shares: Shares = Shares(), folder: Path | None = None) -> Arena:  # noqa: B008
+def arena(memory: int, files: int, shares: Shares = Shares(), folder: Path | None = None) -> HostCache:  # noqa: B008
     """Room for so many tokens in memory and in files."""
     full = FullKV(name="full", first_layer=0, num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
-    return Arena(memory * TOKEN, folder, RankGroups((full,)), spill_nbytes=files * TOKEN, shares=shares)
+    return HostCache(memory * TOKEN, folder, RankGroups((full,)), spill_nbytes=files * TOKEN, shares=shares)
 
 
 def test_every_caller_has_its_share_and_all_have_the_whole() -> None:
@@ -91,8 +95,8 @@ def test_guests_fill_their_part_of_memory_then_of_the_disk_and_no_more(tmp_path:
 
 def test_what_a_fork_holds_counts_until_nobody_has_it() -> None:
     one = arena(1000, 0, Shares(caller=0.5))
-    parent = Kept((Piece(0, 500, one.allocate(500, ONE)),), epoch=0, caller=ONE)
-    child = Kept(parent.cut(10), epoch=0, caller=ONE)
+    parent = HostRecord((Piece(0, 500, one.allocate(500, ONE)),), epoch=0, caller=ONE)
+    child = HostRecord(parent.cut(10), epoch=0, caller=ONE)
     del parent
     gc.collect()
     assert one.used == 500 * TOKEN

@@ -29,14 +29,15 @@ from thaw.testing.laws.kit import Lab
 from thaw.testing.plans import mount_at
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import MAX_PIECES, Arena, Piece, Record  # noqa: E402 - it needs torch
+from thaw.engines.served.arena import MAX_PIECES, HostCache, HostRecord, Piece  # noqa: E402 - it needs torch
 from thaw.engines.served.capturing import joined_segments  # noqa: E402
 from thaw.engines.served.packing import Packing  # noqa: E402
-from thaw.engines.vllm.contents import Contents  # noqa: E402
+from thaw.engines.vllm.contents import BlockContents  # noqa: E402
 from thaw.engines.vllm.copier import Copier  # noqa: E402
-from thaw.engines.vllm.layout import cache_groups, layer_order, make_layouts  # noqa: E402
-from thaw.engines.vllm.layout_cuda import TorchPages  # noqa: E402
-from thaw.engines.vllm.records import Record as Known  # noqa: E402
+from thaw.engines.vllm.layout import cache_groups, make_layouts  # noqa: E402
+from thaw.engines.vllm.layout.base import layer_order  # noqa: E402
+from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
+from thaw.engines.vllm.records import SchedulerRecord as Known  # noqa: E402
 
 ME = "1" * 32
 RANKS = [("one", 1), ("one", 2), ("two", 1), ("two", 3), ("hybrid", 1), ("hybrid", 2), ("hybrid", 4), ("latent", 3)]
@@ -59,14 +60,14 @@ class Worker:
     def __init__(self, groups: Sequence[CacheGroup], rank: int, num_ranks: int, lab: Lab, nbytes: int = 1 << 24):
         own = RankGroups(groups, rank, num_ranks)
         mail: Any = SimpleNamespace(mount=lambda uuid: lab.mount)
-        self.rank, self.arena = rank, Arena(nbytes, None, own, spill_nbytes=0, shares=Shares())
+        self.rank, self.arena = rank, HostCache(nbytes, None, own, spill_nbytes=0, shares=Shares())
         self.packing = Packing(own, mail, self.arena)
 
-    def read(self, plan: HydratePlan) -> Record:
+    def read(self, plan: HydratePlan) -> HostRecord:
         found = self.packing.read(plan, ME)
-        return Record(found.pieces, 0, caller=ME, points=found.points)
+        return HostRecord(found.pieces, 0, caller=ME, points=found.points)
 
-    def write(self, record: Record, base: int, num_kv: int, name: str) -> Answer:
+    def write(self, record: HostRecord, base: int, num_kv: int, name: str) -> Answer:
         return self.packing.write(
             record, base, num_kv, store="s", pack=f"{name}-{self.rank}.safetensors", num_tokens=num_kv
         )
@@ -229,10 +230,10 @@ def test_each_group_is_copied_by_its_own_block_table(lab: Lab) -> None:
     assert [str(group) for group in groups] == [
         "full: layers 0,2, 2 KV heads of 8, float32", "full.1: layers 1,3, 2 KV heads of 4, float32",
     ]  # fmt: skip
-    arena = Arena(1 << 24, None, RankGroups(groups), spill_nbytes=0, shares=Shares())
+    arena = HostCache(1 << 24, None, RankGroups(groups), spill_nbytes=0, shares=Shares())
     copier = Copier(layouts, arena)
     here, there = ((3, 1, 4), (2, 7, 5)), ((0, 6, 8), (1, 0, 3))
-    record = Record(tuple(copier.save(here, 0, 40, ME)), 0)
+    record = HostRecord(tuple(copier.save(here, 0, 40, ME)), 0)
     copier.load(there, record, 0, 40)
     for layout, source, target in zip(layouts, here, there, strict=True):
         read = [torch.empty(2, 2, 2, 40, layout.head_dim) for _ in range(2)]
@@ -266,7 +267,7 @@ class Pool:
 
 
 def test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign() -> None:
-    contents = Contents(2)
+    contents = BlockContents(2)
     tables = ((11, 12, 13), (21, 22, 23))
     mine = Known([0] * 48, 48, [])
     contents.note_computed(mine, tables, 3)

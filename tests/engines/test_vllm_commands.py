@@ -14,7 +14,7 @@ from thaw.engines.served.budget import MAX_COMMANDS, Shares
 from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer
 from thaw.engines.vllm import commands
-from thaw.engines.vllm.commands import Commands
+from thaw.engines.vllm.commands import SchedulerCommands
 
 ONE, TWO = "1" * 32, "2" * 32
 
@@ -30,7 +30,7 @@ def look(name: int, caller: str | None = ONE, **more: Any) -> protocol.Look:
 
 
 def test_a_caller_holds_no_more_than_its_share(side: Any) -> None:
-    held = Commands(side, Shares(caller=3 / MAX_COMMANDS))
+    held = SchedulerCommands(side, Shares(caller=3 / MAX_COMMANDS))
     for i in range(3):
         held.begin(f"r{i}", look(i))
     with pytest.raises(Busy, match="held commands: this caller has 3 of 3"):
@@ -43,7 +43,7 @@ def test_a_caller_holds_no_more_than_its_share(side: Any) -> None:
 
 
 def test_what_is_held_for_ever_goes_on_after_a_while(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Commands(side, Shares())
+    held = SchedulerCommands(side, Shares())
     held.begin("r", look(0))
     for sender in (0, 1):
         side.mail.answer(look(0).id, sender, Answer(epoch=3))
@@ -55,7 +55,7 @@ def test_what_is_held_for_ever_goes_on_after_a_while(side: Any, monkeypatch: pyt
 @pytest.mark.parametrize("answered", [0, 1, 2])
 def test_a_request_that_ends_before_its_command_is_answered_costs_nothing(side: Any, answered: int) -> None:
     """Its sender has hung up; the workers have heard of it, and may not have answered."""
-    held = Commands(side, Shares())
+    held = SchedulerCommands(side, Shares())
     held.begin("r", look(0, None))
     side.queue.clear()
     for sender in range(answered):

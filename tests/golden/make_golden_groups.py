@@ -22,7 +22,17 @@ from thaw.core.cache import CacheGroup, FullKV, LatentKV, PointState, SlidingKV,
 from thaw.core.canonical import U64
 from thaw.core.identity import identity_of
 from thaw.core.ids import CommitId, digest
-from thaw.core.objects import Commit, Point, Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode, with_points
+from thaw.core.objects import (
+    Commit,
+    Segment,
+    SegmentEntry,
+    SegmentNode,
+    State,
+    StatesAtToken,
+    Turn,
+    TurnNode,
+    with_points,
+)
 from thaw.core.prefix import chains, extend
 from thaw.core.sampling import Sampling
 from thaw.data.pack import PackItem, write_pack
@@ -72,7 +82,7 @@ def put_segment(tx: Transaction, store: Store, model: str, start: int, end: int,
             blobs = [data("state", token, i, nbytes=nbytes) for i, (_, nbytes) in enumerate(state.blobs)]
             kinds = [(part.dtype, (state.num_layers, *part.shape)) for part, _ in state.blobs]
             items += [item(dtype, shape, blob) for (dtype, shape), blob in zip(kinds, blobs, strict=True)]
-            states.append(Point(token=token, blobs={state.name: tuple(map(digest, blobs))}))
+            states.append(StatesAtToken(token=token, blobs={state.name: tuple(map(digest, blobs))}))
     name = tx.lease_pack()
     result = write_pack(store.packs, name, items)
     tx.add_pack(name, result.nbytes, result.blobs)

@@ -10,7 +10,7 @@ import pytest
 import thaw
 from thaw.core.errors import InvalidRequest
 from thaw.core.sampling import Sampling
-from thaw.engines.vllm.client.http import HttpTransport
+from thaw.engines.vllm.client.http import VllmHttpTransport
 from thaw.repo.repository import Repository
 
 HALF = "\ud800"
@@ -57,7 +57,7 @@ def test_it_is_refused_by_name_and_nothing_changes(repo: Repository, name: str) 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://[", f"http://{HALF}/", "http://", "x"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="not the address of a server"):
-        HttpTransport.base_of(url)
+        VllmHttpTransport.base_of(url)
 
 
 def test_the_current_branch_may_have_no_moves_yet(repo: Repository) -> None:

@@ -36,7 +36,7 @@ text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-seri
 """
 
 
-class Row(msgspec.Struct, frozen=True):
+class BarRow(msgspec.Struct, frozen=True):
     """One way: its words, and (bar's class, number) for one child and for all."""
 
     title: str
@@ -67,7 +67,7 @@ def svg(source: Receipt | Source) -> str:
     return "\n".join((_open(receipt, height), *body, "</svg>")) + "\n"
 
 
-def _rows(receipt: Receipt) -> list[Row]:
+def _rows(receipt: Receipt) -> list[BarRow]:
     many = receipt.parameters.get("children")
     out = []
     for method, title, text, kind in ROWS:
@@ -77,7 +77,7 @@ def _rows(receipt: Receipt) -> list[Row]:
         ]
         bars = tuple((name, number) for name, number in found if number is not None)
         if bars:
-            out.append(Row(title, text, bars))
+            out.append(BarRow(title, text, bars))
     return out
 
 
@@ -122,7 +122,7 @@ def grid(axis: scale.Axis, bottom: int) -> list[str]:
     return out
 
 
-def row_of(row: Row, y: int, axis: scale.Axis) -> list[str]:
+def row_of(row: BarRow, y: int, axis: scale.Axis) -> list[str]:
     out = [text(24, y + 15, row.title), text(24, y + 31, row.text, "s")]
     for i, (name, number) in enumerate(row.bars):
         top = y + 3 + i * (BAR + GAP) + (0 if len(row.bars) > 1 else (BAR + GAP) // 2)

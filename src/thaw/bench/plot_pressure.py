@@ -6,7 +6,7 @@ A pure function of the receipt, drawn as `plot` draws: one linear axis from 0, w
 from __future__ import annotations
 
 from thaw.bench import scale
-from thaw.bench.plot import LEFT, RIGHT, ROW, STYLE, TOP, WIDTH, Row, grid, key, row_of, text
+from thaw.bench.plot import LEFT, RIGHT, ROW, STYLE, TOP, WIDTH, BarRow, grid, key, row_of, text
 from thaw.core.errors import InvalidRequest
 from thaw.receipt import Derived, Receipt, Source, Term, read
 
@@ -59,11 +59,11 @@ def svg(source: Receipt | Source) -> str:
     return "\n".join((head, *body, "</svg>")) + "\n"
 
 
-def _row(receipt: Receipt, arm: str, title: str, words: str, kind: str) -> Row:
+def _row(receipt: Receipt, arm: str, title: str, words: str, kind: str) -> BarRow:
     values = returns(receipt, arm)
     p50, p95 = percentile(values, 0.5), percentile(values, 0.95)
     bars = ((kind, _bar(arm, p50, min(values), max(values))), (f"{kind} many", _bar(arm, p95, p95, p95)))
-    return Row(title, words, bars)
+    return BarRow(title, words, bars)
 
 
 def _bar(arm: str, value: float, low: float, high: float) -> Derived:

@@ -24,7 +24,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatOptions:
     """What was said beside --chat. `arguments` are those of `Session.chat` that are no messages."""
 
     system: str | None
@@ -45,7 +45,7 @@ class Chat:
         return [{"role": "user", "content": content}, *after]
 
 
-def taken(values: dict[str, Any], *, chat: bool) -> Chat:
+def taken(values: dict[str, Any], *, chat: bool) -> ChatOptions:
     """Takes the options out of a verb's arguments. Raises where one of them was given without --chat."""
     given = {name: values.pop(name) for name in NAMES}
     used = [NAMES[name] for name, value in given.items() if value]
@@ -58,7 +58,7 @@ def taken(values: dict[str, Any], *, chat: bool) -> Chat:
         arguments["chat_template_kwargs"] = dict(_variable(text) for text in given["template_vars"])
     if given["prefill"] is not None:
         arguments["continue_final_message"] = True
-    return Chat(given["system"], given["prefill"], arguments)
+    return ChatOptions(given["system"], given["prefill"], arguments)
 
 
 def json_list(name: str) -> list[Any]:

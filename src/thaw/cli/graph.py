@@ -19,30 +19,30 @@ UNICODE = dict(zip(PARTS, "●│─├┴╯┬╮┼", strict=True))
 ASCII = dict(zip(PARTS, "*|-++'+.|", strict=True))
 
 
-class Row(NamedTuple):
+class GraphRow(NamedTuple):
     """`gutter` to the left of the commit `id`; a row that only joins or splits lines has no id."""
 
     gutter: str
     id: str | None
 
 
-def draw(commits: Iterable[tuple[str, tuple[str, ...]]], glyphs: dict[str, str]) -> Iterator[Row]:
+def draw(commits: Iterable[tuple[str, tuple[str, ...]]], glyphs: dict[str, str]) -> Iterator[GraphRow]:
     """Rows for commits in an order where children come first."""
     columns: list[str | None] = []
     for identifier, parents in commits:
         mine = [i for i, waits in enumerate(columns) if waits == identifier]
         if len(mine) > 1:
-            yield Row(_bridge(columns, mine, glyphs, glyphs["tee"], glyphs["end"]), None)
+            yield GraphRow(_bridge(columns, mine, glyphs, glyphs["tee"], glyphs["end"]), None)
             for i in mine[1:]:
                 columns[i] = None
             _trim(columns)
         at = mine[0] if mine else _free(columns)
         columns[at] = identifier
-        yield Row(_row(columns, at, glyphs), identifier)
+        yield GraphRow(_row(columns, at, glyphs), identifier)
         columns[at] = parents[0] if parents else None
         new = [_open(columns, parent, at) for parent in parents[1:]]
         if new:
-            yield Row(_bridge(columns, sorted({at, *new}), glyphs, glyphs["split"], glyphs["new"]), None)
+            yield GraphRow(_bridge(columns, sorted({at, *new}), glyphs, glyphs["split"], glyphs["new"]), None)
         _trim(columns)
 
 

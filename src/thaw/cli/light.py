@@ -41,7 +41,7 @@ class Flag:
         self.name, self.words, self.help = name, words, help
 
 
-class Number:
+class LightNumber:
     """An option with a number from `least` to `MOST`."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Number:
         self.metavar = metavar
 
 
-Parameter = Argument | Flag | Number
+Parameter = Argument | Flag | LightNumber
 AS_JSON = Flag("as_json", ("--json",), "Print one JSON document instead of text.")
 
 
@@ -79,7 +79,7 @@ class Light:
             option = options.get(word)
             if isinstance(option, Flag):
                 found[option.name] = True
-            elif isinstance(option, Number) or word in PLACE:
+            elif isinstance(option, LightNumber) or word in PLACE:
                 value = next(left, None)
                 if value is None or value.startswith("-"):
                     return None
@@ -165,7 +165,7 @@ def plain(words: Sequence[str], verbs: Sequence[str]) -> Callable[[], int | None
     return None if given is None else lambda: light.function(**given)
 
 
-def _number(option: Number, text: str) -> int | float | None:
+def _number(option: LightNumber, text: str) -> int | float | None:
     try:
         number = option.kind(text)
     except ValueError:

@@ -38,7 +38,7 @@ class Narrator:
         self._role = ""
 
     def __call__(self, event: events.Event) -> None:
-        if not isinstance(event, (events.Said, events.Reading)):
+        if not isinstance(event, (events.ChildSaid, events.Reading)):
             self.close()
         if not self._quiet:
             self._tell(event)
@@ -50,17 +50,17 @@ class Narrator:
 
     def _tell(self, event: events.Event) -> None:
         match event:
-            case events.Started():
+            case events.WorkerStarted():
                 self._role = event.role
                 self.chapter(f"{TITLES[event.role]} (process {event.pid})")
                 self._wait("loading the model")
-            case events.Loaded():
+            case events.ModelLoaded():
                 name = event.model.rstrip("/").rpartition("/")[2]
                 say(f"loaded {name} ({event.engine}, {event.device}) in {words.seconds(event.seconds)}")
                 self._wait("reading" if self._role == "reader" else "hydrating")
             case events.Reading():
                 self._far = f"{event.done:,} of {words.count(event.total, 'token')}"
-            case events.Read():
+            case events.DocumentRead():
                 say(f"read {words.count(event.num_tokens, 'token')} in {bold(words.seconds(event.seconds))}")
                 self._wait("committing")
             case events.Committed():
@@ -85,16 +85,16 @@ class Narrator:
             say(f"resumed the parent too, for {n}")
 
     def _tell_children(self, event: events.Event) -> None:
-        if isinstance(event, events.Hydrated):
+        if isinstance(event, events.ChildrenHydrated):
             proof = event.proof
             say(
                 f"hydrated {event.num_children} children in {bold(words.seconds(event.seconds))}: "
                 f"{words.nbytes(proof.nbytes)} read and hashed, once for all"
             )
             self._open(Board([f"answer/{i}" for i in range(event.num_children)]))
-        elif isinstance(event, events.Said) and isinstance(self._busy, Board):
+        elif isinstance(event, events.ChildSaid) and isinstance(self._busy, Board):
             self._busy.add(event.index, event.text)
-        elif isinstance(event, events.Child):
+        elif isinstance(event, events.ChildAnswered):
             output.line()
             name = output.style(event.branch, "bold", "green")
             output.line(f"{MARGIN}{name}  {output.style(output.clean(event.question), 'bold')}")

@@ -64,12 +64,12 @@ class Segment(_Object, frozen=True, kw_only=True, tag="thaw.segment/1"):
         return self.start
 
     @property
-    def states(self) -> tuple[Point, ...]:
+    def states(self) -> tuple[StatesAtToken, ...]:
         """The point states that are kept in it."""
         return ()
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StatesAtToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The point states after exactly `token` tokens: `blobs[group]` are all blobs of the group's."""
 
     token: Count
@@ -84,7 +84,7 @@ class GroupedSegment(Segment, frozen=True, kw_only=True, tag="thaw.segment/2"):
     """
 
     first: dict[str, Count] = {}
-    points: tuple[Point, ...] = ()
+    points: tuple[StatesAtToken, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.first and not self.points:
@@ -100,11 +100,11 @@ class GroupedSegment(Segment, frozen=True, kw_only=True, tag="thaw.segment/2"):
         return self.first.get(group, self.start)
 
     @property
-    def states(self) -> tuple[Point, ...]:
+    def states(self) -> tuple[StatesAtToken, ...]:
         return self.points
 
 
-def with_points(segment: Segment, first: dict[str, int], points: tuple[Point, ...]) -> GroupedSegment:
+def with_points(segment: Segment, first: dict[str, int], points: tuple[StatesAtToken, ...]) -> GroupedSegment:
     """The same tokens and blobs, with where windows begin and the states that were kept."""
     fields = {name: getattr(segment, name) for name in Segment.__struct_fields__}
     return GroupedSegment(**fields, first=first, points=points)

@@ -13,14 +13,14 @@ class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", forbi
     """Common settings: immutable, `event` says which."""
 
 
-class Started(_Event, frozen=True, kw_only=True, tag="started"):
+class WorkerStarted(_Event, frozen=True, kw_only=True, tag="started"):
     """A process of its own is there and loads the engine."""
 
     role: str
     pid: int
 
 
-class Loaded(_Event, frozen=True, kw_only=True, tag="loaded"):
+class ModelLoaded(_Event, frozen=True, kw_only=True, tag="loaded"):
     model: str
     engine: str
     device: str
@@ -32,7 +32,7 @@ class Reading(_Event, frozen=True, kw_only=True, tag="reading"):
     total: int
 
 
-class Read(_Event, frozen=True, kw_only=True, tag="read"):
+class DocumentRead(_Event, frozen=True, kw_only=True, tag="read"):
     """The document has KV: `seconds` of prefill, nothing else."""
 
     num_tokens: int
@@ -57,7 +57,7 @@ class Answered(_Event, frozen=True, kw_only=True, tag="answered"):
     total_s: float
 
 
-class Hydrated(_Event, frozen=True, kw_only=True, tag="hydrated"):
+class ChildrenHydrated(_Event, frozen=True, kw_only=True, tag="hydrated"):
     """`seconds`: from the call to sessions that are ready, identity checked, bytes read and hashed."""
 
     num_children: int
@@ -66,14 +66,14 @@ class Hydrated(_Event, frozen=True, kw_only=True, tag="hydrated"):
     proof: Proof
 
 
-class Said(_Event, frozen=True, kw_only=True, tag="said"):
+class ChildSaid(_Event, frozen=True, kw_only=True, tag="said"):
     """News of child `index`."""
 
     index: int
     text: str
 
 
-class Child(_Event, frozen=True, kw_only=True, tag="child"):
+class ChildAnswered(_Event, frozen=True, kw_only=True, tag="child"):
     """A child's whole answer, what the engine counted for it, and where it was committed.
 
     `num_suffix_tokens`: its question. `ttft_s`: from the start of the batch, in which all children answer at once.
@@ -101,7 +101,7 @@ class Described(_Event, frozen=True, kw_only=True, tag="described"):
     kv_token_nbytes: int
 
 
-class Failed(_Event, frozen=True, kw_only=True, tag="failed"):
+class WorkerFailed(_Event, frozen=True, kw_only=True, tag="failed"):
     """An error of thaw's own ended the worker."""
 
     kind: str
@@ -116,4 +116,17 @@ class Ended(_Event, frozen=True, kw_only=True, tag="ended"):
     seconds: float
 
 
-Event = Started | Loaded | Reading | Read | Committed | Answered | Hydrated | Said | Child | Described | Failed | Ended
+Event = (
+    WorkerStarted
+    | ModelLoaded
+    | Reading
+    | DocumentRead
+    | Committed
+    | Answered
+    | ChildrenHydrated
+    | ChildSaid
+    | ChildAnswered
+    | Described
+    | WorkerFailed
+    | Ended
+)

@@ -14,12 +14,12 @@ from thaw.receipt.machine import software, this_machine
 
 if TYPE_CHECKING:
     from thaw.demo.events import Answered
-    from thaw.demo.run import Options, Story
+    from thaw.demo.run import DemoOptions, Story
 
 READ, HYDRATE = "read", "hydrate"
 
 
-def write(story: Story, options: Options, path: Path) -> Receipt:
+def write(story: Story, options: DemoOptions, path: Path) -> Receipt:
     """Seal the receipt of `story` into `path`."""
     receipt = of(story, options)
     with storage_errors(path, "write"):
@@ -27,7 +27,7 @@ def write(story: Story, options: Options, path: Path) -> Receipt:
     return receipt
 
 
-def of(story: Story, options: Options) -> Receipt:
+def of(story: Story, options: DemoOptions) -> Receipt:
     """The receipt: one round an arm, since the demo tells its story once; `thaw bench fork` repeats and compares."""
     return make(
         kind="demo",

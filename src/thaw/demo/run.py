@@ -24,9 +24,19 @@ import msgspec
 import thaw
 from thaw.core import errors
 from thaw.core.errors import Conflict, EngineDied, ThawError
+from thaw.data.fresh_process import with_this_thaw
 from thaw.demo import events, record
-from thaw.demo.events import Answered, Child, Committed, Described, Event, Hydrated, Loaded, Read
-from thaw.demo.worker import Job
+from thaw.demo.events import (
+    Answered,
+    ChildAnswered,
+    ChildrenHydrated,
+    Committed,
+    Described,
+    DocumentRead,
+    Event,
+    ModelLoaded,
+)
+from thaw.demo.worker import DemoJob
 from thaw.engines.registry import kind_of
 
 FOLDER = "thaw-demo"
@@ -37,7 +47,7 @@ Tell = Callable[[Event], None]
 E = TypeVar("E", bound=msgspec.Struct)
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """`model` None: the demo's own (or THAW_MODEL), built when it is missing; an engine without a model needs none.
 
     `out` None: `thaw-demo` in the current folder, or the first free `thaw-demo-N`. `force` replaces a demo's folder.
@@ -52,7 +62,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 20
 
 
-class Check(msgspec.Struct, frozen=True, kw_only=True):
+class StoryCheck(msgspec.Struct, frozen=True, kw_only=True):
     """Something that was promised, whether it held, and what was seen."""
 
     name: str
@@ -65,15 +75,15 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: str
     receipt: str
-    loaded: Loaded
+    loaded: ModelLoaded
     described: Described
-    read: Read
+    read: DocumentRead
     committed: Committed
     parent: Answered
-    hydrated: Hydrated
-    children: tuple[Child, ...]
+    hydrated: ChildrenHydrated
+    children: tuple[ChildAnswered, ...]
     resumed: Answered
-    checks: tuple[Check, ...]
+    checks: tuple[StoryCheck, ...]
 
     @property
     def ok(self) -> bool:
@@ -90,13 +100,13 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
         return self.hydrated.seconds + max(child.ttft_s for child in self.children)
 
 
-def run(options: Options, tell: Tell, progress: Callable[[str], None]) -> Story:
+def run(options: DemoOptions, tell: Tell, progress: Callable[[str], None]) -> Story:
     """Tell the story. Raises what the workers raised; a law that did not hold is in `checks`, not raised.
 
     `progress` gets one line for each step before the story (fetching the model)."""
     folder = prepare(options)
     engine_options = _engine_options(options, progress)
-    job = Job(
+    job = DemoJob(
         role="reader",
         repository=str(folder / REPOSITORY),
         engine=options.engine,
@@ -114,7 +124,7 @@ def run(options: Options, tell: Tell, progress: Callable[[str], None]) -> Story:
     return story
 
 
-def prepare(options: Options) -> Path:
+def prepare(options: DemoOptions) -> Path:
     """The empty folder to work in. Raises `Conflict` rather than touch a folder that is not a demo's."""
     folder = options.out or Path(FOLDER)
     if options.out is None and not options.force:
@@ -138,7 +148,7 @@ def _remove(folder: Path, force: bool) -> None:
     (folder / RECEIPT).unlink(missing_ok=True)
 
 
-def _engine_options(options: Options, progress: Callable[[str], None]) -> dict[str, object]:
+def _engine_options(options: DemoOptions, progress: Callable[[str], None]) -> dict[str, object]:
     kind = kind_of(options.engine)
     if options.model is not None:
         return {"model": options.model, **kind.modest}
@@ -149,7 +159,7 @@ def _engine_options(options: Options, progress: Callable[[str], None]) -> dict[s
     return {"model": str(ensure_demo_model(progress)), **kind.modest}
 
 
-def work(job: Job, tell: Tell) -> Iterator[Event]:
+def work(job: DemoJob, tell: Tell) -> Iterator[Event]:
     """Run one worker to its end, handing on its events as they come. Raises the error that it met."""
     started = time.perf_counter()
     with tempfile.TemporaryFile() as noise:
@@ -181,12 +191,12 @@ def _cause(noise: IO[bytes]) -> str:
     return f"\nIt said: {found[0][:1000]}" if found else ""
 
 
-def _listen(process: subprocess.Popen[bytes], job: Job, tell: Tell) -> Iterator[Event]:
+def _listen(process: subprocess.Popen[bytes], job: DemoJob, tell: Tell) -> Iterator[Event]:
     assert process.stdin is not None and process.stdout is not None
     _send(process.stdin, job)
     for line in process.stdout:
         event: Event = msgspec.json.decode(line, type=Event)
-        if isinstance(event, events.Failed):
+        if isinstance(event, events.WorkerFailed):
             process.wait()
             raise _error_of(event)
         tell(event)
@@ -194,7 +204,7 @@ def _listen(process: subprocess.Popen[bytes], job: Job, tell: Tell) -> Iterator[
     process.wait()
 
 
-def _send(pipe: IO[bytes], job: Job) -> None:
+def _send(pipe: IO[bytes], job: DemoJob) -> None:
     try:
         with pipe:
             pipe.write(msgspec.json.encode(job))
@@ -202,7 +212,7 @@ def _send(pipe: IO[bytes], job: Job) -> None:
         return  # it died at once; its exit code and last lines say why
 
 
-def _error_of(event: events.Failed) -> ThawError:
+def _error_of(event: events.WorkerFailed) -> ThawError:
     """The worker's error as the same class here."""
     for found in vars(errors).values():
         if isinstance(found, type) and issubclass(found, ThawError) and found.kind == event.kind:
@@ -214,10 +224,7 @@ def _environment(engine: str) -> dict[str, str]:
     """Ours, with the folder of this very thaw first, so that a worker imports the same one, and what keeps the engine
     quiet and content with a part of the memory. What the user set stays."""
     kind = kind_of(engine)
-    folder = str(Path(thaw.__file__).resolve().parents[1])
-    rest = os.environ.get("PYTHONPATH", "")
-    path = f"{folder}{os.pathsep}{rest}" if rest else folder
-    return {**kind.modest_environment, **kind.quiet, **os.environ, "PYTHONPATH": path}
+    return with_this_thaw({**kind.modest_environment, **kind.quiet, **os.environ})
 
 
 class _Heard:
@@ -233,19 +240,19 @@ class _Heard:
             raise EngineDied(f"the worker ended without saying {kind.__name__}; run the demo again")
         return found[-1]
 
-    def children(self) -> tuple[Child, ...]:
-        return tuple(event for event in self._events if isinstance(event, Child))
+    def children(self) -> tuple[ChildAnswered, ...]:
+        return tuple(event for event in self._events if isinstance(event, ChildAnswered))
 
 
 def _story(folder: Path, first: _Heard, second: _Heard) -> Story:
-    committed, hydrated, children = first.one(Committed), second.one(Hydrated), second.children()
+    committed, hydrated, children = first.one(Committed), second.one(ChildrenHydrated), second.children()
     parent, resumed = first.one(Answered), second.one(Answered)
     return Story(
         folder=str(folder),
         receipt=str(folder / RECEIPT),
-        loaded=first.one(Loaded),
+        loaded=first.one(ModelLoaded),
         described=first.one(Described),
-        read=first.one(Read),
+        read=first.one(DocumentRead),
         committed=committed,
         parent=parent,
         hydrated=hydrated,
@@ -256,28 +263,32 @@ def _story(folder: Path, first: _Heard, second: _Heard) -> Story:
 
 
 def checks(
-    committed: Committed, hydrated: Hydrated, children: tuple[Child, ...], parent: Answered, resumed: Answered
-) -> Iterator[Check]:
+    committed: Committed,
+    hydrated: ChildrenHydrated,
+    children: tuple[ChildAnswered, ...],
+    parent: Answered,
+    resumed: Answered,
+) -> Iterator[StoryCheck]:
     """What was promised, against what the two processes said. An engine that samples at the end of every prompt (vLLM)
     has no KV of the last token yet: that one token is computed with what follows it."""
     proof, cached = hydrated.proof, [child.num_cached_tokens for child in children]
-    yield Check(
+    yield StoryCheck(
         name="every stored byte was hashed while it was read",
         held=proof.verification in ("disk-verified", "arena-sealed", "device-verified") and proof.nbytes > 0,
         seen=f"{proof.verification}, {proof.nbytes:,} bytes",
     )
     last = committed.num_tokens - hydrated.num_kv
-    yield Check(
+    yield StoryCheck(
         name="the engine found the whole document in its cache, for each child",
         held=bool(children) and proof.hit and last in (0, 1) and all(n == hydrated.num_kv for n in cached),
         seen=f"{', '.join(f'{n:,}' for n in cached)} of {committed.num_tokens:,} tokens",
     )
-    yield Check(
+    yield StoryCheck(
         name=f"nothing was prefilled but each child's own question{' and the token before it' if last else ''}",
         held=bool(children) and all(c.num_prefilled_tokens == c.num_suffix_tokens + last for c in children),
         seen=f"{', '.join(str(c.num_prefilled_tokens) for c in children)} tokens",
     )
-    yield Check(
+    yield StoryCheck(
         name="the children diverge",
         held=len({child.token_ids for child in children}) > 1,
         seen=f"{len({child.token_ids for child in children})} different answers",
@@ -285,16 +296,16 @@ def checks(
     yield from _same(parent, resumed)
 
 
-def _same(parent: Answered, resumed: Answered) -> Iterator[Check]:
+def _same(parent: Answered, resumed: Answered) -> Iterator[StoryCheck]:
     n = len(parent.token_ids)
     tokens = sum(a == b for a, b in zip(parent.token_ids, resumed.token_ids, strict=False))
     logprobs = sum(a == b for a, b in zip(parent.logprobs, resumed.logprobs, strict=False))
-    yield Check(
+    yield StoryCheck(
         name="resumed here, the parent says what it said there: tokens",
         held=parent.token_ids == resumed.token_ids and n > 0,
         seen=f"{tokens} of {n} equal",
     )
-    yield Check(
+    yield StoryCheck(
         name="and their log probabilities, bit for bit",
         held=parent.logprobs == resumed.logprobs and n > 0,
         seen=f"{logprobs} of {n} equal",

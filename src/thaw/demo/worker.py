@@ -38,7 +38,7 @@ Tell = Callable[[Event], None]
 T = TypeVar("T")
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class DemoJob(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is to do. `commit` is the hydrator's starting point."""
 
     role: Literal["reader", "hydrator"]
@@ -112,7 +112,7 @@ def _plain_script(codec: Codec, text: str) -> Script:
     )
 
 
-def read(repo: Repository, job: Job, tell: Tell) -> None:
+def read(repo: Repository, job: DemoJob, tell: Tell) -> None:
     """The reader: prefill, commit, then the parent's own answer, uninterrupted."""
     words = script(repo.engine)
     session = repo.session(seed=job.seed)
@@ -122,7 +122,7 @@ def read(repo: Repository, job: Job, tell: Tell) -> None:
             session.append(messages=_messages(words.text))
         else:
             session.append(token_ids=words.trunk)
-    tell(events.Read(num_tokens=session.num_tokens, seconds=time.perf_counter() - started))
+    tell(events.DocumentRead(num_tokens=session.num_tokens, seconds=time.perf_counter() - started))
     _describe(repo.engine, tell)
     started = time.perf_counter()
     done = session.commit("read the handbook", branch=TRUNK)
@@ -138,14 +138,14 @@ def read(repo: Repository, job: Job, tell: Tell) -> None:
     _answer(session, words, job, tell)
 
 
-def hydrate(repo: Repository, job: Job, tell: Tell) -> None:
+def hydrate(repo: Repository, job: DemoJob, tell: Tell) -> None:
     """The hydrator: four children of the commit, then the parent again."""
     words = script(repo.engine)
     started = time.perf_counter()
     with repo.fork(job.commit, len(words.suffixes)) as group:
         took, proof = time.perf_counter() - started, group[0].proof
         assert proof is not None
-        tell(events.Hydrated(num_children=len(group), num_kv=group[0].num_kv, seconds=took, proof=proof))
+        tell(events.ChildrenHydrated(num_children=len(group), num_kv=group[0].num_kv, seconds=took, proof=proof))
         completions = _children(group, words, job, tell)
         for i, (session, completion) in enumerate(zip(group, completions, strict=True)):
             tell(_commit_child(session, completion, words, i))
@@ -153,7 +153,7 @@ def hydrate(repo: Repository, job: Job, tell: Tell) -> None:
         _answer(parent, words, job, tell)
 
 
-def _children(group: Group, words: Script, job: Job, tell: Tell) -> list[Completion]:
+def _children(group: Group, words: Script, job: DemoJob, tell: Tell) -> list[Completion]:
     sampling = Sampling(temperature=0.0, max_tokens=job.max_tokens)
     if not words.chat:
         return _told(group.stream("", sampling, token_ids=words.suffixes), tell)
@@ -163,15 +163,15 @@ def _children(group: Group, words: Script, job: Job, tell: Tell) -> list[Complet
 
 def _told(stream: Stream[list[T]], tell: Tell) -> list[T]:
     for delta in stream:
-        tell(events.Said(index=delta.index, text=delta.text))
+        tell(events.ChildSaid(index=delta.index, text=delta.text))
     return stream.result()
 
 
-def _commit_child(session: Session, completion: Completion, words: Script, index: int) -> events.Child:
+def _commit_child(session: Session, completion: Completion, words: Script, index: int) -> events.ChildAnswered:
     question = prompts.QUESTIONS[index]
     done = session.commit(question, branch=f"{ANSWERS}/{index}")
     usage = completion.usage
-    return events.Child(
+    return events.ChildAnswered(
         index=index,
         question=question,
         text=completion.text,
@@ -186,7 +186,7 @@ def _commit_child(session: Session, completion: Completion, words: Script, index
     )
 
 
-def _answer(session: Session, words: Script, job: Job, tell: Tell) -> None:
+def _answer(session: Session, words: Script, job: DemoJob, tell: Tell) -> None:
     """The parent's own answer to the first question, drawn at temperature 1 from the session's seed."""
     sampling = Sampling(temperature=1.0, max_tokens=job.parent_max_tokens, ignore_eos=True)
     if words.chat:
@@ -256,18 +256,18 @@ def main() -> int:
     os.dup2(2, 1)
     tell = _teller(out)
     try:
-        job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-        tell(events.Started(role=job.role, pid=os.getpid()))
+        job = msgspec.json.decode(sys.stdin.buffer.read(), type=DemoJob)
+        tell(events.WorkerStarted(role=job.role, pid=os.getpid()))
         started = time.perf_counter()
         with load_engine(job.engine, **job.engine_options) as engine:
             _warm_up(engine)
             info = engine.info
             took = time.perf_counter() - started
-            tell(events.Loaded(model=info.model, engine=info.name, device=info.device, seconds=took))
+            tell(events.ModelLoaded(model=info.model, engine=info.name, device=info.device, seconds=took))
             with open_repository(job.repository, engine=engine, create=False) as repo:
                 (read if job.role == "reader" else hydrate)(repo, job, tell)
     except ThawError as error:
-        tell(events.Failed(kind=error.kind, message=str(error)))
+        tell(events.WorkerFailed(kind=error.kind, message=str(error)))
         return error.exit_code
     return 0
 

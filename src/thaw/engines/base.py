@@ -24,7 +24,7 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import EngineDied, Unsupported
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import AnyTurn, Boundary, Chat, Point
+from thaw.core.objects import AnyTurn, Boundary, Chat, StatesAtToken
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
@@ -112,7 +112,7 @@ class CapturedSegment(msgspec.Struct, frozen=True, kw_only=True):
     length: int
     blobs: dict[str, tuple[str, ...]]
     first: dict[str, int] = {}
-    points: tuple[Point, ...] = ()
+    points: tuple[StatesAtToken, ...] = ()
 
 
 class WrittenPack(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from thaw.data.locations import BlobLocation
 from thaw.engines.base import HydratePlan, PointSlice, Slice
 
 
-class Run(NamedTuple):
+class TokenRange(NamedTuple):
     """Tokens [start, stop) of a token group: the first of `stored` tokens in a blob of each place."""
 
     start: int
@@ -50,7 +50,7 @@ def check_names(plan: HydratePlan, groups: Sequence[CacheGroup]) -> None:
             raise CorruptBlob(f"the segment at {piece.start} has blobs of {sorted(strange)}, which the model has not")
 
 
-def runs(plan: HydratePlan, group: TokenGroup) -> list[Run]:
+def runs(plan: HydratePlan, group: TokenGroup) -> list[TokenRange]:
     """All that the plan has of a group, in the order of tokens. Raises `CorruptBlob` where something is missing that
     its point needs, or is not of the group's size."""
     covered = group.covers(plan.num_kv)
@@ -62,11 +62,11 @@ def runs(plan: HydratePlan, group: TokenGroup) -> list[Run]:
         if blobs or needed:
             _check_blobs(piece, group, needed.start if needed else piece.start + piece.stored)
         if blobs and start < stop:
-            found.append(Run(start, stop, piece.start + piece.stored - start, blobs))
+            found.append(TokenRange(start, stop, piece.start + piece.stored - start, blobs))
     return found
 
 
-def kept_from(found: Sequence[Run], num_kv: int) -> int:
+def kept_from(found: Sequence[TokenRange], num_kv: int) -> int:
     """The first token of those that are there without a gap up to `num_kv`."""
     at = num_kv
     for run in reversed(found):

@@ -20,7 +20,7 @@ from thaw.pool.round import Round
 from thaw.pool.session import PoolSession
 from thaw.pool.values import BranchDelta, BranchResult
 from thaw.repo.aio import AsyncSession
-from thaw.repo.bridge import Begun, View, asked, awaited, call, each, opened, shown
+from thaw.repo.bridge import Awaited, Begun, asked, awaited, call, each, opened, shown
 
 
 async def pool(*args: Any, **options: Any) -> AsyncForkPool:
@@ -59,7 +59,7 @@ class AsyncRound(Begun[Round]):
         return self
 
 
-class AsyncForkPool(View[ForkPool]):
+class AsyncForkPool(Awaited[ForkPool]):
     """`ForkPool`, awaited. A session of `thaw.aio` is a point as well."""
 
     info = asked(ForkPool, lambda pool: pool.info)

@@ -13,7 +13,7 @@ from thaw.engines.base import Completion, GenerateRequest, SessionRef
 from thaw.engines.text import left_open, text_after
 from thaw.pool.finder import Finder
 from thaw.pool.history import History
-from thaw.pool.job import Chunk, Job
+from thaw.pool.job import Job, JobChunk
 from thaw.pool.prepare import Prepared, Preparer
 from thaw.pool.rates import Rates
 from thaw.pool.session import PoolSession
@@ -29,7 +29,7 @@ class Batch:
     ) -> None:
         self._preparer, self._finder, self._rates, self._beside = preparer, finder, rates, beside
 
-    def run(self, chunk: Chunk, life: Life) -> list[BranchResult]:
+    def run(self, chunk: JobChunk, life: Life) -> list[BranchResult]:
         """Results of the chunk's jobs, in order, but of those that were stopped meanwhile."""
         began = time.perf_counter()
         chunk.stage, chunk.progress = "prepare", began
@@ -37,6 +37,8 @@ class Batch:
             self._preparer.capture(chunk.trunk)
         there = self._preparer.prepare(chunk.trunk, life, chunk.policy)
         prepared = time.perf_counter()
+        # What was brought here nobody holds any more: another point may push it out before it is forked. It is tried
+        # again.
         chunk.stage, chunk.progress = "fork", prepared
         children = self._fork(chunk, life, there)
         forked = time.perf_counter()
@@ -59,10 +61,10 @@ class Batch:
             for job, done, prompt in zip(chunk.jobs, completions, prompts, strict=True)
         ]
 
-    def forget(self, chunk: Chunk, life: Life) -> None:
+    def forget(self, chunk: JobChunk, life: Life) -> None:
         self._preparer.forget(chunk.trunk, life)
 
-    def _fork(self, chunk: Chunk, life: Life, there: Prepared) -> list[SessionRef]:
+    def _fork(self, chunk: JobChunk, life: Life, there: Prepared) -> list[SessionRef]:
         trunk, jobs = chunk.trunk, chunk.jobs
         seeds = [self.seed_of(chunk, job) for job in jobs]
         replay = chunk.replay and not trunk.plain and all(job.seed is None for job in jobs)
@@ -74,13 +76,13 @@ class Batch:
         return found
 
     @staticmethod
-    def seed_of(chunk: Chunk, job: Job) -> int:
+    def seed_of(chunk: JobChunk, job: Job) -> int:
         """The same in whichever worker and chunk the job runs."""
         if job.seed is not None:
             return job.seed
         return chunk.trunk.seed if chunk.replay else derive(chunk.trunk.seed, chunk.trunk.at, job.index)
 
-    def _protect(self, chunk: Chunk, life: Life) -> None:
+    def _protect(self, chunk: JobChunk, life: Life) -> None:
         """Put a trunk that is only here into the arena, beside the batch."""
         trunk = chunk.trunk
         if trunk.stored is None:
@@ -90,7 +92,7 @@ class Batch:
                 self._beside(lambda: self._preparer.capture_resident(trunk, life))
 
     def _generate(
-        self, chunk: Chunk, life: Life, children: list[SessionRef]
+        self, chunk: JobChunk, life: Life, children: list[SessionRef]
     ) -> tuple[list[Completion], list[tuple[tuple[int, ...], str]]]:
         prompts = [self._encode(job, chunk.trunk.tokens, life) for job in chunk.jobs]
         requests = [
@@ -124,7 +126,7 @@ class Batch:
             self._rates.stepped(len(completions), (longest.total_s - longest.ttft_s) / (len(longest.token_ids) - 1))
 
     def _result(
-        self, chunk: Chunk, life: Life, there: Prepared, job: Job, done: Completion,
+        self, chunk: JobChunk, life: Life, there: Prepared, job: Job, done: Completion,
         prompt: tuple[tuple[int, ...], str], timings: Timings,
     ) -> BranchResult:  # fmt: skip
         seed = self.seed_of(chunk, job)

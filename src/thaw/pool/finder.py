@@ -15,8 +15,8 @@ from thaw.engines.text import cut_turns
 from thaw.pool.arena import ArenaPoint
 from thaw.pool.session import PoolSession
 from thaw.pool.snapshot import Snapshot
-from thaw.pool.stores import KeptIn, Stored, Stores
-from thaw.pool.trunk import Held, Trunk
+from thaw.pool.stores import KeptIn, StoredPoint, Stores
+from thaw.pool.trunk import OwnedSession, Trunk
 from thaw.pool.values import BranchResult
 from thaw.pool.worker import Life
 from thaw.repo import timeline
@@ -101,7 +101,7 @@ class Finder:
     ) -> Trunk:
         ref, view = session.ref, session.view()
         at = check_at(at, len(view.tokens))
-        held = Held(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
+        held = OwnedSession(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
         fork = life.engine.view(held.ref)
         trunk = Trunk(
             key=("live", ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
@@ -147,7 +147,7 @@ class Finder:
         return kept
 
     def _of_arena(self, point: ArenaPoint, at: int | None, seed: int | None) -> Trunk:
-        trunk = self._of_stored(Stored(self._arena, self._arena.at(point, at)), seed)
+        trunk = self._of_stored(StoredPoint(self._arena, self._arena.at(point, at)), seed)
         trunk.captured, trunk.kept = point, KeptIn().add(self._arena.store, point.kept)
         return trunk
 
@@ -157,9 +157,9 @@ class Finder:
         where = self._repo.resolve(point)
         if at is not None:
             where = self._repo.at(where, token=at)
-        return self._of_stored(Stored(self._stores.durable, where), seed)
+        return self._of_stored(StoredPoint(self._stores.durable, where), seed)
 
-    def _of_stored(self, stored: Stored, seed: int | None) -> Trunk:
+    def _of_stored(self, stored: StoredPoint, seed: int | None) -> Trunk:
         store, where = stored.where.store, stored.point
         line = timeline.read(store, timeline.read_state(store, where.state))
         turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
-from thaw.pool.backend import Backend, Host
+from thaw.pool.backends.base import WorkerBackend, WorkerHandle
 from thaw.pool.closer import Closer
 from thaw.pool.stores import Stores
 from thaw.pool.values import WorkerStats
@@ -28,7 +28,7 @@ class Fleet:
     """`changed` is the pool's one condition: its lock guards every `Worker`."""
 
     def __init__(
-        self, backend: Backend, stores: Stores, *, changed: threading.Condition,
+        self, backend: WorkerBackend, stores: Stores, *, changed: threading.Condition,
         threads: Executor, closer: Closer, residents: int, policy_version: str | None,
     ) -> None:  # fmt: skip
         self.workers: list[Worker] = []
@@ -86,7 +86,7 @@ class Fleet:
             host.kill()
             raise
 
-    def _brought_to_policy(self, worker: Worker, host: Host) -> Life:
+    def _brought_to_policy(self, worker: Worker, host: WorkerHandle) -> Life:
         life = Life(worker.name, host, self._stores, self._residents, self._closer)
         applied: Update | None = None
         while True:

@@ -24,7 +24,7 @@ PREFIX = "thaw-pool-"
 SHARED = Path("/dev/shm")
 
 
-class Home:
+class PoolHome:
     """The folders of one pool and their guard."""
 
     def __init__(self, *, shared: Path | None = None, spill: Path | None = None) -> None:

@@ -76,7 +76,7 @@ class Job:
 
 
 @dataclass(eq=False)
-class Chunk:
+class JobChunk:
     """Jobs of one trunk that run as one batch. `lane`: what fairness is between.
 
     `only`: the one worker that it may run in. `avoid`: workers that failed it.
@@ -101,12 +101,12 @@ class Chunk:
     progress: float = 0.0
     stage: str = "prepare"
 
-    def split(self, size: int) -> list[Chunk]:
+    def split(self, size: int) -> list[JobChunk]:
         """The same jobs in chunks of `size`."""
         return [self.part(self.jobs[i : i + size]) for i in range(0, len(self.jobs), size)]
 
-    def part(self, jobs: list[Job]) -> Chunk:
-        return Chunk(
+    def part(self, jobs: list[Job]) -> JobChunk:
+        return JobChunk(
             self.trunk, jobs, self.policy, self.lane, self.snapshot, self.keep, self.store, self.replay, self.only,
             set(self.avoid), self.taken,
         )  # fmt: skip

@@ -39,14 +39,14 @@ from thaw.pool.asking import (
     each_sampling,
     make_job,
 )
-from thaw.pool.backend import choose
+from thaw.pool.backends import choose
+from thaw.pool.backends.inside import Attached
 from thaw.pool.batch import Batch
 from thaw.pool.closer import Closer
 from thaw.pool.finder import Finder
 from thaw.pool.fleet import Fleet
-from thaw.pool.home import Home
-from thaw.pool.inside import Attached
-from thaw.pool.job import Chunk
+from thaw.pool.home import PoolHome
+from thaw.pool.job import JobChunk
 from thaw.pool.monitor import Monitor
 from thaw.pool.planner import Planner
 from thaw.pool.prepare import Preparer
@@ -117,7 +117,7 @@ class ForkPool:
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-pool")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="thaw-pool-io")
         self._closer = Closer(self._io)
-        self._home = Home(spill=None if spill is None else Path(spill))
+        self._home = PoolHome(spill=None if spill is None else Path(spill))
         try:
             self._backend, count = choose(self._home, engine, workers, backend, options, env, boot_timeout_s)
             self._boot(count, arena_nbytes, queue_limit, retries, residents, policy_version, stall_s, heartbeat_s)
@@ -178,7 +178,7 @@ class ForkPool:
             make_job(round_, i, branch, params[i], None if seeds is None else seeds[i], limit)
             for i, branch in enumerate(wanted)
         ]
-        whole = Chunk(
+        whole = JobChunk(
             trunk, jobs, check_policy(policy or self._policy), trunk.key, check_mode(snapshot or self._snapshot),
             keep or store, store, replay, None if worker is None else self._fleet.named(worker).name,
         )  # fmt: skip
@@ -393,7 +393,7 @@ class ForkPool:
             raise EngineDied("the pool has no worker left; look into their errors (stats), or add one")
         return min(ready, key=lambda pair: pair[0].running)[1]
 
-    def _chunks(self, whole: Chunk, spread: int | Literal["auto"]) -> list[Chunk]:
+    def _chunks(self, whole: JobChunk, spread: int | Literal["auto"]) -> list[JobChunk]:
         """The round in chunks: one for each worker that it is spread over, none larger than `max_batch`."""
         if spread != "auto" and (not isinstance(spread, int) or spread < 1):
             raise InvalidRequest(f"spread={spread!r}: must be 'auto', or at least 1 worker")

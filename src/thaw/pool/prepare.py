@@ -21,7 +21,7 @@ from thaw.engines.base import SessionRef
 from thaw.pool.arena import ArenaPoint
 from thaw.pool.finder import Finder
 from thaw.pool.planner import Planner
-from thaw.pool.stores import KeptIn, Stored, Stores
+from thaw.pool.stores import KeptIn, StoredPoint, Stores
 from thaw.pool.trunk import Trunk
 from thaw.pool.values import Decision, LoadPolicy
 from thaw.pool.worker import Life, Resident
@@ -49,7 +49,9 @@ class Prepared:
 
 
 class Preparer:
-    """Shared by all workers of a pool; safe from any thread."""
+    """Shared by all workers of a pool; safe from any thread.
+
+    Locks are taken in this order: a life's `making`, a trunk's, those of the life and of the arena."""
 
     def __init__(self, stores: Stores, finder: Finder, planner: Planner, token_nbytes: int) -> None:
         self._stores, self._arena = stores, stores.arena
@@ -107,6 +109,7 @@ class Preparer:
     def capture_resident(self, trunk: Trunk, life: Life) -> None:
         """Put a prefilled trunk into the arena, from the worker that prefilled it."""
         with trunk.lock:
+            # From here on another point may push it out, which closes the session: the capture raises `NotFound` then.
             found = life.resident(trunk.key)
             if trunk.stored is None and found is not None:
                 point = self._into_arena(trunk, life, found.ref, found.kept)
@@ -145,7 +148,7 @@ class Preparer:
         return Prepared(live.session, resident, done, trunk.turns, live.proof, stored.parent, capture_s, seconds)
 
     @staticmethod
-    def _load(stored: Stored, life: Life) -> tuple[Resident, Hydration]:
+    def _load(stored: StoredPoint, life: Life) -> tuple[Resident, Hydration]:
         store = stored.where.store
         live = hydrate(life.context_of(store), stored.point)
         return Resident(live.session, KeptIn().add(store, live.kept), live.proof), live
@@ -171,7 +174,7 @@ class Preparer:
         """A session at the longest stored prefix of plain tokens, and its length."""
         model = objects.encode(life.engine.identity())[0]
         found = [(where, match(where.store, [model], trunk.tokens)) for where in self._stores]
-        usable = [Stored(where, at) for where, at in found if at is not None and at.num_tokens >= MIN_MATCH]
+        usable = [StoredPoint(where, at) for where, at in found if at is not None and at.num_tokens >= MIN_MATCH]
         if not usable:
             return None, 0
         longest = max(usable, key=lambda stored: stored.point.num_tokens)

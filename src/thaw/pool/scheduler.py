@@ -24,7 +24,7 @@ from concurrent.futures import Executor
 from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed, ThawError
 from thaw.pool.batch import Batch
 from thaw.pool.fleet import Fleet, responds
-from thaw.pool.job import Chunk, Job, KvLost
+from thaw.pool.job import Job, JobChunk, KvLost
 from thaw.pool.planner import Planner
 from thaw.pool.prepare import OLD_KV
 from thaw.pool.wire import is_out_of_memory
@@ -44,8 +44,8 @@ class Scheduler:
         self._fleet, self._batch, self._planner = fleet, batch, planner
         self._changed, self._threads = changed, threads
         self._max_batch, self._limit, self._retries = max_batch, queue_limit, retries
-        self._lanes: OrderedDict[Hashable, deque[Chunk]] = OrderedDict()
-        self.running: set[Chunk] = set()
+        self._lanes: OrderedDict[Hashable, deque[JobChunk]] = OrderedDict()
+        self.running: set[JobChunk] = set()
         self.num_retries = 0
         self.num_branches = 0
         self._paused = False
@@ -55,7 +55,7 @@ class Scheduler:
 
     # -- in
 
-    def submit(self, chunks: list[Chunk], *, block: bool = True, timeout: float | None = None) -> None:
+    def submit(self, chunks: list[JobChunk], *, block: bool = True, timeout: float | None = None) -> None:
         """Queue a round's chunks. Waits while the queue is full (back-pressure). Raises `Busy` when it may not."""
         count = sum(len(chunk.jobs) for chunk in chunks)
         with self._changed:
@@ -89,6 +89,7 @@ class Scheduler:
             self._changed.notify_all()
         for job in gone:
             job.end_stopped()
+        # A child may be born only now: its batch sets it and looks at `stop` after that, so one of the two closes it.
         for job in closing:
             if job.child is not None:
                 job.child[0].forget(job.child[1])
@@ -102,7 +103,7 @@ class Scheduler:
             queued = [job for lane in self._lanes.values() for chunk in lane for job in chunk.jobs]
             return queued + [job for chunk in self.running for job in chunk.jobs]
 
-    def chunks_under_way(self) -> list[Chunk]:
+    def chunks_under_way(self) -> list[JobChunk]:
         with self._changed:
             return [chunk for lane in self._lanes.values() for chunk in lane] + list(self.running)
 
@@ -138,7 +139,7 @@ class Scheduler:
 
     def _hand_out_one(self) -> bool:
         """Nothing of a chunk stays here between two: results are to go when their holders let go of them."""
-        lost: list[Chunk] = []
+        lost: list[JobChunk] = []
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._next() is not None or self._orphans())
             if self._closing:
@@ -153,7 +154,7 @@ class Scheduler:
             self._fail(chunk, self._hopeless())
         return True
 
-    def _next(self) -> tuple[Chunk, Worker, Life] | None:
+    def _next(self) -> tuple[JobChunk, Worker, Life] | None:
         """The first lane whose first chunk has a free worker, and the cheapest of those. Under the lock."""
         for lane in list(self._lanes):
             queue = self._lanes[lane]
@@ -169,7 +170,7 @@ class Scheduler:
                 return None  # a large chunk waits for an idle worker: no small ones before it any more
         return None
 
-    def _place(self, chunk: Chunk) -> tuple[Worker, Life] | None:
+    def _place(self, chunk: JobChunk) -> tuple[Worker, Life] | None:
         free = [
             (worker, life)
             for worker, life in self._fleet.ready()
@@ -183,7 +184,7 @@ class Scheduler:
         good = good or [pair for pair in free if pair[0].name not in chunk.avoid] or free
         return min(good, key=lambda pair: (self._planner.cost(chunk.trunk, pair[1]), pair[0].running))
 
-    def _take(self, chunk: Chunk, worker: Worker, life: Life) -> None:
+    def _take(self, chunk: JobChunk, worker: Worker, life: Life) -> None:
         """Start a chunk; its lane goes to the end of the round. Under the lock."""
         for lane, before in self._lanes.items():
             if lane == chunk.lane:
@@ -199,12 +200,13 @@ class Scheduler:
         worker.running += len(chunk.jobs)
         self.running.add(chunk)
         self._changed.notify_all()
+        # The life may end from here on. It is named with the chunk, so that the one after it is not blamed.
         self._threads.submit(self._run, chunk, worker, life, len(chunk.jobs))
 
     def _stuck(self) -> bool:
         return bool(self._lanes) and not self.running and self._fleet.hopeless()
 
-    def _orphans(self) -> list[Chunk]:
+    def _orphans(self) -> list[JobChunk]:
         """Chunks that nobody will ever run: no worker is left, or not the only one they may run in. Under the lock."""
         if self._stuck():
             return [chunk for lane in self._lanes.values() for chunk in lane]
@@ -217,30 +219,32 @@ class Scheduler:
 
     # -- running
 
-    def _run(self, chunk: Chunk, worker: Worker, life: Life, size: int) -> None:
+    def _run(self, chunk: JobChunk, worker: Worker, life: Life, size: int) -> None:
         for job in chunk.jobs:
             job.attempts += 1
         try:
             results = self._batch.run(chunk, life)
         except BaseException as error:  # noqa: BLE001 - judged, and given to the jobs
             self._done(chunk, worker, size)
+            # Neither running nor queued until `_requeue`: `pause` does not wait for it, and `stop` and `close` do not
+            # find it in a lane. What they said meanwhile is looked at there, under the lock.
             self._judge(chunk, worker, life, error)
         else:
             self._fleet.worked(worker, size)
-            self._done(chunk, worker, size)
+            self._done(chunk, worker, size)  # the next chunk may run in it before these results are heard of
             for job, result in zip(chunk.jobs, results, strict=True):
                 if job.stop:
                     job.end_stopped()
                 else:
                     job.round.settle(result)
 
-    def _done(self, chunk: Chunk, worker: Worker, size: int) -> None:
+    def _done(self, chunk: JobChunk, worker: Worker, size: int) -> None:
         with self._changed:
             worker.running -= size
             self.running.discard(chunk)
             self._changed.notify_all()
 
-    def _judge(self, chunk: Chunk, worker: Worker, life: Life, error: BaseException) -> None:
+    def _judge(self, chunk: JobChunk, worker: Worker, life: Life, error: BaseException) -> None:
         """See the table above."""
         if is_out_of_memory(error):
             if self._fleet.restarts:
@@ -264,10 +268,10 @@ class Scheduler:
         else:
             self._fail(chunk, error)
 
-    def _may_try_again(self, chunk: Chunk) -> bool:
+    def _may_try_again(self, chunk: JobChunk) -> bool:
         return all(job.attempts <= self._retries for job in chunk.jobs)
 
-    def _again(self, chunk: Chunk, error: BaseException, *, pieces: int, avoid: str | None) -> None:
+    def _again(self, chunk: JobChunk, error: BaseException, *, pieces: int, avoid: str | None) -> None:
         """Queue again what may be tried again; the others fail with what happened last."""
         spent = [job for job in chunk.jobs if job.attempts > self._retries]
         chunk.jobs = [job for job in chunk.jobs if job.attempts <= self._retries]
@@ -280,7 +284,7 @@ class Scheduler:
             self.num_retries += len(chunk.jobs)
             self._requeue(chunk.split(-(-len(chunk.jobs) // pieces)))
 
-    def _requeue(self, chunks: list[Chunk]) -> None:
+    def _requeue(self, chunks: list[JobChunk]) -> None:
         """To the front of its lane: it has waited already."""
         with self._changed:
             closing = self._closing
@@ -296,7 +300,7 @@ class Scheduler:
             for chunk in chunks:
                 self._fail(chunk, EngineDied("the pool was closed while this was under way"))
 
-    def _fail(self, chunk: Chunk, error: BaseException) -> None:
+    def _fail(self, chunk: JobChunk, error: BaseException) -> None:
         found = error if isinstance(error, ThawError) else EngineDied(f"{type(error).__name__}: {error}")
         for job in chunk.jobs:
             self._end(job, found)

@@ -61,7 +61,7 @@ class Stores:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredPoint:
     """A point in one of the pool's stores."""
 
     where: PointStore

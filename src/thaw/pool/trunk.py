@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from thaw.core.objects import Turn
 from thaw.engines.base import SessionRef
 from thaw.pool.arena import Arena, ArenaPoint
-from thaw.pool.stores import KeptIn, Stored
+from thaw.pool.stores import KeptIn, StoredPoint
 from thaw.pool.worker import Life
 from thaw.repo.session import Session
 
 
-class Held:
+class OwnedSession:
     """A session that belongs to whoever holds this object; it is closed when nobody does."""
 
     def __init__(self, life: Life, ref: SessionRef) -> None:
@@ -42,8 +42,8 @@ class Trunk:
     turns: tuple[Turn, ...]
     seed: int
     policy: str
-    held: Held | None = None
-    stored: Stored | None = None
+    held: OwnedSession | None = None
+    stored: StoredPoint | None = None
     plain: bool = False
     kept: KeptIn = field(default_factory=KeptIn)
     captured: ArenaPoint | None = None
@@ -62,7 +62,7 @@ class Trunk:
     def put(self, arena: Arena, point: ArenaPoint) -> None:
         """It is in the arena from now on, as the first tokens of `point`."""
         self.kept = self.kept.add(arena.store, point.kept)
-        self.stored = Stored(arena, arena.at(point, self.at if self.at < point.num_tokens else None))
+        self.stored = StoredPoint(arena, arena.at(point, self.at if self.at < point.num_tokens else None))
         self.captured = point
 
     def forget_stored(self) -> None:

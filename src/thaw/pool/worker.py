@@ -17,7 +17,7 @@ from typing import Literal
 from thaw.core.errors import EngineDied, ThawError
 from thaw.core.proof import Proof
 from thaw.engines.base import Engine, SessionRef
-from thaw.pool.backend import Host
+from thaw.pool.backends.base import WorkerHandle
 from thaw.pool.closer import Closer
 from thaw.pool.stores import KeptIn, Stores
 from thaw.repo.context import Context
@@ -41,7 +41,7 @@ class Resident:
 class Life:
     """One engine, from its boot to its end."""
 
-    def __init__(self, name: str, host: Host, stores: Stores, limit: int, closer: Closer) -> None:
+    def __init__(self, name: str, host: WorkerHandle, stores: Stores, limit: int, closer: Closer) -> None:
         self.name = name
         self.host = host
         self.has_history = stores.durable is not None

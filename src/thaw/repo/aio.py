@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from thaw.engines.base import Delta
-from thaw.repo.bridge import Begun, View, asked, awaited, awaited_as, call, each, opened
+from thaw.repo.bridge import Awaited, Begun, asked, awaited, awaited_as, call, each, opened
 from thaw.repo.group import Group
 from thaw.repo.repository import PointLike, Repository
 from thaw.repo.session import Session
@@ -59,7 +59,7 @@ def streamed(
     return verb
 
 
-class AsyncSession(View[Session]):
+class AsyncSession(Awaited[Session]):
     """`Session`, awaited."""
 
     tokens = asked(Session, lambda session: session.tokens)
@@ -94,7 +94,7 @@ class AsyncSession(View[Session]):
         await self.close()
 
 
-class AsyncGroup(View[Group]):
+class AsyncGroup(Awaited[Group]):
     """`Group`, awaited: one batch."""
 
     proofs = asked(Group, lambda group: group.proofs)
@@ -120,7 +120,7 @@ class AsyncGroup(View[Group]):
         await self.close()
 
 
-class AsyncRepository(View[Repository]):
+class AsyncRepository(Awaited[Repository]):
     """`Repository`, awaited. Its refs and points are the blocking one's values."""
 
     engine = asked(Repository, lambda repo: repo.engine, "The engine; boots it when it was given by name.")

@@ -1,6 +1,6 @@
 """The one bridge from thaw's blocking objects to asyncio: verbs run on threads, and what is under way is awaited.
 
-    class AsyncThing(View[Thing]):
+    class AsyncThing(Awaited[Thing]):
         size = awaited(Thing.size)            # the same parameters, awaited
         fork = awaited_as(Thing.fork, AsyncThing, close)
 
@@ -83,7 +83,7 @@ def _discard(discard: Callable[[T], object], begun: Future[T]) -> None:
             discard(begun.result())
 
 
-class View(Generic[S]):
+class Awaited(Generic[S]):
     """`sync`, awaited. The blocking object may be used beside it. Leaving its `async with` closes it."""
 
     def __init__(self, sync: S) -> None:
@@ -95,7 +95,7 @@ class View(Generic[S]):
 
 def shown(value: object) -> object:
     """What a view shows; any other value as it is."""
-    return value.sync if isinstance(value, View) else value
+    return value.sync if isinstance(value, Awaited) else value
 
 
 def awaited(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
@@ -125,7 +125,7 @@ def awaited_as(
 def asked(of: type[S], ask: Callable[[S], T], doc: str = "") -> Callable[[Any], Coroutine[Any, Any, T]]:
     """The awaited form of a property."""
 
-    async def verb(self: View[S]) -> T:
+    async def verb(self: Awaited[S]) -> T:
         return await call(ask, self.sync)
 
     verb.__doc__ = doc or f"As the property of `{of.__name__}`."

@@ -30,11 +30,11 @@ from thaw.engines.base import Codec, Completion, Message, SessionView
 from thaw.engines.text import cut_turns
 from thaw.repo import conversation, messages, said
 from thaw.repo.align import Aligned, align, said_end
-from thaw.repo.conversation import Conversation, Piece, Settings
+from thaw.repo.conversation import Conversation, MessageSpan, TemplateSettings
 from thaw.repo.marks import Marks
 from thaw.repo.messages import Messages, Tool
 
-__all__ = ["Ask", "ChatResult", "Message", "Messages", "Plan", "Tool", "ask", "plan"]
+__all__ = ["ChatRequest", "ChatResult", "Message", "Messages", "Plan", "Tool", "ask", "plan"]
 
 MAX_NBYTES = canonical.MAX_OBJECT_BYTES // 4
 """Of the messages of one turn. Its object has them and, as text, what they became."""
@@ -67,7 +67,7 @@ class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.completion.text
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the caller wants, checked. `whole`: these messages are the conversation, else they are appended to it.
     `tools`, `variables` None: as before. `answer`: the assistant speaks next."""
 
@@ -117,7 +117,7 @@ def ask(
     keep_sampled: bool = False,
     continue_final_message: bool = False,
     answer: bool = True,
-) -> Ask:
+) -> ChatRequest:
     """The caller's arguments, checked. Raises `InvalidRequest`."""
     if (new is None) == (history is None):
         raise InvalidRequest("chat: give either the new messages, or the whole conversation as history=…")
@@ -134,7 +134,7 @@ def ask(
             "continue_final_message: the last message calls tools, and its text would go on before them; leave "
             "tool_calls out"
         )
-    return Ask(
+    return ChatRequest(
         messages=given,
         whole=new is None,
         tools=messages.checked_tools(tools, codec),
@@ -145,7 +145,7 @@ def ask(
     )
 
 
-def plan(codec: Codec, view: SessionView, asked: Ask, earlier: Callable[[], Conversation | None]) -> Plan:
+def plan(codec: Codec, view: SessionView, asked: ChatRequest, earlier: Callable[[], Conversation | None]) -> Plan:
     """How the session is to go on. Changes nothing. `earlier` reads what an older thaw recorded elsewhere.
 
     Raises `InvalidRequest` where a message would be lost, the template refuses, or the session's conversation is not
@@ -177,7 +177,7 @@ def plan(codec: Codec, view: SessionView, asked: Ask, earlier: Callable[[], Conv
     )
 
 
-def _record(held: Conversation, rendering: _Rendering, keep: int, asked: Ask) -> Chat:
+def _record(held: Conversation, rendering: _Rendering, keep: int, asked: ChatRequest) -> Chat:
     """What the new turn keeps: the messages that no turn before token `keep` does."""
     kept = rendering.kept_pieces(keep)
     chat = conversation.record(
@@ -195,7 +195,7 @@ def _record(held: Conversation, rendering: _Rendering, keep: int, asked: Ask) ->
     return chat
 
 
-def _check_append(held: Conversation, asked: Ask) -> None:
+def _check_append(held: Conversation, asked: ChatRequest) -> None:
     if held.untold is not None:
         turn = held.untold
         raise InvalidRequest(
@@ -218,7 +218,7 @@ def _num_sampled(turns: Sequence[Turn], keep: int) -> int:
 class _Rendering:
     """The conversation as it is to be, its text, and how it lies beside the session's tokens."""
 
-    def __init__(self, codec: Codec, view: SessionView, held: Conversation, asked: Ask) -> None:
+    def __init__(self, codec: Codec, view: SessionView, held: Conversation, asked: ChatRequest) -> None:
         self._codec, self._view, self._held, self._asked = codec, view, held, asked
         self.messages = list(asked.messages) if asked.whole else [*held.messages, *asked.messages]
         self.start = held.start if held.untold is None else min(held.start, held.untold.start)
@@ -227,10 +227,10 @@ class _Rendering:
         self._marks = Marks(*(messages.written(given) for given in self._given()), whole)
         self._text = self._said(self.messages) if asked.continue_final_message else whole
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> TemplateSettings:
         """Those of the conversation, with what is given now; and the time of now, if the template reads the time."""
         last, asked = self._held.settings, self._asked
-        settings = Settings(
+        settings = TemplateSettings(
             tools=last.tools if asked.tools is None else asked.tools,
             variables={**last.variables, **(asked.variables or {})},
             moment=last.moment,
@@ -241,7 +241,7 @@ class _Rendering:
         timed, other = (msgspec.structs.replace(settings, moment=moment) for moment in (now, now - EARLIER))
         return settings if self._render(self.messages, timed) == self._render(self.messages, other) else timed
 
-    def _render(self, some: Sequence[Message], settings: Settings) -> str:
+    def _render(self, some: Sequence[Message], settings: TemplateSettings) -> str:
         return self._codec.chat_text(
             some,
             add_generation_prompt=self._asked.answer and not self._asked.continue_final_message,
@@ -377,7 +377,7 @@ class _Rendering:
                 return len(held) - i
         return max(len(held) - len(self.messages), 0)
 
-    def kept_pieces(self, keep: int) -> tuple[Piece, ...]:
+    def kept_pieces(self, keep: int) -> tuple[MessageSpan, ...]:
         """The pieces that stay as they are recorded, when the session keeps its first `keep` tokens."""
         pieces = [piece for piece in self._held.pieces if piece.end <= keep]
         while pieces and (pieces[-1].open or not self._begins_with(conversation.joined(pieces))):

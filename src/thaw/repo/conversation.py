@@ -20,7 +20,7 @@ from thaw.engines.base import Message
 from thaw.repo import messages
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class TemplateSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a conversation is rendered with, besides its messages."""
 
     tools: tuple[Message, ...] = ()
@@ -28,14 +28,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     moment: datetime | None = None
 
 
-class Piece(msgspec.Struct, frozen=True, kw_only=True):
+class MessageSpan(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens [begin, end), the messages that they add, and the settings that hold behind them. `sampled`: it is an
     answer. `open`: the piece ends inside its last message, which the answer behind it completes."""
 
     begin: int
     end: int
     messages: tuple[Message, ...]
-    settings: Settings
+    settings: TemplateSettings
     sampled: bool = False
     open: bool = False
 
@@ -48,7 +48,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     start: int
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[MessageSpan, ...] = ()
     plain_end: int = 0
     untold: Turn | None = None
 
@@ -57,11 +57,11 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
         return joined(self.pieces)
 
     @property
-    def settings(self) -> Settings:
-        return self.pieces[-1].settings if self.pieces else Settings()
+    def settings(self) -> TemplateSettings:
+        return self.pieces[-1].settings if self.pieces else TemplateSettings()
 
 
-def joined(pieces: Sequence[Piece]) -> list[Message]:
+def joined(pieces: Sequence[MessageSpan]) -> list[Message]:
     """The messages of these pieces, in order; one that an answer completes is one."""
     out: list[Message] = []
     for before, piece in zip((None, *pieces), pieces, strict=False):
@@ -84,22 +84,24 @@ def completed(message: Message, more: str) -> Message:
 def read(turns: Sequence[Turn], num_tokens: int, earlier: tuple[Sequence[Message], int] | None = None) -> Conversation:
     """The conversation of a session with these turns. `earlier`: messages of its first tokens that no turn records, and
     up to which token they go. Raises `CorruptBlob` for a record that cannot be read."""
-    pieces: list[Piece] = []
+    pieces: list[MessageSpan] = []
     others: list[Turn] = []
     if earlier is not None:
         told, end = earlier
         begin = next((turn.start for turn in turns if turn.role is not None), 0)
-        pieces.append(Piece(begin=begin, end=end, messages=tuple(told), settings=Settings()))
+        pieces.append(MessageSpan(begin=begin, end=end, messages=tuple(told), settings=TemplateSettings()))
         turns = [turn for turn in turns if turn.start >= end]
     for turn in turns:
         if isinstance(turn, ChatTurn):
             pieces = [piece for piece in pieces if piece.end <= turn.chat.begin]
             others = [other for other in others if other.end <= turn.chat.begin]
-            pieces.append(_told(turn, pieces[-1].settings if pieces else Settings()))
+            pieces.append(_told(turn, pieces[-1].settings if pieces else TemplateSettings()))
         elif turn.kind == "completion" and pieces and pieces[-1].end == turn.start:
             answer: Message = {"role": "assistant", "content": turn.text}
             settings = pieces[-1].settings
-            pieces.append(Piece(begin=turn.start, end=turn.end, messages=(answer,), settings=settings, sampled=True))
+            pieces.append(
+                MessageSpan(begin=turn.start, end=turn.end, messages=(answer,), settings=settings, sampled=True)
+            )
         else:
             others.append(turn)
     start = pieces[0].begin if pieces else num_tokens
@@ -112,7 +114,7 @@ def read(turns: Sequence[Turn], num_tokens: int, earlier: tuple[Sequence[Message
     )
 
 
-def record(begin: int, added: Sequence[Message], settings: Settings | None, *, open: bool) -> Chat:
+def record(begin: int, added: Sequence[Message], settings: TemplateSettings | None, *, open: bool) -> Chat:
     """What the turn that ends with `added` keeps. `settings` None: as before `begin`."""
     return Chat(
         begin=begin,
@@ -122,7 +124,7 @@ def record(begin: int, added: Sequence[Message], settings: Settings | None, *, o
     )
 
 
-def _written(settings: Settings) -> ChatSettings:
+def _written(settings: TemplateSettings) -> ChatSettings:
     return ChatSettings(
         tools=tuple(messages.written(tool) for tool in settings.tools),
         variables={name: messages.written(value) for name, value in settings.variables.items()},
@@ -130,19 +132,19 @@ def _written(settings: Settings) -> ChatSettings:
     )
 
 
-def _told(turn: ChatTurn, before: Settings) -> Piece:
+def _told(turn: ChatTurn, before: TemplateSettings) -> MessageSpan:
     try:
         told = tuple(dict(messages.read(text)) for text in turn.chat.messages)
     except (ValueError, TypeError, RecursionError) as error:
         raise CorruptBlob(f"the messages of the turn at token {turn.start} cannot be read: {error}") from None
     settings = before if turn.chat.settings is None else _settings(turn.chat.settings)
     open = turn.chat.continue_final_message and bool(told)
-    return Piece(begin=turn.chat.begin, end=turn.end, messages=told, settings=settings, open=open)
+    return MessageSpan(begin=turn.chat.begin, end=turn.end, messages=told, settings=settings, open=open)
 
 
-def _settings(kept: ChatSettings) -> Settings:
+def _settings(kept: ChatSettings) -> TemplateSettings:
     try:
-        return Settings(
+        return TemplateSettings(
             tools=tuple(messages.read(tool) for tool in kept.tools),
             variables={name: messages.read(value) for name, value in kept.variables.items()},
             moment=None if kept.moment is None else datetime.fromisoformat(kept.moment),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from thaw.core.cache import point_groups, token_groups
 from thaw.core.errors import NotKept
-from thaw.core.objects import Point, Segment, SegmentEntry
+from thaw.core.objects import Segment, SegmentEntry, StatesAtToken
 from thaw.repo import cut
 from thaw.repo.timeline import Timeline
 
@@ -27,7 +27,7 @@ def blobs_at(timeline: Timeline, num_kv: int) -> Iterator[tuple[SegmentEntry, Se
             yield entry, segment, {g: ids for g, ids in segment.blobs.items() if end > unneeded.get(g, 0)}
 
 
-def state_at(timeline: Timeline, num_kv: int) -> Point | None:
+def state_at(timeline: Timeline, num_kv: int) -> StatesAtToken | None:
     """The point states after `num_kv` tokens."""
     return next((point for point in _points(timeline) if point.token == num_kv), None)
 
@@ -71,6 +71,6 @@ def _missing(timeline: Timeline, num_kv: int) -> str | None:
     return None
 
 
-def _points(timeline: Timeline) -> Iterator[Point]:
+def _points(timeline: Timeline) -> Iterator[StatesAtToken]:
     for entry, segment in zip(timeline.entries, timeline.segments, strict=True):
         yield from (point for point in segment.states if point.token <= entry.start + entry.length)

@@ -276,7 +276,7 @@ class Session(ProcessBound):
         )
         return talk.stream(self._context.engine, [self], [asked], [sampling], lambda results: results[0])
 
-    def plan_chat(self, asked: chats.Ask) -> chats.Plan:
+    def plan_chat(self, asked: chats.ChatRequest) -> chats.Plan:
         """How this session would go on with it. Changes nothing; raises what `chat` raises."""
         engine, view = self._context.engine, self.view()
         if view.running:
@@ -315,7 +315,7 @@ class Session(ProcessBound):
                 self._num_inherited = aside.num_inherited
             engine.close_session(unwanted)
 
-    def _append_messages(self, asked: chats.Ask) -> SessionView:
+    def _append_messages(self, asked: chats.ChatRequest) -> SessionView:
         plan = self.plan_chat(asked)
         self._set_aside(plan.keep)
         handle = self._context.engine.append(self.ref, plan.new, text=self._shown(plan), role=plan.role, chat=plan.chat)

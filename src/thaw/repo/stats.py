@@ -15,7 +15,7 @@ from thaw.repo import log as logs
 from thaw.repo import timeline
 from thaw.repo.weight import weigh
 from thaw.store import Ref, Store
-from thaw.store.store import Usage
+from thaw.store.store import DiskUsage
 
 
 class RefStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ def stats(store: Store, *, prefill_tokens_per_s: float | None = None) -> Stats:
         num_tokens[entry.commit] = state.num_tokens
         children.update(entry.parents)
     saved = sum((num - 1) * num_tokens.get(commit, 0) for commit, num in children.items())
-    used = store.usage() if not store.namespace else Usage(0, 0, _weigh(store, reached), 0)
+    used = store.usage() if not store.namespace else DiskUsage(0, 0, _weigh(store, reached), 0)
     return Stats(
         num_commits=len(num_tokens),
         num_packs=used.num_packs,

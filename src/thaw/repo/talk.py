@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core.errors import ThawError
 from thaw.engines.base import Completion, Engine
-from thaw.repo.chat import Ask, ChatResult
+from thaw.repo.chat import ChatRequest, ChatResult
 from thaw.repo.params import as_sampling
 from thaw.repo.stream import Stream
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def stream(
     engine: Engine,
     sessions: Sequence[Session],
-    asks: Sequence[Ask],
+    asks: Sequence[ChatRequest],
     samplings: Sequence[object],
     pick: Callable[[list[ChatResult]], T],
 ) -> Stream[T]:

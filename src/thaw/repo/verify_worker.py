@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-import thaw
 from thaw.core import errors
 from thaw.core.errors import EngineDied, InvalidRequest, ThawError, TimedOut
+from thaw.data.fresh_process import with_this_thaw
 from thaw.repo.report import VerifyReport
 from thaw.repo.settings import EngineSettings, recall
 from thaw.store import Store
@@ -60,7 +60,8 @@ def verify_in_fresh_process(
     command = [sys.executable, "-m", "thaw.repo.verify_worker"]
     try:
         done = subprocess.run(
-            command, input=msgspec.json.encode(request), capture_output=True, timeout=timeout_s, env=_environment()
+            command, input=msgspec.json.encode(request), capture_output=True, timeout=timeout_s,
+            env=with_this_thaw(os.environ),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise TimedOut(f"verify: no report within {timeout_s} s; the process was ended") from None
@@ -99,13 +100,6 @@ def _verify(request: VerifyRequest) -> VerifyReport:
         with load_engine(request.engine.name, **request.engine.options) as engine:
             report = verify_in(engine, Context(store), point, num_tokens=request.num_tokens)
     return msgspec.structs.replace(report, fresh_process=True)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the folder of this very thaw first, so that the worker imports the same one."""
-    folder = str(Path(thaw.__file__).resolve().parents[1])
-    rest = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder}
 
 
 def _error_of(answer: VerifyAnswer) -> ThawError:

@@ -22,7 +22,7 @@ from thaw.repo.choice import URL, choose
 from thaw.repo.repository import Repository
 from thaw.serve import process, record
 from thaw.serve.command import has_server, log_of, require, require_keys, server_of
-from thaw.serve.process import Shown, unseen
+from thaw.serve.process import WaitDisplay, unseen
 from thaw.serve.record import Served
 from thaw.store import Store
 
@@ -47,7 +47,7 @@ def up(
     arena_nbytes: int | None = None,
     timeout_s: float = TIMEOUT_S,
     arguments: tuple[str, ...] = (),
-    shown: Shown = unseen,
+    shown: WaitDisplay = unseen,
 ) -> Started:
     """Start the stock server of an engine with thaw in it, and return when it answers. It outlives this process.
 
@@ -100,7 +100,7 @@ def running(repo: Repository) -> Served | None:
     return known if known is not None and record.is_alive(known) else None
 
 
-def down(repo: Repository, *, shown: Shown = unseen) -> tuple[Served | None, bool]:
+def down(repo: Repository, *, shown: WaitDisplay = unseen) -> tuple[Served | None, bool]:
     """End it: what was recorded, and whether it ran until now. That none is up is fine.
 
     Commits stay; sessions that were only in the engine are gone. Raises `Busy` where it runs on another host."""
@@ -165,7 +165,7 @@ def _reachable(host: str) -> str:
 
 
 def _bring_up(
-    store: Store, served: Served, begun: subprocess.Popen[bytes], timeout_s: float, log_prefix: str, shown: Shown
+    store: Store, served: Served, begun: subprocess.Popen[bytes], timeout_s: float, log_prefix: str, shown: WaitDisplay
 ) -> float:
     """Seconds until it answered. It is written down before that, so that `down` finds it whatever happens here."""
     record.remember(store, served)

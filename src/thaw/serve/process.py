@@ -62,7 +62,7 @@ def keep_former(log: Path) -> None:
                 former.unlink(missing_ok=True)
 
 
-class Shown(Protocol):
+class WaitDisplay(Protocol):
     """How a wait is shown: as long as the context lasts, `how_far` says what the server is doing."""
 
     def __call__(self, what: str, how_far: Callable[[], str], /) -> AbstractContextManager[object]: ...
@@ -75,7 +75,7 @@ def unseen(what: str, how_far: Callable[[], str]) -> AbstractContextManager[obje
 
 def wait(
     process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, log_prefix: str = "",
-    shown: Shown = unseen,
+    shown: WaitDisplay = unseen,
 ) -> float:  # fmt: skip
     """Seconds until it answered. Ends it and raises `EngineDied` or `TimedOut` when it does not, or on ^C.
 

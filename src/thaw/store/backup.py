@@ -18,9 +18,10 @@ from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageF
 from thaw.core.ids import digest
 from thaw.data.files import make_way, read_own, storage_errors, write_atomic
 from thaw.store import reserve
-from thaw.store.db import Database, has_namespaces, number, required
+from thaw.store.db import Database
 from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
+from thaw.store.settings import has_namespaces, number, required
 
 NAME = "refs.json"
 REFLOG_ENTRIES = 200

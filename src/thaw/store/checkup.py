@@ -18,10 +18,11 @@ from pathlib import Path
 from thaw.core.errors import CorruptDatabase, Damaged, NewerFormat, NotFound, StorageFailed, ThawError
 from thaw.data.files import storage_errors
 from thaw.store import backup, leases, rebuild, reserve
-from thaw.store.db import Database, check_format
+from thaw.store.db import Database
 from thaw.store.report import FsckReport, Problem
 from thaw.store.scan import PackScan, list_packs, look_at, scan_packs
 from thaw.store.schema import DATABASE, FORMAT, PACKS
+from thaw.store.settings import check_format
 from thaw.store.tables import Index, check_tables, load
 from thaw.store.upgrade import bring_up
 

@@ -13,9 +13,10 @@ import warnings
 from thaw.core.errors import Busy, ThawError
 from thaw.store import objects
 from thaw.store.gc import unlink_doomed
+from thaw.store.home import StoreHome
 from thaw.store.locks import locked
 from thaw.store.objects import PackRow
-from thaw.store.repack import SMALL_BYTES, Home, copy_packs, grouped
+from thaw.store.repack import SMALL_BYTES, copy_packs, grouped
 
 TIERS = ((0, 64 << 10), (64 << 10, SMALL_BYTES))
 """Sizes of packs, from and to."""
@@ -32,7 +33,7 @@ def _num(connection: sqlite3.Connection, low: int, high: int) -> int:
     return int(connection.execute(f"SELECT count(*) FROM ({rows})", (low, high, COUNT)).fetchone()[0])
 
 
-def gather(store: Home) -> None:
+def gather(store: StoreHome) -> None:
     """Puts the packs of full tiers together. Does nothing beside a gc; raises nothing of thaw's, but warns."""
     try:
         with locked(store.path / "gc.lock", wait_s=0, busy="a gc is running"):
@@ -45,7 +46,7 @@ def gather(store: Home) -> None:
         warnings.warn(f"small packs could not be put together: {error}", RuntimeWarning, stacklevel=3)
 
 
-def _gather_tier(store: Home, low: int, high: int) -> None:
+def _gather_tier(store: StoreHome, low: int, high: int) -> None:
     with store.database.read() as connection:
         packs = objects.read_packs(connection, "doomed_ns IS NULL AND nbytes >= ? AND nbytes < ?", low, high)
         groups = grouped((pack, _entries(connection, pack), pack.nbytes) for pack in packs)

@@ -23,30 +23,22 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
 from thaw.store import leases, objects, reserve, windows
-from thaw.store.db import Database, drop_setting, set_setting
+from thaw.store.home import StoreHome
 from thaw.store.locks import locked
-from thaw.store.mark import UPKEEP, Marks, catch_up, mark_all
+from thaw.store.mark import UPKEEP, Reachable, catch_up, mark_all
 from thaw.store.repack import choose, copy_packs
 from thaw.store.schema import COLLECTING, KEEP_REFLOG_S
+from thaw.store.settings import drop_setting, set_setting
 from thaw.store.windows import Windows
 
 T = TypeVar("T")
 Found = tuple[str, bytes, str, str]
 """window, key, segment, state: by which a segment is found, and through which state."""
-
-
-class Home(Protocol):
-    """What gc needs of its store."""
-
-    path: Path
-    packs: Path
-    uuid: str
-    database: Database
 
 
 @dataclass
@@ -75,7 +67,7 @@ class GcReport:
 
 
 def collect_garbage(
-    store: Home, *, dry_run: bool = False, keep_reflog_s: float = KEEP_REFLOG_S, now: float | None = None
+    store: StoreHome, *, dry_run: bool = False, keep_reflog_s: float = KEEP_REFLOG_S, now: float | None = None
 ) -> GcReport:
     """Runs gc; safe beside commits and readers in any process. Raises `Busy` when another gc runs, `Damaged`.
 
@@ -102,7 +94,7 @@ def collect_garbage(
     return report
 
 
-def _collect(store: Home, since_ns: int, report: GcReport) -> None:
+def _collect(store: StoreHome, since_ns: int, report: GcReport) -> None:
     with store.database.read() as connection:
         marks = mark_all(connection, since_ns)
         dead = _dead(connection, marks)
@@ -145,7 +137,7 @@ _ORDER = ("commit", "state", "segments", "turns", "segment", "turn", "model", "b
 """Kinds, each before what it may need, so that what is left between two transactions is whole."""
 
 
-def _delete(store: Home, marks: Marks, since_ns: int, some: list[tuple[str, str]], report: GcReport) -> None:
+def _delete(store: StoreHome, marks: Reachable, since_ns: int, some: list[tuple[str, str]], report: GcReport) -> None:
     """Deletes those of `some` that are dead still. What a power cut brings back, the next gc deletes."""
     with store.database.write(durable=False) as connection:
         catch_up(connection, marks, since_ns)
@@ -158,7 +150,7 @@ def _delete(store: Home, marks: Marks, since_ns: int, some: list[tuple[str, str]
     report.blobs_removed += len(blobs)
 
 
-def _dead(connection: sqlite3.Connection, marks: Marks) -> list[tuple[str, str]]:
+def _dead(connection: sqlite3.Connection, marks: Reachable) -> list[tuple[str, str]]:
     """(kind, id) of what is stored but not marked, in the order in which it may go: of a kind, newest first.
 
     Raises `CorruptDatabase` where what is marked has no row: the row of what seems dead may have been its.
@@ -176,13 +168,13 @@ def _dead(connection: sqlite3.Connection, marks: Marks) -> list[tuple[str, str]]
     return [(kind, one) for kind, of_kind in found.items() for one in of_kind]
 
 
-def _stale(connection: sqlite3.Connection, marks: Marks) -> list[Found]:
+def _stale(connection: sqlite3.Connection, marks: Reachable) -> list[Found]:
     """Rows by which a dead segment is found, or a segment through a dead state."""
     rows = connection.execute('SELECT "window", "key", segment, state FROM segments').fetchall()
     return [row for row in rows if row[2] not in marks.objects or row[3] not in marks.objects]
 
 
-def _find_anew(store: Home, marks: Marks, since_ns: int, rows: list[Found]) -> None:
+def _find_anew(store: StoreHome, marks: Reachable, since_ns: int, rows: list[Found]) -> None:
     """Live segments of `rows` are found through live states, those that are dead still no more."""
     with store.database.write(durable=False) as connection:
         set_setting(connection, COLLECTING, "1")
@@ -191,7 +183,7 @@ def _find_anew(store: Home, marks: Marks, since_ns: int, rows: list[Found]) -> N
         _home(connection, marks, {row[2] for row in rows})
 
 
-def _rehome(connection: sqlite3.Connection, marks: Marks) -> None:
+def _rehome(connection: sqlite3.Connection, marks: Reachable) -> None:
     """What a commit meanwhile has made live again is found through a live state, too."""
     _lose(connection, _stale(connection, marks))
     found = {segment for (segment,) in connection.execute("SELECT segment FROM segments")}
@@ -203,7 +195,7 @@ def _lose(connection: sqlite3.Connection, rows: list[Found]) -> None:
     connection.executemany(query, [row[:3] for row in rows])
 
 
-def _home(connection: sqlite3.Connection, marks: Marks, segments: Collection[str]) -> None:
+def _home(connection: sqlite3.Connection, marks: Reachable, segments: Collection[str]) -> None:
     homes = (home for home in marks.homed() if home[0] in segments)
     windows.insert(connection, Windows(lambda one: objects.read_bytes(connection, one)).rows(homes))
 
@@ -216,7 +208,7 @@ def _doom_empty(connection: sqlite3.Connection) -> None:
     objects.doom_packs(connection, empty, time.time_ns())
 
 
-def _rewrite(store: Home, report: GcReport) -> None:
+def _rewrite(store: StoreHome, report: GcReport) -> None:
     """Each group's old packs go before the next is copied; where a new pack has no room, the others wait for it."""
     with store.database.read() as connection:
         groups = choose(connection)
@@ -232,13 +224,13 @@ def _rewrite(store: Home, report: GcReport) -> None:
     report.damaged = tuple(damaged)
 
 
-def _unlink(store: Home, report: GcReport) -> None:
+def _unlink(store: StoreHome, report: GcReport) -> None:
     removed, report.packs_waiting, freed = unlink_doomed(store)
     report.packs_removed += removed
     report.nbytes_freed += freed
 
 
-def unlink_doomed(store: Home) -> tuple[int, int, int]:
+def unlink_doomed(store: StoreHome) -> tuple[int, int, int]:
     """Unlinks doomed packs; (how many, how many wait for a reader, bytes of files).
 
     They go when no lease of a reader is older than their doom. File first, row after: a crash between them leaves a row
@@ -276,7 +268,7 @@ def _unlink_files(folder: Path, names: Iterable[str]) -> tuple[int, list[str]]:
     return freed, left
 
 
-def _sweep(store: Home, report: GcReport) -> None:
+def _sweep(store: StoreHome, report: GcReport) -> None:
     gone = orphans(store)
     if gone:
         freed, left = _unlink_files(store.packs, gone)
@@ -285,7 +277,7 @@ def _sweep(store: Home, report: GcReport) -> None:
         report.strangers = tuple(left)
 
 
-def orphans(store: Home) -> list[str]:
+def orphans(store: StoreHome) -> list[str]:
     """What belongs to nobody: neither indexed nor named by a live lease.
 
     The folder is listed first: a lease is taken before its file is made, and given back in the transaction that
@@ -300,12 +292,12 @@ def orphans(store: Home) -> list[str]:
     return [name for name in listed if name not in known]
 
 
-def _pack_bytes(store: Home) -> int:
+def _pack_bytes(store: StoreHome) -> int:
     with store.database.read() as connection:
         return sum(pack.nbytes for pack in objects.read_packs(connection, "doomed_ns IS NULL"))
 
 
-def _predict(store: Home, connection: sqlite3.Connection, marks: Marks, report: GcReport) -> None:
+def _predict(store: StoreHome, connection: sqlite3.Connection, marks: Reachable, report: GcReport) -> None:
     """What gc would remove, from one view: whole packs and orphans (rewriting may free more)."""
     dead = _dead(connection, marks)
     report.blobs_removed = sum(kind == "blob" for kind, _ in dead)

@@ -10,15 +10,15 @@ from collections.abc import Iterable
 
 from thaw.core.errors import CorruptBlob, CorruptDatabase
 from thaw.store import leases
-from thaw.store.db import number
 from thaw.store.links import Links, links
 from thaw.store.objects import verified
 from thaw.store.refs import read_refs, read_whole_reflog
+from thaw.store.settings import number
 
 UPKEEP = "gc removes nothing from a damaged repository. Run `thaw fsck`."
 
 
-class Marks:
+class Reachable:
     """Reached objects and blobs; `homes`: for each reached segment, the reached state that uses most of it.
 
     `objects` may be added to later, against a newer view of the database.
@@ -86,14 +86,14 @@ def _stored(connection: sqlite3.Connection, found: set[str]) -> set[str]:
     return {row[0] for one in found for row in connection.execute("SELECT id FROM objects WHERE id = ?", (one,))}
 
 
-def mark_all(connection: sqlite3.Connection, reflog_since_ns: int) -> Marks:
+def mark_all(connection: sqlite3.Connection, reflog_since_ns: int) -> Reachable:
     """Marks from the roots in one view of the database."""
-    marks = Marks()
+    marks = Reachable()
     catch_up(connection, marks, reflog_since_ns)
     return marks
 
 
-def catch_up(connection: sqlite3.Connection, marks: Marks, reflog_since_ns: int) -> None:
+def catch_up(connection: sqlite3.Connection, marks: Reachable, reflog_since_ns: int) -> None:
     """Brings `marks` up to a newer view: roots as they are now, and every object stored since."""
     first = marks.sequence < 0
     sequence, seq = number(connection, "sequence"), last_seq(connection)

@@ -23,8 +23,8 @@ from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, ObjectId, digest
 from thaw.core.objects import AnyObject, State
 from thaw.data.locations import BlobLocation, is_pack_name
-from thaw.store.db import REBUILD
 from thaw.store.schema import KINDS, check
+from thaw.store.settings import REBUILD
 
 if TYPE_CHECKING:
     from thaw.store.links import Links

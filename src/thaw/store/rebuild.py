@@ -28,7 +28,7 @@ from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, write_pack
 from thaw.store import backup, leases, objects, refs, windows
-from thaw.store.db import BUSY_S, Database, admit_namespaces, creating, remove_strangers, set_setting
+from thaw.store.db import BUSY_S, Database, creating, remove_strangers
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
 from thaw.store.locks import locked
@@ -36,6 +36,7 @@ from thaw.store.refs import Ref, ReflogEntry
 from thaw.store.salvage import Salvage, salvage
 from thaw.store.scan import PackFiles, PackScan, list_packs, scan_packs
 from thaw.store.schema import DATABASE, PACKS
+from thaw.store.settings import admit_namespaces, set_setting
 from thaw.store.windows import Windows
 
 

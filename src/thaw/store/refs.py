@@ -21,9 +21,9 @@ import msgspec
 from thaw.core.errors import CorruptDatabase, InvalidRequest, NotFound, RefConflict
 from thaw.core.ids import CommitId, short
 from thaw.core.namespaces import DEFAULT, bounds, check_qualified, qualify, split
-from thaw.store.db import REBUILD, admit_namespaces, number, set_setting
 from thaw.store.objects import read_namespace
 from thaw.store.schema import checksum
+from thaw.store.settings import REBUILD, admit_namespaces, number, set_setting
 
 RefKind: TypeAlias = Literal["branch", "tag"]
 

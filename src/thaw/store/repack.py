@@ -10,15 +10,13 @@ import sqlite3
 import time
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 from thaw.core.errors import CorruptBlob
 from thaw.data.header import OBJECT, Entry
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import leases, objects
-from thaw.store.db import Database
+from thaw.store.home import StoreHome
 from thaw.store.objects import PackRow
 from thaw.store.scan import PackFiles
 
@@ -28,13 +26,6 @@ SMALL_BYTES, SMALL_COUNT = 1 << 20, 64
 """Packs below this size are put together when there are this many."""
 GROUP_BYTES, GROUP_ENTRIES = 1 << 30, 1 << 14
 """What one new pack holds at most, about: more entries would make a header that takes long to read."""
-
-
-class Home(Protocol):
-    path: Path
-    packs: Path
-    uuid: str
-    database: Database
 
 
 def choose(connection: sqlite3.Connection) -> list[list[PackRow]]:
@@ -70,7 +61,7 @@ def grouped(packs: Iterable[tuple[PackRow, int, int]]) -> list[list[PackRow]]:
     return groups
 
 
-def copy_packs(store: Home, packs: list[PackRow], damaged: list[str]) -> int:
+def copy_packs(store: StoreHome, packs: list[PackRow], damaged: list[str]) -> int:
     """Copies what is alive in `packs` into one new pack; returns how many were doomed. Damaged ones are left alone."""
     name = leases.new_pack_name()
     with store.database.write(durable=False) as connection:
@@ -91,7 +82,7 @@ def copy_packs(store: Home, packs: list[PackRow], damaged: list[str]) -> int:
             leases.release(connection, lease)
 
 
-def _copyable(store: Home, packs: list[PackRow], damaged: list[str]) -> tuple[list[PackRow], list[BlobOf]]:
+def _copyable(store: StoreHome, packs: list[PackRow], damaged: list[str]) -> tuple[list[PackRow], list[BlobOf]]:
     """The packs whose live entries all verify, and those entries. A pack that does not is added to `damaged`."""
     good: list[PackRow] = []
     entries: list[BlobOf] = []
@@ -115,7 +106,7 @@ BlobOf = tuple[str, Entry]
 """An entry and the pack that it is in."""
 
 
-def _alive(store: Home, pack: str) -> list[Entry]:
+def _alive(store: StoreHome, pack: str) -> list[Entry]:
     """The entries of `pack` that rows point at: the index of packs must know all of them, and no others."""
     header = read_header(store.packs / pack)
     with store.database.read() as connection:
@@ -133,7 +124,7 @@ def _lies_in(connection: sqlite3.Connection, pack: str, entry: Entry) -> bool:
     return bool(row == (pack, entry.offset))
 
 
-def _copy(store: Home, name: str, entries: list[BlobOf]) -> PackResult | None:
+def _copy(store: StoreHome, name: str, entries: list[BlobOf]) -> PackResult | None:
     """Writes the entries into a new pack; what was written is what they are named by."""
     if not entries:
         return None

@@ -25,22 +25,12 @@ from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
 from thaw.store import backup, leases, objects, refs, reserve, windows
-from thaw.store.db import (
-    REBUILD,
-    Database,
-    admit_namespaces,
-    check_format,
-    creating,
-    is_read_only,
-    number,
-    required,
-    set_setting,
-    setting,
-)
+from thaw.store.db import Database, creating, is_read_only
 from thaw.store.filesystem import refuse_network
 from thaw.store.objects import ObjectCache, Recorded
 from thaw.store.refs import Ref, ReflogEntry, RefUpdate
 from thaw.store.schema import DATABASE, FORMAT, KEEP_REFLOG_S, PACKS
+from thaw.store.settings import REBUILD, admit_namespaces, check_format, number, required, set_setting, setting
 
 if TYPE_CHECKING:
     from thaw.store.gc import GcReport
@@ -58,7 +48,7 @@ _ALONE: dict[type, type[AnyObject]] = {Commit: Commit, State: State}
 """Kinds that a verb that only reads looks at, often without any other."""
 
 
-class Usage(msgspec.Struct, frozen=True):
+class DiskUsage(msgspec.Struct, frozen=True):
     """Bytes on disk. `pack_nbytes` counts whole files, `blob_nbytes` the KV in them."""
 
     num_packs: int
@@ -262,14 +252,14 @@ class Store:
             last = rows[-1][0]
             yield from map(CommitId, own)
 
-    def usage(self) -> Usage:
+    def usage(self) -> DiskUsage:
         """What the repository takes on disk."""
         with self.database.read() as connection:
             packs = objects.read_packs(connection, "doomed_ns IS NULL")
             blobs = objects.read_blobs_nbytes(connection)
         with storage_errors(self.database.path, "look at"):
             database = os.stat(self.database.path).st_size
-        return Usage(len(packs), sum(pack.nbytes for pack in packs), blobs, database)
+        return DiskUsage(len(packs), sum(pack.nbytes for pack in packs), blobs, database)
 
     # --- writing
 

@@ -15,10 +15,11 @@ from typing import Any
 from thaw.core import objects as core_objects
 from thaw.core.errors import Busy, CorruptDatabase, Damaged, NewerFormat, StorageFailed, ThawError
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import REBUILD, check_format, database_errors, number, required, setting, translate
+from thaw.store.db import database_errors, translate
 from thaw.store.links import Links, links
 from thaw.store.report import FsckReport
 from thaw.store.schema import COUNTS, DATABASE, TABLES, check, checksum
+from thaw.store.settings import REBUILD, check_format, number, required, setting
 from thaw.store.windows import Windows
 
 

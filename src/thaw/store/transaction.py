@@ -17,9 +17,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 from thaw.core.errors import Busy, Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, RefConflict, StorageFailed
 from thaw.core.ids import ObjectId
@@ -28,29 +26,21 @@ from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
 from thaw.store import backup, leases, objects, refs
-from thaw.store.db import CommitUnsure, Database, admit_namespaces, setting
+from thaw.store.db import CommitUnsure
 from thaw.store.gather import gather, is_due
+from thaw.store.home import NamespaceHome
 from thaw.store.links import links
-from thaw.store.mark import Marks
+from thaw.store.mark import Reachable
 from thaw.store.refs import RefUpdate
 from thaw.store.schema import COLLECTING
+from thaw.store.settings import admit_namespaces, setting
 from thaw.store.windows import Windows, insert
-
-
-class Home(Protocol):
-    """What a transaction needs of its store."""
-
-    path: Path
-    packs: Path
-    uuid: str
-    database: Database
-    namespace: str
 
 
 class Transaction:
     """See the module. Used by one thread at a time; valid until `commit` or the end of the `with`."""
 
-    def __init__(self, store: Home, roots: Sequence[str] = ()) -> None:
+    def __init__(self, store: NamespaceHome, roots: Sequence[str] = ()) -> None:
         self.pack = leases.new_pack_name()
         self._object_pack = leases.new_pack_name()
         self._store = store
@@ -190,7 +180,7 @@ class Transaction:
     def _find_again(self, connection: sqlite3.Connection) -> None:
         """Rows for every segment that is reached from here: those that were stored and dead may have lost theirs to a
         gc that is under way, or was killed. What is damaged is left to fsck."""
-        marks = Marks()
+        marks = Reachable()
         with contextlib.suppress(CorruptDatabase):
             marks.mark(connection, self._queue)
         windows = Windows(lambda identifier: objects.read_bytes(connection, identifier))

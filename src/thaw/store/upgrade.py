@@ -12,16 +12,20 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from thaw.core.errors import CorruptBlob, CorruptDatabase
 from thaw.core.ids import CommitId
 from thaw.store import refs, windows
-from thaw.store.db import REBUILD, Database, check_format, set_setting
 from thaw.store.links import links
 from thaw.store.objects import read_bytes
 from thaw.store.refs import ReflogEntry
 from thaw.store.schema import FORMAT, TABLES, check, checksum
+from thaw.store.settings import REBUILD, check_format, set_setting
 from thaw.store.windows import Windows
+
+if TYPE_CHECKING:
+    from thaw.store.db import Database
 
 
 def bring_up(database: Database) -> None:

@@ -18,8 +18,8 @@ from thaw.core.canonical import decode_stored
 from thaw.core.errors import CorruptBlob, CorruptDatabase
 from thaw.core.ids import ObjectId, StateId
 from thaw.core.prefix import WINDOW
-from thaw.store.db import REBUILD
 from thaw.store.schema import check
+from thaw.store.settings import REBUILD
 
 T = TypeVar("T")
 Row = tuple[str, bytes, str, str, int]

@@ -24,7 +24,7 @@ from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan
 
 
-class Round(msgspec.Struct, frozen=True, kw_only=True):
+class ResumeRound(msgspec.Struct, frozen=True, kw_only=True):
     """`fork` n > 0: fork the (one) hydrated session into n. `sampling` None: resume the interrupted completion."""
 
     plans: tuple[HydratePlan, ...]
@@ -33,13 +33,13 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling | None = None
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class ResumeJob(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     options: dict[str, str | int]
-    rounds: tuple[Round, ...]
+    rounds: tuple[ResumeRound, ...]
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class ResumeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """One completion. `logprobs` are `float.hex`."""
 
     token_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 class RoundAnswer(msgspec.Struct, frozen=True, kw_only=True):
     proofs: tuple[Proof, ...]
-    completions: tuple[Answer, ...]
+    completions: tuple[ResumeAnswer, ...]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,8 +64,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rounds: tuple[RoundAnswer, ...]
 
 
-def answer(out: Completion) -> Answer:
-    return Answer(
+def answer(out: Completion) -> ResumeAnswer:
+    return ResumeAnswer(
         token_ids=out.token_ids,
         logprobs=tuple(value.hex() for value in out.logprobs),
         text=out.text,
@@ -76,7 +76,7 @@ def answer(out: Completion) -> Answer:
     )
 
 
-def run_fresh(job: Job, folder: Path, *, timeout_s: float = 600.0) -> Report:
+def run_fresh(job: ResumeJob, folder: Path, *, timeout_s: float = 600.0) -> Report:
     """Run `job` in a fresh interpreter. `folder` takes the job file."""
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job, enc_hook=_enc_hook))
@@ -88,14 +88,14 @@ def run_fresh(job: Job, folder: Path, *, timeout_s: float = 600.0) -> Report:
     return msgspec.json.decode(done.stdout, type=Report)
 
 
-def run(job: Job) -> Report:
+def run(job: ResumeJob) -> Report:
     """Run `job` in this process."""
     with load_engine(job.engine, **job.options) as engine:
         rounds = tuple(_round(engine, one) for one in job.rounds)
         return Report(pid=os.getpid(), numerics=engine.info.numerics, rounds=rounds)
 
 
-def _round(engine: Engine, asked: Round) -> RoundAnswer:
+def _round(engine: Engine, asked: ResumeRound) -> RoundAnswer:
     hydrated = [engine.hydrate(plan).result() for plan in asked.plans]
     sessions = [one.session for one in hydrated]
     if asked.fork:
@@ -120,7 +120,7 @@ def _dec_hook(kind: type, value: Any) -> Any:
 
 
 def main(path: str) -> None:
-    job = msgspec.json.decode(Path(path).read_bytes(), type=Job, dec_hook=_dec_hook)
+    job = msgspec.json.decode(Path(path).read_bytes(), type=ResumeJob, dec_hook=_dec_hook)
     sys.stdout.buffer.write(msgspec.json.encode(run(job), enc_hook=_enc_hook))
 
 

@@ -52,7 +52,7 @@ def register() -> None:
         return
     from thaw.core.errors import StorageFailed
     from thaw.engines.served import records
-    from thaw.engines.served.arena import Arena
+    from thaw.engines.served.arena import HostCache
     from thaw.engines.served.weights import WeightsSample
     from thaw.engines.sglang import pins
     from thaw.engines.sglang.pool import Pool
@@ -73,7 +73,7 @@ def register() -> None:
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + WEEK_S * _is_on("clock"))
     records.time = pins.time = clock  # type: ignore[assignment]
     _before(Pool, "write", fail_to_load)
-    _before(Arena, "allocate", fail_to_keep)
+    _before(HostCache, "allocate", fail_to_keep)
 
 
 def _before(owner: type, name: str, act: Callable[..., None]) -> None:

@@ -19,7 +19,7 @@ from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
 
-from thaw.engines.vllm.client.fleet import Fleet
+from thaw.engines.vllm.client.fleet import DataParallelEngine
 
 SMALL = ("--kv-cache-memory-bytes", str(256 << 20))
 """Three engines at once, on a small machine."""
@@ -46,25 +46,25 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.fixture(scope="module")
-def fleet(server: Server) -> Iterator[Fleet]:
+def fleet(server: Server) -> Iterator[DataParallelEngine]:
     with thaw.attach(server.url) as engine:
-        assert isinstance(engine, Fleet)
+        assert isinstance(engine, DataParallelEngine)
         yield engine
 
 
-def places(fleet: Fleet, *sessions: object) -> list[int]:
+def places(fleet: DataParallelEngine, *sessions: object) -> list[int]:
     """In which of the engines each session lives."""
     members = list(fleet.members)
     return [members.index(fleet._of(session)) for session in sessions]  # type: ignore[arg-type]
 
 
-def test_both_ranks_are_there_each_with_mail_of_its_own(fleet: Fleet, server: Server) -> None:
+def test_both_ranks_are_there_each_with_mail_of_its_own(fleet: DataParallelEngine, server: Server) -> None:
     assert sorted(member._transport.facts.data_parallel_rank for member in fleet.members) == [0, 1]
     assert len({member._transport.facts.pid for member in fleet.members}) == 2
     assert fleet.options["url"] == server.url
 
 
-def test_sessions_are_spread_and_stay_with_their_forks(fleet: Fleet, lab: Lab) -> None:
+def test_sessions_are_spread_and_stay_with_their_forks(fleet: DataParallelEngine, lab: Lab) -> None:
     sessions = [lab.begin(fleet, 200, start=i) for i in range(4)]
     assert sorted(places(fleet, *sessions)) == [0, 0, 1, 1]
     for session in sessions:
@@ -77,7 +77,7 @@ def test_sessions_are_spread_and_stay_with_their_forks(fleet: Fleet, lab: Lab) -
         fleet.view(sessions[0])
 
 
-def test_what_one_rank_committed_goes_on_in_the_other_bit_for_bit(fleet: Fleet, lab: Lab) -> None:
+def test_what_one_rank_committed_goes_on_in_the_other_bit_for_bit(fleet: DataParallelEngine, lab: Lab) -> None:
     parent = lab.begin(fleet, 400, start=5)
     captured, whole = lab.captured_amid(fleet, parent)
     plan = lab.plan(captured)
@@ -91,7 +91,7 @@ def test_what_one_rank_committed_goes_on_in_the_other_bit_for_bit(fleet: Fleet, 
     fleet.close_session(parent)
 
 
-def test_one_call_over_sessions_of_both_ranks_brings_all_in_order(fleet: Fleet, lab: Lab) -> None:
+def test_one_call_over_sessions_of_both_ranks_brings_all_in_order(fleet: DataParallelEngine, lab: Lab) -> None:
     sessions = [lab.begin(fleet, 200, start=20 + i) for i in range(4)]
     expected = [lab.one(fleet, lab.twin(fleet, session), every_knob(), ids(3, i)) for i, session in enumerate(sessions)]
     handle = lab.start(fleet, *sessions, sampling=greedy(20))
@@ -110,7 +110,7 @@ def test_one_call_over_sessions_of_both_ranks_brings_all_in_order(fleet: Fleet, 
         fleet.close_session(session)
 
 
-def test_what_concerns_all_reaches_all(fleet: Fleet, lab: Lab) -> None:
+def test_what_concerns_all_reaches_all(fleet: DataParallelEngine, lab: Lab) -> None:
     sessions = [lab.begin(fleet, 200, start=30 + i) for i in range(2)]
     assert fleet.stats()["records"] >= 2 and sorted(places(fleet, *sessions)) == [0, 1]
     fleet.switch(on=False)
@@ -133,13 +133,13 @@ def test_a_program_with_ranks_of_its_own_is_refused_by_name(model: Path) -> None
 
 
 def test_a_list_of_servers_and_one_of_them_dies(
-    server: Server, fleet: Fleet, model: Path, lab: Lab, tmp_path_factory: pytest.TempPathFactory
+    server: Server, fleet: DataParallelEngine, model: Path, lab: Lab, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The last test: the first server ends. Sessions of the other one go on, and new ones begin there."""
     second = Server(model, tmp_path_factory.mktemp("second"), "--max-model-len", "2048", *SMALL)
     try:
         with thaw.attach([server.url, second.url]) as three:
-            assert isinstance(three, Fleet) and len(three.members) == 3
+            assert isinstance(three, DataParallelEngine) and len(three.members) == 3
             assert three.info.max_model_len == 2048
             assert three.options["url"] == f"{server.url},{second.url}"
             sessions = [lab.begin(three, 200, start=40 + i) for i in range(3)]

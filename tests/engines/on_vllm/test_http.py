@@ -36,7 +36,7 @@ from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, 
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import MAX_COMMANDS
 from thaw.engines.served.mail import Mail
-from thaw.engines.vllm.client.http import HttpTransport
+from thaw.engines.vllm.client.http import VllmHttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
 from thaw.testing.laws.kit import LIMIT_S, Lab, every_knob, greedy, ids, same, seeded, until, wait_for
@@ -244,7 +244,7 @@ def test_a_batch_has_its_rows_in_order_though_each_comes_over_a_connection_of_it
     async def at_once(*_: object) -> None:
         return
 
-    monkeypatch.setattr(HttpTransport, "_in_turn", at_once)
+    monkeypatch.setattr(VllmHttpTransport, "_in_turn", at_once)
     assert shuffled(engine, lab, parent) > 0, "sent all at once, some come in another order"
 
 

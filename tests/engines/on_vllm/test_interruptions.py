@@ -232,7 +232,7 @@ def test_stopped_when_the_engine_is_done_already(engine: VllmEngine, lab: Lab) -
     inner, child, names = engine._transport.abort, lab.twin(engine, session), []
 
     async def running() -> int:
-        return (await engine._talk.command(protocol.Stats(id=secrets.token_hex(16)))).counts["running"]
+        return (await engine._talk.command(protocol.GetStats(id=secrets.token_hex(16)))).counts["running"]
 
     async def abort(name: str) -> None:
         names.append(name)

@@ -13,9 +13,9 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from thaw.core.errors import Unsupported  # noqa: E402
-from thaw.engines.vllm import layout_cuda  # noqa: E402
-from thaw.engines.vllm.layout import BITS, KVLayout, layer_order, make_layout, spans  # noqa: E402
-from thaw.engines.vllm.layout_cuda import TorchPages  # noqa: E402
+from thaw.engines.vllm.layout import make_layout, strided  # noqa: E402
+from thaw.engines.vllm.layout.base import BITS, KVLayout, layer_order, spans  # noqa: E402
+from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
 
 BLOCKS = 9
 DTYPES = ("bfloat16", "float16", "float32")
@@ -205,14 +205,14 @@ def test_an_accelerator_does_as_the_host_does(
 ) -> None:
     """Partial blocks, several parts, dense and strided host memory, staged on the host or not; all caches come out
     equal."""
-    monkeypatch.setattr(layout_cuda, "SHORT_RUN", short_run)
+    monkeypatch.setattr(strided, "SHORT_RUN", short_run)
     host = strided_caches(strides, layers=5)
     device = {name: torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device="cuda") for name, c in host.items()}
     if strides == "one buffer":
         device = dict(zip(host, random_bits((BLOCKS, 5, 2, 4, 16), "bfloat16").cuda().unbind(1), strict=True))
     for name in host:
         device[name].copy_(host[name])
-    from thaw.engines.vllm.layout_triton import TritonPages
+    from thaw.engines.vllm.layout.strided_triton import TritonPages
 
     assert type(make_layout(device)) is TritonPages
     here = TorchPages(host)
@@ -284,7 +284,7 @@ class TestPackedPages:
     def test_what_the_engine_wrote_is_read_as_canonical(
         self, block_size: int, head_dim: int, dtype: str, isa: str | None
     ) -> None:
-        from thaw.engines.vllm.layout_cpu import CpuPackedPages
+        from thaw.engines.vllm.layout.packed import CpuPackedPages
 
         caches = self.caches(block_size, head_dim, dtype)
         layout = CpuPackedPages(caches, isa=isa)
@@ -301,7 +301,7 @@ class TestPackedPages:
     @pytest.mark.parametrize("isa", ["vec", "amx"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_scatter_is_the_inverse_and_touches_nothing_else(self, dtype: str, isa: str) -> None:
-        from thaw.engines.vllm.layout_cpu import CpuPackedPages
+        from thaw.engines.vllm.layout.packed import CpuPackedPages
 
         caches = self.caches(32, 64, dtype)
         layout = CpuPackedPages(caches, isa=isa)
@@ -348,9 +348,9 @@ class TestPackedPages:
 
     def test_a_packing_that_is_not_read_back_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The check on the check: an op that loses a bit, and one that stores two numbers in one place."""
-        from thaw.engines.vllm import layout_cpu
+        from thaw.engines.vllm.layout import packed
 
-        honest = layout_cpu._write
+        honest = packed._write
 
         def quiet(cache: Any, key: Any, value: Any, slots: Any, isa: str) -> None:
             honest(cache, key.nan_to_num(), value, slots, isa)
@@ -359,22 +359,22 @@ class TestPackedPages:
             honest(cache, key, value, slots // 2 * 2, isa)
 
         for wrong, named in ((quiet, "changes bits"), (twice, "fixed order")):
-            monkeypatch.setattr(layout_cpu, "_write", wrong)
+            monkeypatch.setattr(packed, "_write", wrong)
             with pytest.raises(Unsupported, match=named):
-                layout_cpu.learn_packing.__wrapped__(torch.bfloat16, 64, 32, "vec")
+                packed.learn_packing.__wrapped__(torch.bfloat16, 64, 32, "vec")
 
     def test_tiles_are_asked_for_before_the_engine_uses_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only where the backend itself picked AMX; a system that does not grant them is told, not killed later."""
-        from thaw.engines.vllm import layout_cpu
+        from thaw.engines.vllm.layout import packed
 
         granted: list[bool] = []
         monkeypatch.setattr(torch.cpu, "_init_amx", granted.pop)
         caches = self.caches(32, 64, "bfloat16")
         for found, answers in (("vec", []), ("amx", [True])):
             granted[:] = answers
-            monkeypatch.setattr(layout_cpu, "_attention_isa", lambda *_, isa=found: isa)
-            assert layout_cpu.CpuPackedPages(caches).isa == found
+            monkeypatch.setattr(packed, "_attention_isa", lambda *_, isa=found: isa)
+            assert packed.CpuPackedPages(caches).isa == found
             assert not granted
         granted[:] = [False]
         with pytest.raises(Unsupported, match="does not let this process use it"):
-            layout_cpu.CpuPackedPages(caches)
+            packed.CpuPackedPages(caches)

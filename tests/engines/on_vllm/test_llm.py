@@ -14,7 +14,7 @@ import pytest
 import thaw
 from thaw.core.errors import Busy, InvalidRequest
 from thaw.engines.base import Engine, SessionRef
-from thaw.engines.vllm.contents import Contents
+from thaw.engines.vllm.contents import BlockContents
 from thaw.engines.vllm.settings import VllmSettings, engine_args, settled
 from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import Lab, bits, every_knob, greedy, ids, same, seeded
@@ -117,7 +117,7 @@ def test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged(
     for child in (alone, *group):
         assert goes_on_as_captured(engine, lab, child)
     if request.node.callspec.params["llm"] == "0":
-        monkeypatch.setattr(Contents, "hits_foreign", lambda *_: False)
+        monkeypatch.setattr(BlockContents, "hits_foreign", lambda *_: False)
         assert not all(goes_on_as_captured(engine, lab, child) for child in (alone, *group))
 
 

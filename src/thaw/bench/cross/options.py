@@ -8,7 +8,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.receipt import Model
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class CrossBenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """`route`: engines in order; the first one reads the document, each other goes on where the one before stopped.
 
     `pythons`: by an engine's name, the Python of the environment that has it (others run in this one).
@@ -42,7 +42,7 @@ class Leg(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     load: dict[str, object]
     repository: str
-    options: Options
+    options: CrossBenchOptions
     answer: str = ""
 
 

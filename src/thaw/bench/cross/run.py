@@ -13,8 +13,9 @@ import msgspec
 
 import thaw
 from thaw import receipt as r
-from thaw.bench.cross.options import Arrived, Distance, Leg, Options
+from thaw.bench.cross.options import Arrived, CrossBenchOptions, Distance, Leg
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.registry import kind_of
 from thaw.receipt.machine import software, this_machine
 
@@ -28,7 +29,7 @@ NOTES = (
 )
 
 
-def run(options: Options, say: Callable[[str], None]) -> r.Receipt:
+def run(options: CrossBenchOptions, say: Callable[[str], None]) -> r.Receipt:
     """Run it and seal the receipt. Raises `EngineDied` with what a process said last, `TimedOut`."""
     with tempfile.TemporaryDirectory(prefix="thaw-cross-") as folder:
         repository = Path(folder) / "repo"
@@ -37,7 +38,7 @@ def run(options: Options, say: Callable[[str], None]) -> r.Receipt:
     return _receipt(options, legs)
 
 
-def _leg(options: Options, number: int, repository: Path, say: Callable[[str], None]) -> Arrived:
+def _leg(options: CrossBenchOptions, number: int, repository: Path, say: Callable[[str], None]) -> Arrived:
     engine = options.route[number]
     say(f"{engine} {'reads the document' if number == 0 else f'goes on from {options.route[number - 1]}'}")
     common = {"dtype": options.dtype} if options.dtype else {}
@@ -60,13 +61,10 @@ def _leg(options: Options, number: int, repository: Path, say: Callable[[str], N
 
 def _environment(engine: str) -> dict[str, str]:
     """This process's environment, with this thaw importable, and the engine content with a part of the memory."""
-    source = str(Path(thaw.__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH", "")
-    modest = kind_of(engine).modest_environment
-    return {**modest, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}
+    return with_this_thaw({**kind_of(engine).modest_environment, **os.environ})
 
 
-def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
+def _receipt(options: CrossBenchOptions, legs: Sequence[Arrived]) -> r.Receipt:
     arms: list[r.Arm] = []
     derived: list[r.Derived] = []
     checks: list[r.Check] = []
@@ -96,7 +94,7 @@ def _receipt(options: Options, legs: Sequence[Arrived]) -> r.Receipt:
     )  # fmt: skip
 
 
-def _dtype(options: Options) -> str:
+def _dtype(options: CrossBenchOptions) -> str:
     return f" --dtype {options.dtype}" if options.dtype else ""
 
 

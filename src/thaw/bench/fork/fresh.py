@@ -15,12 +15,12 @@ from typing import Literal
 
 import msgspec
 
-import thaw
 from thaw.bench.sample import Ask, Sample
 from thaw.core.errors import EngineDied, TimedOut
+from thaw.data.fresh_process import with_this_thaw
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class FreshJob(msgspec.Struct, frozen=True, kw_only=True):
     """What a fresh process has to do: `hydrate` or `prefill` and then the children, or measure `memory`.
 
     `started`: the monotonic clock when the process was asked for. `lengths`: for `memory`, tokens to hydrate.
@@ -39,7 +39,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     answer: str = ""
 
 
-def run(job: Job, timeout_s: float) -> Sample:
+def run(job: FreshJob, timeout_s: float) -> Sample:
     """Run `job` in a fresh process. Raises `EngineDied` with the last lines that it wrote, `TimedOut`."""
     with tempfile.TemporaryDirectory(prefix="thaw-bench-") as folder:
         answer = Path(folder) / "answer.json"
@@ -47,7 +47,7 @@ def run(job: Job, timeout_s: float) -> Sample:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "thaw.bench.fork.probe"], input=msgspec.json.encode(job),
-                capture_output=True, timeout=timeout_s, env=_environment(), check=False,
+                capture_output=True, timeout=timeout_s, env=with_this_thaw(os.environ), check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise TimedOut(
@@ -57,10 +57,3 @@ def run(job: Job, timeout_s: float) -> Sample:
             last = "\n".join(done.stderr.decode(errors="replace").strip().splitlines()[-5:])
             raise EngineDied(f"the fresh process ({job.what}) ended with code {done.returncode}: {last}")
         return msgspec.json.decode(answer.read_bytes(), type=Sample)
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, with this thaw importable."""
-    source = str(Path(thaw.__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (source, path) if p)}

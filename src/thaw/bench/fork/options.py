@@ -12,7 +12,7 @@ SUFFIXES = ("Why?", "How?", "Who?", "When?", "What?", "Where?", "Which?", "Is it
 SUFFIX_TOKENS = 4
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class ForkBenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One bench run. The first `num_tokens` of `document` (None: thaw's own sentences) are the session to be forked.
 
     `children` go on for `child_tokens` each. `rounds` are measured in this process, `fresh_rounds` of them also in
@@ -59,13 +59,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def quick(engine: str = "fake", **others: object) -> Options:
+def quick(engine: str = "fake", **others: object) -> ForkBenchOptions:
     """A run of seconds that takes every path once: for tests, not for figures."""
     small: dict[str, object] = {
         "num_tokens": 600, "child_tokens": 4, "rounds": 2, "fresh_rounds": 1, "disk_children": 3, "disk_tokens": 4,
         "goals": False,
     }  # fmt: skip
-    return msgspec.convert({"engine": engine, **small, **others}, Options)
+    return msgspec.convert({"engine": engine, **small, **others}, ForkBenchOptions)
 
 
 def _range(name: str, value: int, low: int, high: int) -> None:

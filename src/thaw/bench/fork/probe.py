@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 
 from thaw.bench.fork import memory
-from thaw.bench.fork.fresh import Job
+from thaw.bench.fork.fresh import FreshJob
 from thaw.bench.sample import Clock, Sample, children
 from thaw.engines import load_engine
 from thaw.repo import Repository, open
 
 
 def main() -> None:
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=FreshJob)
     clock = Clock(job.started)
     clock.lap("start")
     with load_engine(job.engine, **job.engine_options) as engine:
@@ -26,7 +26,7 @@ def main() -> None:
     Path(job.answer).write_bytes(msgspec.json.encode(sample))
 
 
-def _do(job: Job, repo: Repository, clock: Clock) -> Sample:
+def _do(job: FreshJob, repo: Repository, clock: Clock) -> Sample:
     if job.what == "memory":
         return memory.measure(repo, job.commit, job.lengths)
     assert job.ask is not None

@@ -15,8 +15,8 @@ from pathlib import Path
 from thaw import receipt as r
 from thaw.bench import text
 from thaw.bench.fork import disk, fresh, memory, report
-from thaw.bench.fork.fresh import Job
-from thaw.bench.fork.options import SUFFIX_TOKENS, SUFFIXES, Options
+from thaw.bench.fork.fresh import FreshJob
+from thaw.bench.fork.options import SUFFIX_TOKENS, SUFFIXES, ForkBenchOptions
 from thaw.bench.fork.warm import Stock, Warm
 from thaw.bench.rounds import Progress, Rounds, Thunk
 from thaw.bench.sample import Ask, Sample
@@ -30,7 +30,7 @@ from thaw.repo import Session
 from thaw.repo import open as open_repository
 
 
-def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
+def run(options: ForkBenchOptions, progress: Progress = lambda _: None) -> r.Receipt:
     """Measure, and return the receipt. Raises `InvalidRequest` for a session that does not fit, and what arms raise."""
     progress("booting the engine")
     with (
@@ -54,7 +54,7 @@ def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
 class _Bench(Rounds):
     """The rounds of a run, collected by arm."""
 
-    def __init__(self, options: Options, progress: Progress, warm: Warm, folder: Path) -> None:
+    def __init__(self, options: ForkBenchOptions, progress: Progress, warm: Warm, folder: Path) -> None:
         super().__init__(progress)
         self.options, self.warm, self.folder = options, warm, folder
         self.stock = _stock(options) if options.stock else None
@@ -107,12 +107,12 @@ class _Bench(Rounds):
         job = self._job("prefill", ask=ask, tokens=self.warm.tokens)
         return fresh.run(job, self.options.process_timeout_s)
 
-    def _job(self, what: str, **others: object) -> Job:
+    def _job(self, what: str, **others: object) -> FreshJob:
         common = {
             "engine": self.options.engine, "engine_options": self.options.engine_options, "seed": self.options.seed,
             "repository": str(self.warm.repo.path), "commit": self.warm.point.commit,
         }  # fmt: skip
-        return Job(what=what, **common, **others)  # type: ignore[arg-type]
+        return FreshJob(what=what, **common, **others)  # type: ignore[arg-type]
 
     def storage(self, live: Session) -> None:
         """Writes, reads, memory and the size of forks, after the rounds: they change what is in the repository."""
@@ -150,7 +150,7 @@ def _later(measure: Callable[[Ask], Sample], ask: Ask) -> Thunk:
     return lambda: measure(ask)
 
 
-def _stock(options: Options) -> Stock | None:
+def _stock(options: ForkBenchOptions) -> Stock | None:
     """The model's own prefill, where the engine's package brings one."""
     name = f"thaw.engines.{options.engine}"
     if importlib.util.find_spec(name) is None or importlib.util.find_spec(f"{name}.stock") is None:
@@ -159,7 +159,7 @@ def _stock(options: Options) -> Stock | None:
     return stock
 
 
-def _tokens(engine: Engine, options: Options) -> list[int]:
+def _tokens(engine: Engine, options: ForkBenchOptions) -> list[int]:
     document = options.document or text.document(options.num_tokens // 4)
     tokens = engine.codec.encode(document, first=True)[: options.num_tokens]
     room = engine.info.max_model_len - SUFFIX_TOKENS - max(options.child_tokens, options.disk_tokens)
@@ -184,7 +184,7 @@ def _lengths(num_kv: int) -> tuple[int, int] | None:
     return (max(windows // 4, 1) * WINDOW, windows * WINDOW) if windows >= 2 else None
 
 
-def _seal(options: Options, engine: Engine, live: Session, measured: report.Measured) -> r.Receipt:
+def _seal(options: ForkBenchOptions, engine: Engine, live: Session, measured: report.Measured) -> r.Receipt:
     info, model = engine.info, model_of(engine)
     numbers, arms = report.derived(measured, options.children), report.arms(measured)
     packages = software("torch", "transformers", "safetensors", "msgspec", "blake3")
@@ -203,7 +203,7 @@ def _seal(options: Options, engine: Engine, live: Session, measured: report.Meas
     )
 
 
-def _parameters(options: Options, engine: Engine, live: Session) -> dict[str, r.format.Scalar]:
+def _parameters(options: ForkBenchOptions, engine: Engine, live: Session) -> dict[str, r.format.Scalar]:
     return {
         "engine": engine.info.name, "device": engine.info.device, "continuation": engine.info.continuation,
         "num_tokens": live.num_tokens, "num_kv": live.num_kv, "children": options.children,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thaw.bench.pool.options import Options, quick
+from thaw.bench.pool.options import PoolBenchOptions, quick
 from thaw.bench.pool.run import run
 
-__all__ = ["Options", "quick", "run"]
+__all__ = ["PoolBenchOptions", "quick", "run"]

@@ -17,7 +17,7 @@ SUFFIX_TOKENS = 4
 """What every branch is asked."""
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class PoolBenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One bench run. `engine` and `engine_options` are those of `load_engine`.
 
     round: `branches` of `branch_tokens` each, from a trunk of `trunk_tokens`, `rounds` times, in two workers. The round
@@ -107,7 +107,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         """The command that measures this again; no path is in it."""
         if self.command:
             return self.command
-        usual = {field.name: field.default for field in msgspec.structs.fields(Options)}
+        usual = {field.name: field.default for field in msgspec.structs.fields(PoolBenchOptions)}
         words = [f"thaw bench pool --engine {self.engine} --model {model}"]
         given = {name: value for name, value in self.engine_options.items() if name != "model"}
         words += [f"--set {name}={msgspec.json.encode(value).decode()}" for name, value in sorted(given.items())]
@@ -130,7 +130,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-def quick(**others: object) -> Options:
+def quick(**others: object) -> PoolBenchOptions:
     """A run that takes every path once, with the least of everything: for tests, not for figures."""
     small: dict[str, object] = {
         "trunk_tokens": 300, "branches": (2,), "branch_tokens": 4, "rounds": 1, "same_rounds": 1, "boot_rounds": 1,
@@ -138,4 +138,4 @@ def quick(**others: object) -> Options:
         "pressure_points": 5, "pressure_trunk": 260, "pressure_branches": 2, "pressure_tokens": 2,
         "pressure_returns": 1, "pressure_rounds": 1, "goals": False,
     }  # fmt: skip
-    return msgspec.convert({**small, **others}, Options)
+    return msgspec.convert({**small, **others}, PoolBenchOptions)

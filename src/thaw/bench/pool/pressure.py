@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from thaw.bench.pool import arms
-from thaw.bench.pool.options import Options
+from thaw.bench.pool.options import PoolBenchOptions
 from thaw.bench.rounds import Rounds
 from thaw.bench.sample import Sample
 from thaw.bench.vllm.arms import Document
@@ -29,7 +29,7 @@ Make = Callable[[ExitStack, int], Visit]
 """Read point number i; the round that is measured. What has to be let go of goes on the stack."""
 
 
-def measure(rounds: Rounds, options: Options, pool: ForkPool, document: Document) -> None:
+def measure(rounds: Rounds, options: PoolBenchOptions, pool: ForkPool, document: Document) -> None:
     worker, asked = pool.workers[0], document.suffixes(options.pressure_branches)
     tokens, trunk_tokens = options.pressure_tokens, options.pressure_trunk
     full_blocks = trunk_tokens // options.block_size * options.block_size
@@ -62,7 +62,7 @@ def _warm_up(rounds: Rounds, makes: Mapping[str, Make]) -> None:
             visit()
 
 
-def _pass(rounds: Rounds, options: Options, name: str, number: int, make: Make, stack: ExitStack) -> None:
+def _pass(rounds: Rounds, options: PoolBenchOptions, name: str, number: int, make: Make, stack: ExitStack) -> None:
     visits, firsts, all_points = [], {}, range(options.pressure_points)
     for point in all_points:
         rounds.progress(f"{name}, pass {number + 1}: reading point {point + 1} of {options.pressure_points}")

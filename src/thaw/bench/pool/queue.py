@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from thaw.bench.pool.options import Options
+from thaw.bench.pool.options import PoolBenchOptions
 from thaw.bench.rounds import Rounds
 from thaw.bench.sample import Sample
 from thaw.bench.vllm.arms import Document
@@ -15,7 +15,7 @@ from thaw.pool import ForkPool, Round
 from thaw.receipt.statistics import median, percentile
 
 
-def own_cores(options: Options, workers: int) -> list[dict[str, str]]:
+def own_cores(options: PoolBenchOptions, workers: int) -> list[dict[str, str]]:
     """The environment of each worker: cores of its own, where there are enough and its engine can be kept to them."""
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // workers
@@ -24,7 +24,7 @@ def own_cores(options: Options, workers: int) -> list[dict[str, str]]:
     return [kind_of(options.engine).on_cores(cores[i * share : (i + 1) * share]) for i in range(workers)]
 
 
-def measure(rounds: Rounds, options: Options, pool: ForkPool, document: Document) -> None:
+def measure(rounds: Rounds, options: PoolBenchOptions, pool: ForkPool, document: Document) -> None:
     """All rounds are submitted at once; a row's values are seconds from then."""
     points = []
     for number in range(options.points):

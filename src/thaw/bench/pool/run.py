@@ -11,7 +11,7 @@ from typing import Any
 from thaw import receipt as r
 from thaw.bench import text
 from thaw.bench.pool import arms, boots, pressure, queue, report
-from thaw.bench.pool.options import SUFFIX_TOKENS, Options
+from thaw.bench.pool.options import SUFFIX_TOKENS, PoolBenchOptions
 from thaw.bench.rounds import Progress, Rounds, Thunk
 from thaw.bench.subject import accelerator, model_of, numerics
 from thaw.bench.vllm.arms import Document
@@ -22,7 +22,7 @@ from thaw.pool import ForkPool, PoolSession
 from thaw.receipt.machine import software, this_machine
 
 
-def run(options: Options, progress: Progress = lambda _: None) -> r.Receipt:
+def run(options: PoolBenchOptions, progress: Progress = lambda _: None) -> r.Receipt:
     """Measure, and return the receipt. Raises `InvalidRequest` for what does not fit the model."""
     for name, value in kind_of(options.engine).modest_environment.items():  # two engines run side by side here
         os.environ.setdefault(name, value)
@@ -34,7 +34,7 @@ EDGE, EDGE_TOKENS = 11, 4
 
 
 class _Run:
-    def __init__(self, options: Options, progress: Progress) -> None:
+    def __init__(self, options: PoolBenchOptions, progress: Progress) -> None:
         self._environment = kind_of(options.engine).modest_environment
         self.options, self.rounds = options, Rounds(progress, options.settle_s)
         self.info: EngineInfo | None = None

@@ -52,7 +52,7 @@ def fork(
     Uses the repository's model unless --model names one. Exit code 7 when a promised check did not hold; a goal that
     was missed is said, and is no error.
     """
-    from thaw.bench.fork import Options, run
+    from thaw.bench.fork import ForkBenchOptions, run
     from thaw.bench.fork import quick as quick_options
 
     boot.hush()
@@ -62,7 +62,7 @@ def fork(
     if quick:
         wanted = quick_options(chosen.name, **common)
     else:
-        wanted = Options(
+        wanted = ForkBenchOptions(
             engine=chosen.name,
             engine_options=chosen.options,
             document=text,

@@ -45,7 +45,7 @@ def command(
     """
     from pathlib import Path
 
-    from thaw.bench.cross import Options, run
+    from thaw.bench.cross import CrossBenchOptions, run
     from thaw.engines.registry import DEFAULT, kinds
 
     boot.hush()
@@ -54,7 +54,7 @@ def command(
     chosen = boot.choose_anywhere(named, DEFAULT, model)
     served = [kind for kind in kinds() if kind.server is not None]
     found = {kind.name: python for kind in served if Path(python := f".venv-{kind.name}/bin/python").exists()}
-    wanted = Options(
+    wanted = CrossBenchOptions(
         model=str(chosen.options["model"]),
         route=tuple(route.split(",")),
         pythons=found | _pairs(pythons),

@@ -74,7 +74,7 @@ def command(
 
     Exit code 7 when a promised check did not hold; a goal that was missed is said, and is no error.
     """
-    from thaw.bench.pool import Options, run
+    from thaw.bench.pool import PoolBenchOptions, run
     from thaw.bench.pool import quick as quick_options
     from thaw.cli.verbs.pool import engine_settings
 
@@ -84,7 +84,7 @@ def command(
     common: dict[str, object] = {"engine": chosen.name, "engine_options": engine_options}
     if only is not None:
         common["parts"] = tuple(only.split(","))
-    wanted = quick_options(**common) if quick else msgspec.convert({**sizes, **common}, Options)
+    wanted = quick_options(**common) if quick else msgspec.convert({**sizes, **common}, PoolBenchOptions)
     with Progress("measuring") as progress:
         receipt = run(wanted, progress.say)
     measured.keep(receipt, out, None)

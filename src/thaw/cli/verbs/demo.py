@@ -12,7 +12,7 @@ from thaw.cli import boot, options, output
 from thaw.core.errors import LawBroken
 
 if TYPE_CHECKING:
-    from thaw.demo.run import Options, Story
+    from thaw.demo.run import DemoOptions, Story
 
 EXAMPLE = """
 thaw demo
@@ -34,18 +34,18 @@ def command(
 
     Leaves a repository to explore and a receipt with every figure. Exit code 7 when something promised did not hold.
     """
-    from thaw.demo.run import Options
+    from thaw.demo.run import DemoOptions
 
     del named  # the demo makes its own repository
     boot.hush()
-    wanted = Options(
+    wanted = DemoOptions(
         out=Path(out) if out else None, force=force, engine=engine_name, model=model, max_tokens=max_tokens
     )
     story = _tell(wanted, as_json)
     return 0 if story.ok else LawBroken.exit_code
 
 
-def _tell(wanted: Options, as_json: bool) -> Story:
+def _tell(wanted: DemoOptions, as_json: bool) -> Story:
     from thaw.cli.story import Narrator, ending, proof
     from thaw.demo.run import run
 

@@ -88,7 +88,9 @@ def _children(prompt: tuple[str, ...], n: int | None, file: str | None, given: d
     return [Child(text, prompts.make_sampling(given, own)) for text, own in lines]
 
 
-def _chat(group: Group, wanted: list[Child], talk: conversation.Chat, prefix: str, quiet: bool) -> list[ChatResult]:
+def _chat(
+    group: Group, wanted: list[Child], talk: conversation.ChatOptions, prefix: str, quiet: bool
+) -> list[ChatResult]:
     """Each child's prompt is the user's next message."""
     new = [talk.messages(session, child.prompt) for session, child in zip(group, wanted, strict=True)]
     stream = group.chat_stream(new, [child.sampling for child in wanted], **talk.arguments)

@@ -23,7 +23,7 @@ thaw log main~3 -n 5
     light.Argument("point"),
     light.Flag("as_graph", ("--graph",), "Draw the tree."),
     light.Flag("everything", ("--all",), "From every branch and tag, not from one point."),
-    light.Number("limit", ("-n",), int, 1, "At most N commits."),
+    light.LightNumber("limit", ("-n",), int, 1, "At most N commits."),
 )
 def command(
     named: str | None, point: str | None, as_graph: bool, everything: bool, limit: int | None, as_json: bool

@@ -16,7 +16,7 @@ thaw reflog idea -n 5
 """
 
 
-@light.verb("reflog", EXAMPLE, light.Argument("name"), light.Number("limit", ("-n",), int, 1, "At most N moves."))
+@light.verb("reflog", EXAMPLE, light.Argument("name"), light.LightNumber("limit", ("-n",), int, 1, "At most N moves."))
 def command(named: str | None, name: str | None, limit: int | None, as_json: bool) -> None:
     """List the moves of a branch or tag (default: the current branch), newest first; deleted ones have theirs still.
 

@@ -26,12 +26,12 @@ git diff | thaw run --branch review --from main -
 
 
 @dataclass(frozen=True)
-class Job:
+class RunPlan:
     """What is to be done, from the command line alone."""
 
     files: tuple[str, ...]
     prompt: str
-    chat: conversation.Chat | None
+    chat: conversation.ChatOptions | None
     history: list[Any] | None
     generate: bool
     message: str | None
@@ -95,7 +95,7 @@ def command(
     if chat and (no_generate or not (text or files)):
         raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave --no-generate out.")
     told = None if history is None else conversation.json_list(history)
-    job = Job(files, text, talk if chat else None, told, not no_generate, message, sampling)
+    job = RunPlan(files, text, talk if chat else None, told, not no_generate, message, sampling)
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         name, point = _start(repo, branch, start)
         repo.require_room(sampling.max_tokens if job.generate else 0)
@@ -132,7 +132,7 @@ def _session(repo: Repository, point: str | None, recompute: bool) -> Session:
         return repo.session(point, policy="recompute" if recompute else "exact")
 
 
-def _run(repo: Repository, session: Session, job: Job, branch: str, quiet: bool) -> Outcome:
+def _run(repo: Repository, session: Session, job: RunPlan, branch: str, quiet: bool) -> Outcome:
     if job.chat is not None:
         return _chat(session, job, job.chat, branch, quiet)
     for name in job.files:
@@ -145,7 +145,7 @@ def _run(repo: Repository, session: Session, job: Job, branch: str, quiet: bool)
     return Outcome(_commit(session, job, branch), completion, session, interrupted)
 
 
-def _chat(session: Session, job: Job, talk: conversation.Chat, branch: str, quiet: bool) -> Outcome:
+def _chat(session: Session, job: RunPlan, talk: conversation.ChatOptions, branch: str, quiet: bool) -> Outcome:
     """The files and the prompt are one message; the session knows the conversation so far."""
     content = "\n\n".join([*(prompts.from_file(name) for name in job.files), *([job.prompt] if job.prompt else [])])
     if not content:
@@ -159,7 +159,7 @@ def _chat(session: Session, job: Job, talk: conversation.Chat, branch: str, quie
     return Outcome(_commit(session, job, branch), result.completion, session, interrupted, result)
 
 
-def _commit(session: Session, job: Job, branch: str) -> CommitResult:
+def _commit(session: Session, job: RunPlan, branch: str) -> CommitResult:
     said = f"read {', '.join(job.files)}" if job.files else "went on"
     text = job.message or output.one_line(job.prompt, 72) or said
     with Progress("committing"):

@@ -18,7 +18,7 @@ thaw stats --prefill-rate 20000 --json
 @light.verb(
     "stats",
     EXAMPLE,
-    light.Number(
+    light.LightNumber(
         "prefill_rate",
         ("--prefill-rate",),
         float,

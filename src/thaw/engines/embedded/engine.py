@@ -32,7 +32,7 @@ from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
 from thaw.engines.embedded.bad_words import check as check_sampling
 from thaw.engines.embedded.driver import Driver, Promise
-from thaw.engines.embedded.generation import Append, Generation, Lane
+from thaw.engines.embedded.generation import GenerationTask, Lane, PrefillTask
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
@@ -123,7 +123,7 @@ class EmbeddedEngine(Engine):
             self._check_tokens(len(live.tokens), token_ids, 0)
             settle_turn(live)
             lane = Lane(0, live, list(token_ids), text, role, chat)
-            task = Append(self._backend, lane, promise, self._release)
+            task = PrefillTask(self._backend, lane, promise, self._release)
             live.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
             self._driver.start(task)
@@ -136,7 +136,7 @@ class EmbeddedEngine(Engine):
 
         def begin() -> None:
             lanes = self._lanes(asked)
-            task = Generation(self._backend, lanes, asked, promise, self._release, self._still_current)
+            task = GenerationTask(self._backend, lanes, asked, promise, self._release, self._still_current)
             for lane in lanes:
                 lane.session.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
@@ -188,7 +188,7 @@ class EmbeddedEngine(Engine):
     def close_session(self, session: SessionRef) -> None:
         def drop() -> None:
             live = self._sessions.pop(session, None)
-            if live is not None and isinstance(live.busy, (Append, Generation)):
+            if live is not None and isinstance(live.busy, (PrefillTask, GenerationTask)):
                 live.busy.abort(live)
 
         if not self._closed:

@@ -104,7 +104,7 @@ class Prefill:
             lane.session.row = row if not lane.pending() else None
 
 
-class Append:
+class PrefillTask:
     """Task: prefill one session's prompt."""
 
     def __init__(
@@ -136,7 +136,7 @@ class Append:
         self._release(self._lane.session)
 
 
-class Generation:
+class GenerationTask:
     """Task: one batch of completions."""
 
     def __init__(

@@ -58,7 +58,7 @@ class ExtentFactory(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Run:
+class PageRange:
     """Pages [start, start + count) of a session are pages [first, first + count) of `extent`."""
 
     extent: Extent
@@ -73,7 +73,7 @@ class PagedKV:
 
     def __init__(self, factory: ExtentFactory) -> None:
         self.factory = factory
-        self.runs: list[Run] = []
+        self.runs: list[PageRange] = []
         self.num_tokens = 0
         self.points: dict[int, tuple[bytes, ...]] = {}
         self.loaded_from: dict[str, int] = {}
@@ -88,7 +88,7 @@ class PagedKV:
         missing = -(-num_tokens // PAGE) - self.num_pages
         if missing > 0:
             count = missing if not self.runs else max(missing, GROW_PAGES)
-            self.runs.append(Run(self.factory.extent(count), 0, self.num_pages, count))
+            self.runs.append(PageRange(self.factory.extent(count), 0, self.num_pages, count))
 
     def locate(self, page: int) -> tuple[Extent, int]:
         """The extent of a page and its index there."""
@@ -97,13 +97,13 @@ class PagedKV:
                 return run.extent, run.first + page - run.start
         raise IndexError(f"page {page} of {self.num_pages}")
 
-    def full_runs(self, num_pages: int) -> list[Run]:
+    def full_runs(self, num_pages: int) -> list[PageRange]:
         """The runs that make up pages [0, num_pages)."""
         out = []
         for run in self.runs:
             count = min(run.count, num_pages - run.start)
             if count > 0:
-                out.append(Run(run.extent, run.first, run.start, count))
+                out.append(PageRange(run.extent, run.first, run.start, count))
         return out
 
     def fork(self, at: int) -> PagedKV:
@@ -118,7 +118,7 @@ class PagedKV:
             source, index = self.locate(whole)
             extent = self.factory.extent(1)
             extent.copy_page(0, source, index, tail)
-            child.runs.append(Run(extent, 0, whole, 1))
+            child.runs.append(PageRange(extent, 0, whole, 1))
         child.num_tokens = at
         child.points = {token: state for token, state in self.points.items() if token <= at}
         child.loaded_from = self.loaded_from

@@ -18,7 +18,7 @@ import msgspec
 from thaw.core.cache import SAFETENSORS, TokenGroup, columns, point_groups, token_groups
 from thaw.core.errors import InvalidRequest, NotHit
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import Boundary, Point, Turn
+from thaw.core.objects import Boundary, StatesAtToken, Turn
 from thaw.core.prefix import windows
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation
@@ -125,7 +125,9 @@ class _Piece:
             blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in there},
             first={name: token for name, token in self._first.items() if token > self._start},
             points=tuple(
-                Point(token=t, blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in self._states})
+                StatesAtToken(
+                    token=t, blobs={group.name: tuple(islice(ids, group.num_blobs)) for group in self._states}
+                )
                 for t in self._points
             ),
         )

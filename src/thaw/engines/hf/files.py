@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from thaw.core.identity import weights_root
 from thaw.engines.hf.checkpoint import require_files, require_floats
 from thaw.engines.hf.config import ATTENTION, load_config, sensible
-from thaw.engines.hf.weights import hashed_tensors, leaf
+from thaw.engines.hf.leaves import hashed_tensors, leaf
 
 
 class NotOneToOne(Exception):

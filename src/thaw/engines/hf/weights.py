@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
 
-from thaw.core.identity import tensor_leaf, weights_root
+from thaw.core.identity import weights_root
 from thaw.core.ids import digest, is_id
 from thaw.data.files import cache_dir, stamp
+from thaw.engines.hf.leaves import hashed_tensors, leaf, raw
 
 CACHE_NAME = ".thaw-weights.json"
 log = logging.getLogger(__name__)
@@ -96,19 +97,6 @@ def hash_weights(module: Any) -> str:
     return weights_root({name: leaf(name, tensor) for name, tensor in hashed_tensors(module)})
 
 
-def hashed_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the root is made of: parameters, tied ones once under their first name, and persistent buffers."""
-    persistent = set(module.state_dict().keys())
-    yield from module.named_parameters()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
-
-
-def leaf(name: str, tensor: torch.Tensor) -> bytes:
-    """The leaf of one tensor, for `weights_root`."""
-    data = _raw(tensor.detach().contiguous())
-    return tensor_leaf(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
-
-
 def sample_weights(module: Any) -> str:
     """A digest of 16 elements of every parameter and buffer, spread over it: cheap; any ordinary update changes it."""
     hasher = blake3()
@@ -116,12 +104,8 @@ def sample_weights(module: Any) -> str:
         for tensor in (*module.parameters(), *module.buffers()):
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // 16)][:16].contiguous()
-            hasher.update(_raw(picked))
+            hasher.update(raw(picked))
     return hasher.hexdigest()
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
 
 
 def files_key(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> str | None:

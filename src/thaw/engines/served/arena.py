@@ -66,7 +66,7 @@ class Piece:
 
 
 @dataclass
-class Record:
+class HostRecord:
     """`epoch`: of the weights that computed it. `broken`: why it can no longer be used. `caller`: whose it is.
     `points`: the states that are kept, by the number of tokens that they are of."""
 
@@ -88,10 +88,10 @@ class Record:
             if piece.start < num_kv
         )
 
-    def upto(self, num_kv: int, caller: Caller | None = None) -> Record:
+    def upto(self, num_kv: int, caller: Caller | None = None) -> HostRecord:
         """A record of the first `num_kv` tokens, and the states after them; of this caller unless another is named."""
         points = {token: state for token, state in self.points.items() if token <= num_kv}
-        return Record(self.cut(num_kv), self.epoch, caller=self.caller if caller is None else caller, points=points)
+        return HostRecord(self.cut(num_kv), self.epoch, caller=self.caller if caller is None else caller, points=points)
 
     def first(self, strip: int, stop: int) -> int:
         """The first token of those of a strip that are there without a gap up to `stop`."""
@@ -120,7 +120,7 @@ class Record:
         return out
 
 
-class Arena:
+class HostCache:
     """`nbytes` of memory and `spill_nbytes` of files in the folder `spill`, of both of which each caller has its share.
     `pinned`: memory that the accelerator reads and writes by itself. Pieces are then never joined: a load walks over
     crumbs without cost there."""
@@ -243,7 +243,7 @@ class Arena:
         """The same tokens in one piece, when there are too many."""
         if len(pieces) <= MAX_PIECES or self._slab is not None:
             return tuple(pieces)
-        stop, record = pieces[-1].stop, Record(tuple(pieces), 0)
+        stop, record = pieces[-1].stop, HostRecord(tuple(pieces), 0)
         late = tuple(record.first(strip, stop) for strip in range(len(self._groups.strips)))
         whole = Piece(0, stop, self.allocate(stop, caller, late), late=late)
         for strip, first in enumerate(late):

@@ -10,13 +10,13 @@ from typing import TypeAlias
 from thaw.core.cache import CacheGroup, point_groups, token_groups
 from thaw.core.errors import Busy, InvalidRequest, LawBroken, StaleSession
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import Point
+from thaw.core.objects import StatesAtToken
 from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
 from thaw.engines.served import protocol
-from thaw.engines.served.lane import Lane
-from thaw.engines.served.model import Model
+from thaw.engines.served.lane import RequestLane
+from thaw.engines.served.model import ServedModel
 from thaw.engines.served.protocol import Answer, Blob
 from thaw.engines.served.session import ServedSession
 from thaw.engines.served.talk import Talk
@@ -28,7 +28,7 @@ Found: TypeAlias = dict[tuple[int, str, int], list[Blob]]
 """By the segment's start, the cache group, and the number of tokens that a state is of (else 0)."""
 
 
-async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: Model) -> Captured:
+async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: ServedModel) -> Captured:
     """Also while it runs: then as far as it has come. Written and synced when this returns."""
     identity = await model.identity()
     if session.policy != identity.policy:
@@ -51,7 +51,7 @@ async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: 
     return _captured(session, identity, plan, model, tokens, answer)
 
 
-async def _seen(session: ServedSession, lane: Lane, answer: Answer) -> tuple[int, ...]:
+async def _seen(session: ServedSession, lane: RequestLane, answer: Answer) -> tuple[int, ...]:
     """The tokens that were captured while a prompt was being read: those read so far, and all that the session had
     before. Where the prompt had been read, wait until the client has seen what came of it."""
     if answer.num_kv < answer.num_tokens - 1:
@@ -69,7 +69,7 @@ def _captured(
     session: ServedSession,
     identity: ModelIdentity,
     plan: CapturePlan,
-    model: Model,
+    model: ServedModel,
     tokens: tuple[int, ...],
     answer: Answer,
 ) -> Captured:
@@ -138,7 +138,7 @@ def _segment(start: int, stop: int, tokens: Named, states: dict[int, Named]) -> 
         length=stop - start,
         blobs=_ids(tokens),
         first={name: blobs[0].first for name, blobs in tokens.items() if blobs[0].first > start},
-        points=tuple(Point(token=token, blobs=_ids(named)) for token, named in states.items()),
+        points=tuple(StatesAtToken(token=token, blobs=_ids(named)) for token, named in states.items()),
     )
 
 

@@ -38,8 +38,8 @@ from thaw.engines.served import capturing, hydrating, protocol
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.generation import Generation
 from thaw.engines.served.loop import LoopThread, soon
-from thaw.engines.served.model import Model
-from thaw.engines.served.pins import Pins
+from thaw.engines.served.model import ServedModel
+from thaw.engines.served.pins import ClientPins
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.served.session import ServedSession, forked, new_session
 from thaw.engines.served.talk import Talk, worker_facts
@@ -77,8 +77,8 @@ class ServedEngine(Engine):
         self.codec = codec
         self.info = self._info(transport.facts, worker_facts(transport)[0], name, vocab_size, eos_token_ids)
         self._talk = Talk(transport, self.dialect(transport.facts, self.info, codec))
-        self._model = Model(self._talk, self.info, codec, policy, identity)
-        self._pins = Pins(loop, self._talk)
+        self._model = ServedModel(self._talk, self.info, codec, policy, identity)
+        self._pins = ClientPins(loop, self._talk)
         self._generation = Generation(loop, self._talk, self._model)
 
     def _info(
@@ -208,7 +208,7 @@ class ServedEngine(Engine):
 
     def stats(self) -> dict[str, int]:
         """Counts of the engine: records, blocks (free, pinned), captures, hydrates, refusals, bytes of the arenas."""
-        return self._loop.wait(self._talk.command(protocol.Stats(id=secrets.token_hex(16)))).counts
+        return self._loop.wait(self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))).counts
 
     def switch(self, *, on: bool = True, watch_weights: bool = True) -> None:
         """Turn thaw off in the engine without a restart (thaw's requests are refused, plain ones untouched), or on.

@@ -13,13 +13,13 @@ from thaw.engines.base import HydratePlan
 from thaw.engines.embedded.driver import Promise
 from thaw.engines.served import protocol
 from thaw.engines.served.generation import Generation
-from thaw.engines.served.model import Model
+from thaw.engines.served.model import ServedModel
 from thaw.engines.served.session import Node, ServedSession, new_session
 from thaw.engines.served.talk import Talk, refusal
 from thaw.engines.served.transport import Chunk, Submission
 
 
-async def hydrate(plan: HydratePlan, talk: Talk, model: Model, generation: Generation) -> ServedSession:
+async def hydrate(plan: HydratePlan, talk: Talk, model: ServedModel, generation: Generation) -> ServedSession:
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
     it may not be recomputed."""
     identity = await model.identity()
@@ -45,7 +45,7 @@ def _restored(plan: HydratePlan, policy: str) -> ServedSession:
     return session
 
 
-async def _fill(session: ServedSession, plan: HydratePlan, talk: Talk, model: Model) -> Proof:
+async def _fill(session: ServedSession, plan: HydratePlan, talk: Talk, model: ServedModel) -> Proof:
     """The plan into the engine's arena, then into its blocks, by a request that the engine itself counts."""
     node = Node(talk.dropped.append)
     name = secrets.token_hex(16)
@@ -98,7 +98,7 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: Talk, limit: i
     return plan.num_kv if want == cached else cached
 
 
-async def _recompute(plan: HydratePlan, reason: str, model: Model, generation: Generation) -> ServedSession:
+async def _recompute(plan: HydratePlan, reason: str, model: ServedModel, generation: Generation) -> ServedSession:
     """Prefill the plan's tokens again, because the caller allowed it."""
     session = _restored(plan, model.policy)
     turns, session.tokens, session.turns = session.turns, [], []

@@ -17,7 +17,7 @@ from thaw.engines.served import protocol
 from thaw.engines.served.talk import Talk
 
 
-class Model:
+class ServedModel:
     """`policy`: what its owner calls these weights. `of_files`: the identity by the files, on another thread."""
 
     def __init__(

@@ -22,8 +22,8 @@ from thaw.data.pack import PackItem, stream_blobs, write_pack
 from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
-from thaw.engines.restoring import Run
-from thaw.engines.served.arena import Arena, Piece, Record, Tensors
+from thaw.engines.restoring import TokenRange
+from thaw.engines.served.arena import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.budget import Caller
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.protocol import Answer, Blob
@@ -46,7 +46,7 @@ class Read:
 
 
 class Packing:
-    def __init__(self, groups: RankGroups, mail: Mail, arena: Arena) -> None:
+    def __init__(self, groups: RankGroups, mail: Mail, arena: HostCache) -> None:
         self._groups, self._mail, self._arena = groups, mail, arena
         self._token_groups, self._point_groups = token_groups(groups.groups), point_groups(groups.groups)
 
@@ -76,14 +76,14 @@ class Packing:
         stats = stream_blobs(Mounted(plan.mount), places, lambda i, data: wanted[i][1](data), threads=READERS)
         return Read((piece,), points, stats.nbytes, stats.seconds)
 
-    def _wanted(self, piece: Piece, group: TokenGroup, runs: Sequence[Run]) -> list[Wanted]:
+    def _wanted(self, piece: Piece, group: TokenGroup, runs: Sequence[TokenRange]) -> list[Wanted]:
         """This rank's blobs of a token group, each with its place in the piece."""
         strips = self._groups.strips_of(group)
         # numpy: torch would start threads of its own in each reader
         bytes_of = [piece.tensors[strip].view(torch.uint8).numpy() for strip in strips]
         first = piece.first(strips[0])
 
-        def put(row: int, run: Run, data: memoryview) -> None:
+        def put(row: int, run: TokenRange, data: memoryview) -> None:
             layers = np.frombuffer(data, dtype=np.uint8).reshape(group.num_layers, -1)
             at, slots = 0, slice(run.start - first, run.stop - first)
             for strip in bytes_of:
@@ -101,7 +101,7 @@ class Packing:
 
     # -- into a pack
 
-    def write(self, record: Record, base: int, num_kv: int, *, store: str, pack: str, num_tokens: int) -> Answer:
+    def write(self, record: HostRecord, base: int, num_kv: int, *, store: str, pack: str, num_tokens: int) -> Answer:
         """Tokens [base, num_kv) of the record, and the states after them, into `pack` of the store: on disk and synced
         when this returns."""
         started = time.perf_counter()
@@ -119,7 +119,7 @@ class Packing:
             packs={result.name: result.nbytes} if result is not None else {},
         )  # fmt: skip
 
-    def _segment(self, record: Record, start: int, stop: int) -> list[tuple[Callable[..., Blob], PackItem]]:
+    def _segment(self, record: HostRecord, start: int, stop: int) -> list[tuple[Callable[..., Blob], PackItem]]:
         """What this rank writes of tokens [start, stop) and of the states after tokens of (start, stop]: each blob as
         it is to be told, and its bytes."""
         out: list[tuple[Callable[..., Blob], PackItem]] = []
@@ -148,7 +148,7 @@ class Packing:
         written = self._groups.written(group)
         return [(row, index) for row, index in enumerate(self._groups.held(group)) if index in written]
 
-    def _item(self, record: Record, group: TokenGroup, row: int, start: int, stop: int) -> PackItem:
+    def _item(self, record: HostRecord, group: TokenGroup, row: int, start: int, stop: int) -> PackItem:
         return PackItem(
             name_prefix="",
             dtype=SAFETENSORS[group.dtype],
@@ -157,7 +157,7 @@ class Packing:
             read=partial(self._bytes, record, group, row, start, stop),
         )
 
-    def _bytes(self, record: Record, group: TokenGroup, row: int, start: int, stop: int) -> memoryview:
+    def _bytes(self, record: HostRecord, group: TokenGroup, row: int, start: int, stop: int) -> memoryview:
         parts = [
             torch.cat([view[row] for _, _, view in record.spans(strip, start, stop)], dim=2)
             for strip in self._groups.strips_of(group)

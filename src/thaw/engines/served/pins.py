@@ -15,7 +15,7 @@ from thaw.engines.served.session import ServedSession
 from thaw.engines.served.talk import Talk
 
 
-class Pins:
+class ClientPins:
     """By record: the session that it was pinned for, and the timer of its end. On the loop."""
 
     def __init__(self, loop: LoopThread, talk: Talk) -> None:

@@ -141,7 +141,7 @@ class Look(Message, frozen=True, kw_only=True, tag="look"):
     digest: bool = False
 
 
-class Stats(Message, frozen=True, kw_only=True, tag="stats"):
+class GetStats(Message, frozen=True, kw_only=True, tag="stats"):
     """Counts: records, blocks, what was captured, loaded and refused; each worker adds its arena."""
 
 
@@ -158,8 +158,8 @@ class Switch(Message, frozen=True, kw_only=True, tag="switch"):
     watch_weights: bool = True
 
 
-Command: TypeAlias = Fill | Write | Pin | Unpin | Look | Stats | Hello | Switch
-_Any: TypeAlias = Run | Fill | Write | Pin | Unpin | Look | Stats | Hello | Switch
+Command: TypeAlias = Fill | Write | Pin | Unpin | Look | GetStats | Hello | Switch
+_Any: TypeAlias = Run | Fill | Write | Pin | Unpin | Look | GetStats | Hello | Switch
 
 
 def params(message: Message) -> dict[str, Any]:

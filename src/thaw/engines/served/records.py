@@ -14,7 +14,7 @@ LOOKED_AT = 64
 """How many of the oldest are looked at when there is something to tidy."""
 
 
-class Kept(Protocol):
+class KeptRecord(Protocol):
     """`live`: the request that extends it, if one does. `touched`: when it was last used, by the monotonic clock.
     `caller`: whose it is."""
 
@@ -23,7 +23,7 @@ class Kept(Protocol):
     caller: Caller
 
 
-R = TypeVar("R", bound=Kept)
+R = TypeVar("R", bound=KeptRecord)
 
 
 class Records(Generic[R]):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from thaw import __version__
+from thaw._version import __version__
 from thaw.core import canonical
 from thaw.core.errors import Damaged
 from thaw.core.identity import ModelIdentity

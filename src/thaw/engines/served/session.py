@@ -16,7 +16,7 @@ from thaw.engines.served import protocol
 from thaw.engines.text import cut_turns
 
 if TYPE_CHECKING:
-    from thaw.engines.served.lane import Lane
+    from thaw.engines.served.lane import RequestLane
 
 
 class Node:
@@ -46,7 +46,7 @@ class ServedSession:
     turns: list[Turn] = field(default_factory=list)
     turn: OpenTurn | None = None
     proof: Proof | None = None
-    busy: Lane | None = None
+    busy: RequestLane | None = None
     parked: bool = False
 
     def all_turns(self) -> tuple[Turn, ...]:

@@ -18,16 +18,16 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.sglang.records import Record, Run
-from thaw.engines.sglang.side import Side
+from thaw.engines.sglang.records import RankRecord, RankRequest
+from thaw.engines.sglang.side import RankSide
 
 
 class ThawRadixCache(UnifiedRadixCache):
-    side: Side
+    side: RankSide
     admitting: bool = False
     """Set while SGLang asks for the match by which it admits a request; other matches only look."""
 
-    def bind(self, side: Side) -> None:
+    def bind(self, side: RankSide) -> None:
         self.side = side
         side.row, side.free_tail = self._row, self.token_to_kv_pool_allocator.free
         side.pins.lock, side.pins.unlock, side.room = self._pin, self.unlock, self._room
@@ -82,7 +82,7 @@ class ThawRadixCache(UnifiedRadixCache):
 
     # -- for a request of thaw's
 
-    def _run(self, req: Any) -> Run | None:
+    def _run(self, req: Any) -> RankRequest | None:
         if req is None or not hasattr(self, "side"):
             return None
         run = self.side.runs.get(req.rid)
@@ -90,16 +90,16 @@ class ThawRadixCache(UnifiedRadixCache):
             run.req = req
         return run
 
-    def _match_own(self, params: MatchPrefixParams, run: Run) -> Any:
+    def _match_own(self, params: MatchPrefixParams, run: RankRequest) -> Any:
         """None: its KV may not be used any more."""
         record = self.side.record_of(run)
         return None if record is None else self._admitted(params, run, record)
 
-    def _may_publish(self, run: Run, req: Any, up_to: int) -> bool:
+    def _may_publish(self, run: RankRequest, req: Any, up_to: int) -> bool:
         self.side.number(run, up_to)
         return not self._is_anothers(req, up_to)
 
-    def _admitted(self, params: MatchPrefixParams, run: Run, record: Record) -> Any:
+    def _admitted(self, params: MatchPrefixParams, run: RankRequest, record: RankRecord) -> Any:
         """The match of exactly what the record has: the tree's where it holds the record's own bits, loaded where it
         lacks them. Where there is no room the match is what is there, and SGLang does not admit the request."""
         want = min(run.want, len(params.key))
@@ -126,8 +126,9 @@ class ThawRadixCache(UnifiedRadixCache):
         return path[: match.device_prefix_len]
 
     def _loaded(
-        self, params: MatchPrefixParams, match: Any, slots: torch.Tensor, run: Run, record: Record, stop: int
-    ) -> Any:
+        self, params: MatchPrefixParams, match: Any, slots: torch.Tensor, run: RankRequest, record: RankRecord,
+        stop: int,
+    ) -> Any:  # fmt: skip
         """Load [len(slots), stop) and insert it when it is there on all ranks; the new match, or `match` where there is
         no room or it could not be loaded."""
         start = len(slots)
@@ -144,7 +145,7 @@ class ThawRadixCache(UnifiedRadixCache):
             self.unlock(lock)
         return super().match_prefix(params)
 
-    def _with_tail(self, match: Any, run: Run, record: Record, start: int, stop: int) -> Any:
+    def _with_tail(self, match: Any, run: RankRequest, record: RankRecord, start: int, stop: int) -> Any:
         """What ends inside a page, in a page of the request's own."""
         if run.tail is None:
             lock = self.lock(match.last_device_node)
@@ -182,7 +183,7 @@ class ThawRadixCache(UnifiedRadixCache):
 
     # -- pins and counts
 
-    def _pin(self, record: Record) -> tuple[Any, int]:
+    def _pin(self, record: RankRecord) -> tuple[Any, int]:
         """Hold what of the record lies in the tree. (the lock, how many tokens)"""
         if record.salt is None:
             return None, 0
@@ -215,6 +216,6 @@ def _salted(params: MatchPrefixParams) -> MatchPrefixParams:
     return MatchPrefixParams(key=other, cow_mamba=params.cow_mamba, req=params.req)
 
 
-def _own_salt(run: Run) -> str:
+def _own_salt(run: RankRequest) -> str:
     """A salt that no other request has, and that is the same on all ranks."""
     return f"thaw-own:{run.message.id}:{run.retracted}"

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING
 
 from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.arena import HostRecord
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
 from thaw.engines.served.guard import described
 from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer
 from thaw.engines.sglang.epochs import require_usable
-from thaw.engines.sglang.records import Record
+from thaw.engines.sglang.records import RankRecord
 
 if TYPE_CHECKING:
-    from thaw.engines.sglang.side import Side
+    from thaw.engines.sglang.side import RankSide
 
 
-class Commands:
+class RankCommands:
     """Each caller has its share of `MAX_COMMANDS` that threads work at, or have yet to begin."""
 
-    def __init__(self, side: Side, packing: Packing, shares: Shares) -> None:
+    def __init__(self, side: RankSide, packing: Packing, shares: Shares) -> None:
         self._side, self._packing = side, packing
         self._budget, self._lock = Budget("held commands", MAX_COMMANDS, shares), threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
@@ -46,7 +46,7 @@ class Commands:
             side.say(message.id, self._pin(message))
         elif isinstance(message, protocol.Look):
             self._look(message)
-        elif isinstance(message, protocol.Stats):
+        elif isinstance(message, protocol.GetStats):
             side.answer(message.id, Answer(counts=self._counts()))
         elif isinstance(message, protocol.Unpin):
             side.pins.reset()
@@ -72,8 +72,8 @@ class Commands:
         chain = side.contents.fresh(plan.num_kv)
         side.counters["hydrates"] += 1
         # The record is there at once, broken until it is whole: who is quicker than the disk is refused, not served.
-        kept = Kept((), epoch, broken="it is not read yet", caller=caller)
-        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), kept, chain, caller=caller))
+        kept = HostRecord((), epoch, broken="it is not read yet", caller=caller)
+        side.records.keep(message.record, RankRecord(list(plan.tokens[: plan.num_kv]), kept, chain, caller=caller))
 
         def read() -> Answer:
             found = self._packing.read(plan, caller)
@@ -105,7 +105,7 @@ class Commands:
 
         self._in_thread(message, write)
 
-    def _num_ready(self, message: protocol.Write, record: Record, epoch: int) -> int:
+    def _num_ready(self, message: protocol.Write, record: RankRecord, epoch: int) -> int:
         """How many of the record's tokens every rank has."""
         side = self._side
 

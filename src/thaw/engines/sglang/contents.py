@@ -10,7 +10,7 @@ import torch
 from thaw.engines.sglang.agreement import Agreement
 
 
-class Contents:
+class SlotContents:
     """A *chain* is the numbers [num_tokens], int64, of a session's tokens. Slots are int64 too, on any device."""
 
     def __init__(self, num_slots: int, agreement: Agreement) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from thaw.core.errors import StaleSession, StorageFailed
 from thaw.engines.served.weights import WeightsSample
 from thaw.engines.sglang.agreement import Agreement
-from thaw.engines.sglang.records import Record
+from thaw.engines.sglang.records import RankRecord
 
 
 class Epochs:
@@ -30,7 +30,7 @@ class Epochs:
         return self.weights.look() if self.watching else self.weights.epoch
 
 
-def require_usable(record: Record, epoch: int) -> None:
+def require_usable(record: RankRecord, epoch: int) -> None:
     """Raises what speaks against going on from the record under the weights of `epoch`."""
     if record.kept.epoch != epoch:
         raise StaleSession(

@@ -31,7 +31,7 @@ from thaw.engines.sglang.agreement import Due
 from thaw.engines.sglang.cache import ThawRadixCache
 from thaw.engines.sglang.rows import sample
 from thaw.engines.sglang.settings import ACTION, REFUSED
-from thaw.engines.sglang.side import Side
+from thaw.engines.sglang.side import RankSide
 
 GROUP_LIMIT_S = 10.0
 UNHEARD = (
@@ -46,7 +46,7 @@ def activate(cache: ThawRadixCache) -> None:
     _ACTIVE[:] = [cache]
 
 
-def _side() -> Side | None:
+def _side() -> RankSide | None:
     return _ACTIVE[0].side if _ACTIVE else None
 
 
@@ -146,7 +146,9 @@ def handle_generate_request(original: Callable[..., None], scheduler: Any, reque
     guarded(take, failed)
 
 
-def _begin(side: Side, request: Any, message: protocol.Run, payload: dict[str, Any], go_on: Callable[[], None]) -> None:
+def _begin(
+    side: RankSide, request: Any, message: protocol.Run, payload: dict[str, Any], go_on: Callable[[], None]
+) -> None:
     name, extra = str(request.rid), _extra(payload)
     if message.grammar_from is not None:
         raise InvalidRequest("grammar_from: this SGLang has no grammar for thaw's requests; leave it out")
@@ -155,7 +157,7 @@ def _begin(side: Side, request: Any, message: protocol.Run, payload: dict[str, A
     _WAITING.add(message, name, go_on)
 
 
-def _command(side: Side, message: protocol.Command) -> str:
+def _command(side: RankSide, message: protocol.Command) -> str:
     """What is said at once."""
     if isinstance(message, protocol.Hello):
         return side.hello(message)

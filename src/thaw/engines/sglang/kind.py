@@ -91,7 +91,7 @@ def mail_at(url: str) -> str:
     from thaw.engines.sglang.client import wire
 
     reply = lookup.post(f"{url}/generate", wire.hello(), key_for(settings.KEY_VARIABLE))
-    return wire.facts(msgspec.json.decode(reply, type=wire.News)).get("mail", "")
+    return wire.facts(msgspec.json.decode(reply, type=wire.StreamEvent)).get("mail", "")
 
 
 def _says_cpu(arguments: tuple[str, ...]) -> bool:

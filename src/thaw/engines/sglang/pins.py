@@ -10,28 +10,28 @@ from typing import Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.served.protocol import EngineFacts
-from thaw.engines.sglang.records import Record
+from thaw.engines.sglang.records import RankRecord
 from thaw.engines.sglang.settings import SglangSettings
 
 
 @dataclass
-class Pinned:
+class PinnedTokens:
     until: float
     lock: Any
     num_tokens: int
 
 
-class Pins:
+class RadixPins:
     """By the record's name. `lock` and `unlock` are the tree's, once the cache has bound them."""
 
     def __init__(self, settings: SglangSettings, engine: EngineFacts) -> None:
         self._settings, self._engine = settings, engine
-        self._held: dict[str, Pinned] = {}
-        self.lock: Callable[[Record], tuple[Any, int]] = unbound
+        self._held: dict[str, PinnedTokens] = {}
+        self.lock: Callable[[RankRecord], tuple[Any, int]] = unbound
         """(the lock, how many of the record's tokens it holds)"""
         self.unlock: Callable[[Any], None] = unbound
 
-    def pin(self, name: str, record: Record, seconds: float) -> tuple[int, float]:
+    def pin(self, name: str, record: RankRecord, seconds: float) -> tuple[int, float]:
         """(tokens held, for how long). Raises `InvalidRequest` where that is more than may be held."""
         limit = min(seconds, self._settings.pin_seconds)
         lock, num_tokens = self.lock(record)
@@ -43,7 +43,7 @@ class Pins:
                 f"pinning {num_tokens} tokens: only {max(room, 0)} of {engine.num_blocks} blocks' may still be "
                 f"pinned (pin_fraction {self._settings.pin_fraction}); park instead, or unpin others"
             )
-        self._held[name] = Pinned(time.monotonic() + limit, lock, num_tokens)
+        self._held[name] = PinnedTokens(time.monotonic() + limit, lock, num_tokens)
         return num_tokens, limit
 
     def unpin(self, name: str) -> None:

@@ -77,7 +77,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.sglang.agreement import Agreement
     from thaw.engines.sglang.pool import Pool
     from thaw.engines.sglang.settings import MAX_LOGPROBS
-    from thaw.engines.sglang.side import Side
+    from thaw.engines.sglang.side import RankSide
 
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator
@@ -128,6 +128,6 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         for note in engine.notes:
             log.warning("thaw: %s", note)
     weights = WeightsSample(context.tp_worker.model_runner.model)
-    side = Side((pool,), facts, engine, settings, mail, weights, agreement)
+    side = RankSide((pool,), facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)
     return side

@@ -9,22 +9,21 @@ import torch
 
 from thaw.core.errors import ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import Piece
-from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.arena import HostRecord, Piece
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.sglang.rows import Chosen
 
 
 @dataclass
-class Record:
+class RankRecord:
     """`tokens[:num_kv]` have KV in the arena (`kept`). `chain` [num_kv], int64: the number of each token's content, by
     which the slots of SGLang's pool that hold the same bits are known. `salt`: under which SGLang's tree may have them;
     None until a request has run. `caller`: whose it is."""
 
     tokens: list[int]
-    kept: Kept
+    kept: HostRecord
     chain: torch.Tensor
-    live: Run | None = None
+    live: RankRequest | None = None
     salt: str | None = None
     touched: float = 0.0
     caller: Caller = GUEST
@@ -39,7 +38,7 @@ class Record:
 
 
 @dataclass
-class Run:
+class RankRequest:
     """A request of thaw's. `want` tokens are to come from its record; `numbered` tokens of its row have numbers.
 
     `tail`: a page of the pool that holds what of the record ends inside a page, until SGLang takes it over with the

@@ -7,8 +7,9 @@ it.
 
 Tokens and bytes. SGLang's tree finds KV by tokens, salted by lineage. Two siblings that sampled the same tokens in
 batches of different shape have equal tokens and unequal bits. So the content of every slot carries a number here
-(`chain` of a record, `Contents` of the slots): before a request is admitted, what the tree would give it must be the
-record's own, else it gets a salt of its own and loads everything; and nothing goes into the tree over another's bits.
+(`chain` of a record, `SlotContents` of the slots): before a request is admitted, what the tree would give it must be
+the record's own, else it gets a salt of its own and loads everything; and nothing goes into the tree over another's
+bits.
 
 Every rank has one of these, with its own heads. They hold the same records with the same numbers; what may differ is
 whether a piece of work succeeded, and that is agreed before it matters (`agreement`).
@@ -30,8 +31,7 @@ import torch
 from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import Arena, Piece
-from thaw.engines.served.arena import Record as Kept
+from thaw.engines.served.arena import HostCache, HostRecord, Piece
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.mail import SCHEDULER, Mail
@@ -42,12 +42,12 @@ from thaw.engines.served.records import Records
 from thaw.engines.served.sampling_extra import SamplingExtra
 from thaw.engines.served.weights import WeightsSample
 from thaw.engines.sglang.agreement import Agreement, Due
-from thaw.engines.sglang.commands import Commands
-from thaw.engines.sglang.contents import Contents, empty_chain, equal_length
+from thaw.engines.sglang.commands import RankCommands
+from thaw.engines.sglang.contents import SlotContents, empty_chain, equal_length
 from thaw.engines.sglang.epochs import Epochs, require_usable
-from thaw.engines.sglang.pins import Pins, unbound
+from thaw.engines.sglang.pins import RadixPins, unbound
 from thaw.engines.sglang.pool import Pool
-from thaw.engines.sglang.records import Record, Run
+from thaw.engines.sglang.records import RankRecord, RankRequest
 from thaw.engines.sglang.rows import Chosen
 from thaw.engines.sglang.settings import SglangSettings
 
@@ -58,26 +58,26 @@ SWITCH_S = 0.0002
 packs wait for their turn."""
 
 
-class Side:
+class RankSide:
     def __init__(
         self, pools: Sequence[Pool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mail,
         weights: WeightsSample | None, agreement: Agreement,
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
         self.on = settings.enabled
-        self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
-        self.runs: dict[str, Run] = {}
-        self.contents = Contents(pools[0].num_slots, agreement)
+        self.records: Records[RankRecord] = Records(settings.session_ttl_s, settings.shares())
+        self.runs: dict[str, RankRequest] = {}
+        self.contents = SlotContents(pools[0].num_slots, agreement)
         self.epochs = Epochs(weights, agreement)
-        self.pins = Pins(settings, engine)
+        self.pins = RadixPins(settings, engine)
         spill = Path(settings.spill) if settings.spill else None
         groups, device = RankGroups(facts.groups, facts.rank, facts.world_size), pools[0].device.type
         groups.require([pool.num_heads for pool in pools])
-        self.arena = Arena(
+        self.arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=device == "cuda",
         )  # fmt: skip
-        self._commands = Commands(self, Packing(groups, mail, self.arena), settings.shares())
+        self._commands = RankCommands(self, Packing(groups, mail, self.arena), settings.shares())
         if device != "cpu":
             sys.setswitchinterval(SWITCH_S)
         self._pools = tuple(pools)
@@ -93,7 +93,7 @@ class Side:
 
     def begin(
         self, rid: str, message: protocol.Run, tokens: list[int], salt: str | None, extra: SamplingExtra | None
-    ) -> Run:
+    ) -> RankRequest:
         """Take the request in. Raises what refuses it, on all ranks alike; nothing is kept then."""
         self._sweep()
         self.forget(message.drop)
@@ -103,14 +103,16 @@ class Side:
         self.require_room(message.record, caller, message.num_new(len(tokens)))
         source, want = self._source(message), 0
         epoch = self.epochs.now()
-        kept, chain = Kept((), epoch, caller=caller), empty_chain()
+        kept, chain = HostRecord((), epoch, caller=caller), empty_chain()
         if source is not None:
             want = self._ready(source, message.num_kv, tokens, epoch)
             kept, chain = source.kept.upto(want, caller), source.chain[:want]
         tell = None if self.facts.rank else partial(self.mail.put_entropy, message.id)
-        run = Run(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
+        run = RankRequest(rid, message, want, len(tokens), Chosen(extra, tokens, tell))
         run.chosen.failed = partial(self.stop, run)
-        self.records.keep(message.record, Record(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller))
+        self.records.keep(
+            message.record, RankRecord(tokens[:want], kept, chain, live=run, salt=salt or "", caller=caller)
+        )
         self.runs[rid] = run
         self.counters["forks"] += message.source not in (None, message.record)
         return run
@@ -124,7 +126,7 @@ class Side:
         """Raises `InvalidRequest`, on all ranks alike."""
         self.agreement.together(lambda: self.mail.require_caller(message))
 
-    def _ready(self, source: Record, want: int, tokens: list[int], epoch: int) -> int:
+    def _ready(self, source: RankRecord, want: int, tokens: list[int], epoch: int) -> int:
         """How many of the `want` tokens can be used, on every rank."""
 
         def look() -> int:
@@ -137,7 +139,7 @@ class Side:
 
         return self.agreement.least(self.agreement.together(look))
 
-    def _source(self, message: protocol.Run) -> Record | None:
+    def _source(self, message: protocol.Run) -> RankRecord | None:
         own = self.records.get(message.record)
         if own is not None and own.live is not None:
             raise Busy("the session is running already")
@@ -159,7 +161,7 @@ class Side:
 
     # -- a request is admitted
 
-    def record_of(self, run: Run) -> Record | None:
+    def record_of(self, run: RankRequest) -> RankRecord | None:
         """What the request goes on from, or None when its KV may not be used any more."""
         record = self.records.get(run.message.record)
         if record is None or run.error is not None:
@@ -172,7 +174,7 @@ class Side:
             return None
         return record
 
-    def stop(self, run: Run, error: ThawError) -> None:
+    def stop(self, run: RankRequest, error: ThawError) -> None:
         """The request ends with this error, and nobody goes on from what it computed."""
         run.error = error
         record = self.records.get(run.message.record)
@@ -180,7 +182,7 @@ class Side:
             record.kept.broken = str(error)
         unheard(error)
 
-    def load(self, run: Run, record: Record, start: int, stop: int, slots: torch.Tensor) -> bool:
+    def load(self, run: RankRequest, record: RankRecord, start: int, stop: int, slots: torch.Tensor) -> bool:
         """Tokens [start, stop) of the record into these slots, on every rank. Where one could not the request has its
         error, and the slots hold nobody's content on any."""
 
@@ -201,7 +203,7 @@ class Side:
 
     # -- what a request has computed
 
-    def number(self, run: Run, upto: int) -> None:
+    def number(self, run: RankRequest, upto: int) -> None:
         """Give what the request has written into its slots numbers of its own."""
         if upto <= run.numbered:
             return
@@ -209,7 +211,7 @@ class Side:
         self.contents.put(slots, self.contents.fresh(len(slots)))
         run.numbered = upto
 
-    def sync(self, run: Run, upto: int) -> None:
+    def sync(self, run: RankRequest, upto: int) -> None:
         """The record has the request's first `upto` tokens, or is broken; on this rank, whatever others have. Who goes
         on from it asks all."""
         record = self.records.get(run.message.record)
@@ -218,7 +220,7 @@ class Side:
         self.number(run, upto)
         if record.kept.broken or run.error is not None:
             return
-        if record.kept.epoch != self.epochs.seen():
+        if record.kept.epoch != self.epochs.seen():  # not `now`: inside `together` no collective may run
             record.kept.broken = "the weights changed while it was computed"
             return
         slots = self.row(run.req, upto)
@@ -228,6 +230,7 @@ class Side:
             return
         try:
             tensors = self.arena.allocate(upto - same, record.caller)
+            # SGLang may have launched steps that still write these slots; reading waits for them.
             for pool, tensor in zip(self._pools, tensors, strict=True):
                 pool.read(slots[same:], tensor)
             pieces = self.arena.joined((*record.kept.cut(same), Piece(same, upto - same, tensors)), record.caller)
@@ -235,10 +238,10 @@ class Side:
             record.kept.broken = str(error)
             return
         points = record.kept.upto(same).points
-        record.kept = Kept(pieces, record.kept.epoch, caller=record.caller, points=points)
+        record.kept = HostRecord(pieces, record.kept.epoch, caller=record.caller, points=points)
         record.chain, record.tokens = chain.clone(), run.tokens()[:upto]
 
-    def catch_up(self, record: Record, want: int | None) -> int:
+    def catch_up(self, record: RankRecord, want: int | None) -> int:
         """How many tokens the record has; of one that is running, those computed by now are copied first."""
         run = record.live
         if run is None or (want is not None and want <= record.num_kv):
@@ -252,7 +255,7 @@ class Side:
 
     # -- a request loses its memory, or ends
 
-    def released(self, run: Run, *, retracted: bool) -> None:
+    def released(self, run: RankRequest, *, retracted: bool) -> None:
         """SGLang is about to take the request's slots back. If it is to go on later, it goes on from the record."""
         ready = run.num_computed()
         if run.message.keep or retracted:

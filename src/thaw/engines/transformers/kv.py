@@ -14,7 +14,7 @@ import torch
 
 from thaw.core.cache import FullKV
 from thaw.engines.embedded.backend import Feed
-from thaw.engines.embedded.pages import PAGE, Extent, Run
+from thaw.engines.embedded.pages import PAGE, Extent, PageRange
 
 LONG = 16
 """A feed of more tokens than this reads its past as one gathered tensor; shorter ones read page by page, shared."""
@@ -52,7 +52,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 @dataclass
-class Write:
+class SlotWrite:
     """Packed rows [row, row + count) go to slots [slot, slot + count) of a page."""
 
     extent: TorchExtent
@@ -91,7 +91,7 @@ class Tail:
 class Long:
     """A long feed: rows [row, row + count) attend to `runs` ([0, start) before them) and causally to themselves."""
 
-    runs: list[Run]
+    runs: list[PageRange]
     start: int
     row: int
     count: int
@@ -105,7 +105,7 @@ class BatchPlan:
     """
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
-        self.writes: list[Write] = []
+        self.writes: list[SlotWrite] = []
         self.past: list[PastPages] = []
         self.tails: list[Tail] = []
         self.longs: list[Long] = []
@@ -126,7 +126,7 @@ class BatchPlan:
             take = min(PAGE - slot, start + count - at)
             extent, index = feed.kv.locate(page)
             assert isinstance(extent, TorchExtent)
-            self.writes.append(Write(extent, index, slot, row + at - start, take))
+            self.writes.append(SlotWrite(extent, index, slot, row + at - start, take))
             if short:
                 self._short(feed, page, extent, index, slot, row + at - start, take)
             at += take

@@ -17,7 +17,7 @@ from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
 from thaw.engines.served.mail import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.records import SchedulerRecord
 
 if TYPE_CHECKING:
     from thaw.engines.vllm.scheduler import SchedulerSide
@@ -32,7 +32,7 @@ SAME_ID = "another request that is under way has a message of this id; give each
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldCommand:
     command: protocol.Command
     since: float = field(default_factory=time.monotonic)
 
@@ -41,12 +41,12 @@ class Held:
         return time.monotonic() - self.since > HELD_LIMIT_S
 
 
-class Commands:
+class SchedulerCommands:
     """By the request that carries each. Each caller has its share of `MAX_COMMANDS`."""
 
     def __init__(self, side: SchedulerSide, shares: Shares) -> None:
         self._side = side
-        self._open: dict[str, Held] = {}
+        self._open: dict[str, HeldCommand] = {}
         self._budget = Budget("held commands", MAX_COMMANDS, shares)
 
     def __contains__(self, request: str) -> bool:
@@ -69,7 +69,7 @@ class Commands:
             side.mail.answer(message.id, SCHEDULER, self._pin(message))
         elif isinstance(message, protocol.Look):
             side.queue.append(jobs.LookAtWeights(message.id, message.digest))
-        elif isinstance(message, protocol.Stats):
+        elif isinstance(message, protocol.GetStats):
             side.queue.append(jobs.Count(message.id, self._counts()))
         elif isinstance(message, protocol.Unpin):
             side.reset()
@@ -86,7 +86,7 @@ class Commands:
         if not isinstance(message, protocol.Hello):  # which goes on in the next step
             self._budget.require(message.caller or GUEST)
             self._budget.take(message.caller or GUEST)
-        self._open[request] = Held(message)
+        self._open[request] = HeldCommand(message)
 
     def may_pass(self, request: str) -> bool:
         """Whether it may run its one token now: its answer goes with the reply, or nobody waits for it any more."""
@@ -154,7 +154,9 @@ class Commands:
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
         chain = [side.contents.fresh() for _ in range(plan.num_kv // side.facts.block_size)]
-        side.records.keep(message.record, Record(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain, caller=caller))
+        side.records.keep(
+            message.record, SchedulerRecord(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain, caller=caller)
+        )
         side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
         side.counters["hydrates"] += 1
 
@@ -166,7 +168,7 @@ class Commands:
         num_tokens = record.live.num_tokens if record.live is not None else len(record.tokens)
         side.counters["captures"] += 1
         side.queue.append(
-            jobs.WritePack(message.id, message.record, message.store, message.packs, message.base, num_kv, num_tokens)
+            jobs.WriteRecord(message.id, message.record, message.store, message.packs, message.base, num_kv, num_tokens)
         )
 
     def _pin(self, message: protocol.Pin) -> Answer:

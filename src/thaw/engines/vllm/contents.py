@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.records import SchedulerRecord
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Found:
     keys: list[Any] = field(default_factory=list)
 
 
-class Contents:
+class BlockContents:
     """`num_groups`: vLLM's KV cache groups. The blocks of all groups that hold the same tokens have one number."""
 
     def __init__(self, num_groups: int = 1) -> None:
@@ -50,7 +50,7 @@ class Contents:
         """What was given away so far was given away in the step before."""
         self._given.clear()
 
-    def note_computed(self, record: Record, tables: Sequence[Sequence[int]], num_full: int) -> None:
+    def note_computed(self, record: SchedulerRecord, tables: Sequence[Sequence[int]], num_full: int) -> None:
         """The record's full blocks up to `num_full` are what lies in the blocks of `tables`. One that was given away in
         this very step is known by its number alone."""
         for i in range(len(record.chain), num_full):
@@ -61,7 +61,7 @@ class Contents:
                 self._in_block.update(dict.fromkeys(same, number))
             record.chain.append(number)
 
-    def note_loaded(self, record: Record, tables: Sequence[Sequence[int]], first: int, end: int) -> None:
+    def note_loaded(self, record: SchedulerRecord, tables: Sequence[Sequence[int]], first: int, end: int) -> None:
         """The record's full blocks [first, end) are loaded into those of `tables`."""
         for i in range(first, min(end, len(record.chain))):
             for table in tables:
@@ -106,7 +106,7 @@ class Contents:
         """Whether vLLM would find a block of that hash: in every group, else it takes none."""
         return self.pool is not None and bool(self.pool.get_cached_block(block_hash, self._groups))
 
-    def resident(self, record: Record) -> list[int]:
+    def resident(self, record: SchedulerRecord) -> list[int]:
         """The blocks that hold the record's full ones, from the first on, as far as they still lie in the engine's
         cache, in every group."""
         where: dict[int, list[int]] = {}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from thaw.core.errors import StorageFailed
-from thaw.engines.served.arena import Arena, Piece, Record, Tensors
+from thaw.engines.served.arena import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.budget import Caller
 from thaw.engines.vllm.jobs import Tables
-from thaw.engines.vllm.layout import KVLayout
+from thaw.engines.vllm.layout.base import KVLayout
 
 SCATTER_TOKENS = 1024
 """A load in the background on a CPU lets the steps of others in after so many tokens."""
@@ -31,7 +31,7 @@ class Copier:
     """On the engine's own cores. `layouts`: one for each strip of the arena's pieces. `tables`: for each of them the
     block ids of a request, from its first token on; all have one block size."""
 
-    def __init__(self, layouts: Sequence[KVLayout], arena: Arena) -> None:
+    def __init__(self, layouts: Sequence[KVLayout], arena: HostCache) -> None:
         self._layouts, self._arena = tuple(layouts), arena
         self._block_size = self._layouts[0].block_size
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class Copier:
         """Call `done` when all that was to be saved is."""
         done()
 
-    def load(self, tables: Tables, record: Record, start: int, stop: int) -> None:
+    def load(self, tables: Tables, record: HostRecord, start: int, stop: int) -> None:
         """Tokens [start, stop) into the blocks, for the step that is about to run."""
         for strip, (layout, blocks) in enumerate(zip(self._layouts, tables, strict=True)):
             for a, b, view in record.spans(strip, start, stop):
@@ -66,7 +66,7 @@ class Copier:
         """Where the steps stand now, for `load_aside`."""
         return None
 
-    def load_aside(self, tables: Tables, record: Record, start: int, stop: int, since: Any) -> None:
+    def load_aside(self, tables: Tables, record: HostRecord, start: int, stop: int, since: Any) -> None:
         """Likewise on another thread, after the steps up to `since`; on return it is there."""
         self.load(tables, record, start, stop)
 
@@ -79,7 +79,7 @@ class AcceleratorCopier(Copier):
 
     _layouts: tuple[Any, ...]  # of TritonPages
 
-    def __init__(self, layouts: Sequence[KVLayout], arena: Arena) -> None:
+    def __init__(self, layouts: Sequence[KVLayout], arena: HostCache) -> None:
         super().__init__(layouts, arena)
         self._device = layouts[0].device
         self._saves = ThreadPoolExecutor(1, thread_name_prefix="thaw-save")
@@ -124,7 +124,7 @@ class AcceleratorCopier(Copier):
     def after_saves(self, done: Callable[[], None]) -> None:
         self._saves.submit(done)
 
-    def load(self, tables: Tables, record: Record, start: int, stop: int) -> None:
+    def load(self, tables: Tables, record: HostRecord, start: int, stop: int) -> None:
         for piece in record.pieces:
             for strip, (layout, blocks) in enumerate(zip(self._layouts, tables, strict=True)):
                 a, b = max(start, piece.first(strip)), min(stop, piece.stop)
@@ -146,7 +146,7 @@ class AcceleratorCopier(Copier):
     def point(self) -> torch.cuda.Event:
         return self._mark()
 
-    def load_aside(self, tables: Tables, record: Record, start: int, stop: int, since: torch.cuda.Event) -> None:
+    def load_aside(self, tables: Tables, record: HostRecord, start: int, stop: int, since: torch.cuda.Event) -> None:
         record.wait(start, stop)
         with torch.cuda.device(self._device), torch.cuda.stream(self._in):
             self._in.wait_event(since)  # the blocks' former owner may still be in that step
@@ -172,7 +172,7 @@ class AcceleratorCopier(Copier):
         self._saves.shutdown(wait=True)
 
 
-def make_copier(layouts: Sequence[KVLayout], arena: Arena) -> Copier:
+def make_copier(layouts: Sequence[KVLayout], arena: HostCache) -> Copier:
     return AcceleratorCopier(layouts, arena) if layouts[0].on_its_own else Copier(layouts, arena)
 
 

@@ -16,7 +16,7 @@ SPLIT = -1
 
 
 @dataclass
-class Group:
+class RequestGroup:
     """`since`: when the first of them came. `shuffled`: somebody did not come in turn."""
 
     since: float
@@ -29,7 +29,7 @@ class Groups:
     groups whose members came in another order than that of their places."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Group] = {}
+        self._open: dict[str, RequestGroup] = {}
         self._waiting: set[str] = set()
         self._started: OrderedDict[str, None] = OrderedDict()
         self._began: OrderedDict[str, int] = OrderedDict()
@@ -41,7 +41,7 @@ class Groups:
         """Members wait until all are there. One that comes after the start waits for nobody."""
         if name in self._started:
             return
-        group = self._open.setdefault(name, Group(time.monotonic()))
+        group = self._open.setdefault(name, RequestGroup(time.monotonic()))
         if place != len(group.members) and not group.shuffled:
             group.shuffled = True
             self.num_shuffled += 1

@@ -50,7 +50,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckRecord:
     """Nothing to load (all is in the engine's blocks), but the record must still be of the weights that run."""
 
     request: str
@@ -79,7 +79,7 @@ class ReadPlan:
 
 
 @dataclass(frozen=True)
-class WritePack:
+class WriteRecord:
     """Write tokens [base, num_kv) of the record, rank r into `packs[r]`. `num_tokens` goes back with the answer."""
 
     name: str
@@ -118,4 +118,6 @@ class Forget:
     records: tuple[str, ...]
 
 
-Job: TypeAlias = Derive | Sync | Load | Check | Fail | ReadPlan | WritePack | LookAtWeights | Count | Watch | Forget
+Job: TypeAlias = (
+    Derive | Sync | Load | CheckRecord | Fail | ReadPlan | WriteRecord | LookAtWeights | Count | Watch | Forget
+)

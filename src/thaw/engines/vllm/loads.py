@@ -4,14 +4,16 @@ need one load: the first asks for it, the others wait and find its blocks."""
 from __future__ import annotations
 
 from thaw.engines.served.records import Records
-from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.records import SchedulerRecord
 from thaw.engines.vllm.running import Running
 
 
 class Loads:
     """`async_nbytes`: a load of more bytes runs in the background, a smaller one in step."""
 
-    def __init__(self, records: Records[Record], block_size: int, token_nbytes: int, async_nbytes: int) -> None:
+    def __init__(
+        self, records: Records[SchedulerRecord], block_size: int, token_nbytes: int, async_nbytes: int
+    ) -> None:
         self._records, self._block_size = records, block_size
         self._token_nbytes, self._async_nbytes = token_nbytes, async_nbytes
         self._leaders: dict[int, str] = {}

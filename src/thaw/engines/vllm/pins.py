@@ -6,25 +6,25 @@ import time
 from dataclasses import dataclass
 
 from thaw.core.errors import InvalidRequest
-from thaw.engines.vllm.contents import Contents
-from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.contents import BlockContents
+from thaw.engines.vllm.records import SchedulerRecord
 from thaw.engines.vllm.settings import VllmSettings
 
 
 @dataclass
-class Pinned:
+class PinnedBlocks:
     until: float
     blocks: list[int]
 
 
-class Pins:
+class BlockPins:
     """By the record's name. A held block has one reference more in vLLM's pool, and nothing else."""
 
-    def __init__(self, contents: Contents, settings: VllmSettings, num_blocks: int) -> None:
+    def __init__(self, contents: BlockContents, settings: VllmSettings, num_blocks: int) -> None:
         self._contents, self._settings, self._num_blocks = contents, settings, num_blocks
-        self._held: dict[str, Pinned] = {}
+        self._held: dict[str, PinnedBlocks] = {}
 
-    def pin(self, name: str, record: Record, seconds: float) -> tuple[int, float]:
+    def pin(self, name: str, record: SchedulerRecord, seconds: float) -> tuple[int, float]:
         """(blocks held, for how long). Raises `InvalidRequest` where that is more than may be held."""
         limit = min(seconds, self._settings.pin_seconds)
         blocks = self._contents.resident(record)
@@ -36,7 +36,7 @@ class Pins:
             )
         pool = self._contents.pool
         pool.touch([pool.blocks[b] for b in blocks])
-        self._held[name] = Pinned(time.monotonic() + limit, blocks)
+        self._held[name] = PinnedBlocks(time.monotonic() + limit, blocks)
         return len(blocks), limit
 
     def unpin(self, name: str) -> None:

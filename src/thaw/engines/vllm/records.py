@@ -9,7 +9,7 @@ from thaw.engines.served.budget import GUEST, Caller
 
 
 @dataclass
-class Record:
+class SchedulerRecord:
     """`tokens[:num_kv]` have KV in the workers' arena; `chain[i]` is the content number of full block i. `leaving`:
     some of it may still be on its way there, out of the blocks of the request that runs. `caller`: whose it is."""
 

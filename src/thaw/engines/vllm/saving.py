@@ -8,9 +8,9 @@ from typing import Any
 
 from thaw.engines.served.records import Records
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.contents import Contents
+from thaw.engines.vllm.contents import BlockContents
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.records import SchedulerRecord
 from thaw.engines.vllm.running import Running, is_failed
 
 
@@ -19,18 +19,21 @@ class Saving:
     groups. `rescues`: jobs that must be done before anything is written over what vLLM has taken away; they come first
     in the next step."""
 
-    def __init__(self, records: Records[Record], contents: Contents, queue: list[Job], block_size: int) -> None:
+    def __init__(
+        self, records: Records[SchedulerRecord], contents: BlockContents, queue: list[Job], block_size: int
+    ) -> None:
         self._records, self._contents, self._queue, self._block_size = records, contents, queue, block_size
         self.tables: dict[str, list[list[int]]] = {}
         self.rescues: list[Job] = []
         self.num_preempted = 0
 
-    def catch_up(self, name: str, record: Record, want: int | None) -> int:
+    def catch_up(self, name: str, record: SchedulerRecord, want: int | None) -> int:
         """How many tokens the record `name` has; of one that is running, those computed by now are synced first."""
         live = record.live
         if live is None or (want is not None and want <= record.num_kv):
             return record.num_kv
         table = self.tables.get(live.request_id)
+        # Some of these are still being computed, in steps that vLLM has put together already. The job runs behind them.
         ready: int = min(live.num_computed_tokens, live.num_tokens - 1)
         if want is not None:
             ready = min(ready, want)
@@ -67,6 +70,7 @@ class Saving:
         if record is None or record.live is not request:
             return False, 0
         held = False
+        # A step may be under way that was put together before the last token was known: what it computes is nobody's.
         num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
         keep = run.message.keep and run.error is None and not is_failed(request)
         if keep and num_kv > record.num_kv and self._room(tables) >= num_kv:
@@ -85,7 +89,7 @@ class Saving:
 
     def _sync(
         self,
-        record: Record,
+        record: SchedulerRecord,
         name: str,
         tables: Sequence[Sequence[int]],
         upto: int,

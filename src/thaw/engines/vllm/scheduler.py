@@ -28,13 +28,13 @@ from thaw.engines.served.mail import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.records import Records
 from thaw.engines.vllm import jobs, support
-from thaw.engines.vllm.commands import Commands, refused, reply
-from thaw.engines.vllm.contents import Contents
+from thaw.engines.vllm.commands import SchedulerCommands, refused, reply
+from thaw.engines.vllm.contents import BlockContents
 from thaw.engines.vllm.groups import Groups
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.loads import Loads
-from thaw.engines.vllm.pins import Pins
-from thaw.engines.vllm.records import Record
+from thaw.engines.vllm.pins import BlockPins
+from thaw.engines.vllm.records import SchedulerRecord
 from thaw.engines.vllm.running import Running, give_own_salt, is_aborted, is_failed
 from thaw.engines.vllm.saving import Saving
 from thaw.engines.vllm.settings import VllmSettings
@@ -49,13 +49,13 @@ class SchedulerSide:
     ) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
         self._block_size = facts.block_size
-        self.records: Records[Record] = Records(settings.session_ttl_s, settings.shares())
-        self.contents = Contents(num_groups)
-        self.pins = Pins(self.contents, settings, facts.num_blocks)
+        self.records: Records[SchedulerRecord] = Records(settings.session_ttl_s, settings.shares())
+        self.contents = BlockContents(num_groups)
+        self.pins = BlockPins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
         self.on = settings.enabled
-        self._commands = Commands(self, settings.shares())
+        self._commands = SchedulerCommands(self, settings.shares())
         self._runs: dict[str, Running] = {}
         self._groups = Groups()
         self._saving = Saving(self.records, self.contents, self.queue, facts.block_size)
@@ -122,7 +122,7 @@ class SchedulerSide:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
         chain = source.chain[: want // self._block_size] if source is not None else []
         self.queue.append(jobs.Derive(message.record, message.source, want, caller))
-        self.records.keep(message.record, Record(tokens[:want], want, chain, live=request, caller=caller))
+        self.records.keep(message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller))
         salted = (request.cache_salt or "").startswith(protocol.SALT)
         self._runs[request.request_id] = Running(request, message, want, salted=salted)
         if message.group is not None:
@@ -140,7 +140,7 @@ class SchedulerSide:
             if room is not None:
                 room.require(num_tokens)
 
-    def _source(self, message: protocol.Run) -> Record | None:
+    def _source(self, message: protocol.Run) -> SchedulerRecord | None:
         own = self.records.get(message.record)
         if own is not None and own.live is not None:
             twin = self._runs.get(own.live.request_id)
@@ -153,7 +153,7 @@ class SchedulerSide:
         self.records.touch(message.source)
         return source
 
-    def catch_up(self, name: str, record: Record, want: int | None) -> int:
+    def catch_up(self, name: str, record: SchedulerRecord, want: int | None) -> int:
         """How many tokens the record `name` has; of one that is running, those computed by now are synced first."""
         run = self._runs.get(record.live.request_id) if record.live is not None else None
         if run is not None:
@@ -294,7 +294,7 @@ class SchedulerSide:
             if background:
                 self._loads.begins(run, want)
         elif want:
-            self.queue.append(jobs.Check(request.request_id, name, record, _upto(tables, 1)))
+            self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1)))
 
     def _note_loaded(self, run: Running, tables: jobs.Tables, start: int, stop: int) -> None:
         record = self.records.get(run.message.record)
@@ -309,6 +309,8 @@ class SchedulerSide:
             guarded(partial(self._saving.rescue, run), partial(self._stop, run))
         self._follow(output)
         self.pins.release()
+        # The workers may still be computing the step before. They take these jobs after it, and before this one's
+        # forward pass: rescues first, for the blocks that they read are written by loads in the queue and by that pass.
         out = [*self._saving.rescues, *self.queue]
         self._saving.rescues.clear()
         self.queue.clear()

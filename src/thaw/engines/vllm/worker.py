@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
-from thaw.engines.served.arena import Arena, Record
+from thaw.engines.served.arena import HostCache, HostRecord
 from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mail import Mail
@@ -26,7 +26,7 @@ from thaw.engines.served.weights import WeightsSample
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.copier import make_copier
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.layout import KVLayout
+from thaw.engines.vllm.layout.base import KVLayout
 from thaw.engines.vllm.settings import VllmSettings
 
 log = logging.getLogger("thaw.vllm")
@@ -45,13 +45,13 @@ class WorkerSide:
         groups = RankGroups(facts.groups, facts.rank, facts.world_size)
         groups.require([layout.num_kv_heads for layout in layouts])
         spill = Path(settings.spill) if settings.spill else None
-        self._arena = Arena(
+        self._arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=layouts[0].on_its_own,
         )  # fmt: skip
         self._packing = Packing(groups, mail, self._arena)
         self._copier = make_copier(layouts, self._arena)
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
         self._lock = threading.Lock()
         self._sent: set[str] = set()
@@ -106,13 +106,14 @@ class WorkerSide:
             self._sync(job)
         elif isinstance(job, jobs.Load):
             self._load(job)
-        elif isinstance(job, jobs.Check):
+        elif isinstance(job, jobs.CheckRecord):
             self._usable(job.record)
         elif isinstance(job, jobs.Fail):
             self._fail(job.request, job.tables, background=job.background)
         elif isinstance(job, jobs.ReadPlan):
             self._in_thread(job, partial(self._read, job, self._now()))
-        elif isinstance(job, jobs.WritePack):
+        elif isinstance(job, jobs.WriteRecord):
+            # Cut now: while the thread writes, later steps put a longer record in this one's place.
             self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
         elif isinstance(job, jobs.LookAtWeights):
             self._look(job)
@@ -129,21 +130,21 @@ class WorkerSide:
         """Tell whoever waits for it."""
         kind, text = error.kind, str(error)
         log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
-        if isinstance(job, jobs.Load | jobs.Check):
+        if isinstance(job, jobs.Load | jobs.CheckRecord):
             self._answer(job.name, Answer(kind=kind, error=text))
             self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
-        elif isinstance(job, jobs.ReadPlan | jobs.WritePack | jobs.LookAtWeights | jobs.Count | jobs.Watch):
+        elif isinstance(job, jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch):
             self._answer(job.name, Answer(kind=kind, error=text))
         elif isinstance(job, jobs.Derive | jobs.Sync):
             caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
             epoch = 0 if self._weights is None else self._weights.epoch
-            self._records[job.record] = Record((), epoch, broken=text, caller=caller)
+            self._records[job.record] = HostRecord((), epoch, broken=text, caller=caller)
             if isinstance(job, jobs.Sync) and job.finished is not None:
                 self._copier.after_saves(partial(self._let_go, job.finished))
 
     def _derive(self, job: jobs.Derive) -> None:
         if job.source is None:
-            self._records[job.record] = Record((), self._now(), caller=job.caller)
+            self._records[job.record] = HostRecord((), self._now(), caller=job.caller)
             return
         source = self._get(job.source)
         if source.num_kv < job.num_kv and source.epoch == self._now():
@@ -158,7 +159,7 @@ class WorkerSide:
         elif not record.broken and job.num_kv > record.num_kv:
             pieces = self._copier.save(job.tables, record.num_kv, job.num_kv, record.caller)
             whole = self._arena.joined((*record.pieces, *pieces), record.caller)
-            self._records[job.record] = Record(whole, record.epoch, caller=record.caller, points=record.points)
+            self._records[job.record] = HostRecord(whole, record.epoch, caller=record.caller, points=record.points)
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
@@ -209,14 +210,15 @@ class WorkerSide:
     def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
         started = time.perf_counter()
         plan = self._mail.plan(job.name)
+        # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole.
         found = self._packing.read(plan, job.caller)
-        self._records[job.record] = Record(found.pieces, epoch, caller=job.caller, points=found.points)
+        self._records[job.record] = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
         seconds = time.perf_counter() - started
         stages = {"read": found.seconds, "fill": seconds}
         answer = Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
         self._answer(job.name, answer)
 
-    def _write(self, job: jobs.WritePack, record: Record) -> None:
+    def _write(self, job: jobs.WriteRecord, record: HostRecord) -> None:
         pack = job.packs[self._facts.rank]
         answer = self._packing.write(
             record, job.base, job.num_kv, store=job.store, pack=pack, num_tokens=job.num_tokens
@@ -225,7 +227,7 @@ class WorkerSide:
 
     # -- records
 
-    def _get(self, name: str) -> Record:
+    def _get(self, name: str) -> HostRecord:
         record = self._records.get(name)
         if record is None:
             raise NotFound("the engine has let go of this session")
@@ -235,7 +237,7 @@ class WorkerSide:
         record = self._records.get(name)
         return GUEST if record is None else record.caller
 
-    def _usable(self, name: str) -> Record:
+    def _usable(self, name: str) -> HostRecord:
         record = self._get(name)
         now = self._now()
         if record.broken and record.epoch == now:

@@ -29,7 +29,7 @@ from thaw.engines.served.joining import join
 from thaw.engines.served.mail import Mail
 from thaw.engines.served.transport import Transport
 from thaw.engines.sglang.client.engine import SglangEngine
-from thaw.engines.sglang.client.http import HttpTransport
+from thaw.engines.sglang.client.http import SglangHttpTransport
 from thaw.engines.sglang.settings import (
     BACKEND,
     KEY_VARIABLE,
@@ -107,7 +107,7 @@ class OwnServer:
         Mail(Path(self._settings.mail)).remove()
 
 
-class OwnServerTransport(HttpTransport):
+class OwnServerTransport(SglangHttpTransport):
     """A server that ends with this client."""
 
     def __init__(self, server: OwnServer) -> None:
@@ -144,7 +144,7 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> SglangEng
     stays when this ends."""
 
     async def to_server() -> Transport:
-        return HttpTransport(target, key_for(KEY_VARIABLE, api_key))
+        return SglangHttpTransport(target, key_for(KEY_VARIABLE, api_key))
 
     if isinstance(target, str):
         return join(SglangEngine, to_server, policy=policy)

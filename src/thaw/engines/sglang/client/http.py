@@ -27,7 +27,7 @@ class _Call(Call):
     seen = 0
 
 
-class HttpTransport(http.HttpTransport[_Call]):
+class SglangHttpTransport(http.HttpTransport[_Call]):
     """`url` is the server's."""
 
     title: ClassVar[str] = "SGLang"
@@ -96,10 +96,10 @@ class HttpTransport(http.HttpTransport[_Call]):
         return found if isinstance(found, dict) else {}
 
 
-_NEWS = msgspec.json.Decoder(wire.News)
+_NEWS = msgspec.json.Decoder(wire.StreamEvent)
 
 
-def _read(data: bytes) -> wire.News:
+def _read(data: bytes) -> wire.StreamEvent:
     try:
         return _NEWS.decode(data)
     except msgspec.MsgspecError as error:

@@ -43,7 +43,7 @@ class InsideTransport(ElsewhereTransport):
     def __init__(self, engine: Any) -> None:
         home = home_of(engine)
         super().__init__(FrontEnd(engine.tokenizer_manager), home)
-        self._driver = Driver(home)
+        self._driver = LoopDriver(home)
 
     async def connect(self) -> None:
         await self._done(self._inner.connect())
@@ -85,7 +85,7 @@ class FrontEnd(Transport):
             raise NotFound(f'{WHO} runs without thaw\'s cache: make it with Engine(radix_cache_backend="thaw", …)')
         self.mail, self.facts = shared_mail(said, WHO)
 
-    async def _first(self, fields: dict[str, Any]) -> wire.News:
+    async def _first(self, fields: dict[str, Any]) -> wire.StreamEvent:
         async for out in self._generate(fields):
             return _read(out)
         raise EngineDied(f"{WHO} ended a request without an answer")
@@ -130,7 +130,7 @@ class FrontEnd(Transport):
         return
 
 
-class Driver:
+class LoopDriver:
     """A thread that runs a loop which nobody runs, while somebody waits for what was begun on it."""
 
     def __init__(self, home: asyncio.AbstractEventLoop) -> None:
@@ -245,9 +245,9 @@ def home_of(engine: Any) -> asyncio.AbstractEventLoop:
     return home
 
 
-def _read(out: dict[str, Any]) -> wire.News:
+def _read(out: dict[str, Any]) -> wire.StreamEvent:
     try:
-        prepare(wire.News)
-        return msgspec.convert(out, wire.News)
+        prepare(wire.StreamEvent)
+        return msgspec.convert(out, wire.StreamEvent)
     except msgspec.ValidationError as error:
         raise EngineDied(f"SGLang sent what is not known: {error}") from None

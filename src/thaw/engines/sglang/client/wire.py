@@ -27,7 +27,7 @@ class Meta(msgspec.Struct):
     output_top_logprobs: list[list[tuple[float, int, str | None]] | None] = []
 
 
-class News(msgspec.Struct):
+class StreamEvent(msgspec.Struct):
     """One event of the stream, or a whole reply."""
 
     output_ids: list[int] = []
@@ -63,7 +63,7 @@ def hello() -> dict[str, Any]:
     return request(Submission(message.id, [0], one, None, message), stream=False)
 
 
-def facts(news: News) -> Mapping[str, str]:
+def facts(news: StreamEvent) -> Mapping[str, str]:
     """What thaw inside SGLang said to `hello`; nothing where it is not there."""
     reason = news.meta_info.finish_reason if news.meta_info is not None else None
     try:
@@ -73,7 +73,7 @@ def facts(news: News) -> Mapping[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def chunk(news: News, meta: Meta, seen: int) -> Chunk:
+def chunk(news: StreamEvent, meta: Meta, seen: int) -> Chunk:
     """What is new after `seen` tokens. SGLang repeats all tokens with every event unless it streams increments."""
     reason = meta.finish_reason or {}
     count = 0 if str(reason.get("message")).startswith(REFUSED) else max(0, meta.completion_tokens - seen)

@@ -14,8 +14,8 @@ from thaw.engines.served.joining import join
 from thaw.engines.served.transport import Transport
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
-from thaw.engines.vllm.client.fleet import Fleet
-from thaw.engines.vllm.client.http import HttpTransport
+from thaw.engines.vllm.client.fleet import DataParallelEngine
+from thaw.engines.vllm.client.http import VllmHttpTransport
 from thaw.engines.vllm.settings import KEY_VARIABLE, Other, VllmSettings, engine_args, settled
 
 
@@ -91,7 +91,7 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:
     try:
         for url in target:
             members += _ranks(url, api_key, policy)
-        return members[0] if len(members) == 1 else Fleet(members)
+        return members[0] if len(members) == 1 else DataParallelEngine(members)
     except BaseException:
         for member in members:
             member.close()
@@ -100,14 +100,14 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:
 
 def _ranks(url: str, api_key: str | None, policy: str) -> Iterator[VllmEngine]:
     """The server's engine, or those of all its data-parallel ranks."""
-    first = HttpTransport(url, key_for(KEY_VARIABLE, api_key))
+    first = VllmHttpTransport(url, key_for(KEY_VARIABLE, api_key))
     yield _named(join(VllmEngine, _given(first), policy=policy), first)
     for rank in first.other_ranks:
-        other = HttpTransport(url, key_for(KEY_VARIABLE, api_key), rank=rank)
+        other = VllmHttpTransport(url, key_for(KEY_VARIABLE, api_key), rank=rank)
         yield _named(join(VllmEngine, _given(other), policy=policy), other)
 
 
-def _named(engine: VllmEngine, transport: HttpTransport) -> VllmEngine:
+def _named(engine: VllmEngine, transport: VllmHttpTransport) -> VllmEngine:
     engine.options = {"url": transport.url}
     return engine
 

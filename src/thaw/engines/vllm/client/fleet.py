@@ -37,7 +37,7 @@ from thaw.engines.vllm.client.engine import VllmEngine
 T = TypeVar("T")
 
 
-class Fleet(Engine):
+class DataParallelEngine(Engine):
     """`members` run the same model; they are closed with this. Raises `InvalidRequest` or `Refused` where they do not,
     naming what differs."""
 

@@ -76,7 +76,7 @@ class _News(msgspec.Struct):
     kv_transfer_params: dict[str, Any] | None = None
 
 
-class HttpTransport(http.HttpTransport[Call]):
+class VllmHttpTransport(http.HttpTransport[Call]):
     """`url` is the server's, with or without /v1. `rank` chooses one engine of a data-parallel server."""
 
     title: ClassVar[str] = "vLLM"

@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import thaw
 from thaw.core.errors import EngineDied, TimedOut, Unsupported
 from thaw.data.files import read_tail
+from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.base import Engine
 from thaw.pool import wire
-from thaw.pool.backend import Host
+from thaw.pool.backends.base import WorkerHandle
 from thaw.pool.connection import Connection
-from thaw.pool.home import Home
+from thaw.pool.home import PoolHome
 from thaw.pool.remote import Line, RemoteEngine
 from thaw.pool.wire import Booted
 
@@ -39,7 +39,7 @@ class LocalProcesses:
 
     def __init__(
         self,
-        home: Home,
+        home: PoolHome,
         engine: str,
         options: Mapping[str, Any],
         *,
@@ -53,7 +53,7 @@ class LocalProcesses:
         self._booting: set[LocalProcess] = set()
         self._closed = False
 
-    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         options = self._options if policy_version is None else {**self._options, "policy": policy_version}
         log = self._home.path / f"{name}.log"
         process, ours = _spawn(log, self._environment(index))
@@ -90,11 +90,8 @@ class LocalProcesses:
 
     def _environment(self, index: int) -> dict[str, str]:
         """This process', with this very thaw first on the path, and what was given for this worker."""
-        folder = str(Path(thaw.__file__).resolve().parents[1])
         given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
-        own = {**os.environ, **given}
-        rest = own.get("PYTHONPATH", "")
-        return {**own, "PYTHONPATH": f"{folder}{os.pathsep}{rest}" if rest else folder}
+        return with_this_thaw({**os.environ, **given})
 
 
 def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -119,7 +116,7 @@ class LocalProcess:
 
     engine: Engine
 
-    def __init__(self, home: Home, process: subprocess.Popen[bytes], line: Line, log: Path) -> None:
+    def __init__(self, home: PoolHome, process: subprocess.Popen[bytes], line: Line, log: Path) -> None:
         self._home, self._process, self._line, self._log = home, process, line, log
         self.pid: int | None = process.pid
         self.boot_s = 0.0

@@ -1,7 +1,7 @@
 """Plain strided pages, moved by one kernel for all layers and heads.
 
 A transfer of a few megabytes (a fork's last block, what a turn added) is one launch that reads or writes pinned host
-memory itself, in the order of the caller's stream: nobody waits for it. Larger ones go through `layout_cuda`'s staging
+memory itself, in the order of the caller's stream: nobody waits for it. Larger ones go through `strided`'s staging
 buffers, with this kernel between stage and pages.
 """
 
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from thaw.engines.vllm.layout_cuda import Part, TorchPages
+from thaw.engines.vllm.layout.strided import Part, TorchPages
 
 TILE = 16
 """Tokens of one program: of one layer and one head."""

@@ -2,10 +2,6 @@
 
 The pool needs an `Engine` of the contract and, where it may, the means to kill and boot it again. Everything above
 (placement, retries, rounds) is the same for every backend, and `thaw.testing.PoolTests` runs on each.
-
-    LocalProcesses    a host process for each worker: survives any death of an engine
-    InProcess         engines loaded into this process (no protection from a crash, no copy of a message)
-    Attached          engines that somebody else runs; they stay when the pool closes
 """
 
 from __future__ import annotations
@@ -13,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Engine
-from thaw.pool.home import Home
 
 
-class Host(Protocol):
+class WorkerHandle(Protocol):
     """One life of a worker's engine."""
 
     engine: Engine
@@ -43,12 +37,12 @@ class Host(Protocol):
         """End it in order. Idempotent."""
 
 
-class Backend(Protocol):
+class WorkerBackend(Protocol):
     """Boots workers. `restarts`: whether a dead worker can be booted again."""
 
     restarts: bool
 
-    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         """Blocks until the engine can be used. Called on several threads at once, for different workers."""
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
@@ -56,22 +50,3 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Nothing is booted any more: what is booting now ends with `EngineDied`, where it can be ended. Idempotent."""
-
-
-def choose(
-    home: Home, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float
-) -> tuple[Backend, int]:
-    """The backend for what a pool was given, and how many workers it begins with."""
-    from thaw.pool.inside import Attached, InProcess
-    from thaw.pool.local import LocalProcesses
-
-    if not isinstance(engine, str) or "://" in engine:
-        targets = list(engine) if isinstance(engine, (list, tuple)) else [engine]
-        if not targets:
-            raise InvalidRequest("no engines given to attach to")
-        return Attached(targets, options), len(targets)
-    if backend == "inline":
-        return InProcess(engine, options), workers
-    if backend != "process":
-        raise InvalidRequest(f"backend={backend!r}: must be 'process' or 'inline'")
-    return LocalProcesses(home, engine, options, env=env, boot_timeout_s=limit_s), workers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from thaw.engines.base import Engine
-from thaw.pool.backend import Host
+from thaw.pool.backends.base import WorkerHandle
 
 
 class Inside:
@@ -54,7 +54,7 @@ class InProcess:
     def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
         self._engine, self._options = engine, dict(options)
 
-    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         from thaw.engines import load_engine
 
         began = time.perf_counter()
@@ -81,7 +81,7 @@ class Attached:
         self._targets.append(target)
         return len(self._targets) - 1
 
-    def boot(self, index: int, name: str, policy_version: str | None) -> Host:
+    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         target = self._targets[index]
         if isinstance(target, Engine):
             return Inside(target, owned=False)

@@ -2,7 +2,7 @@
 
 vLLM hands a worker one tensor a layer, logical [B, H, N, 2D]: B blocks, H KV heads of this rank, N token slots, keys
 then values of D numbers each. Where the bytes lie is the backend's business: any stride order on an accelerator
-(`layout_cuda.TorchPages`), a packing of its own inside each page on a CPU (`layout_cpu.CpuPackedPages`). Host tensors
+(`strided.TorchPages`), a packing of its own inside each page on a CPU (`packed.CpuPackedPages`). Host tensors
 here are canonical, [H, L, 2, T, D]: the slice of one head is a blob's [layer][K|V][token][head_dim], so neither block
 size nor packing ever reaches a snapshot. Bits are moved as integers: a NaN keeps its payload.
 
@@ -14,18 +14,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from thaw.core.cache import FullKV, layers_of
 from thaw.core.errors import Unsupported
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """The cache dtypes that are moved, and the integer that carries their bits."""
-
-HEAD_DIMS_OF_ONE_HEAD = frozenset({32, 64, 80, 96, 112, 128, 192, 224, 256, 512})
-"""Head sizes believed of a cache with one KV head; others (288 of MLA's 512 + 64) are a latent, not keys and values."""
 
 
 @dataclass(frozen=True)
@@ -155,54 +150,6 @@ class KVLayout(abc.ABC):
             raise IndexError(f"block ids {min(block_ids)}..{max(block_ids)} in a cache of {self.num_blocks} blocks")
 
 
-def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
-    """From what vLLM hands to `register_kv_caches`: {layer name: cache}.
-
-    Raises Unsupported, naming the layer, for what is not [B, H, N, 2D] full attention of one shape: MLA, mamba's lists
-    of states, quantized caches, mixed shapes, layers that share one cache. A sliding window does not show in a tensor:
-    whoever knows the cache's spec has to refuse it.
-    """
-    checked = _full_attention(kv_caches)
-    device = next(iter(checked.values())).device.type
-    if device == "cpu":
-        from thaw.engines.vllm.layout_cpu import CpuPackedPages
-
-        return CpuPackedPages(checked)
-    if device == "cuda":
-        from thaw.engines.vllm.layout_triton import TritonPages
-
-        return TritonPages(checked)
-    raise Unsupported(f"KV caches on device {device!r} cannot be snapshotted; thaw reads those of cuda and cpu")
-
-
-def make_layouts(kv_caches: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> tuple[KVLayout, ...]:
-    """One for each of vLLM's KV cache groups, which name their layers. Raises `Unsupported` as `make_layout`, and for
-    caches of no group, whose layers use those of others."""
-    if len(groups) == 1:
-        return (make_layout(kv_caches),)
-    strange = sorted(kv_caches.keys() - {name for names in groups for name in names})
-    if strange:
-        raise Unsupported(
-            f"layer {strange[0]!r} is in no KV cache group; thaw snapshots layers with caches of their own"
-        )
-    return tuple(make_layout({name: kv_caches[name] for name in names}) for names in groups)
-
-
-def cache_groups(layouts: Sequence[KVLayout], num_kv_heads: int) -> tuple[FullKV, ...]:
-    """What the layouts are of a model with so many KV heads in all."""
-    order = layer_order(dict.fromkeys(name for layout in layouts for name in layout.layer_names))
-    return tuple(
-        FullKV(
-            name="full" if i == 0 else f"full.{i}",
-            **layers_of([order.index(name) for name in layout.layer_names]),
-            num_kv_heads=num_kv_heads,
-            head_dim=layout.head_dim,
-            dtype=str(layout.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        )
-        for i, layout in enumerate(layouts)
-    )
-
-
 def layer_order(names: Mapping[str, object]) -> tuple[str, ...]:
     """Layer names by the numbers in them ("model.layers.10.self_attn.attn"), not by the order of the mapping."""
     numbers = {name: tuple(int(part) for part in name.split(".") if part.isdecimal()) for name in names}
@@ -211,39 +158,3 @@ def layer_order(names: Mapping[str, object]) -> tuple[str, ...]:
         what = f"layer {unnumbered[0]!r} has no number" if unnumbered else "two layers have the same number"
         raise Unsupported(f"the order of the KV caches is unknown: {what} among {len(numbers)} layers")
     return tuple(sorted(numbers, key=numbers.__getitem__))
-
-
-def _full_attention(kv_caches: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The caches, each found to be keys and values of full attention, all of one shape, dtype and device."""
-    if not kv_caches:
-        raise Unsupported("the engine registered no KV cache; thaw snapshots models with full attention")
-    for name, cache in kv_caches.items():
-        reason = _refusal(cache)
-        if reason is not None:
-            raise Unsupported(f"the cache of layer {name!r} cannot be snapshotted: {reason}")
-    first, *others = kv_caches
-    for name in others:
-        one, two = (
-            f"{list(cache.shape)} {cache.dtype} on {cache.device}" for cache in (kv_caches[first], kv_caches[name])
-        )
-        if one != two:
-            raise Unsupported(f"mixed KV caches cannot be snapshotted: layer {first!r} has {one}, layer {name!r} {two}")
-    owners: dict[int, str] = {}
-    for name, cache in kv_caches.items():
-        other = owners.setdefault(cache.data_ptr(), name)
-        if other != name:
-            raise Unsupported(f"layers {other!r} and {name!r} share one cache; thaw snapshots layers with their own")
-    return dict(kv_caches)
-
-
-def _refusal(cache: object) -> str | None:
-    """Why a layer's cache is not one of full attention in a dtype that is moved; None when it is."""
-    if not isinstance(cache, torch.Tensor):
-        return "it is a list of states (mamba or linear attention), not keys and values"
-    if cache.dtype not in BITS:
-        return f"its dtype is {cache.dtype} (a quantized cache); start the engine with kv_cache_dtype='auto'"
-    if cache.dim() != 4 or cache.shape[3] % 2:
-        return f"its shape is {list(cache.shape)}, not [blocks, heads, slots, 2 x head_dim] (MLA or another attention)"
-    if cache.shape[1] == 1 and cache.shape[3] // 2 not in HEAD_DIMS_OF_ONE_HEAD:
-        return f"its shape is {list(cache.shape)}: one head of {cache.shape[3]} numbers is the latent of MLA"
-    return None
