@@ -168,7 +168,10 @@ FLAGS = {
     "returns": "--returns", "pressure": "--pressure", "pressure_rounds": "--pressure-rounds",
     "offload_gib": "--offload-gib",
     "idle_requests": "--idle-requests", "idle_prompt": "--idle-prompt", "idle_tokens": "--idle-tokens",
-    "idle_rounds": "--idle-rounds", "idle_boots": "--idle-boots", "seed": "--seed",
+    "idle_rounds": "--idle-rounds", "idle_boots": "--idle-boots", "first_boot": "--first-boot",
+    "copy_rounds": "--copy-rounds", "first_children": "--first-children", "first_rounds": "--first-rounds",
+    "gap_tokens": "--gap-tokens", "gap_others": "--gap-others", "gap_prompt": "--gap-prompt",
+    "gap_steps": "--gap-steps", "gap_most": "--gap-most", "gap_rounds": "--gap-rounds", "seed": "--seed",
 }  # fmt: skip
 """Options by the command line's names."""
 
