@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thaw.engines.base import Codec
-from thaw.engines.text import Window
+from thaw.engines.text import window
 
 
 class TextStream:
@@ -16,7 +16,7 @@ class TextStream:
 
     def __init__(self, codec: Codec, context: Sequence[int], stop: Sequence[str]) -> None:
         """`context`: the session's tokens before the completion. A character that they begin is part of its text."""
-        self._window = Window(codec, context)
+        self._window = window(codec, context)
         self._stop = tuple(stop)
         self._hold = max((len(s) for s in self._stop), default=1) - 1
         self._given: list[str] = []
