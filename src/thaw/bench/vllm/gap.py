@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from thaw.bench.rounds import Rounds
+from thaw.bench.rounds import Rounds, Thunk
 from thaw.bench.sample import Ask, Clock, Sample, children
 from thaw.bench.vllm.arms import Document, fresh_salt, plain_children, read_trunk
 from thaw.bench.vllm.options import Options
@@ -46,7 +46,7 @@ class _Gaps:
         with self._repo.session(seed=options.seed) as live:
             live.append(token_ids=trunk)
             commit = live.commit("a session that is hydrated while others decode", branch="gap").commit
-        arms = {
+        arms: dict[str, Thunk] = {
             "gap.none": partial(self._beside, lambda: None),
             "gap.admit": partial(self._beside, partial(self._admit, trunk)),
             "gap.capture": self._capture,

@@ -123,4 +123,4 @@ def _digest_of(record: Record) -> str:
     import torch
 
     tensors = [tensor for piece in record.pieces for tensor in piece.tensors]
-    return digest("".join(digest(memoryview(t.view(-1).view(torch.uint8).numpy())) for t in tensors).encode())
+    return digest("".join(digest(memoryview(t.view(-1).view(torch.uint8).numpy().data)) for t in tensors).encode())

@@ -75,7 +75,7 @@ def arms(measured: Measured) -> tuple[r.Arm, ...]:
 
 def derived(measured: Measured) -> list[r.Derived]:
     names = sorted(measured, key=_place)
-    out = []
+    out: list[r.Derived] = []
     for name in names:
         if _method(name) in more.METHODS:
             out += more.derived(name)
@@ -155,7 +155,7 @@ def _equal(
 
 
 def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
-    out = []
+    out: list[r.Goal] = []
     for number in numbers:
         name = number.name
         out += more.goals(number)
