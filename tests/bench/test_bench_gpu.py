@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -52,7 +52,7 @@ class Boots:
 
 def test_boots_of_idle_go_on_after_a_cut(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     boots = Boots(tmp_path)
-    monkeypatch.setattr(bench.subprocess, "run", boots.run)
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=boots.run))
     monkeypatch.setattr(sys, "argv", ["bench.py", "model", str(tmp_path), "idle", "--boots", "3"])
     boots.cut = 2
     with pytest.raises(subprocess.CalledProcessError):
