@@ -35,6 +35,8 @@ class TextStream:
 
     def cut_at_stop(self) -> str | None:
         """The stop string that the last token completed, after cutting the text before it. The earliest wins."""
+        if not self._stop:
+            return None
         old = len(self._held) - self._fresh
         found = [(self._held.find(s, max(0, old - len(s) + 1)), s) for s in self._stop]
         hits = sorted((at, s) for at, s in found if at >= 0)
