@@ -181,6 +181,7 @@ $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@THAW_SUITE=vllm-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(ONE_CORE) $(VLLM_VENV)-$*/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(PYTEST_ARGS)
 
+# PARTS: some of pressure, hydrate, fork, dma, first, gap, idle; a run that was cut off keeps what it has, boots of idle go on.
 # On a host with an NVIDIA GPU of 80 GB and vLLM for CUDA, both with GPU_PYTHON; 16 GB in GPU_MODEL, as much again in GPU_OUT.
 GPU_PYTHON ?= python3
 GPU_MODEL ?= /dev/shm/thaw-8b

@@ -18,6 +18,7 @@ from thaw.bench.rounds import Rounds
 from thaw.bench.sample import Sample
 from thaw.bench.vllm import report
 from thaw.bench.vllm.arms import Document
+from thaw.bench.vllm.gap import gaps
 from thaw.bench.vllm.options import FLAGS, Options
 from thaw.bench.vllm.pressure import with_recomputed
 from thaw.cli.verbs import bench_vllm
@@ -190,3 +191,70 @@ def test_importing_the_bench_loads_no_torch_and_no_vllm() -> None:
 
 def test_quick_takes_every_part() -> None:
     assert bench.quick(engine_options=MODEL).parts == bench.PARTS
+
+
+COPIES = ("load.300", "save.300", "bus-in.300", "bus-out.300")
+FIRSTS = ("loaded.300.4", "load-and-there.300.4")
+GAPS = ("gap.none", "gap.admit", "gap.capture", "gap.hydrate")
+
+
+def one_of(arm: str, seconds: float) -> Sample:
+    if arm in COPIES:
+        outputs = {} if arm.startswith("bus") else {"bytes": "b3:" + "a" * 64}
+        return Sample(values={"copy_s": seconds, "rate": 1 / seconds, "nbytes": 1.0}, outputs=outputs)
+    if arm in GAPS:
+        gap = {"largest_gap_s": seconds, "step_s": 0.1, "with_a_step_s": seconds + 0.1, "inside": 1.0}
+        return Sample(values={**gap, "event_s": 1.0})
+    more = {"loaded_tokens": 299.0, "load_s": seconds / 2, "there_s": seconds / 2}
+    usual = sample(seconds)
+    return msgspec.structs.replace(usual, values={**usual.values, **more})
+
+
+def of_a_card(**seconds: float) -> r.Receipt:
+    """By the arm's name with underscores; a second each without."""
+    told = {arm: seconds.get(arm.replace(".", "_").replace("-", "_"), 1.0) for arm in (*COPIES, *FIRSTS, *GAPS)}
+    measured = {arm: [(pair, one_of(arm, told[arm])) for pair in range(3)] for arm in told}
+    numbers = report.derived(measured)
+    return r.make(
+        kind="bench.vllm", command="make bench-gpu", versions={}, machine=this_machine(), model=None, parameters={},
+        arms=report.arms(measured), derived=numbers, checks=report.checks(measured), goals=report.goals(numbers),
+        notes=report.NOTES,
+    )  # fmt: skip
+
+
+def test_the_goals_of_copies_first_tokens_and_gaps() -> None:
+    receipt = of_a_card()
+    assert r.verify(r.dumps(receipt)).problems == ()
+    assert {goal.name for goal in receipt.goals} == {
+        "share.load.300", "share.save.300", "cost.loaded.300.4", "cost.gap.capture", "cost.gap.hydrate",
+        "inside.gap.capture", "inside.gap.hydrate",
+    }  # fmt: skip
+    assert all(goal.held for goal in receipt.goals) and all(check.held for check in receipt.checks)
+    slow = of_a_card(load_300=1.06, save_300=1.06, loaded_300_4=1.01, gap_capture=1.09, gap_hydrate=1.11)
+    assert {goal.name for goal in slow.goals if not goal.held} == {
+        "share.load.300", "cost.loaded.300.4", "cost.gap.hydrate"
+    }  # fmt: skip
+
+
+def test_gaps_are_those_that_the_event_may_have_made() -> None:
+    """That which it began in, and that which it ended in, are among them; earlier and later ones are not."""
+    found = gaps([[0.0, 9.0, 10.0, 12.0, 15.0, 99.0], [0.5]], began=9.5, until=12.5)
+    assert found == [1.0, 2.0, 3.0]
+
+
+def test_boots_that_were_measured_apart_are_one_receipt() -> None:
+    def boot(number: int) -> r.Receipt:
+        measured = {name: [(number, sample(1.0 + number))] for name in ("idle", "stock")}
+        return r.make(
+            kind="bench.vllm", command="", versions={"vllm": "1"}, machine=this_machine(), model=None,
+            parameters={"idle_boots": 1}, arms=report.arms(measured),
+        )  # fmt: skip
+
+    whole = report.joined([boot(0), boot(1), boot(2)], command="make bench-gpu PARTS=idle")
+    assert r.verify(r.dumps(whole)).problems == () and whole.parameters["idle_boots"] == 3
+    number, arm = whole.number("cost.idle"), whole.arm("stock")
+    assert number is not None and number.num_rounds == 3 and arm is not None
+    assert [taken.pair for taken in arm.rounds] == [0, 1, 2]
+    other = msgspec.structs.replace(boot(1), versions={"vllm": "2"})
+    with pytest.raises(InvalidRequest, match="anew"):
+        report.joined([boot(0), other], command="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,36 @@ def test_a_codec_that_only_decodes_is_enough(text: str, cut: int) -> None:
     tokens = codec.encode(text.encode(errors="ignore").decode(), first=True)
     said = "".join(in_turns(codec, tokens, [min(cut, len(tokens))]))
     assert said == codec.decode_settled(tokens) and said + left_open(codec, tokens) == codec.decode(tokens)
+
+
+ODD = ["é", "Ġ", "<|né☃|>", " two words ", "\u0100\u0101"]
+"""Added tokens: of the characters that stand for bytes, of others, and of both."""
+
+
+@given(st.lists(st.integers(0, 300), max_size=24), st.booleans())
+def test_where_tokens_are_bytes_they_say_what_the_library_makes_of_them(tokens: list[int], skip: bool) -> None:
+    codec = odd_codec()
+    parts = [codec.token_bytes(token, skip_special_tokens=skip) for token in tokens]
+    assert all(part is not None for part in parts)
+    whole = b"".join(part or b"" for part in parts)
+    assert codec.decode(tokens, skip_special_tokens=skip) == whole.decode(errors="replace")
+    said = text_after(codec, (), tokens, skip_special_tokens=skip)
+    assert said == codec.decode_settled(tokens, skip_special_tokens=skip) == whole_characters(whole)
+    for cut in range(len(tokens)):
+        assert text_after(codec, (), tokens[:cut]) + text_after(codec, tokens[:cut], tokens[cut:]) == text_after(
+            codec, (), tokens
+        )
+
+
+@functools.cache
+def odd_codec() -> Codec:
+    return hf(byte_level(merges=STRADDLING, specials=ODD))
+
+
+@pytest.mark.parametrize("codec", [FakeCodec(), PlainCodec(), lambda: hf(sentencepiece())])
+def test_where_what_a_token_says_depends_on_its_neighbours_it_has_no_bytes(codec: Any) -> None:
+    one = codec if isinstance(codec, Codec) else codec()
+    assert {one.token_bytes(token) for token in range(40)} == {None}
 
 
 @pytest.mark.parametrize("byte", [0xFF, 0x80, 0xEF])

@@ -303,6 +303,11 @@ class Codec(abc.ABC):
         no UTF-8, and from a U+FFFD that was said."""
         return self.decode(token_ids, skip_special_tokens=skip_special_tokens).removesuffix("\ufffd")
 
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes | None:
+        """The bytes that this token adds to a text's UTF-8, wherever it stands; None where that depends on its
+        neighbours, or is not known. A codec gives bytes for every token or for none."""
+        return None
+
     @abc.abstractmethod
     def chat_text(
         self,

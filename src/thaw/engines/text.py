@@ -10,7 +10,8 @@ from __future__ import annotations
 import codecs
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -25,19 +26,53 @@ MARGIN = 4
 """Characters that they say at least: then more is there than a character (of up to 4 bytes) that has only begun."""
 WINDOW = 32
 """Tokens that are decoded at once, at most, where a text comes token by token."""
+LONGEST = 4
+"""Bytes of a character, at most: so many tell whether a text ends inside one."""
+ANY_TOKEN = 0
+"""A codec has bytes for all tokens or for none."""
 
 
-class Window:
+class Window(Protocol):
     """The end of a text, to which tokens are added one by one: each costs the same, however many came before."""
 
-    def __init__(self, codec: Codec, before: Sequence[int], *, skip_special_tokens: bool = True) -> None:
+    def push(self, *tokens: int) -> str:
+        """The whole characters that these add."""
+
+
+def window(codec: Codec, before: Sequence[int], *, skip_special_tokens: bool = True) -> Window:
+    """The end of the text of `before`."""
+    if codec.token_bytes(ANY_TOKEN) is None:
+        return _DecodedTogether(codec, before, skip_special_tokens)
+    return _ByteByByte(codec, before, skip_special_tokens)
+
+
+class _ByteByByte:
+    """Where every token has bytes of its own: nothing is remembered but a character that has only begun."""
+
+    def __init__(self, codec: Codec, before: Sequence[int], skip_special_tokens: bool) -> None:
+        self._bytes_of = partial(codec.token_bytes, skip_special_tokens=skip_special_tokens)
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        tail = b""
+        for token in reversed(before):
+            tail = (self._bytes_of(token) or b"") + tail
+            if len(tail) >= LONGEST:
+                break
+        self._decode(tail)
+
+    def push(self, *tokens: int) -> str:
+        return self._decode(b"".join([self._bytes_of(token) or b"" for token in tokens]))
+
+
+class _DecodedTogether:
+    """Where what a token says depends on its neighbours: it is decoded with those before it."""
+
+    def __init__(self, codec: Codec, before: Sequence[int], skip_special_tokens: bool) -> None:
         self._codec, self._skip = codec, skip_special_tokens
         self._ids: list[int] = []
         self._given = 0
         self._begin(_context(codec, before))
 
     def push(self, *tokens: int) -> str:
-        """The whole characters that these add."""
         self._ids += tokens
         text = self._text()
         news, self._given = text[self._given :], len(text)
@@ -55,7 +90,7 @@ class Window:
 
 def text_after(codec: Codec, before: Sequence[int], tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """What `tokens` add to the text of a session that holds `before`: whole characters."""
-    return Window(codec, before, skip_special_tokens=skip_special_tokens).push(*tokens) if tokens else ""
+    return window(codec, before, skip_special_tokens=skip_special_tokens).push(*tokens) if tokens else ""
 
 
 def left_open(codec: Codec, tokens: Sequence[int]) -> str:

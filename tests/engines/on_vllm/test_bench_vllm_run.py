@@ -13,15 +13,18 @@ import pytest
 
 from thaw import receipt as r
 from thaw.bench import vllm as bench
+from thaw.bench.vllm.options import MORE_PARTS
 
 pytest.importorskip("vllm")
 
 ARMS = {
     "live.300", "hydrate.300", "prefill.300", "fork.4.greedy", "native.4.greedy", "fork.4.seeded", "native.4.seeded",
     "native-logprobs.4.greedy", "native-logprobs.4.seeded", "native-own.4.seeded", "pressure.thaw.first",
-    "pressure.native.first", "pressure.thaw", "pressure.native",
+    "pressure.native.first", "pressure.thaw", "pressure.native", "load.300", "save.300", "bus-in.300", "bus-out.300",
+    "loaded.300.1", "load-and-there.300.1", "loaded.300.2", "load-and-there.300.2", "gap.none", "gap.admit",
+    "gap.capture", "gap.hydrate",
 }  # fmt: skip
-PARTS = bench.PARTS if "THAW_VLLM_BENCH_ALL" in os.environ else ("hydrate", "fork", "pressure")
+PARTS = (*(bench.PARTS if "THAW_VLLM_BENCH_ALL" in os.environ else ("hydrate", "fork", "pressure")), *MORE_PARTS)
 """The idle connector needs a third vLLM: half a minute more."""
 
 
@@ -77,6 +80,14 @@ def test_seeded_children_are_those_of_the_plain_requests_with_their_seeds(receip
     fork, plain = receipt.arm("fork.4.seeded"), receipt.arm("native.4.seeded")
     assert fork is not None and plain is not None
     assert fork.rounds[0].outputs["first_tokens"] == plain.rounds[0].outputs["first_tokens"]
+
+
+def test_children_are_loaded_where_the_blocks_hold_nothing_of_their_session(receipt: r.Receipt) -> None:
+    """The engine's own count: all of the session, or what follows its last full block where the KV is there."""
+    for n in (1, 2):
+        for arm, least, most in ((f"loaded.300.{n}", 299, 299 + 44), (f"load-and-there.300.{n}", 0, n * 44)):
+            found = receipt.number(f"{arm}.loaded")
+            assert found is not None and least <= found.value <= most
 
 
 def test_nothing_is_left_and_no_path_is_told(receipt: r.Receipt, place: Path) -> None:

@@ -10,6 +10,8 @@ from thaw.core.errors import InvalidRequest
 from thaw.engines.vllm.settings import VllmSettings
 
 PARTS = ("hydrate", "fork", "pressure", "idle")
+MORE_PARTS = ("dma", "first", "gap")
+"""Measured where they are asked for: what they are about is an accelerator's."""
 SUFFIX_TOKENS = 4
 """What every child is asked."""
 
@@ -25,7 +27,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     times. pressure: `trees` sessions of `tree_tokens`, each visited once when it is made and `returns` times after
     that, `branches` children of `branch_tokens` a visit, in blocks for 1/`pressure` of the sessions; `pressure_rounds`
     times; `offload_gib` of host memory, if any, are given to a third arm, vLLM's own offload tier (GPU only). idle:
-    `idle_requests` of `idle_prompt` tokens, `idle_tokens` generated, `idle_rounds` times in each of `idle_boots` boots.
+    `idle_requests` of `idle_prompt` tokens, `idle_tokens` generated, `idle_rounds` times in each of `idle_boots` boots,
+    the first of them number `first_boot`. dma: copies of `lengths` tokens, `copy_rounds` times each. first: groups of
+    `first_children` from sessions of `lengths` tokens, `first_rounds` times. gap: a session of `gap_tokens` tokens is
+    captured, hydrated or admitted while `gap_others` requests of `gap_prompt` tokens decode, `gap_steps` tokens each at
+    least and `gap_most` at most, `gap_rounds` times.
 
     `settle_s`: the pause before each arm of a round, for an engine's threads spin for a while after its last step.
     `folder`: where the repository of the run is made and removed again. `goals` False records figures only.
@@ -54,6 +60,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     idle_tokens: int = 64
     idle_rounds: int = 4
     idle_boots: int = 6
+    first_boot: int = 0
+    copy_rounds: int = 8
+    first_children: tuple[int, ...] = (1, 4)
+    first_rounds: int = 8
+    gap_tokens: int = 1000
+    gap_others: int = 8
+    gap_prompt: int = 64
+    gap_steps: int = 64
+    gap_most: int = 1024
+    gap_rounds: int = 5
     seed: int = 7
     settle_s: float = 1.0
     folder: Path | None = None
@@ -63,21 +79,27 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.engine_options.get("model"):
             raise InvalidRequest("the bench needs a model: give its folder (or hub id)")
-        unknown = [part for part in self.parts if part not in PARTS]
+        unknown = [part for part in self.parts if part not in PARTS + MORE_PARTS]
         if unknown or not self.parts or len(set(self.parts)) != len(self.parts):
-            raise InvalidRequest(f"parts={','.join(self.parts)}: must be some of {', '.join(PARTS)}, each once")
+            raise InvalidRequest(
+                f"parts={','.join(self.parts)}: must be some of {', '.join(PARTS + MORE_PARTS)}, each once"
+            )
         for name, low, high in (
             ("block_size", 8, 1024), ("hydrate_rounds", 1, 1000), ("fork_tokens", 16, 1 << 20),
             ("child_tokens", 1, 4096), ("rounds", 1, 1000), ("trees", 2, 1000), ("tree_tokens", 16, 1 << 20),
             ("branches", 1, 64), ("branch_tokens", 1, 4096), ("returns", 1, 100), ("pressure", 1, 100),
             ("pressure_rounds", 1, 100), ("offload_gib", 0, 4096), ("idle_requests", 1, 256),
             ("idle_prompt", 1, 1 << 20), ("idle_tokens", 1, 4096), ("idle_rounds", 1, 1000), ("idle_boots", 1, 100),
+            ("first_boot", 0, 100), ("copy_rounds", 1, 1000), ("first_rounds", 1, 1000), ("gap_tokens", 16, 1 << 20),
+            ("gap_others", 1, 256), ("gap_prompt", 1, 1 << 20), ("gap_steps", 4, 4096), ("gap_most", 4, 1 << 16),
+            ("gap_rounds", 1, 1000),
         ):  # fmt: skip
             _range(name, getattr(self, name), low, high)
         for length in self.lengths:
             _range("lengths", length, 16, 1 << 20)
-        for n in self.children:
-            _range("children", n, 1, 64)
+        for name in ("children", "first_children"):
+            for n in getattr(self, name):
+                _range(name, n, 1, 64)
 
     @property
     def longest(self) -> int:
@@ -87,6 +109,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             "fork": self.fork_tokens + SUFFIX_TOKENS + self.child_tokens,
             "pressure": self.pressure_longest,
             "idle": self.idle_prompt + self.idle_tokens,
+            "dma": 0,
+            "first": max(self.lengths, default=0) + SUFFIX_TOKENS + 1,
+            "gap": max(self.gap_tokens, self.gap_prompt) + self.gap_most,
         }
         return max(need[part] for part in self.parts)
 
@@ -143,7 +168,10 @@ FLAGS = {
     "returns": "--returns", "pressure": "--pressure", "pressure_rounds": "--pressure-rounds",
     "offload_gib": "--offload-gib",
     "idle_requests": "--idle-requests", "idle_prompt": "--idle-prompt", "idle_tokens": "--idle-tokens",
-    "idle_rounds": "--idle-rounds", "idle_boots": "--idle-boots", "seed": "--seed",
+    "idle_rounds": "--idle-rounds", "idle_boots": "--idle-boots", "first_boot": "--first-boot",
+    "copy_rounds": "--copy-rounds", "first_children": "--first-children", "first_rounds": "--first-rounds",
+    "gap_tokens": "--gap-tokens", "gap_others": "--gap-others", "gap_prompt": "--gap-prompt",
+    "gap_steps": "--gap-steps", "gap_most": "--gap-most", "gap_rounds": "--gap-rounds", "seed": "--seed",
 }  # fmt: skip
 """Options by the command line's names."""
 
@@ -154,6 +182,8 @@ def quick(**others: object) -> Options:
         "lengths": (300,), "hydrate_rounds": 1, "fork_tokens": 256, "children": (4,), "child_tokens": 4, "rounds": 1,
         "trees": 6, "tree_tokens": 300, "branches": 2, "branch_tokens": 2, "returns": 1, "idle_requests": 2,
         "idle_prompt": 32, "idle_tokens": 4, "idle_rounds": 2, "idle_boots": 1, "settle_s": 0.0, "goals": False,
+        "copy_rounds": 1, "first_children": (1, 2), "first_rounds": 1, "gap_tokens": 300, "gap_others": 3,
+        "gap_prompt": 16, "gap_steps": 8, "gap_most": 512, "gap_rounds": 1,
     }  # fmt: skip
     return msgspec.convert({**small, **others}, Options)
 

@@ -11,16 +11,20 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import msgspec
 
-from thaw.core.errors import EngineDied, InvalidRequest
+from thaw.core.errors import EngineDied, InvalidRequest, TimedOut
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Engine
 from thaw.engines.served.sampling_extra import EXTRA, to_extra
 from thaw.engines.vllm.client.async_llm import AsyncLLMTransport
 from thaw.engines.vllm.client.engine import VllmEngine
+
+FREE_LIMIT_S = 5.0
+"""Blocks of requests that ended are free soon after."""
 
 
 class PlainRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +95,15 @@ class Plain:
     async def _all(self, requests: Sequence[PlainRequest]) -> list[PlainResult]:
         return list(await asyncio.gather(*(self._one(request) for request in requests)))
 
-    async def _one(self, request: PlainRequest) -> PlainResult:
+    def forget_all(self) -> None:
+        """Nothing is left in vLLM's prefix cache. Raises `TimedOut` where its blocks are in use all the time."""
+        deadline = time.monotonic() + FREE_LIMIT_S
+        while not asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop).result():
+            if time.monotonic() > deadline:
+                raise TimedOut(f"vLLM's blocks were still in use after {FREE_LIMIT_S:g} s; end what uses them")
+            time.sleep(0.01)
+
+    async def _one(self, request: PlainRequest, arrivals: list[float] | None = None) -> PlainResult:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -107,8 +119,46 @@ class Plain:
             if new and not ids:
                 first = time.monotonic()
             ids += new
+            if new and arrivals is not None:
+                arrivals.append(time.monotonic())
             cached = output.num_cached_tokens or cached
         return PlainResult(token_ids=tuple(ids), num_cached_tokens=cached, first_s=first)
+
+
+class Decoding:
+    """Requests under way. `arrivals`: of each, when its outputs came (a step's tokens are one)."""
+
+    def __init__(self, plain: Plain, requests: Sequence[PlainRequest]) -> None:
+        self.arrivals: list[list[float]] = [[] for _ in requests]
+        self._futures = [
+            asyncio.run_coroutine_threadsafe(plain._one(request, arrivals), plain._loop)
+            for request, arrivals in zip(requests, self.arrivals, strict=True)
+        ]
+
+    def wait_for(self, count: int, *, since: float = 0.0) -> None:
+        """Until each has `count` outputs that came after `since`, or has ended. Raises what one of them raised."""
+        while any(
+            sum(at > since for at in times[-count:]) < count and not future.done()
+            for times, future in zip(self.arrivals, self._futures, strict=True)
+        ):
+            time.sleep(0.005)
+        for future in self._futures:
+            if future.done():
+                future.result()
+
+    def reached(self, count: int, *, since: float) -> float:
+        """When the last of them had `count` outputs after `since`; of one that ended before, its end."""
+        found = ([at for at in times if at > since][:count] for times in self.arrivals)
+        return max((later[-1] for later in found if later), default=since)
+
+    def any_over(self) -> bool:
+        return any(future.done() for future in self._futures)
+
+    def stop(self) -> None:
+        """End those that go on; vLLM forgets them."""
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)
 
 
 def as_thaw_samples(sampling: Sampling, *, seed: int, output_start: int) -> dict[str, Any]:

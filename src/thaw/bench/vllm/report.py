@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from thaw import receipt as r
 from thaw.bench.rounds import arms_of
 from thaw.bench.sample import Sample
+from thaw.bench.vllm import report_more as more
+from thaw.core.errors import InvalidRequest
 
 Measured = Mapping[str, Sequence[tuple[int, Sample]]]
 """By arm: (pair number, sample)."""
@@ -53,7 +55,7 @@ PRESSURE = {
     "pressure.offload": ("returns, vLLM's offload tier", "the same as plain requests, found in vLLM's own host tier"),
 }
 ROUNDS = ("fork", "native", "native-logprobs", "native-own")
-ORDER = ("live", "hydrate", "prefill", *ROUNDS, "pressure", "idle", "stock")
+ORDER = ("live", "hydrate", "prefill", *ROUNDS, "pressure", "idle", "stock", *more.METHODS)
 OTHERS = {
     "native-logprobs": "plain requests with log probabilities",
     "native-own": "plain requests that vLLM samples itself, without log probabilities",
@@ -73,8 +75,11 @@ def arms(measured: Measured) -> tuple[r.Arm, ...]:
 
 def derived(measured: Measured) -> list[r.Derived]:
     names = sorted(measured, key=_place)
-    out = []
+    out: list[r.Derived] = []
     for name in names:
+        if _method(name) in more.METHODS:
+            out += more.derived(name)
+            continue
         if name in ("idle", "stock"):
             out.append(
                 r.median(f"{name}.rate", f"{_words(name)[0]}: generated", "tokens/s", _value(name, "tokens_per_s"))
@@ -86,7 +91,7 @@ def derived(measured: Measured) -> list[r.Derived]:
         if name.startswith("pressure"):
             text = f"{_words(name)[0]}: tokens prefilled again"
             out.append(r.median(f"{name}.recomputed", text, "tokens", _value(name, "recomputed")))
-    return out + list(_ratios(measured))
+    return [*out, *_ratios(measured), *more.ratios({name: measured[name] for name in names})]
 
 
 def _ratios(measured: Measured) -> Iterator[r.Derived]:
@@ -133,6 +138,7 @@ def checks(measured: Measured) -> list[r.Check]:
             out += _equal(name, "pressure.thaw.first", title, "the first visits'", outputs, promised=True)
         if method == "fork" and f"native.{rest}" in measured:
             out += _equal(name, f"native.{rest}", title, "plain requests'", ("tokens",), promised=False)
+        out += more.checks(name)
     return out
 
 
@@ -149,9 +155,10 @@ def _equal(
 
 
 def goals(numbers: Sequence[r.Derived]) -> list[r.Goal]:
-    out = []
+    out: list[r.Goal] = []
     for number in numbers:
         name = number.name
+        out += more.goals(number)
         if name.startswith("gain.hydrate."):
             out.append(r.at_least(name, f"hydrating {name[13:]} tokens is sooner than prefilling again", name, 1))
         if name.startswith("cost.fork."):
@@ -187,12 +194,37 @@ NOTES = (
     "On a CPU, vLLM with any connector computes on one core less than without one; here both engines of the idle part"
     " keep the same number of cores free.",
     "The engine that hydrates was booted after the one that wrote the commits had ended; packs are in the page cache.",
+    *more.NOTES,
 )
+
+
+def joined(receipts: Sequence[r.Receipt], *, command: str) -> r.Receipt:
+    """One receipt of the rounds of several, which were measured one after another. Raises `InvalidRequest` where they
+    are of different engines or models."""
+    first = receipts[0]
+    if any((one.versions, one.model) != (first.versions, first.model) for one in receipts):
+        raise InvalidRequest("the receipts are of different engines or models; measure all of it anew")
+    measured: dict[str, list[tuple[int, Sample]]] = {}
+    for one in receipts:
+        for arm in one.arms:
+            measured.setdefault(arm.name, []).extend((taken.pair, _sample(taken)) for taken in arm.rounds)
+    numbers = derived(measured)
+    return r.make(
+        kind=first.kind, command=command, versions=first.versions, machine=first.machine, model=first.model,
+        parameters={**first.parameters, "idle_boots": len(receipts)}, arms=arms(measured), derived=numbers,
+        checks=checks(measured), goals=goals(numbers) if any(one.goals for one in receipts) else (), notes=first.notes,
+    )  # fmt: skip
+
+
+def _sample(taken: r.Round) -> Sample:
+    return Sample(values=taken.values, stages_s=taken.stages_s, hits=taken.hits, outputs=taken.outputs)
 
 
 def _words(name: str) -> tuple[str, str]:
     if name in PRESSURE:
         return PRESSURE[name]
+    if _method(name) in more.METHODS:
+        return more.words(name)
     method, *details = name.split(".")
     title, text = SINGLE[method]
     return title.format(*details), text.format(*details)

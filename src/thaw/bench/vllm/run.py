@@ -18,12 +18,14 @@ from thaw import receipt as r
 from thaw.bench import text
 from thaw.bench.rounds import Progress, Rounds
 from thaw.bench.subject import accelerator, model_of, numerics
-from thaw.bench.vllm import fork, hydrate, idle, pressure, report
+from thaw.bench.vllm import dma, first, fork, gap, hydrate, idle, pressure, report
 from thaw.bench.vllm.arms import Document
-from thaw.bench.vllm.options import SUFFIX_TOKENS, Options
+from thaw.bench.vllm.inside import EXTENSION
+from thaw.bench.vllm.options import MORE_PARTS, SUFFIX_TOKENS, Options
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines import load_engine
 from thaw.engines.base import Engine, EngineInfo
+from thaw.engines.served.engine import ServedEngine
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository
 from thaw.repo import open as open_repository
@@ -76,9 +78,11 @@ class _Run:
         if parts & {"hydrate", "fork"}:
             self._with_room(stored)
             so_far(self._seal())
+        if parts & set(MORE_PARTS):
+            self._with_copies(so_far)
         if "idle" in parts:
             for boot in range(self.options.idle_boots):
-                self._idle(boot)
+                self._idle(self.options.first_boot + boot)
                 so_far(self._seal())
         return self._seal()
 
@@ -120,11 +124,28 @@ class _Run:
             if "fork" in self.options.parts:
                 fork.measure(self.rounds, self.options, repo, plain, document)
 
+    def _with_copies(self, so_far: Sealed) -> None:
+        """An engine with room, whose workers can be asked for a copy alone."""
+        options, parts = self.options, self.options.parts
+        with self._engine("an engine with room, for copies", worker_extension_cls=EXTENSION) as (engine, repo):
+            assert isinstance(engine, ServedEngine)
+            self._check_length(engine, options.longest)
+            plain, document = _plain(engine), self._tokens(engine)
+            if "dma" in parts:
+                dma.measure(self.rounds, options, engine)
+                so_far(self._seal())
+            if "first" in parts:
+                first.measure(self.rounds, options, repo, engine, plain, document)
+                so_far(self._seal())
+            if "gap" in parts:
+                gap.measure(self.rounds, options, repo, plain, document)
+                so_far(self._seal())
+
     def _idle(self, boot: int) -> None:
         """Both engines side by side; which of them is there first changes from boot to boot."""
         from thaw.bench.vllm.plain import boot_stock
 
-        what = f"boot {boot + 1} of {self.options.idle_boots}"
+        what = f"boot {boot + 1} of {self.options.first_boot + self.options.idle_boots}"
         with ExitStack() as both:
 
             def stock() -> Plain:
@@ -166,8 +187,9 @@ class _Run:
             options = self.options
             need = max(
                 *options.lengths, options.fork_tokens, options.trees * options.tree_tokens,
-                options.idle_requests * options.idle_prompt,
-            ) + SUFFIX_TOKENS * max(*options.children, options.branches)  # fmt: skip
+                options.idle_requests * options.idle_prompt, options.gap_others * options.gap_prompt,
+                (options.gap_rounds + 2) * options.gap_tokens if "gap" in options.parts else 0,
+            ) + SUFFIX_TOKENS * max(*options.children, *options.first_children, options.branches)  # fmt: skip
             words = text.document(need // TOKENS_A_SENTENCE + 1)
             self._document = Document(engine.codec.encode(words, first=True))
         return self._document
@@ -213,6 +235,10 @@ def _parameters(options: Options, info: EngineInfo) -> dict[str, r.format.Scalar
         "working_set_blocks": options.trees * options.tree_blocks, "pressure_rounds": options.pressure_rounds,
         "idle_requests": options.idle_requests, "idle_prompt": options.idle_prompt,
         "idle_tokens": options.idle_tokens, "idle_rounds": options.idle_rounds, "idle_boots": options.idle_boots,
+        "copy_rounds": options.copy_rounds, "first_children": ",".join(map(str, options.first_children)),
+        "first_rounds": options.first_rounds, "gap_tokens": options.gap_tokens, "gap_others": options.gap_others,
+        "gap_prompt": options.gap_prompt, "gap_steps": options.gap_steps, "gap_most": options.gap_most,
+        "gap_rounds": options.gap_rounds,
         "seed": options.seed, "settle_s": options.settle_s,
         **{f"environment.{name}": os.environ[name] for name in ENVIRONMENT},
         **numerics(info),

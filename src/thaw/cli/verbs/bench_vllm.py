@@ -62,12 +62,22 @@ SIZES: tuple[tuple[tuple[str, ...], object, object, str], ...] = (
     (("--idle-tokens",), int, 64, "idle: tokens they generate."),
     (("--idle-rounds",), int, 4, "idle: batches in each engine of a boot."),
     (("--idle-boots",), int, 6, "idle: boots of both engines."),
+    (("--first-boot",), int, 0, "idle: number of the first boot, where the others are measured apart."),
+    (("--copy-rounds",), int, 8, "dma: rounds for each length."),
+    (("--first-children",), numbers, (1, 4), "first: sizes of the groups."),
+    (("--first-rounds",), int, 8, "first: rounds for each length and group."),
+    (("--gap-tokens",), int, 1000, "gap: the session's tokens."),
+    (("--gap-others",), int, 8, "gap: plain requests that decode meanwhile."),
+    (("--gap-prompt",), int, 64, "gap: their tokens."),
+    (("--gap-steps",), int, 64, "gap: tokens that each of them generates at least."),
+    (("--gap-most",), int, 1024, "gap: tokens that each of them generates at most."),
+    (("--gap-rounds",), int, 5, "gap: each takes every arm once."),
     (("--seed",), int, 7, "The sessions' seed."),
 )
 
 
 @options.verb("vllm", EXAMPLE)
-@click.option("--only", metavar="PARTS", help="Some of hydrate,fork,pressure,idle; default: all four.")
+@click.option("--only", metavar="PARTS", help="Some of hydrate,fork,pressure,idle (default: all four), dma,first,gap.")
 @_several
 @click.option("--compile", "compiled", is_flag=True, help="Let vLLM compile the model first (minutes on a CPU).")
 @click.option("--quick", is_flag=True, help="Take every path once, in a minute or two: not for figures.")
@@ -89,6 +99,9 @@ def command(
 ) -> int:
     """Measure thaw in vLLM against vLLM alone, in one run: hydrate in another process against prefilling again, forks
     against the prefix cache, returns to more sessions than there are blocks for, and what the idle connector costs.
+
+    Where they are asked for: dma, copies alone against the bus; first, first tokens of children that must be loaded;
+    gap, what others that decode feel of captures and hydrates.
 
     Boots vLLM some fifteen times, two side by side at most. Exit code 7 when a promised check did not hold; a goal that
     was missed is said, and is no error.

@@ -21,7 +21,9 @@ class Promise(Handle[T], Generic[T]):
     """The one implementation of `Handle`: settled once, by the engine's threads."""
 
     def __init__(self, on_cancel: Callable[[], None] | None = None) -> None:
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._ended = threading.Condition(lock)  # apart, so that a delta wakes nobody who waits for the end alone
         self._deltas: list[Delta] = []
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -30,8 +32,8 @@ class Promise(Handle[T], Generic[T]):
         self.on_cancel = on_cancel
 
     def result(self, timeout: float | None = None) -> T:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._settled, timeout):
+        with self._ended:
+            if not self._ended.wait_for(lambda: self._settled, timeout):
                 raise TimedOut(f"no result within {timeout} s; the work goes on (cancel() stops it)")
         if self._error is not None:
             raise self._error
@@ -80,6 +82,7 @@ class Promise(Handle[T], Generic[T]):
             self._value, self._error, self._settled = value, error, True
             callbacks, self._callbacks = self._callbacks, []
             self._changed.notify_all()
+            self._ended.notify_all()
         for callback in callbacks:
             callback(self)
 

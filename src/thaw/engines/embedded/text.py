@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thaw.engines.base import Codec
-from thaw.engines.text import Window
+from thaw.engines.text import window
 
 
 class TextStream:
@@ -16,7 +16,7 @@ class TextStream:
 
     def __init__(self, codec: Codec, context: Sequence[int], stop: Sequence[str]) -> None:
         """`context`: the session's tokens before the completion. A character that they begin is part of its text."""
-        self._window = Window(codec, context)
+        self._window = window(codec, context)
         self._stop = tuple(stop)
         self._hold = max((len(s) for s in self._stop), default=1) - 1
         self._given: list[str] = []
@@ -35,6 +35,8 @@ class TextStream:
 
     def cut_at_stop(self) -> str | None:
         """The stop string that the last token completed, after cutting the text before it. The earliest wins."""
+        if not self._stop:
+            return None
         old = len(self._held) - self._fresh
         found = [(self._held.find(s, max(0, old - len(s) + 1)), s) for s in self._stop]
         hits = sorted((at, s) for at, s in found if at >= 0)

@@ -43,6 +43,11 @@ class HFCodec(Codec):
         text = self._pieces.decode(shown)
         return text[:-1] if text.endswith("\ufffd") and self._pieces.ends_inside(shown) else text
 
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes | None:
+        if skip_special_tokens and token_id in self._left_out:
+            return b"" if self._pieces.apart else None
+        return self._pieces.token_bytes(token_id)
+
     def _shown(self, token_ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
         return [token for token in token_ids if not skip_special_tokens or token not in self._left_out]
 

@@ -23,6 +23,8 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 class Pieces(Protocol):
     start: tuple[int, ...]
     """The tokens that every text begins with."""
+    apart: bool
+    """Whether a text's bytes are those of its tokens, one after another."""
 
     def encode(self, text: str) -> list[int]:
         """A text's tokens, from its beginning, without `start` and without tokens that would end it."""
@@ -40,6 +42,9 @@ class Pieces(Protocol):
     def ends_inside(self, token_ids: Sequence[int]) -> bool:
         """Whether these end inside a character that more tokens may end; asked where the text ends in U+FFFD."""
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The token's part of a text's bytes, where they are `apart`."""
+
 
 class FastPieces:
     """`backend`: a `tokenizers.Tokenizer`. It is told to neither cut nor fill up texts."""
@@ -50,6 +55,8 @@ class FastPieces:
         self._backend = backend
         self._alphabet = byte_level_alphabet() if is_byte_level(backend) else {}
         self._fallback = "ByteFallback" in _kinds(_state(backend.decoder))
+        self.apart = list(_kinds(_state(backend.decoder))) == ["ByteLevel"]
+        self._known: dict[int, bytes] = {}
         self.start = _start(backend.encode(FIRST).ids, self.encode(FIRST))
 
     def encode(self, text: str) -> list[int]:
@@ -98,6 +105,14 @@ class FastPieces:
         decoder.decode(tail)
         return bool(decoder.getstate()[0])
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        if not self.apart:
+            return None
+        found = self._known.get(token_id)
+        if found is None:
+            found = self._known[token_id] = self._bytes_of(token_id)
+        return found
+
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) or ""
         if self._fallback and _BYTE.fullmatch(token):
@@ -109,6 +124,8 @@ class FastPieces:
 
 class SlowPieces:
     """`tokenizer`: one of transformers without a backend of the `tokenizers` library."""
+
+    apart = False
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -134,6 +151,9 @@ class SlowPieces:
 
     def ends_inside(self, token_ids: Sequence[int]) -> bool:
         return True
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return None
 
 
 def is_byte_level(backend: Any) -> bool:

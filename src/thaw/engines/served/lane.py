@@ -178,4 +178,4 @@ def nobody(_: Delta) -> None:
 
 
 def _largest(step: tuple[tuple[int, float], ...], count: int) -> tuple[tuple[int, float], ...]:
-    return tuple(sorted(step, key=lambda entry: (-entry[1], entry[0]))[:count])
+    return tuple(sorted(step, key=lambda entry: (-entry[1], entry[0]))[:count]) if count else ()
