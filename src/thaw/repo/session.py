@@ -158,6 +158,13 @@ class Session(ProcessBound):
         """Of the repository that it commits to; "" is the default one."""
         return self._context.store.namespace
 
+    def reparent(self, commit: CommitId) -> None:
+        """What the next commit follows in history, where that is not what this session was hydrated or forked from. It
+        must be a commit of this repository and namespace; raises `NotFound`."""
+        resolve.at(self._context.store, commit)
+        with self._lock:
+            self._parent = commit
+
     def kept_at(self, num_kv: int) -> Kept:
         """What of its first `num_kv` tokens that repository has."""
         with self._lock:

@@ -1,0 +1,140 @@
+"""A job: one completion, from the session that it goes on from to the commit that it became.
+
+It runs in a task of its own and outlives the connection that asked for it: deltas are kept until it is forgotten, and
+whoever follows it sees all of them from any place on. `stop` ends it at the next step boundary; what was said until
+then is committed like any other. Its outcome exists once the commit is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from thaw.engines.base import Completion, Delta
+from thaw.gateway.asked import Asked, Begun, Outcome
+from thaw.gateway.place import Place
+from thaw.repo.aio import AsyncStream
+from thaw.repo.bridge import call, each
+from thaw.repo.chat import ChatResult
+
+Keep = Callable[[Outcome], Awaitable[None]]
+
+
+class Job:
+    """Made and used in one event loop. `begun` and `outcome` raise what became of it instead."""
+
+    def __init__(self, asked: Asked, place: Callable[[], Awaitable[Place]], keep: Keep) -> None:
+        self.asked = asked
+        self.begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.stopped = False
+        self.forgotten = False
+        """Nothing but its commit is to be kept of it."""
+        self.about: object = None
+        """What its dialect needs to tell it to somebody else."""
+        self._find, self._keep = place, keep
+        self._deltas: list[Delta] = []
+        self._news = asyncio.Event()
+        self._ended = False
+        self._stream: AsyncStream[ChatResult] | AsyncStream[Completion] | None = None
+        for future in (self.begun, self.outcome):
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.task = asyncio.create_task(self._run())
+
+    def stop(self) -> None:
+        """End it soon; asking again is fine."""
+        if not self.stopped and not self._ended:
+            self.stopped = True
+            if self._stream is not None:
+                self._stopping = asyncio.create_task(self._stream.cancel())
+
+    async def follow(self, start: int = 0) -> AsyncIterator[Delta]:
+        """Its deltas from number `start` on, until the last one."""
+        while True:
+            news = self._news
+            while start < len(self._deltas):
+                start += 1
+                yield self._deltas[start - 1]
+            if self._ended:
+                return
+            await news.wait()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _run(self) -> None:
+        try:
+            place = await self._find()
+            await self._go_on(place)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited
+            for future in (self.begun, self.outcome):
+                if not future.done():
+                    future.set_exception(
+                        error if isinstance(error, Exception) else asyncio.CancelledError("the gateway ends")
+                    )
+        finally:
+            self._ended = True
+            self._tell()
+
+    async def _go_on(self, place: Place) -> None:
+        try:
+            self._stream = self._ask(place)
+            work = await self._stream.sync()
+            self.begun.set_result(
+                Begun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
+            )
+            if self.stopped:
+                await self._stream.cancel()
+            async for delta in each(work):
+                place.entry.ready.set()
+                self._deltas.append(delta)
+                self._tell()
+            outcome = await self._committed(place, await call(work.result))
+            tokens = await place.session.tokens()
+        except BaseException:
+            await place.give_up()
+            raise
+        await place.settle(tokens, outcome.point)
+        await self._keep(outcome)
+        self.outcome.set_result(outcome)
+
+    def _ask(self, place: Place) -> AsyncStream[ChatResult] | AsyncStream[Completion]:
+        asked, session = self.asked, place.session
+        if asked.token_ids is not None:
+            return session.stream("", place.sampling, token_ids=asked.token_ids[place.num_known :])
+        return session.chat_stream(
+            place.messages if not place.whole else None,
+            place.sampling,
+            history=place.messages if place.whole else None,
+            tools=asked.tools,
+            chat_template_kwargs=asked.variables,
+            keep_sampled=asked.keep_sampled,
+            continue_final_message=asked.continue_final_message,
+        )
+
+    async def _committed(self, place: Place, result: ChatResult | Completion) -> Outcome:
+        completion = result.completion if isinstance(result, ChatResult) else result
+        done = await place.session.commit(self.asked.note, branch=self.asked.branch)
+        usage = completion.usage
+        return Outcome(
+            text=completion.text,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            top_logprobs=completion.top_logprobs,
+            finish_reason=completion.finish_reason or "abort",
+            stop_reason=completion.stop_reason,
+            num_prompt=usage.num_prompt_tokens,
+            num_cached=min(usage.num_cached_tokens, usage.num_prompt_tokens),
+            num_prefilled=usage.num_prefilled_tokens,
+            point=str(done.commit),
+            parent=place.parent,
+            nbytes=done.nbytes_written,
+            seed=completion.seed,
+            forked_at=result.forked_at if isinstance(result, ChatResult) else None,
+            num_dropped=result.num_dropped_tokens if isinstance(result, ChatResult) else 0,
+            source=place.source,
+            pieces=tuple(len(delta.text) for delta in self._deltas),
+            ttft_s=completion.ttft_s,
+            total_s=completion.total_s,
+        )

@@ -1,0 +1,170 @@
+"""The neutral middle: one repository and engine, its tenants, what is open and under way, and what is kept.
+
+Used by one event loop. Dialects ask it for jobs; nothing in it knows a dialect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from thaw.core.errors import ThawError
+from thaw.engines.base import Engine
+from thaw.gateway.asked import Asked, Outcome
+from thaw.gateway.job import Job, Keep
+from thaw.gateway.ledger import Ledger, Row
+from thaw.gateway.live import LiveSessions
+from thaw.gateway.metrics import Metrics
+from thaw.gateway.place import Finder
+from thaw.gateway.problems import RETRY_AFTER_S, Problem
+from thaw.gateway.settings import Settings
+from thaw.gateway.speech import Reader, reader_of
+from thaw.gateway.tenants import Tenant, Tenants
+from thaw.repo.aio import AsyncRepository
+from thaw.repo.bridge import call
+from thaw.repo.repository import Repository
+from thaw.repo.resolve import ResolvedPoint
+
+log = logging.getLogger("thaw.gateway")
+
+
+class Service:
+    """Made by `opened`; `close` ends what is under way and closes what is open, not the repository."""
+
+    def __init__(self, repo: Repository, tenants: Tenants, settings: Settings, ledger: Ledger) -> None:
+        self.repo = AsyncRepository(repo)
+        self.engine: Engine = repo.engine
+        self.settings = settings
+        self.tenants = tenants
+        self.ledger = ledger
+        self.live = LiveSessions(settings.limits)
+        self.metrics = Metrics()
+        self.served = settings.models or (_model_name(self.engine),)
+        self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
+        self.closing = False
+        self.reader: Callable[[], Reader] = reader_of(settings.tools)
+        self.jobs: dict[tuple[str, str], Job] = {}
+        """Of stored responses that are under way, by namespace and id."""
+        self._running: set[Job] = set()
+        self._conversations: set[tuple[str, str]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
+        self._finders: dict[str, Finder] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def within(self, tenant: Tenant) -> AsyncRepository:
+        return self.repo.within(tenant.namespace) if tenant.namespace else self.repo
+
+    def _finder(self, tenant: Tenant) -> Finder:
+        if tenant.namespace not in self._finders:
+            self._finders[tenant.namespace] = Finder(self.within(tenant), self.engine, self.live)
+        return self._finders[tenant.namespace]
+
+    # -- points
+
+    async def point(
+        self, tenant: Tenant, name: str, *, turn: int | None = None, token: int | None = None
+    ) -> ResolvedPoint:
+        """A point of the tenant's own. Raises `NotFound`, `BadPoint`."""
+        repo = self.within(tenant)
+        if turn is None and token is None:
+            return await repo.resolve(name)
+        return await repo.at(name, turn=turn, token=token)
+
+    async def count(self, tenant: Tenant, asked: Asked) -> int:
+        return await self._finder(tenant).count(asked)
+
+    # -- jobs
+
+    async def start(self, tenant: Tenant, asked: list[Asked], keep: Keep | None = None) -> list[Job]:
+        """Jobs that begin now, once they are admitted. `keep` is awaited between a commit and its outcome; without one
+        no more than the commit is kept. Raises `Problem`."""
+        if self.closing:
+            raise Problem(503, "the gateway is ending; try again soon", retry_after=RETRY_AFTER_S)
+        if self.num_running + len(asked) > self.settings.limits.requests:
+            raise Problem(503, f"{self.num_running} requests are under way; try again soon", retry_after=RETRY_AFTER_S)
+        if len(asked) > self.settings.limits.choices:
+            raise Problem(400, f"n={len(asked)}: at most {self.settings.limits.choices}", param="n")
+        nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
+        tenant.admit(len(asked), nbytes)
+        return [self._start(tenant, one, keep) for one in asked]
+
+    def _start(self, tenant: Tenant, asked: Asked, keep: Keep | None) -> Job:
+        finder = self._finder(tenant)
+
+        async def kept(outcome: Outcome) -> None:
+            tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
+            self.metrics.done(tenant.name, asked.branch, outcome)
+            await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
+
+        job = Job(asked, lambda: finder.find(asked), kept)
+        tenant.running += 1
+        self._running.add(job)
+
+        def over(_: asyncio.Task[None]) -> None:
+            tenant.running -= 1
+            self._running.discard(job)
+
+        job.task.add_done_callback(over)
+        return job
+
+    # -- keeping
+
+    async def keep_point(self, tenant: Tenant, outcome: Outcome) -> None:
+        """Count a commit that no response names."""
+        row = Row(
+            kind="point", id=outcome.point, namespace=tenant.namespace, status="completed", record={},
+            point=outcome.point, parent=outcome.parent, nbytes=outcome.nbytes,
+        )  # fmt: skip
+        await call(self.ledger.put, row)
+
+    def take_conversation(self, namespace: str, id: str) -> None:
+        """Raises `Problem` 409 while another response goes on with it."""
+        if (namespace, id) in self._conversations:
+            raise Problem(409, f"another response goes on with {id}; wait for it", code="conversation_locked")
+        self._conversations.add((namespace, id))
+
+    def free_conversation(self, namespace: str, id: str) -> None:
+        self._conversations.discard((namespace, id))
+
+    def later(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Do it, and before the gateway ends."""
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def sweep(self) -> int:
+        """Let go of what is kept no longer: rows, then, by gc, the KV that nothing names. How many rows went."""
+        keeping = self.settings.keeping
+        gone, cut = await call(self.ledger.expire, before=time.time() - keeping.lifetime_s, max_nbytes=keeping.nbytes)
+        if gone:
+            await self.repo.gc(keep_reflog_s=max(0.0, time.time() - cut))
+        return gone
+
+    async def sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.keeping.sweep_s)
+            try:
+                await self.sweep()
+            except ThawError as error:
+                log.warning("a sweep came to nothing: %s", error.kind)
+
+    async def close(self) -> None:
+        """End what runs: each job is committed as far as it came. Then nothing is open."""
+        self.closing = True
+        for job in list(self._running):
+            job.stop()
+        for tasks in ([job.task for job in self._running], list(self._chores)):
+            if tasks:
+                await asyncio.wait(tasks)
+        await self.live.clear()
+
+
+def _model_name(engine: Engine) -> str:
+    """The last part of a path, as clients name models."""
+    return engine.info.model.rstrip("/").rpartition("/")[2] or engine.info.name

@@ -1,0 +1,44 @@
+"""A gateway over the fake engine; skipped, by name, where the extra [server] is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import thaw
+from thaw.engines.base import Engine
+
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason="the extra [server] is not installed")
+
+from gateway_stand import TOKEN, Gateway, Start  # noqa: E402
+
+from thaw.gateway.settings import Settings  # noqa: E402
+from thaw.gateway.tenants import Tenants, single  # noqa: E402
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a gateway; all are closed at the end. `engine`: options of the fake engine, or one that runs."""
+    with ExitStack() as stack:
+
+        def begin(
+            *, tenants: Tenants | None = None, settings: Settings | None = None, name: str = "runs",
+            engine: Engine | None = None, **options: Any,
+        ) -> Gateway:  # fmt: skip
+            if engine is None:
+                engine = stack.enter_context(thaw.load_engine("fake", **options))
+            found = Gateway(tmp_path / name, engine, tenants or single(TOKEN), settings or Settings())
+            stack.callback(lambda: None if not found._thread.is_alive() else found.close())
+            return found
+
+        yield begin
+
+
+@pytest.fixture
+def gateway(start: Start) -> Gateway:
+    return start()

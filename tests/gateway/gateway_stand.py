@@ -1,0 +1,63 @@
+"""A gateway on a real port, over an engine of the test's, and the stock clients of both APIs."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import thaw
+from thaw.engines.base import Engine
+from thaw.gateway import server as running
+from thaw.gateway.service import Service
+from thaw.gateway.settings import Settings
+from thaw.gateway.tenants import Tenants
+
+TOKEN = "test-token"
+
+
+class Gateway:
+    """One that runs on a thread. `engine` counts what it computes."""
+
+    def __init__(self, folder: Path, engine: Engine, tenants: Tenants, settings: Settings) -> None:
+        self.folder, self.engine = folder, engine
+        self._stack = ExitStack()
+        self.repo = self._stack.enter_context(thaw.open(folder, engine=engine))
+        self.service: Service = self._stack.enter_context(running.opened(self.repo, tenants, settings))
+        self.server = running.server(self.service)
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
+        self._thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+
+    @property
+    def num_forwarded(self) -> int:
+        """Tokens that the engine has run through its model."""
+        return int(self.engine._backend.num_forwarded_tokens)  # type: ignore[attr-defined]
+
+    def openai(self, token: str = TOKEN) -> Any:
+        openai = pytest.importorskip("openai")
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0)
+
+    def anthropic(self, token: str = TOKEN) -> Any:
+        anthropic = pytest.importorskip("anthropic")
+        return anthropic.Anthropic(base_url=self.url, api_key=token, max_retries=0)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self._stack.close()
+        self.socket.close()
+
+
+Start = Callable[..., Gateway]
