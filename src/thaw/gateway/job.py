@@ -95,7 +95,7 @@ class Job:
         except BaseException:
             await place.give_up()
             raise
-        await place.settle(tokens, outcome.point)
+        await place.settle(place.session.sync.engine.codec, tokens, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
 

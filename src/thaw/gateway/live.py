@@ -32,6 +32,8 @@ class Entry:
         self.number = number
         self.namespace = namespace
         self.tokens = tokens
+        self.told = tokens
+        """What a client that tells the conversation again makes of it: answers in the tokenizer's own tokens."""
         self.chat = chat
         self.session: AsyncSession | None = None
         self.commit: str | None = None
@@ -43,6 +45,11 @@ class Entry:
     @property
     def usable(self) -> bool:
         return self.ready.is_set() and not self.gone
+
+    def common(self, tokens: tuple[int, ...]) -> int:
+        """How many of these it begins with, in its own tokens or as they are told again."""
+        own = common_prefix(self.tokens, tokens)
+        return own if self.told is self.tokens else max(own, common_prefix(self.told, tokens))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -62,6 +69,11 @@ class Entry:
 
 Near: TypeAlias = tuple[int, Entry | None]
 """Tokens in common, with whom."""
+
+
+def _worth(near: Near) -> tuple[int, int]:
+    num, entry = near
+    return num, 0 if entry is None else -len(entry.tokens)
 
 
 class LiveSessions:
@@ -91,9 +103,9 @@ class LiveSessions:
     def touch(self, entry: Entry) -> None:
         self._entries[entry.number] = self._entries.pop(entry.number)
 
-    async def settle(self, entry: Entry, tokens: tuple[int, ...], commit: str) -> None:
+    async def settle(self, entry: Entry, tokens: tuple[int, ...], told: tuple[int, ...], commit: str) -> None:
         """The request is over and committed."""
-        entry.tokens, entry.commit, entry.parent = tokens, commit, commit
+        entry.tokens, entry.told, entry.commit, entry.parent = tokens, told, commit, commit
         entry.ready.set()
         entry.users -= 1
         await self.trim()
@@ -131,18 +143,18 @@ class LiveSessions:
 
     def nearest(self, mine: Entry, refused: set[int]) -> tuple[Near, Near]:
         """The best that is ready, and the best that will be; of those before `mine` alone, so that no two wait for each
-        other. `refused`: entries that cannot be forked there."""
+        other. Of equals the shortest. `refused`: entries that cannot be forked there."""
         ready: Near = (0, None)
         coming: Near = (0, None)
         for entry in self._entries.values():
             alike = entry.namespace == mine.namespace and (entry.chat or not mine.chat)
             if not alike or entry is mine or entry.gone or entry.number in refused:
                 continue
-            common = common_prefix(entry.tokens, mine.tokens)
-            if entry.usable and common > ready[0]:
-                ready = (common, entry)
-            elif not entry.usable and entry.number < mine.number and common > coming[0]:
-                coming = (common, entry)
+            found: Near = (entry.common(mine.tokens), entry)
+            if entry.usable:
+                ready = max(ready, found, key=_worth)
+            elif entry.number < mine.number:
+                coming = max(coming, found, key=_worth)
         return ready, coming
 
     async def at(self, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]) -> Entry:

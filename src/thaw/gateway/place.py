@@ -20,8 +20,8 @@ from thaw.core.errors import Refused, TooLong
 from thaw.core.objects import Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
-from thaw.engines.base import Engine, Message
-from thaw.gateway.asked import Asked
+from thaw.engines.base import Codec, Engine, Message
+from thaw.gateway.asked import Asked, Outcome
 from thaw.gateway.live import WORTH_WAITING, Entry, LiveSessions
 from thaw.repo import resolve, timeline
 from thaw.repo.aio import AsyncRepository, AsyncSession
@@ -61,8 +61,12 @@ class Place:
         self.num_tokens, self.sampling = num_tokens, sampling
         entry.session, entry.parent = found.session, found.parent
 
-    async def settle(self, tokens: tuple[int, ...], commit: str) -> None:
-        await self._live.settle(self.entry, tokens, commit)
+    async def settle(self, codec: Codec, tokens: tuple[int, ...], outcome: Outcome) -> None:
+        told = tokens
+        if self.entry.chat and self.entry.tokens:
+            again = await call(codec.encode_chat, outcome.text, inside=True)
+            told = (*self.entry.tokens, *again)
+        await self._live.settle(self.entry, tokens, told, outcome.point)
 
     async def give_up(self) -> None:
         await self._live.fail(self.entry)
@@ -201,8 +205,9 @@ class Finder:
         assert ready.session is not None
         self._live.touch(ready)
         with ready.held():
-            whole = len(ready.tokens)
-            at = whole if entry.chat and num < whole and await self._in_answer(ready, num) else num
+            own = common_prefix(ready.tokens, entry.tokens)
+            retold = entry.chat and (num > own or await self._in_answer(ready, own))
+            at = len(ready.tokens) if retold else min(num, len(ready.tokens))
             try:
                 session = await ready.fork(at)
             except Refused:

@@ -36,7 +36,7 @@ DEFAULT_TOKENS = 16
 
 
 class Create(Sampled, kw_only=True):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]
     n: int = 1
     best_of: int | None = None
     max_tokens: int | None = None
@@ -90,21 +90,20 @@ async def create(context: Context, request: Request, body: bytes) -> Response:
     )
 
 
-async def _prompts(context: Context, prompt: str | list[str] | list[int] | list[list[int]]) -> list[tuple[int, ...]]:
-    """Token ids of each prompt."""
-    several: Sequence[object] = [prompt]
-    if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
-        several = prompt
-    found = [await _ids(context, one) for one in several]
+async def _prompts(context: Context, prompt: str | list[str | int | list[int]]) -> list[tuple[int, ...]]:
+    """Token ids of each prompt: a text, its ids, or a list of either."""
+    several = [prompt] if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt) else prompt
+    found = [await _ids(context, one, i) for i, one in enumerate(several)]
     if not found or not all(found):
         raise invalid("prompt", "it is empty")
     return found
 
 
-async def _ids(context: Context, one: object) -> tuple[int, ...]:
+async def _ids(context: Context, one: object, number: int) -> tuple[int, ...]:
     if isinstance(one, str):
         return tuple(await call(context.codec.encode, one, first=True))
-    assert isinstance(one, list)
+    if not isinstance(one, list):
+        raise invalid(f"prompt[{number}]", "texts and token ids are not mixed")
     return tuple(one)
 
 
