@@ -66,7 +66,9 @@ def application(service: Service) -> Starlette:
         methods.setdefault(path, {})[method] = handler
     routes = [Route(path, _door(service, path, handlers), methods=list(handlers)) for path, handlers in methods.items()]
     routes += [Route("/health", _health(service)), Route("/metrics", _metrics(service))]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _no_route, 405: _no_route})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _no_route, 405: _no_route})
+    app.router.redirect_slashes = False
+    return app
 
 
 def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable[[Request], Awaitable[Response]]:

@@ -87,7 +87,8 @@ class Job:
             if self.stopped:
                 await self._stream.cancel()
             async for delta in each(work):
-                place.entry.ready.set()
+                if delta.token_ids:
+                    place.entry.ready.set()
                 self._deltas.append(delta)
                 self._tell()
             outcome = await self._committed(place, await call(work.result))

@@ -63,7 +63,7 @@ class Place:
 
     async def settle(self, codec: Codec, tokens: tuple[int, ...], outcome: Outcome) -> None:
         told = tokens
-        if self.entry.chat and self.entry.tokens:
+        if self.entry.chat and self.entry.tokens and outcome.token_ids:
             again = await call(codec.encode_chat, outcome.text, inside=True)
             told = (*self.entry.tokens, *again)
         await self._live.settle(self.entry, tokens, told, outcome.point)
