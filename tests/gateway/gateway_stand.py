@@ -31,7 +31,7 @@ class Gateway:
         self.repo = self._stack.enter_context(thaw.open(folder, engine=engine))
         self.service: Service = self._stack.enter_context(running.opened(self.repo, tenants, settings))
         self.server = running.server(self.service)
-        self.socket = socket.socket()
+        self.socket = socket.socket(proto=socket.IPPROTO_TCP)
         self.socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)

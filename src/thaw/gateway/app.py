@@ -58,6 +58,8 @@ def application(service: Service) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(service.sweep_forever())
+        if service.settings.restore:
+            await responses.restore(service)
         yield
         sweeping.cancel()
 

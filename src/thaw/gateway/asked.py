@@ -17,7 +17,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     `at`: go on from there; without it the longest stored prefix is looked for. `instructions`: the system's message,
     which is not of the conversation at `at`: `held_instructions` that were there are left out (None: where there
     are new ones, and the conversation began with the system's message). `whole`: the
-    messages are the conversation and not what follows `at`. `max_tokens` None: as many as there is room for.
+    messages are the conversation and not what follows `at`. `resume`: the answer at `at` was interrupted, and goes on;
+    nothing else is looked at. `max_tokens` None: as many as there is room for.
     """
 
     messages: tuple[Message, ...] = ()
@@ -37,6 +38,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
     """The commit's message."""
     policy: Policy = "exact"
+    resume: bool = False
 
 
 class Begun(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,13 +2,16 @@
 
 It runs in a task of its own and outlives the connection that asked for it: deltas are kept until it is forgotten, and
 whoever follows it sees all of them from any place on. `stop` ends it at the next step boundary; what was said until
-then is committed like any other. Its outcome exists once the commit is on disk.
+then is committed like any other. `park` does too, so that it can go on bit for bit later: what a stream holds back, the
+beginning of a stop string or of a character, is not given out. Its outcome exists once the commit is on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import msgspec
 
 from thaw.engines.base import Completion, Delta
 from thaw.gateway.asked import Asked, Begun, Outcome
@@ -23,17 +26,21 @@ Keep = Callable[[Outcome], Awaitable[None]]
 class Job:
     """Made and used in one event loop. `begun` and `outcome` raise what became of it instead."""
 
-    def __init__(self, asked: Asked, place: Callable[[], Awaitable[Place]], keep: Keep) -> None:
+    def __init__(
+        self, asked: Asked, place: Callable[[], Awaitable[Place]], keep: Keep, said: Sequence[Delta] = ()
+    ) -> None:
+        """`said`: deltas from before it was parked."""
         self.asked = asked
         self.begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.stopped = False
+        self.parked = False
         self.forgotten = False
         """Nothing but its commit is to be kept of it."""
         self.about: object = None
         """What its dialect needs to tell it to somebody else."""
         self._find, self._keep = place, keep
-        self._deltas: list[Delta] = []
+        self._deltas = list(said)
         self._news = asyncio.Event()
         self._ended = False
         self._stream: AsyncStream[ChatResult] | AsyncStream[Completion] | None = None
@@ -47,6 +54,10 @@ class Job:
             self.stopped = True
             if self._stream is not None:
                 self._stopping = asyncio.create_task(self._stream.cancel())
+
+    def park(self) -> None:
+        self.parked = not self._ended
+        self.stop()
 
     async def follow(self, start: int = 0) -> AsyncIterator[Delta]:
         """Its deltas from number `start` on, until the last one."""
@@ -89,6 +100,8 @@ class Job:
             async for delta in each(work):
                 if delta.token_ids:
                     place.entry.ready.set()
+                if self.parked and delta.finish_reason == "abort":
+                    delta = msgspec.structs.replace(delta, text="")
                 self._deltas.append(delta)
                 self._tell()
             outcome = await self._committed(place, await call(work.result))
@@ -102,6 +115,8 @@ class Job:
 
     def _ask(self, place: Place) -> AsyncStream[ChatResult] | AsyncStream[Completion]:
         asked, session = self.asked, place.session
+        if asked.resume:
+            return session.resume_stream()
         if asked.token_ids is not None:
             return session.stream("", place.sampling, token_ids=asked.token_ids[place.num_known :])
         return session.chat_stream(

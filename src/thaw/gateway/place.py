@@ -81,6 +81,8 @@ class Finder:
 
     async def find(self, asked: Asked) -> Place:
         """Raises what rendering, loading and the engine raise."""
+        if asked.resume:
+            return await self._resumed(asked)
         if asked.token_ids is not None:
             return await self._place(asked, asked.token_ids, (), None)
         if asked.at is None:
@@ -105,6 +107,19 @@ class Finder:
             return await self._append(asked, trunk)
         messages = _conversation(asked, held or ())
         return await self._place(asked, await self._rendered(asked, messages), messages, trunk)
+
+    async def _resumed(self, asked: Asked) -> Place:
+        """The session of an answer that was interrupted, which nobody else goes on with."""
+        assert asked.at is not None
+        entry = self._live.begin(self._namespace, (), chat=True)
+        try:
+            session = await self._load(asked, asked.at)
+        except BaseException:
+            await self._live.fail(entry)
+            raise
+        num = asked.at.num_tokens
+        found = Found(session=session, source="stored", num_known=num, parent=str(asked.at.commit))
+        return Place(self._live, entry, found, messages=(), whole=True, num_tokens=num, sampling=asked.sampling)
 
     async def _append(self, asked: Asked, trunk: Entry) -> Place:
         """Behind plain text the messages are appended; what they become there only the session knows."""

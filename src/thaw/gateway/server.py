@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from logging.handlers import WatchedFileHandler
 
@@ -49,7 +51,7 @@ class Server(uvicorn.Server):
 
 
 def server(service: Service) -> Server:
-    """Not yet running: `run()` returns after SIGTERM or SIGINT, when all that ran is committed."""
+    """Not yet running."""
     settings = service.settings
     config = uvicorn.Config(
         application(service),
@@ -63,6 +65,14 @@ def server(service: Service) -> Server:
         ssl_keyfile=settings.certificate_key,
     )
     return Server(config, service)
+
+
+def run(service: Service) -> None:
+    """Serve until SIGTERM or SIGINT; when all that ran is committed, leave by `SystemExit`, so that everything closes.
+    For the main thread."""
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, lambda *_: sys.exit(0))  # uvicorn has its own meanwhile, and raises it again at its end
+    server(service).run()
 
 
 def keep_audit(path: str | None) -> None:

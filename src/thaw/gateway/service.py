@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from thaw.core.errors import ThawError
-from thaw.engines.base import Engine
+from thaw.engines.base import Delta, Engine
 from thaw.gateway.asked import Asked, Outcome
 from thaw.gateway.job import Job, Keep
 from thaw.gateway.ledger import Ledger, Row
@@ -81,20 +81,25 @@ class Service:
 
     # -- jobs
 
-    async def start(self, tenant: Tenant, asked: list[Asked], keep: Keep | None = None) -> list[Job]:
-        """Jobs that begin now, once they are admitted. `keep` is awaited between a commit and its outcome; without one
-        no more than the commit is kept. Raises `Problem`."""
+    async def start(self, tenant: Tenant, asked: Sequence[Asked]) -> list[Job]:
+        """Jobs of which no more than the commits are kept. Raises `Problem`."""
+        await self.admit(tenant, len(asked))
+        return [self.begin(tenant, one) for one in asked]
+
+    async def admit(self, tenant: Tenant, num: int) -> None:
+        """Whether so many jobs may begin now. Raises `Problem`."""
         if self.closing:
             raise Problem(503, "the gateway is ending; try again soon", retry_after=RETRY_AFTER_S)
-        if self.num_running + len(asked) > self.settings.limits.requests:
+        if self.num_running + num > self.settings.limits.requests:
             raise Problem(503, f"{self.num_running} requests are under way; try again soon", retry_after=RETRY_AFTER_S)
-        if len(asked) > self.settings.limits.choices:
-            raise Problem(400, f"n={len(asked)}: at most {self.settings.limits.choices}", param="n")
+        if num > self.settings.limits.choices:
+            raise Problem(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
         nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
-        tenant.admit(len(asked), nbytes)
-        return [self._start(tenant, one, keep) for one in asked]
+        tenant.admit(num, nbytes)
 
-    def _start(self, tenant: Tenant, asked: Asked, keep: Keep | None) -> Job:
+    def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> Job:
+        """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
+        commit is kept. `said`: deltas from before it was parked."""
         finder = self._finder(tenant)
 
         async def kept(outcome: Outcome) -> None:
@@ -102,7 +107,7 @@ class Service:
             self.metrics.done(tenant.name, asked.branch, outcome)
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
-        job = Job(asked, lambda: finder.find(asked), kept)
+        job = Job(asked, lambda: finder.find(asked), kept, said)
         tenant.running += 1
         self._running.add(job)
 
@@ -155,10 +160,11 @@ class Service:
                 log.warning("a sweep came to nothing: %s", error.kind)
 
     async def close(self) -> None:
-        """End what runs: each job is committed as far as it came. Then nothing is open."""
+        """Park what runs: each job is committed as far as it came. Then nothing is open."""
         self.closing = True
+        stored = set(self.jobs.values())
         for job in list(self._running):
-            job.stop()
+            (job.park if job in stored else job.stop)()
         for tasks in ([job.task for job in self._running], list(self._chores)):
             if tasks:
                 await asyncio.wait(tasks)

@@ -119,6 +119,10 @@ class Tenants:
             raise Problem(401, f"{why}: send it as `Authorization: Bearer …` or `x-api-key`", code="invalid_api_key")
         return found, said.hex()[:8]
 
+    def of_namespace(self, namespace: str) -> Tenant:
+        """The tenant of a namespace; one without keys or limits where none is listed any more."""
+        return next((one for one in self.all if one.namespace == namespace), Tenant(namespace, Quota()))
+
     def of_operator(self, key: str | None) -> Tenant:
         """The tenant, where it may see what concerns all. Raises `Problem` 401, 403."""
         tenant, _ = self.of_key(key)

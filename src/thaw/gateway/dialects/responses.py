@@ -4,9 +4,11 @@ children of it."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import ThawError
+from thaw.engines.base import Delta, SessionRef
 from thaw.gateway.asked import Asked, Outcome
 from thaw.gateway.context import Context
 from thaw.gateway.dialects import conversations, response_input
@@ -34,9 +37,11 @@ from thaw.gateway.job import Job
 from thaw.gateway.ledger import Row
 from thaw.gateway.problems import Problem, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
+from thaw.gateway.service import Service
 from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
 
+log = logging.getLogger("thaw.gateway")
 KIND = "response"
 LOGPROBS = "message.output_text.logprobs"
 
@@ -207,36 +212,44 @@ def _head(context: Context, id: str, body: Create, conversation: str | None) -> 
 async def _start(context: Context, begin: Begin) -> Job:
     """The job, with its row written beside it; the row is on disk again before the job has an outcome."""
     service, namespace = context.service, context.tenant.namespace
-    key = (namespace, begin.id)
     if begin.conversation is not None:
         service.take_conversation(namespace, begin.conversation.id)
-    first: list[Awaitable[None]] = []
-
-    async def keep(outcome: Outcome) -> None:
-        for written in first:
-            await written
-        row = _row_of(begin, namespace, _object(context, begin, outcome, job), outcome)
-        if begin.store and not job.forgotten:
-            await call(service.ledger.put, row)
-        else:
-            await service.keep_point(context.tenant, outcome)
-        if begin.conversation is not None:
-            reply = row.record["reply"]
-            await conversations.extend(context, begin.conversation, begin.input, reply["output"], reply["instructions"])
-
     try:
-        job = (await service.start(context.tenant, [begin.asked], keep))[0]
+        await service.admit(context.tenant, 1)
     except BaseException:
         if begin.conversation is not None:
             service.free_conversation(namespace, begin.conversation.id)
         raise
+    first: list[Awaitable[None]] = []
     if begin.store:
-        service.jobs[key], job.about = job, begin
         row = Row(
             kind=KIND, id=begin.id, namespace=namespace, status=str(begin.head["status"]), parent=begin.parent,
             record={"reply": begin.head, "input": begin.input, "pieces": []},
         )  # fmt: skip
         first.append(asyncio.create_task(call(service.ledger.put, row)))
+    return _own(context, begin, first)
+
+
+def _own(context: Context, begin: Begin, first: Sequence[Awaitable[None]], said: Sequence[Delta] = ()) -> Job:
+    """The job of a response: known while it runs, and kept when it is over. `first`: what is written before that."""
+    service, namespace = context.service, context.tenant.namespace
+    key = (namespace, begin.id)
+
+    async def keep(outcome: Outcome) -> None:
+        for written in first:
+            await written
+        row = _row_of(context, begin, outcome, job)
+        if begin.store and not job.forgotten:
+            await call(service.ledger.put, row)
+        else:
+            await service.keep_point(context.tenant, outcome)
+        if begin.conversation is not None and row.status != "parked":
+            reply = row.record["reply"]
+            await conversations.extend(context, begin.conversation, begin.input, reply["output"], reply["instructions"])
+
+    job = service.begin(context.tenant, begin.asked, keep, said)
+    if begin.store:
+        service.jobs[key], job.about = job, begin
 
     def over(_: asyncio.Task[None]) -> None:
         service.jobs.pop(key, None)
@@ -249,7 +262,7 @@ async def _start(context: Context, begin: Begin) -> Job:
     return job
 
 
-async def _failed(context: Context, begin: Begin, first: list[Awaitable[None]]) -> None:
+async def _failed(context: Context, begin: Begin, first: Sequence[Awaitable[None]]) -> None:
     """A stored response that came to nothing says so when it is asked for."""
     for written in first:
         await written
@@ -262,7 +275,8 @@ async def _failed(context: Context, begin: Begin, first: list[Awaitable[None]]) 
 def _object(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Event:
     logprobs = [] if begin.num_top is None else _logprobs(context, begin, outcome)
     reader = context.service.reader()
-    return finished(begin.head, outcome, reader, logprobs, cancelled=job.stopped and bool(begin.head["background"]))
+    cancelled = job.stopped and not job.parked and bool(begin.head["background"])
+    return finished(begin.head, outcome, reader, logprobs, cancelled=cancelled)
 
 
 def _logprobs(context: Context, begin: Begin, outcome: Outcome) -> list[dict[str, object]]:
@@ -270,12 +284,51 @@ def _logprobs(context: Context, begin: Begin, outcome: Outcome) -> list[dict[str
     return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, begin.num_top or 0)
 
 
-def _row_of(begin: Begin, namespace: str, reply: Event, outcome: Outcome) -> Row:
+def _row_of(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Row:
+    """What is kept of a response that is over, or parked: then only what was given out is its text."""
+    reply = _object(context, begin, outcome, job)
+    text = outcome.text[: sum(outcome.pieces)] if job.parked else outcome.text
     return Row(
-        kind=KIND, id=begin.id, namespace=namespace, status=str(reply["status"]), point=outcome.point,
-        parent=outcome.parent, nbytes=outcome.nbytes,
-        record={"reply": reply, "input": begin.input, "text": outcome.text, "pieces": list(outcome.pieces)},
+        kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
+        status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
+        nbytes=outcome.nbytes,
+        record={
+            "reply": reply, "input": begin.input, "text": text, "pieces": list(outcome.pieces),
+            "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
+        },
     )  # fmt: skip
+
+
+async def restore(service: Service) -> int:
+    """Go on with the responses that were parked when a gateway ended; how many."""
+    rows = await call(service.ledger.with_status, "parked")
+    for row in rows:
+        try:
+            await _restore(service, row)
+        except ThawError as error:
+            log.warning("%s was parked and does not go on: %s", row.id, error.kind)
+    return len(rows)
+
+
+async def _restore(service: Service, row: Row) -> None:
+    record = row.record
+    context = Context(service, service.tenants.of_namespace(row.namespace), "", {})
+    at = await service.point(context.tenant, str(row.point))
+    head = {**record["reply"], "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    head.pop("thaw")
+    told, conversation = head["conversation"], None
+    if told is not None:
+        conversation = await conversations.named(context, told["id"])
+        service.take_conversation(row.namespace, told["id"])
+    asked = Asked(at=at, resume=True, branch=record["branch"], note=record["note"])
+    begin = Begin(
+        id=row.id, asked=asked, head=head, input=record["input"], parent=row.parent, conversation=conversation,
+        num_top=record["num_top"], store=True,
+    )  # fmt: skip
+    ends = [0, *accumulate(record["pieces"])]
+    texts = [record["text"][start:end] for start, end in pairwise(ends)]
+    said = [Delta(index=0, session=SessionRef(""), token_ids=(), logprobs=(), text=text) for text in texts]
+    _own(context, begin, [], said)
 
 
 # -- events
@@ -303,6 +356,8 @@ async def _events(context: Context, begin: Begin, job: Job) -> AsyncIterator[Eve
         for one in events.failed(problem.code, problem.message):
             yield one
         return
+    if job.parked and begin.store and outcome.finish_reason == "abort":
+        return
     for one in events.end(_object(context, begin, outcome, job)):
         yield one
 
@@ -328,6 +383,8 @@ async def _again(context: Context, row: Row, after: int) -> AsyncIterator[bytes]
 def _shown(row: Row) -> Event:
     """The object as it stands. One that a gateway left under way is incomplete, and says where it began."""
     reply: Event = row.record["reply"]
+    if row.status == "parked":
+        return reply
     if row.point is not None or row.status in ("queued", "in_progress"):
         return {**reply, "status": row.status}
     error = {"code": "server_error", "message": "it came to nothing; ask again"} if row.status == "failed" else None
