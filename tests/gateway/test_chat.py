@@ -202,3 +202,16 @@ def test_too_long_a_prompt_and_an_unknown_model(start: Start) -> None:
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "x"}])
     assert unknown.value.code == "model_not_found"
     assert [model.id for model in client.models.list()] == ["fake"]
+
+
+def test_history_has_the_shape_of_the_conversations(gateway: Gateway) -> None:
+    """A turn follows the turn before it; a retry stands beside the first try; what shares no turn follows nothing."""
+    client = gateway.openai()
+    first = [{"role": "user", "content": LONG}]
+    one = chat(client, first)
+    on = [*first, said(one), {"role": "user", "content": "And then?"}]
+    two, retry = chat(client, on), chat(client, on)
+    other = chat(client, [{"role": "user", "content": f"{LONG} But why?"}])
+    assert (two.thaw["parent"], retry.thaw["parent"]) == (one.thaw["point"], one.thaw["point"])
+    assert other.thaw["parent"] is None and other.thaw["cached_tokens"] >= len(LONG)
+    assert gateway.repo.log(retry.thaw["point"])[1].commit == one.thaw["point"]

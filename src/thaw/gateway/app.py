@@ -131,7 +131,8 @@ def check_host(service: Service, request: Request) -> None:
 
 def _key(request: Request) -> str | None:
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    found: str | None = value.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    return found
 
 
 async def _body(service: Service, request: Request) -> bytes:

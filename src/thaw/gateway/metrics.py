@@ -6,11 +6,12 @@ read the tokens that were not (only requests that read at least `MEASURABLE` tok
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from typing import TypeAlias
 
 from thaw.gateway.asked import Outcome
 
+Labels: TypeAlias = tuple[tuple[str, str], ...]
 MEASURABLE = 64
 HELP: dict[str, tuple[str, str]] = {
     "thaw:requests_total": ("counter", "Requests by tenant, endpoint and status."),
@@ -31,12 +32,12 @@ class Metrics:
     """Counted in one event loop."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        self._counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self._read_tokens = 0
         self._read_s = 0.0
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
-        self._counts[name, tuple(sorted(labels.items()))] += value  # type: ignore[assignment]
+        self._counts[name, tuple(sorted(labels.items()))] += value
 
     def done(self, tenant: str, branch: str | None, outcome: Outcome) -> None:
         labels = {"tenant": tenant, "branch": branch or ""}
@@ -56,15 +57,15 @@ class Metrics:
     def text(self, gauges: dict[str, float]) -> str:
         lines: list[str] = []
         for name, (kind, help) in HELP.items():
-            rows = [(labels, value) for (one, labels), value in self._counts.items() if one == name]
+            rows = {labels: value for (one, labels), value in self._counts.items() if one == name}
             if name in gauges:
-                rows.append(((), gauges[name]))
+                rows[()] = gauges[name]
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in sorted(rows)]
+            lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in sorted(rows.items())]
         return "\n".join(lines) + "\n"
 
 
-def _labels(labels: Iterable[tuple[str, str]]) -> str:
+def _labels(labels: Labels) -> str:
     shown = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels)
     return f"{{{shown}}}" if shown else ""
 

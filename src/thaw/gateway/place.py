@@ -17,7 +17,8 @@ from typing import Literal
 import msgspec
 
 from thaw.core.errors import Refused, TooLong
-from thaw.core.objects import Turn
+from thaw.core.ids import CommitId, StateId
+from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
 from thaw.engines.base import Codec, Engine, Message
@@ -38,6 +39,8 @@ class Found(msgspec.Struct, kw_only=True):
     source: Source
     num_known: int = 0
     parent: str | None = None
+    whole: bool = False
+    """All of the parent is known, told again or not."""
 
 
 class Place:
@@ -142,9 +145,7 @@ class Finder:
         entry = self._live.begin(self._namespace, tokens, chat=asked.token_ids is None)
         try:
             found = await self._nearest(asked, entry, trunk)
-            if asked.at is not None and found.parent != asked.at.commit:
-                await found.session.reparent(asked.at.commit)
-                found.parent = str(asked.at.commit)
+            await self._follow(found, asked)
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -175,6 +176,25 @@ class Finder:
             return tuple(codec.encode_chat(text))
 
         return await call(render)
+
+    async def _follow(self, found: Found, asked: Asked) -> None:
+        """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
+        parent = str(asked.at.commit) if asked.at is not None else await call(self._held_whole, found)
+        if parent != found.session.sync.parent:
+            await found.session.reparent(None if parent is None else CommitId(parent))
+        found.parent = parent
+
+    def _held_whole(self, found: Found) -> str | None:
+        """Of the commit that a session was forked from and those before it, the last that ends within what is known."""
+        if found.whole:
+            return found.parent
+        store, commit = self._repo.sync.store, found.parent
+        while commit is not None:
+            known = store.get_as(commit, Commit)
+            if timeline.read_state(store, StateId(known.state)).num_tokens <= found.num_known:
+                return commit
+            commit = known.parents[0] if known.parents else None
+        return None
 
     # -- the longest prefix
 
@@ -227,7 +247,9 @@ class Finder:
                 session = await ready.fork(at)
             except Refused:
                 return None
-        return Found(session=session, source="live", num_known=min(num, len(entry.tokens)), parent=ready.parent)
+        whole = ready.commit is not None and num >= min(len(ready.tokens), len(ready.told))
+        num_known = min(num, len(entry.tokens))
+        return Found(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
 
     async def _in_answer(self, ready: Entry, num: int) -> bool:
         """Whether token `num` lies inside a completion that is over."""
@@ -252,13 +274,13 @@ class Finder:
             found = await self._fork(entry, trunk, len(trunk.tokens))
         finally:
             trunk.users -= 1
-        return None if found is None else msgspec.structs.replace(found, source="stored")
+        return None if found is None else msgspec.structs.replace(found, source="stored", whole=point.at_end)
 
     def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
         """The end of the commit, where the point lies inside an answer."""
         store = self._repo.sync.store
         turns = timeline.read_turns(store, timeline.read_state(store, point.state))
-        inside = any(turn.kind == "completion" and turn.start < point.num_tokens < turn.end for turn in turns)
+        inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
         return resolve.at(store, point.commit) if inside else point
 
     async def _load(self, asked: Asked, point: ResolvedPoint | None) -> AsyncSession:

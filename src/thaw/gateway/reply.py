@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -81,9 +82,10 @@ async def outcomes_of(request: Request, jobs: Sequence[Job]) -> list[Outcome]:
     """What became of all jobs; the first error counts, and ends the others. Raises `ClientGone` when the client went
     away: then they are stopped."""
     gone = asyncio.create_task(disconnected(request.receive))
-    all_done = asyncio.gather(*(asyncio.shield(job.outcome) for job in jobs))
+    all_done: asyncio.Future[list[Outcome]] = asyncio.gather(*(asyncio.shield(job.outcome) for job in jobs))
     try:
-        await asyncio.wait({gone, all_done}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {gone, all_done}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not all_done.done():
             raise ClientGone
         return all_done.result()

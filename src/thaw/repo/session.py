@@ -158,10 +158,11 @@ class Session(ProcessBound):
         """Of the repository that it commits to; "" is the default one."""
         return self._context.store.namespace
 
-    def reparent(self, commit: CommitId) -> None:
-        """What the next commit follows in history, where that is not what this session was hydrated or forked from. It
-        must be a commit of this repository and namespace; raises `NotFound`."""
-        resolve.at(self._context.store, commit)
+    def reparent(self, commit: CommitId | None) -> None:
+        """What the next commit follows in history, where that is not what this session was hydrated or forked from;
+        None: nothing. Raises `NotFound` unless it is a commit of this repository and namespace."""
+        if commit is not None:
+            resolve.at(self._context.store, commit)
         with self._lock:
             self._parent = commit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,4 +129,4 @@ def _say(settings: Settings, model: str, token: str | None, as_json: bool) -> No
         output.line(f"{model} at {output.style(url, 'bold')} (OpenAI: {url}/v1, Anthropic: {url})")
         if token is not None:
             output.note(f"the token of this run: {token}. Set {TOKEN} to have one of your own.")
-    click.get_text_stream("stdout").flush()
+    sys.stdout.flush()

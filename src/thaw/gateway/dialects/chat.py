@@ -87,11 +87,9 @@ async def create(context: Context, request: Request, body: bytes) -> Response:
         await begun(jobs)
         parent = jobs[0].begun.result().parent
         return EventStream(_stream(context, id, asked, jobs), lambda: stop(jobs), headers_of(ignored, parent=parent))
-    outcomes = (
-        (await outcomes_of(request, jobs))
-        if asked.best_of is None
-        else best_first(await outcomes_of(request, jobs))[: asked.n]
-    )
+    outcomes = await outcomes_of(request, jobs)
+    if asked.best_of is not None:
+        outcomes = best_first(outcomes)[: asked.n]
     return as_json(_whole(context, id, asked, outcomes), headers=headers_of(ignored, outcomes))
 
 

@@ -76,7 +76,7 @@ def sampling_of(body: Sampled, engine: Engine, **more: object) -> Sampling:
     if given.get("structured_outputs") is not None and "structured" not in engine.info.capabilities:
         raise unsupported("structured_outputs", f"the engine {engine.info.name} cannot do it; leave it out")
     try:
-        return Sampling(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return Sampling(**{name: value for name, value in given.items() if value is not None})
     except BadSampling as error:
         name, _, why = str(error).partition("=")
         raise invalid(name, why) from None

@@ -271,7 +271,7 @@ def _event(value: dict[str, object]) -> bytes:
 def _start(context: Context, id: str, begun: Begun) -> dict[str, object]:
     """With counts as planned; the engine's own come at the end."""
     known = min(begun.num_known, begun.num_prompt_tokens)
-    message = {
+    message: dict[str, object] = {
         "id": id, "type": "message", "role": "assistant", "model": context.service.model, "content": [],
         "stop_reason": None, "stop_sequence": None, "usage": _usage(begun.num_prompt_tokens, known, 0),
     }  # fmt: skip

@@ -21,7 +21,7 @@ def items(given: str | list[Any], id: str) -> list[Item]:
 def _item(one: Any, number: int, id: str) -> Item:
     if not isinstance(one, dict):
         raise invalid(f"input[{number}]", "an item is an object")
-    item = {"type": "message", "id": f"in_{id.removeprefix('resp_')}_{number}"}
+    item: Item = {"type": "message", "id": f"in_{id.removeprefix('resp_')}_{number}"}
     item |= {name: value for name, value in one.items() if value is not None}
     if item["type"] == "message" and isinstance(item.get("content"), str):
         kind = "output_text" if item.get("role") == "assistant" else "input_text"
