@@ -56,6 +56,8 @@ class Hermes:
     def __init__(self) -> None:
         self._held = ""
         self._called = False
+        self._blanks = ""
+        """Behind a call: of the format, unless text follows."""
 
     def push(self, text: str) -> Iterator[Said]:
         self._held += text
@@ -82,21 +84,22 @@ class Hermes:
         yield from self._text(sure)
 
     def _text(self, text: str) -> Iterator[Said]:
-        """Blanks between calls, and behind the last, are of the format."""
-        if text and not (self._called and not text.strip()):
-            yield Text(text)
+        if self._called and not text.strip():
+            self._blanks += text
+        elif text:
+            yield Text(self._blanks + text)
+            self._blanks, self._called = "", False
 
     def _call(self, inside: str) -> Iterator[Said]:
         try:
             said = json.loads(inside)
             name, arguments = said["name"], said.get("arguments", {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            yield Text(f"{self.OPEN}{inside}{self.CLOSE}")
-            return
+            name = arguments = None
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            yield Text(f"{self.OPEN}{inside}{self.CLOSE}")
+            yield from self._text(f"{self.OPEN}{inside}{self.CLOSE}")
             return
-        self._called = True
+        self._called, self._blanks = True, ""
         yield Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
