@@ -25,11 +25,18 @@ TOKEN = "test-token"
 class Gateway:
     """One that runs on a thread. `engine` counts what it computes."""
 
-    def __init__(self, folder: Path, engine: Engine, tenants: Tenants, settings: Settings) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        tenants: Tenants,
+        settings: Settings,
+        reconnect: Callable[[], Engine] | None = None,
+    ) -> None:
         self.folder, self.engine = folder, engine
         self._stack = ExitStack()
         self.repo = self._stack.enter_context(thaw.open(folder, engine=engine))
-        self.service: Service = self._stack.enter_context(running.opened(self.repo, tenants, settings))
+        self.service: Service = self._stack.enter_context(running.opened(self.repo, tenants, settings, reconnect))
         self.server = running.server(self.service)
         self.socket = socket.socket(proto=socket.IPPROTO_TCP)
         self.socket.bind(("127.0.0.1", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason="the extra [server] is not installed")
 
 from gateway_stand import TOKEN, Gateway, Start  # noqa: E402
-
 from thaw.gateway.settings import Settings  # noqa: E402
 from thaw.gateway.tenants import Tenants, single  # noqa: E402
 
@@ -28,11 +27,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
         def begin(
             *, tenants: Tenants | None = None, settings: Settings | None = None, name: str = "runs",
-            engine: Engine | None = None, **options: Any,
+            engine: Engine | None = None, reconnect: Callable[[], Engine] | None = None, **options: Any,
         ) -> Gateway:  # fmt: skip
             if engine is None:
                 engine = stack.enter_context(thaw.load_engine("fake", **options))
-            found = Gateway(tmp_path / name, engine, tenants or single(TOKEN), settings or Settings())
+            found = Gateway(tmp_path / name, engine, tenants or single(TOKEN), settings or Settings(), reconnect)
             stack.callback(lambda: None if not found._thread.is_alive() else found.close())
             return found
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+import thaw
 from gateway_stand import TOKEN, Gateway, Start
 
 openai = pytest.importorskip("openai")
@@ -209,3 +211,33 @@ def test_500_streams_lose_and_double_nothing(start: Start) -> None:
     assert len(gateway.service.live) <= gateway.service.settings.limits.live_sessions
     assert len(gateway.engine._sessions) <= gateway.service.settings.limits.live_sessions  # type: ignore[attr-defined]
     assert threading.active_count() < 200
+
+
+def test_streams_pause_while_the_engine_is_started_anew_and_go_on(start: Start) -> None:
+    """What was said goes on to the letter, with the seed it had; and what was acknowledged before is still there."""
+    gateway = start(step_s=0.005, reconnect=lambda: thaw.load_engine("fake", step_s=0.005))
+    client = gateway.openai()
+    first = client.responses.create(model="fake", input=LONG, max_output_tokens=8)
+    ask: dict[str, Any] = {
+        "model": "fake", "input": "Go on.", "max_output_tokens": 80, "extra_body": {"seed": 3},
+        "previous_response_id": first.id,
+    }  # fmt: skip
+    events = []
+    for event in client.responses.create(stream=True, **ask):
+        events.append(event)
+        if len(events) == 30:
+            gateway.engine.close()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    told = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    done = events[-1].response
+    assert done.output_text == told and done.usage.output_tokens == 80
+    assert client.responses.create(**ask).output_text == told
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+
+
+def test_without_another_engine_it_is_503(start: Start) -> None:
+    gateway = start()
+    gateway.engine.close()
+    with pytest.raises(openai.InternalServerError) as refused:
+        chat(gateway.openai(), [{"role": "user", "content": "x"}])
+    assert refused.value.status_code == 503 and refused.value.response.headers["retry-after"]

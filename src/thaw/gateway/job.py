@@ -3,7 +3,9 @@
 It runs in a task of its own and outlives the connection that asked for it: deltas are kept until it is forgotten, and
 whoever follows it sees all of them from any place on. `stop` ends it at the next step boundary; what was said until
 then is committed like any other. `park` does too, so that it can go on bit for bit later: what a stream holds back, the
-beginning of a stop string or of a character, is not given out. Its outcome exists once the commit is on disk.
+beginning of a stop string or of a character, is not given out. Where the engine ends and another one takes its place,
+the job pauses and runs again there with the seed that it had; what it says must begin with what was given out, and
+followers see the rest. Its outcome exists once the commit is on disk.
 """
 
 from __future__ import annotations
@@ -13,12 +15,45 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
+from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta
 from thaw.gateway.asked import Asked, Begun, Outcome
 from thaw.gateway.place import Place
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
+
+
+class Given:
+    """What followers were given, so that a run that begins anew gives them the rest alone."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._text = ""
+        self._ran: tuple[list[int], str] | None = None
+
+    def again(self) -> None:
+        self._ran = ([], "")
+
+    def beyond(self, delta: Delta) -> Delta | None:
+        """What of a delta is new; None where nothing is. Raises `Cancelled` where it is not what was said before."""
+        if self._ran is None:
+            self._ids += delta.token_ids
+            self._text += delta.text
+            return delta
+        ids, text = [*self._ran[0], *delta.token_ids], self._ran[1] + delta.text
+        shared, letters = min(len(ids), len(self._ids)), min(len(text), len(self._text))
+        if ids[:shared] != self._ids[:shared] or text[:letters] != self._text[:letters]:
+            raise Cancelled("the engine was started anew and says something else than before; ask again")
+        new_ids, new_text = ids[len(self._ids) :], text[len(self._text) :]
+        self._ran = (ids, text)
+        if len(ids) >= len(self._ids) and len(text) >= len(self._text):
+            self._ids, self._text, self._ran = ids, text, None
+        if not new_ids and not new_text and delta.finish_reason is None:
+            return None
+        logprobs = delta.logprobs[len(delta.token_ids) - len(new_ids) :] if new_ids else ()
+        return msgspec.structs.replace(delta, token_ids=tuple(new_ids), logprobs=logprobs, text=new_text)
+
 
 Keep = Callable[[Outcome], Awaitable[None]]
 
@@ -27,9 +62,15 @@ class Job:
     """Made and used in one event loop. `begun` and `outcome` raise what became of it instead."""
 
     def __init__(
-        self, asked: Asked, place: Callable[[], Awaitable[Place]], keep: Keep, said: Sequence[Delta] = ()
+        self,
+        asked: Asked,
+        place: Callable[[Asked], Awaitable[Place]],
+        keep: Keep,
+        engine_back: Callable[[], Awaitable[None]],
+        said: Sequence[Delta] = (),
     ) -> None:
-        """`said`: deltas from before it was parked."""
+        """`engine_back` waits for another engine after one has died, or raises. `said`: deltas from before it was
+        parked."""
         self.asked = asked
         self.begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -39,7 +80,8 @@ class Job:
         """Nothing but its commit is to be kept of it."""
         self.about: object = None
         """What its dialect needs to tell it to somebody else."""
-        self._find, self._keep = place, keep
+        self._find, self._keep, self._engine_back = place, keep, engine_back
+        self._given = Given()
         self._deltas = list(said)
         self._news = asyncio.Event()
         self._ended = False
@@ -76,8 +118,15 @@ class Job:
 
     async def _run(self) -> None:
         try:
-            place = await self._find()
-            await self._go_on(place)
+            while True:
+                try:
+                    await self._go_on(await self._find(self.asked))
+                    break
+                except EngineDied:
+                    if self.stopped or self.asked.resume:
+                        raise
+                    await self._engine_back()
+                    self._given.again()
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited
             for future in (self.begun, self.outcome):
                 if not future.done():
@@ -90,11 +139,13 @@ class Job:
 
     async def _go_on(self, place: Place) -> None:
         try:
+            self.asked = msgspec.structs.replace(self.asked, sampling=place.sampling)
             self._stream = self._ask(place)
             work = await self._stream.sync()
-            self.begun.set_result(
-                Begun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
-            )
+            if not self.begun.done():
+                self.begun.set_result(
+                    Begun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
+                )
             if self.stopped:
                 await self._stream.cancel()
             async for delta in each(work):
@@ -102,8 +153,10 @@ class Job:
                     place.entry.ready.set()
                 if self.parked and delta.finish_reason == "abort":
                     delta = msgspec.structs.replace(delta, text="")
-                self._deltas.append(delta)
-                self._tell()
+                news = self._given.beyond(delta)
+                if news is not None:
+                    self._deltas.append(news)
+                    self._tell()
             outcome = await self._committed(place, await call(work.result))
             tokens = await place.session.tokens()
         except BaseException:

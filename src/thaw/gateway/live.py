@@ -127,6 +127,12 @@ class LiveSessions:
                 entry.gone = True
                 await self._close(entry)
 
+    def drop(self) -> None:
+        """Forget all: their engine is gone. Those that are under way fail by themselves."""
+        for entry in [entry for entry in self._entries.values() if entry.ready.is_set()]:
+            entry.gone = True
+            del self._entries[entry.number]
+
     async def clear(self) -> None:
         for entry in list(self._entries.values()):
             entry.gone = True

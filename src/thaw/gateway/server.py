@@ -8,11 +8,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from logging.handlers import WatchedFileHandler
 
 import uvicorn
 
+from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
 from thaw.gateway.ledger import Ledger
 from thaw.gateway.service import Service
@@ -26,14 +27,16 @@ DRAIN_S = 60
 
 
 @contextlib.contextmanager
-def opened(repo: Repository, tenants: Tenants, settings: Settings) -> Iterator[Service]:
+def opened(
+    repo: Repository, tenants: Tenants, settings: Settings, reconnect: Callable[[], Engine] | None = None
+) -> Iterator[Service]:
     """The service of a repository, which has one gateway at a time. Raises `Busy`, `StorageFailed`."""
     busy = f"another gateway serves {repo.path}; end it first"
     with locked(repo.path / LOCK, wait_s=0.0, busy=busy):
         ledger = Ledger(repo.path)
         try:
             ledger.interrupt()
-            yield Service(repo, tenants, settings, ledger)
+            yield Service(repo, tenants, settings, ledger, reconnect)
         finally:
             ledger.close()
 

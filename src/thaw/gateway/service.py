@@ -18,7 +18,7 @@ from thaw.gateway.job import Job, Keep
 from thaw.gateway.ledger import Ledger, Row
 from thaw.gateway.live import LiveSessions
 from thaw.gateway.metrics import Metrics
-from thaw.gateway.place import Finder
+from thaw.gateway.place import Finder, Place
 from thaw.gateway.problems import RETRY_AFTER_S, Problem
 from thaw.gateway.settings import Settings
 from thaw.gateway.speech import Reader, reader_of
@@ -26,16 +26,29 @@ from thaw.gateway.tenants import Tenant, Tenants
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
+from thaw.repo.repository import open as open_repository
 from thaw.repo.resolve import ResolvedPoint
 
+REJOIN_S = 120.0
+"""How long requests wait for another engine."""
 log = logging.getLogger("thaw.gateway")
 
 
 class Service:
     """Made by `opened`; `close` ends what is under way and closes what is open, not the repository."""
 
-    def __init__(self, repo: Repository, tenants: Tenants, settings: Settings, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        repo: Repository,
+        tenants: Tenants,
+        settings: Settings,
+        ledger: Ledger,
+        reconnect: Callable[[], Engine] | None = None,
+    ) -> None:
+        """`reconnect` joins or boots the engine that takes the place of one that died; None: there is none."""
         self.repo = AsyncRepository(repo)
+        self._reconnect = reconnect
+        self._rejoining = asyncio.Lock()
         self.engine: Engine = repo.engine
         self.settings = settings
         self.tenants = tenants
@@ -51,6 +64,8 @@ class Service:
         self._running: set[Job] = set()
         self._conversations: set[tuple[str, str]] = set()
         self._chores: set[asyncio.Task[None]] = set()
+        self._opened: list[AsyncRepository] = []
+        """Those that came with another engine; they are closed here."""
         self._finders: dict[str, Finder] = {}
 
     @property
@@ -64,6 +79,33 @@ class Service:
         if tenant.namespace not in self._finders:
             self._finders[tenant.namespace] = Finder(self.within(tenant), self.engine, self.live)
         return self._finders[tenant.namespace]
+
+    async def rejoin(self, dead: Engine) -> None:
+        """Wait until another engine has taken the place of a dead one, once for all. Raises `Problem` 503 where none
+        comes in time."""
+        async with self._rejoining:
+            if self.engine is not dead:
+                return
+            self.live.drop()
+            for _ in range(int(REJOIN_S / RETRY_AFTER_S)):
+                if self.closing or self._reconnect is None:
+                    break
+                try:
+                    engine = await call(self._reconnect)
+                except ThawError as error:
+                    log.warning("the engine is gone, and none takes its place yet: %s", error.kind)
+                    await asyncio.sleep(RETRY_AFTER_S)
+                    continue
+                await self._use(engine)
+                return
+        raise Problem(503, "the engine is gone; try again soon", retry_after=RETRY_AFTER_S)
+
+    async def _use(self, engine: Engine) -> None:
+        former, self.engine = self.repo, engine
+        self.repo = AsyncRepository(await call(open_repository, former.path, engine=engine, create=False))
+        self._finders.clear()
+        self._opened.append(self.repo)
+        log.warning("another engine has taken the place of the one that was gone")
 
     # -- points
 
@@ -100,14 +142,19 @@ class Service:
     def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> Job:
         """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
         commit is kept. `said`: deltas from before it was parked."""
-        finder = self._finder(tenant)
+        engine = self.engine
+
+        async def find(now: Asked) -> Place:
+            nonlocal engine
+            engine = self.engine
+            return await self._finder(tenant).find(now)
 
         async def kept(outcome: Outcome) -> None:
             tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
             self.metrics.done(tenant.name, asked.branch, outcome)
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
-        job = Job(asked, lambda: finder.find(asked), kept, said)
+        job = Job(asked, find, kept, lambda: self.rejoin(engine), said)
         tenant.running += 1
         self._running.add(job)
 
@@ -169,6 +216,9 @@ class Service:
             if tasks:
                 await asyncio.wait(tasks)
         await self.live.clear()
+        for repo in self._opened:
+            await call(repo.sync.engine.close)
+            await repo.close()
 
 
 def _model_name(engine: Engine) -> str:

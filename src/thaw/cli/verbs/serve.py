@@ -13,8 +13,10 @@ from thaw.cli import options, output, place, speak
 from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from thaw.engines.base import Engine
     from thaw.gateway.settings import Settings
     from thaw.gateway.tenants import Tenants
+    from thaw.repo.repository import Repository
 
 EXAMPLE = """
 thaw serve
@@ -76,10 +78,19 @@ def command(
     server.keep_audit(settings.audit)
     with (
         speak.opened(named, engine_name, model, dtype, device) as repo,
-        server.opened(repo, tenants, settings) as service,
+        server.opened(repo, tenants, settings, lambda: _engine_again(repo, engine_name, model)) as service,
     ):
         _say(settings, service.model, token, as_json)
         server.run(service)
+
+
+def _engine_again(repo: Repository, engine_name: str | None, model: str | None) -> Engine:
+    """The engine that takes the place of one that died: by the address that was given, or that is remembered by now."""
+    from thaw.engines import load_engine
+    from thaw.repo.choice import choose
+
+    chosen = choose(repo.store, engine_name, model)
+    return load_engine(chosen.name, **chosen.options)
 
 
 def _require_installed() -> None:
