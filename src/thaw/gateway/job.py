@@ -158,11 +158,11 @@ class Job:
                     self._deltas.append(news)
                     self._tell()
             outcome = await self._committed(place, await call(work.result))
-            tokens = await place.session.tokens()
+            view = await place.session.view()
         except BaseException:
             await place.give_up()
             raise
-        await place.settle(place.session.sync.engine.codec, tokens, outcome)
+        await place.settle(place.session.sync.engine.codec, view, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
 

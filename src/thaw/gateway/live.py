@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from thaw.core.errors import Refused, ThawError
 from thaw.core.prefix import common_prefix
+from thaw.engines.base import SessionView
 from thaw.gateway.settings import Limits
 from thaw.repo.aio import AsyncSession
 from thaw.repo.resolve import ResolvedPoint
@@ -35,6 +36,8 @@ class Entry:
         self.told = tokens
         """What a client that tells the conversation again makes of it: answers in the tokenizer's own tokens."""
         self.chat = chat
+        self.answers: tuple[tuple[int, int], ...] = ()
+        """[start, end) of the completions that are over."""
         self.session: AsyncSession | None = None
         self.commit: str | None = None
         self.parent: str | None = None
@@ -45,6 +48,9 @@ class Entry:
     @property
     def usable(self) -> bool:
         return self.ready.is_set() and not self.gone
+
+    def in_answer(self, token: int) -> bool:
+        return any(start <= token < end for start, end in self.answers)
 
     def common(self, tokens: tuple[int, ...]) -> int:
         """How many of these it begins with, in its own tokens or as they are told again."""
@@ -76,6 +82,10 @@ def _worth(near: Near) -> tuple[int, int]:
     return num, 0 if entry is None else -len(entry.tokens)
 
 
+def _answers(view: SessionView) -> tuple[tuple[int, int], ...]:
+    return tuple((turn.start, turn.end) for turn in view.turns if turn.kind == "completion")
+
+
 class LiveSessions:
     """All entries of all namespaces, least recently used first."""
 
@@ -103,9 +113,10 @@ class LiveSessions:
     def touch(self, entry: Entry) -> None:
         self._entries[entry.number] = self._entries.pop(entry.number)
 
-    async def settle(self, entry: Entry, tokens: tuple[int, ...], told: tuple[int, ...], commit: str) -> None:
+    async def settle(self, entry: Entry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
         """The request is over and committed."""
-        entry.tokens, entry.told, entry.commit, entry.parent = tokens, told, commit, commit
+        entry.tokens, entry.told, entry.commit, entry.parent = view.tokens, told, commit, commit
+        entry.answers = _answers(view)
         entry.ready.set()
         entry.users -= 1
         await self.trim()
@@ -206,6 +217,7 @@ class LiveSessions:
         chat = bool(view.turns) and view.turns[0].role is not None
         entry = self.begin(key[0], view.tokens, chat=chat)
         entry.session, entry.commit, entry.parent = session, key[1], key[1]
+        entry.answers = _answers(view)
         entry.ready.set()
         loaded.set_result(entry)
         return entry

@@ -21,7 +21,7 @@ from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
-from thaw.engines.base import Codec, Engine, Message
+from thaw.engines.base import Codec, Engine, Message, SessionView
 from thaw.gateway.asked import Asked, Outcome
 from thaw.gateway.live import WORTH_WAITING, Entry, LiveSessions
 from thaw.repo import resolve, timeline
@@ -64,12 +64,12 @@ class Place:
         self.num_tokens, self.sampling = num_tokens, sampling
         entry.session, entry.parent = found.session, found.parent
 
-    async def settle(self, codec: Codec, tokens: tuple[int, ...], outcome: Outcome) -> None:
-        told = tokens
+    async def settle(self, codec: Codec, view: SessionView, outcome: Outcome) -> None:
+        told = view.tokens
         if self.entry.chat and self.entry.tokens and outcome.token_ids:
             again = await call(codec.encode_chat, outcome.text, inside=True)
             told = (*self.entry.tokens, *again)
-        await self._live.settle(self.entry, tokens, told, outcome.point)
+        await self._live.settle(self.entry, view, told, outcome.point)
 
     async def give_up(self) -> None:
         await self._live.fail(self.entry)
@@ -202,7 +202,7 @@ class Finder:
         stored: ResolvedPoint | None = None
         looked = False
         refused: set[int] = set()
-        if trunk is not None and not await self._leads_on(trunk, entry):
+        if trunk is not None and not _leads_on(trunk, entry):
             trunk = None
         while True:
             (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
@@ -227,11 +227,6 @@ class Finder:
                     return found
             return await self._fresh()
 
-    async def _leads_on(self, trunk: Entry, entry: Entry) -> bool:
-        """Whether the conversation goes on from the point: all of it, or up to an answer that is told otherwise."""
-        common = common_prefix(trunk.tokens, entry.tokens)
-        return common == len(trunk.tokens) or await self._in_answer(trunk, common)
-
     async def _fresh(self) -> Found:
         return Found(session=await self._repo.session(), source="new")
 
@@ -241,7 +236,7 @@ class Finder:
         self._live.touch(ready)
         with ready.held():
             own = common_prefix(ready.tokens, entry.tokens)
-            retold = entry.chat and (num > own or await self._in_answer(ready, own))
+            retold = entry.chat and (num > own or ready.in_answer(own))
             at = len(ready.tokens) if retold else min(num, len(ready.tokens))
             try:
                 session = await ready.fork(at)
@@ -250,14 +245,6 @@ class Finder:
         whole = ready.commit is not None and num >= min(len(ready.tokens), len(ready.told))
         num_known = min(num, len(entry.tokens))
         return Found(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
-
-    async def _in_answer(self, ready: Entry, num: int) -> bool:
-        """Whether token `num` lies inside a completion that is over."""
-        assert ready.session is not None
-        if ready.commit is None:
-            return False
-        turns = await ready.session.turns()
-        return any(turn.kind == "completion" and turn.start <= num < turn.end for turn in turns)
 
     async def _stored(self, asked: Asked, entry: Entry, point: ResolvedPoint) -> Found | None:
         if entry.chat:
@@ -287,6 +274,12 @@ class Finder:
         assert point is not None
         bare = msgspec.structs.replace(point, branch=None)
         return await self._repo.session(bare, policy=asked.policy)
+
+
+def _leads_on(trunk: Entry, entry: Entry) -> bool:
+    """Whether the conversation goes on from the point: all of it, or up to an answer that is told otherwise."""
+    common = common_prefix(trunk.tokens, entry.tokens)
+    return common == len(trunk.tokens) or trunk.in_answer(common)
 
 
 def _conversation(asked: Asked, held: tuple[Message, ...]) -> tuple[Message, ...]:
