@@ -18,7 +18,7 @@ _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
 class Fields(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
-    """An endpoint's table. `idle`: the values with which a field asks for nothing; "…" for any."""
+    """An endpoint's table. `idle`: the values with which a field asks for nothing."""
 
     taken: type[T]
     ignored: frozenset[str] = frozenset()

@@ -78,6 +78,8 @@ class Job:
         self.parked = False
         self.forgotten = False
         """Nothing but its commit is to be kept of it."""
+        self.written: Awaitable[None] | None = None
+        """Its row is on disk; None where nothing is written before the end."""
         self.about: object = None
         """What its dialect needs to tell it to somebody else."""
         self._find, self._keep, self._engine_back = place, keep, engine_back

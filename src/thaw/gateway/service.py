@@ -29,7 +29,7 @@ from thaw.repo.repository import Repository
 from thaw.repo.repository import open as open_repository
 from thaw.repo.resolve import ResolvedPoint
 
-REJOIN_S = 120.0
+REJOIN_S = 600.0
 """How long requests wait for another engine."""
 log = logging.getLogger("thaw.gateway")
 

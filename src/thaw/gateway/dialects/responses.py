@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -174,6 +174,9 @@ async def _previous(context: Context, body: Create) -> Row | None:
 
 
 async def _row(context: Context, id: str, param: str = "response_id") -> Row:
+    job = context.service.jobs.get((context.tenant.namespace, id))
+    if job is not None and job.written is not None:
+        await job.written
     row = await call(context.service.ledger.get, context.tenant.namespace, KIND, id[:100])
     if row is None:
         raise Problem(404, f"there is no response {id[:100]!r}", code="not_found", param=param)
@@ -220,24 +223,24 @@ async def _start(context: Context, begin: Begin) -> Job:
         if begin.conversation is not None:
             service.free_conversation(namespace, begin.conversation.id)
         raise
-    first: list[Awaitable[None]] = []
+    first: asyncio.Task[None] | None = None
     if begin.store:
         row = Row(
             kind=KIND, id=begin.id, namespace=namespace, status=str(begin.head["status"]), parent=begin.parent,
             record={"reply": begin.head, "input": begin.input, "pieces": []},
         )  # fmt: skip
-        first.append(asyncio.create_task(call(service.ledger.put, row)))
+        first = asyncio.create_task(call(service.ledger.put, row))
     return _own(context, begin, first)
 
 
-def _own(context: Context, begin: Begin, first: Sequence[Awaitable[None]], said: Sequence[Delta] = ()) -> Job:
-    """The job of a response: known while it runs, and kept when it is over. `first`: what is written before that."""
+def _own(context: Context, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[Delta] = ()) -> Job:
+    """The job of a response: known while it runs, and kept when it is over. `first` writes its row before that."""
     service, namespace = context.service, context.tenant.namespace
     key = (namespace, begin.id)
 
     async def keep(outcome: Outcome) -> None:
-        for written in first:
-            await written
+        if first is not None:
+            await first
         row = _row_of(context, begin, outcome, job)
         if begin.store and not job.forgotten:
             await call(service.ledger.put, row)
@@ -249,7 +252,7 @@ def _own(context: Context, begin: Begin, first: Sequence[Awaitable[None]], said:
 
     job = service.begin(context.tenant, begin.asked, keep, said)
     if begin.store:
-        service.jobs[key], job.about = job, begin
+        service.jobs[key], job.about, job.written = job, begin, first
 
     def over(_: asyncio.Task[None]) -> None:
         service.jobs.pop(key, None)
@@ -262,10 +265,10 @@ def _own(context: Context, begin: Begin, first: Sequence[Awaitable[None]], said:
     return job
 
 
-async def _failed(context: Context, begin: Begin, first: Sequence[Awaitable[None]]) -> None:
+async def _failed(context: Context, begin: Begin, first: asyncio.Task[None] | None) -> None:
     """A stored response that came to nothing says so when it is asked for."""
-    for written in first:
-        await written
+    if first is not None:
+        await first
     row = await call(context.service.ledger.get, context.tenant.namespace, KIND, begin.id)
     if row is not None:
         row.status = "failed"
@@ -328,7 +331,7 @@ async def _restore(service: Service, row: Row) -> None:
     ends = [0, *accumulate(record["pieces"])]
     texts = [record["text"][start:end] for start, end in pairwise(ends)]
     said = [Delta(index=0, session=SessionRef(""), token_ids=(), logprobs=(), text=text) for text in texts]
-    _own(context, begin, [], said)
+    _own(context, begin, None, said)
 
 
 # -- events
