@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import socket
+import ssl
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from gateway_stand import TOKEN, Gateway, Start
 
+from gateway_stand import TOKEN, Gateway, Start
 from thaw.core.errors import Busy, InvalidRequest
 from thaw.gateway import server as running
 from thaw.gateway import tenants
@@ -230,3 +233,20 @@ def test_a_hit_on_anothers_prefix_cannot_be_told_by_its_time(start: Start) -> No
             times[stored].append(time.perf_counter() - begun)
     wins = sum((x < y) + 0.5 * (x == y) for x in times[True] for y in times[False])
     assert 0.25 < wins / (len(times[True]) * len(times[False])) < 0.75
+
+
+def test_it_speaks_tls(start: Start, tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl here to make a certificate")
+    pem, key = tmp_path / "pem", tmp_path / "key"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", pem, "-days", "1", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True,
+    )  # fmt: skip
+    gateway = start(settings=Settings(certificate=str(pem), certificate_key=str(key)))
+    url = gateway.url.replace("http://127.0.0.1", "https://localhost")
+    with httpx.Client(verify=ssl.create_default_context(cafile=str(pem)), trust_env=False) as client:
+        assert client.get(f"{url}/v1/models", headers={"x-api-key": TOKEN}).status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{gateway.url}/v1/models", headers={"x-api-key": TOKEN})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 
 import thaw
 from gateway_stand import TOKEN, Gateway, Start
+from thaw.gateway import reply
 
 openai = pytest.importorskip("openai")
 LONG = "a long story about a river, and who lives there. " * 40
@@ -106,11 +108,15 @@ def test_a_client_that_goes_away_ends_its_response_and_keeps_what_was_said(start
 
 def test_a_client_that_goes_away_from_a_whole_reply_stops_it(start: Start) -> None:
     gateway = start(step_s=0.005)
-    with httpx.Client(base_url=gateway.url, headers={"authorization": f"Bearer {TOKEN}"}) as client:
-        body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 5000}
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/chat/completions", json=body, timeout=0.5)
+    body = json.dumps({"messages": [{"role": "user", "content": LONG}], "max_tokens": 5000})
+    before = gateway.num_forwarded
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        while gateway.num_forwarded - before < len(LONG) + 40:
+            time.sleep(0.005)
     quiet(gateway)
+    assert gateway.num_forwarded - before < 4000
     retry = chat(gateway.openai(), [{"role": "user", "content": LONG}])
     assert retry.usage.prompt_tokens_details.cached_tokens == retry.usage.prompt_tokens - 1
 
@@ -171,7 +177,9 @@ def test_a_response_in_the_background_is_cancelled(start: Start) -> None:
     gateway = start(step_s=0.005)
     client = gateway.openai()
     made = client.responses.create(model="fake", input=LONG, max_output_tokens=5000, background=True)
-    time.sleep(0.3)
+    following = iter(client.responses.retrieve(made.id, stream=True))
+    while next(following).type != "response.output_text.delta":
+        pass
     ended = client.responses.cancel(made.id)
     assert ended.status == "cancelled" and 0 < ended.usage.output_tokens < 5000
     assert client.responses.cancel(made.id).status == "cancelled"
@@ -241,3 +249,15 @@ def test_without_another_engine_it_is_503(start: Start) -> None:
     with pytest.raises(openai.InternalServerError) as refused:
         chat(gateway.openai(), [{"role": "user", "content": "x"}])
     assert refused.value.status_code == 503 and refused.value.response.headers["retry-after"]
+
+
+def test_a_silent_stream_says_that_it_is_still_there(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In comments, which clients leave out."""
+    monkeypatch.setattr(reply, "PAUSE_S", 0.05)
+    gateway = start(step_s=0.2)
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    text = httpx.post(f"{gateway.url}/v1/chat/completions", json=body, headers=headers, timeout=30).text
+    assert ": still here" in text and text.rstrip().endswith("[DONE]")
+    stream = chat(gateway.openai(), body["messages"], stream=True, max_tokens=3)  # type: ignore[arg-type]
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"

@@ -15,6 +15,9 @@ from starlette.types import Receive, Scope, Send
 from thaw.gateway.asked import Outcome
 from thaw.gateway.job import Job
 
+PAUSE_S = 15.0
+"""Of silence in a stream."""
+
 
 class ClientGone(Exception):
     """Nobody waits for the reply any more."""
@@ -68,9 +71,32 @@ class EventStream(Response):
                 await sending
 
     async def _send(self, send: Send) -> None:
-        async for chunk in self._events:
+        async for chunk in with_pauses(self._events):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def with_pauses(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, and a comment whenever none came for a while: who stands between would take silence for an end."""
+    following: asyncio.Task[bytes | None] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(_next(events))
+            done, _ = await asyncio.wait({following}, timeout=PAUSE_S)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            chunk, following = following.result(), None
+            if chunk is None:
+                return
+            yield chunk
+    finally:
+        if following is not None:
+            following.cancel()
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(events, None)
 
 
 async def disconnected(receive: Receive) -> None:
