@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from gateway_stand import Gateway, Start
 
 openai = pytest.importorskip("openai")
@@ -215,3 +216,21 @@ def test_history_has_the_shape_of_the_conversations(gateway: Gateway) -> None:
     assert (two.thaw["parent"], retry.thaw["parent"]) == (one.thaw["point"], one.thaw["point"])
     assert other.thaw["parent"] is None and other.thaw["cached_tokens"] >= len(LONG)
     assert gateway.repo.log(retry.thaw["point"])[1].commit == one.thaw["point"]
+
+
+def test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled(start: Start) -> None:
+    """A byte that is no text comes back as U+FFFD, three bytes; the session keeps the one, open or stored."""
+    gateway = start()
+    odd = {"logit_bias": {"200": 100}}
+    history: list[dict[str, Any]] = [{"role": "user", "content": LONG}]
+    for turn in range(3):
+        reply = chat(gateway.openai(), history, **odd)
+        assert "\ufffd" in reply.choices[0].message.content
+        history += [said(reply), {"role": "user", "content": f"On {turn}."}]
+        on = chat(gateway.openai(), history)
+        assert on.usage.prompt_tokens_details.cached_tokens >= reply.usage.total_tokens - 2
+        assert on.thaw["parent"] == reply.thaw["point"]
+    gateway.close()
+    last = chat(start().openai(), history)
+    assert last.usage.prompt_tokens_details.cached_tokens >= reply.usage.total_tokens - 2
+    assert last.thaw["source"] == "stored"
