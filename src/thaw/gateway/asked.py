@@ -54,7 +54,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a request became; it is committed as `point`. Counts are the engine's.
 
     `num_prefilled` tokens were run through the model before the first one was sampled, `num_cached` were not. `source`:
-    where those came from. `pieces`: characters of each delta's text, so that a stream can be told again.
+    where those came from. `created`: just before the commit. `pieces`: characters of each delta's text, so that a
+    stream can be told again.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     point: str
     parent: str | None
     nbytes: int
+    created: float
     seed: int
     forked_at: int | None
     num_dropped: int

@@ -11,6 +11,7 @@ followers see the rest. Its outcome exists once the commit is on disk.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
@@ -74,6 +75,7 @@ class Job:
         self.asked = asked
         self.begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.began = time.time()
         self.stopped = False
         self.parked = False
         self.forgotten = False
@@ -186,6 +188,7 @@ class Job:
 
     async def _committed(self, place: Place, result: ChatResult | Completion) -> Outcome:
         completion = result.completion if isinstance(result, ChatResult) else result
+        created = time.time()
         done = await place.session.commit(self.asked.note, branch=self.asked.branch)
         usage = completion.usage
         return Outcome(
@@ -201,6 +204,7 @@ class Job:
             point=str(done.commit),
             parent=place.parent,
             nbytes=done.nbytes_written,
+            created=created,
             seed=completion.seed,
             forked_at=result.forked_at if isinstance(result, ChatResult) else None,
             num_dropped=result.num_dropped_tokens if isinstance(result, ChatResult) else 0,

@@ -35,7 +35,8 @@ CREATE INDEX IF NOT EXISTS rows_by_status ON rows (status) WHERE status IN ('que
 
 
 class Row(msgspec.Struct, kw_only=True):
-    """`point`: the commit, once there is one; `parent`: where it began. `record`: what a dialect keeps of it."""
+    """`point`: the commit, once there is one, made after `created`; `parent`: where it began. `record`: what a dialect
+    keeps of it."""
 
     kind: str
     id: str
@@ -101,10 +102,10 @@ class Ledger:
             found = self._connection.execute(f"SELECT coalesce(sum(nbytes), 0) FROM rows{where}", values).fetchone()
         return int(found[0])
 
-    def expire(self, *, before: float, max_nbytes: int) -> tuple[int, float]:
+    def expire(self, *, before: float, max_nbytes: int) -> tuple[int, float | None]:
         """Drop rows from before a time and, oldest first, those beyond `max_nbytes` in all; never one under way.
 
-        Returns how many went, and the time up to which they did."""
+        Returns how many went, and the time of the oldest that is left, if any is."""
         kept, cut = 0, before
         with self._lock, database_errors(self._path):
             newest_first = self._connection.execute("SELECT created, nbytes FROM rows ORDER BY created DESC")
@@ -117,7 +118,10 @@ class Ledger:
                 "DELETE FROM rows WHERE created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?)",
                 (cut, *UNDER_WAY),
             )
-        return done.rowcount, cut
+            (oldest,) = self._connection.execute(
+                "SELECT min(created) FROM rows WHERE kind <> 'conversation'"
+            ).fetchone()
+        return done.rowcount, oldest
 
     def close(self) -> None:
         with self._lock, database_errors(self._path):

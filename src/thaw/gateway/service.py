@@ -171,7 +171,7 @@ class Service:
         """Count a commit that no response names."""
         row = Row(
             kind="point", id=outcome.point, namespace=tenant.namespace, status="completed", record={},
-            point=outcome.point, parent=outcome.parent, nbytes=outcome.nbytes,
+            point=outcome.point, parent=outcome.parent, nbytes=outcome.nbytes, created=outcome.created,
         )  # fmt: skip
         await call(self.ledger.put, row)
 
@@ -193,9 +193,12 @@ class Service:
     async def sweep(self) -> int:
         """Let go of what is kept no longer: rows, then, by gc, the KV that nothing names. How many rows went."""
         keeping = self.settings.keeping
-        gone, cut = await call(self.ledger.expire, before=time.time() - keeping.lifetime_s, max_nbytes=keeping.nbytes)
+        before = time.time() - keeping.lifetime_s
+        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes)
         if gone:
-            await self.repo.gc(keep_reflog_s=max(0.0, time.time() - cut))
+            now = time.time()
+            since = min([now if oldest is None else oldest, *(job.began for job in self._running)])
+            await self.repo.gc(keep_reflog_s=max(0.0, now - since))
         return gone
 
     async def sweep_forever(self) -> None:

@@ -295,6 +295,7 @@ def _row_of(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Row:
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
         status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
         nbytes=outcome.nbytes,
+        created=outcome.created,
         record={
             "reply": reply, "input": begin.input, "text": text, "pieces": list(outcome.pieces),
             "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
