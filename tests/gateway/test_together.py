@@ -69,17 +69,20 @@ def test_a_stored_prefix_is_loaded_once(start: Start, monkeypatch: pytest.Monkey
 
 
 def test_who_waits_goes_on_when_the_first_one_fails(start: Start) -> None:
-    gateway = start(step_s=0.01)
+    """The first one is stopped half way through its prompt, while another one waits for it."""
+    gateway = start(step_s=0.3)
     client = gateway.openai()
-    messages = [{"role": "user", "content": LONG}]
+    messages = [{"role": "user", "content": LONG * 2}]
     stream = chat(client, messages, stream=True, max_tokens=300)
     replies: list[Any] = []
-    follower = threading.Thread(target=lambda: replies.append(chat(client, messages)))
+    follower = threading.Thread(target=lambda: replies.append(chat(client, messages, max_tokens=2)))
     follower.start()
-    time.sleep(0.02)
+    while len(gateway.service.live) < 2:
+        time.sleep(0.005)
     stream.close()
-    follower.join(30)
-    assert replies and replies[0].usage.completion_tokens == 8
+    follower.join(60)
+    assert replies and replies[0].usage.completion_tokens == 2
+    assert replies[0].usage.prompt_tokens_details.cached_tokens < replies[0].usage.prompt_tokens - 1
 
 
 def quiet(gateway: Gateway) -> None:
