@@ -98,6 +98,7 @@ def test_calls_and_results_of_tools_are_read(gateway: Gateway) -> None:
     [
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"extra_body": {"container": "c"}}, "container"),
+        ({"extra_body": {"thinking": {"type": "enabled", "a\r\nb: c": 1}}}, "thinking.a"),
         ({"extra_body": {"temperature": -1.0}}, "temperature"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]"),
     ],
@@ -120,3 +121,14 @@ def test_an_answer_goes_on_from_its_beginning(gateway: Gateway) -> None:
     reply = ask(gateway.anthropic(), [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Well"}])
     told = gateway.repo.session(reply.thaw["point"]).messages
     assert told[-1]["content"] == "Well" + reply.content[0].text
+
+
+def test_thinking_is_a_variable_of_the_template(gateway: Gateway) -> None:
+    client = gateway.anthropic()
+    raw = client.messages.with_raw_response.create(
+        model="fake", max_tokens=2, messages=[{"role": "user", "content": "x"}],
+        extra_body={"thinking": {"type": "enabled", "budget_tokens": 2000}},
+    )  # fmt: skip
+    assert raw.headers["x-thaw-ignored"] == "thinking.budget_tokens"
+    text = gateway.repo.session(raw.parse().thaw["point"]).text
+    assert '"enable_thinking": true' in text

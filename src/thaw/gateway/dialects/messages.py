@@ -28,6 +28,8 @@ from thaw.gateway.speech import Call, Said, Text, read_all
 BILLING = "x-anthropic-billing-header:"
 IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
                      "diagnostics", "cache_control"})  # fmt: skip
+HOW_LONG = ("budget_tokens", "display")
+"""Of thinking: what no template is told."""
 TYPES = {"authentication_error", "permission_error", "not_found_error", "request_too_large", "rate_limit_error",
          "api_error", "overloaded_error"}  # fmt: skip
 
@@ -108,7 +110,10 @@ def _thinking(given: dict[str, Any] | None, ignored: list[str]) -> dict[str, obj
         return {}
     if kind not in ("enabled", "adaptive", "disabled"):
         raise invalid("thinking", "its type is enabled, adaptive or disabled")
-    ignored += [f"thinking.{name}" for name in given if name != "type"]
+    for name in given.keys() - {"type"}:
+        if name not in HOW_LONG:
+            raise unsupported(f"thinking.{name[:40]}", "it is not known here; leave it out")
+        ignored.append(f"thinking.{name}")
     return {"enable_thinking": kind != "disabled"}
 
 
