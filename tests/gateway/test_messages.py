@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from gateway_stand import Gateway
 
 anthropic = pytest.importorskip("anthropic")
