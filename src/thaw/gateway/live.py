@@ -55,7 +55,7 @@ class Entry:
     def common(self, tokens: tuple[int, ...]) -> int:
         """How many of these it begins with, in its own tokens or as they are told again."""
         own = common_prefix(self.tokens, tokens)
-        return own if self.told is self.tokens else max(own, common_prefix(self.told, tokens))
+        return max(own, common_prefix(self.told, tokens)) if self.in_answer(own) else own
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

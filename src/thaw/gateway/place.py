@@ -199,16 +199,12 @@ class Finder:
     # -- the longest prefix
 
     async def _nearest(self, asked: Asked, entry: Entry, trunk: Entry | None) -> Found:
-        stored: ResolvedPoint | None = None
-        looked = False
         refused: set[int] = set()
         if trunk is not None and not _leads_on(trunk, entry):
             trunk = None
+        stored = await self._repo.match(entry.tokens) if trunk is None else None
         while True:
             (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
-            if not looked and num < len(entry.tokens) and trunk is None:
-                stored, looked = await self._repo.match(entry.tokens), True
-                continue
             known = max(num, stored.num_tokens if stored else 0, len(trunk.tokens) if trunk else 0)
             if coming is not None and num_coming >= known + WORTH_WAITING:
                 await coming.ready.wait()
