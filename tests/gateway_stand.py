@@ -14,10 +14,14 @@ import pytest
 
 import thaw
 from thaw.engines.base import Engine
-from thaw.gateway import server as running
-from thaw.gateway.service import Service
-from thaw.gateway.settings import Settings
-from thaw.gateway.tenants import Tenants
+
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason="the extra [server] is not installed")
+
+from thaw.gateway import server as running  # noqa: E402
+from thaw.gateway.service import Service  # noqa: E402
+from thaw.gateway.settings import Settings  # noqa: E402
+from thaw.gateway.tenants import Tenants  # noqa: E402
 
 TOKEN = "test-token"
 

@@ -1,28 +1,31 @@
-"""A gateway over the fake engine; skipped, by name, where the extra [server] is not installed."""
+"""A gateway over the fake engine. Test modules are skipped, by name, where the extra [server] is not installed
+(`gateway_stand`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import thaw
 from thaw.engines.base import Engine
 
-for package in ("starlette", "uvicorn"):
-    pytest.importorskip(package, reason="the extra [server] is not installed")
-
-from gateway_stand import TOKEN, Gateway, Start  # noqa: E402
-from thaw.gateway.settings import Settings  # noqa: E402
-from thaw.gateway.tenants import Tenants, single  # noqa: E402
+if TYPE_CHECKING:
+    from gateway_stand import Gateway, Start
+    from thaw.gateway.settings import Settings
+    from thaw.gateway.tenants import Tenants
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a gateway; all are closed at the end. `engine`: options of the fake engine, or one that runs."""
+    from gateway_stand import TOKEN, Gateway
+    from thaw.gateway.settings import Settings
+    from thaw.gateway.tenants import single
+
     with ExitStack() as stack:
 
         def begin(

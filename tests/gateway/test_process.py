@@ -21,6 +21,8 @@ from thaw.repo import settings
 from thaw.repo.settings import EngineSettings
 
 openai = pytest.importorskip("openai")
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason="the extra [server] is not installed")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 LONG = "a long story about a river, and who lives there. " * 8
 
