@@ -85,6 +85,7 @@ class Outcome:
         return self.caught or (f"ERROR: {self.error}" if self.error else "MISSED")
 
 
+GATEWAY = "tests/gateway"
 FAULTS = (
     # --- law 1, bytes
     Fault(
@@ -645,6 +646,53 @@ FAULTS = (
         "if failed and not self._closed and", "if not failed and not self._closed and",
         ("tests/repo/test_chat.py::test_a_chat_that_the_engine_refuses_leaves_the_session_as_it_was",),
         "a chat that the engine refuses has dropped what it was to replace",
+    ),
+    # --- the gateway
+    Fault(
+        "prefix-read-twice", "gateway", "none", "gateway/place.py",
+        "            if coming is not None and num_coming >= known + WORTH_WAITING:\n",
+        "            if coming is not None and num_coming < 0:\n",
+        (f"{GATEWAY}/test_together.py::test_a_prefix_at_first_sight_is_read_once",),
+        "requests that begin alike do not wait for one another",
+    ),
+    Fault(
+        "anothers-open-session", "8", "none", "gateway/live.py",
+        "alike = entry.namespace == mine.namespace and (entry.chat or not mine.chat)",
+        "alike = entry.chat or not mine.chat",
+        (f"{GATEWAY}/test_tenants.py::test_anothers_prefix_is_read_as_if_it_were_not_there",),
+        "a tenant goes on from a session that another one has open",
+    ),
+    Fault(
+        "ready-before-it-is-read", "gateway", "none", "gateway/job.py",
+        "                if delta.token_ids:\n", "                if delta is not None:\n",
+        (f"{GATEWAY}/test_together.py::test_who_waits_goes_on_when_the_first_one_fails",),
+        "who waits forks a session whose prompt was stopped half way",
+    ),
+    Fault(
+        "billing-line-rendered", "gateway", "none", "gateway/dialects/messages.py",
+        "kept = [block for block in blocks if not block.lstrip().startswith(BILLING)]", "kept = blocks",
+        (f"{GATEWAY}/test_messages.py::test_a_billing_line_and_rolling_marks_change_no_prefix",),
+        "a line that changes with every request stands before everything",
+    ),
+    Fault(
+        "answers-as-told-forgotten", "gateway", "none", "gateway/place.py",
+        "            told = (*self.entry.tokens, *again)\n", "            told = (*view.tokens, *again[:0])\n",
+        (f"{GATEWAY}/test_chat.py::test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled",),
+        "an open session is known by its sampled tokens alone",
+    ),
+    Fault(
+        "one-seed-for-all", "gateway", "none", "gateway/place.py",
+        "seed = fresh_seed() if asked.sampling.seed is None else asked.sampling.seed",
+        "seed = 1 if asked.sampling.seed is None else asked.sampling.seed",
+        (f"{GATEWAY}/test_responses.py::test_two_with_one_previous_response_are_two_children",),
+        "two children of one response say the same",
+    ),
+    Fault(
+        "row-after-the-last-event", "7", "none", "gateway/job.py",
+        "        await self._keep(outcome)\n        self.outcome.set_result(outcome)\n",
+        "        self.outcome.set_result(outcome)\n        await asyncio.sleep(1)\n        await self._keep(outcome)\n",
+        (f"{GATEWAY}/test_process.py::test_what_was_acknowledged_is_there_after_kill_9_and_goes_on",),
+        "a response is acknowledged before it is on disk",
     ),
 )  # fmt: skip
 

@@ -9,7 +9,8 @@ import pytest
 
 import thaw
 from thaw import Sampling
-from thaw.core.errors import BadPoint, InvalidRequest, RefConflict
+from thaw.core.errors import BadPoint, InvalidRequest, NotFound, RefConflict
+from thaw.core.ids import CommitId
 from thaw.core.objects import NODE_ENTRIES, Segment, SegmentEntry, SegmentNode, State
 from thaw.engines.base import Engine
 from thaw.repo import CommitConflict, Repository
@@ -245,3 +246,22 @@ def test_a_kept_part_can_be_cut_anywhere() -> None:
     for k in range(0, 1024, 37):
         cut = kept.cut(k)
         assert cut.end == k and len(cut.chains) == k // 256 + 1
+
+
+def test_a_session_follows_in_history_what_it_is_told_to(repo: Repository) -> None:
+    """`reparent` changes what the next commit follows, and nothing of what it holds or writes."""
+    session = repo.session()
+    session.append("one")
+    first = session.commit("first").commit
+    session.append("two")
+    session.commit("second")
+    child, alone = session.fork(2)
+    child.reparent(first)
+    alone.reparent(None)
+    child.append("three")
+    done, loose = child.commit("third"), alone.commit("alone")
+    assert [entry.commit for entry in repo.log(done.commit)] == [done.commit, first]
+    assert repo.log(loose.commit)[0].parents == ()
+    assert repo.session(done.commit).text == "onetwothree"
+    with pytest.raises(NotFound):
+        child.reparent(CommitId("b3:" + "0" * 64))

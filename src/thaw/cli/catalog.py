@@ -33,6 +33,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Engines": {
         "pool": "Run a round of branches in a pool of engines; list pools.",
+        "serve": "Serve OpenAI's and Anthropic's APIs; every response can be forked.",
         "up": "Start an engine as a server that the verbs join.",
         "down": "End the engine that `thaw up` started.",
         "engine": "Write what a stock engine needs to load thaw.",

@@ -45,8 +45,16 @@ def windows(start: int, end: int) -> list[tuple[int, int]]:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens are equal."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+    """How many leading tokens are equal, by halves: long sequences are compared in C, not token by token."""
+    if type(a) is not type(b):
+        a, b = tuple(a), tuple(b)
+    same, end = 0, min(len(a), len(b))
+    if a[:end] == b[:end]:
+        return end
+    while end - same > 1:
+        middle = (same + end) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            end = middle
+    return same

@@ -81,6 +81,7 @@ class AsyncSession(Awaited[Session]):
     committed = awaited(Session.committed)
     adopt = awaited(Session.adopt)
     park = awaited(Session.park)
+    reparent = awaited(Session.reparent)
     close = awaited(Session.close)
 
     async def fork(self, n: int, at: int | None = None, replay: bool = False) -> AsyncGroup:

@@ -154,6 +154,14 @@ class Session(ProcessBound):
         own = self._context.store
         return (own.uuid, own.namespace) == (store.uuid, store.namespace)
 
+    def reparent(self, commit: CommitId | None) -> None:
+        """What the next commit follows in history, where that is not what this session was hydrated or forked from;
+        None: nothing. Raises `NotFound` unless it is a commit of this repository and namespace."""
+        if commit is not None:
+            resolve.at(self._context.store, commit)
+        with self._lock:
+            self._parent = commit
+
     def kept_at(self, num_kv: int) -> Kept:
         """What of its first `num_kv` tokens that repository has."""
         with self._lock:

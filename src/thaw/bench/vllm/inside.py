@@ -16,7 +16,7 @@ from thaw.core.ids import digest
 if TYPE_CHECKING:
     import torch
 
-    from thaw.engines.served.arena import Record
+    from thaw.engines.served.arena import HostRecord
     from thaw.engines.served.engine import ServedEngine
 
 EXTENSION = "thaw.bench.vllm.inside.Copies"
@@ -107,10 +107,10 @@ class _Alone:
         return work
 
 
-def _record_of(pieces: tuple[Any, ...]) -> Record:
-    from thaw.engines.served.arena import Record
+def _record_of(pieces: tuple[Any, ...]) -> HostRecord:
+    from thaw.engines.served.arena import HostRecord
 
-    return Record(pieces, 0, caller=CALLER)
+    return HostRecord(pieces, 0, caller=CALLER)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -119,7 +119,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _digest_of(record: Record) -> str:
+def _digest_of(record: HostRecord) -> str:
     import torch
 
     tensors = [tensor for piece in record.pieces for tensor in piece.tensors]

@@ -1,0 +1,143 @@
+"""`thaw serve`: an OpenAI and Anthropic door to the repository."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from thaw.cli import options, output, place, speak
+from thaw.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from thaw.engines.base import Engine
+    from thaw.gateway.settings import Settings
+    from thaw.gateway.tenants import Tenants
+    from thaw.repo.repository import Repository
+
+EXAMPLE = """
+thaw serve
+thaw serve --engine http://localhost:8000 --keys keys.json --audit audit.log
+OPENAI_BASE_URL=http://127.0.0.1:8790/v1 OPENAI_API_KEY=thaw-… python my_agent.py
+"""
+TOKEN = "THAW_SERVE_TOKEN"
+DAY_S = 24 * 3600.0
+
+
+@options.verb("serve", EXAMPLE)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8790, show_default=True, metavar="N")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
+              help="A name by which clients reach it, besides this machine's own; repeatable.")  # fmt: skip
+@click.option("--keys", type=click.Path(), metavar="FILE",
+              help=f"Tenants and their keys, as JSON; the file's mode is 0600. Without it one token, {TOKEN} or a "
+              "new one, reaches the repository's default namespace.")  # fmt: skip
+@click.option("--model-name", "models", multiple=True, metavar="NAME",
+              help="What clients call the model; repeatable, * is any. Default: the name of its folder.")  # fmt: skip
+@click.option("--tool-calls", "tools", default="none", show_default=True, metavar="KIND",
+              help="How the model writes calls of tools: none (they are text) or hermes.")  # fmt: skip
+@click.option("--audit", type=click.Path(), metavar="FILE", help="Gets a line of JSON for each request.")
+@click.option("--certificate", type=click.Path(), metavar="FILE", help="PEM; with it, it speaks TLS.")
+@click.option("--certificate-key", type=click.Path(), metavar="FILE", help="PEM; default: in the certificate's file.")
+@click.option("--max-body", type=options.num_bytes, metavar="BYTES", help="Of a request; default: 32MiB.")
+@click.option("--max-requests", type=click.IntRange(1), metavar="N", help="Under way at once; default: 1024.")
+@click.option("--live-sessions", type=click.IntRange(0), metavar="N",
+              help="Kept open behind the last responses; default: 64.")  # fmt: skip
+@click.option("--keep-days", type=options.Number(min=0), metavar="N",
+              help="How long responses that nobody named are kept; default: 30.")  # fmt: skip
+@click.option("--keep-bytes", type=options.num_bytes, metavar="BYTES",
+              help="How much of them; the oldest go first; default: 64GiB.")  # fmt: skip
+@click.option("--restore", is_flag=True, help="Go on with the responses that the last gateway parked when it ended.")
+@options.engine
+@options.as_json
+def command(
+    named: str | None,
+    keys: str | None,
+    engine_name: str | None,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Serve OpenAI's Responses, Chat Completions and Completions, and Anthropic's Messages, over the repository's
+    engine. Each response is a commit: any of them can be gone on from, twice, later, and after a restart.
+
+    Ends at SIGTERM or ^C: what runs is committed as far as it came. What clients may send: docs/gateway.md.
+    """
+    _require_installed()
+    if place.namespace() is not None:
+        raise InvalidRequest("a gateway serves the whole repository; give tenants their namespaces with --keys")
+    from thaw.gateway import server
+
+    settings = _settings(given)
+    tenants, token = _tenants(keys)
+    server.keep_audit(settings.audit)
+    with (
+        speak.opened(named, engine_name, model, dtype, device) as repo,
+        server.opened(repo, tenants, settings, lambda: _engine_again(repo, engine_name, model)) as service,
+    ):
+        _say(settings, service.model, token, as_json)
+        server.run(service)
+
+
+def _engine_again(repo: Repository, engine_name: str | None, model: str | None) -> Engine:
+    """The engine that takes the place of one that died: by the address that was given, or that is remembered by now."""
+    from thaw.engines import load_engine
+    from thaw.repo.choice import choose
+
+    chosen = choose(repo.store, engine_name, model)
+    return load_engine(chosen.name, **chosen.options)
+
+
+def _require_installed() -> None:
+    import importlib.util
+
+    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+        raise InvalidRequest("`thaw serve` needs the extra [server]: pip install 'thaw-vllm[server]'")
+
+
+def _tenants(keys: str | None) -> tuple[Tenants, str | None]:
+    """Who may ask; and the token, where a new one was made."""
+    from thaw.gateway import tenants
+
+    if keys is not None:
+        return tenants.load(Path(keys).expanduser()), None
+    token = os.environ.get(TOKEN)
+    if token:
+        return tenants.single(token), None
+    token = tenants.fresh_token()
+    return tenants.single(token), token
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    from thaw.gateway.settings import Keeping, Limits, Settings
+
+    limits = {"body_nbytes": "max_body", "requests": "max_requests", "live_sessions": "live_sessions"}
+    days = given.pop("keep_days")
+    keeping = {"lifetime_s": None if days is None else days * DAY_S, "nbytes": given.pop("keep_bytes")}
+    return Settings(
+        limits=Limits(**_given({field: given.pop(option) for field, option in limits.items()})),
+        keeping=Keeping(**_given(keeping)),
+        **given,
+    )
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _say(settings: Settings, model: str, token: str | None, as_json: bool) -> None:
+    scheme = "https" if settings.certificate else "http"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"{scheme}://{host}:{settings.port}"
+    if as_json:
+        output.print_json({"url": url, "model": model, "token": token, "pid": os.getpid()})
+    else:
+        output.line(f"{model} at {output.style(url, 'bold')} (OpenAI: {url}/v1, Anthropic: {url})")
+        if token is not None:
+            output.note(f"the token of this run: {token}. Set {TOKEN} to have one of your own.")
+    sys.stdout.flush()

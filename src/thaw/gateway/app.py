@@ -1,0 +1,190 @@
+"""The web application: routes, and what is refused before a body is read.
+
+Every request passes one door: its Host header names this gateway, its key is known, its body is there in time and not
+too large. What goes wrong is answered in the words of the API that was asked. A line of the audit log says who asked
+what, and what became of it; no key, prompt or answer is in any log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from thaw.core.errors import ThawError
+from thaw.gateway.context import Context
+from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
+from thaw.gateway.problems import Problem, problem_of
+from thaw.gateway.reply import ClientGone, as_json
+from thaw.gateway.service import Service
+
+log = logging.getLogger("thaw.gateway")
+audit = logging.getLogger("thaw.gateway.audit")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+Handler: TypeAlias = Callable[[Context, Request, bytes], Awaitable[Response]]
+ANTHROPIC = "/v1/messages"
+
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/v1/responses", responses.create),
+    ("GET", "/v1/responses/{id}", responses.retrieve),
+    ("DELETE", "/v1/responses/{id}", responses.delete),
+    ("POST", "/v1/responses/{id}/cancel", responses.cancel),
+    ("GET", "/v1/responses/{id}/input_items", responses.input_items),
+    ("POST", "/v1/conversations", conversations.create),
+    ("GET", "/v1/conversations/{id}", conversations.retrieve),
+    ("POST", "/v1/conversations/{id}", conversations.update),
+    ("DELETE", "/v1/conversations/{id}", conversations.delete),
+    ("GET", "/v1/conversations/{id}/items", conversations.items),
+    ("POST", "/v1/chat/completions", chat.create),
+    ("POST", "/v1/completions", completions.create),
+    ("POST", "/v1/messages", messages.create),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
+    ("GET", "/v1/models", models.listed),
+    ("GET", "/v1/models/{id:path}", models.retrieve),
+)
+
+
+def application(service: Service) -> Starlette:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(service.sweep_forever())
+        if service.settings.restore:
+            await responses.restore(service)
+        yield
+        sweeping.cancel()
+
+    methods: dict[str, dict[str, Handler]] = {}
+    for method, path, handler in ROUTES:
+        methods.setdefault(path, {})[method] = handler
+    routes = [Route(path, _door(service, path, handlers), methods=list(handlers)) for path, handlers in methods.items()]
+    routes += [Route("/health", _health(service)), Route("/metrics", _metrics(service))]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _no_route, 405: _no_route})
+    app.router.redirect_slashes = False
+    return app
+
+
+def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        started = time.perf_counter()
+        number, context = f"req_{secrets.token_hex(12)}", None
+        try:
+            check_host(service, request)
+            tenant, key_id = service.tenants.of_key(_key(request))
+            context = Context(service, tenant, key_id, dict(request.headers))
+            handler = handlers["GET" if request.method == "HEAD" else request.method]
+            reply = await handler(context, request, await _body(service, request))
+        except (ClientGone, ClientDisconnect):
+            reply = Response(status_code=499)
+        except (Problem, ThawError) as error:
+            reply = problem_reply(request.url.path, error if isinstance(error, Problem) else problem_of(error))
+        except Exception as error:
+            log.error("%s %s failed: %s", request.method, path, type(error).__name__, exc_info=_without_values(error))
+            reply = problem_reply(request.url.path, Problem(500, "a fault of the gateway's; its log says more"))
+        reply.headers["x-request-id"] = reply.headers["request-id"] = number
+        line = {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
+        _count(service, context, line, time.perf_counter() - started)
+        return reply
+
+    return endpoint
+
+
+def _without_values(error: Exception) -> Exception | None:
+    """The error with its places in our code, and without its message, which may hold what a client said."""
+    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
+
+
+def _count(service: Service, context: Context | None, line: dict[str, object], seconds: float) -> None:
+    tenant = "" if context is None else context.tenant.name
+    whose = {} if context is None else {"key": context.key_id, **context.noted}
+    endpoint, status = str(line["endpoint"]), str(line["status"])
+    service.metrics.add("thaw:requests_total", tenant=tenant, endpoint=endpoint, status=status)
+    told = {"time": round(time.time(), 3), "tenant": tenant, **line, "ms": round(seconds * 1e3, 1), **whose}
+    audit.info(msgspec.json.encode(told).decode())
+
+
+def problem_reply(path: str, problem: Problem) -> Response:
+    """An error's body as the SDK of the API that was asked reads it."""
+    headers = {} if problem.retry_after is None else {"retry-after": str(max(1, round(problem.retry_after)))}
+    if path.startswith(ANTHROPIC):
+        return as_json({"type": "error", "error": messages.error_of(problem)}, problem.status, headers)
+    error = {"message": problem.message, "type": problem.kind, "param": problem.param, "code": problem.code}
+    return as_json({"error": error}, problem.status, headers)
+
+
+def check_host(service: Service, request: Request) -> None:
+    """A page in a browser that was led here by a name of its own (DNS rebinding) is not answered."""
+    host = request.headers.get("host", "")
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    if name.lower() not in (*LOOPBACK, service.settings.host, *service.settings.hosts):
+        raise Problem(421, "the Host header names another server; `thaw serve --allow-host NAME` adds a name")
+
+
+def _key(request: Request) -> str | None:
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    found: str | None = value.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    return found
+
+
+async def _body(service: Service, request: Request) -> bytes:
+    limits = service.settings.limits
+    if request.method in ("GET", "HEAD", "DELETE"):
+        return b""
+    try:
+        return await asyncio.wait_for(_read(request, limits.body_nbytes), limits.body_s)
+    except asyncio.TimeoutError:
+        raise Problem(408, f"the body was not there within {limits.body_s:g} s") from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > limit:
+        raise Problem(413, f"the body has {length} bytes; at most {limit}")
+    parts, total = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        total += len(part)
+        if total > limit:
+            raise Problem(413, f"the body has more than {limit} bytes")
+    return b"".join(parts)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    return problem_reply(
+        request.url.path, Problem(status, f"{request.method} {request.url.path[:100]}: not served here")
+    )
+
+
+def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def health(_: Request) -> Response:
+        """No key is asked for, and nothing but this is said."""
+        return as_json({"status": "ending" if service.closing else "ok"}, 503 if service.closing else 200)
+
+    return health
+
+
+def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def metrics(request: Request) -> Response:
+        try:
+            check_host(service, request)
+            service.tenants.of_operator(_key(request))
+        except Problem as problem:
+            return problem_reply("", problem)
+        gauges = {
+            "thaw:requests_running": float(service.num_running),
+            "thaw:live_sessions": float(len(service.live)),
+            "thaw:live_tokens": float(service.live.num_tokens),
+        }
+        return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+
+    return metrics

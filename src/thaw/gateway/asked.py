@@ -1,0 +1,96 @@
+"""What a client asks, in no dialect, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from thaw.core.sampling import Sampling
+from thaw.engines.base import Message, Policy
+from thaw.repo.resolve import ResolvedPoint
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """One request. Either `messages`, or `token_ids` with their `text`.
+
+    `at`: go on from there; without it the longest stored prefix is looked for. `instructions`: the system's message,
+    which is not of the conversation at `at`: `held_instructions` that were there are left out (None: where there
+    are new ones, and the conversation began with the system's message). `whole`: the
+    messages are the conversation and not what follows `at`. `resume`: the answer at `at` was interrupted, and goes on;
+    nothing else is looked at. `max_tokens` None: as many as there is room for.
+    """
+
+    messages: tuple[Message, ...] = ()
+    token_ids: tuple[int, ...] | None = None
+    text: str = ""
+    at: ResolvedPoint | None = None
+    whole: bool = True
+    instructions: str | None = None
+    held_instructions: bool | None = None
+    tools: tuple[Message, ...] = ()
+    variables: dict[str, object] = {}
+    keep_sampled: bool = False
+    continue_final_message: bool = False
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    branch: str | None = None
+    note: str = ""
+    """The commit's message."""
+    policy: Policy = "exact"
+    resume: bool = False
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known once the engine has taken a request. `num_known`: tokens that need not be read, as planned; the
+    engine's own count comes with the outcome. `parent`: the commit that it goes on from."""
+
+    num_prompt_tokens: int
+    num_known: int
+    parent: str | None
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request became; it is committed as `point`. Counts are the engine's.
+
+    `num_prefilled` tokens were run through the model before the first one was sampled, `num_cached` were not. `source`:
+    where those came from. `created`: just before the commit. `pieces`: characters of each delta's text, so that a
+    stream can be told again.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None
+    finish_reason: Literal["stop", "length", "abort"]
+    stop_reason: str | int | None
+    num_prompt: int
+    num_cached: int
+    num_prefilled: int
+    point: str
+    parent: str | None
+    nbytes: int
+    created: float
+    seed: int
+    forked_at: int | None
+    num_dropped: int
+    source: Literal["live", "stored", "new"]
+    pieces: tuple[int, ...]
+    ttft_s: float
+    total_s: float
+
+    @property
+    def told(self) -> dict[str, object]:
+        """What every reply says beside its own dialect's fields, as `thaw`."""
+        told: dict[str, object] = {
+            "point": self.point,
+            "parent": self.parent,
+            "prompt_tokens": self.num_prompt,
+            "cached_tokens": self.num_cached,
+            "prefilled_tokens": self.num_prefilled,
+            "source": self.source,
+            "seed": self.seed,
+        }
+        if self.forked_at is not None:
+            told |= {"forked_at": self.forked_at, "dropped_tokens": self.num_dropped}
+        return told

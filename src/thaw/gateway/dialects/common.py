@@ -1,0 +1,228 @@
+"""What the dialects share: sampling fields, messages and tools in one form, log probabilities, thaw's own extension."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from thaw.core.errors import BadSampling
+from thaw.core.sampling import Sampling, derive
+from thaw.engines.base import Codec, Engine, Message, Policy
+from thaw.gateway.asked import Outcome
+from thaw.gateway.problems import Problem, invalid, unsupported
+
+HINTS = frozenset(
+    {
+        "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
+        "service_tier", "session_id", "x_session_id",
+    }
+)  # fmt: skip
+"""Of OpenAI's fields those that can change no output: thaw finds prefixes by their tokens."""
+MAX_SEED = (1 << 64) - 1
+
+
+class Extension(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`thaw`, of every request: where to go on from, after how many of its turns or tokens, and what to name the end.
+
+    `point` is a branch, a tag, a commit or a point as thaw spells them. `note` is the commit's message.
+    """
+
+    point: str | None = None
+    turn: int | None = None
+    token: int | None = None
+    branch: str | None = None
+    note: str | None = None
+    keep_sampled: bool = False
+    policy: Policy = "exact"
+
+
+class Sampled(msgspec.Struct, kw_only=True):
+    """Fields of sampling: OpenAI's, and vLLM's beside them."""
+
+    model: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    seed: int | None = None
+    structured_outputs: dict[str, Any] | None = None
+    thaw: Extension = Extension()
+
+
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "stop", "stop_token_ids", "bad_words", "min_tokens", "ignore_eos", "structured_outputs",
+)  # fmt: skip
+
+
+def sampling_of(body: Sampled, engine: Engine, **more: object) -> Sampling:
+    """`more`: fields that an endpoint calls otherwise. Raises `Problem` naming the field."""
+    given = {name: getattr(body, name) for name in _SAMPLING} | more
+    given["seed"] = None if body.seed is None else body.seed & MAX_SEED
+    if body.min_tokens:
+        given["max_tokens"] = max(body.min_tokens, Sampling().max_tokens)
+    if given.get("structured_outputs") is not None and "structured" not in engine.info.capabilities:
+        raise unsupported("structured_outputs", f"the engine {engine.info.name} cannot do it; leave it out")
+    try:
+        return Sampling(**{name: value for name, value in given.items() if value is not None})
+    except BadSampling as error:
+        name, _, why = str(error).partition("=")
+        raise invalid(name, why) from None
+
+
+def choices_of(sampling: Sampling, n: int) -> list[Sampling]:
+    """One for each choice: with a seed, each has its own, the first the given one."""
+    if n < 1:
+        raise invalid("n", f"{n}; at least 1")
+    seed = sampling.seed
+    if seed is None:
+        return [sampling] * n
+    return [sampling if i == 0 else msgspec.structs.replace(sampling, seed=derive(int(seed), 0, i)) for i in range(n)]
+
+
+def check_model(model: str, served: Sequence[str]) -> None:
+    if model and model not in served and "*" not in served:
+        raise Problem(
+            404,
+            f"there is no model {model[:100]!r} here; there is {served[0]!r}",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> dict[str, Any] | None:
+    """`response_format` or `text.format` as thaw's structured outputs. Raises `Problem` where the engine has none."""
+    kind = "text" if format is None else format.get("type")
+    if kind == "text":
+        return None
+    if kind not in ("json_schema", "json_object"):
+        raise unsupported(param, f"type {str(kind)[:40]!r}; it is text, json_schema or json_object")
+    if "structured" not in engine.info.capabilities:
+        raise unsupported(param, f"the engine {engine.info.name} makes no structured output; leave it out")
+    if kind == "json_object":
+        return {"json": {"type": "object"}}
+    assert format is not None
+    schema = format.get("schema", (format.get("json_schema") or {}).get("schema"))
+    if not isinstance(schema, dict):
+        raise invalid(param, "json_schema without a schema")
+    return {"json": schema}
+
+
+# -- messages and tools
+
+PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+def content_of(content: object, where: str) -> object:
+    """A message's content with nothing in it but text: one part is a string, marks of caches and ids are gone."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise invalid(where, "content is a string or a list of parts")
+    parts = [{"type": "text", "text": _text(part, f"{where}[{i}]")} for i, part in enumerate(content)]
+    return parts[0]["text"] if len(parts) == 1 else parts
+
+
+def _text(part: object, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    key = PARTS.get(kind) if isinstance(kind, str) else None
+    if not isinstance(part, dict) or key is None or not isinstance(part.get(key), str):
+        raise unsupported(where, f"a part of type {str(kind)[:40]!r}; only text is taken")
+    text: str = part[key]
+    return text
+
+
+ROLES = {"developer": "system"}
+"""Roles that templates call otherwise."""
+_MESSAGE = ("name", "tool_calls", "tool_call_id", "function_call", "reasoning_content")
+
+
+def message_of(message: object, where: str) -> Message:
+    """A chat message with what templates read, and nothing else."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise invalid(where, "a message is an object with a role and content")
+    role = message["role"]
+    found: Message = {"role": ROLES.get(role, role)}
+    content = content_of(message.get("content"), f"{where}.content")
+    if content is not None:
+        found["content"] = content
+    return found | {name: message[name] for name in _MESSAGE if message.get(name) not in (None, [])}
+
+
+def tools_of(tools: Sequence[Mapping[str, Any]] | None, where: str = "tools") -> tuple[Message, ...]:
+    """Functions in Chat Completions' shape, in order of their names: a client that lists them in another order the
+    next time still finds its prefix. Raises `Problem` for any other kind of tool."""
+    return tuple(sorted((_tool(tool, f"{where}[{i}]") for i, tool in enumerate(tools or ())), key=_name))
+
+
+def _tool(tool: Mapping[str, Any], where: str) -> Message:
+    if tool.get("type") != "function":
+        raise unsupported(where, f"a tool of type {str(tool.get('type'))[:40]!r}; only functions are supported")
+    function = tool["function"] if isinstance(tool.get("function"), dict) else tool
+    if not isinstance(function.get("name"), str):
+        raise invalid(where, "a function has a name")
+    kept = {name: function[name] for name in ("name", "description", "parameters") if function.get(name) is not None}
+    return {"type": "function", "function": kept}
+
+
+def _name(tool: Message) -> str:
+    function = tool["function"]
+    assert isinstance(function, dict)
+    return str(function["name"])
+
+
+def chosen(tools: tuple[Message, ...], choice: object, param: str = "tool_choice") -> tuple[Message, ...]:
+    """The tools that the model is shown. Raises `Problem` for a choice that would force a call."""
+    if choice in (None, "auto"):
+        return tools
+    if choice == "none":
+        return ()
+    raise unsupported(param, "only 'auto' and 'none' are supported; a call cannot be forced")
+
+
+def call_of(id: str, name: str, arguments: str) -> dict[str, object]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def arguments_of(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# -- log probabilities
+
+
+def token_logprobs(
+    codec: Codec,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    tops: Sequence[Iterable[tuple[int, float]]] | None = None,
+    num_top: int = 0,
+) -> list[dict[str, object]]:
+    """One entry a token, as Chat Completions and Responses have them."""
+    out = []
+    for i, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=False)):
+        best = sorted(tops[i], key=lambda pair: -pair[1])[:num_top] if tops else []
+        out.append({**_token(codec, token, logprob), "top_logprobs": [_token(codec, t, p) for t, p in best]})
+    return out
+
+
+def _token(codec: Codec, token: int, logprob: float) -> dict[str, object]:
+    text = codec.decode([token], skip_special_tokens=False)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def best_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """By mean log probability of what was sampled."""
+    return sorted(outcomes, key=lambda one: -sum(one.logprobs) / max(1, len(one.logprobs)))

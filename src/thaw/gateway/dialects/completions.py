@@ -1,0 +1,176 @@
+"""OpenAI's Completions: `/v1/completions`. Text or token ids in, text out; no template."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from thaw.core.errors import ThawError
+from thaw.gateway.asked import Asked, Outcome
+from thaw.gateway.context import Context
+from thaw.gateway.dialects.chat import (
+    FINISH,
+    StreamOptions,
+    broken,
+    each_choice,
+    limit_of,
+    number_of,
+    stop,
+    told_of,
+)
+from thaw.gateway.dialects.common import HINTS, Sampled, best_first, check_model, choices_of, sampling_of
+from thaw.gateway.dialects.merged import merged
+from thaw.gateway.fields import Fields
+from thaw.gateway.job import Job
+from thaw.gateway.problems import Problem, invalid, unsupported
+from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
+from thaw.repo.bridge import call
+
+DEFAULT_TOKENS = 16
+"""As OpenAI's."""
+
+
+class Create(Sampled, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    n: int = 1
+    best_of: int | None = None
+    max_tokens: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: int | None = None
+
+
+FIELDS = Fields(taken=Create, ignored=HINTS | {"metadata", "store"}, idle={"echo": (False,), "suffix": ("",)})
+
+
+async def create(context: Context, request: Request, body: bytes) -> Response:
+    asked, ignored = FIELDS.read(body)
+    check_model(asked.model, context.service.served)
+    if asked.stream and asked.logprobs:
+        raise unsupported("logprobs", "a stream has the sampled tokens' own log probabilities alone; ask for 0")
+    extension = context.extension(asked.thaw)
+    if extension.point is not None:
+        raise unsupported("thaw.point", "a completion's prompt is the whole text; ask for a chat or a response")
+    sampling = sampling_of(asked, context.service.engine, logprobs=asked.logprobs)
+    count = number_of(asked.n, asked.best_of, stream=asked.stream)
+    each: list[Asked] = []
+    for ids in await _prompts(context, asked.prompt):
+        base = Asked(
+            token_ids=ids,
+            sampling=sampling,
+            max_tokens=limit_of(asked.max_tokens, DEFAULT_TOKENS),
+            branch=extension.branch,
+            note=extension.note or "completion",
+            policy=extension.policy,
+        )
+        each += each_choice(base, choices_of(sampling, count))
+    jobs = await context.service.start(context.tenant, each)
+    id = f"cmpl-{secrets.token_hex(16)}"
+    context.note(response=id)
+    if asked.stream:
+        await begun(jobs)
+        headers = headers_of(ignored, parent=jobs[0].begun.result().parent)
+        return EventStream(_stream(context, id, asked, jobs), lambda: stop(jobs), headers)
+    outcomes = await outcomes_of(request, jobs)
+    kept = [
+        one
+        for i in range(0, len(outcomes), count)
+        for one in (best_first(outcomes[i : i + count])[: asked.n] if asked.best_of else outcomes[i : i + count])
+    ]
+    choices = [_choice(context, asked, i, outcome) for i, outcome in enumerate(kept)]
+    head = _head(context, id)
+    usage = _usage(outcomes[::count], outcomes)
+    return as_json(
+        {**head, "choices": choices, "usage": usage, "thaw": told_of(kept)}, headers=headers_of(ignored, kept)
+    )
+
+
+async def _prompts(context: Context, prompt: str | list[str | int | list[int]]) -> list[tuple[int, ...]]:
+    """Token ids of each prompt: a text, its ids, or a list of either."""
+    several = [prompt] if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt) else prompt
+    found = [await _ids(context, one, i) for i, one in enumerate(several)]
+    if not found or not all(found):
+        raise invalid("prompt", "it is empty")
+    return found
+
+
+async def _ids(context: Context, one: object, number: int) -> tuple[int, ...]:
+    if isinstance(one, str):
+        return tuple(await call(context.codec.encode, one, first=True))
+    if not isinstance(one, list):
+        raise invalid(f"prompt[{number}]", "texts and token ids are not mixed")
+    return tuple(one)
+
+
+def _head(context: Context, id: str) -> dict[str, object]:
+    return {"id": id, "object": "text_completion", "created": int(time.time()), "model": context.service.model}
+
+
+def _usage(first: Sequence[Outcome], outcomes: Sequence[Outcome]) -> dict[str, object]:
+    """`first`: one outcome of each prompt."""
+    prompt, said = sum(one.num_prompt for one in first), sum(len(one.token_ids) for one in outcomes)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": said,
+        "total_tokens": prompt + said,
+        "prompt_tokens_details": {"cached_tokens": sum(one.num_cached for one in first)},
+    }
+
+
+def _choice(context: Context, body: Create, number: int, outcome: Outcome) -> dict[str, object]:
+    logprobs = None
+    if body.logprobs is not None:
+        logprobs = _logprobs(context, outcome.token_ids, outcome.logprobs, outcome.top_logprobs)
+    return {
+        "index": number, "text": outcome.text, "finish_reason": FINISH[outcome.finish_reason],
+        "stop_reason": outcome.stop_reason, "logprobs": logprobs, "thaw": {"point": outcome.point},
+    }  # fmt: skip
+
+
+def _logprobs(
+    context: Context,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    tops: Sequence[Sequence[tuple[int, float]]] | None = None,
+    offset: int = 0,
+) -> dict[str, object]:
+    said = [context.codec.decode([token], skip_special_tokens=False) for token in ids]
+    offsets = [offset + sum(map(len, said[:i])) for i in range(len(said))]
+    best = None
+    if tops is not None:
+        best = [
+            {context.codec.decode([token], skip_special_tokens=False): logprob for token, logprob in one}
+            for one in tops
+        ]
+    return {"tokens": said, "token_logprobs": list(logprobs), "top_logprobs": best, "text_offset": offsets}
+
+
+async def _stream(context: Context, id: str, body: Create, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
+    head, offsets = _head(context, id), [0] * len(jobs)
+    try:
+        async for number, delta in merged(jobs):
+            choice = {"index": number, "text": "", "finish_reason": None, "logprobs": None}
+            if delta is None:
+                outcome = await asyncio.shield(jobs[number].outcome)
+                last = {**choice, "finish_reason": FINISH[outcome.finish_reason]}
+                yield event({**head, "choices": [last], "thaw": outcome.told})
+                continue
+            if body.logprobs is not None:
+                logprobs = _logprobs(context, delta.token_ids, delta.logprobs, offset=offsets[number])
+                choice["logprobs"] = logprobs
+            offsets[number] += len(delta.text)
+            if delta.text or choice["logprobs"]:
+                yield event({**head, "choices": [{**choice, "text": delta.text}]})
+    except (ThawError, Problem) as error:
+        stop(jobs)
+        yield broken(error)
+        return
+    if body.stream_options.include_usage:
+        outcomes = [job.outcome.result() for job in jobs]
+        yield event({**head, "choices": [], "usage": _usage(outcomes[:: body.n], outcomes)})
+    yield b"data: [DONE]\n\n"

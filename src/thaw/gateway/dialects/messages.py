@@ -1,0 +1,324 @@
+"""Anthropic's Messages: `/v1/messages` and its `count_tokens`. It has no ids: the conversation's tokens say where to go
+on from. Marks of caches, and the billing line that some clients put first, are taken out before anything is rendered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from thaw.core.errors import ThawError
+from thaw.engines.base import Message
+from thaw.gateway.asked import Asked, Begun, Outcome
+from thaw.gateway.context import Context
+from thaw.gateway.dialects.common import Extension, Sampled, call_of, check_model, sampling_of, tools_of
+from thaw.gateway.fields import Fields
+from thaw.gateway.job import Job
+from thaw.gateway.problems import Problem, invalid, problem_of, unsupported
+from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
+from thaw.gateway.speech import Call, Said, Text, read_all
+
+BILLING = "x-anthropic-billing-header:"
+IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
+                     "diagnostics", "cache_control"})  # fmt: skip
+HOW_LONG = ("budget_tokens", "display")
+"""Of thinking: what no template is told."""
+TYPES = {"authentication_error", "permission_error", "not_found_error", "request_too_large", "rate_limit_error",
+         "api_error", "overloaded_error"}  # fmt: skip
+
+
+class Prompt(Sampled, kw_only=True):
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: dict[str, Any] = msgspec.field(default_factory=lambda: {"type": "auto"})
+    thinking: dict[str, Any] | None = None
+
+
+class Create(Prompt, kw_only=True):
+    max_tokens: int
+    stop_sequences: tuple[str, ...] = ()
+    stream: bool = False
+
+
+IDLE: dict[str, tuple[object, ...]] = {"mcp_servers": ([],), "output_config": ({},), "context_management": ({},)}
+FIELDS = Fields(taken=Create, ignored=IGNORED, idle=IDLE)
+COUNT_FIELDS = Fields(taken=Prompt, ignored=IGNORED, idle=IDLE)
+
+
+async def create(context: Context, request: Request, body: bytes) -> Response:
+    asked, ignored = FIELDS.read(body)
+    check_model(asked.model, context.service.served)
+    if asked.max_tokens < 1:
+        raise invalid("max_tokens", f"{asked.max_tokens}; at least 1")
+    extension = context.extension(asked.thaw)
+    base = await _asked(context, asked, extension, ignored)
+    sampling = sampling_of(asked, context.service.engine, stop=list(asked.stop_sequences))
+    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens)
+    jobs = await context.service.start(context.tenant, [base])
+    id = f"msg_{secrets.token_hex(16)}"
+    context.note(response=id)
+    if asked.stream:
+        await begun(jobs)
+        headers = headers_of(ignored, parent=jobs[0].begun.result().parent)
+        return EventStream(_stream(context, id, jobs[0]), jobs[0].stop, headers)
+    outcomes = await outcomes_of(request, jobs)
+    return as_json(_whole(context, id, outcomes[0]), headers=headers_of(ignored, outcomes))
+
+
+async def count_tokens(context: Context, request: Request, body: bytes) -> Response:
+    asked, ignored = COUNT_FIELDS.read(body)
+    check_model(asked.model, context.service.served)
+    base = await _asked(context, asked, Extension(), ignored)
+    number = await context.service.count(context.tenant, base)
+    return as_json({"input_tokens": number}, headers=headers_of(ignored))
+
+
+async def _asked(context: Context, body: Prompt, extension: Extension, ignored: list[str]) -> Asked:
+    if not body.messages:
+        raise invalid("messages", "there is nothing to answer")
+    found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]")]
+    choice = body.tool_choice.get("type")
+    if choice not in ("auto", "none"):
+        raise unsupported("tool_choice", "only auto and none are supported; a call cannot be forced")
+    tools = tools_of([_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)])
+    return Asked(
+        messages=tuple(found),
+        at=await context.at(extension),
+        instructions=_system(body.system),
+        tools=tools if choice == "auto" else (),
+        variables=_thinking(body.thinking, ignored),
+        keep_sampled=extension.keep_sampled,
+        continue_final_message=found[-1]["role"] == "assistant" and not found[-1].get("tool_calls"),
+        branch=extension.branch,
+        note=extension.note or "message",
+        policy=extension.policy,
+    )
+
+
+def _thinking(given: dict[str, Any] | None, ignored: list[str]) -> dict[str, object]:
+    """Whether to think is the template's variable `enable_thinking`; for how long, no template is told."""
+    kind = None if given is None else given.get("type")
+    if given is None:
+        return {}
+    if kind not in ("enabled", "adaptive", "disabled"):
+        raise invalid("thinking", "its type is enabled, adaptive or disabled")
+    for name in given.keys() - {"type"}:
+        if name not in HOW_LONG:
+            raise unsupported(f"thinking.{name[:40]}", "it is not known here; leave it out")
+        ignored.append(f"thinking.{name}")
+    return {"enable_thinking": kind != "disabled"}
+
+
+def _system(given: str | list[dict[str, Any]] | None) -> str | None:
+    """The system's text, without a billing line: it changes with every request, and would make every prefix new."""
+    if given is None:
+        return None
+    blocks = [given] if isinstance(given, str) else [_text(block, f"system[{i}]") for i, block in enumerate(given)]
+    kept = [block for block in blocks if not block.lstrip().startswith(BILLING)]
+    return "\n".join(kept) or None
+
+
+def _text(block: Any, where: str) -> str:
+    if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
+        kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+        raise unsupported(where, f"a block of type {str(kind)[:40]!r}; only text is taken")
+    text: str = block["text"]
+    return text
+
+
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type", "custom") != "custom":
+        raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only tools of the client's are supported")
+    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    return {"type": "function", "function": function}
+
+
+# -- messages
+
+
+def _messages(message: Any, where: str) -> Iterator[Message]:
+    """What one of Anthropic's messages is in OpenAI's shape: results of tools are messages of their own."""
+    role = message.get("role")
+    if role not in ("user", "assistant", "system"):
+        raise invalid(f"{where}.role", "user, assistant or system")
+    content = message.get("content")
+    if isinstance(content, str):
+        yield {"role": role, "content": content}
+        return
+    if not isinstance(content, list):
+        raise invalid(f"{where}.content", "a string or a list of blocks")
+    if role == "assistant":
+        yield _answer(content, where)
+        return
+    texts: list[str] = []
+    for i, block in enumerate(content):
+        if isinstance(block, dict) and block.get("type") == "tool_result":
+            yield _result(block, f"{where}.content[{i}]")
+        else:
+            texts.append(_text(block, f"{where}.content[{i}]"))
+    if texts or not content:
+        yield {"role": role, "content": _joined(texts)}
+
+
+def _joined(texts: Sequence[str]) -> object:
+    return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
+
+
+def _result(block: dict[str, Any], where: str) -> Message:
+    content = block.get("content", "")
+    if isinstance(content, list):
+        content = _joined([_text(one, f"{where}.content[{i}]") for i, one in enumerate(content)])
+    return {"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")), "content": content}
+
+
+def _answer(content: list[Any], where: str) -> Message:
+    """What was thought before an earlier answer is left out, as templates do."""
+    texts, calls = [], []
+    for i, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind in ("thinking", "redacted_thinking"):
+            continue
+        if kind == "tool_use":
+            arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
+            calls.append(call_of(str(block.get("id", "")), str(block.get("name", "")), arguments))
+        else:
+            texts.append(_text(block, f"{where}.content[{i}]"))
+    answer: Message = {"role": "assistant"}
+    if texts or not calls:
+        answer["content"] = _joined(texts)
+    return answer | ({"tool_calls": calls} if calls else {})
+
+
+# -- replies
+
+
+def error_of(problem: Problem) -> dict[str, object]:
+    kind = problem.kind if problem.kind in TYPES else "invalid_request_error"
+    return {"type": kind, "message": problem.message}
+
+
+def _usage(num_prompt: int, num_cached: int, num_said: int) -> dict[str, object]:
+    """Anthropic's input tokens leave out those that were cached."""
+    return {
+        "input_tokens": num_prompt - num_cached, "cache_read_input_tokens": num_cached,
+        "cache_creation_input_tokens": 0, "output_tokens": num_said,
+    }  # fmt: skip
+
+
+def _ending(outcome: Outcome, *, called: bool) -> dict[str, object]:
+    reason: str | None = {"length": "max_tokens", "abort": None}.get(outcome.finish_reason, "end_turn")
+    sequence = outcome.stop_reason if isinstance(outcome.stop_reason, str) else None
+    if sequence is not None:
+        reason = "stop_sequence"
+    if called:
+        reason = "tool_use"
+    return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def _block(id: str, number: int, said: Said) -> dict[str, object]:
+    if isinstance(said, Text):
+        return {"type": "text", "text": said.text}
+    return {**_tool_use(id, number, said), "input": json.loads(said.arguments)}
+
+
+def _tool_use(id: str, number: int, call: Call) -> dict[str, object]:
+    return {"type": "tool_use", "id": f"toolu_{id.removeprefix('msg_')}_{number}", "name": call.name, "input": {}}
+
+
+def _whole(context: Context, id: str, outcome: Outcome) -> dict[str, object]:
+    said = read_all(context.service.reader(), outcome.text)
+    content = [_block(id, i, one) for i, one in enumerate(said)]
+    called = any(isinstance(one, Call) for one in said)
+    return {
+        "id": id, "type": "message", "role": "assistant", "model": context.service.model, "content": content,
+        **_ending(outcome, called=called),
+        "usage": _usage(outcome.num_prompt, outcome.num_cached, len(outcome.token_ids)), "thaw": outcome.told,
+    }  # fmt: skip
+
+
+# -- streams
+
+
+async def _stream(context: Context, id: str, job: Job) -> AsyncIterator[bytes]:
+    blocks = _Blocks(context, id)
+    yield _event(_start(context, id, job.begun.result()))
+    try:
+        async for delta in job.follow():
+            for one in blocks.piece(delta.text):
+                yield _event(one)
+        outcome = await asyncio.shield(job.outcome)
+    except (ThawError, Problem) as error:
+        problem = error if isinstance(error, Problem) else problem_of(error)
+        yield _event({"type": "error", "error": error_of(problem)})
+        return
+    for one in blocks.end():
+        yield _event(one)
+    usage = _usage(outcome.num_prompt, outcome.num_cached, len(outcome.token_ids))
+    ending = _ending(outcome, called=blocks.called)
+    yield _event({"type": "message_delta", "delta": ending, "usage": usage, "thaw": outcome.told})
+    yield _event({"type": "message_stop"})
+
+
+def _event(value: dict[str, object]) -> bytes:
+    return event(value, str(value["type"]))
+
+
+def _start(context: Context, id: str, begun: Begun) -> dict[str, object]:
+    """With counts as planned; the engine's own come at the end."""
+    known = min(begun.num_known, begun.num_prompt_tokens)
+    message: dict[str, object] = {
+        "id": id, "type": "message", "role": "assistant", "model": context.service.model, "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": _usage(begun.num_prompt_tokens, known, 0),
+    }  # fmt: skip
+    return {"type": "message_start", "message": message}
+
+
+class _Blocks:
+    """Content blocks of a stream, one open at a time."""
+
+    def __init__(self, context: Context, id: str) -> None:
+        self._reader, self._id = context.service.reader(), id
+        self._number = 0
+        self._open = False
+        self.called = False
+
+    def piece(self, text: str) -> Iterator[dict[str, object]]:
+        for said in self._reader.push(text):
+            yield from self._said(said)
+
+    def end(self) -> Iterator[dict[str, object]]:
+        for said in self._reader.end():
+            yield from self._said(said)
+        yield from self._close()
+
+    def _said(self, said: Said) -> Iterator[dict[str, object]]:
+        if isinstance(said, Text):
+            if not self._open:
+                self._open = True
+                yield self._of("content_block_start", content_block={"type": "text", "text": ""})
+            yield self._of("content_block_delta", delta={"type": "text_delta", "text": said.text})
+            return
+        yield from self._close()
+        self.called = self._open = True
+        yield self._of("content_block_start", content_block=_tool_use(self._id, self._number, said))
+        yield self._of("content_block_delta", delta={"type": "input_json_delta", "partial_json": said.arguments})
+        yield from self._close()
+
+    def _close(self) -> Iterator[dict[str, object]]:
+        if self._open:
+            yield self._of("content_block_stop")
+            self._open = False
+            self._number += 1
+
+    def _of(self, kind: str, **more: object) -> dict[str, object]:
+        return {"type": kind, "index": self._number, **more}

@@ -1,0 +1,437 @@
+"""OpenAI's Responses: `/v1/responses`. A response's id names a commit; two with one `previous_response_id` are two
+children of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from thaw.core.errors import ThawError
+from thaw.engines.base import Delta, SessionRef
+from thaw.gateway.asked import Asked, Outcome
+from thaw.gateway.context import Context
+from thaw.gateway.dialects import conversations, response_input
+from thaw.gateway.dialects.common import (
+    HINTS,
+    Sampled,
+    check_model,
+    chosen,
+    sampling_of,
+    structured,
+    token_logprobs,
+    tools_of,
+)
+from thaw.gateway.dialects.pages import listed, number
+from thaw.gateway.dialects.response_object import Event, Events, finished
+from thaw.gateway.fields import Fields
+from thaw.gateway.job import Job
+from thaw.gateway.ledger import Row
+from thaw.gateway.problems import Problem, invalid, problem_of, unsupported
+from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
+from thaw.gateway.service import Service
+from thaw.repo.bridge import call
+from thaw.repo.resolve import ResolvedPoint
+
+log = logging.getLogger("thaw.gateway")
+KIND = "response"
+LOGPROBS = "message.output_text.logprobs"
+
+
+class Create(Sampled, kw_only=True):
+    input: str | list[dict[str, Any]] = ""
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    store: bool = True
+    background: bool = False
+    stream: bool = False
+    max_output_tokens: int | None = None
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: Any = "auto"
+    text: dict[str, Any] = msgspec.field(default_factory=dict)
+    top_logprobs: int | None = None
+    include: tuple[str, ...] = ()
+    chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+FIELDS = Fields(
+    taken=Create,
+    ignored=HINTS | {"stream_options", "prompt_cache_breakpoint", "background_options"},
+    idle={"truncation": ("disabled",), "parallel_tool_calls": (True,), "reasoning": ({},)},
+)
+
+
+class Begin(msgspec.Struct, kw_only=True):
+    """A response before it runs: what it asks, and what its object says from the start."""
+
+    id: str
+    asked: Asked
+    head: Event
+    input: list[dict[str, Any]]
+    parent: str | None
+    conversation: Row | None
+    num_top: int | None
+    store: bool
+
+
+async def create(context: Context, request: Request, body: bytes) -> Response:
+    asked, ignored = FIELDS.read(body)
+    check_model(asked.model, context.service.served)
+    if asked.background and not asked.store:
+        raise invalid("background", "a response in the background is stored; leave store out")
+    begin = await _begin(context, asked)
+    context.note(response=begin.id)
+    job = await _start(context, begin)
+    if asked.background and not asked.stream:
+        return as_json({**begin.head, "status": "queued"}, headers=headers_of(ignored, parent=begin.parent))
+    if not asked.stream:
+        outcome = (await outcomes_of(request, [job]))[0]
+        return as_json(_object(context, begin, outcome, job), headers=headers_of(ignored, [outcome]))
+    if not asked.background:
+        await begun([job])
+    gone = (lambda: None) if asked.background else job.stop
+    return EventStream(_live(context, begin, job), gone, headers_of(ignored, parent=begin.parent))
+
+
+async def _begin(context: Context, body: Create) -> Begin:
+    id = f"resp_{secrets.token_hex(16)}"
+    extension = context.extension(body.thaw)
+    previous = await _previous(context, body)
+    conversation = await conversations.named(context, body.conversation)
+    if conversation is not None and (previous is not None or extension.branch is not None):
+        raise invalid("conversation", "it stands alone: leave previous_response_id and thaw.branch out")
+    if extension.point is not None and (previous is not None or conversation is not None):
+        raise invalid("thaw.point", "it stands alone: leave previous_response_id and conversation out")
+    given = response_input.items(body.input, id)
+    if not given and previous is None and extension.point is None and conversation is None:
+        raise invalid("input", "there is nothing to answer")
+    at: ResolvedPoint | None
+    if conversation is not None:
+        at, first = await conversations.tip(context, conversation)
+        held: bool | None = bool(conversation.record.get("instructions"))
+    else:
+        at, first = await context.at(extension, None if previous is None else previous.point), []
+        held = None if previous is None else bool(previous.record["reply"]["instructions"])
+    num_top = body.top_logprobs if body.top_logprobs is not None else 0 if LOGPROBS in body.include else None
+    asked = Asked(
+        messages=response_input.messages([*first, *given]),
+        at=at,
+        instructions=body.instructions,
+        held_instructions=held,
+        tools=chosen(tools_of(body.tools), body.tool_choice),
+        variables=body.chat_template_kwargs,
+        keep_sampled=extension.keep_sampled,
+        sampling=_sampling(context, body, num_top),
+        max_tokens=_at_least_one(body.max_output_tokens),
+        branch=extension.branch if conversation is None else conversations.branch_of(conversation.id),
+        note=extension.note or f"response {id}",
+        policy=extension.policy,
+    )
+    parent = str(at.commit) if at is not None else None
+    head = _head(context, id, body, None if conversation is None else conversation.id)
+    return Begin(
+        id=id, asked=asked, head=head, input=given, parent=parent, conversation=conversation,
+        num_top=num_top, store=body.store,
+    )  # fmt: skip
+
+
+def _at_least_one(number: int | None) -> int | None:
+    if number is not None and number < 1:
+        raise invalid("max_output_tokens", f"{number}; at least 1")
+    return number
+
+
+def _sampling(context: Context, body: Create, num_top: int | None) -> Any:
+    engine = context.service.engine
+    more: dict[str, object] = {"logprobs": num_top}
+    format = structured(body.text.get("format"), "text.format", engine)
+    if format is not None:
+        more["structured_outputs"] = format
+    if body.text.get("verbosity") not in (None, "medium"):
+        raise unsupported("text.verbosity", "a model is not told how much to say; leave it out")
+    if body.stream and num_top:
+        raise unsupported("top_logprobs", "a stream has the sampled tokens' own log probabilities alone")
+    return sampling_of(body, engine, **more)
+
+
+async def _previous(context: Context, body: Create) -> Row | None:
+    if body.previous_response_id is None:
+        return None
+    row = await _row(context, body.previous_response_id, "previous_response_id")
+    if row.point is None:
+        raise Problem(409, f"{row.id} is {row.status} and has no end to go on from yet", param="previous_response_id")
+    return row
+
+
+async def _row(context: Context, id: str, param: str = "response_id") -> Row:
+    job = context.service.jobs.get((context.tenant.namespace, id))
+    if job is not None and job.written is not None:
+        await job.written
+    row = await call(context.service.ledger.get, context.tenant.namespace, KIND, id[:100])
+    if row is None:
+        raise Problem(404, f"there is no response {id[:100]!r}", code="not_found", param=param)
+    return row
+
+
+def _head(context: Context, id: str, body: Create, conversation: str | None) -> Event:
+    return {
+        "id": id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": body.background,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "model": context.service.model,
+        "output": [],
+        "parallel_tool_calls": True,
+        "previous_response_id": body.previous_response_id,
+        "conversation": None if conversation is None else {"id": conversation},
+        "store": body.store,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "text": body.text or {"format": {"type": "text"}},
+        "tool_choice": body.tool_choice,
+        "tools": body.tools,
+        "truncation": "disabled",
+        "usage": None,
+        "metadata": body.metadata,
+    }
+
+
+async def _start(context: Context, begin: Begin) -> Job:
+    """The job, with its row written beside it; the row is on disk again before the job has an outcome."""
+    service, namespace = context.service, context.tenant.namespace
+    if begin.conversation is not None:
+        service.take_conversation(namespace, begin.conversation.id)
+    try:
+        await service.admit(context.tenant, 1)
+    except BaseException:
+        if begin.conversation is not None:
+            service.free_conversation(namespace, begin.conversation.id)
+        raise
+    first: asyncio.Task[None] | None = None
+    if begin.store:
+        row = Row(
+            kind=KIND, id=begin.id, namespace=namespace, status=str(begin.head["status"]), parent=begin.parent,
+            record={"reply": begin.head, "input": begin.input, "pieces": []},
+        )  # fmt: skip
+        first = asyncio.create_task(call(service.ledger.put, row))
+    return _own(context, begin, first)
+
+
+def _own(context: Context, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[Delta] = ()) -> Job:
+    """The job of a response: known while it runs, and kept when it is over. `first` writes its row before that."""
+    service, namespace = context.service, context.tenant.namespace
+    key = (namespace, begin.id)
+
+    async def keep(outcome: Outcome) -> None:
+        if first is not None:
+            await first
+        row = _row_of(context, begin, outcome, job)
+        if begin.store and not job.forgotten:
+            await call(service.ledger.put, row)
+        else:
+            await service.keep_point(context.tenant, outcome)
+        if begin.conversation is not None and row.status != "parked":
+            reply = row.record["reply"]
+            await conversations.extend(context, begin.conversation, begin.input, reply["output"], reply["instructions"])
+
+    job = service.begin(context.tenant, begin.asked, keep, said)
+    if begin.store:
+        service.jobs[key], job.about, job.written = job, begin, first
+
+    def over(_: asyncio.Task[None]) -> None:
+        service.jobs.pop(key, None)
+        if begin.conversation is not None:
+            service.free_conversation(namespace, begin.conversation.id)
+        if begin.store and job.outcome.exception() is not None:
+            service.later(_failed(context, begin, first))
+
+    job.task.add_done_callback(over)
+    return job
+
+
+async def _failed(context: Context, begin: Begin, first: asyncio.Task[None] | None) -> None:
+    """A stored response that came to nothing says so when it is asked for."""
+    if first is not None:
+        await first
+    row = await call(context.service.ledger.get, context.tenant.namespace, KIND, begin.id)
+    if row is not None:
+        row.status = "failed"
+        await call(context.service.ledger.put, row)
+
+
+def _object(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Event:
+    logprobs = [] if begin.num_top is None else _logprobs(context, begin, outcome)
+    reader = context.service.reader()
+    cancelled = job.stopped and not job.parked and bool(begin.head["background"])
+    return finished(begin.head, outcome, reader, logprobs, cancelled=cancelled)
+
+
+def _logprobs(context: Context, begin: Begin, outcome: Outcome) -> list[dict[str, object]]:
+    tops = outcome.top_logprobs
+    return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, begin.num_top or 0)
+
+
+def _row_of(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Row:
+    """What is kept of a response that is over, or parked: then only what was given out is its text."""
+    reply = _object(context, begin, outcome, job)
+    text = outcome.text[: sum(outcome.pieces)] if job.parked else outcome.text
+    return Row(
+        kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
+        status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
+        nbytes=outcome.nbytes,
+        created=outcome.created,
+        record={
+            "reply": reply, "input": begin.input, "text": text, "pieces": list(outcome.pieces),
+            "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
+        },
+    )  # fmt: skip
+
+
+async def restore(service: Service) -> int:
+    """Go on with the responses that were parked when a gateway ended; how many."""
+    rows = await call(service.ledger.with_status, "parked")
+    for row in rows:
+        try:
+            await _restore(service, row)
+        except ThawError as error:
+            log.warning("%s was parked and does not go on: %s", row.id, error.kind)
+    return len(rows)
+
+
+async def _restore(service: Service, row: Row) -> None:
+    record = row.record
+    context = Context(service, service.tenants.of_namespace(row.namespace), "", {})
+    at = await service.point(context.tenant, str(row.point))
+    head = {**record["reply"], "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    head.pop("thaw")
+    told, conversation = head["conversation"], None
+    if told is not None:
+        conversation = await conversations.named(context, told["id"])
+        service.take_conversation(row.namespace, told["id"])
+    asked = Asked(at=at, resume=True, branch=record["branch"], note=record["note"])
+    begin = Begin(
+        id=row.id, asked=asked, head=head, input=record["input"], parent=row.parent, conversation=conversation,
+        num_top=record["num_top"], store=True,
+    )  # fmt: skip
+    ends = [0, *accumulate(record["pieces"])]
+    texts = [record["text"][start:end] for start, end in pairwise(ends)]
+    said = [Delta(index=0, session=SessionRef(""), token_ids=(), logprobs=(), text=text) for text in texts]
+    _own(context, begin, None, said)
+
+
+# -- events
+
+
+async def _live(context: Context, begin: Begin, job: Job, after: int = -1) -> AsyncIterator[bytes]:
+    """The events of a job under way, those beyond number `after`."""
+    async for one in _events(context, begin, job):
+        if one["sequence_number"] > after:
+            yield event(one, one["type"])
+
+
+async def _events(context: Context, begin: Begin, job: Job) -> AsyncIterator[Event]:
+    events = Events(begin.head, context.service.reader)
+    for one in events.begin():
+        yield one
+    async for delta in job.follow():
+        logprobs = [] if begin.num_top is None else token_logprobs(context.codec, delta.token_ids, delta.logprobs)
+        for one in events.piece(delta.text, logprobs):
+            yield one
+    try:
+        outcome = await asyncio.shield(job.outcome)
+    except (ThawError, Problem) as error:
+        problem = error if isinstance(error, Problem) else problem_of(error)
+        for one in events.failed(problem.code, problem.message):
+            yield one
+        return
+    if job.parked and begin.store and outcome.finish_reason == "abort":
+        return
+    for one in events.end(_object(context, begin, outcome, job)):
+        yield one
+
+
+async def _again(context: Context, row: Row, after: int) -> AsyncIterator[bytes]:
+    """The events of a response that is over, from what is kept of it."""
+    reply, text = row.record["reply"], row.record.get("text", "")
+    head = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    head.pop("thaw", None)
+    events, at = Events(head, context.service.reader), 0
+    told = list(events.begin())
+    for length in row.record["pieces"]:
+        told += events.piece(text[at : at + length], [])
+        at += length
+    for one in (*told, *events.end(_shown(row))):
+        if one["sequence_number"] > after:
+            yield event(one, one["type"])
+
+
+# -- what is stored
+
+
+def _shown(row: Row) -> Event:
+    """The object as it stands. One that a gateway left under way is incomplete, and says where it began."""
+    reply: Event = row.record["reply"]
+    if row.status == "parked":
+        return reply
+    if row.point is not None or row.status in ("queued", "in_progress"):
+        return {**reply, "status": row.status}
+    error = {"code": "server_error", "message": "it came to nothing; ask again"} if row.status == "failed" else None
+    interrupted = {"reason": "interrupted"} if row.status == "incomplete" else None
+    told = {"point": row.parent, "parent": row.parent}
+    return {**reply, "status": row.status, "error": error, "incomplete_details": interrupted, "thaw": told}
+
+
+async def retrieve(context: Context, request: Request, body: bytes) -> Response:
+    id = request.path_params["id"]
+    after = number(request, "starting_after", -1)
+    job = context.service.jobs.get((context.tenant.namespace, id))
+    row = await _row(context, id)
+    if request.query_params.get("stream", "").lower() in ("true", "1"):
+        if job is not None and isinstance(job.about, Begin):
+            return EventStream(_live(context, job.about, job, after), lambda: None)
+        return EventStream(_again(context, row, after), lambda: None)
+    headers = {"x-thaw-point": row.point} if row.point else {}
+    return as_json(_shown(row), headers=headers)
+
+
+async def delete(context: Context, request: Request, body: bytes) -> Response:
+    row = await _row(context, request.path_params["id"])
+    job = context.service.jobs.get((row.namespace, row.id))
+    if job is not None:
+        job.forgotten = True
+        job.stop()
+    await call(context.service.ledger.delete, row.namespace, KIND, row.id)
+    return as_json({"id": row.id, "object": "response", "deleted": True})
+
+
+async def cancel(context: Context, request: Request, body: bytes) -> Response:
+    row = await _row(context, request.path_params["id"])
+    if not row.record["reply"]["background"]:
+        raise Problem(400, f"{row.id} does not run in the background; close its connection", param="response_id")
+    job = context.service.jobs.get((row.namespace, row.id))
+    if job is not None:
+        job.stop()
+        await asyncio.wait([job.task])
+        row = await _row(context, row.id)
+    return as_json(_shown(row))
+
+
+async def input_items(context: Context, request: Request, body: bytes) -> Response:
+    row = await _row(context, request.path_params["id"])
+    return as_json(listed(request, row.record["input"]))

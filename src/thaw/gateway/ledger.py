@@ -1,0 +1,139 @@
+"""The ledger: which response is which commit, and what its reply said; conversations; in one SQLite file.
+
+A response is known by its id before there is a commit, so the two are joined here. A row is written when a stored
+response begins, and again after its commit and before its last event: what was acknowledged is found again after
+`kill -9`. A row that a dead gateway left under way reads as `incomplete`. Rows of a namespace are its own.
+
+No KV, and no key; the file is 0600 in the repository's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from thaw.data.files import storage_errors
+from thaw.store.db import database_errors
+
+FILE = "gateway.db"
+UNDER_WAY = ("queued", "in_progress")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS rows (
+    namespace TEXT NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, status TEXT NOT NULL, point TEXT, parent TEXT,
+    nbytes INTEGER NOT NULL, created REAL NOT NULL, record BLOB NOT NULL, PRIMARY KEY (namespace, kind, id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS rows_by_age ON rows (created);
+CREATE INDEX IF NOT EXISTS rows_by_status ON rows (status) WHERE status IN ('queued', 'in_progress', 'parked');
+"""
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """`point`: the commit, once there is one, made after `created`; `parent`: where it began. `record`: what a dialect
+    keeps of it."""
+
+    kind: str
+    id: str
+    namespace: str
+    status: str
+    record: dict[str, Any]
+    point: str | None = None
+    parent: str | None = None
+    nbytes: int = 0
+    created: float = msgspec.field(default_factory=time.time)
+
+
+_COLUMNS = "kind, id, namespace, status, record, point, parent, nbytes, created"
+
+
+class Ledger:
+    """Safe from any thread. Each write is on disk when it returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = path = folder / FILE
+        with storage_errors(path, "write"):
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.executescript(_SCHEMA)
+
+    def put(self, row: Row) -> None:
+        values = (
+            row.kind, row.id, row.namespace, row.status, msgspec.json.encode(row.record), row.point, row.parent,
+            row.nbytes, row.created,
+        )  # fmt: skip
+        with self._lock, database_errors(self._path):
+            self._connection.execute(
+                f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values
+            )
+
+    def get(self, namespace: str, kind: str, id: str) -> Row | None:
+        found = self._rows("WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id))
+        return found[0] if found else None
+
+    def delete(self, namespace: str, kind: str, id: str) -> bool:
+        with self._lock, database_errors(self._path):
+            done = self._connection.execute(
+                "DELETE FROM rows WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id)
+            )
+        return bool(done.rowcount)
+
+    def with_status(self, *statuses: str) -> list[Row]:
+        marks = ", ".join("?" * len(statuses))
+        return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
+
+    def interrupt(self) -> int:
+        """Rows that a gateway which is gone left under way; how many."""
+        with self._lock, database_errors(self._path):
+            done = self._connection.execute("UPDATE rows SET status = 'incomplete' WHERE status IN (?, ?)", UNDER_WAY)
+        return done.rowcount
+
+    def nbytes(self, namespace: str | None = None) -> int:
+        where, values = ("", ()) if namespace is None else (" WHERE namespace = ?", (namespace,))
+        with self._lock, database_errors(self._path):
+            found = self._connection.execute(f"SELECT coalesce(sum(nbytes), 0) FROM rows{where}", values).fetchone()
+        return int(found[0])
+
+    def expire(self, *, before: float, max_nbytes: int) -> tuple[int, float | None]:
+        """Drop rows from before a time and, oldest first, those beyond `max_nbytes` in all; never one under way.
+
+        Returns how many went, and the time of the oldest that is left, if any is."""
+        kept, cut = 0, before
+        with self._lock, database_errors(self._path):
+            newest_first = self._connection.execute("SELECT created, nbytes FROM rows ORDER BY created DESC")
+            for created, nbytes in newest_first:
+                kept += nbytes
+                if kept > max_nbytes:
+                    cut = max(cut, created)
+                    break
+            done = self._connection.execute(
+                "DELETE FROM rows WHERE created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?)",
+                (cut, *UNDER_WAY),
+            )
+            (oldest,) = self._connection.execute(
+                "SELECT min(created) FROM rows WHERE kind <> 'conversation'"
+            ).fetchone()
+        return done.rowcount, oldest
+
+    def close(self) -> None:
+        with self._lock, database_errors(self._path):
+            self._connection.close()
+
+    def _rows(self, where: str, values: Iterable[object]) -> list[Row]:
+        with self._lock, database_errors(self._path):
+            found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
+        return [
+            Row(
+                kind=kind, id=id, namespace=namespace, status=status, record=msgspec.json.decode(record), point=point,
+                parent=parent, nbytes=nbytes, created=created,
+            )
+            for kind, id, namespace, status, record, point, parent, nbytes, created in found
+        ]  # fmt: skip

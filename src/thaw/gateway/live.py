@@ -1,0 +1,233 @@
+"""Sessions that stay open in the engine: behind the last responses, and those under way.
+
+The next request forks one of them and loads nothing; a fork copies no KV. Requests that begin alike and come at once
+wait for the first of them, so that their prefix is loaded and read once. Nothing here is the only copy of anything:
+what is closed is stored, and is loaded again when it is asked for.
+
+Used by one event loop; only what the engine does is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
+from typing import TypeAlias
+
+from thaw.core.errors import Refused, ThawError
+from thaw.core.prefix import common_prefix
+from thaw.engines.base import SessionView
+from thaw.gateway.settings import Limits
+from thaw.repo.aio import AsyncSession
+from thaw.repo.resolve import ResolvedPoint
+
+WORTH_WAITING = 64
+"""Tokens more than are known elsewhere, for which a request waits until another one has read them."""
+
+
+class Entry:
+    """A session, and the tokens that it has or will have. `ready`: they have KV, or nobody need wait any more."""
+
+    def __init__(self, number: int, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> None:
+        self.number = number
+        self.namespace = namespace
+        self.tokens = tokens
+        self.told = tokens
+        """What a client that tells the conversation again makes of it: answers in the tokenizer's own tokens."""
+        self.chat = chat
+        self.answers: tuple[tuple[int, int], ...] = ()
+        """[start, end) of the completions that are over."""
+        self.session: AsyncSession | None = None
+        self.commit: str | None = None
+        self.parent: str | None = None
+        self.ready = asyncio.Event()
+        self.users = 1
+        self.gone = False
+
+    @property
+    def usable(self) -> bool:
+        return self.ready.is_set() and not self.gone
+
+    def in_answer(self, token: int) -> bool:
+        return any(start <= token < end for start, end in self.answers)
+
+    def common(self, tokens: tuple[int, ...]) -> int:
+        """How many of these it begins with, in its own tokens or as they are told again."""
+        own = common_prefix(self.tokens, tokens)
+        return max(own, common_prefix(self.told, tokens)) if self.in_answer(own) else own
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Not closed meanwhile."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    async def fork(self, at: int) -> AsyncSession:
+        """One child, at token `at`. Raises what the engine raises."""
+        assert self.session is not None
+        with self.held():
+            return (await self.session.fork(1, None if self.commit and at == len(self.tokens) else at))[0]
+
+
+Near: TypeAlias = tuple[int, Entry | None]
+"""Tokens in common, with whom."""
+
+
+def _worth(near: Near) -> tuple[int, int]:
+    num, entry = near
+    return num, 0 if entry is None else -len(entry.tokens)
+
+
+def _answers(view: SessionView) -> tuple[tuple[int, int], ...]:
+    return tuple((turn.start, turn.end) for turn in view.turns if turn.kind == "completion")
+
+
+class LiveSessions:
+    """All entries of all namespaces, least recently used first."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._entries: dict[int, Entry] = {}
+        self._numbers = count()
+        self._loading: dict[tuple[str, str, int], asyncio.Future[Entry]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(entry.tokens) for entry in self._entries.values())
+
+    # -- entries
+
+    def begin(self, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> Entry:
+        """A request that will have read these tokens; whoever comes after it may wait for it."""
+        entry = Entry(next(self._numbers), namespace, tokens, chat=chat)
+        self._entries[entry.number] = entry
+        return entry
+
+    def touch(self, entry: Entry) -> None:
+        self._entries[entry.number] = self._entries.pop(entry.number)
+
+    async def settle(self, entry: Entry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
+        """The request is over and committed."""
+        entry.tokens, entry.told, entry.commit, entry.parent = view.tokens, told, commit, commit
+        entry.answers = _answers(view)
+        entry.ready.set()
+        entry.users -= 1
+        await self.trim()
+
+    async def fail(self, entry: Entry) -> None:
+        """The request came to nothing: those who wait for it look elsewhere."""
+        entry.gone = True
+        entry.users -= 1
+        entry.ready.set()
+        await self._close(entry)
+
+    async def trim(self) -> None:
+        """Close the least recently used, down to the limits; never one that is in use."""
+        idle = [entry for entry in self._entries.values() if not entry.users and entry.ready.is_set()]
+        for entry in idle:
+            if len(self) <= self._limits.live_sessions and self.num_tokens <= self._limits.live_tokens:
+                return
+            if not entry.users:
+                entry.gone = True
+                await self._close(entry)
+
+    def drop(self) -> None:
+        """Forget all: their engine is gone. Those that are under way fail by themselves."""
+        for entry in [entry for entry in self._entries.values() if entry.ready.is_set()]:
+            entry.gone = True
+            del self._entries[entry.number]
+
+    async def clear(self) -> None:
+        for entry in list(self._entries.values()):
+            entry.gone = True
+            await self._close(entry)
+
+    async def _close(self, entry: Entry) -> None:
+        self._entries.pop(entry.number, None)
+        session, entry.session = entry.session, None
+        if session is not None:
+            with contextlib.suppress(ThawError):
+                await session.close()
+
+    # -- finding
+
+    def nearest(self, mine: Entry, refused: set[int]) -> tuple[Near, Near]:
+        """The best that is ready, and the best that will be; of those before `mine` alone, so that no two wait for each
+        other. Of equals the shortest. `refused`: entries that cannot be forked there."""
+        ready: Near = (0, None)
+        coming: Near = (0, None)
+        for entry in self._entries.values():
+            alike = entry.namespace == mine.namespace and (entry.chat or not mine.chat)
+            if not alike or entry is mine or entry.gone or entry.number in refused:
+                continue
+            found: Near = (entry.common(mine.tokens), entry)
+            if entry.usable:
+                ready = max(ready, found, key=_worth)
+            elif entry.number < mine.number:
+                coming = max(coming, found, key=_worth)
+        return ready, coming
+
+    async def at(self, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]) -> Entry:
+        """The session at a stored point: one that is open, or loaded now, once for all who ask for it. Held for the
+        caller, who says `entry.users -= 1`."""
+        key = (namespace, str(point.commit), point.num_tokens)
+        while True:
+            found = self._standing(*key)
+            if found is not None:
+                found.users += 1
+                self.touch(found)
+                return found
+            if key not in self._loading:
+                return await self._load(key, load)
+            with contextlib.suppress(ThawError):
+                await asyncio.shield(self._loading[key])
+
+    def _standing(self, namespace: str, commit: str, num_tokens: int) -> Entry | None:
+        for entry in self._entries.values():
+            where = (entry.namespace, entry.commit, len(entry.tokens))
+            if where == (namespace, commit, num_tokens) and entry.usable:
+                return entry
+        return None
+
+    def _containing(self, namespace: str, commit: str, num_tokens: int) -> Entry | None:
+        for entry in self._entries.values():
+            same = (entry.namespace, entry.commit) == (namespace, commit)
+            if same and entry.usable and len(entry.tokens) > num_tokens:
+                return entry
+        return None
+
+    async def _load(self, key: tuple[str, str, int], load: Callable[[], Awaitable[AsyncSession]]) -> Entry:
+        loaded = self._loading[key] = asyncio.get_running_loop().create_future()
+        try:
+            session = await self._cut(key) or await load()
+            view = await session.view()
+        except BaseException as error:
+            loaded.set_exception(error if isinstance(error, ThawError) else asyncio.CancelledError())
+            loaded.exception()
+            raise
+        finally:
+            del self._loading[key]
+        chat = bool(view.turns) and view.turns[0].role is not None
+        entry = self.begin(key[0], view.tokens, chat=chat)
+        entry.session, entry.commit, entry.parent = session, key[1], key[1]
+        entry.answers = _answers(view)
+        entry.ready.set()
+        loaded.set_result(entry)
+        return entry
+
+    async def _cut(self, key: tuple[str, str, int]) -> AsyncSession | None:
+        """The point as a fork of a longer session that is open; None where there is none, or it kept nothing there."""
+        longer = self._containing(*key)
+        if longer is None:
+            return None
+        try:
+            return await longer.fork(key[2])
+        except Refused:
+            return None

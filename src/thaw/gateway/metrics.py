@@ -1,0 +1,74 @@
+"""Prometheus series of the gateway, in text: what came, what was answered, and what was saved.
+
+Saved tokens are those that the engine counted as cached; saved seconds are these at the rate at which the same engine
+read the tokens that were not (only requests that read at least `MEASURABLE` tokens say something of it).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TypeAlias
+
+from thaw.gateway.asked import Outcome
+
+Labels: TypeAlias = tuple[tuple[str, str], ...]
+MEASURABLE = 64
+HELP: dict[str, tuple[str, str]] = {
+    "thaw:requests_total": ("counter", "Requests by tenant, endpoint and status."),
+    "thaw:requests_running": ("gauge", "Requests under way, streams included."),
+    "thaw:prompt_tokens_total": ("counter", "Tokens of prompts."),
+    "thaw:cached_tokens_total": ("counter", "Tokens of prompts that were not computed again."),
+    "thaw:prefilled_tokens_total": ("counter", "Tokens of prompts that were computed."),
+    "thaw:generated_tokens_total": ("counter", "Tokens sampled."),
+    "thaw:saved_seconds_total": ("counter", "Seconds that computing the cached tokens would have taken, estimated."),
+    "thaw:sources_total": ("counter", "Where prompts went on from: an open session, a stored one, or nothing."),
+    "thaw:stored_bytes_total": ("counter", "Bytes of KV that commits wrote."),
+    "thaw:live_sessions": ("gauge", "Sessions that are open behind responses."),
+    "thaw:live_tokens": ("gauge", "Their tokens."),
+}
+
+
+class Metrics:
+    """Counted in one event loop."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
+        self._read_tokens = 0
+        self._read_s = 0.0
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        self._counts[name, tuple(sorted(labels.items()))] += value
+
+    def done(self, tenant: str, branch: str | None, outcome: Outcome) -> None:
+        labels = {"tenant": tenant, "branch": branch or ""}
+        self.add("thaw:prompt_tokens_total", outcome.num_prompt, **labels)
+        self.add("thaw:cached_tokens_total", outcome.num_cached, **labels)
+        self.add("thaw:prefilled_tokens_total", outcome.num_prefilled, **labels)
+        self.add("thaw:generated_tokens_total", len(outcome.token_ids), **labels)
+        self.add("thaw:stored_bytes_total", outcome.nbytes, **labels)
+        self.add("thaw:sources_total", tenant=tenant, source=outcome.source)
+        if outcome.num_prefilled >= MEASURABLE:
+            self._read_tokens += outcome.num_prefilled
+            self._read_s += outcome.ttft_s
+        if self._read_tokens:
+            saved = outcome.num_cached * self._read_s / self._read_tokens
+            self.add("thaw:saved_seconds_total", saved, **labels)
+
+    def text(self, gauges: dict[str, float]) -> str:
+        lines: list[str] = []
+        for name, (kind, help) in HELP.items():
+            rows = {labels: value for (one, labels), value in self._counts.items() if one == name}
+            if name in gauges:
+                rows[()] = gauges[name]
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in sorted(rows.items())]
+        return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Labels) -> str:
+    shown = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels)
+    return f"{{{shown}}}" if shown else ""
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

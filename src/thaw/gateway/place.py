@@ -1,0 +1,297 @@
+"""Where a request goes on from: the session that holds most of its tokens, open in the engine or stored.
+
+    at a point that it names          the session there, loaded once for all who name it
+    the longest prefix                of what is open, of what is under way (the request waits for it), or of what the
+                                      repository has by `match`, within the tenant's namespace
+    nothing                           a new session
+
+Both look at token ids after rendering, so what a client sends beside them (marks of a cache, a session's name) decides
+nothing. Where the last common token lies inside an answer, the whole answer's session is taken: thaw's chat compares
+its text, and keeps the tokens that were sampled.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from thaw.core.errors import Refused, TooLong
+from thaw.core.ids import CommitId, StateId
+from thaw.core.objects import Commit, Turn
+from thaw.core.prefix import common_prefix
+from thaw.core.sampling import Sampling, fresh_seed
+from thaw.engines.base import Codec, Engine, Message, SessionView
+from thaw.gateway.asked import Asked, Outcome
+from thaw.gateway.live import WORTH_WAITING, Entry, LiveSessions
+from thaw.repo import resolve, timeline
+from thaw.repo.aio import AsyncRepository, AsyncSession
+from thaw.repo.bridge import call
+from thaw.repo.resolve import ResolvedPoint
+
+Source = Literal["live", "stored", "new"]
+
+
+class Found(msgspec.Struct, kw_only=True):
+    """A session of the request's own, and how many of the prompt's tokens it has."""
+
+    session: AsyncSession
+    source: Source
+    num_known: int = 0
+    parent: str | None = None
+    whole: bool = False
+    """All of the parent is known, told again or not."""
+
+
+class Place:
+    """A request's session, its entry among the open ones, and what it says there."""
+
+    def __init__(
+        self,
+        live: LiveSessions,
+        entry: Entry,
+        found: Found,
+        *,
+        messages: tuple[Message, ...],
+        whole: bool,
+        num_tokens: int,
+        sampling: Sampling,
+    ) -> None:
+        self._live, self.entry = live, entry
+        self.session, self.source = found.session, found.source
+        self.num_known, self.parent = found.num_known, found.parent
+        self.messages, self.whole = messages, whole
+        self.num_tokens, self.sampling = num_tokens, sampling
+        entry.session, entry.parent = found.session, found.parent
+
+    async def settle(self, codec: Codec, view: SessionView, outcome: Outcome) -> None:
+        told = view.tokens
+        if self.entry.chat and self.entry.tokens and outcome.token_ids:
+            again = await call(codec.encode_chat, outcome.text, inside=True)
+            told = (*self.entry.tokens, *again)
+        await self._live.settle(self.entry, view, told, outcome.point)
+
+    async def give_up(self) -> None:
+        await self._live.fail(self.entry)
+
+
+class Finder:
+    """Of one namespace."""
+
+    def __init__(self, repo: AsyncRepository, engine: Engine, live: LiveSessions) -> None:
+        self._repo, self._engine, self._live = repo, engine, live
+        self._namespace = repo.namespace
+
+    async def find(self, asked: Asked) -> Place:
+        """Raises what rendering, loading and the engine raise."""
+        if asked.resume:
+            return await self._resumed(asked)
+        if asked.token_ids is not None:
+            return await self._place(asked, asked.token_ids, (), None)
+        if asked.at is None:
+            messages = _conversation(asked, ())
+            return await self._place(asked, await self._rendered(asked, messages), messages, None)
+        trunk = await self._live.at(self._namespace, asked.at, lambda: self._load(asked, asked.at))
+        try:
+            return await self._from(asked, trunk)
+        finally:
+            trunk.users -= 1
+
+    async def count(self, asked: Asked) -> int:
+        """Tokens of its prompt."""
+        return len(await self._rendered(asked, _conversation(asked, ())))
+
+    async def _from(self, asked: Asked, trunk: Entry) -> Place:
+        """At a point: the conversation is what the session there holds, and what is new."""
+        assert trunk.session is not None
+        view = await trunk.session.view()
+        held = tuple(await trunk.session.messages()) if _is_chat(view.turns) else None
+        if held is None and view.turns:
+            return await self._append(asked, trunk)
+        messages = _conversation(asked, held or ())
+        return await self._place(asked, await self._rendered(asked, messages), messages, trunk)
+
+    async def _resumed(self, asked: Asked) -> Place:
+        """The session of an answer that was interrupted, which nobody else goes on with."""
+        assert asked.at is not None
+        entry = self._live.begin(self._namespace, (), chat=True)
+        try:
+            session = await self._load(asked, asked.at)
+        except BaseException:
+            await self._live.fail(entry)
+            raise
+        num = asked.at.num_tokens
+        found = Found(session=session, source="stored", num_known=num, parent=str(asked.at.commit))
+        return Place(self._live, entry, found, messages=(), whole=True, num_tokens=num, sampling=asked.sampling)
+
+    async def _append(self, asked: Asked, trunk: Entry) -> Place:
+        """Behind plain text the messages are appended; what they become there only the session knows."""
+        entry = self._live.begin(self._namespace, (), chat=False)
+        try:
+            session = await trunk.fork(len(trunk.tokens))
+        except BaseException:
+            await self._live.fail(entry)
+            raise
+        num = len(trunk.tokens)
+        found = Found(session=session, source="live", num_known=num, parent=trunk.commit)
+        sampling = self._sampling(asked, num)
+        messages = _conversation(asked, ())
+        return Place(self._live, entry, found, messages=messages, whole=False, num_tokens=num, sampling=sampling)
+
+    async def _place(
+        self, asked: Asked, tokens: tuple[int, ...], messages: tuple[Message, ...], trunk: Entry | None
+    ) -> Place:
+        sampling = self._sampling(asked, len(tokens))
+        entry = self._live.begin(self._namespace, tokens, chat=asked.token_ids is None)
+        try:
+            found = await self._nearest(asked, entry, trunk)
+            await self._follow(found, asked)
+        except BaseException:
+            await self._live.fail(entry)
+            raise
+        return Place(self._live, entry, found, messages=messages, whole=True, num_tokens=len(tokens), sampling=sampling)
+
+    def _sampling(self, asked: Asked, num_tokens: int) -> Sampling:
+        """With a limit that fits, and a seed of its own: siblings of one point do not say the same."""
+        room = self._engine.info.max_model_len - num_tokens
+        if room < 1:
+            raise TooLong(
+                f"the prompt has {num_tokens} tokens and the model takes {self._engine.info.max_model_len}, the answer "
+                "included"
+            )
+        wanted = room if asked.max_tokens is None else min(asked.max_tokens, room)
+        seed = fresh_seed() if asked.sampling.seed is None else asked.sampling.seed
+        return msgspec.structs.replace(asked.sampling, max_tokens=max(wanted, 1), seed=seed)
+
+    async def _rendered(self, asked: Asked, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        codec = self._engine.codec
+
+        def render() -> tuple[int, ...]:
+            text = codec.chat_text(
+                messages,
+                add_generation_prompt=not asked.continue_final_message,
+                tools=asked.tools or None,
+                variables=asked.variables,
+            )
+            return tuple(codec.encode_chat(text))
+
+        return await call(render)
+
+    async def _follow(self, found: Found, asked: Asked) -> None:
+        """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
+        parent = str(asked.at.commit) if asked.at is not None else await call(self._held_whole, found)
+        if parent != found.session.sync.parent:
+            await found.session.reparent(None if parent is None else CommitId(parent))
+        found.parent = parent
+
+    def _held_whole(self, found: Found) -> str | None:
+        """Of the commit that a session was forked from and those before it, the last that ends within what is known."""
+        if found.whole:
+            return found.parent
+        store, commit = self._repo.sync.store, found.parent
+        while commit is not None:
+            known = store.get_as(commit, Commit)
+            if timeline.read_state(store, StateId(known.state)).num_tokens <= found.num_known:
+                return commit
+            commit = known.parents[0] if known.parents else None
+        return None
+
+    # -- the longest prefix
+
+    async def _nearest(self, asked: Asked, entry: Entry, trunk: Entry | None) -> Found:
+        refused: set[int] = set()
+        if trunk is not None and not _leads_on(trunk, entry):
+            trunk = None
+        stored = await self._repo.match(entry.tokens) if trunk is None else None
+        while True:
+            (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
+            known = max(num, stored.num_tokens if stored else 0, len(trunk.tokens) if trunk else 0)
+            if coming is not None and num_coming >= known + WORTH_WAITING:
+                await coming.ready.wait()
+                continue
+            if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
+                return await self._fork(entry, trunk, len(trunk.tokens)) or await self._fresh()
+            if ready is not None and num and num >= (stored.num_tokens if stored else 0):
+                found = await self._fork(entry, ready, num)
+                if found is not None:
+                    return found
+                refused.add(ready.number)
+                continue
+            if stored is not None and stored.num_tokens:
+                found = await self._stored(asked, entry, stored)
+                if found is not None:
+                    return found
+            return await self._fresh()
+
+    async def _fresh(self) -> Found:
+        return Found(session=await self._repo.session(), source="new")
+
+    async def _fork(self, entry: Entry, ready: Entry, num: int) -> Found | None:
+        """A child of an open session; None where it can have none there."""
+        assert ready.session is not None
+        self._live.touch(ready)
+        with ready.held():
+            own = common_prefix(ready.tokens, entry.tokens)
+            retold = entry.chat and (num > own or ready.in_answer(own))
+            at = len(ready.tokens) if retold else min(num, len(ready.tokens))
+            try:
+                session = await ready.fork(at)
+            except Refused:
+                return None
+        whole = ready.commit is not None and num >= min(len(ready.tokens), len(ready.told))
+        num_known = min(num, len(entry.tokens))
+        return Found(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
+
+    async def _stored(self, asked: Asked, entry: Entry, point: ResolvedPoint) -> Found | None:
+        if entry.chat:
+            point = await call(self._whole_answer, point)
+        try:
+            trunk = await self._live.at(self._namespace, point, lambda: self._load(asked, point))
+        except Refused:
+            if asked.policy == "exact":
+                return None
+            raise
+        try:
+            if entry.chat and not trunk.chat:
+                return None
+            found = await self._fork(entry, trunk, len(trunk.tokens))
+        finally:
+            trunk.users -= 1
+        return None if found is None else msgspec.structs.replace(found, source="stored", whole=point.at_end)
+
+    def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
+        """The end of the commit, where the point lies inside an answer."""
+        store = self._repo.sync.store
+        turns = timeline.read_turns(store, timeline.read_state(store, point.state))
+        inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
+        return resolve.at(store, point.commit) if inside else point
+
+    async def _load(self, asked: Asked, point: ResolvedPoint | None) -> AsyncSession:
+        assert point is not None
+        bare = msgspec.structs.replace(point, branch=None)
+        return await self._repo.session(bare, policy=asked.policy)
+
+
+def _leads_on(trunk: Entry, entry: Entry) -> bool:
+    """Whether the conversation goes on from the point: all of it, or up to an answer that is told otherwise."""
+    common = common_prefix(trunk.tokens, entry.tokens)
+    return common == len(trunk.tokens) or trunk.in_answer(common)
+
+
+def _conversation(asked: Asked, held: tuple[Message, ...]) -> tuple[Message, ...]:
+    """All messages: instructions, what was said, what is new."""
+    if asked.whole and asked.at is None:
+        held = ()
+    replaced = asked.held_instructions
+    if replaced is None:
+        replaced = bool(asked.instructions) and bool(held) and held[0]["role"] == "system"
+    if replaced:
+        held = held[1:]
+    first: tuple[Message, ...] = ()
+    if asked.instructions:
+        first = ({"role": "system", "content": asked.instructions},)
+    return (*first, *held, *asked.messages)
+
+
+def _is_chat(turns: tuple[Turn, ...]) -> bool:
+    return all(turn.role is not None for turn in turns)

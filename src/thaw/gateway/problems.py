@@ -1,0 +1,72 @@
+"""What a client is told when a request fails: a status and words, the same in every dialect; each has its own body."""
+
+from __future__ import annotations
+
+from thaw.core import errors
+from thaw.core.errors import ThawError
+
+RETRY_AFTER_S = 2
+
+
+class Problem(Exception):
+    """A request that is not answered. `param` names the field that is meant; `retry_after` seconds are worth a try."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str = "", param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = KINDS.get(status, "api_error")
+        self.code = code or self.kind
+        self.param = param
+        self.retry_after = retry_after
+
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    409: "conflict_error",
+    413: "request_too_large",
+    421: "misdirected_request",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+"""The kind of an error by its status, in the words that both APIs have."""
+
+STATUSES: tuple[tuple[type[ThawError], int], ...] = (
+    (errors.NotFound, 404),
+    (errors.InvalidRequest, 400),
+    (errors.Conflict, 409),
+    (errors.Refused, 409),
+    (errors.EngineDied, 503),
+    (errors.Cancelled, 503),
+    (errors.TimedOut, 503),
+    (errors.StorageFailed, 503),
+    (ThawError, 500),
+)
+"""The first that fits counts."""
+UNTOLD = (errors.StorageFailed, errors.Damaged)
+"""Their messages name files of the server."""
+
+
+def problem_of(error: ThawError) -> Problem:
+    """What a client is told of an error of thaw's."""
+    status = next(status for kind, status in STATUSES if isinstance(error, kind))
+    code = "context_length_exceeded" if isinstance(error, errors.TooLong) else error.kind.replace("-", "_")
+    told = f"{error.kind}: the server's own log says more" if isinstance(error, UNTOLD) else str(error)
+    return Problem(status, told, code=code, retry_after=RETRY_AFTER_S if status == 503 else None)
+
+
+def unsupported(param: str, why: str) -> Problem:
+    """A field that could change the output, and cannot be done."""
+    return Problem(400, f"{param}: {why}", code="unsupported_parameter", param=param)
+
+
+def invalid(param: str, why: str) -> Problem:
+    return Problem(400, f"{param}: {why}", code="invalid_value", param=param)

@@ -1,0 +1,136 @@
+"""Replies over HTTP: JSON, server-sent events, and waiting for jobs while the client is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from thaw.gateway.asked import Outcome
+from thaw.gateway.job import Job
+
+PAUSE_S = 15.0
+"""Of silence in a stream."""
+
+
+class ClientGone(Exception):
+    """Nobody waits for the reply any more."""
+
+
+def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers=dict(headers or {}), media_type="application/json")
+
+
+def event(value: Mapping[str, object], name: str | None = None) -> bytes:
+    """One server-sent event."""
+    data = b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return data if name is None else f"event: {name}\n".encode() + data
+
+
+def headers_of(ignored: Sequence[str], outcomes: Iterable[Outcome] = (), parent: str | None = None) -> dict[str, str]:
+    """What every reply says in its headers. A stream has no point yet, and says where it began."""
+    found = {"x-thaw-ignored": ",".join(ignored)} if ignored else {}
+    points = [outcome.point for outcome in outcomes]
+    if points:
+        found["x-thaw-point"] = ",".join(points)
+    if parent:
+        found["x-thaw-parent"] = parent
+    return found
+
+
+class EventStream(Response):
+    """A stream of events. When the client goes away, `gone` is called and nothing more is sent."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncIterator[bytes], gone: Callable[[], object], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", **(headers or {})})
+        del self.headers["content-length"]
+        self._events, self._gone = events, gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sending = asyncio.create_task(self._send(send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                self._gone()
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sending
+
+    async def _send(self, send: Send) -> None:
+        async for chunk in with_pauses(self._events):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def with_pauses(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, and a comment whenever none came for a while: who stands between would take silence for an end."""
+    following: asyncio.Task[bytes | None] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(_next(events))
+            done, _ = await asyncio.wait({following}, timeout=PAUSE_S)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            chunk, following = following.result(), None
+            if chunk is None:
+                return
+            yield chunk
+    finally:
+        if following is not None:
+            following.cancel()
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(events, None)
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def outcomes_of(request: Request, jobs: Sequence[Job]) -> list[Outcome]:
+    """What became of all jobs; the first error counts, and ends the others. Raises `ClientGone` when the client went
+    away: then they are stopped."""
+    gone = asyncio.create_task(disconnected(request.receive))
+    all_done: asyncio.Future[list[Outcome]] = asyncio.gather(*(asyncio.shield(job.outcome) for job in jobs))
+    try:
+        waited: set[asyncio.Future[Any]] = {gone, all_done}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not all_done.done():
+            raise ClientGone
+        return all_done.result()
+    except BaseException:
+        for job in jobs:
+            job.stop()
+        raise
+    finally:
+        gone.cancel()
+        if not all_done.done():
+            all_done.cancel()
+
+
+async def begun(jobs: Sequence[Job]) -> None:
+    """Wait until the engine has taken all, so that an error is still a status; the first one ends the others."""
+    try:
+        for job in jobs:
+            await asyncio.shield(job.begun)
+    except BaseException:
+        for job in jobs:
+            job.stop()
+        raise

@@ -1,0 +1,91 @@
+"""Running the gateway: uvicorn, one process, one event loop. SIGTERM lets what runs be committed before it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from logging.handlers import WatchedFileHandler
+
+import uvicorn
+
+from thaw.engines.base import Engine
+from thaw.gateway.app import application, audit
+from thaw.gateway.ledger import Ledger
+from thaw.gateway.service import Service
+from thaw.gateway.settings import Settings
+from thaw.gateway.tenants import Tenants
+from thaw.repo.repository import Repository
+from thaw.store.locks import locked
+
+LOCK = "gateway.lock"
+DRAIN_S = 60
+
+
+@contextlib.contextmanager
+def opened(
+    repo: Repository, tenants: Tenants, settings: Settings, reconnect: Callable[[], Engine] | None = None
+) -> Iterator[Service]:
+    """The service of a repository, which has one gateway at a time. Raises `Busy`, `StorageFailed`."""
+    busy = f"another gateway serves {repo.path}; end it first"
+    with locked(repo.path / LOCK, wait_s=0.0, busy=busy):
+        ledger = Ledger(repo.path)
+        try:
+            ledger.interrupt()
+            yield Service(repo, tenants, settings, ledger, reconnect)
+        finally:
+            ledger.close()
+
+
+class Server(uvicorn.Server):
+    """Ends what runs before it waits for connections, so that open streams get their last event."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._service.close()
+        await super().shutdown(sockets)
+
+
+def server(service: Service) -> Server:
+    """Not yet running."""
+    settings = service.settings
+    config = uvicorn.Config(
+        application(service),
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.certificate_key,
+    )
+    return Server(config, service)
+
+
+def run(service: Service) -> None:
+    """Serve until SIGTERM or SIGINT; when all that ran is committed, leave by `SystemExit`, so that everything closes.
+    For the main thread."""
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, lambda *_: sys.exit(0))  # uvicorn has its own meanwhile, and raises it again at its end
+    server(service).run()
+
+
+def keep_audit(path: str | None) -> None:
+    """Lines of the audit log go to a file, 0600, which may be rotated."""
+    audit.propagate = False
+    if path is None:
+        audit.addHandler(logging.NullHandler())
+        return
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600))
+    handler = WatchedFileHandler(path)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    audit.addHandler(handler)
+    audit.setLevel(logging.INFO)

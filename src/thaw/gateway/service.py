@@ -1,0 +1,229 @@
+"""The neutral middle: one repository and engine, its tenants, what is open and under way, and what is kept.
+
+Used by one event loop. Dialects ask it for jobs; nothing in it knows a dialect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from thaw.core.errors import ThawError
+from thaw.engines.base import Delta, Engine
+from thaw.gateway.asked import Asked, Outcome
+from thaw.gateway.job import Job, Keep
+from thaw.gateway.ledger import Ledger, Row
+from thaw.gateway.live import LiveSessions
+from thaw.gateway.metrics import Metrics
+from thaw.gateway.place import Finder, Place
+from thaw.gateway.problems import RETRY_AFTER_S, Problem
+from thaw.gateway.settings import Settings
+from thaw.gateway.speech import Reader, reader_of
+from thaw.gateway.tenants import Tenant, Tenants
+from thaw.repo.aio import AsyncRepository
+from thaw.repo.bridge import call
+from thaw.repo.repository import Repository
+from thaw.repo.repository import open as open_repository
+from thaw.repo.resolve import ResolvedPoint
+
+REJOIN_S = 600.0
+"""How long requests wait for another engine."""
+log = logging.getLogger("thaw.gateway")
+
+
+class Service:
+    """Made by `opened`; `close` ends what is under way and closes what is open, not the repository."""
+
+    def __init__(
+        self,
+        repo: Repository,
+        tenants: Tenants,
+        settings: Settings,
+        ledger: Ledger,
+        reconnect: Callable[[], Engine] | None = None,
+    ) -> None:
+        """`reconnect` joins or boots the engine that takes the place of one that died; None: there is none."""
+        self.repo = AsyncRepository(repo)
+        self._reconnect = reconnect
+        self._rejoining = asyncio.Lock()
+        self.engine: Engine = repo.engine
+        self.settings = settings
+        self.tenants = tenants
+        self.ledger = ledger
+        self.live = LiveSessions(settings.limits)
+        self.metrics = Metrics()
+        self.served = settings.models or (_model_name(self.engine),)
+        self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
+        self.closing = False
+        self.reader: Callable[[], Reader] = reader_of(settings.tools)
+        self.jobs: dict[tuple[str, str], Job] = {}
+        """Of stored responses that are under way, by namespace and id."""
+        self._running: set[Job] = set()
+        self._conversations: set[tuple[str, str]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
+        self._opened: list[AsyncRepository] = []
+        """Those that came with another engine; they are closed here."""
+        self._finders: dict[str, Finder] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def within(self, tenant: Tenant) -> AsyncRepository:
+        return self.repo.within(tenant.namespace) if tenant.namespace else self.repo
+
+    def _finder(self, tenant: Tenant) -> Finder:
+        if tenant.namespace not in self._finders:
+            self._finders[tenant.namespace] = Finder(self.within(tenant), self.engine, self.live)
+        return self._finders[tenant.namespace]
+
+    async def rejoin(self, dead: Engine) -> None:
+        """Wait until another engine has taken the place of a dead one, once for all. Raises `Problem` 503 where none
+        comes in time."""
+        async with self._rejoining:
+            if self.engine is not dead:
+                return
+            self.live.drop()
+            for _ in range(int(REJOIN_S / RETRY_AFTER_S)):
+                if self.closing or self._reconnect is None:
+                    break
+                try:
+                    engine = await call(self._reconnect)
+                except ThawError as error:
+                    log.warning("the engine is gone, and none takes its place yet: %s", error.kind)
+                    await asyncio.sleep(RETRY_AFTER_S)
+                    continue
+                await self._use(engine)
+                return
+        raise Problem(503, "the engine is gone; try again soon", retry_after=RETRY_AFTER_S)
+
+    async def _use(self, engine: Engine) -> None:
+        former, self.engine = self.repo, engine
+        self.repo = AsyncRepository(await call(open_repository, former.path, engine=engine, create=False))
+        self._finders.clear()
+        self._opened.append(self.repo)
+        log.warning("another engine has taken the place of the one that was gone")
+
+    # -- points
+
+    async def point(
+        self, tenant: Tenant, name: str, *, turn: int | None = None, token: int | None = None
+    ) -> ResolvedPoint:
+        """A point of the tenant's own. Raises `NotFound`, `BadPoint`."""
+        repo = self.within(tenant)
+        if turn is None and token is None:
+            return await repo.resolve(name)
+        return await repo.at(name, turn=turn, token=token)
+
+    async def count(self, tenant: Tenant, asked: Asked) -> int:
+        return await self._finder(tenant).count(asked)
+
+    # -- jobs
+
+    async def start(self, tenant: Tenant, asked: Sequence[Asked]) -> list[Job]:
+        """Jobs of which no more than the commits are kept. Raises `Problem`."""
+        await self.admit(tenant, len(asked))
+        return [self.begin(tenant, one) for one in asked]
+
+    async def admit(self, tenant: Tenant, num: int) -> None:
+        """Whether so many jobs may begin now. Raises `Problem`."""
+        if self.closing:
+            raise Problem(503, "the gateway is ending; try again soon", retry_after=RETRY_AFTER_S)
+        if self.num_running + num > self.settings.limits.requests:
+            raise Problem(503, f"{self.num_running} requests are under way; try again soon", retry_after=RETRY_AFTER_S)
+        if num > self.settings.limits.choices:
+            raise Problem(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
+        nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
+        tenant.admit(num, nbytes)
+
+    def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> Job:
+        """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
+        commit is kept. `said`: deltas from before it was parked."""
+        engine = self.engine
+
+        async def find(now: Asked) -> Place:
+            nonlocal engine
+            engine = self.engine
+            return await self._finder(tenant).find(now)
+
+        async def kept(outcome: Outcome) -> None:
+            tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
+            self.metrics.done(tenant.name, asked.branch, outcome)
+            await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
+
+        job = Job(asked, find, kept, lambda: self.rejoin(engine), said)
+        tenant.running += 1
+        self._running.add(job)
+
+        def over(_: asyncio.Task[None]) -> None:
+            tenant.running -= 1
+            self._running.discard(job)
+
+        job.task.add_done_callback(over)
+        return job
+
+    # -- keeping
+
+    async def keep_point(self, tenant: Tenant, outcome: Outcome) -> None:
+        """Count a commit that no response names."""
+        row = Row(
+            kind="point", id=outcome.point, namespace=tenant.namespace, status="completed", record={},
+            point=outcome.point, parent=outcome.parent, nbytes=outcome.nbytes, created=outcome.created,
+        )  # fmt: skip
+        await call(self.ledger.put, row)
+
+    def take_conversation(self, namespace: str, id: str) -> None:
+        """Raises `Problem` 409 while another response goes on with it."""
+        if (namespace, id) in self._conversations:
+            raise Problem(409, f"another response goes on with {id}; wait for it", code="conversation_locked")
+        self._conversations.add((namespace, id))
+
+    def free_conversation(self, namespace: str, id: str) -> None:
+        self._conversations.discard((namespace, id))
+
+    def later(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Do it, and before the gateway ends."""
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def sweep(self) -> int:
+        """Let go of what is kept no longer: rows, then, by gc, the KV that nothing names. How many rows went."""
+        keeping = self.settings.keeping
+        before = time.time() - keeping.lifetime_s
+        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes)
+        if gone:
+            now = time.time()
+            since = min([now if oldest is None else oldest, *(job.began for job in self._running)])
+            await self.repo.gc(keep_reflog_s=max(0.0, now - since))
+        return gone
+
+    async def sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.keeping.sweep_s)
+            try:
+                await self.sweep()
+            except ThawError as error:
+                log.warning("a sweep came to nothing: %s", error.kind)
+
+    async def close(self) -> None:
+        """Park what runs: each job is committed as far as it came. Then nothing is open."""
+        self.closing = True
+        stored = set(self.jobs.values())
+        for job in list(self._running):
+            (job.park if job in stored else job.stop)()
+        for tasks in ([job.task for job in self._running], list(self._chores)):
+            if tasks:
+                await asyncio.wait(tasks)
+        await self.live.clear()
+        for repo in self._opened:
+            await call(repo.sync.engine.close)
+            await repo.close()
+
+
+def _model_name(engine: Engine) -> str:
+    """The last part of a path, as clients name models."""
+    return engine.info.model.rstrip("/").rpartition("/")[2] or engine.info.name

@@ -1,0 +1,177 @@
+"""Tenants: which key is whose, and what each may use.
+
+Keys are kept as their SHA-256 alone, compared in constant time, and appear in no log or message; a log names a key by
+the first digits of that hash. Each tenant has a namespace of the repository, so that it reaches nothing of others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from thaw.core import namespaces
+from thaw.core.errors import InvalidRequest
+from thaw.data.files import storage_errors
+from thaw.engines.keys import check_key
+from thaw.gateway.problems import Problem
+
+MINUTE_S = 60.0
+
+
+class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """None: no limit. `tokens_per_minute` counts what was computed: tokens read and sampled, not those found cached."""
+
+    bytes: int | None = None
+    sessions: int | None = None
+    tokens_per_minute: int | None = None
+
+
+class Listed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tenant as a keys file lists it: each key as it is, or `sha256:…` of it. `operator`: may read the metrics, which
+    are of all tenants."""
+
+    namespace: str
+    keys: tuple[str, ...]
+    quota: Quota = Quota()
+    operator: bool = False
+
+
+class Meter:
+    """Tokens of the last minute."""
+
+    def __init__(self) -> None:
+        self._spent: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def add(self, tokens: int) -> None:
+        self._spent.append((time.monotonic(), tokens))
+        self._sum += tokens
+
+    def last_minute(self) -> int:
+        begin = time.monotonic() - MINUTE_S
+        while self._spent and self._spent[0][0] < begin:
+            self._sum -= self._spent.popleft()[1]
+        return self._sum
+
+    def wait_s(self) -> float:
+        """Until the oldest of them counts no more."""
+        return max(1.0, self._spent[0][0] + MINUTE_S - time.monotonic()) if self._spent else 1.0
+
+
+class Tenant:
+    """Whose a request is. `namespace` "": the default one."""
+
+    def __init__(self, namespace: str, quota: Quota, *, operator: bool = False) -> None:
+        self.namespace = namespace
+        self.quota = quota
+        self.operator = operator
+        self.running = 0
+        self.meter = Meter()
+
+    @property
+    def name(self) -> str:
+        return self.namespace or "default"
+
+    def admit(self, choices: int, nbytes: int) -> None:
+        """Raise `Problem` 429 where a quota is used up; `nbytes` is what the tenant keeps stored."""
+        quota = self.quota
+        if quota.sessions is not None and self.running + choices > quota.sessions:
+            raise _spent(f"{self.running} sessions of {quota.sessions} are running", 1.0)
+        if quota.tokens_per_minute is not None and self.meter.last_minute() >= quota.tokens_per_minute:
+            raise _spent(f"the quota of {quota.tokens_per_minute} tokens a minute is used up", self.meter.wait_s())
+        if quota.bytes is not None and nbytes >= quota.bytes:
+            raise Problem(
+                429, f"{nbytes:,} bytes of {quota.bytes:,} are stored; delete responses", code="insufficient_quota"
+            )
+
+
+def _spent(what: str, wait_s: float) -> Problem:
+    return Problem(429, f"{what}; try again later", code="rate_limit_exceeded", retry_after=wait_s)
+
+
+class Tenants:
+    """All of them, by key."""
+
+    def __init__(self, by_digest: dict[bytes, Tenant]) -> None:
+        self._by_digest = by_digest
+
+    @property
+    def all(self) -> list[Tenant]:
+        return list({id(tenant): tenant for tenant in self._by_digest.values()}.values())
+
+    def of_key(self, key: str | None) -> tuple[Tenant, str]:
+        """The tenant and the key's name for logs. Raises `Problem` 401; the look at all keys takes as long for any."""
+        said = hashlib.sha256((key or "").encode()).digest()
+        found = None
+        for digest, tenant in self._by_digest.items():
+            if hmac.compare_digest(digest, said):
+                found = tenant
+        if found is None:
+            why = "no key was sent" if not key else "the key is not known"
+            raise Problem(401, f"{why}: send it as `Authorization: Bearer …` or `x-api-key`", code="invalid_api_key")
+        return found, said.hex()[:8]
+
+    def of_namespace(self, namespace: str) -> Tenant:
+        """The tenant of a namespace; one without keys or limits where none is listed any more."""
+        return next((one for one in self.all if one.namespace == namespace), Tenant(namespace, Quota()))
+
+    def of_operator(self, key: str | None) -> Tenant:
+        """The tenant, where it may see what concerns all. Raises `Problem` 401, 403."""
+        tenant, _ = self.of_key(key)
+        if not tenant.operator:
+            raise Problem(403, "this key is no operator's")
+        return tenant
+
+
+def single(token: str) -> Tenants:
+    """One tenant, of the default namespace."""
+    check_key(token, "the token")
+    return Tenants({hashlib.sha256(token.encode()).digest(): Tenant("", Quota(), operator=True)})
+
+
+def fresh_token() -> str:
+    return f"thaw-{secrets.token_urlsafe(24)}"
+
+
+def load(path: Path) -> Tenants:
+    """The tenants of a keys file: a JSON list of `{"namespace", "keys", "quota"}`. Nobody else may read the file.
+
+    Raises `InvalidRequest` for what it says, `StorageFailed`.
+    """
+    with storage_errors(path, "read the keys of"):
+        if os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise InvalidRequest(f"{path} can be read by others: its mode must be 0600 (chmod 600)")
+        data = path.read_bytes()
+    try:
+        listed = msgspec.json.decode(data, type=list[Listed])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f'{path}: {error}. Write [{{"namespace": "acme", "keys": ["sha256:…"]}}]') from None
+    by_digest: dict[bytes, Tenant] = {}
+    for one in listed:
+        tenant = Tenant(namespaces.check(one.namespace), one.quota, operator=one.operator)
+        for key in one.keys:
+            if by_digest.setdefault(_digest(key, path), tenant) is not tenant:
+                raise InvalidRequest(f"{path}: one key is listed for two tenants")
+    if not by_digest:
+        raise InvalidRequest(f"{path} lists no key, so nobody could ask anything")
+    return Tenants(by_digest)
+
+
+def _digest(key: str, path: Path) -> bytes:
+    if not key.startswith("sha256:"):
+        return hashlib.sha256(check_key(key, f"a key of {path}").encode()).digest()
+    try:
+        digest = bytes.fromhex(key.removeprefix("sha256:"))
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise InvalidRequest(f"{path}: `sha256:` is followed by 64 hex digits")
+    return digest

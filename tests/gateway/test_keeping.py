@@ -1,0 +1,119 @@
+"""What is kept, for how long and how much of it; what the series say; and what the verb refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway_stand import TOKEN, Gateway, Start
+from thaw import cli
+from thaw.core.errors import NotFound
+from thaw.gateway.ledger import Ledger, Row
+from thaw.gateway.settings import Keeping, Limits, Settings
+
+openai = pytest.importorskip("openai")
+LONG = "a long story about a river, and who lives there. " * 8
+
+
+def respond(gateway: Gateway, **more: Any) -> Any:
+    return gateway.openai().responses.create(model="fake", **{"input": LONG, "max_output_tokens": 8, **more})
+
+
+def sweep(gateway: Gateway) -> int:
+    import asyncio
+
+    return asyncio.run(gateway.service.sweep())
+
+
+def test_the_oldest_go_first_and_what_has_a_name_stays(start: Start) -> None:
+    gateway = start(settings=Settings(keeping=Keeping(nbytes=0)))
+    named = respond(gateway, extra_body={"thaw": {"branch": "main"}}, input=f"named {LONG}")
+    loose = respond(gateway, input=f"loose {LONG}")
+    assert sweep(gateway) == 2
+    with pytest.raises(openai.NotFoundError):
+        gateway.openai().responses.retrieve(loose.id)
+    assert gateway.repo.resolve("main").commit == named.thaw["point"]
+    with pytest.raises(NotFound):
+        gateway.repo.resolve(loose.thaw["point"])
+
+
+def test_what_fits_is_kept_and_nothing_of_it_is_lost(start: Start) -> None:
+    gateway = start()
+    kept = [respond(gateway, input=f"{i} {LONG}") for i in range(3)]
+    assert sweep(gateway) == 0
+    assert all(gateway.openai().responses.retrieve(one.id).output_text == one.output_text for one in kept)
+    on = respond(gateway, input="x", previous_response_id=kept[0].id)
+    assert on.thaw["cached_tokens"] == kept[0].usage.total_tokens - 1
+
+
+def test_a_ledger_lets_go_by_age_and_by_bytes(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    now = time.time()
+    for i in range(6):
+        ledger.put(
+            Row(kind="response", id=f"r{i}", namespace="", status="completed", record={}, nbytes=10, created=now + i)
+        )
+    ledger.put(Row(kind="response", id="runs", namespace="", status="in_progress", record={}, created=now - 99))
+    ledger.put(Row(kind="conversation", id="c", namespace="", status="completed", record={}, created=now - 99))
+    assert ledger.expire(before=now + 1.5, max_nbytes=1000)[0] == 2
+    assert ledger.expire(before=0, max_nbytes=25)[0] == 2
+    assert [ledger.get("", "response", f"r{i}") is not None for i in range(6)] == [False] * 4 + [True] * 2
+    assert ledger.get("", "response", "runs") is not None and ledger.get("", "conversation", "c") is not None
+    assert ledger.get("other", "response", "r5") is None
+    assert ledger.interrupt() == 1 and ledger.get("", "response", "runs").status == "incomplete"  # type: ignore[union-attr]
+    ledger.close()
+
+
+def test_few_sessions_stay_open_and_the_rest_comes_back_from_the_disk(start: Start) -> None:
+    gateway = start(settings=Settings(limits=Limits(live_sessions=2)))
+    made = [respond(gateway, input=f"{i} {LONG}") for i in range(6)]
+    assert len(gateway.engine._sessions) <= 2  # type: ignore[attr-defined]
+    for one in made:
+        kid = respond(gateway, input="x", previous_response_id=one.id)
+        assert kid.thaw["cached_tokens"] == one.usage.total_tokens - 1
+    assert len(gateway.engine._sessions) <= 2  # type: ignore[attr-defined]
+
+
+def test_the_series_are_the_engines_own_counts(gateway: Gateway) -> None:
+    first = respond(gateway)
+    second = respond(gateway, input="x", previous_response_id=first.id, extra_body={"thaw": {"branch": "main"}})
+    text = httpx.get(gateway.url + "/metrics", headers={"x-api-key": TOKEN}).text
+
+    def series(name: str, branch: str) -> float:
+        found = re.search(rf'^{name}{{branch="{branch}",tenant="default"}} (\S+)$', text, re.M)
+        assert found, (name, text)
+        return float(found[1])
+
+    assert series("thaw:prompt_tokens_total", "") == first.usage.input_tokens
+    assert series("thaw:cached_tokens_total", "main") == second.thaw["cached_tokens"]
+    assert series("thaw:prefilled_tokens_total", "main") == second.thaw["prefilled_tokens"]
+    assert series("thaw:generated_tokens_total", "main") == 8
+    assert series("thaw:saved_seconds_total", "main") > 0
+    assert 'thaw:requests_total{endpoint="/v1/responses",status="200",tenant="default"} 2' in text
+    names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line and not line.startswith("#")}
+    assert all(name.startswith("thaw:") for name in names)
+
+
+def test_the_verb_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    cli.main(["init", str(tmp_path / "runs")])
+    at = ["-C", str(tmp_path / "runs"), "serve", "--engine", "fake", "--json"]
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps([{"namespace": "a", "keys": ["k"]}]))
+    keys.chmod(0o644)
+    capsys.readouterr()
+    for words, why in (
+        (["--keys", str(keys)], "0600"),
+        (["--tool-calls", "gpt"], "hermes"),
+        (["--keys", str(tmp_path / "none.json")], "none.json"),
+    ):
+        assert cli.main([*at, *words]) != 0
+        assert why in "".join(capsys.readouterr())
+    monkeypatch.setenv("THAW_NAMESPACE", "acme")
+    assert cli.main(at) != 0
+    assert "--keys" in "".join(capsys.readouterr())

@@ -1,0 +1,138 @@
+"""`thaw serve` as a process: it parks at SIGTERM and goes on with --restore; `kill -9` loses nothing acknowledged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import thaw
+from thaw.repo import settings
+from thaw.repo.settings import EngineSettings
+
+openai = pytest.importorskip("openai")
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason="the extra [server] is not installed")
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+LONG = "a long story about a river, and who lives there. " * 8
+
+
+class Process:
+    def __init__(self, folder: Path, *words: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.begun = subprocess.Popen(
+            [sys.executable, "-m", "thaw.cli", "-C", str(folder), "serve", "--json", "--port", str(port), *words],
+            env={**os.environ, "PYTHONPATH": str(SOURCE), "THAW_SERVE_TOKEN": "t"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.begun.stdout is not None
+        told = json.loads(self._until_brace(self.begun.stdout))
+        assert told["token"] is None and told["model"] == "fake"
+        self.client: Any = openai.OpenAI(base_url=f"{told['url']}/v1", api_key="t", max_retries=0, timeout=60)
+        for _ in range(400):
+            try:
+                self.client.models.list()
+                return
+            except openai.APIConnectionError:
+                time.sleep(0.02)
+        raise AssertionError("it does not answer")
+
+    @staticmethod
+    def _until_brace(stream: Any) -> str:
+        text = ""
+        for line in stream:
+            text += line
+            if line.startswith("}"):
+                return text
+        raise AssertionError(text)
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> int:
+        self.begun.send_signal(how)
+        return self.begun.wait(60)
+
+
+@contextmanager
+def served(folder: Path, *words: str) -> Iterator[Process]:
+    process = Process(folder, *words)
+    try:
+        yield process
+    finally:
+        if process.begun.poll() is None:
+            process.end(signal.SIGKILL)
+        for stream in (process.begun.stdout, process.begun.stderr):
+            assert stream is not None
+            stream.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository that remembers a slow fake engine."""
+    path = tmp_path / "runs"
+    with thaw.init(path) as repo:
+        settings.remember(repo.store, EngineSettings(name="fake", options={"step_s": 0.004}))
+    return path
+
+
+def ask(client: Any, **more: Any) -> Any:
+    return client.responses.create(model="fake", **{"input": LONG, "max_output_tokens": 8, **more})
+
+
+@pytest.mark.slow("starts processes")
+def test_sigterm_parks_and_restore_goes_on_as_if_nothing_had_been(folder: Path) -> None:
+    whole: dict[str, Any] = {"max_output_tokens": 300, "extra_body": {"seed": 5, "stop": ["zzz"]}}
+    with served(folder) as process:
+        told = ask(process.client, background=True, **whole)
+        before = []
+        for event in process.client.responses.retrieve(told.id, stream=True):
+            before.append(event)
+            if len(before) == 40:
+                break
+        assert process.end() == 0
+    with served(folder) as process:
+        kept = process.client.responses.retrieve(told.id)
+        assert kept.status == "incomplete" and kept.thaw["point"]
+        assert process.end() == 0
+    with served(folder, "--restore") as process:
+        after = list(process.client.responses.retrieve(told.id, stream=True, starting_after=39))
+        assert after[0].sequence_number == 40
+        done = process.client.responses.retrieve(told.id)
+        told_text = "".join(event.delta for event in [*before, *after] if event.type == "response.output_text.delta")
+        assert done.output_text == told_text and done.usage.output_tokens == 300
+        uninterrupted = ask(process.client, **whole)
+        assert uninterrupted.output_text == done.output_text
+
+
+@pytest.mark.slow("kills processes, 20 times")
+def test_what_was_acknowledged_is_there_after_kill_9_and_goes_on(folder: Path) -> None:
+    acknowledged: list[Any] = []
+    cut: list[tuple[str, Any]] = []
+    for round in range(20):
+        with served(folder) as process:
+            client = process.client
+            for id, parent in cut:
+                kept = client.responses.retrieve(id)
+                assert kept.status == "incomplete" and kept.thaw["point"] == parent
+            for reply in acknowledged:
+                assert client.responses.retrieve(reply.id).output_text == reply.output_text
+            last = acknowledged[-1] if acknowledged else None
+            reply = ask(client, **({} if last is None else {"previous_response_id": last.id, "input": f"{round}"}))
+            if last is not None:
+                assert reply.thaw["cached_tokens"] == last.usage.total_tokens - 1
+            acknowledged.append(reply)
+            stream = ask(client, stream=True, max_output_tokens=2000, previous_response_id=reply.id, input="On.")
+            seen = [event for _, event in zip(range(8), stream, strict=False)]
+            cut.append((seen[0].response.id, reply.thaw["point"]))
+            process.end(signal.SIGKILL)
+            stream.close()
