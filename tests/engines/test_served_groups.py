@@ -6,6 +6,7 @@ ones holds the same bytes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,14 +33,17 @@ torch = pytest.importorskip("torch")
 from thaw.engines.served.arena import MAX_PIECES, HostCache, HostRecord, Piece  # noqa: E402 - it needs torch
 from thaw.engines.served.capturing import joined_segments  # noqa: E402
 from thaw.engines.served.packing import Packing  # noqa: E402
+from thaw.engines.vllm import jobs  # noqa: E402
 from thaw.engines.vllm.contents import BlockContents  # noqa: E402
 from thaw.engines.vllm.copier import Copier  # noqa: E402
 from thaw.engines.vllm.layout import cache_groups, make_layouts  # noqa: E402
 from thaw.engines.vllm.layout.base import layer_order  # noqa: E402
 from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
 from thaw.engines.vllm.records import SchedulerRecord as Known  # noqa: E402
+from thaw.engines.vllm.settings import VllmSettings  # noqa: E402
+from thaw.engines.vllm.worker import WorkerSide  # noqa: E402
 
-ME = "1" * 32
+ME, LEFT, KEPT = "1" * 32, "2" * 32, "3" * 32
 RANKS = [("one", 1), ("one", 2), ("two", 1), ("two", 3), ("hybrid", 1), ("hybrid", 2), ("hybrid", 4), ("latent", 3)]
 
 
@@ -285,3 +289,38 @@ def test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign() -> None:
     other = Known([0] * 32, 32, [])
     contents.note_computed(other, ((11, 12), (21, 22)), 2)
     assert other.chain[0] == mine.chain[0] and other.chain[1] not in mine.chain, "half of it is another's"
+
+
+# --- a worker's records
+
+
+def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: Path, lab: Lab) -> None:
+    """Its client went away meanwhile, so nobody would ever drop it."""
+    with load_engine("fake", groups="one") as engine:
+        captured, plan = captured_of(engine, lab)
+    (group,) = captured.identity.groups
+    assert isinstance(group, FullKV)
+    numel = group.num_kv_heads * 9 * 16 * 2 * group.head_dim
+    layers = {
+        f"model.layers.{n}.attn": torch.zeros(numel).view(9, group.num_kv_heads, 16, -1)
+        for n in range(group.num_layers)
+    }
+    facts = WorkerFacts(rank=0, world_size=1, pid=1, groups=(group,), layout={})
+    mail = Mail(tmp_path / "mail")
+    mail.put_plan(LEFT, plan)
+    mail.put_plan(KEPT, plan)
+    side = WorkerSide((TorchPages(layers),), facts, VllmSettings(arena_nbytes=1 << 24), mail, None)
+    gate, read = threading.Event(), side._packing.read
+
+    def late(plan: HydratePlan, caller: str) -> Any:
+        gate.wait(10)
+        return read(plan, caller)
+
+    side._packing.read = late  # type: ignore[method-assign]
+    side.run([jobs.ReadPlan(LEFT, LEFT, ME), jobs.ReadPlan(KEPT, KEPT, ME)])
+    side.run([jobs.Forget((LEFT,))])
+    gate.set()
+    side.close()
+    assert list(side._records) == [KEPT] and side._records[KEPT].num_kv == plan.num_kv
+    side.run([jobs.Forget((KEPT,))])
+    assert not side._records and side._reading == set()

@@ -54,6 +54,8 @@ class WorkerSide:
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
         self._lock = threading.Lock()
+        self._reading: set[str] = set()
+        """Records that are read from packs, and that nobody has let go of since."""
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._invalid: set[int] = set()
@@ -111,6 +113,8 @@ class WorkerSide:
         elif isinstance(job, jobs.Fail):
             self._fail(job.request, job.tables, background=job.background)
         elif isinstance(job, jobs.ReadPlan):
+            with self._lock:
+                self._reading.add(job.record)
             self._in_thread(job, partial(self._read, job, self._now()))
         elif isinstance(job, jobs.WriteRecord):
             # Cut now: while the thread writes, later steps put a longer record in this one's place.
@@ -124,7 +128,9 @@ class WorkerSide:
             self._answer(job.name, Answer())
         else:
             for name in job.records:
-                self._records.pop(name, None)
+                with self._lock:
+                    self._reading.discard(name)
+                    self._records.pop(name, None)
 
     def _failed(self, job: Job, error: ThawError) -> None:
         """Tell whoever waits for it."""
@@ -209,10 +215,18 @@ class WorkerSide:
 
     def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
         started = time.perf_counter()
-        plan = self._mail.plan(job.name)
-        # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole.
-        found = self._packing.read(plan, job.caller)
-        self._records[job.record] = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
+        try:
+            plan = self._mail.plan(job.name)
+            # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole, and not at
+            # all where its last client has gone.
+            found = self._packing.read(plan, job.caller)
+            with self._lock:
+                if job.record in self._reading:
+                    record = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
+                    self._records[job.record] = record
+        finally:
+            with self._lock:
+                self._reading.discard(job.record)
         seconds = time.perf_counter() - started
         stages = {"read": found.seconds, "fill": seconds}
         answer = Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
