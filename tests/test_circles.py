@@ -20,7 +20,6 @@ NAMED = {
     "engines.served.lane, engines.served.session": "a session knows the request that it is busy with",
     "engines.sglang.commands, engines.sglang.side": "commands work on the whole side, which makes them",
     "engines.vllm.commands, engines.vllm.scheduler": "commands work on the whole side, which makes them",
-    "demo.record, demo.run": "a receipt is written of the story that is told",
     "store.db, store.upgrade": "an upgrade writes a database, which brings an older one up where it may only read",
 }
 """Circles that only a type closes, and why it is named."""

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from thaw.cli import story as telling
+from thaw.demo import events as happened
 from thaw.demo import run as demo
 from thaw.receipt import verify
 
@@ -104,15 +105,16 @@ def _story(folder: Path) -> demo.Story:
     for key in ("ok", "sooner", "checks"):
         del plain[key]
     events = {name: msgspec.convert(plain[name], kind) for name, kind in EVENTS.items()}
-    children = msgspec.convert(plain["children"], tuple[demo.ChildAnswered, ...])
+    children = msgspec.convert(plain["children"], tuple[happened.ChildAnswered, ...])
     checks = tuple(demo.checks(events["committed"], events["hydrated"], children, events["parent"], events["resumed"]))
     assert [check.held for check in checks] == [True] * 5 + [False]
     return demo.Story(folder="d", receipt="r", children=children, checks=checks, **events)
 
 
 EVENTS = {
-    "loaded": demo.ModelLoaded, "described": demo.Described, "read": demo.DocumentRead, "committed": demo.Committed,
-    "parent": demo.Answered, "hydrated": demo.ChildrenHydrated, "resumed": demo.Answered,
+    "loaded": happened.ModelLoaded, "described": happened.Described, "read": happened.DocumentRead,
+    "committed": happened.Committed,
+    "parent": happened.Answered, "hydrated": happened.ChildrenHydrated, "resumed": happened.Answered,
 }  # fmt: skip
 
 

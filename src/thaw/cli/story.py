@@ -18,7 +18,7 @@ from thaw.core.ids import short
 from thaw.demo import events, prompts
 
 if TYPE_CHECKING:
-    from thaw.demo.run import Story
+    from thaw.demo.story import Story
 
 MARGIN = "   "
 TITLES = {

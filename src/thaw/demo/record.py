@@ -14,7 +14,7 @@ from thaw.receipt.machine import software, this_machine
 
 if TYPE_CHECKING:
     from thaw.demo.events import Answered
-    from thaw.demo.run import DemoOptions, Story
+    from thaw.demo.story import DemoOptions, Story
 
 READ, HYDRATE = "read", "hydrate"
 

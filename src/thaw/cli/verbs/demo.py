@@ -12,7 +12,7 @@ from thaw.cli import boot, options, output
 from thaw.core.errors import LawBroken
 
 if TYPE_CHECKING:
-    from thaw.demo.run import DemoOptions, Story
+    from thaw.demo.story import DemoOptions, Story
 
 EXAMPLE = """
 thaw demo
@@ -34,7 +34,7 @@ def command(
 
     Leaves a repository to explore and a receipt with every figure. Exit code 7 when something promised did not hold.
     """
-    from thaw.demo.run import DemoOptions
+    from thaw.demo.story import DemoOptions
 
     del named  # the demo makes its own repository
     boot.hush()
