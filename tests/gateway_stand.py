@@ -20,7 +20,7 @@ for package in ("starlette", "uvicorn"):
 
 from thaw.gateway import server as running  # noqa: E402
 from thaw.gateway.service import Service  # noqa: E402
-from thaw.gateway.settings import Settings  # noqa: E402
+from thaw.gateway.settings import GatewaySettings  # noqa: E402
 from thaw.gateway.tenants import Tenants  # noqa: E402
 
 TOKEN = "test-token"
@@ -34,7 +34,7 @@ class Gateway:
         folder: Path,
         engine: Engine,
         tenants: Tenants,
-        settings: Settings,
+        settings: GatewaySettings,
         reconnect: Callable[[], Engine] | None = None,
     ) -> None:
         self.folder, self.engine = folder, engine

@@ -15,7 +15,7 @@ from thaw.engines.base import Engine
 
 if TYPE_CHECKING:
     from gateway_stand import Gateway, Start
-    from thaw.gateway.settings import Settings
+    from thaw.gateway.settings import GatewaySettings
     from thaw.gateway.tenants import Tenants
 
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a gateway; all are closed at the end. `engine`: options of the fake engine, or one that runs."""
     from gateway_stand import TOKEN, Gateway
-    from thaw.gateway.settings import Settings
+    from thaw.gateway.settings import GatewaySettings
     from thaw.gateway.tenants import single
 
     with ExitStack() as stack:
 
         def begin(
-            *, tenants: Tenants | None = None, settings: Settings | None = None, name: str = "runs",
+            *, tenants: Tenants | None = None, settings: GatewaySettings | None = None, name: str = "runs",
             engine: Engine | None = None, reconnect: Callable[[], Engine] | None = None, **options: Any,
         ) -> Gateway:  # fmt: skip
             if engine is None:
                 engine = stack.enter_context(thaw.load_engine("fake", **options))
-            found = Gateway(tmp_path / name, engine, tenants or single(TOKEN), settings or Settings(), reconnect)
+            found = Gateway(tmp_path / name, engine, tenants or single(TOKEN), settings or GatewaySettings(), reconnect)
             stack.callback(lambda: None if not found._thread.is_alive() else found.close())
             return found
 

@@ -14,8 +14,8 @@ import pytest
 from gateway_stand import TOKEN, Gateway, Start
 from thaw import cli
 from thaw.core.errors import NotFound
-from thaw.gateway.ledger import Ledger, Row
-from thaw.gateway.settings import Keeping, Limits, Settings
+from thaw.gateway.ledger import Ledger, LedgerRow
+from thaw.gateway.settings import GatewaySettings, Keeping, Limits
 
 openai = pytest.importorskip("openai")
 LONG = "a long story about a river, and who lives there. " * 8
@@ -32,7 +32,7 @@ def sweep(gateway: Gateway) -> int:
 
 
 def test_the_oldest_go_first_and_what_has_a_name_stays(start: Start) -> None:
-    gateway = start(settings=Settings(keeping=Keeping(nbytes=0)))
+    gateway = start(settings=GatewaySettings(keeping=Keeping(nbytes=0)))
     named = respond(gateway, extra_body={"thaw": {"branch": "main"}}, input=f"named {LONG}")
     loose = respond(gateway, input=f"loose {LONG}")
     assert sweep(gateway) == 2
@@ -57,10 +57,12 @@ def test_a_ledger_lets_go_by_age_and_by_bytes(tmp_path: Path) -> None:
     now = time.time()
     for i in range(6):
         ledger.put(
-            Row(kind="response", id=f"r{i}", namespace="", status="completed", record={}, nbytes=10, created=now + i)
+            LedgerRow(
+                kind="response", id=f"r{i}", namespace="", status="completed", record={}, nbytes=10, created=now + i
+            )
         )
-    ledger.put(Row(kind="response", id="runs", namespace="", status="in_progress", record={}, created=now - 99))
-    ledger.put(Row(kind="conversation", id="c", namespace="", status="completed", record={}, created=now - 99))
+    ledger.put(LedgerRow(kind="response", id="runs", namespace="", status="in_progress", record={}, created=now - 99))
+    ledger.put(LedgerRow(kind="conversation", id="c", namespace="", status="completed", record={}, created=now - 99))
     assert ledger.expire(before=now + 1.5, max_nbytes=1000)[0] == 2
     assert ledger.expire(before=0, max_nbytes=25)[0] == 2
     assert [ledger.get("", "response", f"r{i}") is not None for i in range(6)] == [False] * 4 + [True] * 2
@@ -71,7 +73,7 @@ def test_a_ledger_lets_go_by_age_and_by_bytes(tmp_path: Path) -> None:
 
 
 def test_few_sessions_stay_open_and_the_rest_comes_back_from_the_disk(start: Start) -> None:
-    gateway = start(settings=Settings(limits=Limits(live_sessions=2)))
+    gateway = start(settings=GatewaySettings(limits=Limits(live_sessions=2)))
     made = [respond(gateway, input=f"{i} {LONG}") for i in range(6)]
     assert len(gateway.engine._sessions) <= 2  # type: ignore[attr-defined]
     for one in made:

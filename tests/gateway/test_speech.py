@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thaw.core.errors import InvalidRequest
-from thaw.gateway.speech import Call, Hermes, Said, Text, read_all, reader_of
+from thaw.gateway.speech import Hermes, Said, Text, ToolCall, read_all, reader_of
 
 CALL = '<tool_call>\n{"name": "ls", "arguments": {"path": "/"}}\n</tool_call>'
-READ = Call("ls", '{"path": "/"}')
+READ = ToolCall("ls", '{"path": "/"}')
 PARTS = ["<", "<tool_call>", "</tool_call>", CALL, "x", "\n", "{", '{"name": "y"}', "<tool"]
 BROKEN = ["<tool_call>{</tool_call>", '<tool_call>{"name": 1}</tool_call>', "<tool_call>[1]</tool_call>",
           '<tool_call>{"name": "x"', "<tool_call>"]  # fmt: skip
@@ -49,7 +49,7 @@ def test_pieces_decide_nothing_and_nothing_is_lost(parts: list[str], size: int) 
     told = in_pieces(text, size)
     assert told == read_all(Hermes(), text)
     kept = "".join(said.text for said in told if isinstance(said, Text))
-    calls = [said for said in told if isinstance(said, Call)]
+    calls = [said for said in told if isinstance(said, ToolCall)]
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
     if not calls:
         assert kept == text

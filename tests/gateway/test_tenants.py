@@ -20,7 +20,7 @@ from gateway_stand import TOKEN, Gateway, Start
 from thaw.core.errors import Busy, InvalidRequest
 from thaw.gateway import server as running
 from thaw.gateway import tenants
-from thaw.gateway.settings import Limits, Settings
+from thaw.gateway.settings import GatewaySettings, Limits
 from thaw.gateway.tenants import Quota, Tenant, Tenants, load
 
 openai = pytest.importorskip("openai")
@@ -96,7 +96,7 @@ def test_without_a_key_nothing_is_answered(gateway: Gateway) -> None:
 
 
 def test_a_page_that_was_led_here_by_another_name_is_not_answered(start: Start) -> None:
-    gateway = start(settings=Settings(hosts=("my.host",)))
+    gateway = start(settings=GatewaySettings(hosts=("my.host",)))
     for host, status in (("evil.example", 421), ("my.host", 200), ("my.host:99", 200), ("localhost:1", 200), ("", 421)):
         headers = {"authorization": f"Bearer {TOKEN}", "host": host}
         if host:
@@ -137,7 +137,7 @@ def post(gateway: Gateway, body: bytes, **headers: str) -> httpx.Response:
 
 
 def test_bodies_too_large_too_slow_or_broken_cost_themselves_alone(start: Start) -> None:
-    gateway = start(settings=Settings(limits=Limits(body_nbytes=10_000, body_s=0.5)))
+    gateway = start(settings=GatewaySettings(limits=Limits(body_nbytes=10_000, body_s=0.5)))
     assert post(gateway, b"x" * 10_001).status_code == 413
     assert post(gateway, b"").status_code == 400
     for broken in (b"{", b"[1]", b"\xff\xfe", b"[" * 5000, b'{"input": "x", "model": 7}', b'{"input": NaN}'):
@@ -155,7 +155,7 @@ def test_bodies_too_large_too_slow_or_broken_cost_themselves_alone(start: Start)
 
 
 def test_more_requests_than_the_limit_are_told_to_come_again(start: Start) -> None:
-    gateway = start(settings=Settings(limits=Limits(requests=2)), step_s=0.01)
+    gateway = start(settings=GatewaySettings(limits=Limits(requests=2)), step_s=0.01)
     client = gateway.openai()
     streams = [respond(client, stream=True, max_output_tokens=400) for _ in range(2)]
     with pytest.raises(openai.InternalServerError) as refused:
@@ -213,7 +213,7 @@ def test_a_keys_file_is_ones_own(tmp_path: Path) -> None:
 
 
 def test_a_repository_has_one_gateway(gateway: Gateway) -> None:
-    with pytest.raises(Busy), running.opened(gateway.repo, tenants.single("x"), Settings()):
+    with pytest.raises(Busy), running.opened(gateway.repo, tenants.single("x"), GatewaySettings()):
         pass
 
 
@@ -244,7 +244,7 @@ def test_it_speaks_tls(start: Start, tmp_path: Path) -> None:
         [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", pem, "-days", "1", "-subj",
          "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True,
     )  # fmt: skip
-    gateway = start(settings=Settings(certificate=str(pem), certificate_key=str(key)))
+    gateway = start(settings=GatewaySettings(certificate=str(pem), certificate_key=str(key)))
     url = gateway.url.replace("http://127.0.0.1", "https://localhost")
     with httpx.Client(verify=ssl.create_default_context(cafile=str(pem)), trust_env=False) as client:
         assert client.get(f"{url}/v1/models", headers={"x-api-key": TOKEN}).status_code == 200

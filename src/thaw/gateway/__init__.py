@@ -4,6 +4,7 @@
     service     the neutral middle: tenants, live sessions, jobs, the ledger
     app         routes, and what is refused before a body is read
 
-A request becomes an `Asked` (messages or tokens, sampling, where to go on from), a `Job` runs it and commits, and the
-dialect renders its deltas and its `Outcome`. Handlers are thin; the web framework is imported in this package alone.
+A request becomes an `Asked` (messages or tokens, sampling, where to go on from), a `ReplyJob` runs it and commits, and
+the dialect renders its deltas and its `RequestOutcome`. Handlers are thin; the web framework is imported in this
+package alone.
 """

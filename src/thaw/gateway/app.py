@@ -22,16 +22,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from thaw.core.errors import ThawError
-from thaw.gateway.context import Context
+from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
-from thaw.gateway.problems import Problem, problem_of
+from thaw.gateway.problems import ApiError, problem_of
 from thaw.gateway.reply import ClientGone, as_json
 from thaw.gateway.service import Service
 
 log = logging.getLogger("thaw.gateway")
 audit = logging.getLogger("thaw.gateway.audit")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-Handler: TypeAlias = Callable[[Context, Request, bytes], Awaitable[Response]]
+Handler: TypeAlias = Callable[[GatewayContext, Request, bytes], Awaitable[Response]]
 ANTHROPIC = "/v1/messages"
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
@@ -80,16 +80,16 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
         try:
             check_host(service, request)
             tenant, key_id = service.tenants.of_key(_key(request))
-            context = Context(service, tenant, key_id, dict(request.headers))
+            context = GatewayContext(service, tenant, key_id, dict(request.headers))
             handler = handlers["GET" if request.method == "HEAD" else request.method]
             reply = await handler(context, request, await _body(service, request))
         except (ClientGone, ClientDisconnect):
             reply = Response(status_code=499)
-        except (Problem, ThawError) as error:
-            reply = problem_reply(request.url.path, error if isinstance(error, Problem) else problem_of(error))
+        except (ApiError, ThawError) as error:
+            reply = problem_reply(request.url.path, error if isinstance(error, ApiError) else problem_of(error))
         except Exception as error:
             log.error("%s %s failed: %s", request.method, path, type(error).__name__, exc_info=_without_values(error))
-            reply = problem_reply(request.url.path, Problem(500, "a fault of the gateway's; its log says more"))
+            reply = problem_reply(request.url.path, ApiError(500, "a fault of the gateway's; its log says more"))
         reply.headers["x-request-id"] = reply.headers["request-id"] = number
         line = {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
         _count(service, context, line, time.perf_counter() - started)
@@ -103,7 +103,7 @@ def _without_values(error: Exception) -> Exception | None:
     return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
 
 
-def _count(service: Service, context: Context | None, line: dict[str, object], seconds: float) -> None:
+def _count(service: Service, context: GatewayContext | None, line: dict[str, object], seconds: float) -> None:
     tenant = "" if context is None else context.tenant.name
     whose = {} if context is None else {"key": context.key_id, **context.noted}
     endpoint, status = str(line["endpoint"]), str(line["status"])
@@ -112,7 +112,7 @@ def _count(service: Service, context: Context | None, line: dict[str, object], s
     audit.info(msgspec.json.encode(told).decode())
 
 
-def problem_reply(path: str, problem: Problem) -> Response:
+def problem_reply(path: str, problem: ApiError) -> Response:
     """An error's body as the SDK of the API that was asked reads it."""
     headers = {} if problem.retry_after is None else {"retry-after": str(max(1, round(problem.retry_after)))}
     if path.startswith(ANTHROPIC):
@@ -126,7 +126,7 @@ def check_host(service: Service, request: Request) -> None:
     host = request.headers.get("host", "")
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     if name.lower() not in (*LOOPBACK, service.settings.host, *service.settings.hosts):
-        raise Problem(421, "the Host header names another server; `thaw serve --allow-host NAME` adds a name")
+        raise ApiError(421, "the Host header names another server; `thaw serve --allow-host NAME` adds a name")
 
 
 def _key(request: Request) -> str | None:
@@ -142,26 +142,26 @@ async def _body(service: Service, request: Request) -> bytes:
     try:
         return await asyncio.wait_for(_read(request, limits.body_nbytes), limits.body_s)
     except asyncio.TimeoutError:
-        raise Problem(408, f"the body was not there within {limits.body_s:g} s") from None
+        raise ApiError(408, f"the body was not there within {limits.body_s:g} s") from None
 
 
 async def _read(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit:
-        raise Problem(413, f"the body has {length} bytes; at most {limit}")
+        raise ApiError(413, f"the body has {length} bytes; at most {limit}")
     parts, total = [], 0
     async for part in request.stream():
         parts.append(part)
         total += len(part)
         if total > limit:
-            raise Problem(413, f"the body has more than {limit} bytes")
+            raise ApiError(413, f"the body has more than {limit} bytes")
     return b"".join(parts)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     return problem_reply(
-        request.url.path, Problem(status, f"{request.method} {request.url.path[:100]}: not served here")
+        request.url.path, ApiError(status, f"{request.method} {request.url.path[:100]}: not served here")
     )
 
 
@@ -178,7 +178,7 @@ def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
         try:
             check_host(service, request)
             service.tenants.of_operator(_key(request))
-        except Problem as problem:
+        except ApiError as problem:
             return problem_reply("", problem)
         gauges = {
             "thaw:requests_running": float(service.num_running),

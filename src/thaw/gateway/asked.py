@@ -41,7 +41,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     resume: bool = False
 
 
-class Begun(msgspec.Struct, frozen=True, kw_only=True):
+class RequestBegun(msgspec.Struct, frozen=True, kw_only=True):
     """What is known once the engine has taken a request. `num_known`: tokens that need not be read, as planned; the
     engine's own count comes with the outcome. `parent`: the commit that it goes on from."""
 
@@ -50,7 +50,7 @@ class Begun(msgspec.Struct, frozen=True, kw_only=True):
     parent: str | None
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a request became; it is committed as `point`. Counts are the engine's.
 
     `num_prefilled` tokens were run through the model before the first one was sampled, `num_cached` were not. `source`:

@@ -13,7 +13,7 @@ from thaw.repo.resolve import ResolvedPoint
 
 
 @dataclass
-class Context:
+class GatewayContext:
     """Of one request. `key_id` names the key in logs; `noted` is what its audit line says: counts and ids, no text."""
 
     service: Service

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from thaw.gateway.problems import Problem, invalid, unsupported
+from thaw.gateway.problems import ApiError, invalid, unsupported
 
 T = TypeVar("T")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
@@ -25,7 +25,7 @@ class Fields(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     idle: dict[str, tuple[object, ...]] = {}
 
     def read(self, body: bytes) -> tuple[T, list[str]]:
-        """The request, and the names of what was ignored. Raises `Problem` naming the field."""
+        """The request, and the names of what was ignored. Raises `ApiError` naming the field."""
         given = {name: value for name, value in _decoded(body).items() if value is not None}
         known = {field.encode_name for field in msgspec.structs.fields(self.taken)}  # type: ignore[arg-type]
         taken, ignored = {}, []
@@ -54,16 +54,16 @@ def _decoded(body: bytes) -> dict[str, Any]:
     try:
         given = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem(400, f"the body is no JSON: {error}", code="invalid_json") from None
+        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(given, dict):
-        raise Problem(400, "the body must be a JSON object", code="invalid_json")
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return given
 
 
-def _refused(error: msgspec.ValidationError) -> Problem:
+def _refused(error: msgspec.ValidationError) -> ApiError:
     text = str(error)
     found = _PATH.search(text)
     if found is not None:
         return invalid(found[1], text[: found.start()])
     missing = re.search(r"required field `([^`]+)`", text)
-    return invalid(missing[1], "it is required") if missing else Problem(400, text)
+    return invalid(missing[1], "it is required") if missing else ApiError(400, text)

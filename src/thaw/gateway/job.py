@@ -18,7 +18,7 @@ import msgspec
 
 from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta
-from thaw.gateway.asked import Asked, Begun, Outcome
+from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
 from thaw.gateway.place import Place
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
@@ -56,10 +56,10 @@ class Given:
         return msgspec.structs.replace(delta, token_ids=tuple(new_ids), logprobs=logprobs, text=new_text)
 
 
-Keep = Callable[[Outcome], Awaitable[None]]
+Keep = Callable[[RequestOutcome], Awaitable[None]]
 
 
-class Job:
+class ReplyJob:
     """Made and used in one event loop. `begun` and `outcome` raise what became of it instead."""
 
     def __init__(
@@ -73,8 +73,8 @@ class Job:
         """`engine_back` waits for another engine after one has died, or raises. `said`: deltas from before it was
         parked."""
         self.asked = asked
-        self.begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
         self.began = time.time()
         self.stopped = False
         self.parked = False
@@ -148,7 +148,7 @@ class Job:
             work = await self._stream.sync()
             if not self.begun.done():
                 self.begun.set_result(
-                    Begun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
+                    RequestBegun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
                 )
             if self.stopped:
                 await self._stream.cancel()
@@ -186,12 +186,12 @@ class Job:
             continue_final_message=asked.continue_final_message,
         )
 
-    async def _committed(self, place: Place, result: ChatResult | Completion) -> Outcome:
+    async def _committed(self, place: Place, result: ChatResult | Completion) -> RequestOutcome:
         completion = result.completion if isinstance(result, ChatResult) else result
         created = time.time()
         done = await place.session.commit(self.asked.note, branch=self.asked.branch)
         usage = completion.usage
-        return Outcome(
+        return RequestOutcome(
             text=completion.text,
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,

@@ -34,7 +34,7 @@ CREATE INDEX IF NOT EXISTS rows_by_status ON rows (status) WHERE status IN ('que
 """
 
 
-class Row(msgspec.Struct, kw_only=True):
+class LedgerRow(msgspec.Struct, kw_only=True):
     """`point`: the commit, once there is one, made after `created`; `parent`: where it began. `record`: what a dialect
     keeps of it."""
 
@@ -65,7 +65,7 @@ class Ledger:
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.executescript(_SCHEMA)
 
-    def put(self, row: Row) -> None:
+    def put(self, row: LedgerRow) -> None:
         values = (
             row.kind, row.id, row.namespace, row.status, msgspec.json.encode(row.record), row.point, row.parent,
             row.nbytes, row.created,
@@ -75,7 +75,7 @@ class Ledger:
                 f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values
             )
 
-    def get(self, namespace: str, kind: str, id: str) -> Row | None:
+    def get(self, namespace: str, kind: str, id: str) -> LedgerRow | None:
         found = self._rows("WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id))
         return found[0] if found else None
 
@@ -86,7 +86,7 @@ class Ledger:
             )
         return bool(done.rowcount)
 
-    def with_status(self, *statuses: str) -> list[Row]:
+    def with_status(self, *statuses: str) -> list[LedgerRow]:
         marks = ", ".join("?" * len(statuses))
         return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
 
@@ -127,11 +127,11 @@ class Ledger:
         with self._lock, database_errors(self._path):
             self._connection.close()
 
-    def _rows(self, where: str, values: Iterable[object]) -> list[Row]:
+    def _rows(self, where: str, values: Iterable[object]) -> list[LedgerRow]:
         with self._lock, database_errors(self._path):
             found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
         return [
-            Row(
+            LedgerRow(
                 kind=kind, id=id, namespace=namespace, status=status, record=msgspec.json.decode(record), point=point,
                 parent=parent, nbytes=nbytes, created=created,
             )

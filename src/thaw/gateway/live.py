@@ -26,7 +26,7 @@ WORTH_WAITING = 64
 """Tokens more than are known elsewhere, for which a request waits until another one has read them."""
 
 
-class Entry:
+class LiveEntry:
     """A session, and the tokens that it has or will have. `ready`: they have KV, or nobody need wait any more."""
 
     def __init__(self, number: int, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> None:
@@ -73,7 +73,7 @@ class Entry:
             return (await self.session.fork(1, None if self.commit and at == len(self.tokens) else at))[0]
 
 
-Near: TypeAlias = tuple[int, Entry | None]
+Near: TypeAlias = tuple[int, LiveEntry | None]
 """Tokens in common, with whom."""
 
 
@@ -91,9 +91,9 @@ class LiveSessions:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, LiveEntry] = {}
         self._numbers = count()
-        self._loading: dict[tuple[str, str, int], asyncio.Future[Entry]] = {}
+        self._loading: dict[tuple[str, str, int], asyncio.Future[LiveEntry]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,16 +104,16 @@ class LiveSessions:
 
     # -- entries
 
-    def begin(self, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> Entry:
+    def begin(self, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
         """A request that will have read these tokens; whoever comes after it may wait for it."""
-        entry = Entry(next(self._numbers), namespace, tokens, chat=chat)
+        entry = LiveEntry(next(self._numbers), namespace, tokens, chat=chat)
         self._entries[entry.number] = entry
         return entry
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, entry: LiveEntry) -> None:
         self._entries[entry.number] = self._entries.pop(entry.number)
 
-    async def settle(self, entry: Entry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
+    async def settle(self, entry: LiveEntry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
         """The request is over and committed."""
         entry.tokens, entry.told, entry.commit, entry.parent = view.tokens, told, commit, commit
         entry.answers = _answers(view)
@@ -121,7 +121,7 @@ class LiveSessions:
         entry.users -= 1
         await self.trim()
 
-    async def fail(self, entry: Entry) -> None:
+    async def fail(self, entry: LiveEntry) -> None:
         """The request came to nothing: those who wait for it look elsewhere."""
         entry.gone = True
         entry.users -= 1
@@ -149,7 +149,7 @@ class LiveSessions:
             entry.gone = True
             await self._close(entry)
 
-    async def _close(self, entry: Entry) -> None:
+    async def _close(self, entry: LiveEntry) -> None:
         self._entries.pop(entry.number, None)
         session, entry.session = entry.session, None
         if session is not None:
@@ -158,7 +158,7 @@ class LiveSessions:
 
     # -- finding
 
-    def nearest(self, mine: Entry, refused: set[int]) -> tuple[Near, Near]:
+    def nearest(self, mine: LiveEntry, refused: set[int]) -> tuple[Near, Near]:
         """The best that is ready, and the best that will be; of those before `mine` alone, so that no two wait for each
         other. Of equals the shortest. `refused`: entries that cannot be forked there."""
         ready: Near = (0, None)
@@ -174,7 +174,7 @@ class LiveSessions:
                 coming = max(coming, found, key=_worth)
         return ready, coming
 
-    async def at(self, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]) -> Entry:
+    async def at(self, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]) -> LiveEntry:
         """The session at a stored point: one that is open, or loaded now, once for all who ask for it. Held for the
         caller, who says `entry.users -= 1`."""
         key = (namespace, str(point.commit), point.num_tokens)
@@ -189,21 +189,21 @@ class LiveSessions:
             with contextlib.suppress(ThawError):
                 await asyncio.shield(self._loading[key])
 
-    def _standing(self, namespace: str, commit: str, num_tokens: int) -> Entry | None:
+    def _standing(self, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
         for entry in self._entries.values():
             where = (entry.namespace, entry.commit, len(entry.tokens))
             if where == (namespace, commit, num_tokens) and entry.usable:
                 return entry
         return None
 
-    def _containing(self, namespace: str, commit: str, num_tokens: int) -> Entry | None:
+    def _containing(self, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
         for entry in self._entries.values():
             same = (entry.namespace, entry.commit) == (namespace, commit)
             if same and entry.usable and len(entry.tokens) > num_tokens:
                 return entry
         return None
 
-    async def _load(self, key: tuple[str, str, int], load: Callable[[], Awaitable[AsyncSession]]) -> Entry:
+    async def _load(self, key: tuple[str, str, int], load: Callable[[], Awaitable[AsyncSession]]) -> LiveEntry:
         loaded = self._loading[key] = asyncio.get_running_loop().create_future()
         try:
             session = await self._cut(key) or await load()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TypeAlias
 
-from thaw.gateway.asked import Outcome
+from thaw.gateway.asked import RequestOutcome
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
 MEASURABLE = 64
@@ -39,7 +39,7 @@ class Metrics:
     def add(self, name: str, value: float = 1, **labels: str) -> None:
         self._counts[name, tuple(sorted(labels.items()))] += value
 
-    def done(self, tenant: str, branch: str | None, outcome: Outcome) -> None:
+    def done(self, tenant: str, branch: str | None, outcome: RequestOutcome) -> None:
         labels = {"tenant": tenant, "branch": branch or ""}
         self.add("thaw:prompt_tokens_total", outcome.num_prompt, **labels)
         self.add("thaw:cached_tokens_total", outcome.num_cached, **labels)

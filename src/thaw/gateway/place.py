@@ -22,8 +22,8 @@ from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
 from thaw.engines.base import Codec, Engine, Message, SessionView
-from thaw.gateway.asked import Asked, Outcome
-from thaw.gateway.live import WORTH_WAITING, Entry, LiveSessions
+from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.live import WORTH_WAITING, LiveEntry, LiveSessions
 from thaw.repo import resolve, timeline
 from thaw.repo.aio import AsyncRepository, AsyncSession
 from thaw.repo.bridge import call
@@ -32,7 +32,7 @@ from thaw.repo.resolve import ResolvedPoint
 Source = Literal["live", "stored", "new"]
 
 
-class Found(msgspec.Struct, kw_only=True):
+class ParentFound(msgspec.Struct, kw_only=True):
     """A session of the request's own, and how many of the prompt's tokens it has."""
 
     session: AsyncSession
@@ -49,8 +49,8 @@ class Place:
     def __init__(
         self,
         live: LiveSessions,
-        entry: Entry,
-        found: Found,
+        entry: LiveEntry,
+        found: ParentFound,
         *,
         messages: tuple[Message, ...],
         whole: bool,
@@ -64,7 +64,7 @@ class Place:
         self.num_tokens, self.sampling = num_tokens, sampling
         entry.session, entry.parent = found.session, found.parent
 
-    async def settle(self, codec: Codec, view: SessionView, outcome: Outcome) -> None:
+    async def settle(self, codec: Codec, view: SessionView, outcome: RequestOutcome) -> None:
         told = view.tokens
         if self.entry.chat and self.entry.tokens and outcome.token_ids:
             again = await call(codec.encode_chat, outcome.text, inside=True)
@@ -75,7 +75,7 @@ class Place:
         await self._live.fail(self.entry)
 
 
-class Finder:
+class ParentFinder:
     """Of one namespace."""
 
     def __init__(self, repo: AsyncRepository, engine: Engine, live: LiveSessions) -> None:
@@ -101,7 +101,7 @@ class Finder:
         """Tokens of its prompt."""
         return len(await self._rendered(asked, _conversation(asked, ())))
 
-    async def _from(self, asked: Asked, trunk: Entry) -> Place:
+    async def _from(self, asked: Asked, trunk: LiveEntry) -> Place:
         """At a point: the conversation is what the session there holds, and what is new."""
         assert trunk.session is not None
         view = await trunk.session.view()
@@ -121,10 +121,10 @@ class Finder:
             await self._live.fail(entry)
             raise
         num = asked.at.num_tokens
-        found = Found(session=session, source="stored", num_known=num, parent=str(asked.at.commit))
+        found = ParentFound(session=session, source="stored", num_known=num, parent=str(asked.at.commit))
         return Place(self._live, entry, found, messages=(), whole=True, num_tokens=num, sampling=asked.sampling)
 
-    async def _append(self, asked: Asked, trunk: Entry) -> Place:
+    async def _append(self, asked: Asked, trunk: LiveEntry) -> Place:
         """Behind plain text the messages are appended; what they become there only the session knows."""
         entry = self._live.begin(self._namespace, (), chat=False)
         try:
@@ -133,13 +133,13 @@ class Finder:
             await self._live.fail(entry)
             raise
         num = len(trunk.tokens)
-        found = Found(session=session, source="live", num_known=num, parent=trunk.commit)
+        found = ParentFound(session=session, source="live", num_known=num, parent=trunk.commit)
         sampling = self._sampling(asked, num)
         messages = _conversation(asked, ())
         return Place(self._live, entry, found, messages=messages, whole=False, num_tokens=num, sampling=sampling)
 
     async def _place(
-        self, asked: Asked, tokens: tuple[int, ...], messages: tuple[Message, ...], trunk: Entry | None
+        self, asked: Asked, tokens: tuple[int, ...], messages: tuple[Message, ...], trunk: LiveEntry | None
     ) -> Place:
         sampling = self._sampling(asked, len(tokens))
         entry = self._live.begin(self._namespace, tokens, chat=asked.token_ids is None)
@@ -177,14 +177,14 @@ class Finder:
 
         return await call(render)
 
-    async def _follow(self, found: Found, asked: Asked) -> None:
+    async def _follow(self, found: ParentFound, asked: Asked) -> None:
         """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
         parent = str(asked.at.commit) if asked.at is not None else await call(self._held_whole, found)
         if parent != found.session.sync.parent:
             await found.session.reparent(None if parent is None else CommitId(parent))
         found.parent = parent
 
-    def _held_whole(self, found: Found) -> str | None:
+    def _held_whole(self, found: ParentFound) -> str | None:
         """Of the commit that a session was forked from and those before it, the last that ends within what is known."""
         if found.whole:
             return found.parent
@@ -198,7 +198,7 @@ class Finder:
 
     # -- the longest prefix
 
-    async def _nearest(self, asked: Asked, entry: Entry, trunk: Entry | None) -> Found:
+    async def _nearest(self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None) -> ParentFound:
         refused: set[int] = set()
         if trunk is not None and not _leads_on(trunk, entry):
             trunk = None
@@ -223,10 +223,10 @@ class Finder:
                     return found
             return await self._fresh()
 
-    async def _fresh(self) -> Found:
-        return Found(session=await self._repo.session(), source="new")
+    async def _fresh(self) -> ParentFound:
+        return ParentFound(session=await self._repo.session(), source="new")
 
-    async def _fork(self, entry: Entry, ready: Entry, num: int) -> Found | None:
+    async def _fork(self, entry: LiveEntry, ready: LiveEntry, num: int) -> ParentFound | None:
         """A child of an open session; None where it can have none there."""
         assert ready.session is not None
         self._live.touch(ready)
@@ -240,9 +240,9 @@ class Finder:
                 return None
         whole = ready.commit is not None and num >= min(len(ready.tokens), len(ready.told))
         num_known = min(num, len(entry.tokens))
-        return Found(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
+        return ParentFound(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
 
-    async def _stored(self, asked: Asked, entry: Entry, point: ResolvedPoint) -> Found | None:
+    async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
         if entry.chat:
             point = await call(self._whole_answer, point)
         try:
@@ -272,7 +272,7 @@ class Finder:
         return await self._repo.session(bare, policy=asked.policy)
 
 
-def _leads_on(trunk: Entry, entry: Entry) -> bool:
+def _leads_on(trunk: LiveEntry, entry: LiveEntry) -> bool:
     """Whether the conversation goes on from the point: all of it, or up to an answer that is told otherwise."""
     common = common_prefix(trunk.tokens, entry.tokens)
     return common == len(trunk.tokens) or trunk.in_answer(common)

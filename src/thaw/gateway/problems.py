@@ -8,7 +8,7 @@ from thaw.core.errors import ThawError
 RETRY_AFTER_S = 2
 
 
-class Problem(Exception):
+class ApiError(Exception):
     """A request that is not answered. `param` names the field that is meant; `retry_after` seconds are worth a try."""
 
     def __init__(
@@ -55,18 +55,18 @@ UNTOLD = (errors.StorageFailed, errors.Damaged)
 """Their messages name files of the server."""
 
 
-def problem_of(error: ThawError) -> Problem:
+def problem_of(error: ThawError) -> ApiError:
     """What a client is told of an error of thaw's."""
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     code = "context_length_exceeded" if isinstance(error, errors.TooLong) else error.kind.replace("-", "_")
     told = f"{error.kind}: the server's own log says more" if isinstance(error, UNTOLD) else str(error)
-    return Problem(status, told, code=code, retry_after=RETRY_AFTER_S if status == 503 else None)
+    return ApiError(status, told, code=code, retry_after=RETRY_AFTER_S if status == 503 else None)
 
 
-def unsupported(param: str, why: str) -> Problem:
+def unsupported(param: str, why: str) -> ApiError:
     """A field that could change the output, and cannot be done."""
-    return Problem(400, f"{param}: {why}", code="unsupported_parameter", param=param)
+    return ApiError(400, f"{param}: {why}", code="unsupported_parameter", param=param)
 
 
-def invalid(param: str, why: str) -> Problem:
-    return Problem(400, f"{param}: {why}", code="invalid_value", param=param)
+def invalid(param: str, why: str) -> ApiError:
+    return ApiError(400, f"{param}: {why}", code="invalid_value", param=param)

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from thaw.gateway.asked import Outcome
-from thaw.gateway.job import Job
+from thaw.gateway.asked import RequestOutcome
+from thaw.gateway.job import ReplyJob
 
 PAUSE_S = 15.0
 """Of silence in a stream."""
@@ -33,7 +33,9 @@ def event(value: Mapping[str, object], name: str | None = None) -> bytes:
     return data if name is None else f"event: {name}\n".encode() + data
 
 
-def headers_of(ignored: Sequence[str], outcomes: Iterable[Outcome] = (), parent: str | None = None) -> dict[str, str]:
+def headers_of(
+    ignored: Sequence[str], outcomes: Iterable[RequestOutcome] = (), parent: str | None = None
+) -> dict[str, str]:
     """What every reply says in its headers. A stream has no point yet, and says where it began."""
     found = {"x-thaw-ignored": ",".join(ignored)} if ignored else {}
     points = [outcome.point for outcome in outcomes]
@@ -104,11 +106,11 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def outcomes_of(request: Request, jobs: Sequence[Job]) -> list[Outcome]:
+async def outcomes_of(request: Request, jobs: Sequence[ReplyJob]) -> list[RequestOutcome]:
     """What became of all jobs; the first error counts, and ends the others. Raises `ClientGone` when the client went
     away: then they are stopped."""
     gone = asyncio.create_task(disconnected(request.receive))
-    all_done: asyncio.Future[list[Outcome]] = asyncio.gather(*(asyncio.shield(job.outcome) for job in jobs))
+    all_done: asyncio.Future[list[RequestOutcome]] = asyncio.gather(*(asyncio.shield(job.outcome) for job in jobs))
     try:
         waited: set[asyncio.Future[Any]] = {gone, all_done}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -125,7 +127,7 @@ async def outcomes_of(request: Request, jobs: Sequence[Job]) -> list[Outcome]:
             all_done.cancel()
 
 
-async def begun(jobs: Sequence[Job]) -> None:
+async def begun(jobs: Sequence[ReplyJob]) -> None:
     """Wait until the engine has taken all, so that an error is still a status; the first one ends the others."""
     try:
         for job in jobs:

@@ -17,7 +17,7 @@ from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
 from thaw.gateway.ledger import Ledger
 from thaw.gateway.service import Service
-from thaw.gateway.settings import Settings
+from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.tenants import Tenants
 from thaw.repo.repository import Repository
 from thaw.store.locks import locked
@@ -28,7 +28,7 @@ DRAIN_S = 60
 
 @contextlib.contextmanager
 def opened(
-    repo: Repository, tenants: Tenants, settings: Settings, reconnect: Callable[[], Engine] | None = None
+    repo: Repository, tenants: Tenants, settings: GatewaySettings, reconnect: Callable[[], Engine] | None = None
 ) -> Iterator[Service]:
     """The service of a repository, which has one gateway at a time. Raises `Busy`, `StorageFailed`."""
     busy = f"another gateway serves {repo.path}; end it first"
@@ -41,7 +41,7 @@ def opened(
             ledger.close()
 
 
-class Server(uvicorn.Server):
+class GatewayServer(uvicorn.Server):
     """Ends what runs before it waits for connections, so that open streams get their last event."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server(service: Service) -> Server:
+def server(service: Service) -> GatewayServer:
     """Not yet running."""
     settings = service.settings
     config = uvicorn.Config(
@@ -67,7 +67,7 @@ def server(service: Service) -> Server:
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.certificate_key,
     )
-    return Server(config, service)
+    return GatewayServer(config, service)
 
 
 def run(service: Service) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 
 from thaw.core.errors import ThawError
 from thaw.engines.base import Delta, Engine
-from thaw.gateway.asked import Asked, Outcome
-from thaw.gateway.job import Job, Keep
-from thaw.gateway.ledger import Ledger, Row
+from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.job import Keep, ReplyJob
+from thaw.gateway.ledger import Ledger, LedgerRow
 from thaw.gateway.live import LiveSessions
 from thaw.gateway.metrics import Metrics
-from thaw.gateway.place import Finder, Place
-from thaw.gateway.problems import RETRY_AFTER_S, Problem
-from thaw.gateway.settings import Settings
+from thaw.gateway.place import ParentFinder, Place
+from thaw.gateway.problems import RETRY_AFTER_S, ApiError
+from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import Reader, reader_of
 from thaw.gateway.tenants import Tenant, Tenants
 from thaw.repo.aio import AsyncRepository
@@ -41,7 +41,7 @@ class Service:
         self,
         repo: Repository,
         tenants: Tenants,
-        settings: Settings,
+        settings: GatewaySettings,
         ledger: Ledger,
         reconnect: Callable[[], Engine] | None = None,
     ) -> None:
@@ -59,14 +59,14 @@ class Service:
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
         self.closing = False
         self.reader: Callable[[], Reader] = reader_of(settings.tools)
-        self.jobs: dict[tuple[str, str], Job] = {}
+        self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
-        self._running: set[Job] = set()
+        self._running: set[ReplyJob] = set()
         self._conversations: set[tuple[str, str]] = set()
         self._chores: set[asyncio.Task[None]] = set()
         self._opened: list[AsyncRepository] = []
         """Those that came with another engine; they are closed here."""
-        self._finders: dict[str, Finder] = {}
+        self._finders: dict[str, ParentFinder] = {}
 
     @property
     def num_running(self) -> int:
@@ -75,13 +75,13 @@ class Service:
     def within(self, tenant: Tenant) -> AsyncRepository:
         return self.repo.within(tenant.namespace) if tenant.namespace else self.repo
 
-    def _finder(self, tenant: Tenant) -> Finder:
+    def _finder(self, tenant: Tenant) -> ParentFinder:
         if tenant.namespace not in self._finders:
-            self._finders[tenant.namespace] = Finder(self.within(tenant), self.engine, self.live)
+            self._finders[tenant.namespace] = ParentFinder(self.within(tenant), self.engine, self.live)
         return self._finders[tenant.namespace]
 
     async def rejoin(self, dead: Engine) -> None:
-        """Wait until another engine has taken the place of a dead one, once for all. Raises `Problem` 503 where none
+        """Wait until another engine has taken the place of a dead one, once for all. Raises `ApiError` 503 where none
         comes in time."""
         async with self._rejoining:
             if self.engine is not dead:
@@ -98,7 +98,7 @@ class Service:
                     continue
                 await self._use(engine)
                 return
-        raise Problem(503, "the engine is gone; try again soon", retry_after=RETRY_AFTER_S)
+        raise ApiError(503, "the engine is gone; try again soon", retry_after=RETRY_AFTER_S)
 
     async def _use(self, engine: Engine) -> None:
         former, self.engine = self.repo, engine
@@ -123,23 +123,23 @@ class Service:
 
     # -- jobs
 
-    async def start(self, tenant: Tenant, asked: Sequence[Asked]) -> list[Job]:
-        """Jobs of which no more than the commits are kept. Raises `Problem`."""
+    async def start(self, tenant: Tenant, asked: Sequence[Asked]) -> list[ReplyJob]:
+        """Jobs of which no more than the commits are kept. Raises `ApiError`."""
         await self.admit(tenant, len(asked))
         return [self.begin(tenant, one) for one in asked]
 
     async def admit(self, tenant: Tenant, num: int) -> None:
-        """Whether so many jobs may begin now. Raises `Problem`."""
+        """Whether so many jobs may begin now. Raises `ApiError`."""
         if self.closing:
-            raise Problem(503, "the gateway is ending; try again soon", retry_after=RETRY_AFTER_S)
+            raise ApiError(503, "the gateway is ending; try again soon", retry_after=RETRY_AFTER_S)
         if self.num_running + num > self.settings.limits.requests:
-            raise Problem(503, f"{self.num_running} requests are under way; try again soon", retry_after=RETRY_AFTER_S)
+            raise ApiError(503, f"{self.num_running} requests are under way; try again soon", retry_after=RETRY_AFTER_S)
         if num > self.settings.limits.choices:
-            raise Problem(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
+            raise ApiError(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
         nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
         tenant.admit(num, nbytes)
 
-    def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> Job:
+    def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> ReplyJob:
         """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
         commit is kept. `said`: deltas from before it was parked."""
         engine = self.engine
@@ -149,12 +149,12 @@ class Service:
             engine = self.engine
             return await self._finder(tenant).find(now)
 
-        async def kept(outcome: Outcome) -> None:
+        async def kept(outcome: RequestOutcome) -> None:
             tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
             self.metrics.done(tenant.name, asked.branch, outcome)
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
-        job = Job(asked, find, kept, lambda: self.rejoin(engine), said)
+        job = ReplyJob(asked, find, kept, lambda: self.rejoin(engine), said)
         tenant.running += 1
         self._running.add(job)
 
@@ -167,18 +167,18 @@ class Service:
 
     # -- keeping
 
-    async def keep_point(self, tenant: Tenant, outcome: Outcome) -> None:
+    async def keep_point(self, tenant: Tenant, outcome: RequestOutcome) -> None:
         """Count a commit that no response names."""
-        row = Row(
+        row = LedgerRow(
             kind="point", id=outcome.point, namespace=tenant.namespace, status="completed", record={},
             point=outcome.point, parent=outcome.parent, nbytes=outcome.nbytes, created=outcome.created,
         )  # fmt: skip
         await call(self.ledger.put, row)
 
     def take_conversation(self, namespace: str, id: str) -> None:
-        """Raises `Problem` 409 while another response goes on with it."""
+        """Raises `ApiError` 409 while another response goes on with it."""
         if (namespace, id) in self._conversations:
-            raise Problem(409, f"another response goes on with {id}; wait for it", code="conversation_locked")
+            raise ApiError(409, f"another response goes on with {id}; wait for it", code="conversation_locked")
         self._conversations.add((namespace, id))
 
     def free_conversation(self, namespace: str, id: str) -> None:

@@ -28,7 +28,7 @@ class Keeping(msgspec.Struct, frozen=True, kw_only=True):
     sweep_s: float = 600.0
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """`hosts`: names in the Host header besides those of this machine's loopback. `models`: what clients call the
     model, the first one in replies; "*" among them is any name. None: the name of its folder."""
 

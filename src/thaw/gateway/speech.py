@@ -21,14 +21,14 @@ class Text(msgspec.Struct, frozen=True):
     text: str
 
 
-class Call(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True):
     """`arguments` is JSON text, as it was said."""
 
     name: str
     arguments: str
 
 
-Said: TypeAlias = Text | Call
+Said: TypeAlias = Text | ToolCall
 
 
 class Reader(Protocol):
@@ -39,7 +39,7 @@ class Reader(Protocol):
     def end(self) -> Iterator[Said]: ...
 
 
-class Plain:
+class PlainSpeech:
     def push(self, text: str) -> Iterator[Said]:
         if text:
             yield Text(text)
@@ -100,10 +100,10 @@ class Hermes:
             yield from self._text(f"{self.OPEN}{inside}{self.CLOSE}")
             return
         self._called, self._blanks = True, ""
-        yield Call(name, json.dumps(arguments, ensure_ascii=False))
+        yield ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
-READERS: dict[str, Callable[[], Reader]] = {"none": Plain, "hermes": Hermes}
+READERS: dict[str, Callable[[], Reader]] = {"none": PlainSpeech, "hermes": Hermes}
 
 
 def reader_of(name: str) -> Callable[[], Reader]:

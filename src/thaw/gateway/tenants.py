@@ -21,7 +21,7 @@ from thaw.core import namespaces
 from thaw.core.errors import InvalidRequest
 from thaw.data.files import storage_errors
 from thaw.engines.keys import check_key
-from thaw.gateway.problems import Problem
+from thaw.gateway.problems import ApiError
 
 MINUTE_S = 60.0
 
@@ -81,20 +81,20 @@ class Tenant:
         return self.namespace or "default"
 
     def admit(self, choices: int, nbytes: int) -> None:
-        """Raise `Problem` 429 where a quota is used up; `nbytes` is what the tenant keeps stored."""
+        """Raise `ApiError` 429 where a quota is used up; `nbytes` is what the tenant keeps stored."""
         quota = self.quota
         if quota.sessions is not None and self.running + choices > quota.sessions:
             raise _spent(f"{self.running} sessions of {quota.sessions} are running", 1.0)
         if quota.tokens_per_minute is not None and self.meter.last_minute() >= quota.tokens_per_minute:
             raise _spent(f"the quota of {quota.tokens_per_minute} tokens a minute is used up", self.meter.wait_s())
         if quota.bytes is not None and nbytes >= quota.bytes:
-            raise Problem(
+            raise ApiError(
                 429, f"{nbytes:,} bytes of {quota.bytes:,} are stored; delete responses", code="insufficient_quota"
             )
 
 
-def _spent(what: str, wait_s: float) -> Problem:
-    return Problem(429, f"{what}; try again later", code="rate_limit_exceeded", retry_after=wait_s)
+def _spent(what: str, wait_s: float) -> ApiError:
+    return ApiError(429, f"{what}; try again later", code="rate_limit_exceeded", retry_after=wait_s)
 
 
 class Tenants:
@@ -108,7 +108,7 @@ class Tenants:
         return list({id(tenant): tenant for tenant in self._by_digest.values()}.values())
 
     def of_key(self, key: str | None) -> tuple[Tenant, str]:
-        """The tenant and the key's name for logs. Raises `Problem` 401; the look at all keys takes as long for any."""
+        """The tenant and the key's name for logs. Raises `ApiError` 401; the look at all keys takes as long for any."""
         said = hashlib.sha256((key or "").encode()).digest()
         found = None
         for digest, tenant in self._by_digest.items():
@@ -116,7 +116,7 @@ class Tenants:
                 found = tenant
         if found is None:
             why = "no key was sent" if not key else "the key is not known"
-            raise Problem(401, f"{why}: send it as `Authorization: Bearer …` or `x-api-key`", code="invalid_api_key")
+            raise ApiError(401, f"{why}: send it as `Authorization: Bearer …` or `x-api-key`", code="invalid_api_key")
         return found, said.hex()[:8]
 
     def of_namespace(self, namespace: str) -> Tenant:
@@ -124,10 +124,10 @@ class Tenants:
         return next((one for one in self.all if one.namespace == namespace), Tenant(namespace, Quota()))
 
     def of_operator(self, key: str | None) -> Tenant:
-        """The tenant, where it may see what concerns all. Raises `Problem` 401, 403."""
+        """The tenant, where it may see what concerns all. Raises `ApiError` 401, 403."""
         tenant, _ = self.of_key(key)
         if not tenant.operator:
-            raise Problem(403, "this key is no operator's")
+            raise ApiError(403, "this key is no operator's")
         return tenant
 
 

@@ -19,7 +19,7 @@ for package in ("starlette", "uvicorn", "openai", "anthropic"):
     pytest.importorskip(package)
 
 from gateway_stand import TOKEN, Gateway  # noqa: E402
-from thaw.gateway.settings import Settings  # noqa: E402
+from thaw.gateway.settings import GatewaySettings  # noqa: E402
 from thaw.gateway.tenants import single  # noqa: E402
 
 LIMIT = 2048
@@ -39,7 +39,7 @@ class Both:
         server = Server(self._model, self._folder / f"server{self._starts}", "--max-model-len", str(LIMIT))
         self._stack.callback(server.stop)
         engine = self._stack.enter_context(thaw.attach(server.url))
-        gateway = Gateway(self._folder / "runs", engine, single(TOKEN), Settings(models=("smol",)))
+        gateway = Gateway(self._folder / "runs", engine, single(TOKEN), GatewaySettings(models=("smol",)))
         self._stack.callback(gateway.close)
         return gateway
 

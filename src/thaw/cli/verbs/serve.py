@@ -14,7 +14,7 @@ from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from thaw.engines.base import Engine
-    from thaw.gateway.settings import Settings
+    from thaw.gateway.settings import GatewaySettings
     from thaw.gateway.tenants import Tenants
     from thaw.repo.repository import Repository
 
@@ -113,13 +113,13 @@ def _tenants(keys: str | None) -> tuple[Tenants, str | None]:
     return tenants.single(token), token
 
 
-def _settings(given: dict[str, Any]) -> Settings:
-    from thaw.gateway.settings import Keeping, Limits, Settings
+def _settings(given: dict[str, Any]) -> GatewaySettings:
+    from thaw.gateway.settings import GatewaySettings, Keeping, Limits
 
     limits = {"body_nbytes": "max_body", "requests": "max_requests", "live_sessions": "live_sessions"}
     days = given.pop("keep_days")
     keeping = {"lifetime_s": None if days is None else days * DAY_S, "nbytes": given.pop("keep_bytes")}
-    return Settings(
+    return GatewaySettings(
         limits=Limits(**_given({field: given.pop(option) for field, option in limits.items()})),
         keeping=Keeping(**_given(keeping)),
         **given,
@@ -130,7 +130,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _say(settings: Settings, model: str, token: str | None, as_json: bool) -> None:
+def _say(settings: GatewaySettings, model: str, token: str | None, as_json: bool) -> None:
     scheme = "https" if settings.certificate else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"{scheme}://{host}:{settings.port}"

@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from thaw.core.errors import ThawError
 from thaw.core.sampling import Sampling
-from thaw.gateway.asked import Asked, Outcome
-from thaw.gateway.context import Context
+from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects.common import (
     HINTS,
     Extension,
-    Sampled,
+    SamplingFields,
     best_first,
     call_of,
     check_model,
@@ -33,10 +33,10 @@ from thaw.gateway.dialects.common import (
 )
 from thaw.gateway.dialects.merged import merged
 from thaw.gateway.fields import Fields
-from thaw.gateway.job import Job
-from thaw.gateway.problems import Problem, invalid, problem_of, unsupported
+from thaw.gateway.job import ReplyJob
+from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
-from thaw.gateway.speech import Call, Said, Text, read_all
+from thaw.gateway.speech import Said, Text, ToolCall, read_all
 
 FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
@@ -47,7 +47,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool = False
 
 
-class Create(Sampled, kw_only=True):
+class ChatCreate(SamplingFields, kw_only=True):
     messages: list[dict[str, Any]]
     n: int = 1
     best_of: int | None = None
@@ -66,7 +66,7 @@ class Create(Sampled, kw_only=True):
 
 
 FIELDS = Fields(
-    taken=Create,
+    taken=ChatCreate,
     ignored=HINTS | {"metadata", "store"},
     idle={
         "modalities": (["text"],), "parallel_tool_calls": (True,), "functions": ([],), "verbosity": ("medium",),
@@ -74,7 +74,7 @@ FIELDS = Fields(
 )  # fmt: skip
 
 
-async def create(context: Context, request: Request, body: bytes) -> Response:
+async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
     extension = context.extension(asked.thaw)
@@ -93,7 +93,7 @@ async def create(context: Context, request: Request, body: bytes) -> Response:
     return as_json(_whole(context, id, asked, outcomes), headers=headers_of(ignored, outcomes))
 
 
-def stop(jobs: Sequence[Job]) -> None:
+def stop(jobs: Sequence[ReplyJob]) -> None:
     for job in jobs:
         job.stop()
 
@@ -116,7 +116,7 @@ def each_choice(base: Asked, samplings: Sequence[Sampling]) -> list[Asked]:
     return [msgspec.structs.replace(base, sampling=one, branch=f"{base.branch}/{i}") for i, one in enumerate(samplings)]
 
 
-async def _asked(context: Context, body: Create, extension: Extension) -> Asked:
+async def _asked(context: GatewayContext, body: ChatCreate, extension: Extension) -> Asked:
     if not body.messages:
         raise invalid("messages", "there is nothing to answer")
     if body.add_generation_prompt == body.continue_final_message:
@@ -144,7 +144,7 @@ def limit_of(*given: int | None) -> int | None:
     return found
 
 
-def _sampling(context: Context, body: Create) -> Sampling:
+def _sampling(context: GatewayContext, body: ChatCreate) -> Sampling:
     engine = context.service.engine
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "it needs logprobs=true")
@@ -160,11 +160,11 @@ def _sampling(context: Context, body: Create) -> Sampling:
 # -- replies
 
 
-def _head(context: Context, id: str, kind: str) -> dict[str, object]:
+def _head(context: GatewayContext, id: str, kind: str) -> dict[str, object]:
     return {"id": id, "object": kind, "created": int(time.time()), "model": context.service.model}
 
 
-def usage_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
+def usage_of(outcomes: Sequence[RequestOutcome]) -> dict[str, object]:
     """Of a request: its prompt once, whatever it said in all choices. Prompt tokens include cached ones."""
     prompt, said = outcomes[0].num_prompt, sum(len(one.token_ids) for one in outcomes)
     return {
@@ -175,21 +175,23 @@ def usage_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
     }
 
 
-def told_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
+def told_of(outcomes: Sequence[RequestOutcome]) -> dict[str, object]:
     if len(outcomes) == 1:
         return outcomes[0].told
     return {**outcomes[0].told, "points": [one.point for one in outcomes]}
 
 
-def _whole(context: Context, id: str, body: Create, outcomes: Sequence[Outcome]) -> dict[str, object]:
+def _whole(context: GatewayContext, id: str, body: ChatCreate, outcomes: Sequence[RequestOutcome]) -> dict[str, object]:
     choices = [_choice(context, id, body, i, outcome) for i, outcome in enumerate(outcomes)]
     head = _head(context, id, "chat.completion")
     return {**head, "choices": choices, "usage": usage_of(outcomes), "thaw": told_of(outcomes)}
 
 
-def _choice(context: Context, id: str, body: Create, number: int, outcome: Outcome) -> dict[str, object]:
+def _choice(
+    context: GatewayContext, id: str, body: ChatCreate, number: int, outcome: RequestOutcome
+) -> dict[str, object]:
     said = read_all(context.service.reader(), outcome.text)
-    calls = [one for one in said if isinstance(one, Call)]
+    calls = [one for one in said if isinstance(one, ToolCall)]
     text = "".join(one.text for one in said if isinstance(one, Text))
     message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
@@ -206,14 +208,14 @@ def _choice(context: Context, id: str, body: Create, number: int, outcome: Outco
     }
 
 
-def _call(id: str, choice: int, number: int, call: Call) -> dict[str, object]:
+def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object]:
     return call_of(f"call_{id.removeprefix('chatcmpl-')}_{choice}_{number}", call.name, call.arguments)
 
 
 # -- streams
 
 
-async def _stream(context: Context, id: str, body: Create, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
+async def _stream(context: GatewayContext, id: str, body: ChatCreate, jobs: Sequence[ReplyJob]) -> AsyncIterator[bytes]:
     head = _head(context, id, "chat.completion.chunk")
     choices = [_Choice(context, id, i, body.logprobs) for i in range(len(jobs))]
     for i in range(len(jobs)):
@@ -228,7 +230,7 @@ async def _stream(context: Context, id: str, body: Create, jobs: Sequence[Job]) 
             outcome = await asyncio.shield(jobs[number].outcome)
             for one in choice.end(outcome):
                 yield event({**head, "choices": [one], "thaw": outcome.told})
-    except (ThawError, Problem) as error:
+    except (ThawError, ApiError) as error:
         stop(jobs)
         yield broken(error)
         return
@@ -238,9 +240,9 @@ async def _stream(context: Context, id: str, body: Create, jobs: Sequence[Job]) 
     yield b"data: [DONE]\n\n"
 
 
-def broken(error: ThawError | Problem) -> bytes:
+def broken(error: ThawError | ApiError) -> bytes:
     """The last thing in a stream that does not end as it should; OpenAI's clients raise it."""
-    problem = error if isinstance(error, Problem) else problem_of(error)
+    problem = error if isinstance(error, ApiError) else problem_of(error)
     return event({"error": {"message": problem.message, "type": problem.kind, "code": problem.code, "param": None}})
 
 
@@ -251,7 +253,7 @@ def _part(number: int, delta: dict[str, object], finish: str | None = None, logp
 class _Choice:
     """The parts of one choice of a stream."""
 
-    def __init__(self, context: Context, id: str, number: int, logprobs: bool) -> None:
+    def __init__(self, context: GatewayContext, id: str, number: int, logprobs: bool) -> None:
         self._context, self._id, self._number, self._logprobs = context, id, number, logprobs
         self._reader = context.service.reader()
         self._calls = 0
@@ -265,7 +267,7 @@ class _Choice:
         if told is not None and ids:
             yield _part(self._number, {"content": ""}, logprobs=told)
 
-    def end(self, outcome: Outcome) -> Iterator[dict[str, object]]:
+    def end(self, outcome: RequestOutcome) -> Iterator[dict[str, object]]:
         for one in self._reader.end():
             yield self._said(one, None)
         yield _part(self._number, {}, "tool_calls" if self._calls else FINISH[outcome.finish_reason])

@@ -11,8 +11,8 @@ import msgspec
 from thaw.core.errors import BadSampling
 from thaw.core.sampling import Sampling, derive
 from thaw.engines.base import Codec, Engine, Message, Policy
-from thaw.gateway.asked import Outcome
-from thaw.gateway.problems import Problem, invalid, unsupported
+from thaw.gateway.asked import RequestOutcome
+from thaw.gateway.problems import ApiError, invalid, unsupported
 
 HINTS = frozenset(
     {
@@ -39,7 +39,7 @@ class Extension(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     policy: Policy = "exact"
 
 
-class Sampled(msgspec.Struct, kw_only=True):
+class SamplingFields(msgspec.Struct, kw_only=True):
     """Fields of sampling: OpenAI's, and vLLM's beside them."""
 
     model: str = ""
@@ -67,8 +67,8 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-def sampling_of(body: Sampled, engine: Engine, **more: object) -> Sampling:
-    """`more`: fields that an endpoint calls otherwise. Raises `Problem` naming the field."""
+def sampling_of(body: SamplingFields, engine: Engine, **more: object) -> Sampling:
+    """`more`: fields that an endpoint calls otherwise. Raises `ApiError` naming the field."""
     given = {name: getattr(body, name) for name in _SAMPLING} | more
     given["seed"] = None if body.seed is None else body.seed & MAX_SEED
     if body.min_tokens:
@@ -94,7 +94,7 @@ def choices_of(sampling: Sampling, n: int) -> list[Sampling]:
 
 def check_model(model: str, served: Sequence[str]) -> None:
     if model and model not in served and "*" not in served:
-        raise Problem(
+        raise ApiError(
             404,
             f"there is no model {model[:100]!r} here; there is {served[0]!r}",
             code="model_not_found",
@@ -103,7 +103,7 @@ def check_model(model: str, served: Sequence[str]) -> None:
 
 
 def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> dict[str, Any] | None:
-    """`response_format` or `text.format` as thaw's structured outputs. Raises `Problem` where the engine has none."""
+    """`response_format` or `text.format` as thaw's structured outputs. Raises `ApiError` where the engine has none."""
     kind = "text" if format is None else format.get("type")
     if kind == "text":
         return None
@@ -163,7 +163,7 @@ def message_of(message: object, where: str) -> Message:
 
 def tools_of(tools: Sequence[Mapping[str, Any]] | None, where: str = "tools") -> tuple[Message, ...]:
     """Functions in Chat Completions' shape, in order of their names: a client that lists them in another order the
-    next time still finds its prefix. Raises `Problem` for any other kind of tool."""
+    next time still finds its prefix. Raises `ApiError` for any other kind of tool."""
     return tuple(sorted((_tool(tool, f"{where}[{i}]") for i, tool in enumerate(tools or ())), key=_name))
 
 
@@ -184,7 +184,7 @@ def _name(tool: Message) -> str:
 
 
 def chosen(tools: tuple[Message, ...], choice: object, param: str = "tool_choice") -> tuple[Message, ...]:
-    """The tools that the model is shown. Raises `Problem` for a choice that would force a call."""
+    """The tools that the model is shown. Raises `ApiError` for a choice that would force a call."""
     if choice in (None, "auto"):
         return tools
     if choice == "none":
@@ -223,6 +223,6 @@ def _token(codec: Codec, token: int, logprob: float) -> dict[str, object]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def best_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def best_first(outcomes: Sequence[RequestOutcome]) -> list[RequestOutcome]:
     """By mean log probability of what was sampled."""
     return sorted(outcomes, key=lambda one: -sum(one.logprobs) / max(1, len(one.logprobs)))

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import ThawError
-from thaw.gateway.asked import Asked, Outcome
-from thaw.gateway.context import Context
+from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects.chat import (
     FINISH,
     StreamOptions,
@@ -23,11 +23,11 @@ from thaw.gateway.dialects.chat import (
     stop,
     told_of,
 )
-from thaw.gateway.dialects.common import HINTS, Sampled, best_first, check_model, choices_of, sampling_of
+from thaw.gateway.dialects.common import HINTS, SamplingFields, best_first, check_model, choices_of, sampling_of
 from thaw.gateway.dialects.merged import merged
 from thaw.gateway.fields import Fields
-from thaw.gateway.job import Job
-from thaw.gateway.problems import Problem, invalid, unsupported
+from thaw.gateway.job import ReplyJob
+from thaw.gateway.problems import ApiError, invalid, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.repo.bridge import call
 
@@ -35,7 +35,7 @@ DEFAULT_TOKENS = 16
 """As OpenAI's."""
 
 
-class Create(Sampled, kw_only=True):
+class CompletionCreate(SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     n: int = 1
     best_of: int | None = None
@@ -45,10 +45,10 @@ class Create(Sampled, kw_only=True):
     logprobs: int | None = None
 
 
-FIELDS = Fields(taken=Create, ignored=HINTS | {"metadata", "store"}, idle={"echo": (False,), "suffix": ("",)})
+FIELDS = Fields(taken=CompletionCreate, ignored=HINTS | {"metadata", "store"}, idle={"echo": (False,), "suffix": ("",)})
 
 
-async def create(context: Context, request: Request, body: bytes) -> Response:
+async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
     if asked.stream and asked.logprobs:
@@ -90,7 +90,7 @@ async def create(context: Context, request: Request, body: bytes) -> Response:
     )
 
 
-async def _prompts(context: Context, prompt: str | list[str | int | list[int]]) -> list[tuple[int, ...]]:
+async def _prompts(context: GatewayContext, prompt: str | list[str | int | list[int]]) -> list[tuple[int, ...]]:
     """Token ids of each prompt: a text, its ids, or a list of either."""
     several = [prompt] if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt) else prompt
     found = [await _ids(context, one, i) for i, one in enumerate(several)]
@@ -99,7 +99,7 @@ async def _prompts(context: Context, prompt: str | list[str | int | list[int]]) 
     return found
 
 
-async def _ids(context: Context, one: object, number: int) -> tuple[int, ...]:
+async def _ids(context: GatewayContext, one: object, number: int) -> tuple[int, ...]:
     if isinstance(one, str):
         return tuple(await call(context.codec.encode, one, first=True))
     if not isinstance(one, list):
@@ -107,11 +107,11 @@ async def _ids(context: Context, one: object, number: int) -> tuple[int, ...]:
     return tuple(one)
 
 
-def _head(context: Context, id: str) -> dict[str, object]:
+def _head(context: GatewayContext, id: str) -> dict[str, object]:
     return {"id": id, "object": "text_completion", "created": int(time.time()), "model": context.service.model}
 
 
-def _usage(first: Sequence[Outcome], outcomes: Sequence[Outcome]) -> dict[str, object]:
+def _usage(first: Sequence[RequestOutcome], outcomes: Sequence[RequestOutcome]) -> dict[str, object]:
     """`first`: one outcome of each prompt."""
     prompt, said = sum(one.num_prompt for one in first), sum(len(one.token_ids) for one in outcomes)
     return {
@@ -122,7 +122,7 @@ def _usage(first: Sequence[Outcome], outcomes: Sequence[Outcome]) -> dict[str, o
     }
 
 
-def _choice(context: Context, body: Create, number: int, outcome: Outcome) -> dict[str, object]:
+def _choice(context: GatewayContext, body: CompletionCreate, number: int, outcome: RequestOutcome) -> dict[str, object]:
     logprobs = None
     if body.logprobs is not None:
         logprobs = _logprobs(context, outcome.token_ids, outcome.logprobs, outcome.top_logprobs)
@@ -133,7 +133,7 @@ def _choice(context: Context, body: Create, number: int, outcome: Outcome) -> di
 
 
 def _logprobs(
-    context: Context,
+    context: GatewayContext,
     ids: Sequence[int],
     logprobs: Sequence[float],
     tops: Sequence[Sequence[tuple[int, float]]] | None = None,
@@ -150,7 +150,9 @@ def _logprobs(
     return {"tokens": said, "token_logprobs": list(logprobs), "top_logprobs": best, "text_offset": offsets}
 
 
-async def _stream(context: Context, id: str, body: Create, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
+async def _stream(
+    context: GatewayContext, id: str, body: CompletionCreate, jobs: Sequence[ReplyJob]
+) -> AsyncIterator[bytes]:
     head, offsets = _head(context, id), [0] * len(jobs)
     try:
         async for number, delta in merged(jobs):
@@ -166,7 +168,7 @@ async def _stream(context: Context, id: str, body: Create, jobs: Sequence[Job]) 
             offsets[number] += len(delta.text)
             if delta.text or choice["logprobs"]:
                 yield event({**head, "choices": [{**choice, "text": delta.text}]})
-    except (ThawError, Problem) as error:
+    except (ThawError, ApiError) as error:
         stop(jobs)
         yield broken(error)
         return

@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import NotFound
-from thaw.gateway.context import Context
+from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import response_input
 from thaw.gateway.dialects.pages import listed
 from thaw.gateway.fields import Fields
-from thaw.gateway.ledger import Row
-from thaw.gateway.problems import Problem, invalid
+from thaw.gateway.ledger import LedgerRow
+from thaw.gateway.problems import ApiError, invalid
 from thaw.gateway.reply import as_json
 from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
@@ -26,48 +26,48 @@ from thaw.repo.resolve import ResolvedPoint
 KIND = "conversation"
 
 
-class Create(msgspec.Struct, kw_only=True):
+class ConversationCreate(msgspec.Struct, kw_only=True):
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
     items: tuple[dict[str, Any], ...] = ()
 
 
-FIELDS = Fields(taken=Create)
+FIELDS = Fields(taken=ConversationCreate)
 
 
 def branch_of(id: str) -> str:
     return f"conversations/{id}"
 
 
-async def create(context: Context, request: Request, body: bytes) -> Response:
+async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, _ = FIELDS.read(body or b"{}")
     id = f"conv_{secrets.token_hex(16)}"
     items = response_input.items(list(asked.items), id)
     response_input.messages(items)
     record = {"metadata": asked.metadata, "created_at": int(time.time()), "items": items, "instructions": None}
-    row = Row(kind=KIND, id=id, namespace=context.tenant.namespace, status="completed", record=record)
+    row = LedgerRow(kind=KIND, id=id, namespace=context.tenant.namespace, status="completed", record=record)
     await call(context.service.ledger.put, row)
     return as_json(_shown(row))
 
 
-def _shown(row: Row) -> dict[str, object]:
+def _shown(row: LedgerRow) -> dict[str, object]:
     record = row.record
     return {
         "id": row.id, "object": "conversation", "created_at": record["created_at"], "metadata": record["metadata"]
     }  # fmt: skip
 
 
-async def _row(context: Context, id: str) -> Row:
+async def _row(context: GatewayContext, id: str) -> LedgerRow:
     row = await call(context.service.ledger.get, context.tenant.namespace, KIND, id[:100])
     if row is None:
-        raise Problem(404, f"there is no conversation {id[:100]!r}", param="conversation")
+        raise ApiError(404, f"there is no conversation {id[:100]!r}", param="conversation")
     return row
 
 
-async def retrieve(context: Context, request: Request, body: bytes) -> Response:
+async def retrieve(context: GatewayContext, request: Request, body: bytes) -> Response:
     return as_json(_shown(await _row(context, request.path_params["id"])))
 
 
-async def update(context: Context, request: Request, body: bytes) -> Response:
+async def update(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     asked, _ = FIELDS.read(body)
     if asked.items:
@@ -77,7 +77,7 @@ async def update(context: Context, request: Request, body: bytes) -> Response:
     return as_json(_shown(row))
 
 
-async def delete(context: Context, request: Request, body: bytes) -> Response:
+async def delete(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     with contextlib.suppress(NotFound):
         await context.service.within(context.tenant).delete_branch(branch_of(row.id))
@@ -85,7 +85,7 @@ async def delete(context: Context, request: Request, body: bytes) -> Response:
     return as_json({"id": row.id, "object": "conversation.deleted", "deleted": True})
 
 
-async def items(context: Context, request: Request, body: bytes) -> Response:
+async def items(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     return as_json(listed(request, row.record["items"]))
 
@@ -93,8 +93,8 @@ async def items(context: Context, request: Request, body: bytes) -> Response:
 # -- for responses
 
 
-async def named(context: Context, given: str | dict[str, Any] | None) -> Row | None:
-    """The conversation that a response belongs to. Raises `Problem`."""
+async def named(context: GatewayContext, given: str | dict[str, Any] | None) -> LedgerRow | None:
+    """The conversation that a response belongs to. Raises `ApiError`."""
     if given is None:
         return None
     id = given if isinstance(given, str) else given.get("id")
@@ -103,7 +103,7 @@ async def named(context: Context, given: str | dict[str, Any] | None) -> Row | N
     return await _row(context, id)
 
 
-async def tip(context: Context, row: Row) -> tuple[ResolvedPoint | None, list[dict[str, Any]]]:
+async def tip(context: GatewayContext, row: LedgerRow) -> tuple[ResolvedPoint | None, list[dict[str, Any]]]:
     """Where it stands; before its first response nowhere, with the items that it was made with."""
     try:
         return await context.service.point(context.tenant, branch_of(row.id)), []
@@ -112,7 +112,11 @@ async def tip(context: Context, row: Row) -> tuple[ResolvedPoint | None, list[di
 
 
 async def extend(
-    context: Context, row: Row, given: list[dict[str, Any]], output: list[dict[str, Any]], instructions: str | None
+    context: GatewayContext,
+    row: LedgerRow,
+    given: list[dict[str, Any]],
+    output: list[dict[str, Any]],
+    instructions: str | None,
 ) -> None:
     row.record["items"] = [*row.record["items"], *given, *output]
     row.record["instructions"] = instructions

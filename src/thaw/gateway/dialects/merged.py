@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from thaw.engines.base import Delta
-from thaw.gateway.job import Job
+from thaw.gateway.job import ReplyJob
 
 
-async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Delta | None]]:
+async def merged(jobs: Sequence[ReplyJob]) -> AsyncIterator[tuple[int, Delta | None]]:
     """(choice, delta) as they come; (choice, None) once its deltas are over."""
     queue: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
 
-    async def pump(number: int, job: Job) -> None:
+    async def pump(number: int, job: ReplyJob) -> None:
         async for delta in job.follow():
             queue.put_nowait((number, delta))
         queue.put_nowait((number, None))

@@ -16,14 +16,14 @@ from starlette.responses import Response
 
 from thaw.core.errors import ThawError
 from thaw.engines.base import Message
-from thaw.gateway.asked import Asked, Begun, Outcome
-from thaw.gateway.context import Context
-from thaw.gateway.dialects.common import Extension, Sampled, call_of, check_model, sampling_of, tools_of
+from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
+from thaw.gateway.context import GatewayContext
+from thaw.gateway.dialects.common import Extension, SamplingFields, call_of, check_model, sampling_of, tools_of
 from thaw.gateway.fields import Fields
-from thaw.gateway.job import Job
-from thaw.gateway.problems import Problem, invalid, problem_of, unsupported
+from thaw.gateway.job import ReplyJob
+from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
-from thaw.gateway.speech import Call, Said, Text, read_all
+from thaw.gateway.speech import Said, Text, ToolCall, read_all
 
 BILLING = "x-anthropic-billing-header:"
 IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
@@ -34,7 +34,7 @@ TYPES = {"authentication_error", "permission_error", "not_found_error", "request
          "api_error", "overloaded_error"}  # fmt: skip
 
 
-class Prompt(Sampled, kw_only=True):
+class Prompt(SamplingFields, kw_only=True):
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
     tools: tuple[dict[str, Any], ...] = ()
@@ -42,18 +42,18 @@ class Prompt(Sampled, kw_only=True):
     thinking: dict[str, Any] | None = None
 
 
-class Create(Prompt, kw_only=True):
+class MessageCreate(Prompt, kw_only=True):
     max_tokens: int
     stop_sequences: tuple[str, ...] = ()
     stream: bool = False
 
 
 IDLE: dict[str, tuple[object, ...]] = {"mcp_servers": ([],), "output_config": ({},), "context_management": ({},)}
-FIELDS = Fields(taken=Create, ignored=IGNORED, idle=IDLE)
+FIELDS = Fields(taken=MessageCreate, ignored=IGNORED, idle=IDLE)
 COUNT_FIELDS = Fields(taken=Prompt, ignored=IGNORED, idle=IDLE)
 
 
-async def create(context: Context, request: Request, body: bytes) -> Response:
+async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
     if asked.max_tokens < 1:
@@ -73,7 +73,7 @@ async def create(context: Context, request: Request, body: bytes) -> Response:
     return as_json(_whole(context, id, outcomes[0]), headers=headers_of(ignored, outcomes))
 
 
-async def count_tokens(context: Context, request: Request, body: bytes) -> Response:
+async def count_tokens(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = COUNT_FIELDS.read(body)
     check_model(asked.model, context.service.served)
     base = await _asked(context, asked, Extension(), ignored)
@@ -81,7 +81,7 @@ async def count_tokens(context: Context, request: Request, body: bytes) -> Respo
     return as_json({"input_tokens": number}, headers=headers_of(ignored))
 
 
-async def _asked(context: Context, body: Prompt, extension: Extension, ignored: list[str]) -> Asked:
+async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ignored: list[str]) -> Asked:
     if not body.messages:
         raise invalid("messages", "there is nothing to answer")
     found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]")]
@@ -202,7 +202,7 @@ def _answer(content: list[Any], where: str) -> Message:
 # -- replies
 
 
-def error_of(problem: Problem) -> dict[str, object]:
+def error_of(problem: ApiError) -> dict[str, object]:
     kind = problem.kind if problem.kind in TYPES else "invalid_request_error"
     return {"type": kind, "message": problem.message}
 
@@ -215,7 +215,7 @@ def _usage(num_prompt: int, num_cached: int, num_said: int) -> dict[str, object]
     }  # fmt: skip
 
 
-def _ending(outcome: Outcome, *, called: bool) -> dict[str, object]:
+def _ending(outcome: RequestOutcome, *, called: bool) -> dict[str, object]:
     reason: str | None = {"length": "max_tokens", "abort": None}.get(outcome.finish_reason, "end_turn")
     sequence = outcome.stop_reason if isinstance(outcome.stop_reason, str) else None
     if sequence is not None:
@@ -231,14 +231,14 @@ def _block(id: str, number: int, said: Said) -> dict[str, object]:
     return {**_tool_use(id, number, said), "input": json.loads(said.arguments)}
 
 
-def _tool_use(id: str, number: int, call: Call) -> dict[str, object]:
+def _tool_use(id: str, number: int, call: ToolCall) -> dict[str, object]:
     return {"type": "tool_use", "id": f"toolu_{id.removeprefix('msg_')}_{number}", "name": call.name, "input": {}}
 
 
-def _whole(context: Context, id: str, outcome: Outcome) -> dict[str, object]:
+def _whole(context: GatewayContext, id: str, outcome: RequestOutcome) -> dict[str, object]:
     said = read_all(context.service.reader(), outcome.text)
     content = [_block(id, i, one) for i, one in enumerate(said)]
-    called = any(isinstance(one, Call) for one in said)
+    called = any(isinstance(one, ToolCall) for one in said)
     return {
         "id": id, "type": "message", "role": "assistant", "model": context.service.model, "content": content,
         **_ending(outcome, called=called),
@@ -249,7 +249,7 @@ def _whole(context: Context, id: str, outcome: Outcome) -> dict[str, object]:
 # -- streams
 
 
-async def _stream(context: Context, id: str, job: Job) -> AsyncIterator[bytes]:
+async def _stream(context: GatewayContext, id: str, job: ReplyJob) -> AsyncIterator[bytes]:
     blocks = _Blocks(context, id)
     yield _event(_start(context, id, job.begun.result()))
     try:
@@ -257,8 +257,8 @@ async def _stream(context: Context, id: str, job: Job) -> AsyncIterator[bytes]:
             for one in blocks.piece(delta.text):
                 yield _event(one)
         outcome = await asyncio.shield(job.outcome)
-    except (ThawError, Problem) as error:
-        problem = error if isinstance(error, Problem) else problem_of(error)
+    except (ThawError, ApiError) as error:
+        problem = error if isinstance(error, ApiError) else problem_of(error)
         yield _event({"type": "error", "error": error_of(problem)})
         return
     for one in blocks.end():
@@ -273,7 +273,7 @@ def _event(value: dict[str, object]) -> bytes:
     return event(value, str(value["type"]))
 
 
-def _start(context: Context, id: str, begun: Begun) -> dict[str, object]:
+def _start(context: GatewayContext, id: str, begun: RequestBegun) -> dict[str, object]:
     """With counts as planned; the engine's own come at the end."""
     known = min(begun.num_known, begun.num_prompt_tokens)
     message: dict[str, object] = {
@@ -286,7 +286,7 @@ def _start(context: Context, id: str, begun: Begun) -> dict[str, object]:
 class _Blocks:
     """Content blocks of a stream, one open at a time."""
 
-    def __init__(self, context: Context, id: str) -> None:
+    def __init__(self, context: GatewayContext, id: str) -> None:
         self._reader, self._id = context.service.reader(), id
         self._number = 0
         self._open = False

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from thaw.gateway.problems import Problem, invalid
+from thaw.gateway.problems import ApiError, invalid
 
 
 def number(request: Request, name: str, default: int) -> int:
@@ -28,7 +28,7 @@ def listed(request: Request, items: list[dict[str, Any]]) -> dict[str, object]:
     if after is not None:
         ids = [item["id"] for item in ordered]
         if after not in ids:
-            raise Problem(404, f"there is no item {after[:100]!r}", param="after")
+            raise ApiError(404, f"there is no item {after[:100]!r}", param="after")
         ordered = ordered[ids.index(after) + 1 :]
     page = ordered[:limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": "", "last_id": ""}

@@ -30,7 +30,7 @@ def _item(one: Any, number: int, id: str) -> Item:
 
 
 def messages(found: list[Item]) -> tuple[Message, ...]:
-    """What they say, in order. Calls of tools belong to the answer before them. Raises `Problem`."""
+    """What they say, in order. Calls of tools belong to the answer before them. Raises `ApiError`."""
     out: list[Message] = []
     for i, item in enumerate(found):
         kind = item["type"]

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from thaw.gateway.asked import Outcome
-from thaw.gateway.speech import Call, Reader, Said, Text, read_all
+from thaw.gateway.asked import RequestOutcome
+from thaw.gateway.speech import Reader, Said, Text, ToolCall, read_all
 
 Event = dict[str, Any]
 STATUSES = {"stop": "completed", "length": "incomplete", "abort": "incomplete"}
 
 
-def usage_of(outcome: Outcome) -> dict[str, object]:
+def usage_of(outcome: RequestOutcome) -> dict[str, object]:
     """OpenAI's input tokens include those that were cached."""
     generated = len(outcome.token_ids)
     return {
@@ -31,7 +31,7 @@ def usage_of(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def finished(head: Event, outcome: Outcome, reader: Reader, logprobs: list[Any], *, cancelled: bool) -> Event:
+def finished(head: Event, outcome: RequestOutcome, reader: Reader, logprobs: list[Any], *, cancelled: bool) -> Event:
     """The object once its commit is on disk."""
     status = "cancelled" if cancelled else STATUSES[outcome.finish_reason]
     reason = {"length": "max_output_tokens"}.get(outcome.finish_reason)
@@ -113,7 +113,7 @@ class Events:
         yield self._event("response.failed", response={**self._head, "status": "failed", "error": error})
 
     def _said(self, said: Said, logprobs: list[Any]) -> Iterator[Event]:
-        if isinstance(said, Call):
+        if isinstance(said, ToolCall):
             yield from self._close("completed")
             yield from self._call(said)
             return
@@ -139,7 +139,7 @@ class Events:
         yield self._done(_message(self._id, self._items, [part], status))
         self._text = None
 
-    def _call(self, call: Call) -> Iterator[Event]:
+    def _call(self, call: ToolCall) -> Iterator[Event]:
         item = _function_call(self._id, self._items, call.name, call.arguments, "completed")
         begun = {**item, "arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=self._items, item=begun)

@@ -17,12 +17,12 @@ from starlette.responses import Response
 
 from thaw.core.errors import ThawError
 from thaw.engines.base import Delta, SessionRef
-from thaw.gateway.asked import Asked, Outcome
-from thaw.gateway.context import Context
+from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import conversations, response_input
 from thaw.gateway.dialects.common import (
     HINTS,
-    Sampled,
+    SamplingFields,
     check_model,
     chosen,
     sampling_of,
@@ -33,9 +33,9 @@ from thaw.gateway.dialects.common import (
 from thaw.gateway.dialects.pages import listed, number
 from thaw.gateway.dialects.response_object import Event, Events, finished
 from thaw.gateway.fields import Fields
-from thaw.gateway.job import Job
-from thaw.gateway.ledger import Row
-from thaw.gateway.problems import Problem, invalid, problem_of, unsupported
+from thaw.gateway.job import ReplyJob
+from thaw.gateway.ledger import LedgerRow
+from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.service import Service
 from thaw.repo.bridge import call
@@ -46,7 +46,7 @@ KIND = "response"
 LOGPROBS = "message.output_text.logprobs"
 
 
-class Create(Sampled, kw_only=True):
+class ResponseCreate(SamplingFields, kw_only=True):
     input: str | list[dict[str, Any]] = ""
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -65,7 +65,7 @@ class Create(Sampled, kw_only=True):
 
 
 FIELDS = Fields(
-    taken=Create,
+    taken=ResponseCreate,
     ignored=HINTS | {"stream_options", "prompt_cache_breakpoint", "background_options"},
     idle={"truncation": ("disabled",), "parallel_tool_calls": (True,), "reasoning": ({},)},
 )
@@ -79,12 +79,12 @@ class Begin(msgspec.Struct, kw_only=True):
     head: Event
     input: list[dict[str, Any]]
     parent: str | None
-    conversation: Row | None
+    conversation: LedgerRow | None
     num_top: int | None
     store: bool
 
 
-async def create(context: Context, request: Request, body: bytes) -> Response:
+async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
     if asked.background and not asked.store:
@@ -103,7 +103,7 @@ async def create(context: Context, request: Request, body: bytes) -> Response:
     return EventStream(_live(context, begin, job), gone, headers_of(ignored, parent=begin.parent))
 
 
-async def _begin(context: Context, body: Create) -> Begin:
+async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
     id = f"resp_{secrets.token_hex(16)}"
     extension = context.extension(body.thaw)
     previous = await _previous(context, body)
@@ -151,7 +151,7 @@ def _at_least_one(number: int | None) -> int | None:
     return number
 
 
-def _sampling(context: Context, body: Create, num_top: int | None) -> Any:
+def _sampling(context: GatewayContext, body: ResponseCreate, num_top: int | None) -> Any:
     engine = context.service.engine
     more: dict[str, object] = {"logprobs": num_top}
     format = structured(body.text.get("format"), "text.format", engine)
@@ -164,26 +164,26 @@ def _sampling(context: Context, body: Create, num_top: int | None) -> Any:
     return sampling_of(body, engine, **more)
 
 
-async def _previous(context: Context, body: Create) -> Row | None:
+async def _previous(context: GatewayContext, body: ResponseCreate) -> LedgerRow | None:
     if body.previous_response_id is None:
         return None
     row = await _row(context, body.previous_response_id, "previous_response_id")
     if row.point is None:
-        raise Problem(409, f"{row.id} is {row.status} and has no end to go on from yet", param="previous_response_id")
+        raise ApiError(409, f"{row.id} is {row.status} and has no end to go on from yet", param="previous_response_id")
     return row
 
 
-async def _row(context: Context, id: str, param: str = "response_id") -> Row:
+async def _row(context: GatewayContext, id: str, param: str = "response_id") -> LedgerRow:
     job = context.service.jobs.get((context.tenant.namespace, id))
     if job is not None and job.written is not None:
         await job.written
     row = await call(context.service.ledger.get, context.tenant.namespace, KIND, id[:100])
     if row is None:
-        raise Problem(404, f"there is no response {id[:100]!r}", code="not_found", param=param)
+        raise ApiError(404, f"there is no response {id[:100]!r}", code="not_found", param=param)
     return row
 
 
-def _head(context: Context, id: str, body: Create, conversation: str | None) -> Event:
+def _head(context: GatewayContext, id: str, body: ResponseCreate, conversation: str | None) -> Event:
     return {
         "id": id,
         "object": "response",
@@ -212,7 +212,7 @@ def _head(context: Context, id: str, body: Create, conversation: str | None) -> 
     }
 
 
-async def _start(context: Context, begin: Begin) -> Job:
+async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     """The job, with its row written beside it; the row is on disk again before the job has an outcome."""
     service, namespace = context.service, context.tenant.namespace
     if begin.conversation is not None:
@@ -225,7 +225,7 @@ async def _start(context: Context, begin: Begin) -> Job:
         raise
     first: asyncio.Task[None] | None = None
     if begin.store:
-        row = Row(
+        row = LedgerRow(
             kind=KIND, id=begin.id, namespace=namespace, status=str(begin.head["status"]), parent=begin.parent,
             record={"reply": begin.head, "input": begin.input, "pieces": []},
         )  # fmt: skip
@@ -233,12 +233,14 @@ async def _start(context: Context, begin: Begin) -> Job:
     return _own(context, begin, first)
 
 
-def _own(context: Context, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[Delta] = ()) -> Job:
+def _own(
+    context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[Delta] = ()
+) -> ReplyJob:
     """The job of a response: known while it runs, and kept when it is over. `first` writes its row before that."""
     service, namespace = context.service, context.tenant.namespace
     key = (namespace, begin.id)
 
-    async def keep(outcome: Outcome) -> None:
+    async def keep(outcome: RequestOutcome) -> None:
         if first is not None:
             await first
         row = _row_of(context, begin, outcome, job)
@@ -265,7 +267,7 @@ def _own(context: Context, begin: Begin, first: asyncio.Task[None] | None, said:
     return job
 
 
-async def _failed(context: Context, begin: Begin, first: asyncio.Task[None] | None) -> None:
+async def _failed(context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None) -> None:
     """A stored response that came to nothing says so when it is asked for."""
     if first is not None:
         await first
@@ -275,23 +277,23 @@ async def _failed(context: Context, begin: Begin, first: asyncio.Task[None] | No
         await call(context.service.ledger.put, row)
 
 
-def _object(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Event:
+def _object(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> Event:
     logprobs = [] if begin.num_top is None else _logprobs(context, begin, outcome)
     reader = context.service.reader()
     cancelled = job.stopped and not job.parked and bool(begin.head["background"])
     return finished(begin.head, outcome, reader, logprobs, cancelled=cancelled)
 
 
-def _logprobs(context: Context, begin: Begin, outcome: Outcome) -> list[dict[str, object]]:
+def _logprobs(context: GatewayContext, begin: Begin, outcome: RequestOutcome) -> list[dict[str, object]]:
     tops = outcome.top_logprobs
     return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, begin.num_top or 0)
 
 
-def _row_of(context: Context, begin: Begin, outcome: Outcome, job: Job) -> Row:
+def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> LedgerRow:
     """What is kept of a response that is over, or parked: then only what was given out is its text."""
     reply = _object(context, begin, outcome, job)
     text = outcome.text[: sum(outcome.pieces)] if job.parked else outcome.text
-    return Row(
+    return LedgerRow(
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
         status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
         nbytes=outcome.nbytes,
@@ -314,9 +316,9 @@ async def restore(service: Service) -> int:
     return len(rows)
 
 
-async def _restore(service: Service, row: Row) -> None:
+async def _restore(service: Service, row: LedgerRow) -> None:
     record = row.record
-    context = Context(service, service.tenants.of_namespace(row.namespace), "", {})
+    context = GatewayContext(service, service.tenants.of_namespace(row.namespace), "", {})
     at = await service.point(context.tenant, str(row.point))
     head = {**record["reply"], "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
     head.pop("thaw")
@@ -338,14 +340,14 @@ async def _restore(service: Service, row: Row) -> None:
 # -- events
 
 
-async def _live(context: Context, begin: Begin, job: Job, after: int = -1) -> AsyncIterator[bytes]:
+async def _live(context: GatewayContext, begin: Begin, job: ReplyJob, after: int = -1) -> AsyncIterator[bytes]:
     """The events of a job under way, those beyond number `after`."""
     async for one in _events(context, begin, job):
         if one["sequence_number"] > after:
             yield event(one, one["type"])
 
 
-async def _events(context: Context, begin: Begin, job: Job) -> AsyncIterator[Event]:
+async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> AsyncIterator[Event]:
     events = Events(begin.head, context.service.reader)
     for one in events.begin():
         yield one
@@ -355,8 +357,8 @@ async def _events(context: Context, begin: Begin, job: Job) -> AsyncIterator[Eve
             yield one
     try:
         outcome = await asyncio.shield(job.outcome)
-    except (ThawError, Problem) as error:
-        problem = error if isinstance(error, Problem) else problem_of(error)
+    except (ThawError, ApiError) as error:
+        problem = error if isinstance(error, ApiError) else problem_of(error)
         for one in events.failed(problem.code, problem.message):
             yield one
         return
@@ -366,7 +368,7 @@ async def _events(context: Context, begin: Begin, job: Job) -> AsyncIterator[Eve
         yield one
 
 
-async def _again(context: Context, row: Row, after: int) -> AsyncIterator[bytes]:
+async def _again(context: GatewayContext, row: LedgerRow, after: int) -> AsyncIterator[bytes]:
     """The events of a response that is over, from what is kept of it."""
     reply, text = row.record["reply"], row.record.get("text", "")
     head = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
@@ -384,7 +386,7 @@ async def _again(context: Context, row: Row, after: int) -> AsyncIterator[bytes]
 # -- what is stored
 
 
-def _shown(row: Row) -> Event:
+def _shown(row: LedgerRow) -> Event:
     """The object as it stands. One that a gateway left under way is incomplete, and says where it began."""
     reply: Event = row.record["reply"]
     if row.status == "parked":
@@ -397,7 +399,7 @@ def _shown(row: Row) -> Event:
     return {**reply, "status": row.status, "error": error, "incomplete_details": interrupted, "thaw": told}
 
 
-async def retrieve(context: Context, request: Request, body: bytes) -> Response:
+async def retrieve(context: GatewayContext, request: Request, body: bytes) -> Response:
     id = request.path_params["id"]
     after = number(request, "starting_after", -1)
     job = context.service.jobs.get((context.tenant.namespace, id))
@@ -410,7 +412,7 @@ async def retrieve(context: Context, request: Request, body: bytes) -> Response:
     return as_json(_shown(row), headers=headers)
 
 
-async def delete(context: Context, request: Request, body: bytes) -> Response:
+async def delete(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     job = context.service.jobs.get((row.namespace, row.id))
     if job is not None:
@@ -420,10 +422,10 @@ async def delete(context: Context, request: Request, body: bytes) -> Response:
     return as_json({"id": row.id, "object": "response", "deleted": True})
 
 
-async def cancel(context: Context, request: Request, body: bytes) -> Response:
+async def cancel(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     if not row.record["reply"]["background"]:
-        raise Problem(400, f"{row.id} does not run in the background; close its connection", param="response_id")
+        raise ApiError(400, f"{row.id} does not run in the background; close its connection", param="response_id")
     job = context.service.jobs.get((row.namespace, row.id))
     if job is not None:
         job.stop()
@@ -432,6 +434,6 @@ async def cancel(context: Context, request: Request, body: bytes) -> Response:
     return as_json(_shown(row))
 
 
-async def input_items(context: Context, request: Request, body: bytes) -> Response:
+async def input_items(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     return as_json(listed(request, row.record["input"]))
