@@ -677,7 +677,7 @@ FAULTS = (
     Fault(
         "answers-as-told-forgotten", "gateway", "none", "gateway/place.py",
         "            told = (*self.entry.tokens, *again)\n", "            told = (*view.tokens, *again[:0])\n",
-        (f"{GATEWAY}/test_chat.py::test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled",),
+        (f"{GATEWAY}/test_gateway_chat.py::test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled",),
         "an open session is known by its sampled tokens alone",
     ),
     Fault(

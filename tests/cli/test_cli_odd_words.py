@@ -20,7 +20,7 @@ from thaw.store import Store
 
 from .conftest import Shell
 
-BOOTS = {"up", "demo", "bench", "pool", "verify", "engine", "doctor"}
+BOOTS = {"up", "demo", "bench", "pool", "verify", "engine", "doctor", "serve"}
 """Verbs that start processes or measure; those of their options that are numbers are checked before."""
 WRITERS = {"adopt", "branch", "tag", "undo", "run", "fork", "gc", "fsck"}
 LONE = "\udcff"

@@ -25,7 +25,7 @@ from thaw.core.objects import Commit, NamespacedCommit
 from thaw.core.points import Point
 from thaw.engines.base import Engine
 from thaw.repo import CommitResult, Repository, ResolvedPoint
-from thaw.store import RefUpdate, Store, backup, db, fsck, store
+from thaw.store import RefUpdate, Store, backup, fsck, settings, store
 
 TEXT = "The plans of acme, which are nobody else's. " * 20
 HOSTILE = [
@@ -303,7 +303,7 @@ def test_an_older_thaw_refuses_what_has_namespaces(
 ) -> None:
     first(repo.within("acme"))
     assert fsck(repo.path).problems == []
-    monkeypatch.setattr(db, "NAMESPACED", 2)
+    monkeypatch.setattr(settings, "NAMESPACED", 2)
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="format 3"):
             attempt(repo.path)
