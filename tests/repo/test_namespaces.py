@@ -25,7 +25,7 @@ from thaw.core.objects import Commit, NamespacedCommit
 from thaw.core.points import Point
 from thaw.engines.base import Engine
 from thaw.repo import CommitResult, Repository, ResolvedPoint
-from thaw.store import RefUpdate, Store, backup, fsck, settings, store
+from thaw.store import RefUpdate, Store, backup, db, fsck, settings, store
 
 TEXT = "The plans of acme, which are nobody else's. " * 20
 HOSTILE = [
