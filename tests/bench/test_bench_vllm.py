@@ -204,7 +204,8 @@ def one_of(arm: str, seconds: float) -> Sample:
         return Sample(values={"copy_s": seconds, "rate": 1 / seconds, "nbytes": 1.0}, outputs=outputs)
     if arm in GAPS:
         gap = {"largest_gap_s": seconds, "step_s": 0.1, "with_a_step_s": seconds + 0.1, "inside": 1.0}
-        return Sample(values={**gap, "event_s": 1.0})
+        found = sample(seconds).hits if arm in ("gap.admit", "gap.hydrate") else None
+        return Sample(values={**gap, "event_s": 1.0}, hits=found)
     more = {"loaded_tokens": 299.0, "load_s": seconds / 2, "there_s": seconds / 2}
     usual = sample(seconds)
     return msgspec.structs.replace(usual, values={**usual.values, **more})
@@ -236,10 +237,24 @@ def test_the_goals_of_copies_first_tokens_and_gaps() -> None:
     }  # fmt: skip
 
 
+def test_an_admission_that_prefills_breaks_a_promise() -> None:
+    measured = {arm: [(0, one_of(arm, 1.0))] for arm in GAPS}
+    ((pair, admitted),) = measured["gap.admit"]
+    assert admitted.hits is not None
+    lost = msgspec.structs.replace(admitted.hits, num_cached_tokens=admitted.hits.num_wanted_tokens - 1)
+    measured["gap.admit"] = [(pair, msgspec.structs.replace(admitted, hits=lost))]
+    made = r.make(
+        kind="bench.vllm", command="make bench-gpu", versions={}, machine=this_machine(), model=None, parameters={},
+        arms=report.arms(measured), derived=report.derived(measured), checks=report.checks(measured), goals=(),
+        notes=(),
+    )  # fmt: skip
+    assert [check.name for check in made.checks if not check.held] == ["hit.gap.admit"]
+
+
 def test_gaps_are_those_that_the_event_may_have_made() -> None:
     """That which it began in, and that which it ended in, are among them; earlier and later ones are not."""
     found = gaps([[0.0, 9.0, 10.0, 12.0, 15.0, 99.0], [0.5]], began=9.5, until=12.5)
-    assert found == [1.0, 2.0, 3.0]
+    assert found == [(1.0, 9.0), (2.0, 10.0), (3.0, 12.0)]
 
 
 def test_boots_that_were_measured_apart_are_one_receipt() -> None:

@@ -2,7 +2,8 @@
 hydrated, or is admitted by vLLM from its own prefix cache.
 
 The others are plain requests, and go on for at least `gap_steps` tokens after the event began, so a round's arms look
-at as many tokens each. `step_s` is the median of all gaps.
+at as many tokens each. `step_s` is the median of all gaps, `largest_gap_at_s` is when the largest began, counted from
+the event's beginning.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from thaw.bench.sample import Ask, Clock, Sample, children
 from thaw.bench.vllm.arms import Document, fresh_salt, plain_children, read_trunk
 from thaw.bench.vllm.options import Options
 from thaw.core.sampling import Sampling
-from thaw.repo import Repository
+from thaw.repo import Repository, Session
 
 if TYPE_CHECKING:
     from thaw.bench.vllm.plain import Decoding, Plain
@@ -41,25 +42,29 @@ class _Gaps:
 
     def measure(self, rounds: Rounds) -> None:
         options, trunk = self._options, self._document.session(self._options.gap_tokens)
-        rounds.progress(f"reading {options.gap_tokens} tokens twice")
-        read_trunk(self._plain, trunk, self._salt)
+        rounds.progress(f"reading {options.gap_tokens} tokens")
         with self._repo.session(seed=options.seed) as live:
             live.append(token_ids=trunk)
             commit = live.commit("a session that is hydrated while others decode", branch="gap").commit
         arms: dict[str, Thunk] = {
             "gap.none": partial(self._beside, lambda: None),
-            "gap.admit": partial(self._beside, partial(self._admit, trunk)),
+            "gap.admit": partial(self._admit, trunk),
             "gap.capture": self._capture,
             "gap.hydrate": partial(self._beside, partial(self._hydrate, commit)),
         }
         rounds.alternate(options.gap_rounds, arms)
 
-    def _admit(self, trunk: tuple[int, ...]) -> None:
-        plain_children(self._plain, trunk, self._salt, self._ask, num_wanted=len(trunk))
+    def _admit(self, trunk: tuple[int, ...]) -> Sample:
+        """Of a trunk that vLLM has read just before, for the other arms take its blocks."""
+        whole_blocks = len(trunk) // self._options.block_size * self._options.block_size
+        read_trunk(self._plain, trunk, self._salt)
+        return self._beside(partial(plain_children, self._plain, trunk, self._salt, self._ask, num_wanted=whole_blocks))
 
-    def _hydrate(self, commit: str) -> None:
+    def _hydrate(self, commit: str) -> Sample:
+        clock = Clock()
         with self._repo.session(commit) as session:
-            children(session, self._ask, Clock(), num_wanted=session.num_kv)
+            clock.lap("hydrate")
+            return children(session, self._ask, clock, num_wanted=session.num_kv)
 
     def _capture(self) -> Sample:
         """Of a session that decodes as well, and was never captured: all of its KV leaves the device, into a pack."""
@@ -70,26 +75,34 @@ class _Gaps:
         with self._repo.session(seed=options.seed) as live, live.stream(token_ids=trunk, sampling=sampling) as stream:
             next(delta for delta in stream if delta.token_ids)
             branch = f"gap-{self._number}"
-            sample = self._beside(lambda: live.commit("captured while others decode", branch=branch))
+            sample = self._beside(partial(self._commit, live, branch))
             stream.cancel()
             stream.result()
         return sample
 
-    def _beside(self, event: Callable[[], object]) -> Sample:
-        """The event, while the others decode."""
+    def _beside(self, event: Callable[[], Sample | None]) -> Sample:
+        """The event, while the others decode, and what it found in the cache."""
         options = self._options
         with self._others() as others:
             others.wait_for(BEFORE)
             began = time.monotonic()
-            event()
+            happened = event()
             ended = time.monotonic()
             others.wait_for(options.gap_steps, since=began)
             until = max(ended, others.reached(options.gap_steps, since=began))
             inside = float(not others.any_over())
         found = gaps(others.arrivals, began, until)
-        largest, step = max(found), statistics.median(found)
+        largest, at = max(found)
+        step = statistics.median(length for length, _ in found)
         values = {"largest_gap_s": largest, "step_s": step, "with_a_step_s": largest + step, "inside": inside}
-        return Sample(values={**values, "event_s": ended - began})
+        values |= {"largest_gap_at_s": at - began, "event_s": ended - began}
+        if happened is None:
+            return Sample(values=values)
+        return Sample(values=values, stages_s=happened.stages_s, hits=happened.hits)
+
+    @staticmethod
+    def _commit(live: Session, branch: str) -> None:
+        live.commit("captured while others decode", branch=branch)
 
     @contextmanager
     def _others(self) -> Iterator[Decoding]:
@@ -107,11 +120,11 @@ class _Gaps:
             others.stop()
 
 
-def gaps(arrivals: Sequence[Sequence[float]], began: float, until: float) -> list[float]:
+def gaps(arrivals: Sequence[Sequence[float]], began: float, until: float) -> list[tuple[float, float]]:
     """Seconds between one token of a request and its next, where the first came before `until` and the next after
-    `began`."""
+    `began`, and when that was."""
     return [
-        later - earlier
+        (later - earlier, earlier)
         for times in arrivals
         for earlier, later in itertools.pairwise(times)
         if later > began and earlier < until

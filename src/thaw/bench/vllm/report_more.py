@@ -39,7 +39,7 @@ GAPS = {
     "none": ("others alone", "the largest gap between tokens of one of the others, all of them decoding"),
     "admit": (
         "others beside a request that vLLM admits",
-        "the same while a plain request is admitted whose tokens but the last are in vLLM's own prefix cache",
+        "the same while a plain request is admitted whose tokens but the last few are in vLLM's own prefix cache",
     ),
     "capture": (
         "others beside a capture",
@@ -112,6 +112,8 @@ def checks(name: str) -> Iterator[r.Check]:
     if method == "load":
         text = f"{words(name)[0]}: the bytes in the blocks are those that were saved"
         yield r.equal_outputs(f"same-bytes.{name}", text, name, f"save.{rest}", "bytes", promised=True)
+    if name in ("gap.admit", "gap.hydrate"):
+        yield r.all_hit(f"hit.{name}", f"{words(name)[0]}: nothing prefilled again", name)
     if method == "loaded":
         yield r.all_hit(f"hit.{name}", f"{words(name)[0]}: nothing prefilled again", name)
         alone = rest.endswith(".1")  # siblings may begin in other steps than where nobody loads, so in other batches
