@@ -181,7 +181,7 @@ def test_down_ends_it_and_the_repository_remembers_what_it_did_before(repo: Shel
     assert not mail.exists()
     with Store.open(repo.cwd / ".thaw") as store:
         assert served.recall(store) is None and recall(store) == before
-    assert repo.ok("down").out == "no engine is up\n"
+    assert repo.ok("down").out == "no engine server is up\n"
 
 
 def test_a_program_finds_and_ends_the_server_of_a_repository_as_the_verbs_do(repo: Shell, tmp_path: Path) -> None:

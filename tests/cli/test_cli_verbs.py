@@ -162,8 +162,8 @@ def test_a_conversation_given_whole_replaces_what_was_said(repo: Shell) -> None:
         '[{"role": "user", "content": "hallo"}, {"role": "assistant", "content": [{"type": "text", "text": "ja"}]}]'
     )
     done = repo.ok("run", "--chat", "und?", "--history", "talk.json", *greedy)
-    assert "2 messages of the branch's are not in --history: went on from token" in done.err
-    assert "left behind, 6 of them sampled (the commit before has them)" in done.err
+    assert "2 messages on the branch are not in --history: continued from token" in done.err
+    assert "left behind, 6 of them sampled (the previous commit has them)" in done.err
     text = repo.ok("show", "--text").out
     assert "<s>assistant\nja</s><s>user\nund?" in text and "hello" not in text
     assert "hello" in repo.ok("show", "main~1", "--text").out
@@ -332,7 +332,7 @@ def test_verify_reports_every_law(tree: Shell) -> None:
     assert report["fresh_process"] is True
     assert {law["name"] for law in report["laws"]} == {"bytes", "identity", "cached", "state", "boundary"}
     assert report["continuation"]["num_tokens"] == 3
-    assert "every law that was promised held" in tree.ok("verify", "fork/0").out
+    assert "every promised law held" in tree.ok("verify", "fork/0").out
 
 
 def test_verify_fails_when_a_byte_was_changed(tree: Shell) -> None:
@@ -456,7 +456,7 @@ def test_doctor_looks_at_the_machine_and_at_a_config(shell: Shell) -> None:
 @pytest.mark.slow("runs a bench")
 def test_bench_writes_a_receipt_that_verifies_and_a_picture(shell: Shell) -> None:
     done = shell.ok("bench", "fork", "--engine", "fake", "--quick", "--out", "b.json", "--svg", "b.svg")
-    assert "promised ones held" in done.out
+    assert "promised checks held" in done.out
     assert (shell.cwd / "b.svg").read_text().startswith("<svg")
     assert shell.ok("receipt", "verify", "b.json", "--json").json()["ok"] is True
     changed = (shell.cwd / "b.json").read_text().replace('"children": 4', '"children": 5')

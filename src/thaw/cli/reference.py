@@ -19,32 +19,32 @@ HEAD = """# The command line
 
 Generated from the commands (`make docs`). Each section is what `thaw VERB --help` prints.
 
-Data goes to stdout, progress and errors to stderr. Every verb that prints data takes `--json`: one JSON document on
-stdout, keys that do not change their meaning, 64-bit integers as strings. An error is then
-`{"error": {"kind": …, "message": …}}`, also on stdout, with the same exit code. Colour is for terminals only, and never
-with `NO_COLOR`.
+Data goes to stdout; progress and errors go to stderr. Every verb that prints data takes `--json`. It prints one JSON
+document to stdout, with 64-bit integers as strings and keys that keep their meaning between versions. An error is then
+`{"error": {"kind": …, "message": …}}`, also on stdout, with the same exit code. Colour is used only on terminals, and
+never with `NO_COLOR`.
 
-| exit code | what it says |
+| exit code | meaning |
 |---|---|
 | 0 | done |
-| 2 | the request cannot work as it stands: change it |
+| 2 | the request cannot work as written: change it |
 | 3 | refused: bytes exist, but using them would be wrong (other weights, another policy) |
-| 4 | conflict: somebody else was first; look, then try again |
-| 5 | damaged: stored bytes are not what was written; `thaw fsck` |
-| 6 | the disk or folder said no |
+| 4 | conflict: somebody else was first; check, then try again |
+| 5 | damaged: stored bytes are not what was written; run `thaw fsck` |
+| 6 | storage failed: disk full, read-only, or no permission |
 | 7 | a law did not hold (`verify`, `demo`, `bench`, `receipt verify`) |
-| 8 | the work ended before it was done |
-| 70 | an error inside thaw; `THAW_DEBUG=1` in front shows where |
-| 130 | interrupted; `run` commits what the model had said |
+| 8 | the work stopped before it was done |
+| 70 | an error inside thaw; run again with `THAW_DEBUG=1` for a traceback |
+| 130 | interrupted; `run` commits what the model has generated |
 
-| variable | what it does |
+| variable | meaning |
 |---|---|
-| `THAW_REPO` | the repository, where `-C` names none |
-| `THAW_NAMESPACE` | the namespace, where `--namespace` names none |
+| `THAW_REPO` | the repository, unless `-C` names one |
+| `THAW_NAMESPACE` | the namespace, unless `--namespace` names one |
 | `THAW_MODEL` | the model of `thaw demo` |
 | `THAW_CACHE_DIR` | where the demo's model is kept (default `~/.cache/thaw`) |
-| `THAW_DEBUG` | tracebacks, and what the libraries below have to say |
-| `NO_COLOR` | no colour |
+| `THAW_DEBUG` | show tracebacks and the libraries' own messages |
+| `NO_COLOR` | turn colour off |
 """
 
 
