@@ -37,7 +37,7 @@ def verify(named: str | None, files: tuple[str, ...], as_json: bool) -> int:
 
 
 def _problems(name: str) -> list[str]:
-    """What is wrong with the receipt in a file. A file that is no receipt is one problem, and does not stop the check."""
+    """What is wrong with the receipt in a file. A file that is no receipt is one problem, and stops nothing."""
     from thaw.receipt import verify as check
     from thaw.receipt.format import MAX_BYTES
 
