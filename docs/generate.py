@@ -63,9 +63,10 @@ def figures(receipt: dict[str, Any]) -> str:
     return (
         f"SmolLM2-135M-Instruct, a session of {tokens:,} tokens, {cores} CPU cores, medians:\n\n"
         "| | first token of one child | of four children |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"The first token of a hydrated session came {gain['value']:.0f} × sooner than after prefilling again\n"
-        f"(paired rounds, 95 % interval {gain['low']:.0f} to {gain['high']:.0f} ×), and {stock['value']:.0f} × sooner "
-        f"than after prefilling with stock transformers ({stock['low']:.0f} to\n{stock['high']:.0f} ×). "
+        "The first token of a hydrated session came sooner than after prefilling again, in paired rounds with 95 % "
+        "intervals:\n"
+        f"{gain['value']:.0f} × ({gain['low']:.0f} to {gain['high']:.0f}) against thaw's own prefill, "
+        f"{stock['value']:.0f} × ({stock['low']:.0f} to {stock['high']:.0f}) against that of stock transformers.\n"
         "The machine was shared and noisy, so trust the ratios more than the times."
     )
 
