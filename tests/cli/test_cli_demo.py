@@ -92,7 +92,7 @@ def test_what_failed_is_said_and_nothing_is_claimed(
     telling.ending(narrator, story)
     out = capsys.readouterr().out
     assert "FAILED" in out
-    assert "NOT what thaw promises" in out
+    assert "did NOT keep its guarantees" in out
     assert "sooner" not in out
     assert "What to run next" not in out
 

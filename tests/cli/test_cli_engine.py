@@ -157,7 +157,7 @@ def test_a_process_id_that_is_anothers_by_now_is_not_ended(repo: Shell, tmp_path
     try:
         with Store.open(repo.cwd / ".thaw") as store:
             served.remember(store, record(process, url, born="another boot:17"))
-        assert "gone already" in repo.ok("down").out
+        assert "already gone" in repo.ok("down").out
         assert process.poll() is None
     finally:
         server.stop(process.pid, process)

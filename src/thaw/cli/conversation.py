@@ -50,7 +50,7 @@ def taken(values: dict[str, Any], *, chat: bool) -> ChatOptions:
     given = {name: values.pop(name) for name in NAMES}
     used = [NAMES[name] for name, value in given.items() if value]
     if used and not chat:
-        raise click.UsageError(f"{', '.join(used)} works only with --chat.")
+        raise click.UsageError(f"{', '.join(used)}: use only with --chat.")
     arguments: dict[str, Any] = {"keep_sampled": given["keep_sampled"]}
     if given["tools"] is not None:
         arguments["tools"] = json_list(given["tools"])
