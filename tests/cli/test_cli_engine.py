@@ -193,7 +193,7 @@ def test_a_program_finds_and_ends_the_server_of_a_repository_as_the_verbs_do(rep
         assert (found := serve.running(opened)) is not None and found.url == url
         with pytest.raises(Busy, match="is up already"):
             serve.up(opened, "vllm", "a/model")
-        with pytest.raises(serve.NoServer, match="no server of an engine 'fake'"):
+        with pytest.raises(serve.NoServer, match="no server for an engine 'fake'"):
             serve.up(opened.within("acme"), "fake") if serve.down(opened)[1] else None
         assert serve.running(opened) is None and serve.down(opened) == (None, False)
     process.wait(10)
