@@ -2,7 +2,7 @@
 
     python examples/best_of_n.py path/to/model document.txt "A question?"
 
-The document is prefilled once however large N is; the winner becomes the branch `main`, the others stay as branches.
+The document is prefilled once, whatever N is. The winner becomes the branch `main`; the others stay as branches.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python examples/rl_tree.py path/to/model [--sum 14 9 12] [--levels 4] [--width 4] [--pivots 2] [--json]
 
-A fork pool reads a prompt of worked sums once. Level 1 are `width` answers to it; each later level takes the `pivots`
-most uncertain tokens of the level before (by their entropy over the full vocabulary) and forks `width` other
-continuations there, mid-sentence, with the KV that decoding left. None of the tokens before a pivot is prefilled again.
+A fork pool prefills a prompt of worked sums once. Level 1 is `width` answers to it. Each later level takes the `pivots`
+most uncertain tokens of the previous level (by entropy over the full vocabulary) and forks `width` other continuations
+there, in mid-sentence, with the KV from decoding. No token before a pivot is prefilled again.
 
-The reward is checked, not judged: half for the first sum, half for the answer. The group at a pivot are the children
-forked there and the continuation that was there already; a branch's advantage is its value (the mean reward of the
-answers below it) against its group, in deviations of the group. Each sampled token is trained on once.
+The reward is computed, not judged: half for the first sum, half for the answer. The group at a pivot is the children
+forked there and the existing continuation. A branch's advantage is its value (the mean reward of the answers below it)
+against its group, in standard deviations of the group. Each sampled token is trained on once.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python examples/trl_grpo.py [path/to/model] [--steps 6] [--generations 8] [--json]
 
-`thaw.attach` joins the module that TRL trains, in this process: no second copy of the weights, and nothing of the
-module is changed. For each prompt one session reads it, once; its N forks then generate as one batch. Every optimizer
-step is a new policy: KV of the former weights is refused, so no rollout can be of two.
+`thaw.attach` joins the module that TRL trains, in this process. There is no second copy of the weights, and the module
+is not changed. Each prompt is prefilled once, by one session; its N forks then generate as one batch. Every optimizer
+step is a new policy: KV of the old weights is refused, so no rollout can mix two policies.
 
-Without a model a random one of a few hundred kilobytes is made. It is rewarded for writing lower-case letters, which
-it learns in a few steps.
+Without a model, the example creates a random one of a few hundred kilobytes. It is rewarded for writing lower-case
+letters, which it learns in a few steps.
 """
 
 from __future__ import annotations

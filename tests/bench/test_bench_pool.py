@@ -63,7 +63,7 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = r.verify((tmp_path / "pool.json").read_bytes())
-    assert found.problems == () and "promised ones held" in done.stdout
+    assert found.problems == () and "promised checks held" in done.stdout
 
 
 def test_under_pressure_there_is_room_for_a_third_of_the_points_or_for_one_round() -> None:

@@ -121,7 +121,7 @@ def test_the_wrong_package_of_our_name_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert not software.is_ours(Stranger())
     monkeypatch.setattr(software.metadata, "distribution", lambda _: Stranger())
     found = {finding.name: finding for finding in software.findings()}["thaw"]
-    assert found.status == "problem" and "another project" in found.text and "pip uninstall" in found.advice
+    assert found.status == "problem" and "unrelated project" in found.text and "pip uninstall" in found.advice
 
 
 def test_another_distribution_with_our_module_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_both_processes_are_others_and_their_own(told: tuple[Shell, str]) -> Non
 
 def test_every_command_that_it_suggests_works(told: tuple[Shell, str]) -> None:
     shell, out = told
-    suggested = re.findall(r"^ +(thaw .*?)(?:  .*)?$", out[out.index("What to type next") :], re.MULTILINE)
+    suggested = re.findall(r"^ +(thaw .*?)(?:  .*)?$", out[out.index("What to run next") :], re.MULTILINE)
     assert len(suggested) == 7
     for line in suggested:
         shell.ok(*shlex.split(line)[1:])
@@ -92,9 +92,9 @@ def test_what_failed_is_said_and_nothing_is_claimed(
     telling.ending(narrator, story)
     out = capsys.readouterr().out
     assert "FAILED" in out
-    assert "NOT what thaw promises" in out
+    assert "did NOT keep its guarantees" in out
     assert "sooner" not in out
-    assert "What to type next" not in out
+    assert "What to run next" not in out
 
 
 def _story(folder: Path) -> demo.Story:

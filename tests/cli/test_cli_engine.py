@@ -157,7 +157,7 @@ def test_a_process_id_that_is_anothers_by_now_is_not_ended(repo: Shell, tmp_path
     try:
         with Store.open(repo.cwd / ".thaw") as store:
             served.remember(store, record(process, url, born="another boot:17"))
-        assert "gone already" in repo.ok("down").out
+        assert "already gone" in repo.ok("down").out
         assert process.poll() is None
     finally:
         server.stop(process.pid, process)
@@ -181,7 +181,7 @@ def test_down_ends_it_and_the_repository_remembers_what_it_did_before(repo: Shel
     assert not mail.exists()
     with Store.open(repo.cwd / ".thaw") as store:
         assert served.recall(store) is None and recall(store) == before
-    assert repo.ok("down").out == "no engine is up\n"
+    assert repo.ok("down").out == "no engine server is up\n"
 
 
 def test_a_program_finds_and_ends_the_server_of_a_repository_as_the_verbs_do(repo: Shell, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_program_finds_and_ends_the_server_of_a_repository_as_the_verbs_do(rep
         assert (found := serve.running(opened)) is not None and found.url == url
         with pytest.raises(Busy, match="is up already"):
             serve.up(opened, "vllm", "a/model")
-        with pytest.raises(serve.NoServer, match="no server of an engine 'fake'"):
+        with pytest.raises(serve.NoServer, match="no server for an engine 'fake'"):
             serve.up(opened.within("acme"), "fake") if serve.down(opened)[1] else None
         assert serve.running(opened) is None and serve.down(opened) == (None, False)
     process.wait(10)

@@ -134,8 +134,8 @@ def test_plain_words_are_read_without_click(name: str) -> None:
         (("log", "-n", "0"), "'-n'"),
         (("log", "a", "b"), "unexpected extra argument"),
         (("diff",), "Missing argument 'A'"),
-        (("log", "main", "--all"), "leave POINT out"),
-        (("branch", "-d", "-m"), "give one of the two"),
+        (("log", "main", "--all"), "leave out POINT"),
+        (("branch", "-d", "-m"), "use only one of them"),
         (("stats", "--prefill-rate", "0"), "--prefill-rate"),
     ],
 )

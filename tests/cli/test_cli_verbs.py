@@ -138,7 +138,7 @@ def test_chat_options_become_part_of_the_conversation(repo: Shell) -> None:
     assert "Be brief." in other.err
     late = repo("run", "more", "--system", "Be long.", "--keep-sampled")
     assert late.code == 2
-    assert "--system, --keep-sampled: only with --chat" in late.err
+    assert "--system, --keep-sampled: use only with --chat" in late.err
     assert repo("run", "--chat", "more", "--template-var", "thinking").code == 2
     (repo.cwd / "tools.json").write_text("{}")
     assert repo("run", "--chat", "more", "--tools", "tools.json").code == 2
@@ -162,13 +162,13 @@ def test_a_conversation_given_whole_replaces_what_was_said(repo: Shell) -> None:
         '[{"role": "user", "content": "hallo"}, {"role": "assistant", "content": [{"type": "text", "text": "ja"}]}]'
     )
     done = repo.ok("run", "--chat", "und?", "--history", "talk.json", *greedy)
-    assert "2 messages of the branch's are not in --history: went on from token" in done.err
-    assert "left behind, 6 of them sampled (the commit before has them)" in done.err
+    assert "2 messages on the branch are not in --history: continued from token" in done.err
+    assert "left behind, 6 of them sampled (the previous commit has them)" in done.err
     text = repo.ok("show", "--text").out
     assert "<s>assistant\nja</s><s>user\nund?" in text and "hello" not in text
     assert "hello" in repo.ok("show", "main~1", "--text").out
     again = repo.ok("run", "--chat", "und?", "--history", "talk.json", *greedy, "--json")
-    assert again.json()["num_dropped_messages"] == 1 and "1 message of the branch's" in again.err
+    assert again.json()["num_dropped_messages"] == 1 and "1 message on the branch" in again.err
 
 
 def test_a_chat_that_cannot_be_is_refused_before_a_model_is_booted(tree: Shell) -> None:
@@ -332,7 +332,7 @@ def test_verify_reports_every_law(tree: Shell) -> None:
     assert report["fresh_process"] is True
     assert {law["name"] for law in report["laws"]} == {"bytes", "identity", "cached", "state", "boundary"}
     assert report["continuation"]["num_tokens"] == 3
-    assert "every law that was promised held" in tree.ok("verify", "fork/0").out
+    assert "every promised law held" in tree.ok("verify", "fork/0").out
 
 
 def test_verify_fails_when_a_byte_was_changed(tree: Shell) -> None:
@@ -395,7 +395,7 @@ def test_stats_say_what_sharing_saves(tree: Shell) -> None:
     found = tree.ok("stats", "--prefill-rate", "1000", "--json").json()
     assert {ref["name"] for ref in found["refs"]} == {"main", "fork/0", "fork/1", "read"}
     assert found["dedup"] > 1 and found["seconds_saved"] == found["num_tokens_saved"] / 1000
-    assert "times that" in tree.ok("stats").out
+    assert "times as much" in tree.ok("stats").out
 
 
 LIMIT = 1 << 30
@@ -456,7 +456,7 @@ def test_doctor_looks_at_the_machine_and_at_a_config(shell: Shell) -> None:
 @pytest.mark.slow("runs a bench")
 def test_bench_writes_a_receipt_that_verifies_and_a_picture(shell: Shell) -> None:
     done = shell.ok("bench", "fork", "--engine", "fake", "--quick", "--out", "b.json", "--svg", "b.svg")
-    assert "promised ones held" in done.out
+    assert "promised checks held" in done.out
     assert (shell.cwd / "b.svg").read_text().startswith("<svg")
     assert shell.ok("receipt", "verify", "b.json", "--json").json()["ok"] is True
     changed = (shell.cwd / "b.json").read_text().replace('"children": 4', '"children": 5')

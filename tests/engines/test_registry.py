@@ -147,7 +147,7 @@ def test_its_file_is_written_by_engine_config(tmp_path: Path) -> None:
     (folder,) = json.loads((tmp_path / "ice.json").read_text())["stores"].values()
     assert folder == str((tmp_path / ".thaw" / "packs").resolve())
     refused = cli(tmp_path, "engine", "config", "icebox", "--out", "ice.yaml", code=2)
-    assert "Icebox reads only files whose names end with .json" in refused["error"]["message"]
+    assert "Icebox only reads files whose names end in .json" in refused["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["fake", "transformers", "nothing"])

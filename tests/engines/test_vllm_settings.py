@@ -65,7 +65,7 @@ def test_the_file_says_who_stands_beside_thaw_and_thaw_goes_first(wanted: VllmSe
 
 
 def test_the_manifest_in_the_docs_holds_the_file_that_thaw_reads() -> None:
-    page = (SRC.parent / "docs" / "engines" / "vllm.md").read_text(encoding="utf-8")
+    page = (SRC.parent / "docs" / "engines" / "kubernetes.md").read_text(encoding="utf-8")
     manifest = page.rpartition("```yaml\n")[2].partition("```")[0]
     config_map, deployment = yaml.safe_load_all(manifest)
     said = yaml.safe_load(config_map["data"]["thaw.yaml"])

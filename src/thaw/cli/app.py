@@ -45,8 +45,8 @@ def _require_text(words: list[str]) -> None:
     for number, word in enumerate(words, 1):
         if not is_text(word):
             raise light.usage(
-                f"argument {number} is not UTF-8 text: {ascii(word)[:80]}. Write it in UTF-8; a file of such a name "
-                "must be renamed, and a repository's folder can be named by the variable THAW_REPO."
+                f"argument {number} is not UTF-8 text: {ascii(word)[:80]}. Write it in UTF-8. Rename a file "
+                "with such a name; a repository's folder can be given in the variable THAW_REPO."
             )
 
 
@@ -91,7 +91,7 @@ def _failed(words: list[str], error: Exception) -> int:
         return _report(words, error.kind, str(error), error.exit_code)
     text = f"{type(error).__name__}: {error}"
     return _report(
-        words, "internal", f"an error inside thaw, not of yours: {text}\nTHAW_DEBUG=1 in front shows where.", 70
+        words, "internal", f"this is a bug in thaw: {text}\nRun again with THAW_DEBUG=1 for a traceback.", 70
     )
 
 

@@ -6,42 +6,42 @@
 from __future__ import annotations
 
 SECTIONS: dict[str, dict[str, str]] = {
-    "Begin and go on": {
-        "init": "Make a repository here.",
-        "run": "Go on with a branch: read a prompt, generate, commit.",
-        "fork": "Go on from a point as several children in one batch, a branch each.",
-        "adopt": "Make the winner the branch.",
+    "Start and continue": {
+        "init": "Create a repository here.",
+        "run": "Continue a branch: read a prompt, generate, commit.",
+        "fork": "Fork a point into several children, one branch each.",
+        "adopt": "Move a branch to the winner.",
     },
-    "Look": {
+    "Inspect": {
         "log": "List the commits of a branch, or draw the whole tree.",
         "show": "Show a commit: its state, turns, origin and bytes.",
-        "diff": "Show where two points part, in tokens, text and bytes.",
+        "diff": "Show where two points diverge, in tokens, text and bytes.",
         "match": "Find the longest stored prefix of a text.",
-        "stats": "Show bytes by branch and what sharing saves.",
+        "stats": "Show bytes per branch and what sharing saves.",
     },
-    "Names": {
-        "branch": "List, make, rename or delete branches.",
-        "tag": "List, make or delete tags.",
-        "reflog": "List where a branch stood, move by move.",
-        "undo": "Take back the last move of a branch.",
+    "Branches and tags": {
+        "branch": "List, create, rename or delete branches.",
+        "tag": "List, create or delete tags.",
+        "reflog": "List where a branch pointed, move by move.",
+        "undo": "Undo the last move of a branch.",
     },
-    "Trust": {
-        "verify": "Hydrate in a fresh process and say which laws held.",
+    "Verify and clean up": {
+        "verify": "Hydrate in a fresh process and report which laws held.",
         "fsck": "Check every stored byte; rebuild a lost database.",
-        "gc": "Delete what nothing refers to any more.",
-        "receipt": "Check measured records.",
+        "gc": "Delete data that nothing refers to.",
+        "receipt": "Check receipts: records of measurements.",
     },
     "Engines": {
-        "pool": "Run a round of branches in a pool of engines; list pools.",
+        "pool": "Run branches in a pool of engines; list pools.",
         "serve": "Serve OpenAI's and Anthropic's APIs; every response can be forked.",
-        "up": "Start an engine as a server that the verbs join.",
-        "down": "End the engine that `thaw up` started.",
-        "engine": "Write what a stock engine needs to load thaw.",
+        "up": "Start an engine server for the other verbs to use.",
+        "down": "Stop the server that `thaw up` started.",
+        "engine": "Configure a stock engine for thaw; inspect a running one.",
     },
     "This machine": {
-        "doctor": "Say what works here, for a model or its config alone.",
-        "demo": "Watch a model read once and go on four times in a fresh process.",
-        "bench": "Measure thaw against doing without it.",
+        "doctor": "Report what works here, for a model or just its config.",
+        "demo": "Watch a model read once and continue four times in a fresh process.",
+        "bench": "Measure thaw against the same work without it.",
     },
 }
 VERBS: dict[str, str] = {name: text for verbs in SECTIONS.values() for name, text in verbs.items()}

@@ -50,7 +50,7 @@ def taken(values: dict[str, Any], *, chat: bool) -> ChatOptions:
     given = {name: values.pop(name) for name in NAMES}
     used = [NAMES[name] for name, value in given.items() if value]
     if used and not chat:
-        raise click.UsageError(f"{', '.join(used)}: only with --chat.")
+        raise click.UsageError(f"{', '.join(used)}: use only with --chat.")
     arguments: dict[str, Any] = {"keep_sampled": given["keep_sampled"]}
     if given["tools"] is not None:
         arguments["tools"] = json_list(given["tools"])
@@ -68,7 +68,7 @@ def json_list(name: str) -> list[Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name} is not JSON: {error}") from None
     if not isinstance(value, list):
-        raise InvalidRequest(f"{name}: a JSON list was expected, got {type(value).__name__}")
+        raise InvalidRequest(f"{name}: expected a JSON list, got {type(value).__name__}")
     return value
 
 
@@ -76,7 +76,7 @@ def _variable(text: str) -> tuple[str, object]:
     """NAME=VALUE; a value that is JSON (true, 3, "text") is read as such, any other is text."""
     name, found, value = text.partition("=")
     if not found or not name:
-        raise click.UsageError(f"--template-var {text}: write NAME=VALUE, such as enable_thinking=false.")
+        raise click.UsageError(f"--template-var {text}: write NAME=VALUE, for example enable_thinking=false.")
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):
@@ -93,8 +93,8 @@ def _system(session: Session, text: str) -> list[Message]:
         return []
     first = output.one_line(str(held[0].get("content")), 60)
     raise InvalidRequest(
-        f"the conversation began with the {held[0]['role']}'s message {first!r}; --system begins one. Leave it out, or "
-        "begin another conversation: thaw run --branch NAME --chat …"
+        f"this conversation already began with the {held[0]['role']}'s message {first!r}. Leave out --system, or "
+        "start another conversation: thaw run --branch NAME --chat …"
     )
 
 
@@ -105,12 +105,12 @@ def note(result: ChatResult, name: str = "") -> None:
     sampled = f", {result.num_dropped_sampled:,} of them sampled" if result.num_dropped_sampled else ""
     left = f"{words.count(result.num_dropped_tokens, 'token')} left behind{sampled}"
     if result.num_dropped_messages:
-        why = f"{words.count(result.num_dropped_messages, 'message')} of the branch's are not in --history"
-        more = " (the commit before has them)"
+        why = f"{words.count(result.num_dropped_messages, 'message')} on the branch are not in --history"
+        more = " (the previous commit has them)"
     else:
         why = "the template renders this conversation differently"
         more = " (--keep-sampled keeps those)" if sampled else ""
-    output.note(f"{name}{why}: went on from token {result.forked_at:,}, {left}{more}")
+    output.note(f"{name}{why}: continued from token {result.forked_at:,}, {left}{more}")
 
 
 def plain(result: ChatResult | None) -> dict[str, object]:

@@ -10,7 +10,7 @@ import click
 from thaw.cli import catalog
 from thaw.cli.light import Light
 
-EPILOG = "Every verb has --help with an example. A point is main, main~2, main:turn=3, main:token=1200, a tag or an id."
+EPILOG = "Every verb has --help with an example. A POINT is main, main~2, main:turn=3, main:token=1200, a tag or an id."
 
 
 class Verbs(click.Group):
@@ -79,13 +79,13 @@ def _use_namespace(ctx: click.Context, _: click.Parameter, name: str | None) -> 
     subcommand_metavar="VERB [ARGS]…",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("-C", "--repo", "named", metavar="PATH", help="The repository, or a folder that holds one in .thaw.")
+@click.option("-C", "--repo", "named", metavar="PATH", help="The repository, or a folder with a .thaw in it.")
 @click.option(
     "--namespace",
     metavar="NAME",
     expose_value=False,
     callback=_use_namespace,
-    help="Whose branches, tags and commits; else THAW_NAMESPACE, else those without a namespace.",
+    help="The tenant whose branches, tags and commits to use. Default: THAW_NAMESPACE, else no namespace.",
 )
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
@@ -94,9 +94,9 @@ def _use_namespace(ctx: click.Context, _: click.Parameter, name: str | None) -> 
 def thaw(ctx: click.Context, named: str | None) -> None:
     """git for a running LLM.
 
-    thaw keeps a model's session (its KV cache, tokens and sampler) as an immutable commit, and goes on from it later,
-    elsewhere, or several times at once, without prefilling again.
+    thaw saves a model's session (its KV cache, tokens and sampler state) as an immutable commit. Later, on another
+    engine, or several times at once, it continues from that commit without prefilling again.
 
-    The repository is the nearest .thaw at or above the current folder, unless -C or THAW_REPO names another.
+    The repository is the nearest .thaw in the current folder or above it. -C or THAW_REPO names another.
     """
     ctx.obj = named

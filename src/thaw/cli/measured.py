@@ -53,7 +53,7 @@ def show(receipt: Receipt) -> None:
     promised = [check for check in receipt.checks if check.promised]
     held = sum(check.held for check in promised)
     colour = "green" if held == len(promised) else "red"
-    output.line(f"{output.style('checks', colour)}  {held} of {len(promised)} promised ones held")
+    output.line(f"{output.style('checks', colour)}  {held} of {len(promised)} promised checks held")
     for check in receipt.checks:
         if not check.held:
             mark, colour = ("FAILED", "red") if check.promised else ("no    ", "yellow")

@@ -47,7 +47,7 @@ def num_bytes(text: str) -> int:
         raise click.BadParameter(f"{text!r} is not a number of bytes; write 4GiB, 512MiB or 1000")
     count = float(found[1]) * 1024 ** " kmgt".index(found[2] or " ")
     if count > MAX_BYTES:
-        raise click.BadParameter(f"{text[:40]!r} is more than any machine has")
+        raise click.BadParameter(f"{text[:40]!r} is too large")
     return int(count)
 
 
@@ -109,7 +109,7 @@ def _use_key(_: click.Context, __: click.Parameter, value: str | None) -> None:
 
 api_key = option_of(
     "Engine", "--api-key", metavar="KEY", expose_value=False, callback=_use_key,
-    help="Of the server that is joined. Others of the host see command lines: prefer the variable THAW_API_KEY.",
+    help="The server's API key. Other users can see command lines: prefer the variable THAW_API_KEY.",
 )  # fmt: skip
 
 
@@ -118,9 +118,15 @@ def engine(function: F) -> F:
     for option in (
         api_key,
         option_of("Engine", "--device", help="cpu or cuda."),
-        option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: the weights' own."),
-        option_of("Engine", "--model", metavar="PATH", help="A folder (or hub id); the repository remembers it."),
-        option_of("Engine", "--engine", "engine_name", metavar="NAME", help="A name, or a URL; else transformers."),
+        option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: that of the weights."),
+        option_of("Engine", "--model", metavar="PATH", help="A folder or hub id; the repository remembers it."),
+        option_of(
+            "Engine",
+            "--engine",
+            "engine_name",
+            metavar="NAME",
+            help="An engine's name or a server's URL; default: the repository's, else transformers.",
+        ),
     ):
         function = option(function)
     return function
@@ -130,20 +136,28 @@ def sampling(function: F) -> F:
     """The fields of `Sampling`, by their names. Only what was given reaches the verb's `sampling`."""
     for option in reversed(
         (
-            option_of("Sampling", "--max-tokens", type=int, metavar="N", help="At most so many new tokens (256)."),
-            option_of("Sampling", "--temperature", type=float, metavar="T", help="0 is greedy (1)."),
-            option_of("Sampling", "--top-p", type=float, metavar="P"),
-            option_of("Sampling", "--top-k", type=int, metavar="K"),
-            option_of("Sampling", "--min-p", type=float, metavar="P"),
-            option_of("Sampling", "--seed", type=int, metavar="N", help="Default: the session's own."),
-            option_of("Sampling", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
-            option_of("Sampling", "--min-tokens", type=int, metavar="N"),
-            option_of("Sampling", "--ignore-eos", is_flag=True, default=None, help="Go on after an end token."),
-            option_of("Sampling", "--repetition-penalty", type=float, metavar="X"),
-            option_of("Sampling", "--presence-penalty", type=float, metavar="X"),
-            option_of("Sampling", "--frequency-penalty", type=float, metavar="X"),
-            option_of("Sampling", "--bad-words", multiple=True, metavar="TEXT", help="Never say this; repeatable."),
-            option_of("Sampling", "--logprobs", type=int, metavar="N", help="Keep the N likeliest of each token."),
+            option_of("Sampling", "--max-tokens", type=int, metavar="N", help="Generate at most N tokens (256)."),
+            option_of(
+                "Sampling", "--temperature", type=float, metavar="T", help="Sampling temperature; 0 is greedy (1)."
+            ),
+            option_of("Sampling", "--top-p", type=float, metavar="P", help="Sample from the top P of probability (1)."),
+            option_of(
+                "Sampling", "--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens; 0 is all (0)."
+            ),
+            option_of("Sampling", "--min-p", type=float, metavar="P", help="Drop tokens below P × the likeliest (0)."),
+            option_of("Sampling", "--seed", type=int, metavar="N", help="Default: the session's seed."),
+            option_of("Sampling", "--stop", multiple=True, metavar="TEXT", help="Stop before this text; repeatable."),
+            option_of("Sampling", "--min-tokens", type=int, metavar="N", help="Generate at least N tokens (0)."),
+            option_of("Sampling", "--ignore-eos", is_flag=True, default=None, help="Do not stop at an end token."),
+            option_of("Sampling", "--repetition-penalty", type=float, metavar="X", help="1 is none (1)."),
+            option_of("Sampling", "--presence-penalty", type=float, metavar="X", help="0 is none (0)."),
+            option_of("Sampling", "--frequency-penalty", type=float, metavar="X", help="0 is none (0)."),
+            option_of(
+                "Sampling", "--bad-words", multiple=True, metavar="TEXT", help="Never generate this; repeatable."
+            ),
+            option_of(
+                "Sampling", "--logprobs", type=int, metavar="N", help="Record the N likeliest tokens at each position."
+            ),
         )
     ):
         function = option(function)
@@ -152,18 +166,18 @@ def sampling(function: F) -> F:
 
 def chat(function: F) -> F:
     """--chat, and what belongs to it."""
-    about = "PROMPT is the user's next message, in the model's own template."
+    about = "PROMPT is the user's next message, rendered by the model's template."
     for option in reversed(
         (
             option_of("Chat", "--chat", is_flag=True, help=about),
-            option_of("Chat", "--system", metavar="TEXT", help="The system's message; begins the conversation."),
-            option_of("Chat", "--tools", metavar="FILE", help="A JSON list of tools (JSON schemas); - is stdin."),
+            option_of("Chat", "--system", metavar="TEXT", help="The system message; starts a conversation."),
+            option_of("Chat", "--tools", metavar="FILE", help="A JSON list of tools, as JSON schemas; - is stdin."),
             option_of(
                 "Chat", "--template-var", "template_vars", multiple=True, metavar="NAME=VALUE",
-                help="A variable of the template, as enable_thinking=false; repeatable.",
+                help="Set a template variable, e.g. enable_thinking=false; repeatable.",
             ),
-            option_of("Chat", "--prefill", metavar="TEXT", help="The answer begins with this."),
-            option_of("Chat", "--keep-sampled", is_flag=True, help="Keep what a template leaves out of old answers."),
+            option_of("Chat", "--prefill", metavar="TEXT", help="Start the answer with this text."),
+            option_of("Chat", "--keep-sampled", is_flag=True, help="Keep sampled tokens that the template would drop."),
         )
     ):  # fmt: skip
         function = option(function)

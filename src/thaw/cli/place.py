@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".thaw"
 NAMESPACE = "THAW_NAMESPACE"
-HOW = "Make one with `thaw init`, or name one with -C PATH or THAW_REPO."
+HOW = "Create one with `thaw init`, or name one with -C PATH or THAW_REPO."
 
 
 def is_repository(path: Path) -> bool:
@@ -35,7 +35,7 @@ def _named(path: Path) -> Path:
     for candidate in (path, path / FOLDER):
         if is_repository(candidate):
             return candidate
-    raise NotFound(f"there is no repository in {path} or {path / FOLDER}. Make one with `thaw init {path}`.")
+    raise NotFound(f"there is no repository in {path} or {path / FOLDER}. Create one with `thaw init {path}`.")
 
 
 def _nearest(start: Path) -> Path:

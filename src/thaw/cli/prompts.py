@@ -43,7 +43,7 @@ def from_jsonl(name: str) -> list[tuple[str, dict[str, Any]]]:
     """One prompt a line: a string, or an object with `prompt` and any sampling fields for that child alone."""
     out = [_line(name, i, text) for i, text in enumerate(from_file(name).splitlines(), 1) if text.strip()]
     if not out:
-        raise InvalidRequest(f'{name} has no prompts; write one a line, as "text" or {{"prompt": "text", "seed": 1}}')
+        raise InvalidRequest(f'{name} has no prompts; write one per line, as "text" or {{"prompt": "text", "seed": 1}}')
     return out
 
 
@@ -67,12 +67,12 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def make_sampling(given: dict[str, Any], more: dict[str, Any] | None = None) -> Any:
-    """`Sampling` with these fields. Raises `BadSampling` for a value, `InvalidRequest` for a name that is none."""
+    """`Sampling` with these fields. Raises `BadSampling` for a value, `InvalidRequest` for an unknown name."""
     from thaw.core.sampling import Sampling
 
     fields = {**given, **(more or {})}
     unknown = sorted(set(fields) - set(Sampling.__struct_fields__))
     if unknown:
         known = ", ".join(Sampling.__struct_fields__)
-        raise InvalidRequest(f"{', '.join(unknown)}: not a sampling field; there are prompt, {known}")
+        raise InvalidRequest(f"{', '.join(unknown)}: not a sampling field; use prompt or one of {known}")
     return Sampling(**fields)

@@ -30,11 +30,11 @@ def act(kind: Kind, named: str | None, names: tuple[str, ...], what: What, as_js
 
 def _check(kind: Kind, names: tuple[str, ...], what: What) -> None:
     if what == "rename" and len(names) != 2:
-        raise light.usage("-m takes the old name and the new one.")
+        raise light.usage("-m takes the old name and the new name.")
     if what == "delete" and not names:
         raise light.usage(f"-d takes the names of the {_plural(kind)} to delete.")
     if what == "make" and len(names) > 2:
-        raise light.usage(f"a {kind} takes a name and a point; {len(names)} words were given.")
+        raise light.usage(f"{kind} takes a name and a point; got {len(names)} arguments.")
 
 
 def _do(repo: Repository, kind: Kind, names: tuple[str, ...], what: What) -> tuple[list[Ref], str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MARGIN = "   "
 TITLES = {
     "reader": "A process reads a document, once",
-    "hydrator": "A fresh process goes on from the snapshot, four times at once",
+    "hydrator": "A fresh process continues from the snapshot, four times at once",
 }
 
 
@@ -68,7 +68,7 @@ class Narrator:
                     f"committed {view.commit_id(event.commit)} to {event.branch}: {words.nbytes(event.nbytes)} "
                     f"written and synced in {words.seconds(event.seconds)}"
                 )
-                self._wait("going on, to compare with later")
+                self._wait("continuing, to compare later")
             case events.Answered():
                 self._answered(event)
             case events.Ended():
@@ -80,7 +80,7 @@ class Narrator:
     def _answered(self, event: events.Answered) -> None:
         n = words.count(len(event.token_ids), "token")
         if self._role == "reader":
-            say(f"went on by itself for {n}, to compare with later")
+            say(f"continued by itself for {n}, to compare later")
         else:
             say(f"resumed the parent too, for {n}")
 
@@ -180,7 +180,7 @@ def _times(story: Story) -> None:
     )
     if story.ok:
         gain = read / hydrated
-        verdict = f"{gain:.1f} × sooner" if gain >= 1 else f"{1 / gain:.1f} × later: reading again is faster here"
+        verdict = f"{gain:.1f} × sooner" if gain >= 1 else f"{1 / gain:.1f} × later: prefilling again is faster here"
         say(f"{bold(verdict)}, both measured in this run with the model loaded")
 
 
@@ -189,23 +189,23 @@ def ending(narrator: Narrator, story: Story) -> None:
     if not story.ok:
         failed = "; ".join(check.name for check in story.checks if not check.held)
         output.line()
-        output.line(output.style(f"NOT what thaw promises. Did not hold: {failed}.", "bold", "red"))
+        output.line(output.style(f"thaw did NOT keep its guarantees. Failed: {failed}.", "bold", "red"))
         place = shlex.quote(story.folder)
         output.line(f"Repository and receipt are in {story.folder}; `thaw -C {place} fsck` checks the bytes.")
         return
     place = shlex.quote(story.folder)
-    narrator.chapter("What to type next")
+    narrator.chapter("What to run next")
     first = _path_first(sys.argv[0])
     output.rows(
         [
             *([(first, "once")] if first else []),
             (f"thaw -C {place} log --graph --all", "the tree"),
-            (f"thaw -C {place} diff answer/0 answer/1", "where two part"),
+            (f"thaw -C {place} diff answer/0 answer/1", "where two diverge"),
             (f"thaw -C {place} show answer/2", "one in full"),
             (f"thaw -C {place} verify {short(story.committed.commit)}", "which laws hold"),
             (f"thaw -C {place} adopt answer/1 main", "the winner"),
-            (f"thaw -C {place} run --chat 'And why?' --temperature 0", "goes on"),
-            (f"thaw receipt verify {shlex.quote(story.receipt)}", "the figures, again"),
+            (f"thaw -C {place} run --chat 'And why?' --temperature 0", "continue"),
+            (f"thaw receipt verify {shlex.quote(story.receipt)}", "recompute the figures"),
         ],
         indent=MARGIN,
     )

@@ -1,31 +1,31 @@
 """The one exception tree, grouped by what the caller does next.
 
     ThawError
-    ├── InvalidRequest          change the call: it can never work as it stands
-    │   ├── BadPoint            the point's spelling is wrong
+    ├── InvalidRequest          change the call: it can never work as written
+    │   ├── BadPoint            the point is misspelled
     │   ├── BadSampling         a sampling parameter is out of range or not supported
     │   ├── NotFound            no such ref, commit, session, engine, file
     │   ├── TooLong             more tokens than the model or the limit allows
-    │   └── Unsupported         this engine or model cannot do it; the message names what
+    │   └── Unsupported         this engine or model cannot do it; the message says what
     ├── Refused                 fail closed: bytes exist, but using them would be wrong
-    │   ├── IdentityMismatch    other weights, dtype, rope, tokenizer, adapter, layout
-    │   ├── IncompleteModel     the files of a model are cut short, missing, or not those of its config
-    │   ├── NotKept             a window or a state that a point needs was not kept there
-    │   ├── PolicyMismatch      KV of another policy version
+    │   ├── IdentityMismatch    different weights, dtype, rope, tokenizer, adapter or layout
+    │   ├── IncompleteModel     a model's files are truncated, missing, or do not match its config
+    │   ├── NotKept             the window or state that the point needs was not kept
+    │   ├── PolicyMismatch      the KV belongs to another policy version
     │   └── StaleSession        the weights changed under a live session
-    ├── Conflict                somebody else was first; look, then try again
+    ├── Conflict                somebody else was first; check, then try again
     │   ├── RefConflict         a ref moved since it was read
     │   └── Busy                the session or repository is in use
     ├── Damaged                 stored bytes are not what was written; run `thaw fsck`
     │   ├── CorruptBlob         a blob, pack or object fails its hash or its format
     │   ├── CorruptDatabase     the index is lost or unreadable (`thaw fsck --rebuild`)
     │   └── NewerFormat         written by a newer thaw; upgrade
-    ├── StorageFailed           the disk or folder said no (full, read-only, no permission)
-    ├── LawBroken               a restore did not hold what was promised
+    ├── StorageFailed           the disk is full or read-only, or there is no permission
+    ├── LawBroken               a restore did not do what thaw guarantees
     │   └── NotHit              the engine did not count the restored tokens as cached
-    └── Stopped                 the work ended before it was done
+    └── Stopped                 the work stopped before it was done
         ├── Cancelled           the caller asked for it
-        ├── TimedOut            the caller's limit ran out
+        ├── TimedOut            the caller's time limit ran out
         └── EngineDied          the engine closed or failed
 
 Each class has a stable `kind` (what `--json` and logs carry) and an `exit_code` for the command line.

@@ -53,7 +53,7 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         parameters, work = _work(config, found)
     per_token = found.kv_token_nbytes
     if per_token is not None and not 0 < per_token < MAX_TOKEN_NBYTES:
-        raise InvalidRequest(f"the config of {name!r} makes no sense: it says {per_token} bytes of KV a token")
+        raise InvalidRequest(f"the config of {name!r} makes no sense: it gives {per_token} bytes of KV per token")
     return ModelReport(
         name=name,
         architecture=found.architecture,
@@ -81,9 +81,11 @@ def finding(model: ModelReport) -> Finding:
             name="model",
             status="problem",
             text=f"{model.name} ({model.architecture}) is not supported: {'; '.join(model.reasons)}",
-            advice="thaw holds decoder-only models with full attention and a rope that does not change with length.",
+            advice="thaw supports decoder-only models with full attention and a rope that does not change with length.",
         )
-    tested = "tested" if model.tested else "not in thaw's own tests; the engine checks it against the model at boot"
+    tested = (
+        "tested" if model.tested else "not in thaw's own tests; the engine compares it with the stock model at boot"
+    )
     return Finding(
         name="model",
         status="ok" if model.tested else "info",
@@ -99,13 +101,15 @@ def files(folder: Path, model: ModelReport) -> Iterator[Finding]:
         yield Finding(name="model-files", status="problem", text=str(error))
         return
     if paths is None:
-        text = f"{model.name}: without torch and transformers only the files beside its weights were looked at"
+        text = f"{model.name}: without torch and transformers, only the files next to its weights were checked"
         yield Finding(name="model-files", status="info", text=text)
     elif not paths:
-        advice = "No engine boots it before they are there."
+        advice = "No engine can boot it without them."
         yield Finding(name="model-files", status="warning", text=f"there are no weights in {folder}", advice=advice)
     else:
-        yield Finding(name="model-files", status="ok", text=f"{model.name}: its files are whole and fit its config")
+        yield Finding(
+            name="model-files", status="ok", text=f"{model.name}: its files are complete and match its config"
+        )
         yield from _in_servers(folder)
 
 

@@ -64,7 +64,7 @@ def _memory_limit() -> Finding:
 def _shm() -> Finding:
     if not SHM.is_dir():
         return Finding(
-            name="shm", status="warning", text="there is no /dev/shm", advice="Snapshots will be kept on disk only."
+            name="shm", status="warning", text="there is no /dev/shm", advice="Snapshots are kept only on disk."
         )
     usage, mode = shutil.disk_usage(SHM), stat.S_IMODE(SHM.stat().st_mode)
     size = f"/dev/shm: {usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} GiB free, mode {mode:04o}"
@@ -82,13 +82,15 @@ def _shm() -> Finding:
 
 def _disk(folder: Path) -> Finding:
     usage = shutil.disk_usage(folder)
-    text = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free where the repository lies"
+    text = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free on the repository's disk"
     low = usage.free < LOW_DISK
     return Finding(
         name="disk",
         status="warning" if low else "ok",
         text=text,
-        advice="Less than 1 GiB: a commit may not find room. `thaw gc` frees what nothing refers to." if low else "",
+        advice="Less than 1 GiB: a commit may run out of space. `thaw gc` deletes what nothing refers to."
+        if low
+        else "",
     )
 
 
@@ -102,16 +104,16 @@ def _filesystem(folder: Path) -> Finding:
             name="filesystem",
             status="problem",
             text=f"a network file system ({kind}): a repository is refused there",
-            advice="Make the repository on a local disk.",
+            advice="Create the repository on a local disk.",
         )
     if kind in ("tmpfs", "ramfs"):
         return Finding(
             name="filesystem",
             status="warning",
-            text=f"{kind}: lives in memory and is gone after a restart",
-            advice="Make the repository on a disk if it is to last.",
+            text=f"{kind}: it is in memory and lost after a restart",
+            advice="Create the repository on a disk if it should last.",
         )
-    return Finding(name="filesystem", status="ok", text=f"file system {kind}" if kind else "file system not known here")
+    return Finding(name="filesystem", status="ok", text=f"file system {kind}" if kind else "unknown file system")
 
 
 def _permission(folder: Path) -> Finding:
@@ -120,5 +122,5 @@ def _permission(folder: Path) -> Finding:
         name="permission",
         status="ok" if good else "problem",
         text="the folder is writable" if good else "the folder is not writable",
-        advice="" if good else "Give this user the right to write there, or use a repository elsewhere (-C PATH).",
+        advice="" if good else "Give this user write permission, or use a repository elsewhere (-C PATH).",
     )

@@ -30,14 +30,14 @@ def findings(folder: Path) -> Iterator[Finding]:
             name="server",
             status="warning",
             text=f"{what} is gone",
-            advice=f"Its log may say why: {known.log}. `thaw down` forgets it, `thaw up` starts one.",
+            advice=f"Its log may say why: {known.log}. `thaw down` clears it, `thaw up` starts a new one.",
         )
     elif not served.answers(known.url):
         yield Finding(
             name="server",
             status="warning",
-            text=f"{what} runs and does not answer",
-            advice=f"It may still be starting; its log: {known.log}",
+            text=f"{what} is running but does not answer",
+            advice=f"It may still be starting; log: {known.log}",
         )
     else:
         yield Finding(name="server", status="ok", text=f"{what} is up and answers")

@@ -50,7 +50,7 @@ def _thaw() -> Finding:
         return Finding(
             name="thaw",
             status="problem",
-            text=f"the installed distribution {DISTRIBUTION} {found.version} is another project of that name",
+            text=f"the installed distribution {DISTRIBUTION} {found.version} is an unrelated project with that name",
             advice=f"pip uninstall {DISTRIBUTION}. {INSTALL}",
         )
     if found.version != __version__:
@@ -75,8 +75,8 @@ def _others() -> Iterator[Finding]:
         yield Finding(
             name="thaw-module",
             status="problem",
-            text=f"the distribution {name} also brings a module named thaw",
-            advice=f"pip uninstall {name}, or keep the two in environments of their own.",
+            text=f"the distribution {name} also provides a module named thaw",
+            advice=f"pip uninstall {name}, or keep the two in separate environments.",
         )
 
 
@@ -96,7 +96,7 @@ def _engines() -> Iterator[Finding]:
         try:
             kind = made(point)
         except NotFound as error:
-            advice = f"Mend or remove the package that brings {point.value}."
+            advice = f"Fix or remove the package that provides {point.value}."
             yield Finding(name=f"engine.{name}", status="warning", text=str(error), advice=advice)
             continue
         yield _engine(kind, point)
@@ -105,7 +105,7 @@ def _engines() -> Iterator[Finding]:
 def _engine(kind: EngineKind, point: EntryPoint) -> Finding:
     name = f"engine.{kind.name}"
     if not kind.packages and kind.name not in OWN:
-        return Finding(name=name, status="info", text=f"engine {kind.name}, brought by {point.value}")
+        return Finding(name=name, status="info", text=f"engine {kind.name}, provided by {point.value}")
     missing = [package for package in kind.packages if not _is_here(package)]
     if missing:
         text = f"engine {kind.name} is not installed ({', '.join(missing)} missing)"

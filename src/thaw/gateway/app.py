@@ -89,7 +89,7 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
             reply = problem_reply(request.url.path, error if isinstance(error, ApiError) else problem_of(error))
         except Exception as error:
             log.error("%s %s failed: %s", request.method, path, type(error).__name__, exc_info=_without_values(error))
-            reply = problem_reply(request.url.path, ApiError(500, "a fault of the gateway's; its log says more"))
+            reply = problem_reply(request.url.path, ApiError(500, "an error in the gateway; see its log"))
         reply.headers["x-request-id"] = reply.headers["request-id"] = number
         line = {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
         _count(service, context, line, time.perf_counter() - started)
@@ -126,7 +126,7 @@ def check_host(service: Service, request: Request) -> None:
     host = request.headers.get("host", "")
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     if name.lower() not in (*LOOPBACK, service.settings.host, *service.settings.hosts):
-        raise ApiError(421, "the Host header names another server; `thaw serve --allow-host NAME` adds a name")
+        raise ApiError(421, "the Host header names another server; allow it with `thaw serve --allow-host NAME`")
 
 
 def _key(request: Request) -> str | None:
@@ -142,7 +142,7 @@ async def _body(service: Service, request: Request) -> bytes:
     try:
         return await asyncio.wait_for(_read(request, limits.body_nbytes), limits.body_s)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body was not there within {limits.body_s:g} s") from None
+        raise ApiError(408, f"the body did not arrive within {limits.body_s:g} s") from None
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -161,7 +161,7 @@ async def _read(request: Request, limit: int) -> bytes:
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     return problem_reply(
-        request.url.path, ApiError(status, f"{request.method} {request.url.path[:100]}: not served here")
+        request.url.path, ApiError(status, f"{request.method} {request.url.path[:100]}: no such endpoint")
     )
 
 

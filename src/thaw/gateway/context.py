@@ -43,7 +43,7 @@ class GatewayContext:
         name = extension.point or standing
         if name is None:
             if extension.turn is not None or extension.token is not None:
-                raise invalid("thaw", "turn and token are of a point; name one")
+                raise invalid("thaw", "turn and token need a point")
             return None
         return await self.service.point(self.tenant, name, turn=extension.turn, token=extension.token)
 

@@ -26,7 +26,7 @@ from thaw.repo.chat import ChatResult
 
 
 class Given:
-    """What followers were given, so that a run that begins anew gives them the rest alone."""
+    """What followers have received, so that a restarted run gives them only the rest."""
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -45,7 +45,7 @@ class Given:
         ids, text = [*self._ran[0], *delta.token_ids], self._ran[1] + delta.text
         shared, letters = min(len(ids), len(self._ids)), min(len(text), len(self._text))
         if ids[:shared] != self._ids[:shared] or text[:letters] != self._text[:letters]:
-            raise Cancelled("the engine was started anew and says something else than before; ask again")
+            raise Cancelled("the engine restarted and generates something else than before; try again")
         new_ids, new_text = ids[len(self._ids) :], text[len(self._text) :]
         self._ran = (ids, text)
         if len(ids) >= len(self._ids) and len(text) >= len(self._text):
@@ -135,7 +135,7 @@ class ReplyJob:
             for future in (self.begun, self.outcome):
                 if not future.done():
                     future.set_exception(
-                        error if isinstance(error, Exception) else asyncio.CancelledError("the gateway ends")
+                        error if isinstance(error, Exception) else asyncio.CancelledError("the gateway is stopping")
                     )
         finally:
             self._ended = True

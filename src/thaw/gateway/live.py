@@ -53,7 +53,7 @@ class LiveEntry:
         return any(start <= token < end for start, end in self.answers)
 
     def common(self, tokens: tuple[int, ...]) -> int:
-        """How many of these it begins with, in its own tokens or as they are told again."""
+        """How many of these it begins with, in its own tokens or as rendered again."""
         own = common_prefix(self.tokens, tokens)
         return max(own, common_prefix(self.told, tokens)) if self.in_answer(own) else own
 
@@ -223,7 +223,7 @@ class LiveSessions:
         return entry
 
     async def _cut(self, key: tuple[str, str, int]) -> AsyncSession | None:
-        """The point as a fork of a longer session that is open; None where there is none, or it kept nothing there."""
+        """The point as a fork of a longer open session; None if there is none, or if it kept nothing there."""
         longer = self._containing(*key)
         if longer is None:
             return None

@@ -15,15 +15,15 @@ Labels: TypeAlias = tuple[tuple[str, str], ...]
 MEASURABLE = 64
 HELP: dict[str, tuple[str, str]] = {
     "thaw:requests_total": ("counter", "Requests by tenant, endpoint and status."),
-    "thaw:requests_running": ("gauge", "Requests under way, streams included."),
-    "thaw:prompt_tokens_total": ("counter", "Tokens of prompts."),
-    "thaw:cached_tokens_total": ("counter", "Tokens of prompts that were not computed again."),
-    "thaw:prefilled_tokens_total": ("counter", "Tokens of prompts that were computed."),
+    "thaw:requests_running": ("gauge", "Running requests, including streams."),
+    "thaw:prompt_tokens_total": ("counter", "Prompt tokens."),
+    "thaw:cached_tokens_total": ("counter", "Prompt tokens that were not recomputed."),
+    "thaw:prefilled_tokens_total": ("counter", "Prompt tokens that were computed."),
     "thaw:generated_tokens_total": ("counter", "Tokens sampled."),
-    "thaw:saved_seconds_total": ("counter", "Seconds that computing the cached tokens would have taken, estimated."),
-    "thaw:sources_total": ("counter", "Where prompts went on from: an open session, a stored one, or nothing."),
-    "thaw:stored_bytes_total": ("counter", "Bytes of KV that commits wrote."),
-    "thaw:live_sessions": ("gauge", "Sessions that are open behind responses."),
+    "thaw:saved_seconds_total": ("counter", "Estimated seconds that computing the cached tokens would have taken."),
+    "thaw:sources_total": ("counter", "What prompts continued from: an open session, a stored one, or nothing."),
+    "thaw:stored_bytes_total": ("counter", "Bytes of KV written by commits."),
+    "thaw:live_sessions": ("gauge", "Sessions kept open for follow-up requests."),
     "thaw:live_tokens": ("gauge", "Their tokens."),
 }
 

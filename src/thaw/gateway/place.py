@@ -156,8 +156,8 @@ class ParentFinder:
         room = self._engine.info.max_model_len - num_tokens
         if room < 1:
             raise TooLong(
-                f"the prompt has {num_tokens} tokens and the model takes {self._engine.info.max_model_len}, the answer "
-                "included"
+                f"the prompt has {num_tokens} tokens and the model takes {self._engine.info.max_model_len}, "
+                "including the answer"
             )
         wanted = room if asked.max_tokens is None else min(asked.max_tokens, room)
         seed = fresh_seed() if asked.sampling.seed is None else asked.sampling.seed
@@ -273,7 +273,7 @@ class ParentFinder:
 
 
 def _leads_on(trunk: LiveEntry, entry: LiveEntry) -> bool:
-    """Whether the conversation goes on from the point: all of it, or up to an answer that is told otherwise."""
+    """Whether the conversation goes on from the point: all of it, or up to an answer that is rendered differently."""
     common = common_prefix(trunk.tokens, entry.tokens)
     return common == len(trunk.tokens) or trunk.in_answer(common)
 

@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: a status and words, the same in every dialect; each has its own body."""
+"""What a client gets when a request fails: a status and a message, the same in every dialect; each has its own body."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ UNTOLD = (errors.StorageFailed, errors.Damaged)
 
 
 def problem_of(error: ThawError) -> ApiError:
-    """What a client is told of an error of thaw's."""
+    """What a client gets for an error of thaw's."""
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     code = "context_length_exceeded" if isinstance(error, errors.TooLong) else error.kind.replace("-", "_")
-    told = f"{error.kind}: the server's own log says more" if isinstance(error, UNTOLD) else str(error)
+    told = f"{error.kind}: see the server's log" if isinstance(error, UNTOLD) else str(error)
     return ApiError(status, told, code=code, retry_after=RETRY_AFTER_S if status == 503 else None)
 
 

@@ -31,7 +31,7 @@ def opened(
     repo: Repository, tenants: Tenants, settings: GatewaySettings, reconnect: Callable[[], Engine] | None = None
 ) -> Iterator[Service]:
     """The service of a repository, which has one gateway at a time. Raises `Busy`, `StorageFailed`."""
-    busy = f"another gateway serves {repo.path}; end it first"
+    busy = f"another gateway is serving {repo.path}; stop it first"
     with locked(repo.path / LOCK, wait_s=0.0, busy=busy):
         ledger = Ledger(repo.path)
         try:

@@ -45,7 +45,7 @@ class Service:
         ledger: Ledger,
         reconnect: Callable[[], Engine] | None = None,
     ) -> None:
-        """`reconnect` joins or boots the engine that takes the place of one that died; None: there is none."""
+        """`reconnect` joins or boots the engine that replaces one that died; None if there is none."""
         self.repo = AsyncRepository(repo)
         self._reconnect = reconnect
         self._rejoining = asyncio.Lock()
@@ -93,19 +93,19 @@ class Service:
                 try:
                     engine = await call(self._reconnect)
                 except ThawError as error:
-                    log.warning("the engine is gone, and none takes its place yet: %s", error.kind)
+                    log.warning("the engine is down, and none has replaced it yet: %s", error.kind)
                     await asyncio.sleep(RETRY_AFTER_S)
                     continue
                 await self._use(engine)
                 return
-        raise ApiError(503, "the engine is gone; try again soon", retry_after=RETRY_AFTER_S)
+        raise ApiError(503, "the engine is down; try again soon", retry_after=RETRY_AFTER_S)
 
     async def _use(self, engine: Engine) -> None:
         former, self.engine = self.repo, engine
         self.repo = AsyncRepository(await call(open_repository, former.path, engine=engine, create=False))
         self._finders.clear()
         self._opened.append(self.repo)
-        log.warning("another engine has taken the place of the one that was gone")
+        log.warning("another engine has replaced the one that stopped")
 
     # -- points
 
@@ -131,9 +131,9 @@ class Service:
     async def admit(self, tenant: Tenant, num: int) -> None:
         """Whether so many jobs may begin now. Raises `ApiError`."""
         if self.closing:
-            raise ApiError(503, "the gateway is ending; try again soon", retry_after=RETRY_AFTER_S)
+            raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
         if self.num_running + num > self.settings.limits.requests:
-            raise ApiError(503, f"{self.num_running} requests are under way; try again soon", retry_after=RETRY_AFTER_S)
+            raise ApiError(503, f"{self.num_running} requests are running; try again soon", retry_after=RETRY_AFTER_S)
         if num > self.settings.limits.choices:
             raise ApiError(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
         nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
@@ -178,7 +178,7 @@ class Service:
     def take_conversation(self, namespace: str, id: str) -> None:
         """Raises `ApiError` 409 while another response goes on with it."""
         if (namespace, id) in self._conversations:
-            raise ApiError(409, f"another response goes on with {id}; wait for it", code="conversation_locked")
+            raise ApiError(409, f"another response is already continuing {id}; wait for it", code="conversation_locked")
         self._conversations.add((namespace, id))
 
     def free_conversation(self, namespace: str, id: str) -> None:
@@ -207,7 +207,7 @@ class Service:
             try:
                 await self.sweep()
             except ThawError as error:
-                log.warning("a sweep came to nothing: %s", error.kind)
+                log.warning("a clean-up failed: %s", error.kind)
 
     async def close(self) -> None:
         """Park what runs: each job is committed as far as it came. Then nothing is open."""

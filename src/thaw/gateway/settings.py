@@ -12,7 +12,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_s: float = 30.0
     """Until a request's body must be there."""
     requests: int = 1024
-    """Under way at once, streams included; more are told to come again."""
+    """Running at once, including streams; further requests get a status that says to retry."""
     choices: int = 64
     """Of one request (`n`)."""
     live_sessions: int = 64

@@ -108,7 +108,7 @@ READERS: dict[str, Callable[[], Reader]] = {"none": PlainSpeech, "hermes": Herme
 
 def reader_of(name: str) -> Callable[[], Reader]:
     if name not in READERS:
-        raise InvalidRequest(f"tools={name!r}: the ways in which a model calls tools are {', '.join(READERS)}")
+        raise InvalidRequest(f"tools={name!r}: expected one of {', '.join(READERS)}")
     return READERS[name]
 
 

@@ -84,12 +84,12 @@ class Tenant:
         """Raise `ApiError` 429 where a quota is used up; `nbytes` is what the tenant keeps stored."""
         quota = self.quota
         if quota.sessions is not None and self.running + choices > quota.sessions:
-            raise _spent(f"{self.running} sessions of {quota.sessions} are running", 1.0)
+            raise _spent(f"{self.running} of {quota.sessions} sessions are running", 1.0)
         if quota.tokens_per_minute is not None and self.meter.last_minute() >= quota.tokens_per_minute:
-            raise _spent(f"the quota of {quota.tokens_per_minute} tokens a minute is used up", self.meter.wait_s())
+            raise _spent(f"the quota of {quota.tokens_per_minute} tokens per minute is used up", self.meter.wait_s())
         if quota.bytes is not None and nbytes >= quota.bytes:
             raise ApiError(
-                429, f"{nbytes:,} bytes of {quota.bytes:,} are stored; delete responses", code="insufficient_quota"
+                429, f"{nbytes:,} of {quota.bytes:,} bytes are stored; delete responses", code="insufficient_quota"
             )
 
 
@@ -115,7 +115,7 @@ class Tenants:
             if hmac.compare_digest(digest, said):
                 found = tenant
         if found is None:
-            why = "no key was sent" if not key else "the key is not known"
+            why = "no key was sent" if not key else "the key is unknown"
             raise ApiError(401, f"{why}: send it as `Authorization: Bearer …` or `x-api-key`", code="invalid_api_key")
         return found, said.hex()[:8]
 
@@ -127,7 +127,7 @@ class Tenants:
         """The tenant, where it may see what concerns all. Raises `ApiError` 401, 403."""
         tenant, _ = self.of_key(key)
         if not tenant.operator:
-            raise ApiError(403, "this key is no operator's")
+            raise ApiError(403, "this key is not an operator's")
         return tenant
 
 
@@ -161,7 +161,7 @@ def load(path: Path) -> Tenants:
             if by_digest.setdefault(_digest(key, path), tenant) is not tenant:
                 raise InvalidRequest(f"{path}: one key is listed for two tenants")
     if not by_digest:
-        raise InvalidRequest(f"{path} lists no key, so nobody could ask anything")
+        raise InvalidRequest(f"{path} lists no keys, so nobody could send requests")
     return Tenants(by_digest)
 
 
@@ -173,5 +173,5 @@ def _digest(key: str, path: Path) -> bytes:
     except ValueError:
         digest = b""
     if len(digest) != 32:
-        raise InvalidRequest(f"{path}: `sha256:` is followed by 64 hex digits")
+        raise InvalidRequest(f"{path}: `sha256:` must be followed by 64 hex digits")
     return digest

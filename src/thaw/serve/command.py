@@ -31,13 +31,13 @@ def has_server(name: str) -> bool:
 
 
 def server_of(name: str) -> Server:
-    """Raises `NoServer` for an engine that is none, or has no server, naming those that have one."""
+    """Raises `NoServer` for an unknown engine or one without a server, naming those that have one."""
     from thaw.engines.registry import available, kind_of, kinds
 
     server = kind_of(name).server if name in available() else None
     if server is None:
         known = ", ".join(sorted(kind.name for kind in kinds() if kind.server is not None))
-        raise NoServer(f"there is no server of an engine {name!r}; there is one of {known}")
+        raise NoServer(f"there is no server for an engine {name!r}; known: {known}")
     return server
 
 
@@ -50,7 +50,7 @@ def require(server: Server, python: str, *, named_one: bool) -> None:
     where = python if named_one else f"this Python ({python})"
     lacks = f"{where} has {what}" if missing == 3 else f"{where} does not have {what}"
     raise NotFound(
-        f"{lacks}. {server.install}, and name its Python with --python; or start a server yourself ({server.by_hand}) "
+        f"{lacks}. {server.install}, then name its Python with --python. Or start a server yourself ({server.by_hand}) "
         "and join it with --engine URL."
     )
 
@@ -75,7 +75,7 @@ def _run(python: str, code: str, *arguments: str) -> int:
     try:
         return subprocess.run([python, "-c", code, *arguments], capture_output=True, timeout=LOOK_LIMIT_S).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotFound(f"--python {python}: it does not run ({error})") from None
+        raise NotFound(f"--python {python}: it cannot be run ({error})") from None
 
 
 def log_of(store: Store) -> Path:

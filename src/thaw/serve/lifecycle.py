@@ -112,8 +112,8 @@ def down(repo: Repository, *, shown: WaitDisplay = unseen) -> tuple[Served | Non
     alive = known is not None and record.is_alive(known)
     if known is not None and alive:
         if not known.is_here:
-            raise Busy(f"{known.engine} at {known.url} runs on {known.host}: type `thaw down` there")
-        with shown("ending the engine", lambda: ""):
+            raise Busy(f"{known.engine} at {known.url} runs on {known.host}: run `thaw down` there")
+        with shown("stopping the engine", lambda: ""):
             process.stop(known.pid)
     if known is not None and known.is_here:
         _sweep(Path(known.mail))
@@ -126,7 +126,7 @@ def _refuse_second(store: Store) -> None:
     known = record.recall(store)
     if known is not None and record.is_alive(known):
         what = f"{known.engine} is up already at {known.url} (process {known.pid}, {known.model})"
-        raise Busy(f"{what}. End it first: thaw down")
+        raise Busy(f"{what}. Stop it first: thaw down")
 
 
 def _model(store: Store, engine_name: str | None, model: str | None) -> settings.EngineSettings:
@@ -154,7 +154,7 @@ def _port(host: str, port: int | None) -> int:
     if port is None:
         return process.free_port(host)
     if process.is_taken(host, port):
-        raise InvalidRequest(f"port {port} is taken on {host}; name another, or none for a free one")
+        raise InvalidRequest(f"port {port} is in use on {host}; name another, or leave out --port for a free one")
     return port
 
 

@@ -85,7 +85,7 @@ def wait(
         with shown("starting the engine", lambda: _last(log, log_prefix)):
             while not answers(url):
                 if process.poll() is not None:
-                    raise EngineDied(f"the engine ended with code {process.returncode} while starting.\n{tail(log)}")
+                    raise EngineDied(f"the engine exited with code {process.returncode} while starting.\n{tail(log)}")
                 if time.monotonic() - began > timeout_s:
                     raise TimedOut(f"the engine did not answer within {timeout_s:.0f} s (--timeout).\n{tail(log)}")
                 time.sleep(EVERY_S)
@@ -133,7 +133,7 @@ def is_taken(host: str, port: int) -> bool:
 def tail(log: Path, lines: int = 8) -> str:
     """The end of the log, for an error, and where the rest is."""
     last = [clean(line)[:200] for line in _lines(log)][-lines:]
-    return "\n".join([*(f"  {line}" for line in last), f"all of it: {log}"])
+    return "\n".join([*(f"  {line}" for line in last), f"full log: {log}"])
 
 
 def _last(log: Path, prefix: str) -> str:

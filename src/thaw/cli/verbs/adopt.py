@@ -19,9 +19,9 @@ thaw adopt fork/2 main
 @click.argument("branch", required=False)
 @options.as_json
 def command(named: str | None, point: str, branch: str | None, as_json: bool) -> None:
-    """Make BRANCH (default: the current one) point at POINT, wherever it was.
+    """Move BRANCH (default: the current one) to POINT.
 
-    Where it was stays in its reflog: BRANCH@{1}.
+    Its previous position stays in the reflog, as BRANCH@{1}.
     """
     with open_repository(named) as repo:
         name = branch or repo.store.head

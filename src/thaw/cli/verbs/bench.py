@@ -15,19 +15,19 @@ thaw bench fork --model ~/models/Qwen3-0.6B --out bench.json --svg bench.svg
 
 @click.group("bench", epilog=f"\b\nExample:\n  {EXAMPLE.strip()}")
 def command() -> None:
-    """Measure thaw against doing without it."""
+    """Measure thaw against the same work without it."""
 
 
 @options.verb("fork", EXAMPLE)
 @click.option("--tokens", "num_tokens", type=int, default=3500, show_default=True, metavar="N", help="Session length.")
 @click.option("--children", type=int, default=4, show_default=True, metavar="N")
 @click.option("--child-tokens", type=int, default=16, show_default=True, metavar="N")
-@click.option("--rounds", type=int, default=5, show_default=True, metavar="N", help="Each takes every arm once.")
-@click.option("--fresh-rounds", type=int, default=3, show_default=True, metavar="N", help="… in fresh processes.")
-@click.option("--document", metavar="FILE", help="The text of the session; default: sentences of thaw's own.")
-@click.option("--quick", is_flag=True, help="Take every path once, in seconds: to see that it works, not for figures.")
-@click.option("--out", metavar="FILE", help="Write the receipt (JSON) there.")
-@click.option("--svg", metavar="FILE", help="Draw it there.")
+@click.option("--rounds", type=int, default=5, show_default=True, metavar="N", help="Each round runs every arm once.")
+@click.option("--fresh-rounds", type=int, default=3, show_default=True, metavar="N", help="Rounds in fresh processes.")
+@click.option("--document", metavar="FILE", help="The session's text; default: generated sentences.")
+@click.option("--quick", is_flag=True, help="Run every path once, in seconds: a smoke test, not a measurement.")
+@click.option("--out", metavar="FILE", help="Write the receipt (JSON) to FILE.")
+@click.option("--svg", metavar="FILE", help="Write a chart to FILE.")
 @options.engine
 @options.as_json
 def fork(
@@ -47,10 +47,10 @@ def fork(
     device: str | None,
     as_json: bool,
 ) -> int:
-    """Measure, paired and alternating in one run: live fork, hydrate (warm and fresh), prefilling again, cold start.
+    """Measure live fork, hydrate (warm and fresh), prefilling again and cold start, in one run of paired rounds.
 
-    Uses the repository's model unless --model names one. Exit code 7 when a promised check did not hold; a goal that
-    was missed is said, and is no error.
+    Uses the repository's model unless --model names one. The exit code is 7 if a promised check
+    failed. A missed goal is reported, but is not an error.
     """
     from thaw.bench.fork import ForkBenchOptions, run
     from thaw.bench.fork import quick as quick_options

@@ -18,10 +18,18 @@ MAX_MODEL_LEN = 4096
 
 @options.verb("cross", EXAMPLE)
 @click.option("--route", default="transformers,vllm,sglang,transformers", show_default=True, metavar="NAME,NAME")
-@click.option("--python", "pythons", multiple=True, metavar="NAME=PATH", help="The Python that has this engine.")
-@click.option("--tokens", "num_tokens", type=int, default=900, show_default=True, metavar="N", help="Of the document.")
-@click.option("--points", type=int, default=8, show_default=True, metavar="N", help="Where to compare.")
-@click.option("--out", metavar="FILE", help="Write the receipt (JSON) there.")
+@click.option(
+    "--python",
+    "pythons",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="The Python interpreter with this engine; repeatable.",
+)
+@click.option(
+    "--tokens", "num_tokens", type=int, default=900, show_default=True, metavar="N", help="Tokens in the document."
+)
+@click.option("--points", type=int, default=8, show_default=True, metavar="N", help="Number of points to compare at.")
+@click.option("--out", metavar="FILE", help="Write the receipt (JSON) to FILE.")
 @options.engine
 @options.as_json
 def command(
@@ -37,11 +45,11 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> int:
-    """Take one session through several engines, each in its own environment: bytes, hits, log probabilities.
+    """Pass one session through several engines and compare bytes, cache hits and log probabilities.
 
-    Each engine takes up what the one before committed. Its KV must be the same bytes when it is captured again out of
-    the receiver, all of it counted as cached; log probabilities are shown beside the receiver's own noise. Exit code 7
-    when a promised check did not hold.
+    Each engine runs in its own environment and continues from the previous engine's commit. The receiver must count
+    all KV as cached, and KV captured from it again must be the same bytes. Log probabilities are shown next to the
+    receiver's own noise. The exit code is 7 if a promised check failed.
     """
     from pathlib import Path
 
@@ -50,7 +58,7 @@ def command(
 
     boot.hush()
     if engine_name is not None or device is not None:
-        raise InvalidRequest("bench cross loads the engines of --route: leave out --engine and --device")
+        raise InvalidRequest("bench cross loads the engines in --route: leave out --engine and --device")
     chosen = boot.choose_anywhere(named, DEFAULT, model)
     served = [kind for kind in kinds() if kind.server is not None]
     found = {kind.name: python for kind in served if Path(python := f".venv-{kind.name}/bin/python").exists()}
@@ -74,5 +82,5 @@ def _pairs(given: tuple[str, ...]) -> dict[str, str]:
     split = [pair.partition("=") for pair in given]
     wrong = [name for name, equals, path in split if not (name and equals and path)]
     if wrong:
-        raise InvalidRequest(f"--python {wrong[0]}: write NAME=PATH, such as vllm=.venv-vllm/bin/python")
+        raise InvalidRequest(f"--python {wrong[0]}: write NAME=PATH, for example vllm=.venv-vllm/bin/python")
     return {name: path for name, _, path in split}

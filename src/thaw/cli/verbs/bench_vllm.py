@@ -42,46 +42,46 @@ def _several(function: Callable[..., object]) -> Callable[..., object]:
 
 
 SIZES: tuple[tuple[tuple[str, ...], object, object, str], ...] = (
-    (("--block-size",), int, 128, "Tokens a block: 128 is vLLM's own on a CPU, 16 on a GPU."),
-    (("--lengths",), numbers, (1000, 2000, 4000, 7500), "hydrate: sessions' tokens."),
-    (("--hydrate-rounds",), int, 5, "hydrate: rounds for each length."),
-    (("--fork-tokens",), int, 1024, "fork: the session's tokens."),
-    (("--children",), numbers, (4, 16), "fork: sizes of the groups."),
-    (("--child-tokens",), int, 64, "fork: tokens each child generates."),
-    (("--rounds",), int, 10, "fork: each takes every arm once."),
-    (("--trees",), int, 24, "pressure: sessions."),
-    (("--tree-tokens",), int, 1000, "pressure: each session's tokens."),
-    (("--branches",), int, 4, "pressure: children of a visit."),
-    (("--branch-tokens",), int, 16, "pressure: tokens each child generates."),
-    (("--returns",), int, 2, "pressure: visits after the first."),
-    (("--pressure",), int, 3, "pressure: the sessions' KV, in blocks of the engine."),
-    (("--pressure-rounds",), int, 1, "pressure: each takes both arms once."),
-    (("--offload-gib",), int, 0, "pressure: host memory of a third arm, vLLM's offload tier (GPU only)."),
-    (("--idle-requests",), int, 16, "idle: plain requests of a batch."),
-    (("--idle-prompt",), int, 128, "idle: their tokens."),
-    (("--idle-tokens",), int, 64, "idle: tokens they generate."),
-    (("--idle-rounds",), int, 4, "idle: batches in each engine of a boot."),
-    (("--idle-boots",), int, 6, "idle: boots of both engines."),
-    (("--first-boot",), int, 0, "idle: number of the first boot, where the others are measured apart."),
-    (("--copy-rounds",), int, 8, "dma: rounds for each length."),
-    (("--first-children",), numbers, (1, 4), "first: sizes of the groups."),
-    (("--first-rounds",), int, 8, "first: rounds for each length and group."),
-    (("--gap-tokens",), int, 1000, "gap: the session's tokens."),
-    (("--gap-others",), int, 8, "gap: plain requests that decode meanwhile."),
-    (("--gap-prompt",), int, 64, "gap: their tokens."),
-    (("--gap-steps",), int, 64, "gap: tokens that each of them generates at least."),
-    (("--gap-most",), int, 1024, "gap: tokens that each of them generates at most."),
-    (("--gap-rounds",), int, 5, "gap: each takes every arm once."),
-    (("--seed",), int, 7, "The sessions' seed."),
+    (("--block-size",), int, 128, "Tokens per block; vLLM's defaults are 128 on a CPU, 16 on a GPU."),
+    (("--lengths",), numbers, (1000, 2000, 4000, 7500), "hydrate: tokens per session."),
+    (("--hydrate-rounds",), int, 5, "hydrate: rounds per length."),
+    (("--fork-tokens",), int, 1024, "fork: tokens in the session."),
+    (("--children",), numbers, (4, 16), "fork: children per group."),
+    (("--child-tokens",), int, 64, "fork: tokens per child."),
+    (("--rounds",), int, 10, "fork: each round runs every arm once."),
+    (("--trees",), int, 24, "pressure: number of sessions."),
+    (("--tree-tokens",), int, 1000, "pressure: tokens per session."),
+    (("--branches",), int, 4, "pressure: children per visit."),
+    (("--branch-tokens",), int, 16, "pressure: tokens per child."),
+    (("--returns",), int, 2, "pressure: visits after the first one."),
+    (("--pressure",), int, 3, "pressure: the sessions' KV, as a multiple of the engine's blocks."),
+    (("--pressure-rounds",), int, 1, "pressure: each round runs both arms once."),
+    (("--offload-gib",), int, 0, "pressure: host memory for a third arm, vLLM's offload tier (GPU only)."),
+    (("--idle-requests",), int, 16, "idle: plain requests per batch."),
+    (("--idle-prompt",), int, 128, "idle: prompt tokens per request."),
+    (("--idle-tokens",), int, 64, "idle: generated tokens per request."),
+    (("--idle-rounds",), int, 4, "idle: batches per engine and boot."),
+    (("--idle-boots",), int, 6, "idle: number of boots of both engines."),
+    (("--first-boot",), int, 0, "idle: number of the first boot, if others are measured separately."),
+    (("--copy-rounds",), int, 8, "dma: rounds per length."),
+    (("--first-children",), numbers, (1, 4), "first: children per group."),
+    (("--first-rounds",), int, 8, "first: rounds per length and group."),
+    (("--gap-tokens",), int, 1000, "gap: tokens in the session."),
+    (("--gap-others",), int, 8, "gap: plain requests that decode at the same time."),
+    (("--gap-prompt",), int, 64, "gap: prompt tokens per request."),
+    (("--gap-steps",), int, 64, "gap: fewest tokens per request."),
+    (("--gap-most",), int, 1024, "gap: most tokens per request."),
+    (("--gap-rounds",), int, 5, "gap: each round runs every arm once."),
+    (("--seed",), int, 7, "Seed of the sessions."),
 )
 
 
 @options.verb("vllm", EXAMPLE)
-@click.option("--only", metavar="PARTS", help="Some of hydrate,fork,pressure,idle (default: all four), dma,first,gap.")
+@click.option("--only", metavar="PARTS", help="Any of hydrate,fork,pressure,idle (the default), dma,first,gap.")
 @_several
 @click.option("--compile", "compiled", is_flag=True, help="Let vLLM compile the model first (minutes on a CPU).")
-@click.option("--quick", is_flag=True, help="Take every path once, in a minute or two: not for figures.")
-@click.option("--out", metavar="FILE", help="Write the receipt (JSON) there.")
+@click.option("--quick", is_flag=True, help="Run every path once, in a minute or two: a smoke test, not a measurement.")
+@click.option("--out", metavar="FILE", help="Write the receipt (JSON) to FILE.")
 @options.engine
 @options.as_json
 def command(
@@ -97,21 +97,25 @@ def command(
     as_json: bool,
     **sizes: object,
 ) -> int:
-    """Measure thaw in vLLM against vLLM alone, in one run: hydrate in another process against prefilling again, forks
-    against the prefix cache, returns to more sessions than there are blocks for, and what the idle connector costs.
+    """Measure thaw in vLLM against vLLM alone, in one run.
 
-    Where they are asked for: dma, copies alone against the bus; first, first tokens of children that must be loaded;
-    gap, what others that decode feel of captures and hydrates.
+    The default parts are: hydrate (in another process, against prefilling again), fork (against the prefix cache),
+    pressure (returning to more sessions than there are blocks for) and idle (the cost of the connector when unused).
 
-    Boots vLLM some fifteen times, two side by side at most. Exit code 7 when a promised check did not hold; a goal that
-    was missed is said, and is no error.
+    The parts to ask for are: dma (copies, against the bus), first (first tokens of children that must be loaded) and
+    gap (how captures and hydrates delay other requests).
+
+    Boots vLLM about fifteen times, at most two at once. The exit code is 7 if a promised check failed. A missed goal is
+    reported, but is not an error.
     """
     from thaw.bench.vllm import Options, run
     from thaw.bench.vllm import quick as quick_options
 
     boot.hush()
     if engine_name not in (None, "vllm") or device is not None:
-        raise InvalidRequest("bench vllm boots vLLM, on the device that it was built for: leave out --engine, --device")
+        raise InvalidRequest(
+            "bench vllm boots vLLM on the device that it was built for: leave out --engine and --device"
+        )
     chosen = boot.choose_anywhere(named, "vllm", model, dtype, None)
     common: dict[str, object] = {"engine_options": chosen.options, "eager": not compiled}
     if only is not None:

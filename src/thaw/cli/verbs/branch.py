@@ -16,11 +16,11 @@ thaw branch -d better-idea
     "branch",
     EXAMPLE,
     light.Argument("names", many=True, metavar="[NAME [POINT]]"),
-    light.Flag("delete", ("-d", "--delete"), "Delete the branches named; their commits stay until gc."),
+    light.Flag("delete", ("-d", "--delete"), "Delete the named branches; commits stay until gc."),
     light.Flag("move", ("-m", "--move"), "Rename: -m OLD NEW. HEAD follows."),
 )
 def command(named: str | None, names: tuple[str, ...], delete: bool, move: bool, as_json: bool) -> None:
-    """List branches, or make NAME at POINT (default: HEAD)."""
+    """List branches, or create NAME at POINT (default: HEAD)."""
     if delete and move:
-        raise light.usage("-d deletes and -m renames; give one of the two.")
+        raise light.usage("-d deletes and -m renames; use only one of them.")
     refs.act("branch", named, names, "delete" if delete else "rename" if move else "make", as_json)

@@ -21,18 +21,20 @@ thaw demo --model ~/models/Qwen3-0.6B --out my-demo
 
 
 @options.verb("demo", EXAMPLE)
-@click.option("--out", metavar="FOLDER", help="Where repository and receipt go; default: thaw-demo, or thaw-demo-N.")
-@click.option("--force", is_flag=True, help="Replace an older demo in that folder.")
+@click.option(
+    "--out", metavar="FOLDER", help="Folder for the repository and receipt; default: thaw-demo, or thaw-demo-N."
+)
+@click.option("--force", is_flag=True, help="Replace an earlier demo in that folder.")
 @click.option("--engine", "engine_name", default="transformers", show_default=True, metavar="NAME")
-@click.option("--model", metavar="PATH", help="Your own model; default: THAW_MODEL, or a small one that is fetched.")
+@click.option("--model", metavar="PATH", help="Your own model; default: THAW_MODEL, or a small one that is downloaded.")
 @click.option("--max-tokens", type=click.IntRange(1, 1000), default=40, show_default=True, metavar="N")
 @options.as_json
 def command(
     named: str | None, out: str | None, force: bool, engine_name: str, model: str | None, max_tokens: int, as_json: bool
 ) -> int:
-    """Watch a model read a document once, and a fresh process go on from the snapshot four times.
+    """Watch a model read a document once and a fresh process continue from the snapshot four times.
 
-    Leaves a repository to explore and a receipt with every figure. Exit code 7 when something promised did not hold.
+    Leaves a repository to explore and a receipt with every figure. The exit code is 7 if a promised check failed.
     """
     from thaw.demo.story import DemoOptions
 

@@ -21,9 +21,9 @@ LINES, COMMON_LINES = 12, 3
     "diff", EXAMPLE, light.Argument("a", required=True, metavar="A"), light.Argument("b", default="HEAD", metavar="B")
 )
 def command(named: str | None, a: str, b: str, as_json: bool) -> None:
-    """Show where A and B (default: HEAD) part: the common point, both texts from there, logprobs, bytes.
+    """Show where A and B (default: HEAD) diverge: common point, both texts from there, logprobs, bytes.
 
-    Tokens decide, not history. Exit code 0 whether they differ or not.
+    Compares tokens, not history. The exit code is 0 whether they differ or not.
     """
     with open_repository(named) as repo:
         found = repo.diff(a, b)

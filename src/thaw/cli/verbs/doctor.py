@@ -32,20 +32,20 @@ PROBLEM_EXIT = 1
 @click.option(
     "--config",
     metavar="PATH",
-    help="A config.json (supported? how large?), or a model's folder, whose files are looked at, too.",
+    help="A config.json (supported? how large?), or a model folder, whose files are checked too.",
 )
-@click.option("--model", metavar="PATH", help="Load this model and measure its prefill against loading.")
-@click.option("--dtype", metavar="DTYPE", help="The cache's type, if not the config's.")
-@click.option("--quick", is_flag=True, help="Measure nothing.")
+@click.option("--model", metavar="PATH", help="Load this model and measure prefill against loading.")
+@click.option("--dtype", metavar="DTYPE", help="The dtype of the cache, if not the config's.")
+@click.option("--quick", is_flag=True, help="Skip all measurements.")
 @options.api_key
 @options.as_json
 def command(
     named: str | None, config: str | None, model: str | None, dtype: str | None, quick: bool, as_json: bool
 ) -> int:
-    """Say what works here: software, engines, disk, and a model: supported or not, bytes of KV a token, load against
-    prefill.
+    """Report what works here: software, engines, disk, and a model.
 
-    Without --config or --model it looks at the model that the repository remembers. Exit code 1: a problem.
+    For a model it reports whether it is supported, bytes of KV per token, and load time against prefill time. Without
+    --config or --model it checks the model that the repository remembers. The exit code is 1 if there is a problem.
     """
     boot.hush()
     report = _examine(named, config, model, dtype, not quick)

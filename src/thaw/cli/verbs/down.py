@@ -13,9 +13,9 @@ thaw down
 @options.verb("down", EXAMPLE)
 @options.as_json
 def command(named: str | None, as_json: bool) -> None:
-    """End the engine that `thaw up` started. That none is up is fine.
+    """Stop the server that `thaw up` started. It is no error if none is up.
 
-    Commits are on disk and stay; sessions that were only in the engine are gone.
+    Commits stay on disk. Sessions that were only in the engine are lost.
     """
     from thaw import serve
 
@@ -24,6 +24,6 @@ def command(named: str | None, as_json: bool) -> None:
     if as_json:
         output.print_json({"ended": ended, "url": known.url if known else None, "pid": known.pid if known else None})
     elif known is None:
-        output.line("no engine is up")
+        output.line("no engine server is up")
     else:
-        output.line(f"{known.engine} at {known.url} {'ended' if ended else 'was gone already'}")
+        output.line(f"{known.engine} at {known.url} {'stopped' if ended else 'was already gone'}")

@@ -25,23 +25,25 @@ FILE = "thaw.yaml"
 
 @click.group("engine", epilog="\b\nExample:\n" + "\n".join(f"  {line}" for line in EXAMPLE.strip().splitlines()))
 def command() -> None:
-    """Write what a stock engine needs to load thaw; look into one that runs."""
+    """Configure a stock engine for thaw; inspect a running one."""
 
 
 @options.verb("config", EXAMPLE)
 @click.argument("engine", metavar="ENGINE")
-@click.option("--out", metavar="FILE", default=FILE, show_default=True, help="Where to write; - is stdout.")
+@click.option("--out", metavar="FILE", default=FILE, show_default=True, help="File to write; - is stdout.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--store", "stores", multiple=True, metavar="FOLDER",
-              help="A repository that the engine may use from its start; repeatable. UUID=FOLDER names a folder of "
-              "packs as the engine will see it.")  # fmt: skip
-@click.option("--mail", metavar="FOLDER", help="Where client and engine leave each other files; default: a new one, "
-              "below the user's runtime folder.")  # fmt: skip
+              help="A repository that the engine may use from the start; repeatable. UUID=FOLDER names a folder of "
+              "packs by the path that the engine sees.")  # fmt: skip
+@click.option("--mail", metavar="FOLDER", help="Folder through which client and engine exchange files; default: "
+              "a new one in the user's runtime folder.")  # fmt: skip
 @click.option("--arena", type=options.num_bytes, metavar="BYTES", help="Host memory for sessions; default: 4GiB.")
-@click.option("--spill", metavar="FOLDER", help="Where what is beyond that goes; default: the temporary folder.")
+@click.option(
+    "--spill", metavar="FOLDER", help="Folder for KV that does not fit in the arena; default: the temporary folder."
+)
 @click.option("--beside", "others", multiple=True, metavar="CONNECTOR",
-              help="vllm: another connector that stands beside thaw's in a MultiConnector: its name, or JSON as "
-              "--kv-transfer-config takes it; repeatable.")  # fmt: skip
+              help="vllm: another connector to run next to thaw's in a MultiConnector, by name or as "
+              "--kv-transfer-config JSON; repeatable.")  # fmt: skip
 @options.as_json
 def config(
     named: str | None,
@@ -55,18 +57,17 @@ def config(
     others: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Write the file that loads thaw into a stock server (its --config), and say how to start it. ENGINE: one whose
-    server reads such a file (vllm).
+    """Write the --config file that loads thaw into a stock server, and print how to start the server.
 
-    thaw must be installed in the server's environment. A client of the same user on the same host needs no --store: it
-    makes its own repository known.
+    ENGINE is one whose server reads such a file (vllm). thaw must be installed in the server's environment. A client
+    of the same user on the same host registers its own repository, so it needs no --store.
     """
     from thaw.engines.kind import Settings
 
     del named  # the repositories are named with --store
     server = options.server_of(engine)
     if not server.config_suffixes:
-        raise click.BadParameter(f"{server.title} reads no file of thaw's ({server.by_hand})")
+        raise click.BadParameter(f"{server.title} does not read a thaw config file ({server.by_hand})")
     told = Settings(
         stores=dict(_store(store) for store in stores),
         mail=_absolute(mail),
@@ -96,16 +97,14 @@ def keep(path: Path, text: str, force: bool) -> None:
     from thaw.data.files import write_atomic
 
     if path.exists() and not force:
-        raise Conflict(f"{path} exists. Name another file with --out, or replace it with --force.")
+        raise Conflict(f"{path} already exists. Name another file with --out, or replace it with --force.")
     write_atomic(path, text.encode())
 
 
 def _path(out: str, server: Server) -> Path:
     path, known = Path(out).expanduser(), server.config_suffixes
     if path.suffix not in known:
-        raise click.BadParameter(
-            f"{server.title} reads only files whose names end with {known[0]}, and {out} does not."
-        )
+        raise click.BadParameter(f"{server.title} only reads files whose names end in {known[0]}; {out} does not.")
     return path
 
 
@@ -125,7 +124,7 @@ def _other(text: str) -> str | dict[str, object]:
     try:
         found: dict[str, object] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"--beside {text[:80]}: no JSON ({error})") from None
+        raise click.BadParameter(f"--beside {text[:80]}: not valid JSON ({error})") from None
     return found
 
 

@@ -27,9 +27,9 @@ thaw engine switch on http://localhost:8000
 @options.api_key
 @options.as_json
 def stats(named: str | None, url: str | None, as_json: bool) -> None:
-    """Print what a running engine counts: sessions, blocks (free, pinned), captures, hydrates, refusals, bytes held.
+    """Print a running engine's counters: sessions, blocks (free, pinned), captures, hydrates, refusals, bytes held.
 
-    URL is its server's address; default: the one that the repository remembers.
+    URL is the server's address; default: the one that the repository remembers.
     """
     with _joined(named, url) as engine:
         counts: dict[str, int] = engine.stats()  # type: ignore[attr-defined]
@@ -45,10 +45,10 @@ def stats(named: str | None, url: str | None, as_json: bool) -> None:
 @options.api_key
 @options.as_json
 def switch(named: str | None, state: str, url: str | None, as_json: bool) -> None:
-    """Turn thaw off in a running engine without a restart, or on again.
+    """Turn thaw off in a running engine, or on again, without a restart.
 
-    While it is off, requests of thaw's are refused and all pins end; ordinary requests are untouched. Sessions in the
-    engine stay and go on when it is on again.
+    While thaw is off, its requests are refused and all pins end. Ordinary requests are not affected. Sessions stay in
+    the engine and can continue once thaw is on again.
     """
     with _joined(named, url) as engine:
         engine.switch(on=state == "on")  # type: ignore[attr-defined]
@@ -64,13 +64,13 @@ def _joined(named: str | None, url: str | None) -> Engine:
     chosen = boot.choose_anywhere(named, url, None)
     if boot.URL not in chosen.options:
         raise Unsupported(
-            f"{boot.label(chosen)} is loaded by each verb; only one that runs has counts and a switch. Name its "
-            "address, or start one: thaw up"
+            f"{boot.label(chosen)} is loaded anew by each verb; only a running engine has counters and a switch. "
+            "Give a server's URL, or start one: thaw up"
         )
     engine = boot.boot(chosen)
     if not hasattr(engine, "switch"):
         engine.close()
-        raise Unsupported(f"the {engine.info.name} engine has neither counts nor a switch")
+        raise Unsupported(f"the {engine.info.name} engine has no counters and no switch")
     return engine
 
 

@@ -27,11 +27,15 @@ DEFAULT_N = 4
 @options.verb("fork", EXAMPLE)
 @click.argument("point")
 @click.argument("prompt", nargs=-1)
-@click.option("-n", "n", type=options.CHILDREN, metavar="N", help="Children; default: one a prompt, else 4.")
-@click.option("--prompts", "file", metavar="FILE.jsonl", help='One child a line: "text" or {"prompt": …, "seed": …}.')
-@click.option("--name", metavar="NAME", help="Branches are NAME/0, NAME/1, …; default: fork, or the first free forkN.")
-@click.option("--replay", is_flag=True, help="Children keep the parent's seed instead of one of their own.")
-@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit, or was not kept.")
+@click.option(
+    "-n", "n", type=options.CHILDREN, metavar="N", help="Number of children; default: one per prompt, else 4."
+)
+@click.option("--prompts", "file", metavar="FILE.jsonl", help='One child per line: "text" or {"prompt": …, "seed": …}.')
+@click.option(
+    "--name", metavar="NAME", help="Name the branches NAME/0, NAME/1, …; default: fork, or the first free forkN."
+)
+@click.option("--replay", is_flag=True, help="Give children the parent's seed instead of their own.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not match or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commits' message; default: the start of each prompt.")
 @options.chat
 @options.sampling
@@ -55,10 +59,10 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Go on from POINT as several children: loaded once, run as one batch, a branch each.
+    """Fork POINT into several children: one load, one batch, one branch each.
 
-    One PROMPT is for all children, several are one each; with none each child goes on by itself. Children draw from
-    seeds of their own, derived from the parent's.
+    One PROMPT goes to all children, several go one to each. Without a prompt each child just continues. Every child
+    has its own seed, derived from the parent's.
     """
     talk = conversation.taken(values, chat=chat)
     wanted = _children(prompt, n, file, options.given_sampling(values))
@@ -68,7 +72,7 @@ def command(
         where = repo.resolve(point)
         prefix = free_name(repo, name, len(wanted))
         repo.require_room(sum(child.sampling.max_tokens for child in wanted))
-        with Progress("bringing the session back"):
+        with Progress("restoring the session"):
             group = repo.fork(where, len(wanted), replay=replay, policy="recompute" if recompute else "exact")
         with group:
             results = _chat(group, wanted, talk, prefix, as_json) if chat else []
@@ -79,12 +83,12 @@ def command(
 
 def _children(prompt: tuple[str, ...], n: int | None, file: str | None, given: dict[str, Any]) -> list[Child]:
     if file is not None and prompt:
-        raise click.UsageError("give prompts as words or with --prompts, not both.")
+        raise click.UsageError("give prompts as arguments or with --prompts, not both.")
     lines = prompts.from_jsonl(file) if file is not None else [(text, {}) for text in prompt]
     if len(lines) <= 1 and file is None:
         lines = (lines or [("", {})]) * (n or DEFAULT_N)
     if n is not None and n != len(lines):
-        raise click.UsageError(f"-n {n} does not fit {len(lines)} prompts; leave -n out.")
+        raise click.UsageError(f"-n {n} does not match {len(lines)} prompts; leave out -n.")
     return [Child(text, prompts.make_sampling(given, own)) for text, own in lines]
 
 

@@ -22,11 +22,13 @@ MAX_COMMITS = 6
 
 
 @options.verb("fsck", EXAMPLE)
-@click.option("--rebuild", is_flag=True, help="Make a lost or damaged database again from the packs.")
+@click.option("--rebuild", is_flag=True, help="Rebuild a lost or damaged database from the packs.")
 @click.option("--quick", is_flag=True, help="Check structure and sizes only; do not hash the bytes.")
 @options.as_json
 def command(named: str | None, rebuild: bool, quick: bool, as_json: bool) -> int:
-    """Check every stored byte, and say which commits are affected. Exit code 5 when something is damaged."""
+    """Check every stored byte and list the commits that damage affects.
+
+    The exit code is 5 if anything is damaged."""
     report = _check(named, rebuild, quick)
     if as_json:
         output.print_json({"ok": report.ok, **dataclasses.asdict(report)})
@@ -53,7 +55,7 @@ def _print(report: FsckReport, rebuild: bool) -> None:
             view.block(f"needed by commits {listed}{f' and {more} more' if more > 0 else ''}", indent=" " * 10)
     for text in report.notes:
         output.line(f"{output.style('note', 'dim')}      {text}")
-    depth = "hashed" if report.deep else "looked at"
+    depth = "hashed" if report.deep else "checked"
     output.line(
         f"{words.count(report.num_packs, 'pack')}, {words.count(report.num_objects, 'object')}, "
         f"{words.count(report.num_blobs, 'blob')}, {words.count(report.num_commits, 'commit')}: "

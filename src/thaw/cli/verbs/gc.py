@@ -18,13 +18,13 @@ thaw gc --keep-days 7
 
 
 @options.verb("gc", EXAMPLE)
-@click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
-@click.option(
-    "--keep-days", type=options.Number(0, MAX_DAYS), metavar="D", help="How long a reflog keeps old tips (90)."
-)
+@click.option("--dry-run", is_flag=True, help="Report what would be deleted; delete nothing.")
+@click.option("--keep-days", type=options.Number(0, MAX_DAYS), metavar="D", help="Keep reflog entries for D days (90).")
 @options.as_json
 def command(named: str | None, dry_run: bool, keep_days: float | None, as_json: bool) -> None:
-    """Delete what no branch, tag, recent reflog entry or running reader needs. Safe beside running commits."""
+    """Delete data that no branch, tag, recent reflog entry or running reader needs.
+
+    Safe while other processes commit."""
     with open_repository(named) as repo, Progress("collecting garbage"):
         report = repo.gc(dry_run=dry_run, keep_reflog_s=None if keep_days is None else keep_days * 86400)
     if as_json:
@@ -40,10 +40,10 @@ def command(named: str | None, dry_run: bool, keep_days: float | None, as_json: 
     freed, kept = words.nbytes(report.nbytes_freed), words.nbytes(report.nbytes_kept)
     output.line(f"{verb} {', '.join(gone)}: {freed}; {kept} kept")
     if report.packs_waiting:
-        output.line(f"{words.count(report.packs_waiting, 'pack')} still held by a reader; the next gc takes them")
+        output.line(f"{words.count(report.packs_waiting, 'pack')} still in use by a reader; the next gc removes them")
     if report.packs_without_room:
-        output.line(f"no room to write {words.count(report.packs_without_room, 'pack')} anew; gc again when there is")
+        output.line(f"no space to rewrite {words.count(report.packs_without_room, 'pack')}; run gc again when there is")
     for name in report.strangers:
-        output.line(f"a folder that is not thaw's was left in packs/: {output.clean(name)}")
+        output.line(f"left a folder in packs/ that does not belong to thaw: {output.clean(name)}")
     for pack in report.damaged:
-        output.line(f"damaged, left as it was: {pack} (see `thaw fsck`)")
+        output.line(f"left a damaged pack alone: {pack} (run `thaw fsck`)")

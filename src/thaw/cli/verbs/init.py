@@ -28,7 +28,7 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Make a repository in FOLDER/.thaw (default: here). It remembers the model, if one is named."""
+    """Create a repository in FOLDER/.thaw (default: here). It remembers the model if you name one."""
     from thaw.repo.repository import init
     from thaw.repo.settings import remember
 
@@ -42,6 +42,6 @@ def command(
     if as_json:
         output.print_json({"path": str(path.resolve()), "uuid": uuid, "engine": chosen})
     else:
-        output.line(f"made an empty repository in {path.resolve()}")
+        output.line(f"created an empty repository in {path.resolve()}")
         if chosen is None:
             output.note("next: thaw run --model PATH --file document.txt 'A question?'")

@@ -21,22 +21,22 @@ thaw log main~3 -n 5
     "log",
     EXAMPLE,
     light.Argument("point"),
-    light.Flag("as_graph", ("--graph",), "Draw the tree."),
-    light.Flag("everything", ("--all",), "From every branch and tag, not from one point."),
-    light.LightNumber("limit", ("-n",), int, 1, "At most N commits."),
+    light.Flag("as_graph", ("--graph",), "Draw the commits as a tree."),
+    light.Flag("everything", ("--all",), "Start from every branch and tag, not from one point."),
+    light.LightNumber("limit", ("-n",), int, 1, "Show at most N commits."),
 )
 def command(
     named: str | None, point: str | None, as_graph: bool, everything: bool, limit: int | None, as_json: bool
 ) -> None:
     """List the commits from POINT (default: the current branch), newest first.
 
-    Each line: id, names that point at it, message, tokens, age.
+    Each line shows the id, the names that point at it, the message, tokens and age.
     """
     entries = _read(named, point, everything, limit)
     if as_json:
         output.print_json({"commits": [_plain(entry) for entry in entries]})
     elif not entries:
-        output.note("no commits yet. `thaw run` makes the first one.")
+        output.note("no commits yet. `thaw run` creates the first one.")
     else:
         for line in _lines(entries, as_graph):
             output.line(line)
@@ -44,7 +44,7 @@ def command(
 
 def _read(named: str | None, point: str | None, everything: bool, limit: int | None) -> list[LogEntry]:
     if everything and point is not None:
-        raise light.usage("--all starts from every branch and tag; leave POINT out.")
+        raise light.usage("--all starts from every branch and tag; leave out POINT.")
     with place.open_repository(named) as repo:
         return repo.log(point, all=everything, limit=limit)
 

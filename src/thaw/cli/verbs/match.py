@@ -21,7 +21,7 @@ thaw match --tokens "[9906, 1917, 11]" --json
 @options.verb("match", EXAMPLE)
 @click.argument("text", required=False)
 @click.option("--file", metavar="FILE", help="Read the text from FILE; - is stdin.")
-@click.option("--tokens", metavar="IDS", help="Token ids instead of a text: a JSON list, or - for one on stdin.")
+@click.option("--tokens", metavar="IDS", help="Token ids instead of TEXT: a JSON list; - is stdin.")
 @options.engine
 @options.as_json
 def command(
@@ -35,12 +35,12 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Find the longest stored prefix of TEXT, as a point to go on from.
+    """Find the longest stored prefix of TEXT, as a point to continue from.
 
-    A text is cut into tokens by the model's own tokenizer, so it loads the engine; token ids need none.
+    Text needs the model's tokenizer, so this loads the engine. Token ids do not.
     """
     if sum(value is not None for value in (text, file, tokens)) > 1:
-        raise click.UsageError("give one of TEXT, --file and --tokens.")
+        raise click.UsageError("give exactly one of TEXT, --file and --tokens.")
     if tokens is not None:
         ids, found = _match_tokens(named, _parse(tokens))
     else:
@@ -50,7 +50,7 @@ def command(
         matched = found.num_tokens if found else 0
         output.print_json({"num_tokens": len(ids), "num_matched": matched, "point": str(found) if found else None})
     elif found is None:
-        output.line(f"nothing stored begins like these {words.count(len(ids), 'token')}")
+        output.line(f"nothing stored shares a prefix with these {words.count(len(ids), 'token')}")
     else:
         output.line(f"{found}  {found.num_tokens:,} of {words.count(len(ids), 'token')}")
 

@@ -24,32 +24,36 @@ thaw pool status
 
 @click.group("pool", epilog="\b\nExample:\n" + "\n".join(f"  {line}" for line in EXAMPLE.strip().splitlines()))
 def command() -> None:
-    """Run a round of branches in a pool of engines; list pools."""
+    """Run branches in a pool of engines; list pools."""
 
 
 @options.verb("run", EXAMPLE)
 @click.argument("point")
 @click.argument("prompt", nargs=-1)
-@click.option("-n", "n", type=options.CHILDREN, metavar="N", help="Branches; default: one a prompt, else 4.")
-@click.option("--prompts", "file", metavar="FILE.jsonl", help='One branch a line: "text" or {"prompt": …, "seed": …}.')
+@click.option(
+    "-n", "n", type=options.CHILDREN, metavar="N", help="Number of branches; default: one per prompt, else 4."
+)
+@click.option(
+    "--prompts", "file", metavar="FILE.jsonl", help='One branch per line: "text" or {"prompt": …, "seed": …}.'
+)
 @click.option("--workers", type=options.CHILDREN, default=1, show_default=True, metavar="N",
-              help="Engines to boot.")  # fmt: skip
-@click.option("--attach", "urls", multiple=True, metavar="URL", help="Join this engine instead; repeatable.")
+              help="Number of engines to boot.")  # fmt: skip
+@click.option("--attach", "urls", multiple=True, metavar="URL", help="Join this running engine instead; repeatable.")
 @click.option("--spread", type=options.CHILDREN, default=1, show_default=True, metavar="N",
-              help="Workers that the branches go to.")  # fmt: skip
+              help="Number of workers to spread the branches over.")  # fmt: skip
 @click.option("--policy", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
-              help="fast: prefill again where that is expected sooner.")  # fmt: skip
+              help="fast: prefill again where that is expected to be faster.")  # fmt: skip
 @click.option(
     "--timeout",
     "timeout_s",
     type=options.Number(min=0, min_open=True),
     metavar="S",
-    help="End each branch after so many seconds.",
+    help="Stop each branch after S seconds.",
 )
-@click.option("--name", metavar="NAME", help="Commit the results, as branches NAME/0, NAME/1, …")
+@click.option("--name", metavar="NAME", help="Commit the results as branches NAME/0, NAME/1, …")
 @click.option("--arena", type=options.num_bytes, default="4GiB", show_default=True, metavar="BYTES",
               help="Shared memory for snapshots.")  # fmt: skip
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the engine's; repeatable.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set an engine option; repeatable.")
 @options.sampling
 @options.engine
 @options.as_json
@@ -74,10 +78,10 @@ def run(
     as_json: bool,
     **values: Any,
 ) -> int:
-    """One round from POINT: boot (or join) engines, run the branches there, say what each gave and where it ran.
+    """Run one round of branches from POINT: boot or join engines, generate, and print each result and where it ran.
 
-    One PROMPT is for all branches, several are one each; with none each branch goes on by itself. Nothing is committed
-    without --name. Exit code 8 when a branch failed; the others are shown all the same.
+    One PROMPT goes to all branches, several go one to each. Without a prompt each branch just continues. Nothing is
+    committed without --name. The exit code is 8 if a branch failed; the other results are still printed.
     """
     from thaw.pool import ForkPool
 
@@ -107,12 +111,12 @@ def branches(prompt: tuple[str, ...], n: int | None, file: str | None, given: di
     from thaw.pool import Branch
 
     if file is not None and prompt:
-        raise click.UsageError("give prompts as words or with --prompts, not both.")
+        raise click.UsageError("give prompts as arguments or with --prompts, not both.")
     lines = prompts.from_jsonl(file) if file is not None else [(text, {}) for text in prompt]
     if len(lines) <= 1 and file is None:
         lines = (lines or [("", {})]) * (n or 4)
     if n is not None and n != len(lines):
-        raise click.UsageError(f"-n {n} does not fit {len(lines)} prompts; leave -n out.")
+        raise click.UsageError(f"-n {n} does not match {len(lines)} prompts; leave out -n.")
     return [Branch(prompt=text, sampling=prompts.make_sampling(given, own)) for text, own in lines]
 
 
@@ -191,7 +195,7 @@ def plain(asked: Branch, result: BranchResult, done: Any) -> dict[str, Any]:
 @options.verb("status", "thaw pool status --json")
 @options.as_json
 def status(named: str | None, as_json: bool) -> None:
-    """The pools of this user on this machine: workers, what runs and waits, the arena's bytes. Asks no engine."""
+    """List this user's pools on this machine: workers, running and waiting branches, arena bytes. Asks no engine."""
     from thaw.pool.status import pools
 
     del named
@@ -200,7 +204,7 @@ def status(named: str | None, as_json: bool) -> None:
         output.print_json({"pools": found})
         return
     if not found:
-        raise NotFound("no pool runs here. A pool lives as long as the program that made it (thaw.ForkPool).")
+        raise NotFound("no pool is running here. A pool lives as long as the program that created it (thaw.ForkPool).")
     for one in found:
         _show(one)
 

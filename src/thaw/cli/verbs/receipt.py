@@ -14,14 +14,14 @@ thaw receipt verify receipts/*.json
 
 @click.group("receipt", epilog="\b\nExample:\n  thaw receipt verify receipts/*.json")
 def command() -> None:
-    """Check measured records."""
+    """Check receipts: records of measurements."""
 
 
 @options.verb("verify", EXAMPLE)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @options.as_json
 def verify(named: str | None, files: tuple[str, ...], as_json: bool) -> int:
-    """Check receipts: schema, arithmetic, hashes. Exit code 7 when one does not hold."""
+    """Check receipts: schema, arithmetic, hashes. The exit code is 7 if one fails."""
     found = {name: _problems(name) for name in files}
     ok = not any(found.values())
     if as_json:
@@ -37,7 +37,7 @@ def verify(named: str | None, files: tuple[str, ...], as_json: bool) -> int:
 
 
 def _problems(name: str) -> list[str]:
-    """What is wrong with the receipt in a file; a file that is none is one problem, so that the others are checked."""
+    """What is wrong with the receipt in a file. A file that is no receipt is one problem, and stops nothing."""
     from thaw.receipt import verify as check
     from thaw.receipt.format import MAX_BYTES
 

@@ -16,11 +16,13 @@ thaw reflog idea -n 5
 """
 
 
-@light.verb("reflog", EXAMPLE, light.Argument("name"), light.LightNumber("limit", ("-n",), int, 1, "At most N moves."))
+@light.verb(
+    "reflog", EXAMPLE, light.Argument("name"), light.LightNumber("limit", ("-n",), int, 1, "Show at most N moves.")
+)
 def command(named: str | None, name: str | None, limit: int | None, as_json: bool) -> None:
-    """List the moves of a branch or tag (default: the current branch), newest first; deleted ones have theirs still.
+    """List the moves of a branch or tag (default: the current branch), newest first. Deleted names keep their moves.
 
-    Each line: the point where it stood, the commit, what moved it, age.
+    Each line shows the point, the commit, what moved it, and its age.
     """
     with place.open_repository(named) as repo:
         name = name or repo.store.head

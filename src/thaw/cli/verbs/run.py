@@ -51,14 +51,14 @@ class Outcome:
 
 @options.verb("run", EXAMPLE)
 @click.argument("prompt", required=False)
-@click.option("--file", "files", multiple=True, metavar="FILE", help="Read it first; may be repeated. - is stdin.")
-@click.option("--branch", metavar="NAME", help="Default: the current one. A new branch starts empty, or at --from.")
-@click.option("--from", "start", metavar="POINT", help="Start there; needs a new --branch, unless POINT is a branch.")
-@click.option("--no-generate", is_flag=True, help="Only read and commit.")
-@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not fit, or was not kept.")
+@click.option("--file", "files", multiple=True, metavar="FILE", help="Read this first; repeatable. - is stdin.")
+@click.option("--branch", metavar="NAME", help="Default: the current branch. A new one starts empty, or at --from.")
+@click.option("--from", "start", metavar="POINT", help="Start at POINT; needs a new --branch unless POINT is a branch.")
+@click.option("--no-generate", is_flag=True, help="Read and commit only.")
+@click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not match or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
 @options.chat
-@options.option_of("Chat", "--history", metavar="FILE", help="The conversation before PROMPT, whole: a JSON list.")
+@options.option_of("Chat", "--history", metavar="FILE", help="The whole conversation before PROMPT, as a JSON list.")
 @options.sampling
 @options.engine
 @options.as_json
@@ -80,20 +80,20 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> int:
-    """Go on with a branch: read --file and PROMPT, generate, commit.
+    """Continue a branch: read --file and PROMPT, generate, commit.
 
-    PROMPT - is stdin, and so is a pipe when there is nothing else to read. With nothing to read at all the model just
-    goes on, and a completion that was cut is resumed. The completion streams to stdout; ^C keeps what is there.
+    PROMPT - means stdin; a pipe is also read if there is no other input. With no input at all, the model just
+    continues, or resumes a completion that was interrupted. The completion streams to stdout; ^C keeps what is there.
     """
     sampling = prompts.make_sampling(options.given_sampling(values))
     text = prompts.from_arguments(prompt, or_stdin=not files)
     if no_generate and not (text or files):
-        raise click.UsageError("--no-generate needs something to read: PROMPT, --file or stdin.")
+        raise click.UsageError("--no-generate needs input: PROMPT, --file or stdin.")
     talk = conversation.taken(values, chat=chat)
     if history is not None and not chat:
-        raise click.UsageError("--history: only with --chat.")
+        raise click.UsageError("--history works only with --chat.")
     if chat and (no_generate or not (text or files)):
-        raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave --no-generate out.")
+        raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave out --no-generate.")
     told = None if history is None else conversation.json_list(history)
     job = RunPlan(files, text, talk if chat else None, told, not no_generate, message, sampling)
     with speak.opened(named, engine_name, model, dtype, device) as repo:
@@ -115,12 +115,14 @@ def _start(repo: Repository, branch: str | None, start: str | None) -> tuple[str
     where = repo.resolve(start)
     chosen = branch or where.branch
     if chosen is None:
-        raise InvalidRequest(f"{start} is not a branch's tip: say which branch to make there, with --branch NAME.")
+        raise InvalidRequest(
+            f"{start} is not the tip of a branch: name a new branch to create there, with --branch NAME."
+        )
     tip = repo.store.ref(chosen)
     if tip is not None and (tip.target != where.commit or not where.at_end):
         raise InvalidRequest(
-            f"branch {chosen!r} exists and {start} is not its tip. Choose a new name with --branch, or move it there "
-            f"first: thaw adopt {start} {chosen}."
+            f"branch {chosen!r} already exists and {start} is not its tip. Choose a new name with --branch, or move "
+            f"the branch first: thaw adopt {start} {chosen}."
         )
     return chosen, str(where)
 
@@ -128,7 +130,7 @@ def _start(repo: Repository, branch: str | None, start: str | None) -> tuple[str
 def _session(repo: Repository, point: str | None, recompute: bool) -> Session:
     if point is None:
         return repo.session()
-    with Progress("bringing the session back"):
+    with Progress("restoring the session"):
         return repo.session(point, policy="recompute" if recompute else "exact")
 
 

@@ -28,29 +28,29 @@ DAY_S = 24 * 3600.0
 
 
 @options.verb("serve", EXAMPLE)
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8790, show_default=True, metavar="N")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
-              help="A name by which clients reach it, besides this machine's own; repeatable.")  # fmt: skip
+              help="Another host name that clients may use; repeatable.")  # fmt: skip
 @click.option("--keys", type=click.Path(), metavar="FILE",
-              help=f"Tenants and their keys, as JSON; the file's mode is 0600. Without it one token, {TOKEN} or a "
-              "new one, reaches the repository's default namespace.")  # fmt: skip
+              help=f"Tenants and their keys, as JSON, in a file of mode 0600. Without it, one token ({TOKEN} or a "
+              "new one) gives access to the default namespace.")  # fmt: skip
 @click.option("--model-name", "models", multiple=True, metavar="NAME",
-              help="What clients call the model; repeatable, * is any. Default: the name of its folder.")  # fmt: skip
+              help="The model's name for clients; repeatable, * accepts any; default: its folder's name.")  # fmt: skip
 @click.option("--tool-calls", "tools", default="none", show_default=True, metavar="KIND",
-              help="How the model writes calls of tools: none (they are text) or hermes.")  # fmt: skip
-@click.option("--audit", type=click.Path(), metavar="FILE", help="Gets a line of JSON for each request.")
-@click.option("--certificate", type=click.Path(), metavar="FILE", help="PEM; with it, it speaks TLS.")
-@click.option("--certificate-key", type=click.Path(), metavar="FILE", help="PEM; default: in the certificate's file.")
-@click.option("--max-body", type=options.num_bytes, metavar="BYTES", help="Of a request; default: 32MiB.")
-@click.option("--max-requests", type=click.IntRange(1), metavar="N", help="Under way at once; default: 1024.")
+              help="How the model writes tool calls: hermes, or none (calls stay text).")  # fmt: skip
+@click.option("--audit", type=click.Path(), metavar="FILE", help="Write one line of JSON per request to FILE.")
+@click.option("--certificate", type=click.Path(), metavar="FILE", help="PEM certificate; enables TLS.")
+@click.option("--certificate-key", type=click.Path(), metavar="FILE", help="PEM key; default: in the certificate file.")
+@click.option("--max-body", type=options.num_bytes, metavar="BYTES", help="Largest request body; default: 32MiB.")
+@click.option("--max-requests", type=click.IntRange(1), metavar="N", help="Most requests at once; default: 1024.")
 @click.option("--live-sessions", type=click.IntRange(0), metavar="N",
-              help="Kept open behind the last responses; default: 64.")  # fmt: skip
+              help="Sessions to keep open for follow-up requests; default: 64.")  # fmt: skip
 @click.option("--keep-days", type=options.Number(min=0), metavar="N",
-              help="How long responses that nobody named are kept; default: 30.")  # fmt: skip
+              help="Days to keep responses on no branch or tag; default: 30.")  # fmt: skip
 @click.option("--keep-bytes", type=options.num_bytes, metavar="BYTES",
-              help="How much of them; the oldest go first; default: 64GiB.")  # fmt: skip
-@click.option("--restore", is_flag=True, help="Go on with the responses that the last gateway parked when it ended.")
+              help="Most KV to keep for those responses; oldest deleted first; default: 64GiB.")  # fmt: skip
+@click.option("--restore", is_flag=True, help="Resume the responses that the last gateway parked when it stopped.")
 @options.engine
 @options.as_json
 def command(
@@ -63,14 +63,16 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Serve OpenAI's Responses, Chat Completions and Completions, and Anthropic's Messages, over the repository's
-    engine. Each response is a commit: any of them can be gone on from, twice, later, and after a restart.
+    """Serve OpenAI's Responses, Chat Completions and Completions APIs and Anthropic's Messages API.
 
-    Ends at SIGTERM or ^C: what runs is committed as far as it came. What clients may send: docs/gateway.md.
+    Each response is a commit. A client can continue from any response, more than once, and after a restart.
+
+    SIGTERM or ^C stops the gateway and commits what running requests have generated. docs/gateway.md lists what clients
+    may send.
     """
     _require_installed()
     if place.namespace() is not None:
-        raise InvalidRequest("a gateway serves the whole repository; give tenants their namespaces with --keys")
+        raise InvalidRequest("the gateway serves the whole repository; assign namespaces to tenants with --keys")
     from thaw.gateway import server
 
     settings = _settings(given)
@@ -139,5 +141,5 @@ def _say(settings: GatewaySettings, model: str, token: str | None, as_json: bool
     else:
         output.line(f"{model} at {output.style(url, 'bold')} (OpenAI: {url}/v1, Anthropic: {url})")
         if token is not None:
-            output.note(f"the token of this run: {token}. Set {TOKEN} to have one of your own.")
+            output.note(f"token for this run: {token}. Set {TOKEN} to use your own.")
     sys.stdout.flush()

@@ -22,11 +22,11 @@ POINTS = 8
     "show",
     EXAMPLE,
     light.Argument("point", default="HEAD"),
-    light.Flag("whole_text", ("--text",), "Print the whole text of every turn, and nothing else."),
-    light.Flag("tokens", ("--tokens",), "With --json: also the token ids."),
+    light.Flag("whole_text", ("--text",), "Print only the full text of every turn."),
+    light.Flag("tokens", ("--tokens",), "With --json, add the token ids."),
 )
 def command(named: str | None, point: str, whole_text: bool, tokens: bool, as_json: bool) -> None:
-    """Show POINT (default: HEAD): commit, state, turns, where it came from and what it weighs."""
+    """Show POINT (default: HEAD): commit, state, turns, origin and size."""
     shown = _read(named, point)
     if as_json:
         output.print_json(_plain(shown, tokens))
@@ -94,9 +94,11 @@ def _origin(origin: dict[str, str]) -> str:
 
 
 def _points(resumable: tuple[int, ...]) -> str:
-    """The last tokens that can be gone on from."""
+    """The last tokens that can be continued from."""
     last = ", ".join(map(str, resumable[-POINTS:]))
-    return f"{words.count(len(resumable), 'token')} that can be gone on from: {'… ' * (len(resumable) > POINTS)}{last}"
+    return (
+        f"{words.count(len(resumable), 'token')} that can be continued from: {'… ' * (len(resumable) > POINTS)}{last}"
+    )
 
 
 def _boundary(shown: Shown) -> str:

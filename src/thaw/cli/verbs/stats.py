@@ -23,13 +23,13 @@ thaw stats --prefill-rate 20000 --json
         ("--prefill-rate",),
         float,
         0.001,
-        "Tokens a second that the engine prefills, for the seconds saved.",
+        "Prefill speed in tokens per second, to compute the seconds saved.",
     ),
 )
 def command(named: str | None, prefill_rate: float | None, as_json: bool) -> None:
-    """Show bytes by branch, how much sharing saves, and the tokens that forks did not read again.
+    """Show bytes per branch, how much sharing saves, and the tokens that forks did not prefill again.
 
-    Seconds are those tokens at the rate given, or at what pools measured on this machine with the repository's engine.
+    Seconds saved are computed from the given rate, or from the rate that pools measured here with the same engine.
     """
     with place.open_repository(named) as repo:
         found = repo.stats(prefill_tokens_per_s=prefill_rate or _measured(repo.engine_settings()))
@@ -59,16 +59,14 @@ def _measured(settings: object) -> float | None:
 def _print(found: Stats) -> None:
     output.line(
         f"{words.count(found.num_commits, 'commit')}, {words.count(found.num_packs, 'pack')}: "
-        f"{words.nbytes(found.pack_nbytes)}, of it KV {words.nbytes(found.kv_nbytes)}; "
+        f"{words.nbytes(found.pack_nbytes)}, KV {words.nbytes(found.kv_nbytes)}; "
         f"database {words.nbytes(found.database_nbytes)}"
     )
     output.line(
-        f"each commit with KV of its own would take {words.nbytes(found.whole_nbytes)}: {found.dedup:.1f} times that"
+        f"without sharing, the commits would take {words.nbytes(found.whole_nbytes)}: {found.dedup:.1f} times as much"
     )
     seconds = "" if found.seconds_saved is None else f", about {words.seconds(found.seconds_saved)} of prefilling"
-    output.line(
-        f"forks went on from {words.count(found.num_tokens_saved, 'token')} without reading them again{seconds}"
-    )
+    output.line(f"forks reused {words.count(found.num_tokens_saved, 'token')} without prefilling them again{seconds}")
     output.rows(
         [
             (

@@ -15,8 +15,8 @@ thaw tag -d read-it
     "tag",
     EXAMPLE,
     light.Argument("names", many=True, metavar="[NAME [POINT]]"),
-    light.Flag("delete", ("-d", "--delete"), "Delete the tags named; their commits stay until gc."),
+    light.Flag("delete", ("-d", "--delete"), "Delete the named tags; commits stay until gc."),
 )
 def command(named: str | None, names: tuple[str, ...], delete: bool, as_json: bool) -> None:
-    """List tags, or make NAME at POINT (default: HEAD). A tag stays where it is."""
+    """List tags, or create NAME at POINT (default: HEAD). A tag does not move."""
     refs.act("tag", named, names, "delete" if delete else "make", as_json)

@@ -16,15 +16,15 @@ thaw undo idea
 @click.argument("name", required=False)
 @options.as_json
 def command(named: str | None, name: str | None, as_json: bool) -> None:
-    """Take back the last move of a branch or tag (default: the current branch).
+    """Undo the last move of a branch or tag (default: the current branch).
 
-    Nothing is deleted: a commit, an adoption or a deletion is taken back by moving the name, and the reflog keeps where
-    it stood. Each undo goes one move further back; `thaw adopt NAME@{1} NAME` goes forward again.
+    A move is a commit, an adoption or a deletion. Nothing is deleted: undo moves the name back, and the reflog keeps
+    its previous position. Each undo goes one move further back; `thaw adopt NAME@{1} NAME` goes forward again.
     """
     with place.open_repository(named) as repo:
         done = repo.undo(name)
     if as_json:
         output.print_json(done)
         return
-    where = f"is at {view.commit_id(done.new)} again" if done.new else "is gone, as before it was made"
-    output.line(f"{done.kind} {done.name} {where} (taken back: {output.one_line(done.reason, 60)})")
+    where = f"is at {view.commit_id(done.new)} again" if done.new else "is gone, as before it was created"
+    output.line(f"{done.kind} {done.name} {where} (undone: {output.one_line(done.reason, 60)})")

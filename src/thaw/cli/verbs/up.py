@@ -24,10 +24,12 @@ ENGINE_HELP = "An engine that has a server. Default: the one that the repository
 @options.verb("up", EXAMPLE)
 @click.argument("arguments", nargs=-1, metavar="[-- ENGINE_ARGUMENTS...]")
 @click.option("--engine", "engine_name", metavar="NAME", help=ENGINE_HELP)
-@click.option("--model", metavar="PATH", help="A folder or hub id; default: the one that the repository remembers.")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Default: a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
-@click.option("--python", metavar="PATH", help="The Python that has engine and thaw; default: the one that runs this.")
+@click.option("--model", metavar="PATH", help="A folder or hub id; default: the one the repository remembers.")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port to listen on; default: a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
+@click.option(
+    "--python", metavar="PATH", help="A Python interpreter with the engine and thaw; default: the current one."
+)
 @click.option("--arena", type=options.num_bytes, metavar="BYTES", help="Host memory for sessions; default: 4GiB.")
 @click.option(
     "--timeout", "timeout_s", type=options.Number(min=0, min_open=True), default=900, show_default=True, metavar="S"
@@ -45,11 +47,11 @@ def command(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Start a stock server of an engine (vllm, sglang) in the background, with thaw in it. From then on the verbs of
-    this repository join it instead of loading the model each time, until `thaw down`.
+    """Start a stock engine server (vllm, sglang) in the background, with thaw loaded.
 
-    What stands after -- are the engine's own arguments. Its log is engine.log in the repository; those of the five
-    servers before are engine.log.1 (the last) to engine.log.5.
+    Until `thaw down`, the verbs of this repository join that server instead of loading the model each time. Arguments
+    after -- go to the engine. The log is engine.log in the repository; the five previous logs are engine.log.1 (newest)
+    to engine.log.5.
     """
     from thaw import serve
 
@@ -69,4 +71,4 @@ def _say(record: Served, seconds: float, as_json: bool) -> None:
         return
     output.line(f"{record.engine} is up at {output.style(record.url, 'bold')} (process {record.pid}) after "
                 f"{words.seconds(seconds)}")  # fmt: skip
-    output.note(f"its log: {record.log}. The verbs of this repository join it; `thaw down` ends it.")
+    output.note(f"log: {record.log}. The verbs of this repository join this server; `thaw down` stops it.")

@@ -39,10 +39,10 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> int:
-    """Hydrate POINT (default: HEAD) in a fresh process and say which laws held.
+    """Hydrate POINT (default: HEAD) in a fresh process and report which laws held.
 
-    Every blob is hashed, the engine counts what it found cached, the logits at the point are compared with those at
-    capture, and a continuation with one that was prefilled again. Exit code 7 when a law failed.
+    It hashes every blob, asks the engine for its count of cached tokens, compares the logits at the point with those
+    at capture, and compares a continuation with one that was prefilled again. The exit code is 7 if a law failed.
     """
     boot.hush()
     with open_repository(named) as repo:
@@ -70,7 +70,7 @@ def _print(report: VerifyReport) -> None:
         output.line()
         _continuation(report.continuation)
     output.line()
-    verdict = "every law that was promised held" if report.ok else "a law FAILED: do not go on from this point"
+    verdict = "every promised law held" if report.ok else "a law FAILED: do not continue from this point"
     output.line(output.style(verdict, "bold", "green" if report.ok else "red"))
 
 
@@ -86,12 +86,12 @@ def _law(law: LawResult) -> None:
 
 def _continuation(found: Continuation) -> None:
     output.line(
-        f"{words.count(found.num_tokens, 'greedy token')} after it, against prefilling again (information, not a law):"
+        f"{words.count(found.num_tokens, 'greedy token')} compared with prefilling again (information, not a law):"
     )
     if found.first_difference is None:
         output.line("  the same tokens")
     else:
-        output.line(f"  token {found.first_difference} is the first that differs")
+        output.line(f"  token {found.first_difference} is the first to differ")
     output.line(f"  log probabilities differ by at most {found.max_logprob_difference:.3g}")
     times = f"first token after {words.seconds(found.hydrate_s)}, prefilling again {words.seconds(found.prefill_s)}"
     output.line(f"  {times}")

@@ -105,7 +105,7 @@ def number_of(n: int, best_of: int | None, *, stream: bool) -> int:
     if best_of < n:
         raise invalid("best_of", f"{best_of}; at least n, which is {n}")
     if stream and best_of > n:
-        raise unsupported("best_of", "the best are known at the end; leave stream out")
+        raise unsupported("best_of", "best_of cannot be streamed; leave out stream")
     return best_of
 
 
@@ -149,7 +149,7 @@ def _sampling(context: GatewayContext, body: ChatCreate) -> Sampling:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "it needs logprobs=true")
     if body.stream and body.top_logprobs:
-        raise unsupported("top_logprobs", "a stream has the sampled tokens' own log probabilities alone")
+        raise unsupported("top_logprobs", "a stream only has the sampled tokens' log probabilities")
     more: dict[str, object] = {"logprobs": body.top_logprobs or (0 if body.logprobs else None)}
     format = structured(body.response_format, "response_format", engine)
     if format is not None:

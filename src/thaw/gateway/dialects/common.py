@@ -96,7 +96,7 @@ def check_model(model: str, served: Sequence[str]) -> None:
     if model and model not in served and "*" not in served:
         raise ApiError(
             404,
-            f"there is no model {model[:100]!r} here; there is {served[0]!r}",
+            f"there is no model {model[:100]!r} here; use {served[0]!r}",
             code="model_not_found",
             param="model",
         )
@@ -110,7 +110,7 @@ def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> 
     if kind not in ("json_schema", "json_object"):
         raise unsupported(param, f"type {str(kind)[:40]!r}; it is text, json_schema or json_object")
     if "structured" not in engine.info.capabilities:
-        raise unsupported(param, f"the engine {engine.info.name} makes no structured output; leave it out")
+        raise unsupported(param, f"the engine {engine.info.name} does not support structured output; leave it out")
     if kind == "json_object":
         return {"json": {"type": "object"}}
     assert format is not None
@@ -139,7 +139,7 @@ def _text(part: object, where: str) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else None
     key = PARTS.get(kind) if isinstance(kind, str) else None
     if not isinstance(part, dict) or key is None or not isinstance(part.get(key), str):
-        raise unsupported(where, f"a part of type {str(kind)[:40]!r}; only text is taken")
+        raise unsupported(where, f"a part of type {str(kind)[:40]!r}; only text is supported")
     text: str = part[key]
     return text
 
@@ -172,7 +172,7 @@ def _tool(tool: Mapping[str, Any], where: str) -> Message:
         raise unsupported(where, f"a tool of type {str(tool.get('type'))[:40]!r}; only functions are supported")
     function = tool["function"] if isinstance(tool.get("function"), dict) else tool
     if not isinstance(function.get("name"), str):
-        raise invalid(where, "a function has a name")
+        raise invalid(where, "a function needs a name")
     kept = {name: function[name] for name in ("name", "description", "parameters") if function.get(name) is not None}
     return {"type": "function", "function": kept}
 

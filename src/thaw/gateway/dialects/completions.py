@@ -52,10 +52,10 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
     if asked.stream and asked.logprobs:
-        raise unsupported("logprobs", "a stream has the sampled tokens' own log probabilities alone; ask for 0")
+        raise unsupported("logprobs", "a stream only has the sampled tokens' log probabilities; set it to 0")
     extension = context.extension(asked.thaw)
     if extension.point is not None:
-        raise unsupported("thaw.point", "a completion's prompt is the whole text; ask for a chat or a response")
+        raise unsupported("thaw.point", "a completion's prompt is the whole text; use a chat or a response instead")
     sampling = sampling_of(asked, context.service.engine, logprobs=asked.logprobs)
     count = number_of(asked.n, asked.best_of, stream=asked.stream)
     each: list[Asked] = []
@@ -103,7 +103,7 @@ async def _ids(context: GatewayContext, one: object, number: int) -> tuple[int, 
     if isinstance(one, str):
         return tuple(await call(context.codec.encode, one, first=True))
     if not isinstance(one, list):
-        raise invalid(f"prompt[{number}]", "texts and token ids are not mixed")
+        raise invalid(f"prompt[{number}]", "texts and token ids cannot be mixed")
     return tuple(one)
 
 

@@ -71,7 +71,7 @@ async def update(context: GatewayContext, request: Request, body: bytes) -> Resp
     row = await _row(context, request.path_params["id"])
     asked, _ = FIELDS.read(body)
     if asked.items:
-        raise invalid("items", "items are not edited; go on with a response")
+        raise invalid("items", "items cannot be edited; create a response instead")
     row.record["metadata"] = asked.metadata
     await call(context.service.ledger.put, row)
     return as_json(_shown(row))

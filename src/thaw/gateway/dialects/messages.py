@@ -29,7 +29,7 @@ BILLING = "x-anthropic-billing-header:"
 IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
                      "diagnostics", "cache_control"})  # fmt: skip
 HOW_LONG = ("budget_tokens", "display")
-"""Of thinking: what no template is told."""
+"""Of thinking: what templates do not get."""
 TYPES = {"authentication_error", "permission_error", "not_found_error", "request_too_large", "rate_limit_error",
          "api_error", "overloaded_error"}  # fmt: skip
 
@@ -104,7 +104,7 @@ async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ig
 
 
 def _thinking(given: dict[str, Any] | None, ignored: list[str]) -> dict[str, object]:
-    """Whether to think is the template's variable `enable_thinking`; for how long, no template is told."""
+    """Whether to think is the template variable `enable_thinking`. No template takes a limit for thinking."""
     kind = None if given is None else given.get("type")
     if given is None:
         return {}
@@ -112,7 +112,7 @@ def _thinking(given: dict[str, Any] | None, ignored: list[str]) -> dict[str, obj
         raise invalid("thinking", "its type is enabled, adaptive or disabled")
     for name in given.keys() - {"type"}:
         if name not in HOW_LONG:
-            raise unsupported(f"thinking.{name[:40]}", "it is not known here; leave it out")
+            raise unsupported(f"thinking.{name[:40]}", "it is unknown; leave it out")
         ignored.append(f"thinking.{name}")
     return {"enable_thinking": kind != "disabled"}
 
@@ -129,14 +129,14 @@ def _system(given: str | list[dict[str, Any]] | None) -> str | None:
 def _text(block: Any, where: str) -> str:
     if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
         kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-        raise unsupported(where, f"a block of type {str(kind)[:40]!r}; only text is taken")
+        raise unsupported(where, f"a block of type {str(kind)[:40]!r}; only text is supported")
     text: str = block["text"]
     return text
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type", "custom") != "custom":
-        raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only tools of the client's are supported")
+        raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only client tools are supported")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
     if tool.get("description"):
         function["description"] = tool["description"]

@@ -46,7 +46,7 @@ def _message(out: list[Message], item: Item, where: str) -> None:
 
 def _call(out: list[Message], item: Item, where: str) -> None:
     if not isinstance(item.get("call_id"), str) or not isinstance(item.get("name"), str):
-        raise invalid(where, "a function_call has a call_id and a name")
+        raise invalid(where, "a function_call needs a call_id and a name")
     call = call_of(item["call_id"], item["name"], arguments_of(item.get("arguments", "{}")))
     if out and out[-1]["role"] == "assistant":
         calls = out[-1].get("tool_calls", [])

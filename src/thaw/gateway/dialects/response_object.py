@@ -1,6 +1,6 @@
 """A response as OpenAI's Responses API shows it: the object, its items, and its events.
 
-`Events` is a pure function of the response's head and its deltas, so that a stream is told again, with the same
+`Events` is a pure function of the response's head and its deltas, so that a stream can be repeated, with the same
 numbers, from what is kept of it.
 """
 

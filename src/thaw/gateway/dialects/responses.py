@@ -88,7 +88,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
     if asked.background and not asked.store:
-        raise invalid("background", "a response in the background is stored; leave store out")
+        raise invalid("background", "a background response is always stored; leave out store")
     begin = await _begin(context, asked)
     context.note(response=begin.id)
     job = await _start(context, begin)
@@ -109,9 +109,9 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
     previous = await _previous(context, body)
     conversation = await conversations.named(context, body.conversation)
     if conversation is not None and (previous is not None or extension.branch is not None):
-        raise invalid("conversation", "it stands alone: leave previous_response_id and thaw.branch out")
+        raise invalid("conversation", "it cannot be combined with previous_response_id or thaw.branch; leave those out")
     if extension.point is not None and (previous is not None or conversation is not None):
-        raise invalid("thaw.point", "it stands alone: leave previous_response_id and conversation out")
+        raise invalid("thaw.point", "it cannot be combined with previous_response_id or conversation; leave those out")
     given = response_input.items(body.input, id)
     if not given and previous is None and extension.point is None and conversation is None:
         raise invalid("input", "there is nothing to answer")
@@ -158,9 +158,9 @@ def _sampling(context: GatewayContext, body: ResponseCreate, num_top: int | None
     if format is not None:
         more["structured_outputs"] = format
     if body.text.get("verbosity") not in (None, "medium"):
-        raise unsupported("text.verbosity", "a model is not told how much to say; leave it out")
+        raise unsupported("text.verbosity", "verbosity is not supported; leave it out")
     if body.stream and num_top:
-        raise unsupported("top_logprobs", "a stream has the sampled tokens' own log probabilities alone")
+        raise unsupported("top_logprobs", "a stream only has the sampled tokens' log probabilities")
     return sampling_of(body, engine, **more)
 
 
@@ -169,7 +169,7 @@ async def _previous(context: GatewayContext, body: ResponseCreate) -> LedgerRow 
         return None
     row = await _row(context, body.previous_response_id, "previous_response_id")
     if row.point is None:
-        raise ApiError(409, f"{row.id} is {row.status} and has no end to go on from yet", param="previous_response_id")
+        raise ApiError(409, f"{row.id} is {row.status} and cannot be continued yet", param="previous_response_id")
     return row
 
 
@@ -312,7 +312,7 @@ async def restore(service: Service) -> int:
         try:
             await _restore(service, row)
         except ThawError as error:
-            log.warning("%s was parked and does not go on: %s", row.id, error.kind)
+            log.warning("%s was parked and cannot be resumed: %s", row.id, error.kind)
     return len(rows)
 
 
@@ -393,7 +393,11 @@ def _shown(row: LedgerRow) -> Event:
         return reply
     if row.point is not None or row.status in ("queued", "in_progress"):
         return {**reply, "status": row.status}
-    error = {"code": "server_error", "message": "it came to nothing; ask again"} if row.status == "failed" else None
+    error = (
+        {"code": "server_error", "message": "it failed before it generated anything; try again"}
+        if row.status == "failed"
+        else None
+    )
     interrupted = {"reason": "interrupted"} if row.status == "incomplete" else None
     told = {"point": row.parent, "parent": row.parent}
     return {**reply, "status": row.status, "error": error, "incomplete_details": interrupted, "thaw": told}
@@ -425,7 +429,9 @@ async def delete(context: GatewayContext, request: Request, body: bytes) -> Resp
 async def cancel(context: GatewayContext, request: Request, body: bytes) -> Response:
     row = await _row(context, request.path_params["id"])
     if not row.record["reply"]["background"]:
-        raise ApiError(400, f"{row.id} does not run in the background; close its connection", param="response_id")
+        raise ApiError(
+            400, f"{row.id} does not run in the background; close its connection to cancel it", param="response_id"
+        )
     job = context.service.jobs.get((row.namespace, row.id))
     if job is not None:
         job.stop()
