@@ -37,6 +37,10 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     hits: Hits | None = None
     outputs: dict[str, str] = {}
 
+    @classmethod
+    def of_round(cls, taken: Round) -> Sample:
+        return cls(values=taken.values, stages_s=taken.stages_s, hits=taken.hits, outputs=taken.outputs)
+
     def as_round(self, pair: int) -> Round:
         return Round(pair=pair, values=self.values, stages_s=self.stages_s, hits=self.hits, outputs=self.outputs)
 

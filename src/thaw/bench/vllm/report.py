@@ -207,17 +207,13 @@ def joined(receipts: Sequence[r.Receipt], *, command: str) -> r.Receipt:
     measured: dict[str, list[tuple[int, Sample]]] = {}
     for one in receipts:
         for arm in one.arms:
-            measured.setdefault(arm.name, []).extend((taken.pair, _sample(taken)) for taken in arm.rounds)
+            measured.setdefault(arm.name, []).extend((taken.pair, Sample.of_round(taken)) for taken in arm.rounds)
     numbers = derived(measured)
     return r.make(
         kind=first.kind, command=command, versions=first.versions, machine=first.machine, model=first.model,
         parameters={**first.parameters, "idle_boots": len(receipts)}, arms=arms(measured), derived=numbers,
         checks=checks(measured), goals=goals(numbers) if any(one.goals for one in receipts) else (), notes=first.notes,
     )  # fmt: skip
-
-
-def _sample(taken: r.Round) -> Sample:
-    return Sample(values=taken.values, stages_s=taken.stages_s, hits=taken.hits, outputs=taken.outputs)
 
 
 def _words(name: str) -> tuple[str, str]:

@@ -164,14 +164,16 @@ def _head(context: GatewayContext, id: str, kind: str) -> dict[str, object]:
     return {"id": id, "object": kind, "created": int(time.time()), "model": context.service.model}
 
 
-def usage_of(outcomes: Sequence[RequestOutcome]) -> dict[str, object]:
-    """Of a request: its prompt once, whatever it said in all choices. Prompt tokens include cached ones."""
-    prompt, said = outcomes[0].num_prompt, sum(len(one.token_ids) for one in outcomes)
+def usage_of(outcomes: Sequence[RequestOutcome], first: Sequence[RequestOutcome] = ()) -> dict[str, object]:
+    """Of a request: each prompt once, whatever was said in all choices. Prompt tokens include cached ones. `first`: one
+    outcome of each prompt, where there are several prompts."""
+    first = first or outcomes[:1]
+    prompt, said = sum(one.num_prompt for one in first), sum(len(one.token_ids) for one in outcomes)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": said,
         "total_tokens": prompt + said,
-        "prompt_tokens_details": {"cached_tokens": outcomes[0].num_cached},
+        "prompt_tokens_details": {"cached_tokens": sum(one.num_cached for one in first)},
     }
 
 

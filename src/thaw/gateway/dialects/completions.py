@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +23,7 @@ from thaw.gateway.dialects.chat import (
     number_of,
     stop,
     told_of,
+    usage_of,
 )
 from thaw.gateway.dialects.common import HINTS, SamplingFields, best_first, check_model, choices_of, sampling_of
 from thaw.gateway.dialects.merged import merged
@@ -84,7 +86,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     ]
     choices = [_choice(context, asked, i, outcome) for i, outcome in enumerate(kept)]
     head = _head(context, id)
-    usage = _usage(outcomes[::count], outcomes)
+    usage = usage_of(outcomes, outcomes[::count])
     return as_json(
         {**head, "choices": choices, "usage": usage, "thaw": told_of(kept)}, headers=headers_of(ignored, kept)
     )
@@ -111,17 +113,6 @@ def _head(context: GatewayContext, id: str) -> dict[str, object]:
     return {"id": id, "object": "text_completion", "created": int(time.time()), "model": context.service.model}
 
 
-def _usage(first: Sequence[RequestOutcome], outcomes: Sequence[RequestOutcome]) -> dict[str, object]:
-    """`first`: one outcome of each prompt."""
-    prompt, said = sum(one.num_prompt for one in first), sum(len(one.token_ids) for one in outcomes)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": said,
-        "total_tokens": prompt + said,
-        "prompt_tokens_details": {"cached_tokens": sum(one.num_cached for one in first)},
-    }
-
-
 def _choice(context: GatewayContext, body: CompletionCreate, number: int, outcome: RequestOutcome) -> dict[str, object]:
     logprobs = None
     if body.logprobs is not None:
@@ -140,7 +131,7 @@ def _logprobs(
     offset: int = 0,
 ) -> dict[str, object]:
     said = [context.codec.decode([token], skip_special_tokens=False) for token in ids]
-    offsets = [offset + sum(map(len, said[:i])) for i in range(len(said))]
+    offsets = list(accumulate(map(len, said), initial=offset))[: len(said)]
     best = None
     if tops is not None:
         best = [
@@ -174,5 +165,5 @@ async def _stream(
         return
     if body.stream_options.include_usage:
         outcomes = [job.outcome.result() for job in jobs]
-        yield event({**head, "choices": [], "usage": _usage(outcomes[:: body.n], outcomes)})
+        yield event({**head, "choices": [], "usage": usage_of(outcomes, outcomes[:: body.n])})
     yield b"data: [DONE]\n\n"
