@@ -194,6 +194,19 @@ def test_what_cannot_be_done_is_refused_by_name(gateway: Gateway, more: dict[str
     assert refused.value.param == param, str(refused.value)
 
 
+def test_too_many_choices_are_refused_before_anything_is_made_of_them(gateway: Gateway) -> None:
+    client, many = gateway.openai(), 1_000_000
+    create, hello = client.completions.create, [{"role": "user", "content": "hello"}]
+    for ask in (
+        lambda: chat(client, hello, n=many),
+        lambda: chat(client, hello, n=1, extra_body={"best_of": many}),
+        lambda: create(model="fake", prompt="hello", n=many),
+        lambda: create(model="fake", prompt=["hello"] * 65),
+    ):
+        with pytest.raises(openai.BadRequestError, match="at most 64"):
+            ask()
+
+
 def test_too_long_a_prompt_and_an_unknown_model(start: Start) -> None:
     client = start(max_model_len=200).openai()
     with pytest.raises(openai.BadRequestError) as refused:

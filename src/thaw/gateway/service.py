@@ -130,14 +130,18 @@ class Service:
 
     async def admit(self, tenant: Tenant, num: int) -> None:
         """Whether so many jobs may begin now. Raises `ApiError`."""
+        self.require_choices(num)
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
         if self.num_running + num > self.settings.limits.requests:
             raise ApiError(503, f"{self.num_running} requests are running; try again soon", retry_after=RETRY_AFTER_S)
-        if num > self.settings.limits.choices:
-            raise ApiError(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
         nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
         tenant.admit(num, nbytes)
+
+    def require_choices(self, num: int) -> None:
+        """Whether one request may have so many choices, before anything is made of them. Raises `ApiError`."""
+        if num > self.settings.limits.choices:
+            raise ApiError(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
 
     def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> ReplyJob:
         """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the

@@ -80,6 +80,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     extension = context.extension(asked.thaw)
     base = await _asked(context, asked, extension)
     count = number_of(asked.n, asked.best_of, stream=asked.stream)
+    context.service.require_choices(count)
     jobs = await context.service.start(context.tenant, each_choice(base, choices_of(base.sampling, count)))
     id = f"chatcmpl-{secrets.token_hex(16)}"
     context.note(response=id)

@@ -61,7 +61,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     sampling = sampling_of(asked, context.service.engine, logprobs=asked.logprobs)
     count = number_of(asked.n, asked.best_of, stream=asked.stream)
     each: list[Asked] = []
-    for ids in await _prompts(context, asked.prompt):
+    for ids in await _prompts(context, asked.prompt, count):
         base = Asked(
             token_ids=ids,
             sampling=sampling,
@@ -92,9 +92,12 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     )
 
 
-async def _prompts(context: GatewayContext, prompt: str | list[str | int | list[int]]) -> list[tuple[int, ...]]:
-    """Token ids of each prompt: a text, its ids, or a list of either."""
+async def _prompts(
+    context: GatewayContext, prompt: str | list[str | int | list[int]], count: int
+) -> list[tuple[int, ...]]:
+    """Token ids of each prompt: a text, its ids, or a list of either. `count`: choices of each."""
     several = [prompt] if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt) else prompt
+    context.service.require_choices(len(several) * count)
     found = [await _ids(context, one, i) for i, one in enumerate(several)]
     if not found or not all(found):
         raise invalid("prompt", "it is empty")
