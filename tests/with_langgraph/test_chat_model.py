@@ -237,6 +237,16 @@ def test_a_gateway_is_asked_for_the_deepest_point(gateway: Any) -> None:
     assert record(third)["parent"] == point_of(streamed)
 
 
+def test_a_message_that_was_edited_reaches_a_gateway(gateway: Any) -> None:
+    """A point is named only where the messages before it are those that it holds."""
+    model = model_of(gateway)
+    first = model.invoke(ASKED)
+    edited = [ASKED[0], HumanMessage(f"{LONG}No river."), first, HumanMessage("And then?")]
+    answer = model.invoke(edited)
+    said = gateway.repo.show(point_of(answer)).text
+    assert "No river." in said and said.count(LONG) == 1 and record(answer)["parent"] != point_of(first)
+
+
 def test_a_gateway_gives_several_answers_with_a_point_each(gateway: Any) -> None:
     model = model_of(gateway)
     answers = model.attempts(ASKED, 3)
