@@ -55,10 +55,9 @@ dying(where.split()[1])
 for number_of_step in range(3):
     for thread in ("a", "b"):
         step(thread, f"more {number_of_step}")
+saver.delete_thread("b")
 saver.copy_thread("a", "c")
 saver.delete_thread("a")
-saver.prune(["b"])
-saver.delete_thread("c")
 """
 
 
