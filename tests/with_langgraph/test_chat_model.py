@@ -157,6 +157,10 @@ def test_what_an_engine_cannot_do_is_refused_by_name(place: Any) -> None:
         model.with_structured_output(Answer)
     with pytest.raises(Unsupported, match="cannot be forced"):
         place.model(tool_calls="hermes").bind_tools([look_up], tool_choice="look_up")
+    with pytest.raises(Unsupported, match="parallel_tool_calls"):
+        place.model(tool_calls="hermes").bind_tools([look_up], parallel_tool_calls=False)
+    with pytest.raises(InvalidRequest, match="'tool_choice'"):
+        model.invoke(ASKED, tool_choice="any")
     with pytest.raises(InvalidRequest, match="hermes"):
         model.bind_tools([look_up])
     picture = HumanMessage([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}])

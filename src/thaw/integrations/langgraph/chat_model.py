@@ -41,8 +41,8 @@ from thaw.repo.bridge import call
 
 log = logging.getLogger("thaw.integrations.langgraph")
 SAMPLING = frozenset(field.name for field in msgspec.structs.fields(Sampling))
-IDLE = frozenset({"stream", "ls_structured_output_format", "strict", "parallel_tool_calls", "tool_choice"})
-"""Names that LangChain passes along and that change nothing here; `bind_tools` has judged the last two."""
+IDLE = frozenset({"stream", "ls_structured_output_format"})
+"""Names that LangChain passes along and that change no answer."""
 
 
 class ChatThaw(BaseChatModel):
@@ -188,11 +188,16 @@ class ChatThaw(BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
         tool_choice: str | dict[str, Any] | bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """This model with tools. Raises `Unsupported` for a `tool_choice` that would force a call."""
+        """This model with tools. Raises `Unsupported` for what would force a call, or hold it to anything."""
         if tool_choice not in (None, False, "auto", "none"):
             raise Unsupported(f"tool_choice={tool_choice!r}: a call cannot be forced; use 'auto' or 'none'")
+        if parallel_tool_calls is False or strict:
+            name = "strict" if strict else "parallel_tool_calls"
+            raise Unsupported(f"{name}: how a model calls tools is not constrained; leave it out")
         if self.base_url is None and self.tool_calls == "none":
             raise InvalidRequest(
                 "bind_tools: say how the model writes its calls, ChatThaw(tool_calls='hermes'); with 'none' they would "
