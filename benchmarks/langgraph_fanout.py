@@ -249,7 +249,8 @@ def main() -> None:
     options = words.parse_args()
     with tempfile.TemporaryDirectory(prefix="thaw-fanout-") as folder, thaw.open(folder, create=True) as bare:
         arguments = (
-            "--max-model-len", "8192", "--num-gpu-blocks-override", str(options.blocks),
+            "--max-model-len", str(min(8192, (options.blocks - 4) * options.block_size)),
+            "--num-gpu-blocks-override", str(options.blocks),
             "--block-size", str(options.block_size), "--enable-prompt-tokens-details",
         )  # fmt: skip
         started = serve.up(bare, "vllm", options.model, python=options.python, arguments=arguments)
