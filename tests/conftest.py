@@ -27,6 +27,10 @@ SERVED = {"on_vllm": ("vllm", "vLLM"), "on_sglang": ("sglang", "SGLang")}
 is: pytest puts the folder above on the path, and whoever asks whether vllm is there would find tests."""
 
 
+OPTIONAL = {"with_langgraph": "langgraph"}
+"""Folders of tests that import an optional package, which is called as its extra is."""
+
+
 class NotHere(pytest.Dir):
     """A folder of tests that this environment cannot run: one line says so."""
 
@@ -35,7 +39,16 @@ class NotHere(pytest.Dir):
         pytest.skip(f"{title} is not installed in this environment; `make test-{package}` runs these tests")
 
 
+class NotInstalled(pytest.Dir):
+    """A folder of tests of an extra that is not installed: one line says so."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip(f"the extra [{OPTIONAL[self.path.name]}] is not installed")
+
+
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if path.parent == Path(__file__).parent and not is_installed(OPTIONAL.get(path.name, "pytest")):
+        return NotInstalled.from_parent(parent, path=path)
     here = path.parent == Path(__file__).parent / "engines" and path.name in SERVED
     return NotHere.from_parent(parent, path=path) if here and not is_installed(SERVED[path.name][0]) else None
 

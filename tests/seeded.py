@@ -86,6 +86,7 @@ class Outcome:
 
 
 GATEWAY = "tests/gateway"
+LANGGRAPH = "tests/with_langgraph"
 FAULTS = (
     # --- law 1, bytes
     Fault(
@@ -693,6 +694,33 @@ FAULTS = (
         "        self.outcome.set_result(outcome)\n        await asyncio.sleep(1)\n        await self._keep(outcome)\n",
         (f"{GATEWAY}/test_process.py::test_what_was_acknowledged_is_there_after_kill_9_and_goes_on",),
         "a response is acknowledged before it is on disk",
+    ),
+    # --- LangGraph
+    Fault(
+        "tags-dropped-first", "7", "none", "integrations/langgraph/saver.py",
+        "            self._file.delete_thread(thread_id)\n",
+        "            keeping.release(self.repo.store, thread_id, named)\n"
+        "            self._file.delete_thread(thread_id)\n",
+        (f"{LANGGRAPH}/test_kill.py::test_no_checkpoint_names_freed_kv_after_a_kill",),
+        "a killed process leaves a checkpoint whose KV gc frees",
+    ),
+    Fault(
+        "pending-writes-not-kept", "LangGraph", "none", "integrations/langgraph/saver.py",
+        "named = points_in([value for _, value in writes])", "named = points_in(task_id)",
+        (f"{LANGGRAPH}/test_saver.py::test_what_a_failed_step_wrote_is_kept",),
+        "an answer that waits for another node to succeed loses its KV",
+    ),
+    Fault(
+        "every-point-fits", "LangGraph", "none", "integrations/langgraph/messages.py",
+        'intact=message.response_metadata[KEY].get("digest") == digests[i]', "intact=True",
+        (f"{LANGGRAPH}/test_chat_model.py::test_a_message_that_was_edited_reaches_a_gateway",),
+        "a message that was edited is never seen by the model behind a gateway",
+    ),
+    Fault(
+        "parent-not-held", "LangGraph", "none", "integrations/langgraph/local.py",
+        "while parent is not None and self._num_tokens(parent) > keep:", "while False:",
+        (f"{LANGGRAPH}/test_time_travel.py::test_another_system_message_reads_the_conversation_again",),
+        "a commit keeps the KV of a conversation that it does not continue",
     ),
 )  # fmt: skip
 

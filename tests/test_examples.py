@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,3 +27,29 @@ def test_best_of_n_keeps_the_likeliest_answer(tmp_path: Path, demo_model: Path) 
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert tip.returncode == 0 and "Where is the pump?" in tip.stdout, tip.stdout + tip.stderr
+
+
+def test_four_reviewers_go_on_from_one_reading_after_a_restart(tmp_path: Path, demo_model: Path) -> None:
+    pytest.importorskip("langgraph", reason="the extra [langgraph] is not installed")
+    (tmp_path / "document.txt").write_text("The pump stands in the cellar. It is tested on Mondays. " * 20)
+
+    def run(*words: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env={**os.environ}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    program = str(EXAMPLES / "langgraph_review.py")
+    (read,) = run(program, "read", str(demo_model), "document.txt")
+    num_read = int(read.split()[1]) + 32 - 1  # the last sampled token has no KV
+    *reviews, adopted = run(program, "review", str(demo_model))
+    assert sorted(line.split()[0] for line in reviews) == ["cost", "gaps", "language", "safety"]
+    for line in reviews:
+        _, prefilled, _, cached = line.split()[:4]
+        assert int(prefilled) < 40 and num_read - 32 < int(cached) <= num_read, line
+    assert sum(", stored:" in line for line in reviews) == 1  # loaded once, and forked
+    history = json.loads("".join(run("-m", "thaw.cli", "-C", "review", "log", "--json", "main")))["commits"]
+    assert adopted.split()[-1] == history[0]["commit"] and len(history) == 2
+    freed = json.loads("".join(run("-m", "thaw.cli", "-C", "review", "gc", "--keep-days", "0", "--json")))
+    assert freed["commits_removed"] == 3

@@ -496,3 +496,18 @@ def test_conversations_of_an_older_thaw_go_on(repo: Repository) -> None:
     back.commit("new", branch="main")
     again = repo.session("main")
     assert again.messages == back.messages and again.chat("more", GREEDY).forked_at is None
+
+
+def test_a_whole_conversation_is_appended_and_answered_later(repo: Repository) -> None:
+    """`append(history=…)` is to `chat(history=…)` as `append(messages=…)` is to `chat(…)`."""
+    told = [{"role": "user", "content": "What is a blob? " * 8}]
+    with repo.session() as session:
+        answer = session.chat(told, Sampling(max_tokens=6, seed=1)).message
+        longer = [*told, answer, {"role": "user", "content": "And a pack?"}]
+        one, two = session.fork(2)
+        one.append(history=longer, add_generation_prompt=True)
+        said = one.generate(sampling=Sampling(max_tokens=6, seed=2))
+        assert said.token_ids == two.chat(history=longer, sampling=Sampling(max_tokens=6, seed=2)).completion.token_ids
+        assert one.messages == [*longer, {"role": "assistant", "content": said.text}] == two.messages
+        with pytest.raises(InvalidRequest, match="either the new messages, or the whole conversation"):
+            one.append(messages=told, history=told)

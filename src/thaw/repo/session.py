@@ -182,21 +182,23 @@ class Session(ProcessBound):
         token_ids: Sequence[int] | None = None,
         role: str | None = None,
         messages: Messages | None = None,
+        history: Messages | None = None,
         tools: Sequence[Tool] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool = False,
     ) -> SessionView:
         """Prefill text, tokens or chat messages at the end, as one prompt turn. Returns when its KV is there.
 
-        `messages` are appended to the conversation as by `chat`, and nobody answers yet; `add_generation_prompt`: up to
-        where the answer begins, so that `generate` answers."""
-        if messages is not None:
+        `messages` are appended to the conversation as by `chat`, and nobody answers yet; `history` gives it whole
+        instead, as there. `add_generation_prompt`: up to where the answer begins, so that `generate` answers."""
+        if messages is not None or history is not None:
             if text or token_ids is not None or role is not None:
                 raise InvalidRequest("messages stand alone: leave text, token_ids and role out")
             return self._append_messages(
                 chats.ask(
                     self._context.engine.codec,
                     messages,
+                    history=history,
                     tools=tools,
                     chat_template_kwargs=chat_template_kwargs,
                     answer=add_generation_prompt,
@@ -204,7 +206,8 @@ class Session(ProcessBound):
             )
         if tools is not None or chat_template_kwargs is not None or add_generation_prompt:
             raise InvalidRequest(
-                "tools, chat_template_kwargs and add_generation_prompt belong to messages=…; plain text has no template"
+                "tools, chat_template_kwargs and add_generation_prompt belong to messages=… or history=…; plain text "
+                "has no template"
             )
         ids, shown = self.encode(text, token_ids)
         return self._context.engine.append(self.ref, ids, text=shown, role=role).result()
