@@ -24,6 +24,7 @@ from starlette.routing import Route
 from thaw.core.errors import ThawError
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
+from thaw.gateway.metrics import Gauges
 from thaw.gateway.problems import ApiError, problem_of
 from thaw.gateway.reply import ClientGone, as_json
 from thaw.gateway.service import Service
@@ -167,8 +168,13 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
-        """No key is asked for, and nothing but this is said."""
-        return as_json({"status": "ending" if service.closing else "ok"}, 503 if service.closing else 200)
+        """No key is asked for, and nothing but this is said. `degraded`: some engines are down; `waiting`: all are."""
+        engines, up = service.engines.all, len(service.engines.up)
+        status = "ending" if service.closing else "waiting" if not up else "ok" if up == len(engines) else "degraded"
+        told: dict[str, object] = {"status": status}
+        if len(engines) > 1:
+            told["engines"] = [{"engine": one.number, "up": one.is_up} for one in engines]
+        return as_json(told, 200 if status in ("ok", "degraded") else 503)
 
     return health
 
@@ -180,11 +186,21 @@ def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
             service.tenants.of_operator(_key(request))
         except ApiError as problem:
             return problem_reply("", problem)
-        gauges = {
-            "thaw:requests_running": float(service.num_running),
-            "thaw:live_sessions": float(len(service.live)),
-            "thaw:live_tokens": float(service.live.num_tokens),
-        }
-        return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(_gauges(service)), media_type="text/plain; version=0.0.4")
 
     return metrics
+
+
+def _gauges(service: Service) -> Gauges:
+    live, found = service.live, Gauges()
+    found.set("thaw:requests_running", service.num_running)
+    found.set("thaw:live_sessions", len(live))
+    found.set("thaw:live_tokens", live.num_tokens)
+    for one in service.engines.all:
+        name, held = str(one.number), live.of(one)
+        found.set("thaw:engine_up", one.is_up, engine=name)
+        found.set("thaw:engine_replaced", one.num_restarts, engine=name)
+        found.set("thaw:engine_requests_running", one.running, engine=name)
+        found.set("thaw:engine_live_sessions", len(held), engine=name)
+        found.set("thaw:engine_live_tokens", sum(len(entry.tokens) for entry in held), engine=name)
+    return found

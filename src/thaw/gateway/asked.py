@@ -78,6 +78,8 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     pieces: tuple[int, ...]
     ttft_s: float
     total_s: float
+    engine: int = 0
+    """The number of the engine that ran it."""
 
     @property
     def told(self) -> dict[str, object]:
@@ -90,6 +92,7 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
             "prefilled_tokens": self.num_prefilled,
             "source": self.source,
             "seed": self.seed,
+            "engine": self.engine,
         }
         if self.forked_at is not None:
             told |= {"forked_at": self.forked_at, "dropped_tokens": self.num_dropped}

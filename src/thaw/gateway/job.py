@@ -3,9 +3,9 @@
 It runs in a task of its own and outlives the connection that asked for it: deltas are kept until it is forgotten, and
 whoever follows it sees all of them from any place on. `stop` ends it at the next step boundary; what was said until
 then is committed like any other. `park` does too, so that it can go on bit for bit later: what a stream holds back, the
-beginning of a stop string or of a character, is not given out. Where the engine ends and another one takes its place,
-the job pauses and runs again there with the seed that it had; what it says must begin with what was given out, and
-followers see the rest. Its outcome exists once the commit is on disk.
+beginning of a stop string or of a character, is not given out. Where the engine ends, the job runs again with the seed
+that it had, in another one or, once it is there, in the one that takes its place; what it says must begin with what was
+given out, and followers see the rest. Its outcome exists once the commit is on disk.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ReplyJob:
         engine_back: Callable[[], Awaitable[None]],
         said: Sequence[Delta] = (),
     ) -> None:
-        """`engine_back` waits for another engine after one has died, or raises. `said`: deltas from before it was
+        """`engine_back` waits until an engine is up after one has died, or raises. `said`: deltas from before it was
         parked."""
         self.asked = asked
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
@@ -163,8 +163,8 @@ class ReplyJob:
                     self._tell()
             outcome = await self._committed(place, await call(work.result))
             view = await place.session.view()
-        except BaseException:
-            await place.give_up()
+        except BaseException as error:
+            await place.give_up(error)
             raise
         await place.settle(place.session.sync.engine.codec, view, outcome)
         await self._keep(outcome)
@@ -209,6 +209,7 @@ class ReplyJob:
             forked_at=result.forked_at if isinstance(result, ChatResult) else None,
             num_dropped=result.num_dropped_tokens if isinstance(result, ChatResult) else 0,
             source=place.source,
+            engine=place.entry.home.number,
             pieces=tuple(len(delta.text) for delta in self._deltas),
             ttft_s=completion.ttft_s,
             total_s=completion.total_s,

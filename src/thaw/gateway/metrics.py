@@ -25,7 +25,25 @@ HELP: dict[str, tuple[str, str]] = {
     "thaw:stored_bytes_total": ("counter", "Bytes of KV written by commits."),
     "thaw:live_sessions": ("gauge", "Sessions kept open for follow-up requests."),
     "thaw:live_tokens": ("gauge", "Their tokens."),
+    "thaw:engine_up": ("gauge", "By engine: 1 while it is up."),
+    "thaw:engine_replaced": ("gauge", "By engine: how often another one has taken its place."),
+    "thaw:engine_requests_running": ("gauge", "By engine: running requests."),
+    "thaw:engine_live_sessions": ("gauge", "By engine: sessions kept open."),
+    "thaw:engine_live_tokens": ("gauge", "By engine: their tokens."),
+    "thaw:engine_cached_tokens_total": ("counter", "By engine: prompt tokens that were not recomputed."),
+    "thaw:engine_prefilled_tokens_total": ("counter", "By engine: prompt tokens that were computed."),
+    "thaw:engine_generated_tokens_total": ("counter", "By engine: tokens sampled."),
 }
+
+
+class Gauges:
+    """Values as of now."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, Labels], float] = {}
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self.values[name, tuple(sorted(labels.items()))] = value
 
 
 class Metrics:
@@ -47,6 +65,10 @@ class Metrics:
         self.add("thaw:generated_tokens_total", len(outcome.token_ids), **labels)
         self.add("thaw:stored_bytes_total", outcome.nbytes, **labels)
         self.add("thaw:sources_total", tenant=tenant, source=outcome.source)
+        engine = str(outcome.engine)
+        self.add("thaw:engine_cached_tokens_total", outcome.num_cached, engine=engine)
+        self.add("thaw:engine_prefilled_tokens_total", outcome.num_prefilled, engine=engine)
+        self.add("thaw:engine_generated_tokens_total", len(outcome.token_ids), engine=engine)
         if outcome.num_prefilled >= MEASURABLE:
             self._read_tokens += outcome.num_prefilled
             self._read_s += outcome.ttft_s
@@ -54,12 +76,11 @@ class Metrics:
             saved = outcome.num_cached * self._read_s / self._read_tokens
             self.add("thaw:saved_seconds_total", saved, **labels)
 
-    def text(self, gauges: dict[str, float]) -> str:
+    def text(self, gauges: Gauges) -> str:
         lines: list[str] = []
+        counts = {**self._counts, **gauges.values}
         for name, (kind, help) in HELP.items():
-            rows = {labels: value for (one, labels), value in self._counts.items() if one == name}
-            if name in gauges:
-                rows[()] = gauges[name]
+            rows = {labels: value for (one, labels), value in counts.items() if one == name}
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
             lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in sorted(rows.items())]
         return "\n".join(lines) + "\n"

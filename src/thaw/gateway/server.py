@@ -8,13 +8,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from logging.handlers import WatchedFileHandler
 
 import uvicorn
 
 from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
+from thaw.gateway.engines import Reconnect
 from thaw.gateway.ledger import Ledger
 from thaw.gateway.service import Service
 from thaw.gateway.settings import GatewaySettings
@@ -28,15 +29,20 @@ DRAIN_S = 60
 
 @contextlib.contextmanager
 def opened(
-    repo: Repository, tenants: Tenants, settings: GatewaySettings, reconnect: Callable[[], Engine] | None = None
+    repo: Repository,
+    tenants: Tenants,
+    settings: GatewaySettings,
+    reconnect: Reconnect | None = None,
+    others: Sequence[tuple[Engine, Reconnect | None]] = (),
 ) -> Iterator[Service]:
-    """The service of a repository, which has one gateway at a time. Raises `Busy`, `StorageFailed`."""
+    """The service of a repository, which has one gateway at a time. `others`: see `Service`. Raises `Busy`,
+    `InvalidRequest`, `StorageFailed`."""
     busy = f"another gateway is serving {repo.path}; stop it first"
     with locked(repo.path / LOCK, wait_s=0.0, busy=busy):
         ledger = Ledger(repo.path)
         try:
             ledger.interrupt()
-            yield Service(repo, tenants, settings, ledger, reconnect)
+            yield Service(repo, tenants, settings, ledger, reconnect, others)
         finally:
             ledger.close()
 

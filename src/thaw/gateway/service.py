@@ -1,4 +1,4 @@
-"""The neutral middle: one repository and engine, its tenants, what is open and under way, and what is kept.
+"""The neutral middle: one repository and its engines, its tenants, what is open and under way, and what is kept.
 
 Used by one event loop. Dialects ask it for jobs; nothing in it knows a dialect.
 """
@@ -14,11 +14,12 @@ from typing import Any
 from thaw.core.errors import ThawError
 from thaw.engines.base import Delta, Engine
 from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.engines import Reconnect, ServingEngines
 from thaw.gateway.job import Keep, ReplyJob
 from thaw.gateway.ledger import Ledger, LedgerRow
 from thaw.gateway.live import LiveSessions
 from thaw.gateway.metrics import Metrics
-from thaw.gateway.place import ParentFinder, Place
+from thaw.gateway.place import ParentFinder
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import Reader, reader_of
@@ -26,11 +27,8 @@ from thaw.gateway.tenants import Tenant, Tenants
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
-from thaw.repo.repository import open as open_repository
 from thaw.repo.resolve import ResolvedPoint
 
-REJOIN_S = 600.0
-"""How long requests wait for another engine."""
 log = logging.getLogger("thaw.gateway")
 
 
@@ -43,17 +41,16 @@ class Service:
         tenants: Tenants,
         settings: GatewaySettings,
         ledger: Ledger,
-        reconnect: Callable[[], Engine] | None = None,
+        reconnect: Reconnect | None = None,
+        others: Sequence[tuple[Engine, Reconnect | None]] = (),
     ) -> None:
-        """`reconnect` joins or boots the engine that replaces one that died; None if there is none."""
-        self.repo = AsyncRepository(repo)
-        self._reconnect = reconnect
-        self._rejoining = asyncio.Lock()
-        self.engine: Engine = repo.engine
+        """`others`: engines beside `repo`'s own. `reconnect` joins or boots the one that replaces an engine that died;
+        None if there is none. Raises `InvalidRequest` where they do not run one model."""
         self.settings = settings
+        self.live = LiveSessions(settings.limits)
+        self.engines = ServingEngines(repo, reconnect, others, self.live.drop, settings.spread)
         self.tenants = tenants
         self.ledger = ledger
-        self.live = LiveSessions(settings.limits)
         self.metrics = Metrics()
         self.served = settings.models or (_model_name(self.engine),)
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
@@ -64,48 +61,28 @@ class Service:
         self._running: set[ReplyJob] = set()
         self._conversations: set[tuple[str, str]] = set()
         self._chores: set[asyncio.Task[None]] = set()
-        self._opened: list[AsyncRepository] = []
-        """Those that came with another engine; they are closed here."""
         self._finders: dict[str, ParentFinder] = {}
+
+    @property
+    def engine(self) -> Engine:
+        """One of them: for what all would say alike."""
+        return self.engines.any.engine
+
+    @property
+    def repo(self) -> AsyncRepository:
+        return self.engines.any.repo
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
     def within(self, tenant: Tenant) -> AsyncRepository:
-        return self.repo.within(tenant.namespace) if tenant.namespace else self.repo
+        return self.engines.any.within(tenant.namespace)
 
     def _finder(self, tenant: Tenant) -> ParentFinder:
         if tenant.namespace not in self._finders:
-            self._finders[tenant.namespace] = ParentFinder(self.within(tenant), self.engine, self.live)
+            self._finders[tenant.namespace] = ParentFinder(self.engines, tenant.namespace, self.live)
         return self._finders[tenant.namespace]
-
-    async def rejoin(self, dead: Engine) -> None:
-        """Wait until another engine has taken the place of a dead one, once for all. Raises `ApiError` 503 where none
-        comes in time."""
-        async with self._rejoining:
-            if self.engine is not dead:
-                return
-            self.live.drop()
-            for _ in range(int(REJOIN_S / RETRY_AFTER_S)):
-                if self.closing or self._reconnect is None:
-                    break
-                try:
-                    engine = await call(self._reconnect)
-                except ThawError as error:
-                    log.warning("the engine is down, and none has replaced it yet: %s", error.kind)
-                    await asyncio.sleep(RETRY_AFTER_S)
-                    continue
-                await self._use(engine)
-                return
-        raise ApiError(503, "the engine is down; try again soon", retry_after=RETRY_AFTER_S)
-
-    async def _use(self, engine: Engine) -> None:
-        former, self.engine = self.repo, engine
-        self.repo = AsyncRepository(await call(open_repository, former.path, engine=engine, create=False))
-        self._finders.clear()
-        self._opened.append(self.repo)
-        log.warning("another engine has replaced the one that stopped")
 
     # -- points
 
@@ -146,19 +123,13 @@ class Service:
     def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> ReplyJob:
         """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
         commit is kept. `said`: deltas from before it was parked."""
-        engine = self.engine
-
-        async def find(now: Asked) -> Place:
-            nonlocal engine
-            engine = self.engine
-            return await self._finder(tenant).find(now)
 
         async def kept(outcome: RequestOutcome) -> None:
             tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
             self.metrics.done(tenant.name, asked.branch, outcome)
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
-        job = ReplyJob(asked, find, kept, lambda: self.rejoin(engine), said)
+        job = ReplyJob(asked, self._finder(tenant).find, kept, self.engines.wait, said)
         tenant.running += 1
         self._running.add(job)
 
@@ -216,6 +187,7 @@ class Service:
     async def close(self) -> None:
         """Park what runs: each job is committed as far as it came. Then nothing is open."""
         self.closing = True
+        self.engines.stop_waiting()
         stored = set(self.jobs.values())
         for job in list(self._running):
             (job.park if job in stored else job.stop)()
@@ -223,9 +195,7 @@ class Service:
             if tasks:
                 await asyncio.wait(tasks)
         await self.live.clear()
-        for repo in self._opened:
-            await call(repo.sync.engine.close)
-            await repo.close()
+        await self.engines.close()
 
 
 def _model_name(engine: Engine) -> str:

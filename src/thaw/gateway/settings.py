@@ -38,6 +38,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     tools: str = "none"
     """How the model writes its calls of tools (`thaw.gateway.speech`)."""
+    spread: int = 8
+    """By so many running requests an engine may be ahead of another one before requests go to that one and load the
+    prefix there."""
     limits: Limits = Limits()
     keeping: Keeping = Keeping()
     audit: str | None = None
