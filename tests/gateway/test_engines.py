@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+from test_process import served
 
 import thaw
 from gateway_stand import TOKEN, Gateway, Start
+from thaw.cli.serving import Starting, opened
 from thaw.core.errors import InvalidRequest
 from thaw.gateway.settings import GatewaySettings
 
@@ -80,10 +84,10 @@ def test_a_crowded_engine_hands_over_what_another_one_can_load(start: Start) -> 
     client = gateway.openai()
     first = ask(client, LONG)
     before = gateway.num_forwarded
-    kids = at_once(8, lambda i: ask(client, f"Go on {i}.", previous_response_id=first.id))
+    kids = at_once(8, lambda i: ask(client, f"Go on {i}.", previous_response_id=first.id, max_output_tokens=40))
     assert {kid.thaw["engine"] for kid in kids} == {0, 1}
     assert {kid.thaw["cached_tokens"] for kid in kids} == {first.usage.total_tokens - 1}
-    assert gateway.num_forwarded - before == sum(kid.thaw["prefilled_tokens"] + 7 for kid in kids)
+    assert gateway.num_forwarded - before == sum(kid.thaw["prefilled_tokens"] + 39 for kid in kids)
 
 
 def test_what_one_engine_stored_another_one_goes_on_with(start: Start) -> None:
@@ -129,13 +133,15 @@ def test_one_that_died_is_brought_back_and_used_again(start: Start) -> None:
     client = gateway.openai()
     gateway.engines[0].close()
     gateway.engines[1].close()
-    told = [ask(client, f"{letter} {LONG}") for letter in "abcd"]
-    for _ in range(200):
+    for letter in "abcdefgh":
+        assert ask(client, f"{letter} {LONG}").usage.output_tokens == 8
+    for _ in range(500):
         if health(gateway).json()["status"] == "ok":
             break
         time.sleep(0.02)
-    assert health(gateway).json()["status"] == "ok" and len(told) == 4
+    assert series(gateway, "thaw:engine_up") == {'engine="0"': 1.0, 'engine="1"': 1.0}
     assert series(gateway, "thaw:engine_replaced") == {'engine="0"': 1.0, 'engine="1"': 1.0}
+    assert {ask(client, f"{letter} {LONG}").thaw["engine"] for letter in "ijkl"} == {0, 1}
 
 
 def test_all_down_and_none_to_come_is_503(start: Start) -> None:
@@ -163,3 +169,45 @@ def test_sessions_quotas_and_limits_count_over_all_engines(start: Start) -> None
     assert len(gateway.service.live) <= 3
     held = [len(engine._sessions) for engine in gateway.engines]  # type: ignore[attr-defined]
     assert sum(held) <= 3
+
+
+# -- the command line
+
+HOW = Starting(
+    model=None, dtype=None, device=None, python=None, arena_nbytes=None, environments=(), arguments=()
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "workers", "how", "why"),
+    [
+        (("fake", "fake"), None, HOW, "start several with --workers"),
+        (("http://x:1", "fake"), None, HOW, "start several with --workers"),
+        (("http://x:1",), 2, HOW, "--workers starts its own engines"),
+        (("fake", "fake"), 2, HOW, "--workers starts its own engines"),
+        (("fake",), None, msgspec.structs.replace(HOW, arguments=("--x",)), "are for --workers"),
+        (("fake",), 2, msgspec.structs.replace(HOW, python="python3"), "has no server"),
+        (("fake",), 1, msgspec.structs.replace(HOW, environments=("A=1", "A=2")), "2 --worker-env for 1 workers"),
+        (("fake",), 1, msgspec.structs.replace(HOW, environments=("A",)), "write NAME=VALUE"),
+        (("vllm",), 1, msgspec.structs.replace(HOW, model="m", dtype="float16"), "write them after --"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_by_name(
+    tmp_path: Path, names: tuple[str, ...], workers: int | None, how: Starting, why: str
+) -> None:
+    thaw.init(tmp_path / "runs").close()
+    with pytest.raises(InvalidRequest, match=why), opened(str(tmp_path / "runs"), names, workers, how):
+        pass
+
+
+@pytest.mark.slow("starts processes")
+def test_workers_of_a_process_share_one_repository(tmp_path: Path) -> None:
+    thaw.init(tmp_path / "runs").close()
+    with served(tmp_path / "runs", "--engine", "fake", "--workers", "2") as process:
+        kin = at_once(2, lambda i: ask(process.client, f"{i} {LONG}", max_output_tokens=200))
+        assert {one.thaw["engine"] for one in kin} == {0, 1}
+        assert process.end() == 0
+    with served(tmp_path / "runs", "--engine", "fake", "--workers", "3") as process:
+        for one in kin:
+            kid = ask(process.client, "On.", previous_response_id=one.id)
+            assert kid.thaw["cached_tokens"] == one.usage.total_tokens - 1

@@ -38,6 +38,7 @@ class ServingEngine:
         self.number = number
         self.repo = repo
         self.running = 0
+        self.num_placed = 0
         self.is_up = True
         self.num_restarts = 0
         self._reconnect = reconnect
@@ -124,7 +125,7 @@ class ServingEngines:
         """Raises `EngineDied` where none is up."""
         if not self.up:
             raise EngineDied("no engine is up")
-        return min(self.up, key=lambda one: one.running)
+        return min(self.up, key=_load)
 
     def nearest(self, num_open: Callable[[ServingEngine], int], num_elsewhere: int, worth: int) -> ServingEngine:
         """Where a request runs. `num_open(engine)`: of its tokens those that are open or under way there;
@@ -137,7 +138,7 @@ class ServingEngines:
         most = max(known.values())
         if most < worth or most + worth <= num_elsewhere:
             return least
-        best = min((one for one in self.up if known[one] + worth > most), key=lambda one: one.running)
+        best = min((one for one in self.up if known[one] + worth > most), key=_load)
         crowded = best.running - least.running >= self._spread
         return least if crowded and num_elsewhere + worth > most else best
 
@@ -196,6 +197,11 @@ class ServingEngines:
         """Those that came later, and the views; not the engines that were given."""
         for one in self.all:
             await one.close()
+
+
+def _load(one: ServingEngine) -> tuple[int, int]:
+    """How busy it is; of equals the one that got fewer requests until now."""
+    return one.running, one.num_placed
 
 
 def _require_same(first: Engine, other: Engine, number: int) -> None:

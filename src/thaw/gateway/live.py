@@ -119,6 +119,7 @@ class LiveSessions:
     def begin(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
         """A request that will have read these tokens there; whoever comes after it may wait for it."""
         home.running += 1
+        home.num_placed += 1
         return self._enter(home, namespace, tokens, chat=chat)
 
     def _enter(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
