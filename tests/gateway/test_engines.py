@@ -186,7 +186,7 @@ HOW = Starting(
         (("http://x:1",), 2, HOW, "--workers starts its own engines"),
         (("fake", "fake"), 2, HOW, "--workers starts its own engines"),
         (("fake",), None, msgspec.structs.replace(HOW, arguments=("--x",)), "are for --workers"),
-        (("fake",), 2, msgspec.structs.replace(HOW, python="python3"), "has no server"),
+        (("fake",), 2, msgspec.structs.replace(HOW, arena_nbytes=1), "has no server"),
         (("fake",), 1, msgspec.structs.replace(HOW, environments=("A=1", "A=2")), "2 --worker-env for 1 workers"),
         (("fake",), 1, msgspec.structs.replace(HOW, environments=("A",)), "write NAME=VALUE"),
         (("vllm",), 1, msgspec.structs.replace(HOW, model="m", dtype="float16"), "write them after --"),

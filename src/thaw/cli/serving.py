@@ -44,8 +44,8 @@ def opened(named: str | None, names: Sequence[str], workers: int | None, how: St
         with _workers(named, names, workers, how) as found:
             yield found
         return
-    if how.python or how.arena_nbytes is not None or how.environments or how.arguments:
-        raise InvalidRequest("--python, --arena, --worker-env and arguments of an engine are for --workers")
+    if how.arena_nbytes is not None or how.environments or how.arguments:
+        raise InvalidRequest("--arena, --worker-env and arguments of an engine are for --workers")
     if len(names) > 1 and not all(name.startswith(URLS) for name in names):
         raise InvalidRequest("several --engine must be URLs of servers that run; start several with --workers N")
     first = names[0] if names else None
@@ -102,10 +102,10 @@ def _in_process(look: Repository, name: str | None, how: Starting) -> EngineSett
     name = name or (known.name if known is not None else None)
     if name is None or has_server(name):
         return None
-    if how.python or how.arena_nbytes is not None or how.environments or how.arguments:
+    if how.arena_nbytes is not None or how.environments or how.arguments:
         raise InvalidRequest(
-            f"the engine {name} has no server, so its workers are loaded into this process: --python, --arena, "
-            "--worker-env and arguments of an engine are for servers"
+            f"the engine {name} has no server, so its workers are loaded into this process: --arena, --worker-env and "
+            "arguments of an engine are for servers"
         )
     return boot.choose(look.store, name, how.model, how.dtype, how.device)
 

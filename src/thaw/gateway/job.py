@@ -17,9 +17,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 
 from thaw.core.errors import Cancelled, EngineDied
-from thaw.engines.base import Completion, Delta
-from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
+from thaw.engines.base import Completion, Delta, SessionView
+from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
 from thaw.gateway.place import Place
+from thaw.gateway.reading import SpeechReader
+from thaw.gateway.speech import Said, merged_said
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
@@ -56,6 +58,12 @@ class Given:
         return msgspec.structs.replace(delta, token_ids=tuple(new_ids), logprobs=logprobs, text=new_text)
 
 
+def _prompt(view: SessionView) -> tuple[int, ...]:
+    """What a session's last completion follows."""
+    last = view.turns[-1] if view.turns else None
+    return view.tokens[: last.start] if last is not None and last.kind == "completion" else view.tokens
+
+
 Keep = Callable[[RequestOutcome], Awaitable[None]]
 
 
@@ -68,10 +76,11 @@ class ReplyJob:
         place: Callable[[Asked], Awaitable[Place]],
         keep: Keep,
         engine_back: Callable[[], Awaitable[None]],
-        said: Sequence[Delta] = (),
+        reader: Callable[[Asked, Sequence[int]], SpeechReader],
+        said: Sequence[SpokenPiece] = (),
     ) -> None:
-        """`engine_back` waits until an engine is up after one has died, or raises. `said`: deltas from before it was
-        parked."""
+        """`engine_back` waits until an engine is up after one has died, or raises. `reader` reads
+        what is said after a prompt. `said`: pieces from before it was parked."""
         self.asked = asked
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
@@ -85,8 +94,10 @@ class ReplyJob:
         self.about: object = None
         """What its dialect needs to tell it to somebody else."""
         self._find, self._keep, self._engine_back = place, keep, engine_back
+        self._make_reader = reader
+        self._reader: SpeechReader | None = None
         self._given = Given()
-        self._deltas = list(said)
+        self._pieces = list(said)
         self._news = asyncio.Event()
         self._ended = False
         self._stream: AsyncStream[ChatResult] | AsyncStream[Completion] | None = None
@@ -105,13 +116,13 @@ class ReplyJob:
         self.parked = not self._ended
         self.stop()
 
-    async def follow(self, start: int = 0) -> AsyncIterator[Delta]:
-        """Its deltas from number `start` on, until the last one."""
+    async def follow(self, start: int = 0) -> AsyncIterator[SpokenPiece]:
+        """Its pieces from number `start` on, until the last one."""
         while True:
             news = self._news
-            while start < len(self._deltas):
+            while start < len(self._pieces):
                 start += 1
-                yield self._deltas[start - 1]
+                yield self._pieces[start - 1]
             if self._ended:
                 return
             await news.wait()
@@ -140,6 +151,8 @@ class ReplyJob:
         finally:
             self._ended = True
             self._tell()
+            if self._reader is not None:
+                await self._reader.close()
 
     async def _go_on(self, place: Place) -> None:
         try:
@@ -152,6 +165,7 @@ class ReplyJob:
                 )
             if self.stopped:
                 await self._stream.cancel()
+            reader = await self._reading(place)
             async for delta in each(work):
                 if delta.token_ids:
                     place.entry.ready.set()
@@ -159,9 +173,8 @@ class ReplyJob:
                     delta = msgspec.structs.replace(delta, text="")
                 news = self._given.beyond(delta)
                 if news is not None:
-                    self._deltas.append(news)
-                    self._tell()
-            outcome = await self._committed(place, await call(work.result))
+                    await self._spoken(reader, news)
+            outcome = await self._committed(place, await call(work.result), reader)
             view = await place.session.view()
         except BaseException as error:
             await place.give_up(error)
@@ -169,6 +182,35 @@ class ReplyJob:
         await place.settle(place.session.sync.engine.codec, view, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
+
+    async def _reading(self, place: Place) -> SpeechReader:
+        """The reader, which knows what was said before the job was parked. It goes on where a run begins again."""
+        if self._reader is None:
+            self._reader = self._make_reader(self.asked, place.entry.tokens or _prompt(await place.session.view()))
+            for piece in self._pieces:
+                await self._reader.push(piece.text, piece.token_ids)
+        return self._reader
+
+    async def _spoken(self, reader: SpeechReader, news: Delta) -> None:
+        said = await reader.push(news.text, news.token_ids) if self.asked.followed else ()
+        piece = SpokenPiece(
+            text=news.text, token_ids=news.token_ids, logprobs=news.logprobs, said=tuple(said)
+        )  # fmt: skip
+        self._pieces.append(piece)
+        self._tell()
+
+    async def _said(self, reader: SpeechReader, completion: Completion) -> tuple[Said, ...]:
+        """All that was said. A last piece gives out what was not told until now, unless the job is to go on."""
+        parked = self.parked and completion.finish_reason == "abort"
+        if self.asked.followed:
+            left = [] if parked else await reader.end()
+        else:
+            left = await reader.whole(completion.text, completion.token_ids)
+        told = [said for piece in self._pieces for said in piece.said]
+        if left and not parked:
+            self._pieces.append(SpokenPiece(text="", said=tuple(left)))
+            self._tell()
+        return tuple(merged_said([*told, *left]))
 
     def _ask(self, place: Place) -> AsyncStream[ChatResult] | AsyncStream[Completion]:
         asked, session = self.asked, place.session
@@ -186,10 +228,11 @@ class ReplyJob:
             continue_final_message=asked.continue_final_message,
         )
 
-    async def _committed(self, place: Place, result: ChatResult | Completion) -> RequestOutcome:
+    async def _committed(self, place: Place, result: ChatResult | Completion, reader: SpeechReader) -> RequestOutcome:
         completion = result.completion if isinstance(result, ChatResult) else result
         created = time.time()
         done = await place.session.commit(self.asked.note, branch=self.asked.branch)
+        said = await self._said(reader, completion)
         usage = completion.usage
         return RequestOutcome(
             text=completion.text,
@@ -210,7 +253,8 @@ class ReplyJob:
             num_dropped=result.num_dropped_tokens if isinstance(result, ChatResult) else 0,
             source=place.source,
             engine=place.entry.home.number,
-            pieces=tuple(len(delta.text) for delta in self._deltas),
+            said=said,
+            pieces=tuple(self._pieces),
             ttft_s=completion.ttft_s,
             total_s=completion.total_s,
         )

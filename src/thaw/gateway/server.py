@@ -13,6 +13,7 @@ from logging.handlers import WatchedFileHandler
 
 import uvicorn
 
+from thaw.core.errors import ThawError
 from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
 from thaw.gateway.engines import Reconnect
@@ -53,6 +54,16 @@ class GatewayServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self.failed: ThawError | None = None
+        """Why it did not start."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self._service.readers.start()
+        except ThawError as error:
+            self.failed, self.should_exit = error, True
+            return
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.close()
@@ -78,10 +89,13 @@ def server(service: Service) -> GatewayServer:
 
 def run(service: Service) -> None:
     """Serve until SIGTERM or SIGINT; when all that ran is committed, leave by `SystemExit`, so that everything closes.
-    For the main thread."""
+    For the main thread. Raises `InvalidRequest` where the parsers that the settings name do not run."""
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, lambda *_: sys.exit(0))  # uvicorn has its own meanwhile, and raises it again at its end
-    server(service).run()
+    made = server(service)
+    made.run()
+    if made.failed is not None:
+        raise made.failed
 
 
 def keep_audit(path: str | None) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from thaw.core.errors import ThawError
-from thaw.engines.base import Delta, Engine
-from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.engines.base import Engine
+from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.engines import Reconnect, ServingEngines
 from thaw.gateway.job import Keep, ReplyJob
 from thaw.gateway.ledger import Ledger, LedgerRow
@@ -21,8 +21,9 @@ from thaw.gateway.live import LiveSessions
 from thaw.gateway.metrics import Metrics
 from thaw.gateway.place import ParentFinder
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
+from thaw.gateway.reading import OwnReader, SpeechReader, SpeechReaders
 from thaw.gateway.settings import GatewaySettings
-from thaw.gateway.speech import Reader, reader_of
+from thaw.gateway.speech import NONE, TextReaders
 from thaw.gateway.tenants import Tenant, Tenants
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
@@ -55,7 +56,7 @@ class Service:
         self.served = settings.models or (_model_name(self.engine),)
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
         self.closing = False
-        self.reader: Callable[[], Reader] = reader_of(settings.tools)
+        self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
         self._running: set[ReplyJob] = set()
@@ -120,16 +121,24 @@ class Service:
         if num > self.settings.limits.choices:
             raise ApiError(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
 
-    def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> ReplyJob:
+    def reader(self, asked: Asked, prompt_ids: Sequence[int]) -> SpeechReader:
+        """Of what is said after a prompt; behind a prompt that is no conversation everything is text."""
+        if asked.token_ids is not None:
+            return OwnReader(lambda: TextReaders(NONE, NONE, opened=False))
+        return self.readers.reader(self.engine.codec, tuple(prompt_ids), asked.tools, asked.variables)
+
+    def begin(
+        self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[SpokenPiece] = ()
+    ) -> ReplyJob:
         """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
-        commit is kept. `said`: deltas from before it was parked."""
+        commit is kept. `said`: pieces from before it was parked."""
 
         async def kept(outcome: RequestOutcome) -> None:
             tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
             self.metrics.done(tenant.name, asked.branch, outcome)
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
-        job = ReplyJob(asked, self._finder(tenant).find, kept, self.engines.wait, said)
+        job = ReplyJob(asked, self._finder(tenant).find, kept, self.engines.wait, self.reader, said)
         tenant.running += 1
         self._running.add(job)
 
@@ -195,6 +204,7 @@ class Service:
             if tasks:
                 await asyncio.wait(tasks)
         await self.live.clear()
+        await self.readers.close()
         await self.engines.close()
 
 

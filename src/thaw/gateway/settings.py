@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 
 
@@ -37,7 +39,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     tools: str = "none"
-    """How the model writes its calls of tools (`thaw.gateway.speech`)."""
+    reasoning: str = "none"
+    """How the model writes its calls of tools, and its thoughts (`thaw.gateway.reading`)."""
+    parser_python: str = sys.executable
+    """The Python that has the engine whose parsers these name."""
     spread: int = 8
     """By so many running requests an engine may be ahead of another one before requests go to that one and load the
     prefix there."""

@@ -41,7 +41,11 @@ DAY_S = 24 * 3600.0
 @click.option("--model-name", "models", multiple=True, metavar="NAME",
               help="The model's name for clients; repeatable, * accepts any; default: its folder's name.")  # fmt: skip
 @click.option("--tool-calls", "tools", default="none", show_default=True, metavar="KIND",
-              help="How the model writes tool calls: hermes, or none (calls stay text).")  # fmt: skip
+              help="How the model writes tool calls: hermes, vllm:NAME or sglang:NAME (NAME as in that engine's "
+              "--tool-call-parser), or none (calls stay text).")  # fmt: skip
+@click.option("--reasoning", default="none", show_default=True, metavar="KIND",
+              help="How the model writes its thinking: think (<think>…</think>), vllm:NAME or sglang:NAME, or none "
+              "(it stays text).")  # fmt: skip
 @click.option("--audit", type=click.Path(), metavar="FILE", help="Write one line of JSON per request to FILE.")
 @click.option("--certificate", type=click.Path(), metavar="FILE", help="PEM certificate; enables TLS.")
 @click.option("--certificate-key", type=click.Path(), metavar="FILE", help="PEM key; default: in the certificate file.")
@@ -58,7 +62,8 @@ DAY_S = 24 * 3600.0
               "servers.")  # fmt: skip
 @click.option("--worker-env", "environments", multiple=True, metavar="NAME=VALUE[,NAME=VALUE]",
               help="Environment of a worker: the first one is for worker 0, and so on; \\, is a comma.")  # fmt: skip
-@click.option("--python", metavar="PATH", help="A Python interpreter with the engine and thaw, for workers.")
+@click.option("--python", metavar="PATH", help="A Python interpreter with the engine and thaw, for workers and for "
+              "vllm:NAME and sglang:NAME; default: the current one.")  # fmt: skip
 @click.option("--arena", "arena_nbytes", type=options.num_bytes, metavar="BYTES",
               help="Host memory for each worker's sessions; default: 4GiB.")  # fmt: skip
 @click.option("--spread", type=click.IntRange(1), metavar="N",
@@ -87,7 +92,7 @@ def command(
     from thaw.gateway import server
 
     started = Starting(**{name: given.pop(name) for name in Starting.__struct_fields__})
-    settings = _settings(given)
+    settings = _settings({**given, "parser_python": started.python})
     tenants, token = _tenants(keys)
     server.keep_audit(settings.audit)
     with (
@@ -125,7 +130,7 @@ def _settings(given: dict[str, Any]) -> GatewaySettings:
     days = given.pop("keep_days")
     keeping = {"lifetime_s": None if days is None else days * DAY_S, "nbytes": given.pop("keep_bytes")}
     return GatewaySettings(
-        **_given({"spread": given.pop("spread")}),
+        **_given({name: given.pop(name) for name in ("spread", "parser_python")}),
         limits=Limits(**_given({field: given.pop(option) for field, option in limits.items()})),
         keeping=Keeping(**_given(keeping)),
         **given,

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from thaw.core.errors import ThawError
 from thaw.core.sampling import Sampling
-from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects.common import (
     HINTS,
@@ -36,7 +36,7 @@ from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
-from thaw.gateway.speech import Said, Text, ToolCall, read_all
+from thaw.gateway.speech import Said, Text, Thought, ToolCall
 
 FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
@@ -135,6 +135,7 @@ async def _asked(context: GatewayContext, body: ChatCreate, extension: Extension
         branch=extension.branch,
         note=extension.note or "chat",
         policy=extension.policy,
+        followed=body.stream,
     )
 
 
@@ -193,10 +194,12 @@ def _whole(context: GatewayContext, id: str, body: ChatCreate, outcomes: Sequenc
 def _choice(
     context: GatewayContext, id: str, body: ChatCreate, number: int, outcome: RequestOutcome
 ) -> dict[str, object]:
-    said = read_all(context.service.reader(), outcome.text)
-    calls = [one for one in said if isinstance(one, ToolCall)]
-    text = "".join(one.text for one in said if isinstance(one, Text))
+    calls = [one for one in outcome.said if isinstance(one, ToolCall)]
+    text = "".join(one.text for one in outcome.said if isinstance(one, Text))
+    thought = "".join(one.text for one in outcome.said if isinstance(one, Thought))
     message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if thought:
+        message |= _thought(thought)
     if calls:
         message["tool_calls"] = [_call(id, number, i, call) for i, call in enumerate(calls)]
     tops = outcome.top_logprobs
@@ -209,6 +212,11 @@ def _choice(
         "logprobs": {"content": logprobs, "refusal": None} if body.logprobs else None,
         "thaw": {"point": outcome.point},
     }
+
+
+def _thought(text: str) -> dict[str, object]:
+    """Under both names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object]:
@@ -224,10 +232,10 @@ async def _stream(context: GatewayContext, id: str, body: ChatCreate, jobs: Sequ
     for i in range(len(jobs)):
         yield event({**head, "choices": [_part(i, {"role": "assistant", "content": ""})]})
     try:
-        async for number, delta in merged(jobs):
+        async for number, piece in merged(jobs):
             choice = choices[number]
-            if delta is not None:
-                for one in choice.piece(delta.text, delta.token_ids, delta.logprobs):
+            if piece is not None:
+                for one in choice.piece(piece):
                     yield event({**head, "choices": [one]})
                 continue
             outcome = await asyncio.shield(jobs[number].outcome)
@@ -258,26 +266,26 @@ class _Choice:
 
     def __init__(self, context: GatewayContext, id: str, number: int, logprobs: bool) -> None:
         self._context, self._id, self._number, self._logprobs = context, id, number, logprobs
-        self._reader = context.service.reader()
         self._calls = 0
 
-    def piece(self, text: str, ids: Sequence[int], logprobs: Sequence[float]) -> Iterator[dict[str, object]]:
-        told = {"content": token_logprobs(self._context.codec, ids, logprobs)} if self._logprobs else None
-        said = list(self._reader.push(text))
-        for one in said:
+    def piece(self, piece: SpokenPiece) -> Iterator[dict[str, object]]:
+        told = None
+        if self._logprobs and piece.token_ids:
+            told = {"content": token_logprobs(self._context.codec, piece.token_ids, piece.logprobs)}
+        for one in piece.said:
             yield self._said(one, told)
             told = None
-        if told is not None and ids:
+        if told is not None:
             yield _part(self._number, {"content": ""}, logprobs=told)
 
     def end(self, outcome: RequestOutcome) -> Iterator[dict[str, object]]:
-        for one in self._reader.end():
-            yield self._said(one, None)
         yield _part(self._number, {}, "tool_calls" if self._calls else FINISH[outcome.finish_reason])
 
     def _said(self, one: Said, logprobs: Any) -> dict[str, object]:
         if isinstance(one, Text):
             return _part(self._number, {"content": one.text}, logprobs=logprobs)
+        if isinstance(one, Thought):
+            return _part(self._number, _thought(one.text), logprobs=logprobs)
         call = {"index": self._calls, **_call(self._id, self._number, self._calls, one)}
         self._calls += 1
         return _part(self._number, {"tool_calls": [call]}, logprobs=logprobs)

@@ -69,6 +69,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
             branch=extension.branch,
             note=extension.note or "completion",
             policy=extension.policy,
+            followed=asked.stream,
         )
         each += each_choice(base, choices_of(sampling, count))
     jobs = await context.service.start(context.tenant, each)
@@ -149,19 +150,19 @@ async def _stream(
 ) -> AsyncIterator[bytes]:
     head, offsets = _head(context, id), [0] * len(jobs)
     try:
-        async for number, delta in merged(jobs):
+        async for number, piece in merged(jobs):
             choice = {"index": number, "text": "", "finish_reason": None, "logprobs": None}
-            if delta is None:
+            if piece is None:
                 outcome = await asyncio.shield(jobs[number].outcome)
                 last = {**choice, "finish_reason": FINISH[outcome.finish_reason]}
                 yield event({**head, "choices": [last], "thaw": outcome.told})
                 continue
             if body.logprobs is not None:
-                logprobs = _logprobs(context, delta.token_ids, delta.logprobs, offset=offsets[number])
+                logprobs = _logprobs(context, piece.token_ids, piece.logprobs, offset=offsets[number])
                 choice["logprobs"] = logprobs
-            offsets[number] += len(delta.text)
-            if delta.text or choice["logprobs"]:
-                yield event({**head, "choices": [{**choice, "text": delta.text}]})
+            offsets[number] += len(piece.text)
+            if piece.text or choice["logprobs"]:
+                yield event({**head, "choices": [{**choice, "text": piece.text}]})
     except (ThawError, ApiError) as error:
         stop(jobs)
         yield broken(error)

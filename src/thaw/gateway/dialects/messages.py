@@ -23,11 +23,13 @@ from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
-from thaw.gateway.speech import Said, Text, ToolCall, read_all
+from thaw.gateway.speech import Said, Text, Thought, ToolCall
 
 BILLING = "x-anthropic-billing-header:"
 IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
                      "diagnostics", "cache_control"})  # fmt: skip
+SIGNATURE = "thaw"
+"""Of thinking blocks: clients send them back with it, and it says nothing."""
 HOW_LONG = ("budget_tokens", "display")
 """Of thinking: what templates do not get."""
 TYPES = {"authentication_error", "permission_error", "not_found_error", "request_too_large", "rate_limit_error",
@@ -61,7 +63,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     extension = context.extension(asked.thaw)
     base = await _asked(context, asked, extension, ignored)
     sampling = sampling_of(asked, context.service.engine, stop=list(asked.stop_sequences))
-    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens)
+    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens, followed=asked.stream)
     jobs = await context.service.start(context.tenant, [base])
     id = f"msg_{secrets.token_hex(16)}"
     context.note(response=id)
@@ -228,6 +230,8 @@ def _ending(outcome: RequestOutcome, *, called: bool) -> dict[str, object]:
 def _block(id: str, number: int, said: Said) -> dict[str, object]:
     if isinstance(said, Text):
         return {"type": "text", "text": said.text}
+    if isinstance(said, Thought):
+        return {"type": "thinking", "thinking": said.text, "signature": SIGNATURE}
     return {**_tool_use(id, number, said), "input": json.loads(said.arguments)}
 
 
@@ -236,9 +240,8 @@ def _tool_use(id: str, number: int, call: ToolCall) -> dict[str, object]:
 
 
 def _whole(context: GatewayContext, id: str, outcome: RequestOutcome) -> dict[str, object]:
-    said = read_all(context.service.reader(), outcome.text)
-    content = [_block(id, i, one) for i, one in enumerate(said)]
-    called = any(isinstance(one, ToolCall) for one in said)
+    content = [_block(id, i, one) for i, one in enumerate(outcome.said)]
+    called = any(isinstance(one, ToolCall) for one in outcome.said)
     return {
         "id": id, "type": "message", "role": "assistant", "model": context.service.model, "content": content,
         **_ending(outcome, called=called),
@@ -250,11 +253,11 @@ def _whole(context: GatewayContext, id: str, outcome: RequestOutcome) -> dict[st
 
 
 async def _stream(context: GatewayContext, id: str, job: ReplyJob) -> AsyncIterator[bytes]:
-    blocks = _Blocks(context, id)
+    blocks = _Blocks(id)
     yield _event(_start(context, id, job.begun.result()))
     try:
-        async for delta in job.follow():
-            for one in blocks.piece(delta.text):
+        async for piece in job.follow():
+            for one in blocks.piece(piece.said):
                 yield _event(one)
         outcome = await asyncio.shield(job.outcome)
     except (ThawError, ApiError) as error:
@@ -286,38 +289,47 @@ def _start(context: GatewayContext, id: str, begun: RequestBegun) -> dict[str, o
 class _Blocks:
     """Content blocks of a stream, one open at a time."""
 
-    def __init__(self, context: GatewayContext, id: str) -> None:
-        self._reader, self._id = context.service.reader(), id
+    def __init__(self, id: str) -> None:
+        self._id = id
         self._number = 0
-        self._open = False
+        self._open: str | None = None
+        """The type of the block that is open."""
         self.called = False
 
-    def piece(self, text: str) -> Iterator[dict[str, object]]:
-        for said in self._reader.push(text):
+    def piece(self, all_said: Sequence[Said]) -> Iterator[dict[str, object]]:
+        for said in all_said:
             yield from self._said(said)
 
     def end(self) -> Iterator[dict[str, object]]:
-        for said in self._reader.end():
-            yield from self._said(said)
         yield from self._close()
 
     def _said(self, said: Said) -> Iterator[dict[str, object]]:
         if isinstance(said, Text):
-            if not self._open:
-                self._open = True
-                yield self._of("content_block_start", content_block={"type": "text", "text": ""})
+            yield from self._within("text", {"text": ""})
             yield self._of("content_block_delta", delta={"type": "text_delta", "text": said.text})
             return
+        if isinstance(said, Thought):
+            yield from self._within("thinking", {"thinking": "", "signature": ""})
+            yield self._of("content_block_delta", delta={"type": "thinking_delta", "thinking": said.text})
+            return
         yield from self._close()
-        self.called = self._open = True
+        self.called, self._open = True, "tool_use"
         yield self._of("content_block_start", content_block=_tool_use(self._id, self._number, said))
         yield self._of("content_block_delta", delta={"type": "input_json_delta", "partial_json": said.arguments})
         yield from self._close()
 
+    def _within(self, kind: str, empty: dict[str, object]) -> Iterator[dict[str, object]]:
+        if self._open != kind:
+            yield from self._close()
+            self._open = kind
+            yield self._of("content_block_start", content_block={"type": kind, **empty})
+
     def _close(self) -> Iterator[dict[str, object]]:
-        if self._open:
+        if self._open == "thinking":
+            yield self._of("content_block_delta", delta={"type": "signature_delta", "signature": SIGNATURE})
+        if self._open is not None:
             yield self._of("content_block_stop")
-            self._open = False
+            self._open = None
             self._number += 1
 
     def _of(self, kind: str, **more: object) -> dict[str, object]:

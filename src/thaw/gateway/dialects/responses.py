@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -16,8 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import ThawError
-from thaw.engines.base import Delta, SessionRef
-from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import conversations, response_input
 from thaw.gateway.dialects.common import (
@@ -38,6 +36,7 @@ from thaw.gateway.ledger import LedgerRow
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.service import Service
+from thaw.gateway.speech import Said, Thought
 from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
 
@@ -136,6 +135,7 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
         branch=extension.branch if conversation is None else conversations.branch_of(conversation.id),
         note=extension.note or f"response {id}",
         policy=extension.policy,
+        followed=body.stream or body.background,
     )
     parent = str(at.commit) if at is not None else None
     head = _head(context, id, body, None if conversation is None else conversation.id)
@@ -227,14 +227,14 @@ async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     if begin.store:
         row = LedgerRow(
             kind=KIND, id=begin.id, namespace=namespace, status=str(begin.head["status"]), parent=begin.parent,
-            record={"reply": begin.head, "input": begin.input, "pieces": []},
+            record={"reply": begin.head, "input": begin.input},
         )  # fmt: skip
         first = asyncio.create_task(call(service.ledger.put, row))
     return _own(context, begin, first)
 
 
 def _own(
-    context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[Delta] = ()
+    context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[SpokenPiece] = ()
 ) -> ReplyJob:
     """The job of a response: known while it runs, and kept when it is over. `first` writes its row before that."""
     service, namespace = context.service, context.tenant.namespace
@@ -279,9 +279,9 @@ async def _failed(context: GatewayContext, begin: Begin, first: asyncio.Task[Non
 
 def _object(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> Event:
     logprobs = [] if begin.num_top is None else _logprobs(context, begin, outcome)
-    reader = context.service.reader()
     cancelled = job.stopped and not job.parked and bool(begin.head["background"])
-    return finished(begin.head, outcome, reader, logprobs, cancelled=cancelled)
+    thoughts = [context.codec.encode(one.text, first=False) for one in outcome.said if isinstance(one, Thought)]
+    return finished(begin.head, outcome, sum(map(len, thoughts)), logprobs, cancelled=cancelled)
 
 
 def _logprobs(context: GatewayContext, begin: Begin, outcome: RequestOutcome) -> list[dict[str, object]]:
@@ -292,14 +292,15 @@ def _logprobs(context: GatewayContext, begin: Begin, outcome: RequestOutcome) ->
 def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> LedgerRow:
     """What is kept of a response that is over, or parked: then only what was given out is its text."""
     reply = _object(context, begin, outcome, job)
-    text = outcome.text[: sum(outcome.pieces)] if job.parked else outcome.text
     return LedgerRow(
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
         status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
         nbytes=outcome.nbytes,
         created=outcome.created,
         record={
-            "reply": reply, "input": begin.input, "text": text, "pieces": list(outcome.pieces),
+            "reply": reply, "input": begin.input, "said": [piece.said for piece in outcome.pieces if piece.said],
+            "pieces": [[piece.text, piece.token_ids, piece.said] for piece in outcome.pieces] if job.parked else [],
+            "variables": begin.asked.variables,
             "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
         },
     )  # fmt: skip
@@ -326,14 +327,17 @@ async def _restore(service: Service, row: LedgerRow) -> None:
     if told is not None:
         conversation = await conversations.named(context, told["id"])
         service.take_conversation(row.namespace, told["id"])
-    asked = Asked(at=at, resume=True, branch=record["branch"], note=record["note"])
+    asked = Asked(
+        at=at, resume=True, branch=record["branch"], note=record["note"], variables=record["variables"],
+        tools=chosen(tools_of(head["tools"]), head["tool_choice"]), followed=True,
+    )  # fmt: skip
     begin = Begin(
         id=row.id, asked=asked, head=head, input=record["input"], parent=row.parent, conversation=conversation,
         num_top=record["num_top"], store=True,
     )  # fmt: skip
-    ends = [0, *accumulate(record["pieces"])]
-    texts = [record["text"][start:end] for start, end in pairwise(ends)]
-    said = [Delta(index=0, session=SessionRef(""), token_ids=(), logprobs=(), text=text) for text in texts]
+    said = [
+        SpokenPiece(text=text, token_ids=tuple(ids), said=tuple(_read(told))) for text, ids, told in record["pieces"]
+    ]
     _own(context, begin, None, said)
 
 
@@ -348,12 +352,12 @@ async def _live(context: GatewayContext, begin: Begin, job: ReplyJob, after: int
 
 
 async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> AsyncIterator[Event]:
-    events = Events(begin.head, context.service.reader)
+    events = Events(begin.head)
     for one in events.begin():
         yield one
-    async for delta in job.follow():
-        logprobs = [] if begin.num_top is None else token_logprobs(context.codec, delta.token_ids, delta.logprobs)
-        for one in events.piece(delta.text, logprobs):
+    async for piece in job.follow():
+        logprobs = [] if begin.num_top is None else token_logprobs(context.codec, piece.token_ids, piece.logprobs)
+        for one in events.piece(piece.said, logprobs):
             yield one
     try:
         outcome = await asyncio.shield(job.outcome)
@@ -370,17 +374,20 @@ async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> Async
 
 async def _again(context: GatewayContext, row: LedgerRow, after: int) -> AsyncIterator[bytes]:
     """The events of a response that is over, from what is kept of it."""
-    reply, text = row.record["reply"], row.record.get("text", "")
+    reply = row.record["reply"]
     head = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
     head.pop("thaw", None)
-    events, at = Events(head, context.service.reader), 0
+    events = Events(head)
     told = list(events.begin())
-    for length in row.record["pieces"]:
-        told += events.piece(text[at : at + length], [])
-        at += length
+    for said in row.record.get("said", ()):
+        told += events.piece(_read(said), [])
     for one in (*told, *events.end(_shown(row))):
         if one["sequence_number"] > after:
             yield event(one, one["type"])
+
+
+def _read(told: list[Any]) -> list[Said]:
+    return msgspec.convert(told, list[Said])
 
 
 # -- what is stored
