@@ -202,7 +202,7 @@ def told(process: ParserProcess, *pieces: str) -> list[Said]:
     from thaw.gateway.parsers.process import ProcessReader
 
     async def all_of() -> list[Said]:
-        reader = ProcessReader(process, (), {}, (), lambda: "")
+        reader = ProcessReader(process, (), {}, (), "")
         out = [said for piece in pieces for said in await reader.push(piece, (1,))]
         out += await reader.end()
         await reader.close()

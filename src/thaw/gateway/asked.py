@@ -8,7 +8,7 @@ import msgspec
 
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Message, Policy
-from thaw.gateway.speech import Said
+from thaw.gateway.speech import ForcedCalls, Said
 from thaw.repo.resolve import ResolvedPoint
 
 
@@ -40,6 +40,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The commit's message."""
     policy: Policy = "exact"
     resume: bool = False
+    forced: ForcedCalls | None = None
+    """What the model must call; it then writes JSON alone."""
+    single_call: bool = False
+    """The answer ends after its first call."""
     followed: bool = False
     """What it says is told as it comes, and not only at its end."""
 

@@ -21,7 +21,7 @@ from thaw.engines.base import Completion, Delta, SessionView
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
 from thaw.gateway.place import Place
 from thaw.gateway.reading import SpeechReader
-from thaw.gateway.speech import Said, merged_said
+from thaw.gateway.speech import Said, ToolCall, merged_said
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
@@ -96,6 +96,7 @@ class ReplyJob:
         self._find, self._keep, self._engine_back = place, keep, engine_back
         self._make_reader = reader
         self._reader: SpeechReader | None = None
+        self._called = False
         self._given = Given()
         self._pieces = list(said)
         self._news = asyncio.Event()
@@ -192,12 +193,25 @@ class ReplyJob:
         return self._reader
 
     async def _spoken(self, reader: SpeechReader, news: Delta) -> None:
-        said = await reader.push(news.text, news.token_ids) if self.asked.followed else ()
+        said = await reader.push(news.text, news.token_ids) if self.asked.followed else []
+        if self.asked.single_call:
+            said = self._up_to_first_call(said)
+            if self._called and self._stream is not None:
+                await self._stream.cancel()
         piece = SpokenPiece(
             text=news.text, token_ids=news.token_ids, logprobs=news.logprobs, said=tuple(said)
         )  # fmt: skip
         self._pieces.append(piece)
         self._tell()
+
+    def _up_to_first_call(self, all_said: list[Said]) -> list[Said]:
+        """Of what comes now, that which is not behind the first call of all."""
+        out: list[Said] = []
+        for said in all_said:
+            if not self._called:
+                out.append(said)
+            self._called = self._called or isinstance(said, ToolCall)
+        return out
 
     async def _said(self, reader: SpeechReader, completion: Completion) -> tuple[Said, ...]:
         """All that was said. A last piece gives out what was not told until now, unless the job is to go on."""
@@ -206,6 +220,8 @@ class ReplyJob:
             left = [] if parked else await reader.end()
         else:
             left = await reader.whole(completion.text, completion.token_ids)
+        if self.asked.single_call:
+            left = self._up_to_first_call(left)
         told = [said for piece in self._pieces for said in piece.said]
         if left and not parked:
             self._pieces.append(SpokenPiece(text="", said=tuple(left)))
@@ -239,7 +255,7 @@ class ReplyJob:
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             top_logprobs=completion.top_logprobs,
-            finish_reason=completion.finish_reason or "abort",
+            finish_reason="stop" if self._called and not self.stopped else completion.finish_reason or "abort",
             stop_reason=completion.stop_reason,
             num_prompt=usage.num_prompt_tokens,
             num_cached=min(usage.num_cached_tokens, usage.num_prompt_tokens),

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Codec, Message
 from thaw.gateway.parsers.process import ParserProcess, ProcessReader
-from thaw.gateway.speech import CALLS, NONE, THINK, Said, TextReaders, read_all
+from thaw.gateway.speech import CALLS, NONE, THINK, Said, TextReader, TextReaders, read_all
 
 ENGINES = ("vllm", "sglang")
 TAIL = 32
@@ -33,7 +33,7 @@ class SpeechReader(Protocol):
 class OwnReader:
     """The readers of `speech`, which need no process."""
 
-    def __init__(self, make: Callable[[], TextReaders]) -> None:
+    def __init__(self, make: Callable[[], TextReader]) -> None:
         self._make, self._reader = make, make()
 
     async def push(self, text: str, token_ids: Sequence[int]) -> list[Said]:
@@ -70,16 +70,19 @@ class SpeechReaders:
             await self._process.close()
 
     def reader(
-        self, codec: Codec, prompt_ids: tuple[int, ...], tools: Sequence[Message], variables: dict[str, Any]
+        self,
+        codec: Codec,
+        prompt_ids: tuple[int, ...],
+        tools: Sequence[Message],
+        variables: dict[str, Any],
+        tail: str | None = None,
     ) -> SpeechReader:
-        """Of the completion of a prompt."""
-
-        def tail() -> str:
-            return codec.decode(prompt_ids[-TAIL:], skip_special_tokens=False) if prompt_ids else ""
-
+        """Of the completion of a prompt. `tail`: how its text ends, where that is known better than by its tokens."""
+        if tail is None:
+            tail = codec.decode(prompt_ids[-TAIL:], skip_special_tokens=False) if prompt_ids else ""
         if self._process is not None:
             return ProcessReader(self._process, tools, variables, prompt_ids, tail)
-        opened = self._reasoning == THINK and tail().rstrip().endswith("<think>")
+        opened = self._reasoning == THINK and tail.rstrip().endswith("<think>")
         return OwnReader(lambda: TextReaders(self._tools, self._reasoning, opened=opened))
 
 

@@ -23,7 +23,7 @@ from thaw.gateway.place import ParentFinder
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
 from thaw.gateway.reading import OwnReader, SpeechReader, SpeechReaders
 from thaw.gateway.settings import GatewaySettings
-from thaw.gateway.speech import NONE, TextReaders
+from thaw.gateway.speech import NONE, ForcedReader, TextReaders
 from thaw.gateway.tenants import Tenant, Tenants
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
@@ -125,7 +125,12 @@ class Service:
         """Of what is said after a prompt; behind a prompt that is no conversation everything is text."""
         if asked.token_ids is not None:
             return OwnReader(lambda: TextReaders(NONE, NONE, opened=False))
-        return self.readers.reader(self.engine.codec, tuple(prompt_ids), asked.tools, asked.variables)
+        forced = asked.forced
+        if forced is not None:
+            return OwnReader(lambda: ForcedReader(forced))
+        begun = asked.messages[-1].get("content") if asked.continue_final_message else None
+        tail = begun if isinstance(begun, str) else None
+        return self.readers.reader(self.engine.codec, tuple(prompt_ids), asked.tools, asked.variables, tail)
 
     def begin(
         self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[SpokenPiece] = ()

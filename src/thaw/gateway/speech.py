@@ -188,6 +188,39 @@ class TextReaders:
         yield from self._calls.end()
 
 
+class ForcedCalls(msgspec.Struct, frozen=True):
+    """Calls that the model has to write, as JSON: the arguments of the one that is named, or a list of calls."""
+
+    names: tuple[str, ...]
+    named: bool
+
+
+class ForcedReader:
+    """Reads them at the end. What is no call, because it was cut short, is text."""
+
+    def __init__(self, forced: ForcedCalls) -> None:
+        self._forced, self._held = forced, ""
+
+    def push(self, text: str) -> Iterator[Said]:
+        self._held += text
+        return iter(())
+
+    def end(self) -> Iterator[Said]:
+        held, self._held = self._held, ""
+        try:
+            found = json.loads(held)
+            calls = [(self._forced.names[0], found)] if self._forced.named else [
+                (call["name"], call["parameters"]) for call in found
+            ]  # fmt: skip
+        except (ValueError, TypeError, KeyError, RecursionError):
+            calls = []
+        if not calls or not all(isinstance(arguments, dict) for _, arguments in calls):
+            yield from [Text(held)] if held else []
+            return
+        for name, arguments in calls:
+            yield ToolCall(str(name), json.dumps(arguments, ensure_ascii=False))
+
+
 def merged_said(all_said: Iterable[Said]) -> list[Said]:
     """Neighbouring texts are one, and neighbouring thoughts."""
     out: list[Said] = []

@@ -16,6 +16,7 @@ from thaw.core.errors import ThawError
 from thaw.core.sampling import Sampling
 from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
+from thaw.gateway.dialects.choice import chosen
 from thaw.gateway.dialects.common import (
     HINTS,
     Extension,
@@ -24,7 +25,7 @@ from thaw.gateway.dialects.common import (
     call_of,
     check_model,
     choices_of,
-    chosen,
+    constrained,
     message_of,
     sampling_of,
     structured,
@@ -59,6 +60,7 @@ class ChatCreate(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     continue_final_message: bool = False
@@ -69,7 +71,7 @@ FIELDS = Fields(
     taken=ChatCreate,
     ignored=HINTS | {"metadata", "store"},
     idle={
-        "modalities": (["text"],), "parallel_tool_calls": (True,), "functions": ([],), "verbosity": ("medium",),
+        "modalities": (["text"],), "functions": ([],), "verbosity": ("medium",),
     },
 )  # fmt: skip
 
@@ -123,19 +125,23 @@ async def _asked(context: GatewayContext, body: ChatCreate, extension: Extension
     if body.add_generation_prompt == body.continue_final_message:
         raise invalid("continue_final_message", "it is the opposite of add_generation_prompt; set both")
     at = await context.at(extension)
+    engine, parallel = context.service.engine, body.parallel_tool_calls
+    choice = chosen(tools_of(body.tools), body.tool_choice, engine, parallel=parallel)
     return Asked(
         messages=tuple(message_of(message, f"messages[{i}]") for i, message in enumerate(body.messages)),
         at=at,
-        tools=chosen(tools_of(body.tools), body.tool_choice),
+        tools=choice.shown,
+        forced=choice.forced,
+        single_call=choice.single,
         variables=body.chat_template_kwargs,
         keep_sampled=extension.keep_sampled,
         continue_final_message=body.continue_final_message,
-        sampling=_sampling(context, body),
+        sampling=constrained(_sampling(context, body), choice.schema()),
         max_tokens=limit_of(body.max_completion_tokens, body.max_tokens),
         branch=extension.branch,
         note=extension.note or "chat",
         policy=extension.policy,
-        followed=body.stream,
+        followed=body.stream or choice.single,
     )
 
 
@@ -150,8 +156,6 @@ def _sampling(context: GatewayContext, body: ChatCreate) -> Sampling:
     engine = context.service.engine
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "it needs logprobs=true")
-    if body.stream and body.top_logprobs:
-        raise unsupported("top_logprobs", "a stream only has the sampled tokens' log probabilities")
     more: dict[str, object] = {"logprobs": body.top_logprobs or (0 if body.logprobs else None)}
     format = structured(body.response_format, "response_format", engine)
     if format is not None:
@@ -228,7 +232,7 @@ def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object
 
 async def _stream(context: GatewayContext, id: str, body: ChatCreate, jobs: Sequence[ReplyJob]) -> AsyncIterator[bytes]:
     head = _head(context, id, "chat.completion.chunk")
-    choices = [_Choice(context, id, i, body.logprobs) for i in range(len(jobs))]
+    choices = [_Choice(context, id, i, body) for i in range(len(jobs))]
     for i in range(len(jobs)):
         yield event({**head, "choices": [_part(i, {"role": "assistant", "content": ""})]})
     try:
@@ -264,13 +268,14 @@ def _part(number: int, delta: dict[str, object], finish: str | None = None, logp
 class _Choice:
     """The parts of one choice of a stream."""
 
-    def __init__(self, context: GatewayContext, id: str, number: int, logprobs: bool) -> None:
-        self._context, self._id, self._number, self._logprobs = context, id, number, logprobs
+    def __init__(self, context: GatewayContext, id: str, number: int, body: ChatCreate) -> None:
+        self._context, self._id, self._number = context, id, number
+        self._logprobs, self._num_top = body.logprobs, body.top_logprobs or 0
         self._calls = 0
 
     def piece(self, piece: SpokenPiece) -> Iterator[dict[str, object]]:
         told = None
-        if self._logprobs and piece.token_ids:
+        if self._logprobs and piece.token_ids and not self._num_top:
             told = {"content": token_logprobs(self._context.codec, piece.token_ids, piece.logprobs)}
         for one in piece.said:
             yield self._said(one, told)
@@ -279,7 +284,13 @@ class _Choice:
             yield _part(self._number, {"content": ""}, logprobs=told)
 
     def end(self, outcome: RequestOutcome) -> Iterator[dict[str, object]]:
-        yield _part(self._number, {}, "tool_calls" if self._calls else FINISH[outcome.finish_reason])
+        """The likeliest tokens are known at the end, so all log probabilities come with them."""
+        told = None
+        if self._num_top:
+            tops = outcome.top_logprobs
+            found = token_logprobs(self._context.codec, outcome.token_ids, outcome.logprobs, tops, self._num_top)
+            told = {"content": found}
+        yield _part(self._number, {}, "tool_calls" if self._calls else FINISH[outcome.finish_reason], told)
 
     def _said(self, one: Said, logprobs: Any) -> dict[str, object]:
         if isinstance(one, Text):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from thaw.core.errors import BadSampling
-from thaw.core.sampling import Sampling, derive
+from thaw.core.sampling import Sampling, StructuredOutputs, derive
 from thaw.engines.base import Codec, Engine, Message, Policy
 from thaw.gateway.asked import RequestOutcome
 from thaw.gateway.problems import ApiError, invalid, unsupported
@@ -183,13 +183,19 @@ def _name(tool: Message) -> str:
     return str(function["name"])
 
 
-def chosen(tools: tuple[Message, ...], choice: object, param: str = "tool_choice") -> tuple[Message, ...]:
-    """The tools that the model is shown. Raises `ApiError` for a choice that would force a call."""
-    if choice in (None, "auto"):
-        return tools
-    if choice == "none":
-        return ()
-    raise unsupported(param, "only 'auto' and 'none' are supported; a call cannot be forced")
+def constrained(
+    sampling: Sampling, schema: dict[str, Any] | StructuredOutputs | None, param: str = "tool_choice"
+) -> Sampling:
+    """With a schema that what is said must have. Raises `ApiError` where the request has one of its own."""
+    if schema is None:
+        return sampling
+    if sampling.structured_outputs is not None:
+        raise invalid(param, "a forced call cannot be combined with structured output; leave one out")
+    wanted = schema if isinstance(schema, StructuredOutputs) else {"json": schema}
+    try:
+        return msgspec.structs.replace(sampling, structured_outputs=wanted)
+    except BadSampling as error:
+        raise invalid(param, str(error)) from None
 
 
 def call_of(id: str, name: str, arguments: str) -> dict[str, object]:

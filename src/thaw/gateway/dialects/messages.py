@@ -15,10 +15,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import ThawError
+from thaw.core.sampling import Sampling
 from thaw.engines.base import Message
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
 from thaw.gateway.context import GatewayContext
-from thaw.gateway.dialects.common import Extension, SamplingFields, call_of, check_model, sampling_of, tools_of
+from thaw.gateway.dialects.choice import ChosenTools, chosen
+from thaw.gateway.dialects.common import (
+    Extension,
+    SamplingFields,
+    call_of,
+    check_model,
+    constrained,
+    sampling_of,
+    tools_of,
+)
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
@@ -30,6 +40,7 @@ IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_
                      "diagnostics", "cache_control"})  # fmt: skip
 SIGNATURE = "thaw"
 """Of thinking blocks: clients send them back with it, and it says nothing."""
+CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": ""}
 HOW_LONG = ("budget_tokens", "display")
 """Of thinking: what templates do not get."""
 TYPES = {"authentication_error", "permission_error", "not_found_error", "request_too_large", "rate_limit_error",
@@ -62,8 +73,9 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         raise invalid("max_tokens", f"{asked.max_tokens}; at least 1")
     extension = context.extension(asked.thaw)
     base = await _asked(context, asked, extension, ignored)
-    sampling = sampling_of(asked, context.service.engine, stop=list(asked.stop_sequences))
-    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens, followed=asked.stream)
+    sampling = constrained(_sampling(context, asked), base.sampling.structured_outputs)
+    followed = base.followed or asked.stream
+    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens, followed=followed)
     jobs = await context.service.start(context.tenant, [base])
     id = f"msg_{secrets.token_hex(16)}"
     context.note(response=id)
@@ -73,6 +85,10 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         return EventStream(_stream(context, id, jobs[0]), jobs[0].stop, headers)
     outcomes = await outcomes_of(request, jobs)
     return as_json(_whole(context, id, outcomes[0]), headers=headers_of(ignored, outcomes))
+
+
+def _sampling(context: GatewayContext, asked: MessageCreate) -> Sampling:
+    return sampling_of(asked, context.service.engine, stop=list(asked.stop_sequences))
 
 
 async def count_tokens(context: GatewayContext, request: Request, body: bytes) -> Response:
@@ -87,15 +103,17 @@ async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ig
     if not body.messages:
         raise invalid("messages", "there is nothing to answer")
     found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]")]
-    choice = body.tool_choice.get("type")
-    if choice not in ("auto", "none"):
-        raise unsupported("tool_choice", "only auto and none are supported; a call cannot be forced")
     tools = tools_of([_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)])
+    choice = _choice(context, body.tool_choice, tools)
     return Asked(
         messages=tuple(found),
         at=await context.at(extension),
         instructions=_system(body.system),
-        tools=tools if choice == "auto" else (),
+        tools=choice.shown,
+        forced=choice.forced,
+        single_call=choice.single,
+        sampling=constrained(Sampling(), choice.schema()),
+        followed=choice.single,
         variables=_thinking(body.thinking, ignored),
         keep_sampled=extension.keep_sampled,
         continue_final_message=found[-1]["role"] == "assistant" and not found[-1].get("tool_calls"),
@@ -103,6 +121,16 @@ async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ig
         note=extension.note or "message",
         policy=extension.policy,
     )
+
+
+def _choice(context: GatewayContext, given: dict[str, Any], tools: tuple[Message, ...]) -> ChosenTools:
+    """Anthropic's words for it."""
+    kind = given.get("type")
+    if kind not in CHOICES or (kind == "tool" and not isinstance(given.get("name"), str)):
+        raise invalid("tool_choice", "its type is auto, any, none, or tool with a name")
+    choice = {"type": "function", "name": given["name"]} if kind == "tool" else CHOICES[kind]
+    parallel = not given.get("disable_parallel_tool_use", False)
+    return chosen(tools, choice, context.service.engine, parallel=parallel)
 
 
 def _thinking(given: dict[str, Any] | None, ignored: list[str]) -> dict[str, object]:
@@ -232,7 +260,16 @@ def _block(id: str, number: int, said: Said) -> dict[str, object]:
         return {"type": "text", "text": said.text}
     if isinstance(said, Thought):
         return {"type": "thinking", "thinking": said.text, "signature": SIGNATURE}
-    return {**_tool_use(id, number, said), "input": json.loads(said.arguments)}
+    return {**_tool_use(id, number, said), "input": _input(said.arguments)}
+
+
+def _input(arguments: str) -> object:
+    """An object; what an engine's parser left unfinished has none."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _tool_use(id: str, number: int, call: ToolCall) -> dict[str, object]:

@@ -110,9 +110,11 @@ class Events:
             yield from self._said(said, logprobs)
             logprobs = []
 
-    def end(self, response: Event) -> Iterator[Event]:
+    def end(self, response: Event, logprobs: Sequence[Any] = ()) -> Iterator[Event]:
+        """`logprobs`: those that were not told with the pieces."""
         if self._text is None and not self._items:
             yield from self._open()
+        self._logprobs += logprobs
         status = "completed" if response["status"] == "completed" else "incomplete"
         yield from self._close(status)
         kind = {"completed": "response.completed", "failed": "response.failed"}.get(

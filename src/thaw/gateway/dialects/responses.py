@@ -18,11 +18,12 @@ from thaw.core.errors import ThawError
 from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import conversations, response_input
+from thaw.gateway.dialects.choice import ChosenTools, chosen
 from thaw.gateway.dialects.common import (
     HINTS,
     SamplingFields,
     check_model,
-    chosen,
+    constrained,
     sampling_of,
     structured,
     token_logprobs,
@@ -57,6 +58,7 @@ class ResponseCreate(SamplingFields, kw_only=True):
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     text: dict[str, Any] = msgspec.field(default_factory=dict)
     top_logprobs: int | None = None
     include: tuple[str, ...] = ()
@@ -66,7 +68,7 @@ class ResponseCreate(SamplingFields, kw_only=True):
 FIELDS = Fields(
     taken=ResponseCreate,
     ignored=HINTS | {"stream_options", "prompt_cache_breakpoint", "background_options"},
-    idle={"truncation": ("disabled",), "parallel_tool_calls": (True,), "reasoning": ({},)},
+    idle={"truncation": ("disabled",), "reasoning": ({},)},
 )
 
 
@@ -122,20 +124,23 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
         at, first = await context.at(extension, None if previous is None else previous.point), []
         held = None if previous is None else bool(previous.record["reply"]["instructions"])
     num_top = body.top_logprobs if body.top_logprobs is not None else 0 if LOGPROBS in body.include else None
+    choice = _choice(context, body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
     asked = Asked(
         messages=response_input.messages([*first, *given]),
         at=at,
         instructions=body.instructions,
         held_instructions=held,
-        tools=chosen(tools_of(body.tools), body.tool_choice),
+        tools=choice.shown,
+        forced=choice.forced,
+        single_call=choice.single,
         variables=body.chat_template_kwargs,
         keep_sampled=extension.keep_sampled,
-        sampling=_sampling(context, body, num_top),
+        sampling=constrained(_sampling(context, body, num_top), choice.schema()),
         max_tokens=_at_least_one(body.max_output_tokens),
         branch=extension.branch if conversation is None else conversations.branch_of(conversation.id),
         note=extension.note or f"response {id}",
         policy=extension.policy,
-        followed=body.stream or body.background,
+        followed=body.stream or body.background or choice.single,
     )
     parent = str(at.commit) if at is not None else None
     head = _head(context, id, body, None if conversation is None else conversation.id)
@@ -143,6 +148,10 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
         id=id, asked=asked, head=head, input=given, parent=parent, conversation=conversation,
         num_top=num_top, store=body.store,
     )  # fmt: skip
+
+
+def _choice(context: GatewayContext, tools: Sequence[Any], choice: object, *, parallel: bool) -> ChosenTools:
+    return chosen(tools_of(tools), choice, context.service.engine, parallel=parallel)
 
 
 def _at_least_one(number: int | None) -> int | None:
@@ -159,8 +168,6 @@ def _sampling(context: GatewayContext, body: ResponseCreate, num_top: int | None
         more["structured_outputs"] = format
     if body.text.get("verbosity") not in (None, "medium"):
         raise unsupported("text.verbosity", "verbosity is not supported; leave it out")
-    if body.stream and num_top:
-        raise unsupported("top_logprobs", "a stream only has the sampled tokens' log probabilities")
     return sampling_of(body, engine, **more)
 
 
@@ -196,7 +203,7 @@ def _head(context: GatewayContext, id: str, body: ResponseCreate, conversation: 
         "max_output_tokens": body.max_output_tokens,
         "model": context.service.model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
         "conversation": None if conversation is None else {"id": conversation},
         "store": body.store,
@@ -327,9 +334,10 @@ async def _restore(service: Service, row: LedgerRow) -> None:
     if told is not None:
         conversation = await conversations.named(context, told["id"])
         service.take_conversation(row.namespace, told["id"])
+    choice = _choice(context, head["tools"], head["tool_choice"], parallel=head["parallel_tool_calls"])
     asked = Asked(
         at=at, resume=True, branch=record["branch"], note=record["note"], variables=record["variables"],
-        tools=chosen(tools_of(head["tools"]), head["tool_choice"]), followed=True,
+        tools=choice.shown, forced=choice.forced, single_call=choice.single, followed=True,
     )  # fmt: skip
     begin = Begin(
         id=row.id, asked=asked, head=head, input=record["input"], parent=row.parent, conversation=conversation,
@@ -356,7 +364,8 @@ async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> Async
     for one in events.begin():
         yield one
     async for piece in job.follow():
-        logprobs = [] if begin.num_top is None else token_logprobs(context.codec, piece.token_ids, piece.logprobs)
+        told = begin.num_top == 0  # the likeliest tokens are known at the end
+        logprobs = token_logprobs(context.codec, piece.token_ids, piece.logprobs) if told else []
         for one in events.piece(piece.said, logprobs):
             yield one
     try:
@@ -368,7 +377,8 @@ async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> Async
         return
     if job.parked and begin.store and outcome.finish_reason == "abort":
         return
-    for one in events.end(_object(context, begin, outcome, job)):
+    logprobs = _logprobs(context, begin, outcome) if begin.num_top else []
+    for one in events.end(_object(context, begin, outcome, job), logprobs):
         yield one
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -116,10 +116,10 @@ class ProcessReader:
 
     def __init__(
         self, process: ParserProcess, tools: Sequence[dict[str, Any]], variables: dict[str, Any],
-        prompt_ids: tuple[int, ...], tail: Callable[[], str],
+        prompt_ids: tuple[int, ...], tail: str,
     ) -> None:  # fmt: skip
         self._process = process
-        self._opened = OpenParse(process.number(), tuple(tools), variables, prompt_ids, tail())
+        self._opened = OpenParse(process.number(), tuple(tools), variables, prompt_ids, tail)
         self._text, self._ids = "", list[int]()
         self._generation = 0
         self._failed = False
