@@ -26,6 +26,7 @@ from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
 from thaw.gateway.metrics import Gauges
 from thaw.gateway.problems import ApiError, problem_of
+from thaw.gateway.repeats import detached
 from thaw.gateway.reply import ClientGone, as_json
 from thaw.gateway.service import Service
 
@@ -34,6 +35,7 @@ audit = logging.getLogger("thaw.gateway.audit")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 Handler: TypeAlias = Callable[[GatewayContext, Request, bytes], Awaitable[Response]]
 ANTHROPIC = "/v1/messages"
+CREATING = ("/v1/responses", "/v1/chat/completions", "/v1/completions", "/v1/messages")
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/responses", responses.create),
@@ -83,7 +85,7 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
             tenant, key_id = service.tenants.of_key(_key(request))
             context = GatewayContext(service, tenant, key_id, dict(request.headers))
             handler = handlers["GET" if request.method == "HEAD" else request.method]
-            reply = await handler(context, request, await _body(service, request))
+            reply = await _reply(context, path, handler, request, await _body(service, request))
         except (ClientGone, ClientDisconnect):
             reply = Response(status_code=499)
         except (ApiError, ThawError) as error:
@@ -97,6 +99,15 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
         return reply
 
     return endpoint
+
+
+async def _reply(context: GatewayContext, path: str, handler: Handler, request: Request, body: bytes) -> Response:
+    """Of the handler; of a request that is sent again with its key, the one that it had."""
+    key = request.headers.get("idempotency-key", "")
+    if not key or path not in CREATING or request.method != "POST":
+        return await handler(context, request, body)
+    named = (context.tenant.namespace, path, key[:256])
+    return await context.service.repeats.reply(named, body, lambda: handler(context, detached(request), body))
 
 
 def _without_values(error: Exception) -> Exception | None:

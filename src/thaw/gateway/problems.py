@@ -33,6 +33,7 @@ KINDS = {
     409: "conflict_error",
     413: "request_too_large",
     421: "misdirected_request",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     500: "api_error",
     503: "overloaded_error",

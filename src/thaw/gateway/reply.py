@@ -56,7 +56,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **(headers or {})})
         del self.headers["content-length"]
-        self._events, self._gone = events, gone
+        self.events, self._gone = events, gone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -73,7 +73,7 @@ class EventStream(Response):
                 await sending
 
     async def _send(self, send: Send) -> None:
-        async for chunk in with_pauses(self._events):
+        async for chunk in with_pauses(self.events):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -22,6 +22,7 @@ from thaw.gateway.metrics import Metrics
 from thaw.gateway.place import ParentFinder
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
 from thaw.gateway.reading import OwnReader, SpeechReader, SpeechReaders
+from thaw.gateway.repeats import Repeats
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import NONE, ForcedReader, TextReaders
 from thaw.gateway.tenants import Tenant, Tenants
@@ -53,6 +54,7 @@ class Service:
         self.tenants = tenants
         self.ledger = ledger
         self.metrics = Metrics()
+        self.repeats = Repeats()
         self.served = settings.models or (_model_name(self.engine),)
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
         self.closing = False

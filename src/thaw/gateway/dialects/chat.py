@@ -26,11 +26,13 @@ from thaw.gateway.dialects.common import (
     check_model,
     choices_of,
     constrained,
+    effort_of,
     message_of,
     sampling_of,
     structured,
     token_logprobs,
     tools_of,
+    unread_of,
 )
 from thaw.gateway.dialects.merged import merged
 from thaw.gateway.fields import Fields
@@ -61,6 +63,7 @@ class ChatCreate(SamplingFields, kw_only=True):
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     continue_final_message: bool = False
@@ -69,15 +72,16 @@ class ChatCreate(SamplingFields, kw_only=True):
 
 FIELDS = Fields(
     taken=ChatCreate,
-    ignored=HINTS | {"metadata", "store"},
+    ignored=HINTS | {"metadata", "store", "verbosity"},
     idle={
-        "modalities": (["text"],), "functions": ([],), "verbosity": ("medium",),
+        "modalities": (["text"],), "functions": ([],),
     },
 )  # fmt: skip
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
+    ignored += unread_of([tool.get("function") or {} for tool in asked.tools], ("strict",))
     check_model(asked.model, context.service.served)
     extension = context.extension(asked.thaw)
     base = await _asked(context, asked, extension)
@@ -133,7 +137,7 @@ async def _asked(context: GatewayContext, body: ChatCreate, extension: Extension
         tools=choice.shown,
         forced=choice.forced,
         single_call=choice.single,
-        variables=body.chat_template_kwargs,
+        variables=effort_of(body.reasoning_effort, "reasoning_effort") | body.chat_template_kwargs,
         keep_sampled=extension.keep_sampled,
         continue_final_message=body.continue_final_message,
         sampling=constrained(_sampling(context, body), choice.schema()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from thaw.gateway.problems import ApiError, invalid, unsupported
 HINTS = frozenset(
     {
         "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
-        "service_tier", "session_id", "x_session_id",
+        "service_tier", "session_id", "x_session_id", "client_metadata", "max_tool_calls",
     }
 )  # fmt: skip
 """Of OpenAI's fields those that can change no output: thaw finds prefixes by their tokens."""
@@ -120,6 +119,20 @@ def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> 
     return {"json": schema}
 
 
+def effort_of(effort: object, param: str) -> dict[str, object]:
+    """How hard to think, as the template variables that models' templates read; "none" is not at all."""
+    if effort is None:
+        return {}
+    if not isinstance(effort, str):
+        raise invalid(param, "it is a word, as low, medium or high")
+    return {"reasoning_effort": effort} | ({"enable_thinking": False} if effort == "none" else {})
+
+
+def unread_of(tools: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> list[str]:
+    """Those fields of tools that are not read here, for the header that names them."""
+    return [f"tools.{name}" for name in fields if any(tool.get(name) not in (None, False, []) for tool in tools)]
+
+
 # -- messages and tools
 
 PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -155,6 +168,8 @@ def message_of(message: object, where: str) -> Message:
         raise invalid(where, "a message is an object with a role and content")
     role = message["role"]
     found: Message = {"role": ROLES.get(role, role)}
+    if isinstance(message.get("reasoning"), str):
+        message = {"reasoning_content": message["reasoning"], **message}
     content = content_of(message.get("content"), f"{where}.content")
     if content is not None:
         found["content"] = content
@@ -200,10 +215,6 @@ def constrained(
 
 def call_of(id: str, name: str, arguments: str) -> dict[str, object]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def arguments_of(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # -- log probabilities

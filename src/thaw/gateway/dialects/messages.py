@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,8 +26,11 @@ from thaw.gateway.dialects.common import (
     call_of,
     check_model,
     constrained,
+    effort_of,
     sampling_of,
+    structured,
     tools_of,
+    unread_of,
 )
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
@@ -38,6 +41,8 @@ from thaw.gateway.speech import Said, Text, Thought, ToolCall
 BILLING = "x-anthropic-billing-header:"
 IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
                      "diagnostics", "cache_control"})  # fmt: skip
+UNREAD = ("cache_control", "eager_input_streaming", "strict", "input_examples", "allowed_callers")
+"""Of a tool: what no template reads."""
 SIGNATURE = "thaw"
 """Of thinking blocks: clients send them back with it, and it says nothing."""
 CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": ""}
@@ -47,12 +52,24 @@ TYPES = {"authentication_error", "permission_error", "not_found_error", "request
          "api_error", "overloaded_error"}  # fmt: skip
 
 
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    effort: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class ContextManagement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    edits: tuple[dict[str, Any], ...] = ()
+
+
 class Prompt(SamplingFields, kw_only=True):
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: dict[str, Any] = msgspec.field(default_factory=lambda: {"type": "auto"})
     thinking: dict[str, Any] | None = None
+    output_config: OutputConfig = OutputConfig()
+    output_format: dict[str, Any] | None = None
+    context_management: ContextManagement = ContextManagement()
 
 
 class MessageCreate(Prompt, kw_only=True):
@@ -61,7 +78,7 @@ class MessageCreate(Prompt, kw_only=True):
     stream: bool = False
 
 
-IDLE: dict[str, tuple[object, ...]] = {"mcp_servers": ([],), "output_config": ({},), "context_management": ({},)}
+IDLE: dict[str, tuple[object, ...]] = {"mcp_servers": ([],)}
 FIELDS = Fields(taken=MessageCreate, ignored=IGNORED, idle=IDLE)
 COUNT_FIELDS = Fields(taken=Prompt, ignored=IGNORED, idle=IDLE)
 
@@ -102,8 +119,11 @@ async def count_tokens(context: GatewayContext, request: Request, body: bytes) -
 async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ignored: list[str]) -> Asked:
     if not body.messages:
         raise invalid("messages", "there is nothing to answer")
-    found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]")]
-    tools = tools_of([_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)])
+    _unedited(body.context_management, ignored)
+    ignored += unread_of(body.tools, UNREAD)
+    listed = {str(tool.get("name")): _tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)}
+    found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]", listed)]
+    tools = tools_of([listed[str(tool.get("name"))] for tool in body.tools if not tool.get("defer_loading")])
     choice = _choice(context, body.tool_choice, tools)
     return Asked(
         messages=tuple(found),
@@ -112,15 +132,30 @@ async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ig
         tools=choice.shown,
         forced=choice.forced,
         single_call=choice.single,
-        sampling=constrained(Sampling(), choice.schema()),
+        sampling=constrained(_formatted(context, body), choice.schema()),
         followed=choice.single,
-        variables=_thinking(body.thinking, ignored),
+        variables=effort_of(body.output_config.effort, "output_config.effort") | _thinking(body.thinking, ignored),
         keep_sampled=extension.keep_sampled,
         continue_final_message=found[-1]["role"] == "assistant" and not found[-1].get("tool_calls"),
         branch=extension.branch,
         note=extension.note or "message",
         policy=extension.policy,
     )
+
+
+def _formatted(context: GatewayContext, body: Prompt) -> Sampling:
+    format = body.output_config.format or body.output_format
+    found = structured(format, "output_config.format", context.service.engine)
+    return constrained(Sampling(), None if found is None else found["json"])
+
+
+def _unedited(given: ContextManagement, ignored: list[str]) -> None:
+    """Thoughts of earlier answers are never rendered here, so clearing them changes nothing."""
+    for i, edit in enumerate(given.edits):
+        kind = str(edit.get("type"))
+        if not kind.startswith("clear_thinking"):
+            raise unsupported(f"context_management.edits[{i}]", f"{kind[:40]!r} is not supported; edit the messages")
+        ignored.append(f"context_management.{kind}")
 
 
 def _choice(context: GatewayContext, given: dict[str, Any], tools: tuple[Message, ...]) -> ChosenTools:
@@ -165,6 +200,9 @@ def _text(block: Any, where: str) -> str:
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    unknown = tool.keys() - {"name", "description", "input_schema", "type", "defer_loading", *UNREAD}
+    if unknown:
+        raise unsupported(f"{where}.{min(unknown)[:40]}", "it is unknown; leave it out")
     if tool.get("type", "custom") != "custom":
         raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only client tools are supported")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
@@ -176,7 +214,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 # -- messages
 
 
-def _messages(message: Any, where: str) -> Iterator[Message]:
+def _messages(message: Any, where: str, tools: Mapping[str, dict[str, Any]]) -> Iterator[Message]:
     """What one of Anthropic's messages is in OpenAI's shape: results of tools are messages of their own."""
     role = message.get("role")
     if role not in ("user", "assistant", "system"):
@@ -193,7 +231,7 @@ def _messages(message: Any, where: str) -> Iterator[Message]:
     texts: list[str] = []
     for i, block in enumerate(content):
         if isinstance(block, dict) and block.get("type") == "tool_result":
-            yield _result(block, f"{where}.content[{i}]")
+            yield _result(block, f"{where}.content[{i}]", tools)
         else:
             texts.append(_text(block, f"{where}.content[{i}]"))
     if texts or not content:
@@ -204,11 +242,21 @@ def _joined(texts: Sequence[str]) -> object:
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
 
 
-def _result(block: dict[str, Any], where: str) -> Message:
+def _result(block: dict[str, Any], where: str, tools: Mapping[str, dict[str, Any]]) -> Message:
     content = block.get("content", "")
     if isinstance(content, list):
-        content = _joined([_text(one, f"{where}.content[{i}]") for i, one in enumerate(content)])
+        content = _joined([_told(one, f"{where}.content[{i}]", tools) for i, one in enumerate(content)])
     return {"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")), "content": content}
+
+
+def _told(block: Any, where: str, tools: Mapping[str, dict[str, Any]]) -> str:
+    """Text. A reference to a tool that was deferred becomes the tool, here, so that the prompt before it stays."""
+    if not isinstance(block, dict) or block.get("type") != "tool_reference":
+        return _text(block, where)
+    tool = tools.get(str(block.get("tool_name")))
+    if tool is None:
+        raise invalid(where, f"there is no tool {str(block.get('tool_name'))[:80]!r}")
+    return json.dumps(tool, ensure_ascii=False)
 
 
 def _answer(content: list[Any], where: str) -> Message:

@@ -6,13 +6,19 @@ numbers, from what is kept of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from thaw.gateway.asked import RequestOutcome
+from thaw.gateway.dialects.client_tools import ClientTool, client_tools
 from thaw.gateway.speech import Said, Text, Thought, ToolCall
 
 Event = dict[str, Any]
+CALL_EVENTS = {
+    "function_call": ("arguments", "response.function_call_arguments"),
+    "custom_tool_call": ("input", "response.custom_tool_call_input"),
+}
+"""Of a call's item: the field that is streamed, and how its events begin."""
 STATUSES = {"stop": "completed", "length": "incomplete", "abort": "incomplete"}
 
 
@@ -39,23 +45,23 @@ def finished(head: Event, outcome: RequestOutcome, num_thought: int, logprobs: l
         **head,
         "status": status,
         "incomplete_details": {"reason": reason} if status == "incomplete" else None,
-        "output": items_of(head["id"], outcome.said, status, logprobs),
+        "output": items_of(head, outcome.said, status, logprobs),
         "usage": usage_of(outcome, num_thought),
         "thaw": outcome.told,
     }
 
 
-def items_of(id: str, said: Sequence[Said], status: str, logprobs: list[Any]) -> list[Event]:
-    shown = "completed" if status == "completed" else "incomplete"
-    return [_item(id, i, one, shown, logprobs) for i, one in enumerate(said or [Text("")])]
+def items_of(head: Event, said: Sequence[Said], status: str, logprobs: list[Any]) -> list[Event]:
+    shown, tools = "completed" if status == "completed" else "incomplete", client_tools(head["tools"])
+    return [_item(head["id"], i, one, shown, logprobs, tools) for i, one in enumerate(said or [Text("")])]
 
 
-def _item(id: str, number: int, said: Said, status: str, logprobs: list[Any]) -> Event:
+def _item(id: str, number: int, said: Said, status: str, logprobs: list[Any], tools: Mapping[str, ClientTool]) -> Event:
     if isinstance(said, Text):
         return _message(id, number, [_part(said.text, logprobs)], status)
     if isinstance(said, Thought):
         return _reasoning(id, number, [_thought(said.text)], status)
-    return _function_call(id, number, said.name, said.arguments, status)
+    return _call(id, number, said, status, tools)
 
 
 def _message(id: str, number: int, content: list[Event], status: str) -> Event:
@@ -74,12 +80,10 @@ def _thought(text: str) -> Event:
     return {"type": "reasoning_text", "text": text}
 
 
-def _function_call(id: str, number: int, name: str, arguments: str, status: str) -> Event:
-    key = id.removeprefix("resp_")
-    return {
-        "id": f"fc_{key}_{number}", "type": "function_call", "call_id": f"call_{key}_{number}", "name": name,
-        "arguments": arguments, "status": status,
-    }  # fmt: skip
+def _call(id: str, number: int, call: ToolCall, status: str, tools: Mapping[str, ClientTool]) -> Event:
+    key = f"{id.removeprefix('resp_')}_{number}"
+    tool = tools.get(call.name) or ClientTool("function", call.name, None, {})
+    return tool.item(key, f"call_{key}", call.arguments, status)
 
 
 def _part(text: str, logprobs: list[Any]) -> Event:
@@ -92,6 +96,7 @@ class Events:
     def __init__(self, head: Event) -> None:
         self._head = head
         self._id: str = head["id"]
+        self._tools = client_tools(head["tools"])
         self._number = 0
         self._items = 0
         self._text: str | None = None
@@ -168,12 +173,16 @@ class Events:
         self._text = None
 
     def _call(self, call: ToolCall) -> Iterator[Event]:
-        item = _function_call(self._id, self._items, call.name, call.arguments, "completed")
-        begun = {**item, "arguments": "", "status": "in_progress"}
+        item = _call(self._id, self._items, call, "completed", self._tools)
+        kind = CALL_EVENTS.get(item["type"])
+        begun = {**item, "status": "in_progress"} | ({} if kind is None else {kind[0]: ""})
         yield self._event("response.output_item.added", output_index=self._items, item=begun)
-        where = {"item_id": item["id"], "output_index": self._items}
-        yield self._event("response.function_call_arguments.delta", **where, delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", **where, name=call.name, arguments=call.arguments)
+        if kind is not None:
+            field, name = kind
+            where = {"item_id": item["id"], "output_index": self._items}
+            named = {"name": item["name"]} if field == "arguments" else {}
+            yield self._event(f"{name}.delta", **where, delta=item[field])
+            yield self._event(f"{name}.done", **where, **named, **{field: item[field]})
         yield self._done(item)
 
     def _done(self, item: Event) -> Event:

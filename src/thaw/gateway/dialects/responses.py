@@ -19,22 +19,24 @@ from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import conversations, response_input
 from thaw.gateway.dialects.choice import ChosenTools, chosen
+from thaw.gateway.dialects.client_tools import shown_tools
 from thaw.gateway.dialects.common import (
     HINTS,
     SamplingFields,
     check_model,
     constrained,
+    effort_of,
     sampling_of,
     structured,
     token_logprobs,
-    tools_of,
+    unread_of,
 )
 from thaw.gateway.dialects.pages import listed, number
 from thaw.gateway.dialects.response_object import Event, Events, finished
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.ledger import LedgerRow
-from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
+from thaw.gateway.problems import ApiError, invalid, problem_of
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.service import Service
 from thaw.gateway.speech import Said, Thought
@@ -44,6 +46,13 @@ from thaw.repo.resolve import ResolvedPoint
 log = logging.getLogger("thaw.gateway")
 KIND = "response"
 LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponseReasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+    context: str | None = None
 
 
 class ResponseCreate(SamplingFields, kw_only=True):
@@ -63,12 +72,13 @@ class ResponseCreate(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
     include: tuple[str, ...] = ()
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    reasoning: ResponseReasoning = ResponseReasoning()
 
 
 FIELDS = Fields(
     taken=ResponseCreate,
     ignored=HINTS | {"stream_options", "prompt_cache_breakpoint", "background_options"},
-    idle={"truncation": ("disabled",), "reasoning": ({},)},
+    idle={"truncation": ("disabled",)},
 )
 
 
@@ -90,6 +100,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     check_model(asked.model, context.service.served)
     if asked.background and not asked.store:
         raise invalid("background", "a background response is always stored; leave out store")
+    ignored += _unread(asked)
     begin = await _begin(context, asked)
     context.note(response=begin.id)
     job = await _start(context, begin)
@@ -102,6 +113,15 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         await begun([job])
     gone = (lambda: None) if asked.background else job.stop
     return EventStream(_live(context, begin, job), gone, headers_of(ignored, parent=begin.parent))
+
+
+def _unread(asked: ResponseCreate) -> list[str]:
+    """Inner fields that change nothing here: no thought is summarised or encrypted, and no model has a verbosity."""
+    found = [f"reasoning.{name}" for name in ("summary", "generate_summary", "context")
+             if getattr(asked.reasoning, name) is not None]  # fmt: skip
+    found += [f"include.{name}" for name in asked.include if name != LOGPROBS]
+    found += ["text.verbosity"] if asked.text.get("verbosity") is not None else []
+    return found + unread_of(asked.tools, ("strict", "format", "defer_loading"))
 
 
 async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
@@ -133,7 +153,7 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
         tools=choice.shown,
         forced=choice.forced,
         single_call=choice.single,
-        variables=body.chat_template_kwargs,
+        variables=effort_of(body.reasoning.effort, "reasoning.effort") | body.chat_template_kwargs,
         keep_sampled=extension.keep_sampled,
         sampling=constrained(_sampling(context, body, num_top), choice.schema()),
         max_tokens=_at_least_one(body.max_output_tokens),
@@ -151,7 +171,7 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
 
 
 def _choice(context: GatewayContext, tools: Sequence[Any], choice: object, *, parallel: bool) -> ChosenTools:
-    return chosen(tools_of(tools), choice, context.service.engine, parallel=parallel)
+    return chosen(shown_tools(tools), choice, context.service.engine, parallel=parallel)
 
 
 def _at_least_one(number: int | None) -> int | None:
@@ -166,8 +186,6 @@ def _sampling(context: GatewayContext, body: ResponseCreate, num_top: int | None
     format = structured(body.text.get("format"), "text.format", engine)
     if format is not None:
         more["structured_outputs"] = format
-    if body.text.get("verbosity") not in (None, "medium"):
-        raise unsupported("text.verbosity", "verbosity is not supported; leave it out")
     return sampling_of(body, engine, **more)
 
 
@@ -204,6 +222,7 @@ def _head(context: GatewayContext, id: str, body: ResponseCreate, conversation: 
         "model": context.service.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning": {"effort": body.reasoning.effort, "summary": None},
         "previous_response_id": body.previous_response_id,
         "conversation": None if conversation is None else {"id": conversation},
         "store": body.store,
