@@ -182,6 +182,7 @@ class Parsers:
     def __init__(self, model, tools, reasoning): pass
     def open(self, opened): return Parser()
 
+PARSERS = Parsers
 sys.modules["thaw.gateway.parsers.vllm"] = sys.modules["__main__"]
 child.main()
 """

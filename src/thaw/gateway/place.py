@@ -102,14 +102,10 @@ class ParentFinder:
         if asked.at is None:
             messages = _conversation(asked, ())
             return await self._place(asked, await self._rendered(asked, messages), messages, None)
-        trunk = await self._trunk(asked, asked.at)
-        try:
-            return await self._from(asked, trunk)
-        finally:
-            trunk.users -= 1
+        return await self._at(asked, asked.at)
 
-    async def _trunk(self, asked: Asked, point: ResolvedPoint) -> LiveEntry:
-        """The session at a point, in the engine where it is open, else in the one with the fewest requests."""
+    async def _at(self, asked: Asked, point: ResolvedPoint) -> Place:
+        """At a point: in the engine where its session is open, else in the one with the fewest requests."""
         num = point.num_tokens
 
         def num_open(one: ServingEngine) -> int:
@@ -117,7 +113,11 @@ class ParentFinder:
 
         home = self._engines.nearest(num_open, num, worth=1)
         with home.busy(), self._watched(home):
-            return await self._live.at(home, self._namespace, point, lambda: self._load(home, asked, point))
+            trunk = await self._live.at(home, self._namespace, point, lambda: self._load(home, asked, point))
+            try:
+                return await self._from(asked, trunk)
+            finally:
+                trunk.users -= 1
 
     @contextlib.contextmanager
     def _watched(self, home: ServingEngine) -> Iterator[None]:

@@ -16,7 +16,7 @@ from thaw.gateway.problems import ApiError, invalid, unsupported
 HINTS = frozenset(
     {
         "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
-        "service_tier", "session_id", "x_session_id", "client_metadata", "max_tool_calls",
+        "service_tier", "session_id", "x_session_id", "client_metadata",
     }
 )  # fmt: skip
 """Of OpenAI's fields those that can change no output: thaw finds prefixes by their tokens."""

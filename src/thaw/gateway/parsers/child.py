@@ -64,7 +64,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        parsers = importlib.import_module(f"thaw.gateway.parsers.{engine}").Parsers(model, tools, reasoning)
+        parsers = importlib.import_module(f"thaw.gateway.parsers.{engine}").PARSERS(model, tools, reasoning)
     except Exception as error:  # noqa: BLE001 - the gateway says it
         _tell(out, ParserReady(f"{type(error).__name__}: {error}"))
         return

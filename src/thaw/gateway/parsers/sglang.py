@@ -14,7 +14,7 @@ from thaw.gateway.parsers.wire import OpenParse
 from thaw.gateway.speech import Said, ToolCall
 
 
-class Parsers:
+class SglangParsers:
     def __init__(self, model: str, tools: str, reasoning: str) -> None:
         self._tools, self._reasoning = tools, reasoning
         self._tokenizer = get_tokenizer(model)
@@ -68,3 +68,6 @@ class _Parser:
         thought, text = self._thoughts.parse_non_stream(text) if self._thoughts else (None, text)
         content, calls = self._calls.parse_non_stream(text or "") if self._calls else (text, [])
         return [*said_of(thought, content), *(ToolCall(call.name or "", call.parameters) for call in calls)]
+
+
+PARSERS = SglangParsers

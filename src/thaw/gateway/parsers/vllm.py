@@ -13,7 +13,7 @@ from thaw.gateway.parsers.wire import OpenParse
 from thaw.gateway.speech import Said, ToolCall
 
 
-class Parsers:
+class VllmParsers:
     def __init__(self, model: str, tools: str, reasoning: str) -> None:
         self._tokenizer, self._calls = get_tokenizer(model), bool(tools)
         self._class = ParserManager.get_parser(
@@ -58,3 +58,6 @@ class _Parser:
             text, self._request, enable_auto_tools=self._calls, model_output_token_ids=token_ids
         )
         return [*said_of(reasoning, content), *(ToolCall(call.name, call.arguments) for call in calls or ())]
+
+
+PARSERS = VllmParsers
