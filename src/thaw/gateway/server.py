@@ -15,6 +15,7 @@ import uvicorn
 
 from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
+from thaw.gateway.connection import Guards
 from thaw.gateway.ledger import Ledger
 from thaw.gateway.service import Service
 from thaw.gateway.settings import GatewaySettings
@@ -58,6 +59,8 @@ def server(service: Service) -> GatewayServer:
     settings = service.settings
     config = uvicorn.Config(
         application(service),
+        http=Guards(settings.limits).connect,  # type: ignore[arg-type]
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_level="warning",
