@@ -82,7 +82,8 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
             tenant, key_id = service.tenants.of_key(_key(request))
             context = GatewayContext(service, tenant, key_id, dict(request.headers))
             handler = handlers["GET" if request.method == "HEAD" else request.method]
-            reply = await handler(context, request, await _body(service, request))
+            with service.bodies.room(tenant.name, request):
+                reply = await handler(context, request, await service.bodies.read(request))
         except (ClientGone, ClientDisconnect):
             reply = Response(status_code=499)
         except (ApiError, ThawError) as error:
@@ -133,29 +134,6 @@ def _key(request: Request) -> str | None:
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     found: str | None = value.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
     return found
-
-
-async def _body(service: Service, request: Request) -> bytes:
-    limits = service.settings.limits
-    if request.method in ("GET", "HEAD", "DELETE"):
-        return b""
-    try:
-        return await asyncio.wait_for(_read(request, limits.body_nbytes), limits.body_s)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.body_s:g} s") from None
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise ApiError(413, f"the body has {length} bytes; at most {limit}")
-    parts, total = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        total += len(part)
-        if total > limit:
-            raise ApiError(413, f"the body has more than {limit} bytes")
-    return b"".join(parts)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

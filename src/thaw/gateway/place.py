@@ -12,6 +12,7 @@ its text, and keeps the tokens that were sampled.
 
 from __future__ import annotations
 
+import threading
 from typing import Literal
 
 import msgspec
@@ -30,6 +31,8 @@ from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
 
 Source = Literal["live", "stored", "new"]
+COMMON = 8
+"""Characters of a token; a text with no more of them may fit, whatever the longest token is."""
 
 
 class ParentFound(msgspec.Struct, kw_only=True):
@@ -75,12 +78,38 @@ class Place:
         await self._live.fail(self.entry)
 
 
+class TextLimit:
+    """How long a text may be at most, in characters, to fit an engine's model: what cannot is not tokenised."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._longest: int | None = None
+
+    def require(self, text: str) -> None:
+        """Raises `TooLong`."""
+        room = self._engine.info.max_model_len
+        if len(text) > room * COMMON and len(text) > room * self._longest_token():
+            raise TooLong(
+                f"the prompt has {len(text):,} characters, which is more than the {room:,} tokens that the model takes"
+            )
+
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token, twice: tokenizers may shorten a text before they part it."""
+        with self._lock:
+            if self._longest is None:
+                codec, size = self._engine.codec, self._engine.info.vocab_size
+                self._longest = 2 * max(len(codec.decode([i], skip_special_tokens=False)) for i in range(size))
+            return self._longest
+
+
 class ParentFinder:
     """Of one namespace."""
 
-    def __init__(self, repo: AsyncRepository, engine: Engine, live: LiveSessions) -> None:
+    def __init__(self, repo: AsyncRepository, engine: Engine, live: LiveSessions, texts: TextLimit) -> None:
         self._repo, self._engine, self._live = repo, engine, live
         self._namespace = repo.namespace
+        self._texts = texts
 
     async def find(self, asked: Asked) -> Place:
         """Raises what rendering, loading and the engine raise."""
@@ -164,7 +193,7 @@ class ParentFinder:
         return msgspec.structs.replace(asked.sampling, max_tokens=max(wanted, 1), seed=seed)
 
     async def _rendered(self, asked: Asked, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        codec = self._engine.codec
+        codec, texts = self._engine.codec, self._texts
 
         def render() -> tuple[int, ...]:
             text = codec.chat_text(
@@ -173,6 +202,7 @@ class ParentFinder:
                 tools=asked.tools or None,
                 variables=asked.variables,
             )
+            texts.require(text)
             return tuple(codec.encode_chat(text))
 
         return await call(render)

@@ -6,6 +6,8 @@ from thaw.core import errors
 from thaw.core.errors import ThawError
 
 RETRY_AFTER_S = 2
+MAX_MESSAGE = 2000
+"""Characters; what a client sent may be quoted in it."""
 
 
 class ApiError(Exception):
@@ -14,6 +16,7 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, code: str = "", param: str | None = None, retry_after: float | None = None
     ) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
         super().__init__(message)
         self.status = status
         self.message = message

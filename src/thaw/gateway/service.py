@@ -6,19 +6,21 @@ Used by one event loop. Dialects ask it for jobs; nothing in it knows a dialect.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from thaw.core.errors import ThawError
 from thaw.engines.base import Delta, Engine
 from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.bodies import Bodies
 from thaw.gateway.job import Keep, ReplyJob
 from thaw.gateway.ledger import Ledger, LedgerRow
 from thaw.gateway.live import LiveSessions
 from thaw.gateway.metrics import Metrics
-from thaw.gateway.place import ParentFinder, Place
+from thaw.gateway.place import ParentFinder, Place, TextLimit
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import Reader, reader_of
@@ -55,6 +57,7 @@ class Service:
         self.ledger = ledger
         self.live = LiveSessions(settings.limits)
         self.metrics = Metrics()
+        self.bodies = Bodies(settings.limits)
         self.served = settings.models or (_model_name(self.engine),)
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
         self.closing = False
@@ -67,17 +70,19 @@ class Service:
         self._opened: list[AsyncRepository] = []
         """Those that came with another engine; they are closed here."""
         self._finders: dict[str, ParentFinder] = {}
+        self._texts = TextLimit(self.engine)
+        self._preparing = 0
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) + self._preparing
 
     def within(self, tenant: Tenant) -> AsyncRepository:
         return self.repo.within(tenant.namespace) if tenant.namespace else self.repo
 
     def _finder(self, tenant: Tenant) -> ParentFinder:
         if tenant.namespace not in self._finders:
-            self._finders[tenant.namespace] = ParentFinder(self.within(tenant), self.engine, self.live)
+            self._finders[tenant.namespace] = ParentFinder(self.within(tenant), self.engine, self.live, self._texts)
         return self._finders[tenant.namespace]
 
     async def rejoin(self, dead: Engine) -> None:
@@ -104,6 +109,7 @@ class Service:
         former, self.engine = self.repo, engine
         self.repo = AsyncRepository(await call(open_repository, former.path, engine=engine, create=False))
         self._finders.clear()
+        self._texts = TextLimit(engine)
         self._opened.append(self.repo)
         log.warning("another engine has replaced the one that stopped")
 
@@ -119,7 +125,31 @@ class Service:
         return await repo.at(name, turn=turn, token=token)
 
     async def count(self, tenant: Tenant, asked: Asked) -> int:
-        return await self._finder(tenant).count(asked)
+        """Tokens of its prompt. Raises `ApiError` as for a request."""
+        async with self.preparing(tenant):
+            return await self._finder(tenant).count(asked)
+
+    async def encode(self, tenant: Tenant, text: str) -> tuple[int, ...]:
+        """A prompt's tokens. Raises `ApiError` as for a request."""
+
+        def encode() -> tuple[int, ...]:
+            self._texts.require(text)
+            return tuple(self.engine.codec.encode(text, first=True))
+
+        async with self.preparing(tenant):
+            return await call(encode)
+
+    @contextlib.asynccontextmanager
+    async def preparing(self, tenant: Tenant) -> AsyncIterator[None]:
+        """While a text is tokenised for a tenant, which counts as a request that runs."""
+        await self.admit(tenant, 1)
+        tenant.running += 1
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            tenant.running -= 1
+            self._preparing -= 1
 
     # -- jobs
 

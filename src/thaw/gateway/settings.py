@@ -12,7 +12,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_s: float = 30.0
     """Until a request's body must be there."""
     body_values: int = 1 << 20
-    """Of JSON in a body; a body of many small ones takes far more time and memory than its bytes say."""
+    """The price of a body's JSON values (`thaw.gateway.bodies`)."""
+    bodies_nbytes: int = 256 << 20
+    """Of large bodies that are being read or answered."""
     head_nbytes: int = 16 << 10
     head_s: float = 10.0
     """Until a request's headers must be there."""

@@ -37,6 +37,7 @@ from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.speech import Said, Text, ToolCall, read_all
+from thaw.repo.bridge import call
 
 FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
@@ -91,7 +92,8 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     outcomes = await outcomes_of(request, jobs)
     if asked.best_of is not None:
         outcomes = best_first(outcomes)[: asked.n]
-    return as_json(_whole(context, id, asked, outcomes), headers=headers_of(ignored, outcomes))
+    whole = await call(_whole, context, id, asked, outcomes)
+    return as_json(whole, headers=headers_of(ignored, outcomes))
 
 
 def stop(jobs: Sequence[ReplyJob]) -> None:
@@ -199,16 +201,20 @@ def _choice(
     message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
         message["tool_calls"] = [_call(id, number, i, call) for i, call in enumerate(calls)]
-    tops = outcome.top_logprobs
-    logprobs = token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, body.top_logprobs or 0)
     return {
         "index": number,
         "message": message,
         "finish_reason": "tool_calls" if calls else FINISH[outcome.finish_reason],
         "stop_reason": outcome.stop_reason,
-        "logprobs": {"content": logprobs, "refusal": None} if body.logprobs else None,
+        "logprobs": _logprobs(context, body, outcome) if body.logprobs else None,
         "thaw": {"point": outcome.point},
     }
+
+
+def _logprobs(context: GatewayContext, body: ChatCreate, outcome: RequestOutcome) -> dict[str, object]:
+    tops = outcome.top_logprobs
+    told = token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, body.top_logprobs or 0)
+    return {"content": told, "refusal": None}
 
 
 def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object]:
