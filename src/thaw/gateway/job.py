@@ -69,9 +69,10 @@ class ReplyJob:
         keep: Keep,
         engine_back: Callable[[], Awaitable[None]],
         said: Sequence[Delta] = (),
+        ran: Callable[[int], object] = lambda _: None,
     ) -> None:
         """`engine_back` waits for another engine after one has died, or raises. `said`: deltas from before it was
-        parked."""
+        parked. `ran` is told of tokens as the engine samples them."""
         self.asked = asked
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
@@ -86,6 +87,9 @@ class ReplyJob:
         """What its dialect needs to tell it to somebody else."""
         self._find, self._keep, self._engine_back = place, keep, engine_back
         self._given = Given()
+        self._ran = ran
+        self.read = False
+        """The engine has begun to read its prompt."""
         self._deltas = list(said)
         self._news = asyncio.Event()
         self._ended = False
@@ -93,6 +97,14 @@ class ReplyJob:
         for future in (self.begun, self.outcome):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.task = asyncio.create_task(self._run())
+
+    @property
+    def parent(self) -> str | None:
+        """The commit that it goes on from, once it is known."""
+        if self.asked.at is not None:
+            return str(self.asked.at.commit)
+        begun = self.begun
+        return begun.result().parent if begun.done() and begun.exception() is None else None
 
     def stop(self) -> None:
         """End it soon; asking again is fine."""
@@ -146,6 +158,7 @@ class ReplyJob:
             self.asked = msgspec.structs.replace(self.asked, sampling=place.sampling)
             self._stream = self._ask(place)
             work = await self._stream.sync()
+            self.read = True
             if not self.begun.done():
                 self.begun.set_result(
                     RequestBegun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
@@ -155,6 +168,7 @@ class ReplyJob:
             async for delta in each(work):
                 if delta.token_ids:
                     place.entry.ready.set()
+                    self._ran(len(delta.token_ids))
                 if self.parked and delta.finish_reason == "abort":
                     delta = msgspec.structs.replace(delta, text="")
                 news = self._given.beyond(delta)

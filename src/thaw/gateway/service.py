@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
+from thaw.core import cache
 from thaw.core.errors import ThawError
 from thaw.engines.base import Delta, Engine
 from thaw.gateway.asked import Asked, RequestOutcome
@@ -24,7 +25,7 @@ from thaw.gateway.place import ParentFinder, Place, TextLimit
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import Reader, reader_of
-from thaw.gateway.tenants import Tenant, Tenants
+from thaw.gateway.tenants import Spending, Tenant, Tenants
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
@@ -71,6 +72,7 @@ class Service:
         """Those that came with another engine; they are closed here."""
         self._finders: dict[str, ParentFinder] = {}
         self._texts = TextLimit(self.engine)
+        self._token_nbytes = cache.token_nbytes(self.engine.info.groups)
         self._preparing = 0
 
     @property
@@ -155,51 +157,78 @@ class Service:
 
     async def start(self, tenant: Tenant, asked: Sequence[Asked]) -> list[ReplyJob]:
         """Jobs of which no more than the commits are kept. Raises `ApiError`."""
-        await self.admit(tenant, len(asked))
-        return [self.begin(tenant, one) for one in asked]
+        await self.admit(tenant, len(asked), max((self.answer(one) for one in asked), default=0))
+        request: list[Spending] = []
+        return [self.begin(tenant, one, request=request) for one in asked]
 
-    async def admit(self, tenant: Tenant, num: int) -> None:
-        """Whether so many jobs may begin now. Raises `ApiError`."""
+    def answer(self, asked: Asked) -> int:
+        """Tokens that it may sample at most."""
+        limit = self.engine.info.max_model_len
+        return limit if asked.max_tokens is None else min(asked.max_tokens, limit)
+
+    async def admit(self, tenant: Tenant, num: int, answer: int = 0) -> None:
+        """Whether so many jobs, of `answer` tokens each, may begin now. Raises `ApiError`."""
         self.require_choices(num)
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
         if self.num_running + num > self.settings.limits.requests:
             raise ApiError(503, f"{self.num_running} requests are running; try again soon", retry_after=RETRY_AFTER_S)
-        nbytes = await call(self.ledger.nbytes, tenant.namespace) if tenant.quota.bytes is not None else 0
-        tenant.admit(num, nbytes)
+        tenant.admit(num, answer, self.ledger.nbytes(tenant.namespace))
 
     def require_choices(self, num: int) -> None:
         """Whether one request may have so many choices, before anything is made of them. Raises `ApiError`."""
         if num > self.settings.limits.choices:
             raise ApiError(400, f"n={num}: at most {self.settings.limits.choices}", param="n")
 
-    def begin(self, tenant: Tenant, asked: Asked, keep: Keep | None = None, said: Sequence[Delta] = ()) -> ReplyJob:
+    def begin(
+        self,
+        tenant: Tenant,
+        asked: Asked,
+        keep: Keep | None = None,
+        said: Sequence[Delta] = (),
+        request: list[Spending] | None = None,
+    ) -> ReplyJob:
         """A job that was admitted. `keep` is awaited between its commit and its outcome; without one no more than the
-        commit is kept. `said`: deltas from before it was parked."""
+        commit is kept. `said`: deltas from before it was parked. `request`: jobs of the same request."""
         engine = self.engine
+
+        spending = Spending(
+            tenant, self.answer(asked), self._token_nbytes, [] if request is None else request,
+            lambda: self.ledger.nbytes(tenant.namespace),
+        )  # fmt: skip
 
         async def find(now: Asked) -> Place:
             nonlocal engine
             engine = self.engine
-            return await self._finder(tenant).find(now)
+            place = await self._finder(tenant).find(now)
+            try:
+                spending.prompt(max(0, place.num_tokens - place.num_known))
+            except ApiError:
+                await place.give_up()
+                raise
+            return place
 
         async def kept(outcome: RequestOutcome) -> None:
-            tenant.meter.add(outcome.num_prefilled + len(outcome.token_ids))
             self.metrics.done(tenant.name, asked.branch, outcome)
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
-        job = ReplyJob(asked, find, kept, lambda: self.rejoin(engine), said)
-        tenant.running += 1
+        job = ReplyJob(asked, find, kept, lambda: self.rejoin(engine), said, spending.ran)
         self._running.add(job)
 
         def over(_: asyncio.Task[None]) -> None:
-            tenant.running -= 1
+            if job.read:
+                spending.read()
+            spending.over()
             self._running.discard(job)
 
         job.task.add_done_callback(over)
         return job
 
     # -- keeping
+
+    def require_bytes(self, tenant: Tenant) -> None:
+        """Whether a tenant may store more. Raises `ApiError` 429."""
+        tenant.require_bytes(self.ledger.nbytes(tenant.namespace))
 
     async def keep_point(self, tenant: Tenant, outcome: RequestOutcome) -> None:
         """Count a commit that no response names."""
@@ -225,15 +254,26 @@ class Service:
         task.add_done_callback(self._chores.discard)
 
     async def sweep(self) -> int:
-        """Let go of what is kept no longer: rows, then, by gc, the KV that nothing names. How many rows went."""
+        """Let go of what is kept no longer: rows, then, by gc, the KV that nothing names. How many rows went.
+
+        What running requests go on from is kept until they are over.
+        """
         keeping = self.settings.keeping
         before = time.time() - keeping.lifetime_s
-        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes)
+        held = {job.parent for job in self._running if job.parent is not None}
+        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes, held=held)
         if gone:
             now = time.time()
             since = min([now if oldest is None else oldest, *(job.began for job in self._running)])
             await self.repo.gc(keep_reflog_s=max(0.0, now - since))
+            await self.live.forget(await call(self._lost, self.live.commits()))
         return gone
+
+    def _lost(self, commits: set[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those, by namespace, that gc has removed."""
+        repo = self.repo.sync
+        views = {name: repo.within(name) if name else repo for name in {name for name, _ in commits}}
+        return [(name, commit) for name, commit in commits if not views[name].store.has(commit)]
 
     async def sweep_forever(self) -> None:
         while True:

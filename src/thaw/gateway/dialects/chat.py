@@ -103,6 +103,8 @@ def stop(jobs: Sequence[ReplyJob]) -> None:
 
 def number_of(n: int, best_of: int | None, *, stream: bool) -> int:
     """How many are generated."""
+    if n < 1:
+        raise invalid("n", f"{n}; at least 1")
     if best_of is None:
         return n
     if best_of < n:

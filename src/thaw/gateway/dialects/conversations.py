@@ -39,6 +39,7 @@ def branch_of(id: str) -> str:
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
+    context.service.require_bytes(context.tenant)
     asked, _ = FIELDS.read(body or b"{}")
     id = f"conv_{secrets.token_hex(16)}"
     items = response_input.items(list(asked.items), id)

@@ -218,7 +218,7 @@ async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     if begin.conversation is not None:
         service.take_conversation(namespace, begin.conversation.id)
     try:
-        await service.admit(context.tenant, 1)
+        await service.admit(context.tenant, 1, service.answer(begin.asked))
     except BaseException:
         if begin.conversation is not None:
             service.free_conversation(namespace, begin.conversation.id)
