@@ -20,6 +20,7 @@ from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
 from thaw.gateway.place import Place
+from thaw.gateway.problems import told
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
@@ -112,6 +113,7 @@ class ReplyJob:
             self.stopped = True
             if self._stream is not None:
                 self._stopping = asyncio.create_task(self._stream.cancel())
+                self._stopping.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def park(self) -> None:
         self.parked = not self._ended
@@ -144,11 +146,10 @@ class ReplyJob:
                     await self._engine_back()
                     self._given.again()
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited
+            ended = told(error, "a request") if isinstance(error, Exception) else Cancelled("the gateway is stopping")
             for future in (self.begun, self.outcome):
                 if not future.done():
-                    future.set_exception(
-                        error if isinstance(error, Exception) else asyncio.CancelledError("the gateway is stopping")
-                    )
+                    future.set_exception(ended)
         finally:
             self._ended = True
             self._tell()

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ FILE = "gateway.db"
 UNDER_WAY = ("queued", "in_progress")
 GONE = "deleted"
 """The kind of a row that was deleted, and whose KV may be there still."""
+_BY_ID = "WHERE namespace = ? AND kind = ? AND id = ?"
 _SIZE = "nbytes + length(record)"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -73,26 +74,37 @@ class Ledger:
         self._count()
 
     def put(self, row: LedgerRow) -> None:
-        record = msgspec.json.encode(row.record)
-        values = (
-            row.kind, row.id, row.namespace, row.status, record, row.point, row.parent, row.nbytes, row.created,
-        )  # fmt: skip
         with self._lock, database_errors(self._path):
-            before = self._size(row.namespace, row.kind, row.id)
-            self._connection.execute(
-                f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values
-            )
-            self._stored[row.namespace] += row.nbytes + len(record) - before
+            self._put(row)
+
+    def change(self, namespace: str, kind: str, id: str, change: Callable[[LedgerRow], object]) -> LedgerRow | None:
+        """Change a row as it stands now, with nobody between; None, and nothing is done, where there is none."""
+        with self._lock, database_errors(self._path):
+            found = self._rows(_BY_ID, (namespace, kind, id))
+            for row in found:
+                change(row)
+                self._put(row)
+        return found[0] if found else None
+
+    def _put(self, row: LedgerRow) -> None:
+        record = msgspec.json.encode(row.record)
+        before = self._size(row.namespace, row.kind, row.id)
+        self._connection.execute(
+            f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (row.kind, row.id, row.namespace, row.status, record, row.point, row.parent, row.nbytes, row.created),
+        )
+        self._stored[row.namespace] += row.nbytes + len(record) - before
 
     def get(self, namespace: str, kind: str, id: str) -> LedgerRow | None:
-        found = self._rows("WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id))
+        with self._lock, database_errors(self._path):
+            found = self._rows(_BY_ID, (namespace, kind, id))
         return found[0] if found else None
 
     def delete(self, namespace: str, kind: str, id: str) -> bool:
         """It is not found any more. What it counted, its KV, counts until gc can have removed that (`expire`)."""
         with self._lock, database_errors(self._path):
             before = self._size(namespace, kind, id) + self._size(namespace, GONE, id)
-            where, values = "WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id)
+            where, values = _BY_ID, (namespace, kind, id)
             gone = self._connection.execute(f"DELETE FROM rows {where} AND nbytes = 0", values)
             left = self._connection.execute(
                 f"UPDATE OR REPLACE rows SET kind = '{GONE}', status = 'completed', record = x'7b7d' {where}", values
@@ -101,9 +113,7 @@ class Ledger:
         return bool(gone.rowcount or left.rowcount)
 
     def _size(self, namespace: str, kind: str, id: str) -> int:
-        found = self._connection.execute(
-            f"SELECT {_SIZE} FROM rows WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id)
-        ).fetchone()
+        found = self._connection.execute(f"SELECT {_SIZE} FROM rows {_BY_ID}", (namespace, kind, id)).fetchone()
         return 0 if found is None else int(found[0])
 
     def _count(self) -> None:
@@ -112,7 +122,8 @@ class Ledger:
 
     def with_status(self, *statuses: str) -> list[LedgerRow]:
         marks = ", ".join("?" * len(statuses))
-        return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
+        with self._lock, database_errors(self._path):
+            return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
 
     def interrupt(self) -> int:
         """Rows that a gateway which is gone left under way; how many."""
@@ -156,8 +167,7 @@ class Ledger:
             self._connection.close()
 
     def _rows(self, where: str, values: Iterable[object]) -> list[LedgerRow]:
-        with self._lock, database_errors(self._path):
-            found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
+        found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
         return [
             LedgerRow(
                 kind=kind, id=id, namespace=namespace, status=status, record=msgspec.json.decode(record), point=point,

@@ -171,8 +171,10 @@ class Service:
         self.require_choices(num)
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
-        if self.num_running + num > self.settings.limits.requests:
-            raise ApiError(503, f"{self.num_running} requests are running; try again soon", retry_after=RETRY_AFTER_S)
+        most = self.settings.limits.requests
+        share = most if self.tenants.num == 1 else max(num, most * 3 // 4)
+        if self.num_running + num > most or tenant.running + num > share:
+            raise ApiError(503, "too many requests are running; try again soon", retry_after=RETRY_AFTER_S)
         tenant.admit(num, answer, self.ledger.nbytes(tenant.namespace))
 
     def require_choices(self, num: int) -> None:
@@ -202,8 +204,10 @@ class Service:
             engine = self.engine
             place = await self._finder(tenant).find(now)
             try:
-                spending.prompt(max(0, place.num_tokens - place.num_known))
-            except ApiError:
+                num_new = max(0, place.num_tokens - place.num_known)
+                spending.prompt(num_new)
+                await call(self.repo.sync.require_room, num_new)
+            except (ApiError, ThawError):
                 await place.give_up()
                 raise
             return place
@@ -249,7 +253,14 @@ class Service:
 
     def later(self, chore: Coroutine[Any, Any, None]) -> None:
         """Do it, and before the gateway ends."""
-        task = asyncio.create_task(chore)
+
+        async def done() -> None:
+            try:
+                await chore
+            except ThawError as error:
+                log.warning("a response could not be kept: %s", error.kind)
+
+        task = asyncio.create_task(done())
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 

@@ -191,6 +191,7 @@ class Tenants:
 
     def __init__(self, by_digest: dict[bytes, Tenant]) -> None:
         self._by_digest = by_digest
+        self.num = len(self.all)
 
     @property
     def all(self) -> list[Tenant]:
