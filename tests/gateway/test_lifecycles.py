@@ -18,6 +18,7 @@ from test_tenants import two
 from gateway_stand import TOKEN, Gateway, Start
 from thaw.gateway.ledger import LedgerRow
 from thaw.gateway.metrics import MAX_BRANCHES
+from thaw.gateway.service import ROOM_S
 from thaw.gateway.settings import GatewaySettings, Keeping, Limits
 
 openai = pytest.importorskip("openai")
@@ -276,6 +277,7 @@ def test_on_a_full_disk_nothing_is_generated_and_all_goes_on_when_there_is_room(
     gateway = start(name="full/runs")
     client = gateway.openai()
     kept = ask(client)
+    time.sleep(ROOM_S)
     free = subprocess.run(["df", "--output=avail", "-B1", str(small_disk)], capture_output=True, text=True).stdout
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(int(free.split()[-1]) - (1 << 19)))

@@ -17,13 +17,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 
 from thaw.core.errors import Cancelled, EngineDied
-from thaw.engines.base import Completion, Delta
+from thaw.engines.base import Completion, Delta, SessionView
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
 from thaw.gateway.place import Place
 from thaw.gateway.problems import told
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
+from thaw.repo.commit import CommitResult
+from thaw.repo.stream import Stream
 
 
 class Given:
@@ -176,12 +178,11 @@ class ReplyJob:
                 if news is not None:
                     self._deltas.append(news)
                     self._tell()
-            outcome = await self._committed(place, await call(work.result))
-            view = await place.session.view()
+            outcome, view, told = await call(self._committed, place, work)
         except BaseException:
             await place.give_up()
             raise
-        await place.settle(place.session.sync.engine.codec, view, outcome)
+        await place.settle(view, told, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
 
@@ -201,10 +202,22 @@ class ReplyJob:
             continue_final_message=asked.continue_final_message,
         )
 
-    async def _committed(self, place: Place, result: ChatResult | Completion) -> RequestOutcome:
+    def _committed(
+        self, place: Place, work: Stream[ChatResult] | Stream[Completion]
+    ) -> tuple[RequestOutcome, SessionView, tuple[int, ...]]:
+        """The end, on a thread: the completion, its commit, the session then, and its tokens as a client tells them."""
+        result = work.result()
         completion = result.completion if isinstance(result, ChatResult) else result
         created = time.time()
-        done = await place.session.commit(self.asked.note, branch=self.asked.branch)
+        session = place.session.sync
+        done = session.commit(self.asked.note, branch=self.asked.branch)
+        outcome = self._outcome(place, result, completion, done, created)
+        view = session.view()
+        return outcome, view, place.told(view, outcome)
+
+    def _outcome(
+        self, place: Place, result: ChatResult | Completion, completion: Completion, done: CommitResult, created: float
+    ) -> RequestOutcome:
         usage = completion.usage
         return RequestOutcome(
             text=completion.text,

@@ -22,7 +22,7 @@ from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
-from thaw.engines.base import Codec, Engine, Message, SessionView
+from thaw.engines.base import Engine, Message, SessionView
 from thaw.gateway.asked import Asked, RequestOutcome
 from thaw.gateway.live import WORTH_WAITING, LiveEntry, LiveSessions
 from thaw.repo import resolve, timeline
@@ -67,11 +67,14 @@ class Place:
         self.num_tokens, self.sampling = num_tokens, sampling
         entry.session, entry.parent = found.session, found.parent
 
-    async def settle(self, codec: Codec, view: SessionView, outcome: RequestOutcome) -> None:
-        told = view.tokens
-        if self.entry.chat and self.entry.tokens and outcome.token_ids:
-            again = await call(codec.encode_chat, outcome.text, inside=True)
-            told = (*self.entry.tokens, *again)
+    def told(self, view: SessionView, outcome: RequestOutcome) -> tuple[int, ...]:
+        """The session's tokens as a client that tells the conversation again makes them."""
+        if not self.entry.chat or not self.entry.tokens or not outcome.token_ids:
+            return view.tokens
+        again = self.session.sync.engine.codec.encode_chat(outcome.text, inside=True)
+        return (*self.entry.tokens, *again)
+
+    async def settle(self, view: SessionView, told: tuple[int, ...], outcome: RequestOutcome) -> None:
         await self._live.settle(self.entry, view, told, outcome.point)
 
     async def give_up(self) -> None:
@@ -209,19 +212,22 @@ class ParentFinder:
 
     async def _follow(self, found: ParentFound, asked: Asked) -> None:
         """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
-        parent = str(asked.at.commit) if asked.at is not None else await call(self._held_whole, found)
+        if asked.at is not None:
+            parent: str | None = str(asked.at.commit)
+        elif found.whole or found.parent is None:
+            parent = found.parent
+        else:
+            parent = await call(self._held_whole, found.parent, found.num_known)
         if parent != found.session.sync.parent:
             await found.session.reparent(None if parent is None else CommitId(parent))
         found.parent = parent
 
-    def _held_whole(self, found: ParentFound) -> str | None:
-        """Of the commit that a session was forked from and those before it, the last that ends within what is known."""
-        if found.whole:
-            return found.parent
-        store, commit = self._repo.sync.store, found.parent
+    def _held_whole(self, commit: str | None, num_known: int) -> str | None:
+        """Of a commit and those before it, the last that ends within so many tokens."""
+        store = self._repo.sync.store
         while commit is not None:
             known = store.get_as(commit, Commit)
-            if timeline.read_state(store, StateId(known.state)).num_tokens <= found.num_known:
+            if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
                 return commit
             commit = known.parents[0] if known.parents else None
         return None

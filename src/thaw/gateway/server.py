@@ -66,6 +66,7 @@ def server(service: Service) -> GatewayServer:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_S,
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.certificate_key,

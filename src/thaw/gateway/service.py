@@ -34,6 +34,7 @@ from thaw.repo.resolve import ResolvedPoint
 
 REJOIN_S = 600.0
 """How long requests wait for another engine."""
+ROOM_S = 1.0
 log = logging.getLogger("thaw.gateway")
 
 
@@ -74,6 +75,7 @@ class Service:
         self._texts = TextLimit(self.engine)
         self._token_nbytes = cache.token_nbytes(self.engine.info.groups)
         self._preparing = 0
+        self._room_found = -ROOM_S
 
     @property
     def num_running(self) -> int:
@@ -206,7 +208,7 @@ class Service:
             try:
                 num_new = max(0, place.num_tokens - place.num_known)
                 spending.prompt(num_new)
-                await call(self.repo.sync.require_room, num_new)
+                await self._require_room(num_new)
             except (ApiError, ThawError):
                 await place.give_up()
                 raise
@@ -228,6 +230,13 @@ class Service:
         job.task.add_done_callback(over)
         return job
 
+    async def _require_room(self, num_tokens: int) -> None:
+        """Whether the disk has room for a request's commit; asked once a second. Raises `StorageFailed`."""
+        now = time.monotonic()
+        if now - self._room_found >= ROOM_S:
+            await call(self.repo.sync.require_room, num_tokens)
+            self._room_found = now
+
     # -- keeping
 
     def require_bytes(self, tenant: Tenant) -> None:
@@ -240,7 +249,7 @@ class Service:
             kind="point", id=outcome.point, namespace=tenant.namespace, status="completed", record={},
             point=outcome.point, parent=outcome.parent, nbytes=outcome.nbytes, created=outcome.created,
         )  # fmt: skip
-        await call(self.ledger.put, row)
+        await call(self.ledger.count, row)
 
     def take_conversation(self, namespace: str, id: str) -> None:
         """Raises `ApiError` 409 while another response goes on with it."""
