@@ -21,16 +21,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from thaw.core.errors import ThawError
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
 from thaw.gateway.metrics import Gauges
-from thaw.gateway.problems import ApiError, problem_of
+from thaw.gateway.problems import ApiError, problem_of, told
 from thaw.gateway.repeats import detached
 from thaw.gateway.reply import ClientGone, as_json
 from thaw.gateway.service import Service
 
-log = logging.getLogger("thaw.gateway")
 audit = logging.getLogger("thaw.gateway.audit")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 Handler: TypeAlias = Callable[[GatewayContext, Request, bytes], Awaitable[Response]]
@@ -85,14 +83,13 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
             tenant, key_id = service.tenants.of_key(_key(request))
             context = GatewayContext(service, tenant, key_id, dict(request.headers))
             handler = handlers["GET" if request.method == "HEAD" else request.method]
-            reply = await _reply(context, path, handler, request, await _body(service, request))
+            with service.bodies.room(tenant.name, request):
+                reply = await _reply(context, path, handler, request, await service.bodies.read(request))
         except (ClientGone, ClientDisconnect):
             reply = Response(status_code=499)
-        except (ApiError, ThawError) as error:
-            reply = problem_reply(request.url.path, error if isinstance(error, ApiError) else problem_of(error))
-        except Exception as error:
-            log.error("%s %s failed: %s", request.method, path, type(error).__name__, exc_info=_without_values(error))
-            reply = problem_reply(request.url.path, ApiError(500, "an error in the gateway; see its log"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer, and the log has it
+            problem = told(error, f"{request.method} {path}")
+            reply = problem_reply(request.url.path, problem if isinstance(problem, ApiError) else problem_of(problem))
         reply.headers["x-request-id"] = reply.headers["request-id"] = number
         line = {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
         _count(service, context, line, time.perf_counter() - started)
@@ -110,18 +107,13 @@ async def _reply(context: GatewayContext, path: str, handler: Handler, request: 
     return await context.service.repeats.reply(named, body, lambda: handler(context, detached(request), body))
 
 
-def _without_values(error: Exception) -> Exception | None:
-    """The error with its places in our code, and without its message, which may hold what a client said."""
-    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
-
-
 def _count(service: Service, context: GatewayContext | None, line: dict[str, object], seconds: float) -> None:
     tenant = "" if context is None else context.tenant.name
     whose = {} if context is None else {"key": context.key_id, **context.noted}
     endpoint, status = str(line["endpoint"]), str(line["status"])
     service.metrics.add("thaw:requests_total", tenant=tenant, endpoint=endpoint, status=status)
-    told = {"time": round(time.time(), 3), "tenant": tenant, **line, "ms": round(seconds * 1e3, 1), **whose}
-    audit.info(msgspec.json.encode(told).decode())
+    said = {"time": round(time.time(), 3), "tenant": tenant, **line, "ms": round(seconds * 1e3, 1), **whose}
+    audit.info(msgspec.json.encode(said).decode())
 
 
 def problem_reply(path: str, problem: ApiError) -> Response:
@@ -145,29 +137,6 @@ def _key(request: Request) -> str | None:
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     found: str | None = value.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
     return found
-
-
-async def _body(service: Service, request: Request) -> bytes:
-    limits = service.settings.limits
-    if request.method in ("GET", "HEAD", "DELETE"):
-        return b""
-    try:
-        return await asyncio.wait_for(_read(request, limits.body_nbytes), limits.body_s)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.body_s:g} s") from None
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise ApiError(413, f"the body has {length} bytes; at most {limit}")
-    parts, total = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        total += len(part)
-        if total > limit:
-            raise ApiError(413, f"the body has more than {limit} bytes")
-    return b"".join(parts)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

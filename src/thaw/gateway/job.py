@@ -20,11 +20,14 @@ from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta, SessionView
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
 from thaw.gateway.place import Place
+from thaw.gateway.problems import told
 from thaw.gateway.reading import SpeechReader
 from thaw.gateway.speech import Said, ToolCall, merged_said
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
+from thaw.repo.commit import CommitResult
+from thaw.repo.stream import Stream
 
 
 class Given:
@@ -58,6 +61,10 @@ class Given:
         return msgspec.structs.replace(delta, token_ids=tuple(new_ids), logprobs=logprobs, text=new_text)
 
 
+def _completion(result: ChatResult | Completion) -> Completion:
+    return result.completion if isinstance(result, ChatResult) else result
+
+
 def _prompt(view: SessionView) -> tuple[int, ...]:
     """What a session's last completion follows."""
     last = view.turns[-1] if view.turns else None
@@ -78,9 +85,10 @@ class ReplyJob:
         engine_back: Callable[[], Awaitable[None]],
         reader: Callable[[Asked, Sequence[int]], SpeechReader],
         said: Sequence[SpokenPiece] = (),
+        ran: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """`engine_back` waits until an engine is up after one has died, or raises. `reader` reads
-        what is said after a prompt. `said`: pieces from before it was parked."""
+        """`engine_back` waits until an engine is up after one has died, or raises. `reader` reads what is said after a
+        prompt. `said`: pieces from before it was parked. `ran` is told of tokens as the engine samples them."""
         self.asked = asked
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
@@ -98,6 +106,9 @@ class ReplyJob:
         self._reader: SpeechReader | None = None
         self._called = False
         self._given = Given()
+        self._ran = ran
+        self.read = False
+        """The engine has begun to read its prompt."""
         self._pieces = list(said)
         self._news = asyncio.Event()
         self._ended = False
@@ -106,12 +117,21 @@ class ReplyJob:
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.task = asyncio.create_task(self._run())
 
+    @property
+    def parent(self) -> str | None:
+        """The commit that it goes on from, once it is known."""
+        if self.asked.at is not None:
+            return str(self.asked.at.commit)
+        begun = self.begun
+        return begun.result().parent if begun.done() and begun.exception() is None else None
+
     def stop(self) -> None:
         """End it soon; asking again is fine."""
         if not self.stopped and not self._ended:
             self.stopped = True
             if self._stream is not None:
                 self._stopping = asyncio.create_task(self._stream.cancel())
+                self._stopping.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def park(self) -> None:
         self.parked = not self._ended
@@ -144,11 +164,10 @@ class ReplyJob:
                     await self._engine_back()
                     self._given.again()
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited
+            ended = told(error, "a request") if isinstance(error, Exception) else Cancelled("the gateway is stopping")
             for future in (self.begun, self.outcome):
                 if not future.done():
-                    future.set_exception(
-                        error if isinstance(error, Exception) else asyncio.CancelledError("the gateway is stopping")
-                    )
+                    future.set_exception(ended)
         finally:
             self._ended = True
             self._tell()
@@ -160,6 +179,7 @@ class ReplyJob:
             self.asked = msgspec.structs.replace(self.asked, sampling=place.sampling)
             self._stream = self._ask(place)
             work = await self._stream.sync()
+            self.read = True
             if not self.begun.done():
                 self.begun.set_result(
                     RequestBegun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
@@ -170,17 +190,18 @@ class ReplyJob:
             async for delta in each(work):
                 if delta.token_ids:
                     place.entry.ready.set()
+                    self._ran(len(delta.token_ids))
                 if self.parked and delta.finish_reason == "abort":
                     delta = msgspec.structs.replace(delta, text="")
                 news = self._given.beyond(delta)
                 if news is not None:
                     await self._spoken(reader, news)
-            outcome = await self._committed(place, await call(work.result), reader)
-            view = await place.session.view()
+            result, done, created, view, retold = await call(self._committed, place, work)
+            outcome = self._outcome(place, result, done, created, await self._said(reader, _completion(result)))
         except BaseException as error:
             await place.give_up(error)
             raise
-        await place.settle(place.session.sync.engine.codec, view, outcome)
+        await place.settle(view, retold, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
 
@@ -244,11 +265,27 @@ class ReplyJob:
             continue_final_message=asked.continue_final_message,
         )
 
-    async def _committed(self, place: Place, result: ChatResult | Completion, reader: SpeechReader) -> RequestOutcome:
-        completion = result.completion if isinstance(result, ChatResult) else result
+    def _committed(
+        self, place: Place, work: Stream[ChatResult] | Stream[Completion]
+    ) -> tuple[ChatResult | Completion, CommitResult, float, SessionView, tuple[int, ...]]:
+        """The end, on a thread: what was generated, its commit and when, the session then, and its tokens as a client
+        tells them."""
+        result = work.result()
         created = time.time()
-        done = await place.session.commit(self.asked.note, branch=self.asked.branch)
-        said = await self._said(reader, completion)
+        session = place.session.sync
+        done = session.commit(self.asked.note, branch=self.asked.branch)
+        view = session.view()
+        return result, done, created, view, place.told(view, _completion(result))
+
+    def _outcome(
+        self,
+        place: Place,
+        result: ChatResult | Completion,
+        done: CommitResult,
+        created: float,
+        said: tuple[Said, ...],
+    ) -> RequestOutcome:
+        completion = _completion(result)
         usage = completion.usage
         return RequestOutcome(
             text=completion.text,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from itertools import count
 from typing import TypeAlias
 
@@ -162,6 +162,17 @@ class LiveSessions:
         for entry in [entry for entry in self.of(home) if entry.ready.is_set()]:
             entry.gone = True
             del self._entries[entry.number]
+
+    def commits(self) -> set[tuple[str, str]]:
+        """Those that open sessions stand behind: namespace, commit."""
+        return {(entry.namespace, entry.commit) for entry in self._entries.values() if entry.commit is not None}
+
+    async def forget(self, commits: Collection[tuple[str, str]]) -> None:
+        """Close the sessions behind commits that are no more: nobody could commit what follows."""
+        for entry in [one for one in self._entries.values() if (one.namespace, one.commit) in commits]:
+            entry.gone = True
+            if not entry.users:
+                await self._close(entry)
 
     async def clear(self) -> None:
         for entry in list(self._entries.values()):

@@ -13,6 +13,8 @@ from thaw.gateway.asked import RequestOutcome
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
 MEASURABLE = 64
+MAX_BRANCHES = 100
+"""Of a tenant that have series of their own: clients name them."""
 HELP: dict[str, tuple[str, str]] = {
     "thaw:requests_total": ("counter", "Requests by tenant, endpoint and status."),
     "thaw:requests_running": ("gauge", "Running requests, including streams."),
@@ -26,7 +28,7 @@ HELP: dict[str, tuple[str, str]] = {
     "thaw:live_sessions": ("gauge", "Sessions kept open for follow-up requests."),
     "thaw:live_tokens": ("gauge", "Their tokens."),
     "thaw:engine_up": ("gauge", "By engine: 1 while it is up."),
-    "thaw:engine_replaced": ("gauge", "By engine: how often another one has taken its place."),
+    "thaw:engine_replaced": ("gauge", "By engine: how often it was replaced."),
     "thaw:engine_requests_running": ("gauge", "By engine: running requests."),
     "thaw:engine_live_sessions": ("gauge", "By engine: sessions kept open."),
     "thaw:engine_live_tokens": ("gauge", "By engine: their tokens."),
@@ -51,6 +53,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
+        self._branches: defaultdict[str, set[str]] = defaultdict(set)
         self._read_tokens = 0
         self._read_s = 0.0
 
@@ -58,7 +61,7 @@ class Metrics:
         self._counts[name, tuple(sorted(labels.items()))] += value
 
     def done(self, tenant: str, branch: str | None, outcome: RequestOutcome) -> None:
-        labels = {"tenant": tenant, "branch": branch or ""}
+        labels = {"tenant": tenant, "branch": self._branch(tenant, branch or "")}
         self.add("thaw:prompt_tokens_total", outcome.num_prompt, **labels)
         self.add("thaw:cached_tokens_total", outcome.num_cached, **labels)
         self.add("thaw:prefilled_tokens_total", outcome.num_prefilled, **labels)
@@ -75,6 +78,15 @@ class Metrics:
         if self._read_tokens:
             saved = outcome.num_cached * self._read_s / self._read_tokens
             self.add("thaw:saved_seconds_total", saved, **labels)
+
+    def _branch(self, tenant: str, branch: str) -> str:
+        """Its label: conversations share one, and so do all branches of a tenant beyond the first `MAX_BRANCHES`."""
+        if branch.startswith("conversations/"):
+            return "conversations/*"
+        known = self._branches[tenant]
+        if len(known) < MAX_BRANCHES:
+            known.add(branch)
+        return branch if branch in known else "*"
 
     def text(self, gauges: Gauges) -> str:
         lines: list[str] = []

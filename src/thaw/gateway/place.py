@@ -13,6 +13,7 @@ its text, and keeps the tokens that were sampled.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -23,7 +24,7 @@ from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
-from thaw.engines.base import Codec, Message, SessionView
+from thaw.engines.base import Completion, Engine, Message, SessionView
 from thaw.gateway.asked import Asked, RequestOutcome
 from thaw.gateway.engines import ServingEngine, ServingEngines
 from thaw.gateway.live import WORTH_WAITING, LiveEntry, LiveSessions
@@ -33,6 +34,8 @@ from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
 
 Source = Literal["live", "stored", "new"]
+COMMON = 8
+"""Characters of a token; a text with no more of them may fit, whatever the longest token is."""
 
 
 class ParentFound(msgspec.Struct, kw_only=True):
@@ -68,11 +71,14 @@ class Place:
         self.num_tokens, self.sampling = num_tokens, sampling
         entry.session, entry.parent = found.session, found.parent
 
-    async def settle(self, codec: Codec, view: SessionView, outcome: RequestOutcome) -> None:
-        told = view.tokens
-        if self.entry.chat and self.entry.tokens and outcome.token_ids:
-            again = await call(codec.encode_chat, outcome.text, inside=True)
-            told = (*self.entry.tokens, *again)
+    def told(self, view: SessionView, completion: Completion) -> tuple[int, ...]:
+        """The session's tokens as a client that tells the conversation again makes them."""
+        if not self.entry.chat or not self.entry.tokens or not completion.token_ids:
+            return view.tokens
+        again = self.session.sync.engine.codec.encode_chat(completion.text, inside=True)
+        return (*self.entry.tokens, *again)
+
+    async def settle(self, view: SessionView, told: tuple[int, ...], outcome: RequestOutcome) -> None:
         await self._live.settle(self.entry, view, told, outcome.point)
 
     async def give_up(self, error: BaseException) -> None:
@@ -82,11 +88,37 @@ class Place:
         await self._live.fail(self.entry)
 
 
+class TextLimit:
+    """How long a text may be at most, in characters, to fit an engine's model: what cannot is not tokenised."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._longest: int | None = None
+
+    def require(self, text: str) -> None:
+        """Raises `TooLong`."""
+        room = self._engine.info.max_model_len
+        if len(text) > room * COMMON and len(text) > room * self._longest_token():
+            raise TooLong(
+                f"the prompt has {len(text):,} characters, which is more than the {room:,} tokens that the model takes"
+            )
+
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token, twice: tokenizers may shorten a text before they part it."""
+        with self._lock:
+            if self._longest is None:
+                codec, size = self._engine.codec, self._engine.info.vocab_size
+                self._longest = 2 * max(len(codec.decode([i], skip_special_tokens=False)) for i in range(size))
+            return self._longest
+
+
 class ParentFinder:
     """Of one namespace, over all engines."""
 
-    def __init__(self, engines: ServingEngines, namespace: str, live: LiveSessions) -> None:
+    def __init__(self, engines: ServingEngines, namespace: str, live: LiveSessions, texts: TextLimit) -> None:
         self._engines, self._namespace, self._live = engines, namespace, live
+        self._texts = texts
 
     @property
     def _repo(self) -> AsyncRepository:
@@ -222,7 +254,7 @@ class ParentFinder:
         return msgspec.structs.replace(asked.sampling, max_tokens=max(wanted, 1), seed=seed)
 
     async def _rendered(self, asked: Asked, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        codec = self._engines.any.engine.codec
+        codec, texts = self._engines.any.engine.codec, self._texts
 
         def render() -> tuple[int, ...]:
             text = codec.chat_text(
@@ -231,25 +263,29 @@ class ParentFinder:
                 tools=asked.tools or None,
                 variables=asked.variables,
             )
+            texts.require(text)
             return tuple(codec.encode_chat(text))
 
         return await call(render)
 
     async def _follow(self, found: ParentFound, asked: Asked) -> None:
         """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
-        parent = str(asked.at.commit) if asked.at is not None else await call(self._held_whole, found)
+        if asked.at is not None:
+            parent: str | None = str(asked.at.commit)
+        elif found.whole or found.parent is None:
+            parent = found.parent
+        else:
+            parent = await call(self._held_whole, found.parent, found.num_known)
         if parent != found.session.sync.parent:
             await found.session.reparent(None if parent is None else CommitId(parent))
         found.parent = parent
 
-    def _held_whole(self, found: ParentFound) -> str | None:
-        """Of the commit that a session was forked from and those before it, the last that ends within what is known."""
-        if found.whole:
-            return found.parent
-        store, commit = self._repo.sync.store, found.parent
+    def _held_whole(self, commit: str | None, num_known: int) -> str | None:
+        """Of a commit and those before it, the last that ends within so many tokens."""
+        store = self._repo.sync.store
         while commit is not None:
             known = store.get_as(commit, Commit)
-            if timeline.read_state(store, StateId(known.state)).num_tokens <= found.num_known:
+            if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
                 return commit
             commit = known.parents[0] if known.parents else None
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from thaw.gateway.asked import RequestOutcome
 from thaw.gateway.job import ReplyJob
+from thaw.gateway.problems import told
 
 PAUSE_S = 15.0
 """Of silence in a stream."""
@@ -69,8 +69,12 @@ class EventStream(Response):
         finally:
             for task in (sending, gone):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await sending
+            except asyncio.CancelledError:
+                pass
+            except Exception as error:  # noqa: BLE001 - the log has it, without what the client said
+                told(error, "a stream")
 
     async def _send(self, send: Send) -> None:
         async for chunk in with_pauses(self.events):
@@ -125,6 +129,7 @@ async def outcomes_of(request: Request, jobs: Sequence[ReplyJob]) -> list[Reques
         gone.cancel()
         if not all_done.done():
             all_done.cancel()
+            all_done.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 async def begun(jobs: Sequence[ReplyJob]) -> None:

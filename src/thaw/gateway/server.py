@@ -16,6 +16,7 @@ import uvicorn
 from thaw.core.errors import ThawError
 from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
+from thaw.gateway.connection import Guards
 from thaw.gateway.engines import Reconnect
 from thaw.gateway.ledger import Ledger
 from thaw.gateway.service import Service
@@ -75,11 +76,14 @@ def server(service: Service) -> GatewayServer:
     settings = service.settings
     config = uvicorn.Config(
         application(service),
+        http=Guards(settings.limits).connect,  # type: ignore[arg-type]
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_S,
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.certificate_key,

@@ -40,6 +40,7 @@ from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.speech import Said, Text, Thought, ToolCall
+from thaw.repo.bridge import call
 
 FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
@@ -97,7 +98,8 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     outcomes = await outcomes_of(request, jobs)
     if asked.best_of is not None:
         outcomes = best_first(outcomes)[: asked.n]
-    return as_json(_whole(context, id, asked, outcomes), headers=headers_of(ignored, outcomes))
+    whole = await call(_whole, context, id, asked, outcomes)
+    return as_json(whole, headers=headers_of(ignored, outcomes))
 
 
 def stop(jobs: Sequence[ReplyJob]) -> None:
@@ -107,6 +109,8 @@ def stop(jobs: Sequence[ReplyJob]) -> None:
 
 def number_of(n: int, best_of: int | None, *, stream: bool) -> int:
     """How many are generated."""
+    if n < 1:
+        raise invalid("n", f"{n}; at least 1")
     if best_of is None:
         return n
     if best_of < n:
@@ -210,14 +214,12 @@ def _choice(
         message |= _thought(thought)
     if calls:
         message["tool_calls"] = [_call(id, number, i, call) for i, call in enumerate(calls)]
-    tops = outcome.top_logprobs
-    logprobs = token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, body.top_logprobs or 0)
     return {
         "index": number,
         "message": message,
         "finish_reason": "tool_calls" if calls else FINISH[outcome.finish_reason],
         "stop_reason": outcome.stop_reason,
-        "logprobs": {"content": logprobs, "refusal": None} if body.logprobs else None,
+        "logprobs": _logprobs(context, body, outcome) if body.logprobs else None,
         "thaw": {"point": outcome.point},
     }
 
@@ -225,6 +227,12 @@ def _choice(
 def _thought(text: str) -> dict[str, object]:
     """Under both names that clients look for."""
     return {"reasoning_content": text, "reasoning": text}
+
+
+def _logprobs(context: GatewayContext, body: ChatCreate, outcome: RequestOutcome) -> dict[str, object]:
+    tops = outcome.top_logprobs
+    told = token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, body.top_logprobs or 0)
+    return {"content": told, "refusal": None}
 
 
 def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object]:

@@ -21,6 +21,9 @@ HINTS = frozenset(
 )  # fmt: skip
 """Of OpenAI's fields those that can change no output: thaw finds prefixes by their tokens."""
 MAX_SEED = (1 << 64) - 1
+LONGEST = {"stop": 64, "stop_token_ids": 1024, "logit_bias": 1024, "bad_words": 64}
+MAX_WORD = 4096
+"""Characters of a stop string or a bad word."""
 
 
 class Extension(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +73,7 @@ def sampling_of(body: SamplingFields, engine: Engine, **more: object) -> Samplin
     """`more`: fields that an endpoint calls otherwise. Raises `ApiError` naming the field."""
     given = {name: getattr(body, name) for name in _SAMPLING} | more
     given["seed"] = None if body.seed is None else body.seed & MAX_SEED
+    _require_short(given)
     if body.min_tokens:
         given["max_tokens"] = max(body.min_tokens, Sampling().max_tokens)
     if given.get("structured_outputs") is not None and "structured" not in engine.info.capabilities:
@@ -79,6 +83,18 @@ def sampling_of(body: SamplingFields, engine: Engine, **more: object) -> Samplin
     except BadSampling as error:
         name, _, why = str(error).partition("=")
         raise invalid(name, why) from None
+
+
+def _require_short(given: Mapping[str, Any]) -> None:
+    """Lists that are looked at for every token, and recorded with the turn, are short. Raises `ApiError`."""
+    for name, most in LONGEST.items():
+        value = given.get(name) or ()
+        words = [value] if isinstance(value, str) else value
+        if len(words) > most:
+            raise invalid(name, f"it has {len(words):,} entries; at most {most:,}")
+        longest = max((len(word) for word in words if isinstance(word, str)), default=0)
+        if longest > MAX_WORD:
+            raise invalid(name, f"one of them has {longest:,} characters; at most {MAX_WORD:,}")
 
 
 def choices_of(sampling: Sampling, n: int) -> list[Sampling]:
@@ -103,6 +119,8 @@ def check_model(model: str, served: Sequence[str]) -> None:
 
 def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> dict[str, Any] | None:
     """`response_format` or `text.format` as thaw's structured outputs. Raises `ApiError` where the engine has none."""
+    if format is not None and not isinstance(format, Mapping):
+        raise invalid(param, "an object with a type")
     kind = "text" if format is None else format.get("type")
     if kind == "text":
         return None
@@ -113,7 +131,8 @@ def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> 
     if kind == "json_object":
         return {"json": {"type": "object"}}
     assert format is not None
-    schema = format.get("schema", (format.get("json_schema") or {}).get("schema"))
+    inner = format.get("json_schema")
+    schema = format.get("schema", inner.get("schema") if isinstance(inner, Mapping) else None)
     if not isinstance(schema, dict):
         raise invalid(param, "json_schema without a schema")
     return {"json": schema}

@@ -88,10 +88,12 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         for i in range(0, len(outcomes), count)
         for one in (best_first(outcomes[i : i + count])[: asked.n] if asked.best_of else outcomes[i : i + count])
     ]
-    choices = [
-        _choice(context, asked, i, outcome, _echoed(context, asked, prompts[i // asked.n]))
-        for i, outcome in enumerate(kept)
-    ]
+    choices = await call(
+        lambda: [
+            _choice(context, asked, i, outcome, _echoed(context, asked, prompts[i // asked.n]))
+            for i, outcome in enumerate(kept)
+        ]
+    )
     head = _head(context, id)
     usage = usage_of(outcomes, outcomes[::count])
     return as_json(
@@ -113,7 +115,7 @@ async def _prompts(
 
 async def _ids(context: GatewayContext, one: object, number: int) -> tuple[int, ...]:
     if isinstance(one, str):
-        return tuple(await call(context.codec.encode, one, first=True))
+        return await context.service.encode(context.tenant, one)
     if not isinstance(one, list):
         raise invalid(f"prompt[{number}]", "texts and token ids cannot be mixed")
     return tuple(one)

@@ -35,7 +35,7 @@ def messages(found: list[Item]) -> tuple[Message, ...]:
     out: list[Message] = []
     for i, item in enumerate(found):
         kind = item["type"]
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise unsupported(f"input[{i}]", f"an item of type {str(kind)[:40]!r}; it is {', '.join(_KINDS)}")
         _KINDS[kind](out, item, f"input[{i}]")
     return tuple(out)

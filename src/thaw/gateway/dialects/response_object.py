@@ -131,6 +131,11 @@ class Events:
         error = {"code": "server_error", "message": f"{code}: {message}"}
         yield self._event("response.failed", response={**self._head, "status": "failed", "error": error})
 
+    def last(self, kind: str, response: Event, after: int) -> Event:
+        """The last event, with a number beyond `after`."""
+        self._number = max(self._number, after + 1)
+        return self._event(kind, response=response)
+
     def _said(self, said: Said, logprobs: list[Any]) -> Iterator[Event]:
         if isinstance(said, ToolCall):
             yield from self._close("completed")

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -35,7 +35,7 @@ from thaw.gateway.dialects.pages import listed, number
 from thaw.gateway.dialects.response_object import Event, Events, finished
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
-from thaw.gateway.ledger import LedgerRow
+from thaw.gateway.ledger import UNDER_WAY, LedgerRow
 from thaw.gateway.problems import ApiError, invalid, problem_of
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.service import Service
@@ -93,6 +93,10 @@ class Begin(msgspec.Struct, kw_only=True):
     conversation: LedgerRow | None
     num_top: int | None
     store: bool
+    reply: Event | None = None
+    """The object at its end, from when it is known: the same for the client, for those who follow, and on disk."""
+    logprobs: list[Any] = []
+    """Those that a stream has not told before its end."""
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
@@ -108,7 +112,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         return as_json({**begin.head, "status": "queued"}, headers=headers_of(ignored, parent=begin.parent))
     if not asked.stream:
         outcome = (await outcomes_of(request, [job]))[0]
-        return as_json(_object(context, begin, outcome, job), headers=headers_of(ignored, [outcome]))
+        return as_json(begin.reply, headers=headers_of(ignored, [outcome]))
     if not asked.background:
         await begun([job])
     gone = (lambda: None) if asked.background else job.stop
@@ -244,7 +248,7 @@ async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     if begin.conversation is not None:
         service.take_conversation(namespace, begin.conversation.id)
     try:
-        await service.admit(context.tenant, 1)
+        await service.admit(context.tenant, 1, service.answer(begin.asked))
     except BaseException:
         if begin.conversation is not None:
             service.free_conversation(namespace, begin.conversation.id)
@@ -269,9 +273,11 @@ def _own(
     async def keep(outcome: RequestOutcome) -> None:
         if first is not None:
             await first
-        row = _row_of(context, begin, outcome, job)
+        row = await _row_of(context, begin, outcome, job)
         if begin.store and not job.forgotten:
             await call(service.ledger.put, row)
+            if job.forgotten:  # it was deleted while it was written
+                await call(service.ledger.delete, namespace, KIND, begin.id)
         else:
             await service.keep_point(context.tenant, outcome)
         if begin.conversation is not None and row.status != "parked":
@@ -295,29 +301,22 @@ def _own(
 
 async def _failed(context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None) -> None:
     """A stored response that came to nothing says so when it is asked for."""
+
+    def fail(row: LedgerRow) -> None:
+        row.status = "failed"
+
     if first is not None:
         await first
-    row = await call(context.service.ledger.get, context.tenant.namespace, KIND, begin.id)
-    if row is not None:
-        row.status = "failed"
-        await call(context.service.ledger.put, row)
+    await call(context.service.ledger.change, context.tenant.namespace, KIND, begin.id, fail)
 
 
-def _object(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> Event:
-    logprobs = [] if begin.num_top is None else _logprobs(context, begin, outcome)
-    cancelled = job.stopped and not job.parked and bool(begin.head["background"])
-    thoughts = [context.codec.encode(one.text, first=False) for one in outcome.said if isinstance(one, Thought)]
-    return finished(begin.head, outcome, sum(map(len, thoughts)), logprobs, cancelled=cancelled)
-
-
-def _logprobs(context: GatewayContext, begin: Begin, outcome: RequestOutcome) -> list[dict[str, object]]:
-    tops = outcome.top_logprobs
-    return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, begin.num_top or 0)
-
-
-def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> LedgerRow:
+async def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> LedgerRow:
     """What is kept of a response that is over, or parked: then only what was given out is its text."""
-    reply = _object(context, begin, outcome, job)
+    cancelled = job.stopped and not job.parked and bool(begin.head["background"])
+    logprobs = [] if begin.num_top is None else await call(_logprobs, context, begin.num_top, outcome)
+    begin.logprobs = logprobs if begin.num_top else []
+    num_thought = await call(_num_thought, context, outcome)
+    reply = begin.reply = finished(begin.head, outcome, num_thought, logprobs, cancelled=cancelled)
     return LedgerRow(
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
         status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
@@ -330,6 +329,16 @@ def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job:
             "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
         },
     )  # fmt: skip
+
+
+def _num_thought(context: GatewayContext, outcome: RequestOutcome) -> int:
+    """Tokens of its thoughts, as their text is tokenised."""
+    thoughts = [one.text for one in outcome.said if isinstance(one, Thought)]
+    return sum(len(context.codec.encode(text, first=False)) for text in thoughts)
+
+
+def _logprobs(context: GatewayContext, num_top: int, outcome: RequestOutcome) -> list[dict[str, object]]:
+    return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, outcome.top_logprobs, num_top)
 
 
 async def restore(service: Service) -> int:
@@ -396,23 +405,32 @@ async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> Async
         return
     if job.parked and begin.store and outcome.finish_reason == "abort":
         return
-    logprobs = _logprobs(context, begin, outcome) if begin.num_top else []
-    for one in events.end(_object(context, begin, outcome, job), logprobs):
+    assert begin.reply is not None
+    for one in events.end(begin.reply, begin.logprobs):
         yield one
 
 
 async def _again(context: GatewayContext, row: LedgerRow, after: int) -> AsyncIterator[bytes]:
-    """The events of a response that is over, from what is kept of it."""
+    """The events of a response that is over, from what is kept of it, beyond number `after`."""
+    for one in _told(row, after):
+        if one["sequence_number"] > after:
+            yield event(one, one["type"])
+
+
+def _told(row: LedgerRow, after: int) -> Iterator[Event]:
+    """One that came to nothing, or was cut by the gateway's end, has no more than its beginning and its last event, and
+    that is always told: who followed it until then learns how it ended."""
     reply = row.record["reply"]
     head = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
     head.pop("thaw", None)
-    events = Events(head)
-    told = list(events.begin())
+    events, shown = Events(head), _shown(row)
+    yield from events.begin()
+    if row.point is None:
+        yield events.last("response.failed" if row.status == "failed" else "response.incomplete", shown, after)
+        return
     for said in row.record.get("said", ()):
-        told += events.piece(_read(said), [])
-    for one in (*told, *events.end(_shown(row))):
-        if one["sequence_number"] > after:
-            yield event(one, one["type"])
+        yield from events.piece(_read(said), [])
+    yield from events.end(shown)
 
 
 def _read(told: list[Any]) -> list[Said]:
@@ -444,6 +462,9 @@ async def retrieve(context: GatewayContext, request: Request, body: bytes) -> Re
     after = number(request, "starting_after", -1)
     job = context.service.jobs.get((context.tenant.namespace, id))
     row = await _row(context, id)
+    if row.status in UNDER_WAY and job is None and (context.tenant.namespace, id) not in context.service.jobs:
+        row = await _row(context, id)
+        row.status = "failed" if row.status in UNDER_WAY else row.status
     if request.query_params.get("stream", "").lower() in ("true", "1"):
         if job is not None and isinstance(job.about, Begin):
             return EventStream(_live(context, job.about, job, after), lambda: None)
