@@ -315,7 +315,8 @@ async def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome
     cancelled = job.stopped and not job.parked and bool(begin.head["background"])
     logprobs = [] if begin.num_top is None else await call(_logprobs, context, begin.num_top, outcome)
     begin.logprobs = logprobs if begin.num_top else []
-    num_thought = await call(_num_thought, context, outcome)
+    thinks = any(isinstance(one, Thought) for one in outcome.said)
+    num_thought = await call(_num_thought, context, outcome) if thinks else 0
     reply = begin.reply = finished(begin.head, outcome, num_thought, logprobs, cancelled=cancelled)
     return LedgerRow(
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
