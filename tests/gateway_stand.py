@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,15 @@ class Gateway:
         tenants: Tenants,
         settings: GatewaySettings,
         reconnect: Callable[[], Engine] | None = None,
+        others: Sequence[tuple[Engine, Callable[[], Engine] | None]] = (),
     ) -> None:
         self.folder, self.engine = folder, engine
+        self.engines = [engine, *(one for one, _ in others)]
         self._stack = ExitStack()
         self.repo = self._stack.enter_context(thaw.open(folder, engine=engine))
-        self.service: Service = self._stack.enter_context(running.opened(self.repo, tenants, settings, reconnect))
+        self.service: Service = self._stack.enter_context(
+            running.opened(self.repo, tenants, settings, reconnect, others)
+        )
         self.server = running.server(self.service)
         self.socket = socket.socket(proto=socket.IPPROTO_TCP)
         self.socket.bind(("127.0.0.1", 0))
@@ -52,8 +56,12 @@ class Gateway:
 
     @property
     def num_forwarded(self) -> int:
-        """Tokens that the engine has run through its model."""
-        return int(self.engine._backend.num_forwarded_tokens)  # type: ignore[attr-defined]
+        """Tokens that all engines have run through their model."""
+        return sum(self.forwarded_each)
+
+    @property
+    def forwarded_each(self) -> list[int]:
+        return [int(one._backend.num_forwarded_tokens) for one in self.engines]  # type: ignore[attr-defined]
 
     def openai(self, token: str = TOKEN) -> Any:
         openai = pytest.importorskip("openai")

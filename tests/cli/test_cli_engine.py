@@ -374,5 +374,5 @@ def test_the_mail_of_a_server_that_went_down_is_removed_and_another_folder_is_no
         Mail(tmp_path / "mail" / rank)
     (tmp_path / "other").mkdir()
     for folder in ("mail", "other"):
-        lifecycle._sweep(tmp_path / folder)
+        lifecycle.sweep(tmp_path / folder)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]

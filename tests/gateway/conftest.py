@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a gateway; all are closed at the end. `engine`: options of the fake engine, or one that runs."""
+    """Start a gateway; all are closed at the end. `engine`: options of the fake engine, or one that runs. `engines`:
+    how many there are."""
     from gateway_stand import TOKEN, Gateway
     from thaw.gateway.settings import GatewaySettings
     from thaw.gateway.tenants import single
@@ -30,11 +31,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
         def begin(
             *, tenants: Tenants | None = None, settings: GatewaySettings | None = None, name: str = "runs",
-            engine: Engine | None = None, reconnect: Callable[[], Engine] | None = None, **options: Any,
+            engine: Engine | None = None, reconnect: Callable[[], Engine] | None = None, engines: int = 1,
+            **options: Any,
         ) -> Gateway:  # fmt: skip
-            if engine is None:
-                engine = stack.enter_context(thaw.load_engine("fake", **options))
-            found = Gateway(tmp_path / name, engine, tenants or single(TOKEN), settings or GatewaySettings(), reconnect)
+            def booted() -> Engine:
+                return stack.enter_context(thaw.load_engine("fake", **options))
+
+            others = [(booted(), reconnect) for _ in range(engines - 1)]
+            found = Gateway(
+                tmp_path / name, engine or booted(), tenants or single(TOKEN), settings or GatewaySettings(), reconnect,
+                others,
+            )  # fmt: skip
             stack.callback(lambda: None if not found._thread.is_alive() else found.close())
             return found
 

@@ -29,13 +29,13 @@ TOOLS = [
 class Agent:
     """What a stateless client sends, and what the engine must have computed for it."""
 
-    def __init__(self, gateway: Gateway, seen: list[tuple[int, ...]]) -> None:
-        self.gateway, self.seen = gateway, seen
+    def __init__(self, gateway: Gateway, seen: list[tuple[int, ...]], tools: list[dict[str, Any]] = TOOLS) -> None:
+        self.gateway, self.seen, self.tools = gateway, seen, tools
         self.client = gateway.openai()
 
     def ask(self, history: list[dict[str, Any]], shuffled: random.Random | None = None) -> Any:
         """A turn, checked by the engine's own tokens: those of the new session, and of all before."""
-        tools = list(TOOLS)
+        tools = list(self.tools)
         if shuffled is not None:
             shuffled.shuffle(tools)
         before = self.gateway.num_forwarded
@@ -81,16 +81,18 @@ def called(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_thirty_turns_with_tools_and_subagents_read_nothing_twice(start: Start) -> None:
+@pytest.mark.parametrize("engines", [1, 2])
+def test_thirty_turns_with_tools_and_subagents_read_nothing_twice(start: Start, engines: int) -> None:
+    """With two engines the gateway, both engines and all that was open are started anew half way."""
     random_order = random.Random(1)
-    gateway = start()
+    gateway = start(engines=engines)
     agent = Agent(gateway, [])
     history: list[dict[str, Any]] = [{"role": "system", "content": "You are a coding agent. " * 20}]
     ends: list[list[dict[str, Any]]] = []
     for turn in range(30):
         if turn == 15:
             gateway.close()
-            gateway = start()
+            gateway = start(engines=engines)
             agent = Agent(gateway, agent.seen)
         history += called(turn) if turn % 3 == 1 else [{"role": "user", "content": f"Step {turn}: {FILE[:80]}"}]
         reply = agent.ask(history, random_order)
@@ -120,15 +122,16 @@ def _subagents(agent: Agent, history: list[dict[str, Any]]) -> None:
     agent.seen += [agent.gateway.repo.show(reply.thaw["point"]).tokens for reply in replies]
 
 
-def test_the_same_by_previous_response(start: Start) -> None:
-    gateway = start()
+@pytest.mark.parametrize("engines", [1, 2])
+def test_the_same_by_previous_response(start: Start, engines: int) -> None:
+    gateway = start(engines=engines)
     client = gateway.openai()
     ids: list[tuple[str, int]] = []
     last: Any = None
     for turn in range(30):
         if turn == 15:
             gateway.close()
-            gateway = start()
+            gateway = start(engines=engines)
             client = gateway.openai()
         item: Any = {"role": "user", "content": f"Step {turn}: {FILE[:80]}"}
         if turn % 3 == 1:
@@ -149,3 +152,25 @@ def test_the_same_by_previous_response(start: Start) -> None:
             tools=[{"type": "function", **tool["function"]} for tool in TOOLS],  # type: ignore[dict-item]
         )  # fmt: skip
         assert kid.thaw["cached_tokens"] == ids[turn][1] - 1
+
+
+def test_two_agents_side_by_side_read_nothing_twice_though_an_engine_dies(start: Start) -> None:
+    """Each has an engine of its own, until one is left, which loads what the other one stored."""
+    gateway = start(engines=2)
+    seen: list[tuple[int, ...]] = []
+    agents = [Agent(gateway, seen), Agent(gateway, seen, [])]
+    histories: list[list[dict[str, Any]]] = [
+        [{"role": "system", "content": f"{who} You are a coding agent. " * 20}] for who in "AB"
+    ]
+    homes: list[set[int]] = [set(), set()]
+    for turn in range(12):
+        if turn == 6:
+            gateway.engines[min(homes[0])].close()
+        for agent, history, home in zip(agents, histories, homes, strict=True):
+            history += called(turn) if turn % 3 == 1 else [{"role": "user", "content": f"Step {turn}: {FILE[:80]}"}]
+            reply = agent.ask(history)
+            home.add(reply.thaw["engine"])
+            history.append(answer(reply, turn))
+        if turn == 5:
+            assert sorted(map(tuple, homes)) == [(0,), (1,)]
+    assert len(homes[0]) == 2 and len(homes[1]) == 1

@@ -180,7 +180,6 @@ def test_chat_behind_a_completion_of_the_same_text_is_a_chat(gateway: Gateway) -
     [
         ({"temperature": 9e9}, "temperature"),
         ({"logit_bias": {"7": 1000}}, "logit_bias"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 0}, "n"),

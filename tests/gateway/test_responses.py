@@ -84,7 +84,7 @@ def test_a_response_that_is_not_stored_is_not_found_and_still_a_point(gateway: G
         ("truncation", "auto"),
         ("prompt", {"id": "x"}),
         ("nonsense", 1),
-        ("reasoning", {"effort": "high"}),
+        ("context_management", [{"type": "compaction"}]),
     ],
 )
 def test_a_field_that_could_change_the_output_is_refused_by_name(gateway: Gateway, field: str, value: object) -> None:

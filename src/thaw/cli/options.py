@@ -113,23 +113,32 @@ api_key = option_of(
 )  # fmt: skip
 
 
-def engine(function: F) -> F:
-    """--engine, --model and how to load it; what is not given the repository remembers. --api-key."""
+def loading(function: F) -> F:
+    """--model and how to load it; what is not given the repository remembers. --api-key."""
     for option in (
         api_key,
         option_of("Engine", "--device", help="cpu or cuda."),
         option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: that of the weights."),
         option_of("Engine", "--model", metavar="PATH", help="A folder or hub id; the repository remembers it."),
-        option_of(
-            "Engine",
-            "--engine",
-            "engine_name",
-            metavar="NAME",
-            help="An engine's name or a server's URL; default: the repository's, else transformers.",
-        ),
     ):
         function = option(function)
     return function
+
+
+ENGINE = "An engine's name or a server's URL; default: the repository's, else transformers."
+
+
+def engine(function: F) -> F:
+    """--engine, and what `loading` has."""
+    named = option_of("Engine", "--engine", "engine_name", metavar="NAME", help=ENGINE)
+    return named(loading(function))
+
+
+def engines(function: F) -> F:
+    """As `engine`, for a verb that may have several."""
+    about = f"{ENGINE} Repeat it to use several servers that run one model."
+    named = option_of("Engine", "--engine", "engine_names", metavar="NAME", multiple=True, help=about)
+    return named(loading(function))
 
 
 def sampling(function: F) -> F:

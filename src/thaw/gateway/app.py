@@ -21,18 +21,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from thaw.core.errors import ThawError
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
-from thaw.gateway.problems import ApiError, problem_of
+from thaw.gateway.metrics import Gauges
+from thaw.gateway.problems import ApiError, problem_of, told
+from thaw.gateway.repeats import detached
 from thaw.gateway.reply import ClientGone, as_json
 from thaw.gateway.service import Service
 
-log = logging.getLogger("thaw.gateway")
 audit = logging.getLogger("thaw.gateway.audit")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 Handler: TypeAlias = Callable[[GatewayContext, Request, bytes], Awaitable[Response]]
 ANTHROPIC = "/v1/messages"
+CREATING = ("/v1/responses", "/v1/chat/completions", "/v1/completions", "/v1/messages")
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/responses", responses.create),
@@ -82,14 +83,13 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
             tenant, key_id = service.tenants.of_key(_key(request))
             context = GatewayContext(service, tenant, key_id, dict(request.headers))
             handler = handlers["GET" if request.method == "HEAD" else request.method]
-            reply = await handler(context, request, await _body(service, request))
+            with service.bodies.room(tenant.name, request):
+                reply = await _reply(context, path, handler, request, await service.bodies.read(request))
         except (ClientGone, ClientDisconnect):
             reply = Response(status_code=499)
-        except (ApiError, ThawError) as error:
-            reply = problem_reply(request.url.path, error if isinstance(error, ApiError) else problem_of(error))
-        except Exception as error:
-            log.error("%s %s failed: %s", request.method, path, type(error).__name__, exc_info=_without_values(error))
-            reply = problem_reply(request.url.path, ApiError(500, "an error in the gateway; see its log"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer, and the log has it
+            problem = told(error, f"{request.method} {path}")
+            reply = problem_reply(request.url.path, problem if isinstance(problem, ApiError) else problem_of(problem))
         reply.headers["x-request-id"] = reply.headers["request-id"] = number
         line = {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
         _count(service, context, line, time.perf_counter() - started)
@@ -98,9 +98,13 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
     return endpoint
 
 
-def _without_values(error: Exception) -> Exception | None:
-    """The error with its places in our code, and without its message, which may hold what a client said."""
-    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
+async def _reply(context: GatewayContext, path: str, handler: Handler, request: Request, body: bytes) -> Response:
+    """Of the handler; of a request that is sent again with its key, the one that it had."""
+    key = request.headers.get("idempotency-key", "")
+    if not key or path not in CREATING or request.method != "POST":
+        return await handler(context, request, body)
+    named = (context.tenant.namespace, path, key[:256])
+    return await context.service.repeats.reply(named, body, lambda: handler(context, detached(request), body))
 
 
 def _count(service: Service, context: GatewayContext | None, line: dict[str, object], seconds: float) -> None:
@@ -108,8 +112,8 @@ def _count(service: Service, context: GatewayContext | None, line: dict[str, obj
     whose = {} if context is None else {"key": context.key_id, **context.noted}
     endpoint, status = str(line["endpoint"]), str(line["status"])
     service.metrics.add("thaw:requests_total", tenant=tenant, endpoint=endpoint, status=status)
-    told = {"time": round(time.time(), 3), "tenant": tenant, **line, "ms": round(seconds * 1e3, 1), **whose}
-    audit.info(msgspec.json.encode(told).decode())
+    said = {"time": round(time.time(), 3), "tenant": tenant, **line, "ms": round(seconds * 1e3, 1), **whose}
+    audit.info(msgspec.json.encode(said).decode())
 
 
 def problem_reply(path: str, problem: ApiError) -> Response:
@@ -135,29 +139,6 @@ def _key(request: Request) -> str | None:
     return found
 
 
-async def _body(service: Service, request: Request) -> bytes:
-    limits = service.settings.limits
-    if request.method in ("GET", "HEAD", "DELETE"):
-        return b""
-    try:
-        return await asyncio.wait_for(_read(request, limits.body_nbytes), limits.body_s)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.body_s:g} s") from None
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise ApiError(413, f"the body has {length} bytes; at most {limit}")
-    parts, total = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        total += len(part)
-        if total > limit:
-            raise ApiError(413, f"the body has more than {limit} bytes")
-    return b"".join(parts)
-
-
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     return problem_reply(
@@ -167,8 +148,13 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
-        """No key is asked for, and nothing but this is said."""
-        return as_json({"status": "ending" if service.closing else "ok"}, 503 if service.closing else 200)
+        """No key is asked for, and nothing but this is said. `degraded`: some engines are down; `waiting`: all are."""
+        engines, up = service.engines.all, len(service.engines.up)
+        status = "ending" if service.closing else "waiting" if not up else "ok" if up == len(engines) else "degraded"
+        told: dict[str, object] = {"status": status}
+        if len(engines) > 1:
+            told["engines"] = [{"engine": one.number, "up": one.is_up} for one in engines]
+        return as_json(told, 200 if status in ("ok", "degraded") else 503)
 
     return health
 
@@ -180,11 +166,21 @@ def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
             service.tenants.of_operator(_key(request))
         except ApiError as problem:
             return problem_reply("", problem)
-        gauges = {
-            "thaw:requests_running": float(service.num_running),
-            "thaw:live_sessions": float(len(service.live)),
-            "thaw:live_tokens": float(service.live.num_tokens),
-        }
-        return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(_gauges(service)), media_type="text/plain; version=0.0.4")
 
     return metrics
+
+
+def _gauges(service: Service) -> Gauges:
+    live, found = service.live, Gauges()
+    found.set("thaw:requests_running", service.num_running)
+    found.set("thaw:live_sessions", len(live))
+    found.set("thaw:live_tokens", live.num_tokens)
+    for one in service.engines.all:
+        name, held = str(one.number), live.of(one)
+        found.set("thaw:engine_up", one.is_up, engine=name)
+        found.set("thaw:engine_replaced", one.num_restarts, engine=name)
+        found.set("thaw:engine_requests_running", one.running, engine=name)
+        found.set("thaw:engine_live_sessions", len(held), engine=name)
+        found.set("thaw:engine_live_tokens", sum(len(entry.tokens) for entry in held), engine=name)
+    return found

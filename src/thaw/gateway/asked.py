@@ -8,6 +8,7 @@ import msgspec
 
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Message, Policy
+from thaw.gateway.speech import ForcedCalls, Said
 from thaw.repo.resolve import ResolvedPoint
 
 
@@ -39,6 +40,21 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The commit's message."""
     policy: Policy = "exact"
     resume: bool = False
+    forced: ForcedCalls | None = None
+    """What the model must call; it then writes JSON alone."""
+    single_call: bool = False
+    """The answer ends after its first call."""
+    followed: bool = False
+    """What it says is told as it comes, and not only at its end."""
+
+
+class SpokenPiece(msgspec.Struct, frozen=True, kw_only=True):
+    """A step's news of a completion: its text and tokens, and what is certain by now of what was said."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    said: tuple[Said, ...] = ()
 
 
 class RequestBegun(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +70,8 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a request became; it is committed as `point`. Counts are the engine's.
 
     `num_prefilled` tokens were run through the model before the first one was sampled, `num_cached` were not. `source`:
-    where those came from. `created`: just before the commit. `pieces`: characters of each delta's text, so that a
-    stream can be told again.
+    where those came from. `created`: just before the commit. `said`: what its text says; `pieces`: in what pieces that
+    was told, so that a stream can be told again.
     """
 
     text: str
@@ -75,9 +91,12 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     forked_at: int | None
     num_dropped: int
     source: Literal["live", "stored", "new"]
-    pieces: tuple[int, ...]
+    said: tuple[Said, ...]
+    pieces: tuple[SpokenPiece, ...]
     ttft_s: float
     total_s: float
+    engine: int = 0
+    """The number of the engine that ran it."""
 
     @property
     def told(self) -> dict[str, object]:
@@ -90,6 +109,7 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
             "prefilled_tokens": self.num_prefilled,
             "source": self.source,
             "seed": self.seed,
+            "engine": self.engine,
         }
         if self.forked_at is not None:
             told |= {"forked_at": self.forked_at, "dropped_tokens": self.num_dropped}

@@ -6,6 +6,7 @@ or *idle* (taken only with a value that asks for nothing). Any other is refused 
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +28,7 @@ class Fields(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     def read(self, body: bytes) -> tuple[T, list[str]]:
         """The request, and the names of what was ignored. Raises `ApiError` naming the field."""
         given = {name: value for name, value in _decoded(body).items() if value is not None}
-        known = {field.encode_name for field in msgspec.structs.fields(self.taken)}  # type: ignore[arg-type]
+        known = _names(self.taken)  # type: ignore[arg-type]
         taken, ignored = {}, []
         for name, value in given.items():
             if name in known:
@@ -48,6 +49,12 @@ class Fields(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
         if name in self.idle:
             return f"only {', '.join(map(repr, self.idle[name]))} is supported here; leave it out"
         return "this gateway does not support it, and it could change the output; leave it out"
+
+
+@functools.cache
+def _names(taken: type) -> frozenset[str]:
+    """The fields of a struct, as bodies spell them."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(taken))
 
 
 def _decoded(body: bytes) -> dict[str, Any]:

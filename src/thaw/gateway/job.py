@@ -3,9 +3,9 @@
 It runs in a task of its own and outlives the connection that asked for it: deltas are kept until it is forgotten, and
 whoever follows it sees all of them from any place on. `stop` ends it at the next step boundary; what was said until
 then is committed like any other. `park` does too, so that it can go on bit for bit later: what a stream holds back, the
-beginning of a stop string or of a character, is not given out. Where the engine ends and another one takes its place,
-the job pauses and runs again there with the seed that it had; what it says must begin with what was given out, and
-followers see the rest. Its outcome exists once the commit is on disk.
+beginning of a stop string or of a character, is not given out. Where the engine ends, the job runs again with the seed
+that it had, in another one or, once it is there, in the one that takes its place; what it says must begin with what was
+given out, and followers see the rest. Its outcome exists once the commit is on disk.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 
 from thaw.core.errors import Cancelled, EngineDied
-from thaw.engines.base import Completion, Delta
-from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
+from thaw.engines.base import Completion, Delta, SessionView
+from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
 from thaw.gateway.place import Place
+from thaw.gateway.problems import told
+from thaw.gateway.reading import SpeechReader
+from thaw.gateway.speech import Said, ToolCall, merged_said
 from thaw.repo.aio import AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
+from thaw.repo.commit import CommitResult
+from thaw.repo.stream import Stream
 
 
 class Given:
@@ -56,6 +61,16 @@ class Given:
         return msgspec.structs.replace(delta, token_ids=tuple(new_ids), logprobs=logprobs, text=new_text)
 
 
+def _completion(result: ChatResult | Completion) -> Completion:
+    return result.completion if isinstance(result, ChatResult) else result
+
+
+def _prompt(view: SessionView) -> tuple[int, ...]:
+    """What a session's last completion follows."""
+    last = view.turns[-1] if view.turns else None
+    return view.tokens[: last.start] if last is not None and last.kind == "completion" else view.tokens
+
+
 Keep = Callable[[RequestOutcome], Awaitable[None]]
 
 
@@ -68,10 +83,12 @@ class ReplyJob:
         place: Callable[[Asked], Awaitable[Place]],
         keep: Keep,
         engine_back: Callable[[], Awaitable[None]],
-        said: Sequence[Delta] = (),
+        reader: Callable[[Asked, Sequence[int]], SpeechReader],
+        said: Sequence[SpokenPiece] = (),
+        ran: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """`engine_back` waits for another engine after one has died, or raises. `said`: deltas from before it was
-        parked."""
+        """`engine_back` waits until an engine is up after one has died, or raises. `reader` reads what is said after a
+        prompt. `said`: pieces from before it was parked. `ran` is told of tokens as the engine samples them."""
         self.asked = asked
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
@@ -85,8 +102,14 @@ class ReplyJob:
         self.about: object = None
         """What its dialect needs to tell it to somebody else."""
         self._find, self._keep, self._engine_back = place, keep, engine_back
+        self._make_reader = reader
+        self._reader: SpeechReader | None = None
+        self._called = False
         self._given = Given()
-        self._deltas = list(said)
+        self._ran = ran
+        self.read = False
+        """The engine has begun to read its prompt."""
+        self._pieces = list(said)
         self._news = asyncio.Event()
         self._ended = False
         self._stream: AsyncStream[ChatResult] | AsyncStream[Completion] | None = None
@@ -94,24 +117,33 @@ class ReplyJob:
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.task = asyncio.create_task(self._run())
 
+    @property
+    def parent(self) -> str | None:
+        """The commit that it goes on from, once it is known."""
+        if self.asked.at is not None:
+            return str(self.asked.at.commit)
+        begun = self.begun
+        return begun.result().parent if begun.done() and begun.exception() is None else None
+
     def stop(self) -> None:
         """End it soon; asking again is fine."""
         if not self.stopped and not self._ended:
             self.stopped = True
             if self._stream is not None:
                 self._stopping = asyncio.create_task(self._stream.cancel())
+                self._stopping.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def park(self) -> None:
         self.parked = not self._ended
         self.stop()
 
-    async def follow(self, start: int = 0) -> AsyncIterator[Delta]:
-        """Its deltas from number `start` on, until the last one."""
+    async def follow(self, start: int = 0) -> AsyncIterator[SpokenPiece]:
+        """Its pieces from number `start` on, until the last one."""
         while True:
             news = self._news
-            while start < len(self._deltas):
+            while start < len(self._pieces):
                 start += 1
-                yield self._deltas[start - 1]
+                yield self._pieces[start - 1]
             if self._ended:
                 return
             await news.wait()
@@ -132,43 +164,90 @@ class ReplyJob:
                     await self._engine_back()
                     self._given.again()
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited
+            ended = told(error, "a request") if isinstance(error, Exception) else Cancelled("the gateway is stopping")
             for future in (self.begun, self.outcome):
                 if not future.done():
-                    future.set_exception(
-                        error if isinstance(error, Exception) else asyncio.CancelledError("the gateway is stopping")
-                    )
+                    future.set_exception(ended)
         finally:
             self._ended = True
             self._tell()
+            if self._reader is not None:
+                await self._reader.close()
 
     async def _go_on(self, place: Place) -> None:
         try:
             self.asked = msgspec.structs.replace(self.asked, sampling=place.sampling)
             self._stream = self._ask(place)
             work = await self._stream.sync()
+            self.read = True
             if not self.begun.done():
                 self.begun.set_result(
                     RequestBegun(num_prompt_tokens=place.num_tokens, num_known=place.num_known, parent=place.parent)
                 )
             if self.stopped:
                 await self._stream.cancel()
+            reader = await self._reading(place)
             async for delta in each(work):
                 if delta.token_ids:
                     place.entry.ready.set()
+                    self._ran(len(delta.token_ids))
                 if self.parked and delta.finish_reason == "abort":
                     delta = msgspec.structs.replace(delta, text="")
                 news = self._given.beyond(delta)
                 if news is not None:
-                    self._deltas.append(news)
-                    self._tell()
-            outcome = await self._committed(place, await call(work.result))
-            view = await place.session.view()
-        except BaseException:
-            await place.give_up()
+                    await self._spoken(reader, news)
+            result, done, created, view, retold = await call(self._committed, place, work)
+            outcome = self._outcome(place, result, done, created, await self._said(reader, _completion(result)))
+        except BaseException as error:
+            await place.give_up(error)
             raise
-        await place.settle(place.session.sync.engine.codec, view, outcome)
+        await place.settle(view, retold, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
+
+    async def _reading(self, place: Place) -> SpeechReader:
+        """The reader, which knows what was said before the job was parked. It goes on where a run begins again."""
+        if self._reader is None:
+            self._reader = self._make_reader(self.asked, place.entry.tokens or _prompt(await place.session.view()))
+            for piece in self._pieces:
+                await self._reader.push(piece.text, piece.token_ids)
+        return self._reader
+
+    async def _spoken(self, reader: SpeechReader, news: Delta) -> None:
+        said = await reader.push(news.text, news.token_ids) if self.asked.followed else []
+        if self.asked.single_call:
+            said = self._up_to_first_call(said)
+            if self._called and self._stream is not None:
+                await self._stream.cancel()
+        piece = SpokenPiece(
+            text=news.text, token_ids=news.token_ids, logprobs=news.logprobs, said=tuple(said)
+        )  # fmt: skip
+        self._pieces.append(piece)
+        self._tell()
+
+    def _up_to_first_call(self, all_said: list[Said]) -> list[Said]:
+        """Of what comes now, that which is not behind the first call of all."""
+        out: list[Said] = []
+        for said in all_said:
+            if not self._called:
+                out.append(said)
+            self._called = self._called or isinstance(said, ToolCall)
+        return out
+
+    async def _said(self, reader: SpeechReader, completion: Completion) -> tuple[Said, ...]:
+        """All that was said. A last piece gives out what was not told until now, unless the job is to go on."""
+        parked = self.parked and completion.finish_reason == "abort"
+        if self.asked.followed:
+            left = [] if parked else await reader.end()
+        else:
+            left = await reader.whole(completion.text, completion.token_ids)
+        if self.asked.single_call:
+            left = self._up_to_first_call(left)
+        told = [said for piece in self._pieces for said in piece.said]
+        if left and not parked:
+            self._pieces.append(SpokenPiece(text="", said=tuple(left)))
+            self._tell()
+        return tuple(merged_said([*told, *left]))
 
     def _ask(self, place: Place) -> AsyncStream[ChatResult] | AsyncStream[Completion]:
         asked, session = self.asked, place.session
@@ -186,17 +265,34 @@ class ReplyJob:
             continue_final_message=asked.continue_final_message,
         )
 
-    async def _committed(self, place: Place, result: ChatResult | Completion) -> RequestOutcome:
-        completion = result.completion if isinstance(result, ChatResult) else result
+    def _committed(
+        self, place: Place, work: Stream[ChatResult] | Stream[Completion]
+    ) -> tuple[ChatResult | Completion, CommitResult, float, SessionView, tuple[int, ...]]:
+        """The end, on a thread: what was generated, its commit and when, the session then, and its tokens as a client
+        tells them."""
+        result = work.result()
         created = time.time()
-        done = await place.session.commit(self.asked.note, branch=self.asked.branch)
+        session = place.session.sync
+        done = session.commit(self.asked.note, branch=self.asked.branch)
+        view = session.view()
+        return result, done, created, view, place.told(view, _completion(result))
+
+    def _outcome(
+        self,
+        place: Place,
+        result: ChatResult | Completion,
+        done: CommitResult,
+        created: float,
+        said: tuple[Said, ...],
+    ) -> RequestOutcome:
+        completion = _completion(result)
         usage = completion.usage
         return RequestOutcome(
             text=completion.text,
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             top_logprobs=completion.top_logprobs,
-            finish_reason=completion.finish_reason or "abort",
+            finish_reason="stop" if self._called and not self.stopped else completion.finish_reason or "abort",
             stop_reason=completion.stop_reason,
             num_prompt=usage.num_prompt_tokens,
             num_cached=min(usage.num_cached_tokens, usage.num_prompt_tokens),
@@ -209,7 +305,9 @@ class ReplyJob:
             forked_at=result.forked_at if isinstance(result, ChatResult) else None,
             num_dropped=result.num_dropped_tokens if isinstance(result, ChatResult) else 0,
             source=place.source,
-            pieces=tuple(len(delta.text) for delta in self._deltas),
+            engine=place.entry.home.number,
+            said=said,
+            pieces=tuple(self._pieces),
             ttft_s=completion.ttft_s,
             total_s=completion.total_s,
         )

@@ -9,11 +9,13 @@ No KV, and no key; the file is 0600 in the repository's folder.
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from thaw.store.db import database_errors
 
 FILE = "gateway.db"
 UNDER_WAY = ("queued", "in_progress")
+GONE = "deleted"
+"""The kind of a row that was deleted, and whose KV may be there still."""
+_BY_ID = "WHERE namespace = ? AND kind = ? AND id = ?"
+_SIZE = "nbytes + length(record)"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
     namespace TEXT NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, status TEXT NOT NULL, point TEXT, parent TEXT,
@@ -53,7 +59,7 @@ _COLUMNS = "kind, id, namespace, status, record, point, parent, nbytes, created"
 
 
 class Ledger:
-    """Safe from any thread. Each write is on disk when it returns."""
+    """Safe from any thread. Each write is on disk when it returns, but for `count`."""
 
     def __init__(self, folder: Path) -> None:
         self._path = path = folder / FILE
@@ -64,31 +70,69 @@ class Ledger:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.executescript(_SCHEMA)
+        self._stored: Counter[str] = Counter()
+        self._count()
 
     def put(self, row: LedgerRow) -> None:
-        values = (
-            row.kind, row.id, row.namespace, row.status, msgspec.json.encode(row.record), row.point, row.parent,
-            row.nbytes, row.created,
-        )  # fmt: skip
         with self._lock, database_errors(self._path):
-            self._connection.execute(
-                f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values
-            )
+            self._put(row)
+
+    def count(self, row: LedgerRow) -> None:
+        """As `put`, for a row that nobody is told of: it outlives the process, and may be lost with the power."""
+        with self._lock, database_errors(self._path):
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            try:
+                self._put(row)
+            finally:
+                self._connection.execute("PRAGMA synchronous=FULL")
+
+    def change(self, namespace: str, kind: str, id: str, change: Callable[[LedgerRow], object]) -> LedgerRow | None:
+        """Change a row as it stands now, with nobody between; None, and nothing is done, where there is none."""
+        with self._lock, database_errors(self._path):
+            found = self._rows(_BY_ID, (namespace, kind, id))
+            for row in found:
+                change(row)
+                self._put(row)
+        return found[0] if found else None
+
+    def _put(self, row: LedgerRow) -> None:
+        record = msgspec.json.encode(row.record)
+        before = self._size(row.namespace, row.kind, row.id)
+        self._connection.execute(
+            f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (row.kind, row.id, row.namespace, row.status, record, row.point, row.parent, row.nbytes, row.created),
+        )
+        self._stored[row.namespace] += row.nbytes + len(record) - before
 
     def get(self, namespace: str, kind: str, id: str) -> LedgerRow | None:
-        found = self._rows("WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id))
+        with self._lock, database_errors(self._path):
+            found = self._rows(_BY_ID, (namespace, kind, id))
         return found[0] if found else None
 
     def delete(self, namespace: str, kind: str, id: str) -> bool:
+        """It is not found any more. What it counted, its KV, counts until gc can have removed that (`expire`)."""
         with self._lock, database_errors(self._path):
-            done = self._connection.execute(
-                "DELETE FROM rows WHERE namespace = ? AND kind = ? AND id = ?", (namespace, kind, id)
+            before = self._size(namespace, kind, id) + self._size(namespace, GONE, id)
+            where, values = _BY_ID, (namespace, kind, id)
+            gone = self._connection.execute(f"DELETE FROM rows {where} AND nbytes = 0", values)
+            left = self._connection.execute(
+                f"UPDATE OR REPLACE rows SET kind = '{GONE}', status = 'completed', record = x'7b7d' {where}", values
             )
-        return bool(done.rowcount)
+            self._stored[namespace] += self._size(namespace, GONE, id) - before
+        return bool(gone.rowcount or left.rowcount)
+
+    def _size(self, namespace: str, kind: str, id: str) -> int:
+        found = self._connection.execute(f"SELECT {_SIZE} FROM rows {_BY_ID}", (namespace, kind, id)).fetchone()
+        return 0 if found is None else int(found[0])
+
+    def _count(self) -> None:
+        rows = self._connection.execute(f"SELECT namespace, sum({_SIZE}) FROM rows GROUP BY namespace")
+        self._stored = Counter(dict(rows.fetchall()))
 
     def with_status(self, *statuses: str) -> list[LedgerRow]:
         marks = ", ".join("?" * len(statuses))
-        return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
+        with self._lock, database_errors(self._path):
+            return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
 
     def interrupt(self) -> int:
         """Rows that a gateway which is gone left under way; how many."""
@@ -96,14 +140,13 @@ class Ledger:
             done = self._connection.execute("UPDATE rows SET status = 'incomplete' WHERE status IN (?, ?)", UNDER_WAY)
         return done.rowcount
 
-    def nbytes(self, namespace: str | None = None) -> int:
-        where, values = ("", ()) if namespace is None else (" WHERE namespace = ?", (namespace,))
-        with self._lock, database_errors(self._path):
-            found = self._connection.execute(f"SELECT coalesce(sum(nbytes), 0) FROM rows{where}", values).fetchone()
-        return int(found[0])
+    def nbytes(self, namespace: str) -> int:
+        """Of the KV and the records of a namespace's rows."""
+        return self._stored[namespace]
 
-    def expire(self, *, before: float, max_nbytes: int) -> tuple[int, float | None]:
-        """Drop rows from before a time and, oldest first, those beyond `max_nbytes` in all; never one under way.
+    def expire(self, *, before: float, max_nbytes: int, held: Collection[str] = ()) -> tuple[int, float | None]:
+        """Drop rows from before a time and, oldest first, those beyond `max_nbytes` of KV in all; never one under way,
+        nor one whose point is `held`. A deleted row goes when all that is older has gone.
 
         Returns how many went, and the time of the oldest that is left, if any is."""
         kept, cut = 0, before
@@ -114,22 +157,26 @@ class Ledger:
                 if kept > max_nbytes:
                     cut = max(cut, created)
                     break
+            marks = ", ".join("?" * len(held))
             done = self._connection.execute(
-                "DELETE FROM rows WHERE created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?)",
-                (cut, *UNDER_WAY),
-            )
+                "DELETE FROM rows WHERE created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?) AND "
+                f"(point IS NULL OR point NOT IN ({marks}))", (cut, *UNDER_WAY, *held),
+            )  # fmt: skip
             (oldest,) = self._connection.execute(
-                "SELECT min(created) FROM rows WHERE kind <> 'conversation'"
+                "SELECT min(created) FROM rows WHERE kind NOT IN ('conversation', ?)", (GONE,)
             ).fetchone()
-        return done.rowcount, oldest
+            freed = self._connection.execute(
+                "DELETE FROM rows WHERE kind = ? AND created < ?", (GONE, math.inf if oldest is None else oldest)
+            )
+            self._count()
+        return done.rowcount + freed.rowcount, oldest
 
     def close(self) -> None:
         with self._lock, database_errors(self._path):
             self._connection.close()
 
     def _rows(self, where: str, values: Iterable[object]) -> list[LedgerRow]:
-        with self._lock, database_errors(self._path):
-            found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
+        found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
         return [
             LedgerRow(
                 kind=kind, id=id, namespace=namespace, status=status, record=msgspec.json.decode(record), point=point,

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from itertools import count
 from typing import TypeAlias
 
 from thaw.core.errors import Refused, ThawError
 from thaw.core.prefix import common_prefix
 from thaw.engines.base import SessionView
+from thaw.gateway.engines import ServingEngine
 from thaw.gateway.settings import Limits
 from thaw.repo.aio import AsyncSession
 from thaw.repo.resolve import ResolvedPoint
@@ -29,8 +30,11 @@ WORTH_WAITING = 64
 class LiveEntry:
     """A session, and the tokens that it has or will have. `ready`: they have KV, or nobody need wait any more."""
 
-    def __init__(self, number: int, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> None:
+    def __init__(
+        self, number: int, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool
+    ) -> None:
         self.number = number
+        self.home = home
         self.namespace = namespace
         self.tokens = tokens
         self.told = tokens
@@ -73,6 +77,11 @@ class LiveEntry:
             return (await self.session.fork(1, None if self.commit and at == len(self.tokens) else at))[0]
 
 
+def _is_alike(entry: LiveEntry, namespace: str, chat: bool) -> bool:
+    """Whether a conversation (`chat`) or a text of that namespace could go on from it."""
+    return entry.namespace == namespace and (entry.chat or not chat)
+
+
 Near: TypeAlias = tuple[int, LiveEntry | None]
 """Tokens in common, with whom."""
 
@@ -87,13 +96,13 @@ def _answers(view: SessionView) -> tuple[tuple[int, int], ...]:
 
 
 class LiveSessions:
-    """All entries of all namespaces, least recently used first."""
+    """All entries of all engines and namespaces, least recently used first."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._entries: dict[int, LiveEntry] = {}
         self._numbers = count()
-        self._loading: dict[tuple[str, str, int], asyncio.Future[LiveEntry]] = {}
+        self._loading: dict[tuple[ServingEngine, str, str, int], asyncio.Future[LiveEntry]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -102,11 +111,19 @@ class LiveSessions:
     def num_tokens(self) -> int:
         return sum(len(entry.tokens) for entry in self._entries.values())
 
+    def of(self, home: ServingEngine) -> list[LiveEntry]:
+        return [entry for entry in self._entries.values() if entry.home is home]
+
     # -- entries
 
-    def begin(self, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
-        """A request that will have read these tokens; whoever comes after it may wait for it."""
-        entry = LiveEntry(next(self._numbers), namespace, tokens, chat=chat)
+    def begin(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
+        """A request that will have read these tokens there; whoever comes after it may wait for it."""
+        home.running += 1
+        home.num_placed += 1
+        return self._enter(home, namespace, tokens, chat=chat)
+
+    def _enter(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
+        entry = LiveEntry(next(self._numbers), home, namespace, tokens, chat=chat)
         self._entries[entry.number] = entry
         return entry
 
@@ -115,6 +132,7 @@ class LiveSessions:
 
     async def settle(self, entry: LiveEntry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
         """The request is over and committed."""
+        entry.home.running -= 1
         entry.tokens, entry.told, entry.commit, entry.parent = view.tokens, told, commit, commit
         entry.answers = _answers(view)
         entry.ready.set()
@@ -123,6 +141,7 @@ class LiveSessions:
 
     async def fail(self, entry: LiveEntry) -> None:
         """The request came to nothing: those who wait for it look elsewhere."""
+        entry.home.running -= 1
         entry.gone = True
         entry.users -= 1
         entry.ready.set()
@@ -138,11 +157,22 @@ class LiveSessions:
                 entry.gone = True
                 await self._close(entry)
 
-    def drop(self) -> None:
-        """Forget all: their engine is gone. Those that are under way fail by themselves."""
-        for entry in [entry for entry in self._entries.values() if entry.ready.is_set()]:
+    def drop(self, home: ServingEngine) -> None:
+        """Forget those of an engine that is gone. Those that are under way fail by themselves."""
+        for entry in [entry for entry in self.of(home) if entry.ready.is_set()]:
             entry.gone = True
             del self._entries[entry.number]
+
+    def commits(self) -> set[tuple[str, str]]:
+        """Those that open sessions stand behind: namespace, commit."""
+        return {(entry.namespace, entry.commit) for entry in self._entries.values() if entry.commit is not None}
+
+    async def forget(self, commits: Collection[tuple[str, str]]) -> None:
+        """Close the sessions behind commits that are no more: nobody could commit what follows."""
+        for entry in [one for one in self._entries.values() if (one.namespace, one.commit) in commits]:
+            entry.gone = True
+            if not entry.users:
+                await self._close(entry)
 
     async def clear(self) -> None:
         for entry in list(self._entries.values()):
@@ -164,8 +194,8 @@ class LiveSessions:
         ready: Near = (0, None)
         coming: Near = (0, None)
         for entry in self._entries.values():
-            alike = entry.namespace == mine.namespace and (entry.chat or not mine.chat)
-            if not alike or entry is mine or entry.gone or entry.number in refused:
+            here = entry.home is mine.home and _is_alike(entry, mine.namespace, mine.chat)
+            if not here or entry is mine or entry.gone or entry.number in refused:
                 continue
             found: Near = (entry.common(mine.tokens), entry)
             if entry.usable:
@@ -174,10 +204,23 @@ class LiveSessions:
                 coming = max(coming, found, key=_worth)
         return ready, coming
 
-    async def at(self, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]) -> LiveEntry:
+    def most(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> int:
+        """Of these tokens the most that one entry of that engine has or will have."""
+        alike = (one for one in self.of(home) if _is_alike(one, namespace, chat) and not one.gone)
+        return max((entry.common(tokens) for entry in alike), default=0)
+
+    def has(self, home: ServingEngine, namespace: str, point: ResolvedPoint) -> bool:
+        """Whether the session at a stored point is open in that engine, is being loaded there, or is part of one."""
+        key = (namespace, str(point.commit), point.num_tokens)
+        loading = (home, *key) in self._loading
+        return loading or self._standing(home, *key) is not None or self._containing(home, *key) is not None
+
+    async def at(
+        self, home: ServingEngine, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]
+    ) -> LiveEntry:
         """The session at a stored point: one that is open, or loaded now, once for all who ask for it. Held for the
         caller, who says `entry.users -= 1`."""
-        key = (namespace, str(point.commit), point.num_tokens)
+        key = (home, namespace, str(point.commit), point.num_tokens)
         while True:
             found = self._standing(*key)
             if found is not None:
@@ -189,21 +232,23 @@ class LiveSessions:
             with contextlib.suppress(ThawError):
                 await asyncio.shield(self._loading[key])
 
-    def _standing(self, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
-        for entry in self._entries.values():
+    def _standing(self, home: ServingEngine, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
+        for entry in self.of(home):
             where = (entry.namespace, entry.commit, len(entry.tokens))
             if where == (namespace, commit, num_tokens) and entry.usable:
                 return entry
         return None
 
-    def _containing(self, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
-        for entry in self._entries.values():
+    def _containing(self, home: ServingEngine, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
+        for entry in self.of(home):
             same = (entry.namespace, entry.commit) == (namespace, commit)
             if same and entry.usable and len(entry.tokens) > num_tokens:
                 return entry
         return None
 
-    async def _load(self, key: tuple[str, str, int], load: Callable[[], Awaitable[AsyncSession]]) -> LiveEntry:
+    async def _load(
+        self, key: tuple[ServingEngine, str, str, int], load: Callable[[], Awaitable[AsyncSession]]
+    ) -> LiveEntry:
         loaded = self._loading[key] = asyncio.get_running_loop().create_future()
         try:
             session = await self._cut(key) or await load()
@@ -215,19 +260,19 @@ class LiveSessions:
         finally:
             del self._loading[key]
         chat = bool(view.turns) and view.turns[0].role is not None
-        entry = self.begin(key[0], view.tokens, chat=chat)
-        entry.session, entry.commit, entry.parent = session, key[1], key[1]
+        entry = self._enter(key[0], key[1], view.tokens, chat=chat)
+        entry.session, entry.commit, entry.parent = session, key[2], key[2]
         entry.answers = _answers(view)
         entry.ready.set()
         loaded.set_result(entry)
         return entry
 
-    async def _cut(self, key: tuple[str, str, int]) -> AsyncSession | None:
+    async def _cut(self, key: tuple[ServingEngine, str, str, int]) -> AsyncSession | None:
         """The point as a fork of a longer open session; None if there is none, or if it kept nothing there."""
         longer = self._containing(*key)
         if longer is None:
             return None
         try:
-            return await longer.fork(key[2])
+            return await longer.fork(key[3])
         except Refused:
             return None

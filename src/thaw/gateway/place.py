@@ -12,17 +12,21 @@ its text, and keeps the tokens that were sampled.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
-from thaw.core.errors import Refused, TooLong
+from thaw.core.errors import EngineDied, Refused, TooLong
 from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
-from thaw.engines.base import Codec, Engine, Message, SessionView
+from thaw.engines.base import Completion, Engine, Message, SessionView
 from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.engines import ServingEngine, ServingEngines
 from thaw.gateway.live import WORTH_WAITING, LiveEntry, LiveSessions
 from thaw.repo import resolve, timeline
 from thaw.repo.aio import AsyncRepository, AsyncSession
@@ -30,6 +34,8 @@ from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
 
 Source = Literal["live", "stored", "new"]
+COMMON = 8
+"""Characters of a token; a text with no more of them may fit, whatever the longest token is."""
 
 
 class ParentFound(msgspec.Struct, kw_only=True):
@@ -48,6 +54,7 @@ class Place:
 
     def __init__(
         self,
+        engines: ServingEngines,
         live: LiveSessions,
         entry: LiveEntry,
         found: ParentFound,
@@ -57,30 +64,66 @@ class Place:
         num_tokens: int,
         sampling: Sampling,
     ) -> None:
-        self._live, self.entry = live, entry
+        self._engines, self._live, self.entry = engines, live, entry
         self.session, self.source = found.session, found.source
         self.num_known, self.parent = found.num_known, found.parent
         self.messages, self.whole = messages, whole
         self.num_tokens, self.sampling = num_tokens, sampling
         entry.session, entry.parent = found.session, found.parent
 
-    async def settle(self, codec: Codec, view: SessionView, outcome: RequestOutcome) -> None:
-        told = view.tokens
-        if self.entry.chat and self.entry.tokens and outcome.token_ids:
-            again = await call(codec.encode_chat, outcome.text, inside=True)
-            told = (*self.entry.tokens, *again)
+    def told(self, view: SessionView, completion: Completion) -> tuple[int, ...]:
+        """The session's tokens as a client that tells the conversation again makes them."""
+        if not self.entry.chat or not self.entry.tokens or not completion.token_ids:
+            return view.tokens
+        again = self.session.sync.engine.codec.encode_chat(completion.text, inside=True)
+        return (*self.entry.tokens, *again)
+
+    async def settle(self, view: SessionView, told: tuple[int, ...], outcome: RequestOutcome) -> None:
         await self._live.settle(self.entry, view, told, outcome.point)
 
-    async def give_up(self) -> None:
+    async def give_up(self, error: BaseException) -> None:
+        """It came to nothing; where that is because its engine died, that one is taken out."""
+        if isinstance(error, EngineDied):
+            self._engines.lost(self.entry.home, self.session.sync.engine)
         await self._live.fail(self.entry)
 
 
-class ParentFinder:
-    """Of one namespace."""
+class TextLimit:
+    """How long a text may be at most, in characters, to fit an engine's model: what cannot is not tokenised."""
 
-    def __init__(self, repo: AsyncRepository, engine: Engine, live: LiveSessions) -> None:
-        self._repo, self._engine, self._live = repo, engine, live
-        self._namespace = repo.namespace
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._longest: int | None = None
+
+    def require(self, text: str) -> None:
+        """Raises `TooLong`."""
+        room = self._engine.info.max_model_len
+        if len(text) > room * COMMON and len(text) > room * self._longest_token():
+            raise TooLong(
+                f"the prompt has {len(text):,} characters, which is more than the {room:,} tokens that the model takes"
+            )
+
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token, twice: tokenizers may shorten a text before they part it."""
+        with self._lock:
+            if self._longest is None:
+                codec, size = self._engine.codec, self._engine.info.vocab_size
+                self._longest = 2 * max(len(codec.decode([i], skip_special_tokens=False)) for i in range(size))
+            return self._longest
+
+
+class ParentFinder:
+    """Of one namespace, over all engines."""
+
+    def __init__(self, engines: ServingEngines, namespace: str, live: LiveSessions, texts: TextLimit) -> None:
+        self._engines, self._namespace, self._live = engines, namespace, live
+        self._texts = texts
+
+    @property
+    def _repo(self) -> AsyncRepository:
+        """For what is asked of no engine."""
+        return self._engines.any.within(self._namespace)
 
     async def find(self, asked: Asked) -> Place:
         """Raises what rendering, loading and the engine raise."""
@@ -91,11 +134,32 @@ class ParentFinder:
         if asked.at is None:
             messages = _conversation(asked, ())
             return await self._place(asked, await self._rendered(asked, messages), messages, None)
-        trunk = await self._live.at(self._namespace, asked.at, lambda: self._load(asked, asked.at))
+        return await self._at(asked, asked.at)
+
+    async def _at(self, asked: Asked, point: ResolvedPoint) -> Place:
+        """At a point: in the engine where its session is open, else in the one with the fewest requests."""
+        num = point.num_tokens
+
+        def num_open(one: ServingEngine) -> int:
+            return num if self._live.has(one, self._namespace, point) else 0
+
+        home = self._engines.nearest(num_open, num, worth=1)
+        with home.busy(), self._watched(home):
+            trunk = await self._live.at(home, self._namespace, point, lambda: self._load(home, asked, point))
+            try:
+                return await self._from(asked, trunk)
+            finally:
+                trunk.users -= 1
+
+    @contextlib.contextmanager
+    def _watched(self, home: ServingEngine) -> Iterator[None]:
+        """An engine that turns out to be dead is taken out."""
+        engine = home.engine
         try:
-            return await self._from(asked, trunk)
-        finally:
-            trunk.users -= 1
+            yield
+        except EngineDied:
+            self._engines.lost(home, engine)
+            raise
 
     async def count(self, asked: Asked) -> int:
         """Tokens of its prompt."""
@@ -114,21 +178,26 @@ class ParentFinder:
     async def _resumed(self, asked: Asked) -> Place:
         """The session of an answer that was interrupted, which nobody else goes on with."""
         assert asked.at is not None
-        entry = self._live.begin(self._namespace, (), chat=True)
+        home = self._engines.least_busy()
+        entry = self._live.begin(home, self._namespace, (), chat=True)
         try:
-            session = await self._load(asked, asked.at)
+            with self._watched(home):
+                session = await self._load(home, asked, asked.at)
         except BaseException:
             await self._live.fail(entry)
             raise
         num = asked.at.num_tokens
         found = ParentFound(session=session, source="stored", num_known=num, parent=str(asked.at.commit))
-        return Place(self._live, entry, found, messages=(), whole=True, num_tokens=num, sampling=asked.sampling)
+        return Place(
+            self._engines, self._live, entry, found, messages=(), whole=True, num_tokens=num, sampling=asked.sampling
+        )
 
     async def _append(self, asked: Asked, trunk: LiveEntry) -> Place:
         """Behind plain text the messages are appended; what they become there only the session knows."""
-        entry = self._live.begin(self._namespace, (), chat=False)
+        entry = self._live.begin(trunk.home, self._namespace, (), chat=False)
         try:
-            session = await trunk.fork(len(trunk.tokens))
+            with self._watched(trunk.home):
+                session = await trunk.fork(len(trunk.tokens))
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -136,35 +205,56 @@ class ParentFinder:
         found = ParentFound(session=session, source="live", num_known=num, parent=trunk.commit)
         sampling = self._sampling(asked, num)
         messages = _conversation(asked, ())
-        return Place(self._live, entry, found, messages=messages, whole=False, num_tokens=num, sampling=sampling)
+        return Place(
+            self._engines, self._live, entry, found, messages=messages, whole=False, num_tokens=num, sampling=sampling
+        )
 
     async def _place(
         self, asked: Asked, tokens: tuple[int, ...], messages: tuple[Message, ...], trunk: LiveEntry | None
     ) -> Place:
-        sampling = self._sampling(asked, len(tokens))
-        entry = self._live.begin(self._namespace, tokens, chat=asked.token_ids is None)
+        sampling, chat = self._sampling(asked, len(tokens)), asked.token_ids is None
+        home = None if trunk is None else trunk.home
+        if trunk is not None and not _leads_on(trunk, tokens):
+            trunk = None
+        stored = await self._repo.match(tokens) if trunk is None else None
+        home = home or self._nearest_engine(tokens, stored.num_tokens if stored else 0, chat=chat)
+        entry = self._live.begin(home, self._namespace, tokens, chat=chat)
         try:
-            found = await self._nearest(asked, entry, trunk)
-            await self._follow(found, asked)
+            with self._watched(home):
+                found = await self._nearest(asked, entry, trunk, stored)
+                await self._follow(found, asked)
         except BaseException:
             await self._live.fail(entry)
             raise
-        return Place(self._live, entry, found, messages=messages, whole=True, num_tokens=len(tokens), sampling=sampling)
+        return Place(
+            self._engines,
+            self._live,
+            entry,
+            found,
+            messages=messages,
+            whole=True,
+            num_tokens=len(tokens),
+            sampling=sampling,
+        )
+
+    def _nearest_engine(self, tokens: tuple[int, ...], num_stored: int, *, chat: bool) -> ServingEngine:
+        def num_open(one: ServingEngine) -> int:
+            return self._live.most(one, self._namespace, tokens, chat=chat)
+
+        return self._engines.nearest(num_open, num_stored, WORTH_WAITING)
 
     def _sampling(self, asked: Asked, num_tokens: int) -> Sampling:
         """With a limit that fits, and a seed of its own: siblings of one point do not say the same."""
-        room = self._engine.info.max_model_len - num_tokens
+        longest = min(one.engine.info.max_model_len for one in self._engines.all)
+        room = longest - num_tokens
         if room < 1:
-            raise TooLong(
-                f"the prompt has {num_tokens} tokens and the model takes {self._engine.info.max_model_len}, "
-                "including the answer"
-            )
+            raise TooLong(f"the prompt has {num_tokens} tokens and the model takes {longest}, including the answer")
         wanted = room if asked.max_tokens is None else min(asked.max_tokens, room)
         seed = fresh_seed() if asked.sampling.seed is None else asked.sampling.seed
         return msgspec.structs.replace(asked.sampling, max_tokens=max(wanted, 1), seed=seed)
 
     async def _rendered(self, asked: Asked, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        codec = self._engine.codec
+        codec, texts = self._engines.any.engine.codec, self._texts
 
         def render() -> tuple[int, ...]:
             text = codec.chat_text(
@@ -173,36 +263,41 @@ class ParentFinder:
                 tools=asked.tools or None,
                 variables=asked.variables,
             )
+            texts.require(text)
             return tuple(codec.encode_chat(text))
 
         return await call(render)
 
     async def _follow(self, found: ParentFound, asked: Asked) -> None:
         """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
-        parent = str(asked.at.commit) if asked.at is not None else await call(self._held_whole, found)
+        if asked.at is not None:
+            parent: str | None = str(asked.at.commit)
+        elif found.whole or found.parent is None:
+            parent = found.parent
+        else:
+            parent = await call(self._held_whole, found.parent, found.num_known)
         if parent != found.session.sync.parent:
             await found.session.reparent(None if parent is None else CommitId(parent))
         found.parent = parent
 
-    def _held_whole(self, found: ParentFound) -> str | None:
-        """Of the commit that a session was forked from and those before it, the last that ends within what is known."""
-        if found.whole:
-            return found.parent
-        store, commit = self._repo.sync.store, found.parent
+    def _held_whole(self, commit: str | None, num_known: int) -> str | None:
+        """Of a commit and those before it, the last that ends within so many tokens."""
+        store = self._repo.sync.store
         while commit is not None:
             known = store.get_as(commit, Commit)
-            if timeline.read_state(store, StateId(known.state)).num_tokens <= found.num_known:
+            if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
                 return commit
             commit = known.parents[0] if known.parents else None
         return None
 
     # -- the longest prefix
 
-    async def _nearest(self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None) -> ParentFound:
+    async def _nearest(
+        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: ResolvedPoint | None
+    ) -> ParentFound:
+        """In the entry's engine. `trunk`: the session at the point that the request names; `stored`: what of it the
+        repository has, where there is none."""
         refused: set[int] = set()
-        if trunk is not None and not _leads_on(trunk, entry):
-            trunk = None
-        stored = await self._repo.match(entry.tokens) if trunk is None else None
         while True:
             (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
             known = max(num, stored.num_tokens if stored else 0, len(trunk.tokens) if trunk else 0)
@@ -210,7 +305,7 @@ class ParentFinder:
                 await coming.ready.wait()
                 continue
             if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
-                return await self._fork(entry, trunk, len(trunk.tokens)) or await self._fresh()
+                return await self._fork(entry, trunk, len(trunk.tokens)) or await self._fresh(entry)
             if ready is not None and num and num >= (stored.num_tokens if stored else 0):
                 found = await self._fork(entry, ready, num)
                 if found is not None:
@@ -221,10 +316,10 @@ class ParentFinder:
                 found = await self._stored(asked, entry, stored)
                 if found is not None:
                     return found
-            return await self._fresh()
+            return await self._fresh(entry)
 
-    async def _fresh(self) -> ParentFound:
-        return ParentFound(session=await self._repo.session(), source="new")
+    async def _fresh(self, entry: LiveEntry) -> ParentFound:
+        return ParentFound(session=await entry.home.within(self._namespace).session(), source="new")
 
     async def _fork(self, entry: LiveEntry, ready: LiveEntry, num: int) -> ParentFound | None:
         """A child of an open session; None where it can have none there."""
@@ -246,7 +341,9 @@ class ParentFinder:
         if entry.chat:
             point = await call(self._whole_answer, point)
         try:
-            trunk = await self._live.at(self._namespace, point, lambda: self._load(asked, point))
+            trunk = await self._live.at(
+                entry.home, self._namespace, point, lambda: self._load(entry.home, asked, point)
+            )
         except Refused:
             if asked.policy == "exact":
                 return None
@@ -266,15 +363,14 @@ class ParentFinder:
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
         return resolve.at(store, point.commit) if inside else point
 
-    async def _load(self, asked: Asked, point: ResolvedPoint | None) -> AsyncSession:
-        assert point is not None
+    async def _load(self, home: ServingEngine, asked: Asked, point: ResolvedPoint) -> AsyncSession:
         bare = msgspec.structs.replace(point, branch=None)
-        return await self._repo.session(bare, policy=asked.policy)
+        return await home.within(self._namespace).session(bare, policy=asked.policy)
 
 
-def _leads_on(trunk: LiveEntry, entry: LiveEntry) -> bool:
+def _leads_on(trunk: LiveEntry, tokens: tuple[int, ...]) -> bool:
     """Whether the conversation goes on from the point: all of it, or up to an answer that is rendered differently."""
-    common = common_prefix(trunk.tokens, entry.tokens)
+    common = common_prefix(trunk.tokens, tokens)
     return common == len(trunk.tokens) or trunk.in_answer(common)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from thaw.core import errors
 from thaw.core.errors import ThawError
 
+log = logging.getLogger("thaw.gateway")
 RETRY_AFTER_S = 2
+MAX_MESSAGE = 2000
+"""Characters; what a client sent may be quoted in it."""
 
 
 class ApiError(Exception):
@@ -14,6 +19,7 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, code: str = "", param: str | None = None, retry_after: float | None = None
     ) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
         super().__init__(message)
         self.status = status
         self.message = message
@@ -33,6 +39,7 @@ KINDS = {
     409: "conflict_error",
     413: "request_too_large",
     421: "misdirected_request",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     500: "api_error",
     503: "overloaded_error",
@@ -61,6 +68,19 @@ def problem_of(error: ThawError) -> ApiError:
     code = "context_length_exceeded" if isinstance(error, errors.TooLong) else error.kind.replace("-", "_")
     told = f"{error.kind}: see the server's log" if isinstance(error, UNTOLD) else str(error)
     return ApiError(status, told, code=code, retry_after=RETRY_AFTER_S if status == 503 else None)
+
+
+def without_values(error: BaseException) -> Exception:
+    """The error for a log: with its places in our code, and without its message, which may hold what a client said."""
+    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
+
+
+def told(error: Exception, what: str) -> ThawError | ApiError:
+    """What those who wait for `what` get for an error: thaw's own as they are; any other is logged, and is a 500."""
+    if isinstance(error, (ThawError, ApiError)):
+        return error
+    log.error("%s failed: %s", what, type(error).__name__, exc_info=without_values(error))
+    return ApiError(500, "an error in the gateway; see its log")
 
 
 def unsupported(param: str, why: str) -> ApiError:

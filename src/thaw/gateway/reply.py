@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from thaw.gateway.asked import RequestOutcome
 from thaw.gateway.job import ReplyJob
+from thaw.gateway.problems import told
 
 PAUSE_S = 15.0
 """Of silence in a stream."""
@@ -56,7 +56,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **(headers or {})})
         del self.headers["content-length"]
-        self._events, self._gone = events, gone
+        self.events, self._gone = events, gone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -69,11 +69,15 @@ class EventStream(Response):
         finally:
             for task in (sending, gone):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await sending
+            except asyncio.CancelledError:
+                pass
+            except Exception as error:  # noqa: BLE001 - the log has it, without what the client said
+                told(error, "a stream")
 
     async def _send(self, send: Send) -> None:
-        async for chunk in with_pauses(self._events):
+        async for chunk in with_pauses(self.events):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -125,6 +129,7 @@ async def outcomes_of(request: Request, jobs: Sequence[ReplyJob]) -> list[Reques
         gone.cancel()
         if not all_done.done():
             all_done.cancel()
+            all_done.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 async def begun(jobs: Sequence[ReplyJob]) -> None:

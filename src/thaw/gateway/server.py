@@ -8,13 +8,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from logging.handlers import WatchedFileHandler
 
 import uvicorn
 
+from thaw.core.errors import ThawError
 from thaw.engines.base import Engine
 from thaw.gateway.app import application, audit
+from thaw.gateway.connection import Guards
+from thaw.gateway.engines import Reconnect
 from thaw.gateway.ledger import Ledger
 from thaw.gateway.service import Service
 from thaw.gateway.settings import GatewaySettings
@@ -28,15 +31,20 @@ DRAIN_S = 60
 
 @contextlib.contextmanager
 def opened(
-    repo: Repository, tenants: Tenants, settings: GatewaySettings, reconnect: Callable[[], Engine] | None = None
+    repo: Repository,
+    tenants: Tenants,
+    settings: GatewaySettings,
+    reconnect: Reconnect | None = None,
+    others: Sequence[tuple[Engine, Reconnect | None]] = (),
 ) -> Iterator[Service]:
-    """The service of a repository, which has one gateway at a time. Raises `Busy`, `StorageFailed`."""
+    """The service of a repository, which has one gateway at a time. `others`: see `Service`. Raises `Busy`,
+    `InvalidRequest`, `StorageFailed`."""
     busy = f"another gateway is serving {repo.path}; stop it first"
     with locked(repo.path / LOCK, wait_s=0.0, busy=busy):
         ledger = Ledger(repo.path)
         try:
             ledger.interrupt()
-            yield Service(repo, tenants, settings, ledger, reconnect)
+            yield Service(repo, tenants, settings, ledger, reconnect, others)
         finally:
             ledger.close()
 
@@ -47,6 +55,16 @@ class GatewayServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self.failed: ThawError | None = None
+        """Why it did not start."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self._service.readers.start()
+        except ThawError as error:
+            self.failed, self.should_exit = error, True
+            return
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.close()
@@ -58,11 +76,14 @@ def server(service: Service) -> GatewayServer:
     settings = service.settings
     config = uvicorn.Config(
         application(service),
+        http=Guards(settings.limits).connect,  # type: ignore[arg-type]
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_S,
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.certificate_key,
@@ -72,10 +93,13 @@ def server(service: Service) -> GatewayServer:
 
 def run(service: Service) -> None:
     """Serve until SIGTERM or SIGINT; when all that ran is committed, leave by `SystemExit`, so that everything closes.
-    For the main thread."""
+    For the main thread. Raises `InvalidRequest` where the parsers that the settings name do not run."""
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, lambda *_: sys.exit(0))  # uvicorn has its own meanwhile, and raises it again at its end
-    server(service).run()
+    made = server(service)
+    made.run()
+    if made.failed is not None:
+        raise made.failed
 
 
 def keep_audit(path: str | None) -> None:

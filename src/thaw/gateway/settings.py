@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 
 
@@ -11,6 +13,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_nbytes: int = 32 << 20
     body_s: float = 30.0
     """Until a request's body must be there."""
+    body_values: int = 1 << 20
+    """The price of a body's JSON values (`thaw.gateway.bodies`)."""
+    bodies_nbytes: int = 256 << 20
+    """Of large bodies that are being read or answered."""
+    head_nbytes: int = 16 << 10
+    head_s: float = 10.0
+    """Until a request's headers must be there."""
+    stall_s: float = 60.0
+    """For which a client may read nothing of a reply that waits for it."""
+    connections: int = 4096
+    """At once. Never more than a share of the files that the process may open."""
     requests: int = 1024
     """Running at once, including streams; further requests get a status that says to retry."""
     choices: int = 64
@@ -37,7 +50,13 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     tools: str = "none"
-    """How the model writes its calls of tools (`thaw.gateway.speech`)."""
+    reasoning: str = "none"
+    """How the model writes its calls of tools, and its thoughts (`thaw.gateway.reading`)."""
+    parser_python: str = sys.executable
+    """The Python that has the engine whose parsers these name."""
+    spread: int = 8
+    """By so many running requests an engine may be ahead of another one before requests go to that one and load the
+    prefix there."""
     limits: Limits = Limits()
     keeping: Keeping = Keeping()
     audit: str | None = None

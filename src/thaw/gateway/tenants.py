@@ -13,6 +13,7 @@ import secrets
 import stat
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -45,14 +46,19 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Meter:
-    """Tokens of the last minute."""
+    """Tokens of the last minute, second by second."""
 
     def __init__(self) -> None:
         self._spent: deque[tuple[float, int]] = deque()
         self._sum = 0
 
     def add(self, tokens: int) -> None:
-        self._spent.append((time.monotonic(), tokens))
+        now = time.monotonic()
+        if self._spent and now - self._spent[-1][0] < 1.0:
+            begun, before = self._spent.pop()
+            self._spent.append((begun, before + tokens))
+        else:
+            self._spent.append((now, tokens))
         self._sum += tokens
 
     def last_minute(self) -> int:
@@ -75,22 +81,105 @@ class Tenant:
         self.operator = operator
         self.running = 0
         self.meter = Meter()
+        self.spending: dict[Spending, None] = {}
+        """Of the jobs that run, in the order in which they were admitted."""
+        self.unwritten = 0
+        """Bytes of KV that running requests have made, or are about to."""
 
     @property
     def name(self) -> str:
         return self.namespace or "default"
 
-    def admit(self, choices: int, nbytes: int) -> None:
-        """Raise `ApiError` 429 where a quota is used up; `nbytes` is what the tenant keeps stored."""
+    @property
+    def promised(self) -> int:
+        """Tokens that running requests may still compute."""
+        return sum(one.answer + one.unread for one in self.spending)
+
+    def admit(self, choices: int, answer: int, nbytes: int) -> None:
+        """Raise `ApiError` 429 where a quota is used up. `answer`: tokens that each choice may sample; `nbytes` is what
+        the tenant keeps stored."""
         quota = self.quota
         if quota.sessions is not None and self.running + choices > quota.sessions:
             raise _spent(f"{self.running} of {quota.sessions} sessions are running", 1.0)
-        if quota.tokens_per_minute is not None and self.meter.last_minute() >= quota.tokens_per_minute:
-            raise _spent(f"the quota of {quota.tokens_per_minute} tokens per minute is used up", self.meter.wait_s())
-        if quota.bytes is not None and nbytes >= quota.bytes:
+        self.require_tokens(self.promised + (choices - 1) * answer)
+        self.require_bytes(nbytes)
+
+    def require_bytes(self, nbytes: int) -> None:
+        """Raise `ApiError` 429 where what is stored, `nbytes`, and what requests are making, is all."""
+        most, total = self.quota.bytes, nbytes + self.unwritten
+        if most is not None and total >= most:
             raise ApiError(
-                429, f"{nbytes:,} of {quota.bytes:,} bytes are stored; delete responses", code="insufficient_quota"
-            )
+                429, f"{total:,} of {most:,} bytes are stored or being made; delete responses",
+                code="insufficient_quota",
+            )  # fmt: skip
+
+    def require_tokens(self, promised: int) -> None:
+        """Raise `ApiError` 429 where what was computed in the last minute, and what others were promised, is all."""
+        most = self.quota.tokens_per_minute
+        if most is None:
+            return
+        spent = self.meter.last_minute()
+        if spent + promised >= most:
+            still = f", {promised} of them promised to requests that run" if promised else ""
+            wait_s = self.meter.wait_s() if spent >= most else 1.0
+            raise _spent(f"the quota of {most} tokens per minute is used up{still}", wait_s)
+
+
+class Spending:
+    """Of one job: what it may still compute is promised to it until it has, so that requests that come at once do not
+    share what is left of a quota. What was computed counts, whatever becomes of the job. `request`: the jobs of one
+    request, which was admitted as one."""
+
+    def __init__(
+        self, tenant: Tenant, answer: int, token_nbytes: int, request: list[Spending], stored: Callable[[], int]
+    ) -> None:
+        self._tenant, self._token_nbytes, self._request, self._stored = tenant, token_nbytes, request, stored
+        request.append(self)
+        self.unread, self.answer = 0, answer
+        """Tokens of the prompt and of the answer that it may still compute."""
+        self._unwritten = 0
+        tenant.running += 1
+        tenant.spending[self] = None
+
+    def prompt(self, tokens: int) -> None:
+        """It is about to read so many. Raises `ApiError` 429; once they have been promised, they are."""
+        self._tenant.require_tokens(self._promised_before())
+        mine = sum(one._unwritten for one in self._request)
+        if self._tenant.unwritten > mine:
+            self._tenant.require_bytes(self._stored() - mine)
+        self.unread = tokens
+        self._make(tokens)
+
+    def _promised_before(self) -> int:
+        """To others: all prompts, and the answers of those that were admitted earlier."""
+        total, earlier = 0, True
+        for one in self._tenant.spending:
+            earlier = earlier and one is not self
+            if one not in self._request:
+                total += one.unread + (one.answer if earlier else 0)
+        return total
+
+    def ran(self, tokens: int) -> None:
+        """So many were sampled; the prompt has been read."""
+        self.read()
+        self.answer -= min(tokens, self.answer)
+        self._tenant.meter.add(tokens)
+        self._make(tokens)
+
+    def read(self) -> None:
+        """The prompt has been read, or somebody stopped while it was."""
+        self._tenant.meter.add(self.unread)
+        self.unread = 0
+
+    def over(self) -> None:
+        """The job has ended; what it made is written, or gone."""
+        self._tenant.running -= 1
+        self._tenant.unwritten -= self._unwritten
+        del self._tenant.spending[self]
+
+    def _make(self, tokens: int) -> None:
+        self._unwritten += tokens * self._token_nbytes
+        self._tenant.unwritten += tokens * self._token_nbytes
 
 
 def _spent(what: str, wait_s: float) -> ApiError:
@@ -102,6 +191,7 @@ class Tenants:
 
     def __init__(self, by_digest: dict[bytes, Tenant]) -> None:
         self._by_digest = by_digest
+        self.num = len(self.all)
 
     @property
     def all(self) -> list[Tenant]:
@@ -155,6 +245,9 @@ def load(path: Path) -> Tenants:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f'{path}: {error}. Write [{{"namespace": "acme", "keys": ["sha256:…"]}}]') from None
     by_digest: dict[bytes, Tenant] = {}
+    names = [one.namespace for one in listed]
+    if len(set(names)) < len(names):
+        raise InvalidRequest(f"{path}: a namespace is listed twice; list all of its keys in one entry")
     for one in listed:
         tenant = Tenant(namespaces.check(one.namespace), one.quota, operator=one.operator)
         for key in one.keys:

@@ -60,7 +60,7 @@ def up(
     require_keys(arguments)
     store, interpreter = repo.store, python or sys.executable
     _refuse_second(store)
-    chosen = _model(store, engine, model)
+    chosen = engine_to_start(store, engine, model)
     kind, path = server_of(chosen.name), str(chosen.options["model"])
     require(kind, interpreter, named_one=python is not None)
     port = _port(host, port)
@@ -80,7 +80,7 @@ def up(
     begun = process.start(start.command, log, start.environment)
     served = Served(
         engine=chosen.name,
-        url=f"http://{_reachable(host)}:{port}",
+        url=f"http://{reachable(host)}:{port}",
         model=path,
         pid=begun.pid,
         born=record.born(begun.pid),
@@ -116,7 +116,7 @@ def down(repo: Repository, *, shown: WaitDisplay = unseen) -> tuple[Served | Non
         with shown("stopping the engine", lambda: ""):
             process.stop(known.pid)
     if known is not None and known.is_here:
-        _sweep(Path(known.mail))
+        sweep(Path(known.mail))
     record.remember(store, None)
     _restore(store, known)
     return known, alive
@@ -129,7 +129,7 @@ def _refuse_second(store: Store) -> None:
         raise Busy(f"{what}. Stop it first: thaw down")
 
 
-def _model(store: Store, engine_name: str | None, model: str | None) -> settings.EngineSettings:
+def engine_to_start(store: Store, engine_name: str | None, model: str | None) -> settings.EngineSettings:
     """The engine to start; a server that is gone does not count as the one that is remembered."""
     from thaw.engines.registry import DEFAULT_SERVER
 
@@ -158,7 +158,7 @@ def _port(host: str, port: int | None) -> int:
     return port
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """How this machine reaches a server that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
@@ -178,7 +178,7 @@ def _bring_up(
     return seconds
 
 
-def _sweep(mail: Path) -> None:
+def sweep(mail: Path) -> None:
     """Remove the mail folder, which `thaw up` had made for this server alone. A data-parallel one has a folder in it
     for each rank."""
     places = (mail, *mail.glob("dp*"))

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from thaw.cli import options, output, place, speak
+from thaw.cli import options, output, place, serving
+from thaw.cli.serving import Starting
 from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from thaw.engines.base import Engine
     from thaw.gateway.settings import GatewaySettings
     from thaw.gateway.tenants import Tenants
-    from thaw.repo.repository import Repository
 
 EXAMPLE = """
 thaw serve
 thaw serve --engine http://localhost:8000 --keys keys.json --audit audit.log
+thaw serve --engine http://gpu1:8000 --engine http://gpu2:8000
+thaw serve --engine vllm --model ~/models/Qwen3-8B --workers 2 --worker-env CUDA_VISIBLE_DEVICES=0 \\
+    --worker-env CUDA_VISIBLE_DEVICES=1 -- --max-model-len 16384
 OPENAI_BASE_URL=http://127.0.0.1:8790/v1 OPENAI_API_KEY=thaw-… python my_agent.py
 """
 TOKEN = "THAW_SERVE_TOKEN"
@@ -28,6 +30,7 @@ DAY_S = 24 * 3600.0
 
 
 @options.verb("serve", EXAMPLE)
+@click.argument("arguments", nargs=-1, metavar="[-- ENGINE_ARGUMENTS...]")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8790, show_default=True, metavar="N")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
@@ -38,7 +41,11 @@ DAY_S = 24 * 3600.0
 @click.option("--model-name", "models", multiple=True, metavar="NAME",
               help="The model's name for clients; repeatable, * accepts any; default: its folder's name.")  # fmt: skip
 @click.option("--tool-calls", "tools", default="none", show_default=True, metavar="KIND",
-              help="How the model writes tool calls: hermes, or none (calls stay text).")  # fmt: skip
+              help="How the model writes tool calls: hermes, vllm:NAME or sglang:NAME (NAME as in that engine's "
+              "--tool-call-parser), or none (calls stay text).")  # fmt: skip
+@click.option("--reasoning", default="none", show_default=True, metavar="KIND",
+              help="How the model writes its thinking: think (<think>…</think>), vllm:NAME or sglang:NAME, or none "
+              "(it stays text).")  # fmt: skip
 @click.option("--audit", type=click.Path(), metavar="FILE", help="Write one line of JSON per request to FILE.")
 @click.option("--certificate", type=click.Path(), metavar="FILE", help="PEM certificate; enables TLS.")
 @click.option("--certificate-key", type=click.Path(), metavar="FILE", help="PEM key; default: in the certificate file.")
@@ -50,16 +57,25 @@ DAY_S = 24 * 3600.0
               help="Days to keep responses on no branch or tag; default: 30.")  # fmt: skip
 @click.option("--keep-bytes", type=options.num_bytes, metavar="BYTES",
               help="Most KV to keep for those responses; oldest deleted first; default: 64GiB.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1, 1024), metavar="N",
+              help="Start N engines that run until the gateway stops. Arguments after -- go to each of their "
+              "servers.")  # fmt: skip
+@click.option("--worker-env", "environments", multiple=True, metavar="NAME=VALUE[,NAME=VALUE]",
+              help="Environment of a worker: the first one is for worker 0, and so on; \\, is a comma.")  # fmt: skip
+@click.option("--python", metavar="PATH", help="A Python interpreter with the engine and thaw, for workers and for "
+              "vllm:NAME and sglang:NAME; default: the current one.")  # fmt: skip
+@click.option("--arena", "arena_nbytes", type=options.num_bytes, metavar="BYTES",
+              help="Host memory for each worker's sessions; default: 4GiB.")  # fmt: skip
+@click.option("--spread", type=click.IntRange(1), metavar="N",
+              help="Load a prefix in another engine if its own runs N requests more; default: 8.")  # fmt: skip
 @click.option("--restore", is_flag=True, help="Resume the responses that the last gateway parked when it stopped.")
-@options.engine
+@options.engines
 @options.as_json
 def command(
     named: str | None,
     keys: str | None,
-    engine_name: str | None,
-    model: str | None,
-    dtype: str | None,
-    device: str | None,
+    engine_names: tuple[str, ...],
+    workers: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -75,24 +91,16 @@ def command(
         raise InvalidRequest("the gateway serves the whole repository; assign namespaces to tenants with --keys")
     from thaw.gateway import server
 
-    settings = _settings(given)
+    started = Starting(**{name: given.pop(name) for name in Starting.__struct_fields__})
+    settings = _settings({**given, "parser_python": started.python})
     tenants, token = _tenants(keys)
     server.keep_audit(settings.audit)
     with (
-        speak.opened(named, engine_name, model, dtype, device) as repo,
-        server.opened(repo, tenants, settings, lambda: _engine_again(repo, engine_name, model)) as service,
+        serving.opened(named, engine_names, workers, started) as (repo, reconnect, others),
+        server.opened(repo, tenants, settings, reconnect, others) as service,
     ):
         _say(settings, service.model, token, as_json)
         server.run(service)
-
-
-def _engine_again(repo: Repository, engine_name: str | None, model: str | None) -> Engine:
-    """The engine that takes the place of one that died: by the address that was given, or that is remembered by now."""
-    from thaw.engines import load_engine
-    from thaw.repo.choice import choose
-
-    chosen = choose(repo.store, engine_name, model)
-    return load_engine(chosen.name, **chosen.options)
 
 
 def _require_installed() -> None:
@@ -122,6 +130,7 @@ def _settings(given: dict[str, Any]) -> GatewaySettings:
     days = given.pop("keep_days")
     keeping = {"lifetime_s": None if days is None else days * DAY_S, "nbytes": given.pop("keep_bytes")}
     return GatewaySettings(
+        **_given({name: given.pop(name) for name in ("spread", "parser_python")}),
         limits=Limits(**_given({field: given.pop(option) for field, option in limits.items()})),
         keeping=Keeping(**_given(keeping)),
         **given,

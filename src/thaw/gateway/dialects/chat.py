@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from thaw.core.errors import ThawError
 from thaw.core.sampling import Sampling
-from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
+from thaw.gateway.dialects.choice import chosen
 from thaw.gateway.dialects.common import (
     HINTS,
     Extension,
@@ -24,19 +25,22 @@ from thaw.gateway.dialects.common import (
     call_of,
     check_model,
     choices_of,
-    chosen,
+    constrained,
+    effort_of,
     message_of,
     sampling_of,
     structured,
     token_logprobs,
     tools_of,
+    unread_of,
 )
 from thaw.gateway.dialects.merged import merged
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
-from thaw.gateway.speech import Said, Text, ToolCall, read_all
+from thaw.gateway.speech import Said, Text, Thought, ToolCall
+from thaw.repo.bridge import call
 
 FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
@@ -59,6 +63,8 @@ class ChatCreate(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     continue_final_message: bool = False
@@ -67,15 +73,16 @@ class ChatCreate(SamplingFields, kw_only=True):
 
 FIELDS = Fields(
     taken=ChatCreate,
-    ignored=HINTS | {"metadata", "store"},
+    ignored=HINTS | {"metadata", "store", "verbosity"},
     idle={
-        "modalities": (["text"],), "parallel_tool_calls": (True,), "functions": ([],), "verbosity": ("medium",),
+        "modalities": (["text"],), "functions": ([],),
     },
 )  # fmt: skip
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
+    ignored += unread_of([tool.get("function") or {} for tool in asked.tools], ("strict",))
     check_model(asked.model, context.service.served)
     extension = context.extension(asked.thaw)
     base = await _asked(context, asked, extension)
@@ -91,7 +98,8 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     outcomes = await outcomes_of(request, jobs)
     if asked.best_of is not None:
         outcomes = best_first(outcomes)[: asked.n]
-    return as_json(_whole(context, id, asked, outcomes), headers=headers_of(ignored, outcomes))
+    whole = await call(_whole, context, id, asked, outcomes)
+    return as_json(whole, headers=headers_of(ignored, outcomes))
 
 
 def stop(jobs: Sequence[ReplyJob]) -> None:
@@ -101,6 +109,8 @@ def stop(jobs: Sequence[ReplyJob]) -> None:
 
 def number_of(n: int, best_of: int | None, *, stream: bool) -> int:
     """How many are generated."""
+    if n < 1:
+        raise invalid("n", f"{n}; at least 1")
     if best_of is None:
         return n
     if best_of < n:
@@ -123,18 +133,23 @@ async def _asked(context: GatewayContext, body: ChatCreate, extension: Extension
     if body.add_generation_prompt == body.continue_final_message:
         raise invalid("continue_final_message", "it is the opposite of add_generation_prompt; set both")
     at = await context.at(extension)
+    engine, parallel = context.service.engine, body.parallel_tool_calls
+    choice = chosen(tools_of(body.tools), body.tool_choice, engine, parallel=parallel)
     return Asked(
         messages=tuple(message_of(message, f"messages[{i}]") for i, message in enumerate(body.messages)),
         at=at,
-        tools=chosen(tools_of(body.tools), body.tool_choice),
-        variables=body.chat_template_kwargs,
+        tools=choice.shown,
+        forced=choice.forced,
+        single_call=choice.single,
+        variables=effort_of(body.reasoning_effort, "reasoning_effort") | body.chat_template_kwargs,
         keep_sampled=extension.keep_sampled,
         continue_final_message=body.continue_final_message,
-        sampling=_sampling(context, body),
+        sampling=constrained(_sampling(context, body), choice.schema()),
         max_tokens=limit_of(body.max_completion_tokens, body.max_tokens),
         branch=extension.branch,
         note=extension.note or "chat",
         policy=extension.policy,
+        followed=body.stream or choice.single,
     )
 
 
@@ -149,8 +164,6 @@ def _sampling(context: GatewayContext, body: ChatCreate) -> Sampling:
     engine = context.service.engine
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "it needs logprobs=true")
-    if body.stream and body.top_logprobs:
-        raise unsupported("top_logprobs", "a stream only has the sampled tokens' log probabilities")
     more: dict[str, object] = {"logprobs": body.top_logprobs or (0 if body.logprobs else None)}
     format = structured(body.response_format, "response_format", engine)
     if format is not None:
@@ -193,22 +206,33 @@ def _whole(context: GatewayContext, id: str, body: ChatCreate, outcomes: Sequenc
 def _choice(
     context: GatewayContext, id: str, body: ChatCreate, number: int, outcome: RequestOutcome
 ) -> dict[str, object]:
-    said = read_all(context.service.reader(), outcome.text)
-    calls = [one for one in said if isinstance(one, ToolCall)]
-    text = "".join(one.text for one in said if isinstance(one, Text))
+    calls = [one for one in outcome.said if isinstance(one, ToolCall)]
+    text = "".join(one.text for one in outcome.said if isinstance(one, Text))
+    thought = "".join(one.text for one in outcome.said if isinstance(one, Thought))
     message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if thought:
+        message |= _thought(thought)
     if calls:
         message["tool_calls"] = [_call(id, number, i, call) for i, call in enumerate(calls)]
-    tops = outcome.top_logprobs
-    logprobs = token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, body.top_logprobs or 0)
     return {
         "index": number,
         "message": message,
         "finish_reason": "tool_calls" if calls else FINISH[outcome.finish_reason],
         "stop_reason": outcome.stop_reason,
-        "logprobs": {"content": logprobs, "refusal": None} if body.logprobs else None,
+        "logprobs": _logprobs(context, body, outcome) if body.logprobs else None,
         "thaw": {"point": outcome.point},
     }
+
+
+def _thought(text: str) -> dict[str, object]:
+    """Under both names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _logprobs(context: GatewayContext, body: ChatCreate, outcome: RequestOutcome) -> dict[str, object]:
+    tops = outcome.top_logprobs
+    told = token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, body.top_logprobs or 0)
+    return {"content": told, "refusal": None}
 
 
 def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object]:
@@ -220,14 +244,14 @@ def _call(id: str, choice: int, number: int, call: ToolCall) -> dict[str, object
 
 async def _stream(context: GatewayContext, id: str, body: ChatCreate, jobs: Sequence[ReplyJob]) -> AsyncIterator[bytes]:
     head = _head(context, id, "chat.completion.chunk")
-    choices = [_Choice(context, id, i, body.logprobs) for i in range(len(jobs))]
+    choices = [_Choice(context, id, i, body) for i in range(len(jobs))]
     for i in range(len(jobs)):
         yield event({**head, "choices": [_part(i, {"role": "assistant", "content": ""})]})
     try:
-        async for number, delta in merged(jobs):
+        async for number, piece in merged(jobs):
             choice = choices[number]
-            if delta is not None:
-                for one in choice.piece(delta.text, delta.token_ids, delta.logprobs):
+            if piece is not None:
+                for one in choice.piece(piece):
                     yield event({**head, "choices": [one]})
                 continue
             outcome = await asyncio.shield(jobs[number].outcome)
@@ -256,28 +280,35 @@ def _part(number: int, delta: dict[str, object], finish: str | None = None, logp
 class _Choice:
     """The parts of one choice of a stream."""
 
-    def __init__(self, context: GatewayContext, id: str, number: int, logprobs: bool) -> None:
-        self._context, self._id, self._number, self._logprobs = context, id, number, logprobs
-        self._reader = context.service.reader()
+    def __init__(self, context: GatewayContext, id: str, number: int, body: ChatCreate) -> None:
+        self._context, self._id, self._number = context, id, number
+        self._logprobs, self._num_top = body.logprobs, body.top_logprobs or 0
         self._calls = 0
 
-    def piece(self, text: str, ids: Sequence[int], logprobs: Sequence[float]) -> Iterator[dict[str, object]]:
-        told = {"content": token_logprobs(self._context.codec, ids, logprobs)} if self._logprobs else None
-        said = list(self._reader.push(text))
-        for one in said:
+    def piece(self, piece: SpokenPiece) -> Iterator[dict[str, object]]:
+        told = None
+        if self._logprobs and piece.token_ids and not self._num_top:
+            told = {"content": token_logprobs(self._context.codec, piece.token_ids, piece.logprobs)}
+        for one in piece.said:
             yield self._said(one, told)
             told = None
-        if told is not None and ids:
+        if told is not None:
             yield _part(self._number, {"content": ""}, logprobs=told)
 
     def end(self, outcome: RequestOutcome) -> Iterator[dict[str, object]]:
-        for one in self._reader.end():
-            yield self._said(one, None)
-        yield _part(self._number, {}, "tool_calls" if self._calls else FINISH[outcome.finish_reason])
+        """The likeliest tokens are known at the end, so all log probabilities come with them."""
+        told = None
+        if self._num_top:
+            tops = outcome.top_logprobs
+            found = token_logprobs(self._context.codec, outcome.token_ids, outcome.logprobs, tops, self._num_top)
+            told = {"content": found}
+        yield _part(self._number, {}, "tool_calls" if self._calls else FINISH[outcome.finish_reason], told)
 
     def _said(self, one: Said, logprobs: Any) -> dict[str, object]:
         if isinstance(one, Text):
             return _part(self._number, {"content": one.text}, logprobs=logprobs)
+        if isinstance(one, Thought):
+            return _part(self._number, _thought(one.text), logprobs=logprobs)
         call = {"index": self._calls, **_call(self._id, self._number, self._calls, one)}
         self._calls += 1
         return _part(self._number, {"tool_calls": [call]}, logprobs=logprobs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from thaw.core.errors import BadSampling
-from thaw.core.sampling import Sampling, derive
+from thaw.core.sampling import Sampling, StructuredOutputs, derive
 from thaw.engines.base import Codec, Engine, Message, Policy
 from thaw.gateway.asked import RequestOutcome
 from thaw.gateway.problems import ApiError, invalid, unsupported
@@ -17,11 +16,14 @@ from thaw.gateway.problems import ApiError, invalid, unsupported
 HINTS = frozenset(
     {
         "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
-        "service_tier", "session_id", "x_session_id",
+        "service_tier", "session_id", "x_session_id", "client_metadata",
     }
 )  # fmt: skip
 """Of OpenAI's fields those that can change no output: thaw finds prefixes by their tokens."""
 MAX_SEED = (1 << 64) - 1
+LONGEST = {"stop": 64, "stop_token_ids": 1024, "logit_bias": 1024, "bad_words": 64}
+MAX_WORD = 4096
+"""Characters of a stop string or a bad word."""
 
 
 class Extension(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +73,7 @@ def sampling_of(body: SamplingFields, engine: Engine, **more: object) -> Samplin
     """`more`: fields that an endpoint calls otherwise. Raises `ApiError` naming the field."""
     given = {name: getattr(body, name) for name in _SAMPLING} | more
     given["seed"] = None if body.seed is None else body.seed & MAX_SEED
+    _require_short(given)
     if body.min_tokens:
         given["max_tokens"] = max(body.min_tokens, Sampling().max_tokens)
     if given.get("structured_outputs") is not None and "structured" not in engine.info.capabilities:
@@ -80,6 +83,18 @@ def sampling_of(body: SamplingFields, engine: Engine, **more: object) -> Samplin
     except BadSampling as error:
         name, _, why = str(error).partition("=")
         raise invalid(name, why) from None
+
+
+def _require_short(given: Mapping[str, Any]) -> None:
+    """Lists that are looked at for every token, and recorded with the turn, are short. Raises `ApiError`."""
+    for name, most in LONGEST.items():
+        value = given.get(name) or ()
+        words = [value] if isinstance(value, str) else value
+        if len(words) > most:
+            raise invalid(name, f"it has {len(words):,} entries; at most {most:,}")
+        longest = max((len(word) for word in words if isinstance(word, str)), default=0)
+        if longest > MAX_WORD:
+            raise invalid(name, f"one of them has {longest:,} characters; at most {MAX_WORD:,}")
 
 
 def choices_of(sampling: Sampling, n: int) -> list[Sampling]:
@@ -104,6 +119,8 @@ def check_model(model: str, served: Sequence[str]) -> None:
 
 def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> dict[str, Any] | None:
     """`response_format` or `text.format` as thaw's structured outputs. Raises `ApiError` where the engine has none."""
+    if format is not None and not isinstance(format, Mapping):
+        raise invalid(param, "an object with a type")
     kind = "text" if format is None else format.get("type")
     if kind == "text":
         return None
@@ -114,10 +131,25 @@ def structured(format: Mapping[str, Any] | None, param: str, engine: Engine) -> 
     if kind == "json_object":
         return {"json": {"type": "object"}}
     assert format is not None
-    schema = format.get("schema", (format.get("json_schema") or {}).get("schema"))
+    inner = format.get("json_schema")
+    schema = format.get("schema", inner.get("schema") if isinstance(inner, Mapping) else None)
     if not isinstance(schema, dict):
         raise invalid(param, "json_schema without a schema")
     return {"json": schema}
+
+
+def effort_of(effort: object, param: str) -> dict[str, object]:
+    """How hard to think, as the template variables that models' templates read; "none" is not at all."""
+    if effort is None:
+        return {}
+    if not isinstance(effort, str):
+        raise invalid(param, "it is a word, as low, medium or high")
+    return {"reasoning_effort": effort} | ({"enable_thinking": False} if effort == "none" else {})
+
+
+def unread_of(tools: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> list[str]:
+    """Those fields of tools that are not read here, for the header that names them."""
+    return [f"tools.{name}" for name in fields if any(tool.get(name) not in (None, False, []) for tool in tools)]
 
 
 # -- messages and tools
@@ -155,6 +187,8 @@ def message_of(message: object, where: str) -> Message:
         raise invalid(where, "a message is an object with a role and content")
     role = message["role"]
     found: Message = {"role": ROLES.get(role, role)}
+    if isinstance(message.get("reasoning"), str):
+        message = {"reasoning_content": message["reasoning"], **message}
     content = content_of(message.get("content"), f"{where}.content")
     if content is not None:
         found["content"] = content
@@ -183,21 +217,23 @@ def _name(tool: Message) -> str:
     return str(function["name"])
 
 
-def chosen(tools: tuple[Message, ...], choice: object, param: str = "tool_choice") -> tuple[Message, ...]:
-    """The tools that the model is shown. Raises `ApiError` for a choice that would force a call."""
-    if choice in (None, "auto"):
-        return tools
-    if choice == "none":
-        return ()
-    raise unsupported(param, "only 'auto' and 'none' are supported; a call cannot be forced")
+def constrained(
+    sampling: Sampling, schema: dict[str, Any] | StructuredOutputs | None, param: str = "tool_choice"
+) -> Sampling:
+    """With a schema that what is said must have. Raises `ApiError` where the request has one of its own."""
+    if schema is None:
+        return sampling
+    if sampling.structured_outputs is not None:
+        raise invalid(param, "a forced call cannot be combined with structured output; leave one out")
+    wanted = schema if isinstance(schema, StructuredOutputs) else {"json": schema}
+    try:
+        return msgspec.structs.replace(sampling, structured_outputs=wanted)
+    except BadSampling as error:
+        raise invalid(param, str(error)) from None
 
 
 def call_of(id: str, name: str, arguments: str) -> dict[str, object]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def arguments_of(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # -- log probabilities

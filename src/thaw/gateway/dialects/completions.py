@@ -45,23 +45,25 @@ class CompletionCreate(SamplingFields, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     logprobs: int | None = None
+    echo: bool = False
 
 
-FIELDS = Fields(taken=CompletionCreate, ignored=HINTS | {"metadata", "store"}, idle={"echo": (False,), "suffix": ("",)})
+FIELDS = Fields(taken=CompletionCreate, ignored=HINTS | {"metadata", "store"}, idle={"suffix": ("",)})
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
     asked, ignored = FIELDS.read(body)
     check_model(asked.model, context.service.served)
-    if asked.stream and asked.logprobs:
-        raise unsupported("logprobs", "a stream only has the sampled tokens' log probabilities; set it to 0")
+    if asked.echo and asked.logprobs is not None:
+        raise unsupported("echo", "a prompt has no log probabilities here; leave out echo or logprobs")
     extension = context.extension(asked.thaw)
     if extension.point is not None:
         raise unsupported("thaw.point", "a completion's prompt is the whole text; use a chat or a response instead")
     sampling = sampling_of(asked, context.service.engine, logprobs=asked.logprobs)
     count = number_of(asked.n, asked.best_of, stream=asked.stream)
     each: list[Asked] = []
-    for ids in await _prompts(context, asked.prompt, count):
+    prompts = await _prompts(context, asked.prompt, count)
+    for ids in prompts:
         base = Asked(
             token_ids=ids,
             sampling=sampling,
@@ -69,6 +71,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
             branch=extension.branch,
             note=extension.note or "completion",
             policy=extension.policy,
+            followed=asked.stream,
         )
         each += each_choice(base, choices_of(sampling, count))
     jobs = await context.service.start(context.tenant, each)
@@ -77,14 +80,20 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     if asked.stream:
         await begun(jobs)
         headers = headers_of(ignored, parent=jobs[0].begun.result().parent)
-        return EventStream(_stream(context, id, asked, jobs), lambda: stop(jobs), headers)
+        echoed = [_echoed(context, asked, prompts[i // count]) for i in range(len(jobs))]
+        return EventStream(_stream(context, id, asked, jobs, echoed), lambda: stop(jobs), headers)
     outcomes = await outcomes_of(request, jobs)
     kept = [
         one
         for i in range(0, len(outcomes), count)
         for one in (best_first(outcomes[i : i + count])[: asked.n] if asked.best_of else outcomes[i : i + count])
     ]
-    choices = [_choice(context, asked, i, outcome) for i, outcome in enumerate(kept)]
+    choices = await call(
+        lambda: [
+            _choice(context, asked, i, outcome, _echoed(context, asked, prompts[i // asked.n]))
+            for i, outcome in enumerate(kept)
+        ]
+    )
     head = _head(context, id)
     usage = usage_of(outcomes, outcomes[::count])
     return as_json(
@@ -106,7 +115,7 @@ async def _prompts(
 
 async def _ids(context: GatewayContext, one: object, number: int) -> tuple[int, ...]:
     if isinstance(one, str):
-        return tuple(await call(context.codec.encode, one, first=True))
+        return await context.service.encode(context.tenant, one)
     if not isinstance(one, list):
         raise invalid(f"prompt[{number}]", "texts and token ids cannot be mixed")
     return tuple(one)
@@ -116,12 +125,19 @@ def _head(context: GatewayContext, id: str) -> dict[str, object]:
     return {"id": id, "object": "text_completion", "created": int(time.time()), "model": context.service.model}
 
 
-def _choice(context: GatewayContext, body: CompletionCreate, number: int, outcome: RequestOutcome) -> dict[str, object]:
+def _echoed(context: GatewayContext, body: CompletionCreate, prompt: tuple[int, ...]) -> str:
+    """What stands before what was generated, where that was asked for."""
+    return context.codec.decode(prompt) if body.echo else ""
+
+
+def _choice(
+    context: GatewayContext, body: CompletionCreate, number: int, outcome: RequestOutcome, before: str
+) -> dict[str, object]:
     logprobs = None
     if body.logprobs is not None:
         logprobs = _logprobs(context, outcome.token_ids, outcome.logprobs, outcome.top_logprobs)
     return {
-        "index": number, "text": outcome.text, "finish_reason": FINISH[outcome.finish_reason],
+        "index": number, "text": before + outcome.text, "finish_reason": FINISH[outcome.finish_reason],
         "stop_reason": outcome.stop_reason, "logprobs": logprobs, "thaw": {"point": outcome.point},
     }  # fmt: skip
 
@@ -145,23 +161,30 @@ def _logprobs(
 
 
 async def _stream(
-    context: GatewayContext, id: str, body: CompletionCreate, jobs: Sequence[ReplyJob]
+    context: GatewayContext, id: str, body: CompletionCreate, jobs: Sequence[ReplyJob], echoed: Sequence[str]
 ) -> AsyncIterator[bytes]:
     head, offsets = _head(context, id), [0] * len(jobs)
+    for number, text in enumerate(echoed):
+        if text:
+            choice = {"index": number, "text": text, "finish_reason": None, "logprobs": None}
+            yield event({**head, "choices": [choice]})
     try:
-        async for number, delta in merged(jobs):
+        async for number, piece in merged(jobs):
             choice = {"index": number, "text": "", "finish_reason": None, "logprobs": None}
-            if delta is None:
+            if piece is None:
                 outcome = await asyncio.shield(jobs[number].outcome)
+                if body.logprobs:  # the likeliest tokens are known at the end
+                    tops = outcome.top_logprobs
+                    choice["logprobs"] = _logprobs(context, outcome.token_ids, outcome.logprobs, tops)
                 last = {**choice, "finish_reason": FINISH[outcome.finish_reason]}
                 yield event({**head, "choices": [last], "thaw": outcome.told})
                 continue
-            if body.logprobs is not None:
-                logprobs = _logprobs(context, delta.token_ids, delta.logprobs, offset=offsets[number])
+            if body.logprobs == 0:
+                logprobs = _logprobs(context, piece.token_ids, piece.logprobs, offset=offsets[number])
                 choice["logprobs"] = logprobs
-            offsets[number] += len(delta.text)
-            if delta.text or choice["logprobs"]:
-                yield event({**head, "choices": [{**choice, "text": delta.text}]})
+            offsets[number] += len(piece.text)
+            if piece.text or choice["logprobs"]:
+                yield event({**head, "choices": [{**choice, "text": piece.text}]})
     except (ThawError, ApiError) as error:
         stop(jobs)
         yield broken(error)

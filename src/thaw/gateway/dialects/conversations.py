@@ -39,6 +39,7 @@ def branch_of(id: str) -> str:
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
+    context.service.require_bytes(context.tenant)
     asked, _ = FIELDS.read(body or b"{}")
     id = f"conv_{secrets.token_hex(16)}"
     items = response_input.items(list(asked.items), id)
@@ -72,16 +73,24 @@ async def update(context: GatewayContext, request: Request, body: bytes) -> Resp
     asked, _ = FIELDS.read(body)
     if asked.items:
         raise invalid("items", "items cannot be edited; create a response instead")
-    row.record["metadata"] = asked.metadata
-    await call(context.service.ledger.put, row)
-    return as_json(_shown(row))
+
+    def change(now: LedgerRow) -> None:
+        now.record["metadata"] = asked.metadata
+
+    changed = await call(context.service.ledger.change, row.namespace, KIND, row.id, change)
+    return as_json(_shown(changed or await _row(context, row.id)))
 
 
 async def delete(context: GatewayContext, request: Request, body: bytes) -> Response:
+    """Refused while a response goes on with it."""
     row = await _row(context, request.path_params["id"])
-    with contextlib.suppress(NotFound):
-        await context.service.within(context.tenant).delete_branch(branch_of(row.id))
-    await call(context.service.ledger.delete, row.namespace, KIND, row.id)
+    context.service.take_conversation(row.namespace, row.id)
+    try:
+        with contextlib.suppress(NotFound):
+            await context.service.within(context.tenant).delete_branch(branch_of(row.id))
+        await call(context.service.ledger.delete, row.namespace, KIND, row.id)
+    finally:
+        context.service.free_conversation(row.namespace, row.id)
     return as_json({"id": row.id, "object": "conversation.deleted", "deleted": True})
 
 
@@ -118,6 +127,8 @@ async def extend(
     output: list[dict[str, Any]],
     instructions: str | None,
 ) -> None:
-    row.record["items"] = [*row.record["items"], *given, *output]
-    row.record["instructions"] = instructions
-    await call(context.service.ledger.put, row)
+    def change(now: LedgerRow) -> None:
+        now.record["items"] = [*now.record["items"], *given, *output]
+        now.record["instructions"] = instructions
+
+    await call(context.service.ledger.change, row.namespace, KIND, row.id, change)

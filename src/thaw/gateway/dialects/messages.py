@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -15,23 +15,50 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import ThawError
+from thaw.core.sampling import Sampling
 from thaw.engines.base import Message
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome
 from thaw.gateway.context import GatewayContext
-from thaw.gateway.dialects.common import Extension, SamplingFields, call_of, check_model, sampling_of, tools_of
+from thaw.gateway.dialects.choice import ChosenTools, chosen
+from thaw.gateway.dialects.common import (
+    Extension,
+    SamplingFields,
+    call_of,
+    check_model,
+    constrained,
+    effort_of,
+    sampling_of,
+    structured,
+    tools_of,
+    unread_of,
+)
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
-from thaw.gateway.speech import Said, Text, ToolCall, read_all
+from thaw.gateway.speech import Said, Text, Thought, ToolCall
 
 BILLING = "x-anthropic-billing-header:"
 IGNORED = frozenset({"metadata", "service_tier", "inference_geo", "user_profile_id", "workspace_id", "betas", "speed",
                      "diagnostics", "cache_control"})  # fmt: skip
+UNREAD = ("cache_control", "eager_input_streaming", "strict", "input_examples", "allowed_callers")
+"""Of a tool: what no template reads."""
+SIGNATURE = "thaw"
+"""Of thinking blocks: clients send them back with it, and it says nothing."""
+CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": ""}
 HOW_LONG = ("budget_tokens", "display")
 """Of thinking: what templates do not get."""
 TYPES = {"authentication_error", "permission_error", "not_found_error", "request_too_large", "rate_limit_error",
          "api_error", "overloaded_error"}  # fmt: skip
+
+
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    effort: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class ContextManagement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    edits: tuple[dict[str, Any], ...] = ()
 
 
 class Prompt(SamplingFields, kw_only=True):
@@ -40,6 +67,9 @@ class Prompt(SamplingFields, kw_only=True):
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: dict[str, Any] = msgspec.field(default_factory=lambda: {"type": "auto"})
     thinking: dict[str, Any] | None = None
+    output_config: OutputConfig = OutputConfig()
+    output_format: dict[str, Any] | None = None
+    context_management: ContextManagement = ContextManagement()
 
 
 class MessageCreate(Prompt, kw_only=True):
@@ -48,7 +78,7 @@ class MessageCreate(Prompt, kw_only=True):
     stream: bool = False
 
 
-IDLE: dict[str, tuple[object, ...]] = {"mcp_servers": ([],), "output_config": ({},), "context_management": ({},)}
+IDLE: dict[str, tuple[object, ...]] = {"mcp_servers": ([],)}
 FIELDS = Fields(taken=MessageCreate, ignored=IGNORED, idle=IDLE)
 COUNT_FIELDS = Fields(taken=Prompt, ignored=IGNORED, idle=IDLE)
 
@@ -60,8 +90,9 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         raise invalid("max_tokens", f"{asked.max_tokens}; at least 1")
     extension = context.extension(asked.thaw)
     base = await _asked(context, asked, extension, ignored)
-    sampling = sampling_of(asked, context.service.engine, stop=list(asked.stop_sequences))
-    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens)
+    sampling = constrained(_sampling(context, asked), base.sampling.structured_outputs)
+    followed = base.followed or asked.stream
+    base = msgspec.structs.replace(base, sampling=sampling, max_tokens=asked.max_tokens, followed=followed)
     jobs = await context.service.start(context.tenant, [base])
     id = f"msg_{secrets.token_hex(16)}"
     context.note(response=id)
@@ -71,6 +102,10 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         return EventStream(_stream(context, id, jobs[0]), jobs[0].stop, headers)
     outcomes = await outcomes_of(request, jobs)
     return as_json(_whole(context, id, outcomes[0]), headers=headers_of(ignored, outcomes))
+
+
+def _sampling(context: GatewayContext, asked: MessageCreate) -> Sampling:
+    return sampling_of(asked, context.service.engine, stop=list(asked.stop_sequences))
 
 
 async def count_tokens(context: GatewayContext, request: Request, body: bytes) -> Response:
@@ -84,23 +119,53 @@ async def count_tokens(context: GatewayContext, request: Request, body: bytes) -
 async def _asked(context: GatewayContext, body: Prompt, extension: Extension, ignored: list[str]) -> Asked:
     if not body.messages:
         raise invalid("messages", "there is nothing to answer")
-    found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]")]
-    choice = body.tool_choice.get("type")
-    if choice not in ("auto", "none"):
-        raise unsupported("tool_choice", "only auto and none are supported; a call cannot be forced")
-    tools = tools_of([_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)])
+    _unedited(body.context_management, ignored)
+    ignored += unread_of(body.tools, UNREAD)
+    listed = {str(tool.get("name")): _tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)}
+    found = [one for i, message in enumerate(body.messages) for one in _messages(message, f"messages[{i}]", listed)]
+    tools = tools_of([listed[str(tool.get("name"))] for tool in body.tools if not tool.get("defer_loading")])
+    choice = _choice(context, body.tool_choice, tools)
     return Asked(
         messages=tuple(found),
         at=await context.at(extension),
         instructions=_system(body.system),
-        tools=tools if choice == "auto" else (),
-        variables=_thinking(body.thinking, ignored),
+        tools=choice.shown,
+        forced=choice.forced,
+        single_call=choice.single,
+        sampling=constrained(_formatted(context, body), choice.schema()),
+        followed=choice.single,
+        variables=effort_of(body.output_config.effort, "output_config.effort") | _thinking(body.thinking, ignored),
         keep_sampled=extension.keep_sampled,
         continue_final_message=found[-1]["role"] == "assistant" and not found[-1].get("tool_calls"),
         branch=extension.branch,
         note=extension.note or "message",
         policy=extension.policy,
     )
+
+
+def _formatted(context: GatewayContext, body: Prompt) -> Sampling:
+    format = body.output_config.format or body.output_format
+    found = structured(format, "output_config.format", context.service.engine)
+    return constrained(Sampling(), None if found is None else found["json"])
+
+
+def _unedited(given: ContextManagement, ignored: list[str]) -> None:
+    """Thoughts of earlier answers are never rendered here, so clearing them changes nothing."""
+    for i, edit in enumerate(given.edits):
+        kind = str(edit.get("type"))
+        if not kind.startswith("clear_thinking"):
+            raise unsupported(f"context_management.edits[{i}]", f"{kind[:40]!r} is not supported; edit the messages")
+        ignored.append(f"context_management.{kind}")
+
+
+def _choice(context: GatewayContext, given: dict[str, Any], tools: tuple[Message, ...]) -> ChosenTools:
+    """Anthropic's words for it."""
+    kind = given.get("type")
+    if kind not in CHOICES or (kind == "tool" and not isinstance(given.get("name"), str)):
+        raise invalid("tool_choice", "its type is auto, any, none, or tool with a name")
+    choice = {"type": "function", "name": given["name"]} if kind == "tool" else CHOICES[kind]
+    parallel = not given.get("disable_parallel_tool_use", False)
+    return chosen(tools, choice, context.service.engine, parallel=parallel)
 
 
 def _thinking(given: dict[str, Any] | None, ignored: list[str]) -> dict[str, object]:
@@ -135,6 +200,9 @@ def _text(block: Any, where: str) -> str:
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    unknown = tool.keys() - {"name", "description", "input_schema", "type", "defer_loading", *UNREAD}
+    if unknown:
+        raise unsupported(f"{where}.{min(unknown)[:40]}", "it is unknown; leave it out")
     if tool.get("type", "custom") != "custom":
         raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only client tools are supported")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
@@ -146,7 +214,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 # -- messages
 
 
-def _messages(message: Any, where: str) -> Iterator[Message]:
+def _messages(message: Any, where: str, tools: Mapping[str, dict[str, Any]]) -> Iterator[Message]:
     """What one of Anthropic's messages is in OpenAI's shape: results of tools are messages of their own."""
     role = message.get("role")
     if role not in ("user", "assistant", "system"):
@@ -163,7 +231,7 @@ def _messages(message: Any, where: str) -> Iterator[Message]:
     texts: list[str] = []
     for i, block in enumerate(content):
         if isinstance(block, dict) and block.get("type") == "tool_result":
-            yield _result(block, f"{where}.content[{i}]")
+            yield _result(block, f"{where}.content[{i}]", tools)
         else:
             texts.append(_text(block, f"{where}.content[{i}]"))
     if texts or not content:
@@ -174,11 +242,21 @@ def _joined(texts: Sequence[str]) -> object:
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
 
 
-def _result(block: dict[str, Any], where: str) -> Message:
+def _result(block: dict[str, Any], where: str, tools: Mapping[str, dict[str, Any]]) -> Message:
     content = block.get("content", "")
     if isinstance(content, list):
-        content = _joined([_text(one, f"{where}.content[{i}]") for i, one in enumerate(content)])
+        content = _joined([_told(one, f"{where}.content[{i}]", tools) for i, one in enumerate(content)])
     return {"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")), "content": content}
+
+
+def _told(block: Any, where: str, tools: Mapping[str, dict[str, Any]]) -> str:
+    """Text. A reference to a tool that was deferred becomes the tool, here, so that the prompt before it stays."""
+    if not isinstance(block, dict) or block.get("type") != "tool_reference":
+        return _text(block, where)
+    tool = tools.get(str(block.get("tool_name")))
+    if tool is None:
+        raise invalid(where, f"there is no tool {str(block.get('tool_name'))[:80]!r}")
+    return json.dumps(tool, ensure_ascii=False)
 
 
 def _answer(content: list[Any], where: str) -> Message:
@@ -228,7 +306,18 @@ def _ending(outcome: RequestOutcome, *, called: bool) -> dict[str, object]:
 def _block(id: str, number: int, said: Said) -> dict[str, object]:
     if isinstance(said, Text):
         return {"type": "text", "text": said.text}
-    return {**_tool_use(id, number, said), "input": json.loads(said.arguments)}
+    if isinstance(said, Thought):
+        return {"type": "thinking", "thinking": said.text, "signature": SIGNATURE}
+    return {**_tool_use(id, number, said), "input": _input(said.arguments)}
+
+
+def _input(arguments: str) -> object:
+    """An object; what an engine's parser left unfinished has none."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _tool_use(id: str, number: int, call: ToolCall) -> dict[str, object]:
@@ -236,9 +325,8 @@ def _tool_use(id: str, number: int, call: ToolCall) -> dict[str, object]:
 
 
 def _whole(context: GatewayContext, id: str, outcome: RequestOutcome) -> dict[str, object]:
-    said = read_all(context.service.reader(), outcome.text)
-    content = [_block(id, i, one) for i, one in enumerate(said)]
-    called = any(isinstance(one, ToolCall) for one in said)
+    content = [_block(id, i, one) for i, one in enumerate(outcome.said)]
+    called = any(isinstance(one, ToolCall) for one in outcome.said)
     return {
         "id": id, "type": "message", "role": "assistant", "model": context.service.model, "content": content,
         **_ending(outcome, called=called),
@@ -250,11 +338,11 @@ def _whole(context: GatewayContext, id: str, outcome: RequestOutcome) -> dict[st
 
 
 async def _stream(context: GatewayContext, id: str, job: ReplyJob) -> AsyncIterator[bytes]:
-    blocks = _Blocks(context, id)
+    blocks = _Blocks(id)
     yield _event(_start(context, id, job.begun.result()))
     try:
-        async for delta in job.follow():
-            for one in blocks.piece(delta.text):
+        async for piece in job.follow():
+            for one in blocks.piece(piece.said):
                 yield _event(one)
         outcome = await asyncio.shield(job.outcome)
     except (ThawError, ApiError) as error:
@@ -286,38 +374,47 @@ def _start(context: GatewayContext, id: str, begun: RequestBegun) -> dict[str, o
 class _Blocks:
     """Content blocks of a stream, one open at a time."""
 
-    def __init__(self, context: GatewayContext, id: str) -> None:
-        self._reader, self._id = context.service.reader(), id
+    def __init__(self, id: str) -> None:
+        self._id = id
         self._number = 0
-        self._open = False
+        self._open: str | None = None
+        """The type of the block that is open."""
         self.called = False
 
-    def piece(self, text: str) -> Iterator[dict[str, object]]:
-        for said in self._reader.push(text):
+    def piece(self, all_said: Sequence[Said]) -> Iterator[dict[str, object]]:
+        for said in all_said:
             yield from self._said(said)
 
     def end(self) -> Iterator[dict[str, object]]:
-        for said in self._reader.end():
-            yield from self._said(said)
         yield from self._close()
 
     def _said(self, said: Said) -> Iterator[dict[str, object]]:
         if isinstance(said, Text):
-            if not self._open:
-                self._open = True
-                yield self._of("content_block_start", content_block={"type": "text", "text": ""})
+            yield from self._within("text", {"text": ""})
             yield self._of("content_block_delta", delta={"type": "text_delta", "text": said.text})
             return
+        if isinstance(said, Thought):
+            yield from self._within("thinking", {"thinking": "", "signature": ""})
+            yield self._of("content_block_delta", delta={"type": "thinking_delta", "thinking": said.text})
+            return
         yield from self._close()
-        self.called = self._open = True
+        self.called, self._open = True, "tool_use"
         yield self._of("content_block_start", content_block=_tool_use(self._id, self._number, said))
         yield self._of("content_block_delta", delta={"type": "input_json_delta", "partial_json": said.arguments})
         yield from self._close()
 
+    def _within(self, kind: str, empty: dict[str, object]) -> Iterator[dict[str, object]]:
+        if self._open != kind:
+            yield from self._close()
+            self._open = kind
+            yield self._of("content_block_start", content_block={"type": kind, **empty})
+
     def _close(self) -> Iterator[dict[str, object]]:
-        if self._open:
+        if self._open == "thinking":
+            yield self._of("content_block_delta", delta={"type": "signature_delta", "signature": SIGNATURE})
+        if self._open is not None:
             yield self._of("content_block_stop")
-            self._open = False
+            self._open = None
             self._number += 1
 
     def _of(self, kind: str, **more: object) -> dict[str, object]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from thaw.engines.base import Message
-from thaw.gateway.dialects.common import arguments_of, call_of, content_of, message_of
+from thaw.gateway.dialects.client_tools import arguments_of_item
+from thaw.gateway.dialects.common import call_of, content_of, message_of
 from thaw.gateway.problems import invalid, unsupported
 
 Item = dict[str, Any]
@@ -34,7 +35,7 @@ def messages(found: list[Item]) -> tuple[Message, ...]:
     out: list[Message] = []
     for i, item in enumerate(found):
         kind = item["type"]
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise unsupported(f"input[{i}]", f"an item of type {str(kind)[:40]!r}; it is {', '.join(_KINDS)}")
         _KINDS[kind](out, item, f"input[{i}]")
     return tuple(out)
@@ -45,9 +46,10 @@ def _message(out: list[Message], item: Item, where: str) -> None:
 
 
 def _call(out: list[Message], item: Item, where: str) -> None:
-    if not isinstance(item.get("call_id"), str) or not isinstance(item.get("name"), str):
-        raise invalid(where, "a function_call needs a call_id and a name")
-    call = call_of(item["call_id"], item["name"], arguments_of(item.get("arguments", "{}")))
+    named = isinstance(item.get("name"), str) or item["type"] == "local_shell_call"
+    if not isinstance(item.get("call_id"), str) or not named:
+        raise invalid(where, f"a {item['type']} needs a call_id and a name")
+    call = call_of(item["call_id"], *arguments_of_item(item))
     if out and out[-1]["role"] == "assistant":
         calls = out[-1].get("tool_calls", [])
         assert isinstance(calls, list)
@@ -58,7 +60,8 @@ def _call(out: list[Message], item: Item, where: str) -> None:
 
 def _call_output(out: list[Message], item: Item, where: str) -> None:
     content = content_of(item.get("output", ""), f"{where}.output")
-    out.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": content or ""})
+    id = item.get("call_id") or item.get("id", "")
+    out.append({"role": "tool", "tool_call_id": str(id), "content": content or ""})
 
 
 def _thought(out: list[Message], item: Item, where: str) -> None:
@@ -67,4 +70,6 @@ def _thought(out: list[Message], item: Item, where: str) -> None:
 
 _KINDS = {
     "message": _message, "function_call": _call, "function_call_output": _call_output, "reasoning": _thought,
+    "custom_tool_call": _call, "custom_tool_call_output": _call_output, "local_shell_call": _call,
+    "local_shell_call_output": _call_output,
 }  # fmt: skip

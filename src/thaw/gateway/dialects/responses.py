@@ -7,8 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,34 +15,44 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from thaw.core.errors import ThawError
-from thaw.engines.base import Delta, SessionRef
-from thaw.gateway.asked import Asked, RequestOutcome
+from thaw.gateway.asked import Asked, RequestOutcome, SpokenPiece
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import conversations, response_input
+from thaw.gateway.dialects.choice import ChosenTools, chosen
+from thaw.gateway.dialects.client_tools import shown_tools
 from thaw.gateway.dialects.common import (
     HINTS,
     SamplingFields,
     check_model,
-    chosen,
+    constrained,
+    effort_of,
     sampling_of,
     structured,
     token_logprobs,
-    tools_of,
+    unread_of,
 )
 from thaw.gateway.dialects.pages import listed, number
 from thaw.gateway.dialects.response_object import Event, Events, finished
 from thaw.gateway.fields import Fields
 from thaw.gateway.job import ReplyJob
-from thaw.gateway.ledger import LedgerRow
-from thaw.gateway.problems import ApiError, invalid, problem_of, unsupported
+from thaw.gateway.ledger import UNDER_WAY, LedgerRow
+from thaw.gateway.problems import ApiError, invalid, problem_of
 from thaw.gateway.reply import EventStream, as_json, begun, event, headers_of, outcomes_of
 from thaw.gateway.service import Service
+from thaw.gateway.speech import Said, Thought
 from thaw.repo.bridge import call
 from thaw.repo.resolve import ResolvedPoint
 
 log = logging.getLogger("thaw.gateway")
 KIND = "response"
 LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponseReasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+    context: str | None = None
 
 
 class ResponseCreate(SamplingFields, kw_only=True):
@@ -58,16 +67,18 @@ class ResponseCreate(SamplingFields, kw_only=True):
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     text: dict[str, Any] = msgspec.field(default_factory=dict)
     top_logprobs: int | None = None
     include: tuple[str, ...] = ()
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    reasoning: ResponseReasoning = ResponseReasoning()
 
 
 FIELDS = Fields(
     taken=ResponseCreate,
     ignored=HINTS | {"stream_options", "prompt_cache_breakpoint", "background_options"},
-    idle={"truncation": ("disabled",), "parallel_tool_calls": (True,), "reasoning": ({},)},
+    idle={"truncation": ("disabled",)},
 )
 
 
@@ -82,6 +93,10 @@ class Begin(msgspec.Struct, kw_only=True):
     conversation: LedgerRow | None
     num_top: int | None
     store: bool
+    reply: Event | None = None
+    """The object at its end, from when it is known: the same for the client, for those who follow, and on disk."""
+    logprobs: list[Any] = []
+    """Those that a stream has not told before its end."""
 
 
 async def create(context: GatewayContext, request: Request, body: bytes) -> Response:
@@ -89,6 +104,7 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
     check_model(asked.model, context.service.served)
     if asked.background and not asked.store:
         raise invalid("background", "a background response is always stored; leave out store")
+    ignored += _unread(asked)
     begin = await _begin(context, asked)
     context.note(response=begin.id)
     job = await _start(context, begin)
@@ -96,11 +112,20 @@ async def create(context: GatewayContext, request: Request, body: bytes) -> Resp
         return as_json({**begin.head, "status": "queued"}, headers=headers_of(ignored, parent=begin.parent))
     if not asked.stream:
         outcome = (await outcomes_of(request, [job]))[0]
-        return as_json(_object(context, begin, outcome, job), headers=headers_of(ignored, [outcome]))
+        return as_json(begin.reply, headers=headers_of(ignored, [outcome]))
     if not asked.background:
         await begun([job])
     gone = (lambda: None) if asked.background else job.stop
     return EventStream(_live(context, begin, job), gone, headers_of(ignored, parent=begin.parent))
+
+
+def _unread(asked: ResponseCreate) -> list[str]:
+    """Inner fields that change nothing here: no thought is summarised or encrypted, and no model has a verbosity."""
+    found = [f"reasoning.{name}" for name in ("summary", "generate_summary", "context")
+             if getattr(asked.reasoning, name) is not None]  # fmt: skip
+    found += [f"include.{name}" for name in asked.include if name != LOGPROBS]
+    found += ["text.verbosity"] if asked.text.get("verbosity") is not None else []
+    return found + unread_of(asked.tools, ("strict", "format", "defer_loading"))
 
 
 async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
@@ -123,19 +148,23 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
         at, first = await context.at(extension, None if previous is None else previous.point), []
         held = None if previous is None else bool(previous.record["reply"]["instructions"])
     num_top = body.top_logprobs if body.top_logprobs is not None else 0 if LOGPROBS in body.include else None
+    choice = _choice(context, body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
     asked = Asked(
         messages=response_input.messages([*first, *given]),
         at=at,
         instructions=body.instructions,
         held_instructions=held,
-        tools=chosen(tools_of(body.tools), body.tool_choice),
-        variables=body.chat_template_kwargs,
+        tools=choice.shown,
+        forced=choice.forced,
+        single_call=choice.single,
+        variables=effort_of(body.reasoning.effort, "reasoning.effort") | body.chat_template_kwargs,
         keep_sampled=extension.keep_sampled,
-        sampling=_sampling(context, body, num_top),
+        sampling=constrained(_sampling(context, body, num_top), choice.schema()),
         max_tokens=_at_least_one(body.max_output_tokens),
         branch=extension.branch if conversation is None else conversations.branch_of(conversation.id),
         note=extension.note or f"response {id}",
         policy=extension.policy,
+        followed=body.stream or body.background or choice.single,
     )
     parent = str(at.commit) if at is not None else None
     head = _head(context, id, body, None if conversation is None else conversation.id)
@@ -143,6 +172,10 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
         id=id, asked=asked, head=head, input=given, parent=parent, conversation=conversation,
         num_top=num_top, store=body.store,
     )  # fmt: skip
+
+
+def _choice(context: GatewayContext, tools: Sequence[Any], choice: object, *, parallel: bool) -> ChosenTools:
+    return chosen(shown_tools(tools), choice, context.service.engine, parallel=parallel)
 
 
 def _at_least_one(number: int | None) -> int | None:
@@ -157,10 +190,6 @@ def _sampling(context: GatewayContext, body: ResponseCreate, num_top: int | None
     format = structured(body.text.get("format"), "text.format", engine)
     if format is not None:
         more["structured_outputs"] = format
-    if body.text.get("verbosity") not in (None, "medium"):
-        raise unsupported("text.verbosity", "verbosity is not supported; leave it out")
-    if body.stream and num_top:
-        raise unsupported("top_logprobs", "a stream only has the sampled tokens' log probabilities")
     return sampling_of(body, engine, **more)
 
 
@@ -196,7 +225,8 @@ def _head(context: GatewayContext, id: str, body: ResponseCreate, conversation: 
         "max_output_tokens": body.max_output_tokens,
         "model": context.service.model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning": {"effort": body.reasoning.effort, "summary": None},
         "previous_response_id": body.previous_response_id,
         "conversation": None if conversation is None else {"id": conversation},
         "store": body.store,
@@ -218,7 +248,7 @@ async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     if begin.conversation is not None:
         service.take_conversation(namespace, begin.conversation.id)
     try:
-        await service.admit(context.tenant, 1)
+        await service.admit(context.tenant, 1, service.answer(begin.asked))
     except BaseException:
         if begin.conversation is not None:
             service.free_conversation(namespace, begin.conversation.id)
@@ -227,14 +257,14 @@ async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     if begin.store:
         row = LedgerRow(
             kind=KIND, id=begin.id, namespace=namespace, status=str(begin.head["status"]), parent=begin.parent,
-            record={"reply": begin.head, "input": begin.input, "pieces": []},
+            record={"reply": begin.head, "input": begin.input},
         )  # fmt: skip
         first = asyncio.create_task(call(service.ledger.put, row))
     return _own(context, begin, first)
 
 
 def _own(
-    context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[Delta] = ()
+    context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None, said: Sequence[SpokenPiece] = ()
 ) -> ReplyJob:
     """The job of a response: known while it runs, and kept when it is over. `first` writes its row before that."""
     service, namespace = context.service, context.tenant.namespace
@@ -243,9 +273,11 @@ def _own(
     async def keep(outcome: RequestOutcome) -> None:
         if first is not None:
             await first
-        row = _row_of(context, begin, outcome, job)
+        row = await _row_of(context, begin, outcome, job)
         if begin.store and not job.forgotten:
             await call(service.ledger.put, row)
+            if job.forgotten:  # it was deleted while it was written
+                await call(service.ledger.delete, namespace, KIND, begin.id)
         else:
             await service.keep_point(context.tenant, outcome)
         if begin.conversation is not None and row.status != "parked":
@@ -269,40 +301,45 @@ def _own(
 
 async def _failed(context: GatewayContext, begin: Begin, first: asyncio.Task[None] | None) -> None:
     """A stored response that came to nothing says so when it is asked for."""
+
+    def fail(row: LedgerRow) -> None:
+        row.status = "failed"
+
     if first is not None:
         await first
-    row = await call(context.service.ledger.get, context.tenant.namespace, KIND, begin.id)
-    if row is not None:
-        row.status = "failed"
-        await call(context.service.ledger.put, row)
+    await call(context.service.ledger.change, context.tenant.namespace, KIND, begin.id, fail)
 
 
-def _object(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> Event:
-    logprobs = [] if begin.num_top is None else _logprobs(context, begin, outcome)
-    reader = context.service.reader()
-    cancelled = job.stopped and not job.parked and bool(begin.head["background"])
-    return finished(begin.head, outcome, reader, logprobs, cancelled=cancelled)
-
-
-def _logprobs(context: GatewayContext, begin: Begin, outcome: RequestOutcome) -> list[dict[str, object]]:
-    tops = outcome.top_logprobs
-    return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, tops, begin.num_top or 0)
-
-
-def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> LedgerRow:
+async def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome, job: ReplyJob) -> LedgerRow:
     """What is kept of a response that is over, or parked: then only what was given out is its text."""
-    reply = _object(context, begin, outcome, job)
-    text = outcome.text[: sum(outcome.pieces)] if job.parked else outcome.text
+    cancelled = job.stopped and not job.parked and bool(begin.head["background"])
+    logprobs = [] if begin.num_top is None else await call(_logprobs, context, begin.num_top, outcome)
+    begin.logprobs = logprobs if begin.num_top else []
+    thinks = any(isinstance(one, Thought) for one in outcome.said)
+    num_thought = await call(_num_thought, context, outcome) if thinks else 0
+    reply = begin.reply = finished(begin.head, outcome, num_thought, logprobs, cancelled=cancelled)
     return LedgerRow(
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
         status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
         nbytes=outcome.nbytes,
         created=outcome.created,
         record={
-            "reply": reply, "input": begin.input, "text": text, "pieces": list(outcome.pieces),
+            "reply": reply, "input": begin.input, "said": [piece.said for piece in outcome.pieces if piece.said],
+            "pieces": [[piece.text, piece.token_ids, piece.said] for piece in outcome.pieces] if job.parked else [],
+            "variables": begin.asked.variables,
             "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
         },
     )  # fmt: skip
+
+
+def _num_thought(context: GatewayContext, outcome: RequestOutcome) -> int:
+    """Tokens of its thoughts, as their text is tokenised."""
+    thoughts = [one.text for one in outcome.said if isinstance(one, Thought)]
+    return sum(len(context.codec.encode(text, first=False)) for text in thoughts)
+
+
+def _logprobs(context: GatewayContext, num_top: int, outcome: RequestOutcome) -> list[dict[str, object]]:
+    return token_logprobs(context.codec, outcome.token_ids, outcome.logprobs, outcome.top_logprobs, num_top)
 
 
 async def restore(service: Service) -> int:
@@ -326,14 +363,18 @@ async def _restore(service: Service, row: LedgerRow) -> None:
     if told is not None:
         conversation = await conversations.named(context, told["id"])
         service.take_conversation(row.namespace, told["id"])
-    asked = Asked(at=at, resume=True, branch=record["branch"], note=record["note"])
+    choice = _choice(context, head["tools"], head["tool_choice"], parallel=head["parallel_tool_calls"])
+    asked = Asked(
+        at=at, resume=True, branch=record["branch"], note=record["note"], variables=record["variables"],
+        tools=choice.shown, forced=choice.forced, single_call=choice.single, followed=True,
+    )  # fmt: skip
     begin = Begin(
         id=row.id, asked=asked, head=head, input=record["input"], parent=row.parent, conversation=conversation,
         num_top=record["num_top"], store=True,
     )  # fmt: skip
-    ends = [0, *accumulate(record["pieces"])]
-    texts = [record["text"][start:end] for start, end in pairwise(ends)]
-    said = [Delta(index=0, session=SessionRef(""), token_ids=(), logprobs=(), text=text) for text in texts]
+    said = [
+        SpokenPiece(text=text, token_ids=tuple(ids), said=tuple(_read(told))) for text, ids, told in record["pieces"]
+    ]
     _own(context, begin, None, said)
 
 
@@ -348,12 +389,13 @@ async def _live(context: GatewayContext, begin: Begin, job: ReplyJob, after: int
 
 
 async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> AsyncIterator[Event]:
-    events = Events(begin.head, context.service.reader)
+    events = Events(begin.head)
     for one in events.begin():
         yield one
-    async for delta in job.follow():
-        logprobs = [] if begin.num_top is None else token_logprobs(context.codec, delta.token_ids, delta.logprobs)
-        for one in events.piece(delta.text, logprobs):
+    async for piece in job.follow():
+        told = begin.num_top == 0  # the likeliest tokens are known at the end
+        logprobs = token_logprobs(context.codec, piece.token_ids, piece.logprobs) if told else []
+        for one in events.piece(piece.said, logprobs):
             yield one
     try:
         outcome = await asyncio.shield(job.outcome)
@@ -364,23 +406,36 @@ async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> Async
         return
     if job.parked and begin.store and outcome.finish_reason == "abort":
         return
-    for one in events.end(_object(context, begin, outcome, job)):
+    assert begin.reply is not None
+    for one in events.end(begin.reply, begin.logprobs):
         yield one
 
 
 async def _again(context: GatewayContext, row: LedgerRow, after: int) -> AsyncIterator[bytes]:
-    """The events of a response that is over, from what is kept of it."""
-    reply, text = row.record["reply"], row.record.get("text", "")
-    head = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
-    head.pop("thaw", None)
-    events, at = Events(head, context.service.reader), 0
-    told = list(events.begin())
-    for length in row.record["pieces"]:
-        told += events.piece(text[at : at + length], [])
-        at += length
-    for one in (*told, *events.end(_shown(row))):
+    """The events of a response that is over, from what is kept of it, beyond number `after`."""
+    for one in _told(row, after):
         if one["sequence_number"] > after:
             yield event(one, one["type"])
+
+
+def _told(row: LedgerRow, after: int) -> Iterator[Event]:
+    """One that came to nothing, or was cut by the gateway's end, has no more than its beginning and its last event, and
+    that is always told: who followed it until then learns how it ended."""
+    reply = row.record["reply"]
+    head = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    head.pop("thaw", None)
+    events, shown = Events(head), _shown(row)
+    yield from events.begin()
+    if row.point is None:
+        yield events.last("response.failed" if row.status == "failed" else "response.incomplete", shown, after)
+        return
+    for said in row.record.get("said", ()):
+        yield from events.piece(_read(said), [])
+    yield from events.end(shown)
+
+
+def _read(told: list[Any]) -> list[Said]:
+    return msgspec.convert(told, list[Said])
 
 
 # -- what is stored
@@ -408,6 +463,9 @@ async def retrieve(context: GatewayContext, request: Request, body: bytes) -> Re
     after = number(request, "starting_after", -1)
     job = context.service.jobs.get((context.tenant.namespace, id))
     row = await _row(context, id)
+    if row.status in UNDER_WAY and job is None and (context.tenant.namespace, id) not in context.service.jobs:
+        row = await _row(context, id)
+        row.status = "failed" if row.status in UNDER_WAY else row.status
     if request.query_params.get("stream", "").lower() in ("true", "1"):
         if job is not None and isinstance(job.about, Begin):
             return EventStream(_live(context, job.about, job, after), lambda: None)
