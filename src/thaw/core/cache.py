@@ -263,13 +263,6 @@ def held(group: CacheGroup, rank: int, num_ranks: int) -> tuple[int, ...]:
     return tuple(share) if isinstance(share, range) else tuple(chain.from_iterable(share))
 
 
-def the_full_one(groups: Sequence[CacheGroup]) -> FullKV:
-    """The one group of a model that has one, and a full one: what `transformers` takes so far."""
-    (group,) = groups
-    assert isinstance(group, FullKV), group
-    return group
-
-
 def check(groups: Sequence[CacheGroup]) -> None:
     """Raise `ValueError` unless names differ."""
     names = [group.name for group in groups]

@@ -18,7 +18,7 @@ def model_identity(
     return ModelIdentity(
         architecture=type(module).__name__,
         weights=root_of_module(module, None if fresh else loaded.folder),
-        config=function_config(module.config.to_dict()),
+        config=function_config(module.config.get_text_config(decoder=True).to_dict()),
         dtype=str(module.dtype).removeprefix("torch."),
         tokenizer=codec.identity(),
         groups=groups,

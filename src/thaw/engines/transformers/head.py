@@ -1,0 +1,53 @@
+"""From hidden states to logits as the model's own class does it: its head, and what it does to the logits afterwards.
+
+The class's own forward pass runs over a body that answers with the given hidden states, so scales and soft caps are
+those of its code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Given:
+    """A body's output: the last hidden state, and None for whatever else the class may ask for."""
+
+    def __init__(self, hidden_1ND: torch.Tensor) -> None:
+        self.last_hidden_state = hidden_1ND
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state, *(None,) * 7)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class GivenBody(torch.nn.Module):
+    """Stands where the body stood; its answer is set before each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: Given | None = None
+
+    def forward(self, *_: Any, **__: Any) -> Given | None:
+        return self.answer
+
+
+class StockHead:
+    """`module`'s forward pass after its body. Shares everything with `module` and changes nothing of it."""
+
+    def __init__(self, module: Any) -> None:
+        self._body = GivenBody()
+        self._top = object.__new__(type(module))
+        inside = {**module._modules, module.base_model_prefix: self._body}
+        self._top.__dict__.update({**module.__dict__, "_modules": inside})
+        self._ids = torch.zeros((1, 1), dtype=torch.long, device=module.device)
+
+    def __call__(self, row_D: torch.Tensor) -> torch.Tensor:
+        """[vocabulary], of one token's last hidden state."""
+        self._body.answer = Given(row_D[None, None])
+        logits: torch.Tensor = self._top(input_ids=self._ids, use_cache=False, return_dict=True).logits
+        return logits[0, -1]

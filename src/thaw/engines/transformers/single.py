@@ -1,0 +1,182 @@
+"""One session a forward pass, through the stock model with its own attention: for models that `packed.py` is not for.
+
+The model sees a cache of its own kind whose layers read a session's pages and write the new tokens there, so the
+numbers are those of the stock model with a `DynamicCache`, bit for bit, for the same feeds. Sessions of a batch run one
+after the other: no session's bits depend on another.
+
+Shape letters as in kv.py; S is the keys that a layer attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from thaw.core.errors import Unsupported
+from thaw.engines.embedded.backend import Feed
+from thaw.engines.embedded.pages import PAGE, PagedKV
+from thaw.engines.transformers.groups import KV, Kept, Latent, Spec, places
+from thaw.engines.transformers.kv import TorchExtent
+
+Place = tuple[int, int, Spec]
+"""Of what a layer keeps: its group's number, the layer's row in the group, what it is."""
+
+
+class PagedLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values of a session, all of them: gathered from its pages when the layer runs."""
+
+    def __init__(self, kv: PagedKV, group: int, row: int, spec: Spec) -> None:
+        CacheLayerMixin.__init__(self)
+        self._kv, self._group, self._row, self._spec = kv, group, row, spec
+        self.cumulative_length = kv.num_tokens
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def update(
+        self, key_1HND: torch.Tensor, value_1HND: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens, and return all [1, H, S, D] that they attend to."""
+        start, count = self.cumulative_length, key_1HND.shape[2]
+        self.cumulative_length += count
+        new = (key_1HND[0], value_1HND[0])
+        self._write(start, new)
+        begin = self._begin(start)
+        found = tuple(torch.empty((1, t.shape[0], start + count - begin, t.shape[2]), dtype=t.dtype, device=t.device)
+                      for t in new)  # fmt: skip
+        for out, mine in zip(found, new, strict=True):
+            out[0, :, start - begin :] = mine
+        self._read(begin, start, found)
+        return found[0], found[1]
+
+    def _begin(self, start: int) -> int:
+        """The first token that the token at `start` attends to."""
+        return 0
+
+    def _write(self, start: int, new: Sequence[torch.Tensor]) -> None:
+        end = start + new[0].shape[1]
+        for page in range(start // PAGE, -(-end // PAGE)):
+            extent, index = self._kv.locate(page)
+            a, b = max(start, page * PAGE), min(end, (page + 1) * PAGE)
+            for slots, rows in zip(self._views(extent, slice(index, index + 1)), new, strict=True):
+                slots[:, 0, a - page * PAGE : b - page * PAGE] = rows[:, a - start : b - start]
+
+    def _read(self, begin: int, end: int, into: Sequence[torch.Tensor]) -> None:
+        """Tokens [begin, end) to the first rows of `into`: whole pages of a run at once."""
+        for run in self._kv.runs:
+            first, stop = max(begin, run.start * PAGE), min(end, (run.start + run.count) * PAGE)
+            for a, b in _spans(first, stop):
+                at = run.first + a // PAGE - run.start
+                pages = slice(at, at + -(-(b - a) // PAGE))
+                for slots, out in zip(self._views(run.extent, pages), into, strict=True):
+                    target = out[0, :, a - begin : b - begin]
+                    if (b - a) % PAGE or a % PAGE:
+                        target[:] = slots[:, 0, a % PAGE : a % PAGE + b - a]
+                    else:
+                        target.unflatten(1, (-1, PAGE)).copy_(slots)
+
+    def _views(self, extent: Any, pages: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values in pages of an extent, [H, P, T, D] each."""
+        assert isinstance(extent, TorchExtent)
+        planes = extent.planes(self._group, pages)
+        one = planes[0][:, :, self._row]
+        if isinstance(self._spec, Latent):
+            return one[:, :, 0, :, : self._spec.rank], one[:, :, 0, :, self._spec.rank :]
+        return one[:, :, 0], (one[:, :, 1] if len(planes) == 1 else planes[1][:, :, self._row, 0])
+
+
+class WindowLayer(PagedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The same of the last `window` - 1 tokens before the new ones."""
+
+    def __init__(self, kv: PagedKV, group: int, row: int, spec: KV) -> None:
+        assert spec.window is not None
+        DynamicSlidingWindowLayer.__init__(self, sliding_window=spec.window)
+        PagedLayer.__init__(self, kv, group, row, spec)
+
+    def _begin(self, start: int) -> int:
+        return max(0, start - self.sliding_window + 1)
+
+
+def _spans(begin: int, end: int) -> list[tuple[int, int]]:
+    """[begin, end) as what lies in a first page in part, whole pages, and what lies in a last page in part."""
+    if begin >= end:
+        return []
+    inner, outer = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
+    if inner > outer:
+        return [(begin, end)]
+    return [(a, b) for a, b in ((begin, inner), (inner, outer), (outer, end)) if a < b]
+
+
+class SessionCache(Cache):  # type: ignore[misc]
+    """What the stock model gets as its cache: a layer for each of its own."""
+
+    def __init__(self, kv: PagedKV, kept: Sequence[Sequence[Place]]) -> None:
+        super().__init__(layers=[_layer(kv, of_layer) for of_layer in kept])
+
+
+def _layer(kv: PagedKV, of_layer: Sequence[Place]) -> Any:
+    if not of_layer:
+        return DummyLayer()
+    (place,) = of_layer
+    spec = place[2]
+    if isinstance(spec, KV) and spec.window is not None:
+        return WindowLayer(kv, place[0], place[1], spec)
+    return PagedLayer(kv, *place)
+
+
+class Single:
+    """Runs feeds one by one through `body`, a stock model without its head."""
+
+    def __init__(self, body: Any, kept: Sequence[Kept], device: torch.device) -> None:
+        self._body, self._device = body, device
+        self._places = places(kept)
+
+    def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+        """The last hidden state of each feed; advances `kv.num_tokens`."""
+        return [self._run(feed) for feed in feeds]
+
+    def _run(self, feed: Feed) -> torch.Tensor:
+        out = self._body(
+            input_ids=torch.tensor([list(feed.tokens)], device=self._device),
+            past_key_values=SessionCache(feed.kv, self._places),
+            use_cache=True,
+        )
+        feed.kv.num_tokens += len(feed.tokens)
+        row: torch.Tensor = out.last_hidden_state[0, -1].clone()
+        return row
+
+
+def check(name: str, stock: Cache, kept: Sequence[Kept], num_tokens: int) -> None:
+    """Raise `Unsupported` unless the stock model's own cache after `num_tokens` tokens, fewer than any window, has
+    what the config was read to say: shapes of keys and values, and windows, layer by layer."""
+    found = [_found(layer, num_tokens) for layer in stock.layers]
+    expected = [_expected(specs) for specs in kept]
+    found += [None] * (len(expected) - len(found))
+    for number, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
+        if theirs != ours:
+            raise Unsupported(
+                f"{name}: layer {number} keeps {theirs}, and its config was read as {ours} (KV heads, sizes of K and V, "
+                "window): thaw does not know this kind of cache"
+            )
+
+
+def _found(layer: Any, num_tokens: int) -> tuple[int, int, int, int | None] | None:
+    if isinstance(layer, DummyLayer) or getattr(layer, "keys", None) is None:
+        return None
+    keys, values = layer.keys, layer.values
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys.shape[2] != num_tokens:
+        raise Unsupported(f"a layer of {type(layer).__name__}, which thaw does not know")
+    return keys.shape[1], keys.shape[3], values.shape[3], getattr(layer, "sliding_window", None)
+
+
+def _expected(specs: Kept) -> tuple[int, int, int, int | None] | None:
+    if not specs:
+        return None
+    (spec,) = specs
+    if isinstance(spec, Latent):
+        return 1, spec.rank, spec.rope, None
+    assert isinstance(spec, KV), spec
+    return spec.heads, spec.dim, spec.dim if spec.value_dim is None else spec.value_dim, spec.window
