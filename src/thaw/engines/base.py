@@ -24,7 +24,7 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import EngineDied, Unsupported
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import AnyTurn, Boundary, Chat, StatesAtToken
+from thaw.core.objects import AnyModel, AnyTurn, Boundary, Chat, StatesAtToken
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
@@ -72,7 +72,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     the point can be named; the plan is then refused with `NotKept`, or recomputed where `policy` allows it.
     """
 
-    identity: ModelIdentity
+    identity: AnyModel
     mount: StoreMount
     tokens: tuple[int, ...]
     num_kv: int

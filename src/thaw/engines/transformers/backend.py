@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from thaw.core.cache import keeps_all
+from thaw.core.cache import keeps_all, point_groups
 from thaw.core.errors import CorruptBlob, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
@@ -22,7 +22,7 @@ from thaw.engines.hf.weights import sample_weights
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 from thaw.engines.transformers.groups import layers
-from thaw.engines.transformers.head import StockHead
+from thaw.engines.transformers.head import StockHead, body_of
 from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
@@ -38,7 +38,7 @@ PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class TransformersBackend(Backend):
-    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None, interior: bool) -> None:
         self._loaded, module = loaded, loaded.module
         self._module, self._head = module, module.get_output_embeddings()
         if self._head is None:
@@ -49,17 +49,19 @@ class TransformersBackend(Backend):
         self.device = str(self._device)
         found = support.examine(module.config.to_dict(), str(self._dtype))
         self.groups, self._is_packed = found.groups, found.packed
-        self.keeps_interior = keeps_all(self.groups)
+        self.keeps_interior = keeps_all(self.groups) or (interior and not point_groups(self.groups))
+        self.placeholders = support.placeholders(module.config.to_dict())
         text = module.config.get_text_config(decoder=True)
         self.vocab_size = int(text.vocab_size)
         self.max_model_len = _max_len(text.to_dict(), max_model_len)
         self._kept = layers(text.to_dict())
-        body = getattr(module.base_model, "language_model", module.base_model)
-        self._pass = (
-            Packed(body, self._device) if self._is_packed else Single(body, self._kept, self._device)
-        )  # fmt: skip
-        self._stock_head = StockHead(module)
-        named = eos_of(module.generation_config, module.config)
+        self._pass: Packed | Single
+        if self._is_packed:
+            self._pass = Packed(module.base_model, self._device)
+        else:
+            self._pass = Single(body_of(module), self._kept, self._device)
+            self._stock_head = StockHead(module)
+        named = eos_of(module.generation_config, text)
         self.eos_token_ids = stop_set(named, loaded.tokenizer, self.vocab_size)
         self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
         self.numerics = _numerics(self._device)
@@ -165,8 +167,9 @@ class TransformersBackend(Backend):
     def _stock(self, tokens: list[int], cache: DynamicCache | None) -> torch.Tensor:
         with torch.inference_mode():
             ids = torch.tensor([tokens], device=self._device)
-            logits: torch.Tensor = self._module(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
-        return logits[0, -1]
+            out = self._module(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        logits: torch.Tensor = out.logits[0, -1]
+        return logits
 
 
 def _max_len(config: dict[str, object], wanted: int | None) -> int:

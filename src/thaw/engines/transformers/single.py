@@ -10,6 +10,8 @@ Shape letters as in kv.py; S is the keys that a layer attends to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, kv: PagedKV, group: int, row: int, spec: Spec) -> None:
         CacheLayerMixin.__init__(self)
         self._kv, self._group, self._row, self._spec = kv, group, row, spec
+        self._repeats = spec.repeats if isinstance(spec, KV) else 1
         self.cumulative_length = kv.num_tokens
 
     def get_seq_length(self) -> int:
@@ -42,15 +45,16 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
         """Write the new tokens, and return all [1, H, S, D] that they attend to."""
         start, count = self.cumulative_length, key_1HND.shape[2]
         self.cumulative_length += count
-        new = (key_1HND[0], value_1HND[0])
+        new = (key_1HND[0, :: self._repeats], value_1HND[0, :: self._repeats])
         self._write(start, new)
         begin = self._begin(start)
-        found = tuple(torch.empty((1, t.shape[0], start + count - begin, t.shape[2]), dtype=t.dtype, device=t.device)
-                      for t in new)  # fmt: skip
+        shapes = [(t.shape[0], start + count - begin, t.shape[2]) for t in new]
+        found = [torch.empty(shape, dtype=t.dtype, device=t.device) for shape, t in zip(shapes, new, strict=True)]
         for out, mine in zip(found, new, strict=True):
-            out[0, :, start - begin :] = mine
+            out[:, start - begin :] = mine
         self._read(begin, start, found)
-        return found[0], found[1]
+        keys, values = (out.repeat_interleave(self._repeats, 0) if self._repeats > 1 else out for out in found)
+        return keys[None], values[None]
 
     def _begin(self, start: int) -> int:
         """The first token that the token at `start` attends to."""
@@ -72,11 +76,11 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
                 at = run.first + a // PAGE - run.start
                 pages = slice(at, at + -(-(b - a) // PAGE))
                 for slots, out in zip(self._views(run.extent, pages), into, strict=True):
-                    target = out[0, :, a - begin : b - begin]
+                    target = out[:, a - begin : b - begin]
                     if (b - a) % PAGE or a % PAGE:
                         target[:] = slots[:, 0, a % PAGE : a % PAGE + b - a]
                     else:
-                        target.unflatten(1, (-1, PAGE)).copy_(slots)
+                        target.view(slots.shape).copy_(slots)
 
     def _views(self, extent: Any, pages: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's keys and values in pages of an extent, [H, P, T, D] each."""
@@ -97,7 +101,8 @@ class WindowLayer(PagedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
         PagedLayer.__init__(self, kv, group, row, spec)
 
     def _begin(self, start: int) -> int:
-        return max(0, start - self.sliding_window + 1)
+        window: int = self.sliding_window
+        return max(0, start - window + 1)
 
 
 def _spans(begin: int, end: int) -> list[tuple[int, int]]:
@@ -133,16 +138,23 @@ class Single:
     def __init__(self, body: Any, kept: Sequence[Kept], device: torch.device) -> None:
         self._body, self._device = body, device
         self._places = places(kept)
+        taken = signature(body.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._more = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
         """The last hidden state of each feed; advances `kv.num_tokens`."""
         return [self._run(feed) for feed in feeds]
 
     def _run(self, feed: Feed) -> torch.Tensor:
+        start, count = feed.kv.num_tokens, len(feed.tokens)
+        positions = torch.arange(start, start + count, device=self._device)[None]
         out = self._body(
             input_ids=torch.tensor([list(feed.tokens)], device=self._device),
             past_key_values=SessionCache(feed.kv, self._places),
             use_cache=True,
+            **({"position_ids": positions} if self._takes_positions else {}),
+            **self._more,
         )
         feed.kv.num_tokens += len(feed.tokens)
         row: torch.Tensor = out.last_hidden_state[0, -1].clone()
@@ -154,12 +166,11 @@ def check(name: str, stock: Cache, kept: Sequence[Kept], num_tokens: int) -> Non
     what the config was read to say: shapes of keys and values, and windows, layer by layer."""
     found = [_found(layer, num_tokens) for layer in stock.layers]
     expected = [_expected(specs) for specs in kept]
-    found += [None] * (len(expected) - len(found))
-    for number, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
+    for number, (theirs, ours) in enumerate(zip_longest(found, expected)):
         if theirs != ours:
             raise Unsupported(
-                f"{name}: layer {number} keeps {theirs}, and its config was read as {ours} (KV heads, sizes of K and V, "
-                "window): thaw does not know this kind of cache"
+                f"{name}: layer {number} keeps {theirs}, and its config was read as {ours} (KV heads, sizes of K and "
+                "V, window): thaw does not know this kind of cache"
             )
 
 
@@ -179,4 +190,4 @@ def _expected(specs: Kept) -> tuple[int, int, int, int | None] | None:
     if isinstance(spec, Latent):
         return 1, spec.rank, spec.rope, None
     assert isinstance(spec, KV), spec
-    return spec.heads, spec.dim, spec.dim if spec.value_dim is None else spec.value_dim, spec.window
+    return spec.heads * spec.repeats, spec.dim, spec.dim if spec.value_dim is None else spec.value_dim, spec.window
