@@ -17,7 +17,7 @@ def body_of(module: Any) -> Any:
     return getattr(decoder, "model", decoder)
 
 
-class Given:
+class GivenHidden:
     """A body's output: the last hidden state, and None for whatever else the class may ask for."""
 
     def __init__(self, hidden_1ND: torch.Tensor) -> None:
@@ -36,10 +36,10 @@ class GivenBody(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.answer: Given | None = None
+        self.answer: GivenHidden | None = None
         self.__dict__["decoder"] = self  # what OPT's class calls
 
-    def forward(self, *_: Any, **__: Any) -> Given | None:
+    def forward(self, *_: Any, **__: Any) -> GivenHidden | None:
         return self.answer
 
 
@@ -56,7 +56,7 @@ class StockHead:
 
     def __call__(self, row_D: torch.Tensor) -> torch.Tensor:
         """[vocabulary], of one token's last hidden state."""
-        self._body.answer = Given(row_D[None, None])
+        self._body.answer = GivenHidden(row_D[None, None])
         logits: torch.Tensor = self._top(input_ids=self._ids, use_cache=False, return_dict=True).logits
         return logits[0, -1]
 
