@@ -15,7 +15,8 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from thaw.core.errors import Unsupported
 from thaw.engines.embedded.backend import Feed
@@ -23,6 +24,8 @@ from thaw.engines.embedded.pages import PAGE, PagedKV
 from thaw.engines.transformers.groups import KV, Kept, Latent, Spec, places
 from thaw.engines.transformers.kv import TorchExtent
 
+NoLayer = getattr(cache_utils, "DummyLayer", DynamicLayer)
+"""A layer that keeps nothing: older transformers have no class for it."""
 Place = tuple[int, int, Spec]
 """Of what a layer keeps: its group's number, the layer's row in the group, what it is."""
 
@@ -124,7 +127,7 @@ class SessionCache(Cache):  # type: ignore[misc]
 
 def _layer(kv: PagedKV, of_layer: Sequence[Place]) -> Any:
     if not of_layer:
-        return DummyLayer()
+        return NoLayer()
     (place,) = of_layer
     spec = place[2]
     if isinstance(spec, KV) and spec.window is not None:
@@ -175,7 +178,7 @@ def check(name: str, stock: Cache, kept: Sequence[Kept], num_tokens: int) -> Non
 
 
 def _found(layer: Any, num_tokens: int) -> tuple[int, int, int, int | None] | None:
-    if isinstance(layer, DummyLayer) or getattr(layer, "keys", None) is None:
+    if getattr(layer, "keys", None) is None:
         return None
     keys, values = layer.keys, layer.values
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys.shape[2] != num_tokens:
