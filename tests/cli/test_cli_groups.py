@@ -53,8 +53,8 @@ def test_show_lists_what_can_be_gone_on_from_and_another_token_is_refused(told: 
     if not is_hybrid(told):
         assert "resumable" not in shown and early.code == 0
         return
-    total = shown["num_tokens"]
-    assert shown["resumable"] == [end, end + 1, total - 1, total]
+    asked = end + len("Why? ")
+    assert shown["resumable"] == [end, end + 1, asked, shown["num_tokens"]], "turn ends, and one after a kept state"
     assert f"{end}, {end + 1}" in told.ok("show").out
     assert early.code == 3 and str(end + 1) in early.err and "100" in early.err
     told.ok("run", "--from", f"main:{end + 1}", "--branch", "late", "x", "--max-tokens", "2")
@@ -63,7 +63,9 @@ def test_show_lists_what_can_be_gone_on_from_and_another_token_is_refused(told: 
 def test_match_ends_where_it_can_be_gone_on_from(told: Shell) -> None:
     found = told.ok("match", TEXT + "Why? and something else", "--json").json()
     longest = len(TEXT) + len("Why? ")
-    assert found["num_matched"] == (len(TEXT) + 1 if is_hybrid(told) else longest), found
+    assert found["num_matched"] == longest, "it is the end of a turn"
+    inside = told.ok("match", TEXT + "Whom?", "--json").json()
+    assert inside["num_matched"] == len(TEXT) + (1 if is_hybrid(told) else len("Wh")), inside
 
 
 def test_a_token_that_was_not_kept_is_read_again_where_that_is_allowed(told: Shell) -> None:

@@ -74,6 +74,7 @@ class AsyncSession(Awaited[Session]):
     trajectory = awaited(Session.trajectory)
     encode = awaited(Session.encode)
     append = awaited(Session.append)
+    keep_points = awaited(Session.keep_points)
     generate = stream = streamed(Session.stream)
     resume = resume_stream = streamed(Session.resume_stream)
     chat = chat_stream = streamed(Session.chat_stream)

@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
+import msgspec
+
+from thaw.core.cache import point_groups
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, NotKept, Refused, StaleSession, TooLong
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Chat
 from thaw.core.proof import Proof
@@ -44,7 +47,7 @@ T = TypeVar("T")
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points",
     }
 )  # fmt: skip
 
@@ -129,6 +132,9 @@ class EmbeddedEngine(Engine):
             self._driver.start(task)
 
         return self._begin(begin, promise)
+
+    def keep_points(self, session: SessionRef, tokens: Sequence[int], *, unaligned: bool = False) -> None:
+        self._driver.call(lambda: self._ask(self._usable(session), tokens, unaligned)).result()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         promise: Promise[list[Completion]] = Promise()
@@ -288,6 +294,21 @@ class EmbeddedEngine(Engine):
 
     # -- verbs, on the driver's thread
 
+    def _ask(self, live: LiveSession, tokens: Sequence[int], unaligned: bool) -> None:
+        multiple, limit = self._backend.point_multiple, self._backend.max_model_len
+        for token in tokens:
+            if not isinstance(token, int) or not 0 < token <= limit:
+                raise InvalidRequest(f"a point at token {token!r}: it must be 1 to {limit}")
+            if token % multiple and not unaligned:
+                near = [n for n in (token // multiple * multiple, (token // multiple + 1) * multiple) if n]
+                raise InvalidRequest(
+                    f"a point at token {token}: the model's recurrent layers read {multiple} tokens at a time, and a "
+                    f"prefill that is cut inside such a chunk computes other bits than one that is not. Ask for "
+                    f"{' or '.join(map(str, near))}, or insist (unaligned=True, --unaligned)"
+                )
+        if point_groups(self._backend.groups):
+            live.kv.ask(tokens)
+
     def _lanes(self, requests: Sequence[GenerateRequest]) -> list[Lane]:
         """Check every request before any session is touched."""
         refs = [request.session for request in requests]
@@ -307,6 +328,8 @@ class EmbeddedEngine(Engine):
         return lanes
 
     def _check_request(self, live: LiveSession, request: GenerateRequest) -> None:
+        if not request.prompt:
+            _require_next(live)
         if request.resume:
             require_resumable(live, request, self._weights.policy)
             return
@@ -327,7 +350,7 @@ class EmbeddedEngine(Engine):
 
     def _child(self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int) -> LiveSession:
         whole = at == len(parent.tokens)
-        num_kv = parent.kv.num_tokens if whole else min(parent.kv.num_tokens, max(at - 1, 0))
+        num_kv = parent.kv.num_tokens if whole else parent.kv.before(at)
         child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
         child.tokens = parent.tokens[:at]
         child.turns = list(cut_turns(parent.all_turns(), parent.tokens, at, self.codec))
@@ -352,18 +375,35 @@ class EmbeddedEngine(Engine):
         try:
             identity, epoch = self._weights.stamp()
             compare(plan.identity, identity)
-            restoring.check_kept(plan)
         except Refused as refusal:
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise
             return self._recompute(plan, str(refusal))
+        if plan.not_kept and plan.policy != "recompute":
+            restoring.check_kept(plan)
+        if plan.not_kept and not plan.num_kv:
+            return self._recompute(plan, plan.not_kept)
         self._check_tokens(0, plan.tokens, 0)
         loaded = transfer.load(plan, self._backend)
         session = self._restored(plan, loaded.kv)
         session.row, session.proof = loaded.row, loaded.proof
         session.policy, session.epoch = identity.policy, epoch
         session.stored_boundary = plan.boundary
-        return Hydrated(session=self._driver.call(lambda: self._admit(session)).result(), proof=loaded.proof)
+        ref = self._driver.call(lambda: self._admit(session)).result()
+        if plan.not_kept:
+            session.proof = self._replay(ref, plan, loaded.proof)
+        return Hydrated(session=ref, proof=session.proof)
+
+    def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
+        """Prefill what comes after the point that was loaded, because the caller allowed it."""
+        self.append(ref, ()).result()
+        return msgspec.structs.replace(
+            loaded,
+            first_mismatch=plan.num_kv,
+            num_recomputed_tokens=len(plan.tokens) - plan.num_kv,
+            continuation="close",
+            reason=plan.not_kept,
+        )
 
     def _recompute(self, plan: HydratePlan, reason: str) -> Hydrated:
         """Prefill the plan's tokens again, because the caller allowed it."""
@@ -425,6 +465,16 @@ def _idle(session: LiveSession) -> LiveSession:
     if session.busy is not None:
         raise Busy(f"session {session.ref[:8]}… is running; wait for its result, cancel it, or fork it")
     return session
+
+
+def _require_next(session: LiveSession) -> None:
+    """Raise `NotKept` where nothing says what follows: all tokens are read, and the state before the last is gone."""
+    count = len(session.tokens)
+    if session.row is None and session.kv.num_tokens == count > 0 and session.kv.before(count) == count:
+        raise NotKept(
+            f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on with "
+            f"new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+        )
 
 
 def _step_back(session: LiveSession) -> None:
