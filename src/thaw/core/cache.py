@@ -53,6 +53,12 @@ class _Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"group {self.name}: its layers are neighbours; `layers` is left out then")
 
     @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        if self.layers is not UNSET:
+            return self.layers
+        return tuple(range(self.first_layer, self.first_layer + self.num_layers))
+
+    @property
     def layers_text(self) -> str:
         if self.layers is not UNSET:
             return "layers " + ",".join(map(str, self.layers))

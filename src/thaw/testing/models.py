@@ -15,10 +15,13 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thaw.testing.recurrent_shapes import DECAY
+from thaw.testing.recurrent_shapes import SHAPES as RECURRENT
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ARCHITECTURES", "VOCAB_SIZE", "make_random_model"]
+__all__ = ["ARCHITECTURES", "RECURRENT", "VOCAB_SIZE", "make_random_model"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
 VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest unused: as real models pad their vocabulary
@@ -45,20 +48,22 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2},
     "qwen3": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32},
     "gpt_neox": {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128},
+    **RECURRENT,
 }
 
 
-def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: int = 0, **shape: int) -> Path:
+def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: int = 0, **shape: Any) -> Path:
     """Writes a model and its tokenizer into `out_dir`, made if missing, and returns it.
 
-    `arch` is one of `ARCHITECTURES`; `dtype` a name of torch's, such as "float32" or "bfloat16"; `shape` replaces
-    fields of its config (head_dim=64). The same arguments and versions of torch and transformers write the same bytes.
+    `arch` is one of `ARCHITECTURES` or `RECURRENT`; `dtype` a name of torch's, such as "float32" or "bfloat16";
+    `shape` replaces fields of its config (head_dim=64). The same arguments and versions of torch and transformers write
+    the same bytes.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if arch not in _SHAPES:
-        raise ValueError(f"no shape for architecture {arch!r}; there are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"no shape for architecture {arch!r}; there are {', '.join(_SHAPES)}")
     out_dir.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(arch, **(_COMMON | _SHAPES[arch] | shape))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -82,8 +87,10 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
 def _scale(name: str, noise: torch.Tensor) -> torch.Tensor:
     if name.endswith(("embed_tokens.weight", "embed_in.weight")):
         return noise
-    if noise.ndim == 2:
-        return noise * float(noise.shape[1] ** -0.5)  # [out, in]: deviation 1/sqrt(fan_in)
+    if noise.ndim >= 2:
+        return noise * float(noise.shape[-1] ** -0.5)  # [out, in]: deviation 1/sqrt(fan_in)
+    if name.endswith("A_log"):
+        return DECAY + noise * 0.3
     if name.endswith("bias"):
         return noise * 0.1
     return 1 + noise * 0.1  # the gain of a norm

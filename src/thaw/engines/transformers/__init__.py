@@ -21,6 +21,7 @@ def load(
     threads: int | None = None,
     max_model_len: int | None = None,
     policy: str = "0",
+    recent_points: int = 0,
 ) -> Engine:
     """Boot the engine. `model` is a folder, a hub id, or a loaded transformers module (then give `tokenizer` too).
 
@@ -39,4 +40,5 @@ def load(
     from thaw.engines.transformers.loading import load_model
 
     loaded = load_model(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
-    return EmbeddedEngine(TransformersBackend(loaded, max_model_len=max_model_len), policy=policy)
+    backend = TransformersBackend(loaded, max_model_len=max_model_len, recent_points=recent_points)
+    return EmbeddedEngine(backend, policy=policy)

@@ -11,7 +11,7 @@ import transformers
 from transformers import DynamicCache
 
 from thaw.core.cache import keeps_all
-from thaw.core.errors import CorruptBlob, Unsupported
+from thaw.core.errors import CorruptBlob, InvalidRequest, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
@@ -27,6 +27,7 @@ from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.packed import Packed
+from thaw.engines.transformers.recurrent import chunk
 from thaw.engines.transformers.sampler import choose, largest
 from thaw.engines.transformers.single import Single, check
 
@@ -38,7 +39,10 @@ PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class TransformersBackend(Backend):
-    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None, recent_points: int = 0) -> None:
+        if not isinstance(recent_points, int) or recent_points < 0:
+            raise InvalidRequest(f"recent_points={recent_points!r}: how many tokens a session can go back, 0 or more")
+        self.recent_points = recent_points
         self._loaded, module = loaded, loaded.module
         self._module, self._head = module, module.get_output_embeddings()
         if self._head is None:
@@ -54,9 +58,10 @@ class TransformersBackend(Backend):
         self.vocab_size = int(text.vocab_size)
         self.max_model_len = _max_len(text.to_dict(), max_model_len)
         self._kept = layers(text.to_dict())
+        self.point_multiple = chunk(text.to_dict())
         body = getattr(module.base_model, "language_model", module.base_model)
         self._pass = (
-            Packed(body, self._device) if self._is_packed else Single(body, self._kept, self._device)
+            Packed(body, self._device) if self._is_packed else Single(body, self._kept, self.groups, self._device)
         )  # fmt: skip
         self._stock_head = StockHead(module)
         named = eos_of(module.generation_config, module.config)
@@ -157,15 +162,20 @@ class TransformersBackend(Backend):
         """The same with its own cache and by the same feeds; raises `Unsupported` for a cache of another kind."""
         cache = DynamicCache(config=self._module.config)
         self._stock(tokens[:1], cache)
-        check(type(self._module).__name__, cache, self._kept, 1)
+        check(type(self._module).__name__, cache, self._kept, 1, str(self._dtype).removeprefix("torch."))
         cache = DynamicCache(config=self._module.config)
         self._stock(tokens[:-4], cache)
-        return self._stock(tokens[-4:], cache)
+        return self._stock(tokens[-4:], cache, len(tokens) - 4)
 
-    def _stock(self, tokens: list[int], cache: DynamicCache | None) -> torch.Tensor:
+    def _stock(self, tokens: list[int], cache: DynamicCache | None, start: int = 0) -> torch.Tensor:
+        """Positions are given, for some classes count from 0 whatever their cache holds."""
         with torch.inference_mode():
-            ids = torch.tensor([tokens], device=self._device)
-            logits: torch.Tensor = self._module(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+            logits: torch.Tensor = self._module(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=torch.arange(start, start + len(tokens), device=self._device)[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).logits
         return logits[0, -1]
 
 

@@ -26,11 +26,19 @@ class Given:
 
 
 class GivenBody(torch.nn.Module):
-    """Stands where the body stood; its answer is set before each call."""
+    """Stands where the body stood; its answer is set before each call. Whatever else the class reads of its body, such
+    as a scale for the logits, is the body's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: torch.nn.Module) -> None:
         super().__init__()
+        self.__dict__["_stood_here"] = body
         self.answer: Given | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stood_here"], name)
 
     def forward(self, *_: Any, **__: Any) -> Given | None:
         return self.answer
@@ -40,7 +48,7 @@ class StockHead:
     """`module`'s forward pass after its body. Shares everything with `module` and changes nothing of it."""
 
     def __init__(self, module: Any) -> None:
-        self._body = GivenBody()
+        self._body = GivenBody(module.base_model)
         self._top = object.__new__(type(module))
         inside = {**module._modules, module.base_model_prefix: self._body}
         self._top.__dict__.update({**module.__dict__, "_modules": inside})

@@ -17,6 +17,7 @@ import msgspec
 from thaw.core.cache import CacheGroup, is_plain, token_nbytes
 from thaw.core.errors import Unsupported
 from thaw.engines.hf.config import num_positions, ropes
+from thaw.engines.transformers import recurrent
 from thaw.engines.transformers.groups import NOTHING, WINDOWED, groups, layers, shape, text_config
 
 TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
@@ -94,7 +95,7 @@ SINGLE = frozenset(
     )
 )
 """Model types that run with their own attention and head only."""
-RUNS = PACKED | SINGLE
+RUNS = PACKED | SINGLE | recurrent.RUNS
 """Model types that somebody has looked at; `tests/engines/test_shapes.py` boots each. Others are refused."""
 WITH_TEXT = frozenset(("gemma3",))
 """Multimodal types whose text part runs by itself: no image, sound or video can be in a session."""
@@ -187,7 +188,7 @@ def _reasons(config: Mapping[str, Any], text: Mapping[str, Any], architecture: s
         out.append("it is an encoder-decoder model")
     if not _has_head(architecture, config is not text) and config.get("architectures"):
         out.append(f"{architecture} is not a causal language model with a language-model head")
-    known = {"full_attention", *WINDOWED, *NOTHING}
+    known = {"full_attention", *WINDOWED, *NOTHING, *recurrent.LAYER_TYPES}
     kinds = sorted(set(map(str, text.get("layer_types") or ())) - known)
     if kinds:
         out.append(f"some layers are of a kind that thaw does not know ({', '.join(kinds)})")
@@ -196,8 +197,10 @@ def _reasons(config: Mapping[str, Any], text: Mapping[str, Any], architecture: s
         out.append(f"its rope ({', '.join(kinds)}) changes with length, so stored keys would change too")
     if _alibi(text) and text.get("model_type") not in ALIBI:
         out.append("it uses ALiBi positions")
-    if any(text.get(key) for key in STATES):
-        out.append("it has recurrent layers")
+    if text.get("model_type") in recurrent.FORGETFUL:
+        out.append("its own code forgets the recurrent state where several tokens follow it")
+    elif any(text.get(key) for key in STATES) and text.get("model_type") not in recurrent.RUNS:
+        out.append("it has recurrent layers that thaw does not know")
     if config.get("quantization_config") is not None:
         out.append("its weights are quantised in a way that was not tested")
     out += [] if out else _unknown(config, text)
