@@ -20,7 +20,20 @@ from thaw.engines.hf.config import num_positions, ropes
 from thaw.engines.transformers import recurrent
 from thaw.engines.transformers.groups import NOTHING, WINDOWED, groups, layers, shape, text_config
 
-TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
+TESTED = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GPTNeoXForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Lfm2ForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "BambaForCausalLM",
+    "FalconH1ForCausalLM",
+    "NemotronHForCausalLM",
+    "Zamba2ForCausalLM",
+)
 PACKED = frozenset(
     (
         "afmoe",
@@ -188,7 +201,8 @@ def _reasons(config: Mapping[str, Any], text: Mapping[str, Any], architecture: s
         out.append("it is an encoder-decoder model")
     if not _has_head(architecture, config is not text) and config.get("architectures"):
         out.append(f"{architecture} is not a causal language model with a language-model head")
-    known = {"full_attention", *WINDOWED, *NOTHING, *recurrent.LAYER_TYPES}
+    states = recurrent.LAYER_TYPES if text.get("model_type") in recurrent.RUNS else ()
+    known = {"full_attention", *WINDOWED, *NOTHING, *states}
     kinds = sorted(set(map(str, text.get("layer_types") or ())) - known)
     if kinds:
         out.append(f"some layers are of a kind that thaw does not know ({', '.join(kinds)})")
@@ -206,6 +220,8 @@ def _reasons(config: Mapping[str, Any], text: Mapping[str, Any], architecture: s
     out += [] if out else _unknown(config, text)
     if not layers(text):
         out.append("the config does not give layers, heads and head size")
+    elif not token_nbytes(groups(text, "float32")):
+        out.append("none of its layers attends; thaw keeps recurrent states beside attention")
     return out
 
 
