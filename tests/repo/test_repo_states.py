@@ -16,6 +16,7 @@ from thaw.core.cache import point_groups, token_nbytes
 from thaw.core.errors import InvalidRequest, NotKept
 from thaw.engines.base import Engine
 from thaw.repo import Repository
+from thaw.repo.timeline import read_entries, read_state
 from thaw.testing.laws.kit import ids
 
 GREEDY = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -183,3 +184,43 @@ def test_match_and_gc_and_verify_know_points(repo: Repository) -> None:
     repo.gc(keep_reflog_s=0)
     assert repo.stats().kv_nbytes == before
     assert repo.session("main:token=128").num_kv == 128
+
+
+def test_a_live_fork_elsewhere_reads_the_gap_again_where_that_is_allowed(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all children. What was read again is stored anew, and goes on from disk with the bits that it has."""
+    with repo.session(seed=1) as s:
+        s.append(token_ids=ids(READ), points=[128])
+        s.commit("read", branch="main")
+        with pytest.raises(NotKept):
+            s.fork(3, at=200)
+        fed = count_forwarded(repo.engine, monkeypatch)
+        again = s.reread(200)
+    kids = again.fork(3)
+    assert sum(fed) == 72
+    proof = again.proof
+    assert proof is not None and (proof.num_cached_tokens, proof.num_recomputed_tokens) == (128, 72)
+    assert not proof.hit and proof.continuation == "close"
+    kids.commit("k")
+    entries = read_entries(repo.store, read_state(repo.store, repo.resolve("k/0").state))
+    assert [(entry.start, entry.length) for entry in entries] == [(0, 128), (128, 72)]
+    whole = kids[0].generate("", GREEDY)
+    with repo.session("k/0") as restored:
+        assert restored.generate("", GREEDY).logprobs == whole.logprobs
+
+
+def test_a_chat_that_drops_what_it_said_goes_back_to_a_point(repo: Repository) -> None:
+    """A conversation that is given whole, with another answer: what comes after the last point is read again."""
+    with repo.session(seed=1) as s:
+        s.chat("Who are you?", GREEDY)
+        told = [
+            {"role": "user", "content": "Who are you?"},
+            {"role": "assistant", "content": "Nobody at all"},
+            {"role": "user", "content": "Really?"},
+        ]
+        s.chat(history=told, sampling=GREEDY)
+        assert "Nobody at all" in s.text and "Really?" in s.text
+        s.commit("told", branch="main")
+    report = repo.verify("main", num_tokens=2, fresh_process=False)
+    assert all(law.held is not False for law in report.laws), report.laws

@@ -247,7 +247,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
                         they are promised at equal batch shape, which a call that runs alone has
     `prefill-progress`  tokens of a running append are seen by `view` and `fork` as they are read, as they are by
                         `capture` in every engine; else all of them at its end
-    `points`            `keep_points`: states of earlier tokens are kept where they were asked for
+    `points`            `keep_points`: states of earlier tokens are kept where they were asked for; and `reread`
     `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
     `entropy`           `Sampling.entropy`; else refused
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
@@ -416,7 +416,14 @@ class Engine(abc.ABC):
         """N sessions that start where `session` stands (or stood after `at` tokens), sharing its full blocks.
 
         Child i gets derive(seed, position, i), or the parent's own seed with `replay`, or `seeds[i]`. A fork inside
-        a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent."""
+        a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent. Raises `NotKept` for a
+        token that cannot be gone on from."""
+
+    def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
+        """A session of the first `at` tokens with the parent's seed, where `fork` raises `NotKept`: it begins at the
+        nearest earlier point and reads the rest again, which its proof counts as recomputed. Raises `Unsupported`
+        without "points"."""
+        raise Unsupported(f"engine {self.info.name} does not read tokens again; append them to a new session")
 
     @abc.abstractmethod
     def view(self, session: SessionRef) -> SessionView: ...

@@ -89,6 +89,10 @@ class AsyncSession(Awaited[Session]):
         """As `Session.fork`."""
         return AsyncGroup(await opened(Group.close, self.sync.fork, n, at, replay))
 
+    async def reread(self, at: int) -> AsyncSession:
+        """As `Session.reread`."""
+        return AsyncSession(await opened(Session.close, self.sync.reread, at))
+
     async def __aenter__(self) -> AsyncSession:
         return self
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from thaw.core.cache import keeps_all
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, ThawError, TooLong
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotKept, ThawError, TooLong
 from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
@@ -401,10 +401,14 @@ class Session(ProcessBound):
         engine, old = self._context.engine, self.ref
         if keep == len(engine.view(old).tokens):
             return
-        new = engine.fork(old, 1, at=keep, replay=True).result()[0]
+        try:
+            new = engine.fork(old, 1, at=keep, replay=True).result()[0]
+        except NotKept:
+            new = engine.reread(old, keep).result()
+        kept, _ = self._kept_of(engine.view(new))
         with self._lock:
             self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep)
-            self._ref, self._kept, self._last = new, self._kept.cut(engine.view(new).num_kv), None
+            self._ref, self._kept, self._last = new, kept, None
             self._num_inherited = min(self._num_inherited, keep)
 
     # -- git's verbs
@@ -425,13 +429,27 @@ class Session(ProcessBound):
         return self._commit(message, branch or self._branch, commits.check_meta(meta), expect, "commit")
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
-        """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written."""
+        """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written. Raises `NotKept`
+        for a token without a state, on models with recurrent layers; `reread` goes on there."""
         engine = self._context.engine
         refs = engine.fork(self.ref, n, at=at, replay=replay).result()
         view = engine.view(refs[0])
         kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
         children = [Session(self._context, ref, kept=kept, parent=self._parent, num_inherited=begun) for ref in refs]
         return Group(self._context, children)
+
+    def reread(self, at: int) -> Session:
+        """A session of the first `at` tokens, where `fork` raises `NotKept`: it goes on from the nearest earlier point
+        and prefills the rest again, which its proof counts. Forks of it read nothing again."""
+        ref = self._context.engine.reread(self.ref, at).result()
+        kept, proof = self._kept_of(self._context.engine.view(ref))
+        return Session(self._context, ref, kept=kept, parent=self._parent, proof=proof, num_inherited=at)
+
+    def _kept_of(self, view: SessionView) -> tuple[Kept, Proof | None]:
+        """What of a child the store has, which is nothing of what the child read again; and the child's proof."""
+        proof = view.proof
+        again = proof is not None and proof.num_recomputed_tokens > 0
+        return self._kept.cut(proof.num_cached_tokens if again and proof is not None else view.num_kv), proof
 
     def adopt(self, branch: str, message: str = "") -> CommitResult:
         """Commit (if anything is new) and make it the branch, whatever the branch was; the old tip stays in its reflog.

@@ -183,6 +183,11 @@ class EmbeddedEngine(Engine):
             check_seed(seed)
         return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))
 
+    def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
+        promise: Promise[SessionRef] = Promise()
+        self._in_background(promise, lambda: self._reread(session, at))
+        return promise
+
     def park(self, session: SessionRef) -> Handle[SessionView]:
         def put_away() -> SessionView:
             live = self._usable(session)
@@ -348,9 +353,13 @@ class EmbeddedEngine(Engine):
             raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
         return [self._admit(self._child(parent, position, replay, seeds[i] if seeds else None, i)) for i in range(n)]
 
-    def _child(self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int) -> LiveSession:
-        whole = at == len(parent.tokens)
-        num_kv = parent.kv.num_tokens if whole else parent.kv.before(at)
+    def _child(
+        self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int, *, num_kv: int | None = None
+    ) -> LiveSession:
+        """`num_kv`: how many tokens of KV it begins with, where that is not as many as `at` allows."""
+        whole = at == len(parent.tokens) and num_kv is None
+        if num_kv is None:
+            num_kv = parent.kv.num_tokens if whole else parent.kv.before(at)
         child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
         child.tokens = parent.tokens[:at]
         child.turns = list(cut_turns(parent.all_turns(), parent.tokens, at, self.codec))
@@ -369,6 +378,24 @@ class EmbeddedEngine(Engine):
         if not replay:
             reseed(child, derive(parent.seed, at, index) if seed is None else seed)
         return child
+
+    def _reread(self, session: SessionRef, at: int) -> SessionRef:
+        """On an I/O thread."""
+
+        def begin() -> LiveSession:
+            parent = self._fresh(session)
+            if not 0 <= at <= len(parent.tokens):
+                raise InvalidRequest(f"fork at token {at}: the session has {len(parent.tokens)}")
+            num_kv = max((token for token in parent.kv.points if token < at), default=0)
+            child = self._child(parent, at, True, None, 0, num_kv=num_kv)
+            self._admit(child)
+            return child
+
+        child = self._driver.call(begin).result()
+        num_kv = child.kv.num_tokens
+        self.append(child.ref, ()).result()
+        child.proof = None if child.proof is None else _with_gap(child.proof, num_kv, at, "read again as asked")
+        return child.ref
 
     def _hydrate(self, plan: HydratePlan) -> Hydrated:
         """On an I/O thread: nothing of it touches a session before it is admitted."""
@@ -397,13 +424,7 @@ class EmbeddedEngine(Engine):
     def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
         """Prefill what comes after the point that was loaded, because the caller allowed it."""
         self.append(ref, ()).result()
-        return msgspec.structs.replace(
-            loaded,
-            first_mismatch=plan.num_kv,
-            num_recomputed_tokens=len(plan.tokens) - plan.num_kv,
-            continuation="close",
-            reason=plan.not_kept,
-        )
+        return _with_gap(loaded, plan.num_kv, len(plan.tokens), plan.not_kept)
 
     def _recompute(self, plan: HydratePlan, reason: str) -> Hydrated:
         """Prefill the plan's tokens again, because the caller allowed it."""
@@ -459,6 +480,17 @@ class EmbeddedEngine(Engine):
         if self._closed:
             raise EngineDied(f"engine {self.info.name} is closed; load it again")
         self._io.submit(run)
+
+
+def _with_gap(proof: Proof, num_kv: int, num_tokens: int, reason: str) -> Proof:
+    """The proof of a session whose tokens from `num_kv` on were read again."""
+    return msgspec.structs.replace(
+        proof,
+        first_mismatch=num_kv,
+        num_recomputed_tokens=num_tokens - num_kv,
+        continuation="close",
+        reason=reason,
+    )
 
 
 def _idle(session: LiveSession) -> LiveSession:

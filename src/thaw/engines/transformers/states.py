@@ -87,7 +87,10 @@ class GroupStates:
     def _tensor(self, part: StatePart, blobs: Sequence[StateBlob]) -> torch.Tensor:
         """A part as [H, L, …shape]."""
         first = blobs[0]
-        if isinstance(first, HeldBlob):
+        if isinstance(first, HeldBlob) and all(
+            isinstance(blob, HeldBlob) and blob.part_HL is first.part_HL and blob.head == head
+            for head, blob in enumerate(blobs)
+        ):
             return first.part_HL
         dtype, shape = getattr(torch, part.dtype), (self.group.num_layers, *part.shape)
         heads = [torch.frombuffer(bytearray(bytes(blob)), dtype=dtype).view(shape) for blob in blobs]
