@@ -76,3 +76,35 @@ def test_a_token_that_was_not_kept_is_read_again_where_that_is_allowed(told: She
     assert told.ok("show", "again", "--json").json()["num_tokens"] == 103
     told.ok("fork", "main:token=200", "x", "y", "--max-tokens", "2", "--name", "f", "--recompute")
     assert all(law["held"] is not False for law in told.ok("verify", "f/1", "--json").json()["laws"])
+
+
+@pytest.mark.parametrize("groups", ["two", "states"])
+def test_a_point_that_is_asked_for_is_kept_listed_and_forked_from(groups: str, shell: Shell) -> None:
+    """Where every token is kept, asking changes nothing."""
+    with (
+        thaw.load_engine("fake", groups=groups, interior=groups == "two") as engine,
+        thaw.open(shell.cwd / ".thaw", engine=engine) as repo,
+        repo.session(seed=3) as s,
+    ):
+        s.append("begun")
+        s.commit("begun", branch="main")
+    (shell.cwd / "doc.txt").write_text(TEXT)
+    shell.ok("run", "--file", "doc.txt", "--branch", "doc", "--point", "100", "--point", "200", "--no-generate")
+    (entry,) = shell.ok("log", "doc", "--json").json()["commits"]
+    shown, total = shell.ok("show", "doc"), len(TEXT)
+    if groups == "states":
+        assert entry["points"] == [100, 200, total - 1, total] and entry["state_nbytes"] == 30
+        assert f"4 of 30 B each, after 100, 200, {total - 1}, {total} tokens" in shown.out
+        assert "4 states (120 B)" in shell.ok("log", "doc").out
+    else:
+        assert "points" not in entry and "states" not in shown.out
+    out = shell.ok("fork", "doc:token=100", "x", "yz", "--max-tokens", "2", "--name", "p", "--json").json()
+    counts = [child["usage"]["num_prefilled_tokens"] for child in out["children"]]
+    assert counts == ([1, 2] if groups == "states" else [2, 3])
+    late = shell("run", "--from", "doc", "--point", "5", "x", "--max-tokens", "1")
+    assert late.code == 2 and "still to be read" in late.err
+
+
+def test_points_on_a_model_with_windows_are_refused(told: Shell) -> None:
+    out = told("run", "--from", "main", "--point", "1000", "x", "--max-tokens", "1")
+    assert (out.code, "windows of cache group sliding" in out.err) == ((2, True) if is_hybrid(told) else (0, False))

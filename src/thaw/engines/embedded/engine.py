@@ -10,8 +10,18 @@ from typing import TypeVar
 
 import msgspec
 
-from thaw.core.cache import point_groups
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, NotKept, Refused, StaleSession, TooLong
+from thaw.core.cache import point_groups, windowed
+from thaw.core.errors import (
+    Busy,
+    EngineDied,
+    InvalidRequest,
+    NotFound,
+    NotKept,
+    Refused,
+    StaleSession,
+    TooLong,
+    Unsupported,
+)
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Chat
 from thaw.core.proof import Proof
@@ -301,6 +311,12 @@ class EmbeddedEngine(Engine):
 
     def _ask(self, live: LiveSession, tokens: Sequence[int], unaligned: bool) -> None:
         multiple, limit = self._backend.point_multiple, self._backend.max_model_len
+        windows = () if self._backend.keeps_interior else windowed(self._backend.groups)
+        if tokens and windows:
+            raise Unsupported(
+                f"points at {list(tokens)[:5]}: this engine keeps the windows of cache group {windows[0]} at a "
+                "session's end alone, so that no earlier token can be gone on from"
+            )
         for token in tokens:
             if not isinstance(token, int) or not 0 < token <= limit:
                 raise InvalidRequest(f"a point at token {token!r}: it must be 1 to {limit}")
