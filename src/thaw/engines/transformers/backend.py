@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import DynamicCache
 
-from thaw.core.cache import keeps_all
+from thaw.core.cache import keeps_all, point_groups
 from thaw.core.errors import CorruptBlob, InvalidRequest, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
@@ -67,7 +69,7 @@ class TransformersBackend(Backend):
         named = eos_of(module.generation_config, module.config)
         self.eos_token_ids = stop_set(named, loaded.tokenizer, self.vocab_size)
         self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
-        self.numerics = _numerics(self._device)
+        self.numerics = _numerics(self._device) | (_kernels() if point_groups(self.groups) else {})
         self._first_sample: str | None = None
         self._probe()
 
@@ -196,3 +198,12 @@ def _numerics(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         out["cuda_device"] = torch.cuda.get_device_name(device)
     return out
+
+
+def _kernels() -> dict[str, str]:
+    """The packages whose kernels recurrent layers run with where they are installed, and their versions."""
+    found = {}
+    for name in ("flash-linear-attention", "causal-conv1d", "mamba-ssm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
