@@ -13,6 +13,7 @@ from thaw.doctor.report import ModelReport
 from thaw.engines.hf.beside import POINTER, Config, is_pointer, may_not_read, parse_object, require_beside
 from thaw.engines.hf.config import resolved, sensible
 from thaw.engines.transformers import support
+from thaw.engines.transformers.groups import text_config
 
 SESSION_TOKENS = 4096
 MAX_CONFIG_BYTES = 8 << 20
@@ -134,8 +135,9 @@ def _in_servers(folder: Path) -> Iterator[Finding]:
         yield Finding(name="model-files", status="warning", text=f"vLLM and SGLang refuse it: {error}")
 
 
-def _work(config: Mapping[str, Any], shape: support.Support) -> tuple[int | None, float | None]:
+def _work(whole: Mapping[str, Any], shape: support.Support) -> tuple[int | None, float | None]:
     """(parameters, operations to prefill a session) of a decoder of the common shape; biases and norms are left out."""
+    config = text_config(whole)
     hidden = config.get("hidden_size") or config.get("n_embd")
     heads = config.get("num_attention_heads") or config.get("n_head")
     known = (hidden, heads, config.get("vocab_size"), shape.num_layers, shape.num_kv_heads, shape.head_dim)
@@ -143,6 +145,8 @@ def _work(config: Mapping[str, Any], shape: support.Support) -> tuple[int | None
         return None, None
     hidden, heads, vocab, layers, kv_heads, dim = (int(x) for x in known if x is not None)
     inner = config.get("intermediate_size") or 4 * hidden
+    if not isinstance(inner, int):  # it differs from layer to layer
+        return None, None
     gated = str(config.get("model_type")) not in UNGATED
     per_layer = hidden * dim * (2 * heads + 2 * kv_heads) + (3 if gated else 2) * hidden * inner
     parameters = layers * per_layer + vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)

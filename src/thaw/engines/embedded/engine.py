@@ -300,6 +300,12 @@ class EmbeddedEngine(Engine):
         bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._backend.vocab_size]
         if bad:
             raise InvalidRequest(f"token ids {bad[:5]} are outside the vocabulary of {self._backend.vocab_size}")
+        named = next((t for t in tokens if t in self._backend.placeholders), None)
+        if named is not None:
+            raise Unsupported(
+                f"token {named} is the model's {self._backend.placeholders[named]}: it stands for what is no text, and "
+                "this engine runs the text part alone; leave images, videos and sound out"
+            )
         total, limit = num_tokens + len(tokens) + more, self._backend.max_model_len
         if total > limit:
             raise TooLong(

@@ -59,6 +59,8 @@ STRETCHED = ("yarn", "linear")
 GENERATION = "generation_config.json"
 ATTENTION = "eager"
 """Where a model is only looked at: every class has it, and a config may ask for one that is not installed."""
+SEVERAL = "ForConditionalGeneration"
+"""How the names of classes of several parts end."""
 NONSENSE = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 _IN_ROPE = ("partial_rotary_factor",)
 """Read from `rope_parameters` by every model of transformers 5; see docs/design/0003-identity-across-versions.md."""
@@ -105,6 +107,15 @@ def _own_config(folder: str | Path) -> Any:
         raise
     except nonsense() as error:
         raise _senseless(folder, error) from None
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class for the files of this config: a causal language model, or, where the config says so, a class
+    of several parts whose text part is one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    several = str((config.architectures or [""])[0]).endswith(SEVERAL) and config is not config.get_text_config()
+    return AutoModelForImageTextToText if several else AutoModelForCausalLM
 
 
 def refuse_foreign_code(model: str | Path, error: Exception) -> None:

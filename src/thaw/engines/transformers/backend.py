@@ -24,14 +24,14 @@ from thaw.engines.hf.weights import sample_weights
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 from thaw.engines.transformers.groups import layers
-from thaw.engines.transformers.head import StockHead
+from thaw.engines.transformers.head import StockHead, body_of
 from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.packed import Packed
 from thaw.engines.transformers.recurrent import chunk
 from thaw.engines.transformers.sampler import choose, largest
-from thaw.engines.transformers.single import Single, check
+from thaw.engines.transformers.single import Single, check, positions, takes_positions
 
 UNBOUNDED = 1 << 20
 """The length of a model whose config names no number of positions."""
@@ -41,7 +41,9 @@ PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class TransformersBackend(Backend):
-    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None, recent_points: int = 0) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, max_model_len: int | None, interior: bool = False, recent_points: int = 0
+    ) -> None:
         if not isinstance(recent_points, int) or recent_points < 0:
             raise InvalidRequest(f"recent_points={recent_points!r}: how many tokens a session can go back, 0 or more")
         self.recent_points = recent_points
@@ -55,18 +57,20 @@ class TransformersBackend(Backend):
         self.device = str(self._device)
         found = support.examine(module.config.to_dict(), str(self._dtype))
         self.groups, self._is_packed = found.groups, found.packed
-        self.keeps_interior = keeps_all(self.groups)
+        self.keeps_interior = keeps_all(self.groups) or (interior and not point_groups(self.groups))
+        self.placeholders = support.placeholders(module.config.to_dict())
         text = module.config.get_text_config(decoder=True)
         self.vocab_size = int(text.vocab_size)
         self.max_model_len = _max_len(text.to_dict(), max_model_len)
         self._kept = layers(text.to_dict())
         self.point_multiple = chunk(text.to_dict())
-        body = getattr(module.base_model, "language_model", module.base_model)
-        self._pass = (
-            Packed(body, self._device) if self._is_packed else Single(body, self._kept, self.groups, self._device)
-        )  # fmt: skip
-        self._stock_head = StockHead(module)
-        named = eos_of(module.generation_config, module.config)
+        self._pass: Packed | Single
+        if self._is_packed:
+            self._pass = Packed(module.base_model, self._device)
+        else:
+            self._pass = Single(body_of(module), self._kept, self.groups, self._device)
+            self._stock_head = StockHead(module)
+        named = eos_of(module.generation_config, text)
         self.eos_token_ids = stop_set(named, loaded.tokenizer, self.vocab_size)
         self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
         self.numerics = _numerics(self._device) | (_kernels() if point_groups(self.groups) else {})
@@ -172,13 +176,14 @@ class TransformersBackend(Backend):
     def _stock(self, tokens: list[int], cache: DynamicCache | None, start: int = 0) -> torch.Tensor:
         """Positions are given, for some classes count from 0 whatever their cache holds."""
         with torch.inference_mode():
-            logits: torch.Tensor = self._module(
+            out = self._module(
                 input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.arange(start, start + len(tokens), device=self._device)[None],
                 past_key_values=cache,
                 use_cache=cache is not None,
-            ).logits
-        return logits[0, -1]
+                **(positions(start, len(tokens), self._device) if takes_positions(self._module) else {}),
+            )
+        logits: torch.Tensor = out.logits[0, -1]
+        return logits
 
 
 def _max_len(config: dict[str, object], wanted: int | None) -> int:

@@ -24,12 +24,14 @@ NOTHING = ("moe", "mlp")
 
 
 class KV(NamedTuple):
-    """Keys and values of each head; of the last `window` tokens where that is given."""
+    """Keys and values of each head; of the last `window` tokens where that is given. The stock cache holds each head
+    `repeats` times over."""
 
     heads: int
     dim: int
     value_dim: int | None = None
     window: int | None = None
+    repeats: int = 1
 
 
 class Latent(NamedTuple):
@@ -62,9 +64,11 @@ def layers(config: Mapping[str, Any]) -> list[Kept]:
     if count is None:
         return []
     kinds = config.get("layer_types") or recurrent.layer_types(config, count)
-    if not isinstance(kinds, Sequence) or len(kinds) < count:
+    if not isinstance(kinds, Sequence) or not kinds:
         kinds = [_only_kind(config)] * count
-    kept = [_layer(config, str(kind)) for kind in kinds[:count]]
+    if len(kinds) < count:
+        return []
+    kept = [_layer(_of_layer(config, i), str(kind)) for i, kind in enumerate(kinds[:count])]
     return [] if None in kept else _without_shared(config, kept)  # type: ignore[arg-type]
 
 
@@ -111,6 +115,14 @@ def _only_kind(config: Mapping[str, Any]) -> str:
     return "full_attention"
 
 
+def _of_layer(config: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
+    """The config of one layer, where layers differ (Gemma 4)."""
+    own = config.get("per_layer_config")
+    if not isinstance(own, Mapping):
+        return config
+    return {**config, **(own.get(layer) or own.get(str(layer)) or {})}
+
+
 def _layer(config: Mapping[str, Any], kind: str) -> Kept | None:
     """None where the type is unknown or the numbers are missing."""
     if kind in NOTHING:
@@ -128,7 +140,15 @@ def _layer(config: Mapping[str, Any], kind: str) -> Kept | None:
     _, heads, dim = shape(config)
     if not all(isinstance(n, int) and n > 0 for n in (heads, dim)):
         return None
-    return (KV(heads, dim, None, window),)  # type: ignore[arg-type]
+    return (_kv(config, heads, dim, window),)  # type: ignore[arg-type]
+
+
+def _kv(config: Mapping[str, Any], heads: int, dim: int, window: int | None) -> KV:
+    if config.get("model_type") == "mimo_v2_flash":  # windowed layers have twice the heads
+        return KV(heads * (1 if window is None else 2), dim, config.get("v_head_dim"), window)
+    if config.get("new_decoder_architecture"):  # Falcon's
+        return KV(heads, dim, None, window, int(first(config, HEADS)) // heads)
+    return KV(heads, dim, None, window)
 
 
 def _without_shared(config: Mapping[str, Any], kept: list[Kept]) -> list[Kept]:

@@ -55,7 +55,7 @@ class TorchExtent(Extent):
         raw = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
         rows = raw.view(slots[0].dtype).view(slots[0].shape[0], -1)  # a layer's planes one after the other
         sizes = [plane.shape[1] * stored * plane.shape[3] for plane in slots]
-        for plane, blob in zip(slots, rows.split(sizes, 1), strict=True):
+        for plane, blob in zip(slots, torch.split(rows, sizes, 1), strict=True):
             tokens = blob.reshape(plane.shape[0], plane.shape[1], stored, plane.shape[3])
             plane[:, :, start:stop] = tokens[:, :, : stop - start].to(plane.device)
 
@@ -79,11 +79,11 @@ def _store(group: TokenGroup, num_pages: int, device: torch.device) -> torch.Ten
 
 
 def _planes(group: TokenGroup, store: torch.Tensor) -> list[torch.Tensor]:
-    each = store.unflatten(2, (group.num_layers, -1))
+    by_layer = (*store.shape[:2], group.num_layers)
     sizes = [count * PAGE * width for count, width in group.layer_planes]
+    parts = torch.split(store.view(*by_layer, -1), sizes, 3)
     return [
-        part.unflatten(3, (count, PAGE, width))
-        for part, (count, width) in zip(each.split(sizes, 3), group.layer_planes, strict=True)
+        part.view(*by_layer, count, PAGE, width) for part, (count, width) in zip(parts, group.layer_planes, strict=True)
     ]
 
 

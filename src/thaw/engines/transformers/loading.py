@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
 from thaw.engines.hf import checkpoint
 from thaw.engines.hf.beside import AGAIN, is_there, read_object, require_beside
-from thaw.engines.hf.config import ATTENTION, load_config, nonsense, refuse_foreign_code, resolved, sensible
+from thaw.engines.hf.config import ATTENTION, auto_class, load_config, nonsense, refuse_foreign_code, resolved, sensible
 from thaw.engines.hf.tokenizer import transformers_tokenizer
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
@@ -71,7 +70,7 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
         with checkpoint.without_report():
             config = load_config(name)
             found = support.require(config.to_dict(), dtype)
-            module, info = _class_of(config).from_pretrained(
+            module, info = auto_class(config).from_pretrained(
                 name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True,
                 trust_remote_code=False, **({"attn_implementation": ATTENTION} if found.packed else {}),
             )  # fmt: skip
@@ -91,12 +90,6 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     tokenizer = transformers_tokenizer(name)
     module.to(device)
     return _ready(LoadedModel(module, tokenizer, name, folder))
-
-
-def _class_of(config: Any) -> Any:
-    """What the files are of: a causal language model, or a class of several parts whose text part is one."""
-    several = str((config.architectures or [""])[0]).endswith("ForConditionalGeneration")
-    return AutoModelForImageTextToText if several else AutoModelForCausalLM
 
 
 def _look_at_fetched(name: str) -> list[Path]:

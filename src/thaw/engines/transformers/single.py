@@ -10,6 +10,8 @@ Shape letters as in kv.py; S is the keys that a layer attends to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, kv: PagedKV, group: int, row: int, spec: Spec) -> None:
         CacheLayerMixin.__init__(self)
         self._kv, self._group, self._row, self._spec = kv, group, row, spec
+        self._repeats = spec.repeats if isinstance(spec, KV) else 1
         self.cumulative_length = kv.num_tokens
 
     def get_seq_length(self) -> int:
@@ -53,15 +56,16 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
         """Write the new tokens, and return all [1, H, S, D] that they attend to."""
         start, count = self.cumulative_length, key_1HND.shape[2]
         self.cumulative_length += count
-        new = (key_1HND[0], value_1HND[0])
+        new = (key_1HND[0, :: self._repeats], value_1HND[0, :: self._repeats])
         self._write(start, new)
         begin = self._begin(start)
-        found = tuple(torch.empty((1, t.shape[0], start + count - begin, t.shape[2]), dtype=t.dtype, device=t.device)
-                      for t in new)  # fmt: skip
+        shapes = [(t.shape[0], start + count - begin, t.shape[2]) for t in new]
+        found = [torch.empty(shape, dtype=t.dtype, device=t.device) for shape, t in zip(shapes, new, strict=True)]
         for out, mine in zip(found, new, strict=True):
-            out[0, :, start - begin :] = mine
+            out[:, start - begin :] = mine
         self._read(begin, start, found)
-        return found[0], found[1]
+        keys, values = (out.repeat_interleave(self._repeats, 0) if self._repeats > 1 else out for out in found)
+        return keys[None], values[None]
 
     def _begin(self, start: int) -> int:
         """The first token that the token at `start` attends to."""
@@ -83,11 +87,11 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
                 at = run.first + a // PAGE - run.start
                 pages = slice(at, at + -(-(b - a) // PAGE))
                 for slots, out in zip(self._views(run.extent, pages), into, strict=True):
-                    target = out[0, :, a - begin : b - begin]
+                    target = out[:, a - begin : b - begin]
                     if (b - a) % PAGE or a % PAGE:
                         target[:] = slots[:, 0, a % PAGE : a % PAGE + b - a]
                     else:
-                        target.unflatten(1, (-1, PAGE)).copy_(slots)
+                        target.view(slots.shape).copy_(slots)
 
     def _views(self, extent: Any, pages: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's keys and values in pages of an extent, [H, P, T, D] each."""
@@ -108,7 +112,8 @@ class WindowLayer(PagedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
         PagedLayer.__init__(self, kv, group, row, spec)
 
     def _begin(self, start: int) -> int:
-        return max(0, start - self.sliding_window + 1)
+        window: int = self.sliding_window
+        return max(0, start - window + 1)
 
 
 def _spans(begin: int, end: int) -> list[tuple[int, int]]:
@@ -128,7 +133,7 @@ class SessionCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_layer(kv, of_layer) for of_layer in kept])
 
 
-class PagedStateLayer(StateLayer, PagedLayer):  # type: ignore[misc]
+class PagedStateLayer(StateLayer, PagedLayer):
     """A layer that attends and is recurrent."""
 
     is_compileable = False
@@ -151,6 +156,16 @@ def _layer(kv: PagedKV, of_layer: Sequence[Place]) -> Any:
     return PagedLayer(kv, *place)
 
 
+def takes_positions(module: Any) -> bool:
+    """Whether a class is to be told where tokens stand: some count from 0 if not, whatever their cache holds."""
+    return "position_ids" in signature(module.forward).parameters
+
+
+def positions(start: int, count: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The argument that says it of `count` tokens."""
+    return {"position_ids": torch.arange(start, start + count, device=device)[None]}
+
+
 class Single:
     """Runs feeds one by one through `body`, a stock model without its head."""
 
@@ -158,6 +173,8 @@ class Single:
         self._body, self._device = body, device
         self._places = places(kept)
         self._states = AllStates(groups, device)
+        self._takes_positions = takes_positions(body)
+        self._more = {"logits_to_keep": 1} if "logits_to_keep" in signature(body.forward).parameters else {}
 
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
         """The last hidden state of each feed; advances `kv.num_tokens`."""
@@ -168,9 +185,10 @@ class Single:
         self._states.fill(cache.layers, feed.kv)
         out = self._body(
             input_ids=torch.tensor([list(feed.tokens)], device=self._device),
-            position_ids=torch.arange(start, start + len(feed.tokens), device=self._device)[None],
             past_key_values=cache,
             use_cache=True,
+            **(positions(start, len(feed.tokens), self._device) if self._takes_positions else {}),
+            **self._more,
         )
         feed.kv.num_tokens += len(feed.tokens)
         self._states.keep(cache.layers, feed.kv)
@@ -187,8 +205,7 @@ def check(name: str, stock: Cache, kept: Sequence[Kept], num_tokens: int, dtype:
     what the config was read to say: shapes of keys and values, and windows, layer by layer."""
     found = [_found(layer, num_tokens) for layer in stock.layers]
     expected = [_expected(specs, dtype) for specs in kept]
-    found += [None] * (len(expected) - len(found))
-    for number, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
+    for number, (theirs, ours) in enumerate(zip_longest(found, expected)):
         if theirs != ours:
             raise Unsupported(
                 f"{name}: layer {number} keeps {theirs}, and its config was read as {ours} (KV heads, sizes of K and "
@@ -224,4 +241,4 @@ def _expected_tokens(specs: Sequence[Spec]) -> tuple[int, int, int, int | None] 
     if isinstance(spec, Latent):
         return 1, spec.rank, spec.rope, None
     assert isinstance(spec, KV), spec
-    return spec.heads, spec.dim, spec.dim if spec.value_dim is None else spec.value_dim, spec.window
+    return spec.heads * spec.repeats, spec.dim, spec.dim if spec.value_dim is None else spec.value_dim, spec.window

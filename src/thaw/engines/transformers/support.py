@@ -1,10 +1,10 @@
 """What the transformers engine can hold, decided from a model's config alone. No torch here.
 
-Supported: the decoder-only models of `RUNS`, with a rope that does not change with length. What each layer keeps is read
-in `groups.py`. Models of one plain full group run packed (`packed.py`) where thaw's attention is known to compute what
-theirs does (`PACKED`); all others run as stock, one session a pass (`single.py`). Everything else is refused by name.
-The doctor and the boot ask this one table, each with the config as transformers resolves it (`hf.config.resolved`), so
-they say the same.
+Supported: the decoder-only models of `RUNS`, with a rope that does not change with length. What each layer keeps is
+read in `groups.py`. Models of one plain full group run packed (`packed.py`) where thaw's attention is known to compute
+what theirs does (`PACKED`); all others run as stock, one session a pass (`single.py`). Everything else is refused by
+name. The doctor and the boot ask this one table, each with the config as transformers resolves it
+(`hf.config.resolved`), so they say the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from thaw.core.cache import CacheGroup, is_plain, token_nbytes
 from thaw.core.errors import Unsupported
 from thaw.engines.hf.config import num_positions, ropes
 from thaw.engines.transformers import recurrent
-from thaw.engines.transformers.groups import NOTHING, WINDOWED, groups, layers, shape, text_config
+from thaw.engines.transformers.groups import KV, NOTHING, WINDOWED, Latent, groups, layers, shape, text_config
 
 TESTED = (
     "LlamaForCausalLM",
@@ -101,16 +101,106 @@ PACKED = frozenset(
 """Model types whose own attention and head compute what thaw's do, where they are one plain full group."""
 SINGLE = frozenset(
     (
+        "bloom",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "doge",
         "falcon",
-        "gpt2",
-        "gpt_oss",
         "gemma2",
+        "gemma3n_text",
+        "gemma4_text",
+        "glm4_moe_lite",
+        "glm4v_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox_japanese",
+        "gpt_oss",
+        "gptj",
+        "granite_swa",
+        "granitemoe_swa",
+        "jetmoe",
+        "llama4_text",
+        "mimo_v2_flash",
+        "minicpm3",
+        "ministral",
+        "mpt",
+        "nemotron",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_text",
+        "stablelm",
+        "vaultgemma",
+        "xglm",
+        "youtu",
     )
 )
 """Model types that run with their own attention and head only."""
 RUNS = PACKED | SINGLE | recurrent.RUNS
 """Model types that somebody has looked at; `tests/engines/test_shapes.py` boots each. Others are refused."""
-WITH_TEXT = frozenset(("gemma3",))
+WINDOWS = frozenset(
+    (
+        "afmoe",
+        "cohere2",
+        "cohere2_moe",
+        "cwm",
+        "exaone4",
+        "exaone_moe",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
+        "gpt_oss",
+        "granite_swa",
+        "granitemoe_swa",
+        "kolibri1",
+        "laguna",
+        "llama4_text",
+        "mellum",
+        "mimo_v2_flash",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "olmo3",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+        "vaultgemma",
+    )
+)
+"""Those of them whose layers may have a window or chunks."""
+LATENTS = frozenset(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"))
+"""Those of them that keep latents (MLA)."""
+WITH_TEXT = frozenset(
+    (
+        "aya_vision",
+        "cohere2_vision",
+        "gemma3",
+        "gemma4",
+        "glm4v",
+        "idefics3",
+        "internvl",
+        "llama4",
+        "llava",
+        "mistral3",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "smolvlm",
+    )
+)
 """Multimodal types whose text part runs by itself: no image, sound or video can be in a session."""
 WHY = {
     "bert": "it is an encoder",
@@ -120,6 +210,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 """What the engine runs in."""
 OWN = "auto"
 """A dtype for the weights' own."""
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+"""Fields that name the tokens which stand for what is no text."""
 SCALED = ("logits_scaling", "logit_scale")
 CAPPED = ("attn_logit_softcapping", "final_logit_softcapping")
 """What thaw's own attention and head do not compute."""
@@ -175,7 +267,7 @@ def examine(config: Mapping[str, Any], dtype: str | None = None) -> Support:
         groups=found,
         kv_token_nbytes=token_nbytes(found) if found else None,
         max_model_len=num_positions(text),
-        packed=_is_packed(text),
+        packed=config is text and _is_packed(text),
     )
 
 
@@ -187,6 +279,11 @@ def require(config: Mapping[str, Any], dtype: str | None = None) -> Support:
             f"{found.architecture} is not supported: {'; '.join(found.reasons)}. See `thaw doctor --config`."
         )
     return found
+
+
+def placeholders(config: Mapping[str, Any]) -> dict[int, str]:
+    """The tokens that stand for an image, a video or sound in a model of several parts, and the field that says so."""
+    return {config[name]: name for name in PLACEHOLDERS if isinstance(config.get(name), int)}
 
 
 def _is_packed(text: Mapping[str, Any]) -> bool:
@@ -234,7 +331,15 @@ def _unknown(config: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
     outer, inner = str(config.get("model_type")), str(text.get("model_type"))
     if config is not text and outer not in WITH_TEXT:
         return [f"thaw does not run the text part of models of type {outer} yet"]
-    return [] if inner in RUNS else [WHY.get(inner, f"thaw does not run models of type {inner} yet")]
+    if inner not in RUNS:
+        return [WHY.get(inner, f"thaw does not run models of type {inner} yet")]
+    kept = {spec for specs in layers(text) for spec in specs}
+    out = []
+    if inner not in WINDOWS and any(isinstance(spec, KV) and spec.window for spec in kept):
+        out.append(f"its config names a sliding window, which models of type {inner} are not known to have")
+    if inner not in LATENTS and (text.get("kv_lora_rank") or any(isinstance(spec, Latent) for spec in kept)):
+        out.append(f"its config names a latent cache (MLA), which models of type {inner} are not known to have")
+    return out
 
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:
