@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thaw.core.cache import nbytes_at
+from thaw.core.cache import nbytes_at, point_groups
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.doctor.report import ModelReport
@@ -53,7 +53,8 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         found = support.examine(config, dtype)
         parameters, work = _work(config, found)
     per_token = found.kv_token_nbytes
-    if per_token is not None and not 0 < per_token < MAX_TOKEN_NBYTES:
+    states = point_groups(found.groups)
+    if per_token is not None and not (0 < per_token < MAX_TOKEN_NBYTES or (per_token == 0 and states)):
         raise InvalidRequest(f"the config of {name!r} makes no sense: it gives {per_token} bytes of KV per token")
     return ModelReport(
         name=name,
@@ -71,6 +72,7 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         kv_token_nbytes=per_token,
         session_tokens=SESSION_TOKENS,
         session_nbytes=nbytes_at(found.groups, SESSION_TOKENS) if found.groups else None,
+        state_nbytes=sum(group.nbytes for group in states) or None,
         cache_groups=tuple(map(str, found.groups)),
     )
 

@@ -15,10 +15,13 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thaw.testing.recurrent_shapes import DECAY
+from thaw.testing.recurrent_shapes import SHAPES as RECURRENT
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ARCHITECTURES", "KINDS", "PARTS", "VOCAB_SIZE", "WINDOW", "make_random_model"]
+__all__ = ["ARCHITECTURES", "KINDS", "PARTS", "RECURRENT", "VOCAB_SIZE", "WINDOW", "make_random_model"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
 KINDS = {
@@ -106,6 +109,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
     },
+    **RECURRENT,
 }  # fmt: skip
 
 
@@ -140,9 +144,9 @@ _SHAPES_OF_PARTS: dict[str, dict[str, Any]] = {
 def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: int = 0, **shape: Any) -> Path:
     """Writes a model and its tokenizer into `out_dir`, made if missing, and returns it.
 
-    `arch` is one of `ARCHITECTURES`, `KINDS` or `PARTS`; `dtype` a name of torch's, such as "float32" or "bfloat16";
-    `shape` replaces fields of its config (head_dim=64). The same arguments and versions of torch and transformers write
-    the same bytes.
+    `arch` is one of `ARCHITECTURES`, `KINDS`, `RECURRENT` or `PARTS`; `dtype` a name of torch's, such as "float32" or
+    "bfloat16"; `shape` replaces fields of its config (head_dim=64). The same arguments and versions of torch and
+    transformers write the same bytes.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -183,6 +187,8 @@ def _scale(name: str, noise: torch.Tensor) -> torch.Tensor:
         return noise
     if noise.ndim >= 2:
         return noise * float(noise.shape[-1] ** -0.5)  # [out, in]: deviation 1/sqrt(fan_in)
+    if name.endswith("A_log"):
+        return DECAY + noise * 0.3
     if name.endswith("bias"):
         return noise * 0.1
     return 1 + noise * 0.1  # the gain of a norm

@@ -162,8 +162,17 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     long = [name for name, value in config.items() if "layer" in name and isinstance(value, int) and value > MAX_LAYERS]
     if long:
         raise ValueError(f"{long[0]}={config[long[0]]}")
-    fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(_with_floats(config)).to_dict()
     return fields
+
+
+def _with_floats(value: Any) -> Any:
+    """The numbers that JSON has not, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _with_floats(one) for name, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def overridden(config: Any, names: Iterable[str]) -> dict[str, Any]:

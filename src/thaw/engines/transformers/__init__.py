@@ -22,6 +22,7 @@ def load(
     threads: int | None = None,
     max_model_len: int | None = None,
     policy: str = "0",
+    recent_points: int = 0,
     interior: bool = False,
 ) -> Engine:
     """Boot the engine. `model` is a folder, a hub id, or a loaded transformers module (then give `tokenizer` too).
@@ -43,4 +44,7 @@ def load(
     from thaw.engines.transformers.loading import load_model
 
     loaded = load_model(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
-    return EmbeddedEngine(TransformersBackend(loaded, max_model_len=max_model_len, interior=interior), policy=policy)
+    backend = TransformersBackend(
+        loaded, max_model_len=max_model_len, interior=interior, recent_points=recent_points
+    )  # fmt: skip
+    return EmbeddedEngine(backend, policy=policy)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import transformers
 from transformers import DynamicCache
 
 from thaw.core.cache import keeps_all, point_groups
-from thaw.core.errors import CorruptBlob, Unsupported
+from thaw.core.errors import CorruptBlob, InvalidRequest, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
@@ -27,8 +29,9 @@ from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.packed import Packed
+from thaw.engines.transformers.recurrent import chunk
 from thaw.engines.transformers.sampler import choose, largest
-from thaw.engines.transformers.single import Single, check
+from thaw.engines.transformers.single import Single, check, positions, takes_positions
 
 UNBOUNDED = 1 << 20
 """The length of a model whose config names no number of positions."""
@@ -38,7 +41,12 @@ PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class TransformersBackend(Backend):
-    def __init__(self, loaded: LoadedModel, *, max_model_len: int | None, interior: bool) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, max_model_len: int | None, interior: bool = False, recent_points: int = 0
+    ) -> None:
+        if not isinstance(recent_points, int) or recent_points < 0:
+            raise InvalidRequest(f"recent_points={recent_points!r}: how many tokens a session can go back, 0 or more")
+        self.recent_points = recent_points
         self._loaded, module = loaded, loaded.module
         self._module, self._head = module, module.get_output_embeddings()
         if self._head is None:
@@ -55,16 +63,17 @@ class TransformersBackend(Backend):
         self.vocab_size = int(text.vocab_size)
         self.max_model_len = _max_len(text.to_dict(), max_model_len)
         self._kept = layers(text.to_dict())
+        self.point_multiple = chunk(text.to_dict())
         self._pass: Packed | Single
         if self._is_packed:
             self._pass = Packed(module.base_model, self._device)
         else:
-            self._pass = Single(body_of(module), self._kept, self._device)
+            self._pass = Single(body_of(module), self._kept, self.groups, self._device)
             self._stock_head = StockHead(module)
         named = eos_of(module.generation_config, text)
         self.eos_token_ids = stop_set(named, loaded.tokenizer, self.vocab_size)
         self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
-        self.numerics = _numerics(self._device)
+        self.numerics = _numerics(self._device) | (_kernels() if point_groups(self.groups) else {})
         self._first_sample: str | None = None
         self._probe()
 
@@ -159,15 +168,20 @@ class TransformersBackend(Backend):
         """The same with its own cache and by the same feeds; raises `Unsupported` for a cache of another kind."""
         cache = DynamicCache(config=self._module.config)
         self._stock(tokens[:1], cache)
-        check(type(self._module).__name__, cache, self._kept, 1)
+        check(type(self._module).__name__, cache, self._kept, 1, str(self._dtype).removeprefix("torch."))
         cache = DynamicCache(config=self._module.config)
         self._stock(tokens[:-4], cache)
-        return self._stock(tokens[-4:], cache)
+        return self._stock(tokens[-4:], cache, len(tokens) - 4)
 
-    def _stock(self, tokens: list[int], cache: DynamicCache | None) -> torch.Tensor:
+    def _stock(self, tokens: list[int], cache: DynamicCache | None, start: int = 0) -> torch.Tensor:
+        """Positions are given, for some classes count from 0 whatever their cache holds."""
         with torch.inference_mode():
-            ids = torch.tensor([tokens], device=self._device)
-            out = self._module(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            out = self._module(
+                input_ids=torch.tensor([tokens], device=self._device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **(positions(start, len(tokens), self._device) if takes_positions(self._module) else {}),
+            )
         logits: torch.Tensor = out.logits[0, -1]
         return logits
 
@@ -189,3 +203,12 @@ def _numerics(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         out["cuda_device"] = torch.cuda.get_device_name(device)
     return out
+
+
+def _kernels() -> dict[str, str]:
+    """The packages whose kernels recurrent layers run with where they are installed, and their versions."""
+    found = {}
+    for name in ("flash-linear-attention", "causal-conv1d", "mamba-ssm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from thaw.core.cache import DTYPE_BYTES, CacheGroup, FullKV, LatentKV, PointState, SlidingKV, StatePart, layers_of
+from thaw.engines.transformers import recurrent
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
-HEAD_DIM = ("head_dim", "kv_channels", "dim_head")
+HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "dim_head")
 """What configs call these numbers."""
 WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Layer types that keep their last tokens alone, and the field that says how many a token attends to."""
@@ -59,10 +60,10 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def layers(config: Mapping[str, Any]) -> list[Kept]:
     """What each layer of a text config keeps; nothing at all where the config does not say."""
-    count = first(config, LAYERS)
-    if not isinstance(count, int) or count < 1:
+    count = num_layers(config)
+    if count is None:
         return []
-    kinds = config.get("layer_types")
+    kinds = config.get("layer_types") or recurrent.layer_types(config, count)
     if not isinstance(kinds, Sequence) or not kinds:
         kinds = [_only_kind(config)] * count
     if len(kinds) < count:
@@ -79,7 +80,8 @@ def groups(config: Mapping[str, Any], dtype: str) -> tuple[CacheGroup, ...]:
 
 
 def places(kept: Sequence[Kept]) -> list[list[tuple[int, int, Spec]]]:
-    """For each layer (group, row, spec) of what it keeps: the row is its place among the group's layers."""
+    """For each layer (group, row, spec) of what it keeps: the row is its place among the group's layers. Groups with
+    tokens are counted first, in their order: a session's pages have those alone."""
     members = list(_members(kept).items())
     return [
         [(g, rows.index(layer), spec) for g, (spec, rows) in enumerate(members) if layer in rows]
@@ -92,12 +94,18 @@ def first(config: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
+def num_layers(config: Mapping[str, Any]) -> int | None:
+    """How many layers there are; some configs only list them."""
+    count = first(config, LAYERS) or len(config.get("layers_block_type") or ())
+    return count if isinstance(count, int) and count > 0 else None
+
+
 def shape(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
     """(layers, KV heads, head size) of the common shape."""
-    num_layers, heads, hidden, dim = (first(config, names) for names in (LAYERS, HEADS, HIDDEN, HEAD_DIM))
+    heads, hidden, dim = (first(config, names) for names in (HEADS, HIDDEN, HEAD_DIM))
     if dim is None and hidden and heads:
         dim = hidden // heads
-    return num_layers, _kv_heads(config, heads), dim
+    return num_layers(config), _kv_heads(config, heads), dim
 
 
 def _only_kind(config: Mapping[str, Any]) -> str:
@@ -119,6 +127,10 @@ def _layer(config: Mapping[str, Any], kind: str) -> Kept | None:
     """None where the type is unknown or the numbers are missing."""
     if kind in NOTHING:
         return ()
+    if kind in recurrent.LAYER_TYPES:
+        found = recurrent.parts(config)
+        attends = _layer(config, "full_attention") if kind == "hybrid" else ()
+        return None if attends is None or not found else (*attends, States(found))
     window = config.get(WINDOWED[kind]) if kind in WINDOWED else None
     if kind != "full_attention" and not isinstance(window, int):
         return None
@@ -157,12 +169,12 @@ def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
 
 
 def _members(kept: Sequence[Kept]) -> dict[Spec, list[int]]:
-    """The layers that keep each spec, in the order of first layers."""
+    """The layers that keep each spec, in the order of first layers; those of tokens before states."""
     members: dict[Spec, list[int]] = {}
     for layer, specs in enumerate(kept):
         for spec in specs:
             members.setdefault(spec, []).append(layer)
-    return members
+    return dict(sorted(members.items(), key=lambda one: isinstance(one[0], States)))
 
 
 def _named(kept: Sequence[Kept], dtype: str) -> Iterator[CacheGroup]:
@@ -183,7 +195,7 @@ def _name(spec: Spec) -> str:
 
 def _group(spec: Spec, fields: dict[str, Any], dtype: Any) -> CacheGroup:
     if isinstance(spec, States):
-        return PointState(parts=spec.parts, **fields)
+        return PointState(parts=recurrent.at_dtype(spec.parts, dtype), **fields)
     if isinstance(spec, Latent):
         return LatentKV(width=spec.rank + spec.rope, dtype=dtype, **fields)
     fields |= {"num_kv_heads": spec.heads, "head_dim": spec.dim, "dtype": dtype}

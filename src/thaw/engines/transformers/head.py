@@ -32,12 +32,20 @@ class GivenHidden:
 
 
 class GivenBody(torch.nn.Module):
-    """Stands where the body stood; its answer is set before each call."""
+    """Stands where the body stood; its answer is set before each call. Whatever else the class reads of its body, such
+    as a scale for the logits, is the body's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: torch.nn.Module) -> None:
         super().__init__()
-        self.answer: GivenHidden | None = None
+        self.__dict__["_stood_here"] = body
         self.__dict__["decoder"] = self  # what OPT's class calls
+        self.answer: GivenHidden | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stood_here"], name)
 
     def forward(self, *_: Any, **__: Any) -> GivenHidden | None:
         return self.answer
@@ -48,7 +56,7 @@ class StockHead:
 
     def __init__(self, module: Any) -> None:
         top, decoder = _with_head(module), body_of(module)
-        self._body = GivenBody()
+        self._body = GivenBody(decoder)
         self._top = object.__new__(type(top))
         inside = {name: self._body if _has(child, decoder) else child for name, child in top._modules.items()}
         self._top.__dict__.update({**top.__dict__, "_modules": inside})

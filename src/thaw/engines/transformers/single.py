@@ -16,13 +16,23 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
+from thaw.core.cache import CacheGroup
 from thaw.core.errors import Unsupported
 from thaw.engines.embedded.backend import Feed
 from thaw.engines.embedded.pages import PAGE, PagedKV
-from thaw.engines.transformers.groups import KV, Kept, Latent, Spec, places
+from thaw.engines.transformers.groups import KV, Kept, Latent, Spec, States, places
 from thaw.engines.transformers.kv import TorchExtent
+from thaw.engines.transformers.recurrent import at_dtype
+from thaw.engines.transformers.states import AllStates, StateLayer, expected_of, found_in
 
 NoLayer = getattr(cache_utils, "DummyLayer", DynamicLayer)
 """A layer that keeps nothing: older transformers have no class for it."""
@@ -125,68 +135,108 @@ class SessionCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_layer(kv, of_layer) for of_layer in kept])
 
 
+class PagedStateLayer(StateLayer, PagedLayer):
+    """A layer that attends and is recurrent."""
+
+    is_compileable = False
+
+    def __init__(self, kv: PagedKV, group: int, row: int, spec: Spec) -> None:
+        StateLayer.__init__(self)
+        PagedLayer.__init__(self, kv, group, row, spec)
+
+
 def _layer(kv: PagedKV, of_layer: Sequence[Place]) -> Any:
-    if not of_layer:
-        return NoLayer()
-    (place,) = of_layer
+    tokens = [place for place in of_layer if not isinstance(place[2], States)]
+    if not tokens:
+        return StateLayer() if of_layer else NoLayer()
+    (place,) = tokens
     spec = place[2]
+    if len(of_layer) > 1:
+        return PagedStateLayer(kv, *place)
     if isinstance(spec, KV) and spec.window is not None:
         return WindowLayer(kv, place[0], place[1], spec)
     return PagedLayer(kv, *place)
 
 
+def takes_positions(module: Any) -> bool:
+    """Whether a class is to be told where tokens stand: some count from 0 if not, whatever their cache holds."""
+    return "position_ids" in signature(module.forward).parameters
+
+
+def positions(start: int, count: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The argument that says it of `count` tokens."""
+    return {"position_ids": torch.arange(start, start + count, device=device)[None]}
+
+
 class Single:
     """Runs feeds one by one through `body`, a stock model without its head."""
 
-    def __init__(self, body: Any, kept: Sequence[Kept], device: torch.device) -> None:
+    def __init__(self, body: Any, kept: Sequence[Kept], groups: Sequence[CacheGroup], device: torch.device) -> None:
         self._body, self._device = body, device
         self._places = places(kept)
-        taken = signature(body.forward).parameters
-        self._takes_positions = "position_ids" in taken
-        self._more = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        self._states = AllStates(groups, device)
+        self._takes_positions = takes_positions(body)
+        self._more = {"logits_to_keep": 1} if "logits_to_keep" in signature(body.forward).parameters else {}
 
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
         """The last hidden state of each feed; advances `kv.num_tokens`."""
         return [self._run(feed) for feed in feeds]
 
     def _run(self, feed: Feed) -> torch.Tensor:
-        start, count = feed.kv.num_tokens, len(feed.tokens)
-        positions = torch.arange(start, start + count, device=self._device)[None]
+        cache, start = SessionCache(feed.kv, self._places), feed.kv.num_tokens
+        self._states.fill(cache.layers, feed.kv)
         out = self._body(
             input_ids=torch.tensor([list(feed.tokens)], device=self._device),
-            past_key_values=SessionCache(feed.kv, self._places),
+            past_key_values=cache,
             use_cache=True,
-            **({"position_ids": positions} if self._takes_positions else {}),
+            **(positions(start, len(feed.tokens), self._device) if self._takes_positions else {}),
             **self._more,
         )
         feed.kv.num_tokens += len(feed.tokens)
+        self._states.keep(cache.layers, feed.kv)
         row: torch.Tensor = out.last_hidden_state[0, -1].clone()
         return row
 
 
-def check(name: str, stock: Cache, kept: Sequence[Kept], num_tokens: int) -> None:
+KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
+"""Layers of the stock cache that keep keys and values."""
+
+
+def check(name: str, stock: Cache, kept: Sequence[Kept], num_tokens: int, dtype: str) -> None:
     """Raise `Unsupported` unless the stock model's own cache after `num_tokens` tokens, fewer than any window, has
     what the config was read to say: shapes of keys and values, and windows, layer by layer."""
     found = [_found(layer, num_tokens) for layer in stock.layers]
-    expected = [_expected(specs) for specs in kept]
+    expected = [_expected(specs, dtype) for specs in kept]
     for number, (theirs, ours) in enumerate(zip_longest(found, expected)):
         if theirs != ours:
             raise Unsupported(
                 f"{name}: layer {number} keeps {theirs}, and its config was read as {ours} (KV heads, sizes of K and "
-                "V, window): thaw does not know this kind of cache"
+                "V, window; shapes and dtypes of states): thaw does not know this kind of cache"
             )
 
 
-def _found(layer: Any, num_tokens: int) -> tuple[int, int, int, int | None] | None:
+def _found(layer: Any, num_tokens: int) -> Any:
+    if isinstance(layer, LinearAttentionLayer):
+        return _found_tokens(layer, num_tokens), found_in(layer)
+    return _found_tokens(layer, num_tokens)
+
+
+def _found_tokens(layer: Any, num_tokens: int) -> tuple[int, int, int, int | None] | None:
     if getattr(layer, "keys", None) is None:
         return None
     keys, values = layer.keys, layer.values
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys.shape[2] != num_tokens:
+    if type(layer) not in KNOWN or keys.shape[2] != num_tokens:
         raise Unsupported(f"a layer of {type(layer).__name__}, which thaw does not know")
     return keys.shape[1], keys.shape[3], values.shape[3], getattr(layer, "sliding_window", None)
 
 
-def _expected(specs: Kept) -> tuple[int, int, int, int | None] | None:
+def _expected(specs: Kept, dtype: str) -> Any:
+    states = [spec for spec in specs if isinstance(spec, States)]
+    tokens = _expected_tokens([spec for spec in specs if not isinstance(spec, States)])
+    return (tokens, expected_of(at_dtype(states[0].parts, dtype))) if states else tokens
+
+
+def _expected_tokens(specs: Sequence[Spec]) -> tuple[int, int, int, int | None] | None:
     if not specs:
         return None
     (spec,) = specs

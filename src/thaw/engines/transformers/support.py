@@ -17,9 +17,23 @@ import msgspec
 from thaw.core.cache import CacheGroup, is_plain, token_nbytes
 from thaw.core.errors import Unsupported
 from thaw.engines.hf.config import num_positions, ropes
+from thaw.engines.transformers import recurrent
 from thaw.engines.transformers.groups import KV, NOTHING, WINDOWED, Latent, groups, layers, shape, text_config
 
-TESTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM")
+TESTED = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GPTNeoXForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Lfm2ForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "BambaForCausalLM",
+    "FalconH1ForCausalLM",
+    "NemotronHForCausalLM",
+    "Zamba2ForCausalLM",
+)
 PACKED = frozenset(
     (
         "afmoe",
@@ -127,7 +141,7 @@ SINGLE = frozenset(
     )
 )
 """Model types that run with their own attention and head only."""
-RUNS = PACKED | SINGLE
+RUNS = PACKED | SINGLE | recurrent.RUNS
 """Model types that somebody has looked at; `tests/engines/test_shapes.py` boots each. Others are refused."""
 WINDOWS = frozenset(
     (
@@ -284,7 +298,8 @@ def _reasons(config: Mapping[str, Any], text: Mapping[str, Any], architecture: s
         out.append("it is an encoder-decoder model")
     if not _has_head(architecture, config is not text) and config.get("architectures"):
         out.append(f"{architecture} is not a causal language model with a language-model head")
-    known = {"full_attention", *WINDOWED, *NOTHING}
+    states = recurrent.LAYER_TYPES if text.get("model_type") in recurrent.RUNS else ()
+    known = {"full_attention", *WINDOWED, *NOTHING, *states}
     kinds = sorted(set(map(str, text.get("layer_types") or ())) - known)
     if kinds:
         out.append(f"some layers are of a kind that thaw does not know ({', '.join(kinds)})")
@@ -293,13 +308,17 @@ def _reasons(config: Mapping[str, Any], text: Mapping[str, Any], architecture: s
         out.append(f"its rope ({', '.join(kinds)}) changes with length, so stored keys would change too")
     if _alibi(text) and text.get("model_type") not in ALIBI:
         out.append("it uses ALiBi positions")
-    if any(text.get(key) for key in STATES):
-        out.append("it has recurrent layers")
+    if text.get("model_type") in recurrent.FORGETFUL:
+        out.append("its own code forgets the recurrent state where several tokens follow it")
+    elif any(text.get(key) for key in STATES) and text.get("model_type") not in recurrent.RUNS:
+        out.append("it has recurrent layers that thaw does not know")
     if config.get("quantization_config") is not None:
         out.append("its weights are quantised in a way that was not tested")
     out += [] if out else _unknown(config, text)
     if not layers(text):
         out.append("the config does not give layers, heads and head size")
+    elif not token_nbytes(groups(text, "float32")):
+        out.append("none of its layers attends; thaw keeps recurrent states beside attention")
     return out
 
 
