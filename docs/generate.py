@@ -172,12 +172,14 @@ KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |
 def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     from thaw.testing.models import ARCHITECTURES, KINDS, PARTS
+    from thaw.testing.recurrent_shapes import SHAPES as RECURRENT
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
     own: dict[str, list[str]] = {}
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
     rows += [(what, tuple(names), *_served(what)) for what, names in own.items()]
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))
     lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)
     return KINDS_HEAD + "\n".join(lines)
