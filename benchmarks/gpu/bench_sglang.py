@@ -1,8 +1,8 @@
 """What thaw gives an SGLang on a GPU, and what it costs: `python bench_sglang.py MODEL OUT PARTS`, with SGLang and thaw
 importable.
 
-PARTS are some of pressure, hydrate and fork, joined by commas: the arms of `thaw bench vllm`, with plain requests to
-the same SGLang server (its own prefix cache) on the other side, and HiCache as the third arm of pressure. Both sides
+PARTS are some of pressure, hydrate, fork and gap, joined by commas: the arms of `thaw bench vllm`, with plain requests
+to the same SGLang server (its own prefix cache) on the other side, and HiCache as the third arm of pressure. Both sides
 send requests over HTTP to the same server. The receipt in OUT is written anew whenever an engine has done its part, so
 a run that was cut off keeps what it measured. `--attention` names SGLang's attention backend; `--hicache-alone` takes
 that arm of pressure and no other; with `--small` and a small model the same runs wherever SGLang does, without HiCache.
@@ -36,7 +36,7 @@ from thaw.bench import text
 from thaw.bench.rounds import Rounds
 from thaw.bench.sample import Ask, Clock, Sample, children
 from thaw.bench.subject import model_of, numerics
-from thaw.bench.vllm import hydrate, pressure, report
+from thaw.bench.vllm import gap, hydrate, pressure, report
 from thaw.bench.vllm.arms import Document, fresh_salt, plain_children, read_trunk
 from thaw.bench.vllm.options import SUFFIX_TOKENS, Options
 from thaw.bench.vllm.plain import PlainBatch, PlainRequest, PlainResult
@@ -56,10 +56,12 @@ ENGINE: dict[str, object] = {
 SIZES: dict[str, object] = {
     "trees": 12, "tree_tokens": 16004, "branches": 8, "branch_tokens": 64, "offload_gib": 30, "lengths": (4000, 16000),
     "hydrate_rounds": 6, "fork_tokens": 4096, "children": (4, 16), "child_tokens": 64, "rounds": 8, "settle_s": 0.2,
+    "gap_tokens": 16000, "gap_others": 32, "gap_prompt": 64, "gap_steps": 128, "gap_most": 2048, "gap_rounds": 5,
 }  # fmt: skip
 SMALL: dict[str, object] = {
     "trees": 4, "tree_tokens": 300, "branches": 2, "branch_tokens": 4, "lengths": (300,), "hydrate_rounds": 2,
     "fork_tokens": 256, "children": (2,), "child_tokens": 4, "rounds": 2, "settle_s": 0.0, "returns": 1,
+    "gap_tokens": 300, "gap_others": 3, "gap_prompt": 16, "gap_steps": 8, "gap_most": 256, "gap_rounds": 1,
 }  # fmt: skip
 BOOT_LIMIT_S = 300.0
 
@@ -91,7 +93,7 @@ class Plain:
     async def _all(self, requests: Sequence[PlainRequest]) -> list[PlainResult]:
         return list(await asyncio.gather(*(self._one(request) for request in requests)))
 
-    async def _one(self, request: PlainRequest) -> PlainResult:
+    async def _one(self, request: PlainRequest, arrivals: list[float] | None = None) -> PlainResult:
         body: dict[str, Any] = {
             "input_ids": request.tokens, "stream": True, "return_logprob": "logprobs" in request.fields,
             "sampling_params": {"temperature": 0.0, "max_new_tokens": request.max_tokens, "ignore_eos": True},
@@ -112,6 +114,8 @@ class Plain:
                 chunk = wire.chunk(news, news.meta_info, len(ids))
                 if chunk.token_ids and not ids:
                     first = time.monotonic()
+                if chunk.token_ids and arrivals is not None:
+                    arrivals.append(time.monotonic())
                 ids += chunk.token_ids
                 cached = chunk.more.get("num_cached_tokens", cached)
         return PlainResult(token_ids=tuple(ids), num_cached_tokens=cached, first_s=first)
@@ -158,13 +162,16 @@ class Run:
                 if "hydrate" in parts:
                     stored = hydrate.store(self.rounds, options, repo, document)
             self.keep()
-        if {"hydrate", "fork"} & set(parts):
+        if {"hydrate", "fork", "gap"} & set(parts):
             with self.engine("an engine with room") as (engine, repo, plain):
                 if stored:
                     hydrate.measure(self.rounds, options, repo, plain, self.document(engine), stored)  # type: ignore[arg-type]
                     self.keep()
                 if "fork" in parts:
                     self.fork(repo, plain, self.document(engine))
+                    self.keep()
+                if "gap" in parts:
+                    gap.measure(self.rounds, options, repo, plain, self.document(engine))  # type: ignore[arg-type]
             self.keep()
         if "pressure" in parts and options.offload_gib:
             self.offload()
@@ -200,7 +207,9 @@ class Run:
         if self._document is None:
             o = self.options
             most = max(*o.children, o.branches)
-            need = max(*o.lengths, o.fork_tokens, o.trees * o.tree_tokens) + SUFFIX_TOKENS * most
+            captured = o.gap_tokens * (o.gap_rounds + 2) if "gap" in o.parts else 0
+            longest = max(*o.lengths, o.fork_tokens, o.trees * o.tree_tokens, captured, o.gap_prompt * o.gap_others)
+            need = longest + SUFFIX_TOKENS * most
             self._document = Document(codec.encode(text.document(need // 8 + 1), first=True))
         return self._document
 
@@ -283,7 +292,8 @@ class Run:
                 "children": ",".join(map(str, options.children)), "few_tokens": self.few_tokens,
                 **{n: getattr(options, n) for n in (
                     "hydrate_rounds", "fork_tokens", "child_tokens", "rounds", "trees", "tree_tokens", "branches",
-                    "branch_tokens", "returns", "pressure", "seed", "settle_s",
+                    "branch_tokens", "returns", "pressure", "gap_tokens", "gap_others", "gap_prompt", "gap_steps",
+                    "gap_most", "gap_rounds", "seed", "settle_s",
                 )},
                 "offload_gib": options.offload_gib if with_hicache else 0,
                 **{f"sglang.{n}": v for n, v in options.engine_options.items() if n != "model"}, **self.told,
