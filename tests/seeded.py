@@ -49,6 +49,7 @@ NOT_A_CATCH = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError",
 FAKE = "tests/engines/test_engine_fake.py::TestFake"
 LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
 GROUPS = "tests/engines/test_engine_groups.py"
+KINDS = "tests/engines/test_transformers_kinds.py"
 SERVED_GROUPS = "tests/engines/test_served_groups.py"
 REPO_GROUPS = "tests/repo/test_repo_groups.py"
 NAMESPACES = "tests/repo/test_namespaces.py"
@@ -128,15 +129,13 @@ FAULTS = (
     ),
     Fault(
         "partial-page-transposed", "1", "transformers", "engines/transformers/kv.py",
-        "self.kv_HPL2TD[column, page, :, :, start:stop].contiguous()",
-        "self.kv_HPL2TD[column, page, :, :, start:stop].transpose(0, 1).contiguous()",
+        "plane[:, :, start:stop].flatten(1)", "plane[:, :, start:stop].transpose(0, 1).flatten(1)",
         (f"{LLAMA}::test_restored_kv_equals_captured_kv_byte_for_byte",),
         "a partial page is written as [K|V][layer], and read as [layer][K|V]",
     ),
     Fault(
         "last-tokens-for-first", "1", "transformers", "engines/transformers/kv.py",
-        "slots[:, :, start:stop].copy_(blob[:, :, : stop - start])",
-        "slots[:, :, start:stop].copy_(blob[:, :, start - stop :])",
+        "tokens[:, :, : stop - start].to(plane.device)", "tokens[:, :, start - stop :].to(plane.device)",
         (f"{LLAMA}::test_a_point_inside_a_prompt_equals_any_other_fork_there",),
         "a fork inside a segment takes the blob's last tokens, not its first",
     ),
@@ -307,6 +306,13 @@ FAULTS = (
         "a token that is decoded does not attend to itself",
     ),
     Fault(
+        "window-read-one-token-late", "2", "transformers", "engines/transformers/single.py",
+        "target[:] = slots[:, 0, a % PAGE : a % PAGE + b - a]",
+        "target[:] = slots[:, 0, max(a % PAGE - 1, 0) : max(a % PAGE - 1, 0) + b - a]",
+        (f"{KINDS}::test_the_stock_model_gives_the_same_logits_for_the_same_feeds",),
+        "a layer with a window reads each token's neighbour",
+    ),
+    Fault(
         "position-from-the-turn", "2", "vllm", "engines/served/row.py",
         "position = self._num_prompt + len(self._output)", "position = self._extra.output_start + len(self._output)",
         ("tests/engines/on_vllm/test_sampling.py::test_where_the_request_was_cut_does_not_matter",),
@@ -365,8 +371,8 @@ FAULTS = (
     ),
     Fault(
         "tail-copied-short", "4", "transformers", "engines/transformers/kv.py",
-        "self.kv_HPL2TD[:, page, :, :, :num_tokens] = source.kv_HPL2TD[:, source_page, :, :, :num_tokens]",
-        "self.kv_HPL2TD[:, page, :, :, : num_tokens - 1] = source.kv_HPL2TD[:, source_page, :, :, : num_tokens - 1]",
+        "own[..., :num_tokens, :] = other[..., :num_tokens, :]",
+        "own[..., : num_tokens - 1, :] = other[..., : num_tokens - 1, :]",
         (f"{LLAMA}::test_children_that_share_blocks_equal_children_that_own_copies",),
         "a child's copy of the last page lacks a token",
     ),

@@ -53,8 +53,8 @@ def test_show_lists_what_can_be_gone_on_from_and_another_token_is_refused(told: 
     if not is_hybrid(told):
         assert "resumable" not in shown and early.code == 0
         return
-    total = shown["num_tokens"]
-    assert shown["resumable"] == [end, end + 1, total - 1, total]
+    asked = end + len("Why? ")
+    assert shown["resumable"] == [end, end + 1, asked, shown["num_tokens"]], "turn ends, and one after a kept state"
     assert f"{end}, {end + 1}" in told.ok("show").out
     assert early.code == 3 and str(end + 1) in early.err and "100" in early.err
     told.ok("run", "--from", f"main:{end + 1}", "--branch", "late", "x", "--max-tokens", "2")
@@ -63,7 +63,9 @@ def test_show_lists_what_can_be_gone_on_from_and_another_token_is_refused(told: 
 def test_match_ends_where_it_can_be_gone_on_from(told: Shell) -> None:
     found = told.ok("match", TEXT + "Why? and something else", "--json").json()
     longest = len(TEXT) + len("Why? ")
-    assert found["num_matched"] == (len(TEXT) + 1 if is_hybrid(told) else longest), found
+    assert found["num_matched"] == longest, "it is the end of a turn"
+    inside = told.ok("match", TEXT + "Whom?", "--json").json()
+    assert inside["num_matched"] == len(TEXT) + (1 if is_hybrid(told) else len("Wh")), inside
 
 
 def test_a_token_that_was_not_kept_is_read_again_where_that_is_allowed(told: Shell) -> None:
@@ -74,3 +76,35 @@ def test_a_token_that_was_not_kept_is_read_again_where_that_is_allowed(told: She
     assert told.ok("show", "again", "--json").json()["num_tokens"] == 103
     told.ok("fork", "main:token=200", "x", "y", "--max-tokens", "2", "--name", "f", "--recompute")
     assert all(law["held"] is not False for law in told.ok("verify", "f/1", "--json").json()["laws"])
+
+
+@pytest.mark.parametrize("groups", ["two", "states"])
+def test_a_point_that_is_asked_for_is_kept_listed_and_forked_from(groups: str, shell: Shell) -> None:
+    """Where every token is kept, asking changes nothing."""
+    with (
+        thaw.load_engine("fake", groups=groups, interior=groups == "two") as engine,
+        thaw.open(shell.cwd / ".thaw", engine=engine) as repo,
+        repo.session(seed=3) as s,
+    ):
+        s.append("begun")
+        s.commit("begun", branch="main")
+    (shell.cwd / "doc.txt").write_text(TEXT)
+    shell.ok("run", "--file", "doc.txt", "--branch", "doc", "--point", "100", "--point", "200", "--no-generate")
+    (entry,) = shell.ok("log", "doc", "--json").json()["commits"]
+    shown, total = shell.ok("show", "doc"), len(TEXT)
+    if groups == "states":
+        assert entry["points"] == [100, 200, total - 1, total] and entry["state_nbytes"] == 30
+        assert f"4 of 30 B each, after 100, 200, {total - 1}, {total} tokens" in shown.out
+        assert "4 states (120 B)" in shell.ok("log", "doc").out
+    else:
+        assert "points" not in entry and "states" not in shown.out
+    out = shell.ok("fork", "doc:token=100", "x", "yz", "--max-tokens", "2", "--name", "p", "--json").json()
+    counts = [child["usage"]["num_prefilled_tokens"] for child in out["children"]]
+    assert counts == ([1, 2] if groups == "states" else [2, 3])
+    late = shell("run", "--from", "doc", "--point", "5", "x", "--max-tokens", "1")
+    assert late.code == 2 and "still to be read" in late.err
+
+
+def test_points_on_a_model_with_windows_are_refused(told: Shell) -> None:
+    out = told("run", "--from", "main", "--point", "1000", "x", "--max-tokens", "1")
+    assert (out.code, "windows of cache group sliding" in out.err) == ((2, True) if is_hybrid(told) else (0, False))

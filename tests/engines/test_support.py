@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from thaw.core.cache import LatentKV
 from thaw.core.errors import Unsupported
 from thaw.engines.transformers.support import examine, require
 
@@ -29,13 +30,26 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "num_key_value_heads": None},
     "mistral without a window": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+    "mistral with a window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
+    "gemma 2, soft caps": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 15,
+    },
+    "bloom, ALiBi": {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": 2, "n_head": 4},
+    "latents": {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    },
 }  # fmt: skip
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "sliding window": ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding window of 4096"),
-    "some sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-    "chunked layers": ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+    "a window where the class has none": ({"sliding_window": 4096}, "models of type llama are not known to have"),
+    "fewer layers than it says": ({"layer_types": ["full_attention"] * 2}, "does not give layers"),
+    "a window of no size": (
+        {"model_type": "gemma2", "layer_types": ["full_attention", "sliding_attention"] * 15}, "does not give layers",
+    ),
     "linear attention": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-    "MLA": ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512}, "MLA"),
+    "MLA": ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512, "qk_rope_head_dim": 64}, "MLA"),
     "dynamic rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     "dynamic rope, new name": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
@@ -44,13 +58,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"full_attention": {"rope_type": "longrope"}, "other": {"rope_type": "default"}}}, "rope",
     ),
     "encoder-decoder": ({"architectures": ["T5Model"], "is_encoder_decoder": True}, "encoder-decoder"),
-    "soft-capped attention": ({"attn_logit_softcapping": 50.0}, "soft-capped"),
-    "soft-capped logits": ({"final_logit_softcapping": 30.0}, "soft-capped"),
     "alibi": ({"alibi": True}, "ALiBi"),
-    "alibi, mpt": ({"architectures": ["MPTForCausalLM"], "model_type": "mpt", "attn_config": {"alibi": True}}, "ALiBi"),
-    "alibi, bloom (no field says so)": (
-        {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": 2, "n_head": 4}, "ALiBi",
-    ),
     "mamba": ({"architectures": ["MambaForCausalLM"], "model_type": "mamba", "state_size": 16}, "recurrent"),
     "jamba": ({"architectures": ["JambaForCausalLM"], "mamba_d_state": 16}, "recurrent"),
     "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "causal language model"),
@@ -72,6 +80,20 @@ def test_the_numbers_are_read() -> None:
     assert found.kv_token_nbytes == 30 * 2 * 3 * 64 * 2
     assert found.max_model_len == 8192 and found.tested
     assert examine(LLAMA, "float32").kv_token_nbytes == 2 * 30 * 2 * 3 * 64 * 2
+
+
+def test_a_window_and_a_latent_are_read() -> None:
+    windowed = examine({**LLAMA, **GOOD["gemma 2, soft caps"]}).groups
+    assert [(group.name, group.num_layers, getattr(group, "window", None)) for group in windowed] == [
+        ("sliding", 15, 4096), ("full", 15, None),
+    ]  # fmt: skip
+    (latent,) = examine({**LLAMA, **GOOD["latents"]}).groups
+    assert isinstance(latent, LatentKV) and latent.width == 576 and latent.token_nbytes == 30 * 576 * 2
+
+
+def test_only_what_thaws_attention_computes_runs_packed() -> None:
+    assert require(LLAMA).packed and not require({**LLAMA, **GOOD["mistral with a window"]}).packed
+    assert not require({**LLAMA, "model_type": "granite", "logits_scaling": 8.0}).packed
 
 
 def test_an_architecture_that_was_not_tested_says_so() -> None:

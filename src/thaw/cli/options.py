@@ -173,6 +173,19 @@ def sampling(function: F) -> F:
     return function
 
 
+def points(function: F) -> F:
+    """--point and --unaligned: states to keep for later forks, on models with recurrent layers."""
+    for option in (
+        option_of("Points", "--unaligned", is_flag=True, help="Allow any token for --point; this changes the bits."),
+        option_of(
+            "Points", "--point", "points", type=click.IntRange(min=1), multiple=True, metavar="TOKEN",
+            help="Keep the state after TOKEN tokens of the session, to fork there; repeatable.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def chat(function: F) -> F:
     """--chat, and what belongs to it."""
     about = "PROMPT is the user's next message, rendered by the model's template."

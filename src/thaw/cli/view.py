@@ -10,6 +10,7 @@ from thaw.core.ids import short
 if TYPE_CHECKING:
     from thaw.core.objects import Turn
     from thaw.core.proof import Proof
+    from thaw.repo.log import LogEntry
 
 MARGIN = "  "
 
@@ -71,6 +72,26 @@ def proof_line(proof: Proof) -> str:
         text += f" ({proof.verification})"
     load = proof.stages_s.get("load")
     return text + (f" in {words.seconds(load)}" if load else "")
+
+
+def states(points: tuple[int, ...], nbytes: int) -> str:
+    """`3 of 1.2 MiB each, after 599, 600, 611 tokens`: the kept states of recurrent layers."""
+    from thaw.core.cache import list_of
+
+    return f"{len(points):,} of {words.nbytes(nbytes)} each, after {list_of(points)}"
+
+
+def few_states(points: tuple[int, ...], nbytes: int) -> str:
+    """`3 states (3.6 MiB)`."""
+    return f"{words.count(len(points), 'state')} ({words.nbytes(len(points) * nbytes)})"
+
+
+def plain_entry(entry: LogEntry) -> dict[str, object]:
+    """A commit as JSON has it; states only where its model keeps some."""
+    import msgspec
+
+    plain = {**msgspec.structs.asdict(entry), "time_ns": str(entry.time_ns)}
+    return plain if entry.state_nbytes else {k: v for k, v in plain.items() if k not in ("points", "state_nbytes")}
 
 
 def commit_id(identifier: str) -> str:

@@ -53,6 +53,12 @@ class _Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"group {self.name}: its layers are neighbours; `layers` is left out then")
 
     @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        if self.layers is not UNSET:
+            return self.layers
+        return tuple(range(self.first_layer, self.first_layer + self.num_layers))
+
+    @property
     def layers_text(self) -> str:
         if self.layers is not UNSET:
             return "layers " + ",".join(map(str, self.layers))
@@ -263,13 +269,6 @@ def held(group: CacheGroup, rank: int, num_ranks: int) -> tuple[int, ...]:
     return tuple(share) if isinstance(share, range) else tuple(chain.from_iterable(share))
 
 
-def the_full_one(groups: Sequence[CacheGroup]) -> FullKV:
-    """The one group of a model that has one, and a full one: what `transformers` takes so far."""
-    (group,) = groups
-    assert isinstance(group, FullKV), group
-    return group
-
-
 def check(groups: Sequence[CacheGroup]) -> None:
     """Raise `ValueError` unless names differ."""
     names = [group.name for group in groups]
@@ -285,6 +284,11 @@ def is_plain(groups: Sequence[CacheGroup]) -> bool:
 def keeps_all(groups: Sequence[CacheGroup]) -> bool:
     """Whether any earlier token can be gone on from, because every token's bytes are kept."""
     return all(isinstance(g, FullKV) or (isinstance(g, LatentKV) and g.window is UNSET) for g in groups)
+
+
+def windowed(groups: Sequence[CacheGroup]) -> tuple[str, ...]:
+    """The names of the groups of which only the last tokens are needed."""
+    return tuple(g.name for g in token_groups(groups) if not isinstance(g, FullKV) and g.window is not UNSET)
 
 
 def token_nbytes(groups: Sequence[CacheGroup]) -> int:

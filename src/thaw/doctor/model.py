@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thaw.core.cache import nbytes_at
+from thaw.core.cache import nbytes_at, point_groups
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.doctor.report import ModelReport
 from thaw.engines.hf.beside import POINTER, Config, is_pointer, may_not_read, parse_object, require_beside
 from thaw.engines.hf.config import resolved, sensible
 from thaw.engines.transformers import support
+from thaw.engines.transformers.groups import text_config
 
 SESSION_TOKENS = 4096
 MAX_CONFIG_BYTES = 8 << 20
@@ -52,7 +53,8 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         found = support.examine(config, dtype)
         parameters, work = _work(config, found)
     per_token = found.kv_token_nbytes
-    if per_token is not None and not 0 < per_token < MAX_TOKEN_NBYTES:
+    states = point_groups(found.groups)
+    if per_token is not None and not (0 < per_token < MAX_TOKEN_NBYTES or (per_token == 0 and states)):
         raise InvalidRequest(f"the config of {name!r} makes no sense: it gives {per_token} bytes of KV per token")
     return ModelReport(
         name=name,
@@ -70,6 +72,7 @@ def report(name: str, config: Mapping[str, Any], dtype: str | None = None) -> Mo
         kv_token_nbytes=per_token,
         session_tokens=SESSION_TOKENS,
         session_nbytes=nbytes_at(found.groups, SESSION_TOKENS) if found.groups else None,
+        state_nbytes=sum(group.nbytes for group in states) or None,
         cache_groups=tuple(map(str, found.groups)),
     )
 
@@ -132,8 +135,9 @@ def _in_servers(folder: Path) -> Iterator[Finding]:
         yield Finding(name="model-files", status="warning", text=f"vLLM and SGLang refuse it: {error}")
 
 
-def _work(config: Mapping[str, Any], shape: support.Support) -> tuple[int | None, float | None]:
+def _work(whole: Mapping[str, Any], shape: support.Support) -> tuple[int | None, float | None]:
     """(parameters, operations to prefill a session) of a decoder of the common shape; biases and norms are left out."""
+    config = text_config(whole)
     hidden = config.get("hidden_size") or config.get("n_embd")
     heads = config.get("num_attention_heads") or config.get("n_head")
     known = (hidden, heads, config.get("vocab_size"), shape.num_layers, shape.num_kv_heads, shape.head_dim)
@@ -141,6 +145,8 @@ def _work(config: Mapping[str, Any], shape: support.Support) -> tuple[int | None
         return None, None
     hidden, heads, vocab, layers, kv_heads, dim = (int(x) for x in known if x is not None)
     inner = config.get("intermediate_size") or 4 * hidden
+    if not isinstance(inner, int):  # it differs from layer to layer
+        return None, None
     gated = str(config.get("model_type")) not in UNGATED
     per_layer = hidden * dim * (2 * heads + 2 * kv_heads) + (3 if gated else 2) * hidden * inner
     parameters = layers * per_layer + vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)

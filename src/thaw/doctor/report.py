@@ -23,8 +23,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """A model, from its config alone. `reasons` are those against it; `session_nbytes`: the cache of a session of
-    `session_tokens` tokens, `prefill_flops` the work to read them, `cache_groups` each group in words. What the config
-    does not say is None."""
+    `session_tokens` tokens, `prefill_flops` the work to read them, `cache_groups` each group in words, `state_nbytes`
+    the state of its recurrent layers at one token, beside the KV. What the config does not say is None."""
 
     name: str
     architecture: str
@@ -42,6 +42,7 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     session_tokens: int
     session_nbytes: int | None
     cache_groups: tuple[str, ...] = ()
+    state_nbytes: int | None = None
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import EngineDied, Unsupported
 from thaw.core.identity import ModelIdentity
-from thaw.core.objects import AnyTurn, Boundary, Chat, StatesAtToken
+from thaw.core.objects import AnyModel, AnyTurn, Boundary, Chat, StatesAtToken
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
 from thaw.data.locations import BlobLocation, StoreMount
@@ -68,11 +68,12 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     `tokens` are all token ids; slices cover exactly [0, num_kv). `boundary.hidden` is located by `hidden`. A model with
     point states needs those at `num_kv` among `points`; earlier ones are for forks of earlier tokens.
-    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why no KV of
-    the point can be named; the plan is then refused with `NotKept`, or recomputed where `policy` allows it.
+    `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why the point
+    cannot be gone on from as it is stored; the plan is then refused with `NotKept`, or, where `policy` allows it, what
+    comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0).
     """
 
-    identity: ModelIdentity
+    identity: AnyModel
     mount: StoreMount
     tokens: tuple[int, ...]
     num_kv: int
@@ -246,6 +247,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
                         they are promised at equal batch shape, which a call that runs alone has
     `prefill-progress`  tokens of a running append are seen by `view` and `fork` as they are read, as they are by
                         `capture` in every engine; else all of them at its end
+    `points`            `keep_points`: states of earlier tokens are kept where they were asked for; and `reread`
     `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
     `entropy`           `Sampling.entropy`; else refused
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
@@ -380,6 +382,14 @@ class Engine(abc.ABC):
         """Prefill `token_ids` at the end of the session as one prompt turn. `chat`: the messages that they were
         rendered from, kept with the turn; a prompt that is stopped half way keeps none."""
 
+    def keep_points(self, session: SessionRef, tokens: Sequence[int], *, unaligned: bool = False) -> None:
+        """Keep the point states after these numbers of tokens, so that the session can later be forked and hydrated
+        there. Asked for before the tokens are read: a prefill stops there, a decode passes by. Each must be a multiple
+        of what the model's recurrent kernel reads at a time, for a prefill that is cut elsewhere computes other bits,
+        unless `unaligned`. Without effect on models that keep every token. Raises `InvalidRequest`, `NotKept` for one
+        that was read already, and `Unsupported` without "points"."""
+        raise Unsupported(f"engine {self.info.name} keeps no states at tokens that are asked for")
+
     @abc.abstractmethod
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         """Run all requests as ONE batch, started in one step; results in order. With `own-batch` it is never mixed
@@ -406,7 +416,14 @@ class Engine(abc.ABC):
         """N sessions that start where `session` stands (or stood after `at` tokens), sharing its full blocks.
 
         Child i gets derive(seed, position, i), or the parent's own seed with `replay`, or `seeds[i]`. A fork inside
-        a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent."""
+        a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent. Raises `NotKept` for a
+        token that cannot be gone on from."""
+
+    def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
+        """A session of the first `at` tokens with the parent's seed, where `fork` raises `NotKept`: it begins at the
+        nearest earlier point and reads the rest again, which its proof counts as recomputed. Raises `Unsupported`
+        without "points"."""
+        raise Unsupported(f"engine {self.info.name} does not read tokens again; append them to a new session")
 
     @abc.abstractmethod
     def view(self, session: SessionRef) -> SessionView: ...

@@ -74,6 +74,7 @@ class AsyncSession(Awaited[Session]):
     trajectory = awaited(Session.trajectory)
     encode = awaited(Session.encode)
     append = awaited(Session.append)
+    keep_points = awaited(Session.keep_points)
     generate = stream = streamed(Session.stream)
     resume = resume_stream = streamed(Session.resume_stream)
     chat = chat_stream = streamed(Session.chat_stream)
@@ -87,6 +88,10 @@ class AsyncSession(Awaited[Session]):
     async def fork(self, n: int, at: int | None = None, replay: bool = False) -> AsyncGroup:
         """As `Session.fork`."""
         return AsyncGroup(await opened(Group.close, self.sync.fork, n, at, replay))
+
+    async def reread(self, at: int) -> AsyncSession:
+        """As `Session.reread`."""
+        return AsyncSession(await opened(Session.close, self.sync.reread, at))
 
     async def __aenter__(self) -> AsyncSession:
         return self

@@ -6,9 +6,9 @@ was kept; so on models with such groups not every token of a session can be gone
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from thaw.core.cache import point_groups, token_groups
+from thaw.core.cache import list_of, point_groups, token_groups
 from thaw.core.errors import NotKept
 from thaw.core.objects import Segment, SegmentEntry, StatesAtToken
 from thaw.repo import cut
@@ -32,20 +32,48 @@ def state_at(timeline: Timeline, num_kv: int) -> StatesAtToken | None:
     return next((point for point in _points(timeline) if point.token == num_kv), None)
 
 
+def num_kv_at(timeline: Timeline, num_tokens: int) -> int:
+    """Tokens whose KV is used at this point: those of `cut.num_kv_at`, or, where the state before the last token was
+    not kept and the one after it was, all of them. Such a point goes on with new tokens alone."""
+    num_kv, state = cut.num_kv_at(timeline.state, num_tokens), timeline.state
+    if not num_kv or num_kv == num_tokens or not point_groups(timeline.groups) or num_tokens > state.num_kv:
+        return num_kv
+    return num_tokens if state_at(timeline, num_kv) is None and state_at(timeline, num_tokens) else num_kv
+
+
 def require(timeline: Timeline, num_tokens: int) -> None:
     """Raise `NotKept`, naming what is missing and where to go on from, unless the first `num_tokens` can be gone on
     from."""
-    missing = _missing(timeline, cut.num_kv_at(timeline.state, num_tokens))
+    missing = _missing(timeline, num_kv_at(timeline, num_tokens))
     if missing is None:
         return
     found = resumable(timeline)
     some = ", ".join(map(str, found[-NAMED:])) or "none"
     more = "… " * (len(found) > NAMED)
+    new = with_new_tokens(timeline, found)
+    also = f"; with new tokens also {list_of(new).removesuffix(' tokens')}" if new else ""
     raise NotKept(
-        f"token {num_tokens} cannot be gone on from: {missing}. Of this commit's tokens these can: {more}{some}. Name "
-        "one of them (:token=…), append the tokens to a new session, or allow recompute (policy='recompute', "
-        "--recompute)."
+        f"token {num_tokens} cannot be gone on from: {missing}. Of this commit's tokens these can: {more}{some}{also}. "
+        "Name one of them (:token=…), append the tokens to a new session, or allow recompute (policy='recompute', "
+        "--recompute), which reads what comes after the nearest earlier point again."
     )
+
+
+def nearest(timeline: Timeline, num_tokens: int) -> int:
+    """The most of the first `num_tokens` tokens that KV and states are kept for, so that the rest can be read again;
+    0 where nothing earlier is kept."""
+    kept = (point.token for point in _points(timeline) if point.token < num_tokens)
+    return max((n for n in kept if _missing(timeline, n) is None), default=0)
+
+
+def points(timeline: Timeline) -> list[int]:
+    """The numbers of tokens after which states are kept, in order."""
+    return sorted(point.token for point in _points(timeline))
+
+
+def with_new_tokens(timeline: Timeline, found: Collection[int]) -> list[int]:
+    """The tokens beside `found` that can be gone on from with new tokens alone: those that a state is kept after."""
+    return [n for n in points(timeline) if n not in found and _missing(timeline, n) is None]
 
 
 def resumable(timeline: Timeline) -> list[int]:

@@ -12,7 +12,7 @@ import msgspec
 
 from thaw.core.objects import Turn
 from thaw.core.prefix import common_prefix
-from thaw.repo import cut, timeline
+from thaw.repo import cover, timeline
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.timeline import Timeline
 from thaw.repo.weight import blobs_of, weigh
@@ -90,7 +90,7 @@ def _load(store: Store, point: ResolvedPoint) -> _Loaded:
         line=line,
         tokens=line.tokens[:n],
         turns=line.turns if point.at_end else _whole_text_turns(line.turns, n),
-        blobs=blobs_of(line, cut.num_kv_at(line.state, n), with_boundary=point.at_end),
+        blobs=blobs_of(line, cover.num_kv_at(line, n), with_boundary=point.at_end),
     )
 
 

@@ -67,11 +67,11 @@ def hydrate(
             except MissingPack:
                 if last:
                     raise
-    pure = done.proof.hit
+    loaded = done.proof.hit or (bool(plan.not_kept) and done.proof.num_cached_tokens == plan.num_kv > 0)
     return Hydration(
         session=done.session,
         proof=done.proof,
-        kept=kept.of_timeline(timeline, plan.num_kv, context.store.namespace) if pure else Kept(),
+        kept=kept.of_timeline(timeline, plan.num_kv, context.store.namespace) if loaded else Kept(),
         plan=plan,
     )
 
@@ -97,12 +97,13 @@ def make_plan(
     policy: Policy = "exact",
 ) -> HydratePlan:
     """The plan for the first `num_tokens` tokens of a state, with every blob located that is needed there. Raises
-    `NotKept` where one is not stored; with `recompute` the plan says so and names none."""
+    `NotKept` where one is not stored; with `recompute` the plan says so and names those of the nearest earlier point.
+    """
     state = timeline.state
     not_kept = _not_kept(timeline, num_tokens) if policy == "recompute" else ""
     if not not_kept:
         cover.require(timeline, num_tokens)
-    num_kv = 0 if not_kept else cut.num_kv_at(state, num_tokens)
+    num_kv = cover.nearest(timeline, num_tokens) if not_kept else cover.num_kv_at(timeline, num_tokens)
     turns = cut_turns(timeline.turns, timeline.tokens, num_tokens, codec)
     boundary = state.boundary if num_tokens == state.num_tokens and not not_kept else None
     hidden = boundary.hidden if boundary is not None else None

@@ -9,14 +9,17 @@ from itertools import islice
 import msgspec
 
 from thaw.core import canonical
+from thaw.core.cache import point_groups
 from thaw.core.errors import CorruptBlob
+from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, StateId
-from thaw.core.objects import Commit, State
+from thaw.core.objects import Commit, Segment, SegmentNode, State
 from thaw.store import Recorded, Ref, Store
 
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One commit. `refs`: branches and tags that point at it, the current branch first, as "HEAD -> name"."""
+    """One commit. `refs`: branches and tags that point at it, the current branch first, as "HEAD -> name".
+    `points`: the numbers of tokens after which its recurrent layers' states are kept, of `state_nbytes` each."""
 
     commit: CommitId
     state: StateId
@@ -29,13 +32,19 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     num_turns: int
     meta: dict[str, str]
     origin: dict[str, str]
+    points: tuple[int, ...] = ()
+    state_nbytes: int = 0
 
 
 def log(store: Store, starts: Iterable[CommitId], limit: int | None = None) -> list[LogEntry]:
     """The commits reachable from `starts`, newest first; with `limit` not many more are read than are needed."""
     found = list(islice(_newest_first(store, starts), limit))
     names = names_at(store, [identifier for identifier, _, _ in found]) if limit is not None else _all_names(store)
-    return [entry(identifier, commit, state, names) for identifier, commit, state in found]
+    states = StatePoints(store)
+    return [
+        entry(identifier, commit, state, names, states.of(commit.state, state.model))
+        for identifier, commit, state in found
+    ]
 
 
 def tips(store: Store) -> list[CommitId]:
@@ -66,6 +75,7 @@ def _names(refs: Iterable[Ref], head: str) -> dict[CommitId, tuple[str, ...]]:
 class Size(msgspec.Struct, frozen=True, tag_field="type", tag="thaw.state/1"):
     """What `log` wants of a state."""
 
+    model: str
     num_tokens: int
     num_turns: int
 
@@ -113,8 +123,42 @@ class _History:
             raise CorruptBlob(f"commit {identifier}: {error}. Run `thaw fsck`.") from None
 
 
+class StatePoints:
+    """The states that commits keep of recurrent layers; nothing is read of commits of models without such."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._nbytes: dict[str, int] = {}
+        self._in_nodes: dict[str, tuple[int, ...]] = {}
+
+    def of(self, state: str, model: str) -> tuple[tuple[int, ...], int]:
+        """(the numbers of tokens, the bytes of one state)."""
+        nbytes = self._of_model(model)
+        if not nbytes:
+            return (), 0
+        nodes = self._store.get_as(state, State).nodes
+        return tuple(token for node in nodes for token in self._of_node(node)), nbytes
+
+    def _of_model(self, model: str) -> int:
+        if model not in self._nbytes:
+            groups = self._store.get_as(model, ModelIdentity).groups
+            self._nbytes[model] = sum(group.nbytes for group in point_groups(groups))
+        return self._nbytes[model]
+
+    def _of_node(self, node: str) -> tuple[int, ...]:
+        if node not in self._in_nodes:
+            pairs = [(e, self._store.get_as(e.segment, Segment)) for e in self._store.get_as(node, SegmentNode).entries]
+            found = [p.token for e, segment in pairs for p in segment.states if p.token <= e.start + e.length]
+            self._in_nodes[node] = tuple(found)
+        return self._in_nodes[node]
+
+
 def entry(
-    identifier: CommitId, commit: Commit, state: State | Size, names: dict[CommitId, tuple[str, ...]]
+    identifier: CommitId,
+    commit: Commit,
+    state: State | Size,
+    names: dict[CommitId, tuple[str, ...]],
+    states: tuple[tuple[int, ...], int],
 ) -> LogEntry:
     """One commit as `log` shows it."""
     return LogEntry(
@@ -129,4 +173,6 @@ def entry(
         num_turns=state.num_turns,
         meta=commit.meta,
         origin=commit.origin,
+        points=states[0],
+        state_nbytes=states[1],
     )

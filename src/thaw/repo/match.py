@@ -42,18 +42,22 @@ def _longest(store: Store, model: ObjectId, tokens: tuple[int, ...]) -> tuple[in
         lengths = ((start + _inside(store, state, tokens, start), state) for state in found)
         for length, state in sorted(lengths, reverse=True):
             commits = store.recorders(state) if length else []
-            length = _resumable(store, state, length) if commits else 0
+            length = _resumable(store, state, length, len(tokens)) if commits else 0
             if length:
                 return length, commits[0]
     return None
 
 
-def _resumable(store: Store, state_id: StateId, length: int) -> int:
-    """The most of the state's first `length` tokens that can be gone on from, or 0."""
+def _resumable(store: Store, state_id: StateId, length: int, num_wanted: int) -> int:
+    """The most of the state's first `length` tokens that can be gone on from, or 0. Of `num_wanted` tokens those behind
+    a point are new ones."""
     state = store.get_as(state_id, State)
     if keeps_all(store.get_as(state.model, ModelIdentity).groups):
         return length
-    return max((n for n in cover.resumable(timeline.read(store, state)) if n <= length), default=0)
+    line = timeline.read(store, state)
+    found = cover.resumable(line)
+    new = [n for n in cover.with_new_tokens(line, found) if n < num_wanted]
+    return max((n for n in (*found, *new) if n <= length), default=0)
 
 
 def _inside(store: Store, state_id: StateId, tokens: tuple[int, ...], start: int) -> int:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, ThawError, TooLong
+from thaw.core.cache import keeps_all
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotKept, ThawError, TooLong
 from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
@@ -186,31 +187,53 @@ class Session(ProcessBound):
         tools: Sequence[Tool] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool = False,
+        points: Sequence[int] = (),
+        unaligned: bool = False,
     ) -> SessionView:
         """Prefill text, tokens or chat messages at the end, as one prompt turn. Returns when its KV is there.
+
+        `points`: tokens of the session, inside or at the end of what is appended, that are to be forked from later.
+        Only models with recurrent layers need to be told; there each must be a multiple of what the model's kernel
+        reads at a time (the refusal says of what), unless `unaligned`.
 
         `messages` are appended to the conversation as by `chat`, and nobody answers yet; `history` gives it whole
         instead, as there. `add_generation_prompt`: up to where the answer begins, so that `generate` answers."""
         if messages is not None or history is not None:
             if text or token_ids is not None or role is not None:
                 raise InvalidRequest("messages stand alone: leave text, token_ids and role out")
-            return self._append_messages(
-                chats.ask(
-                    self._context.engine.codec,
-                    messages,
-                    history=history,
-                    tools=tools,
-                    chat_template_kwargs=chat_template_kwargs,
-                    answer=add_generation_prompt,
-                )
+            asked = chats.ask(
+                self._context.engine.codec,
+                messages,
+                history=history,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                answer=add_generation_prompt,
             )
+            return self._append_messages(asked, points, unaligned)
         if tools is not None or chat_template_kwargs is not None or add_generation_prompt:
             raise InvalidRequest(
                 "tools, chat_template_kwargs and add_generation_prompt belong to messages=… or history=…; plain text "
                 "has no template"
             )
         ids, shown = self.encode(text, token_ids)
+        self._keep_points(self.num_tokens, len(ids), points, unaligned)
         return self._context.engine.append(self.ref, ids, text=shown, role=role).result()
+
+    def keep_points(self, points: Sequence[int], *, unaligned: bool = False) -> None:
+        """As `points` of `append`, for whatever is read or generated next: tokens of the session that are to come."""
+        self._keep_points(self.num_tokens, self._context.engine.info.max_model_len, points, unaligned)
+
+    def _keep_points(self, start: int, count: int, points: Sequence[int], unaligned: bool) -> None:
+        """Ask the engine for the states at `points`, which must be among the next `count` tokens."""
+        outside = [point for point in points if not start < point <= start + count]
+        if outside:
+            raise InvalidRequest(
+                f"points {outside[:5]}: a point is a number of tokens of the whole session, here one of "
+                f"{start + 1}..{start + count}, which are still to be read"
+            )
+        engine = self._context.engine
+        if points and not keeps_all(engine.info.groups):
+            engine.keep_points(self.ref, points, unaligned=unaligned)
 
     def generate(
         self, prompt: str = "", sampling: object = None, *, token_ids: Sequence[int] | None = None
@@ -326,9 +349,14 @@ class Session(ProcessBound):
                 self._num_inherited = aside.num_inherited
             engine.close_session(unwanted)
 
-    def _append_messages(self, asked: chats.ChatRequest) -> SessionView:
+    def _append_messages(self, asked: chats.ChatRequest, points: Sequence[int], unaligned: bool) -> SessionView:
         plan = self.plan_chat(asked)
         self._set_aside(plan.keep)
+        try:
+            self._keep_points(plan.keep, len(plan.new), points, unaligned)
+        except ThawError:
+            self.settle_chat(failed=True)
+            raise
         handle = self._context.engine.append(self.ref, plan.new, text=self._shown(plan), role=plan.role, chat=plan.chat)
         try:
             view = handle.result()
@@ -376,10 +404,14 @@ class Session(ProcessBound):
         engine, old = self._context.engine, self.ref
         if keep == len(engine.view(old).tokens):
             return
-        new = engine.fork(old, 1, at=keep, replay=True).result()[0]
+        try:
+            new = engine.fork(old, 1, at=keep, replay=True).result()[0]
+        except NotKept:
+            new = engine.reread(old, keep).result()
+        kept, _ = self._kept_of(engine.view(new))
         with self._lock:
             self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep)
-            self._ref, self._kept, self._last = new, self._kept.cut(engine.view(new).num_kv), None
+            self._ref, self._kept, self._last = new, kept, None
             self._num_inherited = min(self._num_inherited, keep)
 
     # -- git's verbs
@@ -400,13 +432,27 @@ class Session(ProcessBound):
         return self._commit(message, branch or self._branch, commits.check_meta(meta), expect, "commit")
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
-        """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written."""
+        """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written. Raises `NotKept`
+        for a token without a state, on models with recurrent layers; `reread` goes on there."""
         engine = self._context.engine
         refs = engine.fork(self.ref, n, at=at, replay=replay).result()
         view = engine.view(refs[0])
         kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
         children = [Session(self._context, ref, kept=kept, parent=self._parent, num_inherited=begun) for ref in refs]
         return Group(self._context, children)
+
+    def reread(self, at: int) -> Session:
+        """A session of the first `at` tokens, where `fork` raises `NotKept`: it goes on from the nearest earlier point
+        and prefills the rest again, which its proof counts. Forks of it read nothing again."""
+        ref = self._context.engine.reread(self.ref, at).result()
+        kept, proof = self._kept_of(self._context.engine.view(ref))
+        return Session(self._context, ref, kept=kept, parent=self._parent, proof=proof, num_inherited=at)
+
+    def _kept_of(self, view: SessionView) -> tuple[Kept, Proof | None]:
+        """What of a child the store has, which is nothing of what the child read again; and the child's proof."""
+        proof = view.proof
+        again = proof is not None and proof.num_recomputed_tokens > 0
+        return self._kept.cut(proof.num_cached_tokens if again and proof is not None else view.num_kv), proof
 
     def adopt(self, branch: str, message: str = "") -> CommitResult:
         """Commit (if anything is new) and make it the branch, whatever the branch was; the old tip stays in its reflog.

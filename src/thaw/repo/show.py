@@ -43,14 +43,17 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
     """Read, not changed; no engine. A turn that an interior point cuts through has no text here."""
     commit = store.get_as(point.commit, Commit)
     line = timeline.read(store, timeline.read_state(store, point.state))
-    num_kv = cut.num_kv_at(line.state, point.num_tokens)
+    num_kv = cover.num_kv_at(line, point.num_tokens)
     blobs = blobs_of(line, num_kv, with_boundary=point.at_end)
     turns = cut_turns(line.turns, line.tokens, point.num_tokens, None)
     model = store.get_as(line.state.model, ModelIdentity)
     resumable = None if keeps_all(model.groups) else tuple(cover.resumable(line))
     return Shown(
         point=point,
-        entry=logs.entry(point.commit, commit, line.state, logs.names_at(store, [point.commit])),
+        entry=logs.entry(
+            point.commit, commit, line.state, logs.names_at(store, [point.commit]),
+            logs.StatePoints(store).of(point.state, line.state.model),
+        ),
         model=model,
         turns=turns,
         tokens=line.tokens[: point.num_tokens],
@@ -62,4 +65,4 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
         num_blobs=len(blobs),
         unfinished=cut.unfinished(turns),
         resumable=resumable and tuple(n for n in resumable if n <= point.num_tokens),
-    )
+    )  # fmt: skip

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from thaw.core.cache import point_groups
 from thaw.core.errors import Damaged, NotFound, Refused, ThawError
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Boundary, Commit
@@ -24,7 +25,7 @@ from thaw.core.sampling import Sampling
 from thaw.data.pack import read_blob
 from thaw.data.tiers.folder import folder_mount
 from thaw.engines.base import CapturePlan, Completion, Engine, GenerateRequest, Handle, SessionRef
-from thaw.repo import cut
+from thaw.repo import cover
 from thaw.repo.context import Context
 from thaw.repo.hydrate import Hydration, hydrate, reading
 from thaw.repo.report import Continuation, LawResult, VerifyReport
@@ -53,7 +54,7 @@ def verify_in(engine: Engine, context: Context, point: ResolvedPoint, *, num_tok
     return VerifyReport(
         point=str(point),
         num_tokens=point.num_tokens,
-        num_kv=0 if line is None else cut.num_kv_at(line.state, point.num_tokens),
+        num_kv=0 if line is None else cover.num_kv_at(line, point.num_tokens),
         engine=engine.info.name,
         engine_version=engine.info.version,
         device=engine.info.device,
@@ -70,7 +71,7 @@ def _check_bytes(context: Context, point: ResolvedPoint) -> tuple[Timeline | Non
         with reading(store, point):
             line = read(store, read_state(store, point.state))
             store.get_as(line.state.model, ModelIdentity)
-            num_kv = cut.num_kv_at(line.state, point.num_tokens)
+            num_kv = cover.num_kv_at(line, point.num_tokens)
             found = store.locate(blobs_of(line, num_kv, with_boundary=point.at_end))
             for location in found.values():
                 nbytes += len(read_blob(store.packs, location))
@@ -92,7 +93,7 @@ def _check_identity(context: Context, line: Timeline) -> LawResult:
 
 def _check_restore(context: Context, point: ResolvedPoint, line: Timeline) -> list[LawResult]:
     """Laws 6 and 3: what the engine says it has after hydrating."""
-    promised = f"{cut.num_kv_at(line.state, point.num_tokens)} tokens counted as cached by the engine"
+    promised = f"{cover.num_kv_at(line, point.num_tokens)} tokens counted as cached by the engine"
     try:
         live = hydrate(context, point)
     except ThawError as error:
@@ -126,7 +127,14 @@ def _cached(engine: Engine, live: Hydration) -> int:
     """What the engine counts as cached when the session first runs."""
     if not live.plan.tokens or len(live.plan.tokens) >= engine.info.max_model_len:
         return live.proof.num_cached_tokens
-    return _greedy(engine, live.session, 1).num_cached_tokens
+    return _greedy(engine, live.session, 1, prompt=_new_token(live)).num_cached_tokens
+
+
+def _new_token(live: Hydration) -> tuple[int, ...]:
+    """A token to go on with, where the point goes on with new ones alone; any would do."""
+    plan = live.plan
+    is_bare = bool(point_groups(plan.identity.groups)) and plan.hidden is None and plan.num_kv == len(plan.tokens)
+    return plan.tokens[-1:] if is_bare else ()
 
 
 def _check_boundary(context: Context, point: ResolvedPoint, line: Timeline) -> LawResult:
@@ -136,6 +144,8 @@ def _check_boundary(context: Context, point: ResolvedPoint, line: Timeline) -> L
         return _not_tried("boundary", "no logits were stored for this point")
     if stored.position >= context.engine.info.max_model_len:
         return _not_tried("boundary", "the session is as long as the model allows; no more logits can be computed")
+    if stored.hidden is None and cover.num_kv_at(line, stored.position) == stored.position:
+        return _not_tried("boundary", f"no state was kept before token {stored.position}, which would run again")
     where = point if stored.position == point.num_tokens else at(context.store, point.commit, token=stored.position)
     try:
         live = hydrate(context, where)
@@ -205,11 +215,12 @@ def _continue(context: Context, point: ResolvedPoint, num_tokens: int) -> Contin
     if n < 1:
         return None
     live = hydrate(context, point)
+    new = _new_token(live)
     loaded_s = live.proof.stages_s.get("load", 0.0)
     fresh = engine.open(seed=live.plan.seed)
     try:
-        ours = _greedy(engine, live.session, n)
-        theirs = _greedy(engine, fresh, n, prompt=live.plan.tokens)
+        ours = _greedy(engine, live.session, n, prompt=new)
+        theirs = _greedy(engine, fresh, n, prompt=(*live.plan.tokens, *new))
     finally:
         engine.close_session(live.session)
         engine.close_session(fresh)

@@ -120,6 +120,8 @@ def _model(model: ModelReport) -> None:
     if model.kv_token_nbytes is not None:
         shape = f"{model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}"
         view.field("KV", f"{words.nbytes(model.kv_token_nbytes)} a token ({shape})")
+    if model.state_nbytes is not None:
+        view.field("states", f"{words.nbytes(model.state_nbytes)} at each token that a session can be forked from")
     if model.session_nbytes is not None:
         view.field("session", f"{words.nbytes(model.session_nbytes)} for {words.count(model.session_tokens, 'token')}")
     if model.max_model_len is not None:

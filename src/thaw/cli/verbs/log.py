@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from thaw.cli import light, output, place, words
+from thaw.cli import light, output, place, view, words
 from thaw.core.ids import short
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ def command(
 ) -> None:
     """List the commits from POINT (default: the current branch), newest first.
 
-    Each line shows the id, the names that point at it, the message, tokens and age.
+    Each line shows the id, the names that point at it, the message, tokens and age; on models with recurrent layers
+    also how many states are kept, and their bytes.
     """
     entries = _read(named, point, everything, limit)
     if as_json:
-        output.print_json({"commits": [_plain(entry) for entry in entries]})
+        output.print_json({"commits": [view.plain_entry(entry) for entry in entries]})
     elif not entries:
         output.note("no commits yet. `thaw run` creates the first one.")
     else:
@@ -68,14 +69,9 @@ def _lines(entries: list[LogEntry], as_graph: bool) -> Iterator[str]:
 def _line(entry: LogEntry, used: int) -> str:
     """One commit in what is left of the width; the message gives way first."""
     names = ", ".join(entry.refs)
-    tail = f"{entry.num_tokens:,} tokens, {words.age(entry.time_ns)}"
+    kept = f", {view.few_states(entry.points, entry.state_nbytes)}" if entry.state_nbytes else ""
+    tail = f"{entry.num_tokens:,} tokens{kept}, {words.age(entry.time_ns)}"
     room = output.width() - used - 10 - 2 - len(tail) - 2 - (len(names) + 3 if names else 0)
     message = output.one_line(entry.message, max(room, 12))
     shown = f"({output.style(names, 'bold', 'green')}) " if names else ""
     return f"{output.style(short(entry.commit), 'yellow')} {shown}{message}  {output.style(tail, 'dim')}"
-
-
-def _plain(entry: LogEntry) -> dict[str, object]:
-    import msgspec
-
-    return {**msgspec.structs.asdict(entry), "time_ns": str(entry.time_ns)}

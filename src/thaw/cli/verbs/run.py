@@ -57,6 +57,7 @@ class Outcome:
 @click.option("--no-generate", is_flag=True, help="Read and commit only.")
 @click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not match or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
+@options.points
 @options.chat
 @options.option_of("Chat", "--history", metavar="FILE", help="The whole conversation before PROMPT, as a JSON list.")
 @options.sampling
@@ -73,6 +74,8 @@ def command(
     history: str | None,
     recompute: bool,
     message: str | None,
+    points: tuple[int, ...],
+    unaligned: bool,
     engine_name: str | None,
     model: str | None,
     dtype: str | None,
@@ -84,6 +87,8 @@ def command(
 
     PROMPT - means stdin; a pipe is also read if there is no other input. With no input at all, the model just
     continues, or resumes a completion that was interrupted. The completion streams to stdout; ^C keeps what is there.
+
+    Models with recurrent layers can be forked at the ends of turns and at each --point only.
     """
     sampling = prompts.make_sampling(options.given_sampling(values))
     text = prompts.from_arguments(prompt, or_stdin=not files)
@@ -100,6 +105,7 @@ def command(
         name, point = _start(repo, branch, start)
         repo.require_room(sampling.max_tokens if job.generate else 0)
         with _session(repo, point, recompute) as session:
+            session.keep_points(points, unaligned=unaligned)
             outcome = _run(repo, session, job, name, as_json)
             if repo.store.ref(repo.store.head) is None:
                 repo.store.set_head(name)

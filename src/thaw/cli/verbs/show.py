@@ -42,11 +42,9 @@ def _read(named: str | None, point: str) -> Shown:
 
 
 def _plain(shown: Shown, with_tokens: bool) -> dict[str, object]:
-    import msgspec
-
     left_out = ("tokens", "entry", *(["resumable"] if shown.resumable is None else []))
     fields = {name: getattr(shown, name) for name in shown.__struct_fields__ if name not in left_out}
-    entry = {**msgspec.structs.asdict(shown.entry), "time_ns": str(shown.entry.time_ns)}
+    entry = view.plain_entry(shown.entry)
     tokens = {"token_ids": shown.tokens} if with_tokens else {}
     return {**entry, **fields, "seed": str(shown.seed), "num_tokens": len(shown.tokens), **tokens}
 
@@ -77,6 +75,7 @@ def _fields(shown: Shown) -> list[tuple[str, str]]:
         ("origin", _origin(entry.origin)),
         ("continues", _boundary(shown)),
         *([] if shown.resumable is None else [("points", _points(shown.resumable))]),
+        *([("states", view.states(entry.points, entry.state_nbytes))] if entry.state_nbytes else []),
     ]
     told = {key: value for key, value in entry.meta.items() if key != KEY}
     return fields + [(f"meta {key}", output.one_line(value, 100)) for key, value in sorted(told.items())]

@@ -7,9 +7,10 @@ A `Row` is the backend's own value behind the next logits of one sequence (for t
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from thaw.core.errors import Unsupported
@@ -64,6 +65,8 @@ class Backend(ExtentFactory):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     numerics: dict[str, str]
+    placeholders: Mapping[int, str] = MappingProxyType({})
+    """Tokens that stand for what is no text, such as an image, and what the model's config calls them: refused."""
 
     @abc.abstractmethod
     def forward(self, feeds: Sequence[Feed]) -> list[Row]:

@@ -8,7 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, Refused, StaleSession, TooLong
+import msgspec
+
+from thaw.core.cache import point_groups, windowed
+from thaw.core.errors import (
+    Busy,
+    EngineDied,
+    InvalidRequest,
+    NotFound,
+    NotKept,
+    Refused,
+    StaleSession,
+    TooLong,
+    Unsupported,
+)
 from thaw.core.identity import ModelIdentity, compare
 from thaw.core.objects import Chat
 from thaw.core.proof import Proof
@@ -44,7 +57,7 @@ T = TypeVar("T")
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points",
     }
 )  # fmt: skip
 
@@ -130,6 +143,9 @@ class EmbeddedEngine(Engine):
 
         return self._begin(begin, promise)
 
+    def keep_points(self, session: SessionRef, tokens: Sequence[int], *, unaligned: bool = False) -> None:
+        self._driver.call(lambda: self._ask(self._usable(session), tokens, unaligned)).result()
+
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         promise: Promise[list[Completion]] = Promise()
         asked = tuple(requests)
@@ -176,6 +192,11 @@ class EmbeddedEngine(Engine):
         for seed in seeds or ():
             check_seed(seed)
         return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))
+
+    def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
+        promise: Promise[SessionRef] = Promise()
+        self._in_background(promise, lambda: self._reread(session, at))
+        return promise
 
     def park(self, session: SessionRef) -> Handle[SessionView]:
         def put_away() -> SessionView:
@@ -279,6 +300,12 @@ class EmbeddedEngine(Engine):
         bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._backend.vocab_size]
         if bad:
             raise InvalidRequest(f"token ids {bad[:5]} are outside the vocabulary of {self._backend.vocab_size}")
+        named = next((t for t in tokens if t in self._backend.placeholders), None)
+        if named is not None:
+            raise Unsupported(
+                f"token {named} is the model's {self._backend.placeholders[named]}: it stands for what is no text, and "
+                "this engine runs the text part alone; leave images, videos and sound out"
+            )
         total, limit = num_tokens + len(tokens) + more, self._backend.max_model_len
         if total > limit:
             raise TooLong(
@@ -287,6 +314,27 @@ class EmbeddedEngine(Engine):
             )
 
     # -- verbs, on the driver's thread
+
+    def _ask(self, live: LiveSession, tokens: Sequence[int], unaligned: bool) -> None:
+        multiple, limit = self._backend.point_multiple, self._backend.max_model_len
+        windows = () if self._backend.keeps_interior else windowed(self._backend.groups)
+        if tokens and windows:
+            raise Unsupported(
+                f"points at {list(tokens)[:5]}: this engine keeps the windows of cache group {windows[0]} at a "
+                "session's end alone, so that no earlier token can be gone on from"
+            )
+        for token in tokens:
+            if not isinstance(token, int) or not 0 < token <= limit:
+                raise InvalidRequest(f"a point at token {token!r}: it must be 1 to {limit}")
+            if token % multiple and not unaligned:
+                near = [n for n in (token // multiple * multiple, (token // multiple + 1) * multiple) if n]
+                raise InvalidRequest(
+                    f"a point at token {token}: the model's recurrent layers read {multiple} tokens at a time, and a "
+                    f"prefill that is cut inside such a chunk computes other bits than one that is not. Ask for "
+                    f"{' or '.join(map(str, near))}, or insist (unaligned=True, --unaligned)"
+                )
+        if point_groups(self._backend.groups):
+            live.kv.ask(tokens)
 
     def _lanes(self, requests: Sequence[GenerateRequest]) -> list[Lane]:
         """Check every request before any session is touched."""
@@ -307,6 +355,8 @@ class EmbeddedEngine(Engine):
         return lanes
 
     def _check_request(self, live: LiveSession, request: GenerateRequest) -> None:
+        if not request.prompt:
+            _require_next(live)
         if request.resume:
             require_resumable(live, request, self._weights.policy)
             return
@@ -325,9 +375,13 @@ class EmbeddedEngine(Engine):
             raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
         return [self._admit(self._child(parent, position, replay, seeds[i] if seeds else None, i)) for i in range(n)]
 
-    def _child(self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int) -> LiveSession:
-        whole = at == len(parent.tokens)
-        num_kv = parent.kv.num_tokens if whole else min(parent.kv.num_tokens, max(at - 1, 0))
+    def _child(
+        self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int, *, num_kv: int | None = None
+    ) -> LiveSession:
+        """`num_kv`: how many tokens of KV it begins with, where that is not as many as `at` allows."""
+        whole = at == len(parent.tokens) and num_kv is None
+        if num_kv is None:
+            num_kv = parent.kv.num_tokens if whole else parent.kv.before(at)
         child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
         child.tokens = parent.tokens[:at]
         child.turns = list(cut_turns(parent.all_turns(), parent.tokens, at, self.codec))
@@ -347,23 +401,52 @@ class EmbeddedEngine(Engine):
             reseed(child, derive(parent.seed, at, index) if seed is None else seed)
         return child
 
+    def _reread(self, session: SessionRef, at: int) -> SessionRef:
+        """On an I/O thread."""
+
+        def begin() -> LiveSession:
+            parent = self._fresh(session)
+            if not 0 <= at <= len(parent.tokens):
+                raise InvalidRequest(f"fork at token {at}: the session has {len(parent.tokens)}")
+            num_kv = max((token for token in parent.kv.points if token < at), default=0)
+            child = self._child(parent, at, True, None, 0, num_kv=num_kv)
+            self._admit(child)
+            return child
+
+        child = self._driver.call(begin).result()
+        num_kv = child.kv.num_tokens
+        self.append(child.ref, ()).result()
+        child.proof = None if child.proof is None else _with_gap(child.proof, num_kv, at, "read again as asked")
+        return child.ref
+
     def _hydrate(self, plan: HydratePlan) -> Hydrated:
         """On an I/O thread: nothing of it touches a session before it is admitted."""
         try:
             identity, epoch = self._weights.stamp()
             compare(plan.identity, identity)
-            restoring.check_kept(plan)
         except Refused as refusal:
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise
             return self._recompute(plan, str(refusal))
+        if plan.not_kept and plan.policy != "recompute":
+            restoring.check_kept(plan)
+        if plan.not_kept and not plan.num_kv:
+            return self._recompute(plan, plan.not_kept)
         self._check_tokens(0, plan.tokens, 0)
         loaded = transfer.load(plan, self._backend)
         session = self._restored(plan, loaded.kv)
         session.row, session.proof = loaded.row, loaded.proof
         session.policy, session.epoch = identity.policy, epoch
         session.stored_boundary = plan.boundary
-        return Hydrated(session=self._driver.call(lambda: self._admit(session)).result(), proof=loaded.proof)
+        ref = self._driver.call(lambda: self._admit(session)).result()
+        if plan.not_kept:
+            session.proof = self._replay(ref, plan, loaded.proof)
+        return Hydrated(session=ref, proof=session.proof)
+
+    def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
+        """Prefill what comes after the point that was loaded, because the caller allowed it."""
+        self.append(ref, ()).result()
+        return _with_gap(loaded, plan.num_kv, len(plan.tokens), plan.not_kept)
 
     def _recompute(self, plan: HydratePlan, reason: str) -> Hydrated:
         """Prefill the plan's tokens again, because the caller allowed it."""
@@ -421,10 +504,31 @@ class EmbeddedEngine(Engine):
         self._io.submit(run)
 
 
+def _with_gap(proof: Proof, num_kv: int, num_tokens: int, reason: str) -> Proof:
+    """The proof of a session whose tokens from `num_kv` on were read again."""
+    return msgspec.structs.replace(
+        proof,
+        first_mismatch=num_kv,
+        num_recomputed_tokens=num_tokens - num_kv,
+        continuation="close",
+        reason=reason,
+    )
+
+
 def _idle(session: LiveSession) -> LiveSession:
     if session.busy is not None:
         raise Busy(f"session {session.ref[:8]}… is running; wait for its result, cancel it, or fork it")
     return session
+
+
+def _require_next(session: LiveSession) -> None:
+    """Raise `NotKept` where nothing says what follows: all tokens are read, and the state before the last is gone."""
+    count = len(session.tokens)
+    if session.row is None and session.kv.num_tokens == count > 0 and session.kv.before(count) == count:
+        raise NotKept(
+            f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on with "
+            f"new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+        )
 
 
 def _step_back(session: LiveSession) -> None:

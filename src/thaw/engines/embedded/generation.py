@@ -4,6 +4,9 @@ Prompts go in chunks that end at multiples of CHUNK tokens of the session's own 
 is left of every session (at most CHUNK tokens) then runs packed together. A prompt that is only read has its last token
 run by itself: a child that is forked there later runs that token so, and has the same bits. So the shape of every
 forward pass, and with it the bits, is a function of the batch's own requests and of nothing else that runs.
+
+On models with point states a prompt's last token always runs by itself, so that there is a state before it; a prefill
+also stops where a state was asked for, and the states before the last token of each turn are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from thaw.core.cache import point_groups
 from thaw.core.objects import Chat, Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
@@ -61,6 +65,13 @@ class Lane:
     def close_prompt(self) -> None:
         chat = None if self.prompt else self.chat
         close_prompt(self.session, self.prompt_start, self.prompt_text, self.role, chat)
+        self.keep_turn()
+
+    def keep_turn(self) -> None:
+        """A turn ended here: its last token can be run again later, from the state before it."""
+        kv, before = self.session.kv, len(self.session.tokens) - 1
+        if before in kv.points:
+            kv.ask([before])
 
 
 class Prefill:
@@ -71,7 +82,8 @@ class Prefill:
     def __init__(self, backend: Backend, lanes: Sequence[Lane], *, last_alone: bool = False) -> None:
         self._backend = backend
         self._lanes = lanes
-        self._last_alone = last_alone
+        self._has_states = bool(point_groups(backend.groups))
+        self._last_alone = last_alone or self._has_states
 
     def step(self) -> bool:
         waiting = [(lane, self._next(lane)) for lane in self._waiting()]
@@ -92,7 +104,10 @@ class Prefill:
         return [lane for lane in self._lanes if not lane.aborted and lane.pending()]
 
     def _next(self, lane: Lane) -> list[int]:
-        pending = lane.pending()
+        pending, kv = lane.pending(), lane.session.kv
+        asked = kv.next_asked()
+        if asked is not None and asked - kv.num_tokens < len(pending):
+            return pending[: asked - kv.num_tokens]
         return pending[:-1] if self._last_alone and len(pending) > 1 else pending
 
     def _feed(self, pack: Sequence[tuple[Lane, list[int]]]) -> None:
@@ -101,7 +116,7 @@ class Prefill:
         rows = self._backend.forward([Feed(lane.session.kv, tokens) for lane, tokens in pack])
         for (lane, tokens), row in zip(pack, rows, strict=True):
             lane.take(len(tokens))
-            lane.session.row = row if not lane.pending() else None
+            lane.session.row = row if self._has_states or not lane.pending() else None
 
 
 class PrefillTask:
@@ -272,6 +287,7 @@ class GenerationTask:
             closed = turn.freeze(reason, stop_reason)
             session.turns.append(closed)
             session.turn = None
+            lane.keep_turn()
         self._release(session)
         return closed
 

@@ -5,7 +5,7 @@ full page of one column is byte for byte a blob. An *extent* is memory for sever
 lists *runs* of pages; forking shares the runs of full pages by reference and copies the partial tail page only. Pages
 are append-only: token slots below `num_tokens` are never written again, so a fork taken at a step boundary stays
 consistent while the parent goes on (no lock, no copy). Point states are immutable values, kept by the number of tokens
-that they are of.
+that they are of, and shared with forks: a child has no state of its own until it runs.
 
     pages [0, num_tokens // 256)      full, shared freely, immutable
     page   num_tokens // 256          partial: private to one session
@@ -14,7 +14,9 @@ that they are of.
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from thaw.core.cache import CacheGroup, TokenGroup, list_of, point_groups, token_groups
 from thaw.core.errors import NotKept
@@ -47,11 +49,27 @@ class Extent(abc.ABC):
         """Copy the first `num_tokens` slots of a page of `source`, all columns."""
 
 
+class StateBlob(Protocol):
+    """A blob of a point state: `bytes(blob)` are its bytes and `len(blob)` their number. It never changes."""
+
+    def __len__(self) -> int: ...
+
+    def __bytes__(self) -> bytes: ...
+
+
+States: TypeAlias = tuple[StateBlob, ...]
+"""All blobs of a model's point states after some number of tokens, group by group."""
+
+
 class ExtentFactory(abc.ABC):
-    """`keeps_interior`: windows and point states of all tokens are kept; else those of the last tokens alone."""
+    """`keeps_interior`: windows and point states of all tokens are kept; else windows and states of the last tokens,
+    the `recent_points` states before the last one, and those that were asked for. `point_multiple`: a prefill that is
+    cut at a multiple of it has its recurrent kernel's chunks where one that is not cut has them."""
 
     groups: tuple[CacheGroup, ...]
     keeps_interior: bool = True
+    point_multiple: int = 1
+    recent_points: int = 0
 
     @abc.abstractmethod
     def extent(self, num_pages: int) -> Extent: ...
@@ -68,14 +86,15 @@ class PageRange:
 
 
 class PagedKV:
-    """The KV of one session; `num_tokens` tokens have been computed. `points[n]`: all blobs of the point states after n
-    tokens, group by group; there is one for `num_tokens` wherever the model has such groups."""
+    """The KV of one session; `num_tokens` tokens have been computed. `points[n]`: the point states after n tokens; they
+    exist for `num_tokens` wherever the model has such groups. `asked`: the tokens whose states are not let go of."""
 
     def __init__(self, factory: ExtentFactory) -> None:
         self.factory = factory
         self.runs: list[PageRange] = []
         self.num_tokens = 0
-        self.points: dict[int, tuple[bytes, ...]] = {}
+        self.points: dict[int, States] = {}
+        self.asked: set[int] = set()
         self.loaded_from: dict[str, int] = {}
         """The first token of a group's that was brought back; those before it were not needed."""
 
@@ -121,14 +140,48 @@ class PagedKV:
             child.runs.append(PageRange(extent, 0, whole, 1))
         child.num_tokens = at
         child.points = {token: state for token, state in self.points.items() if token <= at}
+        child.asked = {token for token in self.asked if token <= at}
         child.loaded_from = self.loaded_from
         return child
 
-    def keep(self, state: tuple[bytes, ...]) -> None:
-        """The point states after `num_tokens` tokens; those before the last two go where the interior is not kept."""
+    def keep(self, state: States) -> None:
+        """The point states after `num_tokens` tokens; earlier ones go where they are neither recent nor asked for, nor
+        the interior is kept."""
         self.points[self.num_tokens] = state
         if not self.factory.keeps_interior:
-            self.points = {token: state for token, state in self.points.items() if token >= self.num_tokens - 1}
+            oldest = self.num_tokens - max(1, self.factory.recent_points)
+            self.points = {
+                token: state for token, state in self.points.items() if token >= oldest or token in self.asked
+            }
+
+    def ask(self, tokens: Iterable[int]) -> None:
+        """Do not let go of the states after these numbers of tokens, which are there or to come. Raises `NotKept`."""
+        wanted = set(tokens)
+        gone = {token for token in wanted if token <= self.num_tokens and token not in self.points}
+        if gone and point_groups(self.factory.groups):
+            raise NotKept(
+                f"no state is kept after {list_of(gone)}, which this session has read already: it has states after "
+                f"{list_of(self.points)}. Ask for a state before its tokens are appended"
+            )
+        self.asked |= wanted
+
+    def next_asked(self) -> int | None:
+        """The next number of tokens at which a prefill is to stop for a state."""
+        return min((token for token in self.asked if token > self.num_tokens), default=None)
+
+    def lasting(self) -> list[int]:
+        """The tokens whose states a snapshot holds: all that there are where the interior is kept, else the present
+        end's, recent ones, and those that were asked for."""
+        oldest = 0 if self.factory.keeps_interior else self.num_tokens - self.factory.recent_points
+        return sorted(token for token in self.points if token >= oldest or token in self.asked)
+
+    def before(self, num_tokens: int) -> int:
+        """How many tokens of KV a session of the first `num_tokens` tokens goes on with: all but the last, which runs
+        again; or all of them, where the state before the last is not kept and the one after it is."""
+        last = min(self.num_tokens, max(num_tokens - 1, 0))
+        if not point_groups(self.factory.groups) or not last or last in self.points:
+            return last
+        return num_tokens if num_tokens <= self.num_tokens and num_tokens in self.points else last
 
     def first_of(self, group: TokenGroup) -> int:
         """The first token of a group that is kept: what is needed to go on from here, or one token earlier."""

@@ -23,6 +23,7 @@ class Parked:
     def __init__(self, kv: PagedKV) -> None:
         self._num_tokens = kv.num_tokens
         self._columns = columns(kv.factory.groups)
+        self._asked = set(kv.asked)
         self._states = {token: [len(blob) for blob in state] for token, state in kv.points.items()}
         self._digests: list[bytes] = []
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -31,7 +32,7 @@ class Parked:
             self._put(kv.read(column, start, stop))
         for state in kv.points.values():
             for blob in state:
-                self._put(blob)
+                self._put(bytes(blob))
         kv.runs, kv.num_tokens, kv.points = [], 0, {}
 
     def _pieces(self) -> list[tuple[int, int, int]]:
@@ -54,7 +55,7 @@ class Parked:
         for token, sizes in self._states.items():
             what = f"state after {token} tokens"
             kv.points[token] = tuple(self._take(nbytes, next(digests), what) for nbytes in sizes)
-        kv.num_tokens = self._num_tokens
+        kv.num_tokens, kv.asked = self._num_tokens, self._asked
         self._file.close()
         return kv
 

@@ -49,8 +49,9 @@ class Cut:
 
 
 def cut(session: LiveSession, backend: Backend) -> Cut:
-    """Take the session as it is. On the driver's thread, between steps."""
+    """Take the session as it is; its states are kept from here on. On the driver's thread, between steps."""
     started = time.perf_counter()
+    session.kv.ask({session.kv.num_tokens} & session.kv.points.keys())
     hidden = None if session.row is None else backend.row_bytes(session.row)
     return Cut(
         policy=session.policy,
@@ -105,7 +106,7 @@ class _Piece:
         first = {group.name: max(start, kv.first_of(group)) for group in token_groups(groups)}
         self._first = {name: token for name, token in first.items() if token < stop}
         self._columns = [(i, c.group) for i, c in enumerate(columns(groups)) if c.group.name in self._first]
-        self._points = [token for token in sorted(kv.points) if start < token <= stop]
+        self._points = [token for token in kv.lasting() if start < token <= stop]
         self._states = point_groups(groups)
 
     def items(self) -> Iterator[PackItem]:
@@ -177,6 +178,7 @@ def load(plan: HydratePlan, backend: Backend) -> Loaded:
         kv.write(column, start, stop, memoryview(staging), stored)
     kv.num_tokens = sum(piece.length for piece in plan.slices)
     kv.points = {token: tuple(bytes(data) for _, data in pairs) for token, pairs in states}
+    kv.asked = set(kv.points)
     row = _hidden_row(plan, backend)
     if kv.num_tokens != plan.num_kv:
         raise NotHit(f"{kv.num_tokens} of {plan.num_kv} tokens were loaded; nothing was recomputed")

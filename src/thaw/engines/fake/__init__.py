@@ -22,7 +22,8 @@ def load(
     """Boot a fake engine. `seed` are its "weights"; `step_s` slows every forward pass (for tests of concurrency).
 
     `groups`: which cache groups it has (`shapes.py`): "one", "two" full ones, "hybrid" (full, sliding and a point
-    state), "latent". `interior=False`: as engines do, it keeps windows and states of a session's end alone.
+    state), "states" (full and a point state), "latent". `interior=False`: as engines do, it keeps windows of a
+    session's end alone, and states where sessions, turns and commits end or where they were asked for.
     """
     from thaw.engines.embedded.engine import EmbeddedEngine
     from thaw.engines.fake.backend import FakeBackend

@@ -102,7 +102,7 @@ class FakeBackend(Backend):
                 if first < stop:
                     read.update(kv.read(index, first, stop))
         for data in kv.points.get(kv.num_tokens, ()):
-            read.update(data)
+            read.update(bytes(data))
         return read.digest()
 
     def _write(self, kv: PagedKV, token: int) -> None:
@@ -114,7 +114,7 @@ class FakeBackend(Backend):
             for index in range(len(self._columns)):
                 made.update(kv.read(index, position - 1, position))
             for state in kv.points.get(position, ()):
-                made.update(state)
+                made.update(bytes(state))
         data, at = made.digest(sum(sizes) + sum(self._states)), 0
         for index, size in enumerate(sizes):
             kv.write(index, position, position + 1, memoryview(data)[at : at + size], 1)

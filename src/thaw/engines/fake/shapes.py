@@ -28,6 +28,7 @@ SHAPES: dict[str, tuple[CacheGroup, ...]] = {
     "one": ONE_GROUP,
     "two": (_FULL, _WIDE),
     "hybrid": (_FULL, _SLIDING, _STATE),
+    "states": (_FULL, _STATE),
     "latent": (_LATENT,),
 }
 

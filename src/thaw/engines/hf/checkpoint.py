@@ -23,12 +23,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
 from thaw.engines.hf.beside import AGAIN, CUT, is_there, read_text, refuse_pointer, require_beside
-from thaw.engines.hf.config import ATTENTION, function_config, load_config, sensible
+from thaw.engines.hf.config import ATTENTION, auto_class, function_config, load_config, sensible
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
@@ -37,6 +37,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 """Files that engines leave out, by what they are called."""
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 UNREAD = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Names of buffers in old checkpoints, beside those that a class lists itself."""
 
@@ -78,10 +79,10 @@ def _require_fit(folder: Path, paths: Collection[Path], overrides: Mapping[str, 
         return None
     refuse_other_files(folder, config)
     quantised = getattr(config, "quantization_config", None) is not None
-    if not paths or quantised or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not paths or quantised or not any(type(config) in known for known in MAPPINGS):
         return None
     with torch.device("meta"), sensible(folder):
-        like = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
+        like = auto_class(config).from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
     with quiet():
         try:
             module, info = type(like).from_pretrained(

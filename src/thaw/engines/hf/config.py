@@ -59,6 +59,8 @@ STRETCHED = ("yarn", "linear")
 GENERATION = "generation_config.json"
 ATTENTION = "eager"
 """Where a model is only looked at: every class has it, and a config may ask for one that is not installed."""
+SEVERAL = "ForConditionalGeneration"
+"""How the names of classes of several parts end."""
 NONSENSE = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 _IN_ROPE = ("partial_rotary_factor",)
 """Read from `rope_parameters` by every model of transformers 5; see docs/design/0003-identity-across-versions.md."""
@@ -107,6 +109,15 @@ def _own_config(folder: str | Path) -> Any:
         raise _senseless(folder, error) from None
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' class for the files of this config: a causal language model, or, where the config says so, a class
+    of several parts whose text part is one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    several = str((config.architectures or [""])[0]).endswith(SEVERAL) and config is not config.get_text_config()
+    return AutoModelForImageTextToText if several else AutoModelForCausalLM
+
+
 def refuse_foreign_code(model: str | Path, error: Exception) -> None:
     """Raise `Unsupported` where `error` is what transformers says of a model that comes with code of its own."""
     if "trust_remote_code" in str(error):
@@ -151,8 +162,17 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     long = [name for name, value in config.items() if "layer" in name and isinstance(value, int) and value > MAX_LAYERS]
     if long:
         raise ValueError(f"{long[0]}={config[long[0]]}")
-    fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    fields: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(_with_floats(config)).to_dict()
     return fields
+
+
+def _with_floats(value: Any) -> Any:
+    """The numbers that JSON has not, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _with_floats(one) for name, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def overridden(config: Any, names: Iterable[str]) -> dict[str, Any]:

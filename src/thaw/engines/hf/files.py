@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from thaw.core.identity import weights_root
 from thaw.engines.hf.checkpoint import require_files, require_floats
-from thaw.engines.hf.config import ATTENTION, load_config, sensible
+from thaw.engines.hf.config import ATTENTION, auto_class, load_config, sensible
 from thaw.engines.hf.leaves import hashed_tensors, leaf
 
 
@@ -36,7 +35,7 @@ def skeleton(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | No
     """
     config = load_config(folder, overrides)
     with torch.device("meta"), sensible(folder):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=False, attn_implementation=ATTENTION
         )
 

@@ -57,8 +57,6 @@ def root_of_folder(folder: Path, dtype: str, overrides: Mapping[str, Any] | None
 
 
 def _load(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from thaw.engines.hf.checkpoint import (
         refuse_other_files,
         require_files,
@@ -66,12 +64,12 @@ def _load(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None)
         require_loaded,
         without_report,
     )
-    from thaw.engines.hf.config import ATTENTION, load_config
+    from thaw.engines.hf.config import ATTENTION, auto_class, load_config
 
     config = load_config(folder, overrides)
     refuse_other_files(folder, config)
     with without_report():
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             attn_implementation=ATTENTION,
         )  # fmt: skip

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from thaw.core.cache import FullKV
+from thaw.core.cache import DTYPE_BYTES, CacheGroup, TokenGroup, token_groups
 from thaw.engines.embedded.backend import Feed
 from thaw.engines.embedded.pages import PAGE, Extent, PageRange
 
@@ -21,30 +22,69 @@ LONG = 16
 
 
 class TorchExtent(Extent):
-    """One full group, a column for each KV head: kv_HPL2TD in the model's dtype and on its device. A page of a head is
-    contiguous and is a blob."""
+    """Token groups as torch tensors on one device: `stores[g]` is [column of the group][page][bytes of a page, as
+    numbers], so a page of a column is contiguous and is a blob."""
 
-    def __init__(self, group: FullKV, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, groups: Sequence[CacheGroup], num_pages: int, device: torch.device) -> None:
         self.num_pages = num_pages
-        shape = (group.num_kv_heads, num_pages, group.num_layers, 2, PAGE, group.head_dim)
-        self.kv_HPL2TD = torch.empty(shape, dtype=dtype, device=device)
+        self.groups = token_groups(groups)
+        self.stores = [_store(group, num_pages, device) for group in self.groups]
+        self._columns = [(g, number) for g, group in enumerate(self.groups) for number in range(group.num_blobs)]
         self._on_host = device.type == "cpu"
 
+    @cached_property
+    def kv_HPL2TD(self) -> torch.Tensor:
+        """Of a model with one plain full group."""
+        (planes,) = self.planes(0, slice(None))
+        return planes
+
+    def planes(self, group: int, pages: slice) -> list[torch.Tensor]:
+        """Views [column][page][layer][how many alike][token slot][numbers]: one, or K and V where they differ."""
+        return _planes(self.groups[group], self.stores[group][:, pages])
+
     def page(self, column: int, page: int) -> memoryview | None:
-        return _bytes_of(self.kv_HPL2TD[column, page]) if self._on_host else None
+        group, number = self._columns[column]
+        return _bytes_of(self.stores[group][number, page]) if self._on_host else None
 
     def gather(self, column: int, page: int, start: int, stop: int) -> memoryview:
-        return _bytes_of(self.kv_HPL2TD[column, page, :, :, start:stop].contiguous().cpu())
+        parts = [plane[:, :, start:stop].flatten(1) for plane in self._slots(column, page)]
+        return _bytes_of(torch.cat(parts, 1).contiguous().cpu())
 
     def scatter(self, column: int, page: int, start: int, stop: int, data: memoryview, stored: int) -> None:
-        slots = self.kv_HPL2TD[column, page]
+        slots = self._slots(column, page)
         raw = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
-        blob = raw.view(slots.dtype).view(slots.shape[0], 2, stored, slots.shape[3])
-        slots[:, :, start:stop].copy_(blob[:, :, : stop - start])
+        rows = raw.view(slots[0].dtype).view(slots[0].shape[0], -1)  # a layer's planes one after the other
+        sizes = [plane.shape[1] * stored * plane.shape[3] for plane in slots]
+        for plane, blob in zip(slots, torch.split(rows, sizes, 1), strict=True):
+            tokens = blob.reshape(plane.shape[0], plane.shape[1], stored, plane.shape[3])
+            plane[:, :, start:stop] = tokens[:, :, : stop - start].to(plane.device)
 
     def copy_page(self, page: int, source: Extent, source_page: int, num_tokens: int) -> None:
         assert isinstance(source, TorchExtent)
-        self.kv_HPL2TD[:, page, :, :, :num_tokens] = source.kv_HPL2TD[:, source_page, :, :, :num_tokens]
+        for group in range(len(self.groups)):
+            theirs = source.planes(group, slice(source_page, source_page + 1))
+            for own, other in zip(self.planes(group, slice(page, page + 1)), theirs, strict=True):
+                own[..., :num_tokens, :] = other[..., :num_tokens, :]
+
+    def _slots(self, column: int, page: int) -> list[torch.Tensor]:
+        """A page of a column: [layer][how many alike][token slot][numbers]."""
+        group, number = self._columns[column]
+        store = self.stores[group][number : number + 1, page : page + 1]
+        return [plane[0, 0] for plane in _planes(self.groups[group], store)]
+
+
+def _store(group: TokenGroup, num_pages: int, device: torch.device) -> torch.Tensor:
+    numbers = PAGE * group.token_nbytes_per_blob // DTYPE_BYTES[group.dtype]
+    return torch.empty((group.num_blobs, num_pages, numbers), dtype=getattr(torch, group.dtype), device=device)
+
+
+def _planes(group: TokenGroup, store: torch.Tensor) -> list[torch.Tensor]:
+    by_layer = (*store.shape[:2], group.num_layers)
+    sizes = [count * PAGE * width for count, width in group.layer_planes]
+    parts = torch.split(store.view(*by_layer, -1), sizes, 3)
+    return [
+        part.view(*by_layer, count, PAGE, width) for part, (count, width) in zip(parts, group.layer_planes, strict=True)
+    ]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
 from thaw.engines.hf import checkpoint
 from thaw.engines.hf.beside import AGAIN, is_there, read_object, require_beside
-from thaw.engines.hf.config import ATTENTION, nonsense, refuse_foreign_code, resolved, sensible
+from thaw.engines.hf.config import ATTENTION, auto_class, load_config, nonsense, refuse_foreign_code, resolved, sensible
 from thaw.engines.hf.tokenizer import transformers_tokenizer
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
@@ -69,9 +68,11 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     paths = _look_at(folder, dtype) if folder is not None else []
     try:
         with checkpoint.without_report():
-            module, info = AutoModelForCausalLM.from_pretrained(
+            config = load_config(name)
+            found = support.require(config.to_dict(), dtype)
+            module, info = auto_class(config).from_pretrained(
                 name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=False, attn_implementation=ATTENTION,
+                trust_remote_code=False, **({"attn_implementation": ATTENTION} if found.packed else {}),
             )  # fmt: skip
     except (OSError, ValueError) as error:
         refuse_foreign_code(name, error)
@@ -119,11 +120,12 @@ def _join(module: Any, tokenizer: Any, dtype: str | None, device: str | None) ->
 
 def _ready(loaded: LoadedModel) -> LoadedModel:
     module = loaded.module
-    support.require({"architectures": [type(module).__name__], **_plain(module.config)})
+    found = support.require({"architectures": [type(module).__name__], **_plain(module.config)})
     if module.dtype not in DTYPES.values():
         raise Unsupported(f"the model runs in {module.dtype}; load it with dtype one of {', '.join(DTYPES)}")
     module.eval()
-    module.set_attn_implementation(NAME)
+    if found.packed:
+        module.set_attn_implementation(NAME)
     return loaded
 
 
