@@ -30,16 +30,19 @@ class Version(NamedTuple):
     version: str | None = None
 
 
-class Found(NamedTuple):
+class FoundObject(NamedTuple):
     data: bytes
     version: Version
 
 
-class Entry(NamedTuple):
+class ListedObject(NamedTuple):
     key: str
     size: int
     modified: float
     """Seconds since 1970 by the store's clock."""
+
+
+Found, Entry = FoundObject, ListedObject
 
 
 class Bucket(Protocol):
@@ -56,7 +59,7 @@ class Bucket(Protocol):
         """For messages; holds no credentials."""
         ...
 
-    def read(self, key: str) -> Found | None: ...
+    def read(self, key: str) -> FoundObject | None: ...
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Bytes of each (start, length), read-only, in the order asked for. Raises `RemoteMissing` where the object is
@@ -85,7 +88,7 @@ class Bucket(Protocol):
         """Those that are missing count as deleted."""
         ...
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[ListedObject]:
         """Whole path segments; "" is everything. For gc and for names of refs alone."""
         ...
 

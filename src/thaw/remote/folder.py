@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from thaw.core.errors import RemoteMissing
 from thaw.data.files import pwrite_all, storage_errors, sync_folder
-from thaw.remote.bucket import CLOCK, Entry, Found, Version, check_key, is_key
+from thaw.remote.bucket import CLOCK, ListedObject, FoundObject, Version, check_key, is_key
 from thaw.store.locks import locked
 
 LOCK = ".lock"
@@ -39,14 +39,14 @@ class FolderBucket:
     def url(self) -> str:
         return self._root.as_uri()
 
-    def read(self, key: str) -> Found | None:
+    def read(self, key: str) -> FoundObject | None:
         path = self._path(key)
         with storage_errors(path, "read"):
             try:
                 data = path.read_bytes()
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
-        return Found(data, _version(data))
+        return FoundObject(data, _version(data))
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         if any(start < 0 or length < 0 for start, length in ranges):
@@ -95,7 +95,7 @@ class FolderBucket:
                 with storage_errors(folder, "sync"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     sync_folder(folder)
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[ListedObject]:
         start = self._path(prefix) if prefix else self._root
         for folder, folders, files in os.walk(start):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -106,7 +106,7 @@ class FolderBucket:
                     continue
                 with storage_errors(path, "look at"), contextlib.suppress(FileNotFoundError):
                     status = path.stat()
-                    yield Entry(key, status.st_size, status.st_mtime)
+                    yield ListedObject(key, status.st_size, status.st_mtime)
 
     def now(self) -> float:
         """By the file system's own clock, which is a server's where the folder is mounted."""

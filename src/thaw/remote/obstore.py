@@ -16,7 +16,7 @@ import obstore
 from obstore.exceptions import BaseError
 
 from thaw.core.errors import RemoteError, RemoteMissing, RemoteUncertain
-from thaw.remote.bucket import CLOCK, Entry, Found, Version, check_key, is_key
+from thaw.remote.bucket import CLOCK, ListedObject, FoundObject, Version, check_key, is_key
 from thaw.remote.errors import Failure, remote_error
 from thaw.remote.retry import ATTEMPTS, attempts
 
@@ -46,7 +46,7 @@ class ObjectBucket:
     def url(self) -> str:
         return self._url
 
-    def read(self, key: str) -> Found | None:
+    def read(self, key: str) -> FoundObject | None:
         return self._asked(f"read {key}", lambda: self._read(check_key(key)))
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
@@ -98,14 +98,14 @@ class ObjectBucket:
             for path in paths:  # some stores stop at the first that is missing
                 self._asked("delete an object", partial(obstore.delete, self._store, path))
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[ListedObject]:
         start = self._path(prefix) if prefix else self._prefix
         try:
             for chunk in obstore.list(self._store, start):
                 for found in chunk:
                     key = str(found["path"]).removeprefix(self._prefix)
                     if is_key(key) and key != CLOCK:
-                        yield Entry(key, int(found["size"]), found["last_modified"].timestamp())
+                        yield ListedObject(key, int(found["size"]), found["last_modified"].timestamp())
         except _FAILURES as error:
             raise self._error(error, f"list {prefix or 'everything'}") from None
 
@@ -150,9 +150,9 @@ class ObjectBucket:
         if done is None:
             raise RemoteMissing(f"cannot write {key} at {self._url}: HTTP 404. Check the name of the bucket.")
 
-    def _read(self, key: str) -> Found:
+    def _read(self, key: str) -> FoundObject:
         got = obstore.get(self._store, self._path(key))
-        return Found(bytes(got.bytes()), _version(got.meta))
+        return FoundObject(bytes(got.bytes()), _version(got.meta))
 
     # Ranges.
 
@@ -222,7 +222,7 @@ class ObjectBucket:
         raise last
 
     @staticmethod
-    def _changed(found: Found | None, expected: Version | None) -> bool:
+    def _changed(found: FoundObject | None, expected: Version | None) -> bool:
         """Whether the condition no longer holds. Where it still does, the write was not made, and is tried again."""
         if expected is None or found is None:
             return (found is None) != (expected is None)
