@@ -12,7 +12,14 @@ from hosts import files, kv_of, tree
 import thaw
 from thaw import Sampling, aio
 from thaw.core.errors import (
-    Conflict, CorruptBlob, IdentityMismatch, InvalidRequest, NotFound, RefConflict, RemoteDenied, RemoteMissing,
+    Conflict,
+    CorruptBlob,
+    IdentityMismatch,
+    InvalidRequest,
+    NotFound,
+    RefConflict,
+    RemoteDenied,
+    RemoteMissing,
 )  # fmt: skip
 from thaw.engines.base import Engine
 from thaw.remote import layout, refs
@@ -219,8 +226,8 @@ def test_tracking_points_are_points_and_nothing_else(here: Repository) -> None:
         with pytest.raises(InvalidRequest, match="only fetch and push move it"):
             s.commit("mine", branch="origin/main")
     for act in (
-        lambda: here.branch("origin/mine"), lambda: here.tag("origin/mine"), lambda: here.adopt("fork/0", "origin/main"),
-        lambda: here.rename("main", "origin/x"), lambda: here.rename("origin/main", "x"),
+        lambda: here.branch("origin/mine"), lambda: here.tag("origin/mine"),
+        lambda: here.adopt("fork/0", "origin/main"), lambda: here.rename("main", "origin/x"), lambda: here.rename("origin/main", "x"),
     ):  # fmt: skip
         with pytest.raises(InvalidRequest, match="origin"):
             act()

@@ -55,6 +55,12 @@ def write_list(bucket: Bucket, epoch: int, keys: list[str]) -> str:
     return key
 
 
+def is_older_list(key: str, epoch: int) -> bool:
+    """Whether this is the list of an epoch before `epoch`, by its key."""
+    number = key.removeprefix(layout.CONDEMNED).partition("-")[0]
+    return number.isdecimal() and int(number) < epoch
+
+
 def read_list(bucket: Bucket, state: GcState) -> frozenset[str]:
     """The keys that the state's epoch condemns. Raises `CorruptBlob`."""
     if not state.condemned:

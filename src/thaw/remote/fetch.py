@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from thaw.core.errors import CorruptBlob, NotFound
+from thaw.core.errors import Busy, CorruptBlob, NotFound, RemoteMissing
 from thaw.core.ids import CommitId, digest, short
 from thaw.core.objects import AnyObject, Commit, decode
 from thaw.data.pack import PackItem, write_pack
@@ -36,6 +36,8 @@ RUN_BYTES, GAP_BYTES = 8 << 20, 1 << 20
 AHEAD_BYTES = 96 << 20
 """Read and not yet written, at most (or one blob)."""
 LOCAL_PACK_BYTES, LOCAL_PACK_ENTRIES = 256 << 20, 1 << 14
+ATTEMPTS = 10
+"""How often what was to be fetched may be gone, because refs moved on."""
 GROUP_BYTES = 1 << 30
 """KV that becomes visible together, about."""
 
@@ -94,11 +96,8 @@ def fetch(
     """
     meter = meter or TransferMeter()
     about.require(remote.whole, remote.url)
-    meter.begin("looking at the remote")
-    found = _wanted(remote, wish, workers)
     work = _Fetch(store, remote, meter, workers, group_bytes)
-    with work.bring([ref for ref in found if ref.commit is not None]):
-        moved = _move(store, remote.name, found, wish)
+    moved = work.run(wish)
     return TransferReport(
         remote=remote.name,
         url=remote.url,
@@ -183,6 +182,20 @@ class _Fetch:
         self.workers, self.group_bytes = workers, group_bytes
         self.local = LocalHistory(store)
         self.num_commits = self.num_packs = self.blob_nbytes = 0
+
+    def run(self, wish: FetchWish) -> list[RefMoved]:
+        """Where something is gone, and refs have moved since they were read, gc took what they had: once more."""
+        self.meter.begin("looking at the remote")
+        found = _wanted(self.remote, wish, self.workers)
+        for _ in range(ATTEMPTS):
+            try:
+                with self.bring([ref for ref in found if ref.commit is not None]):
+                    return _move(self.store, self.remote.name, found, wish)
+            except (CorruptBlob, RemoteMissing):
+                before, found = found, _wanted(self.remote, wish, self.workers)
+                if [ref.commit for ref in found] == [ref.commit for ref in before]:
+                    raise
+        raise Busy(f"{self.remote.url} changed {ATTEMPTS} times while it was fetched. Try again.")
 
     @contextlib.contextmanager
     def bring(self, wanted: Sequence[RemoteRef]) -> Iterator[None]:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from thaw.core.errors import Busy
+from thaw.core.errors import Busy, CorruptBlob
 from thaw.remote import epochs, layout, refs, values
-from thaw.remote.bucket import Entry, Version
+from thaw.remote.bucket import ListedObject, Version
 from thaw.remote.epochs import GcState
 from thaw.remote.history import walk
 from thaw.remote.layout import Kind
@@ -45,7 +45,7 @@ class _Marks(NamedTuple):
     """What roots reach, and the data that there is."""
 
     live: frozenset[str]
-    there: dict[str, Entry]
+    there: dict[str, ListedObject]
 
 
 def collect(remote: OpenedRemote, wish: GcWish = GcWish()) -> RemoteGcReport:  # noqa: B008 - a value
@@ -60,6 +60,7 @@ def collect(remote: OpenedRemote, wish: GcWish = GcWish()) -> RemoteGcReport:  #
 class _RemoteGc:
     def __init__(self, remote: OpenedRemote, wish: GcWish) -> None:
         self.remote, self.bucket, self.wish = remote, remote.bucket, wish
+        self._writer = ""  # of the last state that this one wrote
         self.report = RemoteGcReport(
             remote=remote.name, phase="done", epoch=0, num_live=0, num_condemned=0, condemned_nbytes=0, num_deleted=0,
             deleted_nbytes=0, num_reflog_deleted=0, seconds_to_wait=0.0, dry_run=wish.dry_run,
@@ -67,6 +68,15 @@ class _RemoteGc:
 
     def run(self) -> RemoteGcReport:
         state, version = epochs.read(self.bucket)
+        try:
+            self._run(state, version)
+        except CorruptBlob:
+            if epochs.read(self.bucket)[0].writer in (state.writer, self._writer):
+                raise
+            raise self._busy() from None
+        return self.report
+
+    def _run(self, state: GcState, version: Version | None) -> None:
         left = max(0.0, state.since + self.wish.grace_s - self.bucket.now()) if state.phase == "waiting" else 0.0
         if left:
             self._say(phase="waiting", epoch=state.epoch, seconds_to_wait=left)
@@ -77,7 +87,6 @@ class _RemoteGc:
             self._condemn(state, version)
         else:
             self._sweep(state, version)
-        return self.report
 
     def _say(self, **fields: object) -> None:
         self.report = msgspec.structs.replace(self.report, **fields)
@@ -115,7 +124,7 @@ class _RemoteGc:
         marks = self._mark(lambda: self._fence(sweeping.sweep))
         gone = sorted(key for key in condemned if key in marks.there and key not in marks.live)
         if epochs.read(self.bucket)[0].writer != sweeping.writer:
-            raise Busy(f"another gc took over in {self.remote.url}; it deletes what this one would have.")
+            raise self._busy()
         self._delete(gone)
         self._drop_reflogs()
         self._drop_lists(state)
@@ -138,10 +147,14 @@ class _RemoteGc:
         )
 
     def _write(self, state: GcState, version: Version | None) -> Version:
+        self._writer = state.writer
         done = epochs.write(self.bucket, state, version)
         if done is None:
-            raise Busy(f"another gc is running in {self.remote.url}. Try again when it is done.")
+            raise self._busy()
         return done
+
+    def _busy(self) -> Busy:
+        return Busy(f"another gc is running in {self.remote.url}. Try again when it is done.")
 
     # -- marking
 
@@ -203,5 +216,6 @@ class _RemoteGc:
         self._say(num_reflog_deleted=len(old))
 
     def _drop_lists(self, state: GcState) -> None:
-        """Lists of epochs that are over, and those that a gc wrote which lost its race."""
-        self._delete([entry.key for entry in self.bucket.entries(layout.CONDEMNED) if entry.key != state.condemned])
+        """Lists of epochs that are over. This one may be late itself: newer lists are not its own."""
+        lists = [entry.key for entry in self.bucket.entries(layout.CONDEMNED)]
+        self._delete([key for key in lists if epochs.is_older_list(key, state.epoch)])

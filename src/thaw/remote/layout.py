@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 
 from thaw.core.errors import CorruptBlob
 from thaw.core.points import check_name
-from thaw.remote.bucket import Bucket, Entry, Found, Version
+from thaw.remote.bucket import Bucket, FoundObject, ListedObject, Version
 
 Kind: TypeAlias = Literal["branch", "tag"]
 KINDS: tuple[Kind, ...] = ("branch", "tag")
@@ -87,7 +87,7 @@ class NamespaceBucket:
     def url(self) -> str:
         return self.bucket.url
 
-    def read(self, key: str) -> Found | None:
+    def read(self, key: str) -> FoundObject | None:
         return self.bucket.read(self._prefix + key)
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
@@ -108,7 +108,7 @@ class NamespaceBucket:
     def delete(self, keys: Sequence[str]) -> None:
         self.bucket.delete([self._prefix + key for key in keys])
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[ListedObject]:
         for entry in self.bucket.entries((self._prefix + prefix).rstrip("/")):
             yield entry._replace(key=entry.key.removeprefix(self._prefix))
 

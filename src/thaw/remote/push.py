@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from thaw.core.errors import Busy, NotFound, RefConflict
+from thaw.core.errors import Busy, CorruptBlob, NotFound, RefConflict, RemoteMissing
 from thaw.core.ids import digest, short
 from thaw.data.locations import BlobLocation
 from thaw.remote import about, epochs, layout, manifest, packing, refs, tracking
@@ -96,6 +96,9 @@ def push(
                 return work.run(wishes)
             except _GcBetween:
                 continue
+            except (CorruptBlob, RemoteMissing):
+                if not work.gc_between():
+                    raise
     raise Busy(f"gc began {ATTEMPTS} times in {remote.url} while this push was under way. Try again when it is done.")
 
 
@@ -128,6 +131,10 @@ class _Push:
         for error in sorted(failed, key=lambda error: isinstance(error, RefConflict)):
             raise error
         return self._report(wishes)
+
+    def gc_between(self) -> bool:
+        """Whether gc has begun something since this push read its state."""
+        return epochs.read(self.bucket)[0] != self.state
 
     # -- refs
 
@@ -180,7 +187,7 @@ class _Push:
                 return self._note(wish, "up-to-date", move.old)
             if standing.ref.commit != move.old:
                 raise RefConflict(_lost(self.remote.name, wish, move.old, standing.ref))
-            if epochs.read(self.bucket)[0] != self.state:
+            if self.gc_between():
                 raise _GcBetween
             if refs.move(self.bucket, standing, wish.target, key, f"push: {move.outcome}"):
                 return self._note(wish, move.outcome, move.old)
