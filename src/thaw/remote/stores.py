@@ -49,6 +49,7 @@ def _s3(address: RemoteAddress, client: Mapping[str, Any]) -> Callable[[int], Ob
     )
     path_style = address.options.get("path_style", bool(endpoint) or "." in address.bucket)
     config["virtual_hosted_style_request"] = not path_style
+    config["disable_bulk_delete"] = True  # not every store has it, and those that lack it say 501
     if endpoint:
         config["endpoint"] = str(endpoint) if path_style else _hosted(str(endpoint), address.bucket)
     provider = _s3_credentials(address, config)
