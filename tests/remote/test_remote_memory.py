@@ -69,10 +69,10 @@ def test_what_is_moved_is_not_held(tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join(str(one) for one in (here.parents[1] / "src", here, here.parent / "store"))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), "640"],
+        [sys.executable, "-c", PROGRAM, str(tmp_path), "512"],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     pushed, both = map(int, done.stdout.split())
-    print(f"640 MiB: push took {pushed >> 20} MiB more, then fetch {both >> 20} MiB")
+    print(f"512 MiB: push took {pushed >> 20} MiB more, then fetch {both >> 20} MiB")
     assert both <= LIMIT

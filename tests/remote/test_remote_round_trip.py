@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hosts import files, kv_of, tree
+from hosts import commit, files, kv_of, remote, tokens, tree, wish
 
 import thaw
 from thaw import Sampling, aio
@@ -23,8 +24,12 @@ from thaw.core.errors import (
 )  # fmt: skip
 from thaw.engines.base import Engine
 from thaw.remote import layout, refs
+from thaw.remote.fetch import fetch
 from thaw.remote.folder import FolderBucket
+from thaw.remote.parallel import mapped
+from thaw.remote.push import push
 from thaw.repo import Repository
+from thaw.store import Store
 
 TEXT = "a document that is long enough to be shared. " * 60
 GREEDY = Sampling(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=3)
@@ -305,6 +310,25 @@ def test_twelve_forks_cost_their_own_kv_and_16_kib_each(here: Repository, bucket
     assert sent.num_commits == 12 and sent.blob_nbytes > 12 * 64 * 32
     assert added <= 1.01 * sent.blob_nbytes + 12 * 16384
     assert sent.blob_nbytes < 0.4 * sum(os.stat(path).st_size for path in files(bucket, "packs"))
+
+
+def test_a_long_history_is_read_in_few_steps(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 commits one after the other: manifests are read along trails, many at a time."""
+    last, number = None, 100
+    with Store.init(tmp_path / "here") as store:
+        for i in range(number):
+            last = commit(store, tokens(20, i), parents=(last,) if last else ())
+        push(store, remote(bucket), [wish(store, "main")])
+    steps: list[int] = []
+
+    def counted(do: Callable[[object], object], items: list[object], *more: int) -> list[object]:
+        steps.append(len(items))
+        return mapped(do, items, *more)
+
+    monkeypatch.setattr("thaw.remote.history.mapped", counted)
+    with Store.init(tmp_path / "there") as store:
+        assert fetch(store, remote(bucket)).num_commits == number
+    assert sum(steps) == number and sum(step > 0 for step in steps) <= 2 * number.bit_length()
 
 
 def test_the_awaited_forms_do_the_same(here: Repository, far_engine: Engine, bucket: Path, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class RemoteHistory:
     def back_to(self, tips: Iterable[str], stop: Callable[[str], bool]) -> list[str]:
         """The commits from `tips` back to those where `stop` is true, these left out: children before parents. All that
         are returned have been read."""
+        tips = list(tips)
+        self._read_ahead(tips, stop)
         found: dict[str, None] = {}
         waiting = [tip for tip in dict.fromkeys(tips) if not stop(tip)]
         while waiting:
@@ -43,6 +45,16 @@ class RemoteHistory:
             parents = [parent.commit for one in self.manifests(waiting) for parent in one.parents]
             waiting = [one for one in dict.fromkeys(parents) if one not in found and not stop(one)]
         return parents_last(found, self._read)
+
+    def _read_ahead(self, tips: Iterable[str], stop: Callable[[str], bool]) -> None:
+        """Reads what `back_to` is about to, along trails: in few steps, however long history is."""
+        waiting = [tip for tip in dict.fromkeys(tips) if not stop(tip)]
+        while waiting:
+            before = [one for found in self.manifests(waiting) for one in (*found.parents, *found.trail)]
+            for one in before:
+                self.keys.setdefault(one.commit, one.manifest)
+            fresh = dict.fromkeys(one.commit for one in before)
+            waiting = [one for one in fresh if one not in self._read and not stop(one)]
 
     def look_for(self, wanted: Iterable[str]) -> None:
         """Reads on, from all that is known, until the keys of all of `wanted` are, or there is no more to read."""
@@ -68,7 +80,8 @@ def walk(
         waiting = {}
         for (key, _), found in zip(asked, read, strict=True):
             yield key, found
-            waiting.update({parent.manifest: parent.commit for parent in found.parents if parent.manifest not in seen})
+            before = (*found.parents, *found.trail)
+            waiting.update({one.manifest: one.commit for one in before if one.manifest not in seen})
 
 
 def parents_last(found: Iterable[str], read: dict[str, Manifest]) -> list[str]:

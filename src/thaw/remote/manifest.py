@@ -54,12 +54,26 @@ class PushedParent(msgspec.Struct, frozen=True, array_like=True):
 class Manifest(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="thaw.manifest/1", forbid_unknown_fields=True
 ):
+    """`height`: the number of commits before it along first parents. `trail`: some of these, at growing distances, so
+    that a history can be read in few steps (`trail_after`). It says nothing that parents do not."""
+
     commit: str
     namespace: str
     parents: tuple[PushedParent, ...]
+    height: int
+    trail: tuple[PushedParent, ...]
     packs: tuple[PushedPack, ...]
     objects: tuple[PushedObject, ...]
     blobs: tuple[PushedBlob, ...]
+
+
+def trail_after(parent: Manifest) -> tuple[PushedParent, ...]:
+    """The trail of a commit whose first parent this is: the commits before it at the heights that are left of the
+    parent's when its binary digits are cleared one after the other, from the lowest on."""
+    if not parent.height:
+        return ()
+    zeros = (parent.height & -parent.height).bit_length() - 1
+    return parent.trail[zeros - 1 :] if zeros else (parent.parents[0], *parent.trail)
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -95,7 +109,7 @@ def decode(data: bytes, what: str) -> Manifest:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         refuse_newer(data, what)
         raise CorruptBlob(f"{what} cannot be read: {error}") from None
-    for parent in manifest.parents:
+    for parent in (*manifest.parents, *manifest.trail):
         layout.check_data_key(parent.manifest, layout.MANIFESTS, what)
     for pack in manifest.packs:
         layout.check_data_key(pack.key, layout.PACKS, what)

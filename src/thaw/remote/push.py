@@ -224,7 +224,7 @@ class _Push:
         self.meter.begin("sending", sum(pack.nbytes for pack in plan.packs if pack.digest in plan.unsent))
         mapped(plan.send, [pack for pack in plan.packs if pack.digest in plan.unsent], self.tuning.uploads)
         self.meter.begin("sending manifests")
-        written = plan.manifests(theirs.keys)
+        written = plan.manifests(theirs)
         mapped(lambda one: self.bucket.put(*one), list(written.values()), self.tuning.workers)
         self.total = _Sent(
             max(self.total.num_commits, len(missing)), self.total.num_packs + len(plan.unsent), plan.blob_nbytes
@@ -312,20 +312,27 @@ class _Plan:
         self._work.bucket.put(self._keys[pack.digest], memoryview(whole))
         self._work.meter.add(pack.nbytes)
 
-    def manifests(self, known: dict[str, str]) -> dict[str, tuple[str, bytes]]:
+    def manifests(self, theirs: RemoteHistory) -> dict[str, tuple[str, bytes]]:
         """commit -> (key, bytes) of its manifest."""
+        inside = set(self._commits)
+        first = {commit: parents[0] for commit in self._commits if (parents := self._work.local.parents(commit))}
+        below = [parent for parent in dict.fromkeys(first.values()) if parent not in inside]
+        made = dict(zip(below, theirs.manifests(below), strict=True))
         where = {(entry.is_object, entry.id): (n, entry) for n, pack in enumerate(self.packs) for entry in pack.entries}
-        keys, out = dict(known), dict[str, tuple[str, bytes]]()
+        keys, out = dict(theirs.keys), dict[str, tuple[str, bytes]]()
         for commit in self._commits:
             own = self._own[commit]
             objects = [where[True, one] for one in own.objects]
             blobs = [where[False, one] for one in own.blobs]
             used = sorted({n for n, _ in (*objects, *blobs)})
             at = {n: i for i, n in enumerate(used)}
-            value = Manifest(
+            parent = made[first[commit]] if commit in first else None
+            value = made[commit] = Manifest(
                 commit=commit,
                 namespace=self._work.bucket.namespace,
                 parents=tuple(PushedParent(one, keys[one]) for one in self._work.local.parents(commit)),
+                height=0 if parent is None else parent.height + 1,
+                trail=() if parent is None else manifest.trail_after(parent),
                 packs=tuple(PushedPack(self._keys[self.packs[n].digest], self.packs[n].nbytes) for n in used),
                 objects=tuple(PushedObject(e.id, at[n], e.offset, e.nbytes) for n, e in objects),
                 blobs=tuple(PushedBlob(e.id, at[n], e.offset, e.nbytes, e.dtype, e.shape) for n, e in blobs),
