@@ -42,9 +42,6 @@ class ListedObject(NamedTuple):
     """Seconds since 1970 by the store's clock."""
 
 
-Found, Entry = FoundObject, ListedObject
-
-
 class Bucket(Protocol):
     """Keys are relative to the remote's prefix (`check_key`). Every call may be made from several threads at once, but
     not from a process forked off after the first one.

@@ -14,7 +14,7 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _BROKEN = re.compile(r"kind: (Connect|Timeout|Request|Interrupted|Decode|Unknown)\b")
 _NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"})
-_BUSY = frozenset({408, 429})
+_BUSY = frozenset({408, 425, 429})
 """Statuses below 500 after which it is worth trying again."""
 
 
@@ -76,7 +76,7 @@ def remote_error(failure: Failure, doing: str, url: str) -> RemoteError:
             f"{what}. The credentials are wrong, have expired, or lack this right: check the profile or the keys in "
             "the environment, and the endpoint and region that they are for."
         )
-    if failure.transient:
+    if failure.transient or failure.conflict:
         return RemoteUnreachable(f"{what}. It was tried several times: check the endpoint and the network, then retry.")
     if failure.status in (301, 307, 400):
         return RemoteError(

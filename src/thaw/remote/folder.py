@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from thaw.core.errors import RemoteMissing
 from thaw.data.files import pwrite_all, storage_errors, sync_folder
-from thaw.remote.bucket import CLOCK, ListedObject, FoundObject, Version, check_key, is_key
+from thaw.remote.bucket import CLOCK, FoundObject, ListedObject, Version, check_key, is_key
 from thaw.store.locks import locked
 
 LOCK = ".lock"

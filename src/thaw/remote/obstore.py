@@ -16,9 +16,9 @@ import obstore
 from obstore.exceptions import BaseError
 
 from thaw.core.errors import RemoteError, RemoteMissing, RemoteUncertain
-from thaw.remote.bucket import CLOCK, ListedObject, FoundObject, Version, check_key, is_key
+from thaw.remote.bucket import CLOCK, FoundObject, ListedObject, Version, check_key, is_key
 from thaw.remote.errors import Failure, remote_error
-from thaw.remote.retry import ATTEMPTS, attempts
+from thaw.remote.retry import ATTEMPTS, PATIENCE, attempts
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -130,8 +130,8 @@ class ObjectBucket:
         return remote_error(Failure(error), doing, self._url)
 
     def _asked(self, doing: str, call: Callable[[], T]) -> T | None:
-        """What `call` gives; None where the object is missing. An answer that broke off is asked for again: obstore
-        retries requests, not the bodies of answers."""
+        """What `call` gives; None where the object is missing. Asked again is after what obstore does not retry: some
+        answers that broke off, and 409."""
         last: RemoteError | None = None
         for _ in attempts(3, deadline_s=self._timeout_s):
             try:
@@ -141,7 +141,7 @@ class ObjectBucket:
                 if failure.missing:
                     return None
                 last = remote_error(failure, doing, self._url)
-                if failure.broken != "decode":
+                if failure.broken != "decode" and not failure.conflict:
                     raise last from None
         assert last is not None
         raise last
@@ -199,7 +199,7 @@ class ObjectBucket:
         """`expected` None: only where nothing is there yet."""
         path, doing = self._path(key), f"{'create' if expected is None else 'move'} {key}"
         lost, last = False, None
-        for _ in attempts(deadline_s=2 * self._timeout_s):
+        for _ in attempts(deadline_s=PATIENCE * self._timeout_s):
             try:
                 done = obstore.put(self._once, path, data, mode=_mode(expected), use_multipart=False)
                 return _version(done)
@@ -211,7 +211,7 @@ class ObjectBucket:
             if not (failure.transient or failure.conflict or failure.refused_condition or failure.missing):
                 raise last
             lost = lost or failure.transient
-            found = self.read(key)
+            found = self._read_back(key, lost)
             if found is not None and found.data == data:
                 return found.version
             if self._changed(found, expected):
@@ -219,7 +219,13 @@ class ObjectBucket:
                     raise self._uncertain(key)
                 return None
         assert last is not None
-        raise last
+        raise _perhaps_made(last) if lost else last
+
+    def _read_back(self, key: str, lost: bool) -> FoundObject | None:
+        try:
+            return self.read(key)
+        except RemoteError as error:
+            raise _perhaps_made(error) if lost else error from None
 
     @staticmethod
     def _changed(found: FoundObject | None, expected: Version | None) -> bool:
@@ -233,6 +239,10 @@ class ObjectBucket:
             f"the answer to a write of {key} at {self._url} was lost, and it has changed since: it may have been made "
             "before, or never. Read it, and look for the write in its history."
         )
+
+
+def _perhaps_made(error: RemoteError) -> RemoteError:
+    return type(error)(f"{error} The write may have been made: read it before another try.")
 
 
 def _mode(expected: Version | None) -> Any:

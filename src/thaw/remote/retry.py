@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 ATTEMPTS = 7
 """Of one request, the first one counted."""
+PATIENCE = 3
+"""Time-outs of one request that a call may take until it gives up, its tries and waits together."""
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from thaw.core.errors import InvalidRequest, RemoteDenied, Unsupported
 from thaw.remote.location import RemoteAddress, settings, timeout_s
-from thaw.remote.retry import FIRST_WAIT_S, LONGEST_WAIT_S
+from thaw.remote.retry import FIRST_WAIT_S, LONGEST_WAIT_S, PATIENCE
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -172,4 +172,8 @@ def _retries(address: RemoteAddress, number: int) -> Any:
         "max_backoff": timedelta(seconds=LONGEST_WAIT_S),
         "base": 2,
     }
-    return {"max_retries": number, "retry_timeout": timedelta(seconds=2 * timeout_s(address)), "backoff": backoff}
+    return {
+        "max_retries": number,
+        "retry_timeout": timedelta(seconds=PATIENCE * timeout_s(address)),
+        "backoff": backoff,
+    }
