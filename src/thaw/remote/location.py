@@ -36,6 +36,7 @@ SSE = ("AES256", "aws:kms", "aws:kms:dsse")
 TIMEOUT_S = 60
 """Without an answer, or a byte of one, before a request is given up and tried again."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", re.ASCII)
+_ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._/-]*)?", re.ASCII)
 _SECRET = re.compile(r"secret|token|password|passwd|credential|access_?key|account_?key|sas_?key|signature", re.I)
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -107,13 +108,23 @@ def _option(scheme: str, name: str, value: Option) -> Option:
         listed = ", ".join(sorted(known)) or "none"
         raise InvalidRequest(f"{name!r} is no option of a {scheme}:// remote; it takes: {listed}")
     typed = _TYPES[known[name]](name, value)
-    if name == "endpoint" and urlsplit(str(typed)).scheme not in ("http", "https"):
-        raise InvalidRequest(f"the endpoint {typed!r} starts with neither http:// nor https://")
+    if name == "endpoint":
+        check_endpoint(str(typed))
     if name == "sse" and typed not in SSE:
         raise InvalidRequest(f"sse is {typed!r}; it is one of {', '.join(SSE)}")
     if name == "timeout_s" and not 1 <= int(typed) <= 3600:
         raise InvalidRequest(f"timeout_s is {typed}; it is from 1 to 3600 seconds")
     return typed
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raises `InvalidRequest`. obstore panics at some that are none."""
+    if urlsplit(endpoint).scheme not in ("http", "https"):
+        raise InvalidRequest(f"the endpoint {endpoint!r} starts with neither http:// nor https://")
+    if not _ENDPOINT.fullmatch(endpoint):
+        raise InvalidRequest(
+            f"the endpoint {endpoint!r} is more or less than http(s)://HOST:PORT, with a path if need be"
+        )
 
 
 def _text(name: str, value: Option) -> str:

@@ -7,6 +7,7 @@ became of one whose answer was lost is read back. Shared by threads; nothing is 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -278,6 +279,6 @@ def _runs(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def _cut(runs: list[tuple[int, int]], parts: list[memoryview], start: int, length: int) -> memoryview:
     if not length:
         return memoryview(b"")
-    at = next(i for i, (first, end) in enumerate(runs) if first <= start and start + length <= end)
+    at = bisect_right(runs, start, key=lambda run: run[0]) - 1
     offset = start - runs[at][0]
     return parts[at][offset : offset + length]

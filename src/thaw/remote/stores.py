@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from thaw.core.errors import InvalidRequest, RemoteDenied, Unsupported
-from thaw.remote.location import RemoteAddress, settings, timeout_s
+from thaw.remote.location import RemoteAddress, check_endpoint, settings, timeout_s
 from thaw.remote.retry import FIRST_WAIT_S, LONGEST_WAIT_S, PATIENCE
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Maker = Callable[[RemoteAddress, Mapping[str, Any]], "Callable[[int], ObjectStore]"]
 
+KEYS_LAST = timedelta(minutes=10)
+"""Keys that boto3 gave are asked for again after that: it renews its own when they have ten minutes left."""
 INSTALL = "pip install 'thaw-vllm[s3]' (Python 3.11 or newer)"
 
 
@@ -32,10 +34,26 @@ def obstore_bucket(address: RemoteAddress, maker: Maker) -> ObjectBucket:
     """Raises `Unsupported` where obstore is not installed."""
     if importlib.util.find_spec("obstore") is None:
         raise Unsupported(f"a {address.scheme}:// remote needs the package obstore, which is not installed: {INSTALL}")
+    from obstore.exceptions import BaseError
+
     from thaw.remote.obstore import ObjectBucket
 
     make = maker(address, _client(address))
-    return ObjectBucket(address.url, address.prefix, make, timeout_s=timeout_s(address))
+    try:
+        return ObjectBucket(address.url, address.prefix, make, timeout_s=timeout_s(address))
+    except (BaseError, ValueError, OSError) as error:
+        raise _unfit(address, str(error)) from None
+
+
+def _unfit(address: RemoteAddress, said: str) -> InvalidRequest:
+    """obstore's text is not repeated: it may hold what the environment gave."""
+    if "MissingAccount" in said:
+        return InvalidRequest(f"{address.url} lacks the storage account: give the option account=NAME")
+    if "InvalidCertificate" in said:
+        return InvalidRequest(f"the ca_file of {address.url} holds no certificate that can be read")
+    return InvalidRequest(
+        f"{address.url} cannot be opened: its options, or the variables in the environment for such stores, do not fit"
+    )
 
 
 def _s3(address: RemoteAddress, client: Mapping[str, Any]) -> Callable[[int], ObjectStore]:
@@ -47,6 +65,8 @@ def _s3(address: RemoteAddress, client: Mapping[str, Any]) -> Callable[[int], Ob
     endpoint = (
         address.options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     )
+    if endpoint:
+        check_endpoint(str(endpoint))
     path_style = address.options.get("path_style", bool(endpoint) or "." in address.bucket)
     config["virtual_hosted_style_request"] = not path_style
     config["disable_bulk_delete"] = True  # not every store has it, and those that lack it say 501
@@ -100,7 +120,7 @@ def _s3_credentials(address: RemoteAddress, config: Any) -> Any:
         raise RemoteDenied(f"the credentials for {address.url} cannot be had: {error}") from None
     if session.region_name and "region" not in config:
         config["region"] = session.region_name
-    return Boto3CredentialProvider(session)
+    return Boto3CredentialProvider(session, ttl=KEYS_LAST)
 
 
 def _azure(address: RemoteAddress, client: Mapping[str, Any]) -> Callable[[int], ObjectStore]:
