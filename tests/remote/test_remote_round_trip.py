@@ -29,6 +29,7 @@ from thaw.remote.folder import FolderBucket
 from thaw.remote.parallel import mapped
 from thaw.remote.push import push
 from thaw.repo import Repository
+from thaw.repo.children import free_name
 from thaw.store import Store
 
 TEXT = "a document that is long enough to be shared. " * 60
@@ -232,7 +233,8 @@ def test_tracking_points_are_points_and_nothing_else(here: Repository) -> None:
             s.commit("mine", branch="origin/main")
     forbidden = [lambda: here.branch("origin/mine"), lambda: here.tag("origin/mine")]
     forbidden += [lambda: here.rename("main", "origin/x"), lambda: here.rename("origin/main", "x")]
-    forbidden += [lambda: here.adopt("fork/0", "origin/main")]
+    forbidden += [lambda: here.adopt("fork/0", "origin/main"), lambda: here.undo("origin/main")]
+    forbidden += [lambda: free_name(here, "origin", 2)]
     for act in forbidden:
         with pytest.raises(InvalidRequest, match="origin"):
             act()

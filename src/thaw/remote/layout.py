@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from thaw.core.errors import CorruptBlob
+from thaw.core.errors import BadPoint, CorruptBlob
 from thaw.core.points import check_name
 from thaw.remote.bucket import Bucket, FoundObject, ListedObject, Version
 
@@ -42,9 +42,12 @@ def reflog_key(kind: Kind, name: str, generation: int) -> str:
     return f"{REFLOG}{kind}/{name.replace('/', '=')}/{generation:010d}"
 
 
-def ref_name(key: str) -> str:
-    """The ref's name in the last part of its key. Raises `BadPoint` where it can be none."""
-    return check_name(key.rpartition("/")[2].replace("=", "/"))
+def ref_name(key: str) -> str | None:
+    """The ref's name in the last part of its key; None where it can be none."""
+    try:
+        return check_name(key.rpartition("/")[2].replace("=", "/"))
+    except BadPoint:
+        return None
 
 
 def manifest_key(epoch: int, digest: str) -> str:

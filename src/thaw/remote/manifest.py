@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from thaw.core.canonical import refuse_newer
+from thaw.core.canonical import MAX_OBJECT_BYTES, refuse_newer
 from thaw.core.errors import CorruptBlob
 from thaw.core.ids import digest, is_id, short
 from thaw.data.header import DTYPE_BYTES, tensor_nbytes
@@ -115,6 +115,11 @@ def decode(data: bytes, what: str) -> Manifest:
         layout.check_data_key(pack.key, layout.PACKS, what)
     _check_places(manifest.objects, manifest.packs, what)
     _check_places(manifest.blobs, manifest.packs, what)
+    for place in manifest.objects:
+        if place.nbytes > MAX_OBJECT_BYTES:
+            raise CorruptBlob(
+                f"{what}: {place.id} has {place.nbytes:,} bytes; an object has {MAX_OBJECT_BYTES:,} at most"
+            )
     for blob in manifest.blobs:
         if blob.dtype not in DTYPE_BYTES or tensor_nbytes(blob.dtype, blob.shape) != blob.nbytes:
             raise CorruptBlob(f"{what}: {blob.id} has {blob.nbytes} bytes; its dtype and shape say otherwise")

@@ -59,8 +59,9 @@ def decode(data: bytes, kind: Kind, name: str) -> RemoteRef:
 
 
 def names(bucket: Bucket, kind: Kind) -> list[str]:
-    """Every name that has or had a ref, from a listing."""
-    return sorted(layout.ref_name(entry.key) for entry in bucket.entries(f"{layout.REFS}{kind}/"))
+    """Every name that has or had a ref, from a listing. What is no name of a ref is not thaw's, and left alone."""
+    found = (layout.ref_name(entry.key) for entry in bucket.entries(f"{layout.REFS}{kind}/"))
+    return sorted(name for name in found if name is not None)
 
 
 def read_all(
