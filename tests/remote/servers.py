@@ -106,7 +106,8 @@ def seaweed(folder: Path) -> Iterator[StoreServer]:
     command = [
         "weed", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=256", "-volume.max=40", "-filer", "-s3", f"-s3.port={port}", f"-s3.config={keys}",
-        f"-s3.port.grpc={free_port()}", f"-filer.localSocket={folder / 'filer.sock'}",
+        f"-s3.port.grpc={free_port()}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        f"-filer.localSocket={folder / 'filer.sock'}",
         *(f"-{part}.port{kind}={free_port()}" for part in ("master", "volume", "filer") for kind in ("", ".grpc")),
     ]  # fmt: skip
     command[0] = str(Path(sys.executable).with_name("weed"))

@@ -166,12 +166,9 @@ class ObjectBucket:
 
         def asked() -> memoryview:
             got = obstore.get(self._store, self._path(key), options={"range": (start, end)})
-            size = int(got.meta["size"])
-            if end > size:
-                raise self._short(key, end, size)
             data = memoryview(got.bytes())
             if tuple(got.range) != (start, end) or len(data) != end - start:
-                raise self._short(key, end, start + len(data))
+                raise self._short(key, end, min(start + len(data), int(got.meta["size"])))
             return data.toreadonly()
 
         try:

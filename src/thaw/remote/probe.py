@@ -1,7 +1,8 @@
 """Whether a store keeps its word about conditional writes. thaw's branches depend on it, and not every store does.
 
 An object of the probe's own is created, created again, moved, and moved once more from a version that it no longer has.
-What must fail must fail, and must have changed nothing. Needs a key that may write; to read, nothing is probed.
+What must fail must fail, must have changed nothing, and what is read must be what was written last (a cache before the
+store would tell of branches as they were). Needs a key that may write; to read, nothing is probed.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ def _made(bucket: Bucket, key: str, version: Version | None, what: str) -> Versi
 
 
 def _refused(bucket: Bucket, key: str, version: Version | None, expected: bytes, what: str) -> None:
-    found = bucket.read(key)
     if version is not None:
         raise _unsafe(bucket, f"{what} was allowed")
+    found = bucket.read(key)
     if found is None or found.data != expected:
-        raise _unsafe(bucket, f"{what} was refused, but changed it all the same")
+        raise _unsafe(bucket, f"after {what}, which was refused, it gave other bytes than those written last")
 
 
 def _unsafe(bucket: Bucket, what: str) -> RemoteUnsafe:
     return RemoteUnsafe(
-        f"the store of {bucket.url} does not keep conditional writes: {what}. Two that push at once would lose a "
-        "branch there. Use a store with If-Match and If-None-Match for writes (docs/remotes.md names some)."
+        f"the store of {bucket.url} cannot hold branches: {what}. Two that push at once would lose one there. Use a "
+        "store that takes If-Match and If-None-Match with writes, as S3 does."
     )
