@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from thaw.core.errors import CorruptBlob
+from thaw.core.ids import short
 from thaw.remote import manifest as manifests
 from thaw.remote.bucket import Bucket
 from thaw.remote.manifest import Manifest
@@ -57,13 +59,19 @@ class RemoteHistory:
             waiting = [one for one in fresh if one not in self._read and not stop(one)]
 
     def look_for(self, wanted: Iterable[str]) -> None:
-        """Reads on, from all that is known, until the keys of all of `wanted` are, or there is no more to read."""
+        """Reads on, from all that is known, until the keys of all of `wanted` are. Raises `CorruptBlob` where one is
+        not there, though what descends from it is."""
         missing = {commit for commit in wanted if commit not in self.keys}
         waiting = list(self.keys)
         while missing and waiting:
             parents = [parent.commit for one in self.manifests(waiting) for parent in one.parents]
             missing.difference_update(parents)
             waiting = [one for one in dict.fromkeys(parents) if one not in self._read]
+        if missing:
+            raise CorruptBlob(
+                f"the manifests of {self._bucket.url} do not lead to commit {short(min(missing))}, though one that "
+                "descends from it was pushed. Push to another prefix."
+            )
 
 
 def walk(
