@@ -36,9 +36,7 @@ def fork(model: str, url: str, question: str, folder: str = "second-host") -> No
         repo.fork("origin/main", N) as children,
     ):
         for proof in children.proofs:
-            print(
-                f"{proof.num_cached_tokens} cached, {proof.num_recomputed_tokens} prefilled again, {proof.nbytes:,} bytes"
-            )
+            print(f"{proof.num_cached_tokens} cached, {proof.num_recomputed_tokens} prefilled again")
         answers = children.generate(f"\n\nQ: {question}\nA:", thaw.Sampling(max_tokens=24, stop=("\n",)))
         for i, (child, answer) in enumerate(zip(children, answers, strict=True)):
             print(f"answer/{i}: {answer.text.strip()}")
