@@ -82,6 +82,8 @@ class StoreProxy:
     _rules: list[_Rule] = field(default_factory=list)
     _shake: Callable[[Request], Fault | None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    """One write at a time is passed on: moto looks at a condition, and writes after that."""
 
     def on(self, method: str, part: str, fault: Fault, *, times: int = 1) -> None:
         """`fault` for the next `times` requests of this method with `part` in their path."""
@@ -184,9 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in self.headers.items():
                 if name.lower() not in fault.without:
                     upstream.putheader(name, value)
-            upstream.endheaders(body)
-            answer = upstream.getresponse()
-            data = answer.read()
+            with self.server.proxy.writing if self.command == "PUT" else contextlib.nullcontext():
+                upstream.endheaders(body)
+                answer = upstream.getresponse()
+                data = answer.read()
         finally:
             upstream.close()
         if fault.status:

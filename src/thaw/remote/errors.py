@@ -13,6 +13,7 @@ from thaw.core.errors import RemoteDenied, RemoteError, RemoteMissing, RemoteUnr
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _BROKEN = re.compile(r"kind: (Connect|Timeout|Request|Interrupted|Decode|Unknown)\b")
+_PROVIDER = re.compile(r"credential provider: (\w{1,64})")
 _NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"})
 _BUSY = frozenset({408, 425, 429})
 """Statuses below 500 after which it is worth trying again."""
@@ -27,6 +28,8 @@ class Failure:
         found, code, broken = _STATUS.search(text), _CODE.search(text), _BROKEN.search(text)
         self.status = int(found[1]) if found else None
         self.code = code[1] if code else ""
+        provider = _PROVIDER.search(text)
+        self.provider = provider[1] if provider else ""
         self.broken = broken[1].lower() if broken else ""
 
     @property
@@ -59,9 +62,18 @@ class Failure:
             return (self.status >= 500 and self.status != 501) or self.status in _BUSY
         return self.name == "GenericError" and bool(self.broken)
 
+    @property
+    def leaves_it_open(self) -> bool:
+        """Of a conditional write: what is there now tells whether to try again."""
+        if self.no_bucket or self.denied:
+            return False
+        return self.transient or self.conflict or self.refused_condition or self.missing
+
     def __str__(self) -> str:
         if self.status is not None:
             return f"HTTP {self.status}" + (f" {self.code}" if self.code else "")
+        if self.provider:
+            return self.provider
         words = {"connect": "no connection", "timeout": "no answer in time", "decode": "an answer that broke off"}
         return words.get(self.broken, "the connection broke") if self.broken else self.name
 
@@ -73,8 +85,8 @@ def remote_error(failure: Failure, doing: str, url: str) -> RemoteError:
         return RemoteMissing(f"{what}. There is no such bucket: make it, or check its name and the endpoint.")
     if failure.denied:
         return RemoteDenied(
-            f"{what}. The credentials are wrong, have expired, or lack this right: check the profile or the keys in "
-            "the environment, and the endpoint and region that they are for."
+            f"{what}. The credentials are wrong, have expired, or lack this right: check the profile (aws sso login) "
+            "or the keys in the environment, and the endpoint and region that they are for."
         )
     if failure.transient or failure.conflict:
         return RemoteUnreachable(f"{what}. It was tried several times: check the endpoint and the network, then retry.")

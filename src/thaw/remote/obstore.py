@@ -203,12 +203,10 @@ class ObjectBucket:
                 return _version(done)
             except _FAILURES as error:
                 failure = Failure(error)
-            last = remote_error(failure, doing, self._url)
-            if failure.no_bucket or failure.denied:
-                raise last
-            if not (failure.transient or failure.conflict or failure.refused_condition or failure.missing):
-                raise last
             lost = lost or failure.transient
+            last = remote_error(failure, doing, self._url)
+            if not failure.leaves_it_open:
+                raise _perhaps_made(last) if lost else last
             found = self._read_back(key, lost)
             if found is not None and found.data == data:
                 return found.version

@@ -106,7 +106,7 @@ def _s3_credentials(address: RemoteAddress, config: Any) -> Any:
             raise InvalidRequest(f"the profile {profile!r} is read by boto3, which is not installed: pip install boto3")
         return None
     import boto3
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError, ProfileNotFound
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     try:
@@ -116,8 +116,10 @@ def _s3_credentials(address: RemoteAddress, config: Any) -> Any:
                 f"no credentials for {address.url}: set a profile (aws configure, aws sso login) or AWS_ACCESS_KEY_ID "
                 "and AWS_SECRET_ACCESS_KEY, or give the option anonymous=true for a bucket that everybody may read"
             )
-    except BotoCoreError as error:
-        raise RemoteDenied(f"the credentials for {address.url} cannot be had: {error}") from None
+    except ProfileNotFound:
+        raise RemoteDenied(f"there is no profile {profile!r}, which {address.url} takes its credentials from") from None
+    except BotoCoreError as error:  # its text may hold what a program of the user's said
+        raise RemoteDenied(f"the credentials for {address.url} cannot be had: {type(error).__name__}") from None
     if session.region_name and "region" not in config:
         config["region"] = session.region_name
     return Boto3CredentialProvider(session, ttl=KEYS_LAST)
