@@ -111,6 +111,10 @@ class Meddling(FolderBucket):
         self._meddle("read", key)
         return super().read(key)
 
+    def create(self, key: str, data: bytes) -> Version | None:
+        self._meddle("create", key)
+        return super().create(key, data)
+
     def swap(self, key: str, data: bytes, expected: Version) -> Version | None:
         self._meddle("swap", key)
         return super().swap(key, data, expected)
@@ -169,6 +173,38 @@ def test_without_the_check_or_the_fence_that_push_would_lose_its_data(
         monkeypatch.setattr("thaw.remote.push._Push.gc_between", lambda work: False)
     meddling, done = race(store, bucket, moment)
     assert meddling.acted and done
+    with pytest.raises((CorruptBlob, RemoteError)):
+        look(bucket, tmp_path / "there")
+
+
+def rescued_and_lost(store: Store, bucket: Path) -> None:
+    """What is condemned is named again by a push that lands before the list does. While it is swept, a second push
+    builds on it, the branch that named it is deleted, and gc looks at that branch only then."""
+    side = store.ref("side")
+    assert side is not None
+    commit(store, tokens(1200), branch="aim", parents=(side.target,), base=side.target)
+    for branch in ("main", "side"):
+        push(store, remote(bucket), [wish(store, branch)])
+    delete(store, bucket, "side")
+    late = Meddling(bucket, "create", layout.GC, 1, lambda: push(store, remote(bucket), [wish(store, "side")]))
+    assert collect(remote(late), AT_ONCE).num_condemned == 2 and late.acted
+    last = Meddling(bucket, "read", layout.GC, 2, lambda: delete(store, bucket, "side"))
+    sweep = Meddling(bucket, "read", "refs/branch/side", 1, lambda: push(store, remote(last), [wish(store, "aim")]))
+    collect(remote(sweep), AT_ONCE._replace(workers=1))
+    assert sweep.acted and last.acted
+
+
+def test_while_gc_deletes_nothing_is_built_on_what_it_may_delete(store: Store, bucket: Path, tmp_path: Path) -> None:
+    rescued_and_lost(store, bucket)
+    assert look(bucket, tmp_path / "there")["origin/aim"] == store.ref("aim").target  # type: ignore[union-attr]
+
+
+def test_a_push_that_did_build_on_it_would_lose_its_data(
+    store: Store, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check on the check."""
+    monkeypatch.setattr("thaw.remote.push._Push._drop_condemned", lambda work, theirs: None)
+    rescued_and_lost(store, bucket)
     with pytest.raises((CorruptBlob, RemoteError)):
         look(bucket, tmp_path / "there")
 
