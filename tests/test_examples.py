@@ -53,3 +53,19 @@ def test_four_reviewers_go_on_from_one_reading_after_a_restart(tmp_path: Path, d
     assert adopted.split()[-1] == history[0]["commit"] and len(history) == 2
     freed = json.loads("".join(run("-m", "thaw.cli", "-C", "review", "gc", "--keep-days", "0", "--json")))
     assert freed["commits_removed"] == 3
+
+
+def test_two_hosts_share_a_session_through_a_bucket(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "document.txt").write_text("The pump stands in the cellar. It is tested on Mondays. " * 8)
+    url = (tmp_path / "bucket").as_uri()
+    example, said = str(EXAMPLES / "two_hosts.py"), []
+    for words in (("read", str(demo_model), "document.txt", url), ("fork", str(demo_model), url, "Where is the pump?")):
+        done = subprocess.run(
+            [sys.executable, example, *words],
+            cwd=tmp_path, env={**os.environ}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    proofs = [line.split() for line in said[1].splitlines() if " cached, " in line]
+    assert len(proofs) == 4 and all(int(words[0]) > 90 and words[2] == "0" for words in proofs), said[1]
+    assert said[1].count("answer/") == 4 and "sent 4 commits" in said[1]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from thaw.engines import load_engine
     from thaw.engines.joining import attach
     from thaw.pool import ForkPool
-    from thaw.repo import Group, Repository, Session, init, open
+    from thaw.repo import Group, Repository, Session, clone, init, open
 
 _HOME = {
     "aio": "thaw.aio",
@@ -40,6 +40,7 @@ _HOME = {
     "Group": "thaw.repo",
     "Repository": "thaw.repo",
     "Session": "thaw.repo",
+    "clone": "thaw.repo",
     "init": "thaw.repo",
     "open": "thaw.repo",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "aio",
     "attach",
+    "clone",
     "init",
     "load_engine",
     "open",

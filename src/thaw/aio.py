@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from thaw.serve import Served, Started
 
 __all__ = [
-    "AsyncGroup", "AsyncRepository", "AsyncSession", "AsyncStream", "attach", "down", "init", "load_engine", "open",
-    "pool", "running", "up",
+    "AsyncGroup", "AsyncRepository", "AsyncSession", "AsyncStream", "attach", "clone", "down", "init", "load_engine",
+    "open", "pool", "running", "up",
 ]  # fmt: skip
 
 
@@ -49,6 +49,11 @@ async def open(
 async def init(path: str | Path, *, engine: Engine | EngineSettings | None = None) -> AsyncRepository:
     """As `thaw.init`."""
     return AsyncRepository(await opened(Repository.close, blocking.init, path, engine=engine))
+
+
+async def clone(url: str, path: str | Path, **options: Any) -> AsyncRepository:
+    """As `thaw.clone`."""
+    return AsyncRepository(await opened(Repository.close, blocking.clone, url, path, **options))
 
 
 async def load_engine(name: str, /, **options: Any) -> Engine:

@@ -25,6 +25,13 @@ SECTIONS: dict[str, dict[str, str]] = {
         "reflog": "List where a branch pointed, move by move.",
         "undo": "Undo the last move of a branch.",
     },
+    "Remotes": {
+        "clone": "Create a repository from a remote.",
+        "push": "Send branches to a remote, with what it lacks of their history.",
+        "fetch": "Fetch a remote's branches; origin/main is then a point.",
+        "pull": "Fetch a branch and move the local one forward.",
+        "remote": "Add, list and remove remotes; delete what one no longer needs.",
+    },
     "Verify and clean up": {
         "verify": "Hydrate in a fresh process and report which laws held.",
         "fsck": "Check every stored byte; rebuild a lost database.",

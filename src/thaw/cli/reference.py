@@ -39,6 +39,7 @@ never with `NO_COLOR`.
 | 6 | storage failed: disk full, read-only, or no permission |
 | 7 | a law did not hold (`verify`, `demo`, `bench`, `receipt verify`) |
 | 8 | the work stopped before it was done |
+| 9 | a remote did not do what it was asked; nothing here has changed |
 | 70 | an error inside thaw; run again with `THAW_DEBUG=1` for a traceback |
 | 130 | interrupted; `run` commits what the model has generated |
 

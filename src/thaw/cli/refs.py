@@ -49,7 +49,7 @@ def _do(repo: Repository, kind: Kind, names: tuple[str, ...], what: What) -> tup
 
 
 def _list(repo: Repository, kind: Kind, as_json: bool) -> None:
-    refs, head = repo.store.refs(kind), repo.store.head if kind == "branch" else None
+    refs, head = (repo.branches(), repo.store.head) if kind == "branch" else (repo.tags(), None)
     if as_json:
         extra = {} if head is None else {"head": head}
         output.print_json({**extra, _plural(kind): [_plain(ref) for ref in refs]})

@@ -23,6 +23,12 @@
     ├── StorageFailed           the disk is full or read-only, or there is no permission
     ├── LawBroken               a restore did not do what thaw guarantees
     │   └── NotHit              the engine did not count the restored tokens as cached
+    ├── RemoteError             a remote did not do what it was asked; nothing here has changed
+    │   ├── RemoteDenied        credentials are missing, wrong, or lack a right
+    │   ├── RemoteMissing       the bucket, or an object that must be in it, is not there or is shorter
+    │   ├── RemoteUncertain     a write's answer was lost, and whether it was made cannot be told; read, then decide
+    │   ├── RemoteUnreachable   no answer, or the server failed, through all retries; try again
+    │   └── RemoteUnsafe        its conditional writes do not hold: refs would be lost; use another store
     └── Stopped                 the work stopped before it was done
         ├── Cancelled           the caller asked for it
         ├── TimedOut            the caller's time limit ran out
@@ -154,6 +160,31 @@ class LawBroken(ThawError):
 
 class NotHit(LawBroken):
     kind = "not-hit"
+
+
+class RemoteError(ThawError):
+    kind = "remote-error"
+    exit_code = 9
+
+
+class RemoteDenied(RemoteError):
+    kind = "remote-denied"
+
+
+class RemoteMissing(RemoteError):
+    kind = "remote-missing"
+
+
+class RemoteUncertain(RemoteError):
+    kind = "remote-uncertain"
+
+
+class RemoteUnreachable(RemoteError):
+    kind = "remote-unreachable"
+
+
+class RemoteUnsafe(RemoteError):
+    kind = "remote-unsafe"
 
 
 class Stopped(ThawError):

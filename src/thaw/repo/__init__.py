@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
     from thaw.repo.report import Continuation, LawResult, VerifyReport
-    from thaw.repo.repository import Repository, init, open
+    from thaw.repo.repository import Repository, clone, init, open
     from thaw.repo.resolve import ResolvedPoint
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
@@ -42,6 +42,7 @@ _HOME = {
     "Stream": "stream",
     "Trajectory": "trajectory",
     "VerifyReport": "report",
+    "clone": "repository",
     "init": "repository",
     "open": "repository",
 }
@@ -64,6 +65,7 @@ __all__ = [
     "Stream",
     "Trajectory",
     "VerifyReport",
+    "clone",
     "init",
     "open",
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from thaw.core.errors import InvalidRequest
+from thaw.repo.refs import require_own
 
 if TYPE_CHECKING:
     from thaw.repo.group import Group
@@ -24,12 +25,13 @@ def free_name(repo: Repository, name: str | None, n: int) -> str:
     """The branches' common name; checked before anything runs, so that no work is lost to a name."""
     taken = {ref.name for ref in repo.store.refs()}
     if name is not None:
+        require_own(repo.store, f"{name}/0")
         used = [f"{name}/{i}" for i in range(n) if f"{name}/{i}" in taken]
         if used:
             raise InvalidRequest(f"{', '.join(used[:4])} exist already; choose another --name, or delete them first.")
         return name
     i = 1
-    while any(f"{_numbered(i)}/{k}" in taken for k in range(n)):
+    while any(f"{_numbered(i)}/{k}" in taken for k in range(n)) or _numbered(i) in repo.remotes():
         i += 1
     return _numbered(i)
 

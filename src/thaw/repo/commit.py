@@ -75,7 +75,7 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 def write(context: Context, request: Request, kept: Kept) -> Written:
     """Commit the session. When the store has lost what was kept (gc), once more with everything written anew."""
     if request.branch is not None:
-        refs.check_name(request.branch)
+        refs.require_own(context.store, request.branch)
     try:
         return _write(context, request, kept)
     except Busy:

@@ -54,22 +54,34 @@ def tips(store: Store) -> list[CommitId]:
 
 def names_at(store: Store, commits: Iterable[CommitId]) -> dict[CommitId, tuple[str, ...]]:
     """The names of refs that point at these commits, in order, the current branch first."""
-    return _names(store.refs_at(commits), store.head)
+    return _names(store, store.refs_at(commits))
 
 
 def _all_names(store: Store) -> dict[CommitId, tuple[str, ...]]:
-    return _names(store.refs(), store.head)
+    return _names(store, store.refs())
 
 
-def _names(refs: Iterable[Ref], head: str) -> dict[CommitId, tuple[str, ...]]:
+def _names(store: Store, refs: Iterable[Ref]) -> dict[CommitId, tuple[str, ...]]:
     out: dict[CommitId, list[str]] = {}
+    head, remote = store.head, _of_remotes(store, refs := list(refs))
     for ref in refs:
         names = out.setdefault(ref.target, [])
         if ref.kind == "branch" and ref.name == head:
             names.insert(0, f"HEAD -> {ref.name}")
         else:
-            names.append(ref.name if ref.kind == "branch" else f"tag: {ref.name}")
+            names.append(ref.name if ref.kind == "branch" or ref.name in remote else f"tag: {ref.name}")
     return {commit: tuple(names) for commit, names in out.items()}
+
+
+def _of_remotes(store: Store, refs: Iterable[Ref]) -> set[str]:
+    """Those of `refs` that say where a branch of a remote was last seen."""
+    maybe = [ref.name for ref in refs if ref.kind == "tag" and "/" in ref.name]
+    if not maybe:
+        return set()
+    from thaw.remote import settings, tracking
+
+    book = settings.read(store)
+    return {name for name in maybe if tracking.is_tracking(name, book)}
 
 
 class Size(msgspec.Struct, frozen=True, tag_field="type", tag="thaw.state/1"):

@@ -32,9 +32,24 @@ def check_name(name: str) -> str:
     return name
 
 
+def require_own(store: Store, name: str) -> str:
+    """`name` if a branch or tag of one's own may be called so: not as the points of a remote. Raises `BadPoint`,
+    `InvalidRequest`."""
+    if "/" in check_name(name):
+        from thaw.remote import settings, tracking
+
+        if tracking.is_tracking(name, settings.read(store)):
+            remote = name.partition("/")[0]
+            raise InvalidRequest(
+                f"{name!r} is where a branch of the remote {remote!r} was last seen; only fetch and push move it. "
+                "Choose another name."
+            )
+    return name
+
+
 def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -> Ref:
     """A new branch or tag. Raises `RefConflict` when the name is taken."""
-    check_name(name)
+    require_own(store, name)
     where = whole(resolve(store, point), f"a {kind}")
     store.update_refs(RefUpdate(name=name, kind=kind, target=where, expect=None, reason=f"{kind}: at {short(where)}"))
     return Ref(name=name, kind=kind, target=where)
@@ -49,8 +64,8 @@ def delete(store: Store, name: str, kind: RefKind) -> Ref:
 
 def rename(store: Store, old: str, new: str) -> Ref:
     """Give a branch or tag another name; atomic. HEAD follows its branch."""
-    check_name(new)
-    ref = store.ref(check_name(old))
+    require_own(store, new)
+    ref = store.ref(require_own(store, old))
     if ref is None:
         raise NotFound(f"there is no branch or tag {old!r} to rename")
     store.update_refs(
@@ -64,7 +79,7 @@ def rename(store: Store, old: str, new: str) -> Ref:
 
 def move(store: Store, branch: str, point: str | ResolvedPoint, reason: str) -> Ref:
     """Make `branch` point there, whatever it was; the old tip stays in the reflog. Raises `RefConflict` in a race."""
-    check_name(branch)
+    require_own(store, branch)
     where = whole(resolve(store, point), "a branch")
     now = store.ref(branch)
     expect = now.target if now is not None else None

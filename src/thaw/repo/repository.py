@@ -22,6 +22,9 @@ from thaw.store import Ref, ReflogEntry, Store
 if TYPE_CHECKING:
     from thaw.core.ids import ObjectId
     from thaw.engines.base import Engine, Policy
+    from thaw.remote.meter import TransferMeter
+    from thaw.remote.report import RemoteGcReport, TransferReport
+    from thaw.remote.settings import RemoteSettings
     from thaw.repo.diff import Diff
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
@@ -202,7 +205,9 @@ class Repository:
         return self.store.refs("branch")
 
     def tags(self) -> list[Ref]:
-        return self.store.refs("tag")
+        from thaw.remote import settings, tracking
+
+        return tracking.without(self.store.refs("tag"), settings.read(self.store))
 
     def branch(self, name: str, point: PointLike = "HEAD") -> Ref:
         return refs.create(self.store, name, "branch", self.resolve(point))
@@ -255,6 +260,101 @@ class Repository:
             return Ref(name=branch, kind="branch", target=winner.adopt(branch).commit)
         where = self.resolve(winner)
         return refs.move(self.store, branch, where, f"adopt: {where}")
+
+    # -- remotes
+
+    def remotes(self) -> dict[str, RemoteSettings]:
+        """The remotes by name."""
+        from thaw.remote import settings
+
+        return dict(sorted(settings.read(self.store).remotes.items()))
+
+    def add_remote(self, name: str, url: str, options: dict[str, str | int | bool] | None = None) -> RemoteSettings:
+        """Remember a remote: `s3://…`, `az://…`, `gs://…` or `file://…`. `options`: how it is reached, no credential.
+
+        Nothing is asked of it yet. Raises `InvalidRequest`, `Conflict`.
+        """
+        from thaw.repo import remotes
+
+        return remotes.add(self.store, name, url, options or {})
+
+    def remove_remote(self, name: str) -> RemoteSettings:
+        """Forget a remote and its tracking points; what lies there stays. Raises `NotFound`."""
+        from thaw.repo import remotes
+
+        return remotes.remove(self.store, name)
+
+    def push(
+        self,
+        *names: str,
+        remote: str | None = None,
+        delete: bool = False,
+        tags: bool = False,
+        all: bool = False,
+        force_with_lease: bool = False,
+        set_upstream: bool = False,
+        meter: TransferMeter | None = None,
+    ) -> TransferReport:
+        """Send branches and tags (default: the current branch) and what of their history the remote lacks.
+
+        `remote`: default the branch's upstream, the only one, or `origin`. `all`: every branch; `tags`: every tag.
+        `delete`: take them away there. A branch only moves forward, unless `force_with_lease` and the remote's stands
+        where it was last seen. `meter` says how far it is, to any thread. A push that was killed goes on with what it
+        has sent. Raises `RefConflict` (nothing is lost: fetch, then decide), `RemoteError` kinds, `NotFound`.
+        """
+        from thaw.repo import remotes
+
+        return remotes.push(
+            self.store, names, remote, delete=delete, tags=tags, everything=all, force_with_lease=force_with_lease,
+            set_upstream=set_upstream, meter=meter,
+        )  # fmt: skip
+
+    def fetch(
+        self,
+        *branches: str,
+        remote: str | None = None,
+        prune: bool = False,
+        tags: bool = True,
+        meter: TransferMeter | None = None,
+    ) -> TransferReport:
+        """Bring branches (default: all) and tags here; `origin/main` is then a point. No local branch moves.
+
+        `prune`: points of branches that were deleted there go. Raises `CorruptBlob` naming what is damaged, `NotFound`.
+        """
+        from thaw.repo import remotes
+
+        return remotes.fetch(self.store, branches, remote, prune=prune, tags=tags, meter=meter)
+
+    def pull(
+        self, branch: str | None = None, *, remote: str | None = None, meter: TransferMeter | None = None
+    ) -> TransferReport:
+        """Fetch a branch (default: the current one) and move it forward to where the remote has it.
+
+        Raises `RefConflict` naming both commits where neither descends from the other.
+        """
+        from thaw.repo import remotes
+
+        return remotes.pull(self.store, branch, remote, meter=meter)
+
+    def remote_gc(
+        self,
+        name: str | None = None,
+        *,
+        dry_run: bool = False,
+        grace_s: float | None = None,
+        keep_reflog_s: float | None = None,
+    ) -> RemoteGcReport:
+        """Delete what no branch, tag or recent reflog entry of a remote reaches, in this namespace's part of it.
+
+        The first call writes down what that is; one after the grace period (24 hours, by the store's clock) deletes it.
+        Safe beside pushes and fetches. Raises `Busy`, `CorruptBlob`.
+        """
+        from thaw.repo import remotes
+
+        for what, seconds in (("grace_s", grace_s), ("keep_reflog_s", keep_reflog_s)):
+            if seconds is not None and not 0 <= seconds <= MAX_KEEP_S:
+                raise InvalidRequest(f"{what}={seconds}: a number of seconds, 0 to {MAX_KEEP_S:,}")
+        return remotes.collect(self.store, name, dry_run=dry_run, grace_s=grace_s, keep_reflog_s=keep_reflog_s)
 
     # -- checking and keeping
 
@@ -351,6 +451,33 @@ def open(
     if namespace is not None:
         namespaces.check(namespace)
     return Repository(Context(_opened(folder, make, namespace), engine))
+
+
+def clone(
+    url: str,
+    path: str | Path,
+    *,
+    engine: Engine | EngineSettings | None = None,
+    branch: str | None = None,
+    single_branch: bool = False,
+    namespace: str | None = None,
+    remote: str = "origin",
+    options: dict[str, str | int | bool] | None = None,
+    meter: TransferMeter | None = None,
+) -> Repository:
+    """A new repository in `path` from a remote, which is called `remote` in it.
+
+    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. `namespace`: whose
+    part of the remote. `options`: as `Repository.add_remote`. What fails leaves nothing behind. Raises `NotFound`,
+    `Conflict`, `CorruptBlob`, `RemoteError` kinds.
+    """
+    from thaw.repo import remotes
+
+    remotes.clone(
+        url, Path(path), options or {}, remote=remote, branch=branch, single_branch=single_branch, namespace=namespace,
+        meter=meter,
+    )  # fmt: skip
+    return open(path, engine=engine, create=False, namespace=namespace)
 
 
 def _opened(folder: Path, make: bool, namespace: str | None) -> Store:

@@ -12,7 +12,7 @@ import msgspec
 
 from thaw.core.errors import Conflict, NotFound
 from thaw.core.ids import CommitId, short
-from thaw.core.points import check_name
+from thaw.repo.refs import require_own
 from thaw.repo.resolve import known_names
 from thaw.store import ReflogEntry, RefUpdate, Store
 
@@ -35,7 +35,7 @@ def undo(store: Store, name: str) -> Undone:
     Atomic, on disk on return. Raises `NotFound` when nothing is left to take back, `RefConflict` in a race, `Conflict`
     when gc removed the commit meanwhile.
     """
-    entries = store.reflog(check_name(name))
+    entries = store.reflog(require_own(store, name))
     move = last_move(entries)
     if move is None:
         raise NotFound(f"{name!r} has no move left to take back{known_names(store)}")

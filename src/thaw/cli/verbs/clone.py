@@ -1,0 +1,64 @@
+"""`thaw clone`: a new repository from a remote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from thaw.cli import boot, options, output, place, transfer
+from thaw.cli.place import FOLDER
+
+EXAMPLE = """
+thaw clone s3://bucket/runs
+thaw clone s3://bucket/runs here --single-branch --model ~/models/Qwen3-0.6B
+"""
+
+
+@options.verb("clone", EXAMPLE)
+@click.argument("url")
+@click.argument("folder", required=False)
+@click.option("-b", "--branch", metavar="NAME", help="Start on this branch; default: the remote's.")
+@click.option("--single-branch", is_flag=True, help="Fetch no other branch.")
+@click.option("--origin", "remote", metavar="NAME", default="origin", help="What to call the remote (origin).")
+@transfer.option
+@options.engine
+@options.as_json
+def command(
+    named: str | None,
+    url: str,
+    folder: str | None,
+    branch: str | None,
+    single_branch: bool,
+    remote: str,
+    pairs: tuple[str, ...],
+    engine_name: str | None,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Create a repository in FOLDER/.thaw from the remote at URL. FOLDER is by default the URL's last part.
+
+    With a model named, the repository remembers it. Credentials come from your environment."""
+    from thaw.repo import remotes
+    from thaw.repo.repository import open as open_at
+    from thaw.repo.settings import remember
+
+    del named  # a clone is always a repository of its own
+    path = Path(folder or url.rstrip("/").rpartition("/")[2] or "clone").expanduser() / FOLDER
+    wanted = engine_name is not None or model is not None
+    chosen = boot.choose(None, engine_name, model, dtype, device) if wanted else None
+    report = transfer.watched(
+        "cloning",
+        lambda meter: remotes.clone(
+            url, path, transfer.read_options(pairs), remote=remote, branch=branch, single_branch=single_branch,
+            namespace=place.namespace(), meter=meter,
+        ),
+    )  # fmt: skip
+    if chosen is not None:
+        with open_at(path, create=False) as repo:
+            remember(repo.store, chosen)
+    if not as_json:
+        output.line(f"cloned into {path.resolve()}")
+    transfer.say(report, "fetched", as_json)

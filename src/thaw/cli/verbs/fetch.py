@@ -1,0 +1,32 @@
+"""`thaw fetch`: bring a remote's branches here, as points."""
+
+from __future__ import annotations
+
+import click
+
+from thaw.cli import options, place, transfer
+
+EXAMPLE = """
+thaw fetch
+thaw fetch origin main
+thaw log origin/main
+"""
+
+
+@options.verb("fetch", EXAMPLE)
+@click.argument("remote", required=False)
+@click.argument("names", nargs=-1, metavar="[BRANCH]...")
+@click.option("-p", "--prune", is_flag=True, help="Remove points of branches that were deleted in the remote.")
+@click.option("--no-tags", is_flag=True, help="Fetch no tags.")
+@options.as_json
+def command(
+    named: str | None, remote: str | None, names: tuple[str, ...], prune: bool, no_tags: bool, as_json: bool
+) -> None:
+    """Fetch branches (default: all) and tags from REMOTE. Its branch main is then the point origin/main.
+
+    Every byte is checked as it arrives. No local branch moves; see `thaw pull`."""
+    with place.open_repository(named) as repo:
+        report = transfer.watched(
+            "fetching", lambda meter: repo.fetch(*names, remote=remote, prune=prune, tags=not no_tags, meter=meter)
+        )
+    transfer.say(report, "fetched", as_json)

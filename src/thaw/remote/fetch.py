@@ -1,0 +1,422 @@
+"""Fetch: commits that the namespace has not, with all that they need, straight into packs of the local store.
+
+Manifests are read from the remote's refs back to commits that are here. Objects come first; what they name is followed
+from each commit, so nothing is taken in that is not whole, and nothing that another namespace stored counts as here. KV
+is then read ahead in long ranges and written into local packs, hashed on the way; a byte that is wrong is an error that
+names blob and pack. Commits become visible parents first, about 1 GiB at a time, and tracking points at the end: an
+interrupted fetch goes on with the commits that it lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from thaw.core.errors import Busy, CorruptBlob, NotFound, RemoteMissing
+from thaw.core.ids import CommitId, digest, short
+from thaw.core.objects import AnyObject, Commit, decode
+from thaw.data.pack import PackItem, write_pack
+from thaw.remote import about, layout, refs, tracking
+from thaw.remote.history import RemoteHistory
+from thaw.remote.layout import Kind
+from thaw.remote.local import LocalHistory, require_of
+from thaw.remote.manifest import Manifest, PushedBlob
+from thaw.remote.meter import TransferMeter
+from thaw.remote.opened import OpenedRemote
+from thaw.remote.parallel import SMALL_REQUESTS, ahead
+from thaw.remote.refs import RemoteRef
+from thaw.remote.report import Outcome, RefMoved, TransferReport
+from thaw.store import RefUpdate, Store, Transaction
+from thaw.store.links import links
+
+T = TypeVar("T")
+RUN_BYTES, GAP_BYTES = 8 << 20, 1 << 20
+"""One request reads so much, and along with it what lies between two pieces up to so far apart."""
+AHEAD_BYTES = 96 << 20
+"""Read and not yet written, at most (or one blob)."""
+LOCAL_PACK_BYTES, LOCAL_PACK_ENTRIES = 256 << 20, 1 << 14
+ATTEMPTS = 10
+"""How often what was to be fetched may be gone, because refs moved on."""
+GROUP_BYTES = 1 << 30
+"""KV that becomes visible together, about."""
+
+
+class FetchWish(NamedTuple):
+    """Which of the remote's branches (None: all), whether its tags, and whether tracking points of branches that were
+    deleted there go."""
+
+    branches: tuple[str, ...] | None = None
+    tags: bool = True
+    prune: bool = False
+
+
+class _Piece(NamedTuple):
+    """Something to read: where it lies."""
+
+    id: str
+    key: str
+    offset: int
+    nbytes: int
+
+
+class _Run(NamedTuple):
+    """Pieces of one pack that are read by one request."""
+
+    key: str
+    start: int
+    stop: int
+    pieces: tuple[_Piece, ...]
+
+    def holds(self, piece: _Piece) -> bool:
+        inside = self.start <= piece.offset and piece.offset + piece.nbytes <= self.stop
+        return piece.key == self.key and inside
+
+
+class _Group(NamedTuple):
+    """Commits that become visible together, parents first."""
+
+    objects: dict[str, AnyObject]
+    blobs: dict[str, tuple[PushedBlob, str]]
+    """id -> (place, key of its pack)"""
+    tips: list[str]
+
+
+def fetch(
+    store: Store,
+    remote: OpenedRemote,
+    wish: FetchWish = FetchWish(),  # noqa: B008 - a value
+    *,
+    meter: TransferMeter | None = None,
+    workers: int = SMALL_REQUESTS,
+    group_bytes: int = GROUP_BYTES,
+) -> TransferReport:
+    """Brings commits here and moves the tracking points (`REMOTE/BRANCH`); tags become tags. Nothing of a local branch
+    changes. Raises `NotFound`, `CorruptBlob` naming what is damaged, `Conflict` where a local gc came in between.
+    """
+    meter = meter or TransferMeter()
+    about.require(remote.whole, remote.url)
+    work = _Fetch(store, remote, meter, workers, group_bytes)
+    moved = work.run(wish)
+    return TransferReport(
+        remote=remote.name,
+        url=remote.url,
+        refs=tuple(moved),
+        num_commits=work.num_commits,
+        num_packs=work.num_packs,
+        nbytes=meter.nbytes,
+        blob_nbytes=work.blob_nbytes,
+        seconds=meter.seconds,
+    )
+
+
+def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteRef]:
+    """The remote's refs that are asked for. Raises `NotFound` for a branch that it has not."""
+    if wish.branches is None:
+        asked: list[tuple[Kind, str]] = [("branch", name) for name in refs.names(remote.bucket, "branch")]
+    else:
+        asked = [("branch", name) for name in wish.branches]
+    if wish.tags:
+        asked += [("tag", name) for name in refs.names(remote.bucket, "tag")]
+    found = refs.read_all(remote.bucket, asked, workers)
+    for name in wish.branches or ():
+        there = found.get(("branch", name))
+        if there is None or there.ref.commit is None:
+            some = ", ".join(refs.names(remote.bucket, "branch")[:8])
+            raise NotFound(
+                f"there is no branch {name!r} in {remote.name} ({remote.url}); names in it: {some or 'none'}."
+            )
+    return [standing.ref for standing in found.values()]
+
+
+def _move(store: Store, remote: str, found: Sequence[RemoteRef], wish: FetchWish) -> list[RefMoved]:
+    """Moves tracking points and makes tags; says what became of each."""
+    moved, updates = list[RefMoved](), list[RefUpdate]()
+    for ref in found:
+        done = _branch(store, remote, ref, wish) if ref.kind == "branch" else _tag(store, ref)
+        if done is not None:
+            moved.append(done[0])
+            updates += done[1]
+    if updates:
+        store.update_refs(*updates)
+    return moved
+
+
+def _branch(store: Store, remote: str, ref: RemoteRef, wish: FetchWish) -> tuple[RefMoved, list[RefUpdate]] | None:
+    old = tracking.where(store, remote, ref.name)
+    why = f"fetch from {remote}"
+    if ref.commit is None:
+        gone = tracking.removal(store, remote, ref.name, why) if wish.prune else []
+        return (_moved(ref, "deleted", old, remote), gone) if gone else None
+    if old == ref.commit:
+        return _moved(ref, "up-to-date", old, remote), []
+    forward = old is None or LocalHistory(store).descends(ref.commit, old)
+    outcome: Outcome = "new" if old is None else "moved" if forward else "forced"
+    return _moved(ref, outcome, old, remote), [tracking.update(remote, ref.name, ref.commit, why)]
+
+
+def _tag(store: Store, ref: RemoteRef) -> tuple[RefMoved, list[RefUpdate]] | None:
+    """A tag that is here already stays as it is."""
+    if ref.commit is None:
+        return None
+    here = store.ref(ref.name)
+    if here is not None:
+        same = here.kind == "tag" and here.target == ref.commit
+        return _moved(ref, "up-to-date" if same else "kept", here.target), []
+    return _moved(ref, "new", None), [RefUpdate(ref.name, "tag", CommitId(ref.commit), None, "fetch")]
+
+
+def _moved(ref: RemoteRef, outcome: Outcome, old: str | None, remote: str = "") -> RefMoved:
+    """Of a branch, what became of its tracking point."""
+    name = tracking.name_of(remote, ref.name) if remote else ref.name
+    return RefMoved(kind=ref.kind, name=name, outcome=outcome, old=old, new=ref.commit)
+
+
+class _Fetch:
+    """One fetch."""
+
+    def __init__(
+        self, store: Store, remote: OpenedRemote, meter: TransferMeter, workers: int, group_bytes: int
+    ) -> None:
+        self.store, self.remote, self.bucket, self.meter = store, remote, remote.bucket, meter
+        self.workers, self.group_bytes = workers, group_bytes
+        self.local = LocalHistory(store)
+        self.num_commits = self.num_packs = self.blob_nbytes = 0
+
+    def run(self, wish: FetchWish) -> list[RefMoved]:
+        """Where something is gone, and refs have moved since they were read, gc took what they had: once more."""
+        self.meter.begin("looking at the remote")
+        found = _wanted(self.remote, wish, self.workers)
+        for _ in range(ATTEMPTS):
+            try:
+                with self.bring([ref for ref in found if ref.commit is not None]):
+                    return _move(self.store, self.remote.name, found, wish)
+            except (CorruptBlob, RemoteMissing):
+                before, found = found, _wanted(self.remote, wish, self.workers)
+                if [ref.commit for ref in found] == [ref.commit for ref in before]:
+                    raise
+        raise Busy(f"{self.remote.url} changed {ATTEMPTS} times while it was fetched. Try again.")
+
+    @contextlib.contextmanager
+    def bring(self, wanted: Sequence[RemoteRef]) -> Iterator[None]:
+        """Makes every commit of `wanted` stored here, with its history; for the block, gc leaves what came."""
+        theirs = RemoteHistory(self.bucket, self.bucket.namespace, wanted)
+        tips = [ref.commit for ref in wanted if ref.commit is not None]
+        missing = theirs.back_to(tips, self.local.has)[::-1]
+        manifests = dict(zip(missing, theirs.manifests(missing), strict=True))
+        if missing:
+            self.meter.begin("fetching objects")
+        with contextlib.ExitStack() as held:
+            for group in self._groups(missing, manifests):
+                self._store(group)
+                held.enter_context(self.store.reading(*group.tips))
+            yield
+
+    # -- what is needed
+
+    def _groups(self, missing: Sequence[str], manifests: dict[str, Manifest]) -> Iterator[_Group]:
+        """The commits' objects, read and followed, cut where enough KV has come together."""
+        known = _Known(self.local)
+        group = _Group({}, {}, [])
+        nbytes = 0
+        for some in _batches(missing, manifests):
+            data = self._objects([manifests[commit] for commit in some], known)
+            for commit in some:
+                nbytes += known.follow(commit, manifests[commit], data, group, self.bucket.namespace)
+                if nbytes >= self.group_bytes:
+                    yield group
+                    group, nbytes = _Group({}, {}, []), 0
+        if group.tips:
+            yield group
+
+    def _objects(self, manifests: Sequence[Manifest], known: _Known) -> dict[str, bytes]:
+        """The bytes of the objects that the manifests list, each hashed."""
+        pieces = {
+            place.id: _Piece(place.id, one.packs[place.pack].key, place.offset, place.nbytes)
+            for one in manifests
+            for place in one.objects
+            if place.id not in known.objects
+        }
+        out = dict[str, bytes]()
+        for run, data in self._read(pieces.values()):
+            for piece in run.pieces:
+                out[piece.id] = bytes(data[piece.offset - run.start :][: piece.nbytes])
+                _compare(self.remote, piece, digest(out[piece.id]), "object")
+        return out
+
+    # -- reading and writing
+
+    def _read(self, pieces: Iterable[_Piece]) -> Iterator[tuple[_Run, memoryview]]:
+        """Runs of pieces in the order in which they lie, read ahead."""
+
+        def read(run: _Run) -> tuple[_Run, memoryview]:
+            (data,) = self.bucket.read_ranges(run.key, [(run.start, run.stop - run.start)])
+            self.meter.add(len(data))
+            return run, data
+
+        return ahead(read, _runs(pieces), lambda run: run.stop - run.start, AHEAD_BYTES, self.workers)
+
+    def _store(self, group: _Group) -> None:
+        """Writes a group's KV into local packs, and makes all of it visible."""
+        self.meter.begin("fetching KV", sum(place.nbytes for place, _ in group.blobs.values()))
+        parents = [one for tip in group.tips for one in self._parents_here(group, tip)]
+        with self.store.begin(*parents) as writing:
+            pieces = [_Piece(place.id, key, place.offset, place.nbytes) for place, key in group.blobs.values()]
+            pieces.sort(key=lambda piece: (piece.key, piece.offset))
+            source = _Source(self.remote, self._read(pieces))
+            try:
+                for part in _parts(pieces):
+                    self._pack(writing, source, part, group)
+            finally:
+                source.close()
+            for obj in group.objects.values():
+                writing.put(obj)
+            writing.commit()
+        self.num_commits += len(group.tips)
+
+    def _parents_here(self, group: _Group, tip: str) -> Iterator[str]:
+        commit = group.objects[tip]
+        assert isinstance(commit, Commit)
+        return (parent for parent in commit.parents if parent not in group.objects)
+
+    def _pack(self, writing: Transaction, source: _Source, part: Sequence[_Piece], group: _Group) -> None:
+        """One local pack. What was written is compared with what was asked for: the hash is taken once."""
+        items = []
+        for piece in part:
+            place = group.blobs[piece.id][0]
+            items.append(PackItem("", place.dtype, place.shape, place.nbytes, lambda piece=piece: source.take(piece)))  # type: ignore[misc]
+        result = write_pack(self.store.packs, writing.lease_pack(), items)
+        for piece, written in zip(part, result.blobs, strict=True):
+            _compare(self.remote, piece, written.blob, "blob")
+        writing.add_pack(result.name, result.nbytes, result.blobs)
+        self.num_packs += 1
+        self.blob_nbytes += sum(piece.nbytes for piece in part)
+
+
+class _Known:
+    """What commits that were followed need, and what those here have that they build on."""
+
+    def __init__(self, local: LocalHistory) -> None:
+        self._local = local
+        self.objects: set[str] = set()
+        self.blobs: set[str] = set()
+        self._here: set[str] = set()
+
+    def _use(self, commit: str) -> None:
+        """Counts in what a commit that is here has."""
+        if commit not in self._here:
+            self._here.add(commit)
+            reach = self._local.reach(commit)
+            self.objects.update(reach.objects)
+            self.blobs.update(reach.blobs)
+            self.objects.add(commit)
+
+    def follow(self, commit: str, manifest: Manifest, data: dict[str, bytes], group: _Group, namespace: str) -> int:
+        """Adds what `commit` needs to the group; bytes of its KV. Raises `CorruptBlob` where the manifests do not give
+        something that it needs."""
+        for parent in manifest.parents:
+            if self._local.has(parent.commit):
+                self._use(parent.commit)
+        places = {blob.id: (blob, manifest.packs[blob.pack].key) for blob in manifest.blobs}
+        waiting, nbytes = [commit], 0
+        while waiting:
+            at = waiting.pop()
+            if at in self.objects:
+                continue
+            raw = _given(data, at, commit)
+            value, of = decode(raw, at), links(raw)
+            if isinstance(value, Commit):
+                require_of(namespace, value, at)
+            self.objects.add(at)
+            group.objects[at] = value
+            waiting.extend(of.objects)
+            for blob in of.blobs:
+                if blob not in self.blobs:
+                    self.blobs.add(blob)
+                    group.blobs[blob] = _given(places, blob, commit)
+                    nbytes += group.blobs[blob][0].nbytes
+        group.tips.append(commit)
+        return nbytes
+
+
+def _given(places: dict[str, T], identifier: str, commit: str) -> T:
+    if identifier not in places:
+        raise CorruptBlob(
+            f"commit {short(commit)} of the remote needs {identifier}, which its manifests do not list. "
+            "Push the commit again from where it was made, or take another one."
+        )
+    return places[identifier]
+
+
+def _compare(remote: OpenedRemote, piece: _Piece, found: str, what: str) -> None:
+    if found != piece.id:
+        raise CorruptBlob(
+            f"{what} {piece.id} of the remote {remote.name} hashes to {found}: bytes {piece.offset} to "
+            f"{piece.offset + piece.nbytes} of {layout.prefix(remote.bucket.namespace)}{piece.key} at {remote.url} are "
+            "not what was pushed. Nothing of it was kept."
+        )
+
+
+OBJECTS_AT_A_TIME = 64 << 20
+
+
+def _batches(missing: Sequence[str], manifests: dict[str, Manifest]) -> Iterator[list[str]]:
+    """Commits whose objects are read together."""
+    batch, nbytes = list[str](), 0
+    for commit in missing:
+        batch.append(commit)
+        nbytes += sum(place.nbytes for place in manifests[commit].objects)
+        if nbytes >= OBJECTS_AT_A_TIME:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _runs(pieces: Iterable[_Piece]) -> Iterator[_Run]:
+    """Pieces that lie near each other together, in order."""
+    some, stop = list[_Piece](), 0
+    for piece in sorted(pieces, key=lambda piece: (piece.key, piece.offset)):
+        end = piece.offset + piece.nbytes
+        near = bool(some) and piece.key == some[0].key and piece.offset - stop <= GAP_BYTES
+        if some and not (near and end - some[0].offset <= RUN_BYTES):
+            yield _Run(some[0].key, some[0].offset, stop, tuple(some))
+            some, stop = [], 0
+        some.append(piece)
+        stop = max(stop, end)
+    if some:
+        yield _Run(some[0].key, some[0].offset, stop, tuple(some))
+
+
+def _parts(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """What goes into one local pack."""
+    part, nbytes = list[_Piece](), 0
+    for piece in pieces:
+        if part and (nbytes + piece.nbytes > LOCAL_PACK_BYTES or len(part) >= LOCAL_PACK_ENTRIES):
+            yield part
+            part, nbytes = [], 0
+        part.append(piece)
+        nbytes += piece.nbytes
+    if part:
+        yield part
+
+
+class _Source:
+    """The pieces of runs that are read ahead, in order, one at a time."""
+
+    def __init__(self, remote: OpenedRemote, runs: Iterator[tuple[_Run, memoryview]]) -> None:
+        self._remote, self._runs = remote, runs
+        self._run: _Run | None = None
+        self._data = memoryview(b"")
+
+    def take(self, piece: _Piece) -> memoryview:
+        """The piece's bytes, not verified; valid until the next one is taken."""
+        while self._run is None or not self._run.holds(piece):
+            self._run, self._data = next(self._runs)
+        start = piece.offset - self._run.start
+        return self._data[start : start + piece.nbytes]
+
+    def close(self) -> None:
+        self._data = memoryview(b"")
+        if (close := getattr(self._runs, "close", None)) is not None:
+            close()

@@ -1,0 +1,198 @@
+"""A repository's remotes: what `push`, `fetch`, `pull` and `clone` mean for the names that people use.
+
+Everything that reaches a remote is `thaw.remote`; here names become wishes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thaw.core.errors import InvalidRequest, NotFound
+from thaw.remote import settings, tracking
+from thaw.remote.settings import Option, RemoteSettings
+from thaw.store import Ref, Store
+
+if TYPE_CHECKING:
+    from thaw.remote.layout import Kind
+    from thaw.remote.meter import TransferMeter
+    from thaw.remote.opened import OpenedRemote
+    from thaw.remote.push import PushWish
+    from thaw.remote.report import RemoteGcReport, TransferReport
+
+
+def add(store: Store, name: str, url: str, options: dict[str, Option]) -> RemoteSettings:
+    """Remembers a remote. Nothing is asked of it yet. Raises `InvalidRequest`, `Conflict`."""
+    from thaw.remote.address import parse
+
+    address = parse(url, options)
+    made = RemoteSettings(url=address.url, options=dict(address.options))
+    settings.add(store, name, made)
+    return made
+
+
+def remove(store: Store, name: str) -> RemoteSettings:
+    """Forgets a remote and its tracking points."""
+    gone = settings.remove(store, name)
+    branches = [ref.name.removeprefix(f"{name}/") for ref in tracking.tracked(store, name)]
+    updates = [one for branch in branches for one in tracking.removal(store, name, branch, f"remote {name} removed")]
+    if updates:
+        store.update_refs(*updates)
+    return gone
+
+
+def opened(store: Store, name: str | None) -> OpenedRemote:
+    """The remote of that name, or the one that is meant where none is named."""
+    from thaw.remote.opened import opened as open_remote
+
+    chosen = settings.default_remote(store, store.head) if name is None else name
+    return open_remote(chosen, settings.get(settings.read(store), chosen), store.namespace)
+
+
+def push(
+    store: Store,
+    names: tuple[str, ...],
+    remote: str | None,
+    *,
+    delete: bool,
+    tags: bool,
+    everything: bool,
+    force_with_lease: bool,
+    set_upstream: bool,
+    meter: TransferMeter | None,
+) -> TransferReport:
+    """See `Repository.push`."""
+    from thaw.remote.push import push as send
+
+    target = opened(store, remote)
+    if delete:
+        wishes = [_deletion(store, target.name, name, force_with_lease) for name in _named(names)]
+    else:
+        wishes = _wishes(store, target.name, names, tags=tags, everything=everything, force=force_with_lease)
+    _probe(store, target)
+    report = send(store, target, wishes, meter=meter)
+    if set_upstream:
+        for wish in wishes:
+            if wish.kind == "branch" and wish.target is not None:
+                settings.set_upstream(store, wish.name, target.name, wish.name)
+    return report
+
+
+def _named(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise InvalidRequest("name the branches or tags of the remote that are to be deleted.")
+    return names
+
+
+def _deletion(store: Store, remote: str, name: str, force: bool) -> PushWish:
+    from thaw.remote.push import PushWish
+
+    here = store.ref(name)
+    kind: Kind = "tag" if here is not None and here.kind == "tag" else "branch"
+    return PushWish(kind, name, None, _lease(store, remote, name, force and kind == "branch"))
+
+
+def _wishes(
+    store: Store, remote: str, names: tuple[str, ...], *, tags: bool, everything: bool, force: bool
+) -> list[PushWish]:
+    from thaw.remote.push import PushWish
+
+    chosen = [_own(store, name) for name in names]
+    if everything:
+        chosen += store.refs("branch")
+    if tags:
+        chosen += tracking.without(store.refs("tag"), settings.read(store))
+    if not (names or everything or tags):
+        chosen = [_own(store, store.head)]
+    return [
+        PushWish(ref.kind, ref.name, ref.target, _lease(store, remote, ref.name, force and ref.kind == "branch"))
+        for ref in {ref.name: ref for ref in chosen}.values()
+    ]
+
+
+def _own(store: Store, name: str) -> Ref:
+    ref = store.ref(name)
+    if ref is None or tracking.is_tracking(name, settings.read(store)):
+        known = ", ".join(one.name for one in store.refs("branch")[:8])
+        raise NotFound(f"there is no branch or tag {name!r} here to push{f'; there are: {known}' if known else ''}")
+    return ref
+
+
+def _lease(store: Store, remote: str, name: str, force: bool) -> str | None:
+    return tracking.where(store, remote, name) if force else ""
+
+
+def _probe(store: Store, target: OpenedRemote) -> None:
+    """That the remote's conditional writes hold, once for each remote of a repository. Raises `RemoteUnsafe`."""
+    if not settings.get(settings.read(store), target.name).probed:
+        from thaw.remote.probe import probe
+
+        probe(target.whole)
+        settings.set_probed(store, target.name)
+
+
+def fetch(
+    store: Store,
+    branches: tuple[str, ...],
+    remote: str | None,
+    *,
+    prune: bool,
+    tags: bool,
+    meter: TransferMeter | None,
+) -> TransferReport:
+    """See `Repository.fetch`."""
+    from thaw.remote.fetch import FetchWish
+    from thaw.remote.fetch import fetch as bring
+
+    wish = FetchWish(branches=branches or None, tags=tags, prune=prune)
+    return bring(store, opened(store, remote), wish, meter=meter)
+
+
+def pull(store: Store, branch: str | None, remote: str | None, *, meter: TransferMeter | None) -> TransferReport:
+    """See `Repository.pull`."""
+    from thaw.remote.pull import pull as bring
+    from thaw.remote.pull import upstream_of
+
+    name = store.head if branch is None else branch
+    chosen = settings.default_remote(store, name) if remote is None else remote
+    return bring(store, opened(store, chosen), name, upstream_of(store, name, chosen), meter=meter)
+
+
+def collect(
+    store: Store, name: str | None, *, dry_run: bool, grace_s: float | None, keep_reflog_s: float | None
+) -> RemoteGcReport:
+    """See `Repository.remote_gc`."""
+    from thaw.remote.gc import GRACE_S, KEEP_REFLOG_S, GcWish
+    from thaw.remote.gc import collect as collect_remote
+
+    wish = GcWish(
+        grace_s=GRACE_S if grace_s is None else grace_s,
+        keep_reflog_s=KEEP_REFLOG_S if keep_reflog_s is None else keep_reflog_s,
+        dry_run=dry_run,
+    )
+    return collect_remote(opened(store, name), wish)
+
+
+def clone(
+    url: str,
+    path: Path,
+    options: dict[str, Option],
+    *,
+    remote: str,
+    branch: str | None,
+    single_branch: bool,
+    namespace: str | None,
+    meter: TransferMeter | None,
+) -> TransferReport:
+    """See `thaw.clone`."""
+    from thaw.core import namespaces
+    from thaw.remote.address import parse
+    from thaw.remote.clone import CloneWish
+    from thaw.remote.clone import clone as make
+    from thaw.remote.opened import opened as open_remote
+
+    whose = namespaces.DEFAULT if namespace is None else namespaces.check(namespace)
+    address = parse(url, options)
+    made = RemoteSettings(url=address.url, options=dict(address.options))
+    target = open_remote(settings.check_remote_name(remote), made, whose)
+    return make(path, target, made, CloneWish(branch=branch, single=single_branch), meter=meter)

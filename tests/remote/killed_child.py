@@ -1,0 +1,63 @@
+"""A host whose process ends at its n-th request to the remote: `killed_child.py VERB REPO BUCKET N`.
+
+The request is made first where N is even. Ends with 0 where there were fewer requests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from hosts import remote, wish
+
+from thaw.remote.fetch import fetch
+from thaw.remote.folder import FolderBucket
+from thaw.remote.gc import GcWish, collect
+from thaw.remote.push import Tuning, push
+from thaw.store import Store
+
+SMALL = Tuning(pack_bytes=32 << 10, uploads=2, workers=4)
+AT_ONCE = GcWish(grace_s=0.0, keep_reflog_s=0.0)
+ASKED = ("read", "read_ranges", "size", "put", "create", "swap", "delete")
+
+
+class Mortal(FolderBucket):
+    """Counts requests; at one of them the process is killed."""
+
+    def __init__(self, root: Path, last: int) -> None:
+        super().__init__(root)
+        self._number, self._last, self._lock = 0, last, threading.Lock()
+        for name in ASKED:
+            setattr(self, name, self._counted(getattr(self, name)))
+
+    def _counted(self, ask):  # type: ignore[no-untyped-def]
+        def counted(*args: object) -> object:
+            with self._lock:
+                self._number += 1
+                ends = self._number == self._last
+            if ends and self._last % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done = ask(*args)
+            if ends:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        return counted
+
+
+def main(verb: str, repo: str, bucket: str, last: str) -> None:
+    there = remote(Mortal(Path(bucket), int(last)))
+    with Store.open(Path(repo)) as store:
+        if verb == "push":
+            print(push(store, there, [wish(store, ref.name) for ref in store.refs("branch")], tuning=SMALL).nbytes)
+        elif verb == "fetch":
+            print(fetch(store, there, workers=4, group_bytes=64 << 10).nbytes)
+        else:
+            collect(there, AT_ONCE)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

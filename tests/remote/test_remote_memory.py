@@ -1,0 +1,78 @@
+"""What a push and a fetch hold in memory does not grow with what they move."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os, resource, sys
+from pathlib import Path
+from hosts import remote, wish
+from thaw.core.canonical import U64
+from thaw.core.objects import Commit, Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode
+from thaw.core.cache import FullKV
+from thaw.core.prefix import chains, extend
+from thaw.data.pack import PackItem, write_pack
+from thaw.remote.fetch import fetch
+from thaw.remote.push import push
+from thaw.store import RefUpdate, Store
+import msgspec, store_sessions
+
+base, megabytes = Path(sys.argv[1]), int(sys.argv[2])
+BLOB = 4 << 20
+tokens = tuple(i % 50000 for i in range(megabytes // 4 * 256 + 1))
+group = FullKV(name="full", first_layer=0, num_layers=8, num_kv_heads=1, head_dim=512, dtype="bfloat16")
+model_of = msgspec.structs.replace(store_sessions.MODEL, groups=(group,), dtype="bfloat16")
+store = Store.init(base / "here")
+with store.begin() as tx:
+    model = tx.put(model_of)
+    items = [
+        PackItem("", "BF16", (8, 2, 256, 512), BLOB, lambda: os.urandom(BLOB)) for _ in range(megabytes // 4)
+    ]
+    result = write_pack(store.packs, tx.pack, items)
+    tx.add_pack(result.name, result.nbytes, result.blobs)
+    chain, entries = chains(model, tokens), []
+    for i, place in enumerate(result.blobs):
+        window = chain[i]
+        segment = Segment(start=i * 256, tokens=tokens[i * 256 : i * 256 + 256], window=window,
+                          prefix=extend(window, tokens[i * 256 : i * 256 + 256]), blobs={"full": (place.blob,)})
+        entries.append(SegmentEntry(segment=tx.put(segment), start=i * 256, length=256))
+    nodes = tuple(tx.put(SegmentNode(entries=tuple(entries[i : i + 64]))) for i in range(0, len(entries), 64))
+    turn = tx.put(Turn(kind="prompt", start=0, end=len(tokens), text="t"))
+    state = tx.put(State(model=model, num_tokens=len(tokens), num_kv=len(tokens) - 1, nodes=nodes,
+                         tail_tokens=tokens[-1:], turn_nodes=(tx.put(TurnNode(entries=(turn,))),), num_turns=1,
+                         seed=U64(1), salt="s"))
+    commit = tx.put(Commit(state=state, parents=(), message="m", time_ns=U64(1), branch="main"))
+    tx.commit(RefUpdate("main", "branch", commit, None, "commit"))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+before = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+sent = push(store, remote(base / "bucket"), [wish(store, "main")])
+pushed = peak() - before
+with Store.init(base / "there") as there:
+    got = fetch(there, remote(base / "bucket"))
+assert got.blob_nbytes == sent.blob_nbytes == megabytes << 20, (got, sent)
+print(pushed, peak() - before)
+"""
+LIMIT = 256 << 20
+
+
+@pytest.mark.slow("moves half a gigabyte")
+def test_what_is_moved_is_not_held(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    path = os.pathsep.join(str(one) for one in (here.parents[1] / "src", here, here.parent / "store"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), "512"],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pushed, both = map(int, done.stdout.split())
+    print(f"512 MiB: push took {pushed >> 20} MiB more, then fetch {both >> 20} MiB")
+    assert both <= LIMIT

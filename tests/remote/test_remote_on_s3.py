@@ -1,0 +1,161 @@
+"""Over HTTP with keys, on a store that speaks S3: the command line pushes, clones and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hosts import commit, kv_of, read_all, remote, tokens, tree, wish
+from proxy import Fault, proxied
+from servers import StoreServer, free_port
+from store_fixtures import moto_server, store_keys  # noqa: F401 - fixtures
+
+import thaw
+from thaw.core.errors import ThawError
+from thaw.engines.base import Engine
+from thaw.remote import layout, refs
+from thaw.remote.address import open_bucket
+from thaw.remote.bucket import Bucket
+from thaw.remote.fetch import fetch
+from thaw.remote.gc import GcWish, collect
+from thaw.remote.layout import NamespaceBucket
+from thaw.remote.push import push
+from thaw.store import Store
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+def run(cwd: Path, *words: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "thaw.cli", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_a_session_goes_on_from_a_bucket(
+    moto_server: StoreServer,  # noqa: F811 - a fixture
+    engine: Engine,
+    far_engine: Engine,
+    tmp_path: Path,
+) -> None:
+    address = moto_server.address("runs/one")
+    with thaw.open(tmp_path / "here", engine=engine) as here:
+        here.add_remote("origin", address.url, dict(address.options))
+        tree(here, "a document that is long enough to be shared. " * 60, 3)
+        here.tag("v1", "main")
+        assert here.push(all=True, tags=True).num_commits == 4
+        there = thaw.clone(address.url, tmp_path / "there", engine=far_engine, options=dict(address.options))
+        with there:
+            for name in ("main", "fork/0", "fork/1", "fork/2"):
+                assert kv_of(there.store, there.resolve(f"origin/{name}").commit) == kv_of(
+                    here.store, here.resolve(name).commit
+                )
+            with there.fork("origin/fork/2", 4) as kids:
+                assert all(proof.hit and proof.num_recomputed_tokens == 0 for proof in kids.proofs)
+                kids[0].commit("further", branch="further")
+            assert [ref.outcome for ref in there.push("further").refs] == ["new"]
+        assert here.fetch().num_commits == 1 and here.resolve("origin/further")
+        here.push("further", delete=True)
+        here.push("v1", delete=True)
+        assert here.remote_gc(grace_s=0, keep_reflog_s=0).num_condemned >= 1
+        assert here.remote_gc(grace_s=0, keep_reflog_s=0).num_deleted >= 1
+
+
+def test_the_command_line_takes_the_address_and_its_options(
+    moto_server: StoreServer,  # noqa: F811 - a fixture
+    tmp_path: Path,
+) -> None:
+    address = moto_server.address("runs/two")
+    options = [word for key, value in address.options.items() for word in ("-o", f"{key}={str(value).lower()}")]
+    run(tmp_path, "init", "a", "--engine", "fake")
+    run(tmp_path, "-C", "a", "run", "a document that is long enough to share. ", "--no-generate", "-m", "read it")
+    run(tmp_path, "-C", "a", "remote", "add", "origin", address.url, *options)
+    sent = json.loads(run(tmp_path, "-C", "a", "push", "-u", "origin", "main", "--json"))
+    assert sent["refs"][0]["outcome"] == "new" and sent["nbytes"] > 0
+    run(tmp_path, "clone", address.url, "b", "--engine", "fake", *options)
+    assert "origin/main" in run(tmp_path, "-C", "b", "log", "origin/main")
+    forked = json.loads(
+        run(tmp_path, "-C", "b", "fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json")
+    )
+    assert len(forked["children"]) == 2
+    run(tmp_path, "-C", "b", "push", "origin", "fork/0", "fork/1")
+    assert "origin/fork/1" in run(tmp_path, "-C", "a", "fetch")
+    assert "up to date" in run(tmp_path, "-C", "a", "pull")
+    listed = json.loads(run(tmp_path, "-C", "a", "remote", "list", "--json"))["remotes"]
+    assert listed[0]["url"] == address.url and set(listed[0]["points"]) == {
+        f"origin/{n}" for n in ("main", "fork/0", "fork/1")
+    }
+    run(tmp_path, "-C", "b", "push", "--delete", "origin", "fork/0")
+    assert "deleted" in run(tmp_path, "-C", "a", "fetch", "--prune")
+    assert json.loads(run(tmp_path, "-C", "a", "remote", "gc", "--dry-run", "--json"))["phase"] == "done"
+    run(tmp_path, "-C", "a", "remote", "rm", "origin")
+
+
+BAD_DAYS = (
+    Fault(drop=True), Fault(lose=True), Fault(status=503), Fault(status=500, made=True), Fault(status=409),
+    Fault(status=412), Fault(cut=0.5), Fault(delay_s=0.05),
+)  # fmt: skip
+
+
+@pytest.mark.slow("waits between tries")
+def test_whatever_the_network_does_only_our_errors_are_seen_and_nothing_is_lost(
+    moto_server: StoreServer,  # noqa: F811 - a fixture
+    tmp_path: Path,
+) -> None:
+    """Two hosts push in turn to one branch and one of their own, fetch and collect garbage. What a push said it did, it
+    did, once; what it said it did not, harms nobody."""
+    with proxied(moto_server.endpoint, free_port()) as proxy:
+        bucket = open_bucket(moto_server.address("bad-days", endpoint=proxy.endpoint))
+        stores = [Store.init(tmp_path / f"host{number}") for number in range(2)]
+        proxy.shaken(random.Random(5), 0.15, *BAD_DAYS)
+        done: list[str] = []
+        for turn in range(10):
+            store = stores[turn % 2]
+            with contextlib.suppress(ThawError):  # any other error fails the test
+                fetch(store, remote(bucket))
+            with contextlib.suppress(ThawError):
+                done.append(one_push(store, bucket, turn))
+            if turn % 3 == 2:
+                with contextlib.suppress(ThawError):
+                    collect(remote(bucket), GcWish(grace_s=0.0))
+        assert sum(proxy.faults.values()) >= 20 and len(proxy.faults) >= 6, proxy.faults
+        assert len(done) >= 4, "most pushes come through"
+        proxy.calm()
+        with Store.init(tmp_path / "there") as there:
+            fetch(there, remote(bucket))
+            for commit_id in there.commits():
+                read_all(there, commit_id)
+            assert there.fsck().ok
+        part = NamespaceBucket(bucket, "")
+        assert sorted(one for one in moves_of_main(part) if one in done) == sorted(done)
+        for store in stores:
+            store.close()
+
+
+def one_push(store: Store, bucket: Bucket, turn: int) -> str:
+    """A commit on top of the remote's `main`, pushed; returns it."""
+    there = store.ref("origin/main")
+    parents = () if there is None else (there.target,)
+    made = commit(store, tokens(60, turn), branch="main", parents=parents)
+    push(store, remote(bucket), [wish(store, "main")])
+    return made
+
+
+def moves_of_main(part: NamespaceBucket) -> list[str]:
+    """Every commit that `main` of the remote was moved to."""
+    last = refs.read(part, "branch", "main")
+    assert last is not None and last.ref.commit is not None
+    keys = [layout.reflog_key("branch", "main", number) for number in range(1, last.ref.generation)]
+    found = [part.read(key) for key in keys]
+    assert all(one is not None for one in found), "the reflog has a gap"
+    before = [refs.decode(one.data, "branch", "main").commit for one in found if one is not None]
+    return [one for one in (*before, last.ref.commit) if one is not None]
