@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,9 @@ KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |
 
 def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
-    from thaw.testing.models import ARCHITECTURES, KINDS, PARTS
-    from thaw.testing.recurrent_shapes import SHAPES as RECURRENT
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from kind_models import KINDS, PARTS, RECURRENT
+    from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
     own: dict[str, list[str]] = {}

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -70,12 +71,18 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_model("llama", dtype="bfloat16", seed=1)`: the folder of a random model, made once a run."""
-    from thaw.testing.models import make_random_model
+    from thaw.testing.models import ARCHITECTURES, make_random_model
 
     root = tmp_path_factory.mktemp("tiny_models")
 
-    def make(arch: str = "llama", *, dtype: str = "float32", seed: int = 0, **shape: int) -> Path:
+    def make(arch: str = "llama", *, dtype: str = "float32", seed: int = 0, **shape: Any) -> Path:
         folder = root / "-".join([arch, dtype, str(seed), *(f"{k}{v}" for k, v in sorted(shape.items()))])
-        return folder if folder.exists() else make_random_model(arch, folder, dtype=dtype, seed=seed, **shape)
+        if folder.exists():
+            return folder
+        if arch in ARCHITECTURES:
+            return make_random_model(arch, folder, dtype=dtype, seed=seed, **shape)
+        from kind_models import make_kind_model
+
+        return make_kind_model(arch, folder, dtype=dtype, seed=seed, **shape)
 
     return make

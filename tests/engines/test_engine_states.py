@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, DynamicCache  # noqa: E402
 
+from kind_models import RECURRENT  # noqa: E402
 from thaw.core.cache import point_groups  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
 from thaw.engines.base import Engine, SessionRef  # noqa: E402
@@ -25,7 +26,6 @@ from thaw.engines.embedded.pages import PagedKV  # noqa: E402
 from thaw.engines.embedded.weights import WeightsWatch  # noqa: E402
 from thaw.testing import EngineTests  # noqa: E402
 from thaw.testing.laws.kit import SEED, Lab, Load, bits, greedy, ids, seeded  # noqa: E402
-from thaw.testing.models import RECURRENT  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
 from thaw.testing.resume_worker import ResumeJob, ResumeRound, run_fresh  # noqa: E402
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from recurrent_shapes import SHAPES
 from thaw.core.cache import PointState, point_groups
 from thaw.engines.transformers import groups, recurrent, support
-from thaw.testing.recurrent_shapes import SHAPES
 
 SIZES = {"vocab_size": 320, "hidden_size": 64}
 FORMS = {

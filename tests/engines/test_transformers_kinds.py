@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, DynamicCache  # noqa: E402
 
 import thaw  # noqa: E402
+from kind_models import KINDS, PARTS, WINDOW  # noqa: E402
 from thaw.core.cache import SlidingKV, columns, token_groups  # noqa: E402
 from thaw.core.errors import NotKept, Unsupported  # noqa: E402
 from thaw.core.ids import digest  # noqa: E402
@@ -33,7 +34,6 @@ from thaw.testing.laws.bytes_law import blob_ids, kv_nbytes  # noqa: E402
 from thaw.testing.laws.groups_law import GroupsLaw  # noqa: E402
 from thaw.testing.laws.kit import Lab, Load, greedy, ids, same, seeded  # noqa: E402
 from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
-from thaw.testing.models import KINDS, PARTS, WINDOW  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
 from thaw.testing.resume_worker import ResumeJob, ResumeRound, answer, run_fresh  # noqa: E402
 

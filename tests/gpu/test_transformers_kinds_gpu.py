@@ -1,5 +1,5 @@
-"""Cache kinds of transformers on a GPU: the whole law book on windows that are kept of all tokens and on two models with
-recurrent layers, and its laws of exactness on every other kind."""
+"""Cache kinds of transformers on a GPU: the whole law book on windows that are kept of all tokens and on two models
+with recurrent layers, and its laws of exactness on every other kind."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 from test_engine_states import RecurrentLaws  # noqa: E402
 
+from kind_models import KINDS  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
 from thaw.engines.base import Engine  # noqa: E402
 from thaw.engines.embedded.weights import WeightsWatch  # noqa: E402
@@ -27,7 +28,6 @@ from thaw.testing import EngineTests, ExactnessTests  # noqa: E402
 from thaw.testing.laws.groups_law import GroupsLaw  # noqa: E402
 from thaw.testing.laws.kit import Load  # noqa: E402
 from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
-from thaw.testing.models import KINDS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 WINDOWED = [kind for kind, what in KINDS.items() if "windows" in what or "chunks" in what]

@@ -16,6 +16,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
@@ -27,7 +28,7 @@ from thaw.core.objects import Commit
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, Engine
-from thaw.gateway.speech import Reader, Said, Text, read_all, reader_of
+from thaw.gateway.speech import CALLS, NONE, Said, Text, TextReader, TextReaders, ToolCall, read_all
 from thaw.integrations.langgraph.asking import AnswerPart, CallMade, ChatAnswer, ChatAsk, reread
 from thaw.repo import Repository, Session, timeline
 from thaw.repo.bridge import call, each, opened, wake
@@ -115,7 +116,7 @@ class EngineSource:
         if live_sessions < 0:
             raise InvalidRequest(f"live_sessions={live_sessions}: a count, 0 for none")
         self._repo, self._engine, self._open, self._match, self._note = repo, engine, open, match, note
-        self._reader = reader_of(tool_calls)
+        self._make_reader = _reader_of(tool_calls)
         self._trunks = Trunks(live_sessions)
 
     @property
@@ -171,14 +172,14 @@ class EngineSource:
 
     def begin(self, ask: ChatAsk) -> EngineJob:
         """Raises what finding, rendering and the engine raise. What was begun is `finish`ed or `abandon`ed."""
-        reader = self._reader if ask.tools else reader_of("none")
+        reader = self._make_reader if ask.tools else _reader_of(NONE)
         found = self._find(ask)
         try:
-            return EngineJob(self, ask, found, reader())
+            return EngineJob(self, ask, found, reader)
         except Refused as error:  # the point is fine, and a place inside it, where the conversation parts, is not
             if found.source == "new":
                 raise
-            return EngineJob(self, ask, self._fresh(reread(error.kind, str(error))), reader())
+            return EngineJob(self, ask, self._fresh(reread(error.kind, str(error))), reader)
 
     def settled(self, session: Session, keep: int) -> tuple[str, str | None]:
         """Commit an answer: (its point, its parent). The first `keep` tokens are from before, and the parent is the
@@ -252,8 +253,11 @@ class EngineSource:
 class EngineJob:
     """One batch of answers under way, from the session that was found to their commits."""
 
-    def __init__(self, source: EngineSource, ask: ChatAsk, found: SessionFound, reader: Reader) -> None:
-        self._source, self._ask, self._found, self._reader = source, ask, found, reader
+    def __init__(
+        self, source: EngineSource, ask: ChatAsk, found: SessionFound, make_reader: Callable[[], TextReader]
+    ) -> None:
+        self._source, self._ask, self._found = source, ask, found
+        self._make_reader, self._reader = make_reader, make_reader()
         self._sessions: Sequence[Session] = [found.session]
         self._left = [found.session]
         """To be closed at the end: what became no answer."""
@@ -330,7 +334,7 @@ class EngineJob:
             num_cached = min(num_cached, self.num_known)  # the prompt was read once for all, and counts as this one's
         point, parent = self._source.settled(session, self.keep if forked_at is None else forked_at)
         self._left.remove(session)
-        said = read_all(self._reader_anew(), completion.text)
+        said = read_all(self._make_reader(), completion.text)
         calls = [one for one in map(_part, said) if one.call is not None]
         record: dict[str, object] = {
             "point": point,
@@ -353,14 +357,18 @@ class EngineJob:
             record=record,
         )
 
-    def _reader_anew(self) -> Reader:
-        return type(self._reader)()
+
+def _reader_of(tool_calls: str) -> Callable[[], TextReader]:
+    """What makes readers of that form; thoughts stay text. Raises `InvalidRequest`."""
+    if tool_calls not in (NONE, *CALLS):
+        raise InvalidRequest(f"tool_calls={tool_calls!r}: expected one of {', '.join((NONE, *CALLS))}")
+    return partial(TextReaders, tool_calls, NONE, opened=False)
 
 
 def _part(said: Said) -> AnswerPart:
-    if isinstance(said, Text):
-        return AnswerPart(text=said.text)
-    return AnswerPart(call=CallMade(id=f"call_{secrets.token_hex(12)}", name=said.name, arguments=said.arguments))
+    if isinstance(said, ToolCall):
+        return AnswerPart(call=CallMade(id=f"call_{secrets.token_hex(12)}", name=said.name, arguments=said.arguments))
+    return AnswerPart(text=said.text)
 
 
 def _close(session: Session) -> None:

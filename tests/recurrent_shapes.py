@@ -1,4 +1,4 @@
-"""Small shapes of models with recurrent layers, for `make_random_model`. Each has a layer that attends, too."""
+"""Small shapes of models with recurrent layers, for `make_kind_model`. Each has a layer that attends, too."""
 
 from __future__ import annotations
 
