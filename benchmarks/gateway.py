@@ -109,6 +109,7 @@ def added(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receip
     committed(repo, text(rng, characters))
     through(client, text(rng, characters))
     for block in range(told.blocks):
+        client.connect()
         print(f"block {block + 1} of {told.blocks}", flush=True)
         taken: dict[str, list[float]] = {name: [] for name in ("direct", "session", "first", "whole")}
         for i in range(told.requests):
@@ -200,6 +201,7 @@ def ends(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receipt
     rng, client, rows = random.Random(2), gateway.client(), []
     characters = CHARACTERS.get(told.engine, 4500)
     for block in range(told.blocks + 1):
+        client.connect()
         taken = [last_to_end(client, text(rng, characters)) for _ in range(told.requests)]
         if block:
             rows.append({"p50_s": percentile(taken, 0.5), "p99_s": percentile(taken, 0.99)})

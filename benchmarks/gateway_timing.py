@@ -94,11 +94,13 @@ def sealed(told: argparse.Namespace, arms: Sequence[r.Arm], model: r.Model) -> r
 def measured(rng: random.Random, owner: Client, asking: Client, num: int) -> float:
     """AUC of hits against misses: how often a prompt of `owner`'s was answered sooner than one of nobody's."""
     known = [text(rng, CHARACTERS) for _ in range(num)]
+    owner.connect()
     for prompt in known:
         asked(owner, prompt)
     tries = [(True, prompt) for prompt in known] + [(False, text(rng, CHARACTERS)) for _ in known]
     rng.shuffle(tries)
     times: dict[bool, list[float]] = {True: [], False: []}
+    asking.connect()
     for stored, prompt in tries:
         times[stored].append(asked(asking, prompt))
     misses = sorted(times[False])

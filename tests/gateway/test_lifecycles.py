@@ -15,6 +15,7 @@ import httpx
 import pytest
 from test_tenants import two
 
+import thaw
 from gateway_stand import TOKEN, Gateway, Start
 from thaw.gateway.ledger import LedgerRow
 from thaw.gateway.metrics import MAX_BRANCHES
@@ -292,3 +293,64 @@ def test_on_a_full_disk_nothing_is_generated_and_all_goes_on_when_there_is_room(
     assert client.responses.retrieve(kept.id).output_text == kept.output_text
     ballast.unlink()
     assert ask(client, previous_response_id=kept.id, input="x").thaw["parent"] == kept.thaw["point"]
+
+
+def test_an_engine_that_dies_twenty_times_loses_nothing_and_doubles_nothing(start: Start) -> None:
+    """In the middle of a stream, each time; what was acknowledged before is there, and is what is gone on from."""
+    gateway = start(step_s=0.002, reconnect=lambda: thaw.load_engine("fake", step_s=0.002))
+    client = gateway.openai()
+    last = ask(client)
+    for _ in range(20):
+        events = []
+        for event in ask(client, stream=True, max_output_tokens=24, previous_response_id=last.id, input="On."):
+            events.append(event)
+            if len(events) == 10:
+                threading.Thread(target=gateway.service.engine.close).start()
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        done = events[-1].response
+        told = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        assert done.output_text == told and done.usage.output_tokens == 24
+        assert done.thaw["parent"] == last.thaw["point"]
+        assert client.responses.retrieve(last.id).output_text == last.output_text
+        last = done
+
+
+def test_one_that_was_parked_before_it_said_anything_begins_again(start: Start) -> None:
+    gateway = start(step_s=0.3)
+    client = gateway.openai()
+    first = ask(client, max_output_tokens=1)
+    made = ask(
+        client, background=True, input=LONG * 4, previous_response_id=first.id, extra_body={"seed": 5},
+        instructions="Be brief.",
+    )  # fmt: skip
+    while not any(job.read for job in gateway.service.jobs.values()):
+        time.sleep(0.005)
+    gateway.close()
+    again = start(settings=GatewaySettings(restore=True)).openai()
+    ended = time.monotonic() + 20
+    while again.responses.retrieve(made.id).usage is None or again.responses.retrieve(made.id).usage.output_tokens < 8:
+        assert time.monotonic() < ended
+        time.sleep(0.02)
+    done = again.responses.retrieve(made.id)
+    assert (done.created_at, done.instructions) == (made.created_at, "Be brief.")
+    assert done.thaw["parent"] == first.thaw["point"]
+    told = list(again.responses.retrieve(made.id, stream=True))
+    assert [event.sequence_number for event in told] == list(range(len(told)))
+
+
+def test_one_that_cannot_be_resumed_has_failed_and_the_rest_is_served(start: Start) -> None:
+    """Its conversation was deleted while it was parked."""
+    gateway = start(step_s=0.005)
+    client = gateway.openai()
+    conversation = client.conversations.create()
+    made = ask(client, background=True, conversation=conversation.id, max_output_tokens=2000)
+    following = iter(client.responses.retrieve(made.id, stream=True))
+    while next(following).type != "response.output_text.delta":
+        pass
+    gateway.close()
+    between = start()
+    between.openai().conversations.delete(conversation.id)
+    between.close()
+    client = start(settings=GatewaySettings(restore=True)).openai()
+    assert client.responses.retrieve(made.id).status == "failed"
+    assert ask(client).usage.output_tokens == 8

@@ -116,6 +116,10 @@ def test_errors_are_those_that_the_client_knows(gateway: Gateway) -> None:
         ask(gateway.anthropic("wrong"), [{"role": "user", "content": "x"}])
     with pytest.raises(anthropic.NotFoundError):
         gateway.anthropic().messages.create(model="claude", max_tokens=1, messages=[{"role": "user", "content": "x"}])
+    for refused in (gateway.anthropic("wrong").models.list, lambda: gateway.anthropic().models.retrieve("x")):
+        with pytest.raises(anthropic.APIStatusError) as found:
+            refused()
+        assert found.value.body["type"] == "error" and found.value.type in ("authentication_error", "not_found_error")
 
 
 def test_an_answer_goes_on_from_its_beginning(gateway: Gateway) -> None:

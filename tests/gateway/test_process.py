@@ -24,6 +24,7 @@ openai = pytest.importorskip("openai")
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason="the extra [server] is not installed")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
+TOKEN = "a-token-that-nobody-guesses"
 LONG = "a long story about a river, and who lives there. " * 8
 
 
@@ -34,13 +35,13 @@ class Process:
             port = probe.getsockname()[1]
         self.begun = subprocess.Popen(
             [sys.executable, "-m", "thaw.cli", "-C", str(folder), "serve", "--json", "--port", str(port), *words],
-            env={**os.environ, "PYTHONPATH": str(SOURCE), "THAW_SERVE_TOKEN": "t"},
+            env={**os.environ, "PYTHONPATH": str(SOURCE), "THAW_SERVE_TOKEN": TOKEN},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.begun.stdout is not None
         told = json.loads(self._until_brace(self.begun.stdout))
         assert told["token"] is None and told["model"] == "fake"
-        self.client: Any = openai.OpenAI(base_url=f"{told['url']}/v1", api_key="t", max_retries=0, timeout=60)
+        self.client: Any = openai.OpenAI(base_url=f"{told['url']}/v1", api_key=TOKEN, max_retries=0, timeout=60)
         for _ in range(400):
             try:
                 self.client.models.list()
@@ -124,6 +125,8 @@ def test_what_was_acknowledged_is_there_after_kill_9_and_goes_on(folder: Path) -
             for id, parent in cut:
                 kept = client.responses.retrieve(id)
                 assert kept.status == "incomplete" and kept.thaw["point"] == parent
+                [last] = client.responses.retrieve(id, stream=True, starting_after=7)
+                assert (last.type, last.sequence_number) == ("response.incomplete", 8)
             for reply in acknowledged:
                 assert client.responses.retrieve(reply.id).output_text == reply.output_text
             last = acknowledged[-1] if acknowledged else None
@@ -136,3 +139,52 @@ def test_what_was_acknowledged_is_there_after_kill_9_and_goes_on(folder: Path) -
             cut.append((seen[0].response.id, reply.thaw["point"]))
             process.end(signal.SIGKILL)
             stream.close()
+
+
+@pytest.mark.slow("starts processes")
+def test_sigterm_parks_fifty_and_restore_finishes_each(folder: Path) -> None:
+    """Those that run in the background and those that somebody reads, each from where it was."""
+    num, length = 50, 40
+    told: dict[str, str] = {}
+    with served(folder) as process:
+        asked = [
+            ask(
+                process.client, background=i % 2 == 0, stream=i % 2 == 1, max_output_tokens=length,
+                input=f"{i} {LONG}", extra_body={"seed": i},
+            )
+            for i in range(num)
+        ]  # fmt: skip
+        ids = [one.id if i % 2 == 0 else next(iter(one)).response.id for i, one in enumerate(asked)]
+        assert process.end() == 0
+        for id, one in zip(ids, asked, strict=True):
+            rest = [] if hasattr(one, "id") else list(one)
+            told[id] = "".join(event.delta for event in rest if event.type == "response.output_text.delta")
+            assert not rest or rest[-1].type != "response.completed"
+    with served(folder, "--restore") as process:
+        client = process.client
+        unfinished = set(ids)
+        ended = time.monotonic() + 60
+        while unfinished and time.monotonic() < ended:
+            time.sleep(0.2)
+            unfinished -= {id for id in unfinished if client.responses.retrieve(id).usage.output_tokens == length}
+        assert not unfinished
+        for id in ids:
+            done = client.responses.retrieve(id)
+            assert done.output_text.startswith(told[id]) and done.incomplete_details.reason == "max_output_tokens"
+        for i in (0, 1, 48, 49):
+            whole = ask(client, max_output_tokens=length, input=f"{i} {LONG}", extra_body={"seed": i})
+            assert whole.output_text == client.responses.retrieve(ids[i]).output_text
+
+
+def test_no_key_is_in_the_words_of_the_process_or_in_what_it_says(folder: Path) -> None:
+    with served(folder) as process:
+        words = Path(f"/proc/{process.begun.pid}/cmdline").read_bytes()
+        assert b"serve" in words and TOKEN.encode() not in words
+        with pytest.raises(openai.AuthenticationError):
+            process.client.with_options(api_key="another-secret-key").models.list()
+        with pytest.raises(openai.BadRequestError):
+            ask(process.client, extra_body={"nonsense": TOKEN})
+        assert process.end() == 0
+        assert process.begun.stdout is not None and process.begun.stderr is not None
+        said = process.begun.stdout.read() + process.begun.stderr.read()
+    assert TOKEN not in said and "another-secret-key" not in said

@@ -89,7 +89,7 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
             reply = Response(status_code=499)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer, and the log has it
             problem = told(error, f"{request.method} {path}")
-            reply = problem_reply(request.url.path, problem if isinstance(problem, ApiError) else problem_of(problem))
+            reply = problem_reply(request, problem if isinstance(problem, ApiError) else problem_of(problem))
         reply.headers["x-request-id"] = reply.headers["request-id"] = number
         line = {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
         _count(service, context, line, time.perf_counter() - started)
@@ -116,10 +116,10 @@ def _count(service: Service, context: GatewayContext | None, line: dict[str, obj
     audit.info(msgspec.json.encode(said).decode())
 
 
-def problem_reply(path: str, problem: ApiError) -> Response:
-    """An error's body as the SDK of the API that was asked reads it."""
+def problem_reply(request: Request, problem: ApiError) -> Response:
+    """An error's body as the SDK that asked reads it: Anthropic's says so where a path is of both APIs."""
     headers = {} if problem.retry_after is None else {"retry-after": str(max(1, round(problem.retry_after)))}
-    if path.startswith(ANTHROPIC):
+    if request.url.path.startswith(ANTHROPIC) or "anthropic-version" in request.headers:
         return as_json({"type": "error", "error": messages.error_of(problem)}, problem.status, headers)
     error = {"message": problem.message, "type": problem.kind, "param": problem.param, "code": problem.code}
     return as_json({"error": error}, problem.status, headers)
@@ -141,9 +141,7 @@ def _key(request: Request) -> str | None:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return problem_reply(
-        request.url.path, ApiError(status, f"{request.method} {request.url.path[:100]}: no such endpoint")
-    )
+    return problem_reply(request, ApiError(status, f"{request.method} {request.url.path[:100]}: no such endpoint"))
 
 
 def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
@@ -165,7 +163,7 @@ def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
             check_host(service, request)
             service.tenants.of_operator(_key(request))
         except ApiError as problem:
-            return problem_reply("", problem)
+            return problem_reply(request, problem)
         return Response(service.metrics.text(_gauges(service)), media_type="text/plain; version=0.0.4")
 
     return metrics

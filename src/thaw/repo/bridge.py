@@ -196,7 +196,7 @@ async def each(items: Iterable[T]) -> AsyncIterator[T]:
             failed.append(error)
         wake(loop, queue.put_nowait, _END)
 
-    submit(threading.Thread(target=pump, name="thaw-aio", daemon=True).start)  # to start one waits for it to run
+    threading.Thread(target=pump, name="thaw-aio", daemon=True).start()
     while (item := await queue.get()) is not _END:
         yield item
     if failed:

@@ -93,6 +93,8 @@ class Begin(msgspec.Struct, kw_only=True):
     conversation: LedgerRow | None
     num_top: int | None
     store: bool
+    body: ResponseCreate | None = None
+    """What the client sent; None once it was parked."""
     reply: Event | None = None
     """The object at its end, from when it is known: the same for the client, for those who follow, and on disk."""
     logprobs: list[Any] = []
@@ -128,8 +130,9 @@ def _unread(asked: ResponseCreate) -> list[str]:
     return found + unread_of(asked.tools, ("strict", "format", "defer_loading"))
 
 
-async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
-    id = f"resp_{secrets.token_hex(16)}"
+async def _begin(context: GatewayContext, body: ResponseCreate, id: str = "") -> Begin:
+    """`id`: of a response that is begun anew."""
+    id = id or f"resp_{secrets.token_hex(16)}"
     extension = context.extension(body.thaw)
     previous = await _previous(context, body)
     conversation = await conversations.named(context, body.conversation)
@@ -170,7 +173,7 @@ async def _begin(context: GatewayContext, body: ResponseCreate) -> Begin:
     head = _head(context, id, body, None if conversation is None else conversation.id)
     return Begin(
         id=id, asked=asked, head=head, input=given, parent=parent, conversation=conversation,
-        num_top=num_top, store=body.store,
+        num_top=num_top, store=body.store, body=body,
     )  # fmt: skip
 
 
@@ -318,6 +321,10 @@ async def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome
     thinks = any(isinstance(one, Thought) for one in outcome.said)
     num_thought = await call(_num_thought, context, outcome) if thinks else 0
     reply = begin.reply = finished(begin.head, outcome, num_thought, logprobs, cancelled=cancelled)
+    anew: dict[str, object] = {}
+    if job.parked and begin.body is not None and not outcome.token_ids:
+        extension = context.extension(begin.body.thaw)
+        anew = {"anew": msgspec.to_builtins(msgspec.structs.replace(begin.body, thaw=extension))}
     return LedgerRow(
         kind=KIND, id=begin.id, namespace=context.tenant.namespace, point=outcome.point, parent=outcome.parent,
         status="parked" if job.parked and outcome.finish_reason == "abort" else str(reply["status"]),
@@ -327,7 +334,7 @@ async def _row_of(context: GatewayContext, begin: Begin, outcome: RequestOutcome
             "reply": reply, "input": begin.input, "said": [piece.said for piece in outcome.pieces if piece.said],
             "pieces": [[piece.text, piece.token_ids, piece.said] for piece in outcome.pieces] if job.parked else [],
             "variables": begin.asked.variables,
-            "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top,
+            "note": begin.asked.note, "branch": begin.asked.branch, "num_top": begin.num_top, **anew,
         },
     )  # fmt: skip
 
@@ -343,14 +350,28 @@ def _logprobs(context: GatewayContext, num_top: int, outcome: RequestOutcome) ->
 
 
 async def restore(service: Service) -> int:
-    """Go on with the responses that were parked when a gateway ended; how many."""
+    """Go on with the responses that were parked when a gateway ended; how many. One that cannot be resumed has
+    failed."""
     rows = await call(service.ledger.with_status, "parked")
     for row in rows:
         try:
-            await _restore(service, row)
-        except ThawError as error:
-            log.warning("%s was parked and cannot be resumed: %s", row.id, error.kind)
+            await (_anew(service, row) if "anew" in row.record else _restore(service, row))
+        except (ThawError, ApiError) as error:
+            why = error.code if isinstance(error, ApiError) else error.kind
+            log.warning("%s was parked and cannot be resumed: %s", row.id, why)
+            row.status, row.point = "failed", None
+            await call(service.ledger.put, row)
     return len(rows)
+
+
+async def _anew(service: Service, row: LedgerRow) -> None:
+    """Begin one again that had said nothing yet: there is nothing in its session to go on with."""
+    context = GatewayContext(service, service.tenants.of_namespace(row.namespace), "", {})
+    begin = await _begin(context, msgspec.convert(row.record["anew"], ResponseCreate), row.id)
+    begin.head["created_at"] = row.record["reply"]["created_at"]
+    if begin.conversation is not None:
+        service.take_conversation(row.namespace, begin.conversation.id)
+    _own(context, begin, None)
 
 
 async def _restore(service: Service, row: LedgerRow) -> None:
