@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, DynamicCache  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache  # noqa: E402
 
 from thaw.core.cache import point_groups  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
@@ -32,7 +32,8 @@ from thaw.testing.resume_worker import ResumeJob, ResumeRound, run_fresh  # noqa
 MORE = pytest.mark.slow("the same on one more architecture")
 QUICK = ("qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1")
 """A delta rule, Mamba2, a short convolution, and layers that attend and are recurrent."""
-ALL = [pytest.param(arch, marks=() if arch in QUICK else MORE) for arch in RECURRENT]
+ALL = [pytest.param(arch, marks=() if arch in QUICK else MORE) for arch in (*RECURRENT, "qwen3_5")]
+"""The last is multimodal, as the checkpoints of Qwen3.5 are; its text part runs."""
 PROMPT, ANSWER = 300, 24
 NOISE_FACTOR = 100
 """How many times the noise of another batch shape a control must move a log probability."""
@@ -89,7 +90,8 @@ class Stock:
     """The stock model with its own cache, fed as thaw feeds it."""
 
     def __init__(self, folder: Path) -> None:
-        self.module = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+        made = AutoModelForImageTextToText if folder.name.startswith("qwen3_5-") else AutoModelForCausalLM
+        self.module = made.from_pretrained(str(folder)).eval()
 
     @torch.inference_mode()
     def feed(self, tokens: Sequence[int], start: int, cache: DynamicCache) -> Any:
