@@ -19,6 +19,7 @@ GPU_PICTURE = DOCS / "bench-gpu.svg"
 PERFORMANCE = DOCS / "performance.md"
 PICTURE = DOCS / "bench-fork.svg"
 README = DOCS.parent / "README.md"
+ENGINES = DOCS / "engines.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 CROSSED = DOCS.parent / "receipts" / "cross-engines.json"
 CROSSED_FLOAT32 = DOCS.parent / "receipts" / "cross-engines-float32.json"
@@ -164,12 +165,39 @@ def readme(receipt: dict[str, Any]) -> str:
     return between_markers(README, figures(receipt))
 
 
+FULL_ONLY = "refused by name"
+KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |\n|---|---|---|---|---|\n"
+
+
+def kinds_table() -> str:
+    """Which kinds of cache run where, from the table of small models that the tests run."""
+    from thaw.testing.models import ARCHITECTURES, KINDS, PARTS
+    from thaw.testing.recurrent_shapes import SHAPES as RECURRENT
+
+    rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
+    own: dict[str, list[str]] = {}
+    for arch, what in KINDS.items():
+        own.setdefault(what, []).append(arch)
+    rows += [(what, tuple(names), *_served(what)) for what, names in own.items()]
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
+    rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))
+    lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)
+    return KINDS_HEAD + "\n".join(lines)
+
+
+def _served(what: str) -> tuple[str, str]:
+    """What vLLM and SGLang make of a kind: they run one plain full group, of shapes that were tried or not."""
+    plain = "full attention" in what and not any(word in what for word in ("windows", "chunks", "latents"))
+    return ("not tried", "not tried") if plain else (FULL_ONLY, FULL_ONLY)
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     from thaw.bench import plot
     from thaw.cli import reference
 
     out = {DOCS / "errors.md": errors_page(), DOCS / "cli.md": reference.page()}
+    out[ENGINES] = between_markers(ENGINES, kinds_table(), "<!-- kinds:begin -->", "<!-- kinds:end -->")
     if RECEIPT.exists():
         receipt = json.loads(RECEIPT.read_text())
         out[PICTURE] = plot.svg(receipt)

@@ -39,7 +39,7 @@ KINDS = {
 """Architectures whose cache or attention is of another kind, and what each is for."""
 WINDOW = 40
 """Tokens that a token attends to in the layers with a window."""
-PARTS = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
+PARTS = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Multimodal architectures; the text part runs."""
 VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest unused: as real models pad their vocabulary
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -137,6 +137,13 @@ _SHAPES_OF_PARTS: dict[str, dict[str, Any]] = {
         },
         "vision_config": {**_TINY_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         "image_token_id": _FIRST_UNUSED,
+    },
+    "qwen3_5": {
+        "text_config": {
+            **RECURRENT["qwen3_5_text"],
+            "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
+        },
+        "vision_config": {**_TINY_QWEN, "num_position_embeddings": 16}, "image_token_id": _FIRST_UNUSED,
     },
 }  # fmt: skip
 

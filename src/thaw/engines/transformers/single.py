@@ -15,10 +15,10 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -34,6 +34,8 @@ from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.recurrent import at_dtype
 from thaw.engines.transformers.states import AllStates, StateLayer, expected_of, found_in
 
+NoLayer = getattr(cache_utils, "DummyLayer", DynamicLayer)
+"""A layer that keeps nothing: older transformers have no class for it."""
 Place = tuple[int, int, Spec]
 """Of what a layer keeps: its group's number, the layer's row in the group, what it is."""
 
@@ -146,7 +148,7 @@ class PagedStateLayer(StateLayer, PagedLayer):
 def _layer(kv: PagedKV, of_layer: Sequence[Place]) -> Any:
     tokens = [place for place in of_layer if not isinstance(place[2], States)]
     if not tokens:
-        return StateLayer() if of_layer else DummyLayer()
+        return StateLayer() if of_layer else NoLayer()
     (place,) = tokens
     spec = place[2]
     if len(of_layer) > 1:
@@ -220,7 +222,7 @@ def _found(layer: Any, num_tokens: int) -> Any:
 
 
 def _found_tokens(layer: Any, num_tokens: int) -> tuple[int, int, int, int | None] | None:
-    if isinstance(layer, DummyLayer) or getattr(layer, "keys", None) is None:
+    if getattr(layer, "keys", None) is None:
         return None
     keys, values = layer.keys, layer.values
     if type(layer) not in KNOWN or keys.shape[2] != num_tokens:
