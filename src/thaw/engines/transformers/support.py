@@ -27,6 +27,7 @@ TESTED = (
     "GPTNeoXForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
     "Lfm2ForCausalLM",
     "GraniteMoeHybridForCausalLM",
     "BambaForCausalLM",
