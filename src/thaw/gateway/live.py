@@ -16,6 +16,7 @@ from itertools import count
 from typing import TypeAlias
 
 from thaw.core.errors import Refused, ThawError
+from thaw.core.ids import CommitId
 from thaw.core.prefix import common_prefix
 from thaw.engines.base import SessionView
 from thaw.gateway.settings import Limits
@@ -101,6 +102,15 @@ class LiveSessions:
     @property
     def num_tokens(self) -> int:
         return sum(len(entry.tokens) for entry in self._entries.values())
+
+    def standing(self, namespace: str) -> dict[CommitId, int]:
+        """The commits behind which a session is open, and how many requests are under way from each."""
+        found: dict[CommitId, int] = {}
+        for entry in self._entries.values():
+            commit = entry.commit or entry.parent
+            if entry.namespace == namespace and commit is not None:
+                found[CommitId(commit)] = found.get(CommitId(commit), 0) + (entry.commit is None)
+        return found
 
     # -- entries
 
