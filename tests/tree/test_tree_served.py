@@ -315,9 +315,7 @@ def test_the_whole_story_in_a_browser(gateway: Gateway, open_tab: OpenTab) -> No
     page.locator("button.compare").click()
     rows.filter(has_text="fork/1").locator("a").click()
     page.locator(".side").nth(1).wait_for()
-    assert page.locator(".side h3").all_text_contents() == [
-        short(gateway.repo.resolve(name).commit, 16) for name in ("fork/0", "fork/1")
-    ]
+    assert page.locator(".side h3").all_text_contents() == ["fork/0", "fork/1"]
     page.locator("text=Back to the session").click()
     page.locator("summary", has_text="Adopt").click()
     page.locator("form[action='/tree/adopt'] button").click()

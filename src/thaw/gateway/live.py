@@ -103,13 +103,17 @@ class LiveSessions:
     def num_tokens(self) -> int:
         return sum(len(entry.tokens) for entry in self._entries.values())
 
-    def standing(self, namespace: str) -> dict[CommitId, int]:
-        """The commits behind which a session is open, and how many requests are under way from each."""
-        found: dict[CommitId, int] = {}
+    def standing(self, namespace: str) -> dict[CommitId, tuple[int, int]]:
+        """The commits behind which sessions are open: how many tokens of each at most, and how many requests are under
+        way from there."""
+        found: dict[CommitId, tuple[int, int]] = {}
         for entry in self._entries.values():
             commit = entry.commit or entry.parent
             if entry.namespace == namespace and commit is not None:
-                found[CommitId(commit)] = found.get(CommitId(commit), 0) + (entry.commit is None)
+                tokens, running = found.get(CommitId(commit), (0, 0))
+                is_open = entry.commit is not None
+                tokens = max(tokens, len(entry.tokens) if is_open else 0)
+                found[CommitId(commit)] = (tokens, running + (not is_open))
         return found
 
     # -- entries

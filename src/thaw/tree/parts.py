@@ -401,7 +401,8 @@ def _side(side: Side, name: str) -> Html:
         told += f"; first token {side.token}, log probability {side.logprob:.3f}"
     start, end, num = FragmentRoom().text(side.text)
     said = el("span", f" … {num:,} characters left out … ", class_="left-out") if num else None
-    return el("div", el("h3", name), el("p", told), el("pre", start, said, end, dir="auto"), class_="side")
+    shown = el("pre", start or "(no text)", said, end, dir="auto")
+    return el("div", el("h3", name), el("p", told), shown, class_="side")
 
 
 def problem(error: ThawError) -> Html:

@@ -67,9 +67,11 @@ class Visit:
     context: GatewayContext
     form: Mapping[str, str]
 
-    @property
-    def living(self) -> dict[CommitId, int]:
-        return self.service.live.standing(self.login.tenant.namespace)
+    def living(self, outline: Outline) -> dict[CommitId, int]:
+        """Commits of which all tokens are open in the engine, or that requests run from; how many run."""
+        standing = self.service.live.standing(self.login.tenant.namespace)
+        known = {commit: outline.commits[commit].num_tokens for commit in standing if commit in outline.commits}
+        return {one: standing[one][1] for one, num in known.items() if standing[one][1] or standing[one][0] >= num}
 
     async def outline(self) -> Outline:
         return await call(self.view.outline, self.service)
@@ -165,7 +167,8 @@ def routes(service: Service, check_host: CheckHost, count: Count) -> list[Route]
 
 
 async def _page(who: Visit) -> Response:
-    outline, living = await who.outline(), who.living
+    outline = await who.outline()
+    living = who.living(outline)
     version = await call(who.view.version, who.service, living)
     html = await call(
         who.view.whole, outline, living, who.context.codec, who.login.csrf, who.asked("at"), who.asked("with"), version
@@ -180,7 +183,7 @@ async def _rows(who: Visit) -> Response:
     if (of is not None and parent is None) or not start.isdecimal() or len(start) > 9:
         raise ApiError(404, "there is no such session here; reload the page")
     first = None if parent is None else outline.first_of(parent)
-    rows = who.view.rows(outline, who.living)
+    rows = who.view.rows(outline, who.living(outline))
     return _html(await call(rows.children, first, int(start), Unfolded(shown={first: MORE})))
 
 
@@ -190,16 +193,19 @@ async def _point(who: Visit) -> Response:
 
 
 async def _diff(who: Visit) -> Response:
-    return _html(await call(who.view.diff, who.asked("a") or "HEAD", who.asked("b") or "HEAD"))
+    outline = await who.outline()
+    return _html(await call(who.view.diff, outline, who.asked("a") or "HEAD", who.asked("b") or "HEAD"))
 
 
 async def _version(who: Visit) -> Response:
-    return Response(await call(who.view.version, who.service, who.living), media_type="text/plain")
+    living = who.living(await who.outline())
+    return Response(await call(who.view.version, who.service, living), media_type="text/plain")
 
 
 async def _sessions(who: Visit) -> Response:
     """The tree anew, unfolded as the page has it."""
-    outline, living = await who.outline(), who.living
+    outline = await who.outline()
+    living = who.living(outline)
     html = await call(_again, who.view, outline, living, dict(who.form))
     return _html(html)
 

@@ -91,8 +91,14 @@ class TenantView:
             parts.point_body(point, FragmentRoom(), can_fork=True),
         )
 
-    def diff(self, a: str, b: str) -> Html:
-        return parts.diff_part(self.repo.diff(a, b), a, b)
+    def diff(self, outline: Outline, a: str, b: str) -> Html:
+        return parts.diff_part(self.repo.diff(a, b), self._title(outline, a), self._title(outline, b))
+
+    def _title(self, outline: Outline, name: str) -> str:
+        """The names of a point's commit, if it is the end of one that has some; else the point as it was asked for."""
+        point = self.repo.resolve(name)
+        names = outline.names.get(point.commit, ()) if point.at_end else ()
+        return ", ".join(names[: parts.NAMES]) or name
 
     def whole(
         self, outline: Outline, living: Mapping[CommitId, int], codec: Codec, csrf: str, at: str | None,
@@ -103,7 +109,7 @@ class TenantView:
         detail = el("p", page.HINT, class_="hint")
         if at is not None:
             try:
-                detail = self.point(outline, at, codec, csrf) if other is None else self.diff(at, other)
+                detail = self.point(outline, at, codec, csrf) if other is None else self.diff(outline, at, other)
             except ThawError as error:
                 detail = parts.problem(error)
         title = page.title_of(self.repo)
