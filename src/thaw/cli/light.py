@@ -41,6 +41,13 @@ class Flag:
         self.name, self.words, self.help = name, words, help
 
 
+class LightText:
+    """An option with a text as its value."""
+
+    def __init__(self, name: str, words: tuple[str, ...], help: str, metavar: str) -> None:
+        self.name, self.words, self.help, self.metavar = name, words, help, metavar
+
+
 class LightNumber:
     """An option with a number from `least` to `MOST`."""
 
@@ -57,7 +64,7 @@ class LightNumber:
         self.metavar = metavar
 
 
-Parameter = Argument | Flag | LightNumber
+Parameter = Argument | Flag | LightText | LightNumber
 AS_JSON = Flag("as_json", ("--json",), "Print one JSON document instead of text.")
 
 
@@ -79,14 +86,14 @@ class Light:
             option = options.get(word)
             if isinstance(option, Flag):
                 found[option.name] = True
-            elif isinstance(option, LightNumber) or word in PLACE:
+            elif isinstance(option, LightNumber | LightText) or word in PLACE:
                 value = next(left, None)
                 if value is None or value.startswith("-"):
                     return None
-                number = value if option is None else _number(option, value)
-                if number is None:
+                said = _number(option, value) if isinstance(option, LightNumber) else value
+                if said is None:
                     return None
-                found[NAMED if option is None else option.name] = number
+                found[NAMED if option is None else option.name] = said
             elif word.startswith("-"):
                 return None
             else:
@@ -130,6 +137,8 @@ class Light:
                 function = click.argument(each.name, **more)(function)
             elif isinstance(each, Flag):
                 function = click.option(*each.words, each.name, is_flag=True, help=each.help)(function)
+            elif isinstance(each, LightText):
+                function = click.option(*each.words, each.name, metavar=each.metavar, help=each.help)(function)
             else:
                 is_int = each.kind is int
                 kind = click.IntRange(int(each.least), MOST) if is_int else options.Number(each.least, MOST)

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from thaw.gateway.browser import routes as browser
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
 from thaw.gateway.metrics import Gauges
@@ -69,6 +70,7 @@ def application(service: Service) -> Starlette:
         methods.setdefault(path, {})[method] = handler
     routes = [Route(path, _door(service, path, handlers), methods=list(handlers)) for path, handlers in methods.items()]
     routes += [Route("/health", _health(service)), Route("/metrics", _metrics(service))]
+    routes += browser.routes(service, check_host, _count)
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _no_route, 405: _no_route})
     app.router.redirect_slashes = False
     return app

@@ -175,6 +175,15 @@ class Ledger:
         with self._lock, database_errors(self._path):
             self._connection.close()
 
+    def points(self, namespace: str) -> list[tuple[str, str, str]]:
+        """(kind, id, commit) of all rows of a namespace that name a commit, oldest first."""
+        with self._lock, database_errors(self._path):
+            return self._connection.execute(
+                "SELECT kind, id, point FROM rows WHERE namespace = ? AND point IS NOT NULL AND kind <> 'deleted' "
+                "ORDER BY created, id",
+                (namespace,),
+            ).fetchall()
+
     def _rows(self, where: str, values: Iterable[object]) -> list[LedgerRow]:
         found = self._connection.execute(f"SELECT {_COLUMNS} FROM rows {where}", tuple(values)).fetchall()
         return [

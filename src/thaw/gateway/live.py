@@ -16,6 +16,7 @@ from itertools import count
 from typing import TypeAlias
 
 from thaw.core.errors import Refused, ThawError
+from thaw.core.ids import CommitId
 from thaw.core.prefix import common_prefix
 from thaw.engines.base import SessionView
 from thaw.gateway.engines import ServingEngine
@@ -113,6 +114,19 @@ class LiveSessions:
 
     def of(self, home: ServingEngine) -> list[LiveEntry]:
         return [entry for entry in self._entries.values() if entry.home is home]
+
+    def standing(self, namespace: str) -> dict[CommitId, tuple[int, int]]:
+        """The commits behind which sessions are open: how many tokens of each at most, and how many requests are under
+        way from there."""
+        found: dict[CommitId, tuple[int, int]] = {}
+        for entry in self._entries.values():
+            commit = entry.commit or entry.parent
+            if entry.namespace == namespace and commit is not None:
+                tokens, running = found.get(CommitId(commit), (0, 0))
+                is_open = entry.commit is not None
+                tokens = max(tokens, len(entry.tokens) if is_open else 0)
+                found[CommitId(commit)] = (tokens, running + (not is_open))
+        return found
 
     # -- entries
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 EXAMPLE = """
 thaw show main
 thaw show main:turn=1 --text
+thaw show --html sessions.html
 """
 LINES = 8
 POINTS = 8
@@ -21,19 +22,51 @@ POINTS = 8
 @light.verb(
     "show",
     EXAMPLE,
-    light.Argument("point", default="HEAD"),
+    light.Argument("point"),
     light.Flag("whole_text", ("--text",), "Print only the full text of every turn."),
     light.Flag("tokens", ("--tokens",), "With --json, add the token ids."),
+    light.LightText("html", ("--html",), "Write a page with the tree of sessions to FILE; - is stdout.", "FILE"),
 )
-def command(named: str | None, point: str, whole_text: bool, tokens: bool, as_json: bool) -> None:
-    """Show POINT (default: HEAD): commit, state, turns, origin and size."""
-    shown = _read(named, point)
+def command(
+    named: str | None, point: str | None, whole_text: bool, tokens: bool, html: str | None, as_json: bool
+) -> None:
+    """Show POINT (default: HEAD): commit, state, turns, origin and size.
+
+    With --html: write one file that a browser shows without a server: all sessions, or with POINT those before and
+    after it. An existing FILE is replaced.
+    """
+    if html is not None:
+        if whole_text or tokens or (as_json and html == "-"):
+            raise light.usage("--html writes a whole page; leave out --text, --tokens, and --json beside --html -.")
+        _write_page(named, point, html, as_json)
+        return
+    shown = _read(named, point or "HEAD")
     if as_json:
         output.print_json(_plain(shown, tokens))
     elif whole_text:
         output.line(output.clean(shown.text))
     else:
         _print(shown)
+
+
+def _write_page(named: str | None, point: str | None, path: str, as_json: bool) -> None:
+    from pathlib import Path
+
+    from thaw.data.files import write_atomic
+    from thaw.tree.details import codec_at_hand
+    from thaw.tree.page import TreeFile
+
+    with place.open_repository(named) as repo:
+        page = TreeFile(repo, path, point, codec_at_hand(repo))
+        data = page.html().encode()
+    if path == "-":
+        output.write(data.decode())
+        return
+    write_atomic(Path(path).expanduser(), data)
+    if as_json:
+        output.print_json({"file": path, "num_bytes": len(data), "num_commits": page.num_commits})
+    else:
+        output.note(f"{path}: {words.nbytes(len(data))}, {words.count(page.num_commits, 'commit')}")
 
 
 def _read(named: str | None, point: str) -> Shown:

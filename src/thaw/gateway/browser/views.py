@@ -1,0 +1,147 @@
+"""What the tree's pages show of one tenant: outlines kept between requests, and fragments made from them.
+
+Everything here is blocking, and is called on a thread; it sees the tenant's namespace of the repository alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping
+
+from thaw.core.errors import BadPoint, NotFound, ThawError
+from thaw.core.ids import CommitId
+from thaw.engines.base import Codec
+from thaw.gateway.browser import forms
+from thaw.gateway.service import Service
+from thaw.gateway.tenants import Tenant
+from thaw.repo.repository import Repository
+from thaw.tree import page, parts
+from thaw.tree.details import read_point
+from thaw.tree.markup import Html, el, join
+from thaw.tree.outline import Outline, OutlineHistory
+from thaw.tree.parts import FragmentRoom, RowMaker, Unfolded
+
+ROWS_AGAIN = 600
+"""Sessions that a page which somebody unfolded is given anew, at most."""
+
+
+class TenantView:
+    """The tree as a tenant sees it now. Safe from any thread."""
+
+    def __init__(self, repo: Repository, namespace: str) -> None:
+        self.repo, self.namespace = repo, namespace
+        self._history = OutlineHistory(repo)
+        self._lock = threading.Lock()
+        self._made: tuple[str, Outline] | None = None
+
+    def outline(self, service: Service) -> Outline:
+        """Of what branches and tags reach, and the responses that the gateway keeps."""
+        version, points = self._version(service)
+        with self._lock:
+            if self._made is None or self._made[0] != version:
+                self._made = (version, self._history.outline(points))
+            return self._made[1]
+
+    def version(self, service: Service, living: Mapping[CommitId, int]) -> str:
+        """Another one whenever the tree would look different."""
+        return _digest(self._version(service)[0], sorted(living.items()))
+
+    def _version(self, service: Service) -> tuple[str, list[CommitId]]:
+        points = [CommitId(point) for _, _, point in service.ledger.points(self.namespace)]
+        refs = [(ref.name, ref.kind, ref.target) for ref in self.repo.store.refs()]
+        return _digest(self.repo.store.head, refs, points), points
+
+    def rows(self, outline: Outline, living: Mapping[CommitId, int], selected: CommitId | None = None) -> RowMaker:
+        return RowMaker(
+            outline, self._history, link=_link, living=living, selected=selected, now_s=time.time()
+        )  # fmt: skip
+
+    def tree(
+        self, outline: Outline, living: Mapping[CommitId, int], unfolded: Unfolded, selected: CommitId | None
+    ) -> Html:
+        if not outline.commits:
+            return el("p", "No commits yet. A request to the API creates the first one.", id="tree", class_="empty")
+        return self.rows(outline, living, selected).tree(unfolded)
+
+    def totals(self, outline: Outline) -> Html:
+        return parts.totals(outline, None if self.namespace else self.repo.store.usage().blob_nbytes)
+
+    def commit(self, outline: Outline, name: str) -> CommitId | None:
+        """The commit that a point names, if it is in the tree."""
+        try:
+            found = self.repo.resolve(name).commit
+        except (BadPoint, NotFound):
+            return None
+        return found if found in outline.commits else None
+
+    def point(self, outline: Outline, name: str, codec: Codec, csrf: str) -> Html:
+        """One point in full, with what can be done from it. Raises what reading it raises."""
+        point = read_point(self.repo, name, codec)
+        commit = point.shown.point.commit
+        inside = commit in outline.commits
+        names = outline.names.get(commit, ())
+        session = outline.session(outline.first_of(commit)) if inside else None
+        compare = el("button", "Compare with …", type="button", class_="compare", data_point=point.name)
+        return join(
+            parts.point_head(point, names),
+            forms.actions(point, names, csrf, [ref.name for ref in self.repo.branches()], compare),
+            None if session is None else parts.commit_list(outline, session, commit, _link),
+            parts.point_body(point, FragmentRoom(), can_fork=True),
+        )
+
+    def diff(self, outline: Outline, a: str, b: str) -> Html:
+        return parts.diff_part(self.repo.diff(a, b), self._title(outline, a), self._title(outline, b))
+
+    def _title(self, outline: Outline, name: str) -> str:
+        """The names of a point's commit, if it is the end of one that has some; else the point as it was asked for."""
+        point = self.repo.resolve(name)
+        names = outline.names.get(point.commit, ()) if point.at_end else ()
+        return ", ".join(names[: parts.NAMES]) or name
+
+    def whole(
+        self, outline: Outline, living: Mapping[CommitId, int], codec: Codec, csrf: str, at: str | None,
+        other: str | None, version: str,
+    ) -> Html:  # fmt: skip
+        """The first page. A point that cannot be shown costs its own part alone."""
+        selected = None if at is None else self.commit(outline, at)
+        detail = el("p", page.HINT, class_="hint")
+        if at is not None:
+            try:
+                detail = self.point(outline, at, codec, csrf) if other is None else self.diff(outline, at, other)
+            except ThawError as error:
+                detail = parts.problem(error)
+        title = page.title_of(self.repo)
+        frame = page.frame(
+            title,
+            self.totals(outline),
+            self.tree(outline, living, parts.unfold(outline), selected),
+            detail,
+            account=forms.logout(csrf),
+            foot=Html("Newer sessions come first. docs/tree.md says what is shown."),
+        )
+        return page.document(title, page.server_head(), frame, data_mode="server", data_version=version)
+
+
+class TenantViews:
+    """Of each namespace that somebody looked at; new ones once another engine brought another repository."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, TenantView] = {}
+        self._of: object = None
+
+    def of(self, service: Service, tenant: Tenant) -> TenantView:
+        if self._of is not service.repo:
+            self._of, self._views = service.repo, {}
+        if tenant.namespace not in self._views:
+            self._views[tenant.namespace] = TenantView(service.within(tenant).sync, tenant.namespace)
+        return self._views[tenant.namespace]
+
+
+def _link(point: str) -> str:
+    return f"/?at={point}"
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:32]

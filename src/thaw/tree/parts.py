@@ -1,0 +1,410 @@
+"""The tree's values as fragments of HTML: rows of sessions, one point in full, two points side by side.
+
+A fragment is the same in a server's page, in an answer to the page's script, and in a file. Its size is bounded: rows
+by `Unfolded`, texts and tokens by `FragmentRoom`; what is left out is counted, and the command that shows it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import msgspec
+
+from thaw.core.errors import ThawError
+from thaw.core.ids import CommitId, short
+from thaw.core.text import one_line
+from thaw.repo.diff import Diff, Side
+from thaw.tree import words
+from thaw.tree.details import PointShown, TokenShown, TurnShown
+from thaw.tree.markup import Html, each, el, join
+from thaw.tree.outline import Outline, OutlineHistory, OwnPart, TreeSession
+
+ROWS = 120
+"""Sessions of a first page."""
+MORE = 50
+"""Sessions that one more click shows."""
+NAMES = 4
+"""Names of a session that are shown."""
+COMMITS = 50
+"""Commits of a session that are listed."""
+ID_DIGITS = 16
+MESSAGE = 90
+Living = Mapping[CommitId, int]
+"""Commits whose KV is in the engine now, with how many requests run from there."""
+
+
+class Unfolded(msgspec.Struct, frozen=True, kw_only=True):
+    """Which sessions are shown: of each parent (None: the roots) the first so many; others are folded."""
+
+    shown: Mapping[CommitId | None, int]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.shown.values())
+
+
+def unfold(outline: Outline, budget: int = ROWS) -> Unfolded:
+    """What a first page shows: level by level, so that no branch takes the room of all others."""
+    shown: dict[CommitId | None, int] = {}
+    level: list[CommitId | None] = [None]
+    left = budget
+    while level and left > 0:
+        below: list[CommitId | None] = []
+        for number, parent in enumerate(level):
+            children = outline.roots if parent is None else outline.session(parent).children
+            fair = max(MORE // 2, left // (2 * (len(level) - number)))
+            num = min(len(children), left, fair)
+            if num:
+                shown[parent] = num
+                left -= num
+                below += children[:num]
+        level = below
+    return Unfolded(shown=shown)
+
+
+def unfold_again(
+    outline: Outline, wanted: Mapping[CommitId | None, int], folded: Collection[CommitId], budget: int
+) -> Unfolded:
+    """What somebody has before them, and what came since: all but `folded`, as far as `budget` goes. `wanted`: how many
+    of a parent's are shown."""
+    shown: dict[CommitId | None, int] = {}
+    waiting: list[CommitId | None] = [None]
+    left = budget
+    for parent in waiting:
+        children = outline.roots if parent is None else outline.session(parent).children
+        num = min(len(children), left, max(wanted.get(parent, 0), MORE))
+        if num:
+            shown[parent] = num
+            left -= num
+            waiting += [child for child in children[:num] if child not in folded]
+    return Unfolded(shown=shown)
+
+
+class RowMaker:
+    """Rows of one outline. `link` says where a point leads, `command` which command shows what a file leaves out (None:
+    the page's script asks for it)."""
+
+    def __init__(
+        self,
+        outline: Outline,
+        history: OutlineHistory,
+        *,
+        link: Callable[[str], str],
+        living: Living | None = None,
+        selected: CommitId | None = None,
+        command: Callable[[str], str] | None = None,
+        now_s: float | None = None,
+    ) -> None:
+        self._outline, self._history, self._link, self._command = outline, history, link, command
+        self._living = living or {}
+        self._now_s = now_s
+        known = selected is not None and selected in outline.commits
+        self._selected = outline.first_of(selected) if known and selected is not None else None
+
+    def tree(self, unfolded: Unfolded) -> Html:
+        """The whole `ul` of a tree."""
+        return el("ul", self.children(None, 0, unfolded), id="tree", role="tree", aria_label="Sessions")
+
+    def children(self, parent: CommitId | None, start: int, unfolded: Unfolded) -> Html:
+        """The rows under `parent` from number `start` on, built from the leaves up: no depth can overflow."""
+        inside: dict[CommitId | None, Html] = {}
+        for one in reversed(self._order(parent, unfolded)):
+            first = start if one == parent else 0
+            children = self._of(one)
+            end = first + unfolded.shown.get(one, 0)
+            rows = [self._row(child, inside.pop(child, None)) for child in children[first:end]]
+            rest = children[end:]
+            inside[one] = join(*rows, self._more(one, end, rest) if rest else None)
+        return inside.get(parent, Html())
+
+    def _order(self, parent: CommitId | None, unfolded: Unfolded) -> list[CommitId | None]:
+        order: list[CommitId | None] = [parent]
+        for one in order:
+            order += [child for child in self._of(one)[: unfolded.shown.get(one, 0)] if child in unfolded.shown]
+        return order
+
+    def _of(self, parent: CommitId | None) -> tuple[CommitId, ...]:
+        return self._outline.roots if parent is None else self._outline.session(parent).children
+
+    def _row(self, first: CommitId, inside: Html | None) -> Html:
+        session = self._outline.session(first)
+        point = short(session.tip, ID_DIGITS)
+        expanded = None if not session.children else "false" if inside is None else "true"
+        return el(
+            "li",
+            el("div", self._label(session, point), class_="row"),
+            self._folded(session) if inside is None else el("ul", inside, role="group"),
+            id=f"s-{short(first, ID_DIGITS)}",
+            role="treeitem",
+            data_point=point,
+            aria_expanded=expanded,
+            aria_selected="true" if first == self._selected else "false",
+            tabindex="-1",
+        )
+
+    def _folded(self, session: TreeSession) -> Html | None:
+        """In a file, what is not in it."""
+        if self._command is None or not session.children:
+            return None
+        point = short(session.tip, ID_DIGITS)
+        said = f"{words.count(session.num_below, 'commit')} below, not in this file: "
+        return el("p", said, el("code", self._command(point)), class_="left-out")
+
+    def _label(self, session: TreeSession, point: str) -> Html:
+        commit = self._outline.commits[session.tip]
+        running = sum(self._living.get(one, 0) for one in session.commits)
+        open_now = any(one in self._living for one in session.commits)
+        part = self._history.own_part(session.tip, session.base if session.base in self._outline.commits else None)
+        return join(
+            el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point), tabindex="-1"),
+            *(el("b", name, class_=_kind(name)) for name in session.names[:NAMES]),
+            el("b", f"{len(session.names) - NAMES} more names") if len(session.names) > NAMES else None,
+            el("i", words.count(running, "request") + " running", class_="running") if running else None,
+            el("small", self._figures(session, part, open_now), class_="live" if open_now else None),
+        )
+
+    def _figures(self, session: TreeSession, part: OwnPart, open_now: bool) -> str:
+        commit = self._outline.commits[session.tip]
+        if part.nbytes is None:
+            own = ["KV damaged or gone: run `thaw fsck`"]
+        else:
+            shared = [f"{part.num_shared:,} shared"] if part.num_shared else []
+            own = [
+                "in the engine and on disk" if open_now else "on disk",
+                words.count(part.num_own, "own token"),
+                *shared,
+                f"{words.nbytes(part.nbytes)} own",
+            ]
+        run = [words.count(len(session.commits), "commit")] if len(session.commits) > 1 else []
+        when = words.moment(commit.time_ns)[:16] if self._now_s is None else words.age(commit.time_ns, self._now_s)
+        return " · ".join(_together(part) for part in [*own, *run, when])
+
+    def _more(self, parent: CommitId | None, start: int, rest: Sequence[CommitId]) -> Html:
+        said = words.count(len(rest), "more session")
+        if self._command is not None:
+            where = el("code", "thaw log --graph --all")
+            inside = join(f"{said}, not in this file: ", where, " lists them")
+            return el("li", el("p", inside, class_="left-out"), role="treeitem", tabindex="-1")
+        of = "" if parent is None else short(parent, ID_DIGITS)
+        button = el("button", f"{said} …", type="button", tabindex="-1", class_="more")
+        return el("li", button, role="treeitem", tabindex="-1", data_of=of, data_start=start, class_="more")
+
+
+def _together(words_of_one: str) -> str:
+    """Not broken over two lines."""
+    return words_of_one.replace(" ", "\u00a0").replace("-", "\u2011")
+
+
+def _kind(name: str) -> str:
+    return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
+
+
+def totals(outline: Outline, stored_nbytes: int | None) -> Html:
+    """The line above the tree."""
+    names = [name for found in outline.names.values() for name in found]
+    num_tags = sum(name.startswith("tag: ") for name in names)
+    saved = outline.saved
+    told = [
+        words.count(outline.num_sessions, "session"),
+        words.count(len(outline.commits), "commit"),
+        words.count(len(names) - num_tags, "branch", "branches"),
+        words.count(num_tags, "tag"),
+        *([] if stored_nbytes is None else [f"{words.nbytes(stored_nbytes)} of KV stored"]),
+    ]
+    forked = (
+        f"Forking saved prefilling {words.count(saved.num_tokens, 'token')} and storing {words.nbytes(saved.nbytes)}."
+        if saved.num_tokens
+        else "Nothing has been forked yet."
+    )
+    return el("p", " · ".join(told), ". ", forked, id="totals")
+
+
+# -- one point
+
+
+class FragmentRoom(msgspec.Struct, kw_only=True):
+    """What a fragment may still hold; taken from as it is made."""
+
+    num_characters: int = 200_000
+    num_tokens: int = 3_000
+    turn_characters: int = 20_000
+
+    def text(self, value: str) -> tuple[str, str, int]:
+        """(start, end, how many characters are left out between them)."""
+        room = max(0, min(self.turn_characters, self.num_characters))
+        if len(value) <= room:
+            self.num_characters -= len(value)
+            return value, "", 0
+        self.num_characters -= room
+        head = room - room // 4
+        return value[:head], value[len(value) - (room - head) :], len(value) - room
+
+    def tokens(self, num: int) -> bool:
+        if num > self.num_tokens:
+            return False
+        self.num_tokens -= num
+        return True
+
+
+def point_head(point: PointShown, names: Sequence[str]) -> Html:
+    """What it is: names, message, figures."""
+    shown = point.shown
+    entry, model = shown.entry, shown.model
+    inside = "" if shown.point.at_end else f" of {entry.num_tokens:,}, inside the commit"
+    fields = [
+        ("commit", short(entry.commit, ID_DIGITS)),
+        ("made", words.moment(entry.time_ns)),
+        ("length", f"{words.count(len(shown.tokens), 'token')}{inside}, {words.count(len(shown.turns), 'turn')}"),
+        ("KV", f"of {words.count(shown.num_kv, 'token')}, {words.nbytes(shown.nbytes)}"),
+        ("model", f"{model.architecture}, {model.dtype}, policy {model.policy}"),
+        ("made by", f"{entry.origin.get('engine', '?')} {entry.origin.get('version', '')}".strip()),
+        ("continues", "inside a completion" if shown.unfinished else f"from here, seed {shown.seed}"),
+    ]
+    return join(
+        el("h2", ", ".join(names) or short(entry.commit), tabindex="-1"),
+        el("p", one_line(entry.message, 400) or "(no message)", class_="message", dir="auto"),
+        el("dl", *(join(el("dt", name), el("dd", value)) for name, value in fields)),
+    )
+
+
+def commit_list(
+    outline: Outline, session: TreeSession, point: CommitId | None, link: Callable[[str], str]
+) -> Html | None:
+    """The commits of a session with more than one, newest first."""
+    if len(session.commits) < 2:
+        return None
+    shown = session.commits[: -COMMITS - 1 : -1]
+    rows = [
+        el(
+            "li",
+            el(
+                "a",
+                f"{short(one)}: {one_line(outline.commits[one].message, 60) or '(no message)'}",
+                href=link(short(one, ID_DIGITS)),
+                data_point=short(one, ID_DIGITS),
+                aria_current="true" if one == point else None,
+            ),
+            f" {outline.commits[one].num_tokens:,} tokens",
+        )
+        for one in shown
+    ]
+    left = len(session.commits) - len(shown)
+    if left:
+        command = el("code", f"thaw log {short(shown[-1])}~1")
+        rows.append(el("li", f"{words.count(left, 'earlier commit')}: ", command, class_="left-out"))
+    return el("details", el("summary", words.count(len(session.commits), "commit")), el("ul", *rows), class_="commits")
+
+
+LEGEND = (
+    ("x", "another was likelier"),
+    ("m0", "under 0.1"),
+    ("m1", "0.1"),
+    ("m2", "0.5"),
+    ("m3", "1.5"),
+    ("m4", "3 and more"),
+)
+
+
+def legend(turns: Sequence[TurnShown]) -> Html | None:
+    """What the colours of these turns mean."""
+    tokens = [token for turn in turns for token in turn.tokens or ()]
+    if not tokens:
+        return None
+    if any(token.margin is not None for token in tokens):
+        marks = [el("i", said, class_=name) for name, said in LEGEND]
+        return el("p", "Margin over the next token, in nats: ", *_spaced(marks), class_="legend")
+    ends = [el("i", "unlikely", class_="m0"), el("i", "likely", class_="m4")]
+    said = "Coloured by each token's log probability; margins were not recorded: "
+    return el("p", said, *_spaced(ends), class_="legend")
+
+
+def _spaced(pieces: Sequence[Html]) -> list[Html]:
+    return [join(piece, " ") for piece in pieces]
+
+
+def turn_part(turn: TurnShown, point: str, room: FragmentRoom, *, can_fork: bool = False) -> Html:
+    """One turn with its text. `point`: of which it is a turn."""
+    who = turn.role or turn.kind
+    head = f"turn {turn.number} · {who} · {words.count(turn.end - turn.start, 'token')} [{turn.start:,}, {turn.end:,})"
+    if turn.kind == "completion":
+        head += f" · ended by {turn.finish}" if turn.finish else " · unfinished"
+    here = f"{point.partition(':')[0]}:token={turn.end}"
+    fork = el("button", "fork after this turn", type="button", class_="fork-here", data_point=here)
+    return el(
+        "article",
+        el("header", head, " ", fork if can_fork else None),
+        _said(turn, point, room),
+        class_=f"turn {turn.kind}",
+    )
+
+
+def _said(turn: TurnShown, point: str, room: FragmentRoom) -> Html:
+    if turn.tokens is not None and room.tokens(len(turn.tokens)):
+        if any(token.text is None for token in turn.tokens):
+            strip = el("p", *(_token(token) for token in turn.tokens), class_="strip", aria_label="tokens in order")
+            return join(_plain(turn.text, point, room), strip)
+        return el("pre", *(_token(token) for token in turn.tokens), dir="auto")
+    return _plain(turn.text, point, room)
+
+
+def _plain(value: str, point: str, room: FragmentRoom) -> Html:
+    start, end, num = room.text(value)
+    if not num:
+        return el("pre", start or "(no text)", dir="auto")
+    said = join(f" … {words.count(num, 'character')} left out: ", el("code", f"thaw show {point} --text"), " … ")
+    return el("pre", start, el("span", said, class_="left-out"), end, dir="auto")
+
+
+def _token(token: TokenShown) -> Html:
+    colour = "x" if token.colour < 0 else f"m{token.colour}"
+    return el("i", "\u25aa" if token.text is None else token.text, class_=colour, title=_told(token))
+
+
+def _told(token: TokenShown) -> str:
+    said = f"{token.logprob:.2f}"
+    if token.margin is None:
+        return said
+    if token.best is None:
+        return f"{said}, {token.margin:.2f} over the next"
+    return f"{said}, {-token.margin:.2f} under {one_line(token.best, 30) or 'a space'!r}"
+
+
+def point_body(point: PointShown, room: FragmentRoom, *, can_fork: bool = False) -> Html:
+    """Its turns. Later ones get room first: they are what a fork is about."""
+    made = [turn_part(turn, point.name, room, can_fork=can_fork) for turn in reversed(point.turns)]
+    return join(legend(point.turns), each(reversed(made)))
+
+
+# -- two points
+
+
+def diff_part(found: Diff, a: str, b: str) -> Html:
+    """Where two points part, side by side."""
+    common = join(
+        el(
+            "p", f"{words.count(found.num_common_tokens, 'common token')}, {words.nbytes(found.nbytes_shared)} shared. "
+        ),
+        el("pre", "… ", found.common_text_end, class_="common", dir="auto") if found.common_text_end else None,
+    )
+    if found.equal:
+        return el("section", el("h2", "Compared"), common, el("p", "The two points are equal, token for token."))
+    other = None if found.same_model else el("p", "Of different models: their KV cannot be compared.", class_="warning")
+    sides = el("div", _side(found.a, a), _side(found.b, b), class_="sides")
+    return el("section", el("h2", "Compared"), other, common, sides)
+
+
+def _side(side: Side, name: str) -> Html:
+    told = f"{words.count(side.num_own_tokens, 'own token')}, {words.nbytes(side.nbytes_own)} own"
+    if side.token is None:
+        told += "; ends where they part"
+    elif side.logprob is not None:
+        told += f"; first token {side.token}, log probability {side.logprob:.3f}"
+    start, end, num = FragmentRoom().text(side.text)
+    said = el("span", f" … {num:,} characters left out … ", class_="left-out") if num else None
+    shown = el("pre", start or "(no text)", said, end, dir="auto")
+    return el("div", el("h3", name), el("p", told), shown, class_="side")
+
+
+def problem(error: ThawError) -> Html:
+    """An error in place of a fragment."""
+    return el("p", str(error), class_="warning", role="alert")

@@ -1,0 +1,179 @@
+"""The outline: which sessions there are, and what each shares with the one that it forked from."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from grown import Grower
+
+import thaw
+from thaw.core.ids import CommitId, short
+from thaw.repo import Repository
+from thaw.tree import parts
+from thaw.tree.details import read_point
+from thaw.tree.outline import Outline, OutlineHistory, kept_on_no_branch
+
+LONG = thaw.Sampling(max_tokens=24, logprobs=2)
+
+
+def grow(repo: Repository) -> None:
+    """main: two commits; four forks of it; two of main~1 on no branch."""
+    session = repo.session()
+    session.append("a long document about a river. " * 20)
+    session.commit("read", branch="main")
+    session.generate("What?", LONG)
+    session.commit("asked", branch="main")
+    with repo.fork("main", 4) as kids:
+        kids.generate(["a", "b", "c", "d"], LONG)
+        for i, kid in enumerate(kids):
+            kid.commit(f"kid {i}", branch=f"kid/{i}")
+    with repo.fork("main~1", 2) as kids:
+        kids.generate(["e", "f"], LONG)
+        for kid in kids:
+            kid.commit("on no branch")
+
+
+def sessions(outline: Outline) -> dict[str, list[str]]:
+    """The message of each session's end, and those of the sessions below it."""
+    found: dict[str, list[str]] = {}
+    waiting = list(outline.roots)
+    for first in waiting:
+        one = outline.session(first)
+        below = [outline.commits[outline.session(child).tip].message for child in one.children]
+        found[outline.commits[one.tip].message] = sorted(below)
+        waiting += one.children
+    return found
+
+
+def test_a_session_ends_where_it_has_a_name_or_forks(repo: Repository) -> None:
+    grow(repo)
+    outline = OutlineHistory(repo).outline(kept_on_no_branch(repo))
+    assert sessions(outline)["read"] == ["asked", "on no branch", "on no branch"]
+    assert sessions(outline)["asked"] == [f"kid {i}" for i in range(4)]
+    assert outline.num_sessions == 8
+
+
+def test_without_forks_a_conversation_is_one_session(repo: Repository) -> None:
+    session = repo.session()
+    for i in range(6):
+        session.append(f"turn {i} ")
+        session.commit(f"turn {i}", branch="main")
+    outline = OutlineHistory(repo).outline()
+    (only,) = outline.roots
+    assert len(outline.session(only).commits) == 6
+    assert all(outline.first_of(one) == only for one in outline.session(only).commits)
+
+
+def test_what_is_shared_and_own_is_what_diff_counts(repo: Repository) -> None:
+    grow(repo)
+    history = OutlineHistory(repo)
+    outline = history.outline(kept_on_no_branch(repo))
+    for commit in outline.commits.values():
+        part = history.own_part(commit.id, commit.parent)
+        if commit.parent is None:
+            shown = repo.show(short(commit.id, 16))
+            assert (part.num_shared, part.num_own, part.nbytes) == (0, commit.num_tokens, shown.nbytes)
+            continue
+        found = repo.diff(short(commit.id, 16), short(commit.parent, 16))
+        assert (part.num_shared, part.num_own) == (found.num_common_tokens, found.a.num_own_tokens)
+        assert part.nbytes == found.a.nbytes_own
+
+
+def test_a_fork_from_inside_shares_only_what_lies_before_it(repo: Repository) -> None:
+    grow(repo)
+    with repo.session("main:token=100") as session:
+        session.append("another way")
+        made = session.commit("inside")
+    history = OutlineHistory(repo)
+    history.outline(kept_on_no_branch(repo))
+    assert history.own_part(made.commit, repo.resolve("main").commit).num_shared == 100
+
+
+def test_what_forking_saved_is_what_stats_counts(repo: Repository) -> None:
+    grow(repo)
+    assert OutlineHistory(repo).outline().saved.num_tokens == repo.stats().num_tokens_saved > 0
+
+
+def test_a_namespace_sees_its_own_sessions_alone(repo: Repository) -> None:
+    grow(repo)
+    acme = repo.within("acme")
+    with acme.session() as session:
+        session.append("acme's own")
+        mine = session.commit("acme", branch="main")
+    assert set(OutlineHistory(acme).outline(kept_on_no_branch(acme)).commits) == {mine.commit}
+    assert mine.commit not in OutlineHistory(repo).outline(kept_on_no_branch(repo)).commits
+    theirs = repo.resolve("main").commit
+    assert OutlineHistory(acme).outline([theirs]).commits.keys() == {mine.commit}
+
+
+def test_what_is_new_is_seen_and_what_is_deleted_is_gone(repo: Repository) -> None:
+    grow(repo)
+    history = OutlineHistory(repo)
+    before = history.outline()
+    with repo.session("kid/0") as session:
+        session.append("more")
+        made = session.commit("more", branch="kid/0")
+    after = history.outline()
+    assert after.commits.keys() - before.commits.keys() == {made.commit}
+    was = repo.resolve("kid/0~1").commit
+    repo.delete_branch("kid/0")
+    assert history.outline().commits.keys() == before.commits.keys() - {was}
+
+
+def test_one_point_shows_what_led_to_it_and_what_came_of_it(repo: Repository) -> None:
+    grow(repo)
+    asked, kid = repo.resolve("main").commit, repo.resolve("kid/1").commit
+    history = OutlineHistory(repo)
+    assert set(history.outline(only=kid).commits) == {kid, asked, repo.resolve("main~1").commit}
+    assert len(history.outline(only=asked).commits) == 6
+
+
+def test_margins_are_those_that_were_recorded(repo: Repository) -> None:
+    grow(repo)
+    point = read_point(repo, "kid/0", repo.engine.codec)
+    turn = repo.show("kid/0").turns[-1]
+    tokens = point.turns[-1].tokens
+    assert tokens is not None and turn.logprobs is not None and turn.top_logprobs is not None
+    assert "".join(token.text or "" for token in tokens) == turn.text
+    for token, logprob, top in zip(tokens, turn.logprobs, turn.top_logprobs, strict=True):
+        best_other = max(value for other, value in top if other != token.token)
+        assert token.margin == logprob - best_other
+        assert (token.colour == -1) == (token.margin < 0)
+
+
+def test_without_a_tokenizer_tokens_have_numbers_alone(repo: Repository) -> None:
+    grow(repo)
+    tokens = read_point(repo, "kid/0", None).turns[-1].tokens
+    assert tokens is not None and {token.text for token in tokens} == {None}
+
+
+@pytest.mark.parametrize("shape", ["star", "chain"])
+def test_ten_thousand_commits_are_outlined_at_once(grower: Grower, shape: str) -> None:
+    with thaw.open(grower.grown(shape)) as repo:
+        history = OutlineHistory(repo)
+        outline = history.outline()
+        assert len(outline.commits) >= 10_000
+        begun = time.perf_counter()
+        again = history.outline()
+        assert again.commits.keys() == outline.commits.keys()
+        assert time.perf_counter() - begun < 3
+        unfolded = parts.unfold(outline)
+        assert 1 <= unfolded.num_rows <= parts.ROWS
+        assert sum(outline.session(one).num_below + len(outline.session(one).commits) for one in outline.roots) == len(
+            outline.commits
+        )
+
+
+def test_of_all_sessions_each_is_reached_from_a_root(grower: Grower) -> None:
+    with thaw.open(grower.grown("random")) as repo:
+        outline = OutlineHistory(repo).outline()
+    waiting, seen = list(outline.roots), set[CommitId]()
+    for first in waiting:
+        one = outline.session(first)
+        assert not seen & set(one.commits)
+        seen |= set(one.commits)
+        waiting += one.children
+        if one.children:
+            assert outline.ways_to(one.children[0])[0] == first
+    assert seen == outline.commits.keys() and len(waiting) == outline.num_sessions

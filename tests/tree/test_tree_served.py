@@ -1,0 +1,354 @@
+"""`thaw serve` shows the tree: to who has a key, of its namespace alone, live, and no other site can send its forms."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from grown import Grower
+from hostile import MARKUP, TEXT
+from test_tree_file import ELEMENTS, Page
+
+from gateway_stand import TOKEN, Gateway
+from thaw.core.ids import short
+from thaw.engines.base import Engine
+from thaw.gateway.settings import GatewaySettings
+from thaw.gateway.tenants import Quota, Tenant, Tenants, single
+
+if TYPE_CHECKING:
+    from conftest import OpenTab
+
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+def serve(stack: ExitStack, folder: Path, engine: Engine, tenants: Tenants | None = None) -> Gateway:
+    gateway = Gateway(folder, engine, tenants or single(TOKEN), GatewaySettings())
+    stack.callback(gateway.close)
+    return gateway
+
+
+@pytest.fixture
+def gateway(stack: ExitStack, tmp_path: Path, engine: Engine) -> Gateway:
+    return serve(stack, tmp_path / "runs", engine)
+
+
+class Visitor:
+    """A browser without its screen."""
+
+    def __init__(self, gateway: Gateway, key: str = TOKEN) -> None:
+        self.http = httpx.Client(base_url=gateway.url, follow_redirects=True, timeout=30)
+        self.home = self.http.post("/tree/login", data={"key": key})
+        self.csrf = (re.search(r'name="csrf" value="([^"]+)"', self.home.text) or [None, ""])[1]
+
+    def post(self, act: str, **form: str) -> httpx.Response:
+        return self.http.post(f"/tree/{act}", data={"csrf": self.csrf, **form}, headers={"accept": "application/json"})
+
+    def fork(self, point: str, **more: str) -> httpx.Response:
+        form = {"point": point, "prompt": "Why?", "n": "2", "max_tokens": "8", "temperature": "1", "name": ""}
+        return self.post("fork", **form | more)
+
+
+def read(gateway: Gateway, said: str = "a long document. " * 20, branch: str = "main", namespace: str = "") -> str:
+    repo = gateway.repo.within(namespace) if namespace else gateway.repo
+    with repo.session() as session:
+        session.append(said)
+        return short(session.commit(said, branch=branch).commit, 16)
+
+
+def test_without_a_login_there_is_a_form_and_nothing_else(gateway: Gateway) -> None:
+    point = read(gateway, "the secret river")
+    with httpx.Client(base_url=gateway.url) as client:
+        home = client.get("/")
+        assert home.status_code == 200 and 'type="password"' in home.text and "river" not in home.text
+        for path in ("rows", f"point?at={point}", "diff?a=main&b=main", "version"):
+            asked = client.get(f"/tree/{path}")
+            assert asked.status_code == 401 and "river" not in asked.text
+        for act in ("sessions", "fork", "adopt", "tag", "forget", "logout"):
+            assert client.post(f"/tree/{act}", data={"point": point, "branch": "x"}).status_code == 401
+        assert client.post("/tree/login", data={"key": "wrong"}).status_code == 401
+        assert "thaw_login" not in client.cookies
+    assert [ref.name for ref in gateway.repo.branches()] == ["main"]
+
+
+def test_the_cookie_is_out_of_reach_and_a_logout_ends_it(gateway: Gateway) -> None:
+    read(gateway)
+    reply = httpx.post(f"{gateway.url}/tree/login", data={"key": TOKEN})
+    told = reply.headers["set-cookie"].lower()
+    assert "httponly" in told and "samesite=strict" in told and TOKEN not in told and reply.status_code == 303
+    visitor = Visitor(gateway)
+    assert TOKEN not in visitor.home.text and "a long document" in visitor.home.text
+    cookie = visitor.http.cookies["thaw_login"]
+    visitor.http.post("/tree/logout", data={"csrf": visitor.csrf})
+    assert httpx.get(f"{gateway.url}/tree/version", cookies={"thaw_login": cookie}).status_code == 401
+
+
+def test_every_reply_forbids_scripts_frames_and_caches(gateway: Gateway) -> None:
+    read(gateway, TEXT)
+    visitor = Visitor(gateway)
+    paths = (
+        "/",
+        "/tree/rows",
+        "/tree/point?at=main",
+        "/tree/point?at=nothing",
+        "/tree/diff?a=main&b=x",
+        "/tree/version",
+    )
+    for path in (*paths, "/tree/static/tree.js", "/tree/static/../parts.py"):
+        headers = visitor.http.get(path).headers
+        if path.endswith(".py"):
+            continue
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
+    page = Page(visitor.home.text)
+    assert page.tags.count("script") == 1 and "style" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "style"]
+
+
+def test_a_page_that_was_led_here_by_another_name_gets_nothing(gateway: Gateway) -> None:
+    visitor = Visitor(gateway)
+    for path in ("/", "/tree/version", "/tree/point?at=main"):
+        assert visitor.http.get(path, headers={"host": "evil.example"}).status_code == 421
+
+
+ACTS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("fork", {"point": "main", "prompt": "x", "n": "1", "max_tokens": "4", "temperature": "1", "name": "f"}),
+    ("adopt", {"point": "main", "branch": "adopted"}),
+    ("tag", {"point": "main", "name": "tagged"}),
+    ("forget", {"point": "main", "what": "branch:other"}),
+)
+
+
+@pytest.mark.parametrize(("act", "form"), ACTS)
+def test_nothing_changes_without_the_logins_own_token_and_origin(
+    gateway: Gateway, act: str, form: dict[str, str]
+) -> None:
+    read(gateway)
+    read(gateway, branch="other")
+    visitor, another = Visitor(gateway), Visitor(gateway)
+
+    def refs() -> list[Any]:
+        return [(ref.name, ref.target) for ref in (*gateway.repo.branches(), *gateway.repo.tags())]
+
+    before = refs()
+    good = {**form, "csrf": visitor.csrf}
+    tries: list[tuple[dict[str, str], dict[str, str]]] = [
+        (form, {}),
+        ({**form, "csrf": ""}, {}),
+        ({**form, "csrf": another.csrf}, {}),
+        (good, {"origin": "https://evil.example"}),
+        (good, {"origin": "null"}),
+        (good, {"sec-fetch-site": "cross-site"}),
+        (good, {"sec-fetch-site": "same-site"}),
+    ]
+    for body, headers in tries:
+        assert visitor.http.post(f"/tree/{act}", data=body, headers=headers).status_code == 403
+    json = visitor.http.post(f"/tree/{act}", json=good)
+    assert json.status_code == 400
+    assert visitor.http.get(f"/tree/{act}", params=good).status_code == 405
+    assert refs() == before
+    assert visitor.http.post(f"/tree/{act}", data=good, headers={"origin": gateway.url}).status_code == 200
+    assert refs() != before
+
+
+def test_a_login_from_another_site_is_refused(gateway: Gateway) -> None:
+    headers = {"origin": "https://evil.example"}
+    assert httpx.post(f"{gateway.url}/tree/login", data={"key": TOKEN}, headers=headers).status_code == 403
+
+
+def two() -> Tenants:
+    def digest(key: str) -> bytes:
+        return hashlib.sha256(key.encode()).digest()
+
+    return Tenants({digest("key-a"): Tenant("a", Quota()), digest("key-b"): Tenant("b", Quota())})
+
+
+def test_a_tenant_sees_and_changes_its_own_namespace_alone(stack: ExitStack, tmp_path: Path, engine: Engine) -> None:
+    """Each try is made by the owner as well, and succeeds there."""
+    gateway = serve(stack, tmp_path / "runs", engine, two())
+    theirs = read(gateway, "the secret river", "secret", "a")
+    mine = read(gateway, "my own", "main", "b")
+    owner, other = Visitor(gateway, "key-a"), Visitor(gateway, "key-b")
+    assert "the secret river" in owner.home.text and "my own" not in owner.home.text
+    assert "my own" in other.home.text and "secret" not in other.home.text
+    looks = (f"/?at={theirs}", f"/tree/point?at={theirs}", "/tree/point?at=secret", f"/tree/diff?a={theirs}&b={theirs}")
+    for path in (*looks, f"/tree/rows?of={theirs}"):
+        assert "river" not in other.http.get(path).text
+        assert owner.http.get(path).status_code == 200
+    for path in looks:
+        assert "river" in owner.http.get(path).text
+    for act, form in (
+        ("adopt", {"point": theirs, "branch": "x"}),
+        ("tag", {"point": theirs, "name": "x"}),
+        ("forget", {"point": theirs, "what": "branch:secret"}),
+        ("forget", {"point": mine, "what": "branch:secret"}),
+        ("adopt", {"point": "@a/secret", "branch": "x"}),
+    ):
+        assert other.post(act, **form).status_code in (400, 404)
+    assert other.fork(theirs).status_code == 404
+    assert [ref.name for ref in gateway.repo.within("a").branches()] == ["secret"]
+    assert owner.post("tag", point=theirs, name="x").status_code == 200
+    version = other.http.get("/tree/version").text
+    read(gateway, "one more", "secret2", "a")
+    assert other.http.get("/tree/version").text == version
+    assert "one more" in owner.http.get("/").text
+
+
+@pytest.mark.parametrize("shape", ["star", "random"])
+def test_the_first_page_of_ten_thousand_commits_is_small_and_the_rest_is_asked_for(
+    stack: ExitStack, grower: Grower, engine: Engine, shape: str
+) -> None:
+    gateway = serve(stack, grower.grown(shape), engine)
+    visitor = Visitor(gateway)
+    assert len(visitor.home.content) <= 300_000
+    page = Page(visitor.home.text)
+    assert len(page.tags) <= ELEMENTS
+    more = [value for name, value in page.attributes if name == "data-of"]
+    assert more
+    of = next(value for value in more if value) if shape == "star" else more[-1]
+    seen: set[str] = set()
+    start = 0
+    for _ in range(4):
+        rows = visitor.http.get("/tree/rows", params={"of": of, "from": str(start)}).text
+        found = re.findall(r'id="(s-[0-9a-f]+)"', rows)
+        assert not seen.intersection(found)
+        seen.update(found)
+        start += 50
+        if "more session" not in rows:
+            break
+    assert len(seen) >= (200 if shape == "star" else 1)
+    again = visitor.http.post("/tree/sessions", data={"open": ":50", "shut": "", "at": ""})
+    assert again.status_code == 200 and len(again.content) <= 1_000_000
+
+
+def test_fork_adopt_tag_and_forget_do_what_the_verbs_do(gateway: Gateway) -> None:
+    point = read(gateway)
+    visitor = Visitor(gateway)
+    assert visitor.fork("main", n="3").json()["said"] == "3 children: fork/0 … fork/2"
+    wait_for(visitor, "fork/2")
+    repo = gateway.repo
+    for i in range(3):
+        shown = repo.show(f"fork/{i}")
+        assert short(shown.entry.parents[0], 16) == point
+        assert shown.turns[-2].text == "Why?" and shown.turns[-1].end - shown.turns[-1].start == 8
+    assert len({repo.show(f"fork/{i}").turns[-1].text for i in range(3)}) == 3
+    assert visitor.post("adopt", point="fork/1", branch="main").status_code == 200
+    assert repo.resolve("main").commit == repo.resolve("fork/1").commit
+    assert visitor.post("tag", point="fork/0", name="good").status_code == 200
+    assert visitor.post("forget", point="fork/2", what="branch:fork/2").status_code == 200
+    assert visitor.post("forget", point="good", what="tag:good").status_code == 200
+    assert [ref.name for ref in repo.branches()] == ["fork/0", "fork/1", "main"] and repo.tags() == []
+    inside = visitor.fork("main:turn=1", n="1", name="inside")
+    assert inside.status_code == 200
+    for bad in ({"n": "0"}, {"n": "17"}, {"n": "x"}, {"max_tokens": "99999"}, {"temperature": "nan"}, {"name": "../x"}):
+        assert visitor.fork("main", **bad).status_code == 400
+    assert visitor.post("adopt", point="main", branch="HEAD").status_code == 400
+
+
+def wait_for(visitor: Visitor, name: str) -> None:
+    for _ in range(400):
+        if f">{name}<" in visitor.http.get("/").text:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{name} never came")
+
+
+def test_responses_on_no_branch_are_shown_until_they_are_forgotten(gateway: Gateway) -> None:
+    client = gateway.openai()
+    first = client.responses.create(model="fake", input="what the agent asked", max_output_tokens=8)
+    second = client.responses.create(model="fake", input="and then", previous_response_id=first.id, max_output_tokens=8)
+    visitor = Visitor(gateway)
+    end = short(second.thaw["point"], 16)
+    assert f'data-point="{end}"' in visitor.home.text and "in\u00a0the\u00a0engine" in visitor.home.text
+    assert visitor.post("forget", point=end, what="response:").status_code == 200
+    assert f'data-point="{end}"' not in visitor.http.get("/").text
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    assert httpx.get(f"{gateway.url}/v1/responses/{second.id}", headers=headers).status_code == 404
+    assert httpx.get(f"{gateway.url}/v1/responses/{first.id}", headers=headers).status_code == 200
+
+
+def test_no_key_and_no_text_is_in_the_audit_line(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "thaw.gateway")
+    logging.getLogger("thaw.gateway.audit").propagate = True
+    read(gateway, "the secret river")
+    Visitor(gateway).fork("main", prompt="a secret prompt")
+    assert '"endpoint":"/tree/fork"' in caplog.text
+    assert TOKEN not in caplog.text and "secret" not in caplog.text
+
+
+def test_the_whole_story_in_a_browser(gateway: Gateway, open_tab: OpenTab) -> None:
+    """Log in, look, fork, watch the children come, compare two, adopt one, tag it, forget another, log out."""
+    read(gateway, "a document about a river. " * 10 + MARKUP[1])
+    tab = open_tab()
+    page = tab.page
+    page.goto(gateway.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    page.locator("[role=treeitem] > .row > a").first.click()
+    page.locator("summary", has_text="Fork").click()
+    page.fill("textarea[name=prompt]", f"Why? {MARKUP[0]}")
+    page.fill("input[name=n]", "3")
+    page.fill("input[name=max_tokens]", "12")
+    page.locator("form[action='/tree/fork'] button").click()
+    rows = page.locator("[role=treeitem] > .row")
+    rows.filter(has_text="fork/2").wait_for()
+    rows.filter(has_text="fork/0").wait_for()
+    gateway.openai().completions.create(model="fake", prompt="an agent at work", max_tokens=8)
+    rows.filter(has_text="completion").wait_for()
+    rows.filter(has_text="fork/0").locator("a").click()
+    page.locator("#detail h2", has_text="fork/0").wait_for()
+    assert page.locator("#detail .completion i[title]").count() == 12
+    page.locator("button.compare").click()
+    rows.filter(has_text="fork/1").locator("a").click()
+    page.locator(".side").nth(1).wait_for()
+    assert page.locator(".side h3").all_text_contents() == ["fork/0", "fork/1"]
+    page.locator("text=Back to the session").click()
+    page.locator("summary", has_text="Adopt").click()
+    page.locator("form[action='/tree/adopt'] button").click()
+    page.locator("#detail h2", has_text="main").wait_for()
+    page.locator("summary", has_text="Tag").click()
+    page.fill("form[action='/tree/tag'] input[name=name]", "winner")
+    page.locator("form[action='/tree/tag'] button").click()
+    page.locator("#detail h2", has_text="winner").wait_for()
+    rows.filter(has_text="fork/2").locator("a").click()
+    page.locator("#detail h2", has_text="fork/2").wait_for()
+    page.locator("summary", has_text="Forget").click()
+    page.locator("form[action='/tree/forget'] button").click()
+    rows.filter(has_text="fork/2").wait_for(state="detached")
+    assert gateway.repo.resolve("main").commit == gateway.repo.resolve("fork/0").commit
+    assert gateway.repo.resolve("winner").commit == gateway.repo.resolve("fork/0").commit
+    assert [ref.name for ref in gateway.repo.branches()] == ["fork/0", "fork/1", "main"]
+    page.locator("button", has_text="Log out").click()
+    page.locator("#key").wait_for()
+    assert page.evaluate("window.broken") is None and tab.wrong == []
+    assert {url for url in tab.asked if not url.startswith((gateway.url, "data:"))} == set()
+
+
+def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any) -> None:
+    read(gateway)
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(gateway.url)
+    page.fill("#key", TOKEN)
+    page.locator("button").click()
+    page.locator("[role=treeitem] a").first.click()
+    page.locator("summary", has_text="Tag").click()
+    page.fill("form[action='/tree/tag'] input[name=name]", "plain")
+    page.locator("form[action='/tree/tag'] button").click()
+    page.locator("#detail h2", has_text="plain").wait_for()
+    context.close()
+    assert [ref.name for ref in gateway.repo.tags()] == ["plain"]
