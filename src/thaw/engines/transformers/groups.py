@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from thaw.core.cache import DTYPE_BYTES, CacheGroup, FullKV, LatentKV, PointState, SlidingKV, StatePart, layers_of
+from thaw.engines.hf.config import MAX_LAYERS
 from thaw.engines.transformers import recurrent
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -61,7 +62,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def layers(config: Mapping[str, Any]) -> list[Kept]:
     """What each layer of a text config keeps; nothing at all where the config does not say."""
     count = num_layers(config)
-    if count is None:
+    if count is None or count > MAX_LAYERS:
         return []
     kinds = config.get("layer_types") or recurrent.layer_types(config, count)
     if not isinstance(kinds, Sequence) or not kinds:
