@@ -21,6 +21,7 @@ from thaw.core.errors import InvalidRequest, Unsupported  # noqa: E402
 from thaw.doctor import model as doctor  # noqa: E402
 from thaw.doctor.report import ModelReport  # noqa: E402
 from thaw.engines.transformers.support import RUNS, WITH_TEXT  # noqa: E402
+from thaw.testing.recurrent_shapes import SHAPES as RECURRENT  # noqa: E402
 
 SHIPPED = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SMALL: dict[str, Any] = {
@@ -39,6 +40,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": ALL} for kind in ("afmoe", "cwm", "exaone_moe", "gemma3_text", "kolibri1", "olmo3")},
     **{kind: MLA for kind in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")},
     **{kind: {"layer_types": MIXED} for kind in ("cohere2", "cohere2_moe", "gpt_oss", "mimo_v2_flash")},
+    **RECURRENT,
+    "qwen3_5_moe_text": RECURRENT["qwen3_next"],
     "codegen": {"rotary_dim": 8},
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": MIXED * 2, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
@@ -107,7 +110,8 @@ def cache_of(module: Any) -> list[tuple[int, int]]:
     """Bytes of a token's keys and values in each layer of the stock model's own cache."""
     with torch.inference_mode():
         kept = module.eval()(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
-    both = [(layer.keys, layer.values) for layer in kept.layers if layer.keys is not None]
+    attending = [layer for layer in kept.layers if getattr(layer, "keys", None) is not None]
+    both = [(layer.keys, layer.values) for layer in attending]
     return [(keys.nbytes // 3, values.nbytes // 3) for keys, values in both]
 
 

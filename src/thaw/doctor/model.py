@@ -84,7 +84,7 @@ def finding(model: ModelReport) -> Finding:
             name="model",
             status="problem",
             text=f"{model.name} ({model.architecture}) is not supported: {'; '.join(model.reasons)}",
-            advice="thaw supports decoder-only models with full attention and a rope that does not change with length.",
+            advice="docs/engines.md says which models thaw runs, and in which engines.",
         )
     tested = (
         "tested" if model.tested else "not in thaw's own tests; the engine compares it with the stock model at boot"

@@ -119,7 +119,10 @@ def _model(model: ModelReport) -> None:
     view.field("supported", "yes" if model.supported else "no: " + "; ".join(model.reasons))
     if model.kv_token_nbytes is not None:
         shape = f"{model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}"
-        view.field("KV", f"{words.nbytes(model.kv_token_nbytes)} a token ({shape})")
+        plain = len(model.cache_groups) == 1 and model.cache_groups[0].startswith("full:")
+        view.field("KV", f"{words.nbytes(model.kv_token_nbytes)} a token{f' ({shape})' if plain else ''}")
+        for group in () if plain else model.cache_groups:
+            view.field("cache", group)
     if model.state_nbytes is not None:
         view.field("states", f"{words.nbytes(model.state_nbytes)} at each token that a session can be forked from")
     if model.session_nbytes is not None:

@@ -134,6 +134,7 @@ class EmbeddedEngine(Engine):
         def begin() -> None:
             live = self._usable(session)
             self._check_tokens(len(live.tokens), token_ids, 0)
+            self._check_text(token_ids)
             settle_turn(live)
             lane = Lane(0, live, list(token_ids), text, role, chat)
             task = PrefillTask(self._backend, lane, promise, self._release)
@@ -300,17 +301,20 @@ class EmbeddedEngine(Engine):
         bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._backend.vocab_size]
         if bad:
             raise InvalidRequest(f"token ids {bad[:5]} are outside the vocabulary of {self._backend.vocab_size}")
-        named = next((t for t in tokens if t in self._backend.placeholders), None)
-        if named is not None:
-            raise Unsupported(
-                f"token {named} is the model's {self._backend.placeholders[named]}: it stands for what is no text, and "
-                "this engine runs the text part alone; leave images, videos and sound out"
-            )
         total, limit = num_tokens + len(tokens) + more, self._backend.max_model_len
         if total > limit:
             raise TooLong(
                 f"{num_tokens} tokens and {len(tokens)} new ones (and {more} to generate) exceed the model's "
                 f"{limit}; shorten the prompt or fork an earlier point"
+            )
+
+    def _check_text(self, tokens: Sequence[int]) -> None:
+        """Raise for a token that stands for what is no text."""
+        named = next((t for t in tokens if t in self._backend.placeholders), None)
+        if named is not None:
+            raise Unsupported(
+                f"token {named} is the model's {self._backend.placeholders[named]}: it stands for what is no text, and "
+                "this engine runs the text part alone; leave images, videos and sound out"
             )
 
     # -- verbs, on the driver's thread
@@ -363,6 +367,7 @@ class EmbeddedEngine(Engine):
         if request.sampling is None:
             raise InvalidRequest("generate: no sampling given")
         self._check_tokens(len(live.tokens), request.prompt, 1)
+        self._check_text(request.prompt)
         check_sampling(request.sampling, self.codec, self._backend.vocab_size)
         if not live.tokens and not request.prompt:
             raise InvalidRequest("generate: the session is empty and so is the prompt; append something first")

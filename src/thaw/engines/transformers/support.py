@@ -34,6 +34,21 @@ TESTED = (
     "FalconH1ForCausalLM",
     "NemotronHForCausalLM",
     "Zamba2ForCausalLM",
+    "FalconForCausalLM",
+    "GPT2LMHeadModel",
+    "CohereForCausalLM",
+    "Gemma2ForCausalLM",
+    "GptOssForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma4ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "Llama4ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
 )
 PACKED = frozenset(
     (
