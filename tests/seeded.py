@@ -50,6 +50,7 @@ FAKE = "tests/engines/test_engine_fake.py::TestFake"
 LLAMA = "tests/engines/test_engine_transformers.py::TestEveryLaw"
 GROUPS = "tests/engines/test_engine_groups.py"
 KINDS = "tests/engines/test_transformers_kinds.py"
+STATES = "tests/engines/test_engine_states.py"
 SERVED_GROUPS = "tests/engines/test_served_groups.py"
 REPO_GROUPS = "tests/repo/test_repo_groups.py"
 NAMESPACES = "tests/repo/test_namespaces.py"
@@ -311,6 +312,25 @@ FAULTS = (
         "target[:] = slots[:, 0, max(a % PAGE - 1, 0) : max(a % PAGE - 1, 0) + b - a]",
         (f"{KINDS}::test_the_stock_model_gives_the_same_logits_for_the_same_feeds",),
         "a layer with a window reads each token's neighbour",
+    ),
+    Fault(
+        "state-of-an-earlier-token", "2", "transformers", "engines/transformers/states.py",
+        "kv.points[kv.num_tokens][at : at + one.group.num_blobs]",
+        "kv.points[min(kv.points)][at : at + one.group.num_blobs]",
+        (f"{STATES}::test_twenty_random_cuts_equal_the_stock_model_that_stopped_there_too",),
+        "a recurrent layer goes on from the first state that is kept",
+    ),
+    Fault(
+        "oldest-column-kept", "2", "transformers", "engines/transformers/states.py",
+        "layer.conv_states[0][0, :, 1:]", "layer.conv_states[0][0, :, :-1]",
+        ("tests/engines/test_recurrent_form.py::test_the_bytes_of_a_state_are_its_layers_without_the_oldest_column",),
+        "a convolution's state is that of one token earlier",
+    ),
+    Fault(
+        "asked-state-let-go", "6", "transformers", "engines/embedded/pages.py",
+        "self.points.items() if token >= oldest or token in self.asked", "self.points.items() if token >= oldest",
+        (f"{STATES}::test_twenty_random_cuts_equal_the_stock_model_that_stopped_there_too",),
+        "a state that was asked for is gone when the session goes on",
     ),
     Fault(
         "position-from-the-turn", "2", "vllm", "engines/served/row.py",

@@ -61,7 +61,7 @@ def test_what_is_not_supported_is_refused_by_name(model_type: str, reason: str) 
     assert not found.supported and reason in "; ".join(found.reasons), found.reasons
 
 
-def test_the_bytes_of_a_state_are_those_of_the_caches_layers_without_the_oldest_column() -> None:
+def test_the_bytes_of_a_state_are_its_layers_without_the_oldest_column() -> None:
     """Blob by blob: [layer][channel][column] of the convolution, [layer][key][value] of the recurrence."""
     torch = pytest.importorskip("torch")
     from thaw.engines.transformers.states import GroupStates, StateLayer
