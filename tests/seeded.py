@@ -684,8 +684,7 @@ FAULTS = (
     ),
     Fault(
         "anothers-open-session", "8", "none", "gateway/live.py",
-        "alike = entry.namespace == mine.namespace and (entry.chat or not mine.chat)",
-        "alike = entry.chat or not mine.chat",
+        "return entry.namespace == namespace and (entry.chat or not chat)", "return entry.chat or not chat",
         (f"{GATEWAY}/test_tenants.py::test_anothers_prefix_is_read_as_if_it_were_not_there",),
         "a tenant goes on from a session that another one has open",
     ),
@@ -703,7 +702,7 @@ FAULTS = (
     ),
     Fault(
         "answers-as-told-forgotten", "gateway", "none", "gateway/place.py",
-        "            told = (*self.entry.tokens, *again)\n", "            told = (*view.tokens, *again[:0])\n",
+        "        return (*self.entry.tokens, *again)\n", "        return (*view.tokens, *again[:0])\n",
         (f"{GATEWAY}/test_gateway_chat.py::test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled",),
         "an open session is known by its sampled tokens alone",
     ),

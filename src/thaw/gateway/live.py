@@ -115,19 +115,6 @@ class LiveSessions:
     def of(self, home: ServingEngine) -> list[LiveEntry]:
         return [entry for entry in self._entries.values() if entry.home is home]
 
-    def standing(self, namespace: str) -> dict[CommitId, tuple[int, int]]:
-        """The commits behind which sessions are open: how many tokens of each at most, and how many requests are under
-        way from there."""
-        found: dict[CommitId, tuple[int, int]] = {}
-        for entry in self._entries.values():
-            commit = entry.commit or entry.parent
-            if entry.namespace == namespace and commit is not None:
-                tokens, running = found.get(CommitId(commit), (0, 0))
-                is_open = entry.commit is not None
-                tokens = max(tokens, len(entry.tokens) if is_open else 0)
-                found[CommitId(commit)] = (tokens, running + (not is_open))
-        return found
-
     # -- entries
 
     def begin(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
@@ -192,6 +179,19 @@ class LiveSessions:
         for entry in list(self._entries.values()):
             entry.gone = True
             await self._close(entry)
+
+    def standing(self, namespace: str) -> dict[CommitId, tuple[int, int]]:
+        """The commits behind which sessions are open: how many tokens of each at most, and how many requests are under
+        way from there."""
+        found: dict[CommitId, tuple[int, int]] = {}
+        for entry in self._entries.values():
+            commit = entry.commit or entry.parent
+            if entry.namespace == namespace and commit is not None:
+                tokens, running = found.get(CommitId(commit), (0, 0))
+                is_open = entry.commit is not None
+                tokens = max(tokens, len(entry.tokens) if is_open else 0)
+                found[CommitId(commit)] = (tokens, running + (not is_open))
+        return found
 
     async def _close(self, entry: LiveEntry) -> None:
         self._entries.pop(entry.number, None)

@@ -21,7 +21,7 @@ PACK_BYTES = 64 << 20
 PACK_ENTRIES = 1 << 14
 
 
-class Packed(NamedTuple):
+class PackMember(NamedTuple):
     """One thing to pack: an object or a blob."""
 
     id: str
@@ -40,7 +40,7 @@ class PlannedPack(NamedTuple):
     entries: tuple[Entry, ...]
 
 
-def plan(things: Sequence[Packed]) -> PlannedPack:
+def plan(things: Sequence[PackMember]) -> PlannedPack:
     start = reserve([(OBJECT if one.is_object else "", one.dtype, one.shape, one.nbytes) for one in things], {})
     entries: list[Entry] = []
     cursor = start
@@ -59,9 +59,9 @@ def plan(things: Sequence[Packed]) -> PlannedPack:
     return PlannedPack(digest(header), header, cursor, tuple(entries))
 
 
-def split(things: Sequence[Packed], pack_bytes: int = PACK_BYTES) -> list[list[Packed]]:
+def split(things: Sequence[PackMember], pack_bytes: int = PACK_BYTES) -> list[list[PackMember]]:
     """The things in order, cut where a pack is full."""
-    groups: list[list[Packed]] = []
+    groups: list[list[PackMember]] = []
     room = entries = 0
     for one in things:
         if not groups or one.nbytes > room or entries >= PACK_ENTRIES:
@@ -95,9 +95,9 @@ class Tensors:
     def __init__(self, store: Store) -> None:
         self._read = lru_cache(maxsize=4)(lambda pack: _tensors(store, pack))
 
-    def of(self, place: BlobLocation) -> Packed:
+    def of(self, place: BlobLocation) -> PackMember:
         dtype, shape = self._read(place.pack).get(place.blob, ("U8", (place.nbytes,)))
-        return Packed(place.blob, False, place.nbytes, dtype, shape)
+        return PackMember(place.blob, False, place.nbytes, dtype, shape)
 
 
 def _tensors(store: Store, pack: str) -> dict[str, tuple[str, tuple[int, ...]]]:

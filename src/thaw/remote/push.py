@@ -26,7 +26,7 @@ from thaw.remote.local import LocalHistory
 from thaw.remote.manifest import Manifest, PushedBlob, PushedObject, PushedPack, PushedParent
 from thaw.remote.meter import TransferMeter
 from thaw.remote.opened import OpenedRemote
-from thaw.remote.packing import Packed, PlannedPack, Tensors
+from thaw.remote.packing import PackMember, PlannedPack, Tensors
 from thaw.remote.parallel import SMALL_REQUESTS, mapped
 from thaw.remote.refs import RemoteRef, StandingRef
 from thaw.remote.report import Outcome, RefMoved, TransferReport
@@ -293,7 +293,7 @@ class _Plan:
         objects = {one: nbytes for own in self._own.values() for one, nbytes in own.objects.items()}
         blobs = dict.fromkeys(blob for own in self._own.values() for blob in own.blobs)
         self._places: dict[str, BlobLocation] = work.store.locate(blobs)
-        things = [Packed(one, True, nbytes, "U8", (nbytes,)) for one, nbytes in objects.items()]
+        things = [PackMember(one, True, nbytes, "U8", (nbytes,)) for one, nbytes in objects.items()]
         things += [work.tensors.of(self._places[blob]) for blob in blobs]
         self.packs = [packing.plan(group) for group in packing.split(things, work.tuning.pack_bytes)]
         self.blob_nbytes = sum(self._places[blob].nbytes for blob in blobs)

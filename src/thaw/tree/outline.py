@@ -79,6 +79,10 @@ class OutlineHistory:
         self._own: dict[tuple[CommitId, CommitId | None], OwnPart] = {}
         self._groups: dict[str, tuple[CacheGroup, ...]] = {}
 
+    def use(self, repo: Repository) -> None:
+        """From now on read by this one, of the same namespace and store."""
+        self._store = repo.store
+
     def outline(self, also: Iterable[CommitId] = (), only: CommitId | None = None) -> Outline:
         """The tree of what branches and tags reach, and `also`; with `only` that commit, what led to it, and of the
         rest what forked from it. Commits that gc has removed are left out."""

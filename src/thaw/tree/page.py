@@ -99,7 +99,7 @@ def login_page(said: str | None = None) -> Html:
     form = el(
         "form",
         el("h1", "thaw"),
-        el("p", el("label", "The key that `thaw serve` printed, or yours", for_="key")),
+        el("p", el("label", "The key that ", el("code", "thaw serve"), " printed, or yours", for_="key")),
         el(
             "p",
             el("input", id="key", name="key", type="password", required=True, autofocus=True, autocomplete="off"),

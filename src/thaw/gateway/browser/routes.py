@@ -43,6 +43,8 @@ from thaw.tree.parts import MORE, Unfolded
 
 log = logging.getLogger("thaw.gateway")
 FORM_NBYTES = 256 << 10
+UNCOUNTED = "/tree/version"
+"""Asked every two seconds by each page that is open: a line of the audit log for each would hide the others."""
 HEADERS = {
     "content-security-policy": page.SERVER_POLICY,
     "x-content-type-options": "nosniff",
@@ -114,27 +116,35 @@ def routes(service: Service, check_host: CheckHost, count: Count) -> list[Route]
                 without_values = RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
                 log.error("%s %s failed: %s", request.method, path, type(error).__name__, exc_info=without_values)
                 reply = _problem(request, ApiError(500, "an error in the gateway; see its log"))
-            line: dict[str, object] = {"request": f"req_{secrets.token_hex(12)}", "method": request.method}
-            line |= {"endpoint": path, "status": reply.status_code}
-            count(service, None if who is None else who.context, line, time.perf_counter() - started)
+            if path != UNCOUNTED or reply.status_code != 200:
+                line = _line(request, path, reply)
+                count(service, None if who is None else who.context, line, time.perf_counter() - started)
             return _guarded(reply)
 
         return Route(path, endpoint, methods=methods)
 
     async def login(request: Request) -> Response:
+        started, context = time.perf_counter(), None
+        reply: Response
         try:
             check_host(service, request)
             require_own_origin(request)
             form = await _form(request, service.settings.limits.body_s)
             tenant, key_id = service.tenants.of_key(form.get("key", "").strip())
+        except ClientDisconnect:
+            reply = Response(status_code=499)
         except ApiError as error:
             said = "This key is not known here." if error.status == 401 else error.message
-            return _guarded(_html(page.login_page(said), error.status))
-        reply = RedirectResponse("/", 303)
-        reply.set_cookie(
-            COOKIE, logins.begin(tenant, key_id), max_age=int(LIFETIME_S), httponly=True, samesite="strict", path="/",
-            secure=request.url.scheme == "https",
-        )  # fmt: skip
+            reply = _html(page.login_page(said), error.status)
+        else:
+            context = GatewayContext(service, tenant, key_id, {})
+            reply = RedirectResponse("/", 303)
+            reply.set_cookie(
+                COOKIE, logins.begin(tenant, key_id), max_age=int(LIFETIME_S), httponly=True, samesite="strict",
+                path="/", secure=request.url.scheme == "https",
+            )  # fmt: skip
+        line = _line(request, request.url.path, reply)
+        count(service, context, line, time.perf_counter() - started)
         return _guarded(reply)
 
     async def logout(who: Visit) -> Response:
@@ -241,6 +251,12 @@ def _acting(act: Callable[[GatewayContext, acts.Form], Awaitable[acts.ActOutcome
 
 
 # -- replies
+
+
+def _line(request: Request, path: str, reply: Response) -> dict[str, object]:
+    """What the audit log says of a request, beside whose it is."""
+    number = f"req_{secrets.token_hex(12)}"
+    return {"request": number, "method": request.method, "endpoint": path, "status": reply.status_code}
 
 
 def _html(html: Html, status: int = 200) -> Response:

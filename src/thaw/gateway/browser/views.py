@@ -36,6 +36,11 @@ class TenantView:
         self._lock = threading.Lock()
         self._made: tuple[str, Outline] | None = None
 
+    def use(self, repo: Repository) -> None:
+        """From now on read this one, which shows the same."""
+        self.repo = repo
+        self._history.use(repo)
+
     def outline(self, service: Service) -> Outline:
         """Of what branches and tags reach, and the responses that the gateway keeps."""
         version, points = self._version(service)
@@ -125,18 +130,17 @@ class TenantView:
 
 
 class TenantViews:
-    """Of each namespace that somebody looked at; new ones once another engine brought another repository."""
+    """Of each namespace that somebody looked at."""
 
     def __init__(self) -> None:
         self._views: dict[str, TenantView] = {}
-        self._of: object = None
 
     def of(self, service: Service, tenant: Tenant) -> TenantView:
-        if self._of is not service.repo:
-            self._of, self._views = service.repo, {}
-        if tenant.namespace not in self._views:
-            self._views[tenant.namespace] = TenantView(service.within(tenant).sync, tenant.namespace)
-        return self._views[tenant.namespace]
+        """The tenant's, over the repository as it is open now: another engine brings another one."""
+        repo = service.within(tenant).sync
+        view = self._views.setdefault(tenant.namespace, TenantView(repo, tenant.namespace))
+        view.use(repo)
+        return view
 
 
 def _link(point: str) -> str:

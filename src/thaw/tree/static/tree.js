@@ -255,7 +255,7 @@
     event.preventDefault();
     const button = event.submitter ?? form.querySelector("button");
     button.disabled = true;
-    say("…");
+    say("Asking the gateway …");
     try {
       const body = new URLSearchParams(new FormData(form, event.submitter));
       const answer = await ask(form.action, { method: "POST", body, headers: { accept: "application/json" } });
