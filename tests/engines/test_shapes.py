@@ -15,13 +15,14 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
+from recurrent_shapes import SHAPES as RECURRENT  # noqa: E402
 from thaw import load_engine  # noqa: E402
 from thaw.core.cache import token_nbytes  # noqa: E402
 from thaw.core.errors import InvalidRequest, Unsupported  # noqa: E402
 from thaw.doctor import model as doctor  # noqa: E402
 from thaw.doctor.report import ModelReport  # noqa: E402
 from thaw.engines.transformers.support import RUNS, WITH_TEXT  # noqa: E402
-from thaw.testing.recurrent_shapes import SHAPES as RECURRENT  # noqa: E402
+
 
 SHIPPED = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SMALL: dict[str, Any] = {

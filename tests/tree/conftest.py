@@ -38,9 +38,9 @@ CHROMIUM = "THAW_CHROMIUM"
 MISSING = "no Chromium here: the tree was not clicked through (apt-get install chromium, or set THAW_CHROMIUM)"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A real browser, started once a run."""
+    """A real browser. While it is there an event loop runs in this thread, so it goes with its module."""
     named = os.environ.get(CHROMIUM)
     path = shutil.which(named or "chromium") or shutil.which("chromium-browser")
     if path is None or (named and not shutil.which(named)):

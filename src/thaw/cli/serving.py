@@ -118,13 +118,13 @@ def _loading(chosen: EngineSettings) -> Reconnect:
 def _servers(
     look: Repository, name: str | None, num: int, how: Starting, environments: list[dict[str, str]]
 ) -> Iterator[list[Reconnect]]:
-    from thaw import serve
+    from thaw.serve.workers import EngineWorkers
 
     if how.dtype is not None or how.device is not None:
         raise InvalidRequest("--dtype and --device are the engine's own arguments here: write them after --")
     with (
         options.has_server(),
-        serve.EngineWorkers(
+        EngineWorkers(
             look, num, name, how.model, python=how.python, arena_nbytes=how.arena_nbytes, arguments=how.arguments,
             environments=environments, shown=Progress,
         ) as workers,

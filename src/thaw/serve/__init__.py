@@ -10,6 +10,5 @@ from __future__ import annotations
 from thaw.serve.command import NoServer, has_server, require_keys
 from thaw.serve.lifecycle import Started, down, running, up
 from thaw.serve.record import Served
-from thaw.serve.workers import EngineWorkers
 
-__all__ = ["EngineWorkers", "NoServer", "Served", "Started", "down", "has_server", "require_keys", "running", "up"]
+__all__ = ["NoServer", "Served", "Started", "down", "has_server", "require_keys", "running", "up"]

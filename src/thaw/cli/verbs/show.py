@@ -56,13 +56,16 @@ def _write_page(named: str | None, point: str | None, path: str, as_json: bool) 
     from thaw.tree.details import codec_at_hand
     from thaw.tree.page import TreeFile
 
+    target = Path(path).expanduser()
+    if path != "-" and (not target.name or target.is_dir()):
+        raise light.usage(f"--html {path!r} names no file; give one, for example sessions.html, or - for stdout.")
     with place.open_repository(named) as repo:
         page = TreeFile(repo, path, point, codec_at_hand(repo))
         data = page.html().encode()
     if path == "-":
         output.write(data.decode())
         return
-    write_atomic(Path(path).expanduser(), data)
+    write_atomic(target, data)
     if as_json:
         output.print_json({"file": path, "num_bytes": len(data), "num_commits": page.num_commits})
     else:
