@@ -10,8 +10,8 @@ from thaw.cli import boot, options, output, place, transfer
 from thaw.cli.place import FOLDER
 
 EXAMPLE = """
-thaw clone s3://bucket/runs
-thaw clone s3://bucket/runs here --single-branch --model ~/models/Qwen3-0.6B
+thaw clone s3://bucket/runs --model ~/models/Qwen3-0.6B
+thaw clone s3://bucket/runs here --single-branch
 """
 
 

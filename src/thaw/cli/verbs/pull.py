@@ -19,7 +19,7 @@ thaw pull origin main
 def command(named: str | None, remote: str | None, branch: str | None, as_json: bool) -> None:
     """Fetch BRANCH (default: the current one) from REMOTE and move the local branch forward to it.
 
-    Where neither descends from the other it says both commits and moves nothing. The exit code is 4."""
+    If neither descends from the other, it names both commits and moves nothing; the exit code is 4."""
     with place.open_repository(named) as repo:
         report = transfer.watched("pulling", lambda meter: repo.pull(branch, remote=remote, meter=meter))
     transfer.say(report, "fetched", as_json)

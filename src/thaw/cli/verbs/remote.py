@@ -98,8 +98,8 @@ def gc(
 ) -> None:
     """Delete what no branch, tag or recent reflog entry of the remote reaches.
 
-    It takes two runs: the first writes down what that is, and the first one after the grace period deletes it. Safe
-    while others push and fetch."""
+    It takes two runs: one writes down what that is; the first one after the grace period deletes it. It is safe while
+    others push and fetch."""
     with place.open_repository(named) as repo, Progress("collecting garbage in the remote"):
         report = repo.remote_gc(
             name,

@@ -88,7 +88,7 @@ def command(
     PROMPT - means stdin; a pipe is also read if there is no other input. With no input at all, the model just
     continues, or resumes a completion that was interrupted. The completion streams to stdout; ^C keeps what is there.
 
-    Models with recurrent layers can be forked at the ends of turns and at each --point only.
+    Models with recurrent layers can be forked only at commits, at the ends of turns and at each --point.
     """
     sampling = prompts.make_sampling(options.given_sampling(values))
     text = prompts.from_arguments(prompt, or_stdin=not files)
