@@ -23,7 +23,6 @@ from thaw.doctor import model as doctor  # noqa: E402
 from thaw.doctor.report import ModelReport  # noqa: E402
 from thaw.engines.transformers.support import RUNS, WITH_TEXT  # noqa: E402
 
-
 SHIPPED = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
