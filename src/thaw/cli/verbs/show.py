@@ -50,6 +50,7 @@ def command(
 
 
 def _write_page(named: str | None, point: str | None, path: str, as_json: bool) -> None:
+    import os.path
     from pathlib import Path
 
     from thaw.data.files import write_atomic
@@ -57,7 +58,7 @@ def _write_page(named: str | None, point: str | None, path: str, as_json: bool) 
     from thaw.tree.page import TreeFile
 
     target = Path(path).expanduser()
-    if path != "-" and (not target.name or target.is_dir()):
+    if path != "-" and (not target.name or os.path.isdir(target)):
         raise light.usage(f"--html {path!r} names no file; give one, for example sessions.html, or - for stdout.")
     with place.open_repository(named) as repo:
         page = TreeFile(repo, path, point, codec_at_hand(repo))
