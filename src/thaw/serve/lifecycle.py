@@ -7,10 +7,8 @@ engine, and who boots the repository's engine joins it.
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -78,19 +76,8 @@ def up(
         )
     )
     begun = process.start(start.command, log, start.environment)
-    served = Served(
-        engine=chosen.name,
-        url=f"http://{reachable(host)}:{port}",
-        model=path,
-        pid=begun.pid,
-        born=record.born(begun.pid),
-        host=socket.gethostname(),
-        log=str(log),
-        config=start.config,
-        mail=start.mail,
-        started_ns=time.time_ns(),
-        before=_before(store),
-    )
+    url = f"http://{reachable(host)}:{port}"
+    served = record.begun(start, begun.pid, engine=chosen.name, url=url, model=path, log=log, before=_before(store))
     return Started(record=served, seconds=_bring_up(store, served, begun, timeout_s, kind.log_prefix, shown))
 
 

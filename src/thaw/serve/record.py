@@ -7,6 +7,7 @@ process is asked of the operating system (an id alone may be another's by now), 
 from __future__ import annotations
 
 import socket
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from thaw.core.errors import CorruptDatabase
+from thaw.engines.kind import Start
 from thaw.repo.settings import EngineSettings
 from thaw.store import Store
 
@@ -42,6 +44,16 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     def is_here(self) -> bool:
         """Whether it was started on this machine, so that its process can be looked at."""
         return self.host == socket.gethostname()
+
+
+def begun(
+    start: Start, pid: int, *, engine: str, url: str, model: str, log: Path, before: EngineSettings | None = None
+) -> Served:
+    """The record of a server that was just started here, as process `pid`."""
+    return Served(
+        engine=engine, url=url, model=model, pid=pid, born=born(pid), host=socket.gethostname(), log=str(log),
+        config=start.config, mail=start.mail, started_ns=time.time_ns(), before=before,
+    )  # fmt: skip
 
 
 _RECORD: msgspec.json.Decoder[Served | None] = msgspec.json.Decoder(Served | None)

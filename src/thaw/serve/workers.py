@@ -7,11 +7,9 @@ What a killed program left behind is written down in the repository, and ended b
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -146,19 +144,8 @@ class EngineWorkers:
         )
         log = folder / "engine.log"
         begun = process.start(start.command, log, {**start.environment, **self._environment(number)})
-        served = Served(
-            engine=self._chosen.name,
-            url=f"http://{HOST}:{port}",
-            model=model,
-            pid=begun.pid,
-            born=record.born(begun.pid),
-            host=socket.gethostname(),
-            log=str(log),
-            config=start.config,
-            mail=start.mail,
-            started_ns=time.time_ns(),
-        )
-        return begun, served
+        url = f"http://{HOST}:{port}"
+        return begun, record.begun(start, begun.pid, engine=self._chosen.name, url=url, model=model, log=log)
 
     def _environment(self, number: int) -> Mapping[str, str]:
         return self._environments[number] if number < len(self._environments) else {}
