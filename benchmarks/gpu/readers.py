@@ -53,13 +53,16 @@ NOTES = (
     " admits a request of as many tokens from its prefix cache, and one step more.",
 )
 MAX_ALONE = 1.05
+GIB = 1 << 30
 
 
 class Readers:
     def __init__(self, told: argparse.Namespace) -> None:
         self.numbers = tuple(map(int, told.readers.split(",")))
         self.num_rounds = 2 if told.small else told.rounds
-        self.options: Options = bench._options(told, ("gap",))
+        options: Options = bench._options(told, ("gap",))
+        less = {} if told.small else {"kv_cache_memory_bytes": 12 * GIB, "arena_nbytes": 12 * GIB}
+        self.options = msgspec.structs.replace(options, engine_options={**options.engine_options, **less})
         self.target = told.out / "bench-readers.json"
         self.began = time.monotonic()
         self.rounds = Rounds(self._say, self.options.settle_s)
