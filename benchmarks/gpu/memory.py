@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -20,17 +21,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from arguments import parser
 from in_worker import EXTENSION, resident
 
 from thaw import receipt as r
-from thaw.bench import text
 from thaw.bench.rounds import Rounds, arms_of
 from thaw.bench.sample import Sample
 from thaw.bench.vllm.arms import Document, fresh_salt, plain_children, read_trunk
+from thaw.bench.vllm.options import SUFFIX_TOKENS
 from thaw.bench.vllm.plain import Plain, beside, boot_stock
 from thaw.receipt.machine import software, this_machine
 
@@ -40,7 +41,7 @@ ENGINE: dict[str, object] = {
 }  # fmt: skip
 ARENA = {"arena_nbytes": 4 * GIB}
 SMALL: dict[str, object] = {"enforce_eager": True, "max_model_len": 1024}
-CHILDREN = 8
+CHILDREN, WARM_UP = 8, 2
 WORDS = {
     "thaw": ("with thaw", "after a cycle of plain requests and of a session: read, commit, fork, hydrate, fork"),
     "stock": ("without thaw", "after a cycle of the same plain requests"),
@@ -52,7 +53,7 @@ MEMORIES = {
 }
 NOTES = (
     "The two processes take turns, one waiting while the other runs a cycle. Before the first cycle that is recorded"
-    " each ran two without a record.",
+    " each ran two without a record. Prompts are random token ids, so that neither has a tokenizer more.",
     "GPU memory is that of the engine's processes, as the driver counts it. Of the client and of the engine's processes"
     " it is private memory in RAM (RssAnon), after Python's collector ran; the arena, pinned host memory whose size is"
     " set, is not among what is bounded.",
@@ -67,9 +68,11 @@ MOST, FLAT = 256 * MIB, 16 * MIB
 def serve(told: argparse.Namespace) -> None:
     """One of the two: boot, then a cycle for every line of standard input, each answered with what it measured."""
     length, tokens = (200, 4) if told.small else (4000, 32)
-    with _booted(told) as (engine, repo, plain, encode, ask):
-        need = length * (told.cycles + 3) + 4 * CHILDREN
-        document = Document(encode(text.document(need // 8 + 1)))
+    dice = random.Random(7)  # for a tokenizer of the bench's own would count as the client's memory
+    document = Document(
+        [dice.randrange(256) for _ in range(length * (told.cycles + WARM_UP) + SUFFIX_TOKENS * CHILDREN)]
+    )
+    with _booted(told) as (engine, repo, plain, ask):
         print(json.dumps({"booted": True}), flush=True)
         for number, _ in enumerate(sys.stdin):
             trunk = document.session(length, number)
@@ -90,21 +93,21 @@ def serve(told: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _booted(told: argparse.Namespace) -> Iterator[tuple[Any, Any, Plain, Any, Any]]:
-    """(engine, repository, plain requests, encode, ask the workers); the first two None without thaw."""
+def _booted(told: argparse.Namespace) -> Iterator[tuple[Any, Any, Plain, Any]]:
+    """(engine, repository, plain requests, ask the workers); the first two None without thaw."""
     usual = {**(SMALL if told.small else ENGINE), "worker_extension_cls": EXTENSION}
     if told.arm == "stock":
         import asyncio
 
         with boot_stock(model=told.model, **usual) as plain:
-            tokenizer = _tokenizer(told.model)
 
             def ask(name: str) -> Any:
                 return asyncio.run_coroutine_threadsafe(plain._llm.collective_rpc(name), plain._loop).result()
 
-            yield None, None, plain, lambda words: tokenizer(words)["input_ids"], ask
+            yield None, None, plain, ask
         return
     from thaw.engines import load_engine
+    from thaw.engines.served.engine import ServedEngine
     from thaw.repo import open as open_repository
 
     with (
@@ -112,13 +115,7 @@ def _booted(told: argparse.Namespace) -> Iterator[tuple[Any, Any, Plain, Any, An
         load_engine("vllm", model=told.model, **usual, **({} if told.small else ARENA)) as engine,
         open_repository(Path(folder) / "repo", engine=engine, create=True) as repo,
     ):
-        yield engine, repo, beside(engine), lambda words: engine.codec.encode(words, first=True), engine.collective_rpc
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
+        yield engine, repo, beside(engine), cast(ServedEngine, engine).collective_rpc
 
 
 def _plain_cycle(plain: Plain, document: Document, trunk: tuple[int, ...], tokens: int) -> None:
@@ -174,10 +171,10 @@ class Turns:
                 self.processes[arm] = self._start(arm)
                 self._answer(arm)
                 self._say(f"{arm}: booted")
-            for number in range(self.cycles + 2):
+            for number in range(self.cycles + WARM_UP):
                 for arm in WORDS:
-                    self._cycle(arm, number - 2)
-                if number > 2 and number % 8 == 0:
+                    self._cycle(arm, number - WARM_UP)
+                if number > WARM_UP and number % 8 == 0:
                     self.target.write_bytes(r.dumps(self.seal()))
             for process in self.processes.values():
                 assert process.stdin is not None
