@@ -347,7 +347,7 @@ FAULTS = (
     ),
     # --- law 3, whole state
     Fault(
-        "stop-string-forgotten", "3", "fake", "engines/embedded/turns.py",
+        "stop-string-forgotten", "3", "fake", "engines/session/turns.py",
         "stream = TextStream(codec, session.tokens[: turn.start], turn.sampling.stop)",
         "stream = TextStream(codec, session.tokens[: turn.start], ())",
         (f"{FAKE}::test_cut_at_a_stop_string",),

@@ -20,12 +20,12 @@ from thaw.core.cache import FullKV  # noqa: E402
 from thaw.core.errors import IncompleteModel, NotFound  # noqa: E402
 from thaw.core.identity import ModelIdentity  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
-from thaw.engines.embedded.text import TextStream  # noqa: E402
-from thaw.engines.embedded.turns import OpenTurn, _unseen_stops  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
 from thaw.engines.hf.config import stop_set  # noqa: E402
 from thaw.engines.hf.tokenizer import FileTokenizer, load_tokenizer  # noqa: E402
 from thaw.engines.served.remembered import CACHE_NAME, remembered  # noqa: E402
+from thaw.engines.session.text import TextStream  # noqa: E402
+from thaw.engines.session.turns import OpenTurn, _unseen_stops  # noqa: E402
 from thaw.engines.sglang.client.engine import SglangDialect  # noqa: E402
 
 PIECES = [

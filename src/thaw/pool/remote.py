@@ -30,7 +30,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.embedded.driver import Promise
+from thaw.engines.promise import Promise
 from thaw.pool import wire
 from thaw.pool.connection import Connection
 from thaw.pool.wire import Booted, Call

@@ -33,7 +33,6 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.embedded.turns import reseed
 from thaw.engines.served import capturing, hydrating, protocol
 from thaw.engines.served.dialect import Dialect
 from thaw.engines.served.generation import Generation
@@ -44,6 +43,7 @@ from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.served.session import ServedSession, forked, new_session
 from thaw.engines.served.talk import Talk, worker_facts
 from thaw.engines.served.transport import Transport
+from thaw.engines.session.turns import reseed
 
 CAPABILITIES = frozenset(
     {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}

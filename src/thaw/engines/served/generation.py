@@ -12,8 +12,7 @@ from functools import partial
 from thaw.core.errors import Cancelled, InvalidRequest, TooLong
 from thaw.core.objects import Chat
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
-from thaw.engines.embedded.driver import Promise
-from thaw.engines.embedded.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
+from thaw.engines.promise import Promise
 from thaw.engines.served.lane import RequestLane, claim, nobody
 from thaw.engines.served.loop import LoopThread
 from thaw.engines.served.model import ServedModel
@@ -21,6 +20,7 @@ from thaw.engines.served.protocol import Message
 from thaw.engines.served.session import ServedSession
 from thaw.engines.served.talk import Talk, refusal
 from thaw.engines.served.transport import Chunk, Submission
+from thaw.engines.session.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
 
 
 class Generation:

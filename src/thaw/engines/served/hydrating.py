@@ -10,7 +10,7 @@ from thaw.core.identity import compare
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
-from thaw.engines.embedded.driver import Promise
+from thaw.engines.promise import Promise
 from thaw.engines.served import protocol
 from thaw.engines.served.generation import Generation
 from thaw.engines.served.model import ServedModel

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from thaw.core.errors import EngineDied
-from thaw.engines.embedded.driver import Promise
+from thaw.engines.promise import Promise
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from thaw.engines.embedded.bad_words import endings
-from thaw.engines.embedded.torch_sampler import Past, entropy, pick
+from thaw.engines.sampling.torch_sampler import Past, entropy, pick
 from thaw.engines.served.sampling_extra import SamplingExtra
+from thaw.engines.session.bad_words import endings
 
 
 class Row:

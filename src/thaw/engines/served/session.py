@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.engines.base import Codec, SessionRef, SessionView
-from thaw.engines.embedded.turns import OpenTurn
 from thaw.engines.served import protocol
+from thaw.engines.session.turns import OpenTurn
 from thaw.engines.text import cut_turns
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Choosing a token with torch: the rules of `embedded.sampler`, for every engine that has its logits in a tensor.
+"""Choosing a token with torch: the rules of `sampling.sampler`, for every engine that has its logits in a tensor.
 
 Log probabilities are float32 of the raw logits, entropies float64 of these log probabilities. The draw runs in float64
 on the host, through the cumulative distribution in token order, so the token is a pure function of (logits, sampling,
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from thaw.core.sampling import Sampling, uniform
-from thaw.engines.embedded.backend import Sampled, SampleSpec
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 
 HEAD = 1024
 """How many of the largest probabilities top_p looks at before it sorts all of them. The choice does not hang on it."""

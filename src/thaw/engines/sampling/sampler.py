@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from thaw.core.sampling import Sampling, uniform
-from thaw.engines.embedded.backend import Sampled, SampleSpec
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 
 
 def log_softmax(logits: Sequence[float]) -> list[float]:

@@ -17,8 +17,8 @@ from thaw.core.objects import Chat, Turn, with_chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, Completion, GenerateRequest, SessionRef, Usage
-from thaw.engines.embedded.bad_words import BadIds, bad_ids
-from thaw.engines.embedded.text import TextStream
+from thaw.engines.session.bad_words import BadIds, bad_ids
+from thaw.engines.session.text import TextStream
 
 
 @dataclass
