@@ -64,11 +64,12 @@ class WithoutImports(ast.NodeTransformer):
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
-    """With each old name replaced, once: a new name that is another's old one stays."""
+    """With each old name replaced, once. What is a new name already stays, though it may begin with an old one."""
     if not names:
         return text
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, longest_first))})(?!\w)", lambda at: names[at[1]], text)
+    table = {new: new for new in names.values()} | dict(names)
+    longest_first = sorted(table, key=len, reverse=True)
+    return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, longest_first))})(?!\w)", lambda at: table[at[1]], text)
 
 
 def main(commits: list[str]) -> int:

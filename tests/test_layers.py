@@ -14,6 +14,7 @@ CONTRACTS = (
     "engines know nothing of one another",
     "nothing of the library needs thaw.testing",
     "engines' and web frameworks' packages are imported at one place each",
+    "served engines know nothing of embedded ones, and what both need knows neither",
 )
 PROGRAM = """
 import sys
