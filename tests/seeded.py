@@ -222,20 +222,20 @@ FAULTS = (
         "a plan without one group's bytes is loaded, and its memory is what it was",
     ),
     Fault(
-        "written-by-every-rank", "1", "none", "engines/served/rank_groups.py",
+        "written-by-every-rank", "1", "none", "engines/served/worker/rank_groups.py",
         "for rank in range(self._rank) for index", "for rank in () for index",
         (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
         "what several ranks hold is written by all of them",
     ),
     Fault(
-        "window-from-the-start", "1", "none", "engines/served/arena.py",
+        "window-from-the-start", "1", "none", "engines/served/worker/host_cache.py",
         "        first = self.first(strip)\n        return self.tensors",
         "        first = self.start\n        return self.tensors",
         (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
         "tokens of a window are taken from where a full group has them",
     ),
     Fault(
-        "states-of-later-tokens", "3", "none", "engines/served/arena.py",
+        "states-of-later-tokens", "3", "none", "engines/served/worker/host_cache.py",
         "for token, state in self.points.items() if token <= num_kv}", "for token, state in self.points.items()}",
         (f"{SERVED_GROUPS}::test_an_earlier_token_is_cut_in_every_group",),
         "a fork of an earlier token has the states of later ones",
@@ -281,7 +281,7 @@ FAULTS = (
     ),
     # --- lineage
     Fault(
-        "one-salt-for-all", "salt", "vllm", "engines/served/session.py",
+        "one-salt-for-all", "salt", "vllm", "engines/served/client/session.py",
         'f"{protocol.SALT}{own}"', 'f"{protocol.SALT}{salt or protocol.SALT}"',
         (f"{VLLM}::test_a_session_finds_nothing_of_another_that_read_the_same_prompt",),
         "sessions of different lineages share blocks in vLLM",
@@ -333,13 +333,13 @@ FAULTS = (
         "a state that was asked for is gone when the session goes on",
     ),
     Fault(
-        "position-from-the-turn", "2", "vllm", "engines/served/row.py",
+        "position-from-the-turn", "2", "vllm", "engines/served/worker/sampler.py",
         "position = self._num_prompt + len(self._output)", "position = self._extra.output_start + len(self._output)",
         ("tests/engines/on_vllm/test_sampling.py::test_where_the_request_was_cut_does_not_matter",),
         "a resumed completion draws what it drew at its beginning",
     ),
     Fault(
-        "record-not-cut", "2", "vllm", "engines/served/arena.py",
+        "record-not-cut", "2", "vllm", "engines/served/worker/host_cache.py",
         "piece if piece.stop <= num_kv else replace(piece, length=num_kv - piece.start)\n",
         "piece\n",
         (f"{VLLM}::test_a_child_that_went_its_own_way_is_cut_like_any_other",),
@@ -360,7 +360,7 @@ FAULTS = (
         "penalties forget what the completion had before the cut",
     ),
     Fault(
-        "min-tokens-begin-anew", "3", "vllm", "engines/served/row.py",
+        "min-tokens-begin-anew", "3", "vllm", "engines/served/worker/sampler.py",
         "if position - extra.output_start < extra.sampling.min_tokens",
         "if len(self._output) < extra.sampling.min_tokens",
         (f"{VLLM}::test_min_tokens_and_penalties_count_from_the_turns_start",),
@@ -397,7 +397,7 @@ FAULTS = (
         "a child's copy of the last page lacks a token",
     ),
     Fault(
-        "child-in-the-parents-record", "4", "vllm", "engines/served/lane.py",
+        "child-in-the-parents-record", "4", "vllm", "engines/served/client/request.py",
         "    if not session.own:\n", "    if session.node is None:\n",
         (f"{VLLM}::test_children_differ_by_seed_and_the_seed_is_derived",),
         "a child extends the record of its parent and siblings",
@@ -468,7 +468,7 @@ FAULTS = (
         "a restore that brought too little counts as one",
     ),
     Fault(
-        "count-not-the-engines", "6", "vllm", "engines/served/hydrating.py",
+        "count-not-the-engines", "6", "vllm", "engines/served/client/hydrating.py",
         "cached = answer.local + answer.external", "cached = want",
         ("tests/engines/on_vllm/test_interruptions.py::"
          "test_a_restore_that_the_engine_counts_short_is_not_hit",),
@@ -516,13 +516,13 @@ FAULTS = (
         "other users read a session's KV",
     ),
     Fault(
-        "mail-for-everybody", "8", "none", "engines/served/mail.py",
+        "mail-for-everybody", "8", "none", "engines/served/mailbox.py",
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)", "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
         ("tests/engines/test_served_protocol.py::test_mail_is_for_its_owner_only",),
         "other users read plans and answers",
     ),
     Fault(
-        "anybody-may-switch", "8", "none", "engines/served/mail.py",
+        "anybody-may-switch", "8", "none", "engines/served/mailbox.py",
         'if message.for_owner and not (self.folder / "grants" / message.id).exists():',
         'if message.for_owner and not (self.folder / "grants").exists():',
         ("tests/engines/test_served_protocol.py::test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail",),

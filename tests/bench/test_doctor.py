@@ -19,7 +19,7 @@ from thaw.core.cache import FullKV
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.doctor import model, place, server, software
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.vllm import kind as vllm
 from thaw.serve import record as served

@@ -18,7 +18,7 @@ import thaw
 from thaw import serve
 from thaw.cli import boot, options
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, TimedOut
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.vllm import settings as vllm
 from thaw.repo.settings import EngineSettings, recall, remember
 from thaw.serve import lifecycle

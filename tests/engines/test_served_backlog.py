@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.client.channel import Talk
+from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts
-from thaw.engines.served.talk import Talk
-from thaw.engines.served.transport import Chunk, Submission
 from thaw.engines.vllm.client.http import VllmHttpTransport
 
 STREAMS, EVENTS = 8, 600

@@ -21,18 +21,23 @@ from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan
 from thaw.engines.fake.shapes import SHAPES, WINDOW
 from thaw.engines.served.budget import Shares
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.client.channel import worker_facts
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.protocol import Answer, WorkerFacts, merge
-from thaw.engines.served.rank_groups import RankGroups
-from thaw.engines.served.talk import worker_facts
+from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.testing.laws.groups_law import least
 from thaw.testing.laws.kit import Lab
 from thaw.testing.plans import mount_at
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import MAX_PIECES, HostCache, HostRecord, Piece  # noqa: E402 - it needs torch
-from thaw.engines.served.capturing import joined_segments  # noqa: E402
-from thaw.engines.served.packing import Packing  # noqa: E402
+from thaw.engines.served.client.capturing import joined_segments  # noqa: E402
+from thaw.engines.served.worker.host_cache import (  # noqa: E402 - it needs torch
+    MAX_PIECES,
+    HostCache,
+    HostRecord,
+    Piece,
+)
+from thaw.engines.served.worker.pack_io import Packing  # noqa: E402
 from thaw.engines.vllm import jobs  # noqa: E402
 from thaw.engines.vllm.contents import BlockContents  # noqa: E402
 from thaw.engines.vllm.copier import Copier  # noqa: E402

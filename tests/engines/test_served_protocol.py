@@ -11,7 +11,7 @@ import pytest
 
 from thaw.core.errors import CorruptBlob, EngineDied, InvalidRequest, StorageFailed, ThawError
 from thaw.data.tiers.folder import folder_mount
-from thaw.engines.served.mail import SCHEDULER, Mail, default_folder
+from thaw.engines.served.mailbox import SCHEDULER, Mail, default_folder
 from thaw.engines.served.protocol import Answer, Message, Switch, Unpin, Write
 
 

@@ -11,7 +11,7 @@ import pytest
 from thaw.core.errors import Busy
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import MAX_COMMANDS, Shares
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer
 from thaw.engines.vllm import commands
 from thaw.engines.vllm.commands import SchedulerCommands

@@ -13,7 +13,7 @@ import pytest
 from thaw.core.errors import InvalidRequest
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import Room
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.scheduler import SchedulerSide

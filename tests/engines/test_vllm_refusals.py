@@ -14,7 +14,7 @@ import pytest
 
 from thaw.core.errors import Busy, NotFound, ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer
 from thaw.engines.vllm.refusals import Refusals
 

@@ -51,9 +51,9 @@ def register() -> None:
     if "THAW_TEST_FAULTS" not in os.environ or "sglang.srt.managers.scheduler" not in sys.modules:
         return
     from thaw.core.errors import StorageFailed
-    from thaw.engines.served import records
-    from thaw.engines.served.arena import HostCache
-    from thaw.engines.served.weights import WeightsSample
+    from thaw.engines.served.scheduler import records
+    from thaw.engines.served.worker.host_cache import HostCache
+    from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import pins
     from thaw.engines.sglang.pool import Pool
 

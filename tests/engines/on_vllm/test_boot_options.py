@@ -599,7 +599,7 @@ def test_a_release_that_was_not_run_is_warned_of_in_the_servers_log(
 ) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-    from thaw.engines.served.mail import Mail
+    from thaw.engines.served.mailbox import Mail
     from thaw.engines.vllm.connector import ThawConnector
 
     caplog.set_level(logging.WARNING, "thaw")

@@ -35,7 +35,7 @@ from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, SessionRef
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import MAX_COMMANDS
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.vllm.client.http import VllmHttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests

@@ -36,8 +36,8 @@ from thaw.testing.plans import capture_plan, mount_at
 
 pytest.importorskip("vllm")
 
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.talk import worker_facts
+from thaw.engines.served.client.channel import worker_facts
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.settings import VllmSettings
 

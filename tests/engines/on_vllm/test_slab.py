@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from thaw.engines.served.slab import GRAIN, Slab  # noqa: E402
+from thaw.engines.served.worker.pinned_buffer import GRAIN, Slab  # noqa: E402
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from thaw.core.errors import NotFound, TooLong
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import HostRecord
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
 from thaw.engines.served.guard import described
-from thaw.engines.served.packing import Packing
 from thaw.engines.served.protocol import Answer
+from thaw.engines.served.worker.host_cache import HostRecord
+from thaw.engines.served.worker.pack_io import Packing
 from thaw.engines.sglang.epochs import require_usable
 from thaw.engines.sglang.records import RankRecord
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thaw.core.errors import StaleSession, StorageFailed
-from thaw.engines.served.weights import WeightsSample
+from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.sglang.agreement import Agreement
 from thaw.engines.sglang.records import RankRecord
 

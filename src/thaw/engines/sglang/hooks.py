@@ -24,7 +24,7 @@ from typing import Any
 from thaw.core.errors import InvalidRequest, ThawError
 from thaw.engines.served import protocol
 from thaw.engines.served.guard import guarded
-from thaw.engines.served.said import http_status, said
+from thaw.engines.served.http_errors import http_status, said
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
 from thaw.engines.sglang import support, versions
 from thaw.engines.sglang.agreement import Due

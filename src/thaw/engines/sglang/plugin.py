@@ -70,9 +70,9 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.hf.checkpoint import require_whole
     from thaw.engines.hf.config import eos_token_ids
     from thaw.engines.served import protocol
-    from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
+    from thaw.engines.served.mailbox import SCHEDULER, Mail, default_folder, sweep_dead
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
-    from thaw.engines.served.weights import WeightsSample
+    from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import support, versions
     from thaw.engines.sglang.agreement import Agreement
     from thaw.engines.sglang.pool import Pool

@@ -9,8 +9,8 @@ import torch
 
 from thaw.core.errors import ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import HostRecord, Piece
 from thaw.engines.served.budget import GUEST, Caller
+from thaw.engines.served.worker.host_cache import HostRecord, Piece
 from thaw.engines.sglang.rows import Chosen
 
 

@@ -16,8 +16,8 @@ import torch
 
 from thaw.core.errors import ThawError
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.served.row import Row
 from thaw.engines.served.sampling_extra import SamplingExtra
+from thaw.engines.served.worker.sampler import Row
 
 
 class Chosen:

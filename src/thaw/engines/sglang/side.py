@@ -31,16 +31,16 @@ import torch
 from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
-from thaw.engines.served.arena import HostCache, HostRecord, Piece
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.served.mail import SCHEDULER, Mail
-from thaw.engines.served.packing import Packing
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
-from thaw.engines.served.rank_groups import RankGroups
-from thaw.engines.served.records import Records
 from thaw.engines.served.sampling_extra import SamplingExtra
-from thaw.engines.served.weights import WeightsSample
+from thaw.engines.served.scheduler.records import Records
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece
+from thaw.engines.served.worker.pack_io import Packing
+from thaw.engines.served.worker.rank_groups import RankGroups
+from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.sglang.agreement import Agreement, Due
 from thaw.engines.sglang.commands import RankCommands
 from thaw.engines.sglang.contents import SlotContents, empty_chain, equal_length

@@ -14,7 +14,7 @@ import msgspec
 from thaw.core.errors import Busy, InvalidRequest, ThawError, TimedOut, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
-from thaw.engines.served.mail import SCHEDULER
+from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.records import SchedulerRecord

@@ -28,9 +28,9 @@ from thaw.data.tiers.folder import folder_mount
 from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.hf.config import eos_token_ids
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
+from thaw.engines.served.mailbox import SCHEDULER, Mail, default_folder, sweep_dead
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
-from thaw.engines.served.weights import WeightsSample, owner_of
+from thaw.engines.served.worker.weights_probe import WeightsSample, owner_of
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.layout import cache_groups, make_layouts

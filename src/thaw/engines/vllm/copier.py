@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from thaw.core.errors import StorageFailed
-from thaw.engines.served.arena import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.budget import Caller
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.vllm.jobs import Tables
 from thaw.engines.vllm.layout.base import KVLayout
 

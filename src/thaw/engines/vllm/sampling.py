@@ -27,9 +27,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from thaw.core.errors import InvalidRequest, ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.row import Row
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.sampling_extra import EXTRA, from_extra
+from thaw.engines.served.worker.sampler import Row
 from thaw.engines.vllm import support
 from thaw.engines.vllm.versions import v2_processor
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thaw.engines.served.records import Records
+from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.contents import BlockContents
 from thaw.engines.vllm.jobs import Job

@@ -24,9 +24,9 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts
-from thaw.engines.served.records import Records
+from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs, support
 from thaw.engines.vllm.commands import SchedulerCommands, refused, reply
 from thaw.engines.vllm.contents import BlockContents

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
-from thaw.engines.served.arena import HostCache, HostRecord
 from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.packing import Packing
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.protocol import Answer, WorkerFacts
-from thaw.engines.served.rank_groups import RankGroups
-from thaw.engines.served.weights import WeightsSample
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord
+from thaw.engines.served.worker.pack_io import Packing
+from thaw.engines.served.worker.rank_groups import RankGroups
+from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.vllm import jobs
 from thaw.engines.vllm.copier import make_copier
 from thaw.engines.vllm.jobs import Job

@@ -25,9 +25,9 @@ from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut
 from thaw.data.files import read_tail
 from thaw.engines.hf.config import check_length, load_config
 from thaw.engines.keys import api_key as key_for
-from thaw.engines.served.joining import join
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.transport import Transport
+from thaw.engines.served.client.attach import join
+from thaw.engines.served.client.transport import Transport
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.http import SglangHttpTransport
 from thaw.engines.sglang.settings import (

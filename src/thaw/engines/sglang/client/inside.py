@@ -20,11 +20,11 @@ import msgspec
 
 from thaw.core.canonical import prepare
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut, Unsupported
-from thaw.engines.served.elsewhere import ElsewhereTransport
-from thaw.engines.served.http import HELLO_LIMIT_S
-from thaw.engines.served.said import error_text
-from thaw.engines.served.shared import shared_mail
-from thaw.engines.served.transport import Chunk, Submission, Transport
+from thaw.engines.served.client.foreign_loop import ElsewhereTransport
+from thaw.engines.served.client.http import HELLO_LIMIT_S
+from thaw.engines.served.client.mailbox_check import shared_mail
+from thaw.engines.served.client.transport import Chunk, Submission, Transport
+from thaw.engines.served.http_errors import error_text
 from thaw.engines.sglang.client import wire
 
 T = TypeVar("T")

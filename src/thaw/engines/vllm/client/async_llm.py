@@ -11,8 +11,8 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail, default_folder
-from thaw.engines.served.transport import Chunk, LogprobsOfToken, Submission, Transport
+from thaw.engines.served.client.transport import Chunk, LogprobsOfToken, Submission, Transport
+from thaw.engines.served.mailbox import Mail, default_folder
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.settings import from_extra_config
 

@@ -9,9 +9,9 @@ from thaw.core.errors import EngineDied, InvalidRequest, ThawError, Unsupported
 from thaw.engines.base import Engine
 from thaw.engines.hf.config import check_length, load_config, num_positions
 from thaw.engines.keys import api_key as key_for
-from thaw.engines.served.engine import MAX_TOP_LOGPROBS
-from thaw.engines.served.joining import join
-from thaw.engines.served.transport import Transport
+from thaw.engines.served.client.attach import join
+from thaw.engines.served.client.engine import MAX_TOP_LOGPROBS
+from thaw.engines.served.client.transport import Transport
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.client.fleet import DataParallelEngine
@@ -140,7 +140,7 @@ def _in_this_process(target: Any) -> Transport:
 
         return LLMTransport(target)
     if isinstance(target, AsyncLLM):
-        from thaw.engines.served.elsewhere import ElsewhereTransport
+        from thaw.engines.served.client.foreign_loop import ElsewhereTransport
         from thaw.engines.vllm.client.async_llm import AsyncLLMTransport, home_of
 
         inner = AsyncLLMTransport(target, owned=False)

@@ -9,8 +9,8 @@ from typing import Any
 from thaw.core.errors import Unsupported
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling, StructuredOutputs
-from thaw.engines.served.dialect import Dialect
-from thaw.engines.served.engine import CAPABILITIES, ServedEngine
+from thaw.engines.served.client.dialect import Dialect
+from thaw.engines.served.client.engine import CAPABILITIES, ServedEngine
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
 from thaw.engines.session.bad_words import bad_ids, straddling

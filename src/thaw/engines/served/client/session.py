@@ -16,7 +16,7 @@ from thaw.engines.session.turns import OpenTurn
 from thaw.engines.text import cut_turns
 
 if TYPE_CHECKING:
-    from thaw.engines.served.lane import RequestLane
+    from thaw.engines.served.client.request import RequestLane
 
 
 class Node:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.protocol import EngineFacts
 
 

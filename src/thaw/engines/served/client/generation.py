@@ -13,13 +13,13 @@ from thaw.core.errors import Cancelled, InvalidRequest, TooLong
 from thaw.core.objects import Chat
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.promise import Promise
-from thaw.engines.served.lane import RequestLane, claim, nobody
-from thaw.engines.served.loop import LoopThread
-from thaw.engines.served.model import ServedModel
+from thaw.engines.served.client.channel import Talk, refusal
+from thaw.engines.served.client.event_loop import LoopThread
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.request import RequestLane, claim, nobody
+from thaw.engines.served.client.session import ServedSession
+from thaw.engines.served.client.transport import Chunk, Submission
 from thaw.engines.served.protocol import Message
-from thaw.engines.served.session import ServedSession
-from thaw.engines.served.talk import Talk, refusal
-from thaw.engines.served.transport import Chunk, Submission
 from thaw.engines.session.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
 
 

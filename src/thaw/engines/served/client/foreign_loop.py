@@ -11,7 +11,7 @@ import concurrent.futures
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
-from thaw.engines.served.transport import Chunk, Submission, Transport
+from thaw.engines.served.client.transport import Chunk, Submission, Transport
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ class WeightsSample:
         self._tables = [module._parameters for module in model.modules() if module._parameters]
         self._peek: Callable[[list[torch.Tensor]], bytes] | None = None
         if all(tensor.is_cuda for _, tensor in _named(model)):
-            from thaw.engines.served.weights_triton import Peek
+            from thaw.engines.served.worker.weights_probe_triton import Peek
 
             self._peek = Peek(SAMPLES)
         self.epoch = 0

@@ -11,10 +11,10 @@ from thaw.core.errors import NotHit
 from thaw.core.objects import Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest
 from thaw.engines.served import protocol
+from thaw.engines.served.client.channel import refusal
+from thaw.engines.served.client.session import Node, ServedSession
+from thaw.engines.served.client.transport import Chunk
 from thaw.engines.served.protocol import Answer
-from thaw.engines.served.session import Node, ServedSession
-from thaw.engines.served.talk import refusal
-from thaw.engines.served.transport import Chunk
 from thaw.engines.session.turns import completion
 
 

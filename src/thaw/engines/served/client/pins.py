@@ -9,10 +9,10 @@ import secrets
 from thaw.core.errors import ThawError
 from thaw.engines.base import SessionRef
 from thaw.engines.served import protocol
-from thaw.engines.served.loop import LoopThread
-from thaw.engines.served.mail import SCHEDULER
-from thaw.engines.served.session import ServedSession
-from thaw.engines.served.talk import Talk
+from thaw.engines.served.client.channel import Talk
+from thaw.engines.served.client.event_loop import LoopThread
+from thaw.engines.served.client.session import ServedSession
+from thaw.engines.served.mailbox import SCHEDULER
 
 
 class ClientPins:

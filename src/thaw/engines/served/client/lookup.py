@@ -19,7 +19,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.core.findings import Finding
 from thaw.data.files import read_at_most
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail, ranks_beside
+from thaw.engines.served.mailbox import Mail, ranks_beside
 from thaw.engines.served.protocol import EngineFacts
 
 ASK_LIMIT_S = 5.0

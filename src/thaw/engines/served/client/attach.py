@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from thaw.core.cache import CacheGroup
 from thaw.core.identity import ModelIdentity
-from thaw.engines.served.engine import ServedEngine
-from thaw.engines.served.loop import LoopThread
-from thaw.engines.served.remembered import remembered
-from thaw.engines.served.transport import Transport
+from thaw.engines.served.client.engine import ServedEngine
+from thaw.engines.served.client.event_loop import LoopThread
+from thaw.engines.served.client.remembered import remembered
+from thaw.engines.served.client.transport import Transport
 
 E = TypeVar("E", bound=ServedEngine)
 
@@ -65,7 +65,7 @@ def _engine(kind: type[E], transport: Transport, policy: str, loop: LoopThread) 
     def identity(groups: tuple[CacheGroup, ...]) -> ModelIdentity:
         def say() -> ModelIdentity:
             """By torch and transformers, as every engine says it."""
-            from thaw.engines.served.identity import model_identity
+            from thaw.engines.served.client.identity import model_identity
 
             known = HFCodec(transformers_tokenizer(name))
             return model_identity(Path(name), dtype=facts.dtype, groups=groups, codec=known, overrides=facts.overrides)

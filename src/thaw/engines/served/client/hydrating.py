@@ -12,11 +12,11 @@ from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
 from thaw.engines.promise import Promise
 from thaw.engines.served import protocol
-from thaw.engines.served.generation import Generation
-from thaw.engines.served.model import ServedModel
-from thaw.engines.served.session import Node, ServedSession, new_session
-from thaw.engines.served.talk import Talk, refusal
-from thaw.engines.served.transport import Chunk, Submission
+from thaw.engines.served.client.channel import Talk, refusal
+from thaw.engines.served.client.generation import Generation
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.session import Node, ServedSession, new_session
+from thaw.engines.served.client.transport import Chunk, Submission
 
 
 async def hydrate(plan: HydratePlan, talk: Talk, model: ServedModel, generation: Generation) -> ServedSession:

@@ -14,7 +14,7 @@ from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.base import Codec, EngineInfo
 from thaw.engines.served import protocol
-from thaw.engines.served.talk import Talk
+from thaw.engines.served.client.channel import Talk
 
 
 class ServedModel:

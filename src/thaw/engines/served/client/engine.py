@@ -33,16 +33,17 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.served import capturing, hydrating, protocol
-from thaw.engines.served.dialect import Dialect
-from thaw.engines.served.generation import Generation
-from thaw.engines.served.loop import LoopThread, soon
-from thaw.engines.served.model import ServedModel
-from thaw.engines.served.pins import ClientPins
+from thaw.engines.served import protocol
+from thaw.engines.served.client import capturing, hydrating
+from thaw.engines.served.client.channel import Talk, worker_facts
+from thaw.engines.served.client.dialect import Dialect
+from thaw.engines.served.client.event_loop import LoopThread, soon
+from thaw.engines.served.client.generation import Generation
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.pins import ClientPins
+from thaw.engines.served.client.session import ServedSession, forked, new_session
+from thaw.engines.served.client.transport import Transport
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
-from thaw.engines.served.session import ServedSession, forked, new_session
-from thaw.engines.served.talk import Talk, worker_facts
-from thaw.engines.served.transport import Transport
 from thaw.engines.session.turns import reseed
 
 CAPABILITIES = frozenset(

@@ -15,11 +15,11 @@ import msgspec
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
 from thaw.core.text import is_text
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.client.mailbox_check import shared_mail
+from thaw.engines.served.client.transport import Chunk, Submission, Transport
+from thaw.engines.served.http_errors import error_text, server_message
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.protocol import EngineFacts, Message
-from thaw.engines.served.said import error_text, server_message
-from thaw.engines.served.shared import shared_mail
-from thaw.engines.served.transport import Chunk, Submission, Transport
 
 JSON = {"Content-Type": "application/json"}
 CONNECT_LIMIT_S = 30.0

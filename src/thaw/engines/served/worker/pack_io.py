@@ -23,11 +23,11 @@ from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
 from thaw.engines.restoring import TokenRange
-from thaw.engines.served.arena import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.budget import Caller
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.protocol import Answer, Blob
-from thaw.engines.served.rank_groups import RankGroups
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
+from thaw.engines.served.worker.rank_groups import RankGroups
 
 READERS = min(16, max(2, len(os.sched_getaffinity(0))))
 """Threads that read a plan's blobs, each with one blob of scratch."""

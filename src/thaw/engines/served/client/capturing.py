@@ -15,11 +15,11 @@ from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
 from thaw.engines.served import protocol
-from thaw.engines.served.lane import RequestLane
-from thaw.engines.served.model import ServedModel
+from thaw.engines.served.client.channel import Talk
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.request import RequestLane
+from thaw.engines.served.client.session import ServedSession
 from thaw.engines.served.protocol import Answer, Blob
-from thaw.engines.served.session import ServedSession
-from thaw.engines.served.talk import Talk
 from thaw.engines.text import cut_turns
 
 Named: TypeAlias = dict[str, list[Blob]]

@@ -10,8 +10,8 @@ from thaw.core.errors import BadSampling
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec, EngineInfo
+from thaw.engines.served.client.transport import Chunk
 from thaw.engines.served.protocol import EngineFacts
-from thaw.engines.served.transport import Chunk
 from thaw.engines.session.bad_words import check as check_sampling
 from thaw.engines.session.turns import OpenTurn
 

@@ -18,10 +18,10 @@ import msgspec
 from thaw.core.errors import LawBroken, NotFound, ThawError, TimedOut
 from thaw.engines.error_kinds import made
 from thaw.engines.served import protocol
-from thaw.engines.served.dialect import Dialect
-from thaw.engines.served.mail import SCHEDULER
+from thaw.engines.served.client.dialect import Dialect
+from thaw.engines.served.client.transport import Chunk, Submission, Transport
+from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, Message, WorkerFacts, merge
-from thaw.engines.served.transport import Chunk, Submission, Transport
 
 COMMAND_LIMIT_S = 600.0
 FAREWELL_LIMIT_S = 5.0

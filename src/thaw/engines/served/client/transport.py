@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from thaw.core.errors import Unsupported
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mail
 from thaw.engines.served.protocol import EngineFacts, Message
 
 LogprobsOfToken = tuple[tuple[int, float], ...]

@@ -27,8 +27,8 @@ import torch
 
 from thaw.core.errors import StorageFailed
 from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Caller, Room, Shares, mib
-from thaw.engines.served.rank_groups import RankGroups
-from thaw.engines.served.slab import Slab
+from thaw.engines.served.worker.pinned_buffer import Slab
+from thaw.engines.served.worker.rank_groups import RankGroups
 
 MAX_PIECES = 64
 """A record of more pieces is joined into one: loads should not walk through crumbs."""
