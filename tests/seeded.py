@@ -141,7 +141,7 @@ FAULTS = (
         "a fork inside a segment takes the blob's last tokens, not its first",
     ),
     Fault(
-        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout/packed.py",
+        "keys-and-values-swapped", "1", "vllm", "engines/vllm/worker/layout/packed.py",
         "source[:, layer, 0].transpose(0, 1), source[:, layer, 1].transpose(0, 1), slots",
         "source[:, layer, 1].transpose(0, 1), source[:, layer, 0].transpose(0, 1), slots",
         ("tests/engines/on_vllm/test_layout.py::TestPackedPages::test_scatter_is_the_inverse_and_touches_nothing_else",),
@@ -154,26 +154,26 @@ FAULTS = (
         "a capture holds the keys twice",
     ),
     Fault(
-        "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
+        "first-block-speaks-for-all", "1", "vllm", "engines/vllm/scheduler/content_ids.py",
         "                if self._in_block.get(block.block_id) != number:\n                    return True\n",
         "                return self._in_block.get(block.block_id) != number\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
     ),
     Fault(
-        "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
+        "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/scheduler/content_ids.py",
         "        return before if same else Found()", "        return before",
         ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
         "what one session found in the engine's blocks is taken for what another finds",
     ),
     Fault(
-        "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler.py",
+        "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler/scheduler.py",
         "        if not run.hidden and local == run.want + 1:", "        if False:",
         (f"{VLLM}::test_a_live_child_computes_what_a_hydrated_one_does",),
         "a child finds the KV of the session's last token where that fills a block, one of a hydrated session does not",
     ),
     Fault(
-        "one-group-shows-the-block", "1", "none", "engines/vllm/contents.py",
+        "one-group-shows-the-block", "1", "none", "engines/vllm/scheduler/content_ids.py",
         "bool(self.pool.get_cached_block(block_hash, self._groups))",
         "bool(self.pool.get_cached_block(block_hash, [0]))",
         ("tests/engines/test_vllm_guard.py::"
@@ -241,7 +241,7 @@ FAULTS = (
         "a fork of an earlier token has the states of later ones",
     ),
     Fault(
-        "one-table-for-all-groups", "1", "none", "engines/vllm/copier.py",
+        "one-table-for-all-groups", "1", "none", "engines/vllm/worker/copier.py",
         "for layout, blocks, tensor in zip(self._layouts, tables, tensors, strict=True):\n            layout.gather",
         "for layout, blocks, tensor in zip(self._layouts, tables[:1] * len(tables), tensors, strict=True):\n"
         "            layout.gather",
@@ -249,7 +249,7 @@ FAULTS = (
         "a group's KV is taken from another group's blocks",
     ),
     Fault(
-        "first-group-speaks-for-all", "1", "none", "engines/vllm/contents.py",
+        "first-group-speaks-for-all", "1", "none", "engines/vllm/scheduler/content_ids.py",
         "            for block in hit:\n", "            for block in hit[:1]:\n",
         (f"{SERVED_GROUPS}::test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign",),
         "a sibling's block of another group is taken for the session's",
@@ -367,7 +367,7 @@ FAULTS = (
         "the end is held back for min_tokens more after the cut",
     ),
     Fault(
-        "grammar-begins-anew", "3", "vllm", "engines/vllm/scheduler.py",
+        "grammar-begins-anew", "3", "vllm", "engines/vllm/scheduler/scheduler.py",
         "prior = list(request.all_token_ids[start:])", "prior = list(request.output_token_ids)",
         ("tests/engines/on_vllm/test_structured.py::test_a_resumed_completion_is_the_uninterrupted_one",),
         "structured output goes on as if nothing had been written",
@@ -448,7 +448,7 @@ FAULTS = (
         "two models that differ in their rope alone are one",
     ),
     Fault(
-        "old-weights-served", "5", "vllm", "engines/vllm/worker.py",
+        "old-weights-served", "5", "vllm", "engines/vllm/worker/worker.py",
         "        if record.epoch != now:\n            raise StaleSession(",
         "        if record.epoch > now:\n            raise StaleSession(",
         (f"{VLLM}::test_weights_changed_in_place_are_noticed",),
@@ -530,13 +530,13 @@ FAULTS = (
     ),
     # --- law 9, good guest
     Fault(
-        "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker.py",
+        "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker/worker.py",
         "            guarded(partial(self._do, job), partial(self._failed, job))\n", "            self._do(job)\n",
         ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
         "a load that fails takes vLLM with it",
     ),
     Fault(
-        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler.py",
+        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler/scheduler.py",
         "found = guarded(partial(self._match, request, run, local), partial(self._stop, run))",
         "found = self._match(request, run, local)",
         ("tests/engines/test_vllm_guard.py::test_what_nobody_foresaw_ends_the_one_request",),
@@ -550,7 +550,7 @@ FAULTS = (
         "a token that cannot be chosen takes SGLang with it",
     ),
     Fault(
-        "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler.py",
+        "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler/scheduler.py",
         "        self.pins.reset()\n", "        self.pins.release()\n",
         ("tests/engines/on_vllm/test_operators.py::"
          "test_a_reset_with_the_connector_ends_the_pins_and_works_the_second_time",),

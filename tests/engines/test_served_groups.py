@@ -39,14 +39,14 @@ from thaw.engines.served.worker.host_cache import (  # noqa: E402 - it needs tor
 )
 from thaw.engines.served.worker.pack_io import Packing  # noqa: E402
 from thaw.engines.vllm import jobs  # noqa: E402
-from thaw.engines.vllm.contents import BlockContents  # noqa: E402
-from thaw.engines.vllm.copier import Copier  # noqa: E402
-from thaw.engines.vllm.layout import cache_groups, make_layouts  # noqa: E402
-from thaw.engines.vllm.layout.base import layer_order  # noqa: E402
-from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
-from thaw.engines.vllm.records import SchedulerRecord as Known  # noqa: E402
+from thaw.engines.vllm.scheduler.content_ids import BlockContents  # noqa: E402
+from thaw.engines.vllm.scheduler.records import SchedulerRecord as Known  # noqa: E402
 from thaw.engines.vllm.settings import VllmSettings  # noqa: E402
-from thaw.engines.vllm.worker import WorkerSide  # noqa: E402
+from thaw.engines.vllm.worker.copier import Copier  # noqa: E402
+from thaw.engines.vllm.worker.layout import cache_groups, make_layouts  # noqa: E402
+from thaw.engines.vllm.worker.layout.base import layer_order  # noqa: E402
+from thaw.engines.vllm.worker.layout.strided import TorchPages  # noqa: E402
+from thaw.engines.vllm.worker.worker import WorkerSide  # noqa: E402
 
 ME, LEFT, KEPT = "1" * 32, "2" * 32, "3" * 32
 RANKS = [("one", 1), ("one", 2), ("two", 1), ("two", 3), ("hybrid", 1), ("hybrid", 2), ("hybrid", 4), ("latent", 3)]
@@ -253,7 +253,7 @@ def test_each_group_is_copied_by_its_own_block_table(lab: Lab) -> None:
 
 
 def test_layouts_are_one_for_each_group_and_strange_caches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.engines.vllm.layout.make_layout", TorchPages)
+    monkeypatch.setattr("thaw.engines.vllm.worker.layout.make_layout", TorchPages)
     one, two = pages(8, (0, 2), 1), pages(4, (1, 3), 2)
     found = make_layouts({**one, **two}, [list(one), list(two)])
     assert [layout.layer_names for layout in found] == [layer_order(one), layer_order(two)]

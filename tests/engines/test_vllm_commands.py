@@ -13,8 +13,8 @@ from thaw.engines.served import protocol
 from thaw.engines.served.budget import MAX_COMMANDS, Shares
 from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer
-from thaw.engines.vllm import commands
-from thaw.engines.vllm.commands import SchedulerCommands
+from thaw.engines.vllm.scheduler import commands
+from thaw.engines.vllm.scheduler.commands import SchedulerCommands
 
 ONE, TWO = "1" * 32, "2" * 32
 

@@ -16,7 +16,7 @@ from thaw.engines.served.budget import Room
 from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.scheduler import SchedulerSide
+from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import VllmSettings
 from thaw.testing.messages import HOSTILE, MOST_SAID, odd_messages
 

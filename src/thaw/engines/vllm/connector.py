@@ -33,12 +33,12 @@ from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.served.worker.weights_probe import WeightsSample, owner_of
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.layout import cache_groups, make_layouts
 from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
-from thaw.engines.vllm.scheduler import SchedulerSide
+from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
-from thaw.engines.vllm.worker import WorkerSide
+from thaw.engines.vllm.worker.layout import cache_groups, make_layouts
+from thaw.engines.vllm.worker.worker import WorkerSide
 
 if TYPE_CHECKING:
     import torch

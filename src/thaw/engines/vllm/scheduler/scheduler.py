@@ -28,15 +28,15 @@ from thaw.engines.served.mailbox import SCHEDULER, Mail
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs, support
-from thaw.engines.vllm.commands import SchedulerCommands, refused, reply
-from thaw.engines.vllm.contents import BlockContents
-from thaw.engines.vllm.groups import Groups
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.loads import Loads
-from thaw.engines.vllm.pins import BlockPins
-from thaw.engines.vllm.records import SchedulerRecord
-from thaw.engines.vllm.running import Running, give_own_salt, is_aborted, is_failed
-from thaw.engines.vllm.saving import Saving
+from thaw.engines.vllm.scheduler.commands import SchedulerCommands, refused, reply
+from thaw.engines.vllm.scheduler.content_ids import BlockContents
+from thaw.engines.vllm.scheduler.gang import Groups
+from thaw.engines.vllm.scheduler.loads import Loads
+from thaw.engines.vllm.scheduler.pins import BlockPins
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.requests import Running, give_own_salt, is_aborted, is_failed
+from thaw.engines.vllm.scheduler.saves import Saving
 from thaw.engines.vllm.settings import VllmSettings
 
 log = logging.getLogger("thaw.vllm")

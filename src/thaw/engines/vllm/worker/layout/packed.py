@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from thaw.core.errors import Unsupported
-from thaw.engines.vllm.layout.base import BITS, KVLayout, Span, spans
+from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, Span, spans
 
 SCRATCH = 4 << 20
 """Bytes of pages that are unpacked at a time: few enough for a core's cache, many enough for threads to share."""

@@ -4,8 +4,8 @@ need one load: the first asks for it, the others wait and find its blocks."""
 from __future__ import annotations
 
 from thaw.engines.served.scheduler.records import Records
-from thaw.engines.vllm.records import SchedulerRecord
-from thaw.engines.vllm.running import Running
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.requests import Running
 
 
 class Loads:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from thaw.engines.vllm.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
 
 
 @dataclass

@@ -21,7 +21,7 @@ from thaw.core.errors import StorageFailed
 from thaw.engines.served.budget import Caller
 from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.vllm.jobs import Tables
-from thaw.engines.vllm.layout.base import KVLayout
+from thaw.engines.vllm.worker.layout.base import KVLayout
 
 SCATTER_TOKENS = 1024
 """A load in the background on a CPU lets the steps of others in after so many tokens."""

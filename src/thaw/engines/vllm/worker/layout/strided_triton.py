@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from thaw.engines.vllm.layout.strided import Part, TorchPages
+from thaw.engines.vllm.worker.layout.strided import Part, TorchPages
 
 TILE = 16
 """Tokens of one program: of one layer and one head."""

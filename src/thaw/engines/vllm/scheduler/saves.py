@@ -8,10 +8,10 @@ from typing import Any
 
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.contents import BlockContents
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.records import SchedulerRecord
-from thaw.engines.vllm.running import Running, is_failed
+from thaw.engines.vllm.scheduler.content_ids import BlockContents
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.requests import Running, is_failed
 
 
 class Saving:

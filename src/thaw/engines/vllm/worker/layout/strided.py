@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from thaw.engines.vllm.layout.base import KVLayout, spans
+from thaw.engines.vllm.worker.layout.base import KVLayout, spans
 
 STAGING = 128 << 20
 """Bytes of device memory for both staging buffers of loads, and of pinned host memory for their twins."""

@@ -24,10 +24,10 @@ from thaw.engines.served.worker.pack_io import Packing
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.copier import make_copier
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.layout.base import KVLayout
 from thaw.engines.vllm.settings import VllmSettings
+from thaw.engines.vllm.worker.copier import make_copier
+from thaw.engines.vllm.worker.layout.base import KVLayout
 
 log = logging.getLogger("thaw.vllm")
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 from thaw.core.errors import InvalidRequest
-from thaw.engines.vllm.contents import BlockContents
-from thaw.engines.vllm.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.content_ids import BlockContents
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
 from thaw.engines.vllm.settings import VllmSettings
 
 

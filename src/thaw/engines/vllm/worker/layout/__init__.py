@@ -12,7 +12,7 @@ import torch
 
 from thaw.core.cache import FullKV, layers_of
 from thaw.core.errors import Unsupported
-from thaw.engines.vllm.layout.base import BITS, KVLayout, layer_order
+from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order
 
 HEAD_DIMS_OF_ONE_HEAD = frozenset({32, 64, 80, 96, 112, 128, 192, 224, 256, 512})
 """Head sizes believed of a cache with one KV head; others (288 of MLA's 512 + 64) are a latent, not keys and values."""
@@ -28,11 +28,11 @@ def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
     checked = _full_attention(kv_caches)
     device = next(iter(checked.values())).device.type
     if device == "cpu":
-        from thaw.engines.vllm.layout.packed import CpuPackedPages
+        from thaw.engines.vllm.worker.layout.packed import CpuPackedPages
 
         return CpuPackedPages(checked)
     if device == "cuda":
-        from thaw.engines.vllm.layout.strided_triton import TritonPages
+        from thaw.engines.vllm.worker.layout.strided_triton import TritonPages
 
         return TritonPages(checked)
     raise Unsupported(f"KV caches on device {device!r} cannot be snapshotted; thaw reads those of cuda and cpu")

@@ -17,10 +17,10 @@ from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
 from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
 
 if TYPE_CHECKING:
-    from thaw.engines.vllm.scheduler import SchedulerSide
+    from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 
 
 HELD_LIMIT_S = 900.0
