@@ -148,7 +148,7 @@ FAULTS = (
         "what is loaded into vLLM's pages has its keys where values belong",
     ),
     Fault(
-        "keys-for-values", "1", "sglang", "engines/sglang/pool.py",
+        "keys-for-values", "1", "sglang", "engines/sglang/scheduler/kv_pool.py",
         "out[:, layer, 1] = values[slots]", "out[:, layer, 1] = keys[slots]",
         (f"{SGLANG}::test_a_second_turn_after_a_hydrate_is_exact_too",),
         "a capture holds the keys twice",
@@ -181,7 +181,7 @@ FAULTS = (
         "a block that only one cache group has counts as one that siblings read",
     ),
     Fault(
-        "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",
+        "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/scheduler/radix_cache.py",
         "if not self.side.contents.are(slots, record.chain):",
         "if not self.side.contents.are(slots[:1], record.chain):",
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
@@ -455,7 +455,7 @@ FAULTS = (
         "a session goes on with KV of weights that are gone",
     ),
     Fault(
-        "old-weights-served-by-sglang", "5", "sglang", "engines/sglang/epochs.py",
+        "old-weights-served-by-sglang", "5", "sglang", "engines/sglang/scheduler/weights_epoch.py",
         "    if record.kept.epoch != epoch:\n", "    if record.kept.epoch > epoch:\n",
         (f"{SGLANG}::test_weights_changed_in_place_are_noticed",),
         "a session goes on with KV of weights that are gone",
@@ -543,7 +543,7 @@ FAULTS = (
         "what nobody foresaw in one request's session takes vLLM with it",
     ),
     Fault(
-        "failing-token-ends-the-engine", "9", "none", "engines/sglang/rows.py",
+        "failing-token-ends-the-engine", "9", "none", "engines/sglang/scheduler/sampler.py",
         "token = guarded(partial(row.pick, host_RV[i], int(seq_lens[index])), row.failed)",
         "token = row.pick(host_RV[i], int(seq_lens[index]))",
         ("tests/engines/test_sglang_guard.py::test_a_token_that_cannot_be_chosen_costs_its_own_request",),
@@ -557,7 +557,7 @@ FAULTS = (
         "vLLM's own reset of its prefix cache fails for as long as somebody pins",
     ),
     Fault(
-        "pins-outlive-a-flush", "9", "sglang", "engines/sglang/side.py",
+        "pins-outlive-a-flush", "9", "sglang", "engines/sglang/scheduler/scheduler.py",
         "        self.pins.lost()\n", "",
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
          "test_sglangs_own_flush_works_with_sessions_parked_and_pinned",),

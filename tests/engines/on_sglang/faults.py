@@ -54,8 +54,8 @@ def register() -> None:
     from thaw.engines.served.scheduler import records
     from thaw.engines.served.worker.host_cache import HostCache
     from thaw.engines.served.worker.weights_probe import WeightsSample
-    from thaw.engines.sglang import pins
-    from thaw.engines.sglang.pool import Pool
+    from thaw.engines.sglang.scheduler import pins
+    from thaw.engines.sglang.scheduler.kv_pool import Pool
 
     def fail_to_load(*_: Any) -> None:
         if _is_on("load"):

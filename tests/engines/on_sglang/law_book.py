@@ -12,7 +12,7 @@ from guarded import GuardedTests
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client.boot import KEPT_BACK
 from thaw.engines.sglang.client.engine import SglangEngine
-from thaw.engines.sglang.client.inside import InsideTransport
+from thaw.engines.sglang.client.engine_object import InsideTransport
 from thaw.engines.sglang.settings import BACKEND, ON_CPU
 
 

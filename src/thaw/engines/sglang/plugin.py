@@ -51,7 +51,7 @@ def make_cache(context: Any) -> Any:
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
 
     from thaw.engines.sglang import hooks, support
-    from thaw.engines.sglang.cache import ThawRadixCache
+    from thaw.engines.sglang.scheduler.radix_cache import ThawRadixCache
     from thaw.engines.sglang.settings import from_environment
 
     settings = from_environment()
@@ -74,10 +74,10 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
     from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import support, versions
-    from thaw.engines.sglang.agreement import Agreement
-    from thaw.engines.sglang.pool import Pool
+    from thaw.engines.sglang.scheduler.kv_pool import Pool
+    from thaw.engines.sglang.scheduler.rank_consensus import Agreement
+    from thaw.engines.sglang.scheduler.scheduler import RankSide
     from thaw.engines.sglang.settings import MAX_LOGPROBS
-    from thaw.engines.sglang.side import RankSide
 
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator

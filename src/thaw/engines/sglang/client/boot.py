@@ -150,7 +150,7 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> SglangEng
         return join(SglangEngine, to_server, policy=policy)
     if api_key is not None:
         raise InvalidRequest("api_key goes with the address of a server")
-    from thaw.engines.sglang.client.inside import InsideTransport
+    from thaw.engines.sglang.client.engine_object import InsideTransport
 
     transport = InsideTransport(target)
 

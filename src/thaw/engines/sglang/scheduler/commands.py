@@ -17,11 +17,11 @@ from thaw.engines.served.guard import described
 from thaw.engines.served.protocol import Answer
 from thaw.engines.served.worker.host_cache import HostRecord
 from thaw.engines.served.worker.pack_io import Packing
-from thaw.engines.sglang.epochs import require_usable
-from thaw.engines.sglang.records import RankRecord
+from thaw.engines.sglang.scheduler.records import RankRecord
+from thaw.engines.sglang.scheduler.weights_epoch import require_usable
 
 if TYPE_CHECKING:
-    from thaw.engines.sglang.side import RankSide
+    from thaw.engines.sglang.scheduler.scheduler import RankSide
 
 
 class RankCommands:

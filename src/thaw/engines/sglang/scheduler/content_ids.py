@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from thaw.engines.sglang.agreement import Agreement
+from thaw.engines.sglang.scheduler.rank_consensus import Agreement
 
 
 class SlotContents:

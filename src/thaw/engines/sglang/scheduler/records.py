@@ -11,7 +11,7 @@ from thaw.core.errors import ThawError
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.worker.host_cache import HostRecord, Piece
-from thaw.engines.sglang.rows import Chosen
+from thaw.engines.sglang.scheduler.sampler import Chosen
 
 
 @dataclass

@@ -41,14 +41,14 @@ from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece
 from thaw.engines.served.worker.pack_io import Packing
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
-from thaw.engines.sglang.agreement import Agreement, Due
-from thaw.engines.sglang.commands import RankCommands
-from thaw.engines.sglang.contents import SlotContents, empty_chain, equal_length
-from thaw.engines.sglang.epochs import Epochs, require_usable
-from thaw.engines.sglang.pins import RadixPins, unbound
-from thaw.engines.sglang.pool import Pool
-from thaw.engines.sglang.records import RankRecord, RankRequest
-from thaw.engines.sglang.rows import Chosen
+from thaw.engines.sglang.scheduler.commands import RankCommands
+from thaw.engines.sglang.scheduler.content_ids import SlotContents, empty_chain, equal_length
+from thaw.engines.sglang.scheduler.kv_pool import Pool
+from thaw.engines.sglang.scheduler.pins import RadixPins, unbound
+from thaw.engines.sglang.scheduler.rank_consensus import Agreement, Due
+from thaw.engines.sglang.scheduler.records import RankRecord, RankRequest
+from thaw.engines.sglang.scheduler.sampler import Chosen
+from thaw.engines.sglang.scheduler.weights_epoch import Epochs, require_usable
 from thaw.engines.sglang.settings import SglangSettings
 
 log = logging.getLogger("thaw.sglang")

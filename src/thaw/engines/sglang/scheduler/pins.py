@@ -10,7 +10,7 @@ from typing import Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.served.protocol import EngineFacts
-from thaw.engines.sglang.records import RankRecord
+from thaw.engines.sglang.scheduler.records import RankRecord
 from thaw.engines.sglang.settings import SglangSettings
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from thaw.core.errors import StaleSession, StorageFailed
 from thaw.engines.served.worker.weights_probe import WeightsSample
-from thaw.engines.sglang.agreement import Agreement
-from thaw.engines.sglang.records import RankRecord
+from thaw.engines.sglang.scheduler.rank_consensus import Agreement
+from thaw.engines.sglang.scheduler.records import RankRecord
 
 
 class Epochs:

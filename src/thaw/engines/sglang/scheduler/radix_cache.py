@@ -18,8 +18,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.sglang.records import RankRecord, RankRequest
-from thaw.engines.sglang.side import RankSide
+from thaw.engines.sglang.scheduler.records import RankRecord, RankRequest
+from thaw.engines.sglang.scheduler.scheduler import RankSide
 
 
 class ThawRadixCache(UnifiedRadixCache):
