@@ -22,7 +22,7 @@ from thaw.engines.base import Captured, Engine, HydratePlan
 from thaw.engines.fake.shapes import SHAPES, WINDOW
 from thaw.engines.served.budget import Shares
 from thaw.engines.served.client.channel import worker_facts
-from thaw.engines.served.mailbox import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts, merge
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.testing.laws.groups_law import least
@@ -37,7 +37,7 @@ from thaw.engines.served.worker.host_cache import (  # noqa: E402 - it needs tor
     HostRecord,
     Piece,
 )
-from thaw.engines.served.worker.pack_io import Packing  # noqa: E402
+from thaw.engines.served.worker.pack_io import PackIO  # noqa: E402
 from thaw.engines.vllm import jobs  # noqa: E402
 from thaw.engines.vllm.scheduler.content_ids import BlockContents  # noqa: E402
 from thaw.engines.vllm.scheduler.records import SchedulerRecord as Known  # noqa: E402
@@ -70,7 +70,7 @@ class Worker:
         own = RankGroups(groups, rank, num_ranks)
         mail: Any = SimpleNamespace(mount=lambda uuid: lab.mount)
         self.rank, self.arena = rank, HostCache(nbytes, None, own, spill_nbytes=0, shares=Shares())
-        self.packing = Packing(own, mail, self.arena)
+        self.packing = PackIO(own, mail, self.arena)
 
     def read(self, plan: HydratePlan) -> HostRecord:
         found = self.packing.read(plan, ME)
@@ -212,7 +212,7 @@ def test_an_engine_whose_ranks_hold_other_heads_is_refused_at_boot() -> None:
 
 
 def test_workers_of_unlike_groups_are_not_one_engine(tmp_path: Path) -> None:
-    mail = Mail(tmp_path / "mail")
+    mail = Mailbox(tmp_path / "mail")
     transport: Any = SimpleNamespace(mail=mail, facts=SimpleNamespace(world_size=2))
     for shapes in (("two", "two"), ("two", "latent")):
         for rank, shape in enumerate(shapes):
@@ -311,7 +311,7 @@ def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: P
         for n in range(group.num_layers)
     }
     facts = WorkerFacts(rank=0, world_size=1, pid=1, groups=(group,), layout={})
-    mail = Mail(tmp_path / "mail")
+    mail = Mailbox(tmp_path / "mail")
     mail.put_plan(LEFT, plan)
     mail.put_plan(KEPT, plan)
     side = WorkerSide((TorchPages(layers),), facts, VllmSettings(arena_nbytes=1 << 24), mail, None)

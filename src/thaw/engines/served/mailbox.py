@@ -56,7 +56,7 @@ MAX_NBYTES = 1 << 30
 _ENTROPY = struct.Struct("<d")
 
 
-class Mail:
+class Mailbox:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self._make()

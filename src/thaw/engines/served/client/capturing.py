@@ -15,9 +15,9 @@ from thaw.core.prefix import windows
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, WrittenPack
 from thaw.engines.served import protocol
-from thaw.engines.served.client.channel import Talk
+from thaw.engines.served.client.channel import EngineChannel
 from thaw.engines.served.client.model import ServedModel
-from thaw.engines.served.client.request import RequestLane
+from thaw.engines.served.client.request import ActiveRequest
 from thaw.engines.served.client.session import ServedSession
 from thaw.engines.served.protocol import Answer, Blob
 from thaw.engines.text import cut_turns
@@ -28,7 +28,7 @@ Found: TypeAlias = dict[tuple[int, str, int], list[Blob]]
 """By the segment's start, the cache group, and the number of tokens that a state is of (else 0)."""
 
 
-async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: ServedModel) -> Captured:
+async def capture(session: ServedSession, plan: CapturePlan, talk: EngineChannel, model: ServedModel) -> Captured:
     """Also while it runs: then as far as it has come. Written and synced when this returns."""
     identity = await model.identity()
     if session.policy != identity.policy:
@@ -51,7 +51,7 @@ async def capture(session: ServedSession, plan: CapturePlan, talk: Talk, model: 
     return _captured(session, identity, plan, model, tokens, answer)
 
 
-async def _seen(session: ServedSession, lane: RequestLane, answer: Answer) -> tuple[int, ...]:
+async def _seen(session: ServedSession, lane: ActiveRequest, answer: Answer) -> tuple[int, ...]:
     """The tokens that were captured while a prompt was being read: those read so far, and all that the session had
     before. Where the prompt had been read, wait until the client has seen what came of it."""
     if answer.num_kv < answer.num_tokens - 1:

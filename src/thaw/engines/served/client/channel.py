@@ -29,7 +29,7 @@ RUN_LIMIT_S = 30.0
 """How long what the connector says of a run may come after the run's end."""
 
 
-class Talk:
+class EngineChannel:
     """`dropped`: records that nobody needs any more. Any thread may add to it; the next message tells the engine.
 
     All that it says is said under one name, which stands among the mail's callers until the farewell."""

@@ -35,7 +35,7 @@ from thaw.engines.base import (
 )
 from thaw.engines.served import protocol
 from thaw.engines.served.client import capturing, hydrating
-from thaw.engines.served.client.channel import Talk, worker_facts
+from thaw.engines.served.client.channel import EngineChannel, worker_facts
 from thaw.engines.served.client.dialect import Dialect
 from thaw.engines.served.client.event_loop import LoopThread, soon
 from thaw.engines.served.client.generation import Generation
@@ -77,7 +77,7 @@ class ServedEngine(Engine):
         self._sessions: dict[SessionRef, ServedSession] = {}
         self.codec = codec
         self.info = self._info(transport.facts, worker_facts(transport)[0], name, vocab_size, eos_token_ids)
-        self._talk = Talk(transport, self.dialect(transport.facts, self.info, codec))
+        self._talk = EngineChannel(transport, self.dialect(transport.facts, self.info, codec))
         self._model = ServedModel(self._talk, self.info, codec, policy, identity)
         self._pins = ClientPins(loop, self._talk)
         self._generation = Generation(loop, self._talk, self._model)

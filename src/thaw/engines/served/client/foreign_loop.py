@@ -16,7 +16,7 @@ from thaw.engines.served.client.transport import Chunk, Submission, Transport
 T = TypeVar("T")
 
 
-class ElsewhereTransport(Transport):
+class ForeignLoopTransport(Transport):
     """`inner`, used on the loop `home` only."""
 
     def __init__(self, inner: Transport, home: asyncio.AbstractEventLoop) -> None:

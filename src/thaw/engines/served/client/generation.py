@@ -1,6 +1,6 @@
 """Sessions run: prompts are read and completions made, each by a request of its own.
 
-What comes back is taken token by token (`RequestLane`); the client ends a turn itself, and then the request."""
+What comes back is taken token by token (`ActiveRequest`); the client ends a turn itself, and then the request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from thaw.core.errors import Cancelled, InvalidRequest, TooLong
 from thaw.core.objects import Chat
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.promise import Promise
-from thaw.engines.served.client.channel import Talk, refusal
+from thaw.engines.served.client.channel import EngineChannel, refusal
 from thaw.engines.served.client.event_loop import LoopThread
 from thaw.engines.served.client.model import ServedModel
-from thaw.engines.served.client.request import RequestLane, claim, nobody
+from thaw.engines.served.client.request import ActiveRequest, claim, nobody
 from thaw.engines.served.client.session import ServedSession
 from thaw.engines.served.client.transport import Chunk, Submission
 from thaw.engines.served.protocol import Message
@@ -26,7 +26,7 @@ from thaw.engines.session.turns import OpenTurn, close_prompt, open_turn, requir
 class Generation:
     """On the loop. The sessions that it is given are not busy; their `busy` is the lane until the request has ended."""
 
-    def __init__(self, loop: LoopThread, talk: Talk, model: ServedModel) -> None:
+    def __init__(self, loop: LoopThread, talk: EngineChannel, model: ServedModel) -> None:
         self._loop, self._talk, self._model = loop, talk, model
 
     async def generate(
@@ -74,16 +74,16 @@ class Generation:
             promise.on_cancel = None
             lane.release()
 
-    async def abort(self, lane: RequestLane) -> None:
+    async def abort(self, lane: ActiveRequest) -> None:
         """Stop it at the next step boundary."""
         lane.aborted = True
         await self._talk.transport.abort(lane.name)
 
-    def _cancel(self, lanes: Sequence[RequestLane]) -> None:
+    def _cancel(self, lanes: Sequence[ActiveRequest]) -> None:
         """Stop these, from any thread."""
         self._loop.inner.call_soon_threadsafe(self._abort_soon, lanes)
 
-    def _abort_soon(self, lanes: Sequence[RequestLane]) -> None:
+    def _abort_soon(self, lanes: Sequence[ActiveRequest]) -> None:
         for lane in lanes:
             self._loop.spawn(partial(self.abort, lane))
 
@@ -91,7 +91,7 @@ class Generation:
 
     def _begin(
         self, sessions: Sequence[ServedSession], asked: Sequence[GenerateRequest], emit: Callable[[Delta], None]
-    ) -> list[RequestLane]:
+    ) -> list[ActiveRequest]:
         """Check every request before any session is touched."""
         for session, request in zip(sessions, asked, strict=True):
             self._check_request(session, request)
@@ -116,7 +116,7 @@ class Generation:
 
     # -- a request
 
-    async def _generate_one(self, lane: RequestLane, group: str | None, size: int) -> None:
+    async def _generate_one(self, lane: ActiveRequest, group: str | None, size: int) -> None:
         session = lane.session
         try:
             start = len(session.tokens)
@@ -129,7 +129,7 @@ class Generation:
         finally:
             lane.release()
 
-    async def _decode(self, lane: RequestLane, turn: OpenTurn, message: Message) -> None:
+    async def _decode(self, lane: ActiveRequest, turn: OpenTurn, message: Message) -> None:
         session, info = lane.session, self._model.info
         num_top = turn.sampling.logprobs or 0
         sampling = self._talk.dialect.fields(turn, len(session.tokens))
@@ -152,13 +152,13 @@ class Generation:
         lane.close()
         lane.count(answer)
 
-    def _entropies(self, lane: RequestLane, turn: OpenTurn, count: int) -> Sequence[float | None]:
+    def _entropies(self, lane: ActiveRequest, turn: OpenTurn, count: int) -> Sequence[float | None]:
         """Of the next `count` tokens, which have come: the engine says them in the mail, before it sends the tokens."""
         if not turn.sampling.entropy:
             return [None] * count
         return self._talk.mail.entropies(lane.name, len(lane.session.tokens) - lane.num_prompt, count)
 
-    async def _prefill(self, lane: RequestLane) -> SessionView:
+    async def _prefill(self, lane: ActiveRequest) -> SessionView:
         session, one = lane.session, self._talk.dialect.one_token
         start, whole = len(session.tokens), [*session.tokens, *lane.prompt]
         lane.num_prompt = len(whole)

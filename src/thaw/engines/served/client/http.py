@@ -18,7 +18,7 @@ from thaw.core.text import is_text
 from thaw.engines.served.client.mailbox_check import shared_mail
 from thaw.engines.served.client.transport import Chunk, Submission, Transport
 from thaw.engines.served.http_errors import error_text, server_message
-from thaw.engines.served.mailbox import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import EngineFacts, Message
 
 JSON = {"Content-Type": "application/json"}
@@ -167,7 +167,7 @@ class HttpTransport(Transport, Generic[C]):
             return InvalidRequest(f"the server at {self.url} refused the request ({status}): {message}")
         return EngineDied(f"the server at {self.url} failed ({status}: {message}); its log says why")
 
-    def _shared(self, said: Mapping[str, str]) -> tuple[Mail, EngineFacts]:
+    def _shared(self, said: Mapping[str, str]) -> tuple[Mailbox, EngineFacts]:
         """The engine's mail, looked at from here."""
         return shared_mail(said, f"the engine at {self.url}", self.shared_by)
 

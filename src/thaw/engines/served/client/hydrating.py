@@ -12,14 +12,14 @@ from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
 from thaw.engines.promise import Promise
 from thaw.engines.served import protocol
-from thaw.engines.served.client.channel import Talk, refusal
+from thaw.engines.served.client.channel import EngineChannel, refusal
 from thaw.engines.served.client.generation import Generation
 from thaw.engines.served.client.model import ServedModel
 from thaw.engines.served.client.session import Node, ServedSession, new_session
 from thaw.engines.served.client.transport import Chunk, Submission
 
 
-async def hydrate(plan: HydratePlan, talk: Talk, model: ServedModel, generation: Generation) -> ServedSession:
+async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, generation: Generation) -> ServedSession:
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
     it may not be recomputed."""
     identity = await model.identity()
@@ -45,7 +45,7 @@ def _restored(plan: HydratePlan, policy: str) -> ServedSession:
     return session
 
 
-async def _fill(session: ServedSession, plan: HydratePlan, talk: Talk, model: ServedModel) -> Proof:
+async def _fill(session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel) -> Proof:
     """The plan into the engine's arena, then into its blocks, by a request that the engine itself counts."""
     node = Node(talk.dropped.append)
     name = secrets.token_hex(16)
@@ -70,7 +70,7 @@ async def _fill(session: ServedSession, plan: HydratePlan, talk: Talk, model: Se
     )
 
 
-async def _probe(session: ServedSession, plan: HydratePlan, talk: Talk, limit: int) -> int:
+async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel, limit: int) -> int:
     """One request of the restored tokens and one more: the engine's count of what it found is the proof."""
     tokens = [*plan.tokens[: plan.num_kv], 0]
     if len(tokens) >= limit:

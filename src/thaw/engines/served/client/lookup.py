@@ -19,7 +19,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.core.findings import Finding
 from thaw.data.files import read_at_most
 from thaw.engines.served import protocol
-from thaw.engines.served.mailbox import Mail, ranks_beside
+from thaw.engines.served.mailbox import Mailbox, ranks_beside
 from thaw.engines.served.protocol import EngineFacts
 
 ASK_LIMIT_S = 5.0
@@ -111,7 +111,7 @@ def _folders(mail: Path) -> list[Path]:
 
 def _active(folder: Path, log: str) -> Iterator[Finding]:
     """What the connector's processes said about themselves."""
-    mail = Mail(folder)
+    mail = Mailbox(folder)
     engine = mail.engine_facts()
     if engine is None:
         yield Finding(

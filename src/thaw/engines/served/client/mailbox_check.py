@@ -7,15 +7,15 @@ from pathlib import Path
 
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.served import protocol
-from thaw.engines.served.mailbox import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import EngineFacts
 
 
-def shared_mail(said: Mapping[str, str], who: str, advice: str = "") -> tuple[Mail, EngineFacts]:
+def shared_mail(said: Mapping[str, str], who: str, advice: str = "") -> tuple[Mailbox, EngineFacts]:
     """What the engine `who` said of its mail (`mail`, `pid`), checked here. Raises `NotFound` where that folder is not
     this engine's, `InvalidRequest` where it speaks another version."""
     folder = Path(said["mail"])
-    mail = Mail(folder) if (folder / "facts").is_dir() else None
+    mail = Mailbox(folder) if (folder / "facts").is_dir() else None
     facts = mail.engine_facts() if mail is not None else None
     if mail is None or facts is None or str(facts.pid) != said.get("pid", str(facts.pid)):
         raise NotFound(

@@ -14,7 +14,7 @@ from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
 from thaw.engines.base import Codec, EngineInfo
 from thaw.engines.served import protocol
-from thaw.engines.served.client.channel import Talk
+from thaw.engines.served.client.channel import EngineChannel
 
 
 class ServedModel:
@@ -22,7 +22,7 @@ class ServedModel:
 
     def __init__(
         self,
-        talk: Talk,
+        talk: EngineChannel,
         info: EngineInfo,
         codec: Codec,
         policy: str,

@@ -9,7 +9,7 @@ import secrets
 from thaw.core.errors import ThawError
 from thaw.engines.base import SessionRef
 from thaw.engines.served import protocol
-from thaw.engines.served.client.channel import Talk
+from thaw.engines.served.client.channel import EngineChannel
 from thaw.engines.served.client.event_loop import LoopThread
 from thaw.engines.served.client.session import ServedSession
 from thaw.engines.served.mailbox import SCHEDULER
@@ -18,7 +18,7 @@ from thaw.engines.served.mailbox import SCHEDULER
 class ClientPins:
     """By record: the session that it was pinned for, and the timer of its end. On the loop."""
 
-    def __init__(self, loop: LoopThread, talk: Talk) -> None:
+    def __init__(self, loop: LoopThread, talk: EngineChannel) -> None:
         self._loop, self._talk = loop, talk
         self._held: dict[str, tuple[SessionRef, asyncio.TimerHandle]] = {}
 

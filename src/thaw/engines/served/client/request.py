@@ -19,7 +19,7 @@ from thaw.engines.session.turns import completion
 
 
 @dataclass
-class RequestLane:
+class ActiveRequest:
     """`want`: tokens of KV that the request starts from. `cached`: how many of them the engine counted. `before`: where
     the session's KV was (node, own, num_kv); it is there again when the engine never `answered`."""
 
@@ -156,7 +156,7 @@ def claim(
     request: GenerateRequest,
     emit: Callable[[Delta], None],
     dropped: Callable[[str], None],
-) -> RequestLane:
+) -> ActiveRequest:
     """Take the session for a request, until the lane's `release`; its KV is extended in a record of its own."""
     source, want, before = session.node, session.num_kv, (session.node, session.own, session.num_kv)
     if not request.prompt:
@@ -164,7 +164,7 @@ def claim(
     if not session.own:
         session.node, session.own = Node(dropped), True
     assert session.node is not None
-    lane = RequestLane(
+    lane = ActiveRequest(
         index, session, secrets.token_hex(16), list(request.prompt), request, source or session.node, want,
         len(session.tokens), emit, before,
     )  # fmt: skip

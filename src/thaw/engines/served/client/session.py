@@ -16,7 +16,7 @@ from thaw.engines.session.turns import OpenTurn
 from thaw.engines.text import cut_turns
 
 if TYPE_CHECKING:
-    from thaw.engines.served.client.request import RequestLane
+    from thaw.engines.served.client.request import ActiveRequest
 
 
 class Node:
@@ -46,7 +46,7 @@ class ServedSession:
     turns: list[Turn] = field(default_factory=list)
     turn: OpenTurn | None = None
     proof: Proof | None = None
-    busy: RequestLane | None = None
+    busy: ActiveRequest | None = None
     parked: bool = False
 
     def all_turns(self) -> tuple[Turn, ...]:

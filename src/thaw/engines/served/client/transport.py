@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from thaw.core.errors import Unsupported
-from thaw.engines.served.mailbox import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import EngineFacts, Message
 
 LogprobsOfToken = tuple[tuple[int, float], ...]
@@ -40,7 +40,7 @@ class Chunk:
 class Transport(abc.ABC):
     """All methods run on the client's event loop, except `connect`, which may block."""
 
-    mail: Mail
+    mail: Mailbox
     facts: EngineFacts
     always_served: ClassVar[bool] = True
     """Whether the engine takes a request at any time; else only while its owner waits for a verb of thaw's."""

@@ -27,7 +27,7 @@ import torch
 
 from thaw.core.errors import StorageFailed
 from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Caller, Room, Shares, mib
-from thaw.engines.served.worker.pinned_buffer import Slab
+from thaw.engines.served.worker.pinned_buffer import PinnedBuffer
 from thaw.engines.served.worker.rank_groups import RankGroups
 
 MAX_PIECES = 64
@@ -131,7 +131,7 @@ class HostCache:
     ):  # fmt: skip
         self._memory, self._files = Budget("arena", nbytes, shares, mib), Budget("spill", spill_nbytes, shares, mib)
         self._spill = spill
-        self._slab = Slab(nbytes) if pinned else None
+        self._slab = PinnedBuffer(nbytes) if pinned else None
         self._groups = groups
         self._lock = threading.RLock()  # Python's collector may end a tensor while it is held
 

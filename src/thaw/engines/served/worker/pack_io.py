@@ -24,7 +24,7 @@ from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
 from thaw.engines.restoring import TokenRange
 from thaw.engines.served.budget import Caller
-from thaw.engines.served.mailbox import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, Blob
 from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.worker.rank_groups import RankGroups
@@ -45,8 +45,8 @@ class Read:
     seconds: float = 0.0
 
 
-class Packing:
-    def __init__(self, groups: RankGroups, mail: Mail, arena: HostCache) -> None:
+class PackIO:
+    def __init__(self, groups: RankGroups, mail: Mailbox, arena: HostCache) -> None:
         self._groups, self._mail, self._arena = groups, mail, arena
         self._token_groups, self._point_groups = token_groups(groups.groups), point_groups(groups.groups)
 

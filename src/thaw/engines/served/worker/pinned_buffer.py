@@ -19,7 +19,7 @@ TOUCHED_AT_ONCE = 64 << 20
 MADV_HUGEPAGE = 14
 
 
-class Slab:
+class PinnedBuffer:
     """`nbytes` of pinned memory, given out in runs: the first that is large enough.
 
     Raises `StorageFailed` when the system does not give or pin that much.

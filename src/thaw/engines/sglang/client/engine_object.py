@@ -20,7 +20,7 @@ import msgspec
 
 from thaw.core.canonical import prepare
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut, Unsupported
-from thaw.engines.served.client.foreign_loop import ElsewhereTransport
+from thaw.engines.served.client.foreign_loop import ForeignLoopTransport
 from thaw.engines.served.client.http import HELLO_LIMIT_S
 from thaw.engines.served.client.mailbox_check import shared_mail
 from thaw.engines.served.client.transport import Chunk, Submission, Transport
@@ -35,7 +35,7 @@ STEP_S = 0.0005
 WHO = "this sglang.Engine"
 
 
-class InsideTransport(ElsewhereTransport):
+class EngineObjectTransport(ForeignLoopTransport):
     """The `Engine` stays when this ends."""
 
     always_served: ClassVar[bool] = False

@@ -16,7 +16,7 @@ from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shar
 from thaw.engines.served.guard import described
 from thaw.engines.served.protocol import Answer
 from thaw.engines.served.worker.host_cache import HostRecord
-from thaw.engines.served.worker.pack_io import Packing
+from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.sglang.scheduler.records import RankRecord
 from thaw.engines.sglang.scheduler.weights_epoch import require_usable
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class RankCommands:
     """Each caller has its share of `MAX_COMMANDS` that threads work at, or have yet to begin."""
 
-    def __init__(self, side: RankSide, packing: Packing, shares: Shares) -> None:
+    def __init__(self, side: RankSide, packing: PackIO, shares: Shares) -> None:
         self._side, self._packing = side, packing
         self._budget, self._lock = Budget("held commands", MAX_COMMANDS, shares), threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")

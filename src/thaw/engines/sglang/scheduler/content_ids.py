@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from thaw.engines.sglang.scheduler.rank_consensus import Agreement
+from thaw.engines.sglang.scheduler.rank_consensus import RankConsensus
 
 
 class SlotContents:
     """A *chain* is the numbers [num_tokens], int64, of a session's tokens. Slots are int64 too, on any device."""
 
-    def __init__(self, num_slots: int, agreement: Agreement) -> None:
+    def __init__(self, num_slots: int, agreement: RankConsensus) -> None:
         self._in_slot = torch.zeros(num_slots, dtype=torch.int64)
         self._next = 1
         self._agreement = agreement

@@ -16,7 +16,7 @@ from thaw.core.errors import Unsupported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Pool:
+class KVPool:
     """`piece` tensors are [head][layer][K|V][token][head_dim] in host memory."""
 
     def __init__(self, pool: Any) -> None:

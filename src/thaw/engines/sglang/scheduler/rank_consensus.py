@@ -5,7 +5,7 @@ same requests in the same step and counts on each deciding alike: a rank whose t
 soon run another batch, and all would wait for each other for ever. What one rank alone can know is therefore agreed
 before anything follows from it:
 
-    what worked on this rank        the least of all ranks, and the first one's error (`Agreement`)
+    what worked on this rank        the least of all ranks, and the first one's error (`RankConsensus`)
     what is over by the clock       by the first rank's, told with SGLang's own requests (`Due`)
 
 A collective runs on the scheduler's thread, for a request of thaw's only, and whether one runs depends on nothing but
@@ -42,7 +42,7 @@ class Due:
         return bool(self.records or self.pins or self.groups)
 
 
-class Agreement:
+class RankConsensus:
     """Between the `size` ranks of `group`, a group of processes that reaches host memory."""
 
     def __init__(self, group: Any = None, rank: int = 0, size: int = 1) -> None:

@@ -33,22 +33,22 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.served.mailbox import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
 from thaw.engines.served.sampling_extra import SamplingExtra
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece
-from thaw.engines.served.worker.pack_io import Packing
+from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.sglang.scheduler.commands import RankCommands
 from thaw.engines.sglang.scheduler.content_ids import SlotContents, empty_chain, equal_length
-from thaw.engines.sglang.scheduler.kv_pool import Pool
+from thaw.engines.sglang.scheduler.kv_pool import KVPool
 from thaw.engines.sglang.scheduler.pins import RadixPins, unbound
-from thaw.engines.sglang.scheduler.rank_consensus import Agreement, Due
+from thaw.engines.sglang.scheduler.rank_consensus import Due, RankConsensus
 from thaw.engines.sglang.scheduler.records import RankRecord, RankRequest
 from thaw.engines.sglang.scheduler.sampler import Chosen
-from thaw.engines.sglang.scheduler.weights_epoch import Epochs, require_usable
+from thaw.engines.sglang.scheduler.weights_epoch import WeightsEpochs, require_usable
 from thaw.engines.sglang.settings import SglangSettings
 
 log = logging.getLogger("thaw.sglang")
@@ -60,15 +60,15 @@ packs wait for their turn."""
 
 class RankSide:
     def __init__(
-        self, pools: Sequence[Pool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mail,
-        weights: WeightsSample | None, agreement: Agreement,
+        self, pools: Sequence[KVPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mailbox,
+        weights: WeightsSample | None, agreement: RankConsensus,
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
         self.on = settings.enabled
         self.records: Records[RankRecord] = Records(settings.session_ttl_s, settings.shares())
         self.runs: dict[str, RankRequest] = {}
         self.contents = SlotContents(pools[0].num_slots, agreement)
-        self.epochs = Epochs(weights, agreement)
+        self.epochs = WeightsEpochs(weights, agreement)
         self.pins = RadixPins(settings, engine)
         spill = Path(settings.spill) if settings.spill else None
         groups, device = RankGroups(facts.groups, facts.rank, facts.world_size), pools[0].device.type
@@ -77,7 +77,7 @@ class RankSide:
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=device == "cuda",
         )  # fmt: skip
-        self._commands = RankCommands(self, Packing(groups, mail, self.arena), settings.shares())
+        self._commands = RankCommands(self, PackIO(groups, mail, self.arena), settings.shares())
         if device != "cpu":
             sys.setswitchinterval(SWITCH_S)
         self._pools = tuple(pools)

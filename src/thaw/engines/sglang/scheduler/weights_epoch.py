@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from thaw.core.errors import StaleSession, StorageFailed
 from thaw.engines.served.worker.weights_probe import WeightsSample
-from thaw.engines.sglang.scheduler.rank_consensus import Agreement
+from thaw.engines.sglang.scheduler.rank_consensus import RankConsensus
 from thaw.engines.sglang.scheduler.records import RankRecord
 
 
-class Epochs:
+class WeightsEpochs:
     """`weights`: None where the model was not found. `watching`: whether they are looked at."""
 
-    def __init__(self, weights: WeightsSample | None, agreement: Agreement) -> None:
+    def __init__(self, weights: WeightsSample | None, agreement: RankConsensus) -> None:
         self.weights = weights
         self.watching = True
         self._agreement = agreement

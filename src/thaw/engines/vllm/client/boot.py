@@ -140,12 +140,12 @@ def _in_this_process(target: Any) -> Transport:
 
         return LLMTransport(target)
     if isinstance(target, AsyncLLM):
-        from thaw.engines.served.client.foreign_loop import ElsewhereTransport
+        from thaw.engines.served.client.foreign_loop import ForeignLoopTransport
         from thaw.engines.vllm.client.async_llm import AsyncLLMTransport, home_of
 
         inner = AsyncLLMTransport(target, owned=False)
         home = home_of(target)
-        return inner if home is None else ElsewhereTransport(inner, home)
+        return inner if home is None else ForeignLoopTransport(inner, home)
     raise InvalidRequest(
         f"attach: a {type(target).__name__} is none of: the address of a vLLM server, an AsyncLLM, an LLM"
     )

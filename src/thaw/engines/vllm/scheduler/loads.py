@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm.scheduler.records import SchedulerRecord
-from thaw.engines.vllm.scheduler.requests import Running
+from thaw.engines.vllm.scheduler.requests import RunningRequest
 
 
 class Loads:
@@ -21,24 +21,24 @@ class Loads:
     def in_background(self, num_tokens: int) -> bool:
         return num_tokens * self._token_nbytes > self._async_nbytes
 
-    def is_led(self, run: Running, want: int) -> bool:
+    def is_led(self, run: RunningRequest, want: int) -> bool:
         """Whether another request is loading what this one lacks."""
         leader = self._leaders.get(self._key(run, want))
         return leader is not None and leader != run.request.request_id
 
-    def begins(self, run: Running, want: int) -> None:
+    def begins(self, run: RunningRequest, want: int) -> None:
         """It loads in the background."""
         run.loading = self._key(run, want)
         if run.loading:
             self._leaders[run.loading] = run.request.request_id
 
-    def ends(self, run: Running) -> None:
+    def ends(self, run: RunningRequest) -> None:
         """Siblings may go on."""
         if run.loading:
             self._leaders.pop(run.loading, None)
             run.loading = None
 
-    def _key(self, run: Running, want: int) -> int:
+    def _key(self, run: RunningRequest, want: int) -> int:
         """What siblings that load the same blocks have in common: the content of the last full one (0: none)."""
         record = self._records.get(run.message.record)
         full = want // self._block_size

@@ -11,7 +11,7 @@ from thaw.engines.served import protocol
 
 
 @dataclass
-class Running:
+class RunningRequest:
     """`want`: tokens that are to come from the record.
 
     `computed`: tokens that have KV in its blocks once all steps so far are done. `preempted`: how often its KV was

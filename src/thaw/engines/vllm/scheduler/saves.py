@@ -11,10 +11,10 @@ from thaw.engines.vllm import jobs
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.scheduler.content_ids import BlockContents
 from thaw.engines.vllm.scheduler.records import SchedulerRecord
-from thaw.engines.vllm.scheduler.requests import Running, is_failed
+from thaw.engines.vllm.scheduler.requests import RunningRequest, is_failed
 
 
-class Saving:
+class Saves:
     """`tables`: the blocks of every request of thaw's that has some, by its name, a list for each of vLLM's KV cache
     groups. `rescues`: jobs that must be done before anything is written over what vLLM has taken away; they come first
     in the next step."""
@@ -43,7 +43,7 @@ class Saving:
         record.leaving = True
         return ready
 
-    def rescue(self, run: Running) -> None:
+    def rescue(self, run: RunningRequest) -> None:
         """If vLLM has preempted the request: save its KV before anything is written over it, in the jobs of the very
         next step. It then goes on from the record with the same bits, instead of computing what it had again."""
         request = run.request
@@ -62,7 +62,7 @@ class Saving:
             record.leaving = False
         run.want = record.num_kv
 
-    def end(self, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, int]:
+    def end(self, run: RunningRequest, tables: Sequence[Sequence[int]]) -> tuple[bool, int]:
         """The request is over: (whether its blocks must be held until the workers have copied them, how many tokens
         its record has then)."""
         request, name = run.request, run.message.record

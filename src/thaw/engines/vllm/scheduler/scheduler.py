@@ -24,7 +24,7 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
-from thaw.engines.served.mailbox import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs, support
@@ -35,8 +35,8 @@ from thaw.engines.vllm.scheduler.gang import Groups
 from thaw.engines.vllm.scheduler.loads import Loads
 from thaw.engines.vllm.scheduler.pins import BlockPins
 from thaw.engines.vllm.scheduler.records import SchedulerRecord
-from thaw.engines.vllm.scheduler.requests import Running, give_own_salt, is_aborted, is_failed
-from thaw.engines.vllm.scheduler.saves import Saving
+from thaw.engines.vllm.scheduler.requests import RunningRequest, give_own_salt, is_aborted, is_failed
+from thaw.engines.vllm.scheduler.saves import Saves
 from thaw.engines.vllm.settings import VllmSettings
 
 log = logging.getLogger("thaw.vllm")
@@ -45,7 +45,7 @@ MAIL_SWEEP_S = 300.0
 
 class SchedulerSide:
     def __init__(
-        self, facts: EngineFacts, settings: VllmSettings, mail: Mail, token_nbytes: int, num_groups: int = 1
+        self, facts: EngineFacts, settings: VllmSettings, mail: Mailbox, token_nbytes: int, num_groups: int = 1
     ) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
         self._block_size = facts.block_size
@@ -56,9 +56,9 @@ class SchedulerSide:
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
         self.on = settings.enabled
         self._commands = SchedulerCommands(self, settings.shares())
-        self._runs: dict[str, Running] = {}
+        self._runs: dict[str, RunningRequest] = {}
         self._groups = Groups()
-        self._saving = Saving(self.records, self.contents, self.queue, facts.block_size)
+        self._saving = Saves(self.records, self.contents, self.queue, facts.block_size)
         self._loads = Loads(self.records, facts.block_size, token_nbytes, settings.async_nbytes)
         self._swept = time.monotonic()
         self.counters = dict.fromkeys(("captures", "hydrates", "forks", "refused", "loaded_tokens", "hit_tokens"), 0)
@@ -94,7 +94,7 @@ class SchedulerSide:
         self._tell_refused(request, message, error)
         if request.request_id not in self._commands:
             run = message if isinstance(message, protocol.Run) else _no_run()
-            self._runs[request.request_id] = Running(request, run, 0, error=error)
+            self._runs[request.request_id] = RunningRequest(request, run, 0, error=error)
             if run.group is not None:
                 self._groups.join(run.group, run.group_size, run.group_place, request.request_id)
 
@@ -124,7 +124,7 @@ class SchedulerSide:
         self.queue.append(jobs.Derive(message.record, message.source, want, caller))
         self.records.keep(message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller))
         salted = (request.cache_salt or "").startswith(protocol.SALT)
-        self._runs[request.request_id] = Running(request, message, want, salted=salted)
+        self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
         if message.group is not None:
             self._groups.join(message.group, message.group_size, message.group_place, request.request_id)
         if self.contents.hits_foreign(request, chain):
@@ -176,12 +176,12 @@ class SchedulerSide:
             found = guarded(partial(self._match, request, run, local), partial(self._stop, run))
         return self._ends_by_load(run, local) if found is None else found
 
-    def _stop(self, run: Running, error: ThawError) -> None:
+    def _stop(self, run: RunningRequest, error: ThawError) -> None:
         """The request ends with this error: through a load that fails where one is to come, else at its end."""
         run.error = error
         self._tell_refused(run.request, run.message, error)
 
-    def _match(self, request: Any, run: Running, local: int) -> tuple[int | None, bool]:
+    def _match(self, request: Any, run: RunningRequest, local: int) -> tuple[int | None, bool]:
         if self._finds_too_much(run, local):
             return None, False
         if self._groups.waits(run.message.group, request.request_id):
@@ -202,13 +202,13 @@ class SchedulerSide:
             return 0, False
         return missing, self._loads.in_background(missing)
 
-    def _ends_by_load(self, run: Running, local: int) -> tuple[int, bool]:
+    def _ends_by_load(self, run: RunningRequest, local: int) -> tuple[int, bool]:
         """A load that fails ends the request. Blocks that are the session's own stay known as such."""
         run.local = local
         run.show()
         return max(1, run.request.num_tokens - local), True
 
-    def _finds_too_much(self, run: Running, local: int) -> bool:
+    def _finds_too_much(self, run: RunningRequest, local: int) -> bool:
         """A session has no KV for its last token, which runs again. Where that token fills a block, the engine that
         read it has its KV all the same, and one that hydrated it has not: so that both compute the same, in batches of
         one shape, the block is hidden and vLLM asked again. Not where it knows of more: siblings read that already."""
@@ -223,7 +223,7 @@ class SchedulerSide:
             return True
         return False
 
-    def _replay(self, request: Any, run: Running) -> None:
+    def _replay(self, request: Any, run: RunningRequest) -> None:
         """Bring the grammar of a completion that goes on in its middle to where it was. vLLM asks for matches only when
         the grammar is ready; from the first new token on it advances it itself, also after a preemption."""
         start = run.message.grammar_from
@@ -237,7 +237,7 @@ class SchedulerSide:
                 "with another one?"
             )
 
-    def _foreign(self, request: Any, run: Running, local: int) -> bool:
+    def _foreign(self, request: Any, run: RunningRequest, local: int) -> bool:
         record = self.records.get(run.message.record)
         if record is None:
             return False
@@ -267,7 +267,7 @@ class SchedulerSide:
             job for job in self.queue if request not in (getattr(job, "request", None), getattr(job, "finished", None))
         ]
 
-    def _allocated(self, request: Any, run: Running, tables: jobs.Tables, num_external: int) -> None:
+    def _allocated(self, request: Any, run: RunningRequest, tables: jobs.Tables, num_external: int) -> None:
         if run.background and not num_external:
             run.given = run.want
             self.contents.renew(_from(tables, -(-run.want // self._block_size)))
@@ -296,7 +296,7 @@ class SchedulerSide:
         elif want:
             self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1)))
 
-    def _note_loaded(self, run: Running, tables: jobs.Tables, start: int, stop: int) -> None:
+    def _note_loaded(self, run: RunningRequest, tables: jobs.Tables, start: int, stop: int) -> None:
         record = self.records.get(run.message.record)
         if record is not None:
             self.contents.note_loaded(record, tables, start // self._block_size, stop // self._block_size)
@@ -343,7 +343,7 @@ class SchedulerSide:
         for name in output.finished_req_ids:
             self._saving.tables.pop(name, None)
 
-    def _has_blocks(self, run: Running, tables: Sequence[Sequence[int]], num_computed: int) -> None:
+    def _has_blocks(self, run: RunningRequest, tables: Sequence[Sequence[int]], num_computed: int) -> None:
         """It begins, or goes on after it was preempted."""
         name = run.request.request_id
         self._saving.tables[name] = [list(table) for table in tables]
@@ -399,7 +399,9 @@ class SchedulerSide:
             return False, reply(run.message.id, refused(run.error))
         return done
 
-    def _end(self, request: Any, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
+    def _end(
+        self, request: Any, run: RunningRequest, tables: Sequence[Sequence[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
         self._saving.rescue(run)
         if run.error is not None:
             held, _ = self._settle(request, run, tables)
@@ -413,7 +415,7 @@ class SchedulerSide:
             self.mail.answer(run.message.id, SCHEDULER, answer)
         return held, reply(run.message.id, answer)
 
-    def _settle(self, request: Any, run: Running, tables: Sequence[Sequence[int]]) -> tuple[bool, Answer]:
+    def _settle(self, request: Any, run: RunningRequest, tables: Sequence[Sequence[int]]) -> tuple[bool, Answer]:
         held, num_kv = self._saving.end(run, tables)
         local, external = run.found or (0, 0)
         return held, Answer(

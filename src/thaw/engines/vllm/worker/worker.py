@@ -17,10 +17,10 @@ from pathlib import Path
 from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
-from thaw.engines.served.mailbox import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts
 from thaw.engines.served.worker.host_cache import HostCache, HostRecord
-from thaw.engines.served.worker.pack_io import Packing
+from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.vllm import jobs
@@ -38,7 +38,7 @@ class WorkerSide:
         layouts: Sequence[KVLayout],
         facts: WorkerFacts,
         settings: VllmSettings,
-        mail: Mail,
+        mail: Mailbox,
         weights: WeightsSample | None,
     ) -> None:
         self._facts, self._mail, self._weights = facts, mail, weights
@@ -49,7 +49,7 @@ class WorkerSide:
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=layouts[0].on_its_own,
         )  # fmt: skip
-        self._packing = Packing(groups, mail, self._arena)
+        self._packing = PackIO(groups, mail, self._arena)
         self._copier = make_copier(layouts, self._arena)
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
