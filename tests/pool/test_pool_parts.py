@@ -22,10 +22,11 @@ from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, 
 from thaw.core.objects import ChatTurn, Turn
 from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
-from thaw.pool import ForkPool, PoolSession, wire
-from thaw.pool.guard import GRACE_S
-from thaw.pool.rates import Rates, line
+from thaw.pool import ForkPool, PoolSession
 from thaw.pool.round import Round
+from thaw.pool.rpc import protocol
+from thaw.pool.schedule.rates import Rates, line
+from thaw.pool.shm.guard import GRACE_S
 from thaw.pool.values import BranchResult
 from thaw.testing.laws.kit import until
 from thaw.testing.laws.pool_kit import bits
@@ -218,9 +219,9 @@ def test_messages_come_out_as_they_went_in() -> None:
     view = SessionView(
         tokens=(1, 2), num_kv=1, turns=(turn,), seed=2**64 - 1, salt="s", running=False, parked=False, proof=None
     )
-    reply = wire.REPLIES.decode(wire.ENCODER.encode(wire.settled(7, view)))
-    assert isinstance(reply, wire.Settled) and reply.id == 7
-    assert wire.value_of(wire.View, reply) == view
+    reply = protocol.REPLIES.decode(protocol.ENCODER.encode(protocol.settled(7, view)))
+    assert isinstance(reply, protocol.Settled) and reply.id == 7
+    assert protocol.value_of(protocol.View, reply) == view
 
 
 MISMATCH = IdentityMismatch("c", field="f", stored="1", running="2")
@@ -228,7 +229,7 @@ MISMATCH = IdentityMismatch("c", field="f", stored="1", running="2")
 
 @pytest.mark.parametrize("error", [NotHit("a"), Unsupported("b"), MISMATCH], ids=lambda error: error.kind)
 def test_errors_keep_their_class_and_their_words(error: ThawError) -> None:
-    back = wire.error_of(wire.failed(1, error))
+    back = protocol.error_of(protocol.failed(1, error))
     assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
 
 
@@ -236,9 +237,9 @@ def test_an_error_that_is_none_of_ours_is_the_engines_death_or_its_lack_of_memor
     class OutOfMemoryError(RuntimeError):
         """As torch calls it."""
 
-    assert isinstance(wire.error_of(wire.failed(1, MemoryError("x"))), wire.OutOfMemory)
-    assert isinstance(wire.error_of(wire.failed(1, OutOfMemoryError("x"))), wire.OutOfMemory)
-    other = wire.error_of(wire.failed(1, ZeroDivisionError("x")))
+    assert isinstance(protocol.error_of(protocol.failed(1, MemoryError("x"))), protocol.OutOfMemory)
+    assert isinstance(protocol.error_of(protocol.failed(1, OutOfMemoryError("x"))), protocol.OutOfMemory)
+    other = protocol.error_of(protocol.failed(1, ZeroDivisionError("x")))
     assert other.kind == "engine-died" and "ZeroDivisionError" in str(other)
 
 
@@ -348,7 +349,7 @@ def test_a_function_cannot_be_sent_to_another_process_and_an_update_that_fails_s
 @pytest.mark.slow("starts and ends a pool of processes")
 def test_a_worker_that_could_not_be_brought_to_the_policy_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process used to stay, and the pool waited at its end for it to go."""
-    monkeypatch.setattr("thaw.pool.fleet.MAX_RESTARTS", 1)
+    monkeypatch.setattr("thaw.pool.workers.fleet.MAX_RESTARTS", 1)
     with ForkPool("fake", env={"PYTHONPATH": str(HERE)}) as pool:
         with pytest.raises(ThawError, match="left no weights"):
             pool.set_policy("1", update="pool_updates:broken")
