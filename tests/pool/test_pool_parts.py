@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,11 @@ from pool_updates import load
 import thaw
 from thaw import Sampling
 from thaw.core.canonical import U64
-from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, Unsupported
+from thaw.core.errors import IdentityMismatch, InvalidRequest, NotHit, StaleSession, ThawError, Unsupported
 from thaw.core.objects import ChatTurn, Turn
 from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
-from thaw.pool import ForkPool, PoolSession
+from thaw.pool import ForkPool, PoolSession, backends
 from thaw.pool.round import Round
 from thaw.pool.rpc import protocol
 from thaw.pool.schedule.rates import Rates, line
@@ -183,7 +185,7 @@ def test_auto_spreads_a_round_where_that_is_expected_sooner_and_changes_no_bit(
     """Steps that are dear by the branch are shared by the workers; loads that are dear keep a round together."""
     measured(cache, load_s=load_s, prefill_s=1.0, step_s=step_s)
     sampling = Sampling(temperature=0.9, max_tokens=24, ignore_eos=True)
-    with ForkPool("fake", workers=2, backend=backend, step_s=0.004) as pool:  # type: ignore[arg-type]
+    with ForkPool("fake", workers=2, backend=backend, step_s=0.004) as pool:
         session = pool.session(seed=7)
         session.append("a document " * 40)
         spread = pool.fork(session, 6, sampling, spread="auto")
@@ -241,6 +243,18 @@ def test_an_error_that_is_none_of_ours_is_the_engines_death_or_its_lack_of_memor
     assert isinstance(protocol.error_of(protocol.failed(1, OutOfMemoryError("x"))), protocol.OutOfMemory)
     other = protocol.error_of(protocol.failed(1, ZeroDivisionError("x")))
     assert other.kind == "engine-died" and "ZeroDivisionError" in str(other)
+
+
+# -- backends
+
+
+def test_another_package_brings_a_backend_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = EntryPoint("elsewhere", "thaw.pool.backends.inline:InlineBackend", backends.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [ours] if group == backends.GROUP else [])
+    with ForkPool("fake", backend="elsewhere", workers=2) as pool:
+        assert pool.fork(pool.encode("a document"), 1, GREEDY)[0].ok
+    with pytest.raises(InvalidRequest, match=r"backend='nowhere': must be 'process' or 'inline' or 'elsewhere'"):
+        ForkPool("fake", backend="nowhere")
 
 
 # -- attached engines
@@ -379,7 +393,7 @@ def test_a_pool_is_closed_while_a_worker_boots(tmp_path: Path) -> None:
 def test_tokens_are_prefilled_anew_when_nobody_said_that_the_weights_changed(backend: str, captured: str) -> None:
     """The same round from other weights' own pool is the reference. What must keep its KV stays refused."""
     env = {"PYTHONPATH": str(HERE)} if backend == "process" else {}
-    with ForkPool("fake", workers=2, backend=backend, env=env) as pool:  # type: ignore[arg-type]
+    with ForkPool("fake", workers=2, backend=backend, env=env) as pool:
         ids = pool.encode("a document " * 40)
         session = pool.session()
         session.append(token_ids=ids)

@@ -75,7 +75,8 @@ class ForkPool:
     stay when the pool closes.
 
     `repo` (a `Repository`, or a path): where points are named and `result.session.commit` goes.
-    `backend`: "process" (each worker a process of its own) or "inline" (engines in this process).
+    `backend`: "process" (each worker a process of its own), "inline" (engines in this process), or one that another
+    package provides (`thaw.pool.backends`).
     `arena_nbytes`: shared memory for snapshots; what is beyond is spilled to `spill` (default: the temporary folder).
     `policy`: "exact" loads stored KV; "fast" prefills again where that is expected sooner (results say so).
     `snapshot`: see `SnapshotMode`. A worker that dies before a live point was captured takes it along, unless "before".
@@ -91,7 +92,7 @@ class ForkPool:
         *,
         workers: int = 1,
         repo: Repository | str | Path | None = None,
-        backend: Literal["process", "inline"] = "process",
+        backend: str = "process",
         arena_nbytes: int = 4 << 30,
         spill: str | Path | None = None,
         policy: LoadPolicy = "exact",

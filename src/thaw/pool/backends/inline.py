@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from thaw.engines.base import Engine
-from thaw.pool.backends.base import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
 
 
 class InlineHandle:
@@ -51,15 +51,14 @@ class InlineBackend:
 
     restarts = True
 
-    def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
-        self._engine, self._options = engine, dict(options)
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         from thaw.engines import load_engine
 
         began = time.perf_counter()
-        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
-        engine = load_engine(self._engine, **options)
+        engine = load_engine(self._spec.engine, **self._spec.options_for(policy_version))
         return InlineHandle(engine, owned=True, boot_s=time.perf_counter() - began)
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:

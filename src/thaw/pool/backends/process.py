@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from thaw.core.errors import EngineDied, TimedOut, Unsupported
 from thaw.data.files import read_tail
 from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.base import Engine
-from thaw.pool.backends.base import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
 from thaw.pool.rpc import protocol
 from thaw.pool.rpc.client import EngineProxy, RpcClient
 from thaw.pool.rpc.connection import Connection
@@ -37,24 +37,14 @@ class ProcessBackend:
 
     restarts = True
 
-    def __init__(
-        self,
-        dirs: PoolDirs,
-        engine: str,
-        options: Mapping[str, Any],
-        *,
-        env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
-        boot_timeout_s: float = 900.0,
-    ) -> None:
-        self._dirs, self._engine, self._options = dirs, engine, dict(options)
-        self._env = env
-        self._limit_s = boot_timeout_s
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec, self._dirs = spec, spec.dirs
         self._lock = threading.Lock()
         self._booting: set[ProcessHandle] = set()
         self._closed = False
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
-        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
+        options = self._spec.options_for(policy_version)
         log = self._dirs.path / f"{name}.log"
         process, ours = _spawn(log, self._environment(index))
         self._dirs.began(process.pid)
@@ -73,7 +63,7 @@ class ProcessBackend:
                 raise EngineDied("the pool was closed while a worker booted")
             self._booting.add(host)
         try:
-            host.start(self._engine, options, self._limit_s)
+            host.start(self._spec.engine, options, self._spec.boot_timeout_s)
         finally:
             with self._lock:
                 self._booting.discard(host)
@@ -90,8 +80,7 @@ class ProcessBackend:
 
     def _environment(self, index: int) -> dict[str, str]:
         """This process', with this very thaw first on the path, and what was given for this worker."""
-        given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
-        return with_this_thaw({**os.environ, **given})
+        return with_this_thaw({**os.environ, **self._spec.env_of(index)})
 
 
 def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
