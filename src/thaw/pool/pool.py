@@ -13,6 +13,7 @@ What it does is in the rooms beside it; this one wires them together.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -42,7 +43,6 @@ from thaw.pool.backends import choose
 from thaw.pool.backends.attached import AttachedBackend
 from thaw.pool.round import Round
 from thaw.pool.schedule.batch import Batch
-from thaw.pool.schedule.fork_point import ForkPoint
 from thaw.pool.schedule.job import JobChunk
 from thaw.pool.schedule.monitor import Monitor
 from thaw.pool.schedule.placement import Placement
@@ -114,7 +114,8 @@ class ForkPool:
         self._max_batch = max_batch
         self._own_repo = None if repo is None or isinstance(repo, Repository) else repository.open(repo, create=True)
         self.repo: Repository | None = repo if isinstance(repo, Repository) else self._own_repo
-        self._began, self._rounds, self._closed = time.time_ns(), 0, False
+        self._began, self._closed = time.time_ns(), False
+        self._policy_lock = threading.Lock()
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-pool")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="thaw-pool-io")
         self._reaper = Reaper(self._io)
@@ -185,7 +186,6 @@ class ForkPool:
         )  # fmt: skip
         round_.on_cancel(lambda i: self._scheduler.stop(jobs if i is None else [jobs[i]], "cancel"))
         self._scheduler.submit(self._chunks(whole, spread), block=block)
-        self._rounds += 1
         self._monitor.wake()
         return round_
 
@@ -249,7 +249,7 @@ class ForkPool:
         sessions of results that live there are gone (take snapshots of those that matter)."""
         self._check_open()
         worker = self._fleet.named(name)
-        self._fleet.drain(worker, self._rescue)
+        self._fleet.drain(worker, self._rescues)
         self._write_status()
 
     def set_policy(
@@ -269,12 +269,13 @@ class ForkPool:
         """
         self._check_open()
         self._backend.check_update(update)
-        self._scheduler.pause()
-        try:
-            self._fleet.set_policy((version, update, dict(arguments or {})))
-            self._resolver.forget_prompts()
-        finally:
-            self._scheduler.go_on()
+        with self._policy_lock:  # of two at once the first to be done would let batches go on in the other
+            self._scheduler.pause()
+            try:
+                self._fleet.set_policy((version, update, dict(arguments or {})))
+                self._resolver.forget_prompts()
+            finally:
+                self._scheduler.go_on()
 
     @property
     def policy_version(self) -> str:
@@ -310,14 +311,14 @@ class ForkPool:
         return tuple(worker.name for worker, _ in self._fleet.ready())
 
     def stats(self) -> PoolStats:
-        with self._changed:
-            waiting = self._scheduler.waiting
-            running = sum(len(chunk.jobs) for chunk in self._scheduler.running)
-        return PoolStats(
-            workers=self._fleet.stats(), arena=self._arena.stats(), waiting=waiting, running=running,
-            num_rounds=self._rounds, num_branches=self._scheduler.num_branches,
-            num_retries=self._scheduler.num_retries, policy_version=self.policy_version, rates=self._rates.summary(),
-        )  # fmt: skip
+        arena, rates = self._arena.stats(), self._rates.summary()
+        with self._changed:  # what workers and queues count is of one moment
+            return PoolStats(
+                workers=self._fleet.stats(), arena=arena, waiting=self._scheduler.waiting,
+                running=sum(len(chunk.jobs) for chunk in self._scheduler.running),
+                num_rounds=self._scheduler.num_rounds, num_branches=self._scheduler.num_branches,
+                num_retries=self._scheduler.num_retries, policy_version=self.policy_version, rates=rates,
+            )  # fmt: skip
 
     def close(self) -> None:
         """End the pool: rounds under way fail, workers of its own end, the arena is removed. Closing twice is fine."""
@@ -367,7 +368,7 @@ class ForkPool:
         for part in ("_monitor", "_scheduler", "_fleet"):
             if hasattr(self, part):
                 getattr(self, part).close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)  # a chunk that waits for a thread is answered by its own run
         self._reaper.end()
         self._io.shutdown(wait=True, cancel_futures=True)
         if hasattr(self, "_rates"):
@@ -405,24 +406,22 @@ class ForkPool:
         whole.taken = set() if wide > 1 else None
         return whole.split(min(self._max_batch, -(-count // wide)))
 
-    def _beside(self, work: Callable[[], object]) -> None:
-        """Run something that nobody waits for; what it cannot do is done when it is needed."""
+    def _beside(self, life: Incarnation, capture: Callable[[], object]) -> None:
+        """Run a capture that no branch waits for; what it cannot do is done when it is needed."""
 
         def run() -> None:
             with contextlib.suppress(ThawError):
-                work()
+                counted()
 
+        counted = self._fleet.beside(life, capture)
         with contextlib.suppress(RuntimeError):
             self._io.submit(run)
 
-    def _rescue(self, life: Incarnation) -> None:
-        """Capture the points of waiting rounds that live in `life` alone."""
-        for trunk in {id(chunk.trunk): chunk.trunk for chunk in self._scheduler.chunks_under_way()}.values():
-            self._rescue_one(trunk, life)
-
-    def _rescue_one(self, trunk: ForkPoint, life: Incarnation) -> None:
-        if trunk.lives_in(life) and trunk.stored is None:
-            self._placement.capture(trunk)
+    def _rescues(self, life: Incarnation) -> list[Callable[[], object]]:
+        """A capture of each point that an unanswered round forks from and that lives in `life` alone."""
+        points = {id(chunk.trunk): chunk.trunk for chunk in self._scheduler.chunks_under_way()}.values()
+        alone = [point for point in points if point.lives_in(life) and point.stored is None]
+        return [functools.partial(self._placement.capture, point) for point in alone]
 
     def _tick(self) -> None:
         if time.monotonic() - self._written > 2.0:

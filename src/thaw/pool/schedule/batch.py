@@ -22,14 +22,14 @@ from thaw.pool.workers.worker import Incarnation
 
 
 class Batch:
-    """`beside(fn)` runs something on another thread while the batch goes on."""
+    """`beside(life, fn)` runs a capture from `life` on another thread while the batch goes on."""
 
     def __init__(
         self,
         placement: Placement,
         resolver: PointResolver,
         rates: Rates,
-        beside: Callable[[Callable[[], object]], object],
+        beside: Callable[[Incarnation, Callable[[], object]], object],
     ) -> None:
         self._placement, self._resolver, self._rates, self._beside = placement, resolver, rates, beside
 
@@ -91,9 +91,9 @@ class Batch:
         trunk = chunk.trunk
         if trunk.stored is None:
             if trunk.held is not None and trunk.alive:
-                self._beside(lambda: self._placement.capture(trunk))
+                self._beside(life, lambda: self._placement.capture(trunk))
             else:
-                self._beside(lambda: self._placement.capture_resident(trunk, life))
+                self._beside(life, lambda: self._placement.capture_resident(trunk, life))
 
     def _generate(
         self, chunk: JobChunk, life: Incarnation, children: list[SessionRef]
@@ -144,7 +144,7 @@ class Batch:
         if chunk.keep and not job.stop:
             session = self._session(life, there, done, history)
             if chunk.store:
-                self._store(session)
+                self._store(life, session)
         else:
             life.forget(done.session)
         return BranchResult(
@@ -160,9 +160,9 @@ class Batch:
             worker=life.name, attempts=job.attempts, session=session, history=history,
         )  # fmt: skip
 
-    def _store(self, session: PoolSession) -> None:
+    def _store(self, life: Incarnation, session: PoolSession) -> None:
         """Into the arena, beside everything else."""
-        self._beside(lambda: self._placement.capture(self._resolver.find(session)))
+        self._beside(life, lambda: self._placement.capture(self._resolver.find(session)))
 
     @staticmethod
     def _session(life: Incarnation, there: Placed, done: Completion, history: History) -> PoolSession:

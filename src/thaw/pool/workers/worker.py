@@ -49,6 +49,8 @@ class Incarnation:
         self.context = self.context_of((stores.durable or stores.arena).store)
         """Where its sessions commit: the pool's repository, else the arena."""
         self.over = False
+        self.captures = 0
+        """Under way beside its batches; only the fleet changes it, under its lock."""
         self._limit = limit
         self._reaper = reaper
         self._lock = threading.Lock()
