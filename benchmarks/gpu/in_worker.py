@@ -38,9 +38,9 @@ class InWorker:
 
     def thaw_readers(self, count: int) -> int:
         """From now on a plan's blobs are read by so many threads. Returns how many it was."""
-        from thaw.engines.served import packing
+        from thaw.engines.served.worker import pack_io
 
-        before, packing.READERS = packing.READERS, count
+        before, pack_io.READERS = pack_io.READERS, count
         return before
 
     def thaw_memory(self) -> dict[str, int]:

@@ -107,7 +107,7 @@ def _booted(told: argparse.Namespace) -> Iterator[tuple[Any, Any, Plain, Any]]:
             yield None, None, plain, ask
         return
     from thaw.engines import load_engine
-    from thaw.engines.served.engine import ServedEngine
+    from thaw.engines.served.client.engine import ServedEngine
     from thaw.repo import open as open_repository
 
     with (

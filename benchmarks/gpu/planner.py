@@ -28,7 +28,8 @@ from thaw.bench.rounds import Rounds, arms_of
 from thaw.bench.sample import Sample
 from thaw.bench.subject import accelerator, model_of, numerics
 from thaw.bench.vllm.arms import Document
-from thaw.pool import ForkPool, PoolSession, planner
+from thaw.pool import ForkPool, PoolSession
+from thaw.pool.schedule import planner
 from thaw.receipt.machine import software, this_machine
 
 GIB = 1 << 30

@@ -33,7 +33,7 @@ from thaw.bench.vllm.options import SUFFIX_TOKENS
 from thaw.bench.vllm.plain import beside
 from thaw.bench.vllm.run import ENVIRONMENT
 from thaw.engines import load_engine
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository
 from thaw.repo import open as open_repository

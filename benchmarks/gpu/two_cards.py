@@ -42,7 +42,7 @@ from thaw.core.ids import digest
 from thaw.core.sampling import Sampling
 from thaw.engines import load_engine
 from thaw.engines.base import Engine
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository, Session
 from thaw.repo import open as open_repository
