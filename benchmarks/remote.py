@@ -33,8 +33,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "remote"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "remote"))
 
 from servers import ENVIRONMENT, StoreServer, seaweed
 
