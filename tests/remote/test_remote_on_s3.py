@@ -87,6 +87,11 @@ def test_the_command_line_takes_the_address_and_its_options(
         run(tmp_path, "-C", "b", "fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json")
     )
     assert len(forked["children"]) == 2
+    run(tmp_path, "-C", "a", "run", "and more of it. ", "--no-generate")
+    run(tmp_path, "-C", "a", "push")
+    words = ["fork", "origin/main", "Why?", "-n", "2", "--name", "newer", "--max-tokens", "4", "--fetch", "--json"]
+    assert len(json.loads(run(tmp_path, "-C", "b", *words))["children"]) == 2
+    assert "and more of it" in run(tmp_path, "-C", "b", "show", "newer/0")
     run(tmp_path, "-C", "b", "push", "origin", "fork/0", "fork/1")
     assert "origin/fork/1" in run(tmp_path, "-C", "a", "fetch")
     assert "up to date" in run(tmp_path, "-C", "a", "pull")

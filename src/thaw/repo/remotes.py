@@ -14,6 +14,9 @@ from thaw.remote.settings import Option, RemoteSettings
 from thaw.store import Ref, Store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from thaw.remote.arriving import Announced
     from thaw.remote.layout import Kind
     from thaw.remote.meter import TransferMeter
     from thaw.remote.opened import OpenedRemote
@@ -139,13 +142,14 @@ def fetch(
     prune: bool,
     tags: bool,
     meter: TransferMeter | None,
+    announce: Callable[[Announced], None] | None = None,
 ) -> TransferReport:
-    """See `Repository.fetch`."""
+    """See `Repository.fetch`; `announce`: see `thaw.remote.fetch`."""
     from thaw.remote.fetch import FetchWish
     from thaw.remote.fetch import fetch as bring
 
     wish = FetchWish(branches=branches or None, tags=tags, prune=prune)
-    return bring(store, opened(store, remote), wish, meter=meter)
+    return bring(store, opened(store, remote), wish, meter=meter, announce=announce)
 
 
 def pull(store: Store, branch: str | None, remote: str | None, *, meter: TransferMeter | None) -> TransferReport:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from thaw.remote.settings import RemoteSettings
     from thaw.repo.diff import Diff
     from thaw.repo.group import Group
+    from thaw.repo.hydrate import Hydration
     from thaw.repo.log import LogEntry
     from thaw.repo.report import VerifyReport
     from thaw.repo.session import Session
@@ -104,15 +105,16 @@ class Repository:
         salt: str | None = None,
         share_prefix: bool = False,
         policy: Policy = "exact",
+        fetch: bool = False,
     ) -> Session:
         """A new session, or one that goes on from `point`. From a branch's tip it stays on that branch.
 
-        With `share_prefix` a session of a namespace shares blocks inside that namespace.
+        With `share_prefix` a session of a namespace shares blocks inside that namespace. With `fetch` the point is a
+        remote's branch (`origin/main`), which is fetched first; an engine of this process loads while it downloads.
 
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
-        from thaw.repo.hydrate import hydrate
         from thaw.repo.params import check_seed
         from thaw.repo.session import Session
 
@@ -120,28 +122,29 @@ class Repository:
         if point is None:
             if self.store.namespace and (share_prefix or salt is not None):
                 salt = self.store.salt(salt or "")
+            if fetch:
+                raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
             return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
-        where = self.resolve(point)
-        live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+        where, live = self._hydrated(point, fetch, seed=seed, share_prefix=share_prefix, policy=policy)
         return Session(
             self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof,
             num_inherited=where.num_tokens,
         )  # fmt: skip
 
-    def fork(self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact") -> Group:
+    def fork(
+        self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact", fetch: bool = False
+    ) -> Group:
         """N sessions that go on from `point`: loaded once, shared by all, on no branch.
 
         Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
-        seed. From inside a completion, `Group.resume()` goes on with it.
+        seed. From inside a completion, `Group.resume()` goes on with it. `fetch` as in `session`.
         """
         from thaw.repo.group import Group
-        from thaw.repo.hydrate import hydrate
         from thaw.repo.session import Session
 
-        where = self.resolve(point)
-        live = hydrate(self._context, where, policy=policy)
+        where, live = self._hydrated(point, fetch, policy=policy)
         try:
             children = self.engine.fork(live.session, n, replay=replay).result()
         finally:
@@ -154,6 +157,24 @@ class Repository:
             for child in children
         ]  # fmt: skip
         return Group(self._context, sessions)
+
+    def _hydrated(
+        self,
+        point: PointLike,
+        fetch: bool,
+        *,
+        seed: int | None = None,
+        share_prefix: bool = False,
+        policy: Policy,
+    ) -> tuple[ResolvedPoint, Hydration]:
+        if fetch:
+            from thaw.repo.arriving import fetched
+
+            return fetched(self._context, point, seed=seed, share_prefix=share_prefix, policy=policy)
+        from thaw.repo.hydrate import hydrate
+
+        where = self.resolve(point)
+        return where, hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
 
     # -- looking
 
