@@ -1,8 +1,8 @@
 """A host whose process ends at its n-th request to the remote: `killed_child.py VERB REPO BUCKET N`.
 
-The request is made first where N is even. Ends with 0 where there were fewer requests. VERB is push, fetch, gc or
-delete:BRANCH. With `killed_child.py serve`, such lines come from stdin, each in a process that is forked off; where
-N is below 0 it is killed after so many milliseconds. "killed" or "done" is printed for each.
+The request is made first where N is even. Ends with 0 where there were fewer requests. VERB is push, fetch, gc,
+delete:BRANCH or forget:BRANCH. With `killed_child.py serve`, such lines come from stdin, each in a process that is
+forked off; where N is below 0 it is killed after so many milliseconds. "killed" or "done" is printed for each.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hosts import remote, wish
 
 from thaw.remote.fetch import fetch
 from thaw.remote.folder import FolderBucket
+from thaw.remote.forget import forget
 from thaw.remote.gc import GcWish, collect
 from thaw.remote.push import PushWish, Tuning, push
 from thaw.store import Store
@@ -61,6 +62,8 @@ def main(verb: str, repo: str, bucket: str, last: str) -> None:
             print(fetch(store, there, workers=4, group_bytes=64 << 10).nbytes)
         elif verb == "gc":
             collect(there, AT_ONCE)
+        elif verb.startswith("forget:"):
+            forget(there, [("branch", verb.partition(":")[2])], workers=4)
         else:
             push(store, there, [PushWish("branch", verb.partition(":")[2], None)], tuning=SMALL)
 

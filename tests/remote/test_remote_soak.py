@@ -73,28 +73,30 @@ class Era:
             Store.init(path).close()
 
     def live(self, children: Children) -> None:
-        verb = self.dice.choice(("push", "push", "push", "delete", "fetch", "fetch", "gc", "gc"))
-        if verb in ("delete", "fetch", "gc") and not self.there:
+        verb = self.dice.choice(("push", "push", "push", "delete", "forget", "fetch", "fetch", "gc", "gc"))
+        if not self.there:
             verb = "push"
         wanted = dict(self.there)
         if verb == "push":
             wanted |= self._commit()
-        elif verb == "delete":
+        elif verb in ("delete", "forget"):
             gone = self.dice.choice(sorted(self.there))
-            verb = f"delete:{gone}"
+            verb = f"{verb}:{gone}"
             del wanted[gone]
             self._forget(gone)
-        last = self.dice.randint(1, 35) if self.dice.random() < 0.7 else -self.dice.randint(1, 60)
+        most = {"push": 70, "delete": 14, "fetch": 20, "gc": 40}.get(verb, 70)
+        last = self.dice.randint(1, most) if self.dice.random() < 0.7 else -self.dice.randint(1, 60)
         done = children.run(verb, self.reader if verb == "fetch" else self.here, self.bucket, last)
         self.counts["came to their end" if done else f"killed: {verb.partition(':')[0]}"] += 1
         self._check(wanted, done)
 
     def _commit(self) -> dict[str, str]:
-        """A commit on a branch of this host's, on what it had."""
+        """A commit on a branch of this host's, on what it had; on the remote's where a deletion was killed before."""
         with Store.open(self.here) as store:
             branch = self.dice.choice(BRANCHES)
             ref = store.ref(branch)
-            parents = () if ref is None else (ref.target,)
+            before = self.there.get(branch) if ref is None else ref.target
+            parents = () if before is None else (before,)
             commit(store, tokens(self.dice.randint(20, 700), self.dice.getrandbits(20)), branch=branch, parents=parents)
             return {ref.name: ref.target for ref in store.refs("branch")}
 
@@ -162,7 +164,7 @@ def test_two_thousand_kills(soak_receipt: Callable[..., None]) -> None:
     seed = random.getrandbits(30)
     counts = run_kills(KILLS, seed)
     soak_receipt(
-        what="kill -9 at random requests and moments of push, branch delete, fetch and gc of a remote",
+        what="kill -9 at random requests and moments of push, branch delete, forget, fetch and gc of a remote",
         held="after each kill every branch of the remote stood where it was or where it was to go, and "
         "both hosts and a new one that fetched all of it read every commit",
         seed=seed, counts=counts,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from thaw.remote.arriving import Announced
+    from thaw.remote.forget import ForgetReport
     from thaw.remote.layout import Kind
     from thaw.remote.meter import TransferMeter
     from thaw.remote.opened import OpenedRemote
@@ -175,6 +176,25 @@ def collect(
         dry_run=dry_run,
     )
     return collect_remote(opened(store, name), wish)
+
+
+def forget(store: Store, names: tuple[str, ...], remote: str | None) -> ForgetReport:
+    """See `Repository.forget_remote`."""
+    from thaw.core.points import check_name
+    from thaw.remote import refs
+    from thaw.remote.forget import forget as forget_there
+
+    if not names:
+        raise InvalidRequest("name the branches or tags of the remote that are to be forgotten.")
+    target = opened(store, remote)
+    tags = refs.names(target.bucket, "tag")
+    branches = refs.names(target.bucket, "branch")
+    kinds: dict[str, Kind] = {name: "tag" if name in tags and name not in branches else "branch" for name in names}
+    report = forget_there(target, [(kind, check_name(name)) for name, kind in kinds.items()])
+    updates = [one for name in names for one in tracking.removal(store, target.name, name, f"forgot in {target.name}")]
+    if updates:
+        store.update_refs(*updates)
+    return report
 
 
 def clone(

@@ -22,6 +22,7 @@ from thaw.store import Ref, ReflogEntry, Store
 if TYPE_CHECKING:
     from thaw.core.ids import ObjectId
     from thaw.engines.base import Engine, Policy
+    from thaw.remote.forget import ForgetReport
     from thaw.remote.meter import TransferMeter
     from thaw.remote.report import RemoteGcReport, TransferReport
     from thaw.remote.settings import RemoteSettings
@@ -376,6 +377,17 @@ class Repository:
             if seconds is not None and not 0 <= seconds <= MAX_KEEP_S:
                 raise InvalidRequest(f"{what}={seconds}: a number of seconds, 0 to {MAX_KEEP_S:,}")
         return remotes.collect(self.store, name, dry_run=dry_run, grace_s=grace_s, keep_reflog_s=keep_reflog_s)
+
+    def forget_remote(self, *names: str, remote: str | None = None) -> ForgetReport:
+        """Delete branches or tags of a remote with all that they alone reach, now: packs that hold something else too
+        are rewritten, reflog entries go. What is here stays, but for the points `origin/NAME`.
+
+        A branch that was deleted before can be forgotten still. The report says whether the bucket keeps older versions
+        of what it deletes. Raises `NotFound`, `Conflict` where another branch has the commit too, `Busy`.
+        """
+        from thaw.repo import remotes
+
+        return remotes.forget(self.store, names, remote)
 
     # -- checking and keeping
 
