@@ -153,6 +153,25 @@ def fetch(
     return bring(store, opened(store, remote), wish, meter=meter, announce=announce)
 
 
+def is_promised(store: Store, point: object) -> bool:
+    """Whether a point names a remote's branch that was seen there and never fetched."""
+    from thaw.core import points
+    from thaw.core.points import Point
+
+    if not isinstance(point, (str, Point)):
+        return False
+    name = (points.parse(point) if isinstance(point, str) else point).name
+    return "/" in name and name in settings.promised(store)
+
+
+def keep_promise(store: Store, point: str) -> None:
+    """Fetches the promised branch that a point names."""
+    from thaw.core import points
+
+    remote, _, branch = points.parse(point).name.partition("/")
+    fetch(store, (branch,), remote, prune=False, tags=False, meter=None)
+
+
 def pull(store: Store, branch: str | None, remote: str | None, *, meter: TransferMeter | None) -> TransferReport:
     """See `Repository.pull`."""
     from thaw.remote.pull import pull as bring
@@ -207,6 +226,7 @@ def clone(
     single_branch: bool,
     namespace: str | None,
     meter: TransferMeter | None,
+    refs_only: bool = False,
 ) -> TransferReport:
     """See `thaw.clone`."""
     from thaw.core import namespaces
@@ -219,4 +239,4 @@ def clone(
     address = parse(url, options)
     made = RemoteSettings(url=address.url, options=dict(address.options))
     target = open_remote(settings.check_remote_name(remote), made, whose)
-    return make(path, target, made, CloneWish(branch=branch, single=single_branch), meter=meter)
+    return make(path, target, made, CloneWish(branch, single_branch, refs_only), meter=meter)

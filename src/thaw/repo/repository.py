@@ -168,7 +168,9 @@ class Repository:
         share_prefix: bool = False,
         policy: Policy,
     ) -> tuple[ResolvedPoint, Hydration]:
-        if fetch:
+        from thaw.repo import remotes
+
+        if fetch or remotes.is_promised(self.store, point):
             from thaw.repo.arriving import fetched
 
             return fetched(self._context, point, seed=seed, share_prefix=share_prefix, policy=policy)
@@ -180,7 +182,16 @@ class Repository:
     # -- looking
 
     def resolve(self, point: PointLike) -> ResolvedPoint:
-        """The place that a point names. Raises `BadPoint`, `NotFound`."""
+        """The place that a point names. A remote's branch that `clone(refs_only=True)` left there is fetched now.
+        Raises `BadPoint`, `NotFound`."""
+        try:
+            return resolve.resolve(self.store, point)
+        except NotFound:
+            from thaw.repo import remotes
+
+            if not remotes.is_promised(self.store, point):
+                raise
+            remotes.keep_promise(self.store, str(point))
         return resolve.resolve(self.store, point)
 
     def at(self, point: PointLike, *, turn: int | None = None, token: int | None = None) -> ResolvedPoint:
@@ -493,6 +504,7 @@ def clone(
     engine: Engine | EngineSettings | None = None,
     branch: str | None = None,
     single_branch: bool = False,
+    refs_only: bool = False,
     namespace: str | None = None,
     remote: str = "origin",
     options: dict[str, str | int | bool] | None = None,
@@ -500,7 +512,8 @@ def clone(
 ) -> Repository:
     """A new repository in `path` from a remote, which is called `remote` in it.
 
-    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. `namespace`: whose
+    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. With `refs_only`
+    none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `namespace`: whose
     part of the remote. `options`: as `Repository.add_remote`. What fails leaves nothing behind. Raises `NotFound`,
     `Conflict`, `CorruptBlob`, `RemoteError` kinds.
     """
@@ -508,7 +521,7 @@ def clone(
 
     remotes.clone(
         url, Path(path), options or {}, remote=remote, branch=branch, single_branch=single_branch, namespace=namespace,
-        meter=meter,
+        meter=meter, refs_only=refs_only,
     )  # fmt: skip
     return open(path, engine=engine, create=False, namespace=namespace)
 
