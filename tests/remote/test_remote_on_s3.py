@@ -1,4 +1,4 @@
-"""Over HTTP with keys, on a store that speaks S3: the command line pushes, clones and goes on."""
+"""Over HTTP with keys, on stores that speak S3 and Azure's protocol: the command line pushes, clones and goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hosts import commit, kv_of, read_all, remote, tokens, tree, wish
 from proxy import Fault, proxied
 from servers import StoreServer, free_port
-from store_fixtures import moto_server, store_keys  # noqa: F401 - fixtures
+from store_fixtures import azurite_server, moto_server, seaweed_server, store_keys  # noqa: F401 - fixtures
 
 import thaw
 from thaw.core.errors import ThawError
@@ -28,6 +28,7 @@ from thaw.remote.layout import NamespaceBucket
 from thaw.remote.push import push
 from thaw.store import Store
 
+STARTS = pytest.mark.slow("starts a real object store")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
@@ -41,13 +42,14 @@ def run(cwd: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    "store", ["moto_server", pytest.param("seaweed_server", marks=STARTS), pytest.param("azurite_server", marks=STARTS)]
+)
 def test_a_session_goes_on_from_a_bucket(
-    moto_server: StoreServer,  # noqa: F811 - a fixture
-    engine: Engine,
-    far_engine: Engine,
-    tmp_path: Path,
+    store: str, request: pytest.FixtureRequest, engine: Engine, far_engine: Engine, tmp_path: Path
 ) -> None:
-    address = moto_server.address("runs/one")
+    server: StoreServer = request.getfixturevalue(store)
+    address = server.address("runs/one")
     with thaw.open(tmp_path / "here", engine=engine) as here:
         here.add_remote("origin", address.url, dict(address.options))
         tree(here, "a document that is long enough to be shared. " * 60, 3)
@@ -59,7 +61,9 @@ def test_a_session_goes_on_from_a_bucket(
                 assert kv_of(there.store, there.resolve(f"origin/{name}").commit) == kv_of(
                     here.store, here.resolve(name).commit
                 )
-            with there.fork("origin/fork/2", 4) as kids:
+            there.remove_remote("origin")
+            there.add_remote("origin", address.url, dict(address.options))
+            with there.fork("origin/fork/2", 4, fetch=True) as kids:
                 assert all(proof.hit and proof.num_recomputed_tokens == 0 for proof in kids.proofs)
                 kids[0].commit("further", branch="further")
             assert [ref.outcome for ref in there.push("further").refs] == ["new"]
