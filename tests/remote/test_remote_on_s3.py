@@ -109,6 +109,26 @@ def test_the_command_line_takes_the_address_and_its_options(
     run(tmp_path, "-C", "a", "remote", "rm", "origin")
 
 
+def test_names_are_cloned_used_and_forgotten_on_the_command_line(tmp_path: Path) -> None:
+    url = (tmp_path / "bucket").as_uri()
+    run(tmp_path, "init", "a", "--engine", "fake")
+    run(tmp_path, "-C", "a", "run", "a document that is long enough to share. ", "--no-generate", "-m", "read it")
+    run(tmp_path, "-C", "a", "remote", "add", "origin", url)
+    run(tmp_path, "-C", "a", "push")
+    run(tmp_path, "clone", url, "b", "--engine", "fake", "--refs-only")
+    listed = json.loads(run(tmp_path, "-C", "b", "remote", "list", "--json"))["remotes"]
+    assert list(listed[0]["not_fetched"]) == ["origin/main"] and not listed[0]["points"]
+    assert not list((tmp_path / "b" / ".thaw" / "packs").iterdir())
+    words = ["fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json"]
+    assert len(json.loads(run(tmp_path, "-C", "b", *words))["children"]) == 2
+    assert "not fetched" not in run(tmp_path, "-C", "b", "remote", "list")
+    run(tmp_path, "-C", "b", "push", "origin", "fork/0", "fork/1")
+    gone = json.loads(run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/0", "--json"))
+    assert gone["num_commits"] == 1 and gone["num_rewritten_packs"] == 1 and gone["old_versions"] == "none"
+    assert "forgot fork/1" in run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/1")
+    assert {ref["name"] for ref in json.loads(run(tmp_path, "-C", "a", "fetch", "--json"))["refs"]} == {"origin/main"}
+
+
 BAD_DAYS = (
     Fault(drop=True), Fault(lose=True), Fault(status=503), Fault(status=500, made=True), Fault(status=409),
     Fault(status=412), Fault(cut=0.5), Fault(delay_s=0.05),

@@ -69,11 +69,14 @@ def command(
     One PROMPT goes to all children, several go one to each. Without a prompt each child just continues. Every child
     has its own seed, derived from the parent's.
     """
+    from thaw.repo.remotes import is_promised
+
     talk = conversation.taken(values, chat=chat)
     wanted = _children(prompt, n, file, options.given_sampling(values))
     if chat and not all(child.prompt for child in wanted):
         raise click.UsageError("--chat needs a prompt for every child.")
     with speak.opened(named, engine_name, model, dtype, device) as repo:
+        fetch = fetch or is_promised(repo.store, point)
         where = point if fetch else repo.resolve(point)
         prefix = free_name(repo, name, len(wanted))
         repo.require_room(sum(child.sampling.max_tokens for child in wanted))
