@@ -47,9 +47,9 @@ def through(monkeypatch: pytest.MonkeyPatch, bucket: FolderBucket) -> None:
 
 
 class Watched(FolderBucket):
-    """Runs `before` each time KV or objects are read; counts the bytes of packs."""
+    """Runs `before` (number, share of the pack before it) each time KV or objects are read; counts bytes of packs."""
 
-    def __init__(self, root: Path, before: Callable[[int], None]) -> None:
+    def __init__(self, root: Path, before: Callable[[int, float], None]) -> None:
         super().__init__(root)
         self._before, self._lock = before, threading.Lock()
         self.num_reads = self.nbytes = 0
@@ -58,7 +58,7 @@ class Watched(FolderBucket):
         with self._lock:
             self.num_reads += 1
             number = self.num_reads
-        self._before(number)
+        self._before(number, ranges[0][0] / (self.size(key) or 1))
         found = super().read_ranges(key, ranges)
         with self._lock:
             self.nbytes += sum(map(len, found))
@@ -88,26 +88,26 @@ def test_the_engine_reads_while_the_last_bytes_are_still_to_come(
     pushed: Repository, far_engine: Engine, bucket: Path, tmp_path: Path, small_pieces: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """All requests for KV but the first two wait until the engine has read some. Each byte is fetched once."""
-    begun, late, kv = threading.Event(), list[int](), list[int]()
+    """Requests for the last part of the KV wait until the engine has read some. Each byte is fetched once."""
+    begun, late, kv = threading.Event(), list[float](), list[float]()
     read = arriving._read
 
     def seen(file: int, view: memoryview, offset: int) -> None:
         read(file, view, offset)
         begun.set()
 
-    def before(number: int) -> None:
-        if arriving._OPEN:
-            kv.append(number)
-            if len(kv) > 2 and not begun.wait(10):
-                late.append(number)
+    def before(number: int, at: float) -> None:
+        if arriving._OPEN and at > 0.6:
+            kv.append(at)
+            if not begun.wait(20):
+                late.append(at)
 
     monkeypatch.setattr(arriving, "_read", seen)
     watched = Watched(bucket, before)
     through(monkeypatch, watched)
     with fresh(tmp_path / "there", far_engine, bucket) as there, there.fork("origin/main", 2, fetch=True) as kids:
         assert kids.proofs[0] is not None and kids.proofs[0].hit
-        assert not late and len(kv) > 4
+        assert not late and len(kv) > 2
         assert watched.nbytes < 1.1 * sum(path.stat().st_size for path in there.store.packs.iterdir())
 
 
@@ -115,7 +115,7 @@ def test_without_fetch_nothing_is_read_from_the_remote(
     pushed: Repository, far_engine: Engine, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: a fork of what is here asks the remote nothing, and one of what is not fails."""
-    watched = Watched(bucket, lambda number: None)
+    watched = Watched(bucket, lambda number, at: None)
     through(monkeypatch, watched)
     with fresh(tmp_path / "there", far_engine, bucket) as there:
         with pytest.raises(NotFound, match="origin/main"):
@@ -157,7 +157,7 @@ def test_a_download_that_breaks_off_ends_the_session_too(
     pushed: Repository, far_engine: Engine, bucket: Path, tmp_path: Path, small_pieces: None,
     monkeypatch: pytest.MonkeyPatch, last: int,
 ) -> None:  # fmt: skip
-    def before(number: int) -> None:
+    def before(number: int, at: float) -> None:
         if number >= last:
             raise RemoteUnreachable("the line is dead")
 
@@ -197,3 +197,18 @@ def test_an_arrival_that_has_ended_is_read_no_more() -> None:
         pack.read_into([memoryview(bytearray(10))], 0)
     with pytest.raises(CorruptBlob, match="has ended"):
         arriving.open_arriving(gone.address)
+
+
+def test_a_namespace_loads_its_own_part(here: Repository, far_engine: Engine, bucket: Path, tmp_path: Path) -> None:
+    own = here.within("acme")
+    tree(own, TEXT, 1)
+    own.push(all=True)
+    with thaw.open(tmp_path / "there", engine=far_engine, create=True) as there:
+        there.add_remote("origin", bucket.as_uri())
+        with pytest.raises(NotFound, match="no branch 'fork/0'"):
+            there.fork("origin/fork/0", 2, fetch=True)
+        with there.within("acme").fork("origin/fork/0", 2, fetch=True) as kids:
+            assert all(proof is not None and proof.hit for proof in kids.proofs)
+            kids[0].commit("further", branch="further")
+        assert there.store.refs() == [] and there.fsck().ok
+    assert not arriving._OPEN
