@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "push": "Send branches to a remote, with what it lacks of their history.",
         "fetch": "Fetch a remote's branches; origin/main is then a point.",
         "pull": "Fetch a branch and move the local one forward.",
+        "forget": "Delete branches of a remote with all that they alone reach.",
         "remote": "Add, list and remove remotes; delete what one no longer needs.",
     },
     "Verify and clean up": {

@@ -156,6 +156,7 @@ class AsyncRepository(Awaited[Repository]):
     fetch = awaited(Repository.fetch)
     pull = awaited(Repository.pull)
     remote_gc = awaited(Repository.remote_gc)
+    forget_remote = awaited(Repository.forget_remote)
     verify = awaited(Repository.verify)
     require_room = awaited(Repository.require_room)
     gc = awaited(Repository.gc)

@@ -22,11 +22,13 @@ from thaw.store import Ref, ReflogEntry, Store
 if TYPE_CHECKING:
     from thaw.core.ids import ObjectId
     from thaw.engines.base import Engine, Policy
+    from thaw.remote.forget import ForgetReport
     from thaw.remote.meter import TransferMeter
     from thaw.remote.report import RemoteGcReport, TransferReport
     from thaw.remote.settings import RemoteSettings
     from thaw.repo.diff import Diff
     from thaw.repo.group import Group
+    from thaw.repo.hydrate import Hydration
     from thaw.repo.log import LogEntry
     from thaw.repo.report import VerifyReport
     from thaw.repo.session import Session
@@ -104,15 +106,16 @@ class Repository:
         salt: str | None = None,
         share_prefix: bool = False,
         policy: Policy = "exact",
+        fetch: bool = False,
     ) -> Session:
         """A new session, or one that goes on from `point`. From a branch's tip it stays on that branch.
 
-        With `share_prefix` a session of a namespace shares blocks inside that namespace.
+        With `share_prefix` a session of a namespace shares blocks inside that namespace. With `fetch` the point is a
+        remote's branch (`origin/main`), which is fetched first; an engine of this process loads while it downloads.
 
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
-        from thaw.repo.hydrate import hydrate
         from thaw.repo.params import check_seed
         from thaw.repo.session import Session
 
@@ -120,28 +123,29 @@ class Repository:
         if point is None:
             if self.store.namespace and (share_prefix or salt is not None):
                 salt = self.store.salt(salt or "")
+            if fetch:
+                raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
             return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
-        where = self.resolve(point)
-        live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+        where, live = self._hydrated(point, fetch, seed=seed, share_prefix=share_prefix, policy=policy)
         return Session(
             self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof,
             num_inherited=where.num_tokens,
         )  # fmt: skip
 
-    def fork(self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact") -> Group:
+    def fork(
+        self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact", fetch: bool = False
+    ) -> Group:
         """N sessions that go on from `point`: loaded once, shared by all, on no branch.
 
         Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
-        seed. From inside a completion, `Group.resume()` goes on with it.
+        seed. From inside a completion, `Group.resume()` goes on with it. `fetch` as in `session`.
         """
         from thaw.repo.group import Group
-        from thaw.repo.hydrate import hydrate
         from thaw.repo.session import Session
 
-        where = self.resolve(point)
-        live = hydrate(self._context, where, policy=policy)
+        where, live = self._hydrated(point, fetch, policy=policy)
         try:
             children = self.engine.fork(live.session, n, replay=replay).result()
         finally:
@@ -155,10 +159,39 @@ class Repository:
         ]  # fmt: skip
         return Group(self._context, sessions)
 
+    def _hydrated(
+        self,
+        point: PointLike,
+        fetch: bool,
+        *,
+        seed: int | None = None,
+        share_prefix: bool = False,
+        policy: Policy,
+    ) -> tuple[ResolvedPoint, Hydration]:
+        from thaw.repo import remotes
+
+        if fetch or remotes.is_promised(self.store, point):
+            from thaw.repo.arriving import fetched
+
+            return fetched(self._context, point, seed=seed, share_prefix=share_prefix, policy=policy)
+        from thaw.repo.hydrate import hydrate
+
+        where = self.resolve(point)
+        return where, hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+
     # -- looking
 
     def resolve(self, point: PointLike) -> ResolvedPoint:
-        """The place that a point names. Raises `BadPoint`, `NotFound`."""
+        """The place that a point names. A remote's branch that `clone(refs_only=True)` left there is fetched now.
+        Raises `BadPoint`, `NotFound`."""
+        try:
+            return resolve.resolve(self.store, point)
+        except NotFound:
+            from thaw.repo import remotes
+
+            if not remotes.is_promised(self.store, point):
+                raise
+            remotes.keep_promise(self.store, str(point))
         return resolve.resolve(self.store, point)
 
     def at(self, point: PointLike, *, turn: int | None = None, token: int | None = None) -> ResolvedPoint:
@@ -356,6 +389,17 @@ class Repository:
                 raise InvalidRequest(f"{what}={seconds}: a number of seconds, 0 to {MAX_KEEP_S:,}")
         return remotes.collect(self.store, name, dry_run=dry_run, grace_s=grace_s, keep_reflog_s=keep_reflog_s)
 
+    def forget_remote(self, *names: str, remote: str | None = None) -> ForgetReport:
+        """Delete branches or tags of a remote with all that they alone reach, now: packs that hold something else too
+        are rewritten, reflog entries go. What is here stays, but for the points `origin/NAME`.
+
+        A branch that was deleted before can be forgotten still. The report says whether the bucket keeps older versions
+        of what it deletes. Raises `NotFound`, `Conflict` where another branch has the commit too, `Busy`.
+        """
+        from thaw.repo import remotes
+
+        return remotes.forget(self.store, names, remote)
+
     # -- checking and keeping
 
     def verify(
@@ -460,6 +504,7 @@ def clone(
     engine: Engine | EngineSettings | None = None,
     branch: str | None = None,
     single_branch: bool = False,
+    refs_only: bool = False,
     namespace: str | None = None,
     remote: str = "origin",
     options: dict[str, str | int | bool] | None = None,
@@ -467,7 +512,8 @@ def clone(
 ) -> Repository:
     """A new repository in `path` from a remote, which is called `remote` in it.
 
-    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. `namespace`: whose
+    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. With `refs_only`
+    none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `namespace`: whose
     part of the remote. `options`: as `Repository.add_remote`. What fails leaves nothing behind. Raises `NotFound`,
     `Conflict`, `CorruptBlob`, `RemoteError` kinds.
     """
@@ -475,7 +521,7 @@ def clone(
 
     remotes.clone(
         url, Path(path), options or {}, remote=remote, branch=branch, single_branch=single_branch, namespace=namespace,
-        meter=meter,
+        meter=meter, refs_only=refs_only,
     )  # fmt: skip
     return open(path, engine=engine, create=False, namespace=namespace)
 
