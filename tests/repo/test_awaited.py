@@ -44,7 +44,7 @@ PLAIN: dict[type, set[str]] = {
         "store", "commits_of",  # the open store itself; a comparison
     },
     Session: {
-        "ref", "engine_ref", "parent", "branch", "engine", "commits_to", "kept_at", "check_process",  # remembered
+        "ref", "engine_ref", "parent", "branch", "namespace", "engine", "commits_to", "kept_at", "check_process",  # remembered
         "request", "plan_chat", "follow", "settle_chat",  # the steps of `generate` and `chat`, for groups
     },
     Group: {"check_process", "index", "count"},

@@ -10,9 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thaw.repo.admission import Drained
     from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitConflict, CommitResult
     from thaw.repo.diff import Diff, Side
+    from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
     from thaw.repo.report import Continuation, LawResult, VerifyReport
@@ -30,6 +32,8 @@ _HOME = {
     "CommitResult": "commit",
     "Continuation": "report",
     "Diff": "diff",
+    "DrainReport": "drain",
+    "Drained": "admission",
     "EngineSettings": "settings",
     "Group": "group",
     "LawResult": "report",
@@ -53,6 +57,8 @@ __all__ = [
     "CommitResult",
     "Continuation",
     "Diff",
+    "DrainReport",
+    "Drained",
     "EngineSettings",
     "Group",
     "LawResult",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from thaw.remote.report import RemoteGcReport, TransferReport
     from thaw.remote.settings import RemoteSettings
     from thaw.repo.diff import Diff
+    from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
     from thaw.repo.report import VerifyReport
@@ -120,15 +121,18 @@ class Repository:
         if point is None:
             if self.store.namespace and (share_prefix or salt is not None):
                 salt = self.store.salt(salt or "")
-            return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
+            with self._context.admission.beginning():
+                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix)
+                return Session(self._context, ref)
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
         where = self.resolve(point)
-        live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
-        return Session(
-            self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof,
-            num_inherited=where.num_tokens,
-        )  # fmt: skip
+        with self._context.admission.beginning():
+            live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+            return Session(
+                self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch,
+                proof=live.proof, num_inherited=where.num_tokens,
+            )  # fmt: skip
 
     def fork(self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact") -> Group:
         """N sessions that go on from `point`: loaded once, shared by all, on no branch.
@@ -141,19 +145,37 @@ class Repository:
         from thaw.repo.session import Session
 
         where = self.resolve(point)
-        live = hydrate(self._context, where, policy=policy)
-        try:
-            children = self.engine.fork(live.session, n, replay=replay).result()
-        finally:
-            self.engine.close_session(live.session)
-        sessions = [
-            Session(
-                self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
-                num_inherited=where.num_tokens,
-            )
-            for child in children
-        ]  # fmt: skip
-        return Group(self._context, sessions)
+        with self._context.admission.beginning():
+            live = hydrate(self._context, where, policy=policy)
+            try:
+                children = self.engine.fork(live.session, n, replay=replay).result()
+            finally:
+                self.engine.close_session(live.session)
+            sessions = [
+                Session(
+                    self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
+                    num_inherited=where.num_tokens,
+                )
+                for child in children
+            ]  # fmt: skip
+            return Group(self._context, sessions)
+
+    def drain(self, *, timeout_s: float = 60.0, why: str = "drain") -> DrainReport:
+        """Let nothing begin any more, and store every live session of this repository and its namespaces.
+
+        Generations stop at a token boundary and raise `Drained` with the point to go on from; prefills are awaited for
+        up to half of `timeout_s`. Branches stay where they are. The report names what was not captured. Sessions can
+        still be read and committed; `undrain` lets them go on. Raises `Busy` where it is drained already.
+        """
+        from thaw.repo.drain import drain
+
+        self._require_default("an engine is drained")
+        return drain(self._context.admission, timeout_s, why)
+
+    def undrain(self) -> bool:
+        """Let work begin again; False where it was not drained."""
+        self._require_default("an engine is drained")
+        return self._context.admission.open()
 
     # -- looking
 
