@@ -15,7 +15,7 @@ from thaw.core.errors import Busy, InvalidRequest, StaleSession
 from thaw.engines.base import Engine
 from thaw.repo import Drained, Repository, Session
 
-LONG = Sampling(max_tokens=400, ignore_eos=True)
+LONG = Sampling(max_tokens=120, ignore_eos=True)
 WORDS = "The capital of France is Paris. " * 12
 
 
@@ -141,12 +141,12 @@ def test_what_is_late_is_named_and_whoever_waits_is_told(slow: Repository, monke
 
 def test_a_prefill_is_not_cut_short(slow: Repository) -> None:
     session = slow.session()
-    reading = threading.Thread(target=lambda: session.append(WORDS * 20))
+    reading = threading.Thread(target=lambda: session.append(WORDS * 8))
     reading.start()
     until(lambda: bool(slow._context.admission.works()) or not reading.is_alive())
     report = slow.drain()
     reading.join()
-    assert report.points[0].num_tokens == len(WORDS) * 20
+    assert report.points[0].num_tokens == len(WORDS) * 8
 
 
 def test_sessions_of_every_namespace_are_stored_in_theirs(repo: Repository) -> None:

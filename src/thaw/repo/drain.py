@@ -41,6 +41,7 @@ class OpenSession(Protocol):
     def namespace(self) -> str: ...
     def view(self) -> SessionView: ...
     def park(self) -> SessionView: ...
+    def committed(self) -> CommitResult | None: ...
     def snapshot(self, message: str = "", meta: Mapping[str, str] | None = None) -> CommitResult: ...
 
 
@@ -163,7 +164,7 @@ class _Captures:
             with self._lock:
                 self._empty.add(ref)
             return
-        done = session.snapshot("drained")
+        done = session.committed() or session.snapshot("drained")
         if view.parked:
             session.park()
         self._note(
