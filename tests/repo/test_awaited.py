@@ -42,9 +42,10 @@ PLAIN: dict[type, set[str]] = {
     Repository: {
         "path", "namespace", "within",  # as on the view
         "store", "commits_of",  # the open store itself; a comparison
+        "live_sessions",  # remembered
     },
     Session: {
-        "ref", "engine_ref", "parent", "branch", "namespace", "engine", "commits_to", "kept_at", "check_process",  # remembered
+        "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine", "commits_to", "kept_at", "check_process",  # remembered
         "request", "plan_chat", "follow", "settle_chat",  # the steps of `generate` and `chat`, for groups
     },
     Group: {"check_process", "index", "count"},

@@ -172,6 +172,10 @@ class Repository:
         self._require_default("an engine is drained")
         return drain(self._context.admission, timeout_s, why)
 
+    def live_sessions(self) -> list[Session]:
+        """The open sessions of this repository and its namespaces that somebody holds, oldest first."""
+        return [session for session in self._context.admission.sessions() if session.is_open]
+
     def undrain(self) -> bool:
         """Let work begin again; False where it was not drained."""
         self._require_default("an engine is drained")

@@ -147,6 +147,16 @@ class Session(ProcessBound):
         return self._branch
 
     @property
+    def is_open(self) -> bool:
+        """Whether it was not closed."""
+        return not self._closed
+
+    @property
+    def num_inherited(self) -> int:
+        """How many tokens it began with: of a fork or a hydrated session, its parent's."""
+        return self._num_inherited
+
+    @property
     def namespace(self) -> str:
         """The namespace that it commits to; "" is the default one."""
         return self._context.store.namespace
