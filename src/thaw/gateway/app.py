@@ -56,6 +56,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models/{id:path}", models.retrieve),
     ("POST", "/admin/drain", draining.drain),
     ("DELETE", "/admin/drain", draining.undrain),
+    ("POST", "/admin/snapshot", draining.taken),
 )
 
 

@@ -1,4 +1,6 @@
-"""Draining a gateway without ending it: requests that run are parked, every open session has a point, none begins.
+"""What an operator does with a whole gateway: drain it without ending it, and snapshot its engines while they work.
+
+Drained: requests that run are parked, every open session has a point, none begins.
 
 The call before a deploy and before a weight update. `undrain` resumes what was parked, as `thaw serve --restore` does;
 a gateway that is stopped while it is drained has lost nothing either. For operators' keys.
@@ -20,6 +22,8 @@ from thaw.gateway.reply import as_json
 from thaw.gateway.service import Service
 from thaw.repo.bridge import call
 from thaw.repo.drain import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, DrainReport
+from thaw.snapshot import EngineSnapshot, snapshot
+from thaw.snapshot.take import DEFAULT_NAME
 
 SHARE = 0.5
 """Of the time limit, for what runs to be parked; the rest is for what is open."""
@@ -37,6 +41,37 @@ async def drain(context: GatewayContext, request: Request, body: bytes) -> Respo
     except msgspec.DecodeError as error:
         raise invalid("body", str(error)) from None
     return as_json(await drained(context.service, asked.timeout_s))
+
+
+class SnapshotAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(max_length=200)] = DEFAULT_NAME
+    replace: bool = False
+
+
+async def taken(context: GatewayContext, request: Request, body: bytes) -> Response:
+    """POST /admin/snapshot: while it works, one of each engine and namespace that has sessions."""
+    _require_operator(context)
+    try:
+        asked = msgspec.json.decode(body or b"{}", type=SnapshotAsked)
+    except msgspec.DecodeError as error:
+        raise invalid("body", str(error)) from None
+    found = []
+    for one in context.service.engines.up:
+        name = f"{asked.name}/{one.number}" if len(context.service.engines.all) > 1 else asked.name
+        live = await call(one.repo.sync.live_sessions)
+        for namespace in sorted({session.namespace for session in live}):
+            repo = one.within(namespace).sync
+            done = await call(snapshot, repo, name, replace=asked.replace)
+            found.append(_told(namespace, one.number, done))
+    if not found:
+        raise invalid("name", "no session is open; there is nothing to keep")
+    return as_json({"snapshots": found})
+
+
+def _told(namespace: str, engine: int, done: EngineSnapshot) -> dict[str, Any]:
+    was = {name: len(done.of(name)) for name in ("running", "waiting", "parked", "idle")}
+    missed = [{"why": one.why} for one in done.missed]
+    return {"name": done.name, "namespace": namespace, "engine": engine, "commit": done.commit, **was, "missed": missed}
 
 
 async def undrain(context: GatewayContext, request: Request, body: bytes) -> Response:

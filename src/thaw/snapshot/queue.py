@@ -98,6 +98,11 @@ class RequestQueue:
             left = [one for one in self._requests.values() if not one.ended]
         return sorted(left, key=lambda one: (one.status == "waiting", *_order(one)))
 
+    def known(self) -> list[QueuedRequest]:
+        """All that were not forgotten, ended or not, in order of arrival."""
+        with self._changed:
+            return sorted(self._requests.values(), key=lambda one: one.number)
+
     def forget(self, id: str) -> None:
         """Let go of one that has ended. Raises `Busy` where it has not."""
         if not self.request(id).ended:

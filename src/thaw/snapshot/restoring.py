@@ -27,7 +27,7 @@ from thaw.repo.repository import Repository
 from thaw.repo.session import Session
 from thaw.repo.timeline import read_state
 from thaw.snapshot import manifest
-from thaw.snapshot.manifest import EngineSnapshot, MissedEntry, RestoredRecord, SessionEntry
+from thaw.snapshot.manifest import EngineSnapshot, MissedEntry, RequestEntry, RestoredRecord, SessionEntry
 from thaw.snapshot.outputs import Given
 from thaw.snapshot.parallel import each
 from thaw.snapshot.queue import DEFAULT_NUM_SEQS, RequestQueue
@@ -156,9 +156,9 @@ def _reopened(repo: Repository, entry: SessionEntry, number: int, policy: Policy
 
 def _requests(found: EngineSnapshot, outcomes: Sequence[Session | ThawError], *, fork: bool) -> list[QueuedRequest]:
     """What had not ended, as it goes on; one whose output is not what was given out before has failed."""
-    requests = []
+    requests: list[QueuedRequest] = []
     for entry, session in zip(found.sessions, outcomes, strict=True):
-        asked = entry.request
+        asked = entry.request or _cut_through(entry, session)
         if asked is None or not isinstance(session, Session):
             continue
         request = QueuedRequest(
@@ -177,6 +177,16 @@ def _requests(found: EngineSnapshot, outcomes: Sequence[Session | ThawError], *,
             request.fail(error)
         requests.append(request)
     return requests
+
+
+def _cut_through(entry: SessionEntry, session: Session | ThawError) -> RequestEntry | None:
+    """A completion that ran outside of a queue goes on too, by the name of the session's point."""
+    if not isinstance(session, Session) or entry.was != "running":
+        return None
+    last = session.turns[-1] if session.turns else None
+    if last is None or last.kind != "completion" or last.finish_reason is not None or last.sampling is None:
+        return None
+    return RequestEntry(id=short(entry.commit, 16), priority=0, number=0, start=last.start, sampling=last.sampling)
 
 
 def _failed(requests: Sequence[QueuedRequest]) -> list[MissedEntry]:

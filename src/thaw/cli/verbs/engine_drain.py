@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
 import click
 
-from thaw.cli import options, output, words
+from thaw.cli import admin, options, output, words
 
 EXAMPLE = """
 thaw engine drain
 thaw engine drain http://127.0.0.1:8790 --timeout 120 --json
 thaw engine drain --undo
 """
-TOKEN = "THAW_SERVE_TOKEN"
-DEFAULT_URL = "http://127.0.0.1:8790"
 MARGIN_S = 30.0
 """What an answer may take beyond the limit."""
 INCOMPLETE = 8
@@ -28,9 +24,7 @@ INCOMPLETE = 8
 @click.option("--timeout", "timeout_s", type=options.Number(min=0.1, max=86_400), default=60.0, show_default=True,
               metavar="SECONDS", help="Time for all sessions together.")  # fmt: skip
 @click.option("--undo", is_flag=True, help="Let requests begin again, and resume those that were parked.")
-@options.option_of("Engine", "--api-key", "key", metavar="KEY",
-                   help="An operator's key of the gateway. Other users can see command lines: prefer the variable "
-                   f"{TOKEN}.")  # fmt: skip
+@admin.key
 @options.as_json
 def drain(named: str | None, url: str | None, timeout_s: float, undo: bool, key: str | None, as_json: bool) -> int:
     """Stop a gateway from taking requests, and store every session of its engines, at a token boundary.
@@ -42,8 +36,8 @@ def drain(named: str | None, url: str | None, timeout_s: float, undo: bool, key:
     Exit code 8: not every session was captured; the output names them.
     """
     del named  # the gateway's repository
-    where = url or DEFAULT_URL
-    told = ask(where, None if undo else {"timeout_s": timeout_s}, timeout_s, key)
+    where = url or admin.DEFAULT_URL
+    told = admin.ask(where, "drain", None if undo else {"timeout_s": timeout_s}, timeout_s + MARGIN_S, key)
     if as_json:
         output.print_json({"url": where, **told})
     elif undo:
@@ -51,46 +45,6 @@ def drain(named: str | None, url: str | None, timeout_s: float, undo: bool, key:
     else:
         _print(where, told)
     return 0 if undo or told["complete"] else INCOMPLETE
-
-
-def ask(url: str, body: dict[str, Any] | None, timeout_s: float, key: str | None = None) -> dict[str, Any]:
-    """What the gateway answers; `body` None takes the drain back. Raises `EngineDied`, `InvalidRequest`, `Conflict`."""
-    import httpx
-
-    from thaw.core.errors import Conflict, EngineDied, InvalidRequest
-    from thaw.engines.keys import VARIABLE
-
-    shown = key or os.environ.get(TOKEN) or os.environ.get(VARIABLE)
-    headers = {"Authorization": f"Bearer {shown}"} if shown else {}
-    try:
-        answer = httpx.request(
-            "DELETE" if body is None else "POST", f"{url.rstrip('/')}/admin/drain", headers=headers,
-            content=None if body is None else json.dumps(body), timeout=timeout_s + MARGIN_S,
-        )  # fmt: skip
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise InvalidRequest(f"{url!r} is not a gateway's address: {error}") from None
-    except httpx.HTTPError as error:
-        raise EngineDied(
-            f"no gateway answers at {url}: {type(error).__name__}. Is `thaw serve` running there?"
-        ) from None
-    if answer.status_code in (404, 405):
-        raise InvalidRequest(
-            f"{url} is not a `thaw serve`. An engine's own server does not know sessions; whoever holds them does: "
-            "repo.drain() in that program"
-        )
-    if answer.status_code == 409:
-        raise Conflict(f"{url}: {_said(answer)}")
-    if answer.status_code != 200:
-        raise InvalidRequest(f"{url} answered {answer.status_code}: {_said(answer)}")
-    told: dict[str, Any] = answer.json()
-    return told
-
-
-def _said(answer: Any) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return str(answer.text[:200])
 
 
 def _print(where: str, told: dict[str, Any]) -> None:
