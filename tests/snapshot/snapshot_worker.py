@@ -12,9 +12,10 @@ from typing import Any
 
 import thaw
 from thaw import Sampling
+from thaw.core.errors import NotFound
 from thaw.engines.base import Engine
 from thaw.repo import Repository, Session
-from thaw.snapshot import RequestQueue, restore, snapshot
+from thaw.snapshot import CheckpointRing, RequestQueue, restore, restore_checkpoint, snapshot
 
 NAME = "engine/test"
 MANY = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.2, "ignore_eos": True}
@@ -63,16 +64,22 @@ def undisturbed(folder: Path, plan: dict[str, Any], engine: Engine) -> dict[str,
         return found | {f"p{i}": wake(session) for i, session in enumerate(parked)}
 
 
+LOCK = threading.Lock()
+
+
 def say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+    with LOCK:
+        print(json.dumps(what), flush=True)
 
 
-def follow(queue: RequestQueue, seen: dict[str, list[int]]) -> None:
+def follow(queue: RequestQueue, seen: dict[str, list[int]], *, aloud: bool = False) -> None:
     """Be a client of every request: what it has taken is known outside of this process."""
 
     def one(id: str) -> None:
         for piece in queue.request(id).stream():
             seen[id] += piece.token_ids
+            if aloud:
+                say(id=id, more=piece.token_ids)
 
     for id in seen:
         threading.Thread(target=one, args=[id], daemon=True).start()
@@ -112,6 +119,33 @@ def bring_back(plan: dict[str, Any]) -> None:
         seconds=back.seconds)  # fmt: skip
 
 
+def go_on(plan: dict[str, Any]) -> None:
+    """Begin, or go on from the newest checkpoint, until it is killed. Says what each checkpoint has, and what was
+    generated when it was begun."""
+    repo = thaw.open(plan["folder"], engine=engine_of(plan, **plan["slow"]))
+    try:
+        back = restore_checkpoint(repo)
+        queue, held = back.queue, list(back.sessions.values())
+        say(restored={one.id: one.num_tokens for one in queue.known()}, missed=len(back.missed))
+    except NotFound:
+        queue = RequestQueue(repo, max_num_seqs=plan["max_num_seqs"])
+        held = fill(repo, queue, plan)
+    seen: dict[str, list[int]] = {f"r{i}": [] for i in range(plan["num_requests"])}
+    follow(queue, seen, aloud=True)
+    ring = CheckpointRing(queue, tokens=plan["every"])
+    write = ring._write
+
+    def told() -> Any:
+        say(begun={one.id: one.num_tokens for one in queue.requests()})
+        done = write()
+        say(done={one.request.id: one.num_tokens - one.request.start for one in done.sessions if one.request})
+        return done
+
+    ring._write = told  # type: ignore[method-assign]
+    while held:
+        time.sleep(1.0)
+
+
 if __name__ == "__main__":
     told = json.loads(Path(sys.argv[2]).read_text())
-    {"begin": begin, "restore": bring_back}[sys.argv[1]](told)
+    {"begin": begin, "restore": bring_back, "checkpoint": go_on}[sys.argv[1]](told)

@@ -33,12 +33,12 @@ BIG = {
 }  # fmt: skip
 
 
-def python(mode: str, plan: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+def python(mode: str, plan: dict[str, Any], folder: Path, out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     path = folder / f"{mode}.json"
     path.write_text(json.dumps(plan))
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{HERE}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(HERE / "snapshot_worker.py"), mode, str(path)], stdout=subprocess.PIPE, text=True, env=env
+        [sys.executable, str(HERE / "snapshot_worker.py"), mode, str(path)], stdout=out, text=True, env=env
     )
 
 

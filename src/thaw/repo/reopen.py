@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from thaw.core.ids import CommitId
 from thaw.engines.base import Policy
+from thaw.repo.context import Context
 from thaw.repo.hydrate import hydrate
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.session import Session
+from thaw.store import Store
 
 if TYPE_CHECKING:
     from thaw.repo.repository import Repository
@@ -23,13 +25,15 @@ def reopen(
     num_inherited: int = 0,
     seed: int | None = None,
     policy: Policy = "exact",
+    source: Store | None = None,
 ) -> Session:
-    """The session at `where`; its next commit follows `parent` and moves `branch`. Raises what `Repository.session`
-    raises."""
+    """The session at `where`; its next commit follows `parent` and moves `branch`. `source`: the store that has it, if
+    it is not the repository's own: its next commit then writes all. Raises what `Repository.session` raises."""
     context = repo._context
     with context.admission.beginning():
-        live = hydrate(context, where, seed=seed, policy=policy)
+        live = hydrate(context if source is None else Context(source, context.engine), where, seed=seed, policy=policy)
+        kept = live.kept if source is None else None
         return Session(
-            context, live.session, kept=live.kept, parent=parent, branch=branch, proof=live.proof,
+            context, live.session, kept=kept, parent=parent, branch=branch, proof=live.proof,
             num_inherited=num_inherited,
         )  # fmt: skip

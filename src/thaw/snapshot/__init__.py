@@ -18,29 +18,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thaw.snapshot.manifest import EngineSnapshot
+    from thaw.snapshot.migration import Migrated, migrate
     from thaw.snapshot.outputs import OutputPiece
     from thaw.snapshot.queue import RequestQueue
     from thaw.snapshot.request import QueuedRequest
     from thaw.snapshot.restoring import RestoredEngine, restore
+    from thaw.snapshot.ring import CheckpointRing, restore_checkpoint
     from thaw.snapshot.take import snapshot
 
 _HOME = {
+    "CheckpointRing": "ring",
     "EngineSnapshot": "manifest",
+    "Migrated": "migration",
     "OutputPiece": "outputs",
     "QueuedRequest": "request",
     "RequestQueue": "queue",
     "RestoredEngine": "restoring",
+    "migrate": "migration",
     "restore": "restoring",
+    "restore_checkpoint": "ring",
     "snapshot": "take",
 }
 
 __all__ = [
+    "CheckpointRing",
     "EngineSnapshot",
+    "Migrated",
     "OutputPiece",
     "QueuedRequest",
     "RequestQueue",
     "RestoredEngine",
+    "migrate",
     "restore",
+    "restore_checkpoint",
     "snapshot",
 ]
 

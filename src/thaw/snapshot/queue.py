@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
-from thaw.core.errors import Busy, InvalidRequest, NotFound, ThawError
+from thaw.core.errors import Busy, InvalidRequest, NotFound, ThawError, TimedOut
 from thaw.repo.admission import Drained
 from thaw.repo.drain import DEFAULT_TIMEOUT_S, DrainReport
 from thaw.repo.params import as_sampling
@@ -145,8 +145,28 @@ class RequestQueue:
         with self._changed:
             self._held = False
             for one in self._requests.values():
-                if one.status == "interrupted":
-                    one.status = "waiting"
+                one.resume()
+            self._changed.notify_all()
+
+    def stop(self, request: QueuedRequest | None) -> None:
+        """Stop it at the next token, as a drain does, or let it wait no longer: it is in nobody's hands afterwards.
+        Raises what ended it meanwhile, `TimedOut`."""
+        if request is None:
+            return
+        with self._changed:
+            if request.status == "waiting" and request.id not in self._running:
+                request.interrupt()
+                return
+        request.stop()
+        with self._changed:
+            if not self._changed.wait_for(lambda: request.id not in self._running, DEFAULT_TIMEOUT_S):
+                raise TimedOut(f"request {request.id} did not stop within {DEFAULT_TIMEOUT_S:g} s")
+
+    def go_on(self, request: QueuedRequest | None) -> None:
+        """As before `stop`."""
+        with self._changed:
+            if request is not None:
+                request.resume()
             self._changed.notify_all()
 
     def remove(self, request: QueuedRequest) -> None:

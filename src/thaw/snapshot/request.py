@@ -51,7 +51,7 @@ class QueuedRequest:
         self._output = RequestOutput(before)
         self._news = threading.Condition()
         self._stream: Stream[Completion] | None = None
-        self._stopped = False
+        self._stopped = self._paused = False
         self.on_change: Callable[[], None] = lambda: None
         """Told when it has ended."""
 
@@ -62,6 +62,11 @@ class QueuedRequest:
         """What was generated so far."""
         with self._news:
             return tuple(self._output.tokens[: self._output.num_visible])
+
+    @property
+    def num_tokens(self) -> int:
+        """How many were generated so far."""
+        return len(self._output.tokens)
 
     @property
     def text(self) -> str:
@@ -152,7 +157,7 @@ class QueuedRequest:
         with self._news:
             self._stream, self.status = stream, "running"
             self._news.notify_all()
-            if self._stopped:
+            if self._stopped or self._paused:
                 stream.cancel()
         return stream
 
@@ -194,7 +199,10 @@ class QueuedRequest:
     def finish(self, done: Completion) -> None:
         with self._news:
             self.num_prefilled = done.usage.num_prefilled_tokens
-            if done.finish_reason == "abort":
+            if done.finish_reason == "abort" and self._paused and not self._stopped:
+                self.status, self._stream = "interrupted", None
+                self._news.notify_all()
+            elif done.finish_reason == "abort":
                 self._end("failed", Cancelled(f"request {self.id} was cancelled; the session keeps what it has"))
             else:
                 self._end_as(done.finish_reason)
@@ -210,11 +218,26 @@ class QueuedRequest:
         else:
             self._end("finished", None)
 
+    def stop(self) -> None:
+        """Cut it short at the next token: it is interrupted then, and goes on later. One that ends by itself first has
+        ended."""
+        with self._news:
+            self._paused, stream = True, self._stream
+        if stream is not None:
+            stream.cancel()
+
     def interrupt(self) -> None:
         """It was cut short, and goes on later."""
         with self._news:
             self.status, self._stream = "interrupted", None
             self._news.notify_all()
+
+    def resume(self) -> None:
+        """Wait for its turn again, if it was cut short."""
+        with self._news:
+            self._paused = False
+            if self.status == "interrupted":
+                self.status = "waiting"
 
     def fail(self, error: ThawError) -> None:
         with self._news:
@@ -228,7 +251,7 @@ class QueuedRequest:
     def move_to(self, session: Session) -> None:
         """It goes on in another session, which stands where this one stood."""
         with self._news:
-            self.session, self.status = session, "waiting"
+            self.session, self.status, self._paused = session, "waiting", False
             self._news.notify_all()
 
     def __repr__(self) -> str:

@@ -33,6 +33,7 @@ from thaw.snapshot.parallel import each
 from thaw.snapshot.queue import DEFAULT_NUM_SEQS, RequestQueue
 from thaw.snapshot.request import QueuedRequest
 from thaw.snapshot.take import DEFAULT_NAME
+from thaw.store import Store
 
 
 class RestoredEngine(NamedTuple):
@@ -58,8 +59,11 @@ def restore(
     fork: bool = False,
     max_num_seqs: int | None = None,
     policy: Policy = "exact",
+    source: Store | None = None,
 ) -> RestoredEngine:
     """The sessions and requests of the snapshot `name`, in `repo`'s engine. Requests go on at once.
+
+    `source`: the store that has the snapshot, if it is not `repo`'s own; sessions commit to `repo` all the same.
 
     `fork`: a snapshot that was restored before (or may be restored elsewhere) is restored once more; sessions draw from
     seeds of their own from there on, and what lay behind the capture is not theirs. `max_num_seqs`: default that of the
@@ -69,20 +73,21 @@ def restore(
     restored.
     """
     started = time.monotonic()
-    found = manifest.read(repo.store, name)
+    store = source or repo.store
+    found = manifest.read(store, name)
     if found.restored is not None and found.restored.taken and not fork:
         raise Conflict(_restored_already(found))
     _take_policy(repo, found)
     if fork:
-        found = _claim(repo, found, fork=True)
+        found = _claim(repo, store, found, fork=True)
     number = found.restored.num_forks if fork and found.restored is not None else 0
-    outcomes = each(lambda one: _reopened(repo, one, number, policy), found.sessions)
+    outcomes = each(lambda one: _reopened(repo, source, one, number, policy), found.sessions)
     live = [one for one in outcomes if isinstance(one, Session)]
     if not live and outcomes:
         raise next(one for one in outcomes if isinstance(one, ThawError))
     try:
         if not fork:
-            found = _claim(repo, found, fork=False)
+            found = _claim(repo, store, found, fork=False)
     except ThawError:
         for session in live:
             session.close()
@@ -119,7 +124,7 @@ def _take_policy(repo: Repository, found: EngineSnapshot) -> None:
         engine.set_policy(found.record.policy)
 
 
-def _claim(repo: Repository, found: EngineSnapshot, *, fork: bool) -> EngineSnapshot:
+def _claim(repo: Repository, store: Store, found: EngineSnapshot, *, fork: bool) -> EngineSnapshot:
     info, before = repo.engine.info, found.restored
     told = RestoredRecord(
         time_s=time.time(),
@@ -129,7 +134,7 @@ def _claim(repo: Repository, found: EngineSnapshot, *, fork: bool) -> EngineSnap
         num_forks=(before.num_forks if before is not None else 0) + fork,
     )
     try:
-        tip = manifest.note_restored(repo.store, found, repo.engine.identity(), told)
+        tip = manifest.note_restored(store, found, repo.engine.identity(), told)
     except RefConflict:
         raise Conflict(f"{found.name!r} was restored by somebody else just now, or replaced; look again") from None
     except StorageFailed as error:
@@ -137,18 +142,20 @@ def _claim(repo: Repository, found: EngineSnapshot, *, fork: bool) -> EngineSnap
     return msgspec.structs.replace(found, restored=told, tip=tip)
 
 
-def _reopened(repo: Repository, entry: SessionEntry, number: int, policy: Policy) -> Session:
+def _reopened(repo: Repository, source: Store | None, entry: SessionEntry, number: int, policy: Policy) -> Session:
     """`number`: of the fork that it is, else 0."""
-    where = resolve.at(repo.store, CommitId(entry.commit))
+    store = source or repo.store
+    where = resolve.at(store, CommitId(entry.commit))
     if (where.state, where.num_tokens) != (entry.prefix, entry.num_tokens):
         raise CorruptBlob(f"commit {short(entry.commit)} is not the session that the snapshot tells of")
     parent = CommitId(entry.parent) if entry.parent and repo.store.has(entry.parent) else None
     seed = None
     if number:
-        seed = derive(int(read_state(repo.store, where.state).seed), entry.num_tokens, number)
+        seed = derive(int(read_state(store, where.state).seed), entry.num_tokens, number)
     session = reopen(
-        repo, where, parent=parent, branch=entry.branch, num_inherited=entry.num_inherited, seed=seed, policy=policy
-    )
+        repo, where, parent=parent, branch=entry.branch, num_inherited=entry.num_inherited, seed=seed, policy=policy,
+        source=source,
+    )  # fmt: skip
     if entry.was == "parked":
         session.park()
     return session

@@ -7,7 +7,7 @@ in its namespace; what cannot be captured is named in the snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from thaw._version import __version__
@@ -51,8 +51,8 @@ def snapshot(
     """
     manifest.check_free(repo.store, name, replace=replace)
     sessions = own_sessions(repo)
-    waiting = _requests(queue)
-    captured, missed = capture_all(sessions, waiting, f"{name}: a session")
+    waiting = requests_of(queue)
+    captured, missed = capture_all(sessions, waiting, lambda one: _capture(one, f"{name}: a session"))
     if not captured and not missed:
         raise InvalidRequest("no session is live in this repository and namespace; there is nothing to keep")
     entries = entries_of(repo.store, captured, waiting)
@@ -69,19 +69,19 @@ def own_sessions(repo: Repository) -> list[Session]:
     return found
 
 
-def _requests(queue: RequestQueue | None) -> dict[int, QueuedRequest]:
+def requests_of(queue: RequestQueue | None) -> dict[int, QueuedRequest]:
     """By what their session is."""
     return {} if queue is None else {id(one.session): one for one in queue.requests()}
 
 
 def capture_all(
-    sessions: Iterable[Session], requests: Mapping[int, QueuedRequest], message: str
+    sessions: Iterable[Session], requests: Mapping[int, QueuedRequest], capture: Callable[[Session], Captured]
 ) -> tuple[list[Captured], list[MissedEntry]]:
     """Running ones first: the others do not change meanwhile."""
     wanted = [one for one in sessions if id(one) in requests or _has_tokens(one)]
     order = sorted(wanted, key=lambda one: id(one) not in requests)
     done, missed = list[Captured](), list[MissedEntry]()
-    for session, outcome in zip(order, each(lambda one: _capture(one, message), order), strict=True):
+    for session, outcome in zip(order, each(capture, order), strict=True):
         if isinstance(outcome, Captured):
             done.append(outcome)
         else:
@@ -121,7 +121,7 @@ def entries_of(store: Store, captured: Iterable[Captured], requests: Mapping[int
                 num_tokens=state.num_tokens,
                 num_kv=state.num_kv,
                 prefix=commit.state,
-                parent=one.session.parent if store.namespace == one.session.namespace else None,
+                parent=one.session.parent,
                 branch=one.session.branch,
                 num_inherited=one.session.num_inherited,
                 request=None if request is None else _entry(request, state.num_tokens),
