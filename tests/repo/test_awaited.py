@@ -45,7 +45,8 @@ PLAIN: dict[type, set[str]] = {
         "live_sessions",  # remembered
     },
     Session: {
-        "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine", "commits_to", "kept_at", "check_process",  # remembered
+        "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine",  # remembered
+        "commits_to", "kept_at", "check_process",  # likewise
         "request", "plan_chat", "follow", "settle_chat",  # the steps of `generate` and `chat`, for groups
     },
     Group: {"check_process", "index", "count"},

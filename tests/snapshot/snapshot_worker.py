@@ -138,7 +138,9 @@ def go_on(plan: dict[str, Any]) -> None:
     def told() -> Any:
         say(begun={one.id: one.num_tokens for one in queue.requests()})
         done = write()
-        say(done={one.request.id: one.num_tokens - one.request.start for one in done.sessions if one.request})
+        after = {one.id: one.num_tokens for one in queue.requests()}
+        had = {one.request.id: one.num_tokens - one.request.start for one in done.sessions if one.request}
+        say(done=had, after=after)
         return done
 
     ring._write = told  # type: ignore[method-assign]

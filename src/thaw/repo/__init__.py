@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
+    from thaw.repo.rebase import Rebase
     from thaw.repo.report import Continuation, LawResult, VerifyReport
     from thaw.repo.repository import Repository, clone, init, open
     from thaw.repo.resolve import ResolvedPoint
@@ -38,6 +39,7 @@ _HOME = {
     "Group": "group",
     "LawResult": "report",
     "LogEntry": "log",
+    "Rebase": "rebase",
     "Repository": "repository",
     "ResolvedPoint": "resolve",
     "Session": "session",
@@ -63,6 +65,7 @@ __all__ = [
     "Group",
     "LawResult",
     "LogEntry",
+    "Rebase",
     "Repository",
     "ResolvedPoint",
     "Session",

@@ -159,6 +159,7 @@ class AsyncRepository(Awaited[Repository]):
     fetch = awaited(Repository.fetch)
     pull = awaited(Repository.pull)
     remote_gc = awaited(Repository.remote_gc)
+    rebase = awaited(Repository.rebase)
     verify = awaited(Repository.verify)
     require_room = awaited(Repository.require_room)
     gc = awaited(Repository.gc)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.core import cache, namespaces
-from thaw.core.errors import Conflict, InvalidRequest, NotFound
+from thaw.core.errors import Conflict, InvalidRequest, NotFound, RefConflict
 from thaw.core.points import Point, check_name
 from thaw.repo import refs, resolve
 from thaw.repo.context import Context
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
+    from thaw.repo.rebase import Rebase
     from thaw.repo.report import VerifyReport
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
@@ -383,6 +384,26 @@ class Repository:
         return remotes.collect(self.store, name, dry_run=dry_run, grace_s=grace_s, keep_reflog_s=keep_reflog_s)
 
     # -- checking and keeping
+
+    def rebase(self, point: PointLike = "HEAD", *, branch: str | None = None, message: str = "") -> Rebase:
+        """Replay a point's tokens under the weights that run now, and say how far their log probabilities moved.
+
+        `branch`: keep it as a new branch too, that goes on from `point` under these weights: all its tokens and turns,
+        prefilled again. Raises `RefConflict` where the branch exists, `InvalidRequest` where nothing was sampled.
+        """
+        from msgspec.structs import replace
+
+        from thaw.repo.rebase import rebase
+
+        where = self.resolve(point)
+        if branch is not None and self.store.ref(refs.require_own(self.store, branch)) is not None:
+            raise RefConflict(f"there is a branch or tag {branch!r} already; choose another name")
+        found = rebase(self._context, where)
+        if branch is None:
+            return found
+        with self.session(where, policy="recompute") as session:
+            done = session.commit(message or f"rebased from {where}", branch=branch, expect=None)
+        return replace(found, branch=branch, commit=done.commit)
 
     def verify(
         self,
