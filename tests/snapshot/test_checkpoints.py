@@ -22,7 +22,7 @@ from thaw.snapshot.ring import FOLDER, newest
 
 EVERY = 24
 PLAN = {
-    **BIG, "slow": {"step_s": 0.001}, "max_num_seqs": 4, "num_requests": 5, "num_parked": 1, "max_tokens": 3000,
+    **BIG, "slow": {"step_s": 0.001}, "max_num_seqs": 4, "num_requests": 5, "num_parked": 1, "max_tokens": 20_000,
     "every": EVERY,
 }  # fmt: skip
 SLACK = 40
@@ -161,6 +161,13 @@ def test_checkpoints_come_by_tokens_and_by_seconds(slow_engine: Engine, tmp_path
             request.result(60)
             assert ring.error is None and 2 <= ring.number <= 40
         queue.close()
+
+
+def test_a_ring_that_comes_later_hears_of_what_runs_already(slow_engine: Engine, tmp_path: Path) -> None:
+    queue, _ = working(thaw.open(tmp_path / "slow", engine=slow_engine), 2)
+    with CheckpointRing(queue, tokens=8) as ring:
+        assert queue.wait(60)
+        assert ring.number >= 1
 
 
 def test_what_is_no_ring_is_refused(repo: Repository) -> None:

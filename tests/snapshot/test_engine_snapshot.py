@@ -149,6 +149,18 @@ def test_one_token_that_differs_from_what_was_given_out_is_an_error(taken: Taken
     assert list(back.queue.request("r1").stream(seen=whole["r1"])) == []
 
 
+def test_one_that_has_ended_is_heard_to_its_end(repo: Repository) -> None:
+    """Its client may have taken less than all of it."""
+    queue = RequestQueue(repo)
+    request = queue.submit(repo.session(seed=1), "The river. ", LONG, id="r0")
+    whole = request.result(60)
+    snapshot(repo, "engine", queue=queue)
+    with thaw.load_engine("fake") as engine:
+        back = restore(fresh(repo, engine), "engine")
+        assert back.queue.request("r0").status == "finished" and back.queue.request("r0").text == request.text
+        assert [t for piece in back.queue.request("r0").stream(50) for t in piece.token_ids] == list(whole[50:])
+
+
 def rewritten(repo: Repository, found: EngineSnapshot, change: Callable[[list[Any]], None]) -> None:
     """The same snapshot, with entries that somebody changed."""
     entries = list(found.sessions)

@@ -221,7 +221,7 @@ class RequestQueue:
 
     def _run(self, request: QueuedRequest) -> None:
         try:
-            request.finish(request.follow(request.begin(), self.on_tokens))
+            request.finish(request.follow(request.begin(), lambda one: self.on_tokens(one)))
         except Drained:
             request.interrupt()
         except Busy as error:

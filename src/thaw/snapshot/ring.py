@@ -87,7 +87,7 @@ class CheckpointRing:
     def _write(self) -> EngineSnapshot:
         repo, queue = self._queue.repo, self._queue
         requests = take.requests_of(queue)
-        begun = {one.id: one.num_tokens for one in requests.values()}
+        begun = {one.id: one.num_tokens for one in requests.values() if not one.ended}
         with self._changed:
             self._at = begun
         captured, missed = take.capture_all(take.own_sessions(repo), requests, self._capture)

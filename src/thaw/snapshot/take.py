@@ -70,16 +70,18 @@ def own_sessions(repo: Repository) -> list[Session]:
 
 
 def requests_of(queue: RequestQueue | None) -> dict[int, QueuedRequest]:
-    """By what their session is."""
-    return {} if queue is None else {id(one.session): one for one in queue.requests()}
+    """By what their session is: what has not ended, and what a client may still want to hear the end of."""
+    if queue is None:
+        return {}
+    return {id(one.session): one for one in queue.known() if one.status != "failed"}
 
 
 def capture_all(
     sessions: Iterable[Session], requests: Mapping[int, QueuedRequest], capture: Callable[[Session], Captured]
 ) -> tuple[list[Captured], list[MissedEntry]]:
-    """Running ones first: the others do not change meanwhile."""
+    """What runs first, as the others do not change meanwhile; in the queue's order, then by age."""
     wanted = [one for one in sessions if id(one) in requests or _has_tokens(one)]
-    order = sorted(wanted, key=lambda one: id(one) not in requests)
+    order = sorted(wanted, key=lambda one: _place(requests.get(id(one))))
     done, missed = list[Captured](), list[MissedEntry]()
     for session, outcome in zip(order, each(capture, order), strict=True):
         if isinstance(outcome, Captured):
@@ -89,6 +91,12 @@ def capture_all(
             why = f"{outcome.kind}: {outcome}"
             missed.append(MissedEntry(session=session.engine_ref, why=why, request=request.id if request else None))
     return done, missed
+
+
+def _place(request: QueuedRequest | None) -> tuple[int, int, int]:
+    if request is None or request.ended:
+        return (2, 0, 0)
+    return (request.status == "waiting", request.priority, request.number)
 
 
 def _has_tokens(session: Session) -> bool:
@@ -131,7 +139,7 @@ def entries_of(store: Store, captured: Iterable[Captured], requests: Mapping[int
 
 
 def _was(view: SessionView, request: QueuedRequest | None) -> Was:
-    if request is not None:
+    if request is not None and not request.ended:
         return "waiting" if request.status == "waiting" else "running"
     return "running" if view.running else "parked" if view.parked else "idle"
 
