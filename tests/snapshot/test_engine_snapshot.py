@@ -22,7 +22,7 @@ from thaw.core.ids import CommitId
 from thaw.engines.base import Engine
 from thaw.repo import Repository, Session
 from thaw.snapshot import EngineSnapshot, RequestQueue, manifest, restore, snapshot
-from thaw.snapshot.outputs import Given
+from thaw.snapshot.outputs import GivenTokens
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -193,7 +193,7 @@ def test_what_was_given_out_must_come_again(taken: Taken, engine: Engine) -> Non
 
     def lie(entries: list[Any]) -> None:
         request = entries[0].request
-        given = Given(num=len(whole["r0"]) - 2, digest="b3:" + "0" * 64)
+        given = GivenTokens(num=len(whole["r0"]) - 2, digest="b3:" + "0" * 64)
         entries[0] = msgspec.structs.replace(entries[0], request=msgspec.structs.replace(request, given=given))
 
     rewritten(repo, found, lie)

@@ -26,7 +26,7 @@ from thaw.core.ids import CommitId, short
 from thaw.core.objects import AnyModel, Commit, State, in_namespace
 from thaw.core.sampling import Sampling
 from thaw.repo import refs
-from thaw.snapshot.outputs import Given
+from thaw.snapshot.outputs import GivenTokens
 from thaw.store import RefUpdate, Store, Transaction
 
 FORMAT = 1
@@ -53,7 +53,7 @@ class RequestEntry(_Told, frozen=True, kw_only=True):
     start: int
     sampling: Sampling
     prompt: bytes = b""
-    given: Given = Given()
+    given: GivenTokens = GivenTokens()
 
 
 class SessionEntry(_Told, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from thaw.core.errors import LawBroken
 from thaw.core.ids import digest
 from thaw.core.objects import Turn
 from thaw.engines.base import Codec, Delta
-from thaw.engines.embedded.text import TextStream
+from thaw.engines.session.text import TextStream
 
 
 class OutputPiece(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class OutputPiece(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-class Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GivenTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The first `num` tokens of an output, by their digest."""
 
     num: int = 0
@@ -42,15 +42,15 @@ class Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             )
 
 
-def given(tokens: Iterable[int]) -> Given:
+def given(tokens: Iterable[int]) -> GivenTokens:
     ids = tuple(tokens)
-    return Given(num=len(ids), digest=str(digest(struct.pack(f"<{len(ids)}I", *ids)))) if ids else Given()
+    return GivenTokens(num=len(ids), digest=str(digest(struct.pack(f"<{len(ids)}I", *ids)))) if ids else GivenTokens()
 
 
 class RequestOutput:
     """The output of one request. Not locked: whoever writes holds the request's lock."""
 
-    def __init__(self, before: Given = Given()) -> None:  # noqa: B008 - a value
+    def __init__(self, before: GivenTokens = GivenTokens()) -> None:  # noqa: B008 - a value
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.texts: list[str] = []

@@ -219,9 +219,13 @@ class RequestQueue:
                 self._changed.wait()
         return None
 
+    def _tell(self, request: QueuedRequest) -> None:
+        """To whom it is told by now."""
+        self.on_tokens(request)
+
     def _run(self, request: QueuedRequest) -> None:
         try:
-            request.finish(request.follow(request.begin(), lambda one: self.on_tokens(one)))
+            request.finish(request.follow(request.begin(), self._tell))
         except Drained:
             request.interrupt()
         except Busy as error:

@@ -16,7 +16,7 @@ from thaw.core.sampling import Sampling
 from thaw.engines.base import Completion, SessionView
 from thaw.repo.session import Session
 from thaw.repo.stream import Stream
-from thaw.snapshot.outputs import Given, OutputPiece, RequestOutput
+from thaw.snapshot.outputs import GivenTokens, OutputPiece, RequestOutput
 
 Status = Literal["waiting", "running", "interrupted", "finished", "failed"]
 ENDED = ("finished", "failed")
@@ -39,7 +39,7 @@ class QueuedRequest:
         start: int,
         priority: int = 0,
         number: int = 0,
-        before: Given = Given(),  # noqa: B008 - a value
+        before: GivenTokens = GivenTokens(),  # noqa: B008 - a value
     ) -> None:
         self.id, self.session, self.priority, self.number = id, session, priority, number
         self.prompt, self.sampling, self.start = tuple(prompt), sampling, start

@@ -28,7 +28,7 @@ from thaw.repo.session import Session
 from thaw.repo.timeline import read_state
 from thaw.snapshot import manifest
 from thaw.snapshot.manifest import EngineSnapshot, MissedEntry, RequestEntry, RestoredRecord, SessionEntry
-from thaw.snapshot.outputs import Given
+from thaw.snapshot.outputs import GivenTokens
 from thaw.snapshot.parallel import each
 from thaw.snapshot.queue import DEFAULT_NUM_SEQS, RequestQueue
 from thaw.snapshot.request import QueuedRequest
@@ -176,7 +176,7 @@ def _requests(found: EngineSnapshot, outcomes: Sequence[Session | ThawError], *,
             start=asked.start,
             priority=asked.priority,
             number=asked.number,
-            before=Given() if fork else asked.given,
+            before=GivenTokens() if fork else asked.given,
         )
         try:
             request.take_up(session.view())

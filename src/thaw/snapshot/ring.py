@@ -26,7 +26,7 @@ from thaw.snapshot.manifest import EngineSnapshot
 from thaw.snapshot.queue import RequestQueue
 from thaw.snapshot.request import QueuedRequest
 from thaw.snapshot.restoring import RestoredEngine, restore
-from thaw.snapshot.take import Captured
+from thaw.snapshot.take import CapturedSession
 from thaw.store import Store
 
 FOLDER = "checkpoints"
@@ -60,7 +60,7 @@ class CheckpointRing:
         self._store = _opened(queue.repo, make=True)
         self._context = Context(self._store, queue.repo.engine)
         self._kept: weakref.WeakKeyDictionary[Session, Kept] = weakref.WeakKeyDictionary()
-        self._before: weakref.WeakKeyDictionary[Session, tuple[int, tuple[Turn, ...], Captured]] = (
+        self._before: weakref.WeakKeyDictionary[Session, tuple[int, tuple[Turn, ...], CapturedSession]] = (
             weakref.WeakKeyDictionary()
         )
         self._at: dict[str, int] = {}
@@ -102,12 +102,12 @@ class CheckpointRing:
             self._store.gc(keep_reflog_s=0.0)
         return done
 
-    def _capture(self, session: Session) -> Captured:
+    def _capture(self, session: Session) -> CapturedSession:
         """What has not changed since the last time is not captured again."""
         view = session.view()
         known = self._before.get(session)
         if known is not None and (known[0], known[1]) == (len(view.tokens), view.turns):
-            return Captured(session, view, known[2].commit)
+            return CapturedSession(session, view, known[2].commit)
         request = commits.Request(
             session=session.ref, parent=None, message="checkpoint", branch=None, meta={}, expect="any",
             reason="checkpoint",
@@ -116,7 +116,7 @@ class CheckpointRing:
         self._kept[session] = done.kept
         if view.parked:
             session.park()
-        found = Captured(session, view, done.result.commit)
+        found = CapturedSession(session, view, done.result.commit)
         self._before[session] = (len(done.captured.tokens), done.captured.turns, found)
         return found
 

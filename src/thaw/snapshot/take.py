@@ -1,7 +1,7 @@
 """Take a snapshot of an engine that works: every session at a token boundary of its own, none is stopped.
 
 Sessions do not depend on one another, so cuts at moments of their own are a consistent one: what a session has is one
-moment's, and what was given out of it is written down after it was captured. Captured are the repository's own sessions
+moment's, and what was given out of it is written down after it was captured. Taken are the repository's own sessions
 in its namespace; what cannot be captured is named in the snapshot.
 """
 
@@ -29,7 +29,7 @@ from thaw.store import Store
 DEFAULT_NAME = "engine"
 
 
-class Captured(NamedTuple):
+class CapturedSession(NamedTuple):
     """A session's commit, and what the session was before it was captured."""
 
     session: Session
@@ -77,14 +77,14 @@ def requests_of(queue: RequestQueue | None) -> dict[int, QueuedRequest]:
 
 
 def capture_all(
-    sessions: Iterable[Session], requests: Mapping[int, QueuedRequest], capture: Callable[[Session], Captured]
-) -> tuple[list[Captured], list[MissedEntry]]:
+    sessions: Iterable[Session], requests: Mapping[int, QueuedRequest], capture: Callable[[Session], CapturedSession]
+) -> tuple[list[CapturedSession], list[MissedEntry]]:
     """What runs first, as the others do not change meanwhile; in the queue's order, then by age."""
     wanted = [one for one in sessions if id(one) in requests or _has_tokens(one)]
     order = sorted(wanted, key=lambda one: _place(requests.get(id(one))))
-    done, missed = list[Captured](), list[MissedEntry]()
+    done, missed = list[CapturedSession](), list[MissedEntry]()
     for session, outcome in zip(order, each(capture, order), strict=True):
-        if isinstance(outcome, Captured):
+        if isinstance(outcome, CapturedSession):
             done.append(outcome)
         else:
             request = requests.get(id(session))
@@ -106,15 +106,17 @@ def _has_tokens(session: Session) -> bool:
         return False  # closed just now
 
 
-def _capture(session: Session, message: str) -> Captured:
+def _capture(session: Session, message: str) -> CapturedSession:
     view = session.view()
     done = session.committed() or session.snapshot(message)
     if view.parked:
         session.park()
-    return Captured(session, view, done.commit)
+    return CapturedSession(session, view, done.commit)
 
 
-def entries_of(store: Store, captured: Iterable[Captured], requests: Mapping[int, QueuedRequest]) -> list[SessionEntry]:
+def entries_of(
+    store: Store, captured: Iterable[CapturedSession], requests: Mapping[int, QueuedRequest]
+) -> list[SessionEntry]:
     """In the order of the queue, then of age."""
     found = []
     for one in captured:
