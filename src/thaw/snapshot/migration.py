@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from thaw.core.errors import Busy, InvalidRequest, ThawError
 from thaw.core.ids import CommitId
@@ -26,7 +26,8 @@ from thaw.snapshot.request import QueuedRequest
 from thaw.snapshot.take import own_sessions
 
 
-class Migrated(NamedTuple):
+@dataclass(frozen=True)
+class Migrated:
     """One session: as it is there, the request that went with it, the point that it went by, and how long nothing was
     generated."""
 

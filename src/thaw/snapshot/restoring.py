@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import msgspec
 
@@ -36,7 +36,8 @@ from thaw.snapshot.take import DEFAULT_NAME
 from thaw.store import Store
 
 
-class RestoredEngine(NamedTuple):
+@dataclass(frozen=True)
+class RestoredEngine:
     """`sessions`: by the names that they had in the engine that was snapshotted. `missed`: what was not restored, with
     what the snapshot had not captured. `seconds`: until all were there."""
 
