@@ -48,7 +48,7 @@ PLAIN: dict[type, set[str]] = {
     Repository: {
         "path", "namespace", "within",  # as on the view
         "store", "commits_of",  # the open store itself; a comparison
-        "live_sessions",  # remembered
+        "live_sessions", "is_drained",  # remembered
     },
     Session: {
         "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine",  # remembered

@@ -326,6 +326,17 @@ def test_a_policy_is_taken_over_with_its_sessions(repo: Repository) -> None:
         assert engine.policy_version == "7" and again.generate("", LONG).token_ids == whole
 
 
+def test_a_restore_that_fails_leaves_the_engine_its_policy(repo: Repository) -> None:
+    repo.engine.set_policy("7")
+    session = repo.session()
+    session.append("one ")
+    snapshot(repo, "engine")
+    with thaw.load_engine("fake", seed=7, policy="3") as other, fresh(repo, other) as there:
+        with pytest.raises(IdentityMismatch):
+            restore(there, "engine")
+        assert other.policy_version == "3"
+
+
 def test_a_session_that_cannot_be_captured_is_named_in_the_snapshot(repo: Repository) -> None:
     stale, good = repo.session(), repo.session()
     stale.append("old ")

@@ -129,6 +129,15 @@ def test_a_drained_queue_goes_on_where_it_was(here: Repository, whole: dict[str,
     assert {one.id: one.result() for one in queue.known()} == whole
 
 
+def test_a_queue_waits_while_its_repository_is_drained(here: Repository, whole: dict[str, tuple[int, ...]]) -> None:
+    queue, _ = working(here, 4, max_num_seqs=2)
+    here.drain()
+    queue.wait(0.3)
+    assert [one.status for one in queue.known()] == ["interrupted", "interrupted", "waiting", "waiting"]
+    assert queue.undrain() and queue.wait(60)
+    assert {one.id: one.result() for one in queue.known()} == whole
+
+
 def test_requests_run_by_priority_and_then_in_order(here: Repository) -> None:
     with RequestQueue(here, max_num_seqs=1) as queue:
         queue.hold()

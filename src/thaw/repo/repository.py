@@ -177,6 +177,11 @@ class Repository:
         """The open sessions of this repository and its namespaces that somebody holds, oldest first."""
         return [session for session in self._context.admission.sessions() if session.is_open]
 
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing may begin."""
+        return bool(self._context.admission.closed)
+
     def undrain(self) -> bool:
         """Let work begin again; False where it was not drained."""
         self._require_default("an engine is drained")

@@ -13,6 +13,7 @@ so that a second one sees it. No KV, path of a store, or key here.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Literal, TypeVar
@@ -198,7 +199,7 @@ class _Writer:
         self._store, self._tx, self._name = store, tx, name
         empty = State(
             model=tx.put(model), num_tokens=0, num_kv=0, nodes=(), tail_tokens=(), turn_nodes=(), num_turns=0,
-            seed=U64(0), salt="",
+            seed=U64(0), salt=secrets.token_hex(16),
         )  # fmt: skip
         self._state = tx.put(empty)
         self._latest = 0

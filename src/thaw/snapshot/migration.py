@@ -70,6 +70,8 @@ def _move(source: RequestQueue, destination: RequestQueue, session: Session, rem
         raise InvalidRequest("the session is empty; open one there instead")
     started = time.monotonic()
     source.stop(request)
+    if request is not None and request.ended:
+        request = None
     try:
         if request is None:
             _require_idle(source.repo, session)

@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
-from thaw.core.errors import Busy, InvalidRequest, NotFound, ThawError, TimedOut
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError, TimedOut
 from thaw.repo.admission import Drained
 from thaw.repo.drain import DEFAULT_TIMEOUT_S, DrainReport
 from thaw.repo.params import as_sampling
@@ -211,7 +211,8 @@ class RequestQueue:
         with self._changed:
             while not self._closed:
                 waiting = [one for one in self._requests.values() if one.status == "waiting"]
-                if waiting and not self._held and len(self._running) < self.max_num_seqs:
+                open_ = not self._held and not self.repo.is_drained
+                if waiting and open_ and len(self._running) < self.max_num_seqs:
                     request = min((one for one in waiting if one.id not in self._running), key=_order, default=None)
                     if request is not None:
                         self._running.add(request.id)
@@ -229,12 +230,15 @@ class RequestQueue:
         except Drained:
             request.interrupt()
         except Busy as error:
-            if self._held:
+            if self._held or self.repo.is_drained:
                 request.interrupt()
             else:
                 request.fail(error)
         except ThawError as error:
             request.fail(error)
+        except BaseException as error:
+            request.fail(EngineDied(f"request {request.id} failed: {type(error).__name__}: {error}"))  # not begun again
+            raise
         finally:
             with self._changed:
                 self._running.discard(request.id)

@@ -78,13 +78,14 @@ def restore(
     found = manifest.read(store, name)
     if found.restored is not None and found.restored.taken and not fork:
         raise Conflict(_restored_already(found))
-    _take_policy(repo, found)
+    former = _take_policy(repo, found)
     if fork:
         found = _claim(repo, store, found, fork=True)
     number = found.restored.num_forks if fork and found.restored is not None else 0
     outcomes = each(lambda one: _reopened(repo, source, one, number, policy), found.sessions)
     live = [one for one in outcomes if isinstance(one, Session)]
     if not live and outcomes:
+        repo.engine.set_policy(former)
         raise next(one for one in outcomes if isinstance(one, ThawError))
     try:
         if not fork:
@@ -118,11 +119,13 @@ def _restored_already(found: EngineSnapshot) -> str:
     )
 
 
-def _take_policy(repo: Repository, found: EngineSnapshot) -> None:
-    """An engine that has no sessions yet runs the weights under the snapshot's version."""
+def _take_policy(repo: Repository, found: EngineSnapshot) -> str:
+    """An engine that has no sessions yet runs the weights under the snapshot's version. Returns the former one."""
     engine: Engine = repo.engine
+    former = engine.policy_version
     if engine.policy_version != found.record.policy and not repo.live_sessions():
         engine.set_policy(found.record.policy)
+    return former
 
 
 def _claim(repo: Repository, store: Store, found: EngineSnapshot, *, fork: bool) -> EngineSnapshot:
