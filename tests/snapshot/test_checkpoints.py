@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
@@ -20,6 +21,7 @@ from thaw.repo import Repository
 from thaw.snapshot import CheckpointRing, RequestQueue, restore_checkpoint
 from thaw.snapshot.ring import FOLDER, newest
 
+SOAK = bool(os.environ.get("THAW_SOAK"))
 EVERY = 24
 PLAN = {
     **BIG, "slow": {"step_s": 0.001}, "max_num_seqs": 4, "num_requests": 5, "num_parked": 1, "max_tokens": 20_000,
@@ -101,9 +103,9 @@ def kills(num: int, tmp_path: Path, engine: Engine) -> None:
     assert repo.fsck().ok
 
 
-@pytest.mark.slow("kills 20 processes")
-def test_after_20_kills_no_token_is_wrong_and_few_were_generated_again(tmp_path: Path, engine: Engine) -> None:
-    kills(20, tmp_path, engine)
+@pytest.mark.longer_in_soak("100 kills in place of 20", receipt="engine-checkpoints", covers=("src/thaw/snapshot",))
+def test_after_kills_no_token_is_wrong_and_few_were_generated_again(tmp_path: Path, engine: Engine) -> None:
+    kills(100 if SOAK else 20, tmp_path, engine)
 
 
 def test_a_checkpoint_goes_on_as_if_nothing_had_happened(slow_engine: Engine, engine: Engine, tmp_path: Path) -> None:

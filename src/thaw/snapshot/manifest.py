@@ -166,7 +166,8 @@ def write(
     where the name is taken, unless `replace`."""
     refs.require_own(store, name)
     with store.begin(*(entry.commit for entry in entries)) as tx:
-        write_commit = _Writer(store, tx, name, model)
+        origin = {"engine": record.engine, "version": record.version, "device": record.device}
+        write_commit = _Writer(store, tx, name, model, origin)
         groups = [
             write_commit(GROUP, "sessions", [one.commit for one in part], list(part)) for part in _groups(entries)
         ]
@@ -187,7 +188,8 @@ def note_restored(store: Store, found: EngineSnapshot, model: AnyModel, told: Re
     """Put the note behind the snapshot. Raises `RefConflict` where the branch has moved since it was read: somebody
     else has restored it."""
     with store.begin(found.tip) as tx:
-        tip = _Writer(store, tx, found.name, model)(RESTORED, "restored", [found.tip], told)
+        origin = {"engine": told.engine, "device": told.device}
+        tip = _Writer(store, tx, found.name, model, origin)(RESTORED, "restored", [found.tip], told)
         tx.commit(RefUpdate(name=found.name, kind="branch", target=tip, expect=found.tip, reason="engine restored"))
     return tip
 
@@ -195,7 +197,8 @@ def note_restored(store: Store, found: EngineSnapshot, model: AnyModel, told: Re
 class _Writer:
     """Commits of no tokens, by what they say."""
 
-    def __init__(self, store: Store, tx: Transaction, name: str, model: AnyModel) -> None:
+    def __init__(self, store: Store, tx: Transaction, name: str, model: AnyModel, origin: dict[str, str]) -> None:
+        self._origin = {**origin, "thaw": __version__}
         self._store, self._tx, self._name = store, tx, name
         empty = State(
             model=tx.put(model), num_tokens=0, num_kv=0, nodes=(), tail_tokens=(), turn_nodes=(), num_turns=0,
@@ -214,7 +217,7 @@ class _Writer:
             time_ns=U64(self._latest),
             branch=self._name,
             meta={key: msgspec.json.encode(told).decode()} if key else {},
-            origin={"thaw": __version__},
+            origin=self._origin,
         )
         return CommitId(self._tx.put(in_namespace(commit, self._store.namespace)))
 
