@@ -149,6 +149,10 @@ class ReplyJob:
                 return
             await news.wait()
 
+    def _end(self) -> None:
+        self._ended = True
+        self._tell()
+
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
@@ -170,8 +174,7 @@ class ReplyJob:
                 if not future.done():
                     future.set_exception(ended)
         finally:
-            self._ended = True
-            self._tell()
+            self._end()
             if self._reader is not None:
                 await self._reader.close()
 
@@ -202,9 +205,13 @@ class ReplyJob:
         except BaseException as error:
             await place.give_up(error)
             raise
-        await place.settle(view, retold, outcome)
-        await self._keep(outcome)
-        self.outcome.set_result(outcome)
+        place.settle(view, retold, outcome)
+        try:
+            await self._keep(outcome)
+            self.outcome.set_result(outcome)
+            self._end()
+        finally:
+            await place.make_room()
 
     async def _reading(self, place: Place) -> SpeechReader:
         """The reader, which knows what was said before the job was parked. It goes on where a run begins again."""
