@@ -19,13 +19,12 @@ import msgspec
 from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta, SessionView
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
-from thaw.gateway.deltas import each
 from thaw.gateway.place import Place
 from thaw.gateway.problems import told
 from thaw.gateway.reading import SpeechReader
 from thaw.gateway.speech import Said, ToolCall, merged_said
 from thaw.repo.aio import AsyncStream
-from thaw.repo.bridge import call
+from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult
 from thaw.repo.stream import Stream

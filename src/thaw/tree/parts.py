@@ -169,8 +169,9 @@ class RowMaker:
             own = ["KV damaged or gone: run `thaw fsck`"]
         else:
             shared = [f"{part.num_shared:,} shared"] if part.num_shared else []
+            remotes = [f"on {name}" for name in self._outline.remotes.get(session.tip, ())]
             own = [
-                "in the engine and on disk" if open_now else "on disk",
+                words.together(*(["in the engine"] if open_now else []), "on disk", *remotes),
                 words.count(part.num_own, "own token"),
                 *shared,
                 f"{words.nbytes(part.nbytes)} own",
