@@ -66,7 +66,8 @@ class Service:
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
-        self._running: set[ReplyJob] = set()
+        self._running: dict[ReplyJob, str] = {}
+        """Those under way, oldest first, and their namespaces."""
         self._conversations: set[tuple[str, str]] = set()
         self._chores: set[asyncio.Task[None]] = set()
         self._finders: dict[str, ParentFinder] = {}
@@ -87,6 +88,10 @@ class Service:
     @property
     def num_running(self) -> int:
         return len(self._running) + self._preparing
+
+    def running_in(self, namespace: str) -> list[ReplyJob]:
+        """Jobs of a namespace that are under way, oldest first."""
+        return [job for job, its in self._running.items() if its == namespace]
 
     def within(self, tenant: Tenant) -> AsyncRepository:
         return self.engines.any.within(tenant.namespace)
@@ -205,13 +210,13 @@ class Service:
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
         job = ReplyJob(asked, find, kept, self.engines.wait, self.reader, said, spending.ran)
-        self._running.add(job)
+        self._running[job] = tenant.namespace
 
         def over(_: asyncio.Task[None]) -> None:
             if job.read:
                 spending.read()
             spending.over()
-            self._running.discard(job)
+            self._running.pop(job, None)
 
         job.task.add_done_callback(over)
         return job
