@@ -16,8 +16,9 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -192,11 +193,19 @@ class Ledger:
         """Of the KV and the records of a namespace's rows."""
         return self._stored[namespace]
 
-    def expire(self, *, before: float, max_nbytes: int, held: Collection[str] = ()) -> tuple[int, float | None]:
+    def expire(
+        self,
+        *,
+        before: float,
+        max_nbytes: int,
+        held: Collection[str] = (),
+        sooner: Mapping[str, float] = MappingProxyType({}),
+    ) -> tuple[int, float | None]:
         """Drop rows from before a time and, oldest first, those beyond `max_nbytes` of KV in all; never one under way,
-        nor one whose point is `held`. A deleted row goes when all that is older has gone.
+        nor one whose point is `held`. `sooner`: later times for some namespaces, whose rows are then deleted ones. A
+        deleted row goes when all that is older has gone.
 
-        Returns how many went, and the time of the oldest that is left, if any is."""
+        Returns how many were deleted or went, and the time of the oldest that is left, if any is."""
         kept, cut = 0, before
         with self._lock, database_errors(self._path):
             newest_first = self._connection.execute("SELECT created, nbytes FROM rows ORDER BY created DESC")
@@ -206,10 +215,18 @@ class Ledger:
                     cut = max(cut, created)
                     break
             marks = ", ".join("?" * len(held))
-            done = self._connection.execute(
-                "DELETE FROM rows WHERE created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?) AND "
-                f"(point IS NULL OR point NOT IN ({marks}))", (cut, *UNDER_WAY, *held),
-            )  # fmt: skip
+            over = (
+                "created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?) AND "
+                f"(point IS NULL OR point NOT IN ({marks}))"
+            )
+            done = self._connection.execute(f"DELETE FROM rows WHERE {over}", (cut, *UNDER_WAY, *held))
+            num_sooner = 0
+            for namespace, its_own in sooner.items():
+                left = self._connection.execute(
+                    f"UPDATE OR REPLACE rows SET kind = '{GONE}', status = 'completed', record = x'7b7d' "
+                    f"WHERE kind <> '{GONE}' AND namespace = ? AND {over}", (namespace, its_own, *UNDER_WAY, *held),
+                )  # fmt: skip
+                num_sooner += left.rowcount
             (oldest,) = self._connection.execute(
                 "SELECT min(created) FROM rows WHERE kind NOT IN ('conversation', ?)", (GONE,)
             ).fetchone()
@@ -217,7 +234,7 @@ class Ledger:
                 "DELETE FROM rows WHERE kind = ? AND created < ?", (GONE, math.inf if oldest is None else oldest)
             )
             self._count()
-        return done.rowcount + freed.rowcount, oldest
+        return done.rowcount + num_sooner + freed.rowcount, oldest
 
     def close(self) -> None:
         with self._lock, database_errors(self._path):

@@ -269,12 +269,13 @@ class Service:
 
         What running requests go on from is kept until they are over.
         """
-        keeping = self.settings.keeping
-        before = time.time() - keeping.lifetime_s
+        keeping, now = self.settings.keeping, time.time()
         held = {job.parent for job in self._running if job.parent is not None}
-        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes, held=held)
+        sooner = {one.namespace: now - one.lifetime_s for one in self.tenants.all if one.lifetime_s is not None}
+        gone, oldest = await call(
+            self.ledger.expire, before=now - keeping.lifetime_s, max_nbytes=keeping.nbytes, held=held, sooner=sooner
+        )
         if gone:
-            now = time.time()
             since = min([now if oldest is None else oldest, *(job.began for job in self._running)])
             await self.repo.gc(keep_reflog_s=max(0.0, now - since))
             await self.live.forget(await call(self._lost, self.live.commits()))
