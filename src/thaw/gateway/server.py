@@ -27,7 +27,7 @@ from thaw.store.locks import locked
 
 LOCK = "gateway.lock"
 DRAIN_S = 60
-SWITCH_S = 0.0005
+SWITCH_S = 0.001
 """After which a thread that computes in Python lets the event loop go on. Python's own 5 ms would be added to each step
 of a request, while an engine or a commit in this process computes."""
 
