@@ -160,10 +160,6 @@ class ReplyJob:
                 return
             await news.wait()
 
-    def _end(self) -> None:
-        self._ended = True
-        self._tell()
-
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
@@ -185,7 +181,8 @@ class ReplyJob:
                 if not future.done():
                     future.set_exception(ended)
         finally:
-            self._end()
+            self._ended = True
+            self._tell()
             if self._reader is not None:
                 await self._reader.close()
 
@@ -217,12 +214,8 @@ class ReplyJob:
             await place.give_up(error)
             raise
         place.settle(view, retold, outcome)
-        try:
-            await self._keep(outcome)
-            self.outcome.set_result(outcome)
-            self._end()
-        finally:
-            await place.make_room()
+        await self._keep(outcome)
+        self.outcome.set_result(outcome)
 
     async def _reading(self, place: Place) -> SpeechReader:
         """The reader, which knows what was said before the job was parked. It goes on where a run begins again."""

@@ -81,10 +81,6 @@ class Place:
     def settle(self, view: SessionView, told: tuple[int, ...], outcome: RequestOutcome) -> None:
         self._live.settle(self.entry, view, told, outcome.point)
 
-    async def make_room(self) -> None:
-        """Close what is open beyond the limits."""
-        await self._live.trim()
-
     async def give_up(self, error: BaseException) -> None:
         """It came to nothing; where that is because its engine died, that one is taken out."""
         if isinstance(error, EngineDied):

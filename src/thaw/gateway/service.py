@@ -217,6 +217,7 @@ class Service:
                 spending.read()
             spending.over()
             self._running.pop(job, None)
+            self.later(self.live.trim())
 
         job.task.add_done_callback(over)
         return job
@@ -302,9 +303,10 @@ class Service:
         stored = set(self.jobs.values())
         for job in list(self._running):
             (job.park if job in stored else job.stop)()
-        for tasks in ([job.task for job in self._running], list(self._chores)):
-            if tasks:
-                await asyncio.wait(tasks)
+        if self._running:
+            await asyncio.wait([job.task for job in self._running])
+        if self._chores:
+            await asyncio.wait(self._chores)
         await self.live.clear()
         await self.readers.close()
         await self.engines.close()
