@@ -264,7 +264,7 @@ def plain_write(folder: Path, data: bytes) -> float:
 
 def streams(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receipt:
     rows: list[dict[str, float]] = []
-    base = middle = 0
+    base = before = 0
     for wave in range(told.blocks + 2):
         begun = time.perf_counter()
         wrong, events = asyncio.run(all_streams(gateway.port, told.streams, wave))
@@ -272,16 +272,15 @@ def streams(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Rece
             base = gateway.rss_nbytes()
         if wave > 1:
             row = {"wrong": wrong, "events": events, "wave_s": time.perf_counter() - begun}
-            rows.append({**row, "grown_nbytes": gateway.rss_nbytes() - base})
-        if wave == 1 + told.blocks // 2:
-            middle = gateway.rss_nbytes()
-        if rows:
-            rows[-1]["late_nbytes"] = gateway.rss_nbytes() - middle if middle else 0
+            now = gateway.rss_nbytes()
+            rows.append({**row, "grown_nbytes": now - base, "step_nbytes": now - before})
+        before = gateway.rss_nbytes()
     last = rows[-1]["grown_nbytes"]
     print(f"grown by {last / 2**20:.1f} MiB over {told.blocks} waves")
     derived = [
         figure("wave", "wrong", "streams with an event that is missing, doubled or out of order", unit=""),
         figure("wave", "grown_nbytes", "memory of the gateway beyond that after the second wave", unit="B"),
+        figure("wave", "step_nbytes", "what one more wave added to it", unit="B"),
     ]
     goals = [
         r.at_most("wrong", "none", "wave.wrong", 0.0),
