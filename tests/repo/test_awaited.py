@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from thaw.pool import ForkPool, PoolSession, Round, Snapshot
 from thaw.pool.aio import AsyncForkPool, AsyncRound
 from thaw.repo import Group, Repository, Session, Stream
 from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream
-from thaw.repo.bridge import Begun, call, opened
+from thaw.repo.bridge import MAX_THREADS, Begun, call, each, opened
 from thaw.snapshot import CheckpointRing, QueuedRequest, RequestQueue
 from thaw.snapshot.aio import AsyncCheckpointRing, AsyncQueuedRequest, AsyncRequestQueue
 
@@ -206,3 +206,36 @@ def test_many_verbs_that_wait_hold_up_no_others(tmp_path: Path, engine: Engine) 
             assert all(await asyncio.gather(*waiting))
 
     asyncio.run(main())
+
+
+def test_streams_go_on_while_verbs_fill_every_thread() -> None:
+    go_on = threading.Event()
+
+    async def main() -> None:
+        waiting = [asyncio.ensure_future(call(go_on.wait, 60)) for _ in range(MAX_THREADS + 8)]
+        await asyncio.sleep(0)
+        for _ in range(3):
+            assert await asyncio.wait_for(listed(range(5)), 30) == [0, 1, 2, 3, 4]
+        assert not any(one.done() for one in waiting)
+        go_on.set()
+        assert all(await asyncio.gather(*waiting))
+
+    asyncio.run(main())
+
+
+async def listed(items: Iterable[int]) -> list[int]:
+    return [item async for item in each(items)]
+
+
+def test_a_stream_whose_thread_cannot_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system has no room for another one."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "thaw-aio":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        asyncio.run(asyncio.wait_for(listed([1]), 30))

@@ -68,7 +68,8 @@ class Service:
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
-        self._running: set[ReplyJob] = set()
+        self._running: dict[ReplyJob, str] = {}
+        """Those under way, oldest first, and their namespaces."""
         self._conversations: set[tuple[str, str]] = set()
         self._chores: set[asyncio.Task[None]] = set()
         self._finders: dict[str, ParentFinder] = {}
@@ -89,6 +90,10 @@ class Service:
     @property
     def num_running(self) -> int:
         return len(self._running) + self._preparing
+
+    def running_in(self, namespace: str) -> list[ReplyJob]:
+        """Jobs of a namespace that are under way, oldest first."""
+        return [job for job, its in self._running.items() if its == namespace]
 
     def within(self, tenant: Tenant) -> AsyncRepository:
         return self.engines.any.within(tenant.namespace)
@@ -209,13 +214,14 @@ class Service:
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
         job = ReplyJob(asked, find, kept, self.engines.wait, self.reader, said, spending.ran)
-        self._running.add(job)
+        self._running[job] = tenant.namespace
 
         def over(_: asyncio.Task[None]) -> None:
             if job.read:
                 spending.read()
             spending.over()
-            self._running.discard(job)
+            self._running.pop(job, None)
+            self.later(self.live.trim())
 
         job.task.add_done_callback(over)
         return job
@@ -268,12 +274,13 @@ class Service:
 
         What running requests go on from is kept until they are over.
         """
-        keeping = self.settings.keeping
-        before = time.time() - keeping.lifetime_s
+        keeping, now = self.settings.keeping, time.time()
         held = {job.parent for job in self._running if job.parent is not None}
-        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes, held=held)
+        sooner = {one.namespace: now - one.lifetime_s for one in self.tenants.all if one.lifetime_s is not None}
+        gone, oldest = await call(
+            self.ledger.expire, before=now - keeping.lifetime_s, max_nbytes=keeping.nbytes, held=held, sooner=sooner
+        )
         if gone:
-            now = time.time()
             since = min([now if oldest is None else oldest, *(job.began for job in self._running)])
             await self.repo.gc(keep_reflog_s=max(0.0, now - since))
             await self.live.forget(await call(self._lost, self.live.commits()))
