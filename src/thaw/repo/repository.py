@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from thaw.repo.stats import Stats
     from thaw.repo.undo import Undone
     from thaw.store import FsckReport, GcReport
+    from thaw.weights import WeightsBook
 
 PointLike = str | Point | ResolvedPoint
 MAX_LIMIT = 1 << 31
@@ -260,6 +261,13 @@ class Repository:
             return Ref(name=branch, kind="branch", target=winner.adopt(branch).commit)
         where = self.resolve(winner)
         return refs.move(self.store, branch, where, f"adopt: {where}")
+
+    @property
+    def weights(self) -> WeightsBook:
+        """The models and adapters that lie in the repository, for all of its namespaces."""
+        from thaw.weights import WeightsBook
+
+        return WeightsBook(self.store)
 
     # -- remotes
 
