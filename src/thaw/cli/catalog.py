@@ -32,6 +32,9 @@ SECTIONS: dict[str, dict[str, str]] = {
         "pull": "Fetch a branch and move the local one forward.",
         "remote": "Add, list and remove remotes; delete what one no longer needs.",
     },
+    "Weights": {
+        "weights": "Store a model's weights in the repository, and run it from there.",
+    },
     "Verify and clean up": {
         "verify": "Hydrate in a fresh process and report which laws held.",
         "fsck": "Check every stored byte; rebuild a lost database.",
