@@ -19,7 +19,7 @@ EXTRAS := transformers,vllm,trl,s3,server,langgraph,testing,dev
 VLLM := 0.32
 VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
-VLLM_TESTS := tests/engines/on_vllm
+VLLM_TESTS := tests/engines/on_vllm tests/weights/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23

@@ -7,15 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import thaw
 from thaw import Sampling
+from thaw.core.ids import digest
+from thaw.engines.hf import stored
+from thaw.engines.hf.stored import StoredTensor
 from thaw.repo import Repository
+from thaw.store import Store
+from thaw.weights import WeightsBook
 
 FILE = "model.safetensors"
+LAYER = "model.layers.1.mlp.up_proj.weight"
 TEXT = "The store keeps what a session needs. "
 GREEDY = Sampling(max_tokens=8, temperature=0.0, logprobs=5, ignore_eos=True)
 
@@ -63,3 +70,62 @@ def forked(repo: Repository) -> tuple[Any, Any]:
     """What a fork of main says."""
     with repo.fork("main", 1, replay=True) as kids:
         return said(kids.generate("Go on. ", GREEDY)[0])
+
+
+# --- what is wrong with a set
+
+
+def flip(store: Store, blob: str) -> None:
+    place = store.locate([blob])[blob]
+    path = store.packs / place.pack
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(place.offset + place.nbytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def forged(book: WeightsBook, change: Callable[[dict[str, StoredTensor]], Any]) -> Path:
+    """The folder of a set whose manifest was changed, and everything that is hashed over it as well, so that nothing
+    but what it says is wrong: as a set that was badly made."""
+    folder = book.model("base")
+    manifest = book.show("base").manifest
+    changed = dict(manifest.tensors)
+    change(changed)
+    bad = msgspec.structs.replace(manifest, tensors=changed, leaves={})
+    data = stored.encode(bad)
+    (folder / stored.MANIFEST).write_bytes(data)
+    at = msgspec.structs.replace(stored.place_of(folder), manifest=digest(data))
+    (folder / stored.PLACE).write_bytes(msgspec.json.encode(at))
+    return folder
+
+
+def _without(found: dict[str, StoredTensor]) -> None:
+    del found[LAYER]
+
+
+def _reshaped(found: dict[str, StoredTensor]) -> None:
+    rows, columns = found[LAYER].shape
+    found[LAYER] = msgspec.structs.replace(found[LAYER], shape=(columns, rows))
+
+
+def _integers(found: dict[str, StoredTensor]) -> None:
+    found[LAYER] = msgspec.structs.replace(found[LAYER], dtype="I32")
+
+
+def _half(found: dict[str, StoredTensor]) -> None:
+    found[LAYER] = msgspec.structs.replace(found[LAYER], shape=(found[LAYER].shape[0] // 2, found[LAYER].shape[1]))
+
+
+def _extra(found: dict[str, StoredTensor]) -> None:
+    found["model.layers.9.extra"] = found[LAYER]
+
+
+CHANGES = {
+    "missing": (_without, rf"1 tensor is missing \({LAYER}\)"),
+    "shape": (_reshaped, rf"{LAYER} has the shape \[64, 160\]"),
+    "dtype": (_integers, rf"{LAYER} in I32"),
+    "shard": (_half, rf"{LAYER} has the shape \[80, 64\]"),
+    "extra": (_extra, r"no place for 1 tensor \(model\.layers\.9\.extra\)"),
+}

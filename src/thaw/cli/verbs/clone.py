@@ -21,6 +21,7 @@ thaw clone s3://bucket/runs here --single-branch
 @click.option("-b", "--branch", metavar="NAME", help="Start on this branch; default: the remote's.")
 @click.option("--single-branch", is_flag=True, help="Fetch no other branch.")
 @click.option("--origin", "remote", metavar="NAME", default="origin", help="What to call the remote (origin).")
+@click.option("--weights", is_flag=True, help="Also fetch the weights that the commits need.")
 @transfer.option
 @options.engine
 @options.as_json
@@ -31,6 +32,7 @@ def command(
     branch: str | None,
     single_branch: bool,
     remote: str,
+    weights: bool,
     pairs: tuple[str, ...],
     engine_name: str | None,
     model: str | None,
@@ -44,21 +46,23 @@ def command(
     from thaw.repo import remotes
     from thaw.repo.repository import open as open_at
     from thaw.repo.settings import remember
+    from thaw.weights.folder import SCHEME
 
     del named  # a clone is always a repository of its own
     path = Path(folder or url.rstrip("/").rpartition("/")[2] or "clone").expanduser() / FOLDER
     wanted = engine_name is not None or model is not None
-    chosen = boot.choose(None, engine_name, model, dtype, device) if wanted else None
+    stored = (model or "").startswith(SCHEME)
+    chosen = boot.choose(None, engine_name, model, dtype, device) if wanted and not stored else None
     report = transfer.watched(
         "cloning",
         lambda meter: remotes.clone(
             url, path, transfer.read_options(pairs), remote=remote, branch=branch, single_branch=single_branch,
-            namespace=place.namespace(), meter=meter,
+            namespace=place.namespace(), weights=weights, meter=meter,
         ),
     )  # fmt: skip
-    if chosen is not None:
+    if wanted:
         with open_at(path, create=False) as repo:
-            remember(repo.store, chosen)
+            remember(repo.store, chosen or boot.choose(repo.store, engine_name, model, dtype, device))
     if not as_json:
         output.line(f"cloned into {path.resolve()}")
     transfer.say(report, "fetched", as_json)
