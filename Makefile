@@ -25,7 +25,7 @@ VLLM_TESTS := tests/engines/on_vllm tests/weights/on_vllm
 SGLANG := 0.5.23
 SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
-SGLANG_TESTS := tests/engines/on_sglang
+SGLANG_TESTS := tests/engines/on_sglang tests/weights/on_sglang
 
 CODE := src tests benchmarks examples docs/generate.py
 
