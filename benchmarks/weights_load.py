@@ -6,7 +6,7 @@ Makes a model of random weights (bfloat16, the shapes of a Llama) in FOLDER, in 
 repository there. Then each arm brings every tensor into parameters that are allocated before, as an engine does, from
 files that the kernel was told to forget (`posix_fadvise`, file by file). Arms alternate, in another order each round:
 
-    thaw            `thaw.weights.tensors.stream`: from packs, every tensor hashed (BLAKE3) on the host before it is used
+    thaw            `thaw.weights.tensors.stream`: from packs, each tensor hashed (BLAKE3) on the host before it is used
     safetensors     `safe_open` and `get_tensor`, one tensor after the other: what transformers and vLLM do by default
     threads         the same on 8 threads, as SGLang does by default
     fastsafetensors `ParallelLoader`, where it is installed (without GPUDirect storage, on a CPU as well)
