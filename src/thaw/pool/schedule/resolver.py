@@ -1,0 +1,197 @@
+"""From what callers give as a point to a trunk: a session, a result, a snapshot, a point's name, or token ids."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+from thaw.core.errors import EngineDied, InvalidRequest, NotFound
+from thaw.core.points import Point
+from thaw.core.sampling import fresh_seed
+from thaw.engines.base import SessionRef
+from thaw.engines.text import cut_turns
+from thaw.pool.schedule.fork_point import ForkPoint, OwnedSession
+from thaw.pool.session import PoolSession
+from thaw.pool.shm.shared_store import SharedPoint
+from thaw.pool.snapshot import Snapshot
+from thaw.pool.stores import KeptIn, StoredPoint, Stores
+from thaw.pool.values import BranchResult
+from thaw.pool.workers.worker import Incarnation
+from thaw.repo import timeline
+from thaw.repo.context import Context
+from thaw.repo.kept import Kept
+from thaw.repo.repository import Repository
+from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.session import Session
+
+MAX_PROMPTS = 128
+"""Prompts (points that are plain tokens) whose snapshots the arena keeps, the latest ones."""
+
+
+class PointResolver:
+    """`life_of`: the life that holds a session's engine. `policy`: the version that runs now."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        repo: Repository | None,
+        life_of: Callable[[Session], Incarnation | None],
+        policy: Callable[[], str],
+    ) -> None:
+        self._stores, self._arena, self._repo = stores, stores.arena, repo
+        self._life_of, self._policy = life_of, policy
+        self._captured: weakref.WeakKeyDictionary[Session, tuple[SessionRef, SharedPoint]] = weakref.WeakKeyDictionary()
+        self._prompts: OrderedDict[Hashable, SharedPoint] = OrderedDict()
+
+    def find(self, point: object, at: int | None = None, seed: int | None = None) -> ForkPoint:
+        """Raises `InvalidRequest`, `NotFound`, `BadPoint`, `StaleSession`, `EngineDied`."""
+        if isinstance(point, BranchResult):
+            if point.session is None:
+                why = point.error or "its round had keep=False"
+                raise InvalidRequest(f"branch {point.index} has no session to go on from: {why}")
+            point = point.session
+        if isinstance(point, Snapshot):
+            return self._of_arena(point.point, at, seed)
+        if isinstance(point, Session):
+            return self._of_session(point, at, seed)
+        if isinstance(point, (str, Point, ResolvedPoint)):
+            return self._of_repo(point, at, seed)
+        if isinstance(point, Sequence) and all(isinstance(token, int) for token in point):
+            return self._of_tokens(tuple(int(token) for token in point), at, seed)
+        raise InvalidRequest(
+            f"a {type(point).__name__} is no point: give a session, a result, a snapshot, a point's name in the "
+            "pool's repository, or token ids"
+        )
+
+    def captured(self, trunk: ForkPoint, point: SharedPoint) -> None:
+        """`trunk` was captured as `point`: so was, up to there, the session or prompt that it came from."""
+        source = trunk.source[0]() if trunk.source is not None else None
+        if source is not None and trunk.source is not None:
+            self._captured[source] = (trunk.source[1], point)
+        elif trunk.plain:
+            self._prompts[trunk.key] = point
+            while len(self._prompts) > MAX_PROMPTS:
+                self._prompts.popitem(last=False)
+
+    def forget_prompt(self, trunk: ForkPoint) -> None:
+        self._prompts.pop(trunk.key, None)
+
+    def forget_prompts(self) -> None:
+        self._prompts.clear()
+
+    def _of_session(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
+        captured = self._captured_of(session)
+        life = self._life_of(session)
+        if life is None and not isinstance(session, PoolSession):
+            return self._of_elsewhere(session, at, seed)
+        if life is not None and not life.over:
+            with contextlib.suppress(EngineDied):  # it died just now
+                return self._of_living(session, life, captured, at, seed)
+        return self._of_dead(session, captured, at, seed)
+
+    def _captured_of(self, session: Session) -> SharedPoint | None:
+        """Unless a chat that dropped tokens has made it another session of the engine's since."""
+        ref, point = self._captured.get(session, (None, None))
+        return point if ref == session.engine_ref else None
+
+    def _of_living(
+        self, session: Session, life: Incarnation, captured: SharedPoint | None, at: int | None, seed: int | None
+    ) -> ForkPoint:
+        ref, view = session.ref, session.view()
+        at = check_at(at, len(view.tokens))
+        held = OwnedSession(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
+        fork = life.engine.view(held.ref)
+        trunk = ForkPoint(
+            key=("live", ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
+            seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
+            held=held, kept=self._kept_of(session, fork.num_kv), source=(weakref.ref(session), ref),
+        )  # fmt: skip
+        if captured is not None and captured.num_tokens >= at:
+            trunk.put(self._arena, captured)
+        return trunk
+
+    def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
+        """A session of an engine that is not in the pool: captured by that engine, now, unless it was already."""
+        captured, position = self._captured_of(session), check_at(at, len(session.view().tokens))
+        if captured is None or captured.num_tokens < position:
+            ref = session.ref
+            captured = self._arena.capture(Context(self._arena.store, session.engine), ref, Kept())
+            self._captured[session] = (ref, captured)
+        return self._of_arena(captured, min(position, captured.num_tokens), seed)
+
+    def _of_dead(self, session: Session, captured: SharedPoint | None, at: int | None, seed: int | None) -> ForkPoint:
+        """What is left of a session whose worker died: its snapshot, or (for policy "fast") its tokens."""
+        known = session.history if isinstance(session, PoolSession) else None
+        if captured is not None and (known is None or len(known.tokens) == captured.num_tokens or at is not None):
+            return self._of_arena(captured, at, seed)
+        if known is None:
+            raise EngineDied(
+                "the session's worker has ended, it was not captured, and what was added to it since is not known. "
+                "Fork from a snapshot (pool.snapshot) where a session must outlive its worker"
+            )
+        at = check_at(at, len(known.tokens))
+        turns = cut_turns(known.turns, known.tokens, at, None)
+        return ForkPoint(
+            key=("lost", id(session), at), at=at, tokens=known.tokens[:at], turns=turns,
+            seed=known.seed if seed is None else seed, policy=known.policy,
+        )  # fmt: skip
+
+    def _kept_of(self, session: Session, num_kv: int) -> KeptIn:
+        """What the pool's stores have of it."""
+        kept = session.kept_in.cut(num_kv) if isinstance(session, PoolSession) else KeptIn()
+        for where in self._stores:
+            if session.commits_to(where.store):  # the session itself knows best
+                kept = kept.add(where.store, session.kept_at(num_kv))
+        return kept
+
+    def _of_arena(self, point: SharedPoint, at: int | None, seed: int | None) -> ForkPoint:
+        trunk = self._of_stored(StoredPoint(self._arena, self._arena.at(point, at)), seed)
+        trunk.captured, trunk.kept = point, KeptIn().add(self._arena.store, point.kept)
+        return trunk
+
+    def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> ForkPoint:
+        if self._repo is None or self._stores.durable is None:
+            raise InvalidRequest(f"{str(point)!r} names a point of a repository, and the pool has none: give repo=…")
+        where = self._repo.resolve(point)
+        if at is not None:
+            where = self._repo.at(where, token=at)
+        return self._of_stored(StoredPoint(self._stores.durable, where), seed)
+
+    def _of_stored(self, stored: StoredPoint, seed: int | None) -> ForkPoint:
+        store, where = stored.where.store, stored.point
+        line = timeline.read(store, timeline.read_state(store, where.state))
+        turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)
+        if not where.num_tokens:
+            raise InvalidRequest(f"{where} is empty; give token ids, or a point with at least one token")
+        return ForkPoint(
+            key=("stored", store.uuid, where.state, where.num_tokens), at=where.num_tokens,
+            tokens=line.tokens[: where.num_tokens], turns=turns, seed=int(line.state.seed) if seed is None else seed,
+            policy=turns[-1].policy if turns else self._policy(), stored=stored,
+        )  # fmt: skip
+
+    def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> ForkPoint:
+        if not tokens:
+            raise InvalidRequest("no tokens to fork from; give at least one")
+        tokens, policy = tokens[: check_at(at, len(tokens))], self._policy()
+        trunk = ForkPoint(
+            key=("tokens", policy, tokens), at=len(tokens), tokens=tokens, turns=(),
+            seed=fresh_seed() if seed is None else seed, policy=policy, plain=True,
+        )  # fmt: skip
+        point = self._prompts.get(trunk.key)
+        if point is not None:
+            self._prompts.move_to_end(trunk.key)
+            trunk.put(self._arena, point)
+        return trunk
+
+
+def check_at(at: int | None, num_tokens: int) -> int:
+    """`at` inside [1, num_tokens]; the end when it is None."""
+    if not num_tokens:
+        raise InvalidRequest("the session is empty; append something first")
+    if at is None:
+        return num_tokens
+    if not 1 <= at <= num_tokens:
+        raise NotFound(f"at={at}: the point has {num_tokens} tokens, so it is in 1 … {num_tokens}")
+    return at
