@@ -455,3 +455,41 @@ def test_checkout_gives_the_same_model_back(book: WeightsBook, own_model: Make, 
     assert all(torch.equal(one, tensors(folder)[name]) for name, one in tensors(tmp_path / "out").items())
     with pytest.raises(Conflict, match="is not empty"):
         book.checkout("base", tmp_path / "out")
+
+
+# --- linked sets
+
+
+def test_a_linked_set_copies_no_tensor_and_is_verified(tmp_path: Path, own_model: Make) -> None:
+    folder = own_model()
+    expected = commit_text(tmp_path / "repo", folder)
+    with thaw.open(tmp_path / "repo", create=False) as repo:
+        added = repo.weights.add(folder, link=True)
+        assert added.num_written == 0 and added.entry.link == str(folder.resolve())
+        assert repo.gc(keep_reflog_s=0).blobs_removed == 0 and repo.fsck().ok
+        model = repo.weights.model("base")
+    with going_on(tmp_path / "repo", model) as repo:
+        assert forked(repo) == expected
+        with pytest.raises(Unsupported, match="without --link"):
+            repo.add_remote("origin", f"file://{tmp_path / 'remote'}")
+            repo.push("main", weights=True)
+        repo.weights.checkout("base", tmp_path / "out")
+    rewrite(folder, nudged(LAYER))
+    with pytest.raises(CorruptBlob, match=rf"tensor {LAYER}: "):
+        thaw.load_engine("transformers", model=str(model))
+    rewrite(folder, lambda found: found.pop(LAYER))
+    with pytest.raises(IncompleteModel, match=rf"tensor {LAYER} .*is not there"):
+        thaw.load_engine("transformers", model=str(model))
+    shutil.rmtree(folder)
+    with pytest.raises(IncompleteModel, match="is not there any more: bring the folder back"):
+        thaw.load_engine("transformers", model=str(model))
+
+
+def test_a_linked_set_is_copied_when_it_is_added_without(store: Store, book: WeightsBook, own_model: Make) -> None:
+    folder = own_model()
+    linked = book.add(folder, link=True).entry
+    copied = book.add(folder)
+    assert copied.is_new and copied.nbytes_written == linked.nbytes and copied.entry.link is None
+    assert not book.add(folder, link=True).is_new  # what was copied stays so
+    shutil.rmtree(folder)
+    assert dict(of_folder(book.model("base")))

@@ -54,7 +54,13 @@ class AddedWeights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add(
-    store: Store, model: str | Path, name: str | None = None, *, dtype: str | None = None, base: str | None = None
+    store: Store,
+    model: str | Path,
+    name: str | None = None,
+    *,
+    dtype: str | None = None,
+    base: str | None = None,
+    link: bool = False,
 ) -> AddedWeights:
     """See `WeightsBook.add`."""
     began = time.perf_counter()
@@ -70,6 +76,9 @@ def add(
         found = source.extents(require_files(folder))
         if not found:
             raise NotFound(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    if link:
+        source.require_linkable(found)
+    at = str(folder) if link else None
     with source.mapped(found) as data:
         tensors = _hashed(found, data)
         if is_adapter:
@@ -86,7 +95,7 @@ def add(
         )
         for attempt in range(ATTEMPTS):
             try:
-                entry, written, is_new = _store(store, chosen, made, found, data, files)
+                entry, written, is_new = _store(store, chosen, made, found, data, files, at)
                 break
             except Busy:
                 raise
@@ -110,8 +119,8 @@ def check_name(name: str, from_folder: bool = False) -> str:
 
 
 def _folder(model: str | Path) -> Path:
-    if (Path(model) / source.ADAPTER_CONFIG).is_file():
-        return Path(model).resolve()
+    if (Path(model).expanduser() / source.ADAPTER_CONFIG).is_file():
+        return Path(model).expanduser().resolve()
     from thaw.engines.hf.checkpoint import local_folder
 
     found = local_folder(os.path.expanduser(str(model)))
@@ -119,7 +128,7 @@ def _folder(model: str | Path) -> Path:
         raise NotFound(f"there is no model {model} here: give a folder with config.json and safetensors files")
     if stored.is_stored(found):
         raise InvalidRequest(f"{found} is a stored model's own folder: its tensors lie in a repository already")
-    return found.resolve() if Path(model).is_dir() else found
+    return found.resolve()
 
 
 def _adapter_file(folder: Path) -> Path:
@@ -185,23 +194,28 @@ def _store(
     found: Mapping[str, TensorExtent],
     data: Mapping[str, memoryview],
     files: Mapping[str, bytes],
+    link: str | None,
 ) -> tuple[WeightsEntry, list[BlobLocation], bool]:
-    """Writes what is missing and records the set. Returns (entry, the tensors written, whether it is new)."""
+    """Writes what is missing and records the set. Returns (entry, the tensors written, whether it is new).
+
+    With `link` no tensor is written. A set that was linked and is added without is copied then."""
     seen = record.view(store)
     encoded = stored.encode(manifest)
     named = digest(encoded)
     there = seen.ref(name)
     if there is not None:
         old = record.entry(seen, name, there.target)
-        if old.manifest == named:
+        if old.manifest == named and (old.link is None or link is not None):
             return old, [], False
+    if there is not None and old.manifest != named:
         raise Conflict(
             f"a weights set {name!r} is here already, of other files ({short(old.weights)}; these are "
             f"{short(manifest.weights)}): choose another --name, or remove it first (thaw weights rm {name})"
         )
     with seen.begin() as tx:
         small = {digest(text): text for text in (*files.values(), encoded) if text}
-        wanted = {one.blob: at for at, one in manifest.tensors.items() if one.blob is not None}
+        tensors = {} if link is not None else manifest.tensors
+        wanted = {one.blob: at for at, one in tensors.items() if one.blob is not None}
         missing = [at for blob, at in wanted.items() if not _has(seen, blob)]
         seen.require_room(sum(found[at].nbytes for at in missing))
         items = [_item(found[at], data[at]) for at in missing]
@@ -210,8 +224,10 @@ def _store(
         new_small = [text for blob, text in small.items() if not _has(seen, blob)]
         if new_small:
             _write(seen, tx, [_bytes_item(text) for text in new_small])
-        commit = record.put(tx, manifest, named, list({*manifest.blobs, named}), name)
-        tx.commit(RefUpdate(name=name, kind="tag", target=commit, expect=None, reason=f"weights add: {name}"))
+        in_packs = {*wanted, *small} if link is not None else {*manifest.blobs, named}
+        commit = record.put(tx, manifest, named, list(in_packs), name, link)
+        expect = None if there is None else there.target
+        tx.commit(RefUpdate(name=name, kind="tag", target=commit, expect=expect, reason=f"weights add: {name}"))
     return record.entry(seen, name, commit), written, True
 
 

@@ -32,17 +32,24 @@ class WeightsBook:
         self._store = store
 
     def add(
-        self, model: str | Path, name: str | None = None, *, dtype: str | None = None, base: str | None = None
+        self,
+        model: str | Path,
+        name: str | None = None,
+        *,
+        dtype: str | None = None,
+        base: str | None = None,
+        link: bool = False,
     ) -> AddedWeights:
         """Put the model in the folder `model` (or a hub id that was fetched) into the store, under `name` (default: the
         folder's). Tensors that are here already are not written again. `dtype`: what the model runs in, by default its
         config's. A folder with an adapter_config.json is an adapter; `base`: the weights set or id it was trained on.
+        `link`: leave the tensors in the folder, which must stay as it is; every load verifies them.
 
         On disk on return; on an error nothing is left. Raises `IncompleteModel`, `Unsupported` (no safetensors),
         `Conflict` (another set has the name), `NotFound`.
         """
         known = None if base is None else base if len(base) == 67 else record.find(self._store, base).weights
-        return adding.add(self._store, model, name, dtype=dtype, base=known)
+        return adding.add(self._store, model, name, dtype=dtype, base=known, link=link)
 
     def list(self) -> list[WeightsEntry]:
         """All sets by name."""

@@ -87,25 +87,27 @@ def checkout(store: Store, entry: WeightsEntry, folder: Path) -> int:
             for name, data in _small(seen, manifest).items():
                 _write(folder / name, data)
             name = source.ADAPTER_FILE if manifest.kind == "adapter" else "model.safetensors"
-            return _safetensors(seen, manifest, folder / name)
+            return _safetensors(seen, manifest, folder / name, entry.link)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _safetensors(store: Store, manifest: WeightsManifest, path: Path) -> int:
-    header, places = _header(store, manifest)
+def _safetensors(store: Store, manifest: WeightsManifest, path: Path, link: str | None) -> int:
+    header, places = _header(store, manifest, link)
+    packs = store.packs if link is None else Path(link)
     with storage_errors(path, "write"), path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        nbytes = sum(_copied(store, place, file) for place in places)
+        nbytes = sum(_copied(packs, place, file) for place in places)
         file.flush()
         os.fsync(file.fileno())
     return nbytes
 
 
-def _header(store: Store, manifest: WeightsManifest) -> tuple[bytes, list[BlobLocation]]:
+def _header(store: Store, manifest: WeightsManifest, link: str | None) -> tuple[bytes, list[BlobLocation]]:
     """The header of a safetensors file with all tensors, and what follows it. Two names of one blob are two tensors."""
-    located = store.locate({one.blob for one in manifest.tensors.values() if one.blob is not None})
+    blobs = {one.blob for one in manifest.tensors.values() if one.blob is not None}
+    located = store.locate(blobs) if link is None else source.places(Path(link), manifest.tensors)
     said: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places, at = [], 0
     order = sorted(manifest.tensors.items(), key=lambda one: (-stored.NBYTES[one[1].dtype], one[0]))
@@ -118,8 +120,8 @@ def _header(store: Store, manifest: WeightsManifest) -> tuple[bytes, list[BlobLo
     return text + b" " * (-len(text) % 8), places
 
 
-def _copied(store: Store, place: BlobLocation, file: BinaryIO) -> int:
-    data = read_blob(store.packs, place)
+def _copied(packs: Path, place: BlobLocation, file: BinaryIO) -> int:
+    data = read_blob(packs, place)
     if file.write(data) != place.nbytes:
         raise StorageFailed(f"cannot write {file.name}: the disk is full")
     return place.nbytes

@@ -47,7 +47,8 @@ _GROUP = FullKV(name=BLOBS, first_layer=0, num_layers=1, num_kv_heads=1, head_di
 
 
 class WeightsEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A set as lists show it. `weights`: the id; `nbytes`: of its tensors, equal ones once."""
+    """A set as lists show it. `weights`: the id; `nbytes`: of its tensors, equal ones once. `link`: the folder that has
+    the tensors, where no pack has."""
 
     name: str
     weights: str
@@ -59,6 +60,7 @@ class WeightsEntry(msgspec.Struct, frozen=True, kw_only=True):
     time_ns: int
     commit: str
     manifest: str
+    link: str | None = None
 
 
 def view(store: Store) -> Store:
@@ -66,7 +68,14 @@ def view(store: Store) -> Store:
     return store.within(NAMESPACE)
 
 
-def put(tx: Transaction, manifest: WeightsManifest, manifest_blob: str, in_packs: Sequence[str], name: str) -> CommitId:
+def put(
+    tx: Transaction,
+    manifest: WeightsManifest,
+    manifest_blob: str,
+    in_packs: Sequence[str],
+    name: str,
+    link: str | None = None,
+) -> CommitId:
     """Queues the objects of a set; the transaction (of the weights' namespace) has its packs already."""
     model = ModelIdentity(
         architecture=ARCHITECTURE, weights=manifest.weights, config={}, dtype=manifest.dtype, tokenizer=digest(b""),
@@ -85,6 +94,7 @@ def put(tx: Transaction, manifest: WeightsManifest, manifest_blob: str, in_packs
         "architecture": manifest.architecture, "manifest": manifest_blob, "num_tensors": str(len(manifest.tensors)),
         "nbytes": str(manifest.tensor_nbytes),
     }  # fmt: skip
+    meta |= {} if link is None else {"link": link}
     commit = Commit(
         state=tx.put(state), parents=(), message=f"weights {name}", time_ns=U64(time.time_ns()), meta=meta,
         origin={"thaw": __version__},
@@ -113,6 +123,7 @@ def entry(store: Store, name: str, commit: CommitId) -> WeightsEntry:
             name=name, weights=meta["weights"], kind=meta["kind"], dtype=meta["dtype"],
             architecture=meta["architecture"], num_tensors=int(meta["num_tensors"]), nbytes=int(meta["nbytes"]),
             time_ns=int(found.time_ns), commit=commit, manifest=meta["manifest"],
+            link=meta.get("link"),
         )  # fmt: skip
     except (KeyError, ValueError) as error:
         raise CorruptBlob(f"tag {name!r} of the namespace {NAMESPACE} is no weights set: {error!r}") from None

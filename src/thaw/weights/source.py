@@ -7,7 +7,7 @@ refused: their bytes are pickles, and no two programs read them alike.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +16,9 @@ import msgspec
 
 from thaw.core.errors import IncompleteModel, Unsupported
 from thaw.core.ids import digest
+from thaw.data.locations import BlobLocation, is_pack_name
 from thaw.engines.hf.beside import NAMES, PATTERNS, is_there
-from thaw.engines.hf.stored import NBYTES
+from thaw.engines.hf.stored import NBYTES, StoredTensor
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 MORE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
@@ -75,6 +76,34 @@ def _extents(path: Path) -> Iterator[tuple[str, TensorExtent]]:
         if not 0 <= begin <= end <= size - 8 - length:
             raise IncompleteModel(f"{path} ({size} bytes) ends before its tensor {name} does; get the file again")
         yield name, TensorExtent(path, 8 + length + begin, end - begin, one.dtype, one.shape)
+
+
+def places(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, BlobLocation]:
+    """Where the tensors of a linked set lie: by blob, in the files of its folder. Their bytes are verified when they
+    are read, as those of packs are. Raises `IncompleteModel` naming a tensor that is not there as it was."""
+    if not folder.is_dir():
+        raise IncompleteModel(
+            f"the tensors of this set are linked from {folder}, which is not there any more: bring the folder back, or "
+            "remove the set and add the model again"
+        )
+    found = extents(sorted(folder.glob("*.safetensors")))
+    out: dict[str, BlobLocation] = {}
+    for name, one in tensors.items():
+        there = found.get(name)
+        if one.blob is None:
+            continue
+        if there is None or (there.dtype, there.shape) != (one.dtype, one.shape):
+            what = "is not there" if there is None else f"is {there.dtype} {list(there.shape)}"
+            raise IncompleteModel(f"tensor {name} of {folder} {what}: the files were changed after they were linked")
+        out[one.blob] = BlobLocation(blob=one.blob, pack=there.path.name, offset=there.offset, nbytes=there.nbytes)
+    return out
+
+
+def require_linkable(found: Mapping[str, TensorExtent]) -> None:
+    """Raises `Unsupported` for a file whose name no pack could have."""
+    odd = sorted({one.path.name for one in found.values() if not is_pack_name(one.path.name)})
+    if odd:
+        raise Unsupported(f"{odd[0]} cannot be linked because of its name: add the model without --link")
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 
 from thaw.core.errors import CorruptBlob, IncompleteModel
+from thaw.core.objects import Commit
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import read_blobs
 from thaw.engines.hf import stored
 from thaw.engines.hf.stored import TORCH, StoredTensor, WeightsManifest
 from thaw.store import Store
-from thaw.weights import record
+from thaw.weights import record, source
 
 BATCH_BYTES = 32 << 20
 """Small tensors that lie one after the other are read together."""
@@ -52,16 +53,23 @@ def of_folder(folder: Path, wanted: Wanted | None = None) -> Iterator[tuple[str,
         if not store.has(at.commit):
             raise IncompleteModel(f"the weights set of {folder} was removed from {path}: add the model again")
         with store.reading(at.commit):
-            yield from stream(store, manifest, wanted)
+            yield from stream(store, manifest, wanted, link=store.get_as(at.commit, Commit).meta.get("link"))
 
 
 def stream(
-    store: Store, manifest: WeightsManifest, wanted: Wanted | None = None, *, threads: int = THREADS
+    store: Store,
+    manifest: WeightsManifest,
+    wanted: Wanted | None = None,
+    *,
+    link: str | None = None,
+    threads: int = THREADS,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `of_folder`, of a store that is open and held. Tensors that are one blob share their memory."""
+    """As `of_folder`, of a store that is open and held. Tensors that are one blob share their memory. `link`: the
+    folder that has the tensors of a linked set."""
     chosen = {name: one for name, one in manifest.tensors.items() if wanted is None or wanted(name)}
     yield from ((name, _empty(one)) for name, one in chosen.items() if one.blob is None)
-    batches = list(_batches(_blobs(store, chosen)))
+    batches = list(_batches(_blobs(store, chosen, link)))
+    packs = store.packs if link is None else Path(link)
     with ThreadPoolExecutor(threads, thread_name_prefix="thaw-weights") as pool:
         waiting: deque[tuple[int, Future[list[tuple[str, torch.Tensor]]]]] = deque()
         held, at = 0, 0
@@ -69,7 +77,7 @@ def stream(
             while at < len(batches) or waiting:
                 while at < len(batches) and (not waiting or held < AHEAD_BYTES) and len(waiting) < 4 * threads:
                     nbytes = sum(one.place.nbytes for one in batches[at])
-                    waiting.append((nbytes, pool.submit(_read, store.packs, batches[at])))
+                    waiting.append((nbytes, pool.submit(_read, packs, batches[at])))
                     held, at = held + nbytes, at + 1
                 nbytes, done = waiting.popleft()
                 found = done.result()
@@ -82,7 +90,7 @@ def stream(
                 left.cancel()
 
 
-def _blobs(store: Store, tensors: dict[str, StoredTensor]) -> list[_Blob]:
+def _blobs(store: Store, tensors: dict[str, StoredTensor], link: str | None) -> list[_Blob]:
     """The blobs that they are, in the order in which these lie. Raises `CorruptBlob` naming a tensor that no pack
     holds."""
     named: dict[str, list[tuple[str, StoredTensor]]] = {}
@@ -90,7 +98,7 @@ def _blobs(store: Store, tensors: dict[str, StoredTensor]) -> list[_Blob]:
         if one.blob is not None:
             named.setdefault(one.blob, []).append((name, one))
     try:
-        places = store.locate(named)
+        places = store.locate(named) if link is None else source.places(Path(link), tensors)
     except CorruptBlob as error:
         raise _naming(error, named) from None
     found = [_Blob(places[blob], of) for blob, of in named.items()]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from thaw.core.errors import CorruptBlob, NotFound
+from thaw.core.errors import CorruptBlob, NotFound, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Commit, State, decode
 from thaw.remote import refs
@@ -42,6 +42,12 @@ def send(store: Store, remote: OpenedRemote, weights: set[str], meter: TransferM
         raise NotFound(
             f"the weights {lost[0]} of what is pushed are not in this repository: add the model (thaw weights add), or "
             "push without --weights."
+        )
+    linked = [one.name for one in chosen.values() if one.link is not None]
+    if linked:
+        raise Unsupported(
+            f"the tensors of {linked[0]!r} are linked from a folder and not in this repository: add the model without "
+            "--link, then push"
         )
     wishes = [PushWish("tag", one.name, one.commit) for one in chosen.values()]
     return push(record.view(store), _part(remote), wishes, meter=meter, tuning=Tuning(share=True))

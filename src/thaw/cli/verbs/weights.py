@@ -37,15 +37,24 @@ def command() -> None:
 @click.option(
     "--base", metavar="NAME", help="The weights that an adapter was trained on: a set's name or a weights id."
 )
+@click.option("--link", is_flag=True, help="Leave the tensors in MODEL, which must stay as it is.")
 @options.as_json
-def add(named: str | None, model: str, name: str | None, dtype: str | None, base: str | None, as_json: bool) -> None:
+def add(
+    named: str | None,
+    model: str,
+    name: str | None,
+    dtype: str | None,
+    base: str | None,
+    link: bool,
+    as_json: bool,
+) -> None:
     """Store the model in folder MODEL (or a hub id that was downloaded): safetensors, tokenizer and configs.
 
     Each tensor is stored once, whatever sets have it, so a fine-tune costs what it changed. A folder with an
     adapter_config.json is stored as an adapter."""
     boot.hush()
     with place.open_repository(named) as repo, Progress(f"storing {model}"):
-        added = repo.weights.add(model, name, dtype=dtype, base=base)
+        added = repo.weights.add(model, name, dtype=dtype, base=base, link=link)
     if as_json:
         output.print_json(added)
         return
@@ -55,6 +64,9 @@ def add(named: str | None, model: str, name: str | None, dtype: str | None, base
         output.note("it was here already; nothing was written")
         return
     rate = f", {words.nbytes(int(entry.nbytes / max(added.seconds, 1e-9)))}/s" if added.num_written else ""
+    if entry.link is not None:
+        output.note(f"its tensors stay in {entry.link}")
+        return
     output.note(
         f"{words.nbytes(added.nbytes_written)} written in {words.count(added.num_written, 'tensor')}; "
         f"{words.nbytes(entry.nbytes - added.nbytes_written)} was stored before ({words.seconds(added.seconds)}{rate})"
@@ -118,6 +130,7 @@ def checkout(named: str | None, name: str, folder: str, as_json: bool) -> None:
 
 def _what(entry: WeightsEntry) -> str:
     kind = "" if entry.kind == "model" else f"{entry.kind}, "
+    kind += "linked, " if entry.link is not None else ""
     return f"{kind}{entry.architecture}, {entry.dtype}, {words.count(entry.num_tensors, 'tensor')}, " + words.nbytes(
         entry.nbytes
     )
@@ -133,6 +146,8 @@ def _print(found: ShownWeights) -> None:
     output.line(f"weights   {entry.weights}")
     if manifest.base is not None:
         output.line(f"base      {manifest.base}")
+    if entry.link is not None:
+        output.line(f"link      {entry.link}")
     output.line(f"shared    {words.nbytes(found.shared_nbytes)} with other sets")
     output.line(f"commits   {words.count(found.num_commits, 'commit')}")
     output.line(f"files     {', '.join(sorted(manifest.files)) or 'none'}")
