@@ -27,10 +27,11 @@ from thaw.engines.base import Engine
 from thaw.pool import ForkPool, PoolSession, Round, Snapshot
 from thaw.pool.aio import AsyncForkPool, AsyncRound
 from thaw.repo import Group, Repository, Session, Stream
-from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream
+from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream, AsyncWeights
 from thaw.repo.bridge import MAX_THREADS, Begun, call, each, opened
 from thaw.snapshot import CheckpointRing, QueuedRequest, RequestQueue
 from thaw.snapshot.aio import AsyncCheckpointRing, AsyncQueuedRequest, AsyncRequestQueue
+from thaw.weights import WeightsBook
 
 VIEWS: dict[type, type] = {
     Repository: AsyncRepository,
@@ -43,10 +44,12 @@ VIEWS: dict[type, type] = {
     RequestQueue: AsyncRequestQueue,
     QueuedRequest: AsyncQueuedRequest,
     CheckpointRing: AsyncCheckpointRing,
+    WeightsBook: AsyncWeights,
 }
 PLAIN: dict[type, set[str]] = {
     Repository: {
         "path", "namespace", "within",  # as on the view
+        "weights",  # a view of its own
         "store", "commits_of",  # the open store itself; a comparison
         "live_sessions", "is_drained",  # remembered
     },
@@ -58,6 +61,7 @@ PLAIN: dict[type, set[str]] = {
     Group: {"check_process", "index", "count"},
     Stream: set(),
     ForkPool: set(),
+    WeightsBook: set(),
     Round: {"on_cancel", "emit", "settle", "has"},  # the pool's side
     RequestQueue: {
         "add", "forget", "known", "request", "requests",  # in memory
