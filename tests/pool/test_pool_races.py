@@ -222,8 +222,8 @@ def test_two_policies_at_once_are_set_one_after_the_other() -> None:
         second = beside(lambda: pool.set_policy("2", update=lambda engine: None))
         round_ = pool.submit(ids, 4, ENDLESS)
         first.join(LIMIT_S)
-        second.join(LIMIT_S)
         round_.cancel()
+        second.join(LIMIT_S)
         assert seen == [0, 0] and pool.policy_version == "2"
         assert engine_of(pool, "worker-0").policy_version == "2"
 
@@ -293,7 +293,7 @@ def test_points_of_the_arena_are_counted_while_others_are_let_go_of() -> None:
             for _ in range(4):
                 life = pool._fleet.named("worker-0").life
                 assert life is not None
-                shared.capture(life.context_of(shared.store), session.ref, Kept())
+                shared.capture(life.contexts[shared.store.uuid], session.ref, Kept())
                 shared.reclaim()
 
         at_once(come_and_go)
