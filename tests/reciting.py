@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from thaw.engines.base import Completion, GenerateRequest, Handle
-from thaw.engines.embedded.backend import Sampled, SampleSpec
 from thaw.engines.embedded.engine import EmbeddedEngine
 from thaw.engines.fake.backend import FakeBackend
 from thaw.engines.fake.codec import EOS
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 
 SCRIPT = re.compile(rb"SAY\[\[(.*?)\]\]END", re.DOTALL)
 

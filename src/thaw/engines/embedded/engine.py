@@ -43,14 +43,15 @@ from thaw.engines.base import (
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
-from thaw.engines.embedded.bad_words import check as check_sampling
-from thaw.engines.embedded.driver import Driver, Promise
+from thaw.engines.embedded.driver import Driver
 from thaw.engines.embedded.generation import GenerationTask, Lane, PrefillTask
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
-from thaw.engines.embedded.turns import require_resumable, reseed, settle_turn
 from thaw.engines.embedded.weights import WeightsWatch
+from thaw.engines.promise import Promise
+from thaw.engines.session.bad_words import check as check_sampling
+from thaw.engines.session.turns import require_resumable, reseed, settle_turn
 from thaw.engines.text import cut_turns
 
 T = TypeVar("T")
