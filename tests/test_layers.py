@@ -19,6 +19,7 @@ CONTRACTS = (
     "what runs in different processes does not import one another: served engines",
     "what runs in different processes does not import one another: vLLM",
     "what runs in different processes does not import one another: SGLang",
+    "the pool's rooms know only those below",
 )
 PROGRAM = """
 import sys

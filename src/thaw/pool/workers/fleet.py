@@ -1,11 +1,12 @@
 """The fleet: workers booted in parallel, watched, booted again when they die, added and drained.
 
-A worker that fails is over at once for everybody (its `Life` is), and a new life begins on another thread. After
-`max_restarts` failures with no batch between them it is given up. Whatever changes here wakes the scheduler.
+A worker that fails is over at once for everybody (its `Incarnation` is), and the next one begins on another thread.
+After `MAX_RESTARTS` failures with no batch between them it is given up. Whatever changes here wakes the scheduler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,10 +15,10 @@ from typing import Any
 from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
 from thaw.pool.backends.base import WorkerBackend, WorkerHandle
-from thaw.pool.closer import Closer
 from thaw.pool.stores import Stores
 from thaw.pool.values import WorkerStats
-from thaw.pool.worker import Life, Worker
+from thaw.pool.workers.reaper import Reaper
+from thaw.pool.workers.worker import Incarnation, Worker
 
 MAX_RESTARTS = 3
 Update = tuple[str, Any, dict[str, Any]]
@@ -29,13 +30,13 @@ class Fleet:
 
     def __init__(
         self, backend: WorkerBackend, stores: Stores, *, changed: threading.Condition,
-        threads: Executor, closer: Closer, residents: int, policy_version: str | None,
+        threads: Executor, reaper: Reaper, residents: int, policy_version: str | None,
     ) -> None:  # fmt: skip
         self.workers: list[Worker] = []
         self.policy_version = policy_version
         self.restarts = backend.restarts
         self._backend, self._stores = backend, stores
-        self.changed, self._threads, self._closer = changed, threads, closer
+        self.changed, self._threads, self._reaper = changed, threads, reaper
         self._residents = residents
         self._update: Update | None = None
         self._closing = False
@@ -78,7 +79,9 @@ class Fleet:
             self.failed(worker, life, EngineDied(f"{worker.name} ended as soon as it had begun"))
         return None
 
-    def _begin(self, worker: Worker) -> Life:
+    def _begin(self, worker: Worker) -> Incarnation:
+        if worker.state != "booting":
+            raise EngineDied(f"{worker.name} was ended before it booted again")
         host = self._backend.boot(worker.index, worker.name, self.policy_version)
         try:
             return self._brought_to_policy(worker, host)
@@ -86,38 +89,38 @@ class Fleet:
             host.kill()
             raise
 
-    def _brought_to_policy(self, worker: Worker, host: WorkerHandle) -> Life:
-        life = Life(worker.name, host, self._stores, self._residents, self._closer)
+    def _brought_to_policy(self, worker: Worker, host: WorkerHandle) -> Incarnation:
+        life = Incarnation(worker.name, host, self._stores, self._residents, self._reaper)
         applied: Update | None = None
         while True:
             with self.changed:
+                if (
+                    worker.state != "booting"
+                ):  # it was drained meanwhile, or the pool was closed: it is not to come back
+                    raise EngineDied(f"{worker.name} was ended while it booted")
                 if self._update is applied:
                     worker.life, worker.state = life, "ready"
                     worker.incarnation += 1
                     worker.boot_s = host.boot_s
-                    closing = self._closing
                     self.changed.notify_all()
-                    break
+                    return life
                 applied = self._update
             assert applied is not None
             apply(life, applied)
-        if closing:
-            host.kill()
-        return life
 
     def _boot_failed(self, worker: Worker, error: ThawError, again: bool) -> None:
         with self.changed:
             worker.failures_in_row += 1
             worker.last_error = str(error)
-            retry = again and not self._closing and worker.failures_in_row <= MAX_RESTARTS
+            retry = again and worker.state == "booting" and worker.failures_in_row <= MAX_RESTARTS
             worker.state = "booting" if retry else "gone"
             self.changed.notify_all()
         if retry:
-            self._threads.submit(self._boot, worker, again=True)
+            self._later(self._boot, worker, again=True)
 
     # -- death
 
-    def failed(self, worker: Worker, life: Life, error: BaseException) -> None:
+    def failed(self, worker: Worker, life: Incarnation, error: BaseException) -> None:
         """`life` is of no use any more. Idempotent; from any thread."""
         with self.changed:
             if life.over:
@@ -133,15 +136,20 @@ class Fleet:
             worker.state = "booting" if again else "gone"
             self.changed.notify_all()
         if not self._closing:
-            self._threads.submit(self._bury, worker, life, again)
+            self._later(self._bury, worker, life, again)
 
-    def _bury(self, worker: Worker, life: Life, again: bool) -> None:
+    def _bury(self, worker: Worker, life: Incarnation, again: bool) -> None:
         life.host.kill()
         if again:
             self._boot(worker, again=True)
 
+    def _later(self, work: Callable[..., object], *given: Any, **how: Any) -> None:
+        """On a thread of the pool. One that closes just now takes no more: what it would do, closing does."""
+        with contextlib.suppress(RuntimeError):
+            self._threads.submit(work, *given, **how)
+
     def worked(self, worker: Worker, branches: int) -> None:
-        """A batch came through: failures are counted anew."""
+        """A batch came through: failures are counted anew. Under the lock."""
         worker.failures_in_row = 0
         worker.num_branches += branches
 
@@ -166,14 +174,15 @@ class Fleet:
 
     # -- looking
 
-    def ready(self) -> list[tuple[Worker, Life]]:
-        return [(w, w.life) for w in self.workers if w.state == "ready" and w.life is not None]
+    def ready(self) -> list[tuple[Worker, Incarnation]]:
+        with self.changed:
+            return [(w, w.life) for w in self.workers if w.state == "ready" and w.life is not None]
 
     def hopeless(self) -> bool:
         """Whether no worker is or will be ready."""
         return all(worker.state in ("gone", "draining") for worker in self.workers)
 
-    def life_of(self, engine: Engine) -> Life | None:
+    def life_of(self, engine: Engine) -> Incarnation | None:
         """The life whose engine this is."""
         with self.changed:
             found = [w.life for w in self.workers if w.life is not None and w.life.engine is engine]
@@ -186,30 +195,55 @@ class Fleet:
         return found[0]
 
     def stats(self) -> tuple[WorkerStats, ...]:
-        return tuple(
-            WorkerStats(
-                name=w.name, state=w.state, pid=w.life.host.pid if w.life else None, running=w.running,
-                resident_points=w.life.num_residents() if w.life else 0, incarnation=w.incarnation,
-                num_branches=w.num_branches, num_failures=w.num_failures, boot_s=w.boot_s,
-            )
-            for w in list(self.workers)
-        )  # fmt: skip
+        with self.changed:
+            return tuple(
+                WorkerStats(
+                    name=w.name, state=w.state, pid=w.life.host.pid if w.life else None, running=w.running,
+                    resident_points=w.life.num_residents() if w.life else 0, incarnation=w.incarnation,
+                    num_branches=w.num_branches, num_failures=w.num_failures, boot_s=w.boot_s,
+                )
+                for w in self.workers
+            )  # fmt: skip
 
     # -- end
 
-    def drain(self, worker: Worker, rescue: Callable[[Life], None]) -> None:
-        """Give it nothing more, wait for what runs there, `rescue` what only it has, and end it."""
+    def drain(self, worker: Worker, rescues: Callable[[Incarnation], list[Callable[[], object]]]) -> None:
+        """Give it nothing more, wait for what runs there, rescue what only it has, and end it. Idempotent.
+
+        `rescues` is asked under the lock, and once more when all that it gave were called: a round that is accepted
+        meanwhile has its point rescued too, and none is accepted between the last look and the end."""
         with self.changed:
-            worker.state = "draining"
+            if worker.state != "gone":
+                worker.state = "draining" if worker.life is not None else "gone"
             self.changed.notify_all()
-            self.changed.wait_for(lambda: worker.running == 0)
+            self.changed.wait_for(lambda: worker.running == 0 and _settled(worker.life))
             life = worker.life
-        if life is not None:
-            rescue(life)
+        while life is not None:
             with self.changed:
-                life.over, worker.life, worker.state = True, None, "gone"
-                self.changed.notify_all()
+                left = rescues(life)
+                if not left:
+                    life.over, worker.life, worker.state = True, None, "gone"
+                    self.changed.notify_all()
+                    break
+            for rescue in left:
+                rescue()
+        if life is not None:
             life.host.close()
+
+    def beside(self, life: Incarnation, capture: Callable[[], object]) -> Callable[[], None]:
+        """`capture`, to be run on another thread; a drain of `life` waits for it from now on."""
+        with self.changed:
+            life.captures += 1
+
+        def run() -> None:
+            try:
+                capture()
+            finally:
+                with self.changed:
+                    life.captures -= 1
+                    self.changed.notify_all()
+
+        return run
 
     def close(self) -> None:
         with self.changed:
@@ -229,7 +263,12 @@ class Fleet:
             end.join()
 
 
-def apply(life: Life, update: Update) -> None:
+def _settled(life: Incarnation | None) -> bool:
+    """Whether no capture beside its batches is under way."""
+    return life is None or life.over or not life.captures
+
+
+def apply(life: Incarnation, update: Update) -> None:
     """Bring the weights, then name the policy: in between the engine refuses what it has by its own look at them."""
     version, function, arguments = update
     if function is not None:
@@ -238,7 +277,7 @@ def apply(life: Life, update: Update) -> None:
     life.drop_all()
 
 
-def responds(life: Life) -> bool:
+def responds(life: Incarnation) -> bool:
     """Whether the engine still takes sessions and its model answers; it may have ended without a word."""
     if life.over or not life.host.alive():
         return False

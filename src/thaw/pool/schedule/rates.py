@@ -89,24 +89,29 @@ class Rates:
             self.measured.step.add(branches, seconds)
 
     def booted(self, seconds: float) -> None:
-        self.measured.boot_s = seconds
+        with self._lock:
+            self.measured.boot_s = seconds
 
     def load_s(self, tier: str, nbytes: int) -> float | None:
-        fit = self.measured.loads.get(tier)
-        return None if fit is None else fit.seconds(nbytes)
+        with self._lock:
+            fit = self.measured.loads.get(tier)
+            return None if fit is None else fit.seconds(nbytes)
 
     def prefill_s(self, tokens: int) -> float | None:
-        return self.measured.prefill.seconds(tokens)
+        with self._lock:
+            return self.measured.prefill.seconds(tokens)
 
     def step_s(self, branches: int) -> float | None:
-        return self.measured.step.seconds(branches)
+        with self._lock:
+            return self.measured.step.seconds(branches)
 
     def summary(self) -> dict[str, float]:
         """By name, for people and statistics."""
-        found = {f"load.{tier}.bytes_per_s": fit.rate for tier, fit in self.measured.loads.items()}
-        found["prefill.tokens_per_s"] = self.measured.prefill.rate
-        found["step.fixed_s"] = self.measured.step.fixed_s
-        found["step.per_branch_s"] = self.measured.step.per_unit_s
+        with self._lock:
+            found = {f"load.{tier}.bytes_per_s": fit.rate for tier, fit in self.measured.loads.items()}
+            found["prefill.tokens_per_s"] = self.measured.prefill.rate
+            found["step.fixed_s"] = self.measured.step.fixed_s
+            found["step.per_branch_s"] = self.measured.step.per_unit_s
         return {name: value for name, value in found.items() if value}
 
     def save(self) -> None:
