@@ -7,6 +7,7 @@ Attached          engines that somebody else runs; they stay when the pool close
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from thaw.core.errors import InvalidRequest
@@ -15,7 +16,7 @@ from thaw.pool.home import PoolHome
 
 
 def choose(
-    home: PoolHome, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float
+    home: PoolHome, engine: Any, workers: int, backend: Any, options: dict[str, Any], env: Any, limit_s: float
 ) -> tuple[WorkerBackend, int]:
     """The backend for what a pool was given, and how many workers it begins with."""
     from thaw.pool.backends.inside import Attached, InProcess
@@ -28,6 +29,11 @@ def choose(
         return Attached(targets, options), len(targets)
     if backend == "inline":
         return InProcess(engine, options), workers
+    if backend == "ray":
+        backend = import_module("thaw.cluster.settings").RayCluster()
+    if hasattr(backend, "open"):
+        found: WorkerBackend = backend.open(home, engine, options, env=env, boot_timeout_s=limit_s)
+        return found, workers
     if backend != "process":
-        raise InvalidRequest(f"backend={backend!r}: must be 'process' or 'inline'")
+        raise InvalidRequest(f"backend={backend!r}: must be 'process', 'inline', 'ray', or a RayCluster")
     return LocalProcesses(home, engine, options, env=env, boot_timeout_s=limit_s), workers
