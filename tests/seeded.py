@@ -110,7 +110,7 @@ FAULTS = (
         "a tier that is down is passed over, and nobody hears of it",
     ),
     Fault(
-        "captured-before-the-chat", "1", "none", "pool/finder.py",
+        "captured-before-the-chat", "1", "none", "pool/schedule/resolver.py",
         "return point if ref == session.engine_ref else None", "return point",
         ("tests/pool/test_pool_parts.py::test_a_session_that_a_chat_moved_is_captured_anew",),
         "what a session said before a chat dropped it is loaded in another worker",
@@ -610,7 +610,7 @@ FAULTS = (
         "a tenant sees by a commit whether others have said the same",
     ),
     Fault(
-        "seed-by-place-in-the-chunk", "pool", "fake", "pool/batch.py",
+        "seed-by-place-in-the-chunk", "pool", "fake", "pool/schedule/batch.py",
         "derive(chunk.trunk.seed, chunk.trunk.at, job.index)",
         "derive(chunk.trunk.seed, chunk.trunk.at, chunk.jobs.index(job))",
         (f"{POOL}::test_a_spread_round_runs_in_several_workers_with_the_same_seeds",
@@ -618,7 +618,7 @@ FAULTS = (
         "a branch that is begun again in a smaller batch has another seed",
     ),
     Fault(
-        "dead-workers-branches-fail", "pool", "fake", "pool/scheduler.py",
+        "dead-workers-branches-fail", "pool", "fake", "pool/schedule/scheduler.py",
         "            self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)\n",
         "            self._fail(chunk, error)\n",
         (f"{POOL}::test_a_worker_that_dies_loses_no_branch",),

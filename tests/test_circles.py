@@ -16,7 +16,7 @@ Graph = Mapping[str, set[str]]
 
 NAMED = {
     "repo.group, repo.session, repo.talk": "a session forks to a group of sessions, and both answer by the same talk",
-    "pool.arena, pool.session, pool.stores, pool.values, pool.worker": "a branch's result has its session",
+    "pool.session, pool.shm.shared_store, pool.stores, pool.values, pool.workers.worker": "a result has its session",
     "engines.served.lane, engines.served.session": "a session knows the request that it is busy with",
     "engines.sglang.commands, engines.sglang.side": "commands work on the whole side, which makes them",
     "engines.vllm.commands, engines.vllm.scheduler": "commands work on the whole side, which makes them",

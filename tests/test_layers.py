@@ -14,6 +14,7 @@ CONTRACTS = (
     "engines know nothing of one another",
     "nothing of the library needs thaw.testing",
     "engines' and web frameworks' packages are imported at one place each",
+    "the pool's rooms know only those below",
 )
 PROGRAM = """
 import sys

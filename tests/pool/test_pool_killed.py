@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from thaw.pool.home import PREFIX, sweep
+from thaw.pool.shm.dirs import PREFIX, sweep
 from thaw.store.leases import start_time
 
 CLIENT = Path(__file__).with_name("pool_client.py")
@@ -21,17 +21,17 @@ CLIENT = Path(__file__).with_name("pool_client.py")
 def test_kill_9_of_the_client_leaves_no_process_and_no_shared_memory(backend: str) -> None:
     client = subprocess.Popen([sys.executable, str(CLIENT), backend], stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None
-    home, spill, *pids = client.stdout.readline().split()
-    assert Path(home).is_dir() and Path(spill).is_dir()
+    dirs, spill, *pids = client.stdout.readline().split()
+    assert Path(dirs).is_dir() and Path(spill).is_dir()
     assert len(pids) == (2 if backend == "process" else 0)
     assert all(start_time(int(pid)) for pid in pids)
     client.send_signal(signal.SIGKILL)
     client.wait()
     client.stdout.close()
     ends = time.monotonic() + 60
-    while time.monotonic() < ends and (Path(home).exists() or any(start_time(int(pid)) for pid in pids)):
+    while time.monotonic() < ends and (Path(dirs).exists() or any(start_time(int(pid)) for pid in pids)):
         time.sleep(0.1)
-    assert not Path(home).exists() and not Path(spill).exists()
+    assert not Path(dirs).exists() and not Path(spill).exists()
     assert not any(start_time(int(pid)) for pid in pids)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,15 @@ from pool_updates import load
 import thaw
 from thaw import Sampling
 from thaw.core.canonical import U64
-from thaw.core.errors import IdentityMismatch, NotHit, StaleSession, ThawError, Unsupported
+from thaw.core.errors import IdentityMismatch, InvalidRequest, NotHit, StaleSession, ThawError, Unsupported
 from thaw.core.objects import ChatTurn, Turn
 from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
-from thaw.pool import ForkPool, PoolSession, wire
-from thaw.pool.guard import GRACE_S
-from thaw.pool.rates import Rates, line
+from thaw.pool import ForkPool, PoolSession, backends
 from thaw.pool.round import Round
+from thaw.pool.rpc import protocol
+from thaw.pool.schedule.rates import Rates, line
+from thaw.pool.shm.guard import GRACE_S
 from thaw.pool.values import BranchResult
 from thaw.testing.laws.kit import until
 from thaw.testing.laws.pool_kit import bits
@@ -182,7 +185,7 @@ def test_auto_spreads_a_round_where_that_is_expected_sooner_and_changes_no_bit(
     """Steps that are dear by the branch are shared by the workers; loads that are dear keep a round together."""
     measured(cache, load_s=load_s, prefill_s=1.0, step_s=step_s)
     sampling = Sampling(temperature=0.9, max_tokens=24, ignore_eos=True)
-    with ForkPool("fake", workers=2, backend=backend, step_s=0.004) as pool:  # type: ignore[arg-type]
+    with ForkPool("fake", workers=2, backend=backend, step_s=0.004) as pool:
         session = pool.session(seed=7)
         session.append("a document " * 40)
         spread = pool.fork(session, 6, sampling, spread="auto")
@@ -218,9 +221,9 @@ def test_messages_come_out_as_they_went_in() -> None:
     view = SessionView(
         tokens=(1, 2), num_kv=1, turns=(turn,), seed=2**64 - 1, salt="s", running=False, parked=False, proof=None
     )
-    reply = wire.REPLIES.decode(wire.ENCODER.encode(wire.settled(7, view)))
-    assert isinstance(reply, wire.Settled) and reply.id == 7
-    assert wire.value_of(wire.View, reply) == view
+    reply = protocol.REPLIES.decode(protocol.ENCODER.encode(protocol.settled(7, view)))
+    assert isinstance(reply, protocol.Settled) and reply.id == 7
+    assert protocol.value_of(protocol.View, reply) == view
 
 
 MISMATCH = IdentityMismatch("c", field="f", stored="1", running="2")
@@ -228,7 +231,7 @@ MISMATCH = IdentityMismatch("c", field="f", stored="1", running="2")
 
 @pytest.mark.parametrize("error", [NotHit("a"), Unsupported("b"), MISMATCH], ids=lambda error: error.kind)
 def test_errors_keep_their_class_and_their_words(error: ThawError) -> None:
-    back = wire.error_of(wire.failed(1, error))
+    back = protocol.error_of(protocol.failed(1, error))
     assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
 
 
@@ -236,10 +239,22 @@ def test_an_error_that_is_none_of_ours_is_the_engines_death_or_its_lack_of_memor
     class OutOfMemoryError(RuntimeError):
         """As torch calls it."""
 
-    assert isinstance(wire.error_of(wire.failed(1, MemoryError("x"))), wire.OutOfMemory)
-    assert isinstance(wire.error_of(wire.failed(1, OutOfMemoryError("x"))), wire.OutOfMemory)
-    other = wire.error_of(wire.failed(1, ZeroDivisionError("x")))
+    assert isinstance(protocol.error_of(protocol.failed(1, MemoryError("x"))), protocol.OutOfMemory)
+    assert isinstance(protocol.error_of(protocol.failed(1, OutOfMemoryError("x"))), protocol.OutOfMemory)
+    other = protocol.error_of(protocol.failed(1, ZeroDivisionError("x")))
     assert other.kind == "engine-died" and "ZeroDivisionError" in str(other)
+
+
+# -- backends
+
+
+def test_another_package_brings_a_backend_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = EntryPoint("elsewhere", "thaw.pool.backends.inline:InlineBackend", backends.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [ours] if group == backends.GROUP else [])
+    with ForkPool("fake", backend="elsewhere", workers=2) as pool:
+        assert pool.fork(pool.encode("a document"), 1, GREEDY)[0].ok
+    with pytest.raises(InvalidRequest, match=r"backend='nowhere': must be 'process' or 'inline' or 'elsewhere'"):
+        ForkPool("fake", backend="nowhere")
 
 
 # -- attached engines
@@ -348,7 +363,7 @@ def test_a_function_cannot_be_sent_to_another_process_and_an_update_that_fails_s
 @pytest.mark.slow("starts and ends a pool of processes")
 def test_a_worker_that_could_not_be_brought_to_the_policy_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process used to stay, and the pool waited at its end for it to go."""
-    monkeypatch.setattr("thaw.pool.fleet.MAX_RESTARTS", 1)
+    monkeypatch.setattr("thaw.pool.workers.fleet.MAX_RESTARTS", 1)
     with ForkPool("fake", env={"PYTHONPATH": str(HERE)}) as pool:
         with pytest.raises(ThawError, match="left no weights"):
             pool.set_policy("1", update="pool_updates:broken")
@@ -378,7 +393,7 @@ def test_a_pool_is_closed_while_a_worker_boots(tmp_path: Path) -> None:
 def test_tokens_are_prefilled_anew_when_nobody_said_that_the_weights_changed(backend: str, captured: str) -> None:
     """The same round from other weights' own pool is the reference. What must keep its KV stays refused."""
     env = {"PYTHONPATH": str(HERE)} if backend == "process" else {}
-    with ForkPool("fake", workers=2, backend=backend, env=env) as pool:  # type: ignore[arg-type]
+    with ForkPool("fake", workers=2, backend=backend, env=env) as pool:
         ids = pool.encode("a document " * 40)
         session = pool.session()
         session.append(token_ids=ids)

@@ -5,20 +5,26 @@ The test's own process never joins Ray, as no pool's does.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-
 from ray_cluster import LocalCluster, cluster_of
+
+from thaw.cluster import JoinedCluster, RayCluster
 
 
 @pytest.fixture(scope="session")
 def one_node() -> Iterator[LocalCluster]:
     """A cluster of one node, for all tests that change nothing in it."""
     with cluster_of(1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def joined(one_node: LocalCluster) -> Iterator[JoinedCluster]:
+    """That cluster, joined once for many pools."""
+    with RayCluster(address=one_node.address).join() as cluster:
         yield cluster
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,26 +26,28 @@ NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
 class LocalCluster:
     """`address`: to give to a `RayCluster`."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        self.ray = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        head = {**NODE, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
+        self.ray = Cluster(initialize_head=True, head_node_args=head)
         self.address = str(self.ray.address)
 
     def add(self, **more: Any) -> object:
         return self.ray.add_node(**NODE, **more)
 
-    def pool(self, engine: str = "fake", *, cluster: dict[str, Any] | None = None, **changes: Any) -> ForkPool:
-        backend = RayCluster(address=self.address, **(cluster or {}))
-        return ForkPool(engine, backend=backend, **{"step_s": 0.004, **changes})  # type: ignore[arg-type]
+    def pool(self, **changes: Any) -> ForkPool:
+        """A pool of the fake engine. `cluster`: further settings of its own `RayCluster`."""
+        backend = RayCluster(address=self.address, **changes.pop("cluster", {}))
+        return ForkPool("fake", **{"backend": backend, "step_s": 0.004, **changes})
 
 
 @contextlib.contextmanager
-def cluster_of(nodes: int) -> Iterator[LocalCluster]:
+def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in with_this_thaw(os.environ).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = LocalCluster()
+        cluster = LocalCluster(port)
         try:
             for _ in range(nodes - 1):
                 cluster.add()
@@ -78,3 +81,13 @@ def end_node(node: ClusterNode, pids: list[int]) -> None:
     for pid in (node.daemon.pid, *pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def keepers() -> list[int]:
+    """Of this machine: Ray gives its actors' processes their names."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::NodeKeeper"):
+                found.append(int(folder.name))
+    return found

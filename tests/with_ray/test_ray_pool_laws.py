@@ -1,4 +1,4 @@
-"""The pool's law book, unchanged, on Ray: a cluster of one node, and one of two whose engines are all on the other."""
+"""The pool's law book, unchanged, on a Ray cluster of one node."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import signal
 
 import pytest
-from ray_cluster import LocalCluster, pid_of
+from ray_cluster import pid_of
 
+from thaw.cluster import JoinedCluster
 from thaw.pool import ForkPool
 from thaw.testing import PoolTests
 from thaw.testing.laws.pool_kit import PoolFactory
@@ -18,8 +19,8 @@ class TestOneNode(PoolTests):
     hangs = True
 
     @pytest.fixture
-    def pool_factory(self, one_node: LocalCluster) -> PoolFactory:
-        return one_node.pool
+    def pool_factory(self, joined: JoinedCluster) -> PoolFactory:
+        return lambda **changes: ForkPool("fake", **{"backend": joined, "step_s": 0.004, **changes})
 
     def end_worker(self, pool: ForkPool, name: str) -> None:
         os.kill(pid_of(pool, name), signal.SIGKILL)

@@ -20,6 +20,6 @@ from daemon to daemon: neither passes through Ray.
 
 from __future__ import annotations
 
-from thaw.cluster.settings import RayCluster
+from thaw.cluster.settings import JoinedCluster, RayCluster
 
-__all__ = ["RayCluster"]
+__all__ = ["JoinedCluster", "RayCluster"]

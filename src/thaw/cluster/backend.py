@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from thaw.cluster.engine import NodeEngine
@@ -14,16 +14,14 @@ from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, S
 from thaw.cluster.nodes import ClusterNode, ClusterNodes
 from thaw.cluster.peer import exchange
 from thaw.cluster.routes import PackRoutes
-from thaw.cluster.settings import RayCluster
 from thaw.core.errors import EngineDied, ThawError, TimedOut, Unsupported
 from thaw.engines.base import Engine
-from thaw.pool import wire
-from thaw.pool.backends.base import WorkerHandle
-from thaw.pool.backends.local import FAREWELL_S, NOT_SENT
-from thaw.pool.connection import Connection
-from thaw.pool.home import PoolHome
-from thaw.pool.remote import Line
-from thaw.pool.wire import Booted
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
+from thaw.pool.backends.process import FAREWELL_S, NOT_SENT
+from thaw.pool.rpc import protocol
+from thaw.pool.rpc.client import RpcClient
+from thaw.pool.rpc.connection import Connection
+from thaw.pool.rpc.protocol import Booted
 
 
 class ClusterBackend:
@@ -31,36 +29,26 @@ class ClusterBackend:
 
     restarts = True
 
-    def __init__(
-        self,
-        cluster: RayCluster,
-        home: PoolHome,
-        engine: str,
-        options: Mapping[str, Any],
-        *,
-        env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
-        boot_timeout_s: float = 900.0,
-    ) -> None:
-        self._engine, self._options, self._env, self._limit_s = engine, dict(options), env, boot_timeout_s
+    def __init__(self, spec: WorkerSpec, nodes: ClusterNodes, *, own: bool) -> None:
+        """`own`: the nodes are let go with this pool."""
+        self._spec, self.nodes, self._own = spec, nodes, own
         self._lock = threading.Lock()
         self._workers: set[NodeWorker] = set()
         self._places: dict[int, ClusterNode] = {}
         self._closed = False
-        self.nodes = ClusterNodes(cluster, home.path / "ray.log")
         self.routes = PackRoutes(self.nodes)
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
-        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
         node = self.nodes.place(self._places.get(index))
         self._places[index] = node
         worker = None
         try:
-            worker = self._attach(node, name, self._environment(index))
+            worker = self._attach(node, name, dict(self._spec.env_of(index)))
             with self._lock:
                 if self._closed:
                     raise EngineDied("the pool was closed while a worker booted")
                 self._workers.add(worker)
-            worker.start(self._engine, options, self._limit_s)
+            worker.start(self._spec.engine, self._spec.options_for(policy_version), self._spec.boot_timeout_s)
         except BaseException:
             if worker is not None:
                 worker.kill()
@@ -78,7 +66,7 @@ class ClusterBackend:
             pid = value_of(exchange(sock, ENCODE(AttachEngine(ticket=ticket))))
         except OSError as error:
             raise EngineDied(f"the node {node.address} took no worker: {error}") from error
-        return NodeWorker(self, node, ticket, name, pid, Line(Connection(sock), name))
+        return NodeWorker(self, node, ticket, name, pid, RpcClient(Connection(sock), name))
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
         if update is not None and not isinstance(update, str):
@@ -92,7 +80,7 @@ class ClusterBackend:
         for worker in booting:
             worker.kill()
         if empty:
-            self.nodes.end()
+            self._end()
 
     def ended(self, worker: NodeWorker) -> None:
         """Once for each. After the last one of a closed pool its nodes are let go."""
@@ -103,12 +91,13 @@ class ClusterBackend:
             last = self._closed and not self._workers
         self.nodes.left(worker.node)
         if last:
-            self.nodes.end()
+            self._end()
 
-    def _environment(self, index: int) -> dict[str, str]:
-        """What was given for this worker; the rest is the node's own."""
-        given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
-        return dict(given)
+    def _end(self) -> None:
+        if self._own:
+            self.nodes.end()
+        else:
+            self.routes.close()
 
 
 class NodeWorker:
@@ -117,7 +106,7 @@ class NodeWorker:
     engine: Engine
 
     def __init__(
-        self, backend: ClusterBackend, node: ClusterNode, ticket: str, name: str, pid: int, line: Line
+        self, backend: ClusterBackend, node: ClusterNode, ticket: str, name: str, pid: int, line: RpcClient
     ) -> None:
         self._backend, self.node, self._ticket, self._name, self._line = backend, node, ticket, name, line
         self.pid: int | None = pid
@@ -130,7 +119,7 @@ class NodeWorker:
 
     def start(self, engine: str, options: dict[str, Any], limit_s: float) -> None:
         began = time.perf_counter()
-        call = wire.Boot(id=0, protocol=wire.PROTOCOL, engine=engine, options=options)
+        call = protocol.Boot(id=0, protocol=protocol.PROTOCOL, engine=engine, options=options)
         try:
             booted: Booted = self._line.ask(call).result(limit_s)
         except TimedOut:
@@ -149,7 +138,7 @@ class NodeWorker:
     def check(self, limit_s: float) -> bool:
         silent = time.monotonic() - self._line.heard
         if silent > limit_s / 3:
-            self._line.tell(wire.Ping(id=0))
+            self._line.tell(protocol.Ping(id=0))
         return silent < limit_s
 
     def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
@@ -168,7 +157,7 @@ class NodeWorker:
         self._backend.ended(self)
 
     def close(self) -> None:
-        self._line.tell(wire.Bye(id=0))
+        self._line.tell(protocol.Bye(id=0))
         self._over.wait(FAREWELL_S)
         self.kill()
 

@@ -25,7 +25,7 @@ import msgspec
 from thaw.cluster.engines import EngineProcesses
 from thaw.cluster.packs import NodePacks
 from thaw.cluster.server import NodeServer
-from thaw.pool.home import PREFIX, SHARED, sweep
+from thaw.pool.shm.dirs import PREFIX, SHARED, sweep
 from thaw.store.leases import start_time
 
 

@@ -40,9 +40,9 @@ _TROUBLES = {"ray": RayAway, "keeper": KeeperGone, "daemon": DaemonGone, "other"
 class DeskLine:
     """A desk's process. `alive` until it ended or was closed; then every question raises `RayAway`."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path | None) -> None:
         ours, theirs = socket.socketpair()
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "thaw.cluster.desk", str(theirs.fileno())], pass_fds=[theirs.fileno()],
@@ -84,7 +84,7 @@ class DeskLine:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(GRACE_S)
+            self._process.wait(GRACE_S / 2)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

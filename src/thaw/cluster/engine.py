@@ -13,16 +13,16 @@ from thaw.cluster.routes import PackRoutes, packs_of
 from thaw.data.tiers.base import MissingPack
 from thaw.engines.base import Captured, CapturePlan, Handle, Hydrated, HydratePlan, SessionRef
 from thaw.engines.embedded.driver import Promise
-from thaw.pool.remote import Line, RemoteEngine
-from thaw.pool.wire import Booted
+from thaw.pool.rpc.client import EngineProxy, RpcClient
+from thaw.pool.rpc.protocol import Booted
 
 REMEMBERED = 64
 
 
-class NodeEngine(RemoteEngine):
+class NodeEngine(EngineProxy):
     """An engine on `node`. Its plans name folders of the client's; those of the node take their place."""
 
-    def __init__(self, line: Line, booted: Booted, node: ClusterNode, routes: PackRoutes) -> None:
+    def __init__(self, line: RpcClient, booted: Booted, node: ClusterNode, routes: PackRoutes) -> None:
         super().__init__(line, booted)
         self.node, self._routes = node, routes
         self._lock = threading.Lock()
@@ -66,7 +66,7 @@ class NodeEngine(RemoteEngine):
             done.result(0)
         except MissingPack:
             self._routes.forget(self.node, plan.mount.uuid, names)
-        except Exception:  # noqa: BLE001, S110 - whoever waits for it gets it
+        except Exception:  # noqa: BLE001 - whoever waits for it gets it
             pass
 
     def pulled(self, plan: HydratePlan) -> PulledPacks | None:

@@ -120,7 +120,7 @@ class EngineProcesses:
         return self._folder / f"engine-{ticket[:16]}.log"
 
 
-HOST = "thaw.pool.host"
+HOST = "thaw.pool.rpc.server"
 
 
 def _kill_session(pid: int) -> None:

@@ -32,8 +32,8 @@ _SIOCGIFADDR = 0x8915
 
 
 class NodeKeeper:
-    """`settings` is JSON of `DaemonSettings`. `running`: JSON of the address of the daemon to find, else one is started.
-    `interface`: the one to listen on; its address takes the place of the settings'."""
+    """`settings` is JSON of `DaemonSettings`. `running`: JSON of the address of the daemon to find, else one
+    is started. `interface`: the one to listen on; its address takes the place of the settings'."""
 
     def __init__(self, settings: bytes, running: bytes | None, interface: str | None) -> None:
         wanted = msgspec.json.decode(settings, type=DaemonSettings)
@@ -104,4 +104,6 @@ def address_of(interface: str) -> str:
             return socket.inet_ntoa(fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, asked)[20:24])
         except OSError:
             there = ", ".join(name for _, name in socket.if_nameindex())
-            raise NotFound(f"{os.uname().nodename} has no address on interface {interface!r}; there are: {there}") from None
+            raise NotFound(
+                f"{os.uname().nodename} has no address on interface {interface!r}; there are: {there}"
+            ) from None

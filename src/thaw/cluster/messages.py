@@ -1,7 +1,8 @@
 """What is asked of a node's daemon, and what it answers. Small values alone: no KV, no tokens.
 
 Every question may be asked again: where the answer was lost, a second one does no harm. `FetchPack` and `AttachEngine`
-take their connection over after the answer: the pack's bytes follow, or the engine's own messages (`thaw.pool.wire`).
+take their connection over after the answer: the pack's bytes follow, or the engine's own messages
+(`thaw.pool.rpc.protocol`).
 """
 
 from __future__ import annotations
@@ -84,6 +85,12 @@ class DropPacks(_Question, frozen=True, kw_only=True, tag=True):
     names: tuple[str, ...]
 
 
+class ForgetStore(_Question, frozen=True, kw_only=True, tag=True):
+    """Its pool is closed: a folder of the node's own goes, one that the pool gave stays as it is."""
+
+    uuid: str
+
+
 class FetchPack(_Question, frozen=True, kw_only=True, tag=True):
     """Answered with the pack's size; its bytes follow."""
 
@@ -121,8 +128,8 @@ class EndNode(_Question, frozen=True, kw_only=True, tag=True):
 
 
 Question = (
-    ServeStore | SpawnEngine | AttachEngine | KillEngine | EngineLog | PullPacks | DropPacks | FetchPack | RenewLease
-    | LookAtNode | EndNode
+    ServeStore | SpawnEngine | AttachEngine | KillEngine | EngineLog | PullPacks | DropPacks | ForgetStore | FetchPack
+    | RenewLease | LookAtNode | EndNode
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 A daemon is asked through Ray, by its node's keeper; where Ray or the keeper is away, straight. So what runs goes on
 without Ray, and nothing waits for it but a node that is new. A thread renews the leases, makes keepers again that have
-ended, and joins Ray again when it is back: daemons that run are found by their machine's address, and nothing is booted.
+ended, and joins Ray again when it is back: daemons that run are found by their machine's address, and none is booted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from thaw.core.errors import EngineDied, NotFound, ThawError
 
 MAX_THREADS = 32
 JOIN_S = 90.0
+LOOK_S = 15.0
 AGAIN_S = 2.0
-"""Between two attempts to join Ray again, or to make a keeper again."""
+"""Between two looks at Ray: whether it is there, has the same nodes, and a keeper on each that needs one."""
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ class ClusterNode:
 class ClusterNodes:
     """Safe from any thread. `num_calls`: questions that went through Ray; `num_direct`: those that did not."""
 
-    def __init__(self, cluster: RayCluster, log: Path) -> None:
+    def __init__(self, cluster: RayCluster, log: Path | None) -> None:
         if find_spec("ray") is None:
             raise NotFound("backend='ray' needs Ray, which is not installed: pip install 'thaw-vllm[ray]'")
         self._cluster, self._log, self._secret = cluster, log, new_secret()
@@ -136,7 +137,7 @@ class ClusterNodes:
 
     def refresh(self) -> None:
         """The nodes that Ray has now. Raises `RayAway`."""
-        found = [msgspec.convert(one, RayNode) for one in self._desk.ask("nodes")]
+        found = [msgspec.convert(one, RayNode) for one in self._desk.ask("nodes", limit_s=LOOK_S)]
         with self._lock:
             for node in self._nodes:
                 node.listed = any(one.ray_id == node.ray_id for one in found)
@@ -249,14 +250,18 @@ class ClusterNodes:
         done yet."""
         if not self._desk.alive:
             self._desk = DeskLine(self._log)
+            if self._closing.is_set():
+                return
             try:
                 self._join()
             except BaseException:
                 self._desk.close()
                 raise
-        if all(node.kept or node.daemon is None for node in self.all()):
-            return
-        self.refresh()
+        try:
+            self.refresh()
+        except RayAway:  # this process of Ray's would end by itself, a minute later
+            self._desk.close()
+            raise
         for node in self.all():
             if node.daemon is not None and not node.kept and node.listed:
                 self._keep(node)
@@ -277,12 +282,16 @@ class ClusterNodes:
         return int(self._desk.ask("object_store"))
 
     def end(self) -> None:
-        """End the daemons, and leave Ray."""
+        """End the daemons, and leave Ray. Idempotent."""
+        if self._closing.is_set():
+            return
         self._closing.set()
-        self._beat.join()
+        while self._beat.is_alive():  # it may just be joining Ray again: whatever waits for a desk is let go
+            self._desk.close()
+            self._beat.join(0.1)
         for node in self.all():
             if node.daemon is not None:
                 with contextlib.suppress(OSError, ThawError):
                     self.peer(node).ask(EndNode(), 5.0)
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._desk.close()

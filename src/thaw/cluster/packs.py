@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import shutil
 import socket
 import threading
 import time
@@ -21,10 +22,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from thaw.cluster.framing import read_into
+from thaw.cluster.framing import read_into, send_frame
 from thaw.cluster.messages import ENCODE, FetchPack, PackSource, PulledPacks, PullPacks, Reply, value_of
 from thaw.cluster.peer import Peer, exchange
-from thaw.cluster.framing import send_frame
 from thaw.core.errors import CorruptBlob, NotFound, StorageFailed, ThawError
 from thaw.data.files import replacing, storage_errors
 from thaw.data.header import Entry, PackHeader, header_length, parse
@@ -94,6 +94,13 @@ class NodePacks:
         for name in names if folder.own else ():
             (folder.path / check_pack_name(name)).unlink(missing_ok=True)
 
+    def forget(self, uuid: str) -> None:
+        """Idempotent."""
+        with self._lock:
+            folder = self._stores.pop(uuid, None)
+        if folder is not None and folder.own:
+            shutil.rmtree(folder.path, ignore_errors=True)
+
     def nbytes(self) -> int:
         """In the node's own folders."""
         with self._lock:
@@ -145,7 +152,9 @@ class NodePacks:
             except (CorruptBlob, StorageFailed) as error:  # MissingPack is a CorruptBlob
                 errors.append(error)
             except OSError as error:
-                errors.append(StorageFailed(f"the node at {source.host}:{source.port} did not send {path.name}: {error}"))
+                errors.append(
+                    StorageFailed(f"the node at {source.host}:{source.port} did not send {path.name}: {error}")
+                )
         found = [error for error in errors if not isinstance(error, MissingPack)]
         raise (found or errors or [MissingPack(f"no node has the pack {path.name}")])[0]
 
@@ -154,7 +163,9 @@ class NodePacks:
             sock.settimeout(SILENT_S)
             nbytes = value_of(exchange(sock, ENCODE(FetchPack(uuid=uuid, name=path.name))))
             if not isinstance(nbytes, int) or not 8 < nbytes <= MAX_PACK_BYTES:
-                raise CorruptBlob(f"{path.name} was announced with {nbytes!r} bytes; at most {MAX_PACK_BYTES} are taken")
+                raise CorruptBlob(
+                    f"{path.name} was announced with {nbytes!r} bytes; at most {MAX_PACK_BYTES} are taken"
+                )
             with replacing(path, overwrite=False) as fd:
                 try:
                     receive_pack(sock, fd, nbytes, f"pack {path.name} from {source.host}")
@@ -211,13 +222,13 @@ def receive_pack(sock: socket.socket, fd: int, nbytes: int, what: str) -> PackHe
     """A pack's `nbytes` from the socket into the file, hashed behind the receiving. Raises `CorruptBlob` for a header
     that is none and for a blob that is not what names it, `OSError`. On an error the file holds anything."""
     os.posix_fallocate(fd, 0, nbytes)  # a full disk is an error here, and not a signal at the first touch of a page
-    with mmap.mmap(fd, nbytes) as memory, memoryview(memory) as view:
-        _fill(sock, view[:8], what)
-        length = header_length(bytes(view[:8]), nbytes, what)
-        _fill(sock, view[8:length], what)
-        header = parse(bytes(view[:length]), nbytes, what)
-        with ThreadPoolExecutor(1, thread_name_prefix="thaw-hash") as hasher:
-            _receive_blobs(sock, view, header, hasher, what)
+    view = memoryview(mmap.mmap(fd, nbytes))  # let go of with the last piece of it, which an error may hold for a while
+    _fill(sock, view[:8], what)
+    length = header_length(bytes(view[:8]), nbytes, what)
+    _fill(sock, view[8:length], what)
+    header = parse(bytes(view[:length]), nbytes, what)
+    with ThreadPoolExecutor(1, thread_name_prefix="thaw-hash") as hasher:
+        _receive_blobs(sock, view, header, hasher, what)
     return header
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from thaw.cluster.messages import DropPacks, PackSource, PulledPacks, PullPacks, ServeStore
+from thaw.cluster.messages import DropPacks, ForgetStore, PackSource, PulledPacks, PullPacks, ServeStore
 from thaw.cluster.nodes import ClusterNode, ClusterNodes
 from thaw.core.errors import EngineDied, ThawError
 from thaw.data.locations import StoreMount, TierAddress
@@ -38,7 +38,7 @@ class PackRoutes:
         self._swept = time.monotonic()
 
     def mount(self, node: ClusterNode, mount: StoreMount) -> StoreMount:
-        """The store as processes on `node` reach it: its own folder in place of the client's, further tiers as before."""
+        """The store as processes on `node` reach it: its own folder in place of the client's, further tiers stay."""
         first = mount.tiers[0]
         if node.is_home or not first.url.startswith(SCHEME):
             return mount
@@ -84,15 +84,22 @@ class PackRoutes:
                 node.has.update((mount.uuid, name) for name in found)
         return done
 
-    def _pull(
-        self, node: ClusterNode, uuid: str, names: Iterable[str], sources: tuple[PackSource, ...]
-    ) -> PulledPacks:
+    def close(self) -> None:
+        """The pool is closed: the nodes keep nothing of its stores."""
+        for node in self._nodes.all():
+            with node.lock:
+                known = [uuid for uuid in self._homes if node.folders.pop(uuid, None) is not None]
+            for uuid in known:
+                with contextlib.suppress(ThawError):
+                    self._nodes.ask(node, ForgetStore(uuid=uuid))
+            with self._lock:
+                node.has = {pair for pair in node.has if pair[0] not in self._homes}
+
+    def _pull(self, node: ClusterNode, uuid: str, names: Iterable[str], sources: tuple[PackSource, ...]) -> PulledPacks:
         found = self._nodes.ask(node, PullPacks(uuid=uuid, names=tuple(names), sources=sources), PULL_S)
         return msgspec.convert(found, PulledPacks)
 
-    def _by_source(
-        self, node: ClusterNode, uuid: str, names: list[str]
-    ) -> list[tuple[ClusterNode | None, list[str]]]:
+    def _by_source(self, node: ClusterNode, uuid: str, names: list[str]) -> list[tuple[ClusterNode | None, list[str]]]:
         """`names` by the node that captured them, None where only the client's has them."""
         found: dict[ClusterNode | None, list[str]] = {}
         with self._lock:
@@ -124,7 +131,8 @@ class PackRoutes:
         return node
 
     def _exists(self, uuid: str, name: str) -> bool:
-        return (self._homes[uuid] / name).exists()
+        """Whether the client's node has it. Other pools' stores are none of ours."""
+        return uuid not in self._homes or (self._homes[uuid] / name).exists()
 
     def _sweep(self) -> None:
         """What the stores themselves have dropped, the nodes drop too: now and then, and never for long."""

@@ -1,4 +1,4 @@
-"""The daemon's door: connections are admitted, questions answered; nothing is read from a stranger beyond the handshake."""
+"""The daemon's door: connections are admitted, questions answered. Of a stranger the handshake is read, and no more."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from thaw.cluster.messages import (
     EndNode,
     EngineLog,
     FetchPack,
+    ForgetStore,
     KillEngine,
     LookAtNode,
     NodeCounts,
@@ -121,6 +122,8 @@ class NodeServer:
             return self._packs.pull(question)
         elif isinstance(question, DropPacks):
             self._packs.drop(question.uuid, question.names)
+        elif isinstance(question, ForgetStore):
+            self._packs.forget(question.uuid)
         elif isinstance(question, SpawnEngine):
             self._engines.expect(question)
         elif isinstance(question, KillEngine):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from thaw.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from thaw.pool.backends.base import WorkerBackend
-    from thaw.pool.home import PoolHome
+    from thaw.cluster.nodes import ClusterNodes
+    from thaw.pool.backends.base import WorkerBackend, WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,44 @@ class RayCluster:
                 "the program there (a Ray job does), or run `ray start --address=…` on this machine"
             )
 
-    def open(
-        self, home: PoolHome, engine: str, options: dict[str, Any], *, env: Any, boot_timeout_s: float
-    ) -> WorkerBackend:
-        """The backend of a pool. Raises `NotFound` without Ray, `EngineDied` where the cluster cannot be joined."""
+    def join(self) -> JoinedCluster:
+        """Join now, for several pools that share the nodes' daemons: `with RayCluster().join() as cluster:`, and
+        `backend=cluster` for each. Raises `NotFound` without Ray, `EngineDied` where the cluster cannot be joined."""
+        from thaw.cluster.nodes import ClusterNodes
+
+        return JoinedCluster(ClusterNodes(self, None))
+
+    def __call__(self, spec: WorkerSpec) -> WorkerBackend:
+        """The backend of a pool. Raises as `join`."""
+        from thaw.cluster.backend import ClusterBackend
+        from thaw.cluster.nodes import ClusterNodes
+
+        return ClusterBackend(spec, ClusterNodes(self, spec.dirs.path / "ray.log"), own=True)
+
+
+class JoinedCluster:
+    """A cluster that was joined. Close its pools before it."""
+
+    def __init__(self, nodes: ClusterNodes) -> None:
+        self.nodes = nodes
+
+    def __call__(self, spec: WorkerSpec) -> WorkerBackend:
+        """The backend of one more pool."""
         from thaw.cluster.backend import ClusterBackend
 
-        return ClusterBackend(self, home, engine, options, env=env, boot_timeout_s=boot_timeout_s)
+        return ClusterBackend(spec, self.nodes, own=False)
+
+    def close(self) -> None:
+        """End what runs on the nodes, and leave Ray. Idempotent."""
+        self.nodes.end()
+
+    def __enter__(self) -> JoinedCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def on_ray(spec: WorkerSpec) -> WorkerBackend:
+    """What `backend="ray"` stands for."""
+    return RayCluster()(spec)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from thaw.core.findings import Finding
 from thaw.data.files import cache_dir
-from thaw.pool.rates import Fit, Measured, remembered
+from thaw.pool.schedule.rates import Fit, Measured, remembered
 
 MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Generator
 from typing import Any
 
-from thaw.pool.asking import Branches
+from thaw.pool.arguments import Branches
 from thaw.pool.pool import ForkPool
 from thaw.pool.round import Round
 from thaw.pool.session import PoolSession

@@ -1,13 +1,13 @@
 """The fork pool: the front desk.
 
-What it does is in the files beside it; this one wires them together.
+What it does is in the rooms beside it; this one wires them together.
 
-    points       finder.py, trunk.py        which tokens, which KV, where
-    workers      fleet.py, backend.py       boot, watch, restart, drain
-    rounds       scheduler.py, batch.py     queues, placement, retries; one batch in one worker
-    bytes        arena.py, prepare.py       capture, hydrate, spill
-    stores       stores.py                  the arena and the repository, as one list
-    decisions    planner.py, rates.py       load or prefill, spread or not
+    schedule/    what a point is, which chunk runs next, where, and how its point gets there
+    workers/     boot, watch, restart, drain
+    backends/    how a worker's engine comes to be: a process of its own, this process, or joined
+    rpc/         calls to an engine in another process
+    shm/         the folders in shared memory, the arena in them, and who removes them
+    stores.py    the arena and the repository, as one list
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from thaw.core.errors import EngineDied, InvalidRequest, ThawError
 from thaw.core.sampling import check_seed
 from thaw.data.files import cache_dir, write_atomic
 from thaw.engines.base import Engine, EngineInfo, Message
-from thaw.pool.arena import Arena
-from thaw.pool.asking import (
+from thaw.pool.arguments import (
     Branches,
     SnapshotMode,
     as_branches,
@@ -40,26 +39,27 @@ from thaw.pool.asking import (
     make_job,
 )
 from thaw.pool.backends import choose
-from thaw.pool.backends.inside import Attached
-from thaw.pool.batch import Batch
-from thaw.pool.closer import Closer
-from thaw.pool.finder import Finder
-from thaw.pool.fleet import Fleet
-from thaw.pool.home import PoolHome
-from thaw.pool.job import JobChunk
-from thaw.pool.monitor import Monitor
-from thaw.pool.planner import Planner
-from thaw.pool.prepare import Preparer
-from thaw.pool.rates import Rates
+from thaw.pool.backends.attached import AttachedBackend
 from thaw.pool.round import Round
-from thaw.pool.scheduler import Scheduler
+from thaw.pool.schedule.batch import Batch
+from thaw.pool.schedule.fork_point import ForkPoint
+from thaw.pool.schedule.job import JobChunk
+from thaw.pool.schedule.monitor import Monitor
+from thaw.pool.schedule.placement import Placement
+from thaw.pool.schedule.planner import Planner
+from thaw.pool.schedule.rates import Rates
+from thaw.pool.schedule.resolver import PointResolver
+from thaw.pool.schedule.scheduler import Scheduler
 from thaw.pool.session import PoolSession
+from thaw.pool.shm.dirs import PoolDirs
+from thaw.pool.shm.shared_store import SharedStore
 from thaw.pool.snapshot import Snapshot
 from thaw.pool.status import FILE, PoolStatus
 from thaw.pool.stores import Stores
-from thaw.pool.trunk import Trunk
 from thaw.pool.values import BranchResult, LoadPolicy, PoolStats
-from thaw.pool.worker import Life, Worker
+from thaw.pool.workers.fleet import Fleet
+from thaw.pool.workers.reaper import Reaper
+from thaw.pool.workers.worker import Incarnation, Worker
 from thaw.repo import repository
 from thaw.repo.repository import Repository
 from thaw.repo.session import Session
@@ -75,7 +75,8 @@ class ForkPool:
     stay when the pool closes.
 
     `repo` (a `Repository`, or a path): where points are named and `result.session.commit` goes.
-    `backend`: "process" (each worker a process of its own) or "inline" (engines in this process).
+    `backend`: "process" (each worker a process of its own), "inline" (engines in this process), or one that another
+    package provides (`thaw.pool.backends`).
     `arena_nbytes`: shared memory for snapshots; what is beyond is spilled to `spill` (default: the temporary folder).
     `policy`: "exact" loads stored KV; "fast" prefills again where that is expected sooner (results say so).
     `snapshot`: see `SnapshotMode`. A worker that dies before a live point was captured takes it along, unless "before".
@@ -91,7 +92,7 @@ class ForkPool:
         *,
         workers: int = 1,
         repo: Repository | str | Path | None = None,
-        backend: Literal["process", "inline"] = "process",
+        backend: str = "process",
         arena_nbytes: int = 4 << 30,
         spill: str | Path | None = None,
         policy: LoadPolicy = "exact",
@@ -116,8 +117,8 @@ class ForkPool:
         self._began, self._rounds, self._closed = time.time_ns(), 0, False
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-pool")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="thaw-pool-io")
-        self._closer = Closer(self._io)
-        self._home = PoolHome(spill=None if spill is None else Path(spill))
+        self._reaper = Reaper(self._io)
+        self._home = PoolDirs(spill=None if spill is None else Path(spill))
         try:
             self._backend, count = choose(self._home, engine, workers, backend, options, env, boot_timeout_s)
             self._boot(count, arena_nbytes, queue_limit, retries, residents, policy_version, stall_s, heartbeat_s)
@@ -170,7 +171,7 @@ class ForkPool:
             raise InvalidRequest(f"{len(seeds)} seeds for {len(wanted)} branches; give one each")
         for number in (*(seeds or ()), *(() if seed is None else (seed,))):
             check_seed(number)
-        trunk = self._finder.find(point, at, seed)
+        trunk = self._resolver.find(point, at, seed)
         params = each_sampling(sampling, len(wanted))
         limit = self._timeout_s if timeout_s is None else timeout_s
         round_ = Round(len(wanted))
@@ -194,10 +195,10 @@ class ForkPool:
         if point is None:
             return self._empty(seed)
         life = self._idlest()
-        trunk = self._finder.find(point, at, seed)
+        trunk = self._resolver.find(point, at, seed)
         if trunk.held is not None and trunk.alive:
             life = trunk.held.life
-        ref, there = self._preparer.fork(trunk, life, self._policy)
+        ref, there = self._placement.fork(trunk, life, self._policy)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
             life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=trunk.at,
@@ -217,13 +218,13 @@ class ForkPool:
     def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
         """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""
         self._check_open()
-        trunk = self._finder.find(point, at)
+        trunk = self._resolver.find(point, at)
         if trunk.plain:
-            ref, _ = self._preparer.fork(trunk, (life := self._idlest()), self._policy)
-            self._preparer.capture_resident(trunk, life)
+            ref, _ = self._placement.fork(trunk, (life := self._idlest()), self._policy)
+            self._placement.capture_resident(trunk, life)
             life.forget(ref)
         elif trunk.captured is None:
-            self._preparer.capture(trunk)
+            self._placement.capture(trunk)
         if trunk.captured is None:
             raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
         return Snapshot(trunk.captured)
@@ -233,7 +234,7 @@ class ForkPool:
     def add_worker(self, engine: Any = None) -> str:
         """One more worker, ready on return; its name. A pool of attached engines is given the engine."""
         self._check_open()
-        if isinstance(self._backend, Attached):
+        if isinstance(self._backend, AttachedBackend):
             if engine is None:
                 raise InvalidRequest("this pool joined its engines: give add_worker the one to join")
             self._backend.add(engine)
@@ -271,7 +272,7 @@ class ForkPool:
         self._scheduler.pause()
         try:
             self._fleet.set_policy((version, update, dict(arguments or {})))
-            self._finder.forget_prompts()
+            self._resolver.forget_prompts()
         finally:
             self._scheduler.go_on()
 
@@ -337,10 +338,10 @@ class ForkPool:
         stall_s: float, heartbeat_s: float,
     ) -> None:  # fmt: skip
         self._changed = threading.Condition()
-        self._arena = Arena(self._home.path / "arena", self._home.spill, arena_nbytes)
+        self._arena = SharedStore(self._home.path / "arena", self._home.spill, arena_nbytes)
         stores = Stores(self._arena, None if self.repo is None else self.repo.store)
         self._fleet = Fleet(
-            self._backend, stores, changed=self._changed, threads=self._threads, closer=self._closer,
+            self._backend, stores, changed=self._changed, threads=self._threads, reaper=self._reaper,
             residents=residents, policy_version=version,
         )  # fmt: skip
         self._fleet.start(count)
@@ -351,9 +352,9 @@ class ForkPool:
         self._rates.booted(life.host.boot_s)
         token_nbytes = cache.token_nbytes(self._info.groups)
         self._planner = Planner(self._rates, token_nbytes)
-        self._finder = Finder(stores, self.repo, self._life_of, lambda: self.policy_version)
-        self._preparer = Preparer(stores, self._finder, self._planner, token_nbytes)
-        batch = Batch(self._preparer, self._finder, self._rates, self._beside)
+        self._resolver = PointResolver(stores, self.repo, self._life_of, lambda: self.policy_version)
+        self._placement = Placement(stores, self._resolver, self._planner, token_nbytes)
+        batch = Batch(self._placement, self._resolver, self._rates, self._beside)
         self._scheduler = Scheduler(
             self._fleet, batch, self._planner, changed=self._changed, threads=self._threads,
             max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
@@ -367,7 +368,7 @@ class ForkPool:
             if hasattr(self, part):
                 getattr(self, part).close()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._closer.end()
+        self._reaper.end()
         self._io.shutdown(wait=True, cancel_futures=True)
         if hasattr(self, "_rates"):
             self._rates.save()
@@ -381,14 +382,14 @@ class ForkPool:
         if self._closed:
             raise EngineDied("the pool is closed; make another one")
 
-    def _life_of(self, session: Session) -> Life | None:
+    def _life_of(self, session: Session) -> Incarnation | None:
         return session.life if isinstance(session, PoolSession) else self._fleet.life_of(session.engine)
 
-    def _idlest(self) -> Life:
+    def _idlest(self) -> Incarnation:
         """The ready life that runs least; waits while all are booting."""
         with self._changed:
             self._changed.wait_for(lambda: self._fleet.ready() or self._fleet.hopeless())
-            ready: list[tuple[Worker, Life]] = self._fleet.ready()
+            ready: list[tuple[Worker, Incarnation]] = self._fleet.ready()
         if not ready:
             raise EngineDied("the pool has no worker left; look into their errors (stats), or add one")
         return min(ready, key=lambda pair: pair[0].running)[1]
@@ -414,14 +415,14 @@ class ForkPool:
         with contextlib.suppress(RuntimeError):
             self._io.submit(run)
 
-    def _rescue(self, life: Life) -> None:
+    def _rescue(self, life: Incarnation) -> None:
         """Capture the points of waiting rounds that live in `life` alone."""
         for trunk in {id(chunk.trunk): chunk.trunk for chunk in self._scheduler.chunks_under_way()}.values():
             self._rescue_one(trunk, life)
 
-    def _rescue_one(self, trunk: Trunk, life: Life) -> None:
+    def _rescue_one(self, trunk: ForkPoint, life: Incarnation) -> None:
         if trunk.lives_in(life) and trunk.stored is None:
-            self._preparer.capture(trunk)
+            self._placement.capture(trunk)
 
     def _tick(self) -> None:
         if time.monotonic() - self._written > 2.0:

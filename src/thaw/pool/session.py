@@ -24,7 +24,7 @@ from thaw.repo.session import Session
 from thaw.repo.stream import Stream
 
 if TYPE_CHECKING:
-    from thaw.pool.worker import Life
+    from thaw.pool.workers.worker import Incarnation
 
 
 class PoolSession(Session):
@@ -32,7 +32,7 @@ class PoolSession(Session):
 
     def __init__(
         self,
-        life: Life,
+        life: Incarnation,
         ref: SessionRef,
         *,
         kept: KeptIn | None = None,

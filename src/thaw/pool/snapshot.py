@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from thaw.core.errors import InvalidRequest
-from thaw.pool.arena import ArenaPoint
+from thaw.pool.shm.shared_store import SharedPoint
 
 
 class Snapshot:
     """Made by `ForkPool.snapshot`. Its bytes are kept until `release`, or until nobody holds it."""
 
-    def __init__(self, point: ArenaPoint) -> None:
-        self._point: ArenaPoint | None = point
+    def __init__(self, point: SharedPoint) -> None:
+        self._point: SharedPoint | None = point
         self.num_tokens = point.num_tokens
 
     @property
-    def point(self) -> ArenaPoint:
+    def point(self) -> SharedPoint:
         """Raises `InvalidRequest` after `release`."""
         if self._point is None:
             raise InvalidRequest("this snapshot was released; take another one")

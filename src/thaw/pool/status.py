@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from thaw.core.canonical import decode_stored
-from thaw.pool.home import PREFIX, SHARED
+from thaw.pool.shm.dirs import PREFIX, SHARED
 from thaw.pool.values import PoolStats
 from thaw.store.leases import start_time
 

@@ -20,7 +20,7 @@ from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Store
 
 if TYPE_CHECKING:
-    from thaw.pool.arena import Arena
+    from thaw.pool.shm.shared_store import SharedStore
 
 
 class PointStore(Protocol):
@@ -51,7 +51,7 @@ class Durable:
 class Stores:
     """In the order in which they are looked through. `durable` is the one that sessions commit to, if there is one."""
 
-    def __init__(self, arena: Arena, durable: Store | None) -> None:
+    def __init__(self, arena: SharedStore, durable: Store | None) -> None:
         self.arena = arena
         self.durable = None if durable is None else Durable(durable)
         self._all: tuple[PointStore, ...] = (arena,) if self.durable is None else (arena, self.durable)

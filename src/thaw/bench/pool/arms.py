@@ -11,13 +11,13 @@ from thaw.bench.sample import Sample, _digest, tokens_digest
 from thaw.core.errors import EngineDied
 from thaw.core.sampling import Sampling
 from thaw.pool import Branch, BranchResult, ForkPool, Round
-from thaw.pool.worker import Life
+from thaw.pool.workers.worker import Incarnation
 from thaw.receipt import Hits
 
 INSIDE = inside.__name__
 
 
-def life_of(pool: ForkPool, name: str) -> Life:
+def life_of(pool: ForkPool, name: str) -> Incarnation:
     found = pool._fleet.named(name).life
     if found is None:
         raise EngineDied(f"{name} ended during the bench: {pool._fleet.named(name).last_error}")

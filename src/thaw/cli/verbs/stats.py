@@ -44,7 +44,7 @@ def command(named: str | None, prefill_rate: float | None, as_json: bool) -> Non
 def _measured(settings: object) -> float | None:
     """The rate that pools measured here with this engine; None where none did, or models differ."""
     from thaw.data.files import cache_dir
-    from thaw.pool.rates import remembered
+    from thaw.pool.schedule.rates import remembered
     from thaw.repo.settings import EngineSettings
 
     if not isinstance(settings, EngineSettings):

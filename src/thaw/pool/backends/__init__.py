@@ -1,39 +1,60 @@
-"""The backends of a pool: which one boots its workers. What each must do is in `base`.
+"""The backends of a pool, and the choice of one by name. What each must do is in `base`.
 
-LocalProcesses    a host process for each worker: survives any death of an engine
-InProcess         engines loaded into this process (no protection from a crash, no copy of a message)
-Attached          engines that somebody else runs; they stay when the pool closes
+process     a host process for each worker: survives any death of an engine
+inline      engines loaded into this process (no protection from a crash, no copy of a message)
+attached    engines that somebody else runs; they stay when the pool closes
+ray         engines on the nodes of a Ray cluster (`thaw.cluster`)
+
+A further backend is a file here and a line in `OWN`. Another distribution adds one by an entry point of group
+`thaw.pool_backends`: a name, and what makes a `WorkerBackend` of a `WorkerSpec`. It is imported when a pool names it.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 from thaw.core.errors import InvalidRequest
-from thaw.pool.backends.base import WorkerBackend
-from thaw.pool.home import PoolHome
+from thaw.pool.backends.base import WorkerBackend, WorkerSpec
+from thaw.pool.shm.dirs import PoolDirs
+
+GROUP = "thaw.pool_backends"
+OWN = {
+    "process": "thaw.pool.backends.process:ProcessBackend",
+    "inline": "thaw.pool.backends.inline:InlineBackend",
+    "ray": "thaw.cluster.settings:on_ray",
+}
 
 
 def choose(
-    home: PoolHome, engine: Any, workers: int, backend: Any, options: dict[str, Any], env: Any, limit_s: float
+    dirs: PoolDirs, engine: Any, workers: int, backend: str | Callable[[WorkerSpec], WorkerBackend], options: dict[str, Any],
+    env: Any, limit_s: float,
 ) -> tuple[WorkerBackend, int]:
-    """The backend for what a pool was given, and how many workers it begins with."""
-    from thaw.pool.backends.inside import Attached, InProcess
-    from thaw.pool.backends.local import LocalProcesses
+    """The backend for what a pool was given, and how many workers it begins with. An engine's name is booted by
+    `backend`, a name or what a name stands for; anything else is joined. Raises `InvalidRequest` for a backend that there is none of."""
+    if isinstance(engine, str) and "://" not in engine:
+        make = _named(backend) if isinstance(backend, str) else backend
+        return make(WorkerSpec(engine, options, dirs, env, limit_s)), workers
+    from thaw.pool.backends.attached import AttachedBackend
 
-    if not isinstance(engine, str) or "://" in engine:
-        targets = list(engine) if isinstance(engine, (list, tuple)) else [engine]
-        if not targets:
-            raise InvalidRequest("no engines given to attach to")
-        return Attached(targets, options), len(targets)
-    if backend == "inline":
-        return InProcess(engine, options), workers
-    if backend == "ray":
-        backend = import_module("thaw.cluster.settings").RayCluster()
-    if hasattr(backend, "open"):
-        found: WorkerBackend = backend.open(home, engine, options, env=env, boot_timeout_s=limit_s)
-        return found, workers
-    if backend != "process":
-        raise InvalidRequest(f"backend={backend!r}: must be 'process', 'inline', 'ray', or a RayCluster")
-    return LocalProcesses(home, engine, options, env=env, boot_timeout_s=limit_s), workers
+    targets = list(engine) if isinstance(engine, (list, tuple)) else [engine]
+    if not targets:
+        raise InvalidRequest("no engines given to attach to")
+    return AttachedBackend(targets, options), len(targets)
+
+
+def _named(name: str) -> Callable[[WorkerSpec], WorkerBackend]:
+    """thaw's own come first, whatever is installed."""
+    if name in OWN:
+        module, _, attribute = OWN[name].partition(":")
+        made: Callable[[WorkerSpec], WorkerBackend] = getattr(importlib.import_module(module), attribute)
+        return made
+    from importlib.metadata import entry_points  # 50 ms that a backend of thaw's own need not cost
+
+    others = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in others:
+        known = " or ".join(repr(known) for known in (*OWN, *sorted(others)))
+        raise InvalidRequest(f"backend={name!r}: must be {known}")
+    made = others[name].load()
+    return made

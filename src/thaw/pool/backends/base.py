@@ -6,10 +6,37 @@ The pool needs an `Engine` of the contract and, where it may, the means to kill 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from thaw.engines.base import Engine
+from thaw.pool.shm.dirs import PoolDirs
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a pool was given for its workers, all that a backend is made of.
+
+    `engine` and `options` are `load_engine`'s. `dirs`: the pool's folders on this host. `env`: the environment of the
+    workers, one mapping for all or one for each. `boot_timeout_s`: after that a worker that boots is given up.
+    """
+
+    engine: str
+    options: Mapping[str, Any]
+    dirs: PoolDirs
+    env: Mapping[str, str] | Sequence[Mapping[str, str]] = ()
+    boot_timeout_s: float = 900.0
+
+    def options_for(self, policy_version: str | None) -> dict[str, Any]:
+        """Of `load_engine`, for an engine that begins with this policy."""
+        return {**self.options} if policy_version is None else {**self.options, "policy": policy_version}
+
+    def env_of(self, index: int) -> Mapping[str, str]:
+        """What was given for the worker of that number."""
+        if isinstance(self.env, Mapping):
+            return self.env
+        return self.env[index % len(self.env)] if self.env else {}
 
 
 class WorkerHandle(Protocol):

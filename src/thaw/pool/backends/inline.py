@@ -1,16 +1,16 @@
-"""The backends of engines in this process: loaded here, or joined where they run already."""
+"""The inline backend: engines in this process. A hang cannot be ended, a crash takes the client along."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from thaw.engines.base import Engine
-from thaw.pool.backends.base import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
 
 
-class Inside:
+class InlineHandle:
     """An engine of this process, or one that is joined."""
 
     def __init__(self, engine: Engine, *, owned: bool, boot_s: float = 0.0) -> None:
@@ -30,7 +30,7 @@ class Inside:
 
     def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
         if isinstance(update, str):
-            from thaw.pool.host import invoke
+            from thaw.pool.rpc.server import invoke
 
             return invoke(self.engine, update, arguments)
         return update(self.engine, **arguments)
@@ -46,50 +46,20 @@ class Inside:
                 self.engine.close()
 
 
-class InProcess:
+class InlineBackend:
     """Engines loaded into this process. A hang cannot be ended, a crash takes the client along."""
 
     restarts = True
 
-    def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
-        self._engine, self._options = engine, dict(options)
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
         from thaw.engines import load_engine
 
         began = time.perf_counter()
-        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
-        engine = load_engine(self._engine, **options)
-        return Inside(engine, owned=True, boot_s=time.perf_counter() - began)
-
-    def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
-class Attached:
-    """Engines that run already: `Engine` objects, addresses, or whatever `thaw.attach` joins."""
-
-    restarts = False
-
-    def __init__(self, targets: Sequence[Any], options: Mapping[str, Any]) -> None:
-        self._targets, self._options = list(targets), dict(options)
-
-    def add(self, target: Any) -> int:
-        self._targets.append(target)
-        return len(self._targets) - 1
-
-    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
-        target = self._targets[index]
-        if isinstance(target, Engine):
-            return Inside(target, owned=False)
-        from thaw.engines.joining import attach
-
-        began = time.perf_counter()
-        engine = attach(target, **self._options)
-        return Inside(engine, owned=True, boot_s=time.perf_counter() - began)
+        engine = load_engine(self._spec.engine, **self._spec.options_for(policy_version))
+        return InlineHandle(engine, owned=True, boot_s=time.perf_counter() - began)
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
         return

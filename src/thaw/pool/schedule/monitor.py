@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from thaw.core.errors import EngineDied
-from thaw.pool.fleet import Fleet
-from thaw.pool.scheduler import Scheduler
+from thaw.pool.schedule.scheduler import Scheduler
+from thaw.pool.workers.fleet import Fleet
 
 LOOK_S = 1.0
 

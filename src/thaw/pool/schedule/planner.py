@@ -10,11 +10,11 @@ about: what is stored of them is loaded, the rest is prefilled.
 
 from __future__ import annotations
 
-from thaw.pool.job import KvLost
-from thaw.pool.rates import Rates
-from thaw.pool.trunk import Trunk
+from thaw.pool.schedule.fork_point import ForkPoint
+from thaw.pool.schedule.job import KvLost
+from thaw.pool.schedule.rates import Rates
 from thaw.pool.values import Action, Decision, LoadPolicy, Tier
-from thaw.pool.worker import Life
+from thaw.pool.workers.worker import Incarnation
 
 
 class Planner:
@@ -22,7 +22,7 @@ class Planner:
         self.rates = rates
         self._token_nbytes = token_nbytes
 
-    def decide(self, trunk: Trunk, life: Life, policy: LoadPolicy) -> Decision:
+    def decide(self, trunk: ForkPoint, life: Incarnation, policy: LoadPolicy) -> Decision:
         """Raises `KvLost` where the KV died with its worker and prefilling was not allowed."""
         if trunk.lives_in(life) or life.has(trunk.key):
             return self._decision("fork", "engine", life, policy, "its KV is in this worker", 0.0, {})
@@ -46,14 +46,14 @@ class Planner:
             )
         return self._decision("prefill", "none", life, policy, reason, costs.get("prefill"), costs)
 
-    def cost(self, trunk: Trunk, life: Life) -> float:
+    def cost(self, trunk: ForkPoint, life: Incarnation) -> float:
         """Expected seconds until `life` has the trunk; infinite guesses are avoided: unknown counts as a second."""
         if trunk.lives_in(life) or life.has(trunk.key):
             return 0.0
         costs = self._costs(trunk)
         return costs.get("hydrate" if trunk.stored is not None or trunk.alive else "prefill", 1.0)
 
-    def spread(self, trunk: Trunk, branches: int, tokens: int, lives: list[Life]) -> int:
+    def spread(self, trunk: ForkPoint, branches: int, tokens: int, lives: list[Incarnation]) -> int:
         """Over how many workers `branches` should go: where the shorter decode is expected to win over the loads."""
         best, best_s = 1, None
         holders = sum(self.cost(trunk, life) == 0.0 for life in lives)
@@ -67,19 +67,19 @@ class Planner:
                 best, best_s = k, total
         return best
 
-    def _costs(self, trunk: Trunk) -> dict[str, float]:
+    def _costs(self, trunk: ForkPoint) -> dict[str, float]:
         nbytes = self._token_nbytes * trunk.at
         found = {"hydrate": self.rates.load_s(self._tier(trunk), nbytes), "prefill": self.rates.prefill_s(trunk.at)}
         return {name: seconds for name, seconds in found.items() if seconds is not None}
 
     @staticmethod
-    def _tier(trunk: Trunk) -> Tier:
+    def _tier(trunk: ForkPoint) -> Tier:
         """Where it lies; one that only lives would go through the arena."""
         return "arena" if trunk.stored is None else trunk.stored.where.tier
 
     @staticmethod
     def _decision(
-        action: Action, tier: Tier, life: Life, policy: LoadPolicy, reason: str, predicted: float | None,
+        action: Action, tier: Tier, life: Incarnation, policy: LoadPolicy, reason: str, predicted: float | None,
         costs: dict[str, float],
     ) -> Decision:  # fmt: skip
         return Decision(

@@ -11,31 +11,35 @@ from collections.abc import Callable
 from thaw.core.sampling import derive
 from thaw.engines.base import Completion, GenerateRequest, SessionRef
 from thaw.engines.text import left_open, text_after
-from thaw.pool.finder import Finder
 from thaw.pool.history import History
-from thaw.pool.job import Job, JobChunk
-from thaw.pool.prepare import Prepared, Preparer
-from thaw.pool.rates import Rates
+from thaw.pool.schedule.job import Job, JobChunk
+from thaw.pool.schedule.placement import Placed, Placement
+from thaw.pool.schedule.rates import Rates
+from thaw.pool.schedule.resolver import PointResolver
 from thaw.pool.session import PoolSession
 from thaw.pool.values import BranchResult, Timings
-from thaw.pool.worker import Life
+from thaw.pool.workers.worker import Incarnation
 
 
 class Batch:
     """`beside(fn)` runs something on another thread while the batch goes on."""
 
     def __init__(
-        self, preparer: Preparer, finder: Finder, rates: Rates, beside: Callable[[Callable[[], object]], object]
+        self,
+        placement: Placement,
+        resolver: PointResolver,
+        rates: Rates,
+        beside: Callable[[Callable[[], object]], object],
     ) -> None:
-        self._preparer, self._finder, self._rates, self._beside = preparer, finder, rates, beside
+        self._placement, self._resolver, self._rates, self._beside = placement, resolver, rates, beside
 
-    def run(self, chunk: JobChunk, life: Life) -> list[BranchResult]:
+    def run(self, chunk: JobChunk, life: Incarnation) -> list[BranchResult]:
         """Results of the chunk's jobs, in order, but of those that were stopped meanwhile."""
         began = time.perf_counter()
         chunk.stage, chunk.progress = "prepare", began
         if chunk.snapshot == "before":
-            self._preparer.capture(chunk.trunk)
-        there = self._preparer.prepare(chunk.trunk, life, chunk.policy)
+            self._placement.capture(chunk.trunk)
+        there = self._placement.prepare(chunk.trunk, life, chunk.policy)
         prepared = time.perf_counter()
         # What was brought here nobody holds any more: another point may push it out before it is forked. It is tried
         # again.
@@ -61,10 +65,10 @@ class Batch:
             for job, done, prompt in zip(chunk.jobs, completions, prompts, strict=True)
         ]
 
-    def forget(self, chunk: JobChunk, life: Life) -> None:
-        self._preparer.forget(chunk.trunk, life)
+    def forget(self, chunk: JobChunk, life: Incarnation) -> None:
+        self._placement.forget(chunk.trunk, life)
 
-    def _fork(self, chunk: JobChunk, life: Life, there: Prepared) -> list[SessionRef]:
+    def _fork(self, chunk: JobChunk, life: Incarnation, there: Placed) -> list[SessionRef]:
         trunk, jobs = chunk.trunk, chunk.jobs
         seeds = [self.seed_of(chunk, job) for job in jobs]
         replay = chunk.replay and not trunk.plain and all(job.seed is None for job in jobs)
@@ -82,17 +86,17 @@ class Batch:
             return job.seed
         return chunk.trunk.seed if chunk.replay else derive(chunk.trunk.seed, chunk.trunk.at, job.index)
 
-    def _protect(self, chunk: JobChunk, life: Life) -> None:
+    def _protect(self, chunk: JobChunk, life: Incarnation) -> None:
         """Put a trunk that is only here into the arena, beside the batch."""
         trunk = chunk.trunk
         if trunk.stored is None:
             if trunk.held is not None and trunk.alive:
-                self._beside(lambda: self._preparer.capture(trunk))
+                self._beside(lambda: self._placement.capture(trunk))
             else:
-                self._beside(lambda: self._preparer.capture_resident(trunk, life))
+                self._beside(lambda: self._placement.capture_resident(trunk, life))
 
     def _generate(
-        self, chunk: JobChunk, life: Life, children: list[SessionRef]
+        self, chunk: JobChunk, life: Incarnation, children: list[SessionRef]
     ) -> tuple[list[Completion], list[tuple[tuple[int, ...], str]]]:
         prompts = [self._encode(job, chunk.trunk.tokens, life) for job in chunk.jobs]
         requests = [
@@ -112,7 +116,7 @@ class Batch:
         return handle.result(), prompts
 
     @staticmethod
-    def _encode(job: Job, before: tuple[int, ...], life: Life) -> tuple[tuple[int, ...], str]:
+    def _encode(job: Job, before: tuple[int, ...], life: Incarnation) -> tuple[tuple[int, ...], str]:
         codec = life.engine.codec
         if job.token_ids is not None:
             return job.token_ids, text_after(codec, before, job.token_ids, skip_special_tokens=False)
@@ -126,7 +130,7 @@ class Batch:
             self._rates.stepped(len(completions), (longest.total_s - longest.ttft_s) / (len(longest.token_ids) - 1))
 
     def _result(
-        self, chunk: JobChunk, life: Life, there: Prepared, job: Job, done: Completion,
+        self, chunk: JobChunk, life: Incarnation, there: Placed, job: Job, done: Completion,
         prompt: tuple[tuple[int, ...], str], timings: Timings,
     ) -> BranchResult:  # fmt: skip
         seed = self.seed_of(chunk, job)
@@ -158,10 +162,10 @@ class Batch:
 
     def _store(self, session: PoolSession) -> None:
         """Into the arena, beside everything else."""
-        self._beside(lambda: self._preparer.capture(self._finder.find(session)))
+        self._beside(lambda: self._placement.capture(self._resolver.find(session)))
 
     @staticmethod
-    def _session(life: Life, there: Prepared, done: Completion, history: History) -> PoolSession:
+    def _session(life: Incarnation, there: Placed, done: Completion, history: History) -> PoolSession:
         num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
         return PoolSession(
             life, done.session, kept=there.resident.kept.cut(num_kv), parent=there.parent, proof=done.proof,

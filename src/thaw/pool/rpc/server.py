@@ -1,4 +1,4 @@
-"""The host process of one worker: `python -m thaw.pool.host FD`, an engine behind a socket.
+"""The host process of one worker: `python -m thaw.pool.rpc.server FD`, an engine behind a socket.
 
 It lives as long as its pool: when the other end of the socket is gone the engine is closed and the process, with
 everything that the engine started, ends. Calls wait for the engine on threads of their own, so a ping is answered
@@ -23,9 +23,9 @@ from typing import Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Delta, Engine, Handle
-from thaw.pool import wire
-from thaw.pool.connection import Connection
-from thaw.pool.wire import Call
+from thaw.pool.rpc import protocol
+from thaw.pool.rpc.connection import Connection
+from thaw.pool.rpc.protocol import Call
 
 MAX_CALLS = 512
 GATHER_S = 0.002
@@ -33,7 +33,7 @@ GATHER_S = 0.002
 FAREWELL_S = 20.0
 
 
-class Host:
+class RpcServer:
     """Answers calls over one connection until it ends."""
 
     def __init__(self, connection: Connection) -> None:
@@ -45,12 +45,12 @@ class Host:
 
     def serve(self) -> None:
         while (data := self._connection.receive()) is not None:
-            call = wire.CALLS.decode(data)
-            if isinstance(call, wire.Ping):
-                self._say(wire.Pong(id=call.id))
-            elif isinstance(call, wire.Cancel):
+            call = protocol.CALLS.decode(data)
+            if isinstance(call, protocol.Ping):
+                self._say(protocol.Pong(id=call.id))
+            elif isinstance(call, protocol.Cancel):
                 self._cancel(call.id)
-            elif isinstance(call, wire.Bye):
+            elif isinstance(call, protocol.Bye):
                 break
             else:
                 self._threads.submit(self._answer, call)
@@ -63,12 +63,12 @@ class Host:
         try:
             value = self._run(call)
         except BaseException as error:  # noqa: BLE001 - the caller gets it, whatever it is
-            self._say(wire.failed(call.id, error))
+            self._say(protocol.failed(call.id, error))
         else:
-            self._say(wire.settled(call.id, value))
+            self._say(protocol.settled(call.id, value))
 
     def _run(self, call: Call) -> Any:
-        if isinstance(call, wire.Boot):
+        if isinstance(call, protocol.Boot):
             return self._boot(call)
         assert self._engine is not None
         found = _VERBS[type(call)](self._engine, call)
@@ -76,20 +76,22 @@ class Host:
             return found
         self._handles[call.id] = found
         try:
-            if isinstance(call, wire.Generate):
+            if isinstance(call, protocol.Generate):
                 self._stream(call.id, found)
             return found.result()
         finally:
             self._handles.pop(call.id, None)
 
-    def _boot(self, call: wire.Boot) -> wire.Booted:
-        if call.protocol != wire.PROTOCOL:
-            raise InvalidRequest(f"the host speaks protocol {wire.PROTOCOL}, the pool {call.protocol}: use one thaw")
+    def _boot(self, call: protocol.Boot) -> protocol.Booted:
+        if call.protocol != protocol.PROTOCOL:
+            raise InvalidRequest(
+                f"the host speaks protocol {protocol.PROTOCOL}, the pool {call.protocol}: use one thaw"
+            )
         from thaw.engines import load_engine
 
         self._engine = load_engine(call.engine, **call.options)
         engine = self._engine
-        return wire.Booted(
+        return protocol.Booted(
             info=engine.info, options=engine.options, policy_version=engine.policy_version, pid=os.getpid()
         )
 
@@ -103,7 +105,7 @@ class Host:
             time.sleep(GATHER_S)
             while not queue.empty() and (found := queue.get()) is not None:
                 batch.append(found)
-            self._say(wire.News(id=number, deltas=tuple(batch)))
+            self._say(protocol.News(id=number, deltas=tuple(batch)))
             found = None if found is None else queue.get()
 
     def _cancel(self, number: int) -> None:
@@ -111,7 +113,7 @@ class Host:
         if handle is not None:
             self._threads.submit(handle.cancel)
 
-    def _say(self, reply: wire.Reply) -> None:
+    def _say(self, reply: protocol.Reply) -> None:
         with contextlib.suppress(OSError):  # the pool is gone; `serve` sees it too
             self._connection.send(reply)
 
@@ -133,30 +135,30 @@ def invoke(engine: Engine, update: str, arguments: dict[str, Any]) -> Any:
 
 
 _VERBS: dict[type, Callable[[Engine, Any], Any]] = {
-    wire.Open: lambda e, c: e.open(seed=c.seed, salt=c.salt, share_prefix=c.share_prefix),
-    wire.Append: lambda e, c: e.append(c.session, c.token_ids, text=c.text, role=c.role, chat=c.chat),
-    wire.Generate: lambda e, c: e.generate(c.requests),
-    wire.Capture: lambda e, c: e.capture(c.session, c.plan),
-    wire.Hydrate: lambda e, c: e.hydrate(c.plan),
-    wire.Fork: lambda e, c: e.fork(c.session, c.n, at=c.at, replay=c.replay, seeds=c.seeds),
-    wire.View: lambda e, c: e.view(c.session),
-    wire.Park: lambda e, c: e.park(c.session),
-    wire.CloseSession: lambda e, c: e.close_session(c.session),
-    wire.SetPolicy: lambda e, c: e.set_policy(c.version),
-    wire.Identity: lambda e, c: e.identity(),
-    wire.Encode: lambda e, c: e.codec.encode(c.text, first=c.first),
-    wire.Decode: lambda e, c: (e.codec.decode_settled if c.settled else e.codec.decode)(
+    protocol.Open: lambda e, c: e.open(seed=c.seed, salt=c.salt, share_prefix=c.share_prefix),
+    protocol.Append: lambda e, c: e.append(c.session, c.token_ids, text=c.text, role=c.role, chat=c.chat),
+    protocol.Generate: lambda e, c: e.generate(c.requests),
+    protocol.Capture: lambda e, c: e.capture(c.session, c.plan),
+    protocol.Hydrate: lambda e, c: e.hydrate(c.plan),
+    protocol.Fork: lambda e, c: e.fork(c.session, c.n, at=c.at, replay=c.replay, seeds=c.seeds),
+    protocol.View: lambda e, c: e.view(c.session),
+    protocol.Park: lambda e, c: e.park(c.session),
+    protocol.CloseSession: lambda e, c: e.close_session(c.session),
+    protocol.SetPolicy: lambda e, c: e.set_policy(c.version),
+    protocol.Identity: lambda e, c: e.identity(),
+    protocol.Encode: lambda e, c: e.codec.encode(c.text, first=c.first),
+    protocol.Decode: lambda e, c: (e.codec.decode_settled if c.settled else e.codec.decode)(
         c.token_ids, skip_special_tokens=c.skip_special_tokens
     ),
-    wire.ChatText: lambda e, c: e.codec.chat_text(
+    protocol.ChatText: lambda e, c: e.codec.chat_text(
         c.messages,
         add_generation_prompt=c.add_generation_prompt,
         tools=c.tools,
         variables=c.variables,
         moment=None if c.moment is None else datetime.fromisoformat(c.moment),
     ),
-    wire.EncodeChat: lambda e, c: e.codec.encode_chat(c.text, inside=c.inside),
-    wire.Invoke: lambda e, c: invoke(e, c.function, c.arguments),
+    protocol.EncodeChat: lambda e, c: e.codec.encode_chat(c.text, inside=c.inside),
+    protocol.Invoke: lambda e, c: invoke(e, c.function, c.arguments),
 }
 
 
@@ -178,7 +180,7 @@ def _kill_group() -> None:
 
 
 def main(fd: int) -> None:
-    host = Host(Connection(socket.socket(fileno=fd)))
+    host = RpcServer(Connection(socket.socket(fileno=fd)))
     host.serve()
     with _ended_after(FAREWELL_S):
         host.close()

@@ -12,13 +12,13 @@ from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
 from thaw.engines.base import SessionRef
 from thaw.engines.text import cut_turns
-from thaw.pool.arena import ArenaPoint
+from thaw.pool.schedule.fork_point import ForkPoint, OwnedSession
 from thaw.pool.session import PoolSession
+from thaw.pool.shm.shared_store import SharedPoint
 from thaw.pool.snapshot import Snapshot
 from thaw.pool.stores import KeptIn, StoredPoint, Stores
-from thaw.pool.trunk import OwnedSession, Trunk
 from thaw.pool.values import BranchResult
-from thaw.pool.worker import Life
+from thaw.pool.workers.worker import Incarnation
 from thaw.repo import timeline
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
@@ -30,22 +30,22 @@ MAX_PROMPTS = 128
 """Prompts (points that are plain tokens) whose snapshots the arena keeps, the latest ones."""
 
 
-class Finder:
+class PointResolver:
     """`life_of`: the life that holds a session's engine. `policy`: the version that runs now."""
 
     def __init__(
         self,
         stores: Stores,
         repo: Repository | None,
-        life_of: Callable[[Session], Life | None],
+        life_of: Callable[[Session], Incarnation | None],
         policy: Callable[[], str],
     ) -> None:
         self._stores, self._arena, self._repo = stores, stores.arena, repo
         self._life_of, self._policy = life_of, policy
-        self._captured: weakref.WeakKeyDictionary[Session, tuple[SessionRef, ArenaPoint]] = weakref.WeakKeyDictionary()
-        self._prompts: OrderedDict[Hashable, ArenaPoint] = OrderedDict()
+        self._captured: weakref.WeakKeyDictionary[Session, tuple[SessionRef, SharedPoint]] = weakref.WeakKeyDictionary()
+        self._prompts: OrderedDict[Hashable, SharedPoint] = OrderedDict()
 
-    def find(self, point: object, at: int | None = None, seed: int | None = None) -> Trunk:
+    def find(self, point: object, at: int | None = None, seed: int | None = None) -> ForkPoint:
         """Raises `InvalidRequest`, `NotFound`, `BadPoint`, `StaleSession`, `EngineDied`."""
         if isinstance(point, BranchResult):
             if point.session is None:
@@ -65,7 +65,7 @@ class Finder:
             "pool's repository, or token ids"
         )
 
-    def captured(self, trunk: Trunk, point: ArenaPoint) -> None:
+    def captured(self, trunk: ForkPoint, point: SharedPoint) -> None:
         """`trunk` was captured as `point`: so was, up to there, the session or prompt that it came from."""
         source = trunk.source[0]() if trunk.source is not None else None
         if source is not None and trunk.source is not None:
@@ -75,13 +75,13 @@ class Finder:
             while len(self._prompts) > MAX_PROMPTS:
                 self._prompts.popitem(last=False)
 
-    def forget_prompt(self, trunk: Trunk) -> None:
+    def forget_prompt(self, trunk: ForkPoint) -> None:
         self._prompts.pop(trunk.key, None)
 
     def forget_prompts(self) -> None:
         self._prompts.clear()
 
-    def _of_session(self, session: Session, at: int | None, seed: int | None) -> Trunk:
+    def _of_session(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
         captured = self._captured_of(session)
         life = self._life_of(session)
         if life is None and not isinstance(session, PoolSession):
@@ -91,19 +91,19 @@ class Finder:
                 return self._of_living(session, life, captured, at, seed)
         return self._of_dead(session, captured, at, seed)
 
-    def _captured_of(self, session: Session) -> ArenaPoint | None:
+    def _captured_of(self, session: Session) -> SharedPoint | None:
         """Unless a chat that dropped tokens has made it another session of the engine's since."""
         ref, point = self._captured.get(session, (None, None))
         return point if ref == session.engine_ref else None
 
     def _of_living(
-        self, session: Session, life: Life, captured: ArenaPoint | None, at: int | None, seed: int | None
-    ) -> Trunk:
+        self, session: Session, life: Incarnation, captured: SharedPoint | None, at: int | None, seed: int | None
+    ) -> ForkPoint:
         ref, view = session.ref, session.view()
         at = check_at(at, len(view.tokens))
         held = OwnedSession(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
         fork = life.engine.view(held.ref)
-        trunk = Trunk(
+        trunk = ForkPoint(
             key=("live", ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
             seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
             held=held, kept=self._kept_of(session, fork.num_kv), source=(weakref.ref(session), ref),
@@ -112,7 +112,7 @@ class Finder:
             trunk.put(self._arena, captured)
         return trunk
 
-    def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> Trunk:
+    def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
         """A session of an engine that is not in the pool: captured by that engine, now, unless it was already."""
         captured, position = self._captured_of(session), check_at(at, len(session.view().tokens))
         if captured is None or captured.num_tokens < position:
@@ -121,7 +121,7 @@ class Finder:
             self._captured[session] = (ref, captured)
         return self._of_arena(captured, min(position, captured.num_tokens), seed)
 
-    def _of_dead(self, session: Session, captured: ArenaPoint | None, at: int | None, seed: int | None) -> Trunk:
+    def _of_dead(self, session: Session, captured: SharedPoint | None, at: int | None, seed: int | None) -> ForkPoint:
         """What is left of a session whose worker died: its snapshot, or (for policy "fast") its tokens."""
         known = session.history if isinstance(session, PoolSession) else None
         if captured is not None and (known is None or len(known.tokens) == captured.num_tokens or at is not None):
@@ -133,7 +133,7 @@ class Finder:
             )
         at = check_at(at, len(known.tokens))
         turns = cut_turns(known.turns, known.tokens, at, None)
-        return Trunk(
+        return ForkPoint(
             key=("lost", id(session), at), at=at, tokens=known.tokens[:at], turns=turns,
             seed=known.seed if seed is None else seed, policy=known.policy,
         )  # fmt: skip
@@ -146,12 +146,12 @@ class Finder:
                 kept = kept.add(where.store, session.kept_at(num_kv))
         return kept
 
-    def _of_arena(self, point: ArenaPoint, at: int | None, seed: int | None) -> Trunk:
+    def _of_arena(self, point: SharedPoint, at: int | None, seed: int | None) -> ForkPoint:
         trunk = self._of_stored(StoredPoint(self._arena, self._arena.at(point, at)), seed)
         trunk.captured, trunk.kept = point, KeptIn().add(self._arena.store, point.kept)
         return trunk
 
-    def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> Trunk:
+    def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> ForkPoint:
         if self._repo is None or self._stores.durable is None:
             raise InvalidRequest(f"{str(point)!r} names a point of a repository, and the pool has none: give repo=…")
         where = self._repo.resolve(point)
@@ -159,23 +159,23 @@ class Finder:
             where = self._repo.at(where, token=at)
         return self._of_stored(StoredPoint(self._stores.durable, where), seed)
 
-    def _of_stored(self, stored: StoredPoint, seed: int | None) -> Trunk:
+    def _of_stored(self, stored: StoredPoint, seed: int | None) -> ForkPoint:
         store, where = stored.where.store, stored.point
         line = timeline.read(store, timeline.read_state(store, where.state))
         turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)
         if not where.num_tokens:
             raise InvalidRequest(f"{where} is empty; give token ids, or a point with at least one token")
-        return Trunk(
+        return ForkPoint(
             key=("stored", store.uuid, where.state, where.num_tokens), at=where.num_tokens,
             tokens=line.tokens[: where.num_tokens], turns=turns, seed=int(line.state.seed) if seed is None else seed,
             policy=turns[-1].policy if turns else self._policy(), stored=stored,
         )  # fmt: skip
 
-    def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> Trunk:
+    def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> ForkPoint:
         if not tokens:
             raise InvalidRequest("no tokens to fork from; give at least one")
         tokens, policy = tokens[: check_at(at, len(tokens))], self._policy()
-        trunk = Trunk(
+        trunk = ForkPoint(
             key=("tokens", policy, tokens), at=len(tokens), tokens=tokens, turns=(),
             seed=fresh_seed() if seed is None else seed, policy=policy, plain=True,
         )  # fmt: skip

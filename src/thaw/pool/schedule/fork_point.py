@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 
 from thaw.core.objects import Turn
 from thaw.engines.base import SessionRef
-from thaw.pool.arena import Arena, ArenaPoint
+from thaw.pool.shm.shared_store import SharedPoint, SharedStore
 from thaw.pool.stores import KeptIn, StoredPoint
-from thaw.pool.worker import Life
+from thaw.pool.workers.worker import Incarnation
 from thaw.repo.session import Session
 
 
 class OwnedSession:
     """A session that belongs to whoever holds this object; it is closed when nobody does."""
 
-    def __init__(self, life: Life, ref: SessionRef) -> None:
+    def __init__(self, life: Incarnation, ref: SessionRef) -> None:
         self.life, self.ref = life, ref
         weakref.finalize(self, life.forget, ref).atexit = False
 
 
 @dataclass(eq=False)
-class Trunk:
+class ForkPoint:
     """`at`: number of tokens. `seed`: what children's seeds derive from. `policy`: the version its KV is of.
 
     `held`: the private fork, if it lives somewhere. `stored`: where it lies in one of the pool's stores. `kept`: what
@@ -46,12 +46,12 @@ class Trunk:
     stored: StoredPoint | None = None
     plain: bool = False
     kept: KeptIn = field(default_factory=KeptIn)
-    captured: ArenaPoint | None = None
+    captured: SharedPoint | None = None
     source: tuple[weakref.ref[Session], SessionRef] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while it is captured, so that this is done once."""
 
-    def lives_in(self, life: Life) -> bool:
+    def lives_in(self, life: Incarnation) -> bool:
         return self.held is not None and self.held.life is life and not life.over
 
     @property
@@ -59,7 +59,7 @@ class Trunk:
         """Whether it lives in any worker as a session."""
         return self.held is not None and not self.held.life.over
 
-    def put(self, arena: Arena, point: ArenaPoint) -> None:
+    def put(self, arena: SharedStore, point: SharedPoint) -> None:
         """It is in the arena from now on, as the first tokens of `point`."""
         self.kept = self.kept.add(arena.store, point.kept)
         self.stored = StoredPoint(arena, arena.at(point, self.at if self.at < point.num_tokens else None))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from thaw.core.errors import InvalidRequest
-from thaw.pool.job import Job
 from thaw.pool.round import Round
+from thaw.pool.schedule.job import Job
 from thaw.pool.values import Branch, LoadPolicy
 from thaw.repo.params import as_sampling
 

@@ -10,9 +10,9 @@ from thaw.core.errors import EngineDied, ThawError
 from thaw.core.sampling import Sampling
 from thaw.engines.base import Delta, SessionRef
 from thaw.pool.round import Round, stopped
-from thaw.pool.trunk import Trunk
+from thaw.pool.schedule.fork_point import ForkPoint
 from thaw.pool.values import BranchDelta, BranchResult, LoadPolicy
-from thaw.pool.worker import Life, Worker
+from thaw.pool.workers.worker import Incarnation, Worker
 
 
 class KvLost(EngineDied):
@@ -33,7 +33,7 @@ class Job:
     timeout_s: float | None
     attempts: int = 0
     stop: str = ""
-    child: tuple[Life, SessionRef] | None = None
+    child: tuple[Incarnation, SessionRef] | None = None
     partial: list[Delta] = field(default_factory=list)
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -46,7 +46,7 @@ class Job:
     def ended(self) -> bool:
         return self.round.has(self.index)
 
-    def begin(self, life: Life, ref: SessionRef) -> None:
+    def begin(self, life: Incarnation, ref: SessionRef) -> None:
         self.child, self.partial = (life, ref), []
 
     def take(self, delta: Delta) -> BranchDelta:
@@ -82,7 +82,7 @@ class JobChunk:
     `only`: the one worker that it may run in. `avoid`: workers that failed it.
     """
 
-    trunk: Trunk
+    trunk: ForkPoint
     jobs: list[Job]
     policy: LoadPolicy
     lane: Hashable
@@ -96,7 +96,7 @@ class JobChunk:
     """Of a round that is spread: the workers that its chunks went to, shared by them; each goes to another one."""
     queued: float = field(default_factory=time.perf_counter)
     worker: Worker | None = None
-    life: Life | None = None
+    life: Incarnation | None = None
     passed: int = 0
     progress: float = 0.0
     stage: str = "prepare"

@@ -31,12 +31,12 @@ from thaw.engines.base import (
     SessionView,
 )
 from thaw.engines.embedded.driver import Promise
-from thaw.pool import wire
-from thaw.pool.connection import Connection
-from thaw.pool.wire import Booted, Call
+from thaw.pool.rpc import protocol
+from thaw.pool.rpc.connection import Connection
+from thaw.pool.rpc.protocol import Booted, Call
 
 
-class Line:
+class RpcClient:
     """Calls under way over one connection. A reader thread settles their promises."""
 
     def __init__(self, connection: Connection, name: str) -> None:
@@ -55,7 +55,7 @@ class Line:
 
     def ask(self, call: Call) -> Promise[Any]:
         """Send a call; its promise is settled by the reader, or with `EngineDied` at the end."""
-        promise: Promise[Any] = Promise(on_cancel=lambda: self.tell(wire.Cancel(id=call.id)))
+        promise: Promise[Any] = Promise(on_cancel=lambda: self.tell(protocol.Cancel(id=call.id)))
         with self._lock:
             if self._ended:
                 raise EngineDied(self._ended)
@@ -84,36 +84,36 @@ class Line:
         try:
             while (data := self._connection.receive()) is not None:
                 self.heard = time.monotonic()
-                self._take(wire.REPLIES.decode(data))
+                self._take(protocol.REPLIES.decode(data))
         finally:  # also after a message that is none: nobody may wait for a line that is not read
             self.end(f"worker {self._name} ended while this was under way")
 
-    def _take(self, reply: wire.Reply) -> None:
-        if isinstance(reply, wire.Pong):
+    def _take(self, reply: protocol.Reply) -> None:
+        if isinstance(reply, protocol.Pong):
             return
         with self._lock:
-            keep = isinstance(reply, wire.News)
+            keep = isinstance(reply, protocol.News)
             found = self._waiting.get(reply.id) if keep else self._waiting.pop(reply.id, None)
         if found is None:
             return
         call, promise = found
-        if isinstance(reply, wire.News):
+        if isinstance(reply, protocol.News):
             for delta in reply.deltas:
                 promise.emit(delta)
-        elif isinstance(reply, wire.Failed):
-            promise.settle(error=wire.error_of(reply))
+        elif isinstance(reply, protocol.Failed):
+            promise.settle(error=protocol.error_of(reply))
         else:
-            promise.settle(wire.value_of(call, reply))
+            promise.settle(protocol.value_of(call, reply))
 
 
-class RemoteCodec(Codec):
+class CodecProxy(Codec):
     """The engine's own tokenizer, asked."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: RpcClient) -> None:
         self._line = line
 
     def encode(self, text: str, *, first: bool) -> list[int]:
-        found: list[int] = self._line.ask(wire.Encode(id=self._line.number(), text=text, first=first)).result()
+        found: list[int] = self._line.ask(protocol.Encode(id=self._line.number(), text=text, first=first)).result()
         return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -123,7 +123,7 @@ class RemoteCodec(Codec):
         return self._decode(token_ids, skip_special_tokens, settled=True)
 
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool, *, settled: bool) -> str:
-        call = wire.Decode(
+        call = protocol.Decode(
             id=self._line.number(),
             token_ids=tuple(token_ids),
             skip_special_tokens=skip_special_tokens,
@@ -140,7 +140,7 @@ class RemoteCodec(Codec):
         variables: Mapping[str, object] | None = None,
         moment: datetime | None = None,
     ) -> str:
-        call = wire.ChatText(
+        call = protocol.ChatText(
             id=self._line.number(),
             messages=tuple(messages),
             add_generation_prompt=add_generation_prompt,
@@ -151,26 +151,28 @@ class RemoteCodec(Codec):
         return str(self._line.ask(call).result())
 
     def encode_chat(self, text: str, *, inside: bool = False) -> list[int]:
-        found: list[int] = self._line.ask(wire.EncodeChat(id=self._line.number(), text=text, inside=inside)).result()
+        found: list[int] = self._line.ask(
+            protocol.EncodeChat(id=self._line.number(), text=text, inside=inside)
+        ).result()
         return found
 
 
-class RemoteEngine(Engine):
+class EngineProxy(Engine):
     """The engine of one host process. `close` ends that process' engine."""
 
-    def __init__(self, line: Line, booted: Booted) -> None:
+    def __init__(self, line: RpcClient, booted: Booted) -> None:
         self._line = line
         self._policy = booted.policy_version
         self.info = booted.info
         self.options = booted.options
-        self.codec = RemoteCodec(line)
+        self.codec = CodecProxy(line)
 
     def identity(self) -> ModelIdentity:
-        found: ModelIdentity = self._line.ask(wire.Identity(id=self._line.number())).result()
+        found: ModelIdentity = self._line.ask(protocol.Identity(id=self._line.number())).result()
         return found
 
     def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
-        call = wire.Open(id=self._line.number(), seed=seed, salt=salt, share_prefix=share_prefix)
+        call = protocol.Open(id=self._line.number(), seed=seed, salt=salt, share_prefix=share_prefix)
         return SessionRef(self._line.ask(call).result())
 
     def append(
@@ -182,19 +184,19 @@ class RemoteEngine(Engine):
         role: str | None = None,
         chat: Chat | None = None,
     ) -> Handle[SessionView]:
-        call = wire.Append(
+        call = protocol.Append(
             id=self._line.number(), session=session, token_ids=tuple(token_ids), text=text, role=role, chat=chat
         )
         return self._line.ask(call)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
-        return self._line.ask(wire.Generate(id=self._line.number(), requests=tuple(requests)))
+        return self._line.ask(protocol.Generate(id=self._line.number(), requests=tuple(requests)))
 
     def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
-        return self._line.ask(wire.Capture(id=self._line.number(), session=session, plan=plan))
+        return self._line.ask(protocol.Capture(id=self._line.number(), session=session, plan=plan))
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
-        return self._line.ask(wire.Hydrate(id=self._line.number(), plan=plan))
+        return self._line.ask(protocol.Hydrate(id=self._line.number(), plan=plan))
 
     def fork(
         self,
@@ -207,17 +209,17 @@ class RemoteEngine(Engine):
     ) -> Handle[list[SessionRef]]:
         given = None if seeds is None else tuple(int(seed) for seed in seeds)
         number = self._line.number()
-        return self._line.ask(wire.Fork(id=number, session=session, n=n, at=at, replay=replay, seeds=given))
+        return self._line.ask(protocol.Fork(id=number, session=session, n=n, at=at, replay=replay, seeds=given))
 
     def view(self, session: SessionRef) -> SessionView:
-        found: SessionView = self._line.ask(wire.View(id=self._line.number(), session=session)).result()
+        found: SessionView = self._line.ask(protocol.View(id=self._line.number(), session=session)).result()
         return found
 
     def park(self, session: SessionRef) -> Handle[SessionView]:
-        return self._line.ask(wire.Park(id=self._line.number(), session=session))
+        return self._line.ask(protocol.Park(id=self._line.number(), session=session))
 
     def set_policy(self, version: str) -> None:
-        self._line.ask(wire.SetPolicy(id=self._line.number(), version=version)).result()
+        self._line.ask(protocol.SetPolicy(id=self._line.number(), version=version)).result()
         self._policy = version
 
     @property
@@ -228,11 +230,11 @@ class RemoteEngine(Engine):
         self.invoke("thaw.engines.base:update_weights", {"source": str(source)})
 
     def close_session(self, session: SessionRef) -> None:
-        self._line.ask(wire.CloseSession(id=self._line.number(), session=session)).result()
+        self._line.ask(protocol.CloseSession(id=self._line.number(), session=session)).result()
 
     def invoke(self, function: str, arguments: dict[str, Any]) -> Any:
         """Run `module:function(engine, **arguments)` in the engine's process; its value, if that is a plain one."""
-        return self._line.ask(wire.Invoke(id=self._line.number(), function=function, arguments=arguments)).result()
+        return self._line.ask(protocol.Invoke(id=self._line.number(), function=function, arguments=arguments)).result()
 
     def close(self) -> None:
-        self._line.tell(wire.Bye(id=self._line.number()))
+        self._line.tell(protocol.Bye(id=self._line.number()))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from thaw.core.errors import EngineDied, TimedOut, Unsupported
 from thaw.data.files import read_tail
 from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.base import Engine
-from thaw.pool import wire
-from thaw.pool.backends.base import WorkerHandle
-from thaw.pool.connection import Connection
-from thaw.pool.home import PoolHome
-from thaw.pool.remote import Line, RemoteEngine
-from thaw.pool.wire import Booted
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
+from thaw.pool.rpc import protocol
+from thaw.pool.rpc.client import EngineProxy, RpcClient
+from thaw.pool.rpc.connection import Connection
+from thaw.pool.rpc.protocol import Booted
+from thaw.pool.shm.dirs import PoolDirs
 
 FAREWELL_S = 25.0
 NOT_SENT = (
@@ -32,34 +32,24 @@ NOT_SENT = (
 )
 
 
-class LocalProcesses:
-    """Each worker is `python -m thaw.pool.host`, leader of a session of its own."""
+class ProcessBackend:
+    """Each worker is `python -m thaw.pool.rpc.server`, leader of a session of its own."""
 
     restarts = True
 
-    def __init__(
-        self,
-        home: PoolHome,
-        engine: str,
-        options: Mapping[str, Any],
-        *,
-        env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
-        boot_timeout_s: float = 900.0,
-    ) -> None:
-        self._home, self._engine, self._options = home, engine, dict(options)
-        self._env = env
-        self._limit_s = boot_timeout_s
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec, self._dirs = spec, spec.dirs
         self._lock = threading.Lock()
-        self._booting: set[LocalProcess] = set()
+        self._booting: set[ProcessHandle] = set()
         self._closed = False
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
-        options = self._options if policy_version is None else {**self._options, "policy": policy_version}
-        log = self._home.path / f"{name}.log"
+        options = self._spec.options_for(policy_version)
+        log = self._dirs.path / f"{name}.log"
         process, ours = _spawn(log, self._environment(index))
-        self._home.began(process.pid)
-        line = Line(Connection(ours), name)
-        host = LocalProcess(self._home, process, line, log)
+        self._dirs.began(process.pid)
+        line = RpcClient(Connection(ours), name)
+        host = ProcessHandle(self._dirs, process, line, log)
         try:
             self._start(host, options)
         except BaseException:
@@ -67,13 +57,13 @@ class LocalProcesses:
             raise
         return host
 
-    def _start(self, host: LocalProcess, options: dict[str, Any]) -> None:
+    def _start(self, host: ProcessHandle, options: dict[str, Any]) -> None:
         with self._lock:
             if self._closed:
                 raise EngineDied("the pool was closed while a worker booted")
             self._booting.add(host)
         try:
-            host.start(self._engine, options, self._limit_s)
+            host.start(self._spec.engine, options, self._spec.boot_timeout_s)
         finally:
             with self._lock:
                 self._booting.discard(host)
@@ -90,8 +80,7 @@ class LocalProcesses:
 
     def _environment(self, index: int) -> dict[str, str]:
         """This process', with this very thaw first on the path, and what was given for this worker."""
-        given = self._env if isinstance(self._env, Mapping) else self._env[index % len(self._env)] if self._env else {}
-        return with_this_thaw({**os.environ, **given})
+        return with_this_thaw({**os.environ, **self._spec.env_of(index)})
 
 
 def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -99,7 +88,7 @@ def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[byt
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "thaw.pool.host", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", "thaw.pool.rpc.server", str(theirs.fileno())], pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True, env=environment,
         )  # fmt: skip
     except OSError as error:
@@ -111,26 +100,26 @@ def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[byt
     return process, ours
 
 
-class LocalProcess:
+class ProcessHandle:
     """A host process and the line to it."""
 
     engine: Engine
 
-    def __init__(self, home: PoolHome, process: subprocess.Popen[bytes], line: Line, log: Path) -> None:
-        self._home, self._process, self._line, self._log = home, process, line, log
+    def __init__(self, dirs: PoolDirs, process: subprocess.Popen[bytes], line: RpcClient, log: Path) -> None:
+        self._dirs, self._process, self._line, self._log = dirs, process, line, log
         self.pid: int | None = process.pid
         self.boot_s = 0.0
 
     def start(self, engine: str, options: dict[str, Any], limit_s: float) -> None:
         began = time.perf_counter()
-        call = wire.Boot(id=0, protocol=wire.PROTOCOL, engine=engine, options=options)
+        call = protocol.Boot(id=0, protocol=protocol.PROTOCOL, engine=engine, options=options)
         try:
             booted: Booted = self._line.ask(call).result(limit_s)
         except TimedOut:
             raise EngineDied(f"the worker did not boot within {limit_s:.0f} s{self._last_words()}") from None
         except EngineDied as error:
             raise EngineDied(f"{error}{self._last_words()}") from None
-        self.engine = RemoteEngine(self._line, booted)
+        self.engine = EngineProxy(self._line, booted)
         self.boot_s = time.perf_counter() - began
 
     def alive(self) -> bool:
@@ -145,13 +134,13 @@ class LocalProcess:
     def check(self, limit_s: float) -> bool:
         silent = time.monotonic() - self._line.heard
         if silent > limit_s / 3:
-            self._line.tell(wire.Ping(id=0))
+            self._line.tell(protocol.Ping(id=0))
         return silent < limit_s
 
     def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
         if not isinstance(update, str):
             raise Unsupported(NOT_SENT)
-        assert isinstance(self.engine, RemoteEngine)
+        assert isinstance(self.engine, EngineProxy)
         return self.engine.invoke(update, arguments)
 
     def kill(self) -> None:
@@ -160,7 +149,7 @@ class LocalProcess:
         self._reap()
 
     def close(self) -> None:
-        self._line.tell(wire.Bye(id=0))
+        self._line.tell(protocol.Bye(id=0))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(FAREWELL_S)
         self.kill()
@@ -173,7 +162,7 @@ class LocalProcess:
     def _reap(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(FAREWELL_S)
-            self._home.ended(self._process.pid)
+            self._dirs.ended(self._process.pid)
 
     def _last_words(self) -> str:
         """The last lines of its log, for the error."""

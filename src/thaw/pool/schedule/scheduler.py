@@ -22,13 +22,13 @@ from collections.abc import Hashable
 from concurrent.futures import Executor
 
 from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed, ThawError
-from thaw.pool.batch import Batch
-from thaw.pool.fleet import Fleet, responds
-from thaw.pool.job import Job, JobChunk, KvLost
-from thaw.pool.planner import Planner
-from thaw.pool.prepare import OLD_KV
-from thaw.pool.wire import is_out_of_memory
-from thaw.pool.worker import Life, Worker
+from thaw.pool.rpc.protocol import is_out_of_memory
+from thaw.pool.schedule.batch import Batch
+from thaw.pool.schedule.job import Job, JobChunk, KvLost
+from thaw.pool.schedule.placement import OLD_KV
+from thaw.pool.schedule.planner import Planner
+from thaw.pool.workers.fleet import Fleet, responds
+from thaw.pool.workers.worker import Incarnation, Worker
 
 PATIENCE = 8
 """Chunks of other points that may overtake one that waits for room."""
@@ -154,7 +154,7 @@ class Scheduler:
             self._fail(chunk, self._hopeless())
         return True
 
-    def _next(self) -> tuple[JobChunk, Worker, Life] | None:
+    def _next(self) -> tuple[JobChunk, Worker, Incarnation] | None:
         """The first lane whose first chunk has a free worker, and the cheapest of those. Under the lock."""
         for lane in list(self._lanes):
             queue = self._lanes[lane]
@@ -170,7 +170,7 @@ class Scheduler:
                 return None  # a large chunk waits for an idle worker: no small ones before it any more
         return None
 
-    def _place(self, chunk: JobChunk) -> tuple[Worker, Life] | None:
+    def _place(self, chunk: JobChunk) -> tuple[Worker, Incarnation] | None:
         free = [
             (worker, life)
             for worker, life in self._fleet.ready()
@@ -184,7 +184,7 @@ class Scheduler:
         good = good or [pair for pair in free if pair[0].name not in chunk.avoid] or free
         return min(good, key=lambda pair: (self._planner.cost(chunk.trunk, pair[1]), pair[0].running))
 
-    def _take(self, chunk: JobChunk, worker: Worker, life: Life) -> None:
+    def _take(self, chunk: JobChunk, worker: Worker, life: Incarnation) -> None:
         """Start a chunk; its lane goes to the end of the round. Under the lock."""
         for lane, before in self._lanes.items():
             if lane == chunk.lane:
@@ -219,7 +219,7 @@ class Scheduler:
 
     # -- running
 
-    def _run(self, chunk: JobChunk, worker: Worker, life: Life, size: int) -> None:
+    def _run(self, chunk: JobChunk, worker: Worker, life: Incarnation, size: int) -> None:
         for job in chunk.jobs:
             job.attempts += 1
         try:
@@ -244,7 +244,7 @@ class Scheduler:
             self.running.discard(chunk)
             self._changed.notify_all()
 
-    def _judge(self, chunk: JobChunk, worker: Worker, life: Life, error: BaseException) -> None:
+    def _judge(self, chunk: JobChunk, worker: Worker, life: Incarnation, error: BaseException) -> None:
         """See the table above."""
         if is_out_of_memory(error):
             if self._fleet.restarts:

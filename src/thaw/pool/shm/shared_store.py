@@ -36,7 +36,7 @@ GC_AFTER = 64
 
 
 @dataclass(eq=False)
-class ArenaPoint:
+class SharedPoint:
     """A session in the arena; its bytes are kept as long as this object lives. `kept`: what a child need not write."""
 
     commit: CommitId
@@ -46,7 +46,7 @@ class ArenaPoint:
     nbytes: int
 
 
-class Arena:
+class SharedStore:
     """Safe from any thread. `limit_nbytes` is of packs in shared memory; captures under way may exceed it."""
 
     tier: ClassVar[Tier] = "arena"
@@ -64,7 +64,7 @@ class Arena:
         self._points = self._captures = self._spills = self._loads = 0
         self._closed = False
 
-    def capture(self, context: Context, session: SessionRef, kept: Kept) -> ArenaPoint:
+    def capture(self, context: Context, session: SessionRef, kept: Kept) -> SharedPoint:
         """The session as it stands, in the arena. `context` is of this store and the session's engine."""
         began = time.perf_counter()
         name = f"p/{next(self._numbers)}"
@@ -76,7 +76,7 @@ class Arena:
             self._points += 1
             self._captures += 1
             self._used.update((pack.name, time.monotonic()) for pack in done.captured.packs)
-        point = ArenaPoint(
+        point = SharedPoint(
             done.result.commit, done.result.num_tokens, done.kept, time.perf_counter() - began,
             done.result.nbytes_written,
         )  # fmt: skip
@@ -84,7 +84,7 @@ class Arena:
         self.make_room(0)
         return point
 
-    def at(self, point: ArenaPoint, token: int | None) -> ResolvedPoint:
+    def at(self, point: SharedPoint, token: int | None) -> ResolvedPoint:
         return resolve.at(self.store, point.commit, token=token)
 
     def loaded(self, plan: HydratePlan) -> Tier:

@@ -1,4 +1,4 @@
-"""A pool's folders: the home in shared memory (arena, logs), the spill folder on disk, and who removes them.
+"""A pool's folders: the dirs in shared memory (arena, logs), the spill folder on disk, and who removes them.
 
 Both are 0700 and named by their owner's pid and start time. They are removed when the pool closes; by the guard
 process when the client was killed; and by the next pool of the same user, should the guard have been killed too.
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from thaw.core.errors import StorageFailed
 from thaw.data.files import storage_errors
-from thaw.pool import guard
+from thaw.pool.shm import guard
 from thaw.store.leases import start_time
 
 PREFIX = "thaw-pool-"
 SHARED = Path("/dev/shm")
 
 
-class PoolHome:
+class PoolDirs:
     """The folders of one pool and their guard."""
 
     def __init__(self, *, shared: Path | None = None, spill: Path | None = None) -> None:

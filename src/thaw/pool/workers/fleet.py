@@ -1,7 +1,7 @@
 """The fleet: workers booted in parallel, watched, booted again when they die, added and drained.
 
-A worker that fails is over at once for everybody (its `Life` is), and a new life begins on another thread. After
-`max_restarts` failures with no batch between them it is given up. Whatever changes here wakes the scheduler.
+A worker that fails is over at once for everybody (its `Incarnation` is), and the next one begins on another thread.
+After `MAX_RESTARTS` failures with no batch between them it is given up. Whatever changes here wakes the scheduler.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from thaw.core.errors import EngineDied, NotFound, ThawError
 from thaw.engines.base import Engine
 from thaw.pool.backends.base import WorkerBackend, WorkerHandle
-from thaw.pool.closer import Closer
 from thaw.pool.stores import Stores
 from thaw.pool.values import WorkerStats
-from thaw.pool.worker import Life, Worker
+from thaw.pool.workers.reaper import Reaper
+from thaw.pool.workers.worker import Incarnation, Worker
 
 MAX_RESTARTS = 3
 Update = tuple[str, Any, dict[str, Any]]
@@ -29,13 +29,13 @@ class Fleet:
 
     def __init__(
         self, backend: WorkerBackend, stores: Stores, *, changed: threading.Condition,
-        threads: Executor, closer: Closer, residents: int, policy_version: str | None,
+        threads: Executor, reaper: Reaper, residents: int, policy_version: str | None,
     ) -> None:  # fmt: skip
         self.workers: list[Worker] = []
         self.policy_version = policy_version
         self.restarts = backend.restarts
         self._backend, self._stores = backend, stores
-        self.changed, self._threads, self._closer = changed, threads, closer
+        self.changed, self._threads, self._reaper = changed, threads, reaper
         self._residents = residents
         self._update: Update | None = None
         self._closing = False
@@ -78,7 +78,7 @@ class Fleet:
             self.failed(worker, life, EngineDied(f"{worker.name} ended as soon as it had begun"))
         return None
 
-    def _begin(self, worker: Worker) -> Life:
+    def _begin(self, worker: Worker) -> Incarnation:
         host = self._backend.boot(worker.index, worker.name, self.policy_version)
         try:
             return self._brought_to_policy(worker, host)
@@ -86,8 +86,8 @@ class Fleet:
             host.kill()
             raise
 
-    def _brought_to_policy(self, worker: Worker, host: WorkerHandle) -> Life:
-        life = Life(worker.name, host, self._stores, self._residents, self._closer)
+    def _brought_to_policy(self, worker: Worker, host: WorkerHandle) -> Incarnation:
+        life = Incarnation(worker.name, host, self._stores, self._residents, self._reaper)
         applied: Update | None = None
         while True:
             with self.changed:
@@ -117,7 +117,7 @@ class Fleet:
 
     # -- death
 
-    def failed(self, worker: Worker, life: Life, error: BaseException) -> None:
+    def failed(self, worker: Worker, life: Incarnation, error: BaseException) -> None:
         """`life` is of no use any more. Idempotent; from any thread."""
         with self.changed:
             if life.over:
@@ -135,7 +135,7 @@ class Fleet:
         if not self._closing:
             self._threads.submit(self._bury, worker, life, again)
 
-    def _bury(self, worker: Worker, life: Life, again: bool) -> None:
+    def _bury(self, worker: Worker, life: Incarnation, again: bool) -> None:
         life.host.kill()
         if again:
             self._boot(worker, again=True)
@@ -166,14 +166,14 @@ class Fleet:
 
     # -- looking
 
-    def ready(self) -> list[tuple[Worker, Life]]:
+    def ready(self) -> list[tuple[Worker, Incarnation]]:
         return [(w, w.life) for w in self.workers if w.state == "ready" and w.life is not None]
 
     def hopeless(self) -> bool:
         """Whether no worker is or will be ready."""
         return all(worker.state in ("gone", "draining") for worker in self.workers)
 
-    def life_of(self, engine: Engine) -> Life | None:
+    def life_of(self, engine: Engine) -> Incarnation | None:
         """The life whose engine this is."""
         with self.changed:
             found = [w.life for w in self.workers if w.life is not None and w.life.engine is engine]
@@ -197,7 +197,7 @@ class Fleet:
 
     # -- end
 
-    def drain(self, worker: Worker, rescue: Callable[[Life], None]) -> None:
+    def drain(self, worker: Worker, rescue: Callable[[Incarnation], None]) -> None:
         """Give it nothing more, wait for what runs there, `rescue` what only it has, and end it."""
         with self.changed:
             worker.state = "draining"
@@ -229,7 +229,7 @@ class Fleet:
             end.join()
 
 
-def apply(life: Life, update: Update) -> None:
+def apply(life: Incarnation, update: Update) -> None:
     """Bring the weights, then name the policy: in between the engine refuses what it has by its own look at them."""
     version, function, arguments = update
     if function is not None:
@@ -238,7 +238,7 @@ def apply(life: Life, update: Update) -> None:
     life.drop_all()
 
 
-def responds(life: Life) -> bool:
+def responds(life: Incarnation) -> bool:
     """Whether the engine still takes sessions and its model answers; it may have ended without a word."""
     if life.over or not life.host.alive():
         return False

@@ -1,7 +1,7 @@
 """A worker: one engine after another under one name, and which points each has.
 
-A `Life` is one boot of the engine. Sessions, residents and contexts belong to a life and are void with it; counts and
-the name go on. Residents are sessions at points that rounds came from, least recently used first out.
+An `Incarnation` is one boot of the engine. Sessions, residents and contexts belong to it and are void with it; counts
+and the name go on. Residents are sessions at points that rounds came from, least recently used first out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from thaw.core.errors import EngineDied, ThawError
 from thaw.core.proof import Proof
 from thaw.engines.base import Engine, SessionRef
 from thaw.pool.backends.base import WorkerHandle
-from thaw.pool.closer import Closer
 from thaw.pool.stores import KeptIn, Stores
+from thaw.pool.workers.reaper import Reaper
 from thaw.repo.context import Context
 from thaw.store import Store
 
@@ -38,10 +38,10 @@ class Resident:
     restore: Proof | None = None
 
 
-class Life:
+class Incarnation:
     """One engine, from its boot to its end."""
 
-    def __init__(self, name: str, host: WorkerHandle, stores: Stores, limit: int, closer: Closer) -> None:
+    def __init__(self, name: str, host: WorkerHandle, stores: Stores, limit: int, reaper: Reaper) -> None:
         self.name = name
         self.host = host
         self.has_history = stores.durable is not None
@@ -50,7 +50,7 @@ class Life:
         """Where its sessions commit: the pool's repository, else the arena."""
         self.over = False
         self._limit = limit
-        self._closer = closer
+        self._reaper = reaper
         self._lock = threading.Lock()
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()
         self._making = [threading.Lock() for _ in range(LOCKS)]
@@ -109,7 +109,7 @@ class Life:
     def forget(self, ref: SessionRef) -> None:
         """Close a session, later and on another thread. May be called from a finalizer."""
         if not self.over:
-            self._closer.soon(functools.partial(self._close_session, ref))
+            self._reaper.soon(functools.partial(self._close_session, ref))
 
     def _close_session(self, ref: SessionRef) -> None:
         with contextlib.suppress(ThawError):
@@ -123,7 +123,7 @@ class Worker:
     name: str
     index: int
     state: State = "booting"
-    life: Life | None = None
+    life: Incarnation | None = None
     running: int = 0
     incarnation: int = 0
     failures_in_row: int = 0

@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 
-from thaw.pool.wire import ENCODER, Call, Reply
+from thaw.pool.rpc.protocol import ENCODER, Call, Reply
 
 MAX_MESSAGE_BYTES = 1 << 30
 

@@ -9,14 +9,14 @@ from concurrent.futures import Executor
 from queue import SimpleQueue
 
 
-class Closer:
+class Reaper:
     """Whoever asks takes no lock, for Python's collector may run a finalizer at any point of any thread: where that is
     within an executor's `submit`, a second `submit` would wait for ever for the lock that its own thread holds."""
 
     def __init__(self, io: Executor) -> None:
         self._io = io
         self._asked: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="thaw-pool-closer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="thaw-pool-reaper", daemon=True)
         self._thread.start()
 
     def soon(self, close: Callable[[], object]) -> None:
