@@ -51,11 +51,18 @@ def test_kv_goes_from_node_to_node_and_never_through_ray(two_nodes: LocalCluster
     with two_nodes.pool(workers=2) as pool:
         nodes = {node.is_home: node for node in nodes_of(pool)}
         assert len(nodes) == 2 and all(node.num_workers == 1 for node in nodes.values())
+        decisions = []
         for worker in pool.workers:
             snapshot = taken_in(pool, worker)
             other = next(name for name in pool.workers if name != worker)
             here, moved = (pool.fork(snapshot, 2, SAMPLED, worker=name) for name in (worker, other))
             assert bits(moved) == bits(here)
+            decisions.append(moved[0].decision)
+        assert {(one.action, one.tier, bool(one.link)) for one in decisions if one is not None} == {
+            ("hydrate", "node", True), ("hydrate", "arena", False)
+        }, "to the far node it came over a link; at home everything is"  # fmt: skip
+        rates = pool._rates.measured.loads
+        assert any(name.startswith("node ") for name in rates) and rates["node"].points
         found = counts(pool)
         home, far = (found[nodes[where].key] for where in (True, False))
         assert far.sent_nbytes == home.received_nbytes > 0, "what the far node captured came home, by its socket"
@@ -150,7 +157,7 @@ def test_a_node_that_is_lost_takes_no_branch_along(two_nodes: LocalCluster) -> N
         trunk = pool.encode(TEXT)
         kept = pool.fork(trunk, 2, SAMPLED, worker=name, store=True, seed=3)
         until(lambda: pool.stats().arena.num_captures >= 3)
-        long = thaw.Sampling(temperature=0.9, max_tokens=200, ignore_eos=True)
+        long = thaw.Sampling(temperature=0.9, max_tokens=60, ignore_eos=True)
         expected = bits(pool.fork(kept[0], 4, long, snapshot="before"))
         round_ = pool.submit(kept[0], 4, long)
         next(iter(round_))

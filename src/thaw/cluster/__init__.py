@@ -8,7 +8,7 @@ packs to the daemons of other nodes. Ray finds the nodes, starts the daemons thr
 carries the calls that control them; these are small. Tokens come straight from the engine to the client, and KV goes
 from daemon to daemon: neither passes through Ray.
 
-    settings.py     RayCluster: what a caller may say
+    joining.py      RayCluster, what a caller gives; settings.py what it may say
     backend.py      the pool's backend: which node boots a worker; the handle of one worker
     engine.py       a worker's engine: packs are brought before a hydrate, and home after a capture
     nodes.py        the client's view of the nodes, their leases, and the two ways to ask one
@@ -20,6 +20,17 @@ from daemon to daemon: neither passes through Ray.
 
 from __future__ import annotations
 
-from thaw.cluster.settings import JoinedCluster, RayCluster
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thaw.cluster.joining import JoinedCluster, RayCluster
 
 __all__ = ["JoinedCluster", "RayCluster"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names load on first use: a daemon needs none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module 'thaw.cluster' has no attribute {name!r}")
+    return getattr(importlib.import_module("thaw.cluster.joining"), name)

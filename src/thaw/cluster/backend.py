@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from thaw.cluster.engine import NodeEngine
-from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, SpawnEngine, value_of
+from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, PulledPacks, SpawnEngine, value_of
 from thaw.cluster.nodes import ClusterNode, ClusterNodes
 from thaw.cluster.peer import exchange
 from thaw.cluster.routes import PackRoutes
 from thaw.core.errors import EngineDied, ThawError, TimedOut, Unsupported
-from thaw.engines.base import Engine
+from thaw.engines.base import Engine, HydratePlan
 from thaw.pool.backends.base import WorkerHandle, WorkerSpec
 from thaw.pool.backends.process import FAREWELL_S, NOT_SENT
 from thaw.pool.rpc import protocol
@@ -146,6 +146,16 @@ class NodeWorker:
             raise Unsupported(NOT_SENT)
         assert isinstance(self.engine, NodeEngine)
         return self.engine.invoke(update, arguments)
+
+    def link(self, state: str) -> str:
+        return self._backend.routes.link(self.node, state)
+
+    def holds(self, state: str) -> None:
+        self._backend.routes.holds(self.node, state)
+
+    def came_over(self, plan: HydratePlan) -> str:
+        assert isinstance(self.engine, NodeEngine)
+        return self._backend.routes.link_of(self.engine.pulled(plan) or PulledPacks())
 
     def kill(self) -> None:
         """By its node's daemon; where that is gone the process ends by itself, for its line does."""

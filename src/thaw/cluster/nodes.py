@@ -1,8 +1,9 @@
 """The client's view of the cluster: its nodes, each with a daemon once it is needed.
 
 A daemon is asked through Ray, by its node's keeper; where Ray or the keeper is away, straight. So what runs goes on
-without Ray, and nothing waits for it but a node that is new. A thread renews the leases, makes keepers again that have
-ended, and joins Ray again when it is back: daemons that run are found by their machine's address, and none is booted.
+without Ray, and nothing waits for it but a node that is new. One thread renews the leases; another makes keepers again
+that have ended, and joins Ray again when it is back: daemons that run are found by their machine's address, and none is
+booted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from thaw.cluster.keeper import KEEPER_LIMIT_S, SMALL_BYTES
 from thaw.cluster.messages import ENCODE, EndNode, Question, RenewLease, value_of
 from thaw.cluster.peer import ANSWER_S, Peer
 from thaw.cluster.secret import new_secret
-from thaw.cluster.settings import RayCluster
+from thaw.cluster.settings import ClusterSettings
 from thaw.core.errors import EngineDied, NotFound, ThawError
 
 MAX_THREADS = 32
@@ -65,7 +66,7 @@ class ClusterNode:
 class ClusterNodes:
     """Safe from any thread. `num_calls`: questions that went through Ray; `num_direct`: those that did not."""
 
-    def __init__(self, cluster: RayCluster, log: Path | None) -> None:
+    def __init__(self, cluster: ClusterSettings, log: Path | None) -> None:
         if find_spec("ray") is None:
             raise NotFound("backend='ray' needs Ray, which is not installed: pip install 'thaw-vllm[ray]'")
         self._cluster, self._log, self._secret = cluster, log, new_secret()
@@ -80,8 +81,10 @@ class ClusterNodes:
         except BaseException:
             self._desk.close()
             raise
-        self._beat = threading.Thread(target=self._run, name="thaw-leases", daemon=True)
-        self._beat.start()
+        works = {"thaw-leases": self._renew_all, "thaw-ray": self._mend_often}
+        self._running = [threading.Thread(target=work, name=name, daemon=True) for name, work in works.items()]
+        for thread in self._running:
+            thread.start()
 
     # -- which
 
@@ -202,7 +205,7 @@ class ClusterNodes:
             try:
                 answer: bytes = self._desk.ask("ask", node.key, data, limit_s=limit_s)
             except (RayAway, KeeperGone):
-                node.kept = False  # the thread makes another one; questions may be asked twice
+                node.kept = False  # another one is made soon; questions may be asked twice
             else:
                 self.num_calls += 1
                 return answer
@@ -221,18 +224,19 @@ class ClusterNodes:
         for tell in told:
             tell()
 
-    # -- the thread
+    # -- the threads
 
-    def _run(self) -> None:
-        joined = time.monotonic()
+    def _renew_all(self) -> None:
         while not self._closing.wait(min(1.0, self._cluster.lease_s / 5)):
             for node in self.all():
                 if node.daemon is not None:
                     self._threads.submit(self._renew, node)
-            if time.monotonic() - joined > AGAIN_S:
-                joined = time.monotonic()
-                with contextlib.suppress(ThawError):
-                    self._mend()
+
+    def _mend_often(self) -> None:
+        """Apart from the leases, for Ray may keep it waiting for longer than they last."""
+        while not self._closing.wait(AGAIN_S):
+            with contextlib.suppress(ThawError):
+                self._mend()
 
     def _renew(self, node: ClusterNode) -> None:
         """A refusal is its end; silence is, after the lease."""
@@ -286,9 +290,10 @@ class ClusterNodes:
         if self._closing.is_set():
             return
         self._closing.set()
-        while self._beat.is_alive():  # it may just be joining Ray again: whatever waits for a desk is let go
-            self._desk.close()
-            self._beat.join(0.1)
+        while any(thread.is_alive() for thread in self._running):
+            self._desk.close()  # one of them may just be joining Ray again: whatever waits for a desk is let go
+            for thread in self._running:
+                thread.join(0.1)
         for node in self.all():
             if node.daemon is not None:
                 with contextlib.suppress(OSError, ThawError):

@@ -25,6 +25,7 @@ from thaw.engines.base import HydratePlan
 PULL_S = 3600.0
 SWEEP_S = 5.0
 DROP_AT_ONCE = 256
+MAX_POINTS = 4096
 
 
 class PackRoutes:
@@ -35,7 +36,36 @@ class PackRoutes:
         self._lock = threading.Lock()
         self._homes: dict[str, Path] = {}
         self._captured: dict[tuple[str, str], ClusterNode] = {}
+        self._points: dict[str, list[ClusterNode]] = {}
         self._swept = time.monotonic()
+
+    # -- which link
+
+    def link(self, node: ClusterNode, state: str) -> str:
+        """The address that a stored point would come from to `node`; "" where it is there, as everything is at home."""
+        with self._lock:
+            there = self._points.get(state, [])
+            if node.is_home or node in there:
+                return ""
+            good = [other for other in there if not other.lost]
+        homes = [other for other in self._nodes.all() if other.is_home]
+        return next((other.address for other in (*good, *homes)), "")
+
+    def holds(self, node: ClusterNode, state: str) -> None:
+        with self._lock:
+            there = self._points.pop(state, [])
+            self._points[state] = [*(other for other in there if other is not node), node]
+            while len(self._points) > MAX_POINTS:
+                del self._points[next(iter(self._points))]
+
+    def link_of(self, pulled: PulledPacks) -> str:
+        """The address that most of it came from."""
+        if not pulled.by_source:
+            return ""
+        key = max(pulled.by_source, key=lambda key: pulled.by_source[key])
+        return next((node.address for node in self._nodes.all() if node.key == key), key)
+
+    # -- packs
 
     def mount(self, node: ClusterNode, mount: StoreMount) -> StoreMount:
         """The store as processes on `node` reach it: its own folder in place of the client's, further tiers stay."""

@@ -23,16 +23,17 @@ GROUP = "thaw.pool_backends"
 OWN = {
     "process": "thaw.pool.backends.process:ProcessBackend",
     "inline": "thaw.pool.backends.inline:InlineBackend",
-    "ray": "thaw.cluster.settings:on_ray",
+    "ray": "thaw.cluster.joining:on_ray",
 }
+Factory = Callable[[WorkerSpec], WorkerBackend]
 
 
 def choose(
-    dirs: PoolDirs, engine: Any, workers: int, backend: str | Callable[[WorkerSpec], WorkerBackend], options: dict[str, Any],
-    env: Any, limit_s: float,
+    dirs: PoolDirs, engine: Any, workers: int, backend: str | Factory, options: dict[str, Any], env: Any, limit_s: float
 ) -> tuple[WorkerBackend, int]:
     """The backend for what a pool was given, and how many workers it begins with. An engine's name is booted by
-    `backend`, a name or what a name stands for; anything else is joined. Raises `InvalidRequest` for a backend that there is none of."""
+    `backend`, a name or what makes one; anything else is joined. Raises `InvalidRequest` for a backend that there is
+    none of."""
     if isinstance(engine, str) and "://" not in engine:
         make = _named(backend) if isinstance(backend, str) else backend
         return make(WorkerSpec(engine, options, dirs, env, limit_s)), workers
@@ -44,11 +45,11 @@ def choose(
     return AttachedBackend(targets, options), len(targets)
 
 
-def _named(name: str) -> Callable[[WorkerSpec], WorkerBackend]:
+def _named(name: str) -> Factory:
     """thaw's own come first, whatever is installed."""
     if name in OWN:
         module, _, attribute = OWN[name].partition(":")
-        made: Callable[[WorkerSpec], WorkerBackend] = getattr(importlib.import_module(module), attribute)
+        made: Factory = getattr(importlib.import_module(module), attribute)
         return made
     from importlib.metadata import entry_points  # 50 ms that a backend of thaw's own need not cost
 

@@ -103,6 +103,7 @@ class Placement:
                 life.check()
                 point = self._into_arena(trunk, life, trunk.held.ref, trunk.kept)
                 trunk.put(self._arena, point)
+                life.holds(trunk.stored)
                 self._resolver.captured(trunk, point)
         return time.perf_counter() - began
 
@@ -115,6 +116,7 @@ class Placement:
                 point = self._into_arena(trunk, life, found.ref, found.kept)
                 found.kept = found.kept.add(self._arena.store, point.kept)
                 trunk.put(self._arena, point)
+                life.holds(trunk.stored)
                 self._resolver.captured(trunk, point)
 
     def _into_arena(self, trunk: ForkPoint, life: Incarnation, ref: SessionRef, kept: KeptIn) -> SharedPoint:
@@ -141,10 +143,12 @@ class Placement:
         began = time.perf_counter()
         resident, live = self._load(stored, life)
         seconds = time.perf_counter() - began
-        tier = stored.where.loaded(live.plan)
-        self._planner.rates.load(tier, live.proof.nbytes, seconds)
+        tier, link = stored.where.loaded(live.plan), life.came_over(live.plan)
+        tier = "node" if link else tier
+        life.holds(stored)
+        self._planner.rates.load(tier, live.proof.nbytes, seconds, link)
         life.keep(trunk.key, resident)
-        done = msgspec.structs.replace(decision, tier=tier, nbytes=live.proof.nbytes)
+        done = msgspec.structs.replace(decision, tier=tier, nbytes=live.proof.nbytes, link=link)
         return Placed(live.session, resident, done, trunk.turns, live.proof, stored.parent, capture_s, seconds)
 
     @staticmethod

@@ -76,9 +76,11 @@ class Rates:
         self._lock = threading.Lock()
         self.measured = _read(self._path) or Measured(engine=engine, model=model, device=device)
 
-    def load(self, tier: str, nbytes: int, seconds: float) -> None:
+    def load(self, tier: str, nbytes: int, seconds: float, link: str = "") -> None:
+        """What came over a link is noted for that link too."""
         with self._lock:
-            self.measured.loads.setdefault(tier, Fit()).add(nbytes, seconds)
+            for name in (tier, *([_named(tier, link)] if link else [])):
+                self.measured.loads.setdefault(name, Fit()).add(nbytes, seconds)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         with self._lock:
@@ -91,8 +93,9 @@ class Rates:
     def booted(self, seconds: float) -> None:
         self.measured.boot_s = seconds
 
-    def load_s(self, tier: str, nbytes: int) -> float | None:
-        fit = self.measured.loads.get(tier)
+    def load_s(self, tier: str, nbytes: int, link: str = "") -> float | None:
+        """Over a link that was not used yet: as over the others."""
+        fit = self.measured.loads.get(_named(tier, link)) or self.measured.loads.get(tier)
         return None if fit is None else fit.seconds(nbytes)
 
     def prefill_s(self, tokens: int) -> float | None:
@@ -121,6 +124,10 @@ def remembered(cache: Path) -> list[Measured]:
     """What pools on this machine have measured."""
     found = [_read(path) for path in sorted((cache / FOLDER).glob("*.json"))]
     return [measured for measured in found if measured is not None]
+
+
+def _named(tier: str, link: str) -> str:
+    return f"{tier} {link}" if link else tier
 
 
 def _read(path: Path | None) -> Measured | None:
