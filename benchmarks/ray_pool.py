@@ -71,7 +71,7 @@ def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
         points = []
         for pool in (local, on_ray):
             session = pool.session(seed=7)
-            session.append("A document that every branch needs. " * 20)
+            session.append("A document that every branch needs. ")
             pool.fork(session, branches, sampling, snapshot="before")
             points.append((pool, session))
         for number in range(pairs):
@@ -83,19 +83,19 @@ def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
                 seconds[which] = time.perf_counter() - began
                 assert all(result.ok for result in results)
             found.append((seconds[0], seconds[1]))
-        client = [client_cpu(on_ray, points[1][1]) for _ in range(10)]
+        client = [client_cpu(on_ray, points[1][1]) for _ in range(5)]
         return found, client, [question(on_ray) for _ in range(200)]
 
 
 def client_cpu(pool: thaw.ForkPool, session: object) -> tuple[float, float]:
-    sampling = thaw.Sampling(temperature=0.9, max_tokens=64, ignore_eos=True)
+    sampling = thaw.Sampling(temperature=0.9, max_tokens=32, ignore_eos=True)
     began = time.process_time()
     results = pool.fork(session, 64, sampling, snapshot="never")
     tokens = time.process_time() - began
     began = time.process_time()
     for result in results[:8]:
         pool.snapshot(result)
-    return tokens / (64 * 64), (time.process_time() - began) / 8
+    return tokens / (64 * 32), (time.process_time() - began) / 8
 
 
 def question(pool: thaw.ForkPool) -> tuple[float, float]:
@@ -206,7 +206,7 @@ def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pa
         r.Arm(name="ray", title="rounds on Ray", text="a pool on a Ray cluster of one node", rounds=tuple(
             r.Round(pair=i, values={"ms": other * 1e3, "added_ms": (other - one) * 1e3})
             for i, (one, other) in enumerate(rounds))),
-        r.Arm(name="client", title="the client's CPU", text="64 branches of 64 tokens on Ray, then 8 snapshots",
+        r.Arm(name="client", title="the client's CPU", text="64 branches of 32 tokens on Ray, then 8 snapshots",
             rounds=tuple(r.Round(pair=i, values={"token_us": one * 1e6, "snapshot_ms": other * 1e3})
             for i, (one, other) in enumerate(client))),
         r.Arm(name="ask", title="a question to a node", text="through Ray, and directly",

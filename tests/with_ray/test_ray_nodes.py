@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import DEVNULL, PIPE, Popen, check_output
 
 import pytest
 from ray_cluster import LocalCluster, cluster_of, counts, end_node, keepers, nodes_of, pid_of
@@ -74,6 +74,26 @@ def test_kv_goes_from_node_to_node_and_never_through_ray(two_nodes: LocalCluster
         assert same and all(path.read_bytes() == (home_packs / path.name).read_bytes() for path in same)
         assert pool._backend.nodes.object_store_nbytes() == 0  # type: ignore[attr-defined]
         assert pool._backend.nodes.num_direct == 0 < pool._backend.nodes.num_calls  # type: ignore[attr-defined]
+
+
+def test_engines_run_as_the_node_does_and_not_as_rays_workers_do(two_nodes: LocalCluster) -> None:
+    """Ray makes its workers nicer, and sets variables for them."""
+    own = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    if os.geteuid():
+        pytest.skip("only root may lower a niceness")
+    code = (
+        f"import os, ray; ray.init({two_nodes.address!r}, log_to_driver=False); "
+        "print(ray.get(ray.remote(num_cpus=0)(lambda: os.getpriority(os.PRIO_PROCESS, 0)).remote()))"
+    )
+    assert int(check_output([sys.executable, "-c", code], stderr=DEVNULL)) > own, "the control: Ray's own workers"
+    with two_nodes.pool(workers=2) as pool:
+        for worker in pool.workers:
+            pid = pid_of(pool, worker)
+            assert os.getpriority(os.PRIO_PROCESS, pid) == own
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            names = {line.partition(b"=")[0].decode() for line in environment}
+            assert not any(name.startswith("RAY_") for name in names)
+            assert ("OMP_NUM_THREADS" in names) == ("OMP_NUM_THREADS" in os.environ)
 
 
 def test_the_count_of_rays_object_store_sees_what_is_put_there(two_nodes: LocalCluster) -> None:

@@ -10,6 +10,7 @@ Once it listens it writes one line, its own address as JSON, and closes standard
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -30,7 +31,8 @@ from thaw.store.leases import start_time
 
 
 class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex."""
+    """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex. `niceness`: to run at, if
+    this user may; None to stay as it was started."""
 
     key: str
     host: str
@@ -38,21 +40,24 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float
     node_nbytes: int
     folder: str | None = None
+    niceness: int | None = None
 
 
 class DaemonAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """A daemon that listens."""
+    """A daemon that listens. `niceness`: what it and the engines run at; `slowed`: that is not what was asked for."""
 
     key: str
     host: str
     port: int
     pid: int
     folder: str
+    niceness: int = 0
+    slowed: bool = False
 
 
 def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
     """Serve until the end; everything that was made is removed then."""
-    folder = _make_folder(settings)
+    folder, niceness = _make_folder(settings), _set_niceness(settings.niceness)
     try:
         listener = socket.create_server((settings.host, 0), backlog=256)
         packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes)
@@ -62,12 +67,25 @@ def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
         )
         threading.Thread(target=server.serve, daemon=True).start()
         host, port = listener.getsockname()[:2]
-        _say(DaemonAddress(key=settings.key, host=host, port=port, pid=os.getpid(), folder=str(folder)), folder)
+        slowed = settings.niceness is not None and niceness > settings.niceness
+        address = DaemonAddress(
+            key=settings.key, host=host, port=port, pid=os.getpid(), folder=str(folder), niceness=niceness,
+            slowed=slowed,
+        )  # fmt: skip
+        _say(address, folder)
         server.wait()
         listener.close()
         engines.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_niceness(wanted: int | None) -> int:
+    """What it is then. Only root, and users with a limit that allows it, may lower it."""
+    if wanted is not None:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, wanted)
+    return os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def _make_folder(settings: DaemonSettings) -> Path:

@@ -6,6 +6,7 @@ goes on, and another keeper finds it. `ray.remote` is said where it is made (`de
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -36,13 +37,16 @@ class NodeKeeper:
     is started. `interface`: the one to listen on; its address takes the place of the settings'."""
 
     def __init__(self, settings: bytes, running: bytes | None, interface: str | None) -> None:
-        wanted = msgspec.json.decode(settings, type=DaemonSettings)
+        wanted, own = msgspec.json.decode(settings, type=DaemonSettings), niceness()
+        if own is not None:
+            with contextlib.suppress(PermissionError):
+                os.setpriority(os.PRIO_PROCESS, 0, own)
         if running is not None:
             self._address = msgspec.json.decode(running, type=DaemonAddress)
         else:
             if interface is not None:
                 wanted = msgspec.structs.replace(wanted, host=address_of(interface))
-            self._address = start(wanted)
+            self._address = start(msgspec.structs.replace(wanted, niceness=own))
         self._peer = Peer(self._address.host, self._address.port, bytes.fromhex(wanted.secret))
 
     def address(self) -> bytes:
@@ -84,6 +88,14 @@ def environment() -> dict[str, str]:
         if name in node and name != "LD_PRELOAD":
             found[name] = node[name]
     return found
+
+
+def niceness() -> int | None:
+    """The node's own: Ray makes its workers nicer, by 15, and an engine is not to inherit that."""
+    try:
+        return os.getpriority(os.PRIO_PROCESS, int(os.environ["RAY_RAYLET_PID"]))
+    except (KeyError, ValueError, OSError):
+        return None
 
 
 def _environment_of(pid: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import contextlib
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ JOIN_S = 90.0
 LOOK_S = 15.0
 AGAIN_S = 2.0
 """Between two looks at Ray: whether it is there, has the same nodes, and a keeper on each that needs one."""
+SLOWED = (
+    "engines on the node {} run at niceness {}, as Ray's workers do, and this user may not change that: they get little "
+    "time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
+)
 
 
 @dataclass(eq=False)
@@ -171,6 +176,8 @@ class ClusterNodes:
                 raise EngineDied(f"the node {node.address} is gone")
             if node.daemon is None:
                 node.daemon = self._keep(node)
+                if node.daemon.slowed:
+                    warnings.warn(SLOWED.format(node.address, node.daemon.niceness), RuntimeWarning, stacklevel=2)
                 node.heard = time.monotonic()
 
     def _keep(self, node: ClusterNode) -> DaemonAddress:
