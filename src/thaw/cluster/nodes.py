@@ -38,8 +38,8 @@ LOOK_S = 15.0
 AGAIN_S = 2.0
 """Between two looks at Ray: whether it is there, has the same nodes, and a keeper on each that needs one."""
 SLOWED = (
-    "engines on the node {} run at niceness {}, as Ray's workers do, and this user may not change that: they get little "
-    "time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
+    "engines on the node {} run at niceness {}, as Ray's workers do, and this user may not change that: they get "
+    "little time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
 )
 
 
