@@ -2,9 +2,10 @@
 
     python tests/moves.py COMMIT [COMMIT …]
 
-A commit moves if its message has a line `Moves code only.`; a line `OLD -> NEW` for each name that changes. What each
-.py file defines at its top level is gathered over all files before and after, with the imports left out wherever they
-stand, and has to be the same: no statement gained, lost or altered. Docstrings count, under the new names.
+A commit moves if its message has a line `Moves code only.`; a line `OLD -> NEW` for each name, module or path that
+changes, in code or in its strings. What each .py file defines at its top level is gathered over all files before and
+after, with the imports left out wherever they stand, and has to be the same: no statement gained, lost or altered.
+Docstrings count, under the new names. What an import brings in is not followed: types and tests hold that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 MARK = "Moves code only."
-RENAMED = re.compile(r"^\s*([\w.]+) -> ([\w.]+)$", re.M)
+RENAMED = re.compile(r"^\s*([\w./-]+) -> ([\w./-]+)$", re.M)
 
 
 def git(*words: str) -> str:
@@ -63,9 +64,12 @@ class WithoutImports(ast.NodeTransformer):
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
-    for old, new in names.items():
-        text = re.sub(rf"(?<![\w.]){re.escape(old)}(?!\w)", new, text)
-    return text
+    """With each old name replaced, once. What is a new name already stays, though it may begin with an old one."""
+    if not names:
+        return text
+    table = {new: new for new in names.values()} | dict(names)
+    longest_first = sorted(table, key=len, reverse=True)
+    return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, longest_first))})(?!\w)", lambda at: table[at[1]], text)
 
 
 def main(commits: list[str]) -> int:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from thaw.engines.base import Completion, GenerateRequest, Handle
-from thaw.engines.embedded.backend import Sampled, SampleSpec
 from thaw.engines.embedded.engine import EmbeddedEngine
 from thaw.engines.fake.backend import FakeBackend
 from thaw.engines.fake.codec import EOS
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 
 SCRIPT = re.compile(rb"SAY\[\[(.*?)\]\]END", re.DOTALL)
 
@@ -57,8 +57,8 @@ class RecitingEngine(EmbeddedEngine):
         )  # fmt: skip
 
 
-def reciting(*, structured: bool = False, step_s: float = 0.0) -> RecitingEngine:
-    engine = RecitingEngine(RecitingBackend("fake", 0, 32768, step_s), policy="0")
+def reciting(*, structured: bool = False, step_s: float = 0.0, max_model_len: int = 32768) -> RecitingEngine:
+    engine = RecitingEngine(RecitingBackend("fake", 0, max_model_len, step_s), policy="0")
     engine.schemas = []
     if structured:
         engine.info = msgspec.structs.replace(engine.info, capabilities=engine.info.capabilities | {"structured"})

@@ -110,7 +110,7 @@ FAULTS = (
         "a tier that is down is passed over, and nobody hears of it",
     ),
     Fault(
-        "captured-before-the-chat", "1", "none", "pool/schedule/resolver.py",
+        "captured-before-the-chat", "1", "none", "pool/schedule/captures.py",
         "return point if ref == session.engine_ref else None", "return point",
         ("tests/pool/test_pool_parts.py::test_a_session_that_a_chat_moved_is_captured_anew",),
         "what a session said before a chat dropped it is loaded in another worker",
@@ -141,39 +141,39 @@ FAULTS = (
         "a fork inside a segment takes the blob's last tokens, not its first",
     ),
     Fault(
-        "keys-and-values-swapped", "1", "vllm", "engines/vllm/layout/packed.py",
+        "keys-and-values-swapped", "1", "vllm", "engines/vllm/worker/layout/packed.py",
         "source[:, layer, 0].transpose(0, 1), source[:, layer, 1].transpose(0, 1), slots",
         "source[:, layer, 1].transpose(0, 1), source[:, layer, 0].transpose(0, 1), slots",
         ("tests/engines/on_vllm/test_layout.py::TestPackedPages::test_scatter_is_the_inverse_and_touches_nothing_else",),
         "what is loaded into vLLM's pages has its keys where values belong",
     ),
     Fault(
-        "keys-for-values", "1", "sglang", "engines/sglang/pool.py",
+        "keys-for-values", "1", "sglang", "engines/sglang/scheduler/kv_pool.py",
         "out[:, layer, 1] = values[slots]", "out[:, layer, 1] = keys[slots]",
         (f"{SGLANG}::test_a_second_turn_after_a_hydrate_is_exact_too",),
         "a capture holds the keys twice",
     ),
     Fault(
-        "first-block-speaks-for-all", "1", "vllm", "engines/vllm/contents.py",
+        "first-block-speaks-for-all", "1", "vllm", "engines/vllm/scheduler/content_ids.py",
         "                if self._in_block.get(block.block_id) != number:\n                    return True\n",
         "                return self._in_block.get(block.block_id) != number\n",
         ("tests/engines/on_vllm/test_llm.py::test_what_siblings_sampled_alike_in_other_batches_is_not_exchanged",),
         "later blocks of equal tokens are taken from a sibling, with other bits",
     ),
     Fault(
-        "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/contents.py",
+        "a-walk-speaks-for-the-next", "1", "vllm", "engines/vllm/scheduler/content_ids.py",
         "        return before if same else Found()", "        return before",
         ("tests/engines/on_vllm/test_llm.py::test_a_sibling_right_after_another_goes_on_from_its_own",),
         "what one session found in the engine's blocks is taken for what another finds",
     ),
     Fault(
-        "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler.py",
+        "a-live-child-computes-less", "1", "vllm", "engines/vllm/scheduler/scheduler.py",
         "        if not run.hidden and local == run.want + 1:", "        if False:",
         (f"{VLLM}::test_a_live_child_computes_what_a_hydrated_one_does",),
         "a child finds the KV of the session's last token where that fills a block, one of a hydrated session does not",
     ),
     Fault(
-        "one-group-shows-the-block", "1", "none", "engines/vllm/contents.py",
+        "one-group-shows-the-block", "1", "none", "engines/vllm/scheduler/content_ids.py",
         "bool(self.pool.get_cached_block(block_hash, self._groups))",
         "bool(self.pool.get_cached_block(block_hash, [0]))",
         ("tests/engines/test_vllm_guard.py::"
@@ -181,7 +181,7 @@ FAULTS = (
         "a block that only one cache group has counts as one that siblings read",
     ),
     Fault(
-        "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/cache.py",
+        "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/scheduler/radix_cache.py",
         "if not self.side.contents.are(slots, record.chain):",
         "if not self.side.contents.are(slots[:1], record.chain):",
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
@@ -222,26 +222,26 @@ FAULTS = (
         "a plan without one group's bytes is loaded, and its memory is what it was",
     ),
     Fault(
-        "written-by-every-rank", "1", "none", "engines/served/rank_groups.py",
+        "written-by-every-rank", "1", "none", "engines/served/worker/rank_groups.py",
         "for rank in range(self._rank) for index", "for rank in () for index",
         (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
         "what several ranks hold is written by all of them",
     ),
     Fault(
-        "window-from-the-start", "1", "none", "engines/served/arena.py",
+        "window-from-the-start", "1", "none", "engines/served/worker/host_cache.py",
         "        first = self.first(strip)\n        return self.tensors",
         "        first = self.start\n        return self.tensors",
         (f"{SERVED_GROUPS}::test_what_ranks_read_and_write_is_byte_for_byte_the_same",),
         "tokens of a window are taken from where a full group has them",
     ),
     Fault(
-        "states-of-later-tokens", "3", "none", "engines/served/arena.py",
+        "states-of-later-tokens", "3", "none", "engines/served/worker/host_cache.py",
         "for token, state in self.points.items() if token <= num_kv}", "for token, state in self.points.items()}",
         (f"{SERVED_GROUPS}::test_an_earlier_token_is_cut_in_every_group",),
         "a fork of an earlier token has the states of later ones",
     ),
     Fault(
-        "one-table-for-all-groups", "1", "none", "engines/vllm/copier.py",
+        "one-table-for-all-groups", "1", "none", "engines/vllm/worker/copier.py",
         "for layout, blocks, tensor in zip(self._layouts, tables, tensors, strict=True):\n            layout.gather",
         "for layout, blocks, tensor in zip(self._layouts, tables[:1] * len(tables), tensors, strict=True):\n"
         "            layout.gather",
@@ -249,7 +249,7 @@ FAULTS = (
         "a group's KV is taken from another group's blocks",
     ),
     Fault(
-        "first-group-speaks-for-all", "1", "none", "engines/vllm/contents.py",
+        "first-group-speaks-for-all", "1", "none", "engines/vllm/scheduler/content_ids.py",
         "            for block in hit:\n", "            for block in hit[:1]:\n",
         (f"{SERVED_GROUPS}::test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign",),
         "a sibling's block of another group is taken for the session's",
@@ -281,7 +281,7 @@ FAULTS = (
     ),
     # --- lineage
     Fault(
-        "one-salt-for-all", "salt", "vllm", "engines/served/session.py",
+        "one-salt-for-all", "salt", "vllm", "engines/served/client/session.py",
         'f"{protocol.SALT}{own}"', 'f"{protocol.SALT}{salt or protocol.SALT}"',
         (f"{VLLM}::test_a_session_finds_nothing_of_another_that_read_the_same_prompt",),
         "sessions of different lineages share blocks in vLLM",
@@ -333,13 +333,13 @@ FAULTS = (
         "a state that was asked for is gone when the session goes on",
     ),
     Fault(
-        "position-from-the-turn", "2", "vllm", "engines/served/row.py",
+        "position-from-the-turn", "2", "vllm", "engines/served/worker/sampler.py",
         "position = self._num_prompt + len(self._output)", "position = self._extra.output_start + len(self._output)",
         ("tests/engines/on_vllm/test_sampling.py::test_where_the_request_was_cut_does_not_matter",),
         "a resumed completion draws what it drew at its beginning",
     ),
     Fault(
-        "record-not-cut", "2", "vllm", "engines/served/arena.py",
+        "record-not-cut", "2", "vllm", "engines/served/worker/host_cache.py",
         "piece if piece.stop <= num_kv else replace(piece, length=num_kv - piece.start)\n",
         "piece\n",
         (f"{VLLM}::test_a_child_that_went_its_own_way_is_cut_like_any_other",),
@@ -347,7 +347,7 @@ FAULTS = (
     ),
     # --- law 3, whole state
     Fault(
-        "stop-string-forgotten", "3", "fake", "engines/embedded/turns.py",
+        "stop-string-forgotten", "3", "fake", "engines/session/turns.py",
         "stream = TextStream(codec, session.tokens[: turn.start], turn.sampling.stop)",
         "stream = TextStream(codec, session.tokens[: turn.start], ())",
         (f"{FAKE}::test_cut_at_a_stop_string",),
@@ -360,14 +360,14 @@ FAULTS = (
         "penalties forget what the completion had before the cut",
     ),
     Fault(
-        "min-tokens-begin-anew", "3", "vllm", "engines/served/row.py",
+        "min-tokens-begin-anew", "3", "vllm", "engines/served/worker/sampler.py",
         "if position - extra.output_start < extra.sampling.min_tokens",
         "if len(self._output) < extra.sampling.min_tokens",
         (f"{VLLM}::test_min_tokens_and_penalties_count_from_the_turns_start",),
         "the end is held back for min_tokens more after the cut",
     ),
     Fault(
-        "grammar-begins-anew", "3", "vllm", "engines/vllm/scheduler.py",
+        "grammar-begins-anew", "3", "vllm", "engines/vllm/scheduler/scheduler.py",
         "prior = list(request.all_token_ids[start:])", "prior = list(request.output_token_ids)",
         ("tests/engines/on_vllm/test_structured.py::test_a_resumed_completion_is_the_uninterrupted_one",),
         "structured output goes on as if nothing had been written",
@@ -397,7 +397,7 @@ FAULTS = (
         "a child's copy of the last page lacks a token",
     ),
     Fault(
-        "child-in-the-parents-record", "4", "vllm", "engines/served/lane.py",
+        "child-in-the-parents-record", "4", "vllm", "engines/served/client/request.py",
         "    if not session.own:\n", "    if session.node is None:\n",
         (f"{VLLM}::test_children_differ_by_seed_and_the_seed_is_derived",),
         "a child extends the record of its parent and siblings",
@@ -448,14 +448,14 @@ FAULTS = (
         "two models that differ in their rope alone are one",
     ),
     Fault(
-        "old-weights-served", "5", "vllm", "engines/vllm/worker.py",
+        "old-weights-served", "5", "vllm", "engines/vllm/worker/worker.py",
         "        if record.epoch != now:\n            raise StaleSession(",
         "        if record.epoch > now:\n            raise StaleSession(",
         (f"{VLLM}::test_weights_changed_in_place_are_noticed",),
         "a session goes on with KV of weights that are gone",
     ),
     Fault(
-        "old-weights-served-by-sglang", "5", "sglang", "engines/sglang/epochs.py",
+        "old-weights-served-by-sglang", "5", "sglang", "engines/sglang/scheduler/weights_epoch.py",
         "    if record.kept.epoch != epoch:\n", "    if record.kept.epoch > epoch:\n",
         (f"{SGLANG}::test_weights_changed_in_place_are_noticed",),
         "a session goes on with KV of weights that are gone",
@@ -468,7 +468,7 @@ FAULTS = (
         "a restore that brought too little counts as one",
     ),
     Fault(
-        "count-not-the-engines", "6", "vllm", "engines/served/hydrating.py",
+        "count-not-the-engines", "6", "vllm", "engines/served/client/hydrating.py",
         "cached = answer.local + answer.external", "cached = want",
         ("tests/engines/on_vllm/test_interruptions.py::"
          "test_a_restore_that_the_engine_counts_short_is_not_hit",),
@@ -516,13 +516,13 @@ FAULTS = (
         "other users read a session's KV",
     ),
     Fault(
-        "mail-for-everybody", "8", "none", "engines/served/mail.py",
+        "mail-for-everybody", "8", "none", "engines/served/mailbox.py",
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)", "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
         ("tests/engines/test_served_protocol.py::test_mail_is_for_its_owner_only",),
         "other users read plans and answers",
     ),
     Fault(
-        "anybody-may-switch", "8", "none", "engines/served/mail.py",
+        "anybody-may-switch", "8", "none", "engines/served/mailbox.py",
         'if message.for_owner and not (self.folder / "grants" / message.id).exists():',
         'if message.for_owner and not (self.folder / "grants").exists():',
         ("tests/engines/test_served_protocol.py::test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail",),
@@ -530,34 +530,34 @@ FAULTS = (
     ),
     # --- law 9, good guest
     Fault(
-        "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker.py",
+        "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker/worker.py",
         "            guarded(partial(self._do, job), partial(self._failed, job))\n", "            self._do(job)\n",
         ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
         "a load that fails takes vLLM with it",
     ),
     Fault(
-        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler.py",
+        "failing-match-ends-the-engine", "9", "none", "engines/vllm/scheduler/scheduler.py",
         "found = guarded(partial(self._match, request, run, local), partial(self._stop, run))",
         "found = self._match(request, run, local)",
         ("tests/engines/test_vllm_guard.py::test_what_nobody_foresaw_ends_the_one_request",),
         "what nobody foresaw in one request's session takes vLLM with it",
     ),
     Fault(
-        "failing-token-ends-the-engine", "9", "none", "engines/sglang/rows.py",
+        "failing-token-ends-the-engine", "9", "none", "engines/sglang/scheduler/sampler.py",
         "token = guarded(partial(row.pick, host_RV[i], int(seq_lens[index])), row.failed)",
         "token = row.pick(host_RV[i], int(seq_lens[index]))",
         ("tests/engines/test_sglang_guard.py::test_a_token_that_cannot_be_chosen_costs_its_own_request",),
         "a token that cannot be chosen takes SGLang with it",
     ),
     Fault(
-        "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler.py",
+        "pins-outlive-a-reset", "9", "vllm", "engines/vllm/scheduler/scheduler.py",
         "        self.pins.reset()\n", "        self.pins.release()\n",
         ("tests/engines/on_vllm/test_operators.py::"
          "test_a_reset_with_the_connector_ends_the_pins_and_works_the_second_time",),
         "vLLM's own reset of its prefix cache fails for as long as somebody pins",
     ),
     Fault(
-        "pins-outlive-a-flush", "9", "sglang", "engines/sglang/side.py",
+        "pins-outlive-a-flush", "9", "sglang", "engines/sglang/scheduler/scheduler.py",
         "        self.pins.lost()\n", "",
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
          "test_sglangs_own_flush_works_with_sessions_parked_and_pinned",),
@@ -611,16 +611,16 @@ FAULTS = (
     ),
     Fault(
         "seed-by-place-in-the-chunk", "pool", "fake", "pool/schedule/batch.py",
-        "derive(chunk.trunk.seed, chunk.trunk.at, job.index)",
-        "derive(chunk.trunk.seed, chunk.trunk.at, chunk.jobs.index(job))",
+        "derive(point.seed, point.at, job.index)",
+        "derive(point.seed, point.at, chunk.jobs.index(job))",
         (f"{POOL}::test_a_spread_round_runs_in_several_workers_with_the_same_seeds",
          "tests/pool/test_pool_parts.py::test_a_batch_without_memory_begins_again_in_halves"),
         "a branch that is begun again in a smaller batch has another seed",
     ),
     Fault(
         "dead-workers-branches-fail", "pool", "fake", "pool/schedule/scheduler.py",
-        "            self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)\n",
-        "            self._fail(chunk, error)\n",
+        "return self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)\n",
+        "return Verdict([], [(job, _as_ours(error)) for job in chunk.jobs])\n",
         (f"{POOL}::test_a_worker_that_dies_loses_no_branch",),
         "the branches of a worker that died are lost",
     ),

@@ -2,8 +2,9 @@
 
 The mark `soak` or `longer_in_soak` of a test names the receipt that it leaves. Tests with one name are a group, whose
 receipt is written when all of them held (`soak_writer.py`). It says what it covers, with a digest of each file or
-folder, and is out of date once one of them differs in more than comments, whatever the dates. Marks are read, not
-imported: an engine's tests are checked where that engine is not installed.
+folder, and is out of date once one of them differs in more than comments, whatever the dates, unless the code was only
+moved since (`recorded_moves.py`). Marks are read, not imported: an engine's tests are checked where that engine is not
+installed.
 
     python tests/soak_receipts.py            fails on receipts that are missing, broken, out of date, or of no test
     python tests/soak_receipts.py --stale    prints the commands that write those anew, one a line
@@ -18,7 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import recorded_moves
 from code_digest import LENGTH, digest_of, is_mark
+from recorded_moves import EMPTY, Move
 from thaw import receipt as r
 from thaw.core.errors import ThawError
 from thaw.core.ids import digest
@@ -178,21 +181,27 @@ def states(root: Path, known: Mapping[str, Group]) -> dict[str, dict[str, str]]:
         name: {
             "covers": " ".join(group.covers),
             "covered": " ".join(digests[path] for path in group.covers),
-            "brought": digest(" ".join(f"{path} {digests[path]}" for path in sorted(group.brings)).encode())[:LENGTH],
+            "brought": _together({path: digests[path] for path in group.brings}),
             "brings": ", ".join(group.brings),
+            "brings_covered": " ".join(digests[path] for path in group.brings),
             "command": written_by(group),
         }
         for name, group in known.items()
     }
 
 
+def _together(digests: Mapping[str, str]) -> str:
+    return digest(" ".join(f"{path} {of}" for path, of in sorted(digests.items())).encode())[:LENGTH]
+
+
 def problems(root: Path, known: Mapping[str, Group]) -> dict[str, str]:
     """By name, what is wrong with each receipt that is not as it should be."""
-    found = ((name, problem(root / FOLDER / f"{name}.json", now)) for name, now in states(root, known).items())
+    moves = recorded_moves.read(root)
+    found = ((name, problem(root / FOLDER / f"{name}.json", now, moves)) for name, now in states(root, known).items())
     return {name: said for name, said in sorted(found) if said}
 
 
-def problem(path: Path, now: Mapping[str, str]) -> str:
+def problem(path: Path, now: Mapping[str, str], moves: Sequence[Move] = ()) -> str:
     """What is wrong with a receipt, where the code that it is to be of stands so; nothing, if it is empty."""
     if not path.exists():
         return "there is none"
@@ -200,24 +209,30 @@ def problem(path: Path, now: Mapping[str, str]) -> str:
         verified = r.verify(path)
     except ThawError as error:
         return str(error)
-    return "; ".join(verified.problems) or differs(verified.receipt, now)
+    return "; ".join(verified.problems) or differs(verified.receipt, now, moves)
 
 
-def differs(receipt: r.Receipt, now: Mapping[str, str]) -> str:
+def differs(receipt: r.Receipt, now: Mapping[str, str], moves: Sequence[Move] = ()) -> str:
     was = receipt.parameters
     if "covered" not in was:
         return "it does not say what code it is of"
-    if was["covers"] != now["covers"]:
+    before, after = (_by_path(str(of["covers"]), str(of["covered"])) for of in (was, now))
+    steps = {path: (before.get(path, EMPTY), after.get(path, EMPTY)) for path in before | after}
+    changed = [path for path, (old, new) in steps.items() if not recorded_moves.leads(path, old, new, moves)]
+    if any(path not in before or path not in after for path in changed):
         return f"it is of {was['covers']}, its tests are of {now['covers']}"
-    pairs = zip(now["covers"].split(), str(was["covered"]).split(), now["covered"].split(), strict=True)
-    changed = [path for path, before, after in pairs if before != after]
     if changed:
         return f"{', '.join(changed)} changed since"
-    if was.get("brought") != now["brought"]:
+    brings = _by_path(now["brings"].replace(",", ""), now["brings_covered"])
+    if was.get("brought") not in map(_together, recorded_moves.earlier(brings, moves)):
         return f"a law or helper that its tests import changed since, of {now['brings']}"
     if receipt.kind == "soak" and receipt.command != now["command"]:
         return f"it is of other tests: {receipt.command}"
     return ""
+
+
+def _by_path(paths: str, digests: str) -> dict[str, str]:
+    return dict(zip(paths.split(), digests.split(), strict=True))
 
 
 def strangers(root: Path, known: Mapping[str, Group]) -> list[Path]:

@@ -17,9 +17,9 @@ Graph = Mapping[str, set[str]]
 NAMED = {
     "repo.group, repo.session, repo.talk": "a session forks to a group of sessions, and both answer by the same talk",
     "pool.session, pool.shm.shared_store, pool.stores, pool.values, pool.workers.worker": "a result has its session",
-    "engines.served.lane, engines.served.session": "a session knows the request that it is busy with",
-    "engines.sglang.commands, engines.sglang.side": "commands work on the whole side, which makes them",
-    "engines.vllm.commands, engines.vllm.scheduler": "commands work on the whole side, which makes them",
+    "engines.served.client.request, engines.served.client.session": "a session knows the request that it is busy with",
+    "engines.sglang.scheduler.commands, engines.sglang.scheduler.scheduler": "commands work on the whole side, which makes them",  # noqa: E501
+    "engines.vllm.scheduler.commands, engines.vllm.scheduler.scheduler": "commands work on the whole side, which makes them",  # noqa: E501
     "store.db, store.upgrade": "an upgrade writes a database, which brings an older one up where it may only read",
 }
 """Circles that only a type closes, and why it is named."""

@@ -14,6 +14,11 @@ CONTRACTS = (
     "engines know nothing of one another",
     "nothing of the library needs thaw.testing",
     "engines' and web frameworks' packages are imported at one place each",
+    "served engines know nothing of embedded ones, and what both need knows neither",
+    "what runs in vLLM's scheduler needs no torch",
+    "what runs in different processes does not import one another: served engines",
+    "what runs in different processes does not import one another: vLLM",
+    "what runs in different processes does not import one another: SGLang",
     "the pool's rooms know only those below",
 )
 PROGRAM = """

@@ -37,7 +37,7 @@ def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commit:
             if text is None:
                 Path(name).unlink()
             else:
-                Path(name).parent.mkdir(exist_ok=True)
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
                 Path(name).write_text(text)
         git("add", "-A")
         git("commit", "-q", "-m", message)
@@ -95,3 +95,13 @@ def test_what_stands_beside_imports_counts(commit: Commit) -> None:
     assert moves.problems(moved) == []
     made = commit(f"Move\n\n{moves.MARK}\n", {"new/three.py": guarded.replace("bound = 1", "bound = 2")})
     assert [line.partition(":")[0] for line in moves.problems(made)] == ["lost", "gained"]
+
+
+def test_a_name_may_move_below_itself(commit: Commit) -> None:
+    """Modules and files named in strings, and a package with the name of the module that it takes in."""
+    commit("Another", {"old/three.py": "PLACES = ('old.two', 'old/two.py')\n"})
+    message = f"Move\n\n{moves.MARK}\nold.two -> old.two.two\nold/two.py -> old/two/two.py\n"
+    below = {"old/three.py": "PLACES = ('old.two.two', 'old/two/two.py')\n", "old/two.py": None}
+    assert moves.problems(commit(message, below | {"old/two/two.py": TWO})) == []
+    elsewhere = commit(message, {"old/three.py": "PLACES = ('old.one', 'old/two/two.py')\n"})
+    assert [line.partition(":")[0] for line in moves.problems(elsewhere)] == ["lost", "gained"]

@@ -19,7 +19,7 @@ from thaw.core.cache import FullKV
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.core.findings import Finding
 from thaw.doctor import model, place, server, software
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.vllm import kind as vllm
 from thaw.serve import record as served
@@ -179,7 +179,7 @@ def said(mail: Path, *, workers: int = 1, prefix_caching: bool = True) -> Path:
         block_size=128, num_blocks=8, world_size=1, prefix_caching=prefix_caching, runner="V1",
         vocab_size=320, eos_token_ids=(2,),
     )  # fmt: skip
-    here = Mail(mail)
+    here = Mailbox(mail)
     here.post(SCHEDULER, facts)
     for rank in range(workers):
         here.post(rank, WorkerFacts(

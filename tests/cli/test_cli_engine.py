@@ -18,7 +18,7 @@ import thaw
 from thaw import serve
 from thaw.cli import boot, options
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, TimedOut
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.vllm import settings as vllm
 from thaw.repo.settings import EngineSettings, recall, remember
 from thaw.serve import lifecycle
@@ -166,7 +166,7 @@ def test_a_process_id_that_is_anothers_by_now_is_not_ended(repo: Shell, tmp_path
 def test_down_ends_it_and_the_repository_remembers_what_it_did_before(repo: Shell, tmp_path: Path) -> None:
     process, url = started(ANSWERS, tmp_path / "log")
     server.wait(process, url, tmp_path / "log", 60)
-    mail = Mail(tmp_path / "mail").folder
+    mail = Mailbox(tmp_path / "mail").folder
     with Store.open(repo.cwd / ".thaw") as store:
         before = recall(store)
         served.remember(store, record(process, url, before=before, mail=str(mail)))
@@ -371,7 +371,7 @@ def test_the_mail_of_a_server_that_went_down_is_removed_and_another_folder_is_no
     tmp_path: Path, ranks: tuple[str, ...]
 ) -> None:
     for rank in ranks:
-        Mail(tmp_path / "mail" / rank)
+        Mailbox(tmp_path / "mail" / rank)
     (tmp_path / "other").mkdir()
     for folder in ("mail", "other"):
         lifecycle.sweep(tmp_path / folder)

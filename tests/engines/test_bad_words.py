@@ -8,8 +8,8 @@ from thaw.core.errors import BadSampling
 from thaw.core.sampling import Sampling
 from thaw.engines import load_engine
 from thaw.engines.base import GenerateRequest
-from thaw.engines.embedded.bad_words import bad_ids, endings, straddling
 from thaw.engines.fake.codec import VOCAB, FakeCodec
+from thaw.engines.session.bad_words import bad_ids, endings, straddling
 
 WORDS = ((3,), (1, 2), (4, 5, 6), (7, 7))
 

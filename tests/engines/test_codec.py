@@ -20,12 +20,12 @@ from thaw.core.cache import FullKV  # noqa: E402
 from thaw.core.errors import IncompleteModel, NotFound  # noqa: E402
 from thaw.core.identity import ModelIdentity  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
-from thaw.engines.embedded.text import TextStream  # noqa: E402
-from thaw.engines.embedded.turns import OpenTurn, _unseen_stops  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
 from thaw.engines.hf.config import stop_set  # noqa: E402
 from thaw.engines.hf.tokenizer import FileTokenizer, load_tokenizer  # noqa: E402
-from thaw.engines.served.remembered import CACHE_NAME, remembered  # noqa: E402
+from thaw.engines.served.client.remembered import CACHE_NAME, remembered  # noqa: E402
+from thaw.engines.session.text import TextStream  # noqa: E402
+from thaw.engines.session.turns import OpenTurn, _unseen_stops  # noqa: E402
 from thaw.engines.sglang.client.engine import SglangDialect  # noqa: E402
 
 PIECES = [
@@ -297,7 +297,7 @@ def test_an_identity_is_said_once_for_the_same_files(tmp_path: Path, monkeypatch
     (folder / CACHE_NAME).write_bytes((folder / CACHE_NAME).read_bytes()[:-9])
     assert remembered(folder, say, dtype="bfloat16", group=group).weights == "w3", "what is damaged is said anew"
     assert remembered(tmp_path / "of the hub", say).weights == "w4"
-    monkeypatch.setattr("thaw.engines.served.remembered.__version__", "another")
+    monkeypatch.setattr("thaw.engines.served.client.remembered.__version__", "another")
     assert remembered(folder, say, dtype="bfloat16", group=group).weights == "w5"
 
 
@@ -305,7 +305,7 @@ CLIENT = """
 import resource, sys
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.tokenizer import load_tokenizer
-import thaw, thaw.engines.served.engine, thaw.engines.served.joining, thaw.engines.served.http
+import thaw, thaw.engines.served.client.engine, thaw.engines.served.client.attach, thaw.engines.served.client.http
 import thaw.engines.vllm, thaw.engines.vllm.client.http, thaw.engines.sglang, thaw.engines.sglang.client.engine
 codec = HFCodec(load_tokenizer(sys.argv[1]))
 ids = codec.render_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)

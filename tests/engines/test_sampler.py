@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from thaw.core.sampling import Sampling, uniform
-from thaw.engines.embedded import sampler
-from thaw.engines.embedded.backend import SampleSpec
+from thaw.engines.sampling import sampler
+from thaw.engines.sampling.spec import SampleSpec
 
 VOCAB = 320
 

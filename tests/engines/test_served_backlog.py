@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.client.channel import EngineChannel
+from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import EngineFacts
-from thaw.engines.served.talk import Talk
-from thaw.engines.served.transport import Chunk, Submission
 from thaw.engines.vllm.client.http import VllmHttpTransport
 
 STREAMS, EVENTS = 8, 600
@@ -61,8 +61,8 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def mail(tmp_path: Path) -> Mail:
-    mail = Mail(tmp_path / "mail")
+def mail(tmp_path: Path) -> Mailbox:
+    mail = Mailbox(tmp_path / "mail")
     facts = EngineFacts(
         protocol=protocol.VERSION, thaw="", version="", pid=os.getpid(), model="", dtype="", max_model_len=1,
         max_logprobs=1, block_size=1, num_blocks=1, world_size=1, prefix_caching=True, runner="",
@@ -73,7 +73,7 @@ def mail(tmp_path: Path) -> Mail:
 
 
 @pytest.fixture
-def url(mail: Mail) -> Iterator[str]:
+def url(mail: Mailbox) -> Iterator[str]:
     command = [sys.executable, "-c", SERVER, str(mail.folder / "answers"), str(EVENTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -81,7 +81,7 @@ def url(mail: Mail) -> Iterator[str]:
         server.kill()
 
 
-async def spoken(url: str, mail: Mail) -> tuple[float, float, int]:
+async def spoken(url: str, mail: Mailbox) -> tuple[float, float, int]:
     """(seconds of three commands, of all streams, tokens that had been taken when the commands were answered)."""
     transport = VllmHttpTransport(url)
     transport._open()
@@ -89,7 +89,7 @@ async def spoken(url: str, mail: Mail) -> tuple[float, float, int]:
     assert facts is not None
     transport.mail, transport.facts = mail, facts
     dialect: Any = SimpleNamespace(one_token={"max_tokens": 1}, num_cached=lambda chunk: None)
-    talk = Talk(transport, dialect)
+    talk = EngineChannel(transport, dialect)
     taken = [0] * STREAMS
 
     async def run(number: int) -> None:
@@ -119,6 +119,6 @@ async def spoken(url: str, mail: Mail) -> tuple[float, float, int]:
 
 
 @pytest.mark.slow("fills streams")
-def test_a_command_does_not_wait_until_streams_have_been_read(url: str, mail: Mail) -> None:
+def test_a_command_does_not_wait_until_streams_have_been_read(url: str, mail: Mailbox) -> None:
     answered, whole, read = asyncio.run(spoken(url, mail))
     assert read < STREAMS * EVENTS / 2, f"3 commands took {answered:.2f} of {whole:.2f} s"

@@ -15,18 +15,13 @@ from thaw.core.errors import Busy, InvalidRequest, StorageFailed
 from thaw.core.objects import Id
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Budget, Shares
-from thaw.engines.served.rank_groups import RankGroups
-from thaw.engines.served.records import Records
+from thaw.engines.served.scheduler.records import Records
+from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.receipt import format as receipts
 from thaw.testing.messages import HOSTILE, MALFORMED
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import (  # noqa: E402 - it needs torch
-    TIGHT_TOKENS,
-    HostCache,
-    HostRecord,
-    Piece,
-)
+from thaw.engines.served.worker.host_cache import TIGHT_TOKENS, HostCache, HostRecord, Piece  # noqa: E402
 
 ONE, TWO = "1" * 32, "2" * 32
 TOKEN = 2 * 1 * 2 * 8 * 4
@@ -143,7 +138,7 @@ def test_records_are_counted_by_caller() -> None:
 
 
 def test_too_many_records_are_refused_and_nobodys_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.engines.served.records.MAX_RECORDS", 3)
+    monkeypatch.setattr("thaw.engines.served.scheduler.records.MAX_RECORDS", 3)
     records: Records[Record] = Records(60.0, Shares())
     for i in range(3):
         records.keep(f"{i}", Record(ONE))

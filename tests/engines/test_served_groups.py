@@ -21,27 +21,32 @@ from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan
 from thaw.engines.fake.shapes import SHAPES, WINDOW
 from thaw.engines.served.budget import Shares
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.client.channel import worker_facts
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts, merge
-from thaw.engines.served.rank_groups import RankGroups
-from thaw.engines.served.talk import worker_facts
+from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.testing.laws.groups_law import least
 from thaw.testing.laws.kit import Lab
 from thaw.testing.plans import mount_at
 
 torch = pytest.importorskip("torch")
-from thaw.engines.served.arena import MAX_PIECES, HostCache, HostRecord, Piece  # noqa: E402 - it needs torch
-from thaw.engines.served.capturing import joined_segments  # noqa: E402
-from thaw.engines.served.packing import Packing  # noqa: E402
+from thaw.engines.served.client.capturing import joined_segments  # noqa: E402
+from thaw.engines.served.worker.host_cache import (  # noqa: E402 - it needs torch
+    MAX_PIECES,
+    HostCache,
+    HostRecord,
+    Piece,
+)
+from thaw.engines.served.worker.pack_io import PackIO  # noqa: E402
 from thaw.engines.vllm import jobs  # noqa: E402
-from thaw.engines.vllm.contents import BlockContents  # noqa: E402
-from thaw.engines.vllm.copier import Copier  # noqa: E402
-from thaw.engines.vllm.layout import cache_groups, make_layouts  # noqa: E402
-from thaw.engines.vllm.layout.base import layer_order  # noqa: E402
-from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
-from thaw.engines.vllm.records import SchedulerRecord as Known  # noqa: E402
+from thaw.engines.vllm.scheduler.content_ids import BlockContents  # noqa: E402
+from thaw.engines.vllm.scheduler.records import SchedulerRecord as Known  # noqa: E402
 from thaw.engines.vllm.settings import VllmSettings  # noqa: E402
-from thaw.engines.vllm.worker import WorkerSide  # noqa: E402
+from thaw.engines.vllm.worker.copier import Copier  # noqa: E402
+from thaw.engines.vllm.worker.layout import cache_groups, make_layouts  # noqa: E402
+from thaw.engines.vllm.worker.layout.base import layer_order  # noqa: E402
+from thaw.engines.vllm.worker.layout.strided import TorchPages  # noqa: E402
+from thaw.engines.vllm.worker.worker import WorkerSide  # noqa: E402
 
 ME, LEFT, KEPT = "1" * 32, "2" * 32, "3" * 32
 RANKS = [("one", 1), ("one", 2), ("two", 1), ("two", 3), ("hybrid", 1), ("hybrid", 2), ("hybrid", 4), ("latent", 3)]
@@ -65,7 +70,7 @@ class Worker:
         own = RankGroups(groups, rank, num_ranks)
         mail: Any = SimpleNamespace(mount=lambda uuid: lab.mount)
         self.rank, self.arena = rank, HostCache(nbytes, None, own, spill_nbytes=0, shares=Shares())
-        self.packing = Packing(own, mail, self.arena)
+        self.packing = PackIO(own, mail, self.arena)
 
     def read(self, plan: HydratePlan) -> HostRecord:
         found = self.packing.read(plan, ME)
@@ -207,7 +212,7 @@ def test_an_engine_whose_ranks_hold_other_heads_is_refused_at_boot() -> None:
 
 
 def test_workers_of_unlike_groups_are_not_one_engine(tmp_path: Path) -> None:
-    mail = Mail(tmp_path / "mail")
+    mail = Mailbox(tmp_path / "mail")
     transport: Any = SimpleNamespace(mail=mail, facts=SimpleNamespace(world_size=2))
     for shapes in (("two", "two"), ("two", "latent")):
         for rank, shape in enumerate(shapes):
@@ -248,7 +253,7 @@ def test_each_group_is_copied_by_its_own_block_table(lab: Lab) -> None:
 
 
 def test_layouts_are_one_for_each_group_and_strange_caches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.engines.vllm.layout.make_layout", TorchPages)
+    monkeypatch.setattr("thaw.engines.vllm.worker.layout.make_layout", TorchPages)
     one, two = pages(8, (0, 2), 1), pages(4, (1, 3), 2)
     found = make_layouts({**one, **two}, [list(one), list(two)])
     assert [layout.layer_names for layout in found] == [layer_order(one), layer_order(two)]
@@ -306,7 +311,7 @@ def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: P
         for n in range(group.num_layers)
     }
     facts = WorkerFacts(rank=0, world_size=1, pid=1, groups=(group,), layout={})
-    mail = Mail(tmp_path / "mail")
+    mail = Mailbox(tmp_path / "mail")
     mail.put_plan(LEFT, plan)
     mail.put_plan(KEPT, plan)
     side = WorkerSide((TorchPages(layers),), facts, VllmSettings(arena_nbytes=1 << 24), mail, None)

@@ -11,7 +11,7 @@ import pytest
 
 from thaw.core.errors import CorruptBlob, EngineDied, InvalidRequest, StorageFailed, ThawError
 from thaw.data.tiers.folder import folder_mount
-from thaw.engines.served.mail import SCHEDULER, Mail, default_folder
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder
 from thaw.engines.served.protocol import Answer, Message, Switch, Unpin, Write
 
 
@@ -40,7 +40,7 @@ def test_what_cannot_be_written_is_refused(changes: dict[str, object], says: str
 
 @pytest.mark.parametrize("message", [Switch(id="0" * 32, on=False), Unpin(id="0" * 32)])
 def test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail(message: Message, tmp_path: Path) -> None:
-    mail = Mail(tmp_path)
+    mail = Mailbox(tmp_path)
     with pytest.raises(InvalidRequest, match="share the engine's mail folder"):
         mail.require_granted(message)
     mail.grant("1" * 32)
@@ -51,11 +51,11 @@ def test_what_is_about_everybodys_sessions_needs_a_grant_in_the_mail(message: Me
 
 
 def test_what_is_about_ones_own_session_needs_none(tmp_path: Path) -> None:
-    Mail(tmp_path).require_granted(write())
+    Mailbox(tmp_path).require_granted(write())
 
 
 def test_mail_is_for_its_owner_only(tmp_path: Path) -> None:
-    mail = Mail(tmp_path / "mail")
+    mail = Mailbox(tmp_path / "mail")
     mail.answer("0" * 32, SCHEDULER, Answer())
     mail.grant("0" * 32)
     mail.register_store(folder_mount("0" * 32, tmp_path))
@@ -73,18 +73,18 @@ def test_every_folder_of_the_usual_place_is_for_its_owner_only(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     before = os.umask(umask)
     try:
-        folder = Mail(default_folder("one") / "dp0").folder
+        folder = Mailbox(default_folder("one") / "dp0").folder
     finally:
         os.umask(before)
     made = [folder, *folder.parents][: len(folder.relative_to(runtime).parts)]
     assert [stat.S_IMODE(place.stat().st_mode) for place in made] == [0o700] * 3
     for place in made:
         place.chmod(0o755)  # as earlier releases left them
-    Mail(folder)
+    Mailbox(folder)
     assert [stat.S_IMODE(place.stat().st_mode) for place in made] == [0o700] * 3
     made[1].chmod(0o777)
     with pytest.raises(StorageFailed, match=r"the mail folder .*dp0 cannot be used: .* open to others"):
-        Mail(folder)
+        Mailbox(folder)
 
 
 @pytest.mark.parametrize("runtime", ["", "relative", "another user's", "not there"])
@@ -101,7 +101,7 @@ def test_a_runtime_folder_that_is_not_ours_is_not_used(
 
 def test_entropies_come_by_mail_where_they_are_expected(tmp_path: Path) -> None:
     """Of each token the last one that was said: a step may run again."""
-    mail, name = Mail(tmp_path / "mail"), "0" * 32
+    mail, name = Mailbox(tmp_path / "mail"), "0" * 32
     mail.put_entropy(name, 0, 1.0)
     with pytest.raises(StorageFailed, match="cannot be read"):
         mail.entropies(name, 0, 1)
@@ -127,7 +127,7 @@ ODD_FILES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", ODD_FILES)
 def test_what_is_no_file_in_the_mail_is_named_and_nobody_waits_for_it(kind: str, tmp_path: Path) -> None:
-    mail = Mail(tmp_path / "mail")
+    mail = Mailbox(tmp_path / "mail")
     name, store = "1" * 32, "3" * 32
     for place in ("facts/lock", f"facts/{SCHEDULER}", f"stores/{store}", f"plans/{name}", f"answers/{name}.s"):
         ODD_FILES[kind](mail.folder / place)
@@ -147,7 +147,7 @@ def test_what_is_no_file_in_the_mail_is_named_and_nobody_waits_for_it(kind: str,
 
 @pytest.mark.parametrize("what", ["answers", "plans"])
 def test_mail_that_says_nothing_is_named(what: str, tmp_path: Path) -> None:
-    mail, name = Mail(tmp_path / "mail"), "1" * 32
+    mail, name = Mailbox(tmp_path / "mail"), "1" * 32
     (mail.folder / "answers" / f"{name}.s").write_bytes(b"{")
     (mail.folder / "plans" / name).write_bytes(b"{")
     with pytest.raises(CorruptBlob, match=f"the {what[:-1]} {name}.* is none"):

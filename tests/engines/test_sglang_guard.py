@@ -13,7 +13,7 @@ from thaw.core.sampling import Sampling
 from thaw.engines.served.sampling_extra import SamplingExtra
 
 torch = pytest.importorskip("torch")
-from thaw.engines.sglang.rows import Chosen, sample  # noqa: E402 - it needs torch
+from thaw.engines.sglang.scheduler.sampler import Chosen, sample  # noqa: E402 - it needs torch
 
 LIKELIEST = (3, 5)
 

@@ -14,8 +14,8 @@ from made_tokenizers import PlainCodec, byte_level, byte_tokens, sentencepiece
 
 from thaw.core.objects import Turn
 from thaw.engines.base import Codec
-from thaw.engines.embedded.text import TextStream
 from thaw.engines.fake.codec import BOS, EOS, FakeCodec
+from thaw.engines.session.text import TextStream
 from thaw.engines.text import WINDOW, cut_turns, left_open, text_after, whole_characters
 
 TEXT = "Grüße, 123 – ok\n☃ 東京 👩‍👩‍👧 end"

@@ -11,10 +11,10 @@ from thaw.core.sampling import Sampling
 torch = pytest.importorskip("torch")
 
 from thaw.core.canonical import U64  # noqa: E402
-from thaw.engines.embedded import sampler as ps  # noqa: E402
-from thaw.engines.embedded import torch_sampler as ts  # noqa: E402
-from thaw.engines.served.row import Row  # noqa: E402
+from thaw.engines.sampling import sampler as ps  # noqa: E402
+from thaw.engines.sampling import torch_sampler as ts  # noqa: E402
 from thaw.engines.served.sampling_extra import SamplingExtra  # noqa: E402
+from thaw.engines.served.worker.sampler import Row  # noqa: E402
 
 VOCAB = 3000
 

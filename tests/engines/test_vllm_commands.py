@@ -11,10 +11,10 @@ import pytest
 from thaw.core.errors import Busy
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import MAX_COMMANDS, Shares
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer
-from thaw.engines.vllm import commands
-from thaw.engines.vllm.commands import SchedulerCommands
+from thaw.engines.vllm.scheduler import commands
+from thaw.engines.vllm.scheduler.commands import SchedulerCommands
 
 ONE, TWO = "1" * 32, "2" * 32
 
@@ -22,7 +22,7 @@ ONE, TWO = "1" * 32, "2" * 32
 @pytest.fixture
 def side(tmp_path: Path) -> Any:
     """What commands need of the scheduler's side."""
-    return SimpleNamespace(mail=Mail(tmp_path / "mail"), queue=[], facts=SimpleNamespace(world_size=2))
+    return SimpleNamespace(mail=Mailbox(tmp_path / "mail"), queue=[], facts=SimpleNamespace(world_size=2))
 
 
 def look(name: int, caller: str | None = ONE, **more: Any) -> protocol.Look:

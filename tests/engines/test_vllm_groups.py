@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from thaw.engines.vllm import groups
-from thaw.engines.vllm.groups import Groups
+from thaw.engines.vllm.scheduler import gang
+from thaw.engines.vllm.scheduler.gang import Groups
 
 
 def test_members_wait_until_all_are_there() -> None:
@@ -46,5 +46,5 @@ def test_nobody_waits_for_one_that_is_gone_or_never_comes(monkeypatch: pytest.Mo
     assert not seen.waits("gone", "late")
     seen.join("slow", 2, 0, "b")
     assert seen.waits("slow", "b")
-    monkeypatch.setattr(groups, "GROUP_LIMIT_S", -1.0)
+    monkeypatch.setattr(gang, "GROUP_LIMIT_S", -1.0)
     assert not seen.waits("slow", "b")

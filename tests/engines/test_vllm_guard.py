@@ -13,10 +13,10 @@ import pytest
 from thaw.core.errors import InvalidRequest
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import Room
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.vllm import jobs
-from thaw.engines.vllm.scheduler import SchedulerSide
+from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import VllmSettings
 from thaw.testing.messages import HOSTILE, MOST_SAID, odd_messages
 
@@ -36,7 +36,7 @@ class Vllm:
     that each gets, of every KV cache group."""
 
     def __init__(self, mail: Path, num_groups: int) -> None:
-        self.mail = Mail(mail)
+        self.mail = Mailbox(mail)
         self.side = SchedulerSide(FACTS, VllmSettings(), self.mail, 64, num_groups)
         self.tables = ((1, 2), (3, 4))[:num_groups]
         self.no_tables = ((),) * num_groups

@@ -18,7 +18,7 @@ from thaw.core.identity import ModelIdentity  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
 from thaw.engines.hf.codec import HFCodec  # noqa: E402
 from thaw.engines.hf.weights import CACHE_NAME  # noqa: E402
-from thaw.engines.served.identity import model_identity  # noqa: E402
+from thaw.engines.served.client.identity import model_identity  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -14,7 +14,7 @@ import pytest
 
 from thaw.core.errors import Busy, NotFound, ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import SCHEDULER, Mail
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer
 from thaw.engines.vllm.refusals import Refusals
 
@@ -60,7 +60,7 @@ def exchange(mail: Path, sent: bytes, status: int, replies: list[bytes], *, stre
 
 
 def left(mail: Path, error: ThawError, sender: str | int = SCHEDULER) -> Path:
-    Mail(mail).answer(ID, sender, Answer(kind=error.kind, error=str(error)))
+    Mailbox(mail).answer(ID, sender, Answer(kind=error.kind, error=str(error)))
     return mail / "answers" / f"{ID}.{sender}"
 
 
@@ -93,7 +93,7 @@ def test_a_stream_keeps_what_came_before_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_goes_well_passes(tmp_path: Path) -> None:
-    Mail(tmp_path / "mail")
+    Mailbox(tmp_path / "mail")
     token = b'data: {"choices": [{"text": "a"}]}\n\n'
     assert exchange(tmp_path / "mail", body(), 200, [token, token + DONE], streams=True)[1] == token * 2 + DONE
 
@@ -126,7 +126,7 @@ def test_everything_else_passes_as_it_comes(tmp_path: Path, sent: bytes, status:
 
 
 def test_a_failure_of_which_nothing_is_known_stays_as_it_is(tmp_path: Path) -> None:
-    Mail(tmp_path / "mail")
+    Mailbox(tmp_path / "mail")
     start, said = exchange(tmp_path / "mail", body(), 500, [PLAIN])
     assert start["status"] == 500 and said == PLAIN
 

@@ -12,7 +12,7 @@ from thaw.cluster.nodes import ClusterNode
 from thaw.cluster.routes import PackRoutes, packs_of
 from thaw.data.tiers.base import MissingPack
 from thaw.engines.base import Captured, CapturePlan, Handle, Hydrated, HydratePlan, SessionRef
-from thaw.engines.embedded.driver import Promise
+from thaw.engines.promise import Promise
 from thaw.pool.rpc.client import EngineProxy, RpcClient
 from thaw.pool.rpc.protocol import Booted
 

@@ -13,6 +13,7 @@ What it does is in the rooms beside it; this one wires them together.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -42,7 +43,7 @@ from thaw.pool.backends import Factory, choose
 from thaw.pool.backends.attached import AttachedBackend
 from thaw.pool.round import Round
 from thaw.pool.schedule.batch import Batch
-from thaw.pool.schedule.fork_point import ForkPoint
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import JobChunk
 from thaw.pool.schedule.monitor import Monitor
 from thaw.pool.schedule.placement import Placement
@@ -115,7 +116,8 @@ class ForkPool:
         self._max_batch = max_batch
         self._own_repo = None if repo is None or isinstance(repo, Repository) else repository.open(repo, create=True)
         self.repo: Repository | None = repo if isinstance(repo, Repository) else self._own_repo
-        self._began, self._rounds, self._closed = time.time_ns(), 0, False
+        self._began, self._closed = time.time_ns(), False
+        self._policy_lock = threading.Lock()
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-pool")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="thaw-pool-io")
         self._reaper = Reaper(self._io)
@@ -172,7 +174,7 @@ class ForkPool:
             raise InvalidRequest(f"{len(seeds)} seeds for {len(wanted)} branches; give one each")
         for number in (*(seeds or ()), *(() if seed is None else (seed,))):
             check_seed(number)
-        trunk = self._resolver.find(point, at, seed)
+        where = self._resolver.find(point, at, seed)
         params = each_sampling(sampling, len(wanted))
         limit = self._timeout_s if timeout_s is None else timeout_s
         round_ = Round(len(wanted))
@@ -181,12 +183,11 @@ class ForkPool:
             for i, branch in enumerate(wanted)
         ]
         whole = JobChunk(
-            trunk, jobs, check_policy(policy or self._policy), trunk.key, check_mode(snapshot or self._snapshot),
+            where, jobs, check_policy(policy or self._policy), where.key, check_mode(snapshot or self._snapshot),
             keep or store, store, replay, None if worker is None else self._fleet.named(worker).name,
         )  # fmt: skip
         round_.on_cancel(lambda i: self._scheduler.stop(jobs if i is None else [jobs[i]], "cancel"))
         self._scheduler.submit(self._chunks(whole, spread), block=block)
-        self._rounds += 1
         self._monitor.wake()
         return round_
 
@@ -196,13 +197,13 @@ class ForkPool:
         if point is None:
             return self._empty(seed)
         life = self._idlest()
-        trunk = self._resolver.find(point, at, seed)
-        if trunk.held is not None and trunk.alive:
-            life = trunk.held.life
-        ref, there = self._placement.fork(trunk, life, self._policy)
+        where = self._resolver.find(point, at, seed)
+        if where.held is not None and where.alive:
+            life = where.held.life
+        ref, there = self._placement.fork(where, life, self._policy)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
-            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=trunk.at,
+            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=where.at,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:
@@ -219,16 +220,16 @@ class ForkPool:
     def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
         """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""
         self._check_open()
-        trunk = self._resolver.find(point, at)
-        if trunk.plain:
-            ref, _ = self._placement.fork(trunk, (life := self._idlest()), self._policy)
-            self._placement.capture_resident(trunk, life)
+        where = self._resolver.find(point, at)
+        if where.plain:
+            ref, _ = self._placement.fork(where, (life := self._idlest()), self._policy)
+            where = self._placement.capture_resident(where, life)
             life.forget(ref)
-        elif trunk.captured is None:
-            self._placement.capture(trunk)
-        if trunk.captured is None:
+        elif where.captured is None:
+            where = self._placement.capture(where)
+        if where.captured is None:
             raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
-        return Snapshot(trunk.captured)
+        return Snapshot(where.captured)
 
     # -- workers
 
@@ -250,7 +251,7 @@ class ForkPool:
         sessions of results that live there are gone (take snapshots of those that matter)."""
         self._check_open()
         worker = self._fleet.named(name)
-        self._fleet.drain(worker, self._rescue)
+        self._fleet.drain(worker, self._rescues)
         self._write_status()
 
     def set_policy(
@@ -270,12 +271,13 @@ class ForkPool:
         """
         self._check_open()
         self._backend.check_update(update)
-        self._scheduler.pause()
-        try:
-            self._fleet.set_policy((version, update, dict(arguments or {})))
-            self._resolver.forget_prompts()
-        finally:
-            self._scheduler.go_on()
+        with self._policy_lock:  # of two at once the first to be done would let batches go on in the other
+            self._scheduler.pause()
+            try:
+                self._fleet.set_policy((version, update, dict(arguments or {})))
+                self._captures.forget_prompts()
+            finally:
+                self._scheduler.go_on()
 
     @property
     def policy_version(self) -> str:
@@ -311,14 +313,14 @@ class ForkPool:
         return tuple(worker.name for worker, _ in self._fleet.ready())
 
     def stats(self) -> PoolStats:
-        with self._changed:
-            waiting = self._scheduler.waiting
-            running = sum(len(chunk.jobs) for chunk in self._scheduler.running)
-        return PoolStats(
-            workers=self._fleet.stats(), arena=self._arena.stats(), waiting=waiting, running=running,
-            num_rounds=self._rounds, num_branches=self._scheduler.num_branches,
-            num_retries=self._scheduler.num_retries, policy_version=self.policy_version, rates=self._rates.summary(),
-        )  # fmt: skip
+        arena, rates = self._arena.stats(), self._rates.summary()
+        with self._changed:  # what workers and queues count is of one moment
+            return PoolStats(
+                workers=self._fleet.stats(), arena=arena, waiting=self._scheduler.waiting,
+                running=sum(len(chunk.jobs) for chunk in self._scheduler.running),
+                num_rounds=self._scheduler.num_rounds, num_branches=self._scheduler.num_branches,
+                num_retries=self._scheduler.num_retries, policy_version=self.policy_version, rates=rates,
+            )  # fmt: skip
 
     def close(self) -> None:
         """End the pool: rounds under way fail, workers of its own end, the arena is removed. Closing twice is fine."""
@@ -353,11 +355,12 @@ class ForkPool:
         self._rates.booted(life.host.boot_s)
         token_nbytes = cache.token_nbytes(self._info.groups)
         self._planner = Planner(self._rates, token_nbytes)
-        self._resolver = PointResolver(stores, self.repo, self._life_of, lambda: self.policy_version)
-        self._placement = Placement(stores, self._resolver, self._planner, token_nbytes)
+        self._captures = Captures(self._arena)
+        self._resolver = PointResolver(stores, self._captures, self.repo, self._life_of, lambda: self.policy_version)
+        self._placement = Placement(stores, self._captures, self._planner, token_nbytes)
         batch = Batch(self._placement, self._resolver, self._rates, self._beside)
         self._scheduler = Scheduler(
-            self._fleet, batch, self._planner, changed=self._changed, threads=self._threads,
+            self._fleet, batch, self._planner, self._captures, changed=self._changed, threads=self._threads,
             max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
         )  # fmt: skip
         self._written = 0.0
@@ -368,7 +371,7 @@ class ForkPool:
         for part in ("_monitor", "_scheduler", "_fleet"):
             if hasattr(self, part):
                 getattr(self, part).close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)  # a chunk that waits for a thread is answered by its own run
         self._reaper.end()
         self._io.shutdown(wait=True, cancel_futures=True)
         if hasattr(self, "_rates"):
@@ -402,28 +405,28 @@ class ForkPool:
         count = len(whole.jobs)
         tokens = max(job.sampling.max_tokens for job in whole.jobs)
         lives = [life for _, life in self._fleet.ready()]
-        wide = self._planner.spread(whole.trunk, count, tokens, lives) if spread == "auto" else spread
+        wide = (
+            self._planner.spread(self._captures.now(whole.point), count, tokens, lives) if spread == "auto" else spread
+        )
         whole.taken = set() if wide > 1 else None
         return whole.split(min(self._max_batch, -(-count // wide)))
 
-    def _beside(self, work: Callable[[], object]) -> None:
-        """Run something that nobody waits for; what it cannot do is done when it is needed."""
+    def _beside(self, life: Incarnation, capture: Callable[[], object]) -> None:
+        """Run a capture that no branch waits for; what it cannot do is done when it is needed."""
 
         def run() -> None:
             with contextlib.suppress(ThawError):
-                work()
+                counted()
 
+        counted = self._fleet.beside(life, capture)
         with contextlib.suppress(RuntimeError):
             self._io.submit(run)
 
-    def _rescue(self, life: Incarnation) -> None:
-        """Capture the points of waiting rounds that live in `life` alone."""
-        for trunk in {id(chunk.trunk): chunk.trunk for chunk in self._scheduler.chunks_under_way()}.values():
-            self._rescue_one(trunk, life)
-
-    def _rescue_one(self, trunk: ForkPoint, life: Incarnation) -> None:
-        if trunk.lives_in(life) and trunk.stored is None:
-            self._placement.capture(trunk)
+    def _rescues(self, life: Incarnation) -> list[Callable[[], object]]:
+        """A capture of each point that an unanswered round forks from and that lives in `life` alone."""
+        points = {chunk.point for chunk in self._scheduler.chunks_under_way() if chunk.point.lives_in(life)}
+        alone = [point for point in points if self._captures.now(point).stored is None]
+        return [functools.partial(self._placement.capture, point) for point in alone]
 
     def _tick(self) -> None:
         if time.monotonic() - self._written > 2.0:

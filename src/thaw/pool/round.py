@@ -5,12 +5,15 @@ A branch has exactly one result, whatever happened to the workers that ran it. S
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from thaw.core.errors import Cancelled, ThawError, TimedOut
 from thaw.pool.values import BranchDelta, BranchResult
+
+log = logging.getLogger("thaw.pool")
 
 
 class Round:
@@ -73,12 +76,12 @@ class Round:
         return len(self._order) == len(self._results)
 
     def add_done_callback(self, callback: Callable[[Round], object]) -> None:
-        """Call `callback(round)` once when all have ended, from a thread of the pool."""
+        """Call `callback(round)` once when all have ended, from a thread of the pool. What it raises is logged."""
         with self._changed:
             if not self.done():
                 self._callbacks.append(callback)
                 return
-        callback(self)
+        self._call(callback)
 
     def __enter__(self) -> Round:
         return self
@@ -110,8 +113,15 @@ class Round:
                 self._cancel = None  # it refers to the jobs and they to this: results' sessions are to go with it
             self._changed.notify_all()
         for callback in callbacks:
-            callback(self)
+            self._call(callback)
         return True
+
+    def _call(self, callback: Callable[[Round], object]) -> None:
+        """What it raises is the caller's own fault: it is told, and harms no other round of this thread."""
+        try:
+            callback(self)
+        except Exception:
+            log.exception("a callback of a round raised")
 
     def has(self, index: int) -> bool:
         return self._results[index] is not None

@@ -17,7 +17,7 @@ IMPORTED = (
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.model_executor.model_runner",
     "sglang.srt.models.llama",
-    "thaw.engines.sglang.cache",
+    "thaw.engines.sglang.scheduler.radix_cache",
     "thaw.engines.sglang.plugin",
     "thaw.engines.sglang.serve",
 )

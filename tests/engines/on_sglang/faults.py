@@ -51,11 +51,11 @@ def register() -> None:
     if "THAW_TEST_FAULTS" not in os.environ or "sglang.srt.managers.scheduler" not in sys.modules:
         return
     from thaw.core.errors import StorageFailed
-    from thaw.engines.served import records
-    from thaw.engines.served.arena import HostCache
-    from thaw.engines.served.weights import WeightsSample
-    from thaw.engines.sglang import pins
-    from thaw.engines.sglang.pool import Pool
+    from thaw.engines.served.scheduler import records
+    from thaw.engines.served.worker.host_cache import HostCache
+    from thaw.engines.served.worker.weights_probe import WeightsSample
+    from thaw.engines.sglang.scheduler import pins
+    from thaw.engines.sglang.scheduler.kv_pool import KVPool
 
     def fail_to_load(*_: Any) -> None:
         if _is_on("load"):
@@ -72,7 +72,7 @@ def register() -> None:
     WeightsSample._sample = lambda self: sample(self) + b"other" * _is_on("weights")  # type: ignore[method-assign]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + WEEK_S * _is_on("clock"))
     records.time = pins.time = clock  # type: ignore[assignment]
-    _before(Pool, "write", fail_to_load)
+    _before(KVPool, "write", fail_to_load)
     _before(HostCache, "allocate", fail_to_keep)
 
 

@@ -12,7 +12,7 @@ from guarded import GuardedTests
 from thaw.engines.base import Engine
 from thaw.engines.sglang.client.boot import KEPT_BACK
 from thaw.engines.sglang.client.engine import SglangEngine
-from thaw.engines.sglang.client.inside import InsideTransport
+from thaw.engines.sglang.client.engine_object import EngineObjectTransport
 from thaw.engines.sglang.settings import BACKEND, ON_CPU
 
 
@@ -24,7 +24,7 @@ class TestSglangInProcess(GuardedTests):
 
     def test_it_is_in_process(self, engine: Engine) -> None:
         assert isinstance(engine, SglangEngine)
-        assert isinstance(engine._transport, InsideTransport)
+        assert isinstance(engine._transport, EngineObjectTransport)
 
 
 def begun(policy: str, **options: Any) -> Engine:

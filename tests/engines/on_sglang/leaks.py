@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 
 
 def check_nothing_leaks(engine: ServedEngine) -> None:

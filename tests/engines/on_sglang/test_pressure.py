@@ -17,7 +17,7 @@ from leaks import check_nothing_leaks
 from thaw.core.errors import Busy, StaleSession
 from thaw.engines import load_engine
 from thaw.engines.base import SessionRef
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.testing import PressureTests
 from thaw.testing.laws.bytes_law import blob_ids

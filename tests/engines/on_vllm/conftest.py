@@ -22,8 +22,8 @@ IMPORTED = (
     "vllm.entrypoints.openai.api_server",
     "thaw.engines.vllm.connector",
     "thaw.engines.vllm.sampling",
-    "thaw.engines.vllm.scheduler",
-    "thaw.engines.vllm.worker",
+    "thaw.engines.vllm.scheduler.scheduler",
+    "thaw.engines.vllm.worker.worker",
 )
 """What each process of vLLM imports before it does anything."""
 PRELOADED = ("vllm/libs/libtcmalloc*.so*", "torch/lib/libgomp*.so*")

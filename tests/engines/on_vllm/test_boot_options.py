@@ -599,14 +599,14 @@ def test_a_release_that_was_not_run_is_warned_of_in_the_servers_log(
 ) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-    from thaw.engines.served.mail import Mail
+    from thaw.engines.served.mailbox import Mailbox
     from thaw.engines.vllm.connector import ThawConnector
 
     caplog.set_level(logging.WARNING, "thaw")
     if not run:
         monkeypatch.setattr(versions, "RUN", frozenset())
     ThawConnector(configured(folder, VllmSettings(mail=str(tmp_path))), KVConnectorRole.SCHEDULER, full_attention())
-    facts = Mail(tmp_path).engine_facts()
+    facts = Mailbox(tmp_path).engine_facts()
     assert facts is not None and len(facts.notes) == (0 if run else 1)
     said = [record.getMessage() for record in caplog.records if record.name == "thaw.vllm"]
     assert said == [f"thaw: {note}" for note in facts.notes]

@@ -35,7 +35,7 @@ from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, GenerateRequest, HydratePlan, SessionRef
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import MAX_COMMANDS
-from thaw.engines.served.mail import Mail
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.vllm.client.http import VllmHttpTransport
 from thaw.engines.vllm.settings import Other, VllmSettings, config_file, server_command
 from thaw.testing import EngineTests
@@ -433,7 +433,7 @@ def test_who_has_the_api_key_alone_keeps_no_more_than_the_guests_part(engine: En
 def test_commands_that_are_held_are_counted_by_caller(engine: Engine, server: Server) -> None:
     """Here `caller_fraction` lets a caller have 51 of them at once."""
     name = "9" * 32
-    Mail(server.log.parent / "mail").add_caller(name)
+    Mailbox(server.log.parent / "mail").add_caller(name)
     limit = int(MAX_COMMANDS * 0.05)
     body = {"prompt": [0], "max_tokens": 1}
     held = []

@@ -34,7 +34,8 @@ from thaw.testing.plans import capture_plan, flip_byte, mount_at
 
 pytest.importorskip("vllm")
 
-from thaw.engines.served import hydrating, protocol
+from thaw.engines.served import protocol
+from thaw.engines.served.client import hydrating
 from thaw.engines.vllm.client.engine import VllmEngine
 
 BLOCKS = 24

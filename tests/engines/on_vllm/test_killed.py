@@ -16,7 +16,7 @@ from thaw.testing.laws.killed_law import Lives
 
 pytest.importorskip("vllm")
 
-from thaw.engines.served.talk import worker_facts
+from thaw.engines.served.client.channel import worker_facts
 from thaw.engines.vllm.client.engine import VllmEngine
 
 

@@ -13,9 +13,9 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from thaw.core.errors import Unsupported  # noqa: E402
-from thaw.engines.vllm.layout import make_layout, strided  # noqa: E402
-from thaw.engines.vllm.layout.base import BITS, KVLayout, layer_order, spans  # noqa: E402
-from thaw.engines.vllm.layout.strided import TorchPages  # noqa: E402
+from thaw.engines.vllm.worker.layout import make_layout, strided  # noqa: E402
+from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order, spans  # noqa: E402
+from thaw.engines.vllm.worker.layout.strided import TorchPages  # noqa: E402
 
 BLOCKS = 9
 DTYPES = ("bfloat16", "float16", "float32")
@@ -212,7 +212,7 @@ def test_an_accelerator_does_as_the_host_does(
         device = dict(zip(host, random_bits((BLOCKS, 5, 2, 4, 16), "bfloat16").cuda().unbind(1), strict=True))
     for name in host:
         device[name].copy_(host[name])
-    from thaw.engines.vllm.layout.strided_triton import TritonPages
+    from thaw.engines.vllm.worker.layout.strided_triton import TritonPages
 
     assert type(make_layout(device)) is TritonPages
     here = TorchPages(host)
@@ -284,7 +284,7 @@ class TestPackedPages:
     def test_what_the_engine_wrote_is_read_as_canonical(
         self, block_size: int, head_dim: int, dtype: str, isa: str | None
     ) -> None:
-        from thaw.engines.vllm.layout.packed import CpuPackedPages
+        from thaw.engines.vllm.worker.layout.packed import CpuPackedPages
 
         caches = self.caches(block_size, head_dim, dtype)
         layout = CpuPackedPages(caches, isa=isa)
@@ -301,7 +301,7 @@ class TestPackedPages:
     @pytest.mark.parametrize("isa", ["vec", "amx"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_scatter_is_the_inverse_and_touches_nothing_else(self, dtype: str, isa: str) -> None:
-        from thaw.engines.vllm.layout.packed import CpuPackedPages
+        from thaw.engines.vllm.worker.layout.packed import CpuPackedPages
 
         caches = self.caches(32, 64, dtype)
         layout = CpuPackedPages(caches, isa=isa)
@@ -348,7 +348,7 @@ class TestPackedPages:
 
     def test_a_packing_that_is_not_read_back_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The check on the check: an op that loses a bit, and one that stores two numbers in one place."""
-        from thaw.engines.vllm.layout import packed
+        from thaw.engines.vllm.worker.layout import packed
 
         honest = packed._write
 
@@ -365,7 +365,7 @@ class TestPackedPages:
 
     def test_tiles_are_asked_for_before_the_engine_uses_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only where the backend itself picked AMX; a system that does not grant them is told, not killed later."""
-        from thaw.engines.vllm.layout import packed
+        from thaw.engines.vllm.worker.layout import packed
 
         granted: list[bool] = []
         monkeypatch.setattr(torch.cpu, "_init_amx", granted.pop)

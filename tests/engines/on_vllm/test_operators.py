@@ -36,8 +36,8 @@ from thaw.testing.plans import capture_plan, mount_at
 
 pytest.importorskip("vllm")
 
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.talk import worker_facts
+from thaw.engines.served.client.channel import worker_facts
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.settings import VllmSettings
 
@@ -607,5 +607,5 @@ def test_a_client_that_is_killed_leaves_nothing_behind_for_long(server: Server, 
     assert len(left_over) <= 2, "the last words to its two requests, which the engine sweeps in an hour"
     for path in left_over:
         os.utime(path, (0, 0))
-    Mail(mail).sweep()
+    Mailbox(mail).sweep()
     assert not any(path.exists() for path in left_over)

@@ -15,7 +15,7 @@ from test_operators import Owner
 from thaw.core.errors import BadSampling
 from thaw.engines import load_engine
 from thaw.engines.base import SessionRef
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.testing import PressureTests
 from thaw.testing.laws.kit import Lab, greedy
 from thaw.testing.reference import Reference

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from thaw.core.errors import BadSampling
 from thaw.core.sampling import Sampling
-from thaw.engines.embedded import sampler as reference
-from thaw.engines.embedded.backend import SampleSpec
-from thaw.engines.embedded.bad_words import bad_ids, endings
 from thaw.engines.hf.codec import HFCodec
+from thaw.engines.sampling import sampler as reference
+from thaw.engines.sampling.spec import SampleSpec
 from thaw.engines.served import protocol
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra, needed, to_extra
+from thaw.engines.session.bad_words import bad_ids, endings
 
 VOCAB = 320
 EOS = 258

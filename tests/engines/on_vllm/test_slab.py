@@ -9,13 +9,13 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from thaw.engines.served.slab import GRAIN, Slab  # noqa: E402
+from thaw.engines.served.worker.pinned_buffer import GRAIN, PinnedBuffer  # noqa: E402
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40 * GRAIN)), max_size=60), st.randoms())
 def test_runs_never_overlap_and_come_back_whole(steps: list[tuple[bool, int]], dice: object) -> None:
-    slab = Slab(100 * GRAIN, pin=False)
+    slab = PinnedBuffer(100 * GRAIN, pin=False)
     held: dict[int, tuple[int, int]] = {}
     for number, (takes, nbytes) in enumerate(steps):
         if takes or not held:

@@ -20,7 +20,7 @@ from thaw.core.errors import CorruptBlob
 from thaw.demo import document
 from thaw.engines import load_engine
 from thaw.engines.base import Completion, Engine, SessionRef
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, greedy, same, seeded
 from thaw.testing.plans import flip_byte, halves_swapped, mount_at, tampered
 

@@ -11,7 +11,7 @@ from thaw.bench.vllm.inside import WAYS, copy_alone
 from thaw.bench.vllm.options import Options
 
 if TYPE_CHECKING:
-    from thaw.engines.served.engine import ServedEngine
+    from thaw.engines.served.client.engine import ServedEngine
 
 
 def measure(rounds: Rounds, options: Options, engine: ServedEngine) -> None:

@@ -18,7 +18,7 @@ from thaw.repo import Repository, Session
 
 if TYPE_CHECKING:
     from thaw.bench.vllm.plain import Plain
-    from thaw.engines.served.engine import ServedEngine
+    from thaw.engines.served.client.engine import ServedEngine
 
 
 def measure(

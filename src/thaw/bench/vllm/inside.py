@@ -16,8 +16,8 @@ from thaw.core.ids import digest
 if TYPE_CHECKING:
     import torch
 
-    from thaw.engines.served.arena import HostRecord
-    from thaw.engines.served.engine import ServedEngine
+    from thaw.engines.served.client.engine import ServedEngine
+    from thaw.engines.served.worker.host_cache import HostRecord
 
 EXTENSION = "thaw.bench.vllm.inside.Copies"
 WAYS = ("load", "save", "bus-in", "bus-out")
@@ -78,7 +78,7 @@ class _Alone:
 
     def _blank(self) -> None:
         """Zeros in the blocks, so that a load which left them alone would be seen."""
-        from thaw.engines.served.arena import Piece
+        from thaw.engines.served.worker.host_cache import Piece
 
         tensors = self._arena.allocate(self._stop, CALLER)
         for tensor in tensors:
@@ -108,7 +108,7 @@ class _Alone:
 
 
 def _record_of(pieces: tuple[Any, ...]) -> HostRecord:
-    from thaw.engines.served.arena import HostRecord
+    from thaw.engines.served.worker.host_cache import HostRecord
 
     return HostRecord(pieces, 0, caller=CALLER)
 

@@ -25,7 +25,7 @@ from thaw.bench.vllm.options import MORE_PARTS, SUFFIX_TOKENS, Options
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines import load_engine
 from thaw.engines.base import Engine, EngineInfo
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository
 from thaw.repo import open as open_repository

@@ -15,9 +15,9 @@ from typing import Any
 
 from thaw.core.errors import Unsupported
 from thaw.core.identity import ModelIdentity
-from thaw.core.sampling import Sampling
 from thaw.engines.base import Codec
 from thaw.engines.embedded.pages import ExtentFactory, PagedKV
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 
 Row = Any
 Logits = Any
@@ -31,28 +31,6 @@ class Feed:
 
     kv: PagedKV
     tokens: Sequence[int]
-
-
-@dataclass
-class SampleSpec:
-    """How to choose the token at `position`. `history` is every token so far; the output starts at `output_start`."""
-
-    sampling: Sampling
-    seed: int
-    position: int
-    history: Sequence[int]
-    output_start: int
-    banned: frozenset[int]
-    num_top: int
-
-
-@dataclass
-class Sampled:
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    entropy: float | None
-    """None where `Sampling.entropy` did not ask for it."""
 
 
 class Backend(ExtentFactory):

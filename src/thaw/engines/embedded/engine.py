@@ -43,14 +43,15 @@ from thaw.engines.base import (
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
-from thaw.engines.embedded.bad_words import check as check_sampling
-from thaw.engines.embedded.driver import Driver, Promise
+from thaw.engines.embedded.driver import Driver
 from thaw.engines.embedded.generation import GenerationTask, Lane, PrefillTask
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
-from thaw.engines.embedded.turns import require_resumable, reseed, settle_turn
 from thaw.engines.embedded.weights import WeightsWatch
+from thaw.engines.promise import Promise
+from thaw.engines.session.bad_words import check as check_sampling
+from thaw.engines.session.turns import require_resumable, reseed, settle_turn
 from thaw.engines.text import cut_turns
 
 T = TypeVar("T")
@@ -325,7 +326,7 @@ class EmbeddedEngine(Engine):
         if tokens and windows:
             raise Unsupported(
                 f"points at {list(tokens)[:5]}: this engine keeps the windows of cache group {windows[0]} at a "
-                "session's end alone, so that no earlier token can be gone on from"
+                "session's end alone, so that nothing can continue from an earlier token"
             )
         for token in tokens:
             if not isinstance(token, int) or not 0 < token <= limit:

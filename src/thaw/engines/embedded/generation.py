@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from thaw.core.cache import point_groups
 from thaw.core.objects import Chat, Turn
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
-from thaw.engines.embedded.backend import Backend, Feed, Sampled, SampleSpec
-from thaw.engines.embedded.bad_words import endings
-from thaw.engines.embedded.driver import Promise, cancelled
+from thaw.engines.embedded.backend import Backend, Feed
+from thaw.engines.embedded.driver import cancelled
 from thaw.engines.embedded.session import LastLogits, LiveSession
-from thaw.engines.embedded.turns import close_prompt, completion, open_turn
+from thaw.engines.promise import Promise
+from thaw.engines.sampling.spec import Sampled, SampleSpec
+from thaw.engines.session.bad_words import endings
+from thaw.engines.session.turns import close_prompt, completion, open_turn
 
 CHUNK = 1024
 PACK = 1024

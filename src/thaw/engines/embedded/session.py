@@ -13,7 +13,7 @@ from thaw.core.proof import Proof
 from thaw.engines.base import SessionRef, SessionView
 from thaw.engines.embedded.backend import Backend, Logits, Row
 from thaw.engines.embedded.pages import PagedKV
-from thaw.engines.embedded.turns import OpenTurn
+from thaw.engines.session.turns import OpenTurn
 
 
 @dataclass

@@ -16,10 +16,11 @@ from thaw.core.errors import CorruptBlob, InvalidRequest
 from thaw.core.identity import ModelIdentity, identity_of, tensor_leaf, weights_root
 from thaw.core.ids import digest
 from thaw.core.prefix import windows
-from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
+from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed
 from thaw.engines.embedded.pages import PAGE, Extent, PagedKV
-from thaw.engines.embedded.sampler import choose, largest, log_softmax
 from thaw.engines.fake.codec import EOS, VOCAB, FakeCodec
+from thaw.engines.sampling.sampler import choose, largest, log_softmax
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 
 ROW_NBYTES = 32
 ONE_GROUP = (FullKV(name="full", first_layer=0, num_layers=2, num_kv_heads=2, head_dim=4, dtype="uint8"),)

@@ -17,7 +17,7 @@ from thaw.core import canonical
 from thaw.core.canonical import U64
 from thaw.core.errors import BadSampling, ThawError
 from thaw.core.sampling import Sampling, check_seed
-from thaw.engines.embedded.bad_words import BadIds
+from thaw.engines.session.bad_words import BadIds
 
 EXTRA = "thaw_sampling"
 Count = Annotated[int, msgspec.Meta(ge=0)]

@@ -1,7 +1,7 @@
 """SGLang: live sessions of a stock SGLang, captured, forked and brought back through its public plug-in interfaces.
 
-Inside the engine: a radix cache (`cache.py`) over records of sessions (`side.py`) and seven hooks (`hooks.py`), found
-by SGLang's entry point (`plugin.py`); its ranks decide alike (`agreement.py`). Outside: `client/`, which speaks thaw's
+Inside the engine: seven hooks (`hooks.py`), found by SGLang's entry point (`plugin.py`), and in `scheduler/` a radix
+cache over records of sessions, whose ranks decide alike (`rank_consensus.py`). Outside: `client/`, which speaks thaw's
 contract through plain requests.
 """
 

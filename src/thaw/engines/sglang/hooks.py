@@ -24,14 +24,14 @@ from typing import Any
 from thaw.core.errors import InvalidRequest, ThawError
 from thaw.engines.served import protocol
 from thaw.engines.served.guard import guarded
-from thaw.engines.served.said import http_status, said
+from thaw.engines.served.http_errors import http_status, said
 from thaw.engines.served.sampling_extra import EXTRA, SamplingExtra, from_extra
 from thaw.engines.sglang import support, versions
-from thaw.engines.sglang.agreement import Due
-from thaw.engines.sglang.cache import ThawRadixCache
-from thaw.engines.sglang.rows import sample
+from thaw.engines.sglang.scheduler.radix_cache import ThawRadixCache
+from thaw.engines.sglang.scheduler.rank_consensus import Due
+from thaw.engines.sglang.scheduler.sampler import sample
+from thaw.engines.sglang.scheduler.scheduler import RankSide
 from thaw.engines.sglang.settings import ACTION, REFUSED
-from thaw.engines.sglang.side import RankSide
 
 GROUP_LIMIT_S = 10.0
 UNHEARD = (

@@ -15,7 +15,7 @@ from thaw.core.findings import Finding
 from thaw.engines.base import Engine
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.kind import EngineKind, Server, Start, Wanted, called, refuse_options
-from thaw.engines.served import lookup
+from thaw.engines.served.client import lookup
 from thaw.engines.sglang import settings
 
 HAS_CUDA = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"

@@ -51,7 +51,7 @@ def make_cache(context: Any) -> Any:
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
 
     from thaw.engines.sglang import hooks, support
-    from thaw.engines.sglang.cache import ThawRadixCache
+    from thaw.engines.sglang.scheduler.radix_cache import ThawRadixCache
     from thaw.engines.sglang.settings import from_environment
 
     settings = from_environment()
@@ -70,21 +70,21 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.hf.checkpoint import require_whole
     from thaw.engines.hf.config import eos_token_ids
     from thaw.engines.served import protocol
-    from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
+    from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder, sweep_dead
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
-    from thaw.engines.served.weights import WeightsSample
+    from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import support, versions
-    from thaw.engines.sglang.agreement import Agreement
-    from thaw.engines.sglang.pool import Pool
+    from thaw.engines.sglang.scheduler.kv_pool import KVPool
+    from thaw.engines.sglang.scheduler.rank_consensus import RankConsensus
+    from thaw.engines.sglang.scheduler.scheduler import RankSide
     from thaw.engines.sglang.settings import MAX_LOGPROBS
-    from thaw.engines.sglang.side import RankSide
 
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator
-    pool = Pool(allocator.get_kvcache())
-    agreement = Agreement(context.tp_group.cpu_group, rank, size) if size > 1 else Agreement()
+    pool = KVPool(allocator.get_kvcache())
+    agreement = RankConsensus(context.tp_group.cpu_group, rank, size) if size > 1 else RankConsensus()
     folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{agreement.of_first(os.getpid())}")
-    mail = Mail(folder)
+    mail = Mailbox(folder)
     facts = WorkerFacts(
         rank=rank,
         world_size=size,

@@ -16,7 +16,7 @@ import msgspec
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.served.budget import Shares
-from thaw.engines.served.mail import default_folder
+from thaw.engines.served.mailbox import default_folder
 
 BACKEND = "thaw"
 VARIABLE = "THAW_SGLANG"

@@ -16,11 +16,12 @@ from thaw.core.cache import keeps_all, point_groups
 from thaw.core.errors import CorruptBlob, InvalidRequest, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
-from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed, Sampled, SampleSpec
+from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import check_length, eos_of, num_positions, stop_set
 from thaw.engines.hf.weights import sample_weights
+from thaw.engines.sampling.spec import Sampled, SampleSpec
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
 from thaw.engines.transformers.groups import layers

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from thaw.engines.embedded.torch_sampler import choose, largest
+from thaw.engines.sampling.torch_sampler import choose, largest
 
 __all__ = ["choose", "largest"]

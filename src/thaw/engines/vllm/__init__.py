@@ -1,6 +1,6 @@
 """vLLM: live sessions of a stock vLLM, captured, forked and brought back through its public plug-in interfaces.
 
-Inside the engine: a KV connector (`connector.py`: `scheduler.py` in vLLM's engine process, `worker.py` in every
+Inside the engine: a KV connector (`connector.py`: `scheduler/` in vLLM's engine process, `worker/` in every
 worker) and a logits processor (`sampling.py`). Outside: `client/`, which speaks thaw's contract through plain requests.
 """
 

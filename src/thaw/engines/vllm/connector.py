@@ -28,17 +28,17 @@ from thaw.data.tiers.folder import folder_mount
 from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.hf.config import eos_token_ids
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import SCHEDULER, Mail, default_folder, sweep_dead
+from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder, sweep_dead
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
-from thaw.engines.served.weights import WeightsSample, owner_of
+from thaw.engines.served.worker.weights_probe import WeightsSample, owner_of
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.jobs import Job
-from thaw.engines.vllm.layout import cache_groups, make_layouts
 from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
-from thaw.engines.vllm.scheduler import SchedulerSide
+from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
-from thaw.engines.vllm.worker import WorkerSide
+from thaw.engines.vllm.worker.layout import cache_groups, make_layouts
+from thaw.engines.vllm.worker.worker import WorkerSide
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         support.require(vllm_config, kv_cache_config)
         self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._config, self._kv_cache_config = vllm_config, kv_cache_config
-        self._mail = Mail(_mail_folder(vllm_config, self._settings))
+        self._mail = Mailbox(_mail_folder(vllm_config, self._settings))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._changes = Changes()

@@ -15,7 +15,8 @@ from thaw.data.files import write_atomic
 from thaw.engines.base import Engine
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.kind import ConfigFile, EngineKind, Server, Settings, Start, Wanted, called, refuse_options
-from thaw.engines.served import lookup, protocol
+from thaw.engines.served import protocol
+from thaw.engines.served.client import lookup
 from thaw.engines.vllm import settings
 
 CONFIG = "engine.yaml"

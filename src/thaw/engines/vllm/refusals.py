@@ -20,10 +20,10 @@ import msgspec
 from thaw.core.errors import InvalidRequest, NotFound, ThawError
 from thaw.engines.error_kinds import made
 from thaw.engines.served import protocol
+from thaw.engines.served.http_errors import http_status
 from thaw.engines.served.protocol import Answer, Message
-from thaw.engines.served.said import http_status
 from thaw.engines.vllm.client.async_llm import mail_folder
-from thaw.engines.vllm.commands import SAME_ID
+from thaw.engines.vllm.scheduler.commands import SAME_ID
 
 Event: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Event]]

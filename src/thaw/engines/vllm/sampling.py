@@ -27,9 +27,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from thaw.core.errors import InvalidRequest, ThawError
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.row import Row
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.sampling_extra import EXTRA, from_extra
+from thaw.engines.served.worker.sampler import Row
 from thaw.engines.vllm import support
 from thaw.engines.vllm.versions import v2_processor
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 QUALNAME = "thaw.engines.vllm.sampling:ThawSampling"
 """How `logits_processors` names the class."""
-MAILS: WeakValueDictionary[str, Mail] = WeakValueDictionary()
+MAILS: WeakValueDictionary[str, Mailbox] = WeakValueDictionary()
 """Where entropies are told, by vLLM's name of the engine: put here by the connector of the same worker."""
 
 

@@ -30,7 +30,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.embedded.driver import Promise
+from thaw.engines.promise import Promise
 from thaw.pool.rpc import protocol
 from thaw.pool.rpc.connection import Connection
 from thaw.pool.rpc.protocol import Booted, Call

@@ -91,25 +91,35 @@ class Rates:
             self.measured.step.add(branches, seconds)
 
     def booted(self, seconds: float) -> None:
-        self.measured.boot_s = seconds
+        with self._lock:
+            self.measured.boot_s = seconds
 
-    def load_s(self, tier: str, nbytes: int, link: str = "") -> float | None:
-        """Over a link that was not used yet: as over the others."""
-        fit = self.measured.loads.get(_named(tier, link)) or self.measured.loads.get(tier)
-        return None if fit is None else fit.seconds(nbytes)
-
-    def prefill_s(self, tokens: int) -> float | None:
-        return self.measured.prefill.seconds(tokens)
+    def costs(self, tier: str, nbytes: int, tokens: int, link: str = "") -> dict[str, float]:
+        """Expected seconds to load so many bytes and to prefill so many tokens, as far as they were measured; over a
+        link that was not used yet as over the others."""
+        with self._lock:
+            loads = self.measured.loads
+            fits = {
+                "hydrate": (loads.get(_named(tier, link)) or loads.get(tier), nbytes),
+                "prefill": (self.measured.prefill, tokens),
+            }
+            return {
+                name: fit.fixed_s + amount * fit.per_unit_s
+                for name, (fit, amount) in fits.items()
+                if fit is not None and fit.points
+            }
 
     def step_s(self, branches: int) -> float | None:
-        return self.measured.step.seconds(branches)
+        with self._lock:
+            return self.measured.step.seconds(branches)
 
     def summary(self) -> dict[str, float]:
         """By name, for people and statistics."""
-        found = {f"load.{tier}.bytes_per_s": fit.rate for tier, fit in self.measured.loads.items()}
-        found["prefill.tokens_per_s"] = self.measured.prefill.rate
-        found["step.fixed_s"] = self.measured.step.fixed_s
-        found["step.per_branch_s"] = self.measured.step.per_unit_s
+        with self._lock:
+            found = {f"load.{tier}.bytes_per_s": fit.rate for tier, fit in self.measured.loads.items()}
+            found["prefill.tokens_per_s"] = self.measured.prefill.rate
+            found["step.fixed_s"] = self.measured.step.fixed_s
+            found["step.per_branch_s"] = self.measured.step.per_unit_s
         return {name: value for name, value in found.items() if value}
 
     def save(self) -> None:

@@ -20,10 +20,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed, ThawError
 from thaw.pool.rpc.protocol import is_out_of_memory
 from thaw.pool.schedule.batch import Batch
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import Job, JobChunk, KvLost
 from thaw.pool.schedule.placement import OLD_KV
 from thaw.pool.schedule.planner import Planner
@@ -34,20 +36,30 @@ PATIENCE = 8
 """Chunks of other points that may overtake one that waits for room."""
 
 
+@dataclass
+class Verdict:
+    """What becomes of a chunk that failed: the chunks that run again, and the jobs that have failed for good."""
+
+    again: list[JobChunk]
+    failed: list[tuple[Job, ThawError]]
+    num_retries: int = 0
+
+
 class Scheduler:
     """`changed` is shared with the fleet. One thread hands out chunks; each chunk runs on one of `threads`."""
 
     def __init__(
-        self, fleet: Fleet, batch: Batch, planner: Planner, *, changed: threading.Condition, threads: Executor,
-        max_batch: int, queue_limit: int, retries: int,
+        self, fleet: Fleet, batch: Batch, planner: Planner, captures: Captures, *, changed: threading.Condition,
+        threads: Executor, max_batch: int, queue_limit: int, retries: int,
     ) -> None:  # fmt: skip
-        self._fleet, self._batch, self._planner = fleet, batch, planner
+        self._fleet, self._batch, self._planner, self._captures = fleet, batch, planner, captures
         self._changed, self._threads = changed, threads
         self._max_batch, self._limit, self._retries = max_batch, queue_limit, retries
         self._lanes: OrderedDict[Hashable, deque[JobChunk]] = OrderedDict()
         self.running: set[JobChunk] = set()
-        self.num_retries = 0
-        self.num_branches = 0
+        """Taken from its lane, until it has ended or lies in a lane again: a chunk that is not answered is always in
+        one of the two, so whoever looks for work (`pause`, `stop`, `close`, a drain) finds all of it under the lock."""
+        self.num_rounds = self.num_branches = self.num_retries = 0
         self._paused = False
         self._closing = False
         self._thread = threading.Thread(target=self._hand_out, name="thaw-pool", daemon=True)
@@ -69,6 +81,7 @@ class Scheduler:
                 raise EngineDied("the pool is closed; make another one")
             for chunk in chunks:
                 self._lanes.setdefault(chunk.lane, deque()).append(chunk)
+            self.num_rounds += 1
             self.num_branches += count
             self._changed.notify_all()
 
@@ -182,7 +195,8 @@ class Scheduler:
         taken = chunk.taken or set()
         good = [pair for pair in free if pair[0].name not in chunk.avoid and pair[0].name not in taken]
         good = good or [pair for pair in free if pair[0].name not in chunk.avoid] or free
-        return min(good, key=lambda pair: (self._planner.cost(chunk.trunk, pair[1]), pair[0].running))
+        point = self._captures.now(chunk.point)
+        return min(good, key=lambda pair: (self._planner.cost(point, pair[1]), pair[0].running))
 
     def _take(self, chunk: JobChunk, worker: Worker, life: Incarnation) -> None:
         """Start a chunk; its lane goes to the end of the round. Under the lock."""
@@ -223,87 +237,91 @@ class Scheduler:
         for job in chunk.jobs:
             job.attempts += 1
         try:
+            if self._closing:  # it was taken, and the pool closed before a thread was free for it
+                raise EngineDied("the pool was closed while this waited")
             results = self._batch.run(chunk, life)
         except BaseException as error:  # noqa: BLE001 - judged, and given to the jobs
-            self._done(chunk, worker, size)
-            # Neither running nor queued until `_requeue`: `pause` does not wait for it, and `stop` and `close` do not
-            # find it in a lane. What they said meanwhile is looked at there, under the lock.
-            self._judge(chunk, worker, life, error)
+            self._failed(chunk, worker, life, size, error)
         else:
-            self._fleet.worked(worker, size)
-            self._done(chunk, worker, size)  # the next chunk may run in it before these results are heard of
+            with self._changed:  # the next chunk may run in it before these results are heard of
+                self._fleet.worked(worker, size)
+                self._leave(chunk, worker, size)
             for job, result in zip(chunk.jobs, results, strict=True):
                 if job.stop:
                     job.end_stopped()
                 else:
                     job.round.settle(result)
 
-    def _done(self, chunk: JobChunk, worker: Worker, size: int) -> None:
+    def _failed(self, chunk: JobChunk, worker: Worker, life: Incarnation, size: int, error: BaseException) -> None:
+        try:
+            verdict = self._judge(chunk, worker, life, error)
+        except BaseException as other:  # noqa: BLE001 - whatever it is, no branch stays without an answer
+            verdict = Verdict([], [(job, _as_ours(other)) for job in chunk.jobs])
+        # From running into the lane in one step: a drain that comes now finds its point in the one or in the other.
         with self._changed:
-            worker.running -= size
-            self.running.discard(chunk)
-            self._changed.notify_all()
+            verdict.failed += self._requeue(verdict.again)
+            self.num_retries += verdict.num_retries
+            self._leave(chunk, worker, size)
+        for job, why in verdict.failed:
+            self._end(job, why)
 
-    def _judge(self, chunk: JobChunk, worker: Worker, life: Incarnation, error: BaseException) -> None:
-        """See the table above."""
+    def _leave(self, chunk: JobChunk, worker: Worker, size: int) -> None:
+        """Under the lock."""
+        worker.running -= size
+        self.running.discard(chunk)
+        self._changed.notify_all()
+
+    def _judge(self, chunk: JobChunk, worker: Worker, life: Incarnation, error: BaseException) -> Verdict:
+        """See the table above. Changes nothing in the queues."""
         if is_out_of_memory(error):
             if self._fleet.restarts:
                 self._fleet.failed(worker, life, error)
-            self._again(chunk, error, pieces=2, avoid=None)
-        elif isinstance(error, KvLost):
-            self._fail(chunk, error)
-        elif isinstance(error, (EngineDied, Busy, StorageFailed)) or not isinstance(error, ThawError):
-            gone = not responds(life)
-            if gone:
+            return self._again(chunk, error, pieces=2, avoid=None)
+        if isinstance(error, KvLost):
+            return Verdict([], [(job, error) for job in chunk.jobs])
+        if isinstance(error, (EngineDied, Busy, StorageFailed)) or not isinstance(error, ThawError):
+            if not responds(life):
                 self._fleet.failed(worker, life, error)
             died_before = any(job.attempts > 1 for job in chunk.jobs)
-            self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)
-        elif isinstance(error, OLD_KV) and chunk.trunk.plain and self._may_try_again(chunk):
+            return self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)
+        if isinstance(error, OLD_KV) and chunk.point.plain and self._may_try_again(chunk):
             self._batch.forget(chunk, life)
-            self._again(chunk, error, pieces=1, avoid=None)
-        elif chunk.stage == "fork" and isinstance(error, NotFound):  # the point was let go of just then, for others
-            self._again(chunk, error, pieces=1, avoid=None)
-        elif chunk.stage == "generate" and len(chunk.jobs) > 1:
-            self._requeue(chunk.split(1))
-        else:
-            self._fail(chunk, error)
+            return self._again(chunk, error, pieces=1, avoid=None)
+        if chunk.stage == "fork" and isinstance(error, NotFound):  # the point was let go of just then, for others
+            return self._again(chunk, error, pieces=1, avoid=None)
+        if chunk.stage == "generate" and len(chunk.jobs) > 1:
+            return Verdict(chunk.split(1), [])
+        return Verdict([], [(job, error) for job in chunk.jobs])
 
     def _may_try_again(self, chunk: JobChunk) -> bool:
         return all(job.attempts <= self._retries for job in chunk.jobs)
 
-    def _again(self, chunk: JobChunk, error: BaseException, *, pieces: int, avoid: str | None) -> None:
-        """Queue again what may be tried again; the others fail with what happened last."""
+    def _again(self, chunk: JobChunk, error: BaseException, *, pieces: int, avoid: str | None) -> Verdict:
+        """What may be tried again runs again; the others fail with what happened last."""
+        left = [job for job in chunk.jobs if job.attempts <= self._retries]
         spent = [job for job in chunk.jobs if job.attempts > self._retries]
-        chunk.jobs = [job for job in chunk.jobs if job.attempts <= self._retries]
-        for job in spent:
-            tries = f"after {job.attempts} attempts in as many lives of workers"
-            self._end(job, EngineDied(f"the branch was given up {tries}: {error}"))
-        if chunk.jobs:
-            if avoid is not None:
-                chunk.avoid.add(avoid)
-            self.num_retries += len(chunk.jobs)
-            self._requeue(chunk.split(-(-len(chunk.jobs) // pieces)))
+        tries = "the branch was given up after {} attempts in as many lives of workers: {}"
+        failed: list[tuple[Job, ThawError]] = [(job, EngineDied(tries.format(job.attempts, error))) for job in spent]
+        if avoid is not None:
+            chunk.avoid.add(avoid)
+        again = chunk.part(left).split(-(-len(left) // pieces)) if left else []
+        return Verdict(again, failed, num_retries=len(left))
 
-    def _requeue(self, chunks: list[JobChunk]) -> None:
-        """To the front of its lane: it has waited already."""
-        with self._changed:
-            closing = self._closing
-            stopped = [job for chunk in chunks for job in chunk.jobs if job.stop]
-            for chunk in reversed(chunks):
-                chunk.jobs = [job for job in chunk.jobs if not job.stop]
-                if chunk.jobs and not closing:
-                    self._lanes.setdefault(chunk.lane, deque()).appendleft(chunk)
-            self._changed.notify_all()
-        for job in stopped:
-            job.end_stopped()
-        if closing:
-            for chunk in chunks:
-                self._fail(chunk, EngineDied("the pool was closed while this was under way"))
+    def _requeue(self, chunks: list[JobChunk]) -> list[tuple[Job, ThawError]]:
+        """To the front of its lane: it has waited already. Under the lock. Gives back the jobs that have ended: they
+        were stopped while their chunk was judged, or the pool was closed."""
+        closed = EngineDied("the pool was closed while this was under way")
+        ended: list[tuple[Job, ThawError]] = []
+        for chunk in reversed(chunks):
+            ended += [(job, closed) for job in chunk.jobs if job.stop or self._closing]
+            chunk.jobs = [] if self._closing else [job for job in chunk.jobs if not job.stop]
+            if chunk.jobs:
+                self._lanes.setdefault(chunk.lane, deque()).appendleft(chunk)
+        return ended
 
-    def _fail(self, chunk: JobChunk, error: BaseException) -> None:
-        found = error if isinstance(error, ThawError) else EngineDied(f"{type(error).__name__}: {error}")
+    def _fail(self, chunk: JobChunk, error: ThawError) -> None:
         for job in chunk.jobs:
-            self._end(job, found)
+            self._end(job, error)
 
     @staticmethod
     def _end(job: Job, error: ThawError) -> None:
@@ -311,3 +329,7 @@ class Scheduler:
             job.end_stopped()
         else:
             job.fail(error)
+
+
+def _as_ours(error: BaseException) -> ThawError:
+    return error if isinstance(error, ThawError) else EngineDied(f"{type(error).__name__}: {error}")

@@ -14,9 +14,10 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import ClassVar
 
 from thaw.core.errors import NotFound, RefConflict, StorageFailed
@@ -60,12 +61,17 @@ class SharedStore:
         self._lock = threading.Lock()
         self._gc_lock = threading.Lock()
         self._used: dict[str, float] = {}
-        self._dropped: list[str] = []
-        self._points = self._captures = self._spills = self._loads = 0
+        self._dropped: SimpleQueue[str] = SimpleQueue()
+        """Names of points that nobody holds. A finalizer puts them there, which may run anywhere: it takes no lock."""
+        self._reclaimed = self._captures = self._spills = self._loads = 0
+        """Under the lock. How many points there are follows from them, so that no finalizer has to count."""
         self._closed = False
 
-    def capture(self, context: Context, session: SessionRef, kept: Kept) -> SharedPoint:
-        """The session as it stands, in the arena. `context` is of this store and the session's engine."""
+    def capture(self, context: Context, session: SessionRef, kept: Kept, nbytes: int = 0) -> SharedPoint:
+        """The session as it stands, in the arena. `context` is of this store and the session's engine. `nbytes`: what
+        it is expected to take, for which room is made first."""
+        if nbytes:
+            self.make_room(nbytes)
         began = time.perf_counter()
         name = f"p/{next(self._numbers)}"
         request = commits.Request(session=session, parent=None, message="", branch=name, meta={}, expect=None)
@@ -73,14 +79,13 @@ class SharedStore:
         if done.conflict is not None:
             raise done.conflict
         with self._lock:
-            self._points += 1
             self._captures += 1
             self._used.update((pack.name, time.monotonic()) for pack in done.captured.packs)
         point = SharedPoint(
             done.result.commit, done.result.num_tokens, done.kept, time.perf_counter() - began,
             done.result.nbytes_written,
         )  # fmt: skip
-        weakref.finalize(point, self._release, name).atexit = False
+        weakref.finalize(point, self._dropped.put, name).atexit = False
         self.make_room(0)
         return point
 
@@ -94,14 +99,12 @@ class SharedStore:
         with self._lock:
             self._loads += 1
             self._used.update(dict.fromkeys(packs, time.monotonic()))
-        return self._tier_of(packs)
-
-    def _tier_of(self, packs: Iterable[str]) -> Tier:
         return "disk" if any((self.store.packs / pack).is_symlink() for pack in packs) else "arena"
 
     def make_room(self, nbytes: int) -> None:
         """Reclaim and spill until `nbytes` more fit, or nothing is left to spill."""
-        if len(self._dropped) >= GC_AFTER or (self._dropped and self._nbytes() + nbytes > self.limit_nbytes):
+        dropped = self._dropped.qsize()
+        if dropped >= GC_AFTER or (dropped and self._nbytes() + nbytes > self.limit_nbytes):
             self.reclaim()
         over = self._nbytes() + nbytes - self.limit_nbytes
         for path, size in self._oldest() if over > 0 else ():
@@ -112,10 +115,9 @@ class SharedStore:
     def reclaim(self) -> None:
         """Remove the bytes of points that nobody holds."""
         with self._gc_lock:
-            with self._lock:
-                names, self._dropped = self._dropped, []
             if self._closed:
                 return
+            names = list(self._take_dropped())
             for name in names:
                 with contextlib.suppress(NotFound, RefConflict):
                     self.store.update_refs(
@@ -127,21 +129,26 @@ class SharedStore:
             with self._lock:
                 self._used = {name: used for name, used in self._used.items() if name in left}
 
+    def _take_dropped(self) -> Iterator[str]:
+        with contextlib.suppress(Empty):
+            while True:
+                name = self._dropped.get_nowait()
+                with self._lock:
+                    self._reclaimed += 1
+                yield name
+
     def stats(self) -> ArenaStats:
-        spilled = sum(entry.stat().st_size for entry in os.scandir(self._spill) if entry.is_file())
-        return ArenaStats(
-            path=str(self.store.path), nbytes=self._nbytes(), limit_nbytes=self.limit_nbytes, spilled_nbytes=spilled,
-            num_points=self._points, num_captures=self._captures, num_spills=self._spills, num_loads=self._loads,
-        )  # fmt: skip
+        spilled, nbytes = sum(_size(entry) for entry in os.scandir(self._spill)), self._nbytes()
+        with self._lock:
+            points = max(0, self._captures - self._reclaimed - self._dropped.qsize())
+            return ArenaStats(
+                path=str(self.store.path), nbytes=nbytes, limit_nbytes=self.limit_nbytes, spilled_nbytes=spilled,
+                num_points=points, num_captures=self._captures, num_spills=self._spills, num_loads=self._loads,
+            )  # fmt: skip
 
     def close(self) -> None:
         self._closed = True
         self.store.close()
-
-    def _release(self, name: str) -> None:
-        """From a finalizer: only noted, for it may run anywhere."""
-        self._dropped.append(name)
-        self._points -= 1
 
     def _resident(self) -> list[tuple[Path, int]]:
         """Packs that are in shared memory, with their sizes."""
@@ -154,16 +161,21 @@ class SharedStore:
         return found
 
     def _nbytes(self) -> int:
+        """Of packs in shared memory."""
         return sum(size for _, size in self._resident())
 
     def _oldest(self) -> list[tuple[Path, int]]:
         done = [(path, size) for path, size in self._resident() if path.suffix == ".safetensors"]
-        return sorted(done, key=lambda pair: self._used.get(pair[0].name, 0.0))
+        with self._lock:
+            return sorted(done, key=lambda pair: self._used.get(pair[0].name, 0.0))
 
     def _move_out(self, path: Path) -> bool:
         """Copy the pack to disk and put a link in its place, atomically for readers. False: it was gone meanwhile."""
         target, link = self._spill / path.name, path.with_name(path.name + ".link")
         with self._gc_lock, storage_errors(target, "spill a pack to"):
+            # Two captures that need room have listed the same packs. What is copied now would be the other's copy.
+            if path.is_symlink():
+                return False
             try:
                 shutil.copyfile(path, target)
                 target.chmod(0o600)
@@ -175,7 +187,8 @@ class SharedStore:
                 for leftover in (link, target):
                     leftover.unlink(missing_ok=True)
                 raise StorageFailed(f"the arena is over its limit and {target} cannot be written: {error}") from error
-        self._spills += 1
+        with self._lock:
+            self._spills += 1
         return True
 
     def _sweep_spill(self) -> None:
@@ -183,3 +196,10 @@ class SharedStore:
         for entry in os.scandir(self._spill):
             if not (self.store.packs / entry.name).is_symlink():
                 os.unlink(entry.path)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """0 for a file that was removed since it was listed."""
+    with contextlib.suppress(FileNotFoundError):
+        return entry.stat().st_size
+    return 0

@@ -6,6 +6,7 @@ After `MAX_RESTARTS` failures with no batch between them it is given up. Whateve
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -79,6 +80,8 @@ class Fleet:
         return None
 
     def _begin(self, worker: Worker) -> Incarnation:
+        if worker.state != "booting":
+            raise EngineDied(f"{worker.name} was ended before it booted again")
         host = self._backend.boot(worker.index, worker.name, self.policy_version)
         try:
             return self._brought_to_policy(worker, host)
@@ -91,29 +94,29 @@ class Fleet:
         applied: Update | None = None
         while True:
             with self.changed:
+                if (
+                    worker.state != "booting"
+                ):  # it was drained meanwhile, or the pool was closed: it is not to come back
+                    raise EngineDied(f"{worker.name} was ended while it booted")
                 if self._update is applied:
                     worker.life, worker.state = life, "ready"
                     worker.incarnation += 1
                     worker.boot_s = host.boot_s
-                    closing = self._closing
                     self.changed.notify_all()
-                    break
+                    return life
                 applied = self._update
             assert applied is not None
             apply(life, applied)
-        if closing:
-            host.kill()
-        return life
 
     def _boot_failed(self, worker: Worker, error: ThawError, again: bool) -> None:
         with self.changed:
             worker.failures_in_row += 1
             worker.last_error = str(error)
-            retry = again and not self._closing and worker.failures_in_row <= MAX_RESTARTS
+            retry = again and worker.state == "booting" and worker.failures_in_row <= MAX_RESTARTS
             worker.state = "booting" if retry else "gone"
             self.changed.notify_all()
         if retry:
-            self._threads.submit(self._boot, worker, again=True)
+            self._later(self._boot, worker, again=True)
 
     # -- death
 
@@ -133,15 +136,20 @@ class Fleet:
             worker.state = "booting" if again else "gone"
             self.changed.notify_all()
         if not self._closing:
-            self._threads.submit(self._bury, worker, life, again)
+            self._later(self._bury, worker, life, again)
 
     def _bury(self, worker: Worker, life: Incarnation, again: bool) -> None:
         life.host.kill()
         if again:
             self._boot(worker, again=True)
 
+    def _later(self, work: Callable[..., object], *given: Any, **how: Any) -> None:
+        """On a thread of the pool. One that closes just now takes no more: what it would do, closing does."""
+        with contextlib.suppress(RuntimeError):
+            self._threads.submit(work, *given, **how)
+
     def worked(self, worker: Worker, branches: int) -> None:
-        """A batch came through: failures are counted anew."""
+        """A batch came through: failures are counted anew. Under the lock."""
         worker.failures_in_row = 0
         worker.num_branches += branches
 
@@ -167,7 +175,8 @@ class Fleet:
     # -- looking
 
     def ready(self) -> list[tuple[Worker, Incarnation]]:
-        return [(w, w.life) for w in self.workers if w.state == "ready" and w.life is not None]
+        with self.changed:
+            return [(w, w.life) for w in self.workers if w.state == "ready" and w.life is not None]
 
     def hopeless(self) -> bool:
         """Whether no worker is or will be ready."""
@@ -186,30 +195,55 @@ class Fleet:
         return found[0]
 
     def stats(self) -> tuple[WorkerStats, ...]:
-        return tuple(
-            WorkerStats(
-                name=w.name, state=w.state, pid=w.life.host.pid if w.life else None, running=w.running,
-                resident_points=w.life.num_residents() if w.life else 0, incarnation=w.incarnation,
-                num_branches=w.num_branches, num_failures=w.num_failures, boot_s=w.boot_s,
-            )
-            for w in list(self.workers)
-        )  # fmt: skip
+        with self.changed:
+            return tuple(
+                WorkerStats(
+                    name=w.name, state=w.state, pid=w.life.host.pid if w.life else None, running=w.running,
+                    resident_points=w.life.num_residents() if w.life else 0, incarnation=w.incarnation,
+                    num_branches=w.num_branches, num_failures=w.num_failures, boot_s=w.boot_s,
+                )
+                for w in self.workers
+            )  # fmt: skip
 
     # -- end
 
-    def drain(self, worker: Worker, rescue: Callable[[Incarnation], None]) -> None:
-        """Give it nothing more, wait for what runs there, `rescue` what only it has, and end it."""
+    def drain(self, worker: Worker, rescues: Callable[[Incarnation], list[Callable[[], object]]]) -> None:
+        """Give it nothing more, wait for what runs there, rescue what only it has, and end it. Idempotent.
+
+        `rescues` is asked under the lock, and once more when all that it gave were called: a round that is accepted
+        meanwhile has its point rescued too, and none is accepted between the last look and the end."""
         with self.changed:
-            worker.state = "draining"
+            if worker.state != "gone":
+                worker.state = "draining" if worker.life is not None else "gone"
             self.changed.notify_all()
-            self.changed.wait_for(lambda: worker.running == 0)
+            self.changed.wait_for(lambda: worker.running == 0 and _settled(worker.life))
             life = worker.life
-        if life is not None:
-            rescue(life)
+        while life is not None:
             with self.changed:
-                life.over, worker.life, worker.state = True, None, "gone"
-                self.changed.notify_all()
+                left = rescues(life)
+                if not left:
+                    life.over, worker.life, worker.state = True, None, "gone"
+                    self.changed.notify_all()
+                    break
+            for rescue in left:
+                rescue()
+        if life is not None:
             life.host.close()
+
+    def beside(self, life: Incarnation, capture: Callable[[], object]) -> Callable[[], None]:
+        """`capture`, to be run on another thread; a drain of `life` waits for it from now on."""
+        with self.changed:
+            life.captures += 1
+
+        def run() -> None:
+            try:
+                capture()
+            finally:
+                with self.changed:
+                    life.captures -= 1
+                    self.changed.notify_all()
+
+        return run
 
     def close(self) -> None:
         with self.changed:
@@ -227,6 +261,11 @@ class Fleet:
             end.start()
         for end in ends:
             end.join()
+
+
+def _settled(life: Incarnation | None) -> bool:
+    """Whether no capture beside its batches is under way."""
+    return life is None or life.over or not life.captures
 
 
 def apply(life: Incarnation, update: Update) -> None:

@@ -25,7 +25,7 @@ import pytest
 
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.base import GenerateRequest, SessionRef
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, same, seeded
 from thaw.testing.plans import mount_at
 

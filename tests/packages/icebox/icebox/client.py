@@ -27,9 +27,9 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.embedded.driver import Promise
 from thaw.engines.error_kinds import made
 from thaw.engines.fake.codec import FakeCodec
+from thaw.engines.promise import Promise
 
 LIMIT_S = 60.0
 

@@ -25,9 +25,9 @@ from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut
 from thaw.data.files import read_tail
 from thaw.engines.hf.config import check_length, load_config
 from thaw.engines.keys import api_key as key_for
-from thaw.engines.served.joining import join
-from thaw.engines.served.mail import Mail
-from thaw.engines.served.transport import Transport
+from thaw.engines.served.client.attach import join
+from thaw.engines.served.client.transport import Transport
+from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.http import SglangHttpTransport
 from thaw.engines.sglang.settings import (
@@ -104,7 +104,7 @@ class OwnServer:
         self._process.wait()
         self._log.close()
         Path(self._log.name).unlink(missing_ok=True)
-        Mail(Path(self._settings.mail)).remove()
+        Mailbox(Path(self._settings.mail)).remove()
 
 
 class OwnServerTransport(SglangHttpTransport):
@@ -150,9 +150,9 @@ def attach(target: Any, *, policy: str, api_key: str | None = None) -> SglangEng
         return join(SglangEngine, to_server, policy=policy)
     if api_key is not None:
         raise InvalidRequest("api_key goes with the address of a server")
-    from thaw.engines.sglang.client.inside import InsideTransport
+    from thaw.engines.sglang.client.engine_object import EngineObjectTransport
 
-    transport = InsideTransport(target)
+    transport = EngineObjectTransport(target)
 
     async def to_engine() -> Transport:
         return transport

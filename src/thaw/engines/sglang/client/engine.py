@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from thaw.engines.embedded.turns import OpenTurn
-from thaw.engines.served.dialect import Dialect
-from thaw.engines.served.engine import ServedEngine
+from thaw.engines.served.client.dialect import Dialect
+from thaw.engines.served.client.engine import ServedEngine
+from thaw.engines.served.client.transport import Chunk
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
-from thaw.engines.served.transport import Chunk
+from thaw.engines.session.turns import OpenTurn
 
 
 class SglangDialect(Dialect):

@@ -14,10 +14,10 @@ import httpx
 import msgspec
 
 from thaw.core.errors import EngineDied, NotFound, TimedOut
-from thaw.engines.served import http
-from thaw.engines.served.http import HELLO_LIMIT_S, Call
-from thaw.engines.served.said import error_text
-from thaw.engines.served.transport import Chunk, Submission
+from thaw.engines.served.client import http
+from thaw.engines.served.client.http import HELLO_LIMIT_S, Call
+from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.http_errors import error_text
 from thaw.engines.sglang.client import wire
 
 

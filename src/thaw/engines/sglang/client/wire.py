@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from thaw.engines.served import protocol
+from thaw.engines.served.client.transport import Chunk, Submission
 from thaw.engines.served.sampling_extra import EXTRA
-from thaw.engines.served.transport import Chunk, Submission
 from thaw.engines.sglang.settings import ACTION, REFUSED
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.engines.served import protocol
-from thaw.engines.served.mail import Mail, default_folder
-from thaw.engines.served.transport import Chunk, LogprobsOfToken, Submission, Transport
+from thaw.engines.served.client.transport import Chunk, LogprobsOfToken, Submission, Transport
+from thaw.engines.served.mailbox import Mailbox, default_folder
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.settings import from_extra_config
 
@@ -111,11 +111,11 @@ def _own(step: Any, token: int) -> float:
     return float(step[token].logprob)
 
 
-def mail_of(vllm_config: Any) -> Mail:
+def mail_of(vllm_config: Any) -> Mailbox:
     """The engine's mail, by its own configuration. Raises `NotFound` without thaw's connector."""
     base = mail_folder(vllm_config)
     support.require_one_rank(vllm_config.parallel_config)
-    return Mail(base)
+    return Mailbox(base)
 
 
 def mail_folder(vllm_config: Any) -> Path:

@@ -9,9 +9,9 @@ from thaw.core.errors import EngineDied, InvalidRequest, ThawError, Unsupported
 from thaw.engines.base import Engine
 from thaw.engines.hf.config import check_length, load_config, num_positions
 from thaw.engines.keys import api_key as key_for
-from thaw.engines.served.engine import MAX_TOP_LOGPROBS
-from thaw.engines.served.joining import join
-from thaw.engines.served.transport import Transport
+from thaw.engines.served.client.attach import join
+from thaw.engines.served.client.engine import MAX_TOP_LOGPROBS
+from thaw.engines.served.client.transport import Transport
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.client.fleet import DataParallelEngine
@@ -140,12 +140,12 @@ def _in_this_process(target: Any) -> Transport:
 
         return LLMTransport(target)
     if isinstance(target, AsyncLLM):
-        from thaw.engines.served.elsewhere import ElsewhereTransport
+        from thaw.engines.served.client.foreign_loop import ForeignLoopTransport
         from thaw.engines.vllm.client.async_llm import AsyncLLMTransport, home_of
 
         inner = AsyncLLMTransport(target, owned=False)
         home = home_of(target)
-        return inner if home is None else ElsewhereTransport(inner, home)
+        return inner if home is None else ForeignLoopTransport(inner, home)
     raise InvalidRequest(
         f"attach: a {type(target).__name__} is none of: the address of a vLLM server, an AsyncLLM, an LLM"
     )

@@ -9,12 +9,12 @@ from typing import Any
 from thaw.core.errors import Unsupported
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling, StructuredOutputs
-from thaw.engines.embedded.bad_words import bad_ids, straddling
-from thaw.engines.embedded.turns import OpenTurn
-from thaw.engines.served.dialect import Dialect
-from thaw.engines.served.engine import CAPABILITIES, ServedEngine
+from thaw.engines.served.client.dialect import Dialect
+from thaw.engines.served.client.engine import CAPABILITIES, ServedEngine
 from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
+from thaw.engines.session.bad_words import bad_ids, straddling
+from thaw.engines.session.turns import OpenTurn
 
 MAX_V2_STOPS, MAX_V2_BIASES, MAX_V2_BAD_WORDS = 128, 1024, 128
 """vllm/v1/worker/gpu/sample/logit_bias.py and bad_words.py, in 0.26 and 0.32."""

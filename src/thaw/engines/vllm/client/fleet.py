@@ -31,7 +31,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
-from thaw.engines.embedded.driver import Promise
+from thaw.engines.promise import Promise
 from thaw.engines.vllm.client.engine import VllmEngine
 
 T = TypeVar("T")

@@ -22,12 +22,13 @@ import msgspec
 import rfc8785
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound, TimedOut, Unsupported
-from thaw.engines.served import http, protocol
-from thaw.engines.served.http import HELLO_LIMIT_S, Call
-from thaw.engines.served.mail import ranks_beside
+from thaw.engines.served import protocol
+from thaw.engines.served.client import http
+from thaw.engines.served.client.http import HELLO_LIMIT_S, Call
+from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.http_errors import error_text, server_message
+from thaw.engines.served.mailbox import ranks_beside
 from thaw.engines.served.protocol import Message
-from thaw.engines.served.said import error_text, server_message
-from thaw.engines.served.transport import Chunk, Submission
 
 log = logging.getLogger("thaw.vllm")
 RANK_HEADER = "X-data-parallel-rank"

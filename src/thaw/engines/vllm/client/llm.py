@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
-from thaw.engines.served.transport import Chunk, Submission, Transport
+from thaw.engines.served.client.transport import Chunk, Submission, Transport
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.client.async_llm import RELOAD, chunk_of, mail_of, sampling_params
 

@@ -1,0 +1,310 @@
+"""thaw's contract over the requests of an engine that serves them from processes of its own: vLLM, SGLang.
+
+All that the client knows is owned by one event loop on a thread of its own (`loop`); every verb is a coroutine there.
+KV stays in the engine's processes: a session names a record in the workers' arena, a fork names its parent's. A verb
+becomes messages and requests (`talk`, `generation`, `capturing`, `hydrating`, `pins`); what one server says otherwise
+than another is in its `Dialect`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from thaw.core.cache import CacheGroup
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
+from thaw.core.identity import ModelIdentity
+from thaw.core.objects import Chat
+from thaw.core.proof import Continuation
+from thaw.core.sampling import check_seed, derive, fresh_seed
+from thaw.engines.base import (
+    MAX_CHILDREN,
+    Captured,
+    CapturePlan,
+    Codec,
+    Completion,
+    Engine,
+    EngineInfo,
+    GenerateRequest,
+    Handle,
+    Hydrated,
+    HydratePlan,
+    SessionRef,
+    SessionView,
+)
+from thaw.engines.served import protocol
+from thaw.engines.served.client import capturing, hydrating
+from thaw.engines.served.client.channel import EngineChannel, worker_facts
+from thaw.engines.served.client.dialect import Dialect
+from thaw.engines.served.client.event_loop import LoopThread, soon
+from thaw.engines.served.client.generation import Generation
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.pins import ClientPins
+from thaw.engines.served.client.session import ServedSession, forked, new_session
+from thaw.engines.served.client.transport import Transport
+from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+from thaw.engines.session.turns import reseed
+
+CAPABILITIES = frozenset(
+    {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
+)
+MAX_TOP_LOGPROBS = 100
+
+
+class ServedEngine(Engine):
+    """One server (tensor-parallel ranks included). Sessions live until `close_session` or `close`."""
+
+    name: ClassVar[str]
+    """As `load_engine` knows it."""
+    dialect: ClassVar[type[Dialect]]
+    continuation: ClassVar[Continuation] = "decode-exact"
+    capabilities: ClassVar[frozenset[str]] = CAPABILITIES
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        codec: Codec,
+        identity: Callable[[tuple[CacheGroup, ...]], ModelIdentity],
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        name: str,
+        policy: str,
+        loop: LoopThread,
+    ) -> None:
+        self._loop, self._transport = loop, transport
+        self._sessions: dict[SessionRef, ServedSession] = {}
+        self.codec = codec
+        self.info = self._info(transport.facts, worker_facts(transport)[0], name, vocab_size, eos_token_ids)
+        self._talk = EngineChannel(transport, self.dialect(transport.facts, self.info, codec))
+        self._model = ServedModel(self._talk, self.info, codec, policy, identity)
+        self._pins = ClientPins(loop, self._talk)
+        self._generation = Generation(loop, self._talk, self._model)
+
+    def _info(
+        self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
+    ) -> EngineInfo:
+        return EngineInfo(
+            name=self.name,
+            version=facts.version,
+            model=model,
+            device=worker.layout.get("device", "cpu"),
+            continuation=self.continuation,
+            groups=worker.groups,
+            max_model_len=facts.max_model_len,
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            capabilities=self.capabilities_of(facts),
+            numerics={
+                self.name: facts.version,
+                "runner": facts.runner,
+                "block_size": str(facts.block_size),
+                "tensor_parallel_size": str(facts.world_size),
+                **{f"layout.{key}": value for key, value in worker.layout.items()},
+            },
+            num_packs=facts.world_size,
+        )
+
+    def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
+        """`capabilities`, as far as this server has them."""
+        return self.capabilities
+
+    # -- the contract
+
+    def identity(self) -> ModelIdentity:
+        return self._loop.wait(self._model.identity())
+
+    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        number = fresh_seed() if seed is None else int(check_seed(seed))
+        return self._loop.wait(soon(lambda: self._admit(new_session(self._model.policy, number, salt, share_prefix))))
+
+    def view(self, session: SessionRef) -> SessionView:
+        return self._loop.wait(soon(lambda: self._get(session).view()))
+
+    def append(
+        self,
+        session: SessionRef,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        role: str | None = None,
+        chat: Chat | None = None,
+    ) -> Handle[SessionView]:
+        return self._loop.begin(
+            lambda promise: self._generation.append(promise, self._usable(session), list(token_ids), text, role, chat)
+        )
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
+        if not requests:
+            raise InvalidRequest("generate: no requests; give at least one session")
+        asked = tuple(requests)
+        return self._loop.begin(lambda promise: self._generation.generate(promise, self._batch(asked), asked))
+
+    def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
+        return self._loop.begin(lambda _: capturing.capture(self._fresh(session), plan, self._talk, self._model))
+
+    def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        async def restore(_: object) -> Hydrated:
+            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation)
+            assert session.proof is not None
+            return Hydrated(session=self._admit(session), proof=session.proof)
+
+        return self._loop.begin(restore)
+
+    def fork(
+        self,
+        session: SessionRef,
+        n: int,
+        *,
+        at: int | None = None,
+        replay: bool = False,
+        seeds: Sequence[int] | None = None,
+    ) -> Handle[list[SessionRef]]:
+        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
+            raise InvalidRequest(
+                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
+            )
+        for seed in seeds or ():
+            check_seed(seed)
+        return self._loop.begin(lambda _: soon(lambda: self._fork(self._fresh(session), n, at, replay, seeds)))
+
+    def park(self, session: SessionRef) -> Handle[SessionView]:
+        def put_away() -> SessionView:
+            live = self._usable(session)
+            live.parked = True
+            return live.view()
+
+        return self._loop.begin(lambda _: soon(put_away))
+
+    def set_policy(self, version: str) -> None:
+        """See the contract. Sessions opened before keep the old version; their KV is not used any more. All pins of
+        the engine end, so that the server's own reset of its prefix cache works."""
+        if not version or len(version) > 200:
+            raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
+
+        async def change() -> None:
+            self._model.policy = version
+            await self._pins.end_all()
+
+        self._loop.wait(change())
+
+    @property
+    def policy_version(self) -> str:
+        return self._model.policy
+
+    def pin(self, session: SessionRef, seconds: float) -> Handle[int]:
+        """Hold the session's full blocks in the engine for `seconds` (0: let go). The result is the tokens held.
+
+        Opt-in, because it takes room from everybody, and the server's own reset of its prefix cache may refuse to run
+        while blocks are held (docs/engines). Ends by itself at the engine's limit (`pin_seconds`), when the session
+        is closed, with `set_policy`, and with `release_pins`.
+        """
+        return self._loop.begin(lambda _: self._pins.pin(self._usable(session), seconds))
+
+    def release_pins(self) -> None:
+        """End all pins of the engine, other clients' too: before the server's own reset, pause, sleep or weight update.
+        Works while the engine is paused."""
+        self._loop.wait(self._pins.end_all())
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the engine: records, blocks (free, pinned), captures, hydrates, refusals, bytes of the arenas."""
+        return self._loop.wait(self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))).counts
+
+    def switch(self, *, on: bool = True, watch_weights: bool = True) -> None:
+        """Turn thaw off in the engine without a restart (thaw's requests are refused, plain ones untouched), or on.
+
+        `watch_weights` False leaves out the look at the weights where KV is used: only for owners who announce every
+        change with `set_policy`, for what nobody announces is then not noticed.
+        """
+        message = protocol.Switch(id=secrets.token_hex(16), on=on, watch_weights=watch_weights)
+        self._loop.wait(self._talk.command(message))
+
+    def collective_rpc(
+        self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> list[Any]:
+        """The server's own `collective_rpc` on every worker, for engines of this process: how trainers load weights."""
+        return self._loop.wait(self._transport.collective_rpc(method, args, kwargs or {}))
+
+    def alive(self) -> bool:
+        """Whether the engine's process runs and this client is open."""
+        if self._loop.closed:
+            return False
+        try:
+            self._transport.mail.check_alive()
+        except EngineDied:
+            return False
+        return True
+
+    def close_session(self, session: SessionRef) -> None:
+        async def drop() -> None:
+            live = self._sessions.pop(session, None)
+            if live is not None and live.busy is not None:
+                await self._generation.abort(live.busy)
+            if live is not None:
+                await self._pins.end_of(live)
+
+        if not self._loop.closed:
+            self._loop.wait(drop())
+
+    def close(self) -> None:
+        if not self._loop.closed:
+            self._loop.wait(self._shut())
+
+    async def _shut(self) -> None:
+        await self._loop.end()
+        self._sessions.clear()
+        self._pins.forget_all()
+        await self._talk.farewell()
+        await self._transport.close()
+        self._loop.stop()
+
+    # -- the sessions' table
+
+    def _admit(self, session: ServedSession) -> SessionRef:
+        self._sessions[session.ref] = session
+        return session.ref
+
+    def _get(self, ref: SessionRef) -> ServedSession:
+        live = self._sessions.get(ref)
+        if live is None:
+            raise NotFound(
+                f"session {ref[:8]}… is not open in this engine: it was closed, or belongs to another engine"
+            )
+        return live
+
+    def _fresh(self, ref: SessionRef) -> ServedSession:
+        """The session, if its KV is of the policy that runs now. The weights are looked at where KV is used."""
+        live, policy = self._get(ref), self._model.policy
+        if live.policy != policy:
+            if live.computed():
+                raise StaleSession(
+                    f"the session's KV is of policy {live.policy!r}; the engine now runs policy {policy!r}. "
+                    f"{StaleSession.way_out}"
+                )
+            live.policy = policy
+        return live
+
+    def _usable(self, ref: SessionRef) -> ServedSession:
+        live = self._fresh(ref)
+        if live.busy is not None:
+            raise Busy(f"session {ref[:8]}… is running; wait for its result, cancel it, or fork it")
+        return live
+
+    def _batch(self, asked: Sequence[GenerateRequest]) -> list[ServedSession]:
+        refs = [request.session for request in asked]
+        if len(set(refs)) != len(refs):
+            raise InvalidRequest("generate: the same session stands twice in one batch; fork it first")
+        return [self._usable(ref) for ref in refs]
+
+    def _fork(
+        self, parent: ServedSession, n: int, at: int | None, replay: bool, seeds: Sequence[int] | None
+    ) -> list[SessionRef]:
+        position = len(parent.tokens) if at is None else at
+        if not 0 <= position <= len(parent.tokens):
+            raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
+        children = [forked(parent, position, self.codec, self.info.continuation) for _ in range(n)]
+        for i, child in enumerate(children):
+            if not replay:
+                reseed(child, seeds[i] if seeds else derive(parent.seed, position, i))
+        return [self._admit(child) for child in children]

@@ -1,0 +1,179 @@
+"""Sessions run: prompts are read and completions made, each by a request of its own.
+
+What comes back is taken token by token (`ActiveRequest`); the client ends a turn itself, and then the request."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from thaw.core.errors import Cancelled, InvalidRequest, TooLong
+from thaw.core.objects import Chat
+from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
+from thaw.engines.promise import Promise
+from thaw.engines.served.client.channel import EngineChannel, refusal
+from thaw.engines.served.client.event_loop import LoopThread
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.request import ActiveRequest, claim, nobody
+from thaw.engines.served.client.session import ServedSession
+from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.protocol import Message
+from thaw.engines.session.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
+
+
+class Generation:
+    """On the loop. The sessions that it is given are not busy; their `busy` is the lane until the request has ended."""
+
+    def __init__(self, loop: LoopThread, talk: EngineChannel, model: ServedModel) -> None:
+        self._loop, self._talk, self._model = loop, talk, model
+
+    async def generate(
+        self, promise: Promise[list[Completion]], sessions: Sequence[ServedSession], asked: Sequence[GenerateRequest]
+    ) -> list[Completion]:
+        """One completion for each session. All start in one step; one that fails does not stop the others."""
+        lanes = self._begin(sessions, asked, promise.emit)
+        promise.on_cancel = lambda: self._cancel(lanes)
+        group = secrets.token_hex(16) if len(lanes) > 1 else None
+        outcomes = await asyncio.gather(
+            *(self._generate_one(lane, group, len(lanes)) for lane in lanes), return_exceptions=True
+        )
+        promise.on_cancel = None  # it refers to the sessions, and the promise may be kept for long
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [lane.completion() for lane in lanes]
+
+    async def append(
+        self,
+        promise: Promise[SessionView],
+        session: ServedSession,
+        tokens: list[int],
+        text: str,
+        role: str | None,
+        chat: Chat | None = None,
+    ) -> SessionView:
+        """Read a prompt. Cancelled, the session keeps what was read by then."""
+        self._model.check_tokens(len(session.tokens), tokens, 0)
+        limit = self._model.info.max_model_len
+        if len(session.tokens) + len(tokens) >= limit:
+            raise TooLong(
+                f"{len(session.tokens) + len(tokens)} tokens fill the engine's {limit}; it needs "
+                "room for one more to read them"
+            )
+        if not tokens:
+            return session.view()
+        settle_turn(session)
+        request = GenerateRequest(session=session.ref, prompt=tuple(tokens), prompt_text=text, role=role, chat=chat)
+        lane = claim(0, session, request, nobody, self._talk.dropped.append)
+        promise.on_cancel = lambda: self._cancel([lane])
+        try:
+            return await self._prefill(lane)
+        finally:
+            promise.on_cancel = None
+            lane.release()
+
+    async def abort(self, lane: ActiveRequest) -> None:
+        """Stop it at the next step boundary."""
+        lane.aborted = True
+        await self._talk.transport.abort(lane.name)
+
+    def _cancel(self, lanes: Sequence[ActiveRequest]) -> None:
+        """Stop these, from any thread."""
+        self._loop.inner.call_soon_threadsafe(self._abort_soon, lanes)
+
+    def _abort_soon(self, lanes: Sequence[ActiveRequest]) -> None:
+        for lane in lanes:
+            self._loop.spawn(partial(self.abort, lane))
+
+    # -- before a request
+
+    def _begin(
+        self, sessions: Sequence[ServedSession], asked: Sequence[GenerateRequest], emit: Callable[[Delta], None]
+    ) -> list[ActiveRequest]:
+        """Check every request before any session is touched."""
+        for session, request in zip(sessions, asked, strict=True):
+            self._check_request(session, request)
+        lanes = []
+        for i, (session, request) in enumerate(zip(sessions, asked, strict=True)):
+            if not request.resume:
+                settle_turn(session)
+            lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
+        return lanes
+
+    def _check_request(self, session: ServedSession, request: GenerateRequest) -> None:
+        if request.resume:
+            last = require_resumable(session, request, self._model.policy)
+            self._talk.dialect.check_resume(last, session.tokens[last.start :])
+            return
+        if request.sampling is None:
+            raise InvalidRequest("generate: no sampling given")
+        self._model.check_tokens(len(session.tokens), request.prompt, 1)
+        self._talk.dialect.check(request.sampling)
+        if not session.tokens and not request.prompt:
+            raise InvalidRequest("generate: the session is empty and so is the prompt; append something first")
+
+    # -- a request
+
+    async def _generate_one(self, lane: ActiveRequest, group: str | None, size: int) -> None:
+        session = lane.session
+        try:
+            start = len(session.tokens)
+            session.tokens += lane.prompt
+            if lane.prompt:
+                close_prompt(session, start, lane.request.prompt_text, lane.request.role, lane.request.chat)
+            session.turn = open_turn(session, lane.request, self._model.codec)
+            lane.num_prompt = len(session.tokens)
+            await self._decode(lane, session.turn, lane.message(group, size))
+        finally:
+            lane.release()
+
+    async def _decode(self, lane: ActiveRequest, turn: OpenTurn, message: Message) -> None:
+        session, info = lane.session, self._model.info
+        num_top = turn.sampling.logprobs or 0
+        sampling = self._talk.dialect.fields(turn, len(session.tokens))
+
+        def take(chunk: Chunk) -> bool:
+            if not lane.aborted:
+                entropies = self._entropies(lane, turn, len(chunk.token_ids))
+                lane.take(chunk, entropies, info.eos_token_ids, info.max_model_len, num_top)
+            return lane.reason is None and not lane.aborted
+
+        submission = Submission(lane.name, list(session.tokens), sampling, session.cache_salt or None, message)
+        if turn.sampling.entropy:
+            self._talk.mail.expect_entropies(lane.name)
+        try:
+            answer = await self._talk.run(submission, take)
+        finally:
+            self._talk.mail.drop_entropies(lane.name)
+        if lane.reason is None:
+            lane.abort()
+        lane.close()
+        lane.count(answer)
+
+    def _entropies(self, lane: ActiveRequest, turn: OpenTurn, count: int) -> Sequence[float | None]:
+        """Of the next `count` tokens, which have come: the engine says them in the mail, before it sends the tokens."""
+        if not turn.sampling.entropy:
+            return [None] * count
+        return self._talk.mail.entropies(lane.name, len(lane.session.tokens) - lane.num_prompt, count)
+
+    async def _prefill(self, lane: ActiveRequest) -> SessionView:
+        session, one = lane.session, self._talk.dialect.one_token
+        start, whole = len(session.tokens), [*session.tokens, *lane.prompt]
+        lane.num_prompt = len(whole)
+        submission = Submission(lane.name, whole, one, session.cache_salt or None, lane.message(None, 1))
+        answer = await self._talk.run(submission, lambda _: not lane.aborted)
+        if answer.kind:
+            raise refusal(answer)
+        if not lane.aborted and answer.num_tokens <= len(whole):
+            lane.aborted = True
+        count = max(start, min(answer.num_kv, len(whole))) if lane.aborted else len(whole)
+        session.tokens = whole[:count]
+        asked = lane.request
+        close_prompt(session, start, asked.prompt_text, asked.role, asked.chat if count == len(whole) else None)
+        lane.count(answer)
+        if lane.aborted:
+            raise Cancelled("cancelled by the caller; the session keeps the tokens it has")
+        session.busy = None
+        return session.view()

@@ -1,0 +1,131 @@
+"""Hydrate: a session's KV from packs into the engine's arena, then into its blocks, as the engine itself counts."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused
+from thaw.core.identity import compare
+from thaw.core.proof import Continuation, Proof
+from thaw.engines import restoring
+from thaw.engines.base import HydratePlan
+from thaw.engines.promise import Promise
+from thaw.engines.served import protocol
+from thaw.engines.served.client.channel import EngineChannel, refusal
+from thaw.engines.served.client.generation import Generation
+from thaw.engines.served.client.model import ServedModel
+from thaw.engines.served.client.session import Node, ServedSession, new_session
+from thaw.engines.served.client.transport import Chunk, Submission
+
+
+async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, generation: Generation) -> ServedSession:
+    """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
+    it may not be recomputed."""
+    identity = await model.identity()
+    try:
+        compare(plan.identity, identity)
+        restoring.check_kept(plan)
+    except Refused as refused:
+        if plan.policy != "recompute" or getattr(refused, "field", "") == "tokenizer":
+            raise
+        return await _recompute(plan, str(refused), model, generation)
+    model.check_tokens(0, plan.tokens, 0)
+    session = _restored(plan, model.policy)
+    proof = await _fill(session, plan, talk, model) if plan.num_kv else None
+    session.proof = proof or _nothing_to_restore(plan, model.info.continuation)
+    if session.policy != model.policy:
+        raise PolicyMismatch(f"the engine's policy changed to {model.policy!r} while the session was hydrated")
+    return session
+
+
+def _restored(plan: HydratePlan, policy: str) -> ServedSession:
+    session = new_session(policy, plan.seed, plan.salt, plan.share_prefix)
+    session.tokens, session.turns = list(plan.tokens), list(plan.turns)
+    return session
+
+
+async def _fill(session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel) -> Proof:
+    """The plan into the engine's arena, then into its blocks, by a request that the engine itself counts."""
+    node = Node(talk.dropped.append)
+    name = secrets.token_hex(16)
+    talk.mail.put_plan(name, plan)
+    try:
+        answer = await talk.command(protocol.Fill(id=name, record=node.name))
+    finally:
+        talk.mail.drop_plan(name)
+    session.node, session.own, session.num_kv = node, True, plan.num_kv
+    started = time.monotonic()
+    cached = await _probe(session, plan, talk, model.info.max_model_len)
+    return Proof(
+        num_prompt_tokens=len(plan.tokens),
+        num_cached_tokens=cached,
+        matched=plan.num_kv,
+        first_mismatch=None,
+        nbytes=answer.nbytes,
+        verification="disk-verified",
+        continuation=model.info.continuation,
+        share_prefix=plan.share_prefix,
+        stages_s={**answer.stages_s, "load": time.monotonic() - started},
+    )
+
+
+async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel, limit: int) -> int:
+    """One request of the restored tokens and one more: the engine's count of what it found is the proof."""
+    tokens = [*plan.tokens[: plan.num_kv], 0]
+    if len(tokens) >= limit:
+        tokens = tokens[: limit - 1]
+    want = min(plan.num_kv, len(tokens) - 1)
+    assert session.node is not None
+    name, record = secrets.token_hex(16), secrets.token_hex(16)
+    message = protocol.Run(id=name, record=record, source=session.node.name, num_kv=want, keep=False)
+    ends: list[str | None] = []
+
+    def take(chunk: Chunk) -> bool:
+        ends.append(chunk.finish_reason)
+        return True
+
+    submission = Submission(name, tokens, talk.dialect.one_token, session.cache_salt or None, message)
+    answer = await talk.run(submission, take)
+    talk.dropped.append(record)
+    if answer.kind:
+        raise refusal(answer)
+    cached = answer.local + answer.external
+    if "abort" in ends:
+        raise Busy("the engine's owner stopped all requests while the session was hydrated; try it again later")
+    if cached < want:
+        raise NotHit(f"the engine counted {cached} of {want} restored tokens as cached; nothing was recomputed")
+    return plan.num_kv if want == cached else cached
+
+
+async def _recompute(plan: HydratePlan, reason: str, model: ServedModel, generation: Generation) -> ServedSession:
+    """Prefill the plan's tokens again, because the caller allowed it."""
+    session = _restored(plan, model.policy)
+    turns, session.tokens, session.turns = session.turns, [], []
+    if plan.tokens:
+        await generation.append(Promise(), session, list(plan.tokens), "", None)
+    session.turns = turns
+    session.proof = Proof(
+        num_prompt_tokens=len(plan.tokens),
+        num_cached_tokens=0,
+        matched=0,
+        first_mismatch=0,
+        num_recomputed_tokens=len(plan.tokens),
+        verification="none",
+        continuation="close",
+        share_prefix=plan.share_prefix,
+        reason=reason,
+    )
+    return session
+
+
+def _nothing_to_restore(plan: HydratePlan, continuation: Continuation) -> Proof:
+    return Proof(
+        num_prompt_tokens=len(plan.tokens),
+        num_cached_tokens=0,
+        matched=0,
+        first_mismatch=None,
+        verification="disk-verified",
+        continuation=continuation,
+        share_prefix=plan.share_prefix,
+    )

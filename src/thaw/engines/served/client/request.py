@@ -1,0 +1,181 @@
+"""One session's way through one request: what it goes on from, tokens in, tokens out, and when its turn ends."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from thaw.core.errors import NotHit
+from thaw.core.objects import Turn
+from thaw.engines.base import Completion, Delta, GenerateRequest
+from thaw.engines.served import protocol
+from thaw.engines.served.client.channel import refusal
+from thaw.engines.served.client.session import Node, ServedSession
+from thaw.engines.served.client.transport import Chunk
+from thaw.engines.served.protocol import Answer
+from thaw.engines.session.turns import completion
+
+
+@dataclass
+class ActiveRequest:
+    """`want`: tokens of KV that the request starts from. `cached`: how many of them the engine counted. `before`: where
+    the session's KV was (node, own, num_kv); it is there again when the engine never `answered`."""
+
+    index: int
+    session: ServedSession
+    name: str
+    prompt: list[int]
+    request: GenerateRequest
+    node: Node
+    want: int
+    prompt_start: int
+    emit: Callable[[Delta], None]
+    before: tuple[Node | None, bool, int]
+    started: float = field(default_factory=time.perf_counter)
+    cached: int = 0
+    num_prompt: int = 0
+    first_token_s: float | None = None
+    reason: str | None = None
+    stop_reason: str | int | None = None
+    aborted: bool = False
+    answered: bool = False
+    closed: Turn | None = None
+
+    def message(self, group: str | None, size: int) -> protocol.Run:
+        """What the request says to the engine; it is the lane's `index` of `size` in its group."""
+        node, turn = self.session.node, self.session.turn
+        assert node is not None
+        return protocol.Run(
+            id=self.name,
+            record=node.name,
+            source=self.node.name if self.want else None,
+            num_kv=self.want,
+            group=group,
+            group_size=size,
+            group_place=self.index,
+            grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
+        )
+
+    def take(
+        self, chunk: Chunk, entropies: Sequence[float | None], eos: tuple[int, ...], limit: int, num_top: int
+    ) -> None:
+        """The chunk's tokens, one by one; what comes after the turn's end is not wanted."""
+        session, turn = self.session, self.session.turn
+        assert turn is not None
+        if chunk.token_ids and self.first_token_s is None:
+            self.first_token_s = time.perf_counter() - self.started
+        ids, logprobs, text = [], [], ""
+        for i, token in enumerate(chunk.token_ids):
+            if self.reason is not None:
+                break
+            logprob = chunk.logprobs[i]
+            session.tokens.append(token)
+            full, top = len(session.tokens) >= limit, _largest(chunk.tops[i], num_top)
+            self.reason, self.stop_reason = turn.take(token, logprob, top, entropies[i], eos=eos, full=full)
+            ids.append(token)
+            logprobs.append(logprob)
+        if not ids:
+            return
+        if self.reason is None:
+            text = turn.stream.news(final=False)
+            self._tell(ids, logprobs, text, None)
+        else:
+            self._end(ids, logprobs)
+
+    def abort(self) -> None:
+        """The turn ends here without a reason of its own."""
+        if self.reason is None:
+            self.reason = "abort"
+            if self.session.turn is not None:
+                self._end([], [])
+            else:
+                self._tell([], [], "", "abort")
+
+    def _end(self, ids: list[int], logprobs: list[float]) -> None:
+        turn = self.session.turn
+        assert turn is not None
+        self._tell(ids, logprobs, turn.rest(), self.reason)
+
+    def _tell(self, ids: list[int], logprobs: list[float], text: str, reason: str | None) -> None:
+        self.emit(
+            Delta(
+                index=self.index,
+                session=self.session.ref,
+                token_ids=tuple(ids),
+                logprobs=tuple(logprobs),
+                text=text,
+                finish_reason=reason,  # type: ignore[arg-type]
+            )
+        )
+
+    def close(self) -> None:
+        """Freeze the turn into the session."""
+        turn = self.session.turn
+        if turn is not None:
+            self.closed = turn.freeze(self.reason or "abort", self.stop_reason)
+            self.session.turns.append(self.closed)
+            self.session.turn = None
+
+    def count(self, answer: Answer) -> None:
+        """What the engine counted. Raises when the session's KV was not used as it must be."""
+        session = self.session
+        if answer.kind:
+            raise refusal(answer)
+        self.answered = True
+        session.num_kv = min(answer.num_kv, max(len(session.tokens) - 1, 0))  # the last one always runs again
+        self.cached = answer.local + answer.external
+        if (self.aborted or self.reason == "abort") and self.cached == 0:
+            return  # stopped before it began
+        if self.cached < self.want and not session.share_prefix:
+            raise NotHit(f"the engine counted {self.cached} of {self.want} restored tokens as cached")
+
+    def release(self) -> None:
+        """The session is its owner's again, however the request ended."""
+        self.close()
+        if not self.answered:  # refused, or never there: what the session went on from is what it still has
+            self.session.node, self.session.own, self.session.num_kv = self.before
+        self.session.busy = None
+        self.emit = nobody
+
+    def completion(self) -> Completion:
+        return completion(
+            self.session,
+            self.closed,
+            num_cached=self.cached,
+            num_prefilled=max(self.num_prompt - self.cached, 0),
+            ttft_s=self.first_token_s,
+            total_s=time.perf_counter() - self.started,
+        )
+
+
+def claim(
+    index: int,
+    session: ServedSession,
+    request: GenerateRequest,
+    emit: Callable[[Delta], None],
+    dropped: Callable[[str], None],
+) -> ActiveRequest:
+    """Take the session for a request, until the lane's `release`; its KV is extended in a record of its own."""
+    source, want, before = session.node, session.num_kv, (session.node, session.own, session.num_kv)
+    if not request.prompt:
+        want = min(want, max(len(session.tokens) - 1, 0))
+    if not session.own:
+        session.node, session.own = Node(dropped), True
+    assert session.node is not None
+    lane = ActiveRequest(
+        index, session, secrets.token_hex(16), list(request.prompt), request, source or session.node, want,
+        len(session.tokens), emit, before,
+    )  # fmt: skip
+    session.busy, session.parked = lane, False
+    session.num_kv = want
+    return lane
+
+
+def nobody(_: Delta) -> None:
+    """Who listens to a lane that has ended, or that only reads a prompt."""
+
+
+def _largest(step: tuple[tuple[int, float], ...], count: int) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted(step, key=lambda entry: (-entry[1], entry[0]))[:count]) if count else ()

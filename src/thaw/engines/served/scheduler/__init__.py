@@ -1,0 +1,1 @@
+"""What an engine's scheduler keeps, whichever engine it is. No torch here."""

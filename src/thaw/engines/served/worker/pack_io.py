@@ -1,0 +1,183 @@
+"""Packs on the worker's side: a hydrate plan into the arena, a record into a pack, on this rank's blobs.
+
+The bytes go straight between a store's tiers and the arena; every blob is verified as it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from thaw.core.cache import SAFETENSORS, CacheGroup, TokenGroup, point_groups, token_groups
+from thaw.core.prefix import windows
+from thaw.data.locations import BlobLocation
+from thaw.data.pack import PackItem, stream_blobs, write_pack
+from thaw.data.tiers.mounted import Mounted
+from thaw.engines import restoring
+from thaw.engines.base import HydratePlan
+from thaw.engines.restoring import TokenRange
+from thaw.engines.served.budget import Caller
+from thaw.engines.served.mailbox import Mailbox
+from thaw.engines.served.protocol import Answer, Blob
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
+from thaw.engines.served.worker.rank_groups import RankGroups
+
+READERS = min(16, max(2, len(os.sched_getaffinity(0))))
+"""Threads that read a plan's blobs, each with one blob of scratch."""
+Wanted: TypeAlias = tuple[BlobLocation, Callable[[memoryview], None]]
+"""A blob, and what lays its verified bytes where they belong."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a plan brought into the arena."""
+
+    pieces: tuple[Piece, ...] = ()
+    points: dict[int, Tensors] = field(default_factory=dict)
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class PackIO:
+    def __init__(self, groups: RankGroups, mail: Mailbox, arena: HostCache) -> None:
+        self._groups, self._mail, self._arena = groups, mail, arena
+        self._token_groups, self._point_groups = token_groups(groups.groups), point_groups(groups.groups)
+
+    # -- from packs
+
+    def read(self, plan: HydratePlan, caller: Caller) -> Read:
+        """The plan's tokens in one piece, and its states; every blob verified in scratch memory before it is laid out
+        there. It counts for `caller`. Raises `CorruptBlob` for a plan that is not of these cache groups."""
+        restoring.check_cover(plan)
+        restoring.check_names(plan, self._groups.groups)
+        if not plan.num_kv:
+            return Read()
+        found = [restoring.runs(plan, group) for group in self._token_groups]
+        states = restoring.states(plan, self._groups.groups)
+        kept = [restoring.kept_from(runs, plan.num_kv) for runs in found]
+        late = tuple(kept[self._token_groups.index(strip.group)] for strip in self._groups.strips)
+        piece = Piece(0, plan.num_kv, self._arena.allocate(plan.num_kv, caller, late), late=late)
+        wanted: list[Wanted] = []
+        for group, runs, first in zip(self._token_groups, found, kept, strict=True):
+            wanted += self._wanted(piece, group, [run for run in runs if run.start >= first])
+        points = {}
+        for point, _ in states:
+            points[point.token] = self._arena.allocate_states(caller)
+            own = [point.blobs[group.name][index] for group in self._point_groups for index in self._groups.held(group)]
+            wanted += [(place, _setter(t)) for place, t in zip(own, points[point.token], strict=True)]
+        places = [place for place, _ in wanted]
+        stats = stream_blobs(Mounted(plan.mount), places, lambda i, data: wanted[i][1](data), threads=READERS)
+        return Read((piece,), points, stats.nbytes, stats.seconds)
+
+    def _wanted(self, piece: Piece, group: TokenGroup, runs: Sequence[TokenRange]) -> list[Wanted]:
+        """This rank's blobs of a token group, each with its place in the piece."""
+        strips = self._groups.strips_of(group)
+        # numpy: torch would start threads of its own in each reader
+        bytes_of = [piece.tensors[strip].view(torch.uint8).numpy() for strip in strips]
+        first = piece.first(strips[0])
+
+        def put(row: int, run: TokenRange, data: memoryview) -> None:
+            layers = np.frombuffer(data, dtype=np.uint8).reshape(group.num_layers, -1)
+            at, slots = 0, slice(run.start - first, run.stop - first)
+            for strip in bytes_of:
+                num_planes, width = strip.shape[2], strip.shape[4]
+                end = at + num_planes * run.stored * width
+                planes = layers[:, at:end].reshape(-1, num_planes, run.stored, width)
+                strip[row, :, :, slots] = planes[:, :, : run.stop - run.start]
+                at = end
+
+        return [
+            (run.places[index], partial(put, row, run))
+            for run in runs
+            for row, index in enumerate(self._groups.held(group))
+        ]
+
+    # -- into a pack
+
+    def write(self, record: HostRecord, base: int, num_kv: int, *, store: str, pack: str, num_tokens: int) -> Answer:
+        """Tokens [base, num_kv) of the record, and the states after them, into `pack` of the store: on disk and synced
+        when this returns."""
+        started = time.perf_counter()
+        record.wait(base, num_kv)
+        made = [part for a, b in windows(base, num_kv) for part in self._segment(record, a, b)]
+        result = write_pack(Mounted(self._mail.mount(store)), pack, [item for _, item in made]) if made else None
+        found = result.blobs if result is not None else ()
+        blobs = tuple(
+            part(blob=x.blob, pack=x.pack, offset=x.offset, nbytes=x.nbytes)
+            for (part, _), x in zip(made, found, strict=True)
+        )
+        stages = {"write": time.perf_counter() - started, **(result.stages_s if result is not None else {})}
+        return Answer(
+            num_tokens=num_tokens, num_kv=num_kv, epoch=record.epoch, blobs=blobs, stages_s=stages,
+            packs={result.name: result.nbytes} if result is not None else {},
+        )  # fmt: skip
+
+    def _segment(self, record: HostRecord, start: int, stop: int) -> list[tuple[Callable[..., Blob], PackItem]]:
+        """What this rank writes of tokens [start, stop) and of the states after tokens of (start, stop]: each blob as
+        it is to be told, and its bytes."""
+        out: list[tuple[Callable[..., Blob], PackItem]] = []
+        told = partial(Blob, start=start, length=stop - start)
+        for group in self._token_groups:
+            first = max(start, record.first(self._groups.strips_of(group)[0], stop))
+            if first < stop:
+                of_group = partial(told, group=group.name, first=first)
+                out += [
+                    (partial(of_group, index=index), self._item(record, group, row, first, stop))
+                    for row, index in self._rows(group)
+                ]
+        for token in sorted(token for token in record.points if start < token <= stop):
+            at = 0
+            for states in self._point_groups:
+                of_state = partial(told, group=states.name, first=start, point=token)
+                out += [
+                    (partial(of_state, index=index), self._state(record.points[token][at + row], at + row))
+                    for row, index in self._rows(states)
+                ]
+                at += len(self._groups.held(states))
+        return out
+
+    def _rows(self, group: CacheGroup) -> list[tuple[int, int]]:
+        """(place among those that this rank holds, number) of each blob that it writes."""
+        written = self._groups.written(group)
+        return [(row, index) for row, index in enumerate(self._groups.held(group)) if index in written]
+
+    def _item(self, record: HostRecord, group: TokenGroup, row: int, start: int, stop: int) -> PackItem:
+        return PackItem(
+            name_prefix="",
+            dtype=SAFETENSORS[group.dtype],
+            shape=group.blob_shape(stop - start),
+            nbytes=group.token_nbytes_per_blob * (stop - start),
+            read=partial(self._bytes, record, group, row, start, stop),
+        )
+
+    def _bytes(self, record: HostRecord, group: TokenGroup, row: int, start: int, stop: int) -> memoryview:
+        parts = [
+            torch.cat([view[row] for _, _, view in record.spans(strip, start, stop)], dim=2)
+            for strip in self._groups.strips_of(group)
+        ]
+        whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], dim=1)
+        return _bytes_of(whole)
+
+    def _state(self, tensor: torch.Tensor, row: int) -> PackItem:
+        shape, dtype = self._groups.states[row]
+        return PackItem("", SAFETENSORS[dtype], shape, tensor.nbytes, partial(_bytes_of, tensor))
+
+
+def _setter(tensor: torch.Tensor) -> Callable[[memoryview], None]:
+    place = tensor.view(-1).view(torch.uint8).numpy()
+
+    def put(data: memoryview) -> None:
+        place[:] = np.frombuffer(data, dtype=np.uint8)
+
+    return put
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,167 @@
+"""Commands: requests that compute nothing. Here is what each one starts; its answer comes by mail.
+
+They run between two steps. What takes long, reading and writing packs, goes on in threads of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from thaw.core.errors import NotFound, TooLong
+from thaw.engines.served import protocol
+from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
+from thaw.engines.served.guard import described
+from thaw.engines.served.protocol import Answer
+from thaw.engines.served.worker.host_cache import HostRecord
+from thaw.engines.served.worker.pack_io import PackIO
+from thaw.engines.sglang.scheduler.records import RankRecord
+from thaw.engines.sglang.scheduler.weights_epoch import require_usable
+
+if TYPE_CHECKING:
+    from thaw.engines.sglang.scheduler.scheduler import RankSide
+
+
+class RankCommands:
+    """Each caller has its share of `MAX_COMMANDS` that threads work at, or have yet to begin."""
+
+    def __init__(self, side: RankSide, packing: PackIO, shares: Shares) -> None:
+        self._side, self._packing = side, packing
+        self._budget, self._lock = Budget("held commands", MAX_COMMANDS, shares), threading.Lock()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
+
+    def begin(self, message: protocol.Command) -> None:
+        """Raises what refuses it, on all ranks alike."""
+        side = self._side
+        side.mail.require_granted(message)
+        caller = message.caller or GUEST
+        side.agreement.together(lambda: self._require_room(caller))
+        if isinstance(message, protocol.Fill):
+            self._fill(message)
+        elif isinstance(message, protocol.Write):
+            self._write(message)
+        elif isinstance(message, protocol.Pin):
+            side.say(message.id, self._pin(message))
+        elif isinstance(message, protocol.Look):
+            self._look(message)
+        elif isinstance(message, protocol.GetStats):
+            side.answer(message.id, Answer(counts=self._counts()))
+        elif isinstance(message, protocol.Unpin):
+            side.pins.reset()
+            side.say(message.id, Answer())
+        elif isinstance(message, protocol.Switch):
+            side.on, side.epochs.watching = message.on, message.watch_weights
+            if not message.on:
+                side.pins.reset()
+            side.answer(message.id, Answer())
+
+    def _require_room(self, caller: Caller) -> None:
+        with self._lock:
+            self._budget.require(caller)
+
+    def _fill(self, message: protocol.Fill) -> None:
+        side = self._side
+        caller = message.caller or GUEST
+        plan = side.agreement.together(lambda: side.mail.plan(message.id))
+        side.require_room(message.record, caller, plan.num_kv)
+        if plan.num_kv > side.engine.max_model_len:
+            raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.engine.max_model_len}")
+        epoch, started = side.epochs.now(), time.perf_counter()
+        chain = side.contents.fresh(plan.num_kv)
+        side.counters["hydrates"] += 1
+        # The record is there at once, broken until it is whole: who is quicker than the disk is refused, not served.
+        kept = HostRecord((), epoch, broken="it is not read yet", caller=caller)
+        side.records.keep(message.record, RankRecord(list(plan.tokens[: plan.num_kv]), kept, chain, caller=caller))
+
+        def read() -> Answer:
+            found = self._packing.read(plan, caller)
+            kept.pieces, kept.points = found.pieces, found.points
+            kept.broken = ""
+            seconds = time.perf_counter() - started
+            stages = {"read": found.seconds, "fill": seconds}
+            return Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
+
+        self._in_thread(message, read)
+
+    def _write(self, message: protocol.Write) -> None:
+        side = self._side
+        record = side.records.known(message.record)
+        started, epoch = time.perf_counter(), side.epochs.now()
+        num_kv = message.end(self._num_ready(message, record, epoch), side.facts.world_size)
+        run = record.live
+        num_tokens = len(run.tokens() if run is not None and run.req is not None else record.tokens)
+        side.counters["captures"] += 1
+        taken, cut_s = record.kept.upto(num_kv), time.perf_counter() - started
+        pack = message.packs[side.facts.rank]
+
+        def write() -> Answer:
+            answer = self._packing.write(
+                taken, message.base, num_kv, store=message.store, pack=pack, num_tokens=num_tokens
+            )
+            answer.stages_s["cut"] = cut_s
+            return answer
+
+        self._in_thread(message, write)
+
+    def _num_ready(self, message: protocol.Write, record: RankRecord, epoch: int) -> int:
+        """How many of the record's tokens every rank has."""
+        side = self._side
+
+        def look() -> int:
+            side.mail.mount(message.store)
+            require_usable(record, epoch)
+            ready = side.catch_up(record, message.num_kv)
+            require_usable(record, epoch)
+            return ready
+
+        return side.agreement.least(side.agreement.together(look))
+
+    def _pin(self, message: protocol.Pin) -> Answer:
+        side = self._side
+        side.pins.unpin(message.record)
+        if message.seconds == 0:
+            return Answer()
+        num_tokens, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
+        return Answer(num_kv=num_tokens, seconds=seconds)
+
+    def _look(self, message: protocol.Look) -> None:
+        side = self._side
+        epoch = side.epochs.now()
+        if not message.digest:
+            side.answer(message.id, Answer(epoch=epoch))
+            return
+        weights = side.epochs.weights
+        if weights is None:
+            raise NotFound("the model was not found in this process; its weights cannot be hashed")
+        self._in_thread(message, lambda: Answer(epoch=epoch, digest=weights.digest()))
+
+    def _counts(self) -> dict[str, int]:
+        side = self._side
+        return {
+            "records": len(side.records),
+            "running": len(side.runs),
+            "pinned_tokens": side.pins.num_tokens(),
+            **side.room(),
+            **side.counters,
+            "arena_nbytes": side.arena.used,
+            "spilled_nbytes": side.arena.spilled,
+        }
+
+    def _in_thread(self, message: protocol.Command, work: Callable[[], Answer]) -> None:
+        caller = message.caller or GUEST
+        with self._lock:
+            self._budget.take(caller)
+
+        def run() -> None:
+            try:
+                answer = work()
+            except Exception as error:  # noqa: BLE001 - the answer says so
+                failed = described(error)
+                answer = Answer(kind=failed.kind, error=str(failed))
+            with self._lock:
+                self._budget.give_back(caller)
+            self._side.answer(message.id, answer)
+
+        self._threads.submit(run)

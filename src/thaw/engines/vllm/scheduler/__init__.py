@@ -1,0 +1,1 @@
+"""In vLLM's scheduler, between its steps: what sessions have, and what the workers are to do. No torch here."""

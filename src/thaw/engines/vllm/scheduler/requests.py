@@ -1,0 +1,60 @@
+"""A request of thaw's that vLLM runs, as the scheduler's side knows it."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from thaw.core.errors import ThawError
+from thaw.engines.served import protocol
+
+
+@dataclass
+class RunningRequest:
+    """`want`: tokens that are to come from the record.
+
+    `computed`: tokens that have KV in its blocks once all steps so far are done. `preempted`: how often its KV was
+    saved when vLLM took its blocks away. `found`: (local, loaded) tokens when it first got blocks. `given`: tokens that
+    it had from vLLM's cache and from thaw when it last got blocks. `salted`: its blocks are its lineage's alone.
+    `replayed`: its grammar knows what the completion has already. `hidden`: hashes of its last blocks, in order, that
+    vLLM must not find yet."""
+
+    request: Any
+    message: protocol.Run
+    want: int
+    local: int = 0
+    found: tuple[int, int] | None = None
+    given: int = 0
+    computed: int = 0
+    preempted: int = 0
+    error: ThawError | None = None
+    replayed: bool = False
+    salted: bool = False
+    background: bool = False
+    loading: int | None = None
+    hidden: list[Any] = field(default_factory=list)
+
+    def hide(self, first: int) -> None:
+        """vLLM finds no block from number `first` on, until `show`. Only while it is not scheduled."""
+        hashes = self.request.block_hashes
+        self.hidden, hashes[first:] = hashes[first:], []
+
+    def show(self) -> None:
+        self.request.block_hashes.extend(self.hidden)
+        self.hidden = []
+
+
+def give_own_salt(request: Any) -> None:
+    """Before it is scheduled: a salt that no other request has, so that nothing is found under it."""
+    request.cache_salt = f"thaw-own:{secrets.token_hex(16)}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def is_aborted(request: Any) -> bool:
+    return str(request.status).endswith("FINISHED_ABORTED")
+
+
+def is_failed(request: Any) -> bool:
+    return str(request.status).endswith("FINISHED_ERROR")

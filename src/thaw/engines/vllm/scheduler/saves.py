@@ -1,0 +1,106 @@
+"""What a request has computed goes into its record: when somebody asks for it, when vLLM takes its blocks away, and
+when it ends. Here it is decided and put into jobs; the workers copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from thaw.engines.served.scheduler.records import Records
+from thaw.engines.vllm import jobs
+from thaw.engines.vllm.jobs import Job
+from thaw.engines.vllm.scheduler.content_ids import BlockContents
+from thaw.engines.vllm.scheduler.records import SchedulerRecord
+from thaw.engines.vllm.scheduler.requests import RunningRequest, is_failed
+
+
+class Saves:
+    """`tables`: the blocks of every request of thaw's that has some, by its name, a list for each of vLLM's KV cache
+    groups. `rescues`: jobs that must be done before anything is written over what vLLM has taken away; they come first
+    in the next step."""
+
+    def __init__(
+        self, records: Records[SchedulerRecord], contents: BlockContents, queue: list[Job], block_size: int
+    ) -> None:
+        self._records, self._contents, self._queue, self._block_size = records, contents, queue, block_size
+        self.tables: dict[str, list[list[int]]] = {}
+        self.rescues: list[Job] = []
+        self.num_preempted = 0
+
+    def catch_up(self, name: str, record: SchedulerRecord, want: int | None) -> int:
+        """How many tokens the record `name` has; of one that is running, those computed by now are synced first."""
+        live = record.live
+        if live is None or (want is not None and want <= record.num_kv):
+            return record.num_kv
+        table = self.tables.get(live.request_id)
+        # Some of these are still being computed, in steps that vLLM has put together already. The job runs behind them.
+        ready: int = min(live.num_computed_tokens, live.num_tokens - 1)
+        if want is not None:
+            ready = min(ready, want)
+        if table is None or ready <= record.num_kv:
+            return record.num_kv
+        self._queue.append(self._sync(record, name, table, ready, live))
+        record.leaving = True
+        return ready
+
+    def rescue(self, run: RunningRequest) -> None:
+        """If vLLM has preempted the request: save its KV before anything is written over it, in the jobs of the very
+        next step. It then goes on from the record with the same bits, instead of computing what it had again."""
+        request = run.request
+        if request.num_preemptions == run.preempted:
+            return
+        run.preempted, run.background = request.num_preemptions, False
+        self.num_preempted += 1
+        table = self.tables.pop(request.request_id, None)
+        record = self._records.get(run.message.record)
+        if table is None or record is None or record.live is not request:
+            return
+        upto = min(run.computed, request.num_tokens - 1, self._room(table))
+        if upto > record.num_kv or record.leaving:
+            upto = max(upto, record.num_kv)
+            self.rescues.append(self._sync(record, run.message.record, table, upto, request, now=True))
+            record.leaving = False
+        run.want = record.num_kv
+
+    def end(self, run: RunningRequest, tables: Sequence[Sequence[int]]) -> tuple[bool, int]:
+        """The request is over: (whether its blocks must be held until the workers have copied them, how many tokens
+        its record has then)."""
+        request, name = run.request, run.message.record
+        record = self._records.get(name)
+        if record is None or record.live is not request:
+            return False, 0
+        held = False
+        # A step may be under way that was put together before the last token was known: what it computes is nobody's.
+        num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
+        keep = run.message.keep and run.error is None and not is_failed(request)
+        if keep and num_kv > record.num_kv and self._room(tables) >= num_kv:
+            self._queue.append(self._sync(record, name, tables, num_kv, request, request.request_id))
+            held = True
+        elif record.leaving and any(tables):
+            self._queue.append(jobs.Sync(name, (), 0, request.request_id))
+            held = True
+        record.live, record.leaving = None, False
+        self._records.touch(name)
+        return held, record.num_kv
+
+    def _room(self, tables: Sequence[Sequence[int]]) -> int:
+        """Tokens that the blocks have room for, in every group."""
+        return min(map(len, tables)) * self._block_size
+
+    def _sync(
+        self,
+        record: SchedulerRecord,
+        name: str,
+        tables: Sequence[Sequence[int]],
+        upto: int,
+        live: Any,
+        finished: str | None = None,
+        *,
+        now: bool = False,
+    ) -> Job:
+        """What brings the record up to `upto` tokens; from now on it counts as done."""
+        used = tuple(tuple(table[: -(-upto // self._block_size)]) for table in tables)
+        record.tokens = list(live.all_token_ids[:upto])
+        record.num_kv = upto
+        self._contents.note_computed(record, used, upto // self._block_size)
+        return jobs.Sync(name, used, upto, finished, now)

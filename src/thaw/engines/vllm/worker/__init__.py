@@ -1,0 +1,1 @@
+"""In every worker of vLLM: KV between its blocks, the host cache and packs."""

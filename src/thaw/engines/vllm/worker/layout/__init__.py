@@ -1,0 +1,102 @@
+"""KV between vLLM's paged caches and thaw's canonical blobs: which layout the caches of a worker have.
+
+What a layout does is in `base`. Whether one can do it for these caches is asked here; each imports what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from thaw.core.cache import FullKV, layers_of
+from thaw.core.errors import Unsupported
+from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order
+
+HEAD_DIMS_OF_ONE_HEAD = frozenset({32, 64, 80, 96, 112, 128, 192, 224, 256, 512})
+"""Head sizes believed of a cache with one KV head; others (288 of MLA's 512 + 64) are a latent, not keys and values."""
+
+
+def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
+    """From what vLLM hands to `register_kv_caches`: {layer name: cache}.
+
+    Raises Unsupported, naming the layer, for what is not [B, H, N, 2D] full attention of one shape: MLA, mamba's lists
+    of states, quantized caches, mixed shapes, layers that share one cache. A sliding window does not show in a tensor:
+    whoever knows the cache's spec has to refuse it.
+    """
+    checked = _full_attention(kv_caches)
+    device = next(iter(checked.values())).device.type
+    if device == "cpu":
+        from thaw.engines.vllm.worker.layout.packed import CpuPackedPages
+
+        return CpuPackedPages(checked)
+    if device == "cuda":
+        from thaw.engines.vllm.worker.layout.strided_triton import TritonPages
+
+        return TritonPages(checked)
+    raise Unsupported(f"KV caches on device {device!r} cannot be snapshotted; thaw reads those of cuda and cpu")
+
+
+def make_layouts(kv_caches: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> tuple[KVLayout, ...]:
+    """One for each of vLLM's KV cache groups, which name their layers. Raises `Unsupported` as `make_layout`, and for
+    caches of no group, whose layers use those of others."""
+    if len(groups) == 1:
+        return (make_layout(kv_caches),)
+    strange = sorted(kv_caches.keys() - {name for names in groups for name in names})
+    if strange:
+        raise Unsupported(
+            f"layer {strange[0]!r} is in no KV cache group; thaw snapshots layers with caches of their own"
+        )
+    return tuple(make_layout({name: kv_caches[name] for name in names}) for names in groups)
+
+
+def cache_groups(layouts: Sequence[KVLayout], num_kv_heads: int) -> tuple[FullKV, ...]:
+    """What the layouts are of a model with so many KV heads in all."""
+    order = layer_order(dict.fromkeys(name for layout in layouts for name in layout.layer_names))
+    return tuple(
+        FullKV(
+            name="full" if i == 0 else f"full.{i}",
+            **layers_of([order.index(name) for name in layout.layer_names]),
+            num_kv_heads=num_kv_heads,
+            head_dim=layout.head_dim,
+            dtype=str(layout.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+        for i, layout in enumerate(layouts)
+    )
+
+
+def _full_attention(kv_caches: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The caches, each found to be keys and values of full attention, all of one shape, dtype and device."""
+    if not kv_caches:
+        raise Unsupported("the engine registered no KV cache; thaw snapshots models with full attention")
+    for name, cache in kv_caches.items():
+        reason = _refusal(cache)
+        if reason is not None:
+            raise Unsupported(f"the cache of layer {name!r} cannot be snapshotted: {reason}")
+    first, *others = kv_caches
+    for name in others:
+        one, two = (
+            f"{list(cache.shape)} {cache.dtype} on {cache.device}" for cache in (kv_caches[first], kv_caches[name])
+        )
+        if one != two:
+            raise Unsupported(f"mixed KV caches cannot be snapshotted: layer {first!r} has {one}, layer {name!r} {two}")
+    owners: dict[int, str] = {}
+    for name, cache in kv_caches.items():
+        other = owners.setdefault(cache.data_ptr(), name)
+        if other != name:
+            raise Unsupported(f"layers {other!r} and {name!r} share one cache; thaw snapshots layers with their own")
+    return dict(kv_caches)
+
+
+def _refusal(cache: object) -> str | None:
+    """Why a layer's cache is not one of full attention in a dtype that is moved; None when it is."""
+    if not isinstance(cache, torch.Tensor):
+        return "it is a list of states (mamba or linear attention), not keys and values"
+    if cache.dtype not in BITS:
+        return f"its dtype is {cache.dtype} (a quantized cache); start the engine with kv_cache_dtype='auto'"
+    if cache.dim() != 4 or cache.shape[3] % 2:
+        return f"its shape is {list(cache.shape)}, not [blocks, heads, slots, 2 x head_dim] (MLA or another attention)"
+    if cache.shape[1] == 1 and cache.shape[3] // 2 not in HEAD_DIMS_OF_ONE_HEAD:
+        return f"its shape is {list(cache.shape)}: one head of {cache.shape[3]} numbers is the latent of MLA"
+    return None

@@ -1,0 +1,277 @@
+"""The workers' side of the connector: KV between vLLM's blocks, the arena and packs, on this rank's blobs.
+
+Jobs run in the order the scheduler's side gave them, on the runner's thread before a step's forward pass (copies in
+memory), or handed to a thread (packs, big loads). A job that fails costs its own request or command, never the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
+from thaw.engines.served.budget import GUEST, Caller, Room
+from thaw.engines.served.guard import guarded
+from thaw.engines.served.mailbox import Mailbox
+from thaw.engines.served.protocol import Answer, WorkerFacts
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord
+from thaw.engines.served.worker.pack_io import PackIO
+from thaw.engines.served.worker.rank_groups import RankGroups
+from thaw.engines.served.worker.weights_probe import WeightsSample
+from thaw.engines.vllm import jobs
+from thaw.engines.vllm.jobs import Job
+from thaw.engines.vllm.settings import VllmSettings
+from thaw.engines.vllm.worker.copier import make_copier
+from thaw.engines.vllm.worker.layout.base import KVLayout
+
+log = logging.getLogger("thaw.vllm")
+
+
+class WorkerSide:
+    def __init__(
+        self,
+        layouts: Sequence[KVLayout],
+        facts: WorkerFacts,
+        settings: VllmSettings,
+        mail: Mailbox,
+        weights: WeightsSample | None,
+    ) -> None:
+        self._facts, self._mail, self._weights = facts, mail, weights
+        groups = RankGroups(facts.groups, facts.rank, facts.world_size)
+        groups.require([layout.num_kv_heads for layout in layouts])
+        spill = Path(settings.spill) if settings.spill else None
+        self._arena = HostCache(
+            settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
+            pinned=layouts[0].on_its_own,
+        )  # fmt: skip
+        self._packing = PackIO(groups, mail, self._arena)
+        self._copier = make_copier(layouts, self._arena)
+        self._records: dict[str, HostRecord] = {}
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
+        self._lock = threading.Lock()
+        self._reading: set[str] = set()
+        """Records that are read from packs, and that nobody has let go of since."""
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._invalid: set[int] = set()
+        self._epoch: int | None = None
+        self._watching = True
+        self._tight: dict[Caller, Room] = {}
+
+    # -- called by the connector
+
+    def run(self, todo: Sequence[Job]) -> None:
+        """A step's jobs. The weights are looked at once a step, when a job needs to know."""
+        self._epoch = None
+        for job in todo:
+            guarded(partial(self._do, job), partial(self._failed, job))
+        self._tell_what_is_left()
+
+    def _tell_what_is_left(self) -> None:
+        """The scheduler's side refuses what could not be kept, before it is computed."""
+        tight = self._arena.tight()
+        if tight != self._tight:
+            self._tight = tight
+            self._mail.post_tight(self._facts.rank, tight)
+
+    def finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose blocks may be freed, and requests whose load is over, since last asked."""
+        with self._lock:
+            sent, self._sent = self._sent, set()
+            received, self._received = self._received, set()
+        return sent, received
+
+    def invalid_blocks(self) -> set[int]:
+        with self._lock:
+            out, self._invalid = self._invalid, set()
+        return out
+
+    def metrics(self) -> dict[str, int]:
+        """Counts that every worker has its own of."""
+        return {"arena_nbytes": self._arena.used, "spilled_nbytes": self._arena.spilled}
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._copier.close()
+
+    # -- jobs
+
+    def _do(self, job: Job) -> None:
+        if isinstance(job, jobs.Derive):
+            self._derive(job)
+        elif isinstance(job, jobs.Sync):
+            self._sync(job)
+        elif isinstance(job, jobs.Load):
+            self._load(job)
+        elif isinstance(job, jobs.CheckRecord):
+            self._usable(job.record)
+        elif isinstance(job, jobs.Fail):
+            self._fail(job.request, job.tables, background=job.background)
+        elif isinstance(job, jobs.ReadPlan):
+            with self._lock:
+                self._reading.add(job.record)
+            self._in_thread(job, partial(self._read, job, self._now()))
+        elif isinstance(job, jobs.WriteRecord):
+            # Cut now: while the thread writes, later steps put a longer record in this one's place.
+            self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
+        elif isinstance(job, jobs.LookAtWeights):
+            self._look(job)
+        elif isinstance(job, jobs.Count):
+            self._answer(job.name, Answer(counts={**job.counts, **self.metrics()}))
+        elif isinstance(job, jobs.Watch):
+            self._watching = job.on
+            self._answer(job.name, Answer())
+        else:
+            for name in job.records:
+                with self._lock:
+                    self._reading.discard(name)
+                    self._records.pop(name, None)
+
+    def _failed(self, job: Job, error: ThawError) -> None:
+        """Tell whoever waits for it."""
+        kind, text = error.kind, str(error)
+        log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
+        if isinstance(job, jobs.Load | jobs.CheckRecord):
+            self._answer(job.name, Answer(kind=kind, error=text))
+            self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
+        elif isinstance(job, jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch):
+            self._answer(job.name, Answer(kind=kind, error=text))
+        elif isinstance(job, jobs.Derive | jobs.Sync):
+            caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
+            epoch = 0 if self._weights is None else self._weights.epoch
+            self._records[job.record] = HostRecord((), epoch, broken=text, caller=caller)
+            if isinstance(job, jobs.Sync) and job.finished is not None:
+                self._copier.after_saves(partial(self._let_go, job.finished))
+
+    def _derive(self, job: jobs.Derive) -> None:
+        if job.source is None:
+            self._records[job.record] = HostRecord((), self._now(), caller=job.caller)
+            return
+        source = self._get(job.source)
+        if source.num_kv < job.num_kv and source.epoch == self._now():
+            raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
+        self._records[job.record] = source.upto(job.num_kv, job.caller)
+
+    def _sync(self, job: jobs.Sync) -> None:
+        """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
+        record = self._get(job.record)
+        if record.epoch != self._now():
+            record.broken = "the weights changed while it was computed"
+        elif not record.broken and job.num_kv > record.num_kv:
+            pieces = self._copier.save(job.tables, record.num_kv, job.num_kv, record.caller)
+            whole = self._arena.joined((*record.pieces, *pieces), record.caller)
+            self._records[job.record] = HostRecord(whole, record.epoch, caller=record.caller, points=record.points)
+        if job.now:
+            self._get(job.record).wait(0, job.num_kv)
+        if job.finished is not None:
+            self._copier.after_saves(partial(self._let_go, job.finished))
+
+    def _let_go(self, request: str) -> None:
+        with self._lock:
+            self._sent.add(request)
+
+    def _load(self, job: jobs.Load) -> None:
+        record = self._usable(job.record)
+        if record.num_kv < job.stop:
+            raise StorageFailed(f"the session has KV for {record.num_kv} tokens; {job.stop} were wanted")
+        if not job.background:
+            self._copier.load(job.tables, record, job.start, job.stop)
+            return
+
+        since = self._copier.point()
+
+        def work() -> None:
+            self._copier.load_aside(job.tables, record, job.start, job.stop, since)
+            with self._lock:
+                self._received.add(job.request)
+
+        self._copier.loads.submit(guarded, work, partial(self._failed, job))
+
+    def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
+        with self._lock:
+            self._invalid.update(*tables)
+            if background:
+                self._received.add(request)
+
+    def _look(self, job: jobs.LookAtWeights) -> None:
+        epoch = self._now()
+        if not job.digest:
+            self._answer(job.name, Answer(epoch=epoch))
+            return
+        weights = self._weights
+        if weights is None:
+            raise NotFound("the model was not found in this worker; its weights cannot be hashed")
+        self._in_thread(job, lambda: self._answer(job.name, Answer(epoch=epoch, digest=weights.digest())))
+
+    # -- packs, on a thread
+
+    def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
+        self._threads.submit(guarded, work, partial(self._failed, job))
+
+    def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
+        started = time.perf_counter()
+        try:
+            plan = self._mail.plan(job.name)
+            # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole, and not at
+            # all where its last client has gone.
+            found = self._packing.read(plan, job.caller)
+            with self._lock:
+                if job.record in self._reading:
+                    record = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
+                    self._records[job.record] = record
+        finally:
+            with self._lock:
+                self._reading.discard(job.record)
+        seconds = time.perf_counter() - started
+        stages = {"read": found.seconds, "fill": seconds}
+        answer = Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
+        self._answer(job.name, answer)
+
+    def _write(self, job: jobs.WriteRecord, record: HostRecord) -> None:
+        pack = job.packs[self._facts.rank]
+        answer = self._packing.write(
+            record, job.base, job.num_kv, store=job.store, pack=pack, num_tokens=job.num_tokens
+        )
+        self._answer(job.name, answer)
+
+    # -- records
+
+    def _get(self, name: str) -> HostRecord:
+        record = self._records.get(name)
+        if record is None:
+            raise NotFound("the engine has let go of this session")
+        return record
+
+    def _caller_of(self, name: str) -> Caller:
+        record = self._records.get(name)
+        return GUEST if record is None else record.caller
+
+    def _usable(self, name: str) -> HostRecord:
+        record = self._get(name)
+        now = self._now()
+        if record.broken and record.epoch == now:
+            raise StorageFailed(f"the session's KV could not be kept: {record.broken}")
+        if record.epoch != now:
+            raise StaleSession(
+                f"the session's KV is of weights epoch {record.epoch}; the engine's weights changed (epoch {now}). "
+                f"{StaleSession.way_out}"
+            )
+        return record
+
+    def _now(self) -> int:
+        if self._epoch is None:
+            self._epoch = self._look_or_not()
+        return self._epoch
+
+    def _look_or_not(self) -> int:
+        if self._weights is None:
+            return 0
+        return self._weights.look() if self._watching else self._weights.epoch
+
+    def _answer(self, name: str, answer: Answer) -> None:
+        self._mail.answer(name, self._facts.rank, answer)
