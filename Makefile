@@ -12,7 +12,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := transformers,vllm,trl,s3,server,langgraph,testing,dev
+EXTRAS := transformers,vllm,trl,s3,server,ray,langgraph,testing,dev
 
 # Engines whose requirements conflict get an environment each. vLLM on CPU: one release for `make test` and the demo, the
 # others, the oldest that thaw supports first, for `make soak`. constraints-vllm.txt says why the recipe is what it is.
