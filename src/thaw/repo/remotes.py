@@ -14,6 +14,10 @@ from thaw.remote.settings import Option, RemoteSettings
 from thaw.store import Ref, Store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from thaw.remote.arriving import Announced
+    from thaw.remote.forget import ForgetReport
     from thaw.remote.layout import Kind
     from thaw.remote.meter import TransferMeter
     from thaw.remote.opened import OpenedRemote
@@ -161,15 +165,35 @@ def fetch(
     tags: bool,
     weights: bool,
     meter: TransferMeter | None,
+    announce: Callable[[Announced], None] | None = None,
 ) -> TransferReport:
-    """See `Repository.fetch`."""
+    """See `Repository.fetch`; `announce`: see `thaw.remote.fetch`."""
     from thaw.remote.fetch import FetchWish
     from thaw.remote.fetch import fetch as bring
 
     wish = FetchWish(branches=branches or None, tags=tags, prune=prune)
     target = opened(store, remote)
-    report = bring(store, target, wish, meter=meter)
+    report = bring(store, target, wish, meter=meter, announce=announce)
     return bring_weights(store, target, report, meter) if weights else report
+
+
+def is_promised(store: Store, point: object) -> bool:
+    """Whether a point names a remote's branch that was seen there and never fetched."""
+    from thaw.core import points
+    from thaw.core.points import Point
+
+    if not isinstance(point, (str, Point)):
+        return False
+    name = (points.parse(point) if isinstance(point, str) else point).name
+    return "/" in name and name in settings.promised(store)
+
+
+def keep_promise(store: Store, point: str) -> None:
+    """Fetches the promised branch that a point names."""
+    from thaw.core import points
+
+    remote, _, branch = points.parse(point).name.partition("/")
+    fetch(store, (branch,), remote, prune=False, tags=False, weights=False, meter=None)
 
 
 def pull(store: Store, branch: str | None, remote: str | None, *, meter: TransferMeter | None) -> TransferReport:
@@ -197,6 +221,25 @@ def collect(
     return collect_remote(opened(store, name), wish)
 
 
+def forget(store: Store, names: tuple[str, ...], remote: str | None) -> ForgetReport:
+    """See `Repository.forget_remote`."""
+    from thaw.core.points import check_name
+    from thaw.remote import refs
+    from thaw.remote.forget import forget as forget_there
+
+    if not names:
+        raise InvalidRequest("name the branches or tags of the remote that are to be forgotten.")
+    target = opened(store, remote)
+    tags = refs.names(target.bucket, "tag")
+    branches = refs.names(target.bucket, "branch")
+    kinds: dict[str, Kind] = {name: "tag" if name in tags and name not in branches else "branch" for name in names}
+    report = forget_there(target, [(kind, check_name(name)) for name, kind in kinds.items()])
+    updates = [one for name in names for one in tracking.removal(store, target.name, name, f"forgot in {target.name}")]
+    if updates:
+        store.update_refs(*updates)
+    return report
+
+
 def clone(
     url: str,
     path: Path,
@@ -208,6 +251,7 @@ def clone(
     namespace: str | None,
     weights: bool,
     meter: TransferMeter | None,
+    refs_only: bool = False,
 ) -> TransferReport:
     """See `thaw.clone`."""
     from thaw.core import namespaces
@@ -220,7 +264,7 @@ def clone(
     address = parse(url, options)
     made = RemoteSettings(url=address.url, options=dict(address.options))
     target = open_remote(settings.check_remote_name(remote), made, whose)
-    report = make(path, target, made, CloneWish(branch=branch, single=single_branch), meter=meter)
+    report = make(path, target, made, CloneWish(branch, single_branch, refs_only), meter=meter)
     if weights:
         with Store.open(path) as whole:
             report = bring_weights(whole.within(whose) if whose else whole, target, report, meter)
