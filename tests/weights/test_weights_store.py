@@ -502,3 +502,15 @@ def test_a_running_engine_takes_the_weights_of_a_set(tmp_path: Path, own_model: 
         assert engine.identity().weights != weights
         engine.update_weights(str(repo.weights.model("tuned")))
         assert engine.identity().weights == weights
+
+
+def test_a_folder_of_the_users_own_is_left_alone(store: Store, book: WeightsBook, own_model: Make) -> None:
+    mine = store.path / "models" / "base"
+    shutil.copytree(own_model("elsewhere"), mine)
+    before = sorted(path.name for path in mine.iterdir())
+    assert choose(store, None, str(mine)).options["model"] == str(mine)
+    book.add(mine)
+    with pytest.raises(Conflict, match="is not thaw's own"):
+        book.model("base")
+    book.rm("base")
+    assert sorted(path.name for path in mine.iterdir()) == before
