@@ -63,6 +63,8 @@ class Service:
         self.served = settings.models or (_model_name(self.engine),)
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
         self.closing = False
+        self.draining = False
+        """Nothing begins, until an operator says so (`thaw.gateway.draining`)."""
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
@@ -157,6 +159,8 @@ class Service:
         self.require_choices(num)
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
+        if self.draining:
+            raise ApiError(503, "the gateway is drained; try again soon", retry_after=RETRY_AFTER_S)
         most = self.settings.limits.requests
         share = most if self.tenants.num == 1 else max(num, most * 3 // 4)
         if self.num_running + num > most or tenant.running + num > share:
@@ -296,17 +300,22 @@ class Service:
             except ThawError as error:
                 log.warning("a clean-up failed: %s", error.kind)
 
+    async def park_all(self, timeout_s: float | None = None) -> list[str]:
+        """Each job that runs is committed as far as it came; one whose response is stored can be resumed. The
+        namespaces of those that did not end in time."""
+        running, stored = list(self._running), {job: name for (name, _), job in self.jobs.items()}
+        for job in running:
+            (job.park if job in stored else job.stop)()
+        for tasks in ([job.task for job in running], list(self._chores)):
+            if tasks:
+                await asyncio.wait(tasks, timeout=timeout_s)
+        return [stored.get(job, "") for job in running if not job.task.done()]
+
     async def close(self) -> None:
-        """Park what runs: each job is committed as far as it came. Then nothing is open."""
+        """Park what runs. Then nothing is open."""
         self.closing = True
         self.engines.stop_waiting()
-        stored = set(self.jobs.values())
-        for job in list(self._running):
-            (job.park if job in stored else job.stop)()
-        if self._running:
-            await asyncio.wait([job.task for job in self._running])
-        if self._chores:
-            await asyncio.wait(self._chores)
+        await self.park_all()
         await self.live.clear()
         await self.readers.close()
         await self.engines.close()

@@ -326,7 +326,7 @@ class EmbeddedEngine(Engine):
         if tokens and windows:
             raise Unsupported(
                 f"points at {list(tokens)[:5]}: this engine keeps the windows of cache group {windows[0]} at a "
-                "session's end alone, so that no earlier token can be gone on from"
+                "session's end alone, so that nothing can continue from an earlier token"
             )
         for token in tokens:
             if not isinstance(token, int) or not 0 < token <= limit:
