@@ -19,13 +19,13 @@ EXTRAS := transformers,vllm,trl,s3,server,langgraph,testing,dev
 VLLM := 0.32
 VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
-VLLM_TESTS := tests/engines/on_vllm
+VLLM_TESTS := tests/engines/on_vllm tests/weights/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23
 SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
-SGLANG_TESTS := tests/engines/on_sglang
+SGLANG_TESTS := tests/engines/on_sglang tests/weights/on_sglang
 
 CODE := src tests benchmarks examples docs/generate.py
 

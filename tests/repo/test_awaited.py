@@ -26,8 +26,9 @@ from thaw.engines.base import Engine
 from thaw.pool import ForkPool, PoolSession, Round, Snapshot
 from thaw.pool.aio import AsyncForkPool, AsyncRound
 from thaw.repo import Group, Repository, Session, Stream
-from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream
+from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream, AsyncWeights
 from thaw.repo.bridge import Begun, call, opened
+from thaw.weights import WeightsBook
 
 VIEWS: dict[type, type] = {
     Repository: AsyncRepository,
@@ -37,10 +38,12 @@ VIEWS: dict[type, type] = {
     Stream: AsyncStream,
     ForkPool: AsyncForkPool,
     Round: AsyncRound,
+    WeightsBook: AsyncWeights,
 }
 PLAIN: dict[type, set[str]] = {
     Repository: {
         "path", "namespace", "within",  # as on the view
+        "weights",  # a view of its own
         "store", "commits_of",  # the open store itself; a comparison
     },
     Session: {
@@ -50,6 +53,7 @@ PLAIN: dict[type, set[str]] = {
     Group: {"check_process", "index", "count"},
     Stream: set(),
     ForkPool: set(),
+    WeightsBook: set(),
     Round: {"on_cancel", "emit", "settle", "has"},  # the pool's side
 }  # fmt: skip
 PLAIN[PoolSession] = PLAIN[Session] | {"worker", "moved"}

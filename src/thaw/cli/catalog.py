@@ -33,6 +33,9 @@ SECTIONS: dict[str, dict[str, str]] = {
         "forget": "Delete branches of a remote with all that they alone reach.",
         "remote": "Add, list and remove remotes; delete what one no longer needs.",
     },
+    "Weights": {
+        "weights": "Store a model's weights in the repository, and run it from there.",
+    },
     "Verify and clean up": {
         "verify": "Hydrate in a fresh process and report which laws held.",
         "fsck": "Check every stored byte; rebuild a lost database.",

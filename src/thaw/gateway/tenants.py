@@ -23,6 +23,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.data.files import storage_errors
 from thaw.engines.keys import check_key
 from thaw.gateway.problems import ApiError
+from thaw.weights import record
 
 MINUTE_S = 60.0
 
@@ -248,6 +249,8 @@ def load(path: Path) -> Tenants:
     names = [one.namespace for one in listed]
     if len(set(names)) < len(names):
         raise InvalidRequest(f"{path}: a namespace is listed twice; list all of its keys in one entry")
+    if record.NAMESPACE in names:
+        raise InvalidRequest(f"{path}: the namespace {record.NAMESPACE} holds the repository's weights, and no tenant")
     for one in listed:
         tenant = Tenant(namespaces.check(one.namespace), one.quota, operator=one.operator)
         for key in one.keys:

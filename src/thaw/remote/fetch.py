@@ -49,11 +49,11 @@ GROUP_BYTES = 1 << 30
 
 
 class FetchWish(NamedTuple):
-    """Which of the remote's branches (None: all), whether its tags, and whether tracking points of branches that were
-    deleted there go."""
+    """Which of the remote's branches (None: all), which of its tags (True: all), and whether tracking points of
+    branches that were deleted there go."""
 
     branches: tuple[str, ...] | None = None
-    tags: bool = True
+    tags: bool | tuple[str, ...] = True
     prune: bool = False
 
 
@@ -127,7 +127,8 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
     else:
         asked = [("branch", name) for name in wish.branches]
     if wish.tags:
-        asked += [("tag", name) for name in refs.names(remote.bucket, "tag")]
+        names = list(wish.tags) if isinstance(wish.tags, tuple) else refs.names(remote.bucket, "tag")
+        asked += [("tag", name) for name in names]
     found = refs.read_all(remote.bucket, asked, workers)
     for name in wish.branches or ():
         there = found.get(("branch", name))

@@ -16,6 +16,7 @@ from thaw.repo.repository import PointLike, Repository
 from thaw.repo.session import Session
 from thaw.repo.stream import Stream
 from thaw.store import Ref
+from thaw.weights import WeightsBook
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,6 +127,17 @@ class AsyncGroup(Awaited[Group]):
         await self.close()
 
 
+class AsyncWeights(Awaited[WeightsBook]):
+    """`WeightsBook`, awaited."""
+
+    add = awaited(WeightsBook.add)
+    list = awaited(WeightsBook.list)
+    show = awaited(WeightsBook.show)
+    rm = awaited(WeightsBook.rm)
+    checkout = awaited(WeightsBook.checkout)
+    model = awaited(WeightsBook.model)
+
+
 class AsyncRepository(Awaited[Repository]):
     """`Repository`, awaited. Its refs and points are the blocking one's values."""
 
@@ -167,6 +179,11 @@ class AsyncRepository(Awaited[Repository]):
     @property
     def path(self) -> Path:
         return self.sync.path
+
+    @property
+    def weights(self) -> AsyncWeights:
+        """As `Repository.weights`, which asks no disk."""
+        return AsyncWeights(self.sync.weights)
 
     @property
     def namespace(self) -> str:

@@ -100,7 +100,9 @@ def fetched(
     announce = work.announce if isinstance(context.engine, EmbeddedEngine) else None
     found = None
     try:
-        remotes.fetch(context.store, (branch,), remote, prune=False, tags=False, meter=meter, announce=announce)
+        remotes.fetch(
+            context.store, (branch,), remote, prune=False, tags=False, weights=False, meter=meter, announce=announce
+        )
         found = work.result()
     finally:
         work.close(keep=found is not None)

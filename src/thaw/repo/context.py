@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import ObjectId
@@ -67,7 +67,7 @@ class Context(ProcessBound):
             if isinstance(self._engine, EngineSettings):
                 from thaw.engines import load_engine
 
-                self._own_engine = load_engine(self._engine.name, **self._engine.options)
+                self._own_engine = load_engine(self._engine.name, **self._told(self._engine.options))
                 self._engine = self._own_engine
             if self._engine is None:
                 raise InvalidRequest(
@@ -75,6 +75,12 @@ class Context(ProcessBound):
                     "Open it with thaw.open(path, engine=thaw.load_engine(…))."
                 )
             return self._engine
+
+    def _told(self, options: dict[str, object]) -> dict[str, Any]:
+        """`options` as the engine takes them: a stored model by its folder."""
+        from thaw.weights.names import to_folder
+
+        return {**options, "model": to_folder(self.store, options["model"])} if "model" in options else dict(options)
 
     @property
     def has_engine(self) -> bool:

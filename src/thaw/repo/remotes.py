@@ -63,6 +63,7 @@ def push(
     everything: bool,
     force_with_lease: bool,
     set_upstream: bool,
+    weights: bool,
     meter: TransferMeter | None,
 ) -> TransferReport:
     """See `Repository.push`."""
@@ -79,7 +80,27 @@ def push(
         for wish in wishes:
             if wish.kind == "branch" and wish.target is not None:
                 settings.set_upstream(store, wish.name, target.name, wish.name)
-    return report
+    return _with_weights(store, target, report, meter) if weights else report
+
+
+def _with_weights(
+    store: Store, target: OpenedRemote, report: TransferReport, meter: TransferMeter | None
+) -> TransferReport:
+    """Sends the weights that the pushed commits name, too."""
+    from thaw.weights import transfers
+
+    named = transfers.named_by(store, [ref.new for ref in report.refs if ref.new is not None])
+    return transfers.together(report, transfers.send(store, target, named, meter))
+
+
+def bring_weights(
+    store: Store, target: OpenedRemote, report: TransferReport, meter: TransferMeter | None
+) -> TransferReport:
+    """Fetches the weights that the fetched commits name, too."""
+    from thaw.weights import transfers
+
+    named = transfers.named_by(store, [ref.new for ref in report.refs if ref.new is not None])
+    return transfers.together(report, transfers.bring(store, target, named, meter))
 
 
 def _named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -142,6 +163,7 @@ def fetch(
     *,
     prune: bool,
     tags: bool,
+    weights: bool,
     meter: TransferMeter | None,
     announce: Callable[[Announced], None] | None = None,
 ) -> TransferReport:
@@ -150,7 +172,9 @@ def fetch(
     from thaw.remote.fetch import fetch as bring
 
     wish = FetchWish(branches=branches or None, tags=tags, prune=prune)
-    return bring(store, opened(store, remote), wish, meter=meter, announce=announce)
+    target = opened(store, remote)
+    report = bring(store, target, wish, meter=meter, announce=announce)
+    return bring_weights(store, target, report, meter) if weights else report
 
 
 def is_promised(store: Store, point: object) -> bool:
@@ -169,7 +193,7 @@ def keep_promise(store: Store, point: str) -> None:
     from thaw.core import points
 
     remote, _, branch = points.parse(point).name.partition("/")
-    fetch(store, (branch,), remote, prune=False, tags=False, meter=None)
+    fetch(store, (branch,), remote, prune=False, tags=False, weights=False, meter=None)
 
 
 def pull(store: Store, branch: str | None, remote: str | None, *, meter: TransferMeter | None) -> TransferReport:
@@ -225,6 +249,7 @@ def clone(
     branch: str | None,
     single_branch: bool,
     namespace: str | None,
+    weights: bool,
     meter: TransferMeter | None,
     refs_only: bool = False,
 ) -> TransferReport:
@@ -235,8 +260,14 @@ def clone(
     from thaw.remote.clone import clone as make
     from thaw.remote.opened import opened as open_remote
 
+    if weights and refs_only:
+        raise InvalidRequest("weights=True fetches what commits need, and refs_only=True fetches none: leave one out.")
     whose = namespaces.DEFAULT if namespace is None else namespaces.check(namespace)
     address = parse(url, options)
     made = RemoteSettings(url=address.url, options=dict(address.options))
     target = open_remote(settings.check_remote_name(remote), made, whose)
-    return make(path, target, made, CloneWish(branch, single_branch, refs_only), meter=meter)
+    report = make(path, target, made, CloneWish(branch, single_branch, refs_only), meter=meter)
+    if weights:
+        with Store.open(path) as whole:
+            report = bring_weights(whole.within(whose) if whose else whole, target, report, meter)
+    return report

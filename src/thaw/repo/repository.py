@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from thaw.repo.stats import Stats
     from thaw.repo.undo import Undone
     from thaw.store import FsckReport, GcReport
+    from thaw.weights import WeightsBook
 
 PointLike = str | Point | ResolvedPoint
 MAX_LIMIT = 1 << 31
@@ -294,6 +295,13 @@ class Repository:
         where = self.resolve(winner)
         return refs.move(self.store, branch, where, f"adopt: {where}")
 
+    @property
+    def weights(self) -> WeightsBook:
+        """The models and adapters that lie in the repository, for all of its namespaces."""
+        from thaw.weights import WeightsBook
+
+        return WeightsBook(self.store)
+
     # -- remotes
 
     def remotes(self) -> dict[str, RemoteSettings]:
@@ -326,20 +334,23 @@ class Repository:
         all: bool = False,
         force_with_lease: bool = False,
         set_upstream: bool = False,
+        weights: bool = False,
         meter: TransferMeter | None = None,
     ) -> TransferReport:
         """Send branches and tags (default: the current branch) and what of their history the remote lacks.
 
         `remote`: default the branch's upstream, the only one, or `origin`. `all`: every branch; `tags`: every tag.
         `delete`: take them away there. A branch only moves forward, unless `force_with_lease` and the remote's stands
-        where it was last seen. `meter` says how far it is, to any thread. A push that was killed goes on with what it
-        has sent. Raises `RefConflict` (nothing is lost: fetch, then decide), `RemoteError` kinds, `NotFound`.
+        where it was last seen. `weights`: send the weights sets that the pushed commits name, too. `meter` says how far
+        it is, to any thread. A push that was killed goes on with what it has sent.
+
+        Raises `RefConflict` (nothing is lost: fetch, then decide), `RemoteError` kinds, `NotFound`.
         """
         from thaw.repo import remotes
 
         return remotes.push(
             self.store, names, remote, delete=delete, tags=tags, everything=all, force_with_lease=force_with_lease,
-            set_upstream=set_upstream, meter=meter,
+            set_upstream=set_upstream, weights=weights, meter=meter,
         )  # fmt: skip
 
     def fetch(
@@ -348,15 +359,17 @@ class Repository:
         remote: str | None = None,
         prune: bool = False,
         tags: bool = True,
+        weights: bool = False,
         meter: TransferMeter | None = None,
     ) -> TransferReport:
         """Bring branches (default: all) and tags here; `origin/main` is then a point. No local branch moves.
 
-        `prune`: points of branches that were deleted there go. Raises `CorruptBlob` naming what is damaged, `NotFound`.
+        `prune`: points of branches that were deleted there go. `weights`: fetch the weights sets that the fetched
+        commits name, too, where the remote has them. Raises `CorruptBlob` naming what is damaged, `NotFound`.
         """
         from thaw.repo import remotes
 
-        return remotes.fetch(self.store, branches, remote, prune=prune, tags=tags, meter=meter)
+        return remotes.fetch(self.store, branches, remote, prune=prune, tags=tags, weights=weights, meter=meter)
 
     def pull(
         self, branch: str | None = None, *, remote: str | None = None, meter: TransferMeter | None = None
@@ -508,20 +521,22 @@ def clone(
     namespace: str | None = None,
     remote: str = "origin",
     options: dict[str, str | int | bool] | None = None,
+    weights: bool = False,
     meter: TransferMeter | None = None,
 ) -> Repository:
     """A new repository in `path` from a remote, which is called `remote` in it.
 
     `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. With `refs_only`
     none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `namespace`: whose
-    part of the remote. `options`: as `Repository.add_remote`. What fails leaves nothing behind. Raises `NotFound`,
-    `Conflict`, `CorruptBlob`, `RemoteError` kinds.
+    part of the remote. `options`: as `Repository.add_remote`. `weights`: as `Repository.fetch`, once the rest is here.
+    What fails leaves nothing behind, but for weights that did not come: `fetch(weights=True)` goes on with them. Raises
+    `NotFound`, `Conflict`, `CorruptBlob`, `RemoteError` kinds.
     """
     from thaw.repo import remotes
 
     remotes.clone(
         url, Path(path), options or {}, remote=remote, branch=branch, single_branch=single_branch, namespace=namespace,
-        meter=meter, refs_only=refs_only,
+        weights=weights, meter=meter, refs_only=refs_only,
     )  # fmt: skip
     return open(path, engine=engine, create=False, namespace=namespace)
 

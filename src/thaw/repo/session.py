@@ -422,13 +422,21 @@ class Session(ProcessBound):
         branch: str | None = None,
         meta: Mapping[str, str] | None = None,
         expect: Expect = "parent",
+        with_weights: bool = False,
     ) -> CommitResult:
         """Store the session as it stands, also in the middle of a generation, and move the branch to it.
 
         `branch` None: the session's own; on no branch the commit is reachable by its id, and kept from gc as long as
         reflogs are. Durable when this returns. Raises `CommitConflict` (the commit is kept) when the branch is not
         where `expect` says: at the session's parent, unless told otherwise.
+
+        `with_weights`: put the model's weights into the repository first, unless they are there (`repo.weights`).
+        Raises `IdentityMismatch` where the model's files are not what runs; nothing is committed then.
         """
+        if with_weights:
+            from thaw.repo.weights import keep_weights
+
+            keep_weights(self._context)
         return self._commit(message, branch or self._branch, commits.check_meta(meta), expect, "commit")
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
