@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from recurrent_shapes import SHAPES as RECURRENT  # noqa: E402
@@ -21,7 +21,7 @@ from thaw.core.cache import token_nbytes  # noqa: E402
 from thaw.core.errors import InvalidRequest, Unsupported  # noqa: E402
 from thaw.doctor import model as doctor  # noqa: E402
 from thaw.doctor.report import ModelReport  # noqa: E402
-from thaw.engines.transformers.support import RUNS, WITH_TEXT  # noqa: E402
+from thaw.engines.transformers.support import ONE_MASK, RUNS, WITH_TEXT  # noqa: E402
 
 SHIPPED = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SMALL: dict[str, Any] = {
@@ -177,6 +177,32 @@ def test_heads_are_counted_as_they_are_stored(name: str, tmp_path: Path) -> None
     assert said.kv_token_nbytes == 2 * 2 * heads * 16 * 4
     repeats = 2 if "new_decoder_architecture" in fields else 1
     assert cache_of(AutoModelForCausalLM.from_config(config)) == [(heads * repeats * 16 * 4,) * 2] * 2
+
+
+@pytest.mark.parametrize("kind", sorted(ONE_MASK))
+@pytest.mark.parametrize("types", [MIXED, ALL], ids=["mixed", "all full"])
+def test_a_window_that_the_class_would_give_to_layers_without_one_is_refused(
+    kind: str, types: list[str], tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """transformers reads such a config: its cache follows the layer types, and its mask the window alone. So the stock
+    class fails past the window, or attends to less than the layer types say."""
+    config = small(kind, layer_types=types, sliding_window=40, use_sliding_window=True)
+    module = AutoModelForCausalLM.from_config(config).eval()
+    draw(module)
+    reason = rf"layers without a window beside sliding_window=40.*type {kind} gives every layer"
+    with pytest.raises(Unsupported, match=reason):
+        load_engine("transformers", model=module, tokenizer=AutoTokenizer.from_pretrained(tiny_model("llama")))
+    assert [reason for reason in examined(config, tmp_path).reasons if "gives every layer that window" in reason]
+    with torch.inference_mode():
+        tokens, cache = torch.tensor([[*range(5, 105)]]), DynamicCache(config=module.config)
+        if types is MIXED:
+            module(input_ids=tokens, past_key_values=cache)
+            with pytest.raises(RuntimeError, match="must match"):
+                module(input_ids=tokens[:, :1], past_key_values=cache)
+            return
+        masked = module(input_ids=tokens).logits[0, -1]
+        module.config.sliding_window = None
+        assert float((masked - module(input_ids=tokens).logits[0, -1]).abs().max()) > 0.01
 
 
 def write(folder: Path, text: str) -> Path:

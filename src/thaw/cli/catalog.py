@@ -16,6 +16,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "log": "List the commits of a branch, or draw the whole tree.",
         "show": "Show a commit: its state, turns, origin and bytes.",
         "diff": "Show where two points diverge, in tokens, text and bytes.",
+        "rebase": "Replay a point under other weights and show the drift, token by token.",
         "match": "Find the longest stored prefix of a text.",
         "stats": "Show bytes per branch and what sharing saves.",
     },

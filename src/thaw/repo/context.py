@@ -21,6 +21,7 @@ from thaw.store import Store
 if TYPE_CHECKING:
     from thaw.data.locations import StoreMount
     from thaw.engines.base import Engine
+    from thaw.repo.admission import Admission
 
 MEMO_ENTRIES = 4096
 
@@ -40,6 +41,18 @@ class Context(ProcessBound):
         self._lock = threading.Lock()
         self._node_ids: OrderedDict[SegmentNode | TurnNode, ObjectId] = OrderedDict()
         self._remembered = False
+        self._admission: Admission | None = None
+
+    @property
+    def admission(self) -> Admission:
+        """What is live through it; a namespace's is the whole repository's."""
+        if self._of is not None:
+            return self._of.admission
+        from thaw.repo.admission import Admission  # only for those who run something
+
+        with self._lock:
+            self._admission = self._admission or Admission()
+            return self._admission
 
     def within(self, namespace: str) -> Context:
         """The same store and engine in a namespace; to close it closes neither."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.core import cache, namespaces
-from thaw.core.errors import Conflict, InvalidRequest, NotFound
+from thaw.core.errors import Conflict, InvalidRequest, NotFound, RefConflict
 from thaw.core.points import Point, check_name
 from thaw.repo import refs, resolve
 from thaw.repo.context import Context
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from thaw.remote.report import RemoteGcReport, TransferReport
     from thaw.remote.settings import RemoteSettings
     from thaw.repo.diff import Diff
+    from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
     from thaw.repo.hydrate import Hydration
     from thaw.repo.log import LogEntry
+    from thaw.repo.rebase import Rebase
     from thaw.repo.report import VerifyReport
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
@@ -126,14 +128,17 @@ class Repository:
                 salt = self.store.salt(salt or "")
             if fetch:
                 raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
-            return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
+            with self._context.admission.beginning():
+                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix)
+                return Session(self._context, ref)
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
-        where, live = self._hydrated(point, fetch, seed=seed, share_prefix=share_prefix, policy=policy)
-        return Session(
-            self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof,
-            num_inherited=where.num_tokens,
-        )  # fmt: skip
+        with self._context.admission.beginning():
+            where, live = self._hydrated(point, fetch, seed=seed, share_prefix=share_prefix, policy=policy)
+            return Session(
+                self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch,
+                proof=live.proof, num_inherited=where.num_tokens,
+            )  # fmt: skip
 
     def fork(
         self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact", fetch: bool = False
@@ -146,19 +151,46 @@ class Repository:
         from thaw.repo.group import Group
         from thaw.repo.session import Session
 
-        where, live = self._hydrated(point, fetch, policy=policy)
-        try:
-            children = self.engine.fork(live.session, n, replay=replay).result()
-        finally:
-            self.engine.close_session(live.session)
-        sessions = [
-            Session(
-                self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
-                num_inherited=where.num_tokens,
-            )
-            for child in children
-        ]  # fmt: skip
-        return Group(self._context, sessions)
+        with self._context.admission.beginning():
+            where, live = self._hydrated(point, fetch, policy=policy)
+            try:
+                children = self.engine.fork(live.session, n, replay=replay).result()
+            finally:
+                self.engine.close_session(live.session)
+            sessions = [
+                Session(
+                    self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
+                    num_inherited=where.num_tokens,
+                )
+                for child in children
+            ]  # fmt: skip
+            return Group(self._context, sessions)
+
+    def drain(self, *, timeout_s: float = 60.0, why: str = "drain") -> DrainReport:
+        """Let nothing begin any more, and store every live session of this repository and its namespaces.
+
+        Generations stop at a token boundary and raise `Drained` with the point to go on from; prefills are awaited for
+        up to half of `timeout_s`. Branches stay where they are. The report names what was not captured. Sessions can
+        still be read and committed; `undrain` lets them go on. Raises `Busy` where it is drained already.
+        """
+        from thaw.repo.drain import drain
+
+        self._require_default("an engine is drained")
+        return drain(self._context.admission, timeout_s, why)
+
+    def live_sessions(self) -> list[Session]:
+        """The open sessions of this repository and its namespaces that somebody holds, oldest first."""
+        return [session for session in self._context.admission.sessions() if session.is_open]
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing may begin."""
+        return bool(self._context.admission.closed)
+
+    def undrain(self) -> bool:
+        """Let work begin again; False where it was not drained."""
+        self._require_default("an engine is drained")
+        return self._context.admission.open()
 
     def _hydrated(
         self,
@@ -414,6 +446,26 @@ class Repository:
         return remotes.forget(self.store, names, remote)
 
     # -- checking and keeping
+
+    def rebase(self, point: PointLike = "HEAD", *, branch: str | None = None, message: str = "") -> Rebase:
+        """Replay a point's tokens under the weights that run now, and say how far their log probabilities moved.
+
+        `branch`: keep it as a new branch too, that goes on from `point` under these weights: all its tokens and turns,
+        prefilled again. Raises `RefConflict` where the branch exists, `InvalidRequest` where nothing was sampled.
+        """
+        from msgspec.structs import replace
+
+        from thaw.repo.rebase import rebase
+
+        where = self.resolve(point)
+        if branch is not None and self.store.ref(refs.require_own(self.store, branch)) is not None:
+            raise RefConflict(f"there is a branch or tag {branch!r} already; choose another name")
+        found = rebase(self._context, where)
+        if branch is None:
+            return found
+        with self.session(where, policy="recompute") as session:
+            done = session.commit(message or f"rebased from {where}", branch=branch, expect=None)
+        return replace(found, branch=branch, commit=done.commit)
 
     def verify(
         self,

@@ -196,6 +196,8 @@ WINDOWS = frozenset(
     )
 )
 """Those of them whose layers may have a window or chunks."""
+ONE_MASK = frozenset(("ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"))
+"""Those of them whose class gives all layers one mask, of a window where the config names one."""
 LATENTS = frozenset(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"))
 """Those of them that keep latents (MLA)."""
 WITH_TEXT = frozenset(
@@ -355,6 +357,11 @@ def _unknown(config: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
     out = []
     if inner not in WINDOWS and any(isinstance(spec, KV) and spec.window for spec in kept):
         out.append(f"its config names a sliding window, which models of type {inner} are not known to have")
+    if inner in ONE_MASK and text.get("sliding_window") and any(isinstance(s, KV) and s.window is None for s in kept):
+        out.append(
+            f"its config names layers without a window beside sliding_window={text['sliding_window']}, and the class "
+            f"of models of type {inner} gives every layer that window"
+        )
     if inner not in LATENTS and (text.get("kv_lora_rank") or any(isinstance(spec, Latent) for spec in kept)):
         out.append(f"its config names a latent cache (MLA), which models of type {inner} are not known to have")
     return out
