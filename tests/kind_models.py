@@ -17,7 +17,7 @@ from thaw.testing.models import _SHAPES as _PLAIN
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KINDS", "OF_KINDS", "PARTS", "RECURRENT", "WINDOW", "make_kind_model"]
+__all__ = ["BOTH", "KINDS", "OF_KINDS", "PARTS", "RECURRENT", "WINDOW", "make_kind_model"]
 
 KINDS = {
     "falcon": "full attention of a model's own: heads that its cache repeats",
@@ -32,6 +32,8 @@ KINDS = {
     "deepseek_v3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
+BOTH = ("lfm3",)
+"""Architectures with windows, recurrent states and full attention."""
 WINDOW = 40
 """Tokens that a token attends to in the layers with a window."""
 PARTS = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -80,6 +82,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
+    },
+    "lfm3": {
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "conv_L_cache": 3,
+        "layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": WINDOW,
     },
     **RECURRENT,
 }  # fmt: skip

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache  # noqa: E402
 
-from kind_models import RECURRENT  # noqa: E402
+from kind_models import BOTH, RECURRENT  # noqa: E402
 from thaw.core.cache import point_groups  # noqa: E402
 from thaw.core.sampling import Sampling  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
@@ -32,9 +32,9 @@ from thaw.testing.plans import mount_at  # noqa: E402
 from thaw.testing.resume_worker import ResumeJob, ResumeRound, run_fresh  # noqa: E402
 
 MORE = pytest.mark.slow("the same on one more architecture")
-QUICK = ("qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1")
-"""A delta rule, Mamba2, a short convolution, and layers that attend and are recurrent."""
-ALL = [pytest.param(arch, marks=() if arch in QUICK else MORE) for arch in (*RECURRENT, "qwen3_5")]
+QUICK = ("qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "lfm3")
+"""A delta rule, Mamba2, a short convolution, layers that attend and are recurrent, and windows beside states."""
+ALL = [pytest.param(arch, marks=() if arch in QUICK else MORE) for arch in (*RECURRENT, *BOTH, "qwen3_5")]
 """The last is multimodal, as the checkpoints of Qwen3.5 are; its text part runs."""
 PROMPT, ANSWER = 300, 24
 PLACEHOLDER = 259

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from thaw.core.cache import point_groups, windowed
+from thaw.core.cache import keeps_all
 from thaw.core.errors import (
     Busy,
     EngineDied,
@@ -322,12 +322,6 @@ class EmbeddedEngine(Engine):
 
     def _ask(self, live: LiveSession, tokens: Sequence[int], unaligned: bool) -> None:
         multiple, limit = self._backend.point_multiple, self._backend.max_model_len
-        windows = () if self._backend.keeps_interior else windowed(self._backend.groups)
-        if tokens and windows:
-            raise Unsupported(
-                f"points at {list(tokens)[:5]}: this engine keeps the windows of cache group {windows[0]} at a "
-                "session's end alone, so that nothing can continue from an earlier token"
-            )
         for token in tokens:
             if not isinstance(token, int) or not 0 < token <= limit:
                 raise InvalidRequest(f"a point at token {token!r}: it must be 1 to {limit}")
@@ -338,7 +332,7 @@ class EmbeddedEngine(Engine):
                     f"prefill that is cut inside such a chunk computes other bits than one that is not. Ask for "
                     f"{' or '.join(map(str, near))}, or insist (unaligned=True, --unaligned)"
                 )
-        if point_groups(self._backend.groups):
+        if not keeps_all(self._backend.groups):
             live.kv.ask(tokens)
 
     def _lanes(self, requests: Sequence[GenerateRequest]) -> list[Lane]:

@@ -14,7 +14,8 @@ that they are of, and shared with forks: a child has no state of its own until i
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -62,8 +63,8 @@ States: TypeAlias = tuple[StateBlob, ...]
 
 
 class ExtentFactory(abc.ABC):
-    """`keeps_interior`: windows and point states of all tokens are kept; else windows and states of the last tokens,
-    the `recent_points` states before the last one, and those that were asked for. `point_multiple`: a prefill that is
+    """`keeps_interior`: windows and point states of all tokens are kept; else those of the last tokens and those that
+    were asked for, and the `recent_points` states before the last one. `point_multiple`: a prefill that is
     cut at a multiple of it has its recurrent kernel's chunks where one that is not cut has them."""
 
     groups: tuple[CacheGroup, ...]
@@ -87,7 +88,8 @@ class PageRange:
 
 class PagedKV:
     """The KV of one session; `num_tokens` tokens have been computed. `points[n]`: the point states after n tokens; they
-    exist for `num_tokens` wherever the model has such groups. `asked`: the tokens whose states are not let go of."""
+    exist for `num_tokens` wherever the model has such groups. `asked`: the tokens whose states and windows are not let
+    go of."""
 
     def __init__(self, factory: ExtentFactory) -> None:
         self.factory = factory
@@ -95,8 +97,9 @@ class PagedKV:
         self.num_tokens = 0
         self.points: dict[int, States] = {}
         self.asked: set[int] = set()
-        self.loaded_from: dict[str, int] = {}
-        """The first token of a group's that was brought back; those before it were not needed."""
+        self.there: dict[str, tuple[range, ...]] = {}
+        """Of a session that was brought back: the tokens of each group that its pages have, in order and apart from one
+        another. The last range has no end: what is computed here is there."""
 
     @property
     def num_pages(self) -> int:
@@ -141,7 +144,7 @@ class PagedKV:
         child.num_tokens = at
         child.points = {token: state for token, state in self.points.items() if token <= at}
         child.asked = {token for token in self.asked if token <= at}
-        child.loaded_from = self.loaded_from
+        child.there = there_until(self.there, at)
         return child
 
     def keep(self, state: States) -> None:
@@ -155,18 +158,24 @@ class PagedKV:
             }
 
     def ask(self, tokens: Iterable[int]) -> None:
-        """Do not let go of the states after these numbers of tokens, which are there or to come. Raises `NotKept`."""
+        """Do not let go of the states and windows after these numbers of tokens, which are there or to come. Raises
+        `NotKept`."""
         wanted = set(tokens)
-        gone = {token for token in wanted if token <= self.num_tokens and token not in self.points}
+        read = {token for token in wanted if token <= self.num_tokens}
+        gone = read - self.points.keys()
         if gone and point_groups(self.factory.groups):
             raise NotKept(
                 f"no state is kept after {list_of(gone)}, which this session has read already: it has states after "
                 f"{list_of(self.points)}. Ask for a state before its tokens are appended"
             )
+        for token in read:
+            self._require_windows(token)
         self.asked |= wanted
 
     def next_asked(self) -> int | None:
         """The next number of tokens at which a prefill is to stop for a state."""
+        if not point_groups(self.factory.groups):
+            return None
         return min((token for token in self.asked if token > self.num_tokens), default=None)
 
     def lasting(self) -> list[int]:
@@ -183,10 +192,23 @@ class PagedKV:
             return last
         return num_tokens if num_tokens <= self.num_tokens and num_tokens in self.points else last
 
-    def first_of(self, group: TokenGroup) -> int:
-        """The first token of a group that is kept: what is needed to go on from here, or one token earlier."""
-        kept = 0 if self.factory.keeps_interior else group.covers(max(self.num_tokens - 1, 0)).start
-        return max(kept, self.loaded_from.get(group.name, 0))
+    def kept(self, group: TokenGroup) -> list[range]:
+        """The tokens of a group that are kept, in order and apart from one another: what is needed to go on from here,
+        from one token earlier, and from what was asked for. Where there are states, that begins behind the asked token,
+        elsewhere with it: it runs again."""
+        end, again = self.num_tokens, 0 if point_groups(self.factory.groups) else 1
+        wanted = [range(group.covers(max(end - 1, 0)).start, end)]
+        wanted += [range(group.covers(token - again).start, token) for token in self.asked if 0 < token <= end]
+        if self.factory.keeps_interior:
+            wanted = [range(end)]
+        return _both(_joined(wanted), self.there.get(group.name, (range(sys.maxsize),)))
+
+    def first_stored(self, group: TokenGroup, start: int, stop: int) -> int:
+        """The first token of [start, stop) from which a group is stored up to `stop`; `stop` where nothing is kept."""
+        there = self.there.get(group.name, (range(sys.maxsize),))
+        whole = max((r.start for r in there if r.start < stop <= r.stop), default=stop)
+        first = max(start, whole)
+        return min((max(r.start, first) for r in self.kept(group) if r.start < stop and r.stop > first), default=stop)
 
     def _require(self, at: int) -> None:
         if at and point_groups(self.factory.groups) and at not in self.points:
@@ -194,12 +216,17 @@ class PagedKV:
                 f"no state is kept after {at} tokens: this session has states after {list_of(self.points)}. Go on from "
                 "one of these, or read the tokens again (append them to a new session)"
             )
+        self._require_windows(at)
+
+    def _require_windows(self, at: int) -> None:
         for group in token_groups(self.factory.groups):
-            covered = group.covers(at)
-            if covered and covered.start < self.first_of(group):
+            covered, kept = group.covers(at), self.kept(group)
+            if covered and not any(r.start <= covered.start and covered.stop <= r.stop for r in kept):
+                have = ", ".join(f"{r.start} to {r.stop - 1}" for r in kept)
                 raise NotKept(
-                    f"after {at} tokens the group {group.name} needs tokens from {covered.start} on; this session has "
-                    f"them from {self.first_of(group)} on. Go on from its present end, or read the tokens again"
+                    f"after {at} tokens the group {group.name} needs tokens {covered.start} to {covered.stop - 1}; "
+                    f"this session has {have}. Go on from its present end or from a point that was asked for, or read "
+                    "the tokens again"
                 )
 
     def read(self, column: int, start: int, stop: int) -> memoryview:
@@ -225,3 +252,27 @@ class PagedKV:
         page, begin = divmod(start, PAGE)
         extent, index = self.locate(page)
         extent.scatter(column, index, begin, begin + stop - start, data, stored)
+
+
+def there_until(there: Mapping[str, Sequence[range]], at: int) -> dict[str, tuple[range, ...]]:
+    """What is there of the first `at` tokens, and all that follows."""
+    return {
+        group: tuple(_joined([*_both(ranges, (range(at),)), range(at, sys.maxsize)])) for group, ranges in there.items()
+    }
+
+
+def _joined(ranges: Iterable[range]) -> list[range]:
+    """The same tokens in order, those that touch as one."""
+    out: list[range] = []
+    for one in sorted((r for r in ranges if r), key=lambda r: r.start):
+        if out and one.start <= out[-1].stop:
+            out[-1] = range(out[-1].start, max(out[-1].stop, one.stop))
+        else:
+            out.append(one)
+    return out
+
+
+def _both(some: Iterable[range], others: Sequence[range]) -> list[range]:
+    """The tokens that are in both."""
+    pairs = (range(max(a.start, b.start), min(a.stop, b.stop)) for a in some for b in others)
+    return [pair for pair in pairs if pair]

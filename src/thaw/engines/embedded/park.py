@@ -23,7 +23,7 @@ class Parked:
     def __init__(self, kv: PagedKV) -> None:
         self._num_tokens = kv.num_tokens
         self._columns = columns(kv.factory.groups)
-        self._asked = set(kv.asked)
+        self._asked, self._there = set(kv.asked), kv.there
         self._states = {token: [len(blob) for blob in state] for token, state in kv.points.items()}
         self._digests: list[bytes] = []
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -55,7 +55,7 @@ class Parked:
         for token, sizes in self._states.items():
             what = f"state after {token} tokens"
             kv.points[token] = tuple(self._take(nbytes, next(digests), what) for nbytes in sizes)
-        kv.num_tokens, kv.asked = self._num_tokens, self._asked
+        kv.num_tokens, kv.asked, kv.there = self._num_tokens, self._asked, self._there
         self._file.close()
         return kv
 

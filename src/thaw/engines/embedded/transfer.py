@@ -27,7 +27,7 @@ from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
 from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
-from thaw.engines.embedded.pages import PagedKV
+from thaw.engines.embedded.pages import PagedKV, there_until
 from thaw.engines.embedded.session import LiveSession
 
 
@@ -103,7 +103,7 @@ class _Piece:
     def __init__(self, kv: PagedKV, start: int, stop: int) -> None:
         self._kv, self._start, self._stop = kv, start, stop
         groups = kv.factory.groups
-        first = {group.name: max(start, kv.first_of(group)) for group in token_groups(groups)}
+        first = {group.name: kv.first_stored(group, start, stop) for group in token_groups(groups)}
         self._first = {name: token for name, token in first.items() if token < stop}
         self._columns = [(i, c.group) for i, c in enumerate(columns(groups)) if c.group.name in self._first]
         self._points = [token for token in kv.lasting() if start < token <= stop]
@@ -217,7 +217,8 @@ def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, m
                     target = memoryview(staging)
                 wanted.append((location, target))
         column += group.num_blobs
-        kv.loaded_from[group.name] = restoring.kept_from(found, plan.num_kv)
+        kv.there[group.name] = tuple(range(run.start, run.stop) for run in found)
+    kv.there = there_until(kv.there, plan.num_kv)
     return wanted, staged
 
 

@@ -115,6 +115,7 @@ _READ: dict[str, Callable[[Config], Parts]] = {
     "zamba2": _mamba2("n_mamba_heads", "mamba_headdim", "mamba_ngroups", "mamba_d_state", "mamba_d_conv"),
     "lfm2": _short_conv,
     "lfm2_moe": _short_conv,
+    "lfm3": _short_conv,
 }
 RUNS = frozenset(_READ)
 """Model types whose recurrent layers thaw knows."""
