@@ -83,11 +83,13 @@ def end_node(node: ClusterNode, pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def keepers() -> list[int]:
-    """Of this machine: Ray gives its actors' processes their names."""
+def keepers(cluster: LocalCluster) -> list[int]:
+    """Of that cluster: Ray names its actors' processes, and a raylet, their parent, was given the cluster's address."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::NodeKeeper"):
-                found.append(int(folder.name))
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                if cluster.address.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(int(folder.name))
     return found

@@ -76,7 +76,7 @@ def do_harm(cluster: LocalCluster, pool: ForkPool, harm: str, soak: Soak) -> Non
         if harm == "engine" and workers:
             os.kill(next(iter(workers.values())), signal.SIGKILL)
         elif harm == "keeper":
-            os.kill(keepers()[0], signal.SIGKILL)
+            os.kill(keepers(cluster)[0], signal.SIGKILL)
         elif harm == "node":
             end_node(far[0], [one for key, one in pids_on(pool, far[0].key) if key in workers])
         elif harm == "raylet":

@@ -158,13 +158,13 @@ def test_a_keeper_that_is_killed_is_made_again_and_nothing_is_booted(two_nodes: 
         before = [(w.name, w.pid) for w in pool.stats().workers]
         expected = bits(pool.fork(session, 4, SAMPLED, snapshot="before"))
         nodes = pool._backend.nodes  # type: ignore[attr-defined]
-        killed = keepers()
+        killed = keepers(two_nodes)
         assert len(killed) == 2
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
         for worker in pool.workers:
             assert bits(pool.fork(session, 4, SAMPLED, worker=worker)) == expected
-        until(lambda: all(node.kept for node in nodes_of(pool)) and not set(killed) & set(keepers()))
+        until(lambda: all(node.kept for node in nodes_of(pool)) and not set(killed) & set(keepers(two_nodes)))
         assert [(w.name, w.pid) for w in pool.stats().workers] == before
         asked = nodes.num_calls
         assert len(counts(pool)) == 2 and nodes.num_calls == asked + 2, "questions go through Ray again"
