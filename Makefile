@@ -19,20 +19,20 @@ EXTRAS := transformers,vllm,trl,s3,server,langgraph,testing,dev
 VLLM := 0.32
 VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
-VLLM_TESTS := tests/engines/on_vllm
+VLLM_TESTS := tests/engines/on_vllm tests/weights/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23
 SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
-SGLANG_TESTS := tests/engines/on_sglang
+SGLANG_TESTS := tests/engines/on_sglang tests/weights/on_sglang
 
 CODE := src tests benchmarks examples docs/generate.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test-fast test soak bench-gpu lint format docs clean
+.PHONY: help install model azurite demo test-fast test soak bench-gpu lint format docs clean
 .PHONY: $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) test-vllm soak-vllm $(VLLM_OTHERS:%=soak-vllm-%)
 .PHONY: $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) test-sglang soak-sglang $(SGLANG_OTHERS:%=soak-sglang-%)
 .DELETE_ON_ERROR:
@@ -112,6 +112,11 @@ endef
 
 model: $(INSTALLED) ## the demo's model, unless THAW_MODEL is set (98 MB to fetch, half a minute, once)
 	@$(BIN)/python -m thaw.demo.model >/dev/null
+
+AZURITE := 3.35.0
+azurite: ## Azure's emulator in .azurite, which the tests of az:// need (npm; 15 seconds, once)
+	@npm install --silent --no-audit --no-fund --prefix .azurite azurite@$(AZURITE)
+	@echo "· installed"
 
 ifeq ($(ENGINE),vllm)
 DEMO_BIN := $(VLLM_VENV)/bin
@@ -211,5 +216,5 @@ docs: $(INSTALLED) ## write the generated pages and pictures of docs/ anew
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove the environments and caches; the model's folder and your repositories stay
-	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .azurite $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

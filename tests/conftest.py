@@ -50,7 +50,7 @@ class NotInstalled(pytest.Dir):
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     if path.parent == Path(__file__).parent and not is_installed(OPTIONAL.get(path.name, "pytest")):
         return NotInstalled.from_parent(parent, path=path)
-    here = path.parent == Path(__file__).parent / "engines" and path.name in SERVED
+    here = path.parent.parent == Path(__file__).parent and path.name in SERVED
     return NotHere.from_parent(parent, path=path) if here and not is_installed(SERVED[path.name][0]) else None
 
 

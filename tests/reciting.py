@@ -57,8 +57,8 @@ class RecitingEngine(EmbeddedEngine):
         )  # fmt: skip
 
 
-def reciting(*, structured: bool = False, step_s: float = 0.0) -> RecitingEngine:
-    engine = RecitingEngine(RecitingBackend("fake", 0, 32768, step_s), policy="0")
+def reciting(*, structured: bool = False, step_s: float = 0.0, max_model_len: int = 32768) -> RecitingEngine:
+    engine = RecitingEngine(RecitingBackend("fake", 0, max_model_len, step_s), policy="0")
     engine.schemas = []
     if structured:
         engine.info = msgspec.structs.replace(engine.info, capabilities=engine.info.capabilities | {"structured"})

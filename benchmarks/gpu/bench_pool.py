@@ -2,7 +2,8 @@
 
 PARTS are some of round and boot, joined by commas. A round is 4 or 16 branches of 64 tokens from a trunk of `--trunk`
 tokens. With two GPUs each of the two workers has its own: the second one's round from the arena is a point that goes
-from one card to the other. With `--small` and a small model the same runs wherever vLLM does.
+from one card to the other. The receipt is written anew after each part and after every round of boots. With `--small`
+and a small model the same runs wherever vLLM does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 from arguments import parser
 
 from thaw.bench.pool import PoolBenchOptions, quick, run
-from thaw.receipt import dumps
+from thaw.receipt import Receipt, dumps
 
 GIB = 1 << 30
 ENGINE = {"kv_cache_memory_bytes": 12 * GIB, "arena_nbytes": 8 * GIB, "block_size": 16}
@@ -49,10 +50,16 @@ def main() -> None:
         engine = {**ENGINE, **share, "max_model_len": told.trunk + 1024, "model": told.model}
         sizes = {**SIZES, "branches": branches, "trunk_tokens": told.trunk}
         options = msgspec.convert({**sizes, **usual, "engine_options": engine}, PoolBenchOptions)
+    target = told.out / f"bench-pool-{'-'.join(parts)}-{told.trunk}{'-two-cards' if cards else ''}.json"
     began = time.monotonic()
-    receipt = run(options, lambda line: print(f"{time.monotonic() - began:7.1f} s  {line}", flush=True))
-    name = f"bench-pool-{'-'.join(parts)}-{told.trunk}{'-two-cards' if cards else ''}.json"
-    (told.out / name).write_bytes(dumps(receipt))
+
+    def keep(receipt: Receipt) -> None:
+        fresh = target.with_suffix(".new")
+        fresh.write_bytes(dumps(receipt))
+        fresh.replace(target)
+
+    receipt = run(options, lambda line: print(f"{time.monotonic() - began:7.1f} s  {line}", flush=True), keep)
+    keep(receipt)
     for line in (*receipt.derived, *receipt.checks, *receipt.goals):
         print(msgspec.json.encode(line).decode(), flush=True)
 

@@ -27,10 +27,13 @@ from thaw.repo.settings import EngineSettings
 if TYPE_CHECKING:
     from thaw.pool.aio import AsyncForkPool
     from thaw.serve import Served, Started
+    from thaw.snapshot import EngineSnapshot, Migrated, RestoredEngine
+    from thaw.snapshot.aio import AsyncCheckpointRing, AsyncRequestQueue
 
 __all__ = [
-    "AsyncGroup", "AsyncRepository", "AsyncSession", "AsyncStream", "attach", "clone", "down", "init", "load_engine",
-    "open", "pool", "running", "up",
+    "AsyncGroup", "AsyncRepository", "AsyncSession", "AsyncStream", "attach", "checkpoint_ring", "clone", "down",
+    "init", "load_engine", "migrate", "open", "pool", "request_queue", "restore", "restore_checkpoint", "running",
+    "snapshot", "up",
 ]  # fmt: skip
 
 
@@ -94,3 +97,47 @@ async def down(repo: AsyncRepository) -> tuple[Served | None, bool]:
     from thaw import serve
 
     return await call(serve.down, repo)
+
+
+async def request_queue(repo: AsyncRepository, **options: Any) -> AsyncRequestQueue:
+    """As `thaw.snapshot.RequestQueue`, awaited (`thaw.snapshot.aio`)."""
+    from thaw.snapshot import aio as whole
+
+    return whole.request_queue(repo, **options)
+
+
+async def checkpoint_ring(queue: AsyncRequestQueue, **options: Any) -> AsyncCheckpointRing:
+    """As `thaw.snapshot.CheckpointRing`, awaited."""
+    from thaw.snapshot import aio as whole
+
+    return await whole.checkpoint_ring(queue, **options)
+
+
+async def snapshot(repo: AsyncRepository, *args: Any, **options: Any) -> EngineSnapshot:
+    """As `thaw.snapshot.snapshot`."""
+    from thaw.snapshot import aio as whole
+
+    return await whole.snapshot(repo, *args, **options)
+
+
+async def restore(repo: AsyncRepository, *args: Any, **options: Any) -> RestoredEngine:
+    """As `thaw.snapshot.restore`; its queue and sessions are blocking ones."""
+    from thaw.snapshot import aio as whole
+
+    return await whole.restore(repo, *args, **options)
+
+
+async def restore_checkpoint(repo: AsyncRepository, **options: Any) -> RestoredEngine:
+    """As `thaw.snapshot.restore_checkpoint`."""
+    from thaw.snapshot import aio as whole
+
+    return await whole.restore_checkpoint(repo, **options)
+
+
+async def migrate(
+    source: AsyncRequestQueue, destination: AsyncRequestQueue, *args: Any, **options: Any
+) -> list[Migrated]:
+    """As `thaw.snapshot.migrate`."""
+    from thaw.snapshot import aio as whole
+
+    return await whole.migrate(source, destination, *args, **options)

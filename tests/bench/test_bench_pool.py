@@ -45,6 +45,15 @@ def test_the_engine_counts_and_the_outputs_are_compared(receipt: r.Receipt) -> N
     assert moved is not None and moved.rounds[0].values["nbytes"] > 0 and moved.rounds[0].stages_s["hydrate"] > 0
 
 
+def test_every_round_of_boots_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("THAW_CACHE_DIR", str(tmp_path))
+    kept: list[r.Receipt] = []
+    options = pool.quick(engine="fake", parts=("boot",), boot_rounds=2)
+    whole = pool.run(options, so_far=kept.append)
+    assert [len(one.arms[0].rounds) for one in kept] == [1, 2]
+    assert kept[1].arms == whole.arms and all(r.verify(r.dumps(one)).problems == () for one in kept)
+
+
 def test_options_that_cannot_be_are_refused() -> None:
     for wrong in ({"parts": ("round", "round")}, {"parts": ("x",)}, {"rounds": 0}, {"branches": (0,)}):
         with pytest.raises(InvalidRequest):

@@ -87,7 +87,7 @@ def test_claude_codes_request_is_answered_and_says_what_it_ignored(speaking: Cal
         ("context_management", {"edits": [{"type": "compact_20260112"}]}, "context_management.edits[0]"),
         ("output_config", {"task_budget": {"type": "tokens", "total": 1}}, "task_budget"),
         ("output_config", {"format": {"type": "json_schema", "schema": {}}}, "output_config.format"),
-        ("tools", [{"type": "web_search_20250305", "name": "web_search"}], "tools[0]"),
+        ("tools", [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}], "tools[0]: a tool of type"),
         ("tools", [{"name": "x", "input_schema": {}, "novel": 1}], "tools[0].novel"),
         ("thinking", {"type": "enabled", "novel": 1}, "thinking.novel"),
         ("container", "c", "container"),

@@ -360,3 +360,24 @@ def test_one_that_cannot_be_resumed_has_failed_and_the_rest_is_served(start: Sta
     client = start(settings=GatewaySettings(restore=True)).openai()
     assert client.responses.retrieve(made.id).status == "failed"
     assert ask(client).usage.output_tokens == 8
+
+
+def test_who_comes_while_the_gateway_ends_is_told_to_come_again(start: Start) -> None:
+    """Until the last one that runs is committed, it answers."""
+    gateway = start(step_s=0.4)
+    client = gateway.openai()
+    stream = client.responses.create(model="fake", input="On.", max_output_tokens=500, stream=True)
+    events = [next(stream)]
+    told: list[tuple[int, str]] = []
+    gateway.server.should_exit = True
+    while not told or told[-1][0] == 200:
+        reply = httpx.get(f"{gateway.url}/health", timeout=30)
+        told.append((reply.status_code, reply.json()["status"]))
+    assert told[-1] == (503, "ending")
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.responses.create(model="fake", input="Another one.", max_output_tokens=1)
+    assert refused.value.status_code == 503 and int(refused.value.response.headers["retry-after"]) >= 1
+    events += stream
+    gateway.close()
+    kept = start().openai().responses.retrieve(events[0].response.id)
+    assert kept.status == "incomplete" and kept.thaw["point"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -193,6 +194,35 @@ def test_no_key_prompt_or_answer_is_in_any_log(
     assert lines[0]["response"] == reply.id and lines[0]["key"] == hashlib.sha256(TOKEN.encode()).hexdigest()[:8]
     assert [line["status"] for line in lines] == [200, 400, 401]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_tenants_responses_are_kept_as_long_as_its_entry_says(start: Start, tmp_path: Path) -> None:
+    """Those of others stay, and so does what has a name; its KV counts until gc can free it."""
+    path = tmp_path / "keys.json"
+    listed = [{"namespace": "a", "keys": ["key-a"], "keep_days": 0}, {"namespace": "b", "keys": ["key-b"]}]
+    path.touch(0o600)
+    path.write_text(json.dumps(listed))
+    gateway = start(tenants=load(path))
+    a, b = gateway.openai("key-a"), gateway.openai("key-b")
+    theirs = respond(b)
+    named, loose = respond(a, extra_body={"thaw": {"branch": "main"}}), respond(a, input=f"loose {LONG}")
+    stored = gateway.service.ledger.nbytes("a")
+    assert asyncio.run(gateway.service.sweep()) == 2
+    for one in (named, loose):
+        with pytest.raises(openai.NotFoundError):
+            a.responses.retrieve(one.id)
+    assert stored > gateway.service.ledger.nbytes("a") > stored // 2
+    assert b.responses.retrieve(theirs.id).output_text == theirs.output_text
+    assert respond(a, input="x", extra_body={"thaw": {"point": "main"}}).thaw["parent"] == named.thaw["point"]
+    b.responses.delete(theirs.id)
+    asyncio.run(gateway.service.sweep())
+    assert gateway.service.ledger.nbytes("a") == 0
+    with pytest.raises(openai.NotFoundError):
+        respond(a, input="x", extra_body={"thaw": {"point": loose.thaw["point"]}})
+    assert gateway.repo.within("a").resolve("main").commit == named.thaw["point"]
+    path.write_text(json.dumps([{**listed[0], "keep_days": -1}]))
+    with pytest.raises(InvalidRequest, match="keep_days"):
+        load(path)
 
 
 def test_a_keys_file_is_ones_own(tmp_path: Path) -> None:

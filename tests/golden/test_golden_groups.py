@@ -70,7 +70,7 @@ def test_a_plan_names_what_its_point_needs_and_all_bytes_verify(path: Path) -> N
         late = plan_of(store, line_of(store, "main"), 292)
         assert [sorted(piece.blobs) for piece in late.slices] == [["full", "latent"], ["full", "latent", "sliding"]]
         assert [piece.first for piece in late.slices] == [{}, {"sliding": 261}]
-        with pytest.raises(NotKept, match=r"250 cannot be gone on from.*201, 291, 292"):
+        with pytest.raises(NotKept, match=r"cannot continue from token 250.*201, 291, 292"):
             plan_of(store, line_of(store, "main"), 250)
 
 

@@ -20,7 +20,7 @@ from pool_updates import load
 import thaw
 from thaw import Sampling
 from thaw.core.canonical import U64
-from thaw.core.errors import IdentityMismatch, InvalidRequest, NotHit, StaleSession, ThawError, Unsupported
+from thaw.core.errors import EngineDied, IdentityMismatch, InvalidRequest, NotHit, StaleSession, ThawError, Unsupported
 from thaw.core.objects import ChatTurn, Turn
 from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
@@ -429,6 +429,40 @@ def test_a_session_and_a_snapshot_of_tokens_are_prefilled_anew_too() -> None:
         life.host.invoke(load, {"seed": 5})
         new = pool.fork(pool.snapshot(ids), 2, GREEDY, seed=1)
         assert bits(new) != bits(old) and bits(pool.fork(pool.session(ids), 2, GREEDY, seed=1)) == bits(new)
+
+
+def test_a_later_round_from_the_same_tokens_knows_their_turn_too() -> None:
+    """Where it forks from what an earlier round prefilled, and where it loads that in another worker."""
+    with ForkPool("fake", workers=2, backend="inline") as pool:
+        ids = pool.encode("a document " * 40)
+        first = pool.fork(ids, 1, GREEDY, seed=1)[0]
+        until(lambda: pool.stats().arena.num_points == 1)
+        again = pool.fork(ids, 1, GREEDY, seed=1, worker=first.worker)[0]
+        other = next(name for name in pool.workers if name != first.worker)
+        loaded = pool.fork(ids, 1, GREEDY, seed=1, worker=other)[0]
+        assert [r.decision and r.decision.action for r in (first, again, loaded)] == ["prefill", "fork", "hydrate"]
+        for result in (first, again, loaded):
+            assert result.history is not None and result.session is not None
+            assert [(turn.start, turn.end) for turn in result.history.turns] == [
+                (0, len(ids)),
+                (len(ids), len(ids) + 8),
+            ]
+            assert result.history.turns == result.session.turns
+
+
+def test_a_lost_sessions_tokens_are_not_taken_for_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python gives a second session the address that the first one had."""
+    monkeypatch.setattr("thaw.pool.schedule.resolver.id", lambda _: 7, raising=False)
+    with ForkPool("fake", workers=1, backend="inline") as pool:
+        session = pool.session(seed=7)
+        session.append("a document " * 40)
+        lost = pool.fork(session, [" one", " two"], GREEDY, seed=1, snapshot="never")
+        kept = [pool.fork(result, 1, GREEDY, seed=1, snapshot="never") for result in lost]
+        worker = pool._fleet.named("worker-0")
+        assert worker.life is not None
+        pool._fleet.failed(worker, worker.life, EngineDied("ended for this test"))
+        again = [pool.fork(result, 1, GREEDY, seed=1, policy="fast", snapshot="never") for result in lost]
+        assert [bits(results) for results in again] == [bits(results) for results in kept]
 
 
 # -- conversations

@@ -6,6 +6,7 @@ The moments are held open: a step that the race needs waits until the other side
 from __future__ import annotations
 
 import itertools
+import socket
 import sys
 import threading
 import time
@@ -16,10 +17,15 @@ from typing import Any
 
 import pytest
 
+import thaw
 from thaw import Sampling
 from thaw.core.errors import EngineDied, ThawError, TimedOut
-from thaw.engines.base import Engine
+from thaw.engines.base import Engine, GenerateRequest
 from thaw.pool import ForkPool, PoolSession, Round
+from thaw.pool.rpc.client import EngineProxy, RpcClient
+from thaw.pool.rpc.connection import Connection
+from thaw.pool.rpc.protocol import Booted
+from thaw.pool.rpc.server import RpcServer
 from thaw.pool.schedule.rates import Rates
 from thaw.pool.workers import fleet
 from thaw.pool.workers.worker import Worker
@@ -28,7 +34,7 @@ from thaw.testing.laws.kit import until
 from thaw.testing.laws.pool_kit import bits
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
-ENDLESS = Sampling(max_tokens=100_000, ignore_eos=True)
+ENDLESS = Sampling(max_tokens=50_000, ignore_eos=True)
 LIMIT_S = 20.0
 
 
@@ -222,10 +228,39 @@ def test_two_policies_at_once_are_set_one_after_the_other() -> None:
         second = beside(lambda: pool.set_policy("2", update=lambda engine: None))
         round_ = pool.submit(ids, 4, ENDLESS)
         first.join(LIMIT_S)
-        second.join(LIMIT_S)
         round_.cancel()
+        second.join(LIMIT_S)
         assert seen == [0, 0] and pool.policy_version == "2"
         assert engine_of(pool, "worker-0").policy_version == "2"
+
+
+def test_a_call_that_is_cancelled_before_the_engine_hears_of_it_is_cancelled() -> None:
+    ours, theirs = socket.socketpair()
+    with thaw.load_engine("fake") as engine:
+        server = RpcServer(Connection(theirs))
+        server._engine = engine
+        serving = beside(server.serve)
+        generate = engine.generate
+
+        def begun(requests: Any) -> Any:
+            """The engine's own handle takes a cancel from its first token on."""
+            handle = generate(requests)
+            next(iter(handle))
+            return handle
+
+        engine.generate = held = Held(begun)  # type: ignore[method-assign]
+        client = RpcClient(Connection(ours), "worker-0")
+        proxy = EngineProxy(client, Booted(info=engine.info, options={}, policy_version="0", pid=0))
+        session = proxy.open()
+        proxy.append(session, engine.codec.encode("a document", first=True)).result()
+        handle = proxy.generate([GenerateRequest(session=session, sampling=ENDLESS)])
+        assert held.reached.wait(LIMIT_S)
+        handle.cancel()
+        proxy.view(session)  # sent after the cancel, and answered: so that was read
+        held.go.set()
+        assert handle.result()[0].finish_reason == "abort"
+        client.end("the test is over")
+        serving.join(LIMIT_S)
 
 
 # -- counts
@@ -293,7 +328,7 @@ def test_points_of_the_arena_are_counted_while_others_are_let_go_of() -> None:
             for _ in range(4):
                 life = pool._fleet.named("worker-0").life
                 assert life is not None
-                shared.capture(life.context_of(shared.store), session.ref, Kept())
+                shared.capture(life.contexts[shared.store.uuid], session.ref, Kept())
                 shared.reclaim()
 
         at_once(come_and_go)

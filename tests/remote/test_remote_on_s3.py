@@ -1,4 +1,4 @@
-"""Over HTTP with keys, on a store that speaks S3: the command line pushes, clones and goes on."""
+"""Over HTTP with keys, on stores that speak S3 and Azure's protocol: the command line pushes, clones and goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hosts import commit, kv_of, read_all, remote, tokens, tree, wish
 from proxy import Fault, proxied
 from servers import StoreServer, free_port
-from store_fixtures import moto_server, store_keys  # noqa: F401 - fixtures
+from store_fixtures import azurite_server, moto_server, seaweed_server, store_keys  # noqa: F401 - fixtures
 
 import thaw
 from thaw.core.errors import ThawError
@@ -28,6 +28,7 @@ from thaw.remote.layout import NamespaceBucket
 from thaw.remote.push import push
 from thaw.store import Store
 
+STARTS = pytest.mark.slow("starts a real object store")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
@@ -41,13 +42,14 @@ def run(cwd: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    "store", ["moto_server", pytest.param("seaweed_server", marks=STARTS), pytest.param("azurite_server", marks=STARTS)]
+)
 def test_a_session_goes_on_from_a_bucket(
-    moto_server: StoreServer,  # noqa: F811 - a fixture
-    engine: Engine,
-    far_engine: Engine,
-    tmp_path: Path,
+    store: str, request: pytest.FixtureRequest, engine: Engine, far_engine: Engine, tmp_path: Path
 ) -> None:
-    address = moto_server.address("runs/one")
+    server: StoreServer = request.getfixturevalue(store)
+    address = server.address("runs/one")
     with thaw.open(tmp_path / "here", engine=engine) as here:
         here.add_remote("origin", address.url, dict(address.options))
         tree(here, "a document that is long enough to be shared. " * 60, 3)
@@ -59,7 +61,9 @@ def test_a_session_goes_on_from_a_bucket(
                 assert kv_of(there.store, there.resolve(f"origin/{name}").commit) == kv_of(
                     here.store, here.resolve(name).commit
                 )
-            with there.fork("origin/fork/2", 4) as kids:
+            there.remove_remote("origin")
+            there.add_remote("origin", address.url, dict(address.options))
+            with there.fork("origin/fork/2", 4, fetch=True) as kids:
                 assert all(proof.hit and proof.num_recomputed_tokens == 0 for proof in kids.proofs)
                 kids[0].commit("further", branch="further")
             assert [ref.outcome for ref in there.push("further").refs] == ["new"]
@@ -87,6 +91,11 @@ def test_the_command_line_takes_the_address_and_its_options(
         run(tmp_path, "-C", "b", "fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json")
     )
     assert len(forked["children"]) == 2
+    run(tmp_path, "-C", "a", "run", "and more of it. ", "--no-generate")
+    run(tmp_path, "-C", "a", "push")
+    words = ["fork", "origin/main", "Why?", "-n", "2", "--name", "newer", "--max-tokens", "4", "--fetch", "--json"]
+    assert len(json.loads(run(tmp_path, "-C", "b", *words))["children"]) == 2
+    assert "and more of it" in run(tmp_path, "-C", "b", "show", "newer/0")
     run(tmp_path, "-C", "b", "push", "origin", "fork/0", "fork/1")
     assert "origin/fork/1" in run(tmp_path, "-C", "a", "fetch")
     assert "up to date" in run(tmp_path, "-C", "a", "pull")
@@ -98,6 +107,26 @@ def test_the_command_line_takes_the_address_and_its_options(
     assert "deleted" in run(tmp_path, "-C", "a", "fetch", "--prune")
     assert json.loads(run(tmp_path, "-C", "a", "remote", "gc", "--dry-run", "--json"))["phase"] == "done"
     run(tmp_path, "-C", "a", "remote", "rm", "origin")
+
+
+def test_names_are_cloned_used_and_forgotten_on_the_command_line(tmp_path: Path) -> None:
+    url = (tmp_path / "bucket").as_uri()
+    run(tmp_path, "init", "a", "--engine", "fake")
+    run(tmp_path, "-C", "a", "run", "a document that is long enough to share. ", "--no-generate", "-m", "read it")
+    run(tmp_path, "-C", "a", "remote", "add", "origin", url)
+    run(tmp_path, "-C", "a", "push")
+    run(tmp_path, "clone", url, "b", "--engine", "fake", "--refs-only")
+    listed = json.loads(run(tmp_path, "-C", "b", "remote", "list", "--json"))["remotes"]
+    assert list(listed[0]["not_fetched"]) == ["origin/main"] and not listed[0]["points"]
+    assert not list((tmp_path / "b" / ".thaw" / "packs").iterdir())
+    words = ["fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json"]
+    assert len(json.loads(run(tmp_path, "-C", "b", *words))["children"]) == 2
+    assert "not fetched" not in run(tmp_path, "-C", "b", "remote", "list")
+    run(tmp_path, "-C", "b", "push", "origin", "fork/0", "fork/1")
+    gone = json.loads(run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/0", "--json"))
+    assert gone["num_commits"] == 1 and gone["num_rewritten_packs"] == 1 and gone["old_versions"] == "none"
+    assert "forgot fork/1" in run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/1")
+    assert {ref["name"] for ref in json.loads(run(tmp_path, "-C", "a", "fetch", "--json"))["refs"]} == {"origin/main"}
 
 
 BAD_DAYS = (

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steps import SteppedBucket, Turns, no_fault
 
-from thaw.core.errors import Busy, NotFound, RefConflict, RemoteUncertain, RemoteUnreachable
+from thaw.core.errors import Busy, Conflict, NotFound, RefConflict, RemoteUncertain, RemoteUnreachable
 from thaw.remote import refs
 from thaw.remote.fetch import fetch
 from thaw.remote.folder import FolderBucket
+from thaw.remote.forget import forget
 from thaw.remote.gc import GcWish, collect
 from thaw.remote.layout import NamespaceBucket
 from thaw.remote.push import PushWish, Tuning, push
@@ -26,7 +27,7 @@ from thaw.store import Store
 IN_ORDER = Tuning(pack_bytes=1 << 14, uploads=1, workers=1)
 AT_ONCE = GcWish(grace_s=0.0, keep_reflog_s=0.0, workers=1)
 BRANCHES = ("main", "side")
-LOST = (RefConflict, NotFound, Busy, RemoteUnreachable, RemoteUncertain)
+LOST = (RefConflict, Conflict, NotFound, Busy, RemoteUnreachable, RemoteUncertain)
 """What an actor may be told, when others were first or an answer was lost."""
 
 
@@ -72,6 +73,9 @@ class Writer:
     def gc(self, branch: str) -> None:
         collect(self.remote, AT_ONCE)
 
+    def forget(self, branch: str) -> None:
+        forget(self.remote, [("branch", branch)], workers=1)
+
 
 def check_whole(bucket: Path, path: Path) -> dict[str, str]:
     """Every branch of the remote can be fetched with all its history, and reads; returns where they stand."""
@@ -103,7 +107,7 @@ class Priorities:
 
 
 Script = list[tuple[str, str]]
-VERBS = st.sampled_from(("push", "push", "again", "delete", "fetch", "gc", "gc"))
+VERBS = st.sampled_from(("push", "push", "again", "delete", "fetch", "gc", "gc", "forget"))
 SCRIPTS = st.lists(
     st.lists(st.tuples(VERBS, st.sampled_from(BRANCHES)), min_size=1, max_size=4), min_size=2, max_size=3
 )

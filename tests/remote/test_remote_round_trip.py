@@ -348,3 +348,27 @@ def test_the_awaited_forms_do_the_same(here: Repository, far_engine: Engine, buc
             await there.remove_remote("other")
 
     asyncio.run(main())
+
+
+def test_a_clone_of_names_fetches_what_is_used(
+    here: Repository, far_engine: Engine, bucket: Path, tmp_path: Path
+) -> None:
+    tree(here, TEXT, 2)
+    here.push(all=True)
+    with thaw.clone(bucket.as_uri(), tmp_path / "there", engine=far_engine, refs_only=True) as there:
+        assert there.store.refs() == [] and list(there.store.commits()) == [] and there.store.head == "main"
+        assert not list(there.store.packs.iterdir())
+        with pytest.raises(NotFound, match="nowhere"):
+            there.resolve("origin/nowhere")
+        with there.fork("origin/fork/1", 2) as kids, here.fork("fork/1", 2) as siblings:
+            assert all(proof.hit and proof.num_recomputed_tokens == 0 for proof in kids.proofs)
+            far, near = kids.generate("And then?", GREEDY), siblings.generate("And then?", GREEDY)
+            assert [out.token_ids for out in far] == [out.token_ids for out in near]
+        assert [ref.name for ref in there.store.refs()] == ["origin/fork/1"], "and no other branch"
+        assert there.log("origin/fork/0")[0].commit == here.resolve("fork/0").commit
+        assert there.pull().refs[-1].outcome == "new" and there.resolve("main").commit == here.resolve("main").commit
+        assert there.fsck().ok
+    with thaw.clone(bucket.as_uri(), tmp_path / "other", refs_only=True) as other:
+        other.remove_remote("origin")
+        with pytest.raises(NotFound):
+            other.resolve("origin/main")

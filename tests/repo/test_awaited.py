@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ import thaw
 import thaw.pool
 import thaw.repo
 import thaw.serve
+import thaw.snapshot
 from thaw import Sampling, aio
 from thaw.core.errors import NotFound
 from thaw.engines.base import Engine
 from thaw.pool import ForkPool, PoolSession, Round, Snapshot
 from thaw.pool.aio import AsyncForkPool, AsyncRound
 from thaw.repo import Group, Repository, Session, Stream
-from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream
-from thaw.repo.bridge import Begun, call, opened
+from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream, AsyncWeights
+from thaw.repo.bridge import MAX_THREADS, Begun, call, each, opened
+from thaw.snapshot import CheckpointRing, QueuedRequest, RequestQueue
+from thaw.snapshot.aio import AsyncCheckpointRing, AsyncQueuedRequest, AsyncRequestQueue
+from thaw.weights import WeightsBook
 
 VIEWS: dict[type, type] = {
     Repository: AsyncRepository,
@@ -37,20 +41,37 @@ VIEWS: dict[type, type] = {
     Stream: AsyncStream,
     ForkPool: AsyncForkPool,
     Round: AsyncRound,
+    RequestQueue: AsyncRequestQueue,
+    QueuedRequest: AsyncQueuedRequest,
+    CheckpointRing: AsyncCheckpointRing,
+    WeightsBook: AsyncWeights,
 }
 PLAIN: dict[type, set[str]] = {
     Repository: {
         "path", "namespace", "within",  # as on the view
+        "weights",  # a view of its own
         "store", "commits_of",  # the open store itself; a comparison
+        "live_sessions", "is_drained",  # remembered
     },
     Session: {
-        "ref", "engine_ref", "parent", "branch", "engine", "commits_to", "kept_at", "check_process",  # remembered
+        "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine",  # remembered
+        "commits_to", "kept_at", "check_process",  # likewise
         "request", "plan_chat", "follow", "settle_chat",  # the steps of `generate` and `chat`, for groups
     },
     Group: {"check_process", "index", "count"},
     Stream: set(),
     ForkPool: set(),
+    WeightsBook: set(),
     Round: {"on_cancel", "emit", "settle", "has"},  # the pool's side
+    RequestQueue: {
+        "add", "forget", "known", "request", "requests",  # in memory
+        "hold", "release", "stop", "go_on", "remove",  # the steps of a restore and of a migration
+    },
+    QueuedRequest: {
+        "token_ids", "text", "num_tokens", "ended",  # in memory
+        "given", "begin", "own_turn", "take_up", "follow", "finish", "stop", "interrupt", "resume", "fail", "move_to",
+    },
+    CheckpointRing: set(),
 }  # fmt: skip
 PLAIN[PoolSession] = PLAIN[Session] | {"worker", "moved"}
 PLAIN_NAMES = {"Snapshot", "has_server", "require_keys", "aio", "__version__"}
@@ -109,7 +130,9 @@ def test_a_verb_that_is_not_awaited_is_noticed() -> None:
     assert "store" in lacking(Repository, AsyncRepository, set())
 
 
-@pytest.mark.parametrize("module", [thaw, thaw.repo, thaw.pool, thaw.serve], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [thaw, thaw.repo, thaw.pool, thaw.serve, thaw.snapshot], ids=lambda module: module.__name__
+)
 def test_every_public_name_has_an_awaited_form_or_is_a_value(module: Any) -> None:
     for name in module.__all__:
         found = getattr(module, name)
@@ -187,3 +210,36 @@ def test_many_verbs_that_wait_hold_up_no_others(tmp_path: Path, engine: Engine) 
             assert all(await asyncio.gather(*waiting))
 
     asyncio.run(main())
+
+
+def test_streams_go_on_while_verbs_fill_every_thread() -> None:
+    go_on = threading.Event()
+
+    async def main() -> None:
+        waiting = [asyncio.ensure_future(call(go_on.wait, 60)) for _ in range(MAX_THREADS + 8)]
+        await asyncio.sleep(0)
+        for _ in range(3):
+            assert await asyncio.wait_for(listed(range(5)), 30) == [0, 1, 2, 3, 4]
+        assert not any(one.done() for one in waiting)
+        go_on.set()
+        assert all(await asyncio.gather(*waiting))
+
+    asyncio.run(main())
+
+
+async def listed(items: Iterable[int]) -> list[int]:
+    return [item async for item in each(items)]
+
+
+def test_a_stream_whose_thread_cannot_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system has no room for another one."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "thaw-aio":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        asyncio.run(asyncio.wait_for(listed([1]), 30))

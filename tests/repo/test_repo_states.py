@@ -93,7 +93,7 @@ def test_points_elsewhere_are_refused_and_named(repo: Repository) -> None:
         with pytest.raises(NotKept, match=r"200 tokens.*100, 299, 300 tokens"):
             s.fork(1, at=201)
     assert repo.session("main:token=100").num_kv == 100
-    with pytest.raises(NotKept, match=r"these can: 101, 300; with new tokens also 100, 299\."):
+    with pytest.raises(NotKept, match=r"from these: 101, 300; with new tokens also 100, 299\."):
         repo.session("main:token=200")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from grown import Grower
@@ -177,3 +178,26 @@ def test_of_all_sessions_each_is_reached_from_a_root(grower: Grower) -> None:
         if one.children:
             assert outline.ways_to(one.children[0])[0] == first
     assert seen == outline.commits.keys() and len(waiting) == outline.num_sessions
+
+
+def test_a_row_says_which_remotes_have_its_kv(repo: Repository, tmp_path: Path) -> None:
+    """As they were last seen: what was not pushed is on disk alone, and so is all that a forgotten remote has."""
+    grow(repo)
+
+    def where(name: str) -> str:
+        history = OutlineHistory(repo)
+        outline = history.outline()
+        first = outline.first_of(repo.resolve(name).commit)
+        html = parts.RowMaker(outline, history, link=str)._row(first, None)
+        return str(html).replace("\u00a0", " ").partition("<small>")[2].partition(" · ")[0]
+
+    assert where("main") == where("kid/0") == "on disk"
+    for name in ("origin", "spare"):
+        (tmp_path / name).mkdir()
+        repo.add_remote(name, (tmp_path / name).as_uri())
+    repo.push("main", remote="origin")
+    repo.push("kid/0", remote="spare")
+    assert where("main") == "on disk, on origin and on spare"
+    assert where("kid/0") == "on disk and on spare" and where("kid/1") == "on disk"
+    repo.remove_remote("spare")
+    assert where("main") == "on disk and on origin" and where("kid/0") == "on disk"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import time
@@ -18,10 +19,12 @@ from hostile import MARKUP, TEXT
 from test_tree_file import ELEMENTS, Page
 
 from gateway_stand import TOKEN, Gateway
+from reciting import reciting, say
 from thaw.core.ids import short
 from thaw.engines.base import Engine
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.tenants import Quota, Tenant, Tenants, single
+from thaw.tree.markup import visible
 
 if TYPE_CHECKING:
     from conftest import OpenTab
@@ -338,6 +341,67 @@ def test_the_whole_story_in_a_browser(gateway: Gateway, open_tab: OpenTab) -> No
     page.locator("#key").wait_for()
     assert page.evaluate("window.broken") is None and tab.wrong == []
     assert {url for url in tab.asked if not url.startswith((gateway.url, "data:"))} == set()
+
+
+@pytest.fixture
+def speaking(stack: ExitStack, tmp_path: Path) -> Gateway:
+    """A model that slowly says what it is told to."""
+    engine = stack.enter_context(reciting(step_s=0.004))
+    tenants = {
+        hashlib.sha256(name.encode()).digest(): Tenant(namespace, Quota())
+        for name, namespace in ((TOKEN, "acme"), ("another", "other"))
+    }
+    return serve(stack, tmp_path / "speaking", engine, Tenants(tenants))
+
+
+def begin_saying(gateway: Gateway, text: str, key: str = TOKEN) -> Any:
+    client = gateway.openai(key)
+    return client.responses.create(model="fake", input=f"Go. {say(text)}", max_output_tokens=4000, background=True)
+
+
+def test_what_runs_is_shown_to_its_tenant_and_followed_from_its_beginning(speaking: Gateway) -> None:
+    own, others = Visitor(speaking), Visitor(speaking, "another")
+    began = begin_saying(speaking, TEXT)
+    name = ""
+    while not name:
+        found = re.search(r'<details data-request="([0-9a-f]+)"', own.http.get("/").text)
+        name = found[1] if found else ""
+    assert "data-request" not in others.http.get("/").text
+    assert others.http.get(f"/tree/follow?request={name}").status_code == 404
+    assert own.http.get("/tree/follow?request=nothing").status_code == 404
+    told, last = "", ""
+    with own.http.stream("GET", f"/tree/follow?request={name}") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            last = line or last
+            told += json.loads(line[6:]) if line.startswith("data: ") and line != "data: 0" else ""
+    done = speaking.openai().responses.retrieve(began.id)
+    assert told == visible(done.output_text) == visible(TEXT) and last == "data: 0"
+    assert "data-request" not in own.http.get("/").text
+
+
+def test_text_grows_in_a_browser_and_stays_inert(speaking: Gateway, open_tab: OpenTab) -> None:
+    tab = open_tab()
+    page = tab.page
+    page.goto(speaking.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    page.locator("#running").wait_for(state="attached")
+    text = TEXT + " and so on" * 60
+    began = begin_saying(speaking, text)
+    entry = page.locator("#running details")
+    entry.locator("summary").click()
+    lengths: list[int] = []
+    while page.locator("#running .over").count() == 0:
+        lengths.append(len(entry.locator("pre").text_content() or ""))
+    assert sorted(lengths) == lengths and len(set(lengths)) > 5
+    assert speaking.openai().responses.retrieve(began.id).output_text == text
+    assert entry.locator("pre").text_content() == visible(text)
+    page.locator("[role=treeitem] > .row").first.wait_for()
+    entry.locator("summary").click()
+    entry.wait_for(state="detached")
+    assert page.evaluate("window.broken") is None and tab.wrong == []
+    assert {url for url in tab.asked if not url.startswith((speaking.url, "data:"))} == set()
 
 
 def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any) -> None:

@@ -16,6 +16,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "log": "List the commits of a branch, or draw the whole tree.",
         "show": "Show a commit: its state, turns, origin and bytes.",
         "diff": "Show where two points diverge, in tokens, text and bytes.",
+        "rebase": "Replay a point under other weights and show the drift, token by token.",
         "match": "Find the longest stored prefix of a text.",
         "stats": "Show bytes per branch and what sharing saves.",
     },
@@ -30,7 +31,11 @@ SECTIONS: dict[str, dict[str, str]] = {
         "push": "Send branches to a remote, with what it lacks of their history.",
         "fetch": "Fetch a remote's branches; origin/main is then a point.",
         "pull": "Fetch a branch and move the local one forward.",
+        "forget": "Delete branches of a remote with all that they alone reach.",
         "remote": "Add, list and remove remotes; delete what one no longer needs.",
+    },
+    "Weights": {
+        "weights": "Store a model's weights in the repository, and run it from there.",
     },
     "Verify and clean up": {
         "verify": "Hydrate in a fresh process and report which laws held.",

@@ -119,7 +119,7 @@ def loading(function: F) -> F:
         api_key,
         option_of("Engine", "--device", help="cpu or cuda."),
         option_of("Engine", "--dtype", help="bfloat16, float16 or float32; default: that of the weights."),
-        option_of("Engine", "--model", metavar="PATH", help="A folder or hub id; the repository remembers it."),
+        option_of("Engine", "--model", metavar="PATH", help="A folder, a hub id or thaw:NAME (`thaw weights`)."),
     ):
         function = option(function)
     return function

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thaw.core.errors import InvalidRequest, NotFound
@@ -31,6 +32,18 @@ OWN = {
     "vllm": "thaw.engines.vllm.kind:KIND",
     "sglang": "thaw.engines.sglang.kind:KIND",
 }
+
+
+STORED: dict[str, dict[str, str]] = {"vllm": {"load_format": "thaw"}}
+"""What an engine is told, by its own argument's name, to load a model whose tensors lie in a store."""
+
+
+def stored_options(name: str, model: object) -> dict[str, str]:
+    """Options for an engine that loads `model`, where its tensors lie in a store (`thaw.engines.hf.stored`)."""
+    from thaw.engines.hf.stored import is_stored
+
+    found = STORED.get(name, {})
+    return found if found and isinstance(model, str) and is_stored(Path(model)) else {}
 
 
 def available() -> dict[str, EntryPoint]:
@@ -92,7 +105,7 @@ def load_engine(name: str, **options: object) -> Engine:
     if "url" in given:
         engine = called(name, kind.attach, given.pop("url"), **given)
     else:
-        engine = called(name, kind.load, **given)
+        engine = called(name, kind.load, **{**stored_options(name, given.get("model")), **given})
     options.pop("api_key", None)  # never kept where the repository remembers its engine
     engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
     return engine

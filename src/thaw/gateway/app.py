@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from thaw.gateway import draining
 from thaw.gateway.browser import routes as browser
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
@@ -53,6 +54,9 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("GET", "/v1/models", models.listed),
     ("GET", "/v1/models/{id:path}", models.retrieve),
+    ("POST", "/admin/drain", draining.drain),
+    ("DELETE", "/admin/drain", draining.undrain),
+    ("POST", "/admin/snapshot", draining.taken),
 )
 
 
@@ -150,13 +154,17 @@ def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
         """No key is asked for, and nothing but this is said. `degraded`: some engines are down; `waiting`: all are."""
         engines, up = service.engines.all, len(service.engines.up)
-        status = "ending" if service.closing else "waiting" if not up else "ok" if up == len(engines) else "degraded"
+        status = "ending" if service.closing else "drained" if service.draining else _status(up, len(engines))
         told: dict[str, object] = {"status": status}
         if len(engines) > 1:
             told["engines"] = [{"engine": one.number, "up": one.is_up} for one in engines]
         return as_json(told, 200 if status in ("ok", "degraded") else 503)
 
     return health
+
+
+def _status(up: int, num: int) -> str:
+    return "waiting" if not up else "ok" if up == num else "degraded"
 
 
 def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:

@@ -11,6 +11,7 @@ given out, and followers see the rest. Its outcome exists once the commit is on 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
@@ -19,13 +20,12 @@ import msgspec
 from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta, SessionView
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
-from thaw.gateway.deltas import each
 from thaw.gateway.place import Place
 from thaw.gateway.problems import told
 from thaw.gateway.reading import SpeechReader
 from thaw.gateway.speech import Said, ToolCall, merged_said
 from thaw.repo.aio import AsyncStream
-from thaw.repo.bridge import call
+from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult
 from thaw.repo.stream import Stream
@@ -91,6 +91,7 @@ class ReplyJob:
         """`engine_back` waits until an engine is up after one has died, or raises. `reader` reads what is said after a
         prompt. `said`: pieces from before it was parked. `ran` is told of tokens as the engine samples them."""
         self.asked = asked
+        self.name = secrets.token_hex(8)
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
         self.began = time.time()
@@ -125,6 +126,16 @@ class ReplyJob:
             return str(self.asked.at.commit)
         begun = self.begun
         return begun.result().parent if begun.done() and begun.exception() is None else None
+
+    def last_text(self, num: int) -> str:
+        """The end of its text until now, of about so many characters."""
+        found: list[str] = []
+        for piece in reversed(self._pieces):
+            if num <= 0:
+                break
+            found.append(piece.text)
+            num -= len(piece.text)
+        return "".join(reversed(found))
 
     def stop(self) -> None:
         """End it soon; asking again is fine."""
@@ -202,7 +213,7 @@ class ReplyJob:
         except BaseException as error:
             await place.give_up(error)
             raise
-        await place.settle(view, retold, outcome)
+        place.settle(view, retold, outcome)
         await self._keep(outcome)
         self.outcome.set_result(outcome)
 

@@ -9,14 +9,16 @@ No KV, and no key; the file is 0600 in the repository's folder.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -55,6 +57,16 @@ class LedgerRow(msgspec.Struct, kw_only=True):
     created: float = msgspec.field(default_factory=time.time)
 
 
+class PendingRow:
+    """A row that is to be written. `over`: it is, or `error` says why not."""
+
+    def __init__(self, row: LedgerRow) -> None:
+        self.row = row
+        self.record = msgspec.json.encode(row.record)
+        self.over = False
+        self.error: BaseException | None = None
+
+
 _COLUMNS = "kind, id, namespace, status, record, point, parent, nbytes, created"
 
 
@@ -66,6 +78,8 @@ class Ledger:
         with storage_errors(path, "write"):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         self._lock = threading.Lock()
+        self._joining = threading.Lock()
+        self._waiting: list[PendingRow] = []
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
@@ -74,15 +88,50 @@ class Ledger:
         self._count()
 
     def put(self, row: LedgerRow) -> None:
-        with self._lock, database_errors(self._path):
-            self._put(row)
+        """Rows that come at once are on disk together, with one sync: whoever is first to write takes those that wait.
+
+        Raises `StorageFailed` and others: then none of them is written."""
+        mine = PendingRow(row)
+        with self._joining:
+            self._waiting.append(mine)
+        with self._lock:
+            if not mine.over:
+                self._put_waiting()
+        if mine.error is not None:
+            raise mine.error
+
+    def _put_waiting(self) -> None:
+        with self._joining:
+            together, self._waiting = self._waiting, []
+        failed: BaseException | None = None
+        try:
+            with database_errors(self._path), self._transaction():
+                for one in together:
+                    self._put(one)
+        except BaseException as error:  # noqa: BLE001 - raised by each of them
+            failed = error
+        for one in together:
+            one.over, one.error = True, failed
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        stored = self._stored.copy()
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._stored = stored
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
 
     def count(self, row: LedgerRow) -> None:
         """As `put`, for a row that nobody is told of: it outlives the process, and may be lost with the power."""
         with self._lock, database_errors(self._path):
             self._connection.execute("PRAGMA synchronous=NORMAL")
             try:
-                self._put(row)
+                self._put(PendingRow(row))
             finally:
                 self._connection.execute("PRAGMA synchronous=FULL")
 
@@ -92,11 +141,11 @@ class Ledger:
             found = self._rows(_BY_ID, (namespace, kind, id))
             for row in found:
                 change(row)
-                self._put(row)
+                self._put(PendingRow(row))
         return found[0] if found else None
 
-    def _put(self, row: LedgerRow) -> None:
-        record = msgspec.json.encode(row.record)
+    def _put(self, pending: PendingRow) -> None:
+        row, record = pending.row, pending.record
         before = self._size(row.namespace, row.kind, row.id)
         self._connection.execute(
             f"INSERT OR REPLACE INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -144,11 +193,19 @@ class Ledger:
         """Of the KV and the records of a namespace's rows."""
         return self._stored[namespace]
 
-    def expire(self, *, before: float, max_nbytes: int, held: Collection[str] = ()) -> tuple[int, float | None]:
+    def expire(
+        self,
+        *,
+        before: float,
+        max_nbytes: int,
+        held: Collection[str] = (),
+        sooner: Mapping[str, float] = MappingProxyType({}),
+    ) -> tuple[int, float | None]:
         """Drop rows from before a time and, oldest first, those beyond `max_nbytes` of KV in all; never one under way,
-        nor one whose point is `held`. A deleted row goes when all that is older has gone.
+        nor one whose point is `held`. `sooner`: later times for some namespaces, whose rows are then deleted ones. A
+        deleted row goes when all that is older has gone.
 
-        Returns how many went, and the time of the oldest that is left, if any is."""
+        Returns how many were deleted or went, and the time of the oldest that is left, if any is."""
         kept, cut = 0, before
         with self._lock, database_errors(self._path):
             newest_first = self._connection.execute("SELECT created, nbytes FROM rows ORDER BY created DESC")
@@ -158,10 +215,18 @@ class Ledger:
                     cut = max(cut, created)
                     break
             marks = ", ".join("?" * len(held))
-            done = self._connection.execute(
-                "DELETE FROM rows WHERE created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?) AND "
-                f"(point IS NULL OR point NOT IN ({marks}))", (cut, *UNDER_WAY, *held),
-            )  # fmt: skip
+            over = (
+                "created <= ? AND kind <> 'conversation' AND status NOT IN (?, ?) AND "
+                f"(point IS NULL OR point NOT IN ({marks}))"
+            )
+            done = self._connection.execute(f"DELETE FROM rows WHERE {over}", (cut, *UNDER_WAY, *held))
+            num_sooner = 0
+            for namespace, its_own in sooner.items():
+                left = self._connection.execute(
+                    f"UPDATE OR REPLACE rows SET kind = '{GONE}', status = 'completed', record = x'7b7d' "
+                    f"WHERE kind <> '{GONE}' AND namespace = ? AND {over}", (namespace, its_own, *UNDER_WAY, *held),
+                )  # fmt: skip
+                num_sooner += left.rowcount
             (oldest,) = self._connection.execute(
                 "SELECT min(created) FROM rows WHERE kind NOT IN ('conversation', ?)", (GONE,)
             ).fetchone()
@@ -169,7 +234,7 @@ class Ledger:
                 "DELETE FROM rows WHERE kind = ? AND created < ?", (GONE, math.inf if oldest is None else oldest)
             )
             self._count()
-        return done.rowcount + freed.rowcount, oldest
+        return done.rowcount + num_sooner + freed.rowcount, oldest
 
     def close(self) -> None:
         with self._lock, database_errors(self._path):

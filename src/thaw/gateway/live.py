@@ -131,14 +131,13 @@ class LiveSessions:
     def touch(self, entry: LiveEntry) -> None:
         self._entries[entry.number] = self._entries.pop(entry.number)
 
-    async def settle(self, entry: LiveEntry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
-        """The request is over and committed."""
+    def settle(self, entry: LiveEntry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
+        """The request is over and committed. `trim` follows once its client has been told."""
         entry.home.running -= 1
         entry.tokens, entry.told, entry.commit, entry.parent = view.tokens, told, commit, commit
         entry.answers = _answers(view)
         entry.ready.set()
         entry.users -= 1
-        await self.trim()
 
     async def fail(self, entry: LiveEntry) -> None:
         """The request came to nothing: those who wait for it look elsewhere."""

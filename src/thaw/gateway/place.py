@@ -78,8 +78,8 @@ class Place:
         again = self.session.sync.engine.codec.encode_chat(completion.text, inside=True)
         return (*self.entry.tokens, *again)
 
-    async def settle(self, view: SessionView, told: tuple[int, ...], outcome: RequestOutcome) -> None:
-        await self._live.settle(self.entry, view, told, outcome.point)
+    def settle(self, view: SessionView, told: tuple[int, ...], outcome: RequestOutcome) -> None:
+        self._live.settle(self.entry, view, told, outcome.point)
 
     async def give_up(self, error: BaseException) -> None:
         """It came to nothing; where that is because its engine died, that one is taken out."""

@@ -27,6 +27,9 @@ from thaw.store.locks import locked
 
 LOCK = "gateway.lock"
 DRAIN_S = 60
+SWITCH_S = 0.001
+"""After which a thread that computes in Python lets the event loop go on. Python's own 5 ms would be added to each step
+of a request, while an engine or a commit in this process computes."""
 
 
 @contextlib.contextmanager
@@ -94,6 +97,7 @@ def server(service: Service) -> GatewayServer:
 def run(service: Service) -> None:
     """Serve until SIGTERM or SIGINT; when all that ran is committed, leave by `SystemExit`, so that everything closes.
     For the main thread. Raises `InvalidRequest` where the parsers that the settings name do not run."""
+    sys.setswitchinterval(SWITCH_S)
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, lambda *_: sys.exit(0))  # uvicorn has its own meanwhile, and raises it again at its end
     made = server(service)

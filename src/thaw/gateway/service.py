@@ -63,10 +63,13 @@ class Service:
         self.served = settings.models or (_model_name(self.engine),)
         self.model = next((name for name in self.served if name != "*"), _model_name(self.engine))
         self.closing = False
+        self.draining = False
+        """Nothing begins, until an operator says so (`thaw.gateway.draining`)."""
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
-        self._running: set[ReplyJob] = set()
+        self._running: dict[ReplyJob, str] = {}
+        """Those under way, oldest first, and their namespaces."""
         self._conversations: set[tuple[str, str]] = set()
         self._chores: set[asyncio.Task[None]] = set()
         self._finders: dict[str, ParentFinder] = {}
@@ -87,6 +90,10 @@ class Service:
     @property
     def num_running(self) -> int:
         return len(self._running) + self._preparing
+
+    def running_in(self, namespace: str) -> list[ReplyJob]:
+        """Jobs of a namespace that are under way, oldest first."""
+        return [job for job, its in self._running.items() if its == namespace]
 
     def within(self, tenant: Tenant) -> AsyncRepository:
         return self.engines.any.within(tenant.namespace)
@@ -152,6 +159,8 @@ class Service:
         self.require_choices(num)
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
+        if self.draining:
+            raise ApiError(503, "the gateway is drained; try again soon", retry_after=RETRY_AFTER_S)
         most = self.settings.limits.requests
         share = most if self.tenants.num == 1 else max(num, most * 3 // 4)
         if self.num_running + num > most or tenant.running + num > share:
@@ -205,13 +214,14 @@ class Service:
             await (self.keep_point(tenant, outcome) if keep is None else keep(outcome))
 
         job = ReplyJob(asked, find, kept, self.engines.wait, self.reader, said, spending.ran)
-        self._running.add(job)
+        self._running[job] = tenant.namespace
 
         def over(_: asyncio.Task[None]) -> None:
             if job.read:
                 spending.read()
             spending.over()
-            self._running.discard(job)
+            self._running.pop(job, None)
+            self.later(self.live.trim())
 
         job.task.add_done_callback(over)
         return job
@@ -264,12 +274,13 @@ class Service:
 
         What running requests go on from is kept until they are over.
         """
-        keeping = self.settings.keeping
-        before = time.time() - keeping.lifetime_s
+        keeping, now = self.settings.keeping, time.time()
         held = {job.parent for job in self._running if job.parent is not None}
-        gone, oldest = await call(self.ledger.expire, before=before, max_nbytes=keeping.nbytes, held=held)
+        sooner = {one.namespace: now - one.lifetime_s for one in self.tenants.all if one.lifetime_s is not None}
+        gone, oldest = await call(
+            self.ledger.expire, before=now - keeping.lifetime_s, max_nbytes=keeping.nbytes, held=held, sooner=sooner
+        )
         if gone:
-            now = time.time()
             since = min([now if oldest is None else oldest, *(job.began for job in self._running)])
             await self.repo.gc(keep_reflog_s=max(0.0, now - since))
             await self.live.forget(await call(self._lost, self.live.commits()))
@@ -289,16 +300,22 @@ class Service:
             except ThawError as error:
                 log.warning("a clean-up failed: %s", error.kind)
 
+    async def park_all(self, timeout_s: float | None = None) -> list[str]:
+        """Each job that runs is committed as far as it came; one whose response is stored can be resumed. The
+        namespaces of those that did not end in time."""
+        running, stored = list(self._running), {job: name for (name, _), job in self.jobs.items()}
+        for job in running:
+            (job.park if job in stored else job.stop)()
+        for tasks in ([job.task for job in running], list(self._chores)):
+            if tasks:
+                await asyncio.wait(tasks, timeout=timeout_s)
+        return [stored.get(job, "") for job in running if not job.task.done()]
+
     async def close(self) -> None:
-        """Park what runs: each job is committed as far as it came. Then nothing is open."""
+        """Park what runs. Then nothing is open."""
         self.closing = True
         self.engines.stop_waiting()
-        stored = set(self.jobs.values())
-        for job in list(self._running):
-            (job.park if job in stored else job.stop)()
-        for tasks in ([job.task for job in self._running], list(self._chores)):
-            if tasks:
-                await asyncio.wait(tasks)
+        await self.park_all()
         await self.live.clear()
         await self.readers.close()
         await self.engines.close()

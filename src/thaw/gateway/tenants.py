@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -23,8 +24,10 @@ from thaw.core.errors import InvalidRequest
 from thaw.data.files import storage_errors
 from thaw.engines.keys import check_key
 from thaw.gateway.problems import ApiError
+from thaw.weights import record
 
 MINUTE_S = 60.0
+DAY_S = 24 * 3600.0
 
 
 class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,12 +40,13 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A tenant as a keys file lists it: each key as it is, or `sha256:…` of it. `operator`: may read the metrics, which
-    are of all tenants."""
+    are of all tenants. `keep_days`: how long its responses without a name are kept at most; None: as all others."""
 
     namespace: str
     keys: tuple[str, ...]
     quota: Quota = Quota()
     operator: bool = False
+    keep_days: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
 class Meter:
@@ -75,8 +79,12 @@ class Meter:
 class Tenant:
     """Whose a request is. `namespace` "": the default one."""
 
-    def __init__(self, namespace: str, quota: Quota, *, operator: bool = False) -> None:
+    def __init__(
+        self, namespace: str, quota: Quota, *, operator: bool = False, lifetime_s: float | None = None
+    ) -> None:
         self.namespace = namespace
+        self.lifetime_s = lifetime_s
+        """Of its responses that nobody named; None: that of the gateway's settings."""
         self.quota = quota
         self.operator = operator
         self.running = 0
@@ -248,8 +256,11 @@ def load(path: Path) -> Tenants:
     names = [one.namespace for one in listed]
     if len(set(names)) < len(names):
         raise InvalidRequest(f"{path}: a namespace is listed twice; list all of its keys in one entry")
+    if record.NAMESPACE in names:
+        raise InvalidRequest(f"{path}: the namespace {record.NAMESPACE} holds the repository's weights, and no tenant")
     for one in listed:
-        tenant = Tenant(namespaces.check(one.namespace), one.quota, operator=one.operator)
+        lifetime_s = None if one.keep_days is None else one.keep_days * DAY_S
+        tenant = Tenant(namespaces.check(one.namespace), one.quota, operator=one.operator, lifetime_s=lifetime_s)
         for key in one.keys:
             if by_digest.setdefault(_digest(key, path), tenant) is not tenant:
                 raise InvalidRequest(f"{path}: one key is listed for two tenants")

@@ -43,6 +43,7 @@ from thaw.pool.backends import choose
 from thaw.pool.backends.attached import AttachedBackend
 from thaw.pool.round import Round
 from thaw.pool.schedule.batch import Batch
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import JobChunk
 from thaw.pool.schedule.monitor import Monitor
 from thaw.pool.schedule.placement import Placement
@@ -172,7 +173,7 @@ class ForkPool:
             raise InvalidRequest(f"{len(seeds)} seeds for {len(wanted)} branches; give one each")
         for number in (*(seeds or ()), *(() if seed is None else (seed,))):
             check_seed(number)
-        trunk = self._resolver.find(point, at, seed)
+        where = self._resolver.find(point, at, seed)
         params = each_sampling(sampling, len(wanted))
         limit = self._timeout_s if timeout_s is None else timeout_s
         round_ = Round(len(wanted))
@@ -181,7 +182,7 @@ class ForkPool:
             for i, branch in enumerate(wanted)
         ]
         whole = JobChunk(
-            trunk, jobs, check_policy(policy or self._policy), trunk.key, check_mode(snapshot or self._snapshot),
+            where, jobs, check_policy(policy or self._policy), where.key, check_mode(snapshot or self._snapshot),
             keep or store, store, replay, None if worker is None else self._fleet.named(worker).name,
         )  # fmt: skip
         round_.on_cancel(lambda i: self._scheduler.stop(jobs if i is None else [jobs[i]], "cancel"))
@@ -195,13 +196,13 @@ class ForkPool:
         if point is None:
             return self._empty(seed)
         life = self._idlest()
-        trunk = self._resolver.find(point, at, seed)
-        if trunk.held is not None and trunk.alive:
-            life = trunk.held.life
-        ref, there = self._placement.fork(trunk, life, self._policy)
+        where = self._resolver.find(point, at, seed)
+        if where.held is not None and where.alive:
+            life = where.held.life
+        ref, there = self._placement.fork(where, life, self._policy)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
-            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=trunk.at,
+            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=where.at,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:
@@ -218,16 +219,16 @@ class ForkPool:
     def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
         """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""
         self._check_open()
-        trunk = self._resolver.find(point, at)
-        if trunk.plain:
-            ref, _ = self._placement.fork(trunk, (life := self._idlest()), self._policy)
-            self._placement.capture_resident(trunk, life)
+        where = self._resolver.find(point, at)
+        if where.plain:
+            ref, _ = self._placement.fork(where, (life := self._idlest()), self._policy)
+            where = self._placement.capture_resident(where, life)
             life.forget(ref)
-        elif trunk.captured is None:
-            self._placement.capture(trunk)
-        if trunk.captured is None:
+        elif where.captured is None:
+            where = self._placement.capture(where)
+        if where.captured is None:
             raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
-        return Snapshot(trunk.captured)
+        return Snapshot(where.captured)
 
     # -- workers
 
@@ -273,7 +274,7 @@ class ForkPool:
             self._scheduler.pause()
             try:
                 self._fleet.set_policy((version, update, dict(arguments or {})))
-                self._resolver.forget_prompts()
+                self._captures.forget_prompts()
             finally:
                 self._scheduler.go_on()
 
@@ -353,11 +354,12 @@ class ForkPool:
         self._rates.booted(life.host.boot_s)
         token_nbytes = cache.token_nbytes(self._info.groups)
         self._planner = Planner(self._rates, token_nbytes)
-        self._resolver = PointResolver(stores, self.repo, self._life_of, lambda: self.policy_version)
-        self._placement = Placement(stores, self._resolver, self._planner, token_nbytes)
+        self._captures = Captures(self._arena)
+        self._resolver = PointResolver(stores, self._captures, self.repo, self._life_of, lambda: self.policy_version)
+        self._placement = Placement(stores, self._captures, self._planner, token_nbytes)
         batch = Batch(self._placement, self._resolver, self._rates, self._beside)
         self._scheduler = Scheduler(
-            self._fleet, batch, self._planner, changed=self._changed, threads=self._threads,
+            self._fleet, batch, self._planner, self._captures, changed=self._changed, threads=self._threads,
             max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
         )  # fmt: skip
         self._written = 0.0
@@ -402,7 +404,9 @@ class ForkPool:
         count = len(whole.jobs)
         tokens = max(job.sampling.max_tokens for job in whole.jobs)
         lives = [life for _, life in self._fleet.ready()]
-        wide = self._planner.spread(whole.trunk, count, tokens, lives) if spread == "auto" else spread
+        wide = (
+            self._planner.spread(self._captures.now(whole.point), count, tokens, lives) if spread == "auto" else spread
+        )
         whole.taken = set() if wide > 1 else None
         return whole.split(min(self._max_batch, -(-count // wide)))
 
@@ -419,8 +423,8 @@ class ForkPool:
 
     def _rescues(self, life: Incarnation) -> list[Callable[[], object]]:
         """A capture of each point that an unanswered round forks from and that lives in `life` alone."""
-        points = {id(chunk.trunk): chunk.trunk for chunk in self._scheduler.chunks_under_way()}.values()
-        alone = [point for point in points if point.lives_in(life) and point.stored is None]
+        points = {chunk.point for chunk in self._scheduler.chunks_under_way() if chunk.point.lives_in(life)}
+        alone = [point for point in points if self._captures.now(point).stored is None]
         return [functools.partial(self._placement.capture, point) for point in alone]
 
     def _tick(self) -> None:

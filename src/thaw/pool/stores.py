@@ -6,7 +6,6 @@ one it is. A further store (a repository of another host, say) is one more `Poin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -54,10 +53,7 @@ class Stores:
     def __init__(self, arena: SharedStore, durable: Store | None) -> None:
         self.arena = arena
         self.durable = None if durable is None else Durable(durable)
-        self._all: tuple[PointStore, ...] = (arena,) if self.durable is None else (arena, self.durable)
-
-    def __iter__(self) -> Iterator[PointStore]:
-        return iter(self._all)
+        self.all: tuple[PointStore, ...] = (arena,) if self.durable is None else (arena, self.durable)
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,22 @@ from typing import NamedTuple
 
 from thaw.core.errors import Conflict, NotFound
 from thaw.core.ids import CommitId
-from thaw.remote import about, settings, tracking
+from thaw.remote import about, refs, settings, tracking
 from thaw.remote.fetch import FetchWish, fetch
 from thaw.remote.meter import TransferMeter
 from thaw.remote.opened import OpenedRemote
-from thaw.remote.report import TransferReport
+from thaw.remote.report import RefMoved, TransferReport
 from thaw.remote.settings import RemoteSettings
 from thaw.store import RefUpdate, Store
 
 
 class CloneWish(NamedTuple):
-    """`branch`: the one to start on (None: the one that the remote names). `single`: no other one is fetched."""
+    """`branch`: the one to start on (None: the one that the remote names). `single`: no other one is fetched.
+    `refs_only`: none is; each is fetched when it is used."""
 
     branch: str | None = None
     single: bool = False
+    refs_only: bool = False
 
 
 def clone(
@@ -41,7 +43,10 @@ def clone(
         store = whole.within(remote.bucket.namespace) if remote.bucket.namespace else whole
         settings.add(store, remote.name, remote_settings)
         only = (wish.branch or said.head,) if wish.single else None
-        report = fetch(store, remote, FetchWish(branches=only), meter=meter)
+        if wish.refs_only:
+            report = _promise(store, remote, only)
+        else:
+            report = fetch(store, remote, FetchWish(branches=only), meter=meter)
         _start(store, remote, wish.branch, said.head)
     except BaseException:
         whole.close()
@@ -50,6 +55,22 @@ def clone(
         raise
     whole.close()
     return report
+
+
+def _promise(store: Store, remote: OpenedRemote, only: tuple[str, ...] | None) -> TransferReport:
+    """Remembers where the remote's branches stand; nothing of them comes here yet."""
+    names = refs.names(remote.bucket, "branch") if only is None else only
+    found = refs.read_all(remote.bucket, [("branch", name) for name in names])
+    points = {
+        tracking.name_of(remote.name, name): there.ref.commit
+        for (_, name), there in found.items()
+        if there.ref.commit is not None
+    }
+    settings.promise(store, points)
+    moved = [
+        RefMoved(kind="branch", name=point, outcome="new", old=None, new=commit) for point, commit in points.items()
+    ]
+    return TransferReport(remote=remote.name, url=remote.url, refs=tuple(moved))
 
 
 def _made(path: Path) -> list[Path]:
@@ -61,8 +82,10 @@ def _made(path: Path) -> list[Path]:
 
 
 def _start(store: Store, remote: OpenedRemote, branch: str | None, head: str) -> None:
-    """The first local branch, which HEAD names, at where the remote has it."""
-    there = {ref.name.removeprefix(f"{remote.name}/"): ref.target for ref in tracking.tracked(store, remote.name)}
+    """The first local branch, which HEAD names, at where the remote has it, if that is here."""
+    here = {ref.name: ref.target for ref in tracking.tracked(store, remote.name)}
+    points = {**settings.promised(store), **here}
+    there = {point.removeprefix(f"{remote.name}/"): commit for point, commit in points.items()}
     if branch is not None and branch not in there:
         raise NotFound(
             f"there is no branch {branch!r} in {remote.url}; there are: {', '.join(sorted(there)) or 'none'}."
@@ -71,7 +94,8 @@ def _start(store: Store, remote: OpenedRemote, branch: str | None, head: str) ->
     if name is None:
         store.set_head(head)
         return
-    commit = CommitId(there[name])
-    store.update_refs(RefUpdate(name, "branch", commit, None, f"clone of {remote.url}"))
+    if tracking.name_of(remote.name, name) in here:
+        commit = CommitId(there[name])
+        store.update_refs(RefUpdate(name, "branch", commit, None, f"clone of {remote.url}"))
     settings.set_upstream(store, name, remote.name, name)
     store.set_head(name)

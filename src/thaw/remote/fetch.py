@@ -10,24 +10,26 @@ interrupted fetch goes on with the commits that it lacks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from thaw.core.errors import Busy, CorruptBlob, NotFound, RemoteMissing
 from thaw.core.ids import CommitId, digest, short
 from thaw.core.objects import AnyObject, Commit, decode
-from thaw.data.pack import PackItem, write_pack
+from thaw.data.pack import PackItem, PackResult, write_pack
 from thaw.remote import about, layout, refs, tracking
+from thaw.remote.arriving import Announced, Arrival, LandingPacks
 from thaw.remote.history import RemoteHistory
 from thaw.remote.layout import Kind
 from thaw.remote.local import LocalHistory, require_of
 from thaw.remote.manifest import Manifest, PushedBlob
 from thaw.remote.meter import TransferMeter
 from thaw.remote.opened import OpenedRemote
-from thaw.remote.parallel import SMALL_REQUESTS, ahead
+from thaw.remote.parallel import SMALL_REQUESTS, ahead, mapped
 from thaw.remote.refs import RemoteRef
 from thaw.remote.report import Outcome, RefMoved, TransferReport
-from thaw.store import RefUpdate, Store, Transaction
+from thaw.store import RefUpdate, Store
 from thaw.store.links import links
 
 T = TypeVar("T")
@@ -35,7 +37,11 @@ RUN_BYTES, GAP_BYTES = 8 << 20, 1 << 20
 """One request reads so much, and along with it what lies between two pieces up to so far apart."""
 AHEAD_BYTES = 96 << 20
 """Read and not yet written, at most (or one blob)."""
+WRITERS = 2
+"""Local packs that are written at a time: while one is synced, the other goes on."""
 LOCAL_PACK_BYTES, LOCAL_PACK_ENTRIES = 256 << 20, 1 << 14
+SHARED_BYTES = 16 << 20
+"""What is no more than this is one local pack; more is shared by all writers."""
 ATTEMPTS = 10
 """How often what was to be fetched may be gone, because refs moved on."""
 GROUP_BYTES = 1 << 30
@@ -43,11 +49,11 @@ GROUP_BYTES = 1 << 30
 
 
 class FetchWish(NamedTuple):
-    """Which of the remote's branches (None: all), whether its tags, and whether tracking points of branches that were
-    deleted there go."""
+    """Which of the remote's branches (None: all), which of its tags (True: all), and whether tracking points of
+    branches that were deleted there go."""
 
     branches: tuple[str, ...] | None = None
-    tags: bool = True
+    tags: bool | tuple[str, ...] = True
     prune: bool = False
 
 
@@ -90,13 +96,17 @@ def fetch(
     meter: TransferMeter | None = None,
     workers: int = SMALL_REQUESTS,
     group_bytes: int = GROUP_BYTES,
+    announce: Callable[[Announced], None] | None = None,
 ) -> TransferReport:
     """Brings commits here and moves the tracking points (`REMOTE/BRANCH`); tags become tags. Nothing of a local branch
     changes. Raises `NotFound`, `CorruptBlob` naming what is damaged, `Conflict` where a local gc came in between.
+
+    `announce` is called when all objects are known and before the first byte of KV: unless nothing is missing, and once
+    more each time that the fetch has to begin again. It must not wait for KV; whoever reads it closes the arrival.
     """
     meter = meter or TransferMeter()
     about.require(remote.whole, remote.url)
-    work = _Fetch(store, remote, meter, workers, group_bytes)
+    work = _Fetch(store, remote, meter, workers, group_bytes, announce)
     moved = work.run(wish)
     return TransferReport(
         remote=remote.name,
@@ -117,7 +127,8 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
     else:
         asked = [("branch", name) for name in wish.branches]
     if wish.tags:
-        asked += [("tag", name) for name in refs.names(remote.bucket, "tag")]
+        names = list(wish.tags) if isinstance(wish.tags, tuple) else refs.names(remote.bucket, "tag")
+        asked += [("tag", name) for name in names]
     found = refs.read_all(remote.bucket, asked, workers)
     for name in wish.branches or ():
         there = found.get(("branch", name))
@@ -176,10 +187,17 @@ class _Fetch:
     """One fetch."""
 
     def __init__(
-        self, store: Store, remote: OpenedRemote, meter: TransferMeter, workers: int, group_bytes: int
+        self,
+        store: Store,
+        remote: OpenedRemote,
+        meter: TransferMeter,
+        workers: int,
+        group_bytes: int,
+        announce: Callable[[Announced], None] | None,
     ) -> None:
         self.store, self.remote, self.bucket, self.meter = store, remote, remote.bucket, meter
-        self.workers, self.group_bytes = workers, group_bytes
+        self.workers, self.group_bytes, self.announce = workers, group_bytes, announce
+        self.arrival: Arrival | None = None
         self.local = LocalHistory(store)
         self.num_commits = self.num_packs = self.blob_nbytes = 0
 
@@ -206,11 +224,35 @@ class _Fetch:
         manifests = dict(zip(missing, theirs.manifests(missing), strict=True))
         if missing:
             self.meter.begin("fetching objects")
+        groups = self._groups(missing, manifests)
         with contextlib.ExitStack() as held:
-            for group in self._groups(missing, manifests):
+            if missing and self.announce is not None:
+                whole = list(groups)
+                self.arrival = Arrival(self._order(whole))
+                held.callback(self.arrival.fail)
+                self.announce(self._announced(whole, wanted, self.arrival))
+                groups = iter(whole)
+            for group in groups:
                 self._store(group)
                 held.enter_context(self.store.reading(*group.tips))
             yield
+
+    def _order(self, groups: Sequence[_Group]) -> list[tuple[str, int]]:
+        """The KV in about the order in which it comes: of packs that are written side by side, in turns."""
+        parts = [list(_parts(_pieces(group))) for group in groups]
+        share = min(WRITERS, self.workers)
+        side_by_side = [some[at : at + share] for some in parts for at in range(0, len(some), share)]
+        turns = [turn for some in side_by_side for turn in itertools.zip_longest(*some)]
+        return [(piece.id, piece.nbytes) for turn in turns for piece in turn if piece is not None]
+
+    def _announced(self, groups: Sequence[_Group], wanted: Sequence[RemoteRef], arrival: Arrival) -> Announced:
+        objects = {id: value for group in groups for id, value in group.objects.items()}
+        points = {
+            tracking.name_of(self.remote.name, ref.name): ref.commit
+            for ref in wanted
+            if ref.kind == "branch" and ref.commit is not None
+        }
+        return Announced(objects, points, arrival)
 
     # -- what is needed
 
@@ -246,29 +288,28 @@ class _Fetch:
 
     # -- reading and writing
 
-    def _read(self, pieces: Iterable[_Piece]) -> Iterator[tuple[_Run, memoryview]]:
-        """Runs of pieces in the order in which they lie, read ahead."""
+    def _read(self, pieces: Iterable[_Piece], share: int = 1) -> Iterator[tuple[_Run, memoryview]]:
+        """Runs of pieces in the order in which they lie, read ahead: by one of `share` that read at a time."""
 
         def read(run: _Run) -> tuple[_Run, memoryview]:
             (data,) = self.bucket.read_ranges(run.key, [(run.start, run.stop - run.start)])
             self.meter.add(len(data))
             return run, data
 
-        return ahead(read, _runs(pieces), lambda run: run.stop - run.start, AHEAD_BYTES, self.workers)
+        room, workers = AHEAD_BYTES // share, -(-self.workers // share)
+        return ahead(read, _runs(pieces), lambda run: run.stop - run.start, room, workers)
 
     def _store(self, group: _Group) -> None:
         """Writes a group's KV into local packs, and makes all of it visible."""
         self.meter.begin("fetching KV", sum(place.nbytes for place, _ in group.blobs.values()))
         parents = [one for tip in group.tips for one in self._parents_here(group, tip)]
         with self.store.begin(*parents) as writing:
-            pieces = [_Piece(place.id, key, place.offset, place.nbytes) for place, key in group.blobs.values()]
-            pieces.sort(key=lambda piece: (piece.key, piece.offset))
-            source = _Source(self.remote, self._read(pieces))
-            try:
-                for part in _parts(pieces):
-                    self._pack(writing, source, part, group)
-            finally:
-                source.close()
+            parts = [(writing.lease_pack(), part) for part in _parts(_pieces(group))]
+            share = min(WRITERS, len(parts), self.workers)
+            for pack in mapped(lambda one: self._pack(*one, group, share), parts, share):
+                writing.add_pack(pack.name, pack.nbytes, pack.blobs)
+                self.num_packs += 1
+                self.blob_nbytes += sum(blob.nbytes for blob in pack.blobs)
             for obj in group.objects.values():
                 writing.put(obj)
             writing.commit()
@@ -279,18 +320,26 @@ class _Fetch:
         assert isinstance(commit, Commit)
         return (parent for parent in commit.parents if parent not in group.objects)
 
-    def _pack(self, writing: Transaction, source: _Source, part: Sequence[_Piece], group: _Group) -> None:
+    def _pack(self, name: str, part: Sequence[_Piece], group: _Group, share: int) -> PackResult:
         """One local pack. What was written is compared with what was asked for: the hash is taken once."""
-        items = []
+        source, items = _Source(self._read(part, share)), []
+        landing = None if self.arrival is None else LandingPacks(self.arrival, self.store.packs)
+
+        def take(piece: _Piece) -> memoryview:
+            if landing is not None:
+                landing.next = piece.id
+            return source.take(piece)
+
         for piece in part:
             place = group.blobs[piece.id][0]
-            items.append(PackItem("", place.dtype, place.shape, place.nbytes, lambda piece=piece: source.take(piece)))  # type: ignore[misc]
-        result = write_pack(self.store.packs, writing.lease_pack(), items)
+            items.append(PackItem("", place.dtype, place.shape, place.nbytes, lambda piece=piece: take(piece)))  # type: ignore[misc]
+        try:
+            result = write_pack(landing or self.store.packs, name, items)
+        finally:
+            source.close()
         for piece, written in zip(part, result.blobs, strict=True):
             _compare(self.remote, piece, written.blob, "blob")
-        writing.add_pack(result.name, result.nbytes, result.blobs)
-        self.num_packs += 1
-        self.blob_nbytes += sum(piece.nbytes for piece in part)
+        return result
 
 
 class _Known:
@@ -388,11 +437,19 @@ def _runs(pieces: Iterable[_Piece]) -> Iterator[_Run]:
         yield _Run(some[0].key, some[0].offset, stop, tuple(some))
 
 
+def _pieces(group: _Group) -> list[_Piece]:
+    """A group's KV in the order in which it lies in the remote."""
+    pieces = [_Piece(place.id, key, place.offset, place.nbytes) for place, key in group.blobs.values()]
+    return sorted(pieces, key=lambda piece: (piece.key, piece.offset))
+
+
 def _parts(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     """What goes into one local pack."""
+    share = -(-sum(piece.nbytes for piece in pieces) // WRITERS)
+    limit = min(LOCAL_PACK_BYTES, max(SHARED_BYTES, share))
     part, nbytes = list[_Piece](), 0
     for piece in pieces:
-        if part and (nbytes + piece.nbytes > LOCAL_PACK_BYTES or len(part) >= LOCAL_PACK_ENTRIES):
+        if part and (nbytes + piece.nbytes > limit or len(part) >= LOCAL_PACK_ENTRIES):
             yield part
             part, nbytes = [], 0
         part.append(piece)
@@ -404,8 +461,8 @@ def _parts(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 class _Source:
     """The pieces of runs that are read ahead, in order, one at a time."""
 
-    def __init__(self, remote: OpenedRemote, runs: Iterator[tuple[_Run, memoryview]]) -> None:
-        self._remote, self._runs = remote, runs
+    def __init__(self, runs: Iterator[tuple[_Run, memoryview]]) -> None:
+        self._runs = runs
         self._run: _Run | None = None
         self._data = memoryview(b"")
 

@@ -11,7 +11,7 @@ same name. Names come from listings here, and here alone. Killed at any point gc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import msgspec
@@ -176,7 +176,7 @@ class _RemoteGc:
             for entry in self.bucket.entries(folder)
             if layout.is_data_key(entry.key)
         }
-        roots = [(ref.commit, ref.manifest) for ref in (*read_roots(), *self._kept())]
+        roots = [(ref.commit, ref.manifest) for ref in (*read_roots(), *self._kept(there))]
         tips = [(commit, key) for commit, key in roots if commit is not None and key is not None]
         live: set[str] = set()
         for key, one in walk(self.bucket, self.bucket.namespace, tips, self.wish.workers):
@@ -192,11 +192,16 @@ class _RemoteGc:
             if key not in marks.live and entry.modified <= now - self.wish.grace_s
         )
 
-    def _kept(self) -> list[RemoteRef]:
-        """What refs said before, as far back as reflogs are kept."""
+    def _kept(self, there: Collection[str]) -> list[RemoteRef]:
+        """What refs said before, as far back as reflogs are kept. An entry that was written late, after what it names
+        was forgotten (`forget.py`), keeps nothing."""
         since = self.bucket.now() - self.wish.keep_reflog_s
         keys = [entry.key for entry in self.bucket.entries(layout.REFLOG) if entry.modified > since]
-        return [ref for ref in mapped(self._entry, keys, self.wish.workers) if ref is not None]
+        found = [ref for ref in mapped(self._entry, keys, self.wish.workers) if ref is not None]
+        return [ref for ref in found if ref.manifest in there or self._is_there(ref.manifest)]
+
+    def _is_there(self, manifest: str | None) -> bool:
+        return manifest is not None and self.bucket.size(manifest) is not None
 
     def _entry(self, key: str) -> RemoteRef | None:
         found = self.bucket.read(key)

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from thaw.core.errors import Busy, CorruptBlob, NotFound, RefConflict, RemoteMissing
 from thaw.core.ids import digest, short
 from thaw.data.locations import BlobLocation
@@ -49,11 +51,13 @@ class PushWish(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Sizes of a transfer. `workers` 1 makes all requests in order, on the caller's thread."""
+    """Sizes of a transfer. `workers` 1 makes all requests in order, on the caller's thread. `share`: blobs that other
+    refs of the remote have are not sent either; the manifests of all of these refs are read for that."""
 
     pack_bytes: int = packing.PACK_BYTES
     uploads: int = UPLOADS
     workers: int = SMALL_REQUESTS
+    share: bool = False
 
 
 class _GcBetween(Exception):
@@ -219,7 +223,7 @@ class _Push:
         missing = self._missing(tips, theirs)
         if not missing:
             return theirs.keys
-        plan = _Plan(self, missing)
+        plan = _Plan(self, missing, self._shared(theirs) if self.tuning.share else {})
         plan.place(self._keys(plan.packs))
         self.meter.begin("sending", sum(pack.nbytes for pack in plan.packs if pack.digest in plan.unsent))
         mapped(plan.send, [pack for pack in plan.packs if pack.digest in plan.unsent], self.tuning.uploads)
@@ -257,6 +261,12 @@ class _Push:
         reached = walk(self.bucket, self.bucket.namespace, [(commit, key)], self.tuning.workers)
         return any(at in self.condemned or any(pack.key in self.condemned for pack in one.packs) for at, one in reached)
 
+    def _shared(self, theirs: RemoteHistory) -> dict[str, tuple[PushedPack, PushedBlob]]:
+        """Where each blob lies that a ref of the remote has, but for what gc has written down."""
+        found = theirs.manifests(list(theirs.keys))
+        places = ((one.packs[blob.pack], blob) for one in found for blob in one.blobs)
+        return {blob.id: (pack, blob) for pack, blob in places if pack.key not in self.condemned}
+
     def _keys(self, packs: Sequence[PlannedPack]) -> dict[str, tuple[str, bool]]:
         """For each pack, by its digest: under which key it lies or will lie, and whether it lies there already."""
         found = mapped(self._key, packs, self.tuning.workers)
@@ -287,11 +297,11 @@ class _Push:
 class _Plan:
     """The packs that hold what some commits add, and these commits' manifests."""
 
-    def __init__(self, work: _Push, missing: Sequence[str]) -> None:
-        self._work, self._commits = work, missing
+    def __init__(self, work: _Push, missing: Sequence[str], there: dict[str, tuple[PushedPack, PushedBlob]]) -> None:
+        self._work, self._commits, self._there = work, missing, there
         self._own = {commit: work.local.own(commit) for commit in missing}
         objects = {one: nbytes for own in self._own.values() for one, nbytes in own.objects.items()}
-        blobs = dict.fromkeys(blob for own in self._own.values() for blob in own.blobs)
+        blobs = dict.fromkeys(blob for own in self._own.values() for blob in own.blobs if blob not in there)
         self._places: dict[str, BlobLocation] = work.store.locate(blobs)
         things = [PackMember(one, True, nbytes, "U8", (nbytes,)) for one, nbytes in objects.items()]
         things += [work.tensors.of(self._places[blob]) for blob in blobs]
@@ -323,9 +333,11 @@ class _Plan:
         for commit in self._commits:
             own = self._own[commit]
             objects = [where[True, one] for one in own.objects]
-            blobs = [where[False, one] for one in own.blobs]
+            blobs = [where[False, one] for one in own.blobs if one not in self._there]
             used = sorted({n for n, _ in (*objects, *blobs)})
             at = {n: i for i, n in enumerate(used)}
+            shared = [self._there[one] for one in own.blobs if one in self._there]
+            theirs_at = {pack: len(used) + i for i, pack in enumerate(dict.fromkeys(pack for pack, _ in shared))}
             parent = made[first[commit]] if commit in first else None
             value = made[commit] = Manifest(
                 commit=commit,
@@ -333,9 +345,12 @@ class _Plan:
                 parents=tuple(PushedParent(one, keys[one]) for one in self._work.local.parents(commit)),
                 height=0 if parent is None else parent.height + 1,
                 trail=() if parent is None else manifest.trail_after(parent),
-                packs=tuple(PushedPack(self._keys[self.packs[n].digest], self.packs[n].nbytes) for n in used),
+                packs=(*(PushedPack(self._keys[self.packs[n].digest], self.packs[n].nbytes) for n in used), *theirs_at),
                 objects=tuple(PushedObject(e.id, at[n], e.offset, e.nbytes) for n, e in objects),
-                blobs=tuple(PushedBlob(e.id, at[n], e.offset, e.nbytes, e.dtype, e.shape) for n, e in blobs),
+                blobs=(
+                    *(PushedBlob(e.id, at[n], e.offset, e.nbytes, e.dtype, e.shape) for n, e in blobs),
+                    *(msgspec.structs.replace(blob, pack=theirs_at[pack]) for pack, blob in shared),
+                ),
             )
             data = manifest.encode(value)
             keys[commit] = layout.manifest_key(self._work.state.epoch, digest(data))

@@ -35,10 +35,12 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RemoteBook(msgspec.Struct, frozen=True, kw_only=True):
-    """All remotes of a repository by name, and the upstreams of its branches (in a namespace as `@NAME/BRANCH`)."""
+    """All remotes of a repository by name, the upstreams of its branches (in a namespace as `@NAME/BRANCH`), and
+    `promised`: commits of remotes' branches (`origin/main`) that were seen there and are fetched when they are used."""
 
     remotes: dict[str, RemoteSettings] = {}
     upstreams: dict[str, Upstream] = {}
+    promised: dict[str, str] = {}
 
 
 _DECODER = msgspec.json.Decoder(RemoteBook)
@@ -91,8 +93,14 @@ def remove(store: Store, name: str) -> RemoteSettings:
     gone = get(book, name)
     left = {other: settings for other, settings in book.remotes.items() if other != name}
     upstreams = {branch: up for branch, up in book.upstreams.items() if up.remote != name}
-    write(store, RemoteBook(remotes=left, upstreams=upstreams))
+    promised = {point: commit for point, commit in book.promised.items() if not _is_of(point, name)}
+    write(store, RemoteBook(remotes=left, upstreams=upstreams, promised=promised))
     return gone
+
+
+def _is_of(point: str, remote: str) -> bool:
+    """Whether a promised point, of whatever namespace, is of this remote."""
+    return namespaces.split(point)[1].startswith(f"{remote}/")
 
 
 def get(book: RemoteBook, name: str) -> RemoteSettings:
@@ -108,6 +116,21 @@ def set_probed(store: Store, name: str) -> None:
     if not get(book, name).probed:
         remote = msgspec.structs.replace(book.remotes[name], probed=True)
         write(store, msgspec.structs.replace(book, remotes={**book.remotes, name: remote}))
+
+
+def promised(store: Store) -> dict[str, str]:
+    """Commits by their points (`origin/main`), of the store's namespace; what was fetched since is left out."""
+    mine = {namespaces.split(name): commit for name, commit in read(store).promised.items()}
+    return {
+        point: commit for (whose, point), commit in mine.items()
+        if whose == store.namespace and store.ref(point) is None
+    }  # fmt: skip
+
+
+def promise(store: Store, points: dict[str, str]) -> None:
+    book = read(store)
+    named = {namespaces.qualify(store.namespace, point): commit for point, commit in points.items()}
+    write(store, msgspec.structs.replace(book, promised={**book.promised, **named}))
 
 
 def upstream(store: Store, branch: str) -> Upstream | None:

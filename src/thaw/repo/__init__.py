@@ -10,11 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thaw.repo.admission import Drained
     from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitConflict, CommitResult
     from thaw.repo.diff import Diff, Side
+    from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
     from thaw.repo.log import LogEntry
+    from thaw.repo.rebase import Rebase
     from thaw.repo.report import Continuation, LawResult, VerifyReport
     from thaw.repo.repository import Repository, clone, init, open
     from thaw.repo.resolve import ResolvedPoint
@@ -30,10 +33,13 @@ _HOME = {
     "CommitResult": "commit",
     "Continuation": "report",
     "Diff": "diff",
+    "DrainReport": "drain",
+    "Drained": "admission",
     "EngineSettings": "settings",
     "Group": "group",
     "LawResult": "report",
     "LogEntry": "log",
+    "Rebase": "rebase",
     "Repository": "repository",
     "ResolvedPoint": "resolve",
     "Session": "session",
@@ -53,10 +59,13 @@ __all__ = [
     "CommitResult",
     "Continuation",
     "Diff",
+    "DrainReport",
+    "Drained",
     "EngineSettings",
     "Group",
     "LawResult",
     "LogEntry",
+    "Rebase",
     "Repository",
     "ResolvedPoint",
     "Session",

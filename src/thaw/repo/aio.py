@@ -16,6 +16,7 @@ from thaw.repo.repository import PointLike, Repository
 from thaw.repo.session import Session
 from thaw.repo.stream import Stream
 from thaw.store import Ref
+from thaw.weights import WeightsBook
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class AsyncSession(Awaited[Session]):
     resume = resume_stream = streamed(Session.resume_stream)
     chat = chat_stream = streamed(Session.chat_stream)
     commit = awaited(Session.commit)
+    snapshot = awaited(Session.snapshot)
     committed = awaited(Session.committed)
     adopt = awaited(Session.adopt)
     park = awaited(Session.park)
@@ -126,12 +128,25 @@ class AsyncGroup(Awaited[Group]):
         await self.close()
 
 
+class AsyncWeights(Awaited[WeightsBook]):
+    """`WeightsBook`, awaited."""
+
+    add = awaited(WeightsBook.add)
+    list = awaited(WeightsBook.list)
+    show = awaited(WeightsBook.show)
+    rm = awaited(WeightsBook.rm)
+    checkout = awaited(WeightsBook.checkout)
+    model = awaited(WeightsBook.model)
+
+
 class AsyncRepository(Awaited[Repository]):
     """`Repository`, awaited. Its refs and points are the blocking one's values."""
 
     engine = asked(Repository, lambda repo: repo.engine, "The engine; boots it when it was given by name.")
     session = awaited_as(Repository.session, AsyncSession, Session.close)
     fork = awaited_as(Repository.fork, AsyncGroup, Group.close)
+    drain = awaited(Repository.drain)
+    undrain = awaited(Repository.undrain)
     namespaces = awaited(Repository.namespaces)
     resolve = awaited(Repository.resolve)
     at = awaited(Repository.at)
@@ -156,6 +171,8 @@ class AsyncRepository(Awaited[Repository]):
     fetch = awaited(Repository.fetch)
     pull = awaited(Repository.pull)
     remote_gc = awaited(Repository.remote_gc)
+    forget_remote = awaited(Repository.forget_remote)
+    rebase = awaited(Repository.rebase)
     verify = awaited(Repository.verify)
     require_room = awaited(Repository.require_room)
     gc = awaited(Repository.gc)
@@ -166,6 +183,11 @@ class AsyncRepository(Awaited[Repository]):
     @property
     def path(self) -> Path:
         return self.sync.path
+
+    @property
+    def weights(self) -> AsyncWeights:
+        """As `Repository.weights`, which asks no disk."""
+        return AsyncWeights(self.sync.weights)
 
     @property
     def namespace(self) -> str:

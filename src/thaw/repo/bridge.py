@@ -25,12 +25,15 @@ from thaw.core.errors import ThawError
 
 MAX_THREADS = 128
 """Verbs that wait at once; more wait for a thread."""
+STARTERS = 4
+"""Threads that do nothing but start others."""
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
 U = TypeVar("U")
 _END = object()
 _threads: list[ThreadPoolExecutor] = []
+_starters: list[ThreadPoolExecutor] = []
 
 
 class Work(Protocol):
@@ -51,7 +54,16 @@ def submit(do: Callable[[], T]) -> Future[T]:
     return _threads[0].submit(contextvars.copy_context().run, do)
 
 
+def _start(thread: threading.Thread) -> Future[None]:
+    """Start a thread beside the event loop, which would wait until it runs: beside an engine that holds the
+    interpreter's lock that is long. Verbs that fill all threads do not hold it up."""
+    if not _starters:
+        _starters.append(ThreadPoolExecutor(STARTERS, thread_name_prefix="thaw-aio-start"))
+    return _starters[0].submit(thread.start)
+
+
 os.register_at_fork(after_in_child=_threads.clear)
+os.register_at_fork(after_in_child=_starters.clear)
 
 
 async def call(do: Callable[..., T], /, *args: Any, **options: Any) -> T:
@@ -196,7 +208,13 @@ async def each(items: Iterable[T]) -> AsyncIterator[T]:
             failed.append(error)
         wake(loop, queue.put_nowait, _END)
 
-    threading.Thread(target=pump, name="thaw-aio", daemon=True).start()
+    def started(begun: Future[None]) -> None:
+        error = begun.exception()
+        if error is not None:
+            failed.append(error)
+            wake(loop, queue.put_nowait, _END)
+
+    _start(threading.Thread(target=pump, name="thaw-aio", daemon=True)).add_done_callback(started)
     while (item := await queue.get()) is not _END:
         yield item
     if failed:

@@ -21,9 +21,11 @@ URL = "url"
 def choose(
     store: Store | None, name: str | None, model: str | None, dtype: str | None = None, device: str | None = None
 ) -> EngineSettings:
-    """The engine to boot. Options given here replace the remembered ones of the same engine; the model is any's."""
+    """The engine to boot. Options given here replace the remembered ones of the same engine; the model is any's, and
+    `thaw:NAME` one of the store's own."""
     from thaw.engines import registry
     from thaw.repo import settings
+    from thaw.weights.names import to_folder
 
     known = settings.recall(store) if store is not None else None
     if name is not None and name.startswith(("http://", "https://")):
@@ -49,6 +51,8 @@ def choose(
             "no model was named yet. Give one with --model PATH (a folder with config.json and safetensors); the "
             "repository remembers it. Without one at hand, `thaw demo` fetches a small one."
         )
+    if "model" in options:
+        options["model"] = to_folder(store, options["model"])
     return settings.EngineSettings(name=chosen, options=options)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.core.ids import ObjectId
@@ -21,6 +21,7 @@ from thaw.store import Store
 if TYPE_CHECKING:
     from thaw.data.locations import StoreMount
     from thaw.engines.base import Engine
+    from thaw.repo.admission import Admission
 
 MEMO_ENTRIES = 4096
 
@@ -40,6 +41,18 @@ class Context(ProcessBound):
         self._lock = threading.Lock()
         self._node_ids: OrderedDict[SegmentNode | TurnNode, ObjectId] = OrderedDict()
         self._remembered = False
+        self._admission: Admission | None = None
+
+    @property
+    def admission(self) -> Admission:
+        """What is live through it; a namespace's is the whole repository's."""
+        if self._of is not None:
+            return self._of.admission
+        from thaw.repo.admission import Admission  # only for those who run something
+
+        with self._lock:
+            self._admission = self._admission or Admission()
+            return self._admission
 
     def within(self, namespace: str) -> Context:
         """The same store and engine in a namespace; to close it closes neither."""
@@ -67,7 +80,7 @@ class Context(ProcessBound):
             if isinstance(self._engine, EngineSettings):
                 from thaw.engines import load_engine
 
-                self._own_engine = load_engine(self._engine.name, **self._engine.options)
+                self._own_engine = load_engine(self._engine.name, **self._told(self._engine.options))
                 self._engine = self._own_engine
             if self._engine is None:
                 raise InvalidRequest(
@@ -75,6 +88,12 @@ class Context(ProcessBound):
                     "Open it with thaw.open(path, engine=thaw.load_engine(…))."
                 )
             return self._engine
+
+    def _told(self, options: dict[str, object]) -> dict[str, Any]:
+        """`options` as the engine takes them: a stored model by its folder."""
+        from thaw.weights.names import to_folder
+
+        return {**options, "model": to_folder(self.store, options["model"])} if "model" in options else dict(options)
 
     @property
     def has_engine(self) -> bool:

@@ -53,9 +53,9 @@ def require(timeline: Timeline, num_tokens: int) -> None:
     new = with_new_tokens(timeline, found)
     also = f"; with new tokens also {list_of(new).removesuffix(' tokens')}" if new else ""
     raise NotKept(
-        f"token {num_tokens} cannot be gone on from: {missing}. Of this commit's tokens these can: {more}{some}{also}. "
-        "Name one of them (:token=…), append the tokens to a new session, or allow recompute (policy='recompute', "
-        "--recompute), which reads what comes after the nearest earlier point again."
+        f"a session cannot continue from token {num_tokens}: {missing}. In this commit it can from these: "
+        f"{more}{some}{also}. Name one of them (:token=…), append the tokens to a new session, or allow recompute "
+        "(policy='recompute', --recompute), which reads what comes after the nearest earlier point again."
     )
 
 

@@ -19,6 +19,7 @@ from thaw.repo.context import Context
 from thaw.repo.guard import ProcessBound
 from thaw.repo.messages import Messages, Tool
 from thaw.repo.stream import Stream
+from thaw.repo.work import generate
 
 if TYPE_CHECKING:
     from thaw.repo.session import Session
@@ -125,7 +126,7 @@ class Group(ProcessBound, Sequence["Session"]):
             )
             for one in each
         ]
-        return talk.stream(engine, self._sessions, asks, self._each("sampling", sampling, ()), list)
+        return talk.stream(self._context, self._sessions, asks, self._each("sampling", sampling, ()), list)
 
     def resume(self) -> list[Completion]:
         """Go on with every session's interrupted completion, in one batch."""
@@ -153,7 +154,7 @@ class Group(ProcessBound, Sequence["Session"]):
 
     def _run(self, requests: list[GenerateRequest]) -> Stream[list[Completion]]:
         self._check()
-        return Stream(self._context.engine.generate(requests), lambda done: done)
+        return generate(self._context, requests, lambda done: done)
 
     def _check(self) -> None:
         self.check_process()

@@ -14,6 +14,10 @@ from thaw.remote.settings import Option, RemoteSettings
 from thaw.store import Ref, Store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from thaw.remote.arriving import Announced
+    from thaw.remote.forget import ForgetReport
     from thaw.remote.layout import Kind
     from thaw.remote.meter import TransferMeter
     from thaw.remote.opened import OpenedRemote
@@ -59,6 +63,7 @@ def push(
     everything: bool,
     force_with_lease: bool,
     set_upstream: bool,
+    weights: bool,
     meter: TransferMeter | None,
 ) -> TransferReport:
     """See `Repository.push`."""
@@ -75,7 +80,27 @@ def push(
         for wish in wishes:
             if wish.kind == "branch" and wish.target is not None:
                 settings.set_upstream(store, wish.name, target.name, wish.name)
-    return report
+    return _with_weights(store, target, report, meter) if weights else report
+
+
+def _with_weights(
+    store: Store, target: OpenedRemote, report: TransferReport, meter: TransferMeter | None
+) -> TransferReport:
+    """Sends the weights that the pushed commits name, too."""
+    from thaw.weights import transfers
+
+    named = transfers.named_by(store, [ref.new for ref in report.refs if ref.new is not None])
+    return transfers.together(report, transfers.send(store, target, named, meter))
+
+
+def bring_weights(
+    store: Store, target: OpenedRemote, report: TransferReport, meter: TransferMeter | None
+) -> TransferReport:
+    """Fetches the weights that the fetched commits name, too."""
+    from thaw.weights import transfers
+
+    named = transfers.named_by(store, [ref.new for ref in report.refs if ref.new is not None])
+    return transfers.together(report, transfers.bring(store, target, named, meter))
 
 
 def _named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -138,14 +163,37 @@ def fetch(
     *,
     prune: bool,
     tags: bool,
+    weights: bool,
     meter: TransferMeter | None,
+    announce: Callable[[Announced], None] | None = None,
 ) -> TransferReport:
-    """See `Repository.fetch`."""
+    """See `Repository.fetch`; `announce`: see `thaw.remote.fetch`."""
     from thaw.remote.fetch import FetchWish
     from thaw.remote.fetch import fetch as bring
 
     wish = FetchWish(branches=branches or None, tags=tags, prune=prune)
-    return bring(store, opened(store, remote), wish, meter=meter)
+    target = opened(store, remote)
+    report = bring(store, target, wish, meter=meter, announce=announce)
+    return bring_weights(store, target, report, meter) if weights else report
+
+
+def is_promised(store: Store, point: object) -> bool:
+    """Whether a point names a remote's branch that was seen there and never fetched."""
+    from thaw.core import points
+    from thaw.core.points import Point
+
+    if not isinstance(point, (str, Point)):
+        return False
+    name = (points.parse(point) if isinstance(point, str) else point).name
+    return "/" in name and name in settings.promised(store)
+
+
+def keep_promise(store: Store, point: str) -> None:
+    """Fetches the promised branch that a point names."""
+    from thaw.core import points
+
+    remote, _, branch = points.parse(point).name.partition("/")
+    fetch(store, (branch,), remote, prune=False, tags=False, weights=False, meter=None)
 
 
 def pull(store: Store, branch: str | None, remote: str | None, *, meter: TransferMeter | None) -> TransferReport:
@@ -173,6 +221,25 @@ def collect(
     return collect_remote(opened(store, name), wish)
 
 
+def forget(store: Store, names: tuple[str, ...], remote: str | None) -> ForgetReport:
+    """See `Repository.forget_remote`."""
+    from thaw.core.points import check_name
+    from thaw.remote import refs
+    from thaw.remote.forget import forget as forget_there
+
+    if not names:
+        raise InvalidRequest("name the branches or tags of the remote that are to be forgotten.")
+    target = opened(store, remote)
+    tags = refs.names(target.bucket, "tag")
+    branches = refs.names(target.bucket, "branch")
+    kinds: dict[str, Kind] = {name: "tag" if name in tags and name not in branches else "branch" for name in names}
+    report = forget_there(target, [(kind, check_name(name)) for name, kind in kinds.items()])
+    updates = [one for name in names for one in tracking.removal(store, target.name, name, f"forgot in {target.name}")]
+    if updates:
+        store.update_refs(*updates)
+    return report
+
+
 def clone(
     url: str,
     path: Path,
@@ -182,7 +249,9 @@ def clone(
     branch: str | None,
     single_branch: bool,
     namespace: str | None,
+    weights: bool,
     meter: TransferMeter | None,
+    refs_only: bool = False,
 ) -> TransferReport:
     """See `thaw.clone`."""
     from thaw.core import namespaces
@@ -195,4 +264,8 @@ def clone(
     address = parse(url, options)
     made = RemoteSettings(url=address.url, options=dict(address.options))
     target = open_remote(settings.check_remote_name(remote), made, whose)
-    return make(path, target, made, CloneWish(branch=branch, single=single_branch), meter=meter)
+    report = make(path, target, made, CloneWish(branch, single_branch, refs_only), meter=meter)
+    if weights:
+        with Store.open(path) as whole:
+            report = bring_weights(whole.within(whose) if whose else whole, target, report, meter)
+    return report

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.core import cache, namespaces
-from thaw.core.errors import Conflict, InvalidRequest, NotFound
+from thaw.core.errors import Conflict, InvalidRequest, NotFound, RefConflict
 from thaw.core.points import Point, check_name
 from thaw.repo import refs, resolve
 from thaw.repo.context import Context
@@ -22,12 +22,16 @@ from thaw.store import Ref, ReflogEntry, Store
 if TYPE_CHECKING:
     from thaw.core.ids import ObjectId
     from thaw.engines.base import Engine, Policy
+    from thaw.remote.forget import ForgetReport
     from thaw.remote.meter import TransferMeter
     from thaw.remote.report import RemoteGcReport, TransferReport
     from thaw.remote.settings import RemoteSettings
     from thaw.repo.diff import Diff
+    from thaw.repo.drain import DrainReport
     from thaw.repo.group import Group
+    from thaw.repo.hydrate import Hydration
     from thaw.repo.log import LogEntry
+    from thaw.repo.rebase import Rebase
     from thaw.repo.report import VerifyReport
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from thaw.repo.stats import Stats
     from thaw.repo.undo import Undone
     from thaw.store import FsckReport, GcReport
+    from thaw.weights import WeightsBook
 
 PointLike = str | Point | ResolvedPoint
 MAX_LIMIT = 1 << 31
@@ -104,15 +109,16 @@ class Repository:
         salt: str | None = None,
         share_prefix: bool = False,
         policy: Policy = "exact",
+        fetch: bool = False,
     ) -> Session:
         """A new session, or one that goes on from `point`. From a branch's tip it stays on that branch.
 
-        With `share_prefix` a session of a namespace shares blocks inside that namespace.
+        With `share_prefix` a session of a namespace shares blocks inside that namespace. With `fetch` the point is a
+        remote's branch (`origin/main`), which is fetched first; an engine of this process loads while it downloads.
 
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
-        from thaw.repo.hydrate import hydrate
         from thaw.repo.params import check_seed
         from thaw.repo.session import Session
 
@@ -120,45 +126,105 @@ class Repository:
         if point is None:
             if self.store.namespace and (share_prefix or salt is not None):
                 salt = self.store.salt(salt or "")
-            return Session(self._context, self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix))
+            if fetch:
+                raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
+            with self._context.admission.beginning():
+                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix)
+                return Session(self._context, ref)
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
-        where = self.resolve(point)
-        live = hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
-        return Session(
-            self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch, proof=live.proof,
-            num_inherited=where.num_tokens,
-        )  # fmt: skip
+        with self._context.admission.beginning():
+            where, live = self._hydrated(point, fetch, seed=seed, share_prefix=share_prefix, policy=policy)
+            return Session(
+                self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch,
+                proof=live.proof, num_inherited=where.num_tokens,
+            )  # fmt: skip
 
-    def fork(self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact") -> Group:
+    def fork(
+        self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact", fetch: bool = False
+    ) -> Group:
         """N sessions that go on from `point`: loaded once, shared by all, on no branch.
 
         Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
-        seed. From inside a completion, `Group.resume()` goes on with it.
+        seed. From inside a completion, `Group.resume()` goes on with it. `fetch` as in `session`.
         """
         from thaw.repo.group import Group
-        from thaw.repo.hydrate import hydrate
         from thaw.repo.session import Session
 
+        with self._context.admission.beginning():
+            where, live = self._hydrated(point, fetch, policy=policy)
+            try:
+                children = self.engine.fork(live.session, n, replay=replay).result()
+            finally:
+                self.engine.close_session(live.session)
+            sessions = [
+                Session(
+                    self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
+                    num_inherited=where.num_tokens,
+                )
+                for child in children
+            ]  # fmt: skip
+            return Group(self._context, sessions)
+
+    def drain(self, *, timeout_s: float = 60.0, why: str = "drain") -> DrainReport:
+        """Let nothing begin any more, and store every live session of this repository and its namespaces.
+
+        Generations stop at a token boundary and raise `Drained` with the point to go on from; prefills are awaited for
+        up to half of `timeout_s`. Branches stay where they are. The report names what was not captured. Sessions can
+        still be read and committed; `undrain` lets them go on. Raises `Busy` where it is drained already.
+        """
+        from thaw.repo.drain import drain
+
+        self._require_default("an engine is drained")
+        return drain(self._context.admission, timeout_s, why)
+
+    def live_sessions(self) -> list[Session]:
+        """The open sessions of this repository and its namespaces that somebody holds, oldest first."""
+        return [session for session in self._context.admission.sessions() if session.is_open]
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing may begin."""
+        return bool(self._context.admission.closed)
+
+    def undrain(self) -> bool:
+        """Let work begin again; False where it was not drained."""
+        self._require_default("an engine is drained")
+        return self._context.admission.open()
+
+    def _hydrated(
+        self,
+        point: PointLike,
+        fetch: bool,
+        *,
+        seed: int | None = None,
+        share_prefix: bool = False,
+        policy: Policy,
+    ) -> tuple[ResolvedPoint, Hydration]:
+        from thaw.repo import remotes
+
+        if fetch or remotes.is_promised(self.store, point):
+            from thaw.repo.arriving import fetched
+
+            return fetched(self._context, point, seed=seed, share_prefix=share_prefix, policy=policy)
+        from thaw.repo.hydrate import hydrate
+
         where = self.resolve(point)
-        live = hydrate(self._context, where, policy=policy)
-        try:
-            children = self.engine.fork(live.session, n, replay=replay).result()
-        finally:
-            self.engine.close_session(live.session)
-        sessions = [
-            Session(
-                self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
-                num_inherited=where.num_tokens,
-            )
-            for child in children
-        ]  # fmt: skip
-        return Group(self._context, sessions)
+        return where, hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
 
     # -- looking
 
     def resolve(self, point: PointLike) -> ResolvedPoint:
-        """The place that a point names. Raises `BadPoint`, `NotFound`."""
+        """The place that a point names. A remote's branch that `clone(refs_only=True)` left there is fetched now.
+        Raises `BadPoint`, `NotFound`."""
+        try:
+            return resolve.resolve(self.store, point)
+        except NotFound:
+            from thaw.repo import remotes
+
+            if not remotes.is_promised(self.store, point):
+                raise
+            remotes.keep_promise(self.store, str(point))
         return resolve.resolve(self.store, point)
 
     def at(self, point: PointLike, *, turn: int | None = None, token: int | None = None) -> ResolvedPoint:
@@ -261,6 +327,13 @@ class Repository:
         where = self.resolve(winner)
         return refs.move(self.store, branch, where, f"adopt: {where}")
 
+    @property
+    def weights(self) -> WeightsBook:
+        """The models and adapters that lie in the repository, for all of its namespaces."""
+        from thaw.weights import WeightsBook
+
+        return WeightsBook(self.store)
+
     # -- remotes
 
     def remotes(self) -> dict[str, RemoteSettings]:
@@ -293,20 +366,23 @@ class Repository:
         all: bool = False,
         force_with_lease: bool = False,
         set_upstream: bool = False,
+        weights: bool = False,
         meter: TransferMeter | None = None,
     ) -> TransferReport:
         """Send branches and tags (default: the current branch) and what of their history the remote lacks.
 
         `remote`: default the branch's upstream, the only one, or `origin`. `all`: every branch; `tags`: every tag.
         `delete`: take them away there. A branch only moves forward, unless `force_with_lease` and the remote's stands
-        where it was last seen. `meter` says how far it is, to any thread. A push that was killed goes on with what it
-        has sent. Raises `RefConflict` (nothing is lost: fetch, then decide), `RemoteError` kinds, `NotFound`.
+        where it was last seen. `weights`: send the weights sets that the pushed commits name, too. `meter` says how far
+        it is, to any thread. A push that was killed goes on with what it has sent.
+
+        Raises `RefConflict` (nothing is lost: fetch, then decide), `RemoteError` kinds, `NotFound`.
         """
         from thaw.repo import remotes
 
         return remotes.push(
             self.store, names, remote, delete=delete, tags=tags, everything=all, force_with_lease=force_with_lease,
-            set_upstream=set_upstream, meter=meter,
+            set_upstream=set_upstream, weights=weights, meter=meter,
         )  # fmt: skip
 
     def fetch(
@@ -315,15 +391,17 @@ class Repository:
         remote: str | None = None,
         prune: bool = False,
         tags: bool = True,
+        weights: bool = False,
         meter: TransferMeter | None = None,
     ) -> TransferReport:
         """Bring branches (default: all) and tags here; `origin/main` is then a point. No local branch moves.
 
-        `prune`: points of branches that were deleted there go. Raises `CorruptBlob` naming what is damaged, `NotFound`.
+        `prune`: points of branches that were deleted there go. `weights`: fetch the weights sets that the fetched
+        commits name, too, where the remote has them. Raises `CorruptBlob` naming what is damaged, `NotFound`.
         """
         from thaw.repo import remotes
 
-        return remotes.fetch(self.store, branches, remote, prune=prune, tags=tags, meter=meter)
+        return remotes.fetch(self.store, branches, remote, prune=prune, tags=tags, weights=weights, meter=meter)
 
     def pull(
         self, branch: str | None = None, *, remote: str | None = None, meter: TransferMeter | None = None
@@ -356,7 +434,38 @@ class Repository:
                 raise InvalidRequest(f"{what}={seconds}: a number of seconds, 0 to {MAX_KEEP_S:,}")
         return remotes.collect(self.store, name, dry_run=dry_run, grace_s=grace_s, keep_reflog_s=keep_reflog_s)
 
+    def forget_remote(self, *names: str, remote: str | None = None) -> ForgetReport:
+        """Delete branches or tags of a remote with all that they alone reach, now: packs that hold something else too
+        are rewritten, reflog entries go. What is here stays, but for the points `origin/NAME`.
+
+        A branch that was deleted before can be forgotten still. The report says whether the bucket keeps older versions
+        of what it deletes. Raises `NotFound`, `Conflict` where another branch has the commit too, `Busy`.
+        """
+        from thaw.repo import remotes
+
+        return remotes.forget(self.store, names, remote)
+
     # -- checking and keeping
+
+    def rebase(self, point: PointLike = "HEAD", *, branch: str | None = None, message: str = "") -> Rebase:
+        """Replay a point's tokens under the weights that run now, and say how far their log probabilities moved.
+
+        `branch`: keep it as a new branch too, that goes on from `point` under these weights: all its tokens and turns,
+        prefilled again. Raises `RefConflict` where the branch exists, `InvalidRequest` where nothing was sampled.
+        """
+        from msgspec.structs import replace
+
+        from thaw.repo.rebase import rebase
+
+        where = self.resolve(point)
+        if branch is not None and self.store.ref(refs.require_own(self.store, branch)) is not None:
+            raise RefConflict(f"there is a branch or tag {branch!r} already; choose another name")
+        found = rebase(self._context, where)
+        if branch is None:
+            return found
+        with self.session(where, policy="recompute") as session:
+            done = session.commit(message or f"rebased from {where}", branch=branch, expect=None)
+        return replace(found, branch=branch, commit=done.commit)
 
     def verify(
         self,
@@ -460,22 +569,26 @@ def clone(
     engine: Engine | EngineSettings | None = None,
     branch: str | None = None,
     single_branch: bool = False,
+    refs_only: bool = False,
     namespace: str | None = None,
     remote: str = "origin",
     options: dict[str, str | int | bool] | None = None,
+    weights: bool = False,
     meter: TransferMeter | None = None,
 ) -> Repository:
     """A new repository in `path` from a remote, which is called `remote` in it.
 
-    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. `namespace`: whose
-    part of the remote. `options`: as `Repository.add_remote`. What fails leaves nothing behind. Raises `NotFound`,
-    `Conflict`, `CorruptBlob`, `RemoteError` kinds.
+    `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. With `refs_only`
+    none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `namespace`: whose
+    part of the remote. `options`: as `Repository.add_remote`. `weights`: as `Repository.fetch`, once the rest is here.
+    What fails leaves nothing behind, but for weights that did not come: `fetch(weights=True)` goes on with them. Raises
+    `NotFound`, `Conflict`, `CorruptBlob`, `RemoteError` kinds.
     """
     from thaw.repo import remotes
 
     remotes.clone(
         url, Path(path), options or {}, remote=remote, branch=branch, single_branch=single_branch, namespace=namespace,
-        meter=meter,
+        weights=weights, meter=meter, refs_only=refs_only,
     )  # fmt: skip
     return open(path, engine=engine, create=False, namespace=namespace)
 

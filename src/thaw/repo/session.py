@@ -24,7 +24,7 @@ from thaw.core.text import require_text
 from thaw.engines.base import Completion, Engine, GenerateRequest, Message, SessionRef, SessionView
 from thaw.engines.text import left_open, text_after
 from thaw.repo import chat as chats
-from thaw.repo import chat_meta, conversation, refs, resolve, talk
+from thaw.repo import chat_meta, conversation, refs, resolve, talk, work
 from thaw.repo import commit as commits
 from thaw.repo import trajectory as trajectories
 from thaw.repo.chat import ChatResult
@@ -78,6 +78,7 @@ class Session(ProcessBound):
         self._aside: Aside | None = None
         self._lock = threading.RLock()
         self._closed = False
+        context.admission.enter(self)
 
     # -- what it is
 
@@ -144,6 +145,21 @@ class Session(ProcessBound):
     def branch(self) -> str | None:
         """The branch that `commit()` moves; None on no branch."""
         return self._branch
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was not closed."""
+        return not self._closed
+
+    @property
+    def num_inherited(self) -> int:
+        """How many tokens it began with: of a fork or a hydrated session, its parent's."""
+        return self._num_inherited
+
+    @property
+    def namespace(self) -> str:
+        """The namespace that it commits to; "" is the default one."""
+        return self._context.store.namespace
 
     @property
     def engine(self) -> Engine:
@@ -217,7 +233,7 @@ class Session(ProcessBound):
             )
         ids, shown = self.encode(text, token_ids)
         self._keep_points(self.num_tokens, len(ids), points, unaligned)
-        return self._context.engine.append(self.ref, ids, text=shown, role=role).result()
+        return work.append(self._context, self.ref, ids, text=shown, role=role)
 
     def keep_points(self, points: Sequence[int], *, unaligned: bool = False) -> None:
         """As `points` of `append`, for whatever is read or generated next: tokens of the session that are to come."""
@@ -308,7 +324,7 @@ class Session(ProcessBound):
             keep_sampled=keep_sampled,
             continue_final_message=continue_final_message,
         )
-        return talk.stream(self._context.engine, [self], [asked], [sampling], lambda results: results[0])
+        return talk.stream(self._context, [self], [asked], [sampling], lambda results: results[0])
 
     def plan_chat(self, asked: chats.ChatRequest) -> chats.Plan:
         """How this session would go on with it. Changes nothing; raises what `chat` raises."""
@@ -357,9 +373,10 @@ class Session(ProcessBound):
         except ThawError:
             self.settle_chat(failed=True)
             raise
-        handle = self._context.engine.append(self.ref, plan.new, text=self._shown(plan), role=plan.role, chat=plan.chat)
         try:
-            view = handle.result()
+            view = work.append(
+                self._context, self.ref, plan.new, text=self._shown(plan), role=plan.role, chat=plan.chat
+            )
         except ThawError:
             self.settle_chat(failed=True)
             raise
@@ -396,7 +413,7 @@ class Session(ProcessBound):
         return list(token_ids), text_after(codec, tokens, token_ids, skip_special_tokens=False)
 
     def _run(self, request: GenerateRequest) -> Stream[Completion]:
-        return Stream(self._context.engine.generate([request]), lambda done: done[0])
+        return work.generate(self._context, [request], lambda done: done[0])
 
     def _set_aside(self, keep: int) -> None:
         """Go on from token `keep`, if that is not the end: this object moves to a fork and keeps the longer session."""
@@ -422,20 +439,38 @@ class Session(ProcessBound):
         branch: str | None = None,
         meta: Mapping[str, str] | None = None,
         expect: Expect = "parent",
+        with_weights: bool = False,
     ) -> CommitResult:
         """Store the session as it stands, also in the middle of a generation, and move the branch to it.
 
         `branch` None: the session's own; on no branch the commit is reachable by its id, and kept from gc as long as
         reflogs are. Durable when this returns. Raises `CommitConflict` (the commit is kept) when the branch is not
         where `expect` says: at the session's parent, unless told otherwise.
+
+        `with_weights`: put the model's weights into the repository first, unless they are there (`repo.weights`).
+        Raises `IdentityMismatch` where the model's files are not what runs; nothing is committed then.
         """
+        if with_weights:
+            from thaw.repo.weights import keep_weights
+
+            keep_weights(self._context)
         return self._commit(message, branch or self._branch, commits.check_meta(meta), expect, "commit")
+
+    def snapshot(self, message: str = "", meta: Mapping[str, str] | None = None) -> CommitResult:
+        """As `commit`, on no branch, and nothing else changes: the branch stays, and the parent of the next commit."""
+        with self._lock:
+            parent, branch = self._parent, self._branch
+            try:
+                return self._commit(message, None, commits.check_meta(meta), "any", "snapshot")
+            finally:
+                self._parent, self._branch = parent, branch
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
         """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written. Raises `NotKept`
         for a token without a state, on models with recurrent layers; `reread` goes on there."""
         engine = self._context.engine
-        refs = engine.fork(self.ref, n, at=at, replay=replay).result()
+        with self._context.admission.beginning():
+            refs = engine.fork(self.ref, n, at=at, replay=replay).result()
         view = engine.view(refs[0])
         kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
         children = [Session(self._context, ref, kept=kept, parent=self._parent, num_inherited=begun) for ref in refs]
@@ -444,7 +479,8 @@ class Session(ProcessBound):
     def reread(self, at: int) -> Session:
         """A session of the first `at` tokens, where `fork` raises `NotKept`: it goes on from the nearest earlier point
         and prefills the rest again, which its proof counts. Forks of it read nothing again."""
-        ref = self._context.engine.reread(self.ref, at).result()
+        with self._context.admission.beginning():
+            ref = self._context.engine.reread(self.ref, at).result()
         kept, proof = self._kept_of(self._context.engine.view(ref))
         return Session(self._context, ref, kept=kept, parent=self._parent, proof=proof, num_inherited=at)
 

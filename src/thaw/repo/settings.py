@@ -7,8 +7,8 @@ that JSON cannot hold are left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -45,15 +45,30 @@ def recall(store: Store) -> EngineSettings | None:
     if text is None:
         return None
     try:
-        return _DECODER.decode(text)
+        found = _DECODER.decode(text)
     except msgspec.DecodeError as error:
         raise CorruptDatabase(f"the setting {KEY!r} of {store.path} is damaged: {error}. Name the engine.") from None
+    return _with_model(found, lambda model: _names().from_name(store, model))
 
 
 def remember(store: Store, settings: EngineSettings) -> None:
-    """Write `settings` if they differ from what is there."""
+    """Write `settings` if they differ from what is there. A model that lies in the store is remembered by its name."""
     if recall(store) != settings:
-        store.set_setting(KEY, msgspec.json.encode(settings).decode())
+        named = _with_model(settings, lambda model: _names().to_name(store, model))
+        store.set_setting(KEY, msgspec.json.encode(named).decode())
+
+
+def _with_model(settings: EngineSettings, change: Callable[[object], object]) -> EngineSettings:
+    model = settings.options.get("model")
+    if model is None or change(model) == model:
+        return settings
+    return msgspec.structs.replace(settings, options={**settings.options, "model": change(model)})
+
+
+def _names() -> Any:
+    from thaw.weights import names  # only for those who know a model
+
+    return names
 
 
 def _is_json(value: object) -> bool:

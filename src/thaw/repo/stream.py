@@ -7,10 +7,13 @@ does, or leaving the `with` block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from thaw.core.errors import ThawError, TimedOut
 from thaw.engines.base import Completion, Delta, Handle
+
+if TYPE_CHECKING:
+    from thaw.repo.admission import EngineWork
 
 T = TypeVar("T")
 
@@ -23,17 +26,24 @@ class Stream(Generic[T]):
         handle: Handle[list[Completion]],
         finish: Callable[[list[Completion]], T],
         failed: Callable[[], None] = lambda: None,
+        work: EngineWork | None = None,
     ) -> None:
-        """`finish` makes the outcome, each time that it is asked for; `failed` is called where there is none."""
+        """`finish` makes the outcome, each time that it is asked for; `failed` is called where there is none. `work`:
+        the generation as a drain sees it."""
         self.handle = handle
         self._finish = finish
         self._failed = failed
+        self._work = work
 
     def __iter__(self) -> Iterator[Delta]:
-        return iter(self.handle)
+        """The deltas. Raises `Drained` behind the last one where a drain cut it short."""
+        yield from self.handle
+        if self._work is not None:
+            self._work.check(self.handle.result())
 
     def result(self, timeout: float | None = None) -> T:
-        """The outcome. Raises `TimedOut` after `timeout` seconds (the work goes on), `Cancelled` after `cancel`."""
+        """The outcome. Raises `TimedOut` after `timeout` seconds (the work goes on), `Cancelled` after `cancel`, and
+        `Drained`, with the point to go on from, where a drain cut it short."""
         try:
             done = self.handle.result(timeout)
         except TimedOut:
@@ -41,7 +51,10 @@ class Stream(Generic[T]):
         except ThawError:
             self._failed()
             raise
-        return self._finish(done)
+        outcome = self._finish(done)
+        if self._work is not None:
+            self._work.check(done, timeout)
+        return outcome
 
     def cancel(self) -> None:
         """Stop at the next step boundary; the session keeps the tokens it has."""

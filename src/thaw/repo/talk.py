@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from thaw.core.errors import ThawError
-from thaw.engines.base import Completion, Engine
+from thaw.engines.base import Completion
 from thaw.repo.chat import ChatRequest, ChatResult
+from thaw.repo.context import Context
 from thaw.repo.params import as_sampling
 from thaw.repo.stream import Stream
 
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 def stream(
-    engine: Engine,
+    context: Context,
     sessions: Sequence[Session],
     asks: Sequence[ChatRequest],
     samplings: Sequence[object],
@@ -36,10 +37,13 @@ def stream(
         settle(failed=False)
         return pick([plan.result(completion) for plan, completion in zip(plans, done, strict=True)])
 
-    try:
-        requests = [session.follow(plan, s) for session, plan, s in zip(sessions, plans, params, strict=True)]
-        handle = engine.generate(requests)
-    except ThawError:
-        settle(failed=True)
-        raise
-    return Stream(handle, finish, lambda: settle(failed=True))
+    admission = context.admission
+    with admission.beginning():
+        try:
+            requests = [session.follow(plan, s) for session, plan, s in zip(sessions, plans, params, strict=True)]
+            handle = context.engine.generate(requests)
+        except ThawError:
+            settle(failed=True)
+            raise
+        work = admission.track(handle, [request.session for request in requests], generates=True)
+    return Stream(handle, finish, lambda: settle(failed=True), work)

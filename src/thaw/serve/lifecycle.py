@@ -19,10 +19,11 @@ from thaw.repo import settings
 from thaw.repo.choice import URL, choose
 from thaw.repo.repository import Repository
 from thaw.serve import process, record
-from thaw.serve.command import has_server, log_of, require, require_keys, server_of
+from thaw.serve.command import has_server, log_of, require, require_keys, server_of, with_stored
 from thaw.serve.process import WaitDisplay, unseen
 from thaw.serve.record import Served
 from thaw.store import Store
+from thaw.weights.names import to_folder
 
 TIMEOUT_S = 900.0
 
@@ -72,7 +73,7 @@ def up(
             folder=repo.path.resolve(),
             stores={store.uuid: str(store.packs.resolve())},
             arena_nbytes=arena_nbytes,
-            arguments=arguments,
+            arguments=with_stored(chosen.name, path, arguments),
         )
     )
     begun = process.start(start.command, log, start.environment)
@@ -125,8 +126,8 @@ def engine_to_start(store: Store, engine_name: str | None, model: str | None) ->
     known = _before(store) or settings.recall(store)
     name = engine_name or (known.name if known is not None and has_server(known.name) else DEFAULT_SERVER)
     if model is None and known is not None and "model" in known.options:
-        return settings.EngineSettings(name=name, options={"model": known.options["model"]})
-    return choose(None, name, model)
+        return settings.EngineSettings(name=name, options={"model": to_folder(store, known.options["model"])})
+    return choose(None, name, model if model is None else str(to_folder(store, model)))
 
 
 def _before(store: Store) -> settings.EngineSettings | None:

@@ -23,7 +23,7 @@ from thaw.repo import settings
 from thaw.repo.choice import URL
 from thaw.repo.repository import Repository
 from thaw.serve import process, record
-from thaw.serve.command import require, require_keys, server_of
+from thaw.serve.command import require, require_keys, server_of, with_stored
 from thaw.serve.lifecycle import TIMEOUT_S, engine_to_start, sweep
 from thaw.serve.process import WaitDisplay, unseen
 from thaw.serve.record import Served
@@ -139,7 +139,7 @@ class EngineWorkers:
                 folder=folder,
                 stores={self._store.uuid: self._packs},
                 arena_nbytes=self._arena_nbytes,
-                arguments=self._arguments,
+                arguments=with_stored(self._chosen.name, model, self._arguments),
             )
         )
         log = folder / "engine.log"

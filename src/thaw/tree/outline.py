@@ -23,12 +23,13 @@ from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Segment, SegmentEntry, State, segment_blobs
 from thaw.core.prefix import common_prefix
+from thaw.remote import settings
 from thaw.repo import timeline
 from thaw.repo.log import names_at
 from thaw.repo.refs import DETACHED
 from thaw.repo.repository import Repository
 from thaw.repo.weight import weigh
-from thaw.store import Store
+from thaw.store import Ref, Store
 
 AHEAD = 512
 """Commits that are read at once, at most."""
@@ -94,7 +95,8 @@ class OutlineHistory:
             self._own = {key: part for key, part in self._own.items() if key[0] in known}
             saved = _saved(known, self._groups_of)
         names = names_at(self._store, {ref.target for ref in refs})
-        return Outline(_around(known, only) if only is not None else known, names, saved)
+        sent = _on_remotes(self._store, refs, known)
+        return Outline(_around(known, only) if only is not None else known, names, saved, sent)
 
     def own_part(self, tip: CommitId, base: CommitId | None) -> OwnPart:
         """What `tip` has that `base` lacks; None is nothing. Cached."""
@@ -156,6 +158,23 @@ class OutlineHistory:
         if model not in self._groups:
             self._groups[model] = self._store.get_as(model, ModelIdentity).groups
         return self._groups[model]
+
+
+def _on_remotes(
+    store: Store, refs: Iterable[Ref], known: Mapping[CommitId, OutlineCommit]
+) -> dict[CommitId, tuple[str, ...]]:
+    """Of each commit the remotes that have it, as they were last seen: those whose branches lead to it."""
+    tags = [ref for ref in refs if ref.kind == "tag" and "/" in ref.name]
+    book = settings.read(store) if tags else settings.RemoteBook()
+    found: dict[CommitId, tuple[str, ...]] = {}
+    for remote in sorted(book.remotes):
+        waiting = [ref.target for ref in tags if ref.name.startswith(f"{remote}/")]
+        while waiting:
+            one = waiting.pop()
+            if one in known and remote not in found.get(one, ()):
+                found[one] = (*found.get(one, ()), remote)
+                waiting += known[one].parents
+    return found
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,9 +240,15 @@ class Outline:
     """The tree at one moment. It never changes; reading it reads no disk."""
 
     def __init__(
-        self, commits: Mapping[CommitId, OutlineCommit], names: Mapping[CommitId, tuple[str, ...]], saved: Saved
+        self,
+        commits: Mapping[CommitId, OutlineCommit],
+        names: Mapping[CommitId, tuple[str, ...]],
+        saved: Saved,
+        remotes: Mapping[CommitId, tuple[str, ...]] | None = None,
     ) -> None:
+        """`remotes`: which remotes have a commit, and its KV, too."""
         self.commits = commits
+        self.remotes = remotes or {}
         self.names = {commit: names[commit] for commit in names if commit in commits}
         self.saved = saved
         self._children: dict[CommitId, list[CommitId]] = {}

@@ -59,11 +59,21 @@ def document(title: str, head: Html, body: Html, **attributes: str | None) -> Ht
     return Html(f"<!doctype html>\n{page}\n")
 
 
-def frame(title: str, totals: Html, tree: Html, detail: Html, *, account: Html | None = None, foot: Html) -> Html:
-    """What both kinds of page have between head and end."""
+def frame(
+    title: str,
+    totals: Html,
+    tree: Html,
+    detail: Html,
+    *,
+    account: Html | None = None,
+    running: Html | None = None,
+    foot: Html,
+) -> Html:
+    """What both kinds of page have between head and end. `running`: what is under way, in a server's."""
     back = el("p", el("a", "↑ sessions", href="#sessions"), class_="back")
     return join(
         el("header", account, el("h1", title), totals, el("p", id="status", role="status", aria_live="polite")),
+        running,
         el(
             "main",
             el("nav", tree, id="sessions", aria_label="Sessions"),

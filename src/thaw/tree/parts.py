@@ -29,6 +29,10 @@ COMMITS = 50
 """Commits of a session that are listed."""
 ID_DIGITS = 16
 MESSAGE = 90
+RUNNING = 12
+"""Requests under way that are shown."""
+TAIL = 1_000
+"""Characters of their text in the page; the script follows all of it."""
 Living = Mapping[CommitId, int]
 """Commits whose KV is in the engine now, with how many requests run from there."""
 
@@ -169,8 +173,9 @@ class RowMaker:
             own = ["KV damaged or gone: run `thaw fsck`"]
         else:
             shared = [f"{part.num_shared:,} shared"] if part.num_shared else []
+            remotes = [f"on {name}" for name in self._outline.remotes.get(session.tip, ())]
             own = [
-                "in the engine and on disk" if open_now else "on disk",
+                words.together(*(["in the engine"] if open_now else []), "on disk", *remotes),
                 words.count(part.num_own, "own token"),
                 *shared,
                 f"{words.nbytes(part.nbytes)} own",
@@ -217,6 +222,31 @@ def totals(outline: Outline, stored_nbytes: int | None) -> Html:
         else "Nothing has been forked yet."
     )
     return el("p", " · ".join(told), ". ", forked, id="totals")
+
+
+# -- what is under way
+
+
+class RunningShown(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that is being answered. `parent`: the commit that it continues; `tail`: the end of its text."""
+
+    name: str
+    parent: CommitId | None
+    tail: str
+
+
+def running(shown: Sequence[RunningShown], link: Callable[[str], str]) -> Html:
+    """Each with its text until now, folded; the page's script lets it grow."""
+    left = len(shown) - RUNNING
+    rows = [_running_row(one, link) for one in shown[:RUNNING]]
+    more = el("p", f"and {words.count(left, 'more request')}", class_="hint") if left > 0 else None
+    return el("section", *rows, more, id="running", aria_label="Requests under way")
+
+
+def _running_row(one: RunningShown, link: Callable[[str], str]) -> Html:
+    point = None if one.parent is None else short(one.parent, ID_DIGITS)
+    where = join("after ", el("a", point, href=link(point))) if point else "in a new session"
+    return el("details", el("summary", "running ", where), el("pre", one.tail), data_request=one.name)
 
 
 # -- one point

@@ -24,6 +24,11 @@ def count(n: int, one: str, many: str | None = None) -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
+def together(*places: str) -> str:
+    """As in: a; a and b; a, b and c."""
+    return " and ".join([", ".join(places[:-1]), places[-1]] if len(places) > 1 else places)
+
+
 def seconds(s: float) -> str:
     """A duration with three figures: 7.42 ms, 131 ms, 4.91 s, 2 min 5 s."""
     if s < 0.0995:

@@ -11,6 +11,7 @@ from thaw.bench.sample import Sample, _digest, tokens_digest
 from thaw.core.errors import EngineDied
 from thaw.core.sampling import Sampling
 from thaw.pool import Branch, BranchResult, ForkPool, Round
+from thaw.pool.values import LoadPolicy
 from thaw.pool.workers.worker import Incarnation
 from thaw.receipt import Hits
 
@@ -31,16 +32,16 @@ def ask_inside(pool: ForkPool, worker: str, function: str, **arguments: Any) -> 
 
 def pool_round(
     pool: ForkPool, point: object, suffixes: Sequence[Sequence[int]], max_tokens: int, *, worker: str,
-    num_wanted: int, at: int | None = None, forget: bool = False,
+    num_wanted: int, at: int | None = None, forget: bool = False, policy: LoadPolicy = "exact",
 ) -> Sample:  # fmt: skip
     """A round in `worker`, timed from the call to the last result. `forget`: the worker first lets go of every point
-    that it holds, so that the round has to load."""
+    that it holds, so that the round has to load (or, with policy "fast", to prefill)."""
     if forget:
         life_of(pool, worker).drop_all()
     branches = [Branch(token_ids=tuple(ids)) for ids in suffixes]
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     began = time.monotonic()
-    round_ = pool.submit(point, branches, sampling, worker=worker, at=at, keep=False)
+    round_ = pool.submit(point, branches, sampling, worker=worker, at=at, keep=False, policy=policy)
     first_s = _until_all_began(round_, began)
     results = round_.result()
     total_s = time.monotonic() - began

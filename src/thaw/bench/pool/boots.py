@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from thaw.bench.pool import arms, inside
@@ -18,12 +18,12 @@ from thaw.pool import ForkPool
 LIMIT_S = 1800.0
 
 
-def of_pool(engine: str, options: dict[str, Any]) -> Sample:
-    """From the call until a pool of one worker can take a round."""
+def of_pool(engine: str, options: dict[str, Any], look: Callable[[ForkPool], None]) -> Sample:
+    """From the call until a pool of one worker can take a round. `look` at it comes after that."""
     began = time.monotonic()
-    pool = ForkPool(engine, workers=1, **options)
-    seconds = time.monotonic() - began
-    pool.close()
+    with ForkPool(engine, workers=1, **options) as pool:
+        seconds = time.monotonic() - began
+        look(pool)
     return Sample(values={"boot_s": seconds})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,12 +21,17 @@ from thaw.engines.registry import kind_of
 from thaw.pool import ForkPool, PoolSession
 from thaw.receipt.machine import software, this_machine
 
+Sealed = Callable[[r.Receipt], None]
 
-def run(options: PoolBenchOptions, progress: Progress = lambda _: None) -> r.Receipt:
-    """Measure, and return the receipt. Raises `InvalidRequest` for what does not fit the model."""
+
+def run(options: PoolBenchOptions, progress: Progress = lambda _: None, so_far: Sealed = lambda _: None) -> r.Receipt:
+    """Measure, and return the receipt. Raises `InvalidRequest` for what does not fit the model.
+
+    `so_far` is given a receipt of what is measured after every part, and after every round of boots: a run that is cut
+    off later has lost only what came after."""
     for name, value in kind_of(options.engine).modest_environment.items():  # two engines run side by side here
         os.environ.setdefault(name, value)
-    return _Run(options, progress).receipt()
+    return _Run(options, progress).receipt(so_far)
 
 
 EDGE, EDGE_TOKENS = 11, 4
@@ -43,26 +48,26 @@ class _Run:
         self.trunk: tuple[int, ...] = ()
         self.suffixes: tuple[tuple[int, ...], ...] = ()
 
-    def receipt(self) -> r.Receipt:
+    def receipt(self, so_far: Sealed) -> r.Receipt:
         options, parts = self.options, set(self.options.measured_parts)
         if "pressure" in parts:
             with self._pool(1, options.max_batch, options.few_blocks()) as pool:
                 pressure.measure(self.rounds, options, pool, self._tokens(pool))
+            so_far(self._seal())
         if "round" in parts:
             largest = max(*options.branches, options.max_batch)
             with self._pool(2, largest, options.engine_options, options.worker_env) as pool:
                 self._round(pool)
+            so_far(self._seal())
         if "queue" in parts:
             env = queue.own_cores(options, 2)
             with self._pool(2, options.max_batch, options.engine_options, env) as pool:
                 queue.measure(self.rounds, options, pool, self._tokens(pool))
+            so_far(self._seal())
         if "round" in parts:
             self._cold()
         if "boot" in parts:
-            self._boots()
-        if self.info is None:
-            with self._pool(1, options.max_batch, options.engine_options):
-                pass
+            self._boots(so_far)
         return self._seal()
 
     @contextmanager
@@ -71,7 +76,7 @@ class _Run:
     ) -> Iterator[ForkPool]:
         self.rounds.progress("booting a worker" if workers == 1 else f"booting {workers} workers")
         with ForkPool(self.options.engine, workers=workers, max_batch=max_batch, env=env, **engine_options) as pool:
-            self.info, self.model = pool.info, model_of(arms.life_of(pool, pool.workers[0]).engine)
+            self._look(pool)
             yield pool
 
     def _tokens(self, pool: ForkPool) -> Document:
@@ -130,15 +135,21 @@ class _Run:
             )
             self.rounds.measured[f"cold.{n}"].append((pair, sample))
 
-    def _boots(self) -> None:
+    def _boots(self, so_far: Sealed) -> None:
         options = self.options
-        self.rounds.alternate(
-            options.boot_rounds,
-            {
-                "boot-pool": partial(boots.of_pool, options.engine, options.engine_options),
-                "boot-engine": partial(boots.of_engine, options.engine, options.engine_options),
-            },
-        )
+        arms: dict[str, Thunk] = {
+            "boot-pool": partial(boots.of_pool, options.engine, options.engine_options, self._look),
+            "boot-engine": partial(boots.of_engine, options.engine, options.engine_options),
+        }
+        self.rounds.alternate(0, arms)  # so that none of them finds anything compiled that the other had to compile
+        for pair in range(options.boot_rounds):
+            self.rounds.take(pair, options.boot_rounds, arms)
+            so_far(self._seal())
+
+    def _look(self, pool: ForkPool) -> None:
+        """At which engine and model it has, once."""
+        if self.info is None:
+            self.info, self.model = pool.info, model_of(arms.life_of(pool, pool.workers[0]).engine)
 
     def _seal(self) -> r.Receipt:
         measured, info, model = self.rounds.measured, self.info, self.model

@@ -31,10 +31,10 @@ BEFORE = 4
 
 
 def measure(rounds: Rounds, options: Options, repo: Repository, plain: Plain, document: Document) -> None:
-    _Gaps(options, repo, plain, document).measure(rounds)
+    Gaps(options, repo, plain, document).measure(rounds)
 
 
-class _Gaps:
+class Gaps:
     def __init__(self, options: Options, repo: Repository, plain: Plain, document: Document) -> None:
         self._options, self._repo, self._plain, self._document = options, repo, plain, document
         self._ask = Ask(n=1, suffixes=document.suffixes(1), max_tokens=1, temperature=0.0)
@@ -47,20 +47,20 @@ class _Gaps:
             live.append(token_ids=trunk)
             commit = live.commit("a session that is hydrated while others decode", branch="gap").commit
         arms: dict[str, Thunk] = {
-            "gap.none": partial(self._beside, lambda: None),
-            "gap.admit": partial(self._admit, trunk),
+            "gap.none": partial(self.beside, lambda: None),
+            "gap.admit": partial(self.admit, trunk),
             "gap.capture": self._capture,
-            "gap.hydrate": partial(self._beside, partial(self._hydrate, commit)),
+            "gap.hydrate": partial(self.beside, partial(self.hydrate, commit)),
         }
         rounds.alternate(options.gap_rounds, arms)
 
-    def _admit(self, trunk: tuple[int, ...]) -> Sample:
+    def admit(self, trunk: tuple[int, ...]) -> Sample:
         """Of a trunk that vLLM has read just before, for the other arms take its blocks."""
         whole_blocks = len(trunk) // self._options.block_size * self._options.block_size
         read_trunk(self._plain, trunk, self._salt)
-        return self._beside(partial(plain_children, self._plain, trunk, self._salt, self._ask, num_wanted=whole_blocks))
+        return self.beside(partial(plain_children, self._plain, trunk, self._salt, self._ask, num_wanted=whole_blocks))
 
-    def _hydrate(self, commit: str) -> Sample:
+    def hydrate(self, commit: str) -> Sample:
         clock = Clock()
         with self._repo.session(commit) as session:
             clock.lap("hydrate")
@@ -75,12 +75,12 @@ class _Gaps:
         with self._repo.session(seed=options.seed) as live, live.stream(token_ids=trunk, sampling=sampling) as stream:
             next(delta for delta in stream if delta.token_ids)
             branch = f"gap-{self._number}"
-            sample = self._beside(partial(self._commit, live, branch))
+            sample = self.beside(partial(self._commit, live, branch))
             stream.cancel()
             stream.result()
         return sample
 
-    def _beside(self, event: Callable[[], Sample | None]) -> Sample:
+    def beside(self, event: Callable[[], Sample | None]) -> Sample:
         """The event, while the others decode, and what it found in the cache."""
         options = self._options
         with self._others() as others:

@@ -12,6 +12,7 @@ from thaw.cli.place import FOLDER
 EXAMPLE = """
 thaw clone s3://bucket/runs --model ~/models/Qwen3-0.6B
 thaw clone s3://bucket/runs here --single-branch
+thaw clone s3://bucket/runs here --refs-only
 """
 
 
@@ -20,7 +21,9 @@ thaw clone s3://bucket/runs here --single-branch
 @click.argument("folder", required=False)
 @click.option("-b", "--branch", metavar="NAME", help="Start on this branch; default: the remote's.")
 @click.option("--single-branch", is_flag=True, help="Fetch no other branch.")
+@click.option("--refs-only", is_flag=True, help="Fetch no branch yet: each is fetched when a verb first names it.")
 @click.option("--origin", "remote", metavar="NAME", default="origin", help="What to call the remote (origin).")
+@click.option("--weights", is_flag=True, help="Also fetch the weights that the commits need.")
 @transfer.option
 @options.engine
 @options.as_json
@@ -30,7 +33,9 @@ def command(
     folder: str | None,
     branch: str | None,
     single_branch: bool,
+    refs_only: bool,
     remote: str,
+    weights: bool,
     pairs: tuple[str, ...],
     engine_name: str | None,
     model: str | None,
@@ -44,21 +49,40 @@ def command(
     from thaw.repo import remotes
     from thaw.repo.repository import open as open_at
     from thaw.repo.settings import remember
+    from thaw.weights.folder import SCHEME
 
     del named  # a clone is always a repository of its own
     path = Path(folder or url.rstrip("/").rpartition("/")[2] or "clone").expanduser() / FOLDER
     wanted = engine_name is not None or model is not None
-    chosen = boot.choose(None, engine_name, model, dtype, device) if wanted else None
+    stored = (model or "").startswith(SCHEME)
+    chosen = boot.choose(None, engine_name, model, dtype, device) if wanted and not stored else None
     report = transfer.watched(
         "cloning",
         lambda meter: remotes.clone(
             url, path, transfer.read_options(pairs), remote=remote, branch=branch, single_branch=single_branch,
-            namespace=place.namespace(), meter=meter,
+            namespace=place.namespace(), weights=weights, meter=meter, refs_only=refs_only,
         ),
     )  # fmt: skip
-    if chosen is not None:
+    if wanted:
         with open_at(path, create=False) as repo:
-            remember(repo.store, chosen)
+            remember(repo.store, chosen or boot.choose(repo.store, engine_name, model, dtype, device))
     if not as_json:
         output.line(f"cloned into {path.resolve()}")
     transfer.say(report, "fetched", as_json)
+    if not as_json and chosen is None:
+        _hint(path)
+
+
+def _hint(path: Path) -> None:
+    """Which model what was cloned was made with, and how to name it."""
+    from thaw.core.identity import ModelIdentity
+    from thaw.repo.repository import open as open_at
+
+    with open_at(path, create=False) as repo:
+        models = [repo.store.get_as(model, ModelIdentity) for model in repo.store.models()]
+    for model in models[:3]:
+        sizes = [
+            f"{what} {model.config[what]}" for what in ("num_hidden_layers", "hidden_size") if what in model.config
+        ]
+        output.note(f"captured with {', '.join([model.architecture, *sizes, model.dtype])}")
+    output.note("name your copy of that model at the first run or fork: --model PATH")

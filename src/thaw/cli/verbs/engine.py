@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thaw.cli import options, output, place
-from thaw.cli.verbs import engine_live
+from thaw.cli.verbs import engine_drain, engine_live, engine_whole
 
 if TYPE_CHECKING:
     from thaw.engines.kind import Server
@@ -132,5 +132,9 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
-for verb in (config, engine_live.stats, engine_live.switch):
+VERBS = (
+    config, engine_live.stats, engine_live.switch, engine_drain.drain, engine_whole.snapshot, engine_whole.show,
+    engine_whole.restore,
+)  # fmt: skip
+for verb in VERBS:
     command.add_command(verb)

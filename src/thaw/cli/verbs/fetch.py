@@ -18,15 +18,25 @@ thaw log origin/main
 @click.argument("names", nargs=-1, metavar="[BRANCH]...")
 @click.option("-p", "--prune", is_flag=True, help="Remove points of branches that were deleted in the remote.")
 @click.option("--no-tags", is_flag=True, help="Fetch no tags.")
+@click.option("--weights", is_flag=True, help="Also fetch the weights that the fetched commits need.")
 @options.as_json
 def command(
-    named: str | None, remote: str | None, names: tuple[str, ...], prune: bool, no_tags: bool, as_json: bool
+    named: str | None,
+    remote: str | None,
+    names: tuple[str, ...],
+    prune: bool,
+    no_tags: bool,
+    weights: bool,
+    as_json: bool,
 ) -> None:
     """Fetch branches (default: all) and tags from REMOTE. Its branch main is then the point origin/main.
 
     Every byte is checked as it arrives. No local branch moves; see `thaw pull`."""
     with place.open_repository(named) as repo:
         report = transfer.watched(
-            "fetching", lambda meter: repo.fetch(*names, remote=remote, prune=prune, tags=not no_tags, meter=meter)
+            "fetching",
+            lambda meter: repo.fetch(
+                *names, remote=remote, prune=prune, tags=not no_tags, weights=weights, meter=meter
+            ),
         )
     transfer.say(report, "fetched", as_json)

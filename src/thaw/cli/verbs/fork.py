@@ -11,7 +11,7 @@ from thaw.cli.progress import Progress
 from thaw.repo.children import Child, branches_of, free_name, was_cut
 
 if TYPE_CHECKING:
-    from thaw.engines.base import Completion
+    from thaw.engines.base import Completion, Policy
     from thaw.repo.chat import ChatResult
     from thaw.repo.commit import CommitResult
     from thaw.repo.group import Group
@@ -20,6 +20,7 @@ EXAMPLE = """
 thaw fork main "Why?" "How?" "Who?" --max-tokens 40
 thaw fork main:turn=1 "Why?" -n 8 --name try
 thaw fork main --prompts questions.jsonl --json
+thaw fork origin/main "Why?" -n 4 --fetch
 """
 DEFAULT_N = 4
 
@@ -35,6 +36,9 @@ DEFAULT_N = 4
     "--name", metavar="NAME", help="Name the branches NAME/0, NAME/1, …; default: fork, or the first free forkN."
 )
 @click.option("--replay", is_flag=True, help="Give children the parent's seed instead of their own.")
+@click.option(
+    "--fetch", is_flag=True, help="Fetch POINT, a remote's branch, first: origin/main. Loads while it downloads."
+)
 @click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not match or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commits' message; default: the start of each prompt.")
 @options.chat
@@ -50,6 +54,7 @@ def command(
     name: str | None,
     chat: bool,
     replay: bool,
+    fetch: bool,
     recompute: bool,
     message: str | None,
     engine_name: str | None,
@@ -64,16 +69,20 @@ def command(
     One PROMPT goes to all children, several go one to each. Without a prompt each child just continues. Every child
     has its own seed, derived from the parent's.
     """
+    from thaw.repo.remotes import is_promised
+
     talk = conversation.taken(values, chat=chat)
     wanted = _children(prompt, n, file, options.given_sampling(values))
     if chat and not all(child.prompt for child in wanted):
         raise click.UsageError("--chat needs a prompt for every child.")
     with speak.opened(named, engine_name, model, dtype, device) as repo:
-        where = repo.resolve(point)
+        fetch = fetch or is_promised(repo.store, point)
+        where = point if fetch else repo.resolve(point)
         prefix = free_name(repo, name, len(wanted))
         repo.require_room(sum(child.sampling.max_tokens for child in wanted))
-        with Progress("restoring the session"):
-            group = repo.fork(where, len(wanted), replay=replay, policy="recompute" if recompute else "exact")
+        with Progress("fetching and restoring the session" if fetch else "restoring the session"):
+            policy: Policy = "recompute" if recompute else "exact"
+            group = repo.fork(where, len(wanted), replay=replay, policy=policy, fetch=fetch)
         with group:
             results = _chat(group, wanted, talk, prefix, as_json) if chat else []
             completions = [r.completion for r in results] if chat else _generate(group, wanted, prefix, as_json)

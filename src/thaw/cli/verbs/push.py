@@ -24,6 +24,7 @@ thaw push --delete origin fork/0
 @click.option(
     "--force-with-lease", is_flag=True, help="Replace a branch that is not an ancestor, if it is where you last saw it."
 )
+@click.option("--weights", is_flag=True, help="Also send the stored weights that the pushed commits need.")
 @options.as_json
 def command(
     named: str | None,
@@ -34,6 +35,7 @@ def command(
     tags: bool,
     delete: bool,
     force_with_lease: bool,
+    weights: bool,
     as_json: bool,
 ) -> None:
     """Push branches or tags to REMOTE (default: the current branch, to its upstream or origin).
@@ -48,7 +50,7 @@ def command(
             "pushing",
             lambda meter: repo.push(
                 *names, remote=remote, delete=delete, tags=tags, all=everything, force_with_lease=force_with_lease,
-                set_upstream=set_upstream, meter=meter,
+                set_upstream=set_upstream, weights=weights, meter=meter,
             ),
         )  # fmt: skip
     transfer.say(report, "sent", as_json)

@@ -46,10 +46,11 @@ def add(named: str | None, name: str, url: str, pairs: tuple[str, ...], as_json:
 def listing(named: str | None, as_json: bool) -> None:
     """List remotes with their addresses, and where their branches were last seen."""
     from thaw.core.ids import short
-    from thaw.remote import tracking
+    from thaw.remote import settings, tracking
 
     with place.open_repository(named) as repo:
         found = [(name, remote, tracking.tracked(repo.store, name)) for name, remote in repo.remotes().items()]
+        promised = settings.promised(repo.store)
     if as_json:
         listed = [
             {
@@ -57,6 +58,7 @@ def listing(named: str | None, as_json: bool) -> None:
                 "url": remote.url,
                 "options": remote.options,
                 "points": {ref.name: ref.target for ref in points},
+                "not_fetched": {point: at for point, at in promised.items() if point.startswith(f"{name}/")},
             }
             for name, remote, points in found
         ]
@@ -67,6 +69,8 @@ def listing(named: str | None, as_json: bool) -> None:
     for name, remote, points in found:
         output.line(f"{output.style(name, 'bold', 'green')}  {remote.url}")
         output.rows([(ref.name, short(ref.target)) for ref in points], indent="  ")
+        waiting = {point: at for point, at in promised.items() if point.startswith(f"{name}/")}
+        output.rows([(point, short(at), "not fetched yet") for point, at in waiting.items()], indent="  ")
 
 
 @options.verb("rm", "thaw remote rm origin")

@@ -36,6 +36,7 @@ class RunPlan:
     generate: bool
     message: str | None
     sampling: Any
+    with_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Outcome:
 @click.option("--no-generate", is_flag=True, help="Read and commit only.")
 @click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not match or was not kept.")
 @click.option("-m", "message", metavar="TEXT", help="The commit's message; default: the start of the prompt.")
+@click.option("--with-weights", is_flag=True, help="Store the model's weights with the commit.")
 @options.points
 @options.chat
 @options.option_of("Chat", "--history", metavar="FILE", help="The whole conversation before PROMPT, as a JSON list.")
@@ -74,6 +76,7 @@ def command(
     history: str | None,
     recompute: bool,
     message: str | None,
+    with_weights: bool,
     points: tuple[int, ...],
     unaligned: bool,
     engine_name: str | None,
@@ -100,7 +103,7 @@ def command(
     if chat and (no_generate or not (text or files)):
         raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave out --no-generate.")
     told = None if history is None else conversation.json_list(history)
-    job = RunPlan(files, text, talk if chat else None, told, not no_generate, message, sampling)
+    job = RunPlan(files, text, talk if chat else None, told, not no_generate, message, sampling, with_weights)
     with speak.opened(named, engine_name, model, dtype, device) as repo:
         name, point = _start(repo, branch, start)
         repo.require_room(sampling.max_tokens if job.generate else 0)
@@ -171,7 +174,7 @@ def _commit(session: Session, job: RunPlan, branch: str) -> CommitResult:
     said = f"read {', '.join(job.files)}" if job.files else "went on"
     text = job.message or output.one_line(job.prompt, 72) or said
     with Progress("committing"):
-        return session.commit(text, branch=branch)
+        return session.commit(text, branch=branch, with_weights=job.with_weights)
 
 
 def _report(outcome: Outcome, as_json: bool) -> None:

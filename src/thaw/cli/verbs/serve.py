@@ -149,6 +149,7 @@ def _say(settings: GatewaySettings, model: str, token: str | None, as_json: bool
         output.print_json({"url": url, "model": model, "token": token, "pid": os.getpid()})
     else:
         output.line(f"{model} at {output.style(url, 'bold')} (OpenAI: {url}/v1, Anthropic: {url})")
+        output.line(f"sessions in a browser: {output.style(f'{url}/', 'bold')}")
         if token is not None:
             output.note(f"token for this run: {token}. Set {TOKEN} to use your own.")
     sys.stdout.flush()

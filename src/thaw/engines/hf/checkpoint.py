@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
 from thaw.engines.hf.beside import AGAIN, CUT, is_there, read_text, refuse_pointer, require_beside
 from thaw.engines.hf.config import ATTENTION, auto_class, function_config, load_config, sensible
+from thaw.engines.hf.stored import MANIFEST, is_stored, manifest_of
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
@@ -152,10 +153,11 @@ def require_loaded(model: str | Path, module: Any, info: Mapping[str, Any]) -> N
 
 
 def require_files(folder: Path) -> list[Path]:
-    """The weight files that transformers loads from `folder`. Raises `IncompleteModel` for a file that a boot reads and
-    that is a Git LFS pointer, was cut short, is not what its name says, or is missing though the index names it, and
-    for a tensor that stands elsewhere than the index says; `StorageFailed` for a file that this user may not read,
-    `Unsupported` for an adapter."""
+    """The weight files that transformers loads from `folder`; of a stored model, its manifest.
+
+    Raises `IncompleteModel` for a file that a boot reads and that is a Git LFS pointer, was cut short, is not what its
+    name says, or is missing though the index names it, and for a tensor that stands elsewhere than the index says;
+    `StorageFailed` for a file that this user may not read, `Unsupported` for an adapter."""
     require_beside(folder)
     if is_there(folder / ADAPTER):
         raise Unsupported(
@@ -164,7 +166,7 @@ def require_files(folder: Path) -> list[Path]:
         )
     index = _first(folder)
     if index is None:
-        return []
+        return [folder / MANIFEST] if is_stored(folder) else []
     if index.suffix != ".json":
         _headers(index)
         return [index]
@@ -234,6 +236,9 @@ class Header:
 def _headers(path: Path) -> list[Header]:
     """Every tensor of a weight file. Raises `IncompleteModel` where it cannot be read."""
     refuse_pointer(path)
+    if path.name == MANIFEST:
+        stored = manifest_of(path.parent).tensors
+        return [Header(name, one.shape, one.dtype, one.dtype in FLOATS) for name, one in stored.items()]
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -268,6 +273,8 @@ def _require_same_files(folder: Path, paths: Collection[Path]) -> None:
         named = set(_weight_map(index).values())
         found = [path for path in found if path.name in named]
     found = found or [path for path in sorted(folder.glob("*.bin")) if path.name not in NO_WEIGHTS]
+    if not found and is_stored(folder):
+        return
     differing = {path.name for path in paths} ^ {path.name for path in found}
     if paths and differing:
         raise IncompleteModel(
@@ -305,6 +312,9 @@ def _require_ties(folder: Path, like: Any, paths: Collection[Path]) -> None:
 
 
 def _equal(path: Path, name: str, other_path: Path, other: str) -> bool:
+    if path.name == MANIFEST:
+        stored = manifest_of(path.parent).tensors
+        return stored[name].is_same(stored[other])
     return torch.equal(_tensor(path, name), _tensor(other_path, other))
 
 

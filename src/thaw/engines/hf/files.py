@@ -21,6 +21,7 @@ from thaw.core.identity import weights_root
 from thaw.engines.hf.checkpoint import require_files, require_floats
 from thaw.engines.hf.config import ATTENTION, auto_class, load_config, sensible
 from thaw.engines.hf.leaves import hashed_tensors, leaf
+from thaw.engines.hf.stored import TORCH, StoredTensor
 
 
 class NotOneToOne(Exception):
@@ -57,6 +58,35 @@ def hash_files(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | 
         for name, like in hashed_tensors(module):
             leaves[name] = leaf(name, _read(files, names[name], like))
         return weights_root(leaves)
+
+
+def one_to_one(
+    folder: Path, dtype: torch.dtype, tensors: Mapping[str, StoredTensor], overrides: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """For each tensor that the root of a module is made of, by its name there, the one of `tensors` that loading in
+    `dtype` takes as it is: what `hash_files` would hash. Reads no tensor. Raises `NotOneToOne`."""
+    module = skeleton(folder, dtype, overrides)
+    _refuse_conversions(module, dtype)
+    names = _names(module)
+    unknown = tensors.keys() - {name for all_names in names.values() for name in all_names}
+    if unknown:
+        raise NotOneToOne(f"the files have {len(unknown)} tensors that it does not have ({min(unknown)})")
+    return {name: _same(tensors, names[name], like) for name, like in hashed_tensors(module)}
+
+
+def _same(tensors: Mapping[str, StoredTensor], names: list[str], like: torch.Tensor) -> str:
+    """Under which of `names` the tensor stands, in the shape and dtype of `like`."""
+    found = [name for name in names if name in tensors]
+    if not found:
+        raise NotOneToOne(f"the files have no tensor {names[0]}")
+    first = tensors[found[0]]
+    if first.shape != tuple(like.shape):
+        raise NotOneToOne(f"{found[0]} has the shape {list(first.shape)}, not {list(like.shape)}")
+    if getattr(torch, TORCH[first.dtype]) != like.dtype:
+        raise NotOneToOne(f"{found[0]} is cast from {TORCH[first.dtype]} to {like.dtype}")
+    if not all(first.is_same(tensors[other]) for other in found[1:]):
+        raise NotOneToOne(f"{' and '.join(found)} should be one tensor and differ")
+    return found[0]
 
 
 def _weight_files(folder: Path) -> list[Path]:

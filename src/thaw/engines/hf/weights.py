@@ -24,6 +24,7 @@ from thaw.core.identity import weights_root
 from thaw.core.ids import digest, is_id
 from thaw.data.files import cache_dir, stamp
 from thaw.engines.hf.leaves import hashed_tensors, leaf, raw
+from thaw.engines.hf.stored import is_stored, root_of_stored
 
 CACHE_NAME = ".thaw-weights.json"
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def root_of_folder(folder: Path, dtype: str, overrides: Mapping[str, Any] | None
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
     folder = local_folder(folder) or folder
+    if is_stored(folder):
+        return root_of_stored(folder, dtype, overrides)
     key = files_key(folder, torch_dtype, overrides)
     known = None if key is None else cached_root(folder, key)
     if known is not None:

@@ -9,12 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound, Unsupported
-from thaw.engines.hf import checkpoint
+from thaw.engines.hf import checkpoint, stored
 from thaw.engines.hf.beside import AGAIN, is_there, read_object, require_beside
-from thaw.engines.hf.config import ATTENTION, auto_class, load_config, nonsense, refuse_foreign_code, resolved, sensible
+from thaw.engines.hf.config import (
+    ATTENTION,
+    GENERATION,
+    auto_class,
+    load_config,
+    nonsense,
+    refuse_foreign_code,
+    resolved,
+    sensible,
+)
 from thaw.engines.hf.tokenizer import transformers_tokenizer
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
@@ -70,10 +80,15 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
         with checkpoint.without_report():
             config = load_config(name)
             found = support.require(config.to_dict(), dtype)
-            module, info = auto_class(config).from_pretrained(
-                name, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=False, **({"attn_implementation": ATTENTION} if found.packed else {}),
-            )  # fmt: skip
+            settings = {"attn_implementation": ATTENTION} if found.packed else {}
+            kind = DTYPES[dtype] if dtype else "auto"
+            if folder is not None and stored.is_stored(folder):
+                module, info = _from_store(folder, config, kind, settings)
+            else:
+                module, info = auto_class(config).from_pretrained(
+                    name, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
+                    **settings,
+                )  # fmt: skip
     except (OSError, ValueError) as error:
         refuse_foreign_code(name, error)
         _look_at_fetched(name)
@@ -90,6 +105,20 @@ def _boot(name: str, dtype: str | None, device: str) -> LoadedModel:
     tokenizer = transformers_tokenizer(name)
     module.to(device)
     return _ready(LoadedModel(module, tokenizer, name, folder))
+
+
+def _from_store(folder: Path, config: Any, dtype: Any, settings: dict[str, str]) -> tuple[Model, dict[str, Any]]:
+    """The module over tensors from a store's packs, each verified after it entered memory: what `from_pretrained` makes
+    of files with these tensors. It stands on the meta device until it gets them; no file is written."""
+    with torch.device("meta"), sensible(folder):
+        like = auto_class(config).from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
+    module, info = type(like).from_pretrained(
+        None, config=config, state_dict=dict(stored.tensors_of(folder)), dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True, **settings,
+    )  # fmt: skip
+    if is_there(folder / GENERATION):
+        module.generation_config = GenerationConfig.from_pretrained(folder)
+    return module, info
 
 
 def _look_at_fetched(name: str) -> list[Path]:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 from urllib.parse import parse_qsl
@@ -33,11 +33,13 @@ from thaw.gateway.browser.logins import (
 )
 from thaw.gateway.browser.views import ROWS_AGAIN, TenantView, TenantViews
 from thaw.gateway.context import GatewayContext
+from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, problem_of
+from thaw.gateway.reply import EventStream
 from thaw.gateway.service import Service
 from thaw.repo.bridge import call
 from thaw.tree import page, parts
-from thaw.tree.markup import Html, el, join
+from thaw.tree.markup import Html, el, join, visible
 from thaw.tree.outline import Outline
 from thaw.tree.parts import MORE, Unfolded
 
@@ -74,6 +76,9 @@ class Visit:
         standing = self.service.live.standing(self.login.tenant.namespace)
         known = {commit: outline.commits[commit].num_tokens for commit in standing if commit in outline.commits}
         return {one: standing[one][1] for one, num in known.items() if standing[one][1] or standing[one][0] >= num}
+
+    def running(self) -> list[ReplyJob]:
+        return self.service.running_in(self.login.tenant.namespace)
 
     async def outline(self) -> Outline:
         return await call(self.view.outline, self.service)
@@ -165,6 +170,7 @@ def routes(service: Service, check_host: CheckHost, count: Count) -> list[Route]
         door("/tree/point", ["GET"], _point),
         door("/tree/diff", ["GET"], _diff),
         door("/tree/version", ["GET"], _version),
+        door("/tree/follow", ["GET"], _follow),
         door("/tree/sessions", ["POST"], _sessions),
         *(door(f"/tree/{name}", ["POST"], _acting(act), changes=True) for name, act in acts.ACTS.items()),
         door("/tree/logout", ["POST"], logout, changes=True),
@@ -179,10 +185,12 @@ def routes(service: Service, check_host: CheckHost, count: Count) -> list[Route]
 async def _page(who: Visit) -> Response:
     outline = await who.outline()
     living = who.living(outline)
-    version = await call(who.view.version, who.service, living)
+    jobs = who.running()
+    version = await call(who.view.version, who.service, living, [job.name for job in jobs])
     html = await call(
-        who.view.whole, outline, living, who.context.codec, who.login.csrf, who.asked("at"), who.asked("with"), version
-    )
+        who.view.whole, outline, living, who.context.codec, who.login.csrf, who.asked("at"), who.asked("with"),
+        who.view.running(jobs), version,
+    )  # fmt: skip
     return _html(html)
 
 
@@ -209,7 +217,24 @@ async def _diff(who: Visit) -> Response:
 
 async def _version(who: Visit) -> Response:
     living = who.living(await who.outline())
-    return Response(await call(who.view.version, who.service, living), media_type="text/plain")
+    names = [job.name for job in who.running()]
+    return Response(await call(who.view.version, who.service, living, names), media_type="text/plain")
+
+
+async def _follow(who: Visit) -> Response:
+    """The text of a request under way, from its beginning, as it comes."""
+    name = who.asked("request")
+    job = next((job for job in who.running() if job.name == name), None)
+    if job is None:
+        raise ApiError(404, "this request is over; its session is in the tree")
+    return EventStream(_texts(job), lambda: None)
+
+
+async def _texts(job: ReplyJob) -> AsyncIterator[bytes]:
+    async for piece in job.follow():
+        if piece.text:
+            yield b"data: " + msgspec.json.encode(visible(piece.text)) + b"\n\n"
+    yield b"event: end\ndata: 0\n\n"
 
 
 async def _sessions(who: Visit) -> Response:
@@ -217,7 +242,7 @@ async def _sessions(who: Visit) -> Response:
     outline = await who.outline()
     living = who.living(outline)
     html = await call(_again, who.view, outline, living, dict(who.form))
-    return _html(html)
+    return _html(join(who.view.running(who.running()), html))
 
 
 def _again(view: TenantView, outline: Outline, living: Mapping[CommitId, int], form: Mapping[str, str]) -> Html:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from thaw.core.errors import BadPoint, NotFound, ThawError
 from thaw.core.ids import CommitId
 from thaw.engines.base import Codec
 from thaw.gateway.browser import forms
+from thaw.gateway.job import ReplyJob
 from thaw.gateway.service import Service
 from thaw.gateway.tenants import Tenant
 from thaw.repo.repository import Repository
@@ -49,9 +50,9 @@ class TenantView:
                 self._made = (version, self._history.outline(points))
             return self._made[1]
 
-    def version(self, service: Service, living: Mapping[CommitId, int]) -> str:
-        """Another one whenever the tree would look different."""
-        return _digest(self._version(service)[0], sorted(living.items()))
+    def version(self, service: Service, living: Mapping[CommitId, int], running: Sequence[str]) -> str:
+        """Another one whenever the tree would look different, or other requests are `running`."""
+        return _digest(self._version(service)[0], sorted(living.items()), running)
 
     def _version(self, service: Service) -> tuple[str, list[CommitId]]:
         points = [CommitId(point) for _, _, point in service.ledger.points(self.namespace)]
@@ -105,9 +106,21 @@ class TenantView:
         names = outline.names.get(point.commit, ()) if point.at_end else ()
         return ", ".join(names[: parts.NAMES]) or name
 
+    def running(self, jobs: Sequence[ReplyJob]) -> Html:
+        """Requests under way. Called by the event loop that runs them."""
+        shown = [
+            parts.RunningShown(
+                name=job.name,
+                parent=None if job.parent is None else CommitId(job.parent),
+                tail=job.last_text(parts.TAIL)[-parts.TAIL :],
+            )
+            for job in jobs
+        ]
+        return parts.running(shown, _link)
+
     def whole(
         self, outline: Outline, living: Mapping[CommitId, int], codec: Codec, csrf: str, at: str | None,
-        other: str | None, version: str,
+        other: str | None, running: Html, version: str,
     ) -> Html:  # fmt: skip
         """The first page. A point that cannot be shown costs its own part alone."""
         selected = None if at is None else self.commit(outline, at)
@@ -124,6 +137,7 @@ class TenantView:
             self.tree(outline, living, parts.unfold(outline), selected),
             detail,
             account=forms.logout(csrf),
+            running=running,
             foot=Html("Newer sessions come first. docs/tree.md says what is shown."),
         )
         return page.document(title, page.server_head(), frame, data_mode="server", data_version=version)

@@ -200,11 +200,11 @@ def _text(block: Any, where: str) -> str:
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type", "custom") != "custom":
+        raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only client tools are supported")
     unknown = tool.keys() - {"name", "description", "input_schema", "type", "defer_loading", *UNREAD}
     if unknown:
         raise unsupported(f"{where}.{min(unknown)[:40]}", "it is unknown; leave it out")
-    if tool.get("type", "custom") != "custom":
-        raise unsupported(where, f"a tool of type {str(tool['type'])[:40]!r}; only client tools are supported")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
     if tool.get("description"):
         function["description"] = tool["description"]

@@ -40,7 +40,11 @@ class RpcServer:
         self._connection = connection
         self._engine: Engine | None = None
         self._threads = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="thaw-host")
-        self._handles: dict[int, Handle[Any]] = {}
+        self._lock = threading.Lock()
+        self._under_way: dict[int, Handle[Any] | None] = {}
+        """Calls that came and are not answered, with what the engine gave for them, None until it gave it."""
+        self._cancelled: set[int] = set()
+        """Calls that were cancelled while the engine had not yet given anything for them."""
         self._ended = threading.Event()
 
     def serve(self) -> None:
@@ -53,6 +57,8 @@ class RpcServer:
             elif isinstance(call, protocol.Bye):
                 break
             else:
+                with self._lock:
+                    self._under_way[call.id] = None
                 self._threads.submit(self._answer, call)
 
     def close(self) -> None:
@@ -66,6 +72,10 @@ class RpcServer:
             self._say(protocol.failed(call.id, error))
         else:
             self._say(protocol.settled(call.id, value))
+        finally:
+            with self._lock:
+                self._under_way.pop(call.id, None)
+                self._cancelled.discard(call.id)
 
     def _run(self, call: Call) -> Any:
         if isinstance(call, protocol.Boot):
@@ -74,13 +84,14 @@ class RpcServer:
         found = _VERBS[type(call)](self._engine, call)
         if not isinstance(found, Handle):
             return found
-        self._handles[call.id] = found
-        try:
-            if isinstance(call, protocol.Generate):
-                self._stream(call.id, found)
-            return found.result()
-        finally:
-            self._handles.pop(call.id, None)
+        with self._lock:
+            self._under_way[call.id] = found
+            cancelled = call.id in self._cancelled
+        if cancelled:
+            found.cancel()
+        if isinstance(call, protocol.Generate):
+            self._stream(call.id, found)
+        return found.result()
 
     def _boot(self, call: protocol.Boot) -> protocol.Booted:
         if call.protocol != protocol.PROTOCOL:
@@ -109,7 +120,11 @@ class RpcServer:
             found = None if found is None else queue.get()
 
     def _cancel(self, number: int) -> None:
-        handle = self._handles.get(number)
+        """A call waits for a thread before the engine hears of it, and this may come first: then it is noted."""
+        with self._lock:
+            handle = self._under_way.get(number)
+            if handle is None and number in self._under_way:
+                self._cancelled.add(number)
         if handle is not None:
             self._threads.submit(handle.cancel)
 

@@ -1,4 +1,4 @@
-"""One chunk in one worker: the trunk brought there, forked, generated as one batch, the results made.
+"""One chunk in one worker: its point placed there, forked, generated as one batch, the results made.
 
 Runs on a thread of the pool. Whatever goes wrong is raised; what becomes of the jobs is the scheduler's to say.
 """
@@ -6,7 +6,9 @@ Runs on a thread of the pool. Whatever goes wrong is raised; what becomes of the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from thaw.core.sampling import derive
 from thaw.engines.base import Completion, GenerateRequest, SessionRef
@@ -19,6 +21,10 @@ from thaw.pool.schedule.resolver import PointResolver
 from thaw.pool.session import PoolSession
 from thaw.pool.values import BranchResult, Timings
 from thaw.pool.workers.worker import Incarnation
+
+Prompt = tuple[tuple[int, ...], str]
+"""Token ids that a branch appends, and their text."""
+NOTHING: Prompt = ((), "")
 
 
 class Batch:
@@ -38,67 +44,68 @@ class Batch:
         began = time.perf_counter()
         chunk.stage, chunk.progress = "prepare", began
         if chunk.snapshot == "before":
-            self._placement.capture(chunk.trunk)
-        there = self._placement.prepare(chunk.trunk, life, chunk.policy)
-        prepared = time.perf_counter()
-        # What was brought here nobody holds any more: another point may push it out before it is forked. It is tried
-        # again.
-        chunk.stage, chunk.progress = "fork", prepared
-        children = self._fork(chunk, life, there)
-        forked = time.perf_counter()
+            self._placement.capture(chunk.point)
+        placed = self._placement.place(chunk.point, life, chunk.policy)
+        # What was brought here nobody holds any more: another point may push it out before it is forked, and the engine
+        # says `NotFound`. The scheduler tries again what fails in this stage so.
+        chunk.stage, chunk.progress = "fork", (prepared := time.perf_counter())
+        seeds = self._seeds(chunk)
+        children = self._fork(chunk, life, placed, seeds)
+        chunk.progress = forked = time.perf_counter()
         try:
-            if chunk.snapshot != "never":
-                self._protect(chunk, life)
-            chunk.stage, chunk.progress = "generate", forked
-            completions, prompts = self._generate(chunk, life, children)
+            if placed.point.stored is None and chunk.snapshot != "never":
+                self._protect(placed, life)
+            chunk.stage = "generate"
+            prompts = [
+                _encoded(job, chunk.point.tokens, life) if job.prompt or job.token_ids is not None else NOTHING
+                for job in chunk.jobs
+            ]
+            completions = self._generate(chunk, life, children, prompts)
         except BaseException:
             for ref in children:
                 life.forget(ref)
             raise
         self._measure(completions)
         timings = Timings(
-            queue_s=began - chunk.queued, prepare_s=prepared - began, capture_s=there.capture_s,
-            hydrate_s=there.hydrate_s, fork_s=forked - prepared,
+            queue_s=began - chunk.queued, prepare_s=prepared - began, capture_s=placed.capture_s,
+            hydrate_s=placed.hydrate_s, fork_s=forked - prepared,
         )  # fmt: skip
-        return [
-            self._result(chunk, life, there, job, done, prompt, timings)
-            for job, done, prompt in zip(chunk.jobs, completions, prompts, strict=True)
-        ]
+        ended = zip(chunk.jobs, seeds, prompts, completions, strict=True)
+        return [self._result(chunk, life, placed, timings, *each) for each in ended]
 
     def forget(self, chunk: JobChunk, life: Incarnation) -> None:
-        self._placement.forget(chunk.trunk, life)
-
-    def _fork(self, chunk: JobChunk, life: Incarnation, there: Placed) -> list[SessionRef]:
-        trunk, jobs = chunk.trunk, chunk.jobs
-        seeds = [self.seed_of(chunk, job) for job in jobs]
-        replay = chunk.replay and not trunk.plain and all(job.seed is None for job in jobs)
-        found = life.engine.fork(
-            there.ref, len(jobs), at=trunk.at, replay=replay, seeds=None if replay else seeds
-        ).result()
-        for job, ref in zip(jobs, found, strict=True):
-            job.begin(life, ref)
-        return found
+        self._placement.forget(chunk.point, life)
 
     @staticmethod
-    def seed_of(chunk: JobChunk, job: Job) -> int:
-        """The same in whichever worker and chunk the job runs."""
-        if job.seed is not None:
-            return job.seed
-        return chunk.trunk.seed if chunk.replay else derive(chunk.trunk.seed, chunk.trunk.at, job.index)
+    def _seeds(chunk: JobChunk) -> list[int]:
+        """A job's is the same in whichever worker and chunk it runs."""
+        point = chunk.point
+        derived = [point.seed if chunk.replay else derive(point.seed, point.at, job.index) for job in chunk.jobs]
+        return [seed if job.seed is None else job.seed for job, seed in zip(chunk.jobs, derived, strict=True)]
 
-    def _protect(self, chunk: JobChunk, life: Incarnation) -> None:
-        """Put a trunk that is only here into the arena, beside the batch."""
-        trunk = chunk.trunk
-        if trunk.stored is None:
-            if trunk.held is not None and trunk.alive:
-                self._beside(life, lambda: self._placement.capture(trunk))
-            else:
-                self._beside(life, lambda: self._placement.capture_resident(trunk, life))
+    @staticmethod
+    def _fork(chunk: JobChunk, life: Incarnation, placed: Placed, seeds: list[int]) -> list[SessionRef]:
+        point, jobs = chunk.point, chunk.jobs
+        replay = chunk.replay and not point.plain and all(job.seed is None for job in jobs)
+        found = life.engine.fork(
+            placed.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
+        ).result()
+        for job, ref in zip(jobs, found, strict=True):
+            job.child, job.partial = (life, ref), []
+        return found
 
+    def _protect(self, placed: Placed, life: Incarnation) -> None:
+        """Put a point that is only here into the arena, beside the batch."""
+        point = placed.point
+        if point.alive:
+            self._beside(life, lambda: self._placement.capture(point))
+        else:
+            self._beside(life, lambda: self._placement.capture_resident(point, life))
+
+    @staticmethod
     def _generate(
-        self, chunk: JobChunk, life: Incarnation, children: list[SessionRef]
-    ) -> tuple[list[Completion], list[tuple[tuple[int, ...], str]]]:
-        prompts = [self._encode(job, chunk.trunk.tokens, life) for job in chunk.jobs]
+        chunk: JobChunk, life: Incarnation, children: list[SessionRef], prompts: Sequence[Prompt]
+    ) -> list[Completion]:
         requests = [
             GenerateRequest(session=ref, resume=True)
             if job.resume
@@ -106,23 +113,16 @@ class Batch:
             for job, ref, (ids, text) in zip(chunk.jobs, children, prompts, strict=True)
         ]
         handle = life.engine.generate(requests)
-        for job in chunk.jobs:
-            if job.stop:  # stopped between the queue and here
-                life.forget(job.child[1] if job.child else children[0])
+        # Whoever stops a job says so first and looks for its child then; here the child was there first, and whether it
+        # was stopped is asked then. So at least one of the two closes it, and closing twice is fine.
+        for job, ref in zip(chunk.jobs, children, strict=True):
+            if job.stop:
+                life.forget(ref)
         for delta in handle:
             chunk.progress = time.perf_counter()
             job = chunk.jobs[delta.index]
             job.round.emit([job.take(delta)])
-        return handle.result(), prompts
-
-    @staticmethod
-    def _encode(job: Job, before: tuple[int, ...], life: Incarnation) -> tuple[tuple[int, ...], str]:
-        codec = life.engine.codec
-        if job.token_ids is not None:
-            return job.token_ids, text_after(codec, before, job.token_ids, skip_special_tokens=False)
-        if not job.prompt:
-            return (), ""
-        return tuple(codec.encode(job.prompt, first=False)), left_open(codec, before) + job.prompt
+        return handle.result()
 
     def _measure(self, completions: list[Completion]) -> None:
         longest = max(completions, key=lambda done: len(done.token_ids))
@@ -130,19 +130,22 @@ class Batch:
             self._rates.stepped(len(completions), (longest.total_s - longest.ttft_s) / (len(longest.token_ids) - 1))
 
     def _result(
-        self, chunk: JobChunk, life: Incarnation, there: Placed, job: Job, done: Completion,
-        prompt: tuple[tuple[int, ...], str], timings: Timings,
+        self, chunk: JobChunk, life: Incarnation, placed: Placed, timings: Timings, job: Job, seed: int, prompt: Prompt,
+        done: Completion,
     ) -> BranchResult:  # fmt: skip
-        seed = self.seed_of(chunk, job)
         history = History(
-            before=chunk.trunk.tokens, before_turns=there.turns, prompt=prompt[0], prompt_text=prompt[1],
+            before=chunk.point.tokens, before_turns=placed.turns, prompt=prompt[0], prompt_text=prompt[1],
             token_ids=done.token_ids, logprobs=done.logprobs, entropies=done.entropies, text=done.text,
             finish_reason=done.finish_reason, sampling=job.sampling, seed=seed, policy=life.engine.policy_version,
             resumed=job.resume,
         )  # fmt: skip
         session = None
         if chunk.keep and not job.stop:
-            session = self._session(life, there, done, history)
+            num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
+            session = PoolSession(
+                life, done.session, kept=placed.resident.kept.cut(num_kv), parent=placed.parent, proof=done.proof,
+                history=history, num_inherited=len(history.before),
+            )  # fmt: skip
             if chunk.store:
                 self._store(life, session)
         else:
@@ -150,12 +153,11 @@ class Batch:
         return BranchResult(
             index=job.index, text=done.text, token_ids=done.token_ids, logprobs=done.logprobs,
             top_logprobs=done.top_logprobs, entropies=done.entropies, finish_reason=done.finish_reason,
-            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=there.restore,
-            decision=there.decision,
-            timings=Timings(
-                queue_s=timings.queue_s, prepare_s=timings.prepare_s, capture_s=timings.capture_s,
-                hydrate_s=timings.hydrate_s, fork_s=timings.fork_s, ttft_s=done.ttft_s,
-                decode_s=done.total_s - done.ttft_s, total_s=time.perf_counter() - job.submitted,
+            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=placed.restore,
+            decision=placed.decision,
+            timings=msgspec.structs.replace(
+                timings, ttft_s=done.ttft_s, decode_s=done.total_s - done.ttft_s,
+                total_s=time.perf_counter() - job.submitted,
             ),
             worker=life.name, attempts=job.attempts, session=session, history=history,
         )  # fmt: skip
@@ -164,10 +166,9 @@ class Batch:
         """Into the arena, beside everything else."""
         self._beside(life, lambda: self._placement.capture(self._resolver.find(session)))
 
-    @staticmethod
-    def _session(life: Incarnation, there: Placed, done: Completion, history: History) -> PoolSession:
-        num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
-        return PoolSession(
-            life, done.session, kept=there.resident.kept.cut(num_kv), parent=there.parent, proof=done.proof,
-            history=history, num_inherited=len(history.before),
-        )  # fmt: skip
+
+def _encoded(job: Job, before: tuple[int, ...], life: Incarnation) -> Prompt:
+    codec = life.engine.codec
+    if job.token_ids is not None:
+        return job.token_ids, text_after(codec, before, job.token_ids, skip_special_tokens=False)
+    return tuple(codec.encode(job.prompt, first=False)), left_open(codec, before) + job.prompt

@@ -1,7 +1,8 @@
-"""A trunk: the point of a round, found once and fixed, whatever happens to sessions and workers afterwards.
+"""The fork point of a round: what a caller gave, found once and fixed, whatever happens to it afterwards. A value.
 
 From a live session a private fork is taken at once (no KV is copied), so that the caller may go on with the session,
-or close it. From a repository or the arena it is a stored point; from plain tokens it is only these.
+or close it. From a repository or the arena it is a stored point; from plain tokens it is only these. What is captured
+of it later is no part of it: `Captures` knows that, and gives another version of the point.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from thaw.core.objects import Turn
 from thaw.engines.base import SessionRef
-from thaw.pool.shm.shared_store import SharedPoint, SharedStore
+from thaw.pool.shm.shared_store import SharedPoint
 from thaw.pool.stores import KeptIn, StoredPoint
 from thaw.pool.workers.worker import Incarnation
 from thaw.repo.session import Session
@@ -27,13 +28,22 @@ class OwnedSession:
         weakref.finalize(self, life.forget, ref).atexit = False
 
 
-@dataclass(eq=False)
+class Origin:
+    """What all versions of one point have in common. `capturing`: held while it is captured, so that this is done once
+    however many batches, drains and snapshots need it."""
+
+    def __init__(self) -> None:
+        self.capturing = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
 class ForkPoint:
     """`at`: number of tokens. `seed`: what children's seeds derive from. `policy`: the version its KV is of.
 
-    `held`: the private fork, if it lives somewhere. `stored`: where it lies in one of the pool's stores. `kept`: what
-    of it they have. `plain`: nothing but tokens, so prefilling it again is what was done before. `source`: the caller's
-    session, as the engine named it then, to remember that it was captured.
+    `held`: the private fork, if it lives somewhere. `plain`: nothing but tokens, so prefilling it again is what was
+    done before. `source`: the caller's session, as the engine named it then, to remember that it was captured.
+    `stored`: where it lies in one of the pool's stores. `kept`: what of it they have. `captured`: keeps the arena's
+    bytes of it.
     """
 
     key: Hashable
@@ -43,13 +53,12 @@ class ForkPoint:
     seed: int
     policy: str
     held: OwnedSession | None = None
-    stored: StoredPoint | None = None
     plain: bool = False
+    source: tuple[weakref.ref[Session], SessionRef] | None = None
+    stored: StoredPoint | None = None
     kept: KeptIn = field(default_factory=KeptIn)
     captured: SharedPoint | None = None
-    source: tuple[weakref.ref[Session], SessionRef] | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while it is captured, so that this is done once."""
+    origin: Origin = field(default_factory=Origin)
 
     def lives_in(self, life: Incarnation) -> bool:
         return self.held is not None and self.held.life is life and not life.over
@@ -59,12 +68,7 @@ class ForkPoint:
         """Whether it lives in any worker as a session."""
         return self.held is not None and not self.held.life.over
 
-    def put(self, arena: SharedStore, point: SharedPoint) -> None:
-        """It is in the arena from now on, as the first tokens of `point`."""
-        self.kept = self.kept.add(arena.store, point.kept)
-        self.stored = StoredPoint(arena, arena.at(point, self.at if self.at < point.num_tokens else None))
-        self.captured = point
-
-    def forget_stored(self) -> None:
-        """What was stored of it is of no use any more; for a `plain` one, whose tokens can be prefilled again."""
-        self.stored, self.captured, self.kept = None, None, KeptIn()
+    def stored_as(self, stored: StoredPoint, captured: SharedPoint) -> ForkPoint:
+        """This point, in the arena: the first tokens of `captured`."""
+        kept = self.kept.add(stored.where.store, captured.kept)
+        return replace(self, stored=stored, captured=captured, kept=kept)

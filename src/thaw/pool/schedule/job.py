@@ -21,7 +21,7 @@ class KvLost(EngineDied):
 
 @dataclass(eq=False)
 class Job:
-    """`seed` None: derived from the trunk's. `stop`: why it is to end ("cancel", "timeout"), "" while it may run."""
+    """`seed` None: derived from the point's. `stop`: why it is to end ("cancel", "timeout"), "" while it may run."""
 
     round: Round
     index: int
@@ -45,9 +45,6 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.round.has(self.index)
-
-    def begin(self, life: Incarnation, ref: SessionRef) -> None:
-        self.child, self.partial = (life, ref), []
 
     def take(self, delta: Delta) -> BranchDelta:
         self.partial.append(delta)
@@ -77,12 +74,12 @@ class Job:
 
 @dataclass(eq=False)
 class JobChunk:
-    """Jobs of one trunk that run as one batch. `lane`: what fairness is between.
+    """Jobs of one point that run as one batch. `lane`: what fairness is between.
 
     `only`: the one worker that it may run in. `avoid`: workers that failed it.
     """
 
-    trunk: ForkPoint
+    point: ForkPoint
     jobs: list[Job]
     policy: LoadPolicy
     lane: Hashable
@@ -107,6 +104,6 @@ class JobChunk:
 
     def part(self, jobs: list[Job]) -> JobChunk:
         return JobChunk(
-            self.trunk, jobs, self.policy, self.lane, self.snapshot, self.keep, self.store, self.replay, self.only,
+            self.point, jobs, self.policy, self.lane, self.snapshot, self.keep, self.store, self.replay, self.only,
             set(self.avoid), self.taken,
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Getting a trunk into a worker: found there, hydrated, or prefilled; and into the arena.
+"""Getting a fork point into a worker: found there, hydrated, or prefilled; and into the arena.
 
 All of it is done through the porcelain's own doors (`repo.hydrate`, `repo.commit`, `repo.match`), so the laws that hold
-for a repository hold here.
+for a repository hold here. A placement looks once: at what is captured of the point by now, and at what the worker has.
+What it found, and what it made of it, goes back to the batch as one value.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from thaw.core.ids import CommitId
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import SessionRef
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.fork_point import ForkPoint
-from thaw.pool.schedule.planner import Planner
-from thaw.pool.schedule.resolver import PointResolver
-from thaw.pool.shm.shared_store import SharedPoint
+from thaw.pool.schedule.planner import Planner, held_here
 from thaw.pool.stores import KeptIn, StoredPoint, Stores
 from thaw.pool.values import Decision, LoadPolicy
 from thaw.pool.workers.worker import Incarnation, Resident
@@ -34,10 +34,12 @@ OLD_KV = (StaleSession, IdentityMismatch, PolicyMismatch)
 """How an engine refuses KV of other weights than those that run."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Placed:
-    """A session to fork from at token `at`, what of it is stored, and how it came."""
+    """A session to fork from at token `at`, what of it is stored, and how it came. `point`: the version of the point
+    that was placed. `turns` tile its tokens."""
 
+    point: ForkPoint
     ref: SessionRef
     resident: Resident
     decision: Decision
@@ -51,129 +53,129 @@ class Placed:
 class Placement:
     """Shared by all workers of a pool; safe from any thread.
 
-    Locks are taken in this order: a life's `making`, a trunk's, those of the life and of the arena."""
+    Locks are taken in this order: an incarnation's `making`, a point's `capturing`, those of the incarnation, of the
+    captures and of the arena."""
 
-    def __init__(self, stores: Stores, resolver: PointResolver, planner: Planner, token_nbytes: int) -> None:
-        self._stores, self._arena = stores, stores.arena
-        self._resolver, self._planner, self._token_nbytes = resolver, planner, token_nbytes
+    def __init__(self, stores: Stores, captures: Captures, planner: Planner, token_nbytes: int) -> None:
+        self._stores, self._arena, self._captures = stores, stores.arena, captures
+        self._planner, self._token_nbytes = planner, token_nbytes
 
-    def prepare(self, trunk: ForkPoint, life: Incarnation, policy: LoadPolicy) -> Placed:
+    def place(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> Placed:
         """Raises what hydrating raises, and `EngineDied` where KV that may not be prefilled again is gone."""
-        with life.making(trunk.key):
-            decision = self._planner.decide(trunk, life, policy)
+        began, held = time.perf_counter(), point.held
+        if held is not None and held.life is life and not life.over:  # nothing is made: no lock
+            now = self._captures.now(point)
+            decision = held_here(life.name, policy, time.perf_counter() - began)
+            return Placed(now, held.ref, Resident(held.ref, now.kept), decision, now.turns)
+        # Another batch may be bringing the point here: this one waits for it, and finds it. So the looks are inside.
+        with life.making(point.key):
             began = time.perf_counter()
-            if decision.action == "fork":
-                done = self._here(trunk, life, decision)
-            elif decision.action == "hydrate":
-                done = self._hydrate(trunk, life, decision)
-            else:
-                done = self._prefill(trunk, life, decision)
-            measured = msgspec.structs.replace(done.decision, measured_s=time.perf_counter() - began)
-            done.decision = measured
-            return done
+            now, found = self._captures.now(point), life.resident(point.key)
+            if found is not None:
+                parent = None if now.stored is None else now.stored.parent
+                decision = held_here(life.name, policy, time.perf_counter() - began)
+                return Placed(now, found.ref, found, decision, now.turns or found.turns, found.restore, parent)
+            decision = self._planner.decide(now, life.name, policy)
+            if decision.action == "hydrate":
+                return self._hydrate(now, life, decision, began)
+            return self._prefill(now, life, decision, began)
 
-    def fork(self, trunk: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, Placed]:
-        """A session at the trunk, and how it came. Plain tokens of which KV of other weights was kept are prefilled
+    def fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, Placed]:
+        """A session at the point, and how it came. Plain tokens of which KV of other weights was kept are prefilled
         anew, as a round's are."""
         try:
-            return self._fork(trunk, life, policy)
+            return self._fork(point, life, policy)
         except OLD_KV:
-            if not trunk.plain:
+            if not point.plain:
                 raise
-            self.forget(trunk, life)
-            return self._fork(trunk, life, policy)
+            self.forget(point, life)
+            return self._fork(point, life, policy)
 
-    def forget(self, trunk: ForkPoint, life: Incarnation) -> None:
+    def forget(self, point: ForkPoint, life: Incarnation) -> None:
         """Let go of what is kept of plain tokens: the weights changed, and nobody said so."""
-        with trunk.lock:
-            trunk.forget_stored()
-            self._resolver.forget_prompt(trunk)
-        life.drop(trunk.key)
+        with point.origin.capturing:  # a capture of the old KV that is under way is forgotten with the rest
+            self._captures.forget(point)
+        life.drop(point.key)
 
-    def _fork(self, trunk: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, Placed]:
-        there = self.prepare(trunk, life, policy)
-        return life.engine.fork(there.ref, 1, at=trunk.at, replay=True).result()[0], there
+    def _fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, Placed]:
+        there = self.place(point, life, policy)
+        return life.engine.fork(there.ref, 1, at=point.at, replay=True).result()[0], there
 
-    def capture(self, trunk: ForkPoint) -> float:
-        """Put a living trunk into the arena, once; seconds that it took this caller. Raises what a commit raises."""
-        began = time.perf_counter()
-        with trunk.lock:
-            if trunk.stored is None and trunk.held is not None:
-                life = trunk.held.life
-                life.check()
-                point = self._into_arena(trunk, life, trunk.held.ref, trunk.kept)
-                trunk.put(self._arena, point)
-                self._resolver.captured(trunk, point)
-        return time.perf_counter() - began
+    def capture(self, point: ForkPoint) -> ForkPoint:
+        """Put a living point into the arena, once; its version there. Raises what a commit raises."""
+        with point.origin.capturing:
+            now = self._captures.now(point)
+            if now.stored is not None or now.held is None:
+                return now
+            now.held.life.check()
+            return self._into_arena(now, now.held.life, now.held.ref, now.kept)
 
-    def capture_resident(self, trunk: ForkPoint, life: Incarnation) -> None:
-        """Put a prefilled trunk into the arena, from the worker that prefilled it."""
-        with trunk.lock:
+    def capture_resident(self, point: ForkPoint, life: Incarnation) -> ForkPoint:
+        """Put a prefilled point into the arena, from the worker that prefilled it; its version there."""
+        with point.origin.capturing:
             # From here on another point may push it out, which closes the session: the capture raises `NotFound` then.
-            found = life.resident(trunk.key)
-            if trunk.stored is None and found is not None:
-                point = self._into_arena(trunk, life, found.ref, found.kept)
-                found.kept = found.kept.add(self._arena.store, point.kept)
-                trunk.put(self._arena, point)
-                self._resolver.captured(trunk, point)
+            now, found = self._captures.now(point), life.resident(point.key)
+            if now.stored is not None or found is None:
+                return now
+            now = self._into_arena(now, life, found.ref, found.kept)
+            assert now.captured is not None
+            found.kept = found.kept.add(self._arena.store, now.captured.kept)
+            return now
 
-    def _into_arena(self, trunk: ForkPoint, life: Incarnation, ref: SessionRef, kept: KeptIn) -> SharedPoint:
-        self._arena.make_room(self._token_nbytes * trunk.at)
+    def _into_arena(self, point: ForkPoint, life: Incarnation, ref: SessionRef, kept: KeptIn) -> ForkPoint:
         store = self._arena.store
-        return self._arena.capture(life.context_of(store), ref, kept.of(store))
+        captured = self._arena.capture(life.contexts[store.uuid], ref, kept.of(store), self._token_nbytes * point.at)
+        return self._captures.add(point, captured)
 
-    def _here(self, trunk: ForkPoint, life: Incarnation, decision: Decision) -> Placed:
-        if trunk.held is not None and trunk.lives_in(life):
-            resident = Resident(trunk.held.ref, trunk.kept)
-            return Placed(trunk.held.ref, resident, decision, trunk.turns)
-        found = life.resident(trunk.key)
-        if found is None:  # let go of since the decision: once more, with what is stored
-            again = self._planner.decide(trunk, life, decision.policy)
-            return self._hydrate(trunk, life, again) if again.action == "hydrate" else self._prefill(trunk, life, again)
-        parent = None if trunk.stored is None else trunk.stored.parent
-        return Placed(found.ref, found, decision, trunk.turns, found.restore, parent)
-
-    def _hydrate(self, trunk: ForkPoint, life: Incarnation, decision: Decision) -> Placed:
-        capture_s = 0.0 if trunk.stored is not None else self.capture(trunk)
-        stored = trunk.stored
-        if stored is None:  # forgotten since the decision
-            return self._prefill(trunk, life, self._planner.decide(trunk, life, decision.policy))
-        began = time.perf_counter()
-        resident, live = self._load(stored, life)
-        seconds = time.perf_counter() - began
-        tier = stored.where.loaded(live.plan)
-        self._planner.rates.load(tier, live.proof.nbytes, seconds)
-        life.keep(trunk.key, resident)
-        done = msgspec.structs.replace(decision, tier=tier, nbytes=live.proof.nbytes)
-        return Placed(live.session, resident, done, trunk.turns, live.proof, stored.parent, capture_s, seconds)
+    def _hydrate(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> Placed:
+        now = point if point.stored is not None else self.capture(point)
+        if now.stored is None:  # it died since the decision
+            return self._prefill(now, life, self._planner.decide(now, life.name, decision.policy), began)
+        captured = time.perf_counter()
+        resident, live = self._load(now.stored, life)
+        loaded = time.perf_counter()
+        if point.plain:
+            resident.turns = life.engine.view(live.session).turns
+        tier = now.stored.where.loaded(live.plan)
+        self._planner.rates.load(tier, live.proof.nbytes, loaded - captured)
+        life.keep(point.key, resident)
+        done = msgspec.structs.replace(
+            decision, tier=tier, nbytes=live.proof.nbytes, measured_s=time.perf_counter() - began
+        )
+        return Placed(
+            now, live.session, resident, done, now.turns or resident.turns, live.proof, now.stored.parent,
+            0.0 if now is point else captured - began, loaded - captured,
+        )  # fmt: skip
 
     @staticmethod
     def _load(stored: StoredPoint, life: Incarnation) -> tuple[Resident, Hydration]:
         store = stored.where.store
-        live = hydrate(life.context_of(store), stored.point)
-        return Resident(live.session, KeptIn().add(store, live.kept), live.proof), live
+        live = hydrate(life.contexts[store.uuid], stored.point)
+        return Resident(live.session, KeptIn({store.uuid: live.kept}), live.proof), live
 
-    def _prefill(self, trunk: ForkPoint, life: Incarnation, decision: Decision) -> Placed:
-        """Run the trunk's tokens through the model, behind the longest stored prefix of them if they are plain."""
+    def _prefill(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> Placed:
+        """Run the point's tokens through the model, behind the longest stored prefix of them if they are plain."""
         engine = life.engine
-        resident, start = self._longest(trunk, life) if trunk.plain else (None, 0)
+        resident, start = self._longest(point, life) if point.plain else (None, 0)
         if resident is None:
-            resident = Resident(engine.open(seed=int(U64(trunk.seed))))
-        rest = trunk.tokens[start:]
-        began = time.perf_counter()
+            resident = Resident(engine.open(seed=int(U64(point.seed))))
+        rest = point.tokens[start:]
         if rest:
+            ran = time.perf_counter()
             engine.append(resident.ref, rest).result()
-            self._planner.rates.prefilled(len(rest), time.perf_counter() - began)
-        turns = engine.view(resident.ref).turns if trunk.plain else trunk.turns
-        life.keep(trunk.key, resident)  # from here on others may bring so many points that this one goes
+            self._planner.rates.prefilled(len(rest), time.perf_counter() - ran)
+        resident.turns = engine.view(resident.ref).turns if point.plain else ()
+        life.keep(point.key, resident)  # from here on others may bring so many points that this one goes
         reason = decision.reason if not start else f"a stored prefix of {start} tokens was loaded, the rest prefilled"
-        done = msgspec.structs.replace(decision, num_prefilled_tokens=len(rest), reason=reason)
-        return Placed(resident.ref, resident, done, turns, resident.restore)
+        done = msgspec.structs.replace(
+            decision, num_prefilled_tokens=len(rest), reason=reason, measured_s=time.perf_counter() - began
+        )
+        return Placed(point, resident.ref, resident, done, point.turns or resident.turns, resident.restore)
 
-    def _longest(self, trunk: ForkPoint, life: Incarnation) -> tuple[Resident | None, int]:
+    def _longest(self, point: ForkPoint, life: Incarnation) -> tuple[Resident | None, int]:
         """A session at the longest stored prefix of plain tokens, and its length."""
         model = objects.encode(life.engine.identity())[0]
-        found = [(where, match(where.store, [model], trunk.tokens)) for where in self._stores]
+        found = [(where, match(where.store, [model], point.tokens)) for where in self._stores.all]
         usable = [StoredPoint(where, at) for where, at in found if at is not None and at.num_tokens >= MIN_MATCH]
         if not usable:
             return None, 0

@@ -1,6 +1,6 @@
-"""The planner: how a worker should come to have a trunk, and what that will cost. Pure decisions over measured rates.
+"""The planner: how a worker should come to have a point, and what that will cost. Pure decisions over measured rates.
 
-    fork       it is there: a live session, or a resident one
+    fork       it is there: a live session, or a resident one (`held_here`)
     hydrate    its KV is stored: loaded from the arena, from spilled packs or from the repository's
     prefill    its tokens run through the model
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from thaw.pool.schedule.fork_point import ForkPoint
 from thaw.pool.schedule.job import KvLost
 from thaw.pool.schedule.rates import Rates
-from thaw.pool.values import Action, Decision, LoadPolicy, Tier
+from thaw.pool.values import Decision, LoadPolicy, Tier
 from thaw.pool.workers.worker import Incarnation
 
 
@@ -22,18 +22,21 @@ class Planner:
         self.rates = rates
         self._token_nbytes = token_nbytes
 
-    def decide(self, trunk: ForkPoint, life: Incarnation, policy: LoadPolicy) -> Decision:
-        """Raises `KvLost` where the KV died with its worker and prefilling was not allowed."""
-        if trunk.lives_in(life) or life.has(trunk.key):
-            return self._decision("fork", "engine", life, policy, "its KV is in this worker", 0.0, {})
-        costs = self._costs(trunk)
-        loadable = trunk.stored is not None or trunk.alive
+    def decide(self, point: ForkPoint, worker: str, policy: LoadPolicy) -> Decision:
+        """For a worker that has not got it. Raises `KvLost` where the KV died with its worker and prefilling was not
+        allowed."""
+        tier = _tier(point)
+        costs = self.rates.costs(tier, self._token_nbytes * point.at, point.at)
+        loadable = point.stored is not None or point.alive
         if loadable and (policy == "exact" or not _sooner(costs)):
             reason = "its KV is stored" if policy == "exact" else "loading is expected sooner than prefilling"
             if policy == "fast" and len(costs) < 2:
                 reason = "its KV is stored; nothing was measured yet that says prefilling is sooner"
-            return self._decision("hydrate", self._tier(trunk), life, policy, reason, costs.get("hydrate"), costs)
-        if trunk.plain:
+            return Decision(
+                action="hydrate", tier=tier, worker=worker, policy=policy, reason=reason,
+                predicted_s=costs.get("hydrate"), alternatives=costs,
+            )  # fmt: skip
+        if point.plain:
             reason = "nothing is stored of these tokens"
         elif loadable:
             reason = "prefilling is expected sooner than loading"
@@ -44,48 +47,47 @@ class Planner:
                 "the session's worker died before its KV was captured, and policy 'exact' allows no prefilling again. "
                 "Allow it (policy='fast'), or have it captured first (snapshot='before', pool.snapshot)"
             )
-        return self._decision("prefill", "none", life, policy, reason, costs.get("prefill"), costs)
+        return Decision(
+            action="prefill", tier="none", worker=worker, policy=policy, reason=reason,
+            predicted_s=costs.get("prefill"), alternatives=costs,
+        )  # fmt: skip
 
-    def cost(self, trunk: ForkPoint, life: Incarnation) -> float:
-        """Expected seconds until `life` has the trunk; infinite guesses are avoided: unknown counts as a second."""
-        if trunk.lives_in(life) or life.has(trunk.key):
+    def cost(self, point: ForkPoint, life: Incarnation) -> float:
+        """Expected seconds until `life` has the point; infinite guesses are avoided: unknown counts as a second."""
+        if point.lives_in(life) or life.has(point.key):
             return 0.0
-        costs = self._costs(trunk)
-        return costs.get("hydrate" if trunk.stored is not None or trunk.alive else "prefill", 1.0)
+        costs = self._costs(point)
+        return costs.get("hydrate" if point.stored is not None or point.alive else "prefill", 1.0)
 
-    def spread(self, trunk: ForkPoint, branches: int, tokens: int, lives: list[Incarnation]) -> int:
+    def spread(self, point: ForkPoint, branches: int, tokens: int, lives: list[Incarnation]) -> int:
         """Over how many workers `branches` should go: where the shorter decode is expected to win over the loads."""
         best, best_s = 1, None
-        holders = sum(self.cost(trunk, life) == 0.0 for life in lives)
+        holders = sum(self.cost(point, life) == 0.0 for life in lives)
         for k in range(1, min(len(lives), branches) + 1):
             step = self.rates.step_s(-(-branches // k))
             if step is None:
                 return 1
-            load = 0.0 if k <= max(holders, 1) else self._costs(trunk).get("hydrate", 1.0)
+            load = 0.0 if k <= max(holders, 1) else self._costs(point).get("hydrate", 1.0)
             total = load + step * tokens
             if best_s is None or total < best_s * 0.95:  # a tie goes to fewer workers
                 best, best_s = k, total
         return best
 
-    def _costs(self, trunk: ForkPoint) -> dict[str, float]:
-        nbytes = self._token_nbytes * trunk.at
-        found = {"hydrate": self.rates.load_s(self._tier(trunk), nbytes), "prefill": self.rates.prefill_s(trunk.at)}
-        return {name: seconds for name, seconds in found.items() if seconds is not None}
+    def _costs(self, point: ForkPoint) -> dict[str, float]:
+        return self.rates.costs(_tier(point), self._token_nbytes * point.at, point.at)
 
-    @staticmethod
-    def _tier(trunk: ForkPoint) -> Tier:
-        """Where it lies; one that only lives would go through the arena."""
-        return "arena" if trunk.stored is None else trunk.stored.where.tier
 
-    @staticmethod
-    def _decision(
-        action: Action, tier: Tier, life: Incarnation, policy: LoadPolicy, reason: str, predicted: float | None,
-        costs: dict[str, float],
-    ) -> Decision:  # fmt: skip
-        return Decision(
-            action=action, tier=tier, worker=life.name, policy=policy, reason=reason, predicted_s=predicted,
-            alternatives=costs,
-        )  # fmt: skip
+def held_here(worker: str, policy: LoadPolicy, measured_s: float) -> Decision:
+    """There is nothing to decide: a session at the point lives in the worker."""
+    return Decision(
+        action="fork", tier="engine", worker=worker, policy=policy, reason="its KV is in this worker",
+        predicted_s=0.0, measured_s=measured_s,
+    )  # fmt: skip
+
+
+def _tier(point: ForkPoint) -> Tier:
+    """Where it lies; one that only lives would go through the arena."""
+    return "arena" if point.stored is None else point.stored.where.tier
 
 
 def _sooner(costs: dict[str, float]) -> bool:

@@ -92,14 +92,15 @@ class Rates:
         with self._lock:
             self.measured.boot_s = seconds
 
-    def load_s(self, tier: str, nbytes: int) -> float | None:
+    def costs(self, tier: str, nbytes: int, tokens: int) -> dict[str, float]:
+        """Expected seconds to load so many bytes and to prefill so many tokens, as far as they were measured."""
         with self._lock:
-            fit = self.measured.loads.get(tier)
-            return None if fit is None else fit.seconds(nbytes)
-
-    def prefill_s(self, tokens: int) -> float | None:
-        with self._lock:
-            return self.measured.prefill.seconds(tokens)
+            fits = {"hydrate": (self.measured.loads.get(tier), nbytes), "prefill": (self.measured.prefill, tokens)}
+            return {
+                name: fit.fixed_s + amount * fit.per_unit_s
+                for name, (fit, amount) in fits.items()
+                if fit is not None and fit.points
+            }
 
     def step_s(self, branches: int) -> float | None:
         with self._lock:

@@ -1,17 +1,19 @@
-"""From what callers give as a point to a trunk: a session, a result, a snapshot, a point's name, or token ids."""
+"""From what callers give as a point to the fork point of a round.
+
+They give a session, a result, a snapshot, a point's name in the pool's repository, or token ids.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
 from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
-from thaw.engines.base import SessionRef
 from thaw.engines.text import cut_turns
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.fork_point import ForkPoint, OwnedSession
 from thaw.pool.session import PoolSession
 from thaw.pool.shm.shared_store import SharedPoint
@@ -26,9 +28,6 @@ from thaw.repo.repository import Repository
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.session import Session
 
-MAX_PROMPTS = 128
-"""Prompts (points that are plain tokens) whose snapshots the arena keeps, the latest ones."""
-
 
 class PointResolver:
     """`life_of`: the life that holds a session's engine. `policy`: the version that runs now."""
@@ -36,14 +35,13 @@ class PointResolver:
     def __init__(
         self,
         stores: Stores,
+        captures: Captures,
         repo: Repository | None,
         life_of: Callable[[Session], Incarnation | None],
         policy: Callable[[], str],
     ) -> None:
-        self._stores, self._arena, self._repo = stores, stores.arena, repo
+        self._stores, self._arena, self._captures, self._repo = stores, stores.arena, captures, repo
         self._life_of, self._policy = life_of, policy
-        self._captured: weakref.WeakKeyDictionary[Session, tuple[SessionRef, SharedPoint]] = weakref.WeakKeyDictionary()
-        self._prompts: OrderedDict[Hashable, SharedPoint] = OrderedDict()
 
     def find(self, point: object, at: int | None = None, seed: int | None = None) -> ForkPoint:
         """Raises `InvalidRequest`, `NotFound`, `BadPoint`, `StaleSession`, `EngineDied`."""
@@ -65,24 +63,8 @@ class PointResolver:
             "pool's repository, or token ids"
         )
 
-    def captured(self, trunk: ForkPoint, point: SharedPoint) -> None:
-        """`trunk` was captured as `point`: so was, up to there, the session or prompt that it came from."""
-        source = trunk.source[0]() if trunk.source is not None else None
-        if source is not None and trunk.source is not None:
-            self._captured[source] = (trunk.source[1], point)
-        elif trunk.plain:
-            self._prompts[trunk.key] = point
-            while len(self._prompts) > MAX_PROMPTS:
-                self._prompts.popitem(last=False)
-
-    def forget_prompt(self, trunk: ForkPoint) -> None:
-        self._prompts.pop(trunk.key, None)
-
-    def forget_prompts(self) -> None:
-        self._prompts.clear()
-
     def _of_session(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
-        captured = self._captured_of(session)
+        captured = self._captures.of_session(session)
         life = self._life_of(session)
         if life is None and not isinstance(session, PoolSession):
             return self._of_elsewhere(session, at, seed)
@@ -91,11 +73,6 @@ class PointResolver:
                 return self._of_living(session, life, captured, at, seed)
         return self._of_dead(session, captured, at, seed)
 
-    def _captured_of(self, session: Session) -> SharedPoint | None:
-        """Unless a chat that dropped tokens has made it another session of the engine's since."""
-        ref, point = self._captured.get(session, (None, None))
-        return point if ref == session.engine_ref else None
-
     def _of_living(
         self, session: Session, life: Incarnation, captured: SharedPoint | None, at: int | None, seed: int | None
     ) -> ForkPoint:
@@ -103,22 +80,22 @@ class PointResolver:
         at = check_at(at, len(view.tokens))
         held = OwnedSession(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
         fork = life.engine.view(held.ref)
-        trunk = ForkPoint(
+        point = ForkPoint(
             key=("live", ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
             seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
             held=held, kept=self._kept_of(session, fork.num_kv), source=(weakref.ref(session), ref),
         )  # fmt: skip
         if captured is not None and captured.num_tokens >= at:
-            trunk.put(self._arena, captured)
-        return trunk
+            return self._captures.known(point, captured)
+        return point
 
     def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
         """A session of an engine that is not in the pool: captured by that engine, now, unless it was already."""
-        captured, position = self._captured_of(session), check_at(at, len(session.view().tokens))
+        captured, position = self._captures.of_session(session), check_at(at, len(session.view().tokens))
         if captured is None or captured.num_tokens < position:
             ref = session.ref
             captured = self._arena.capture(Context(self._arena.store, session.engine), ref, Kept())
-            self._captured[session] = (ref, captured)
+            self._captures.add_session(session, ref, captured)
         return self._of_arena(captured, min(position, captured.num_tokens), seed)
 
     def _of_dead(self, session: Session, captured: SharedPoint | None, at: int | None, seed: int | None) -> ForkPoint:
@@ -134,22 +111,21 @@ class PointResolver:
         at = check_at(at, len(known.tokens))
         turns = cut_turns(known.turns, known.tokens, at, None)
         return ForkPoint(
-            key=("lost", id(session), at), at=at, tokens=known.tokens[:at], turns=turns,
+            key=("lost", known.policy, known.tokens[:at]), at=at, tokens=known.tokens[:at], turns=turns,
             seed=known.seed if seed is None else seed, policy=known.policy,
         )  # fmt: skip
 
     def _kept_of(self, session: Session, num_kv: int) -> KeptIn:
         """What the pool's stores have of it."""
         kept = session.kept_in.cut(num_kv) if isinstance(session, PoolSession) else KeptIn()
-        for where in self._stores:
+        for where in self._stores.all:
             if session.commits_to(where.store):  # the session itself knows best
                 kept = kept.add(where.store, session.kept_at(num_kv))
         return kept
 
     def _of_arena(self, point: SharedPoint, at: int | None, seed: int | None) -> ForkPoint:
-        trunk = self._of_stored(StoredPoint(self._arena, self._arena.at(point, at)), seed)
-        trunk.captured, trunk.kept = point, KeptIn().add(self._arena.store, point.kept)
-        return trunk
+        stored = StoredPoint(self._arena, self._arena.at(point, at))
+        return self._of_stored(stored, seed).stored_as(stored, point)
 
     def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> ForkPoint:
         if self._repo is None or self._stores.durable is None:
@@ -175,15 +151,12 @@ class PointResolver:
         if not tokens:
             raise InvalidRequest("no tokens to fork from; give at least one")
         tokens, policy = tokens[: check_at(at, len(tokens))], self._policy()
-        trunk = ForkPoint(
+        point = ForkPoint(
             key=("tokens", policy, tokens), at=len(tokens), tokens=tokens, turns=(),
             seed=fresh_seed() if seed is None else seed, policy=policy, plain=True,
         )  # fmt: skip
-        point = self._prompts.get(trunk.key)
-        if point is not None:
-            self._prompts.move_to_end(trunk.key)
-            trunk.put(self._arena, point)
-        return trunk
+        self._captures.if_prompt(point)
+        return point
 
 
 def check_at(at: int | None, num_tokens: int) -> int:

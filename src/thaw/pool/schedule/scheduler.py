@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed, ThawError
 from thaw.pool.rpc.protocol import is_out_of_memory
 from thaw.pool.schedule.batch import Batch
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import Job, JobChunk, KvLost
 from thaw.pool.schedule.placement import OLD_KV
 from thaw.pool.schedule.planner import Planner
@@ -48,10 +49,10 @@ class Scheduler:
     """`changed` is shared with the fleet. One thread hands out chunks; each chunk runs on one of `threads`."""
 
     def __init__(
-        self, fleet: Fleet, batch: Batch, planner: Planner, *, changed: threading.Condition, threads: Executor,
-        max_batch: int, queue_limit: int, retries: int,
+        self, fleet: Fleet, batch: Batch, planner: Planner, captures: Captures, *, changed: threading.Condition,
+        threads: Executor, max_batch: int, queue_limit: int, retries: int,
     ) -> None:  # fmt: skip
-        self._fleet, self._batch, self._planner = fleet, batch, planner
+        self._fleet, self._batch, self._planner, self._captures = fleet, batch, planner, captures
         self._changed, self._threads = changed, threads
         self._max_batch, self._limit, self._retries = max_batch, queue_limit, retries
         self._lanes: OrderedDict[Hashable, deque[JobChunk]] = OrderedDict()
@@ -194,7 +195,8 @@ class Scheduler:
         taken = chunk.taken or set()
         good = [pair for pair in free if pair[0].name not in chunk.avoid and pair[0].name not in taken]
         good = good or [pair for pair in free if pair[0].name not in chunk.avoid] or free
-        return min(good, key=lambda pair: (self._planner.cost(chunk.trunk, pair[1]), pair[0].running))
+        point = self._captures.now(chunk.point)
+        return min(good, key=lambda pair: (self._planner.cost(point, pair[1]), pair[0].running))
 
     def _take(self, chunk: JobChunk, worker: Worker, life: Incarnation) -> None:
         """Start a chunk; its lane goes to the end of the round. Under the lock."""
@@ -282,7 +284,7 @@ class Scheduler:
                 self._fleet.failed(worker, life, error)
             died_before = any(job.attempts > 1 for job in chunk.jobs)
             return self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)
-        if isinstance(error, OLD_KV) and chunk.trunk.plain and self._may_try_again(chunk):
+        if isinstance(error, OLD_KV) and chunk.point.plain and self._may_try_again(chunk):
             self._batch.forget(chunk, life)
             return self._again(chunk, error, pieces=1, avoid=None)
         if chunk.stage == "fork" and isinstance(error, NotFound):  # the point was let go of just then, for others

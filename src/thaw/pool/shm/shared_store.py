@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -67,8 +67,11 @@ class SharedStore:
         """Under the lock. How many points there are follows from them, so that no finalizer has to count."""
         self._closed = False
 
-    def capture(self, context: Context, session: SessionRef, kept: Kept) -> SharedPoint:
-        """The session as it stands, in the arena. `context` is of this store and the session's engine."""
+    def capture(self, context: Context, session: SessionRef, kept: Kept, nbytes: int = 0) -> SharedPoint:
+        """The session as it stands, in the arena. `context` is of this store and the session's engine. `nbytes`: what
+        it is expected to take, for which room is made first."""
+        if nbytes:
+            self.make_room(nbytes)
         began = time.perf_counter()
         name = f"p/{next(self._numbers)}"
         request = commits.Request(session=session, parent=None, message="", branch=name, meta={}, expect=None)
@@ -96,9 +99,6 @@ class SharedStore:
         with self._lock:
             self._loads += 1
             self._used.update(dict.fromkeys(packs, time.monotonic()))
-        return self._tier_of(packs)
-
-    def _tier_of(self, packs: Iterable[str]) -> Tier:
         return "disk" if any((self.store.packs / pack).is_symlink() for pack in packs) else "arena"
 
     def make_room(self, nbytes: int) -> None:
@@ -161,6 +161,7 @@ class SharedStore:
         return found
 
     def _nbytes(self) -> int:
+        """Of packs in shared memory."""
         return sum(size for _, size in self._resident())
 
     def _oldest(self) -> list[tuple[Path, int]]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from thaw.core.errors import EngineDied, ThawError
+from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import Engine, SessionRef
 from thaw.pool.backends.base import WorkerHandle
 from thaw.pool.stores import KeptIn, Stores
 from thaw.pool.workers.reaper import Reaper
 from thaw.repo.context import Context
-from thaw.store import Store
 
 LOCKS = 64
 State = Literal["booting", "ready", "draining", "gone"]
@@ -31,11 +31,13 @@ State = Literal["booting", "ready", "draining", "gone"]
 class Resident:
     """A session at a point, kept for rounds to fork from. `kept`: what of it the pool's stores have.
 
-    `restore`: the proof of its hydration, None where it was prefilled here."""
+    `restore`: the proof of its hydration, None where it was prefilled here. `turns`: of a point that is plain tokens,
+    as the engine made them."""
 
     ref: SessionRef
     kept: KeptIn = field(default_factory=KeptIn)
     restore: Proof | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 class Incarnation:
@@ -44,9 +46,11 @@ class Incarnation:
     def __init__(self, name: str, host: WorkerHandle, stores: Stores, limit: int, reaper: Reaper) -> None:
         self.name = name
         self.host = host
+        self.engine: Engine = host.engine
         self.has_history = stores.durable is not None
-        self._contexts = {where.store.uuid: Context(where.store, host.engine) for where in stores}
-        self.context = self.context_of((stores.durable or stores.arena).store)
+        self.contexts = {where.store.uuid: Context(where.store, host.engine) for where in stores.all}
+        """Of this engine and each of the pool's stores, by the store's UUID."""
+        self.context = self.contexts[(stores.durable or stores.arena).store.uuid]
         """Where its sessions commit: the pool's repository, else the arena."""
         self.over = False
         self.captures = 0
@@ -56,14 +60,6 @@ class Incarnation:
         self._lock = threading.Lock()
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()
         self._making = [threading.Lock() for _ in range(LOCKS)]
-
-    @property
-    def engine(self) -> Engine:
-        return self.host.engine
-
-    def context_of(self, store: Store) -> Context:
-        """Of this engine and one of the pool's stores."""
-        return self._contexts[store.uuid]
 
     def check(self) -> None:
         if self.over:

@@ -276,6 +276,51 @@
 
   let version = document.documentElement.dataset.version;
 
+  const following = new Map();
+
+  function follow(entry) {
+    const source = new EventSource(`/tree/follow?request=${encodeURIComponent(entry.dataset.request)}`);
+    const place = entry.querySelector("pre");
+    const text = document.createTextNode("");
+    place.replaceChildren(text);
+    following.set(entry, source);
+    source.addEventListener("message", (event) => {
+      text.appendData(JSON.parse(event.data));
+      if (text.length > 2 * LIMIT) text.deleteData(0, text.length - LIMIT);
+      place.scrollTop = place.scrollHeight;
+    });
+    source.addEventListener("end", () => { source.close(); refresh(true).catch(() => {}); });
+    source.addEventListener("error", () => source.close());
+  }
+
+  function onToggle(event) {
+    const entry = event.target;
+    if (entry.open && !following.has(entry)) follow(entry);
+    else if (!entry.open) {
+      following.get(entry)?.close();
+      following.delete(entry);
+      if (entry.classList.contains("over")) entry.remove();
+    }
+  }
+
+  // Somebody reads the unfolded ones: they stay as they are, also when they are over.
+  function showRunning(fresh) {
+    const place = document.getElementById("running");
+    for (const entry of [...place.querySelectorAll("details[open]")].reverse()) {
+      const same = fresh.querySelector(`details[data-request="${entry.dataset.request}"]`);
+      if (same) {
+        entry.querySelector("summary").replaceWith(same.querySelector("summary"));
+        same.replaceWith(entry);
+      } else {
+        entry.classList.add("over");
+        entry.querySelector("summary").textContent = "over; its session is in the tree";
+        fresh.prepend(entry);
+      }
+    }
+    place.replaceWith(fresh);
+    fresh.addEventListener("toggle", onToggle, true);
+  }
+
   function unfolded() {
     const open = [];
     for (const list of sessions.querySelectorAll("[role=tree], [aria-expanded=true] > [role=group]")) {
@@ -296,6 +341,7 @@
     const scroll = sessions.scrollTop;
     sessions.replaceChildren(content.getElementById("tree"));
     document.getElementById("totals").replaceWith(content.getElementById("totals"));
+    showRunning(content.getElementById("running"));
     sessions.scrollTop = scroll;
     version = now;
     const item = focused && document.getElementById(focused);
@@ -328,5 +374,8 @@
   detail.addEventListener("submit", safely(onSubmit));
   document.addEventListener("keydown", (event) => { if (event.key === "Escape" && comparing) stopComparing(); });
   enter();
-  if (!isFile) setTimeout(poll, POLL_MS);
+  if (!isFile) {
+    document.getElementById("running").addEventListener("toggle", onToggle, true);
+    setTimeout(poll, POLL_MS);
+  }
 })();

@@ -1,0 +1,40 @@
+"""An entry point of thaw's that an older installation lacks, from a folder, as any other distribution's; warm boots."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ENGINES = Path(__file__).resolve().parents[1] / "engines"
+
+
+@contextmanager
+def found(folder: Path, group: str, name: str, value: str) -> Iterator[None]:
+    """In the block, this process and those that it starts find the entry point."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(point.name == name for point in entry_points(group=group)):
+            about = folder / "thaw_weights_entry-0.dist-info"
+            about.mkdir()
+            (about / "METADATA").write_text("Metadata-Version: 2.1\nName: thaw-weights-entry\nVersion: 0\n")
+            (about / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+            patch.setattr(sys, "path", [str(folder), *sys.path])
+            known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *known]))
+        yield
+
+
+def of_engines(folder: str) -> ModuleType:
+    """The conftest of an engine's own tests."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_boots", ENGINES / folder / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

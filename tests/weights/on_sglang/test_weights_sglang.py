@@ -1,0 +1,84 @@
+"""SGLang loads a stored model straight from packs: the same bits as from its files, and errors name what is wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weights_models import CHANGES, GREEDY, LAYER, TEXT, flip, forged, nudged, rewrite, said
+
+import thaw
+from thaw.core.errors import IdentityMismatch, ThawError
+from thaw.engines import load_engine
+from thaw.engines.base import Engine
+from thaw.engines.sglang.client import boot as client
+from thaw.store import Store
+from thaw.weights import WeightsBook
+
+pytest.importorskip("sglang")
+
+OPTIONS: dict[str, Any] = {"max_total_tokens": 2048}
+
+
+def boot(model: Path, **more: Any) -> Engine:
+    return load_engine("sglang", model=str(model), **{**OPTIONS, **more})
+
+
+def test_a_folder_without_the_models_files_goes_on_bitwise(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """And the negative control: with one tensor swapped, the commit is refused and logprobs differ."""
+    folder = Path(shutil.copytree(tiny_model("llama", dtype="bfloat16", head_dim=64), tmp_path / "base"))
+    with boot(folder) as engine, thaw.open(tmp_path / "repo", engine=engine) as repo, repo.session(seed=1) as session:
+        session.append(TEXT * 4)
+        session.commit("read", branch="main", with_weights=True)
+        expected = said(session.generate("Go on. ", GREEDY))
+        repo.weights.add(rewrite(folder, nudged(LAYER)), "tuned")
+        models = [repo.weights.model(name) for name in ("base", "tuned")]
+    shutil.rmtree(folder)
+    with boot(models[0]) as engine, thaw.open(tmp_path / "repo", engine=engine) as repo, repo.fork("main", 1) as kids:
+        assert said(kids.generate("Go on. ", GREEDY)[0]) == expected
+    with boot(models[1]) as engine, thaw.open(tmp_path / "repo", engine=engine) as repo:
+        with pytest.raises(IdentityMismatch, match="weights"):
+            repo.fork("main", 1)
+        with repo.session("main", policy="recompute") as session:
+            assert said(session.generate("Go on. ", GREEDY))[1] != expected[1]
+
+
+@pytest.fixture
+def book(tmp_path: Path, tiny_model: Callable[..., Path]) -> Iterator[WeightsBook]:
+    with Store.init(tmp_path / "repo") as store:
+        made = WeightsBook(store)
+        made.add(tiny_model("llama", dtype="bfloat16", head_dim=64), "base")
+        yield made
+
+
+def words_of_failed_boot(model: Path) -> str:
+    """The error, and the log of the server, which goes when it ends."""
+    logs, end = [], client.OwnServer.end
+
+    def keep_log(server: client.OwnServer) -> None:
+        logs.append(Path(server._log.name).read_text(errors="replace"))
+        end(server)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.OwnServer, "end", keep_log)
+        with pytest.raises(ThawError) as failed:
+            boot(model)
+    return "\n".join([str(failed.value), *logs])
+
+
+def test_a_flipped_byte_in_a_pack_is_named(tmp_path: Path, book: WeightsBook) -> None:
+    blob = book.show("base").manifest.tensors[LAYER].blob
+    assert blob is not None
+    model = book.model("base")
+    with Store.open(tmp_path / "repo") as store:
+        flip(store, blob)
+    assert f"tensor {LAYER}: pack" in words_of_failed_boot(model)
+
+
+def test_a_set_that_is_not_its_config_is_named(book: WeightsBook) -> None:
+    for change, words in CHANGES.values():
+        assert re.search(words, words_of_failed_boot(forged(book, change)))
