@@ -225,8 +225,8 @@ class PagedKV:
                 have = ", ".join(f"{r.start} to {r.stop - 1}" for r in kept)
                 raise NotKept(
                     f"after {at} tokens the group {group.name} needs tokens {covered.start} to {covered.stop - 1}; "
-                    f"this session has {have}. Go on from its present end or from a point that was asked for, or read "
-                    "the tokens again"
+                    f"this session has {have}. Continue from its present end or from a point that was asked for, or "
+                    "read the tokens again"
                 )
 
     def read(self, column: int, start: int, stop: int) -> memoryview:
