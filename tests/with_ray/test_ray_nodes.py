@@ -31,7 +31,7 @@ def two_nodes() -> Iterator[LocalCluster]:
         yield cluster
 
 
-def until(true: Callable[[], bool], limit_s: float = 60.0) -> None:
+def until(true: Callable[[], bool], limit_s: float = 150.0) -> None:
     ends = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < ends, "it did not come true"
@@ -151,23 +151,20 @@ def _has_kv(path: Path) -> bool:
     return any(not entry.is_object and not entry.is_pad for entry in read_header(path).entries)
 
 
-def test_a_keeper_that_is_killed_is_made_again_and_nothing_is_booted(two_nodes: LocalCluster) -> None:
+def test_a_keeper_that_is_killed_costs_nothing_and_nothing_is_booted(two_nodes: LocalCluster) -> None:
     with two_nodes.pool(workers=2) as pool:
         session = pool.session(seed=7)
         session.append(TEXT)
         before = [(w.name, w.pid) for w in pool.stats().workers]
         expected = bits(pool.fork(session, 4, SAMPLED, snapshot="before"))
-        nodes = pool._backend.nodes  # type: ignore[attr-defined]
         killed = keepers(two_nodes)
         assert len(killed) == 2
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
         for worker in pool.workers:
             assert bits(pool.fork(session, 4, SAMPLED, worker=worker)) == expected
-        until(lambda: all(node.kept for node in nodes_of(pool)) and not set(killed) & set(keepers(two_nodes)))
+        assert len(counts(pool)) == 2, "while a keeper is away its node is asked directly"
         assert [(w.name, w.pid) for w in pool.stats().workers] == before
-        asked = nodes.num_calls
-        assert len(counts(pool)) == 2 and nodes.num_calls == asked + 2, "questions go through Ray again"
 
 
 def test_a_node_that_is_lost_takes_no_branch_along(two_nodes: LocalCluster) -> None:
