@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,10 @@ class Stand:
         return self.stack.enter_context(served(self.folder, []))
 
     def kill_engine(self) -> None:
+        """All of its processes. It is a child of this one, and is there until it is waited for."""
         os.killpg(self.engine_pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.engine_pid, 0)
 
     def kill_gateway(self) -> None:
         os.kill(self.gateway.pid, signal.SIGKILL)

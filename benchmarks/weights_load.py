@@ -7,6 +7,7 @@ repository there. Then each arm brings every tensor into parameters that are all
 files that the kernel was told to forget (`posix_fadvise`, file by file). Arms alternate, in another order each round:
 
     thaw            `thaw.weights.tensors.stream`: from packs, each tensor hashed (BLAKE3) on the host before it is used
+    pageable        the same through memory that is not page-locked (on a GPU)
     safetensors     `safe_open` and `get_tensor`, one tensor after the other: what transformers and vLLM do by default
     threads         the same on 8 threads, as SGLang does by default
     fastsafetensors `ParallelLoader`, where it is installed (without GPUDirect storage, on a CPU as well)
@@ -47,6 +48,7 @@ SHARD_BYTES = 4_000_000_000
 THREADS, READ = 8, 8 << 20
 TITLES = {
     "thaw": "from packs, every tensor verified",
+    "pageable": "the same, by memory that is not page-locked",
     "safetensors": "safetensors, one tensor after the other",
     "threads": "safetensors on 8 threads",
     "fastsafetensors": "fastsafetensors",
@@ -79,6 +81,7 @@ def make_model(folder: Path, nbytes: int) -> list[Path]:
 
 
 def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[Path]:
+    """Each tensor is its own multiple of the same random numbers, so no two are one blob."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
     for name, shape in shapes.items():
@@ -88,10 +91,14 @@ def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[Path]:
             held = 0
         shards[-1][name] = shape
         held += nbytes
+    drawn = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values())).to(torch.bfloat16)
     where, paths = {}, []
     for number, some in enumerate(shards, 1):
         path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({n: torch.randn(s).to(torch.bfloat16) for n, s in some.items()}, path, metadata={"format": "pt"})
+        made = {
+            n: drawn[: torch.Size(s).numel()].reshape(s) * (1 + len(where) + i) for i, (n, s) in enumerate(some.items())
+        }
+        save_file(made, path, metadata={"format": "pt"})
         where |= dict.fromkeys(some, path.name)
         paths.append(path)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
@@ -101,8 +108,8 @@ def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[Path]:
 # --- arms
 
 
-def with_thaw(store: Store, manifest: Any, params: Params) -> None:
-    for name, tensor in stream(store, manifest):
+def with_thaw(store: Store, manifest: Any, params: Params, pinned: bool | None = None) -> None:
+    for name, tensor in stream(store, manifest, pinned=pinned):
         params[name].copy_(tensor)
 
 
@@ -177,6 +184,8 @@ def arms(store: Store, manifest: Any, paths: list[Path], params: Params) -> dict
         "threads": lambda: with_threads(paths, params),
         "read": lambda: with_read(paths),
     }
+    if next(iter(params.values())).is_cuda:
+        found["pageable"] = lambda: with_thaw(store, manifest, params, pinned=False)
     if importlib.util.find_spec("fastsafetensors") is not None:
         found["fastsafetensors"] = lambda: with_fastsafetensors(paths, params)
     if importlib.util.find_spec("runai_model_streamer") is not None:
@@ -239,7 +248,7 @@ def receipt(told: argparse.Namespace, found: dict[str, dict[int, tuple[float, st
         ]  # fmt: skip
         text = "from the first read to the last tensor in its place, cold files"
         made.append(r.Arm(name=arm, title=TITLES[arm], text=text, rounds=tuple(rows)))
-    others = [arm for arm in found if arm not in ("thaw", "read")]
+    others = [arm for arm in found if arm not in ("thaw", "pageable", "read")]
     derived = [r.median(f"{arm}-gb-per-s", TITLES[arm], "GB/s", r.Term(arm=arm, value="gb_per_s")) for arm in found]
     derived += [
         r.ratio(f"{arm}-over-thaw", f"seconds of {arm} over those of thaw", r.Term(arm=arm, value="load_s"),

@@ -28,7 +28,7 @@ SERVED = {"on_vllm": ("vllm", "vLLM"), "on_sglang": ("sglang", "SGLang")}
 is: pytest puts the folder above on the path, and whoever asks whether vllm is there would find tests."""
 
 
-OPTIONAL = {"with_langgraph": "langgraph"}
+OPTIONAL = {"with_langgraph": "langgraph", "with_ray": "ray"}
 """Folders of tests that import an optional package, which is called as its extra is."""
 
 

@@ -63,6 +63,15 @@ class Gateway:
     def forwarded_each(self) -> list[int]:
         return [int(one._backend.num_forwarded_tokens) for one in self.engines]  # type: ignore[attr-defined]
 
+    def num_open(self, most: int) -> int:
+        """Sessions open in all engines, soon `most`: a client is answered before what is too much is closed."""
+        until = time.monotonic() + 20
+        while True:
+            found = sum(len(one._sessions) for one in self.engines)  # type: ignore[attr-defined]
+            if found <= most or time.monotonic() > until:
+                return found
+            time.sleep(0.01)
+
     def openai(self, token: str = TOKEN) -> Any:
         openai = pytest.importorskip("openai")
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0)

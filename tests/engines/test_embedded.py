@@ -231,3 +231,14 @@ def test_a_hostile_plan_meets_only_thaws_own_errors(engine: Engine, lab: Lab, wh
     with pytest.raises(ThawError):
         session = lab.hydrate(engine, new).session
         engine.generate([GenerateRequest(session=session, sampling=greedy(1))]).result(LIMIT_S)
+
+
+def test_a_generation_that_is_cancelled_before_it_begins_ends(engine: Engine, lab: Lab) -> None:
+    """What stops it is not known yet when `cancel` is called."""
+    session, go_on = lab.begin(engine, 20), threading.Event()
+    engine._driver.call(go_on.wait)  # type: ignore[attr-defined]
+    handle = engine.generate([GenerateRequest(session=session, sampling=greedy(200))])
+    handle.cancel()
+    go_on.set()
+    assert handle.result(LIMIT_S)[0].finish_reason == "abort"
+    engine.close_session(session)

@@ -166,9 +166,7 @@ def test_sessions_quotas_and_limits_count_over_all_engines(start: Start) -> None
     client = gateway.openai()
     for letter in "abcdef":
         ask(client, f"{letter} {LONG}")
-    assert len(gateway.service.live) <= 3
-    held = [len(engine._sessions) for engine in gateway.engines]  # type: ignore[attr-defined]
-    assert sum(held) <= 3
+    assert gateway.num_open(3) <= 3 and len(gateway.service.live) <= 3
 
 
 # -- the command line

@@ -115,19 +115,11 @@ def row_of(number: int) -> LedgerRow:
 def test_few_sessions_stay_open_and_the_rest_comes_back_from_the_disk(start: Start) -> None:
     gateway = start(settings=GatewaySettings(limits=Limits(live_sessions=2)))
     made = [respond(gateway, input=f"{i} {LONG}") for i in range(6)]
-    assert few_are_open(gateway)
+    assert gateway.num_open(2) <= 2
     for one in made:
         kid = respond(gateway, input="x", previous_response_id=one.id)
         assert kid.thaw["cached_tokens"] == one.usage.total_tokens - 1
-    assert few_are_open(gateway)
-
-
-def few_are_open(gateway: Gateway) -> bool:
-    """Soon: a client is answered before what is too much is closed."""
-    until = time.monotonic() + 10
-    while len(gateway.engine._sessions) > 2 and time.monotonic() < until:  # type: ignore[attr-defined]
-        time.sleep(0.01)
-    return len(gateway.engine._sessions) <= 2  # type: ignore[attr-defined]
+    assert gateway.num_open(2) <= 2
 
 
 def test_the_series_are_the_engines_own_counts(gateway: Gateway) -> None:

@@ -253,7 +253,9 @@ def test_another_package_brings_a_backend_by_an_entry_point(monkeypatch: pytest.
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [ours] if group == backends.GROUP else [])
     with ForkPool("fake", backend="elsewhere", workers=2) as pool:
         assert pool.fork(pool.encode("a document"), 1, GREEDY)[0].ok
-    with pytest.raises(InvalidRequest, match=r"backend='nowhere': must be 'process' or 'inline' or 'elsewhere'"):
+    with pytest.raises(
+        InvalidRequest, match=r"backend='nowhere': must be 'process' or 'inline' or 'ray' or 'elsewhere'"
+    ):
         ForkPool("fake", backend="nowhere")
 
 

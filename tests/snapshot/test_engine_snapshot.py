@@ -92,7 +92,7 @@ def test_transformers_goes_on_in_another_process(tmp_path: Path, tiny_model: Cal
 
 def working(repo: Repository, n: int, **more: Any) -> tuple[RequestQueue, list[Session]]:
     """A queue whose requests are in the middle of what they say."""
-    queue = RequestQueue(repo, **more)
+    queue = more.pop("queue", None) or RequestQueue(repo, **more)
     sessions = [repo.session(seed=i) for i in range(n)]
     for i, session in enumerate(sessions):
         queue.submit(session, f"The river {i}. ", LONG, id=f"r{i}")

@@ -493,3 +493,24 @@ def test_a_linked_set_is_copied_when_it_is_added_without(store: Store, book: Wei
     assert not book.add(folder, link=True).is_new  # what was copied stays so
     shutil.rmtree(folder)
     assert dict(of_folder(book.model("base")))
+
+
+def test_a_running_engine_takes_the_weights_of_a_set(tmp_path: Path, own_model: Make) -> None:
+    base, tuned = own_model(), rewrite(own_model("tuned"), nudged(LAYER))
+    with thaw.load_engine("transformers", model=str(base)) as engine, thaw.open(tmp_path / "r", engine=engine) as repo:
+        weights = repo.weights.add(tuned).entry.weights
+        assert engine.identity().weights != weights
+        engine.update_weights(str(repo.weights.model("tuned")))
+        assert engine.identity().weights == weights
+
+
+def test_a_folder_of_the_users_own_is_left_alone(store: Store, book: WeightsBook, own_model: Make) -> None:
+    mine = store.path / "models" / "base"
+    shutil.copytree(own_model("elsewhere"), mine)
+    before = sorted(path.name for path in mine.iterdir())
+    assert choose(store, None, str(mine)).options["model"] == str(mine)
+    book.add(mine)
+    with pytest.raises(Conflict, match="is not thaw's own"):
+        book.model("base")
+    book.rm("base")
+    assert sorted(path.name for path in mine.iterdir()) == before

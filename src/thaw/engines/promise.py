@@ -24,7 +24,21 @@ class Promise(Handle[T], Generic[T]):
         self._error: BaseException | None = None
         self._settled = False
         self._callbacks: list[Callable[[Handle[T]], object]] = []
-        self.on_cancel = on_cancel
+        self._on_cancel = on_cancel
+        self._cancelled = False
+
+    @property
+    def on_cancel(self) -> Callable[[], None] | None:
+        """What stops the work. Set after `cancel` was called, it is called then: the work had not begun."""
+        return self._on_cancel
+
+    @on_cancel.setter
+    def on_cancel(self, stop: Callable[[], None] | None) -> None:
+        with self._changed:
+            self._on_cancel = stop
+            late = self._cancelled and not self._settled
+        if late and stop is not None:
+            stop()
 
     def result(self, timeout: float | None = None) -> T:
         with self._ended:
@@ -35,8 +49,11 @@ class Promise(Handle[T], Generic[T]):
         return self._value  # type: ignore[return-value]
 
     def cancel(self) -> None:
-        if self.on_cancel is not None and not self._settled:
-            self.on_cancel()
+        with self._changed:
+            self._cancelled = True
+            stop = None if self._settled else self._on_cancel
+        if stop is not None:
+            stop()
 
     def done(self) -> bool:
         return self._settled

@@ -39,7 +39,7 @@ from thaw.pool.arguments import (
     each_sampling,
     make_job,
 )
-from thaw.pool.backends import choose
+from thaw.pool.backends import Factory, choose
 from thaw.pool.backends.attached import AttachedBackend
 from thaw.pool.round import Round
 from thaw.pool.schedule.batch import Batch
@@ -76,8 +76,9 @@ class ForkPool:
     stay when the pool closes.
 
     `repo` (a `Repository`, or a path): where points are named and `result.session.commit` goes.
-    `backend`: "process" (each worker a process of its own), "inline" (engines in this process), or one that another
-    package provides (`thaw.pool.backends`).
+    `backend`: "process" (each worker a process of its own), "inline" (engines in this process), "ray" or a
+    `thaw.cluster.RayCluster` (on the nodes of a Ray cluster), or one that another package provides
+    (`thaw.pool.backends`).
     `arena_nbytes`: shared memory for snapshots; what is beyond is spilled to `spill` (default: the temporary folder).
     `policy`: "exact" loads stored KV; "fast" prefills again where that is expected sooner (results say so).
     `snapshot`: see `SnapshotMode`. A worker that dies before a live point was captured takes it along, unless "before".
@@ -93,7 +94,7 @@ class ForkPool:
         *,
         workers: int = 1,
         repo: Repository | str | Path | None = None,
-        backend: str = "process",
+        backend: str | Factory = "process",
         arena_nbytes: int = 4 << 30,
         spill: str | Path | None = None,
         policy: LoadPolicy = "exact",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 LoadPolicy = Literal["exact", "fast"]
 """`exact`: stored KV is always loaded. `fast`: prefilled again where the planner expects that sooner; it says so."""
 Action = Literal["fork", "hydrate", "prefill"]
-Tier = Literal["engine", "arena", "disk", "none"]
+Tier = Literal["engine", "arena", "disk", "node", "none"]
+"""`node`: on another node, from where it is fetched first."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     `predicted_s` and `alternatives` (action -> seconds) are the planner's before, None and absent where nothing was
     measured yet; `measured_s` is what it took. `num_prefilled_tokens`: tokens of the point run through the model here.
+    `link`: the address of the node that its KV comes from, where that is another one.
     """
 
     action: Action
@@ -56,6 +58,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     alternatives: dict[str, float] = {}
     nbytes: int = 0
     num_prefilled_tokens: int = 0
+    link: str = ""
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):

@@ -260,6 +260,8 @@ def clone(
     from thaw.remote.clone import clone as make
     from thaw.remote.opened import opened as open_remote
 
+    if weights and refs_only:
+        raise InvalidRequest("weights=True fetches what commits need, and refs_only=True fetches none: leave one out.")
     whose = namespaces.DEFAULT if namespace is None else namespaces.check(namespace)
     address = parse(url, options)
     made = RemoteSettings(url=address.url, options=dict(address.options))

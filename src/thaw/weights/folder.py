@@ -35,7 +35,13 @@ SCHEME = "thaw:"
 def engine_folder(store: Store, entry: WeightsEntry) -> Path:
     """The folder by which engines open the set. Written where it is not as it should be; several may do so at once."""
     folder = store.path.resolve() / MODELS / entry.name
+    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
+        raise Conflict(
+            f"{folder} is not thaw's own: move it elsewhere, for thaw writes the folder of {entry.name!r} there"
+        )
     make_private(folder)
+    if not _is_ours(folder):
+        _write(folder / stored.PLACE, b"{}")  # whose it is, from here on
     seen = record.view(store)
     manifest = record.manifest(seen, CommitId(entry.commit))
     at = StoredAt(store=os.path.join("..", ".."), uuid=store.uuid, commit=entry.commit, manifest=entry.manifest)
@@ -51,8 +57,13 @@ def engine_folder(store: Store, entry: WeightsEntry) -> Path:
 
 
 def remove_engine_folder(store: Store, name: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(store.path.resolve() / MODELS / name)
+    folder = store.path.resolve() / MODELS / name
+    if _is_ours(folder):
+        shutil.rmtree(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / stored.PLACE).is_file()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thaw.core.errors import InvalidRequest
+from thaw.engines.hf.stored import is_stored
 from thaw.weights.folder import MODELS, SCHEME
 
 if TYPE_CHECKING:
@@ -47,5 +48,7 @@ def from_name(store: Store, model: object) -> object:
 
 
 def _stored_name(store: Store, model: str) -> str | None:
+    """The set that this folder is of, whether it is there or has to be written again."""
     path = Path(model)
-    return path.name if path.parent == store.path.resolve() / MODELS else None
+    ours = path.parent == store.path.resolve() / MODELS and (is_stored(path) or not path.exists())
+    return path.name if ours else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from thaw.core.errors import InvalidRequest
+from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import auto_class, load_config, sensible
 from thaw.engines.hf.stored import TORCH, StoredTensor
 from thaw.engines.hf.weights import root_of_folder
@@ -41,4 +41,10 @@ def architecture_of(folder: Path) -> str:
 def root_of(folder: Path, dtype: str) -> str:
     """Where loading changes tensors: the id of the loaded model, which is computed here once."""
     torch_dtype(dtype)
-    return root_of_folder(folder, dtype)
+    try:
+        return root_of_folder(folder, dtype)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise Unsupported(
+            f"the tensors of {folder} change when they are loaded (they are quantised, merged or renamed), and "
+            f"transformers does not load them here, so their weights id is not known: {str(error)[:300]}"
+        ) from None

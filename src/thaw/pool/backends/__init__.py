@@ -3,6 +3,7 @@
 process     a host process for each worker: survives any death of an engine
 inline      engines loaded into this process (no protection from a crash, no copy of a message)
 attached    engines that somebody else runs; they stay when the pool closes
+ray         engines on the nodes of a Ray cluster (`thaw.cluster`)
 
 A further backend is a file here and a line in `OWN`. Another distribution adds one by an entry point of group
 `thaw.pool_backends`: a name, and what makes a `WorkerBackend` of a `WorkerSpec`. It is imported when a pool names it.
@@ -22,16 +23,20 @@ GROUP = "thaw.pool_backends"
 OWN = {
     "process": "thaw.pool.backends.process:ProcessBackend",
     "inline": "thaw.pool.backends.inline:InlineBackend",
+    "ray": "thaw.cluster.joining:on_ray",
 }
+Factory = Callable[[WorkerSpec], WorkerBackend]
 
 
 def choose(
-    dirs: PoolDirs, engine: Any, workers: int, backend: str, options: dict[str, Any], env: Any, limit_s: float
+    dirs: PoolDirs, engine: Any, workers: int, backend: str | Factory, options: dict[str, Any], env: Any, limit_s: float
 ) -> tuple[WorkerBackend, int]:
     """The backend for what a pool was given, and how many workers it begins with. An engine's name is booted by
-    `backend`; anything else is joined. Raises `InvalidRequest` for a backend that there is none of."""
+    `backend`, a name or what makes one; anything else is joined. Raises `InvalidRequest` for a backend that there is
+    none of."""
     if isinstance(engine, str) and "://" not in engine:
-        return _named(backend)(WorkerSpec(engine, options, dirs, env, limit_s)), workers
+        make = _named(backend) if isinstance(backend, str) else backend
+        return make(WorkerSpec(engine, options, dirs, env, limit_s)), workers
     from thaw.pool.backends.attached import AttachedBackend
 
     targets = list(engine) if isinstance(engine, (list, tuple)) else [engine]
@@ -40,11 +45,11 @@ def choose(
     return AttachedBackend(targets, options), len(targets)
 
 
-def _named(name: str) -> Callable[[WorkerSpec], WorkerBackend]:
+def _named(name: str) -> Factory:
     """thaw's own come first, whatever is installed."""
     if name in OWN:
         module, _, attribute = OWN[name].partition(":")
-        made: Callable[[WorkerSpec], WorkerBackend] = getattr(importlib.import_module(module), attribute)
+        made: Factory = getattr(importlib.import_module(module), attribute)
         return made
     from importlib.metadata import entry_points  # 50 ms that a backend of thaw's own need not cost
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from thaw.engines.base import Engine
+from thaw.engines.base import Engine, HydratePlan
 from thaw.pool.shm.dirs import PoolDirs
 
 
@@ -62,6 +62,21 @@ class WorkerHandle(Protocol):
 
     def close(self) -> None:
         """End it in order. Idempotent."""
+
+
+@runtime_checkable
+class LinkedHandle(Protocol):
+    """What a handle has besides where its engine may run on another node, to which KV comes over a link. A link is
+    named by the address that KV comes from, "" where it lies on the engine's own node. `state`: a stored state's id."""
+
+    def link(self, state: str) -> str:
+        """Over which link that point would come, as far as it is known."""
+
+    def came_over(self, plan: HydratePlan) -> str:
+        """Over which link most of what was loaded came."""
+
+    def holds(self, state: str) -> None:
+        """That point's KV was written or read on the engine's node."""
 
 
 class WorkerBackend(Protocol):

@@ -75,7 +75,7 @@ class Placement:
                 parent = None if now.stored is None else now.stored.parent
                 decision = held_here(life.name, policy, time.perf_counter() - began)
                 return Placed(now, found.ref, found, decision, now.turns or found.turns, found.restore, parent)
-            decision = self._planner.decide(now, life.name, policy)
+            decision = self._planner.decide(now, life.name, policy, life.link(now.stored))
             if decision.action == "hydrate":
                 return self._hydrate(now, life, decision, began)
             return self._prefill(now, life, decision, began)
@@ -125,7 +125,9 @@ class Placement:
     def _into_arena(self, point: ForkPoint, life: Incarnation, ref: SessionRef, kept: KeptIn) -> ForkPoint:
         store = self._arena.store
         captured = self._arena.capture(life.contexts[store.uuid], ref, kept.of(store), self._token_nbytes * point.at)
-        return self._captures.add(point, captured)
+        now = self._captures.add(point, captured)
+        life.holds(now.stored)
+        return now
 
     def _hydrate(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> Placed:
         now = point if point.stored is not None else self.capture(point)
@@ -136,11 +138,13 @@ class Placement:
         loaded = time.perf_counter()
         if point.plain:
             resident.turns = life.engine.view(live.session).turns
-        tier = now.stored.where.loaded(live.plan)
-        self._planner.rates.load(tier, live.proof.nbytes, loaded - captured)
+        tier, link = now.stored.where.loaded(live.plan), life.came_over(live.plan)
+        tier = "node" if link else tier
+        life.holds(now.stored)
+        self._planner.rates.load(tier, live.proof.nbytes, loaded - captured, link)
         life.keep(point.key, resident)
         done = msgspec.structs.replace(
-            decision, tier=tier, nbytes=live.proof.nbytes, measured_s=time.perf_counter() - began
+            decision, tier=tier, nbytes=live.proof.nbytes, link=link, measured_s=time.perf_counter() - began
         )
         return Placed(
             now, live.session, resident, done, now.turns or resident.turns, live.proof, now.stored.parent,

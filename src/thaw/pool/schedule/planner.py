@@ -22,11 +22,10 @@ class Planner:
         self.rates = rates
         self._token_nbytes = token_nbytes
 
-    def decide(self, point: ForkPoint, worker: str, policy: LoadPolicy) -> Decision:
-        """For a worker that has not got it. Raises `KvLost` where the KV died with its worker and prefilling was not
-        allowed."""
-        tier = _tier(point)
-        costs = self.rates.costs(tier, self._token_nbytes * point.at, point.at)
+    def decide(self, point: ForkPoint, worker: str, policy: LoadPolicy, link: str = "") -> Decision:
+        """For a worker that has not got it; over `link` it would come from another node. Raises `KvLost` where the KV
+        died with its worker and prefilling was not allowed."""
+        tier, costs = _tier(point, link), self._costs(point, link)
         loadable = point.stored is not None or point.alive
         if loadable and (policy == "exact" or not _sooner(costs)):
             reason = "its KV is stored" if policy == "exact" else "loading is expected sooner than prefilling"
@@ -34,7 +33,7 @@ class Planner:
                 reason = "its KV is stored; nothing was measured yet that says prefilling is sooner"
             return Decision(
                 action="hydrate", tier=tier, worker=worker, policy=policy, reason=reason,
-                predicted_s=costs.get("hydrate"), alternatives=costs,
+                predicted_s=costs.get("hydrate"), alternatives=costs, link=link,
             )  # fmt: skip
         if point.plain:
             reason = "nothing is stored of these tokens"
@@ -56,25 +55,26 @@ class Planner:
         """Expected seconds until `life` has the point; infinite guesses are avoided: unknown counts as a second."""
         if point.lives_in(life) or life.has(point.key):
             return 0.0
-        costs = self._costs(point)
+        costs = self._costs(point, life.link(point.stored))
         return costs.get("hydrate" if point.stored is not None or point.alive else "prefill", 1.0)
 
     def spread(self, point: ForkPoint, branches: int, tokens: int, lives: list[Incarnation]) -> int:
         """Over how many workers `branches` should go: where the shorter decode is expected to win over the loads."""
         best, best_s = 1, None
         holders = sum(self.cost(point, life) == 0.0 for life in lives)
+        far = max((self._costs(point, life.link(point.stored)).get("hydrate", 1.0) for life in lives), default=1.0)
         for k in range(1, min(len(lives), branches) + 1):
             step = self.rates.step_s(-(-branches // k))
             if step is None:
                 return 1
-            load = 0.0 if k <= max(holders, 1) else self._costs(point).get("hydrate", 1.0)
+            load = 0.0 if k <= max(holders, 1) else far
             total = load + step * tokens
             if best_s is None or total < best_s * 0.95:  # a tie goes to fewer workers
                 best, best_s = k, total
         return best
 
-    def _costs(self, point: ForkPoint) -> dict[str, float]:
-        return self.rates.costs(_tier(point), self._token_nbytes * point.at, point.at)
+    def _costs(self, point: ForkPoint, link: str) -> dict[str, float]:
+        return self.rates.costs(_tier(point, link), self._token_nbytes * point.at, point.at, link)
 
 
 def held_here(worker: str, policy: LoadPolicy, measured_s: float) -> Decision:
@@ -85,8 +85,11 @@ def held_here(worker: str, policy: LoadPolicy, measured_s: float) -> Decision:
     )  # fmt: skip
 
 
-def _tier(point: ForkPoint) -> Tier:
-    """Where it lies; one that only lives would go through the arena."""
+def _tier(point: ForkPoint, link: str) -> Tier:
+    """Where it lies, seen from a worker to which it would come over `link`; one that only lives would go through the
+    arena."""
+    if link:
+        return "node"
     return "arena" if point.stored is None else point.stored.where.tier
 
 

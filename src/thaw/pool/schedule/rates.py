@@ -76,9 +76,11 @@ class Rates:
         self._lock = threading.Lock()
         self.measured = _read(self._path) or Measured(engine=engine, model=model, device=device)
 
-    def load(self, tier: str, nbytes: int, seconds: float) -> None:
+    def load(self, tier: str, nbytes: int, seconds: float, link: str = "") -> None:
+        """What came over a link is noted for that link too."""
         with self._lock:
-            self.measured.loads.setdefault(tier, Fit()).add(nbytes, seconds)
+            for name in (tier, *([_named(tier, link)] if link else [])):
+                self.measured.loads.setdefault(name, Fit()).add(nbytes, seconds)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         with self._lock:
@@ -92,10 +94,15 @@ class Rates:
         with self._lock:
             self.measured.boot_s = seconds
 
-    def costs(self, tier: str, nbytes: int, tokens: int) -> dict[str, float]:
-        """Expected seconds to load so many bytes and to prefill so many tokens, as far as they were measured."""
+    def costs(self, tier: str, nbytes: int, tokens: int, link: str = "") -> dict[str, float]:
+        """Expected seconds to load so many bytes and to prefill so many tokens, as far as they were measured; over a
+        link that was not used yet as over the others."""
         with self._lock:
-            fits = {"hydrate": (self.measured.loads.get(tier), nbytes), "prefill": (self.measured.prefill, tokens)}
+            loads = self.measured.loads
+            fits = {
+                "hydrate": (loads.get(_named(tier, link)) or loads.get(tier), nbytes),
+                "prefill": (self.measured.prefill, tokens),
+            }
             return {
                 name: fit.fixed_s + amount * fit.per_unit_s
                 for name, (fit, amount) in fits.items()
@@ -127,6 +134,10 @@ def remembered(cache: Path) -> list[Measured]:
     """What pools on this machine have measured."""
     found = [_read(path) for path in sorted((cache / FOLDER).glob("*.json"))]
     return [measured for measured in found if measured is not None]
+
+
+def _named(tier: str, link: str) -> str:
+    return f"{tier} {link}" if link else tier
 
 
 def _read(path: Path | None) -> Measured | None:

@@ -17,9 +17,9 @@ from typing import Literal
 from thaw.core.errors import EngineDied, ThawError
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
-from thaw.engines.base import Engine, SessionRef
-from thaw.pool.backends.base import WorkerHandle
-from thaw.pool.stores import KeptIn, Stores
+from thaw.engines.base import Engine, HydratePlan, SessionRef
+from thaw.pool.backends.base import LinkedHandle, WorkerHandle
+from thaw.pool.stores import KeptIn, StoredPoint, Stores
 from thaw.pool.workers.reaper import Reaper
 from thaw.repo.context import Context
 
@@ -64,6 +64,20 @@ class Incarnation:
     def check(self) -> None:
         if self.over:
             raise EngineDied(f"worker {self.name}'s engine has ended, and with it the sessions that only it had")
+
+    def link(self, stored: StoredPoint | None) -> str:
+        """Over which link the point would come here: "" on one host, and where it lies beside the engine."""
+        if stored is None or not isinstance(self.host, LinkedHandle):
+            return ""
+        return self.host.link(stored.point.state)
+
+    def came_over(self, plan: HydratePlan) -> str:
+        return self.host.came_over(plan) if isinstance(self.host, LinkedHandle) else ""
+
+    def holds(self, stored: StoredPoint | None) -> None:
+        """The point's KV was written or read here."""
+        if stored is not None and isinstance(self.host, LinkedHandle):
+            self.host.holds(stored.point.state)
 
     def making(self, key: Hashable) -> threading.Lock:
         """Held while a point is brought here, so that two batches bring it once (and seldom another one with it)."""

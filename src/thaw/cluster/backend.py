@@ -1,0 +1,187 @@
+"""The pool's backend on a cluster: which node boots a worker, and the handle of one worker there."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from thaw.cluster.engine import NodeEngine
+from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, PulledPacks, SpawnEngine, value_of
+from thaw.cluster.nodes import ClusterNode, ClusterNodes
+from thaw.cluster.peer import exchange
+from thaw.cluster.routes import PackRoutes
+from thaw.core.errors import EngineDied, ThawError, TimedOut, Unsupported
+from thaw.engines.base import Engine, HydratePlan
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
+from thaw.pool.backends.process import FAREWELL_S, NOT_SENT
+from thaw.pool.rpc import protocol
+from thaw.pool.rpc.client import RpcClient
+from thaw.pool.rpc.connection import Connection
+from thaw.pool.rpc.protocol import Booted
+
+
+class ClusterBackend:
+    """Each worker is an engine's process on some node, booted again there or elsewhere when it ends."""
+
+    restarts = True
+
+    def __init__(self, spec: WorkerSpec, nodes: ClusterNodes, *, own: bool) -> None:
+        """`own`: the nodes are let go with this pool."""
+        self._spec, self.nodes, self._own = spec, nodes, own
+        self._lock = threading.Lock()
+        self._workers: set[NodeWorker] = set()
+        self._places: dict[int, ClusterNode] = {}
+        self._closed = False
+        self.routes = PackRoutes(self.nodes)
+
+    def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
+        node = self.nodes.place(self._places.get(index))
+        self._places[index] = node
+        worker = None
+        try:
+            worker = self._attach(node, name, dict(self._spec.env_of(index)))
+            with self._lock:
+                if self._closed:
+                    raise EngineDied("the pool was closed while a worker booted")
+                self._workers.add(worker)
+            worker.start(self._spec.engine, self._spec.options_for(policy_version), self._spec.boot_timeout_s)
+        except BaseException:
+            if worker is not None:
+                worker.kill()
+            else:
+                self.nodes.left(node)
+            raise
+        return worker
+
+    def _attach(self, node: ClusterNode, name: str, env: dict[str, str]) -> NodeWorker:
+        """A process on the node, and the line to it. Raises `EngineDied`."""
+        ticket = secrets.token_hex(16)
+        self.nodes.ask(node, SpawnEngine(ticket=ticket, name=name, env=env))
+        try:
+            sock = self.nodes.peer(node).connect()
+            pid = value_of(exchange(sock, ENCODE(AttachEngine(ticket=ticket))))
+        except OSError as error:
+            raise EngineDied(f"the node {node.address} took no worker: {error}") from error
+        return NodeWorker(self, node, ticket, name, pid, RpcClient(Connection(sock), name))
+
+    def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
+        if update is not None and not isinstance(update, str):
+            raise Unsupported(NOT_SENT)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            booting = [worker for worker in self._workers if not worker.booted]
+            empty = not self._workers
+        for worker in booting:
+            worker.kill()
+        if empty:
+            self._end()
+
+    def ended(self, worker: NodeWorker) -> None:
+        """Once for each. After the last one of a closed pool its nodes are let go."""
+        with self._lock:
+            if worker not in self._workers:
+                return
+            self._workers.discard(worker)
+            last = self._closed and not self._workers
+        self.nodes.left(worker.node)
+        if last:
+            self._end()
+
+    def _end(self) -> None:
+        if self._own:
+            self.nodes.end()
+        else:
+            self.routes.close()
+
+
+class NodeWorker:
+    """A process on a node, and the line to it."""
+
+    engine: Engine
+
+    def __init__(
+        self, backend: ClusterBackend, node: ClusterNode, ticket: str, name: str, pid: int, line: RpcClient
+    ) -> None:
+        self._backend, self.node, self._ticket, self._name, self._line = backend, node, ticket, name, line
+        self.pid: int | None = pid
+        self.boot_s = 0.0
+        self.booted = False
+        self._over = threading.Event()
+        self._told: Callable[[], None] | None = None
+        line.on_end = self._ended
+        node.on_lost.add(self._node_lost)
+
+    def start(self, engine: str, options: dict[str, Any], limit_s: float) -> None:
+        began = time.perf_counter()
+        call = protocol.Boot(id=0, protocol=protocol.PROTOCOL, engine=engine, options=options)
+        try:
+            booted: Booted = self._line.ask(call).result(limit_s)
+        except TimedOut:
+            raise EngineDied(f"the worker did not boot within {limit_s:.0f} s{self._last_words()}") from None
+        except EngineDied as error:
+            raise EngineDied(f"{error}{self._last_words()}") from None
+        self.engine = NodeEngine(self._line, booted, self.node, self._backend.routes)
+        self.boot_s, self.booted = time.perf_counter() - began, True
+
+    def alive(self) -> bool:
+        return not self._over.is_set()
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        self._told = callback
+
+    def check(self, limit_s: float) -> bool:
+        silent = time.monotonic() - self._line.heard
+        if silent > limit_s / 3:
+            self._line.tell(protocol.Ping(id=0))
+        return silent < limit_s
+
+    def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
+        if not isinstance(update, str):
+            raise Unsupported(NOT_SENT)
+        assert isinstance(self.engine, NodeEngine)
+        return self.engine.invoke(update, arguments)
+
+    def link(self, state: str) -> str:
+        return self._backend.routes.link(self.node, state)
+
+    def holds(self, state: str) -> None:
+        self._backend.routes.holds(self.node, state)
+
+    def came_over(self, plan: HydratePlan) -> str:
+        assert isinstance(self.engine, NodeEngine)
+        return self._backend.routes.link_of(self.engine.pulled(plan) or PulledPacks())
+
+    def kill(self) -> None:
+        """By its node's daemon; where that is gone the process ends by itself, for its line does."""
+        with contextlib.suppress(ThawError):
+            self._backend.nodes.ask(self.node, KillEngine(ticket=self._ticket))
+        self._line.end("the worker was killed by its pool")
+        self._over.set()
+        self.node.on_lost.discard(self._node_lost)
+        self._backend.ended(self)
+
+    def close(self) -> None:
+        self._line.tell(protocol.Bye(id=0))
+        self._over.wait(FAREWELL_S)
+        self.kill()
+
+    def _ended(self) -> None:
+        self._over.set()
+        if self._told is not None:
+            self._told()
+
+    def _node_lost(self) -> None:
+        self._line.end(f"the node {self.node.address} is gone, and worker {self._name} with it")
+
+    def _last_words(self) -> str:
+        """The last lines of its log, for the error."""
+        with contextlib.suppress(ThawError):
+            lines = str(self._backend.nodes.ask(self.node, EngineLog(ticket=self._ticket))).splitlines()[-5:]
+            return ": " + " | ".join(lines) if lines else ""
+        return ""

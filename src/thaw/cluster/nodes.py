@@ -1,0 +1,309 @@
+"""The client's view of the cluster: its nodes, each with a daemon once it is needed.
+
+A daemon is asked through Ray, by its node's keeper; where Ray or the keeper is away, straight. So what runs goes on
+without Ray, and nothing waits for it but a node that is new. One thread renews the leases; another makes keepers again
+that have ended, and joins Ray again when it is back: daemons that run are found by their machine's address, and none is
+booted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from thaw.cluster.daemon import DaemonAddress, DaemonSettings
+from thaw.cluster.desk import RayNode
+from thaw.cluster.desk_line import DaemonGone, DeskLine, KeeperGone, RayAway
+from thaw.cluster.keeper import KEEPER_LIMIT_S, SMALL_BYTES
+from thaw.cluster.messages import ENCODE, EndNode, Question, RenewLease, value_of
+from thaw.cluster.peer import ANSWER_S, Peer
+from thaw.cluster.secret import new_secret
+from thaw.cluster.settings import ClusterSettings
+from thaw.core.errors import EngineDied, NotFound, ThawError
+
+MAX_THREADS = 32
+JOIN_S = 90.0
+LOOK_S = 15.0
+AGAIN_S = 2.0
+"""Between two looks at Ray: whether it is there, has the same nodes, and a keeper on each that needs one."""
+SLOWED = (
+    "engines on the node {} run at niceness {}, as Ray's workers do, and this user may not change that: they get "
+    "little time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
+)
+
+
+@dataclass(eq=False)
+class ClusterNode:
+    """`key`: our name for it, another one for each daemon. `listed`: Ray has it. `kept`: it has a keeper.
+
+    `folders`: by store, once it was told of it. `has`: (store, pack) that were seen there. `on_lost`: what is called
+    once when its daemon is gone."""
+
+    key: str
+    ray_id: str
+    address: str
+    labels: dict[str, str]
+    is_home: bool
+    daemon: DaemonAddress | None = None
+    listed: bool = True
+    kept: bool = False
+    lost: bool = False
+    num_workers: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    folders: dict[str, str] = field(default_factory=dict)
+    has: set[tuple[str, str]] = field(default_factory=set)
+    on_lost: set[Callable[[], None]] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while its daemon is started, and while its folders are made known."""
+
+
+class ClusterNodes:
+    """Safe from any thread. `num_calls`: questions that went through Ray; `num_direct`: those that did not."""
+
+    def __init__(self, cluster: ClusterSettings, log: Path | None) -> None:
+        if find_spec("ray") is None:
+            raise NotFound("backend='ray' needs Ray, which is not installed: pip install 'thaw-vllm[ray]'")
+        self._cluster, self._log, self._secret = cluster, log, new_secret()
+        self._lock = threading.Lock()
+        self._nodes: list[ClusterNode] = []
+        self._closing = threading.Event()
+        self.num_calls = self.num_direct = self.num_joins = 0
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-nodes")
+        self._desk = DeskLine(log)
+        try:
+            self._join()
+        except BaseException:
+            self._desk.close()
+            raise
+        works = {"thaw-leases": self._renew_all, "thaw-ray": self._mend_often}
+        self._running = [threading.Thread(target=work, name=name, daemon=True) for name, work in works.items()]
+        for thread in self._running:
+            thread.start()
+
+    # -- which
+
+    def all(self) -> list[ClusterNode]:
+        with self._lock:
+            return list(self._nodes)
+
+    def home(self) -> ClusterNode:
+        """The client's own node, with its daemon. Raises `EngineDied`."""
+        for _ in range(2):
+            for node in self.all():
+                if node.is_home:
+                    self.start(node)
+                    return node
+            self.refresh()
+        raise EngineDied("the node that this program runs on is not in the Ray cluster; start Ray on it, or run there")
+
+    def place(self, before: ClusterNode | None) -> ClusterNode:
+        """A node for one more worker, counted there (`left` takes it back): `before` if it is still good, else the one
+        with the fewest. Raises `EngineDied`."""
+        with contextlib.suppress(RayAway):
+            self.refresh()
+        tried: list[str] = []
+        while (node := self._fewest(before, tried)) is not None:
+            try:
+                self.start(node)
+            except EngineDied as error:
+                self.left(node)
+                tried.append(f"{node.address}: {error}")
+                before = None
+            else:
+                return node
+        labels = f" with the labels {dict(self._cluster.labels)}" if self._cluster.labels else ""
+        raise EngineDied(f"no node of the Ray cluster{labels} can take a worker. " + "; ".join(tried))
+
+    def _fewest(self, before: ClusterNode | None, tried: list[str]) -> ClusterNode | None:
+        failed = {line.partition(":")[0] for line in tried} if len(tried) > len(self.all()) else set[str]()
+        with self._lock:
+            good = [node for node in self._nodes if not node.lost and node.address not in failed]
+            good = [node for node in good if self._cluster.labels.items() <= node.labels.items()]
+            good = [node for node in good if node.listed] or [node for node in good if node.daemon is not None]
+            if not good or len(tried) > 2 * len(self._nodes):
+                return None
+            found = before if before in good else min(good, key=lambda node: (node.num_workers, not node.is_home))
+            assert found is not None
+            found.num_workers += 1
+            return found
+
+    def left(self, node: ClusterNode) -> None:
+        """A worker of that node is no more."""
+        with self._lock:
+            node.num_workers -= 1
+
+    def refresh(self) -> None:
+        """The nodes that Ray has now. Raises `RayAway`."""
+        found = [msgspec.convert(one, RayNode) for one in self._desk.ask("nodes", limit_s=LOOK_S)]
+        with self._lock:
+            for node in self._nodes:
+                node.listed = any(one.ray_id == node.ray_id for one in found)
+            self._adopt(found)
+            known = {node.ray_id for node in self._nodes}
+            fresh = [one for one in found if one.ray_id not in known]
+            self._nodes += [
+                ClusterNode(secrets.token_hex(8), one.ray_id, one.address, one.labels, one.here) for one in fresh
+            ]
+
+    def _adopt(self, found: list[RayNode]) -> None:
+        """Daemons whose node went, and whose machine is back as another node: it is that node's from now on."""
+        free = [one for one in found if all(one.ray_id != node.ray_id for node in self._nodes)]
+        for node in self._nodes:
+            same = [one for one in free if one.address == node.address and one.here == node.is_home]
+            if not node.listed and node.daemon is not None and same:
+                free.remove(same[0])
+                node.ray_id, node.labels, node.listed, node.kept = same[0].ray_id, same[0].labels, True, False
+        gone = [node for node in self._nodes if not node.listed and node.daemon is None]
+        self._nodes = [node for node in self._nodes if node not in gone]
+
+    # -- their daemons
+
+    def start(self, node: ClusterNode) -> None:
+        """Its daemon, if it has none. Raises `EngineDied`."""
+        with node.lock:
+            if node.lost:
+                raise EngineDied(f"the node {node.address} is gone")
+            if node.daemon is None:
+                node.daemon = self._keep(node)
+                if node.daemon.slowed:
+                    warnings.warn(SLOWED.format(node.address, node.daemon.niceness), RuntimeWarning, stacklevel=2)
+                node.heard = time.monotonic()
+
+    def _keep(self, node: ClusterNode) -> DaemonAddress:
+        """A keeper, which starts the daemon, or finds the one that runs."""
+        settings = DaemonSettings(
+            key=node.key, host=node.address, secret=self._secret.hex(), lease_s=self._cluster.lease_s,
+            node_nbytes=self._cluster.node_nbytes, folder=self._cluster.folder,
+        )  # fmt: skip
+        given = (node.key, msgspec.json.encode(settings), self._cluster.interface)
+        running = None if node.daemon is None else msgspec.json.encode(node.daemon)
+        found = self._desk.ask("keep", node.ray_id, msgspec.msgpack.encode(given), running, KEEPER_LIMIT_S)
+        node.kept = True
+        return msgspec.json.decode(found, type=DaemonAddress)
+
+    def peer(self, node: ClusterNode) -> Peer:
+        if node.daemon is None:
+            raise EngineDied(f"the node {node.address} has no daemon")
+        return Peer(node.daemon.host, node.daemon.port, self._secret)
+
+    def ask(self, node: ClusterNode, question: Question, limit_s: float = ANSWER_S) -> Any:
+        """The answer. Raises what it was answered with, and `EngineDied` where the daemon is gone."""
+        if node.lost:
+            raise EngineDied(f"the node {node.address} is gone")
+        try:
+            return value_of(self._ask(node, ENCODE(question), limit_s))
+        except (OSError, DaemonGone) as error:
+            self._lose(node)
+            raise EngineDied(f"the node {node.address} is gone: {error}") from error
+
+    def _ask(self, node: ClusterNode, data: bytes, limit_s: float) -> bytes:
+        if node.kept and self._desk.alive and len(data) <= SMALL_BYTES:
+            try:
+                answer: bytes = self._desk.ask("ask", node.key, data, limit_s=limit_s)
+            except (RayAway, KeeperGone):
+                node.kept = False  # another one is made soon; questions may be asked twice
+            else:
+                self.num_calls += 1
+                return answer
+        self.num_direct += 1
+        return self.peer(node).ask_raw(data, limit_s)
+
+    def _lose(self, node: ClusterNode) -> None:
+        """Its daemon is gone, and with it what ran there. Another daemon may be started on the same node, as another
+        `ClusterNode`."""
+        with self._lock:
+            if node.lost:
+                return
+            node.lost = True
+            self._nodes = [other for other in self._nodes if other is not node]
+            told, node.on_lost = node.on_lost, set()
+        for tell in told:
+            tell()
+
+    # -- the threads
+
+    def _renew_all(self) -> None:
+        while not self._closing.wait(min(1.0, self._cluster.lease_s / 5)):
+            for node in self.all():
+                if node.daemon is not None:
+                    self._threads.submit(self._renew, node)
+
+    def _mend_often(self) -> None:
+        """Apart from the leases, for Ray may keep it waiting for longer than they last."""
+        while not self._closing.wait(AGAIN_S):
+            with contextlib.suppress(ThawError):
+                self._mend()
+
+    def _renew(self, node: ClusterNode) -> None:
+        """A refusal is its end; silence is, after the lease."""
+        try:
+            self.peer(node).ask(RenewLease(), self._cluster.lease_s)
+            node.heard = time.monotonic()
+        except ConnectionRefusedError:
+            self._lose(node)
+        except (OSError, ThawError):
+            if time.monotonic() - node.heard > self._cluster.lease_s:
+                self._lose(node)
+
+    def _mend(self) -> None:
+        """Join Ray again where it was away, and give every daemon its keeper. Raises `EngineDied` where that cannot be
+        done yet."""
+        if not self._desk.alive:
+            self._desk = DeskLine(self._log)
+            if self._closing.is_set():
+                return
+            try:
+                self._join()
+            except BaseException:
+                self._desk.close()
+                raise
+        try:
+            self.refresh()
+        except RayAway:  # this process of Ray's would end by itself, a minute later
+            self._desk.close()
+            raise
+        for node in self.all():
+            if node.daemon is not None and not node.kept and node.listed:
+                self._keep(node)
+
+    def _join(self) -> None:
+        again = b"again" if self.num_joins else None
+        self._desk.ask("join", self._cluster.address or "", extra=again, limit_s=JOIN_S)
+        self.num_joins += 1
+        self.refresh()
+        with self._lock:
+            for node in self._nodes:
+                node.kept = False
+
+    # -- looking and the end
+
+    def object_store_nbytes(self) -> int:
+        """Bytes in Ray's object stores, of all that run in the cluster. Raises `RayAway`."""
+        return int(self._desk.ask("object_store"))
+
+    def end(self) -> None:
+        """End the daemons, and leave Ray. Idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        while any(thread.is_alive() for thread in self._running):
+            self._desk.close()  # one of them may just be joining Ray again: whatever waits for a desk is let go
+            for thread in self._running:
+                thread.join(0.1)
+        for node in self.all():
+            if node.daemon is not None:
+                with contextlib.suppress(OSError, ThawError):
+                    self.peer(node).ask(EndNode(), 5.0)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._desk.close()

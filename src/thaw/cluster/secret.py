@@ -1,0 +1,59 @@
+"""Who may talk to a daemon: whoever proves to know the pool's secret, and the daemon proves it too.
+
+    daemon → caller    MAGIC | 32 random bytes
+    caller → daemon    32 random bytes | HMAC-SHA256(secret, "caller" | MAGIC | both)
+    daemon → caller    HMAC-SHA256(secret, "daemon" | MAGIC | both), or the end
+
+The secret is drawn by the pool and never sent over these connections. They are authenticated when they begin, and not
+encrypted: they belong on a network that nobody else may change.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+
+from thaw.cluster.framing import read_exactly
+
+MAGIC = b"thaw node 1\n"
+NBYTES = 32
+HANDSHAKE_S = 10.0
+
+
+class StrangerError(OSError):
+    """The other side does not know the pool's secret, or speaks something else."""
+
+
+def new_secret() -> bytes:
+    return secrets.token_bytes(NBYTES)
+
+
+def _proof(secret: bytes, who: bytes, first: bytes, second: bytes) -> bytes:
+    return hmac.digest(secret, who + MAGIC + first + second, "sha256")
+
+
+def admit(sock: socket.socket, secret: bytes) -> None:
+    """The daemon's side. Raises `StrangerError`, `OSError`; nothing was read beyond the handshake."""
+    sock.settimeout(HANDSHAKE_S)
+    ours = secrets.token_bytes(NBYTES)
+    sock.sendall(MAGIC + ours)
+    said = read_exactly(sock, 2 * NBYTES)
+    if said is None or not hmac.compare_digest(said[NBYTES:], _proof(secret, b"caller", ours, said[:NBYTES])):
+        raise StrangerError("a caller does not know the pool's secret")
+    sock.sendall(_proof(secret, b"daemon", ours, said[:NBYTES]))
+    sock.settimeout(None)
+
+
+def greet(sock: socket.socket, secret: bytes) -> None:
+    """The caller's side. Raises `StrangerError`, `OSError`."""
+    sock.settimeout(HANDSHAKE_S)
+    said = read_exactly(sock, len(MAGIC) + NBYTES)
+    if said is None or said[: len(MAGIC)] != MAGIC:
+        raise StrangerError("what answers there is no daemon of a pool")
+    theirs, ours = said[len(MAGIC) :], secrets.token_bytes(NBYTES)
+    sock.sendall(ours + _proof(secret, b"caller", theirs, ours))
+    proof = read_exactly(sock, NBYTES)
+    if proof is None or not hmac.compare_digest(proof, _proof(secret, b"daemon", theirs, ours)):
+        raise StrangerError("the daemon there belongs to another pool")
+    sock.settimeout(None)

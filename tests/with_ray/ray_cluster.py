@@ -1,0 +1,93 @@
+"""A Ray cluster on this machine, whose nodes can be taken away one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from thaw.cluster import RayCluster
+from thaw.cluster.messages import LookAtNode, NodeCounts
+from thaw.cluster.nodes import ClusterNode
+from thaw.data.fresh_process import with_this_thaw
+from thaw.pool import ForkPool
+
+OBJECT_STORE_BYTES = 80 << 20
+NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
+
+
+class LocalCluster:
+    """`address`: to give to a `RayCluster`."""
+
+    def __init__(self, port: int = 0) -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        head = {**NODE, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
+        self.ray = Cluster(initialize_head=True, head_node_args=head)
+        self.address = str(self.ray.address)
+
+    def add(self, **more: Any) -> object:
+        return self.ray.add_node(**NODE, **more)
+
+    def pool(self, **changes: Any) -> ForkPool:
+        """A pool of the fake engine. `cluster`: further settings of its own `RayCluster`."""
+        backend = RayCluster(address=self.address, **changes.pop("cluster", {}))
+        return ForkPool("fake", **{"backend": backend, "step_s": 0.004, **changes})
+
+
+@contextlib.contextmanager
+def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in with_this_thaw(os.environ).items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = LocalCluster(port)
+        try:
+            for _ in range(nodes - 1):
+                cluster.add()
+            yield cluster
+        finally:
+            cluster.ray.shutdown()
+
+
+def nodes_of(pool: ForkPool) -> list[ClusterNode]:
+    """Those with a daemon."""
+    return [node for node in pool._backend.nodes.all() if node.daemon is not None]  # type: ignore[attr-defined]
+
+
+def counts(pool: ForkPool) -> dict[str, NodeCounts]:
+    """What each node's daemon has counted, by the node's key."""
+    import msgspec
+
+    asked = pool._backend.nodes  # type: ignore[attr-defined]
+    return {node.key: msgspec.convert(asked.ask(node, LookAtNode()), NodeCounts) for node in nodes_of(pool)}
+
+
+def pid_of(pool: ForkPool, worker: str) -> int:
+    found = next(one.pid for one in pool.stats().workers if one.name == worker)
+    assert found is not None
+    return found
+
+
+def end_node(node: ClusterNode, pids: list[int]) -> None:
+    """All that a machine takes along when it loses its power: the daemon and the engines."""
+    assert node.daemon is not None
+    for pid in (node.daemon.pid, *pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def keepers() -> list[int]:
+    """Of this machine: Ray gives its actors' processes their names."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::NodeKeeper"):
+                found.append(int(folder.name))
+    return found
