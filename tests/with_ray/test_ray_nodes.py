@@ -151,7 +151,7 @@ def _has_kv(path: Path) -> bool:
     return any(not entry.is_object and not entry.is_pad for entry in read_header(path).entries)
 
 
-def test_a_keeper_that_is_killed_costs_nothing_and_nothing_is_booted(two_nodes: LocalCluster) -> None:
+def test_a_keeper_that_is_killed_costs_nothing_and_is_made_again(two_nodes: LocalCluster) -> None:
     with two_nodes.pool(workers=2) as pool:
         session = pool.session(seed=7)
         session.append(TEXT)
@@ -164,6 +164,10 @@ def test_a_keeper_that_is_killed_costs_nothing_and_nothing_is_booted(two_nodes: 
         for worker in pool.workers:
             assert bits(pool.fork(session, 4, SAMPLED, worker=worker)) == expected
         assert len(counts(pool)) == 2, "while a keeper is away its node is asked directly"
+        until = time.monotonic() + 60.0
+        while len(set(keepers(two_nodes)) - set(killed)) < 2 and time.monotonic() < until:
+            time.sleep(0.2)
+        assert len(set(keepers(two_nodes)) - set(killed)) == 2, "each node has another keeper"
         assert [(w.name, w.pid) for w in pool.stats().workers] == before
 
 

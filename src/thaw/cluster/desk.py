@@ -128,6 +128,13 @@ class RayDesk:
         answer: bytes = ray.get(self._keepers[call.text].ask.remote(call.data), timeout=call.limit_s)
         return answer
 
+    def do_look(self, call: DeskCall) -> bytes:
+        """That the keeper of node `text` is there: its daemon's address."""
+        import ray
+
+        address: bytes = ray.get(self._keepers[call.text].address.remote(), timeout=call.limit_s)
+        return address
+
     def do_object_store(self, call: DeskCall) -> int:
         """Bytes that are used in the cluster's object stores."""
         import ray

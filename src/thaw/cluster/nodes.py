@@ -274,8 +274,17 @@ class ClusterNodes:
             self._desk.close()
             raise
         for node in self.all():
-            if node.daemon is not None and not node.kept and node.listed:
+            if node.daemon is not None and node.listed and not self._has_keeper(node):
                 self._keep(node)
+
+    def _has_keeper(self, node: ClusterNode) -> bool:
+        """Asked, for a keeper that ended is noticed by nobody while there is nothing to pass on."""
+        if node.kept:
+            try:
+                self._desk.ask("look", node.key, limit_s=LOOK_S)
+            except KeeperGone:
+                node.kept = False
+        return node.kept
 
     def _join(self) -> None:
         again = b"again" if self.num_joins else None
