@@ -78,6 +78,13 @@ def test_nothing_heavy_is_loaded(what: str) -> None:
     assert loaded.isdisjoint(HEAVY)
 
 
+def test_a_submodule_that_is_a_public_name_needs_no_import_of_its_own() -> None:
+    assert run("import thaw; print(thaw.snapshot.snapshot.__module__, thaw.aio.__name__)").split() == [
+        "thaw.snapshot.take",
+        "thaw.aio",
+    ]
+
+
 def test_help_says_something() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "thaw.cli", "--help"], capture_output=True, text=True, timeout=60, check=True,

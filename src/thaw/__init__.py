@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from thaw._version import __version__
 
 if TYPE_CHECKING:
-    from thaw import aio
+    from thaw import aio, snapshot
     from thaw.core.errors import ThawError
     from thaw.core.proof import Proof
     from thaw.core.sampling import Sampling
@@ -43,7 +43,9 @@ _HOME = {
     "clone": "thaw.repo",
     "init": "thaw.repo",
     "open": "thaw.repo",
+    "snapshot": "thaw.snapshot",
 }
+_MODULES = ("aio", "snapshot")
 __all__ = [
     "ForkPool",
     "Group",
@@ -59,6 +61,7 @@ __all__ = [
     "init",
     "load_engine",
     "open",
+    "snapshot",
 ]
 
 
@@ -67,7 +70,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'thaw' has no attribute {name!r}")
     module = importlib.import_module(home)
-    return module if name == "aio" else getattr(module, name)
+    return module if name in _MODULES else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -120,3 +120,15 @@ def test_an_address_without_a_gateway_is_named(capsys: pytest.CaptureFixture[str
     ):
         found, told = cli(capsys, url)
         assert found == code and said in told["error"]["message"]
+
+
+def test_a_key_that_is_missing_or_wrong_is_answered_with_how_to_give_one(
+    capsys: pytest.CaptureFixture[str], gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("THAW_SERVE_TOKEN", "THAW_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for words, said in (((), "none was given"), (("--api-key", "thaw-other"), "not known there")):
+        code, told = cli(capsys, gateway.url, *words)
+        message = told["error"]["message"]
+        assert code == 2 and said in message and "THAW_SERVE_TOKEN" in message and "--api-key" in message
+    assert not gateway.service.draining

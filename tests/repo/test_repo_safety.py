@@ -177,3 +177,18 @@ def test_a_session_outlives_neither_its_close_nor_its_engine(repo: Repository) -
     with pytest.raises(ThawError, match="closed"):
         t.append("y")
     t.close()
+
+
+def test_opening_a_folder_finds_the_repository_that_init_made_in_it(tmp_path: Path, engine: Engine) -> None:
+    with thaw.init(tmp_path / ".thaw"):
+        pass
+    with thaw.open(tmp_path) as found:
+        assert found.path == tmp_path / ".thaw"
+    with thaw.open(tmp_path, engine=engine) as found:
+        found.session().append("here")
+        assert found.path == tmp_path / ".thaw" and not (tmp_path / "thaw.db").exists()
+    with thaw.init(tmp_path / "outer"):
+        pass
+    (tmp_path / ".thaw").rename(tmp_path / "outer" / ".thaw")
+    with thaw.open(tmp_path / "outer") as found:
+        assert found.path == tmp_path / "outer"

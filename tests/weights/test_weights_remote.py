@@ -10,6 +10,7 @@ import pytest
 from weights_models import LAYER, commit_text, forked, going_on, nudged, rewrite
 
 import thaw
+from thaw.cli.app import run
 from thaw.core.errors import CorruptBlob, NotFound
 from thaw.repo import Repository
 
@@ -95,3 +96,25 @@ def test_the_weights_of_a_remote_are_a_namespace_of_it(tmp_path: Path, pushed: t
         own.push("base", remote="origin", delete=True)
     with thaw.clone(pushed[0], tmp_path / "again", weights=True) as repo:
         assert repo.weights.list() == []
+
+
+def test_a_set_that_is_nothing_here_is_deleted_there_all_the_same(tmp_path: Path, pushed: tuple[str, object]) -> None:
+    with thaw.clone(pushed[0], tmp_path / "clone") as repo:
+        own = repo.within("thaw.weights")
+        assert own.tags() == []
+        with pytest.raises(NotFound, match="no branch 'none-such'"):
+            own.push("none-such", remote="origin", delete=True)
+        own.push("base", remote="origin", delete=True)
+    with thaw.clone(pushed[0], tmp_path / "again", weights=True) as repo:
+        assert repo.weights.list() == []
+
+
+def test_a_clone_says_which_model_to_name(
+    tmp_path: Path, pushed: tuple[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["clone", pushed[0], str(tmp_path / "plain")]) == 0
+    plain = capsys.readouterr()
+    assert "--model PATH" in plain.err and "thaw:base" not in plain.err
+    assert run(["clone", "--weights", pushed[0], str(tmp_path / "whole")]) == 0
+    whole = capsys.readouterr()
+    assert "--model thaw:base" in whole.err and "thaw.weights/1" not in whole.err

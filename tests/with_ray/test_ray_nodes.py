@@ -212,5 +212,7 @@ def test_a_pool_says_what_it_cannot_do(two_nodes: LocalCluster) -> None:
             RayCluster(**wrong)  # type: ignore[arg-type]
     with pytest.raises(EngineDied, match="labels"):
         two_nodes.pool(cluster={"labels": {"gpu": "none-has-it"}})
+    with pytest.raises(EngineDied, match=r"interface .none-such"):
+        two_nodes.pool(cluster={"interface": "none-such"})
     with pytest.raises(InvalidRequest, match="'ray'"):
         ForkPool("fake", backend="rays")

@@ -43,6 +43,11 @@ def ask(url: str, what: str, body: dict[str, Any] | None, timeout_s: float, key:
         )
     if answer.status_code == 409:
         raise Conflict(f"{url}: {_said(answer)}")
+    if answer.status_code == 401:
+        why = f"the key is not known there ({_said(answer)})" if shown else "it asks for a key, and none was given"
+        raise InvalidRequest(
+            f"{url}: {why}. Set {TOKEN} to an operator's key, or give --api-key; `thaw serve` prints one when it starts"
+        )
     if answer.status_code != 200:
         raise InvalidRequest(f"{url} answered {answer.status_code}: {_said(answer)}")
     told: dict[str, Any] = answer.json()

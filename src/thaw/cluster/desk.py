@@ -76,7 +76,7 @@ class RayDesk:
             cause = error.cause if isinstance(error.cause, OSError) else None
             return DeskReply(id=call.id, trouble="daemon" if cause else "other", text=f"{cause or error.cause}")
         except (errors.RayActorError, errors.ActorUnschedulableError, KeyError) as error:
-            return DeskReply(id=call.id, trouble="keeper", text=str(error).strip().splitlines()[0][:300])
+            return DeskReply(id=call.id, trouble="keeper", text=_why(error))
         except (errors.RayError, OSError, RuntimeError, ValueError) as error:
             return DeskReply(id=call.id, trouble="ray", text=f"{type(error).__name__}: {error}"[:500])
 
@@ -141,6 +141,12 @@ class RayDesk:
 
         name = "object_store_memory"
         return int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
+
+
+def _why(error: Exception) -> str:
+    """One line. Of an actor that failed as it began, Ray tells the call first and the reason last."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if getattr(error, "actor_init_failed", False) else 0].strip()[:300]
 
 
 def main(fd: int) -> None:

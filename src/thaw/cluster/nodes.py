@@ -288,7 +288,12 @@ class ClusterNodes:
 
     def _join(self) -> None:
         again = b"again" if self.num_joins else None
-        self._desk.ask("join", self._cluster.address or "", extra=again, limit_s=JOIN_S)
+        where = self._cluster.address or ""
+        try:
+            self._desk.ask("join", where, extra=again, limit_s=JOIN_S)
+        except RayAway as error:
+            named = f"the Ray cluster at {where}" if where else "a Ray cluster"
+            raise RayAway(f"{named} could not be joined: {error}. Does `ray status` work on this machine?") from None
         self.num_joins += 1
         self.refresh()
         with self._lock:

@@ -71,7 +71,7 @@ def push(
 
     target = opened(store, remote)
     if delete:
-        wishes = [_deletion(store, target.name, name, force_with_lease) for name in _named(names)]
+        wishes = [_deletion(store, target, name, force_with_lease) for name in _named(names)]
     else:
         wishes = _wishes(store, target.name, names, tags=tags, everything=everything, force=force_with_lease)
     _probe(store, target)
@@ -109,12 +109,16 @@ def _named(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _deletion(store: Store, remote: str, name: str, force: bool) -> PushWish:
+def _deletion(store: Store, target: OpenedRemote, name: str, force: bool) -> PushWish:
+    """A name that is nothing here is a tag if it is one there alone."""
+    from thaw.remote import refs
     from thaw.remote.push import PushWish
 
     here = store.ref(name)
-    kind: Kind = "tag" if here is not None and here.kind == "tag" else "branch"
-    return PushWish(kind, name, None, _lease(store, remote, name, force and kind == "branch"))
+    kind: Kind = "branch" if here is None else here.kind
+    if here is None and name not in refs.names(target.bucket, "branch") and name in refs.names(target.bucket, "tag"):
+        kind = "tag"
+    return PushWish(kind, name, None, _lease(store, target.name, name, force and kind == "branch"))
 
 
 def _wishes(

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from thaw.core import cache, namespaces
 from thaw.core.errors import Conflict, InvalidRequest, NotFound, RefConflict
 from thaw.core.points import Point, check_name
+from thaw.data.files import storage_errors
 from thaw.repo import refs, resolve
 from thaw.repo.context import Context
 from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Ref, ReflogEntry, Store
+from thaw.store.schema import DATABASE
 
 if TYPE_CHECKING:
     from thaw.core.ids import ObjectId
@@ -550,12 +552,13 @@ def open(
     create: bool | None = None,
     namespace: str | None = None,
 ) -> Repository:
-    """Open a repository, making it where there is none if `create` (default: only when an engine is given).
+    """Open a repository, making it where there is none if `create` (default: only when an engine is given). A folder
+    that is none but has a `.thaw`, as `thaw init` makes it, means that one.
 
     `engine`: a running one, or the settings to boot it by when it is first needed. `namespace`: whose refs and commits
     it shows (`Repository.within`); None is the default one. Raises `InvalidRequest` where it cannot name one.
     """
-    folder = Path(path)
+    folder = _found(Path(path))
     make = engine is not None if create is None else create
     if namespace is not None:
         namespaces.check(namespace)
@@ -591,6 +594,15 @@ def clone(
         weights=weights, meter=meter, refs_only=refs_only,
     )  # fmt: skip
     return open(path, engine=engine, create=False, namespace=namespace)
+
+
+def _found(folder: Path) -> Path:
+    """`folder`, or the `.thaw` in it. Never both: a second repository beside a `.thaw` would hide its commits."""
+    inner = folder / ".thaw"
+    with storage_errors(str(folder)[:200], "look into"):
+        if (folder / DATABASE).is_file() or (folder / "packs").is_dir():
+            return folder
+        return inner if (inner / DATABASE).is_file() or (inner / "packs").is_dir() else folder
 
 
 def _opened(folder: Path, make: bool, namespace: str | None) -> Store:

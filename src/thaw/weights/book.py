@@ -95,8 +95,8 @@ class WeightsBook:
         namespace, commit = found
         who = f"commit {short(commit)}" if namespace == self._store.namespace else "a commit of another namespace"
         raise Busy(
-            f"{who} was captured from the weights {entry.name!r} ({short(entry.weights)}) and goes on only with them. "
-            "Keep the set, or remove it all the same with --force (force=True)."
+            f"{who} was captured from the weights {entry.name!r} ({short(entry.weights)}) and continues only with "
+            "them. Keep the set, or remove it anyway with --force (force=True)."
         )
 
     def checkout(self, name: str, to: str | Path) -> int:

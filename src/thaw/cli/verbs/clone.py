@@ -74,15 +74,23 @@ def command(
 
 
 def _hint(path: Path) -> None:
-    """Which model what was cloned was made with, and how to name it."""
+    """Which model what was cloned was made with, and how to name it: as a set where the weights came too."""
     from thaw.core.identity import ModelIdentity
     from thaw.repo.repository import open as open_at
+    from thaw.weights.folder import SCHEME
+    from thaw.weights.record import ARCHITECTURE
 
     with open_at(path, create=False) as repo:
         models = [repo.store.get_as(model, ModelIdentity) for model in repo.store.models()]
+        stored = {entry.weights: entry.name for entry in repo.weights.list()}
+    models = [model for model in models if model.architecture != ARCHITECTURE]
     for model in models[:3]:
         sizes = [
             f"{what} {model.config[what]}" for what in ("num_hidden_layers", "hidden_size") if what in model.config
         ]
         output.note(f"captured with {', '.join([model.architecture, *sizes, model.dtype])}")
-    output.note("name your copy of that model at the first run or fork: --model PATH")
+    here = next((stored[model.weights] for model in models if model.weights in stored), None)
+    if here is None:
+        output.note("name your copy of that model at the first run or fork: --model PATH")
+    else:
+        output.note(f"its weights are here; name them at the first run or fork: --model {SCHEME}{here}")
