@@ -174,3 +174,14 @@ def test_requests_run_by_priority_and_then_in_order(here: Repository) -> None:
         assert [queue.request(f"r{i}").status for i in range(4)] == ["finished", "finished", "failed", "finished"]
         queue.forget("r2")
         assert len(queue.known()) == 3
+
+
+def test_an_empty_session_stays_and_is_refused_only_by_name(here: Repository, engine: Engine) -> None:
+    source, sessions = working(here, 2)
+    empty = here.session()
+    with thaw.open(here.path, engine=engine) as there, RequestQueue(there) as destination:
+        assert len(migrate(source, destination)) == 2
+        assert here.live_sessions() == [empty] and empty.view().tokens == ()
+        with pytest.raises(InvalidRequest, match="empty"):
+            migrate(source, destination, [empty])
+    assert len(sessions) == 2

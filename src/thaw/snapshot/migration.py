@@ -46,12 +46,13 @@ def migrate(
 ) -> list[Migrated]:
     """Move sessions (default: all of `source`'s namespace) from one queue's engine to another's.
 
+    A session without tokens or a request has nothing to move: it stays here, and is an error only if it was named.
     Both queues are of one repository, or `remote` names one that both repositories have: what goes there goes by a
     branch that is deleted again. The sessions here are closed; the returned ones stand in their place, on their branch.
 
     Raises what stopped the first one that could not be moved, with those before it moved and all others here.
     """
-    wanted = own_sessions(source.repo) if sessions is None else list(sessions)
+    wanted = _all_of(source) if sessions is None else list(sessions)
     same = source.repo.store.uuid == destination.repo.store.uuid
     if source is destination or source.repo.engine is destination.repo.engine:
         raise InvalidRequest("the two queues have one engine; there is nowhere to go")
@@ -61,6 +62,11 @@ def migrate(
         raise InvalidRequest("the two repositories are different ones: name a remote that both have (remote=…)")
     carried = None if same else remote
     return [_move(source, destination, session, carried) for session in wanted]
+
+
+def _all_of(source: RequestQueue) -> list[Session]:
+    asked = {one.session for one in source.requests()}
+    return [one for one in own_sessions(source.repo) if one in asked or one.view().tokens]
 
 
 def _move(source: RequestQueue, destination: RequestQueue, session: Session, remote: str | None) -> Migrated:
