@@ -114,8 +114,8 @@ def _restored_already(found: EngineSnapshot) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(found.restored.time_s))
     return (
         f"the snapshot {found.name!r} was restored on {when} by {found.restored.engine} on {found.restored.device}: "
-        "its streams go on there, and would be given out twice. To go on from it once more with other seeds, fork it "
-        "(fork=True, --fork)."
+        "its streams continue there, and restoring it again would deliver their tokens twice. To continue from it once "
+        "more with other seeds, fork it (fork=True, --fork)."
     )
 
 
