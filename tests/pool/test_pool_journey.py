@@ -113,7 +113,7 @@ def test_a_branchs_journey_is_short(
 ) -> None:  # fmt: skip
     result = prepared(pool)()[0]
     assert result.decision is not None and result.decision.action == action
-    assert "schedule/placement" in journey and len(journey) <= num_entries and journey.num_stays <= num_stays
+    assert "schedule/point_loader" in journey and len(journey) <= num_entries and journey.num_stays <= num_stays
 
 
 def test_a_detour_is_counted(monkeypatch: pytest.MonkeyPatch, pool: ForkPool, journey: Journey) -> None:
@@ -132,10 +132,10 @@ def test_a_fork_point_is_a_value(pool: ForkPool) -> None:
     session = pool.session(seed=7)
     session.append("a document " * 40)
     point = pool._resolver.find(session)
-    later = pool._placement.capture(point)
+    later = pool._loader.capture(point)
     assert point.stored is None and later.stored is not None and later.origin is point.origin
     assert pool._captures.now(point).stored == later.stored
-    assert pool._placement.capture(point).captured is later.captured, "and that is done once"
+    assert pool._loader.capture(point).captured is later.captured, "and that is done once"
     with pytest.raises(dataclasses.FrozenInstanceError):
         point.stored = later.stored  # type: ignore[misc]
     assert {field.name for field in dataclasses.fields(ForkPoint)} >= {"held", "stored", "kept"}
@@ -144,7 +144,7 @@ def test_a_fork_point_is_a_value(pool: ForkPool) -> None:
 def test_what_is_known_of_a_point_goes_with_it(pool: ForkPool) -> None:
     session = pool.session(seed=7)
     session.append("a document " * 40)
-    point = pool._placement.capture(pool._resolver.find(session))
+    point = pool._loader.capture(pool._resolver.find(session))
     assert len(pool._captures._points) == 1 and pool.stats().arena.num_points == 1
     session.append("more")
     del point

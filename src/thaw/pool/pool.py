@@ -46,8 +46,8 @@ from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import JobChunk
 from thaw.pool.schedule.monitor import Monitor
-from thaw.pool.schedule.placement import Placement
 from thaw.pool.schedule.planner import Planner
+from thaw.pool.schedule.point_loader import PointLoader
 from thaw.pool.schedule.rates import Rates
 from thaw.pool.schedule.resolver import PointResolver
 from thaw.pool.schedule.scheduler import Scheduler
@@ -200,7 +200,7 @@ class ForkPool:
         where = self._resolver.find(point, at, seed)
         if where.held is not None and where.alive:
             life = where.held.life
-        ref, there = self._placement.fork(where, life, self._policy)
+        ref, there = self._loader.fork(where, life, self._policy)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
             life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=where.at,
@@ -222,11 +222,11 @@ class ForkPool:
         self._check_open()
         where = self._resolver.find(point, at)
         if where.plain:
-            ref, _ = self._placement.fork(where, (life := self._idlest()), self._policy)
-            where = self._placement.capture_resident(where, life)
+            ref, _ = self._loader.fork(where, (life := self._idlest()), self._policy)
+            where = self._loader.capture_resident(where, life)
             life.forget(ref)
         elif where.captured is None:
-            where = self._placement.capture(where)
+            where = self._loader.capture(where)
         if where.captured is None:
             raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
         return Snapshot(where.captured)
@@ -357,8 +357,8 @@ class ForkPool:
         self._planner = Planner(self._rates, token_nbytes)
         self._captures = Captures(self._arena)
         self._resolver = PointResolver(stores, self._captures, self.repo, self._life_of, lambda: self.policy_version)
-        self._placement = Placement(stores, self._captures, self._planner, token_nbytes)
-        batch = Batch(self._placement, self._resolver, self._rates, self._beside)
+        self._loader = PointLoader(stores, self._captures, self._planner, token_nbytes)
+        batch = Batch(self._loader, self._resolver, self._rates, self._beside)
         self._scheduler = Scheduler(
             self._fleet, batch, self._planner, self._captures, changed=self._changed, threads=self._threads,
             max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
@@ -426,7 +426,7 @@ class ForkPool:
         """A capture of each point that an unanswered round forks from and that lives in `life` alone."""
         points = {chunk.point for chunk in self._scheduler.chunks_under_way() if chunk.point.lives_in(life)}
         alone = [point for point in points if self._captures.now(point).stored is None]
-        return [functools.partial(self._placement.capture, point) for point in alone]
+        return [functools.partial(self._loader.capture, point) for point in alone]
 
     def _tick(self) -> None:
         if time.monotonic() - self._written > 2.0:

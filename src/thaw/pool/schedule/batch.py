@@ -1,4 +1,4 @@
-"""One chunk in one worker: its point placed there, forked, generated as one batch, the results made.
+"""One chunk in one worker: its point loaded there, forked, generated as one batch, the results made.
 
 Runs on a thread of the pool. Whatever goes wrong is raised; what becomes of the jobs is the scheduler's to say.
 """
@@ -15,7 +15,7 @@ from thaw.engines.base import Completion, GenerateRequest, SessionRef
 from thaw.engines.text import left_open, text_after
 from thaw.pool.history import History
 from thaw.pool.schedule.job import Job, JobChunk
-from thaw.pool.schedule.placement import Placed, Placement
+from thaw.pool.schedule.point_loader import LoadedPoint, PointLoader
 from thaw.pool.schedule.rates import Rates
 from thaw.pool.schedule.resolver import PointResolver
 from thaw.pool.session import PoolSession
@@ -32,29 +32,29 @@ class Batch:
 
     def __init__(
         self,
-        placement: Placement,
+        loader: PointLoader,
         resolver: PointResolver,
         rates: Rates,
         beside: Callable[[Incarnation, Callable[[], object]], object],
     ) -> None:
-        self._placement, self._resolver, self._rates, self._beside = placement, resolver, rates, beside
+        self._loader, self._resolver, self._rates, self._beside = loader, resolver, rates, beside
 
     def run(self, chunk: JobChunk, life: Incarnation) -> list[BranchResult]:
         """Results of the chunk's jobs, in order, but of those that were stopped meanwhile."""
         began = time.perf_counter()
         chunk.stage, chunk.progress = "prepare", began
         if chunk.snapshot == "before":
-            self._placement.capture(chunk.point)
-        placed = self._placement.place(chunk.point, life, chunk.policy)
+            self._loader.capture(chunk.point)
+        loaded = self._loader.load(chunk.point, life, chunk.policy)
         # What was brought here nobody holds any more: another point may push it out before it is forked, and the engine
         # says `NotFound`. The scheduler tries again what fails in this stage so.
         chunk.stage, chunk.progress = "fork", (prepared := time.perf_counter())
         seeds = self._seeds(chunk)
-        children = self._fork(chunk, life, placed, seeds)
+        children = self._fork(chunk, life, loaded, seeds)
         chunk.progress = forked = time.perf_counter()
         try:
-            if placed.point.stored is None and chunk.snapshot != "never":
-                self._protect(placed, life)
+            if loaded.point.stored is None and chunk.snapshot != "never":
+                self._protect(loaded, life)
             chunk.stage = "generate"
             prompts = [
                 _encoded(job, chunk.point.tokens, life) if job.prompt or job.token_ids is not None else NOTHING
@@ -67,14 +67,14 @@ class Batch:
             raise
         self._measure(completions)
         timings = Timings(
-            queue_s=began - chunk.queued, prepare_s=prepared - began, capture_s=placed.capture_s,
-            hydrate_s=placed.hydrate_s, fork_s=forked - prepared,
+            queue_s=began - chunk.queued, prepare_s=prepared - began, capture_s=loaded.capture_s,
+            hydrate_s=loaded.hydrate_s, fork_s=forked - prepared,
         )  # fmt: skip
         ended = zip(chunk.jobs, seeds, prompts, completions, strict=True)
-        return [self._result(chunk, life, placed, timings, *each) for each in ended]
+        return [self._result(chunk, life, loaded, timings, *each) for each in ended]
 
     def forget(self, chunk: JobChunk, life: Incarnation) -> None:
-        self._placement.forget(chunk.point, life)
+        self._loader.forget(chunk.point, life)
 
     @staticmethod
     def _seeds(chunk: JobChunk) -> list[int]:
@@ -84,23 +84,23 @@ class Batch:
         return [seed if job.seed is None else job.seed for job, seed in zip(chunk.jobs, derived, strict=True)]
 
     @staticmethod
-    def _fork(chunk: JobChunk, life: Incarnation, placed: Placed, seeds: list[int]) -> list[SessionRef]:
+    def _fork(chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, seeds: list[int]) -> list[SessionRef]:
         point, jobs = chunk.point, chunk.jobs
         replay = chunk.replay and not point.plain and all(job.seed is None for job in jobs)
         found = life.engine.fork(
-            placed.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
+            loaded.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
         ).result()
         for job, ref in zip(jobs, found, strict=True):
             job.child, job.partial = (life, ref), []
         return found
 
-    def _protect(self, placed: Placed, life: Incarnation) -> None:
+    def _protect(self, loaded: LoadedPoint, life: Incarnation) -> None:
         """Put a point that is only here into the arena, beside the batch."""
-        point = placed.point
+        point = loaded.point
         if point.alive:
-            self._beside(life, lambda: self._placement.capture(point))
+            self._beside(life, lambda: self._loader.capture(point))
         else:
-            self._beside(life, lambda: self._placement.capture_resident(point, life))
+            self._beside(life, lambda: self._loader.capture_resident(point, life))
 
     @staticmethod
     def _generate(
@@ -130,11 +130,11 @@ class Batch:
             self._rates.stepped(len(completions), (longest.total_s - longest.ttft_s) / (len(longest.token_ids) - 1))
 
     def _result(
-        self, chunk: JobChunk, life: Incarnation, placed: Placed, timings: Timings, job: Job, seed: int, prompt: Prompt,
-        done: Completion,
+        self, chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, timings: Timings, job: Job, seed: int,
+        prompt: Prompt, done: Completion,
     ) -> BranchResult:  # fmt: skip
         history = History(
-            before=chunk.point.tokens, before_turns=placed.turns, prompt=prompt[0], prompt_text=prompt[1],
+            before=chunk.point.tokens, before_turns=loaded.turns, prompt=prompt[0], prompt_text=prompt[1],
             token_ids=done.token_ids, logprobs=done.logprobs, entropies=done.entropies, text=done.text,
             finish_reason=done.finish_reason, sampling=job.sampling, seed=seed, policy=life.engine.policy_version,
             resumed=job.resume,
@@ -143,7 +143,7 @@ class Batch:
         if chunk.keep and not job.stop:
             num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
             session = PoolSession(
-                life, done.session, kept=placed.resident.kept.cut(num_kv), parent=placed.parent, proof=done.proof,
+                life, done.session, kept=loaded.resident.kept.cut(num_kv), parent=loaded.parent, proof=done.proof,
                 history=history, num_inherited=len(history.before),
             )  # fmt: skip
             if chunk.store:
@@ -153,8 +153,8 @@ class Batch:
         return BranchResult(
             index=job.index, text=done.text, token_ids=done.token_ids, logprobs=done.logprobs,
             top_logprobs=done.top_logprobs, entropies=done.entropies, finish_reason=done.finish_reason,
-            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=placed.restore,
-            decision=placed.decision,
+            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=loaded.restore,
+            decision=loaded.decision,
             timings=msgspec.structs.replace(
                 timings, ttft_s=done.ttft_s, decode_s=done.total_s - done.ttft_s,
                 total_s=time.perf_counter() - job.submitted,
@@ -164,7 +164,7 @@ class Batch:
 
     def _store(self, life: Incarnation, session: PoolSession) -> None:
         """Into the arena, beside everything else."""
-        self._beside(life, lambda: self._placement.capture(self._resolver.find(session)))
+        self._beside(life, lambda: self._loader.capture(self._resolver.find(session)))
 
 
 def _encoded(job: Job, before: tuple[int, ...], life: Incarnation) -> Prompt:

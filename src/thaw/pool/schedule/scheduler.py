@@ -27,8 +27,8 @@ from thaw.pool.rpc.protocol import is_out_of_memory
 from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import Job, JobChunk, KvLost
-from thaw.pool.schedule.placement import OLD_KV
 from thaw.pool.schedule.planner import Planner
+from thaw.pool.schedule.point_loader import OLD_KV
 from thaw.pool.workers.fleet import Fleet, responds
 from thaw.pool.workers.worker import Incarnation, Worker
 

@@ -1,7 +1,7 @@
 """Getting a fork point into a worker: found there, hydrated, or prefilled; and into the arena.
 
 All of it is done through the porcelain's own doors (`repo.hydrate`, `repo.commit`, `repo.match`), so the laws that hold
-for a repository hold here. A placement looks once: at what is captured of the point by now, and at what the worker has.
+for a repository hold here. The loader looks once: at what is captured of the point by now, and at what the worker has.
 What it found, and what it made of it, goes back to the batch as one value.
 """
 
@@ -35,9 +35,9 @@ OLD_KV = (StaleSession, IdentityMismatch, PolicyMismatch)
 
 
 @dataclass(frozen=True)
-class Placed:
+class LoadedPoint:
     """A session to fork from at token `at`, what of it is stored, and how it came. `point`: the version of the point
-    that was placed. `turns` tile its tokens."""
+    that was loaded. `turns` tile its tokens."""
 
     point: ForkPoint
     ref: SessionRef
@@ -50,7 +50,7 @@ class Placed:
     hydrate_s: float = 0.0
 
 
-class Placement:
+class PointLoader:
     """Shared by all workers of a pool; safe from any thread.
 
     Locks are taken in this order: an incarnation's `making`, a point's `capturing`, those of the incarnation, of the
@@ -60,13 +60,13 @@ class Placement:
         self._stores, self._arena, self._captures = stores, stores.arena, captures
         self._planner, self._token_nbytes = planner, token_nbytes
 
-    def place(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> Placed:
+    def load(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> LoadedPoint:
         """Raises what hydrating raises, and `EngineDied` where KV that may not be prefilled again is gone."""
         began, held = time.perf_counter(), point.held
         if held is not None and held.life is life and not life.over:  # nothing is made: no lock
             now = self._captures.now(point)
             decision = held_here(life.name, policy, time.perf_counter() - began)
-            return Placed(now, held.ref, Resident(held.ref, now.kept), decision, now.turns)
+            return LoadedPoint(now, held.ref, Resident(held.ref, now.kept), decision, now.turns)
         # Another batch may be bringing the point here: this one waits for it, and finds it. So the looks are inside.
         with life.making(point.key):
             began = time.perf_counter()
@@ -74,13 +74,13 @@ class Placement:
             if found is not None:
                 parent = None if now.stored is None else now.stored.parent
                 decision = held_here(life.name, policy, time.perf_counter() - began)
-                return Placed(now, found.ref, found, decision, now.turns or found.turns, found.restore, parent)
+                return LoadedPoint(now, found.ref, found, decision, now.turns or found.turns, found.restore, parent)
             decision = self._planner.decide(now, life.name, policy, life.link(now.stored))
             if decision.action == "hydrate":
                 return self._hydrate(now, life, decision, began)
             return self._prefill(now, life, decision, began)
 
-    def fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, Placed]:
+    def fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, LoadedPoint]:
         """A session at the point, and how it came. Plain tokens of which KV of other weights was kept are prefilled
         anew, as a round's are."""
         try:
@@ -97,8 +97,8 @@ class Placement:
             self._captures.forget(point)
         life.drop(point.key)
 
-    def _fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, Placed]:
-        there = self.place(point, life, policy)
+    def _fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, LoadedPoint]:
+        there = self.load(point, life, policy)
         return life.engine.fork(there.ref, 1, at=point.at, replay=True).result()[0], there
 
     def capture(self, point: ForkPoint) -> ForkPoint:
@@ -129,7 +129,7 @@ class Placement:
         life.holds(now.stored)
         return now
 
-    def _hydrate(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> Placed:
+    def _hydrate(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> LoadedPoint:
         now = point if point.stored is not None else self.capture(point)
         if now.stored is None:  # it died since the decision
             return self._prefill(now, life, self._planner.decide(now, life.name, decision.policy), began)
@@ -146,7 +146,7 @@ class Placement:
         done = msgspec.structs.replace(
             decision, tier=tier, nbytes=live.proof.nbytes, link=link, measured_s=time.perf_counter() - began
         )
-        return Placed(
+        return LoadedPoint(
             now, live.session, resident, done, now.turns or resident.turns, live.proof, now.stored.parent,
             0.0 if now is point else captured - began, loaded - captured,
         )  # fmt: skip
@@ -157,7 +157,7 @@ class Placement:
         live = hydrate(life.contexts[store.uuid], stored.point)
         return Resident(live.session, KeptIn({store.uuid: live.kept}), live.proof), live
 
-    def _prefill(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> Placed:
+    def _prefill(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> LoadedPoint:
         """Run the point's tokens through the model, behind the longest stored prefix of them if they are plain."""
         engine = life.engine
         resident, start = self._longest(point, life) if point.plain else (None, 0)
@@ -174,7 +174,7 @@ class Placement:
         done = msgspec.structs.replace(
             decision, num_prefilled_tokens=len(rest), reason=reason, measured_s=time.perf_counter() - began
         )
-        return Placed(point, resident.ref, resident, done, point.turns or resident.turns, resident.restore)
+        return LoadedPoint(point, resident.ref, resident, done, point.turns or resident.turns, resident.restore)
 
     def _longest(self, point: ForkPoint, life: Incarnation) -> tuple[Resident | None, int]:
         """A session at the longest stored prefix of plain tokens, and its length."""
