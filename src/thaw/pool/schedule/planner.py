@@ -25,7 +25,8 @@ class Planner:
     def decide(self, point: ForkPoint, worker: str, policy: LoadPolicy, link: str = "") -> Decision:
         """For a worker that has not got it; over `link` it would come from another node. Raises `KvLost` where the KV
         died with its worker and prefilling was not allowed."""
-        tier, costs = _tier(point, link), self._costs(point, link)
+        tier = _tier(point, link)
+        costs = self.rates.costs(tier, self._token_nbytes * point.at, point.at, link)
         loadable = point.stored is not None or point.alive
         if loadable and (policy == "exact" or not _sooner(costs)):
             reason = "its KV is stored" if policy == "exact" else "loading is expected sooner than prefilling"

@@ -100,7 +100,7 @@ class Rates:
         with self._lock:
             loads = self.measured.loads
             fits = {
-                "hydrate": (loads.get(_named(tier, link)) or loads.get(tier), nbytes),
+                "hydrate": ((link and loads.get(_named(tier, link))) or loads.get(tier), nbytes),
                 "prefill": (self.measured.prefill, tokens),
             }
             return {

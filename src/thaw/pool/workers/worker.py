@@ -47,6 +47,8 @@ class Incarnation:
         self.name = name
         self.host = host
         self.engine: Engine = host.engine
+        self.links = host if isinstance(host, LinkedHandle) else None
+        """Where KV may come from other nodes; None on one host."""
         self.has_history = stores.durable is not None
         self.contexts = {where.store.uuid: Context(where.store, host.engine) for where in stores.all}
         """Of this engine and each of the pool's stores, by the store's UUID."""
@@ -67,17 +69,15 @@ class Incarnation:
 
     def link(self, stored: StoredPoint | None) -> str:
         """Over which link the point would come here: "" on one host, and where it lies beside the engine."""
-        if stored is None or not isinstance(self.host, LinkedHandle):
-            return ""
-        return self.host.link(stored.point.state)
+        return "" if self.links is None or stored is None else self.links.link(stored.point.state)
 
     def came_over(self, plan: HydratePlan) -> str:
-        return self.host.came_over(plan) if isinstance(self.host, LinkedHandle) else ""
+        return "" if self.links is None else self.links.came_over(plan)
 
     def holds(self, stored: StoredPoint | None) -> None:
         """The point's KV was written or read here."""
-        if stored is not None and isinstance(self.host, LinkedHandle):
-            self.host.holds(stored.point.state)
+        if self.links is not None and stored is not None:
+            self.links.holds(stored.point.state)
 
     def making(self, key: Hashable) -> threading.Lock:
         """Held while a point is brought here, so that two batches bring it once (and seldom another one with it)."""
