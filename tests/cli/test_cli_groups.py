@@ -105,6 +105,11 @@ def test_a_point_that_is_asked_for_is_kept_listed_and_forked_from(groups: str, s
     assert late.code == 2 and "still to be read" in late.err
 
 
-def test_points_on_a_model_with_windows_are_refused(told: Shell) -> None:
-    out = told("run", "--from", "main", "--point", "1000", "x", "--max-tokens", "1")
-    assert (out.code, "windows of cache group sliding" in out.err) == ((2, True) if is_hybrid(told) else (0, False))
+def test_a_point_that_was_asked_for_can_be_continued_from(told: Shell) -> None:
+    """On a model with a window and a state too; there no token beside it can."""
+    begin = told.ok("show", "--json").json()["num_tokens"]
+    point = begin + 20
+    told.ok("run", "--from", "main", "--branch", "far", "--point", str(point), "and so on " * 5, "--max-tokens", "1")
+    told.ok("run", "--from", f"far:{point}", "--branch", "there", "x", "--max-tokens", "2")
+    beside = told("run", "--from", f"far:{point - 5}", "--branch", "beside", "x", "--max-tokens", "2")
+    assert beside.code == (3 if is_hybrid(told) else 0), beside.err

@@ -39,8 +39,8 @@ def until(true: Callable[[], bool], limit_s: float = 150.0) -> None:
 
 
 def taken_in(pool: ForkPool, worker: str) -> Snapshot:
-    """A snapshot of a session that lives in that worker."""
-    return pool.snapshot(pool.fork(pool.encode(TEXT * 4), 1, SAMPLED, worker=worker, seed=3)[0])
+    """A snapshot of a session that lives in that worker, and of a text that no other worker has read."""
+    return pool.snapshot(pool.fork(pool.encode(worker + TEXT * 4), 1, SAMPLED, worker=worker, seed=3)[0])
 
 
 def gone(pid: int) -> bool:

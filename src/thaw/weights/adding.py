@@ -103,7 +103,7 @@ def check_name(name: str, from_folder: bool = False) -> str:
 
 
 def _folder(model: str | Path) -> Path:
-    if (Path(model).expanduser() / source.ADAPTER_CONFIG).is_file():
+    if os.path.isfile(os.path.expanduser(str(Path(model) / source.ADAPTER_CONFIG))):  # False for an impossible name too
         return Path(model).expanduser().resolve()
     from thaw.engines.hf.checkpoint import local_folder
 

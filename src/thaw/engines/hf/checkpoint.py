@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -180,7 +181,7 @@ def _first(folder: Path) -> Path | None:
 
 def local_folder(model: str | Path) -> Path | None:
     """Where the files of a folder or of a hub id that was fetched before are; nothing is fetched."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # False for a name that no file can have
         return Path(model)
     try:
         return Path(snapshot_download(str(model), local_files_only=True))
