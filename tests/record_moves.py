@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import moves
 from code_digest import digest_of
@@ -47,7 +48,8 @@ def move_of(commit: str) -> Move:
 def tree_of(commit: str) -> Iterator[Path]:
     packed = subprocess.run(["git", "archive", "--format=tar", commit], check=True, capture_output=True).stdout
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-        tar.extractall(folder, filter="data")
+        checked: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in every 3.10 and 3.11
+        tar.extractall(folder, **checked)
         yield Path(folder)
 
 
