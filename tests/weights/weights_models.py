@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import thaw
 from thaw import Sampling
+from thaw.core.errors import IdentityMismatch
 from thaw.core.ids import digest
+from thaw.engines.base import Engine
 from thaw.engines.hf import stored
 from thaw.engines.hf.stored import StoredTensor
 from thaw.repo import Repository
@@ -129,3 +133,25 @@ CHANGES = {
     "shard": (_half, rf"{LAYER} has the shape \[80, 64\]"),
     "extra": (_extra, r"no place for 1 tensor \(model\.layers\.9\.extra\)"),
 }
+
+
+def goes_on_without_the_models_files(boot: Callable[[Path], Engine], model: Path, tmp_path: Path) -> None:
+    """The law of every engine that loads from packs: a repository alone gives the bits that the model's folder gave.
+
+    And the negative control: with one tensor swapped, the commit is refused and logprobs differ.
+    """
+    folder = Path(shutil.copytree(model, tmp_path / "base"))
+    with boot(folder) as engine, thaw.open(tmp_path / "repo", engine=engine) as repo, repo.session(seed=1) as session:
+        session.append(TEXT * 4)
+        session.commit("read", branch="main", with_weights=True)
+        expected = said(session.generate("Go on. ", GREEDY))
+        repo.weights.add(rewrite(folder, nudged(LAYER)), "tuned")
+        models = [repo.weights.model(name) for name in ("base", "tuned")]
+    shutil.rmtree(folder)
+    with boot(models[0]) as engine, thaw.open(tmp_path / "repo", engine=engine) as repo, repo.fork("main", 1) as kids:
+        assert said(kids.generate("Go on. ", GREEDY)[0]) == expected
+    with boot(models[1]) as engine, thaw.open(tmp_path / "repo", engine=engine) as repo:
+        with pytest.raises(IdentityMismatch, match="weights"):
+            repo.fork("main", 1)
+        with repo.session("main", policy="recompute") as session:
+            assert said(session.generate("Go on. ", GREEDY))[1] != expected[1]
