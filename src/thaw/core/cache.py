@@ -286,11 +286,6 @@ def keeps_all(groups: Sequence[CacheGroup]) -> bool:
     return all(isinstance(g, FullKV) or (isinstance(g, LatentKV) and g.window is UNSET) for g in groups)
 
 
-def windowed(groups: Sequence[CacheGroup]) -> tuple[str, ...]:
-    """The names of the groups of which only the last tokens are needed."""
-    return tuple(g.name for g in token_groups(groups) if not isinstance(g, FullKV) and g.window is not UNSET)
-
-
 def token_nbytes(groups: Sequence[CacheGroup]) -> int:
     """What one more token adds at most."""
     return sum(group.token_nbytes for group in token_groups(groups))
