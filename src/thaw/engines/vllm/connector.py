@@ -173,8 +173,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        groups = self._kv_cache_config.kv_cache_groups
-        layouts = make_layouts(kv_caches, [g.layer_names for g in groups], [g.kv_cache_spec for g in groups])
+        groups, config = self._kv_cache_config.kv_cache_groups, self._config.model_config.hf_text_config.to_dict()
+        layouts = make_layouts(kv_caches, [g.layer_names for g in groups], [g.kv_cache_spec for g in groups], config)
         parallel, model = self._config.parallel_config, self._config.model_config
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(

@@ -7,6 +7,7 @@ from typing import Any
 
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden
+from thaw.engines.hf.latents import num_halved
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.settings import LOGITS_PROCESSOR
@@ -54,7 +55,7 @@ def require(config: Any, kv_cache_config: Any) -> None:
 
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
-    _require_model(config.model_config)
+    _require_model(config.model_config, on_cpu=config.device_config.device_type == "cpu")
     _require_files(config)
     _require_full_attention(config.model_config, config.cache_config)
     _require_transfer(config.kv_transfer_config)
@@ -126,13 +127,13 @@ def _require_transfer(transfer: Any) -> None:
         )
 
 
-def _require_model(model: Any) -> None:
+def _require_model(model: Any, *, on_cpu: bool) -> None:
     if model.is_encoder_decoder:
         raise Unsupported("encoder-decoder models: their cross attention cache is not captured")
     if getattr(model, "is_multimodal_model", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
     if getattr(model, "use_mla", False):
-        _require_latents(model)
+        _require_latents(model, on_cpu=on_cpu)
     if model.enable_prompt_embeds:
         raise Unsupported("enable_prompt_embeds: a session is made of tokens; start vLLM without it")
     if model.logprobs_mode != "raw_logprobs":
@@ -141,7 +142,7 @@ def _require_model(model: Any) -> None:
         )
 
 
-def _require_latents(model: Any) -> None:
+def _require_latents(model: Any, *, on_cpu: bool) -> None:
     import vllm
 
     if not versions.keeps_latents(vllm.__version__):
@@ -149,6 +150,13 @@ def _require_latents(model: Any) -> None:
     for name, what in OTHER_LATENTS.items():
         if getattr(model.hf_text_config, name, None) is not None:
             raise Unsupported(f"{what} ({name} in its config): only plain MLA is captured")
+    num_halved(model.hf_text_config.to_dict())
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    if on_cpu and (rope.get("rope_type", "default") == "default" or rope.get("attention_factor") == 1.0):
+        raise Unsupported(
+            "MLA with a plain rope on a CPU: vLLM's rotary operator takes its queries and keys for others there, so that "
+            "a token's KV hangs on what is read with it; run it on a GPU (yarn is right on a CPU, too)"
+        )
 
 
 OTHER_LATENTS = {

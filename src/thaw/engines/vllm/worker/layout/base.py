@@ -6,8 +6,8 @@ then values of D numbers each. Where the bytes lie is the backend's business: an
 here are canonical, [H, L, 2, T, D]: the slice of one head is a blob's [layer][K|V][token][head_dim], so neither block
 size nor packing ever reaches a snapshot. Bits are moved as integers: a NaN keeps its payload.
 
-A latent (MLA) is one head of one plane: [B, 1, N, D] there, [1, L, 1, T, D] here, D numbers being the compressed KV and
-then the roped part of the key. No backend packs it.
+A latent (MLA) is one head of one plane: [B, 1, N, D] there, [1, L, 1, T, D] here. No backend packs it; the order of its
+numbers is that of `hf.latents`.
 
 Layers may lie in tensors of their own or in one buffer; only shapes and strides are used, never a tensor's storage.
 """
