@@ -17,7 +17,7 @@ from thaw.testing.models import _SHAPES as _PLAIN
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BOTH", "KINDS", "OF_KINDS", "PARTS", "RECURRENT", "WINDOW", "make_kind_model"]
+__all__ = ["BOTH", "KINDS", "OF_KINDS", "ON_VLLM", "PARTS", "RECURRENT", "WINDOW", "make_kind_model"]
 
 KINDS = {
     "falcon": "full attention of a model's own: heads that its cache repeats",
@@ -32,6 +32,10 @@ KINDS = {
     "deepseek_v3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
+ON_VLLM = {
+    "deepseek_v3": "tested on 0.32",
+}
+"""Those that run on vLLM, on a CPU, and what the table of kinds says of them."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40
@@ -81,6 +85,12 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
         "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32, "n_shared_experts": 1,
+    },
+    "deepseek_v2": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
+        "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "topk_method": "greedy", "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
     },
     "lfm3": {

@@ -154,8 +154,8 @@ def _require_latents(model: Any, *, on_cpu: bool) -> None:
     rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
     if on_cpu and (rope.get("rope_type", "default") == "default" or rope.get("attention_factor") == 1.0):
         raise Unsupported(
-            "MLA with a plain rope on a CPU: vLLM's rotary operator takes its queries and keys for others there, so that "
-            "a token's KV hangs on what is read with it; run it on a GPU (yarn is right on a CPU, too)"
+            "MLA with a plain rope on a CPU: vLLM's operator there rotates its queries by wrong positions, and keys by "
+            "what is read with them; use a GPU (yarn is computed by other code, and supported)"
         )
 
 

@@ -66,7 +66,8 @@ def make_layouts(
     """One for each of vLLM's KV cache groups, which name their layers. `specs`: vLLM's own of each group; of full
     attention where none is given. `config`: the text model's, asked where there are latents. Raises `Unsupported` as
     `make_layout`, and for caches of no group, whose layers use those of others."""
-    latent = partial(make_latent_layout, num_halved=num_halved(config)) if any(map(is_latent, specs)) else make_layout
+    halved = num_halved(config or {}) if any(map(is_latent, specs)) else 0
+    latent = partial(make_latent_layout, num_halved=halved)
     makers = [latent if is_latent(spec) else make_layout for spec in specs or (None,) * len(groups)]
     if len(groups) == 1:
         return (makers[0](kv_caches),)
@@ -75,9 +76,7 @@ def make_layouts(
         raise Unsupported(
             f"layer {strange[0]!r} is in no KV cache group; thaw snapshots layers with caches of their own"
         )
-    return tuple(
-        make({name: kv_caches[name] for name in names}) for make, names in zip(makers, groups, strict=True)
-    )
+    return tuple(make({name: kv_caches[name] for name in names}) for make, names in zip(makers, groups, strict=True))
 
 
 def is_latent(spec: object) -> bool:

@@ -92,8 +92,8 @@ class KVLayout(abc.ABC):
 
     def gather(self, block_ids: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None:
         """Copy tokens [start, stop) into `out`, a host tensor [num_kv_heads, num_layers, num_planes, stop - start,
-        head_dim] of the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size], slot
-        p % block_size. On return `out` is whole."""
+        head_dim] of the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size],
+        slot p % block_size. On return `out` is whole."""
         self._check(block_ids, start, stop, out)
         if start < stop:
             self._gather(block_ids, start, stop, out)

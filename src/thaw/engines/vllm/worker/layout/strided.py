@@ -41,8 +41,8 @@ class Part:
 
 
 class TorchPages(KVLayout):
-    """Caches in which number d of K and V of token slot n is at [block, head, n, d] and [block, head, n, D + d]; a latent
-    has the first of them.
+    """Caches in which number d of K and V of token slot n is at [block, head, n, d] and [block, head, n, D + d]; of a
+    latent the first alone.
 
     Staging is taken here, not under a request.
     """
@@ -59,7 +59,8 @@ class TorchPages(KVLayout):
 
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, staging: int = 0) -> None:
         super().__init__(kv_caches)
-        self._pages = [torch.unflatten(cache.view(self.bits), 3, (self.num_planes, self.head_dim)) for cache in self._caches]
+        planes = (self.num_planes, self.head_dim)
+        self._pages = [torch.unflatten(cache.view(self.bits), 3, planes) for cache in self._caches]
         self._token_numel = self.num_kv_heads * self.num_planes * self.head_dim
         least = self._token_numel * self.block_size
         self._in = _Ring(staging or STAGING, least, self.bits, self.device)
