@@ -44,11 +44,12 @@ SHAPE: dict[str, Any] = {
     },
 }  # fmt: skip
 V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-"""What the files of DeepSeek V3 say, too."""
+"""What files of DeepSeek V3 say, too."""
 KINDS = [
     pytest.param(("deepseek_v3", V3), id="deepseek_v3"),
-    pytest.param(
-        ("deepseek_v2", {}), id="deepseek_v2", marks=pytest.mark.slow("the same on one more model of the kind")
+    *(
+        pytest.param((arch, more), id=arch, marks=pytest.mark.slow("the same on one more model of the kind"))
+        for arch, more in (("deepseek_v2", {}), ("glm4_moe_lite", V3))
     ),
 ]
 CUTS = sorted({*random.Random(23).sample(range(2, 700), 20), 255, 256, 257, 15 * BLOCK - 1, 15 * BLOCK + 1, 15 * BLOCK})
