@@ -70,6 +70,7 @@ class Vllm(EngineKind):
     quiet: ClassVar[Mapping[str, str]] = {"VLLM_LOGGING_LEVEL": "ERROR"}
     modest: ClassVar[Mapping[str, object]] = {"enforce_eager": True, "disable_log_stats": True}
     modest_environment: ClassVar[Mapping[str, str]] = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    stored: ClassVar[Mapping[str, str]] = {"load_format": settings.STORED_FORMAT}
 
     def load(self, **options: Any) -> Engine:
         from thaw.engines.vllm import load

@@ -31,6 +31,8 @@ MULTI = "MultiConnector"
 LOGITS_PROCESSOR = "thaw.engines.vllm.sampling:ThawSampling"
 REFUSALS = "thaw.engines.vllm.refusals.Refusals"
 KEY = "thaw"
+STORED_FORMAT = "thaw"
+"""The `load_format` that reads a model's tensors from a store (`thaw.weights.vllm_loader`)."""
 KEY_VARIABLE = "VLLM_API_KEY"
 """Where the server looks for its API key."""
 MAX_LOGPROBS = 100
