@@ -10,7 +10,7 @@ from thaw.engines.hf.config import overridden
 from thaw.engines.hf.latents import num_halved
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
-from thaw.engines.vllm.settings import LOGITS_PROCESSOR
+from thaw.engines.vllm.settings import LOGITS_PROCESSOR, STORED_FORMAT
 
 CPU_BLOCKS = 32
 ONE = "a session is one sequence; fork it and send a request for each child"
@@ -142,6 +142,13 @@ def _require_model(model: Any, *, on_cpu: bool) -> None:
         )
 
 
+OTHER_LATENTS = {
+    "index_topk": "sparse attention (DSA): its indexer keeps a cache of its own",
+    "compress_ratios": "compressed attention (DeepSeek V4): its compressor keeps states",
+}
+"""Fields of a config by which a model keeps more than one latent a token and layer."""
+
+
 def _require_latents(model: Any, *, on_cpu: bool) -> None:
     import vllm
 
@@ -159,13 +166,7 @@ def _require_latents(model: Any, *, on_cpu: bool) -> None:
         )
 
 
-OTHER_LATENTS = {
-    "index_topk": "sparse attention (DSA): its indexer keeps a cache of its own",
-    "compress_ratios": "compressed attention (DeepSeek V4): its compressor keeps states",
-}
-"""Fields of a config by which a model keeps more than one latent a token and layer."""
-
-LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", STORED_FORMAT)
 """Values of `load_format` that read the files which the identity is made of."""
 MISTRAL = "consolidated*.safetensors"
 """Files that vLLM takes before all others where `load_format` is auto."""
