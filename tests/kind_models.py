@@ -97,7 +97,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
         "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
-        "n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 1,
     },
     "lfm3": {
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "conv_L_cache": 3,
