@@ -111,6 +111,13 @@ def test_messages_with_odd_fields_cost_themselves_alone(vllm: Vllm) -> None:
     assert vllm.side.num_running() == 0 and vllm.side.metrics()["records"] <= 2
 
 
+def test_an_image_in_a_session_is_refused_by_name_and_plain_requests_may_have_one(vllm: Vllm) -> None:
+    image = [SimpleNamespace(modality="image")]
+    said = vllm.serve(vllm.request({"op": "run", "id": "f" * 32, "record": TWO}, mm_features=image))
+    assert said["kind"] == "unsupported" and said["error"].startswith("image in a request that carries")
+    assert vllm.serve(vllm.request({"op": "run", "id": "e" * 32, "record": THREE}, mm_features=[]))["num_kv"] == 19
+
+
 def test_a_message_with_an_odd_field_is_a_message_or_refused_in_few_words() -> None:
     kinds = set()
     for message in odd_messages():

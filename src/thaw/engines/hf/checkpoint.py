@@ -286,10 +286,12 @@ def _require_same_files(folder: Path, paths: Collection[Path]) -> None:
 
 def _require_names(folder: Path, like: Any, names: Collection[str]) -> None:
     """transformers finds a body's tensors without their prefix, and a tied tensor under either of its names; vLLM and
-    SGLang do not, and SGLang then runs what happened to be in memory."""
+    SGLang do not, and SGLang then runs what happened to be in memory. Files of a class of several parts have names of
+    their own."""
     known, prefix = like.state_dict().keys(), like.base_model_prefix
+    several = like.config is not like.config.get_text_config()
     bare = [name for name in names if name not in known and f"{prefix}.{name}" in known]
-    if bare and prefix == "model":  # of GPT-2 and others these are the usual names, and read as such
+    if bare and prefix == "model" and not several:  # of GPT-2 and others these are the usual names, and read as such
         raise IncompleteModel(
             f"the files of {folder} name tensors without the prefix {prefix!r} ({_some(bare)}), as a body alone is "
             "saved; load it with transformers and save the whole model"

@@ -61,7 +61,11 @@ def require_config(config: Any) -> None:
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:
-        raise Unsupported("speculative decoding: a draft's state is not captured; start vLLM without it")
+        method = getattr(config.speculative_config, "method", None)
+        raise Unsupported(
+            f"speculative decoding{f' ({method})' if method else ''}: a draft's state is not captured; start vLLM "
+            "without speculative_config (--speculative-config). A model's own layers for drafts (MTP) do not run then"
+        )
     if config.lora_config is not None:
         raise Unsupported("LoRA: adapters are not part of a session's identity here yet; start vLLM without it")
     if parallel.pipeline_parallel_size > 1:
@@ -131,7 +135,7 @@ def _require_model(model: Any, *, on_cpu: bool) -> None:
     if model.is_encoder_decoder:
         raise Unsupported("encoder-decoder models: their cross attention cache is not captured")
     if getattr(model, "is_multimodal_model", False):
-        raise Unsupported("multimodal models: media features are not part of a session yet")
+        _require_text_only(model)
     if getattr(model, "use_mla", False):
         _require_latents(model, on_cpu=on_cpu)
     if model.enable_prompt_embeds:
@@ -139,6 +143,20 @@ def _require_model(model: Any, *, on_cpu: bool) -> None:
     if model.logprobs_mode != "raw_logprobs":
         raise Unsupported(
             f"logprobs_mode={model.logprobs_mode}: a session's log probabilities are of raw logits; use raw_logprobs"
+        )
+
+
+def _require_text_only(model: Any) -> None:
+    """A multimodal class is of several parts; what counts is whether the others run. (vLLM's own property says that it
+    takes media wherever a connector is loaded: their embeddings may come. `require_text` refuses those.)"""
+    import vllm
+
+    if not versions.has_kinds(vllm.__version__):
+        raise Unsupported(f"multimodal models on vLLM {vllm.__version__}: their text part is supported from 0.32 on")
+    if not getattr(model.multimodal_config, "language_model_only", False):
+        raise Unsupported(
+            "multimodal models: media are not part of a session yet. Their text part is supported: start vLLM with "
+            "language_model_only=True (--language-model-only)"
         )
 
 
@@ -152,7 +170,7 @@ OTHER_LATENTS = {
 def _require_latents(model: Any, *, on_cpu: bool) -> None:
     import vllm
 
-    if not versions.keeps_latents(vllm.__version__):
+    if not versions.has_kinds(vllm.__version__):
         raise Unsupported(f"MLA (latent attention) on vLLM {vllm.__version__}: it is captured from 0.32 on")
     for name, what in OTHER_LATENTS.items():
         if getattr(model.hf_text_config, name, None) is not None:
@@ -223,6 +241,15 @@ def require_request(params: Any) -> None:
     message = parse(transfer if isinstance(transfer, dict) else None)
     if message is not None:
         require_alone(params, message)
+
+
+def require_text(request: Any) -> None:
+    """Raise `Unsupported` for a request with an image or another medium in it."""
+    media = sorted({str(feature.modality) for feature in getattr(request, "mm_features", None) or ()})
+    if media:
+        raise Unsupported(
+            f"{media[0]} in a request that carries kv_transfer_params[{KEY!r}]: a session is of text alone"
+        )
 
 
 def require_alone(params: Any, message: Message) -> None:

@@ -37,14 +37,14 @@ def notes(version: str) -> list[str]:
     return []
 
 
-LATENTS = (0, 32)
-"""The first release whose caches of latents (MLA) were tried."""
+KINDS = (0, 32)
+"""The first release that was tried with latents (MLA) and with the text part of multimodal classes."""
 
 
-def keeps_latents(version: str) -> bool:
-    """Whether a release's caches of latents are known: older ones were not tried with them."""
+def has_kinds(version: str) -> bool:
+    """Whether it is that release or a newer one."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    return found is not None and (int(found[1]), int(found[2])) >= LATENTS
+    return found is not None and (int(found[1]), int(found[2])) >= KINDS
 
 
 def runner(config: Any) -> str:

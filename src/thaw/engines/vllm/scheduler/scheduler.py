@@ -109,6 +109,7 @@ class SchedulerSide:
         if not self.on:
             raise Unsupported("thaw is switched off in this engine; plain requests work (thaw engine switch on)")
         support.require_alone(request.sampling_params, message)
+        support.require_text(request)
         _require_grammar(request, message)
         caller = message.caller or GUEST
         self.require_room(message.record, caller, message.num_new(request.num_tokens))
