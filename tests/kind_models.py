@@ -33,7 +33,7 @@ KINDS = {
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
 ON_VLLM = {
-    **dict.fromkeys(("falcon", "gpt2", "cohere", "deepseek_v3"), "tested on 0.32"),
+    "deepseek_v3": "tested on 0.32",
 }
 """Those that run on vLLM, on a CPU, and what the table of kinds says of them."""
 BOTH = ("lfm3",)
@@ -42,11 +42,15 @@ WINDOW = 40
 """Tokens that a token attends to in the layers with a window."""
 PARTS = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Multimodal architectures; the text part runs."""
+ON_VLLM |= dict.fromkeys(("falcon", "gpt2", "cohere"), "tested on 0.32")
 _SHAPES: dict[str, dict[str, Any]] = {
     "falcon": {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True,
         "alibi": False, "ffn_hidden_size": 160,
     },
+    "granite": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128},
+    "stablelm": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128},
+    "nemotron": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128},
     "gpt2": {"num_hidden_layers": 2, "num_attention_heads": 4},
     "cohere": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "logit_scale": 0.25},
     "gemma2": {
@@ -87,9 +91,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
     },
-    "granite": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128},
-    "stablelm": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128},
-    "nemotron": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128},
     "deepseek_v2": {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
         "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
