@@ -37,7 +37,7 @@ from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
-from thaw.engines.vllm.worker.layout import cache_groups, make_layouts
+from thaw.engines.vllm.worker.layout import LayerGroup, cache_groups, layer_groups, make_layouts
 from thaw.engines.vllm.worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -173,18 +173,32 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        layouts = make_layouts(kv_caches, [group.layer_names for group in self._kv_cache_config.kv_cache_groups])
+        parts = self._layer_groups()
+        layouts = make_layouts(kv_caches, [part.names for part in parts])
         parallel, model = self._config.parallel_config, self._config.model_config
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
             rank=rank,
             world_size=size,
             pid=os.getpid(),
-            groups=cache_groups(layouts, model.get_total_num_kv_heads()),
+            groups=cache_groups(layouts, model.get_total_num_kv_heads(), [part.window for part in parts]),
             layout=layouts[0].describe(),
         )
-        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, self._watch(layouts[0].layer_names[0]))
+        watch, tables = self._watch(layouts[0].layer_names[0]), [part.table for part in parts]
+        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, watch, tables)
         self._mail.post(rank, facts)
+
+    def _layer_groups(self) -> tuple[LayerGroup, ...]:
+        """thaw's cache groups by their layers: those with a window are groups of their own, though vLLM keeps them in
+        one with layers of full attention."""
+        groups = self._kv_cache_config.kv_cache_groups
+        layers = self._config.compilation_config.static_forward_context
+        windows = {}
+        for group in groups:
+            if support.window_of(group.kv_cache_spec) is not None:
+                found = {name: support.window_of(layers[name].get_kv_cache_spec(self._config)) for name in group.layer_names}
+                windows |= {name: window for name, window in found.items() if window is not None}
+        return layer_groups([group.layer_names for group in groups], windows)
 
     def _watch(self, layer_name: str) -> WeightsSample | None:
         layer = self._config.compilation_config.static_forward_context.get(layer_name)

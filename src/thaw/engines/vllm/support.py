@@ -24,26 +24,41 @@ ALONE = (
 """Fields of vLLM's `SamplingParams` with their neutral value that cannot go with a message, and why."""
 
 
+SUPPORTED = "full attention, and windows beside layers of full attention, are supported"
+FREED = (
+    "vLLM's hybrid KV cache manager lets go of the KV that has left them, so that no session could be forked or captured "
+    "where it was; start vLLM with --disable-hybrid-kv-cache-manager (disable_hybrid_kv_cache_manager=True), as thaw's "
+    "own boots do: it then keeps the KV of every token in these layers too"
+)
+
+
+def window_of(spec: Any) -> int | None:
+    """How many tokens a token attends to in the layers of a cache spec, itself among them; None: all. vLLM keeps this
+    in the spec of full attention that it makes of a window without its hybrid KV cache manager."""
+    found = (getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return next((window for window in found if window is not None), None)
+
+
 def require(config: Any, kv_cache_config: Any) -> None:
     """Raise `Unsupported` for the first thing that thaw cannot capture exactly."""
     require_config(config)
     _require_transfer(versions.whole(config).kv_transfer_config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid or sliding); only one is supported")
+        windows = sorted({window for group in groups if (window := window_of(group.kv_cache_spec)) is not None})
+        if windows:
+            raise Unsupported(f"windows of {', '.join(map(str, windows))} tokens: {FREED}")
+        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid); only one is supported")
     spec = groups[0].kv_cache_spec
     if type(spec).__name__ != "FullAttentionSpec":
-        raise Unsupported(f"a cache of kind {type(spec).__name__}; only full attention is supported")
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(spec, name, None) is not None:
-            raise Unsupported(f"{name}={getattr(spec, name)}: only full attention is supported")
+        raise Unsupported(f"a cache of kind {type(spec).__name__}; {SUPPORTED}")
 
 
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config)
     _require_files(config)
-    _require_full_attention(config.model_config, config.cache_config)
+    _require_attention(config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:
@@ -84,23 +99,29 @@ def require_one_rank(parallel: Any) -> None:
 
 ATTENTIONS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 """What a model's config calls layers that keep KV."""
+WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Those that look at their last tokens alone, and the field that says how many."""
 
 
-def _require_full_attention(model: Any, cache: Any) -> None:
+def _require_attention(config: Any) -> None:
     """By the config alone; `require` looks at the caches that vLLM made of it."""
+    model, cache = config.model_config, config.cache_config
     layers = set(getattr(model.hf_text_config, "layer_types", None) or ())
     others = sorted(layers - ATTENTIONS)
     if model.is_hybrid or model.is_attention_free or others:
         which = f" (layers of {', '.join(others)})" if others else ""
         raise Unsupported(
-            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; only full attention is "
-            "supported"
+            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; {SUPPORTED}"
         )
-    window = model.get_sliding_window()
-    if cache.sliding_window is not None or (window is not None and "sliding_attention" in layers):
-        raise Unsupported(f"sliding_window={window}: only full attention is supported")
-    if "chunked_attention" in layers:
-        raise Unsupported("chunked attention: only full attention is supported")
+    if cache.sliding_window is not None:
+        raise Unsupported(
+            f"sliding_window={cache.sliding_window} in every layer: vLLM lets go of the KV that has left it, whatever it "
+            f"is told; {SUPPORTED}"
+        )
+    windows = [layer for layer in WINDOWED if layer in layers and getattr(model.hf_text_config, WINDOWED[layer], None)]
+    if windows and not getattr(config.scheduler_config, "disable_hybrid_kv_cache_manager", False):
+        sizes = ", ".join(f"{WINDOWED[layer]}={getattr(model.hf_text_config, WINDOWED[layer])}" for layer in windows)
+        raise Unsupported(f"{sizes}: {FREED}")
 
 
 def _require_transfer(transfer: Any) -> None:

@@ -294,7 +294,7 @@ class SchedulerSide:
             if background:
                 self._loads.begins(run, want)
         elif want:
-            self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1)))
+            self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1), want))
 
     def _note_loaded(self, run: RunningRequest, tables: jobs.Tables, start: int, stop: int) -> None:
         record = self.records.get(run.message.record)

@@ -6,16 +6,36 @@ What a layout does is in `base`. Whether one can do it for these caches is asked
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from thaw.core.cache import FullKV, layers_of
+from thaw.core.cache import FullKV, SlidingKV, layers_of
 from thaw.core.errors import Unsupported
 from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order
 
 HEAD_DIMS_OF_ONE_HEAD = frozenset({32, 64, 80, 96, 112, 128, 192, 224, 256, 512})
 """Head sizes believed of a cache with one KV head; others (288 of MLA's 512 + 64) are a latent, not keys and values."""
+
+
+class LayerGroup(NamedTuple):
+    """Layers that are one of thaw's cache groups: their names, the place of their block table among those of vLLM's KV
+    cache groups, and how many tokens a token attends to (None: all)."""
+
+    names: tuple[str, ...]
+    table: int
+    window: int | None = None
+
+
+def layer_groups(groups: Sequence[Sequence[str]], windows: Mapping[str, int]) -> tuple[LayerGroup, ...]:
+    """Of vLLM's KV cache groups, which name their layers, and the windows of those that have one: layers of one table
+    and window are a group, in the order of their first layers."""
+    order = layer_order(dict.fromkeys(name for names in groups for name in names))
+    table = {name: at for at, names in enumerate(groups) for name in names}
+    members: dict[tuple[int, int | None], list[str]] = {}
+    for name in order:
+        members.setdefault((table[name], windows.get(name)), []).append(name)
+    return tuple(LayerGroup(tuple(names), at, window) for (at, window), names in members.items())
 
 
 def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
@@ -39,7 +59,7 @@ def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
 
 
 def make_layouts(kv_caches: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> tuple[KVLayout, ...]:
-    """One for each of vLLM's KV cache groups, which name their layers. Raises `Unsupported` as `make_layout`, and for
+    """One for each of these groups of layers, by their names. Raises `Unsupported` as `make_layout`, and for
     caches of no group, whose layers use those of others."""
     if len(groups) == 1:
         return (make_layout(kv_caches),)
@@ -51,19 +71,24 @@ def make_layouts(kv_caches: Mapping[str, Any], groups: Sequence[Sequence[str]]) 
     return tuple(make_layout({name: kv_caches[name] for name in names}) for names in groups)
 
 
-def cache_groups(layouts: Sequence[KVLayout], num_kv_heads: int) -> tuple[FullKV, ...]:
-    """What the layouts are of a model with so many KV heads in all."""
+def cache_groups(
+    layouts: Sequence[KVLayout], num_kv_heads: int, windows: Sequence[int | None] = ()
+) -> tuple[FullKV | SlidingKV, ...]:
+    """What the layouts are of a model with so many KV heads in all. `windows`: of each, where some have one."""
     order = layer_order(dict.fromkeys(name for layout in layouts for name in layout.layer_names))
-    return tuple(
-        FullKV(
-            name="full" if i == 0 else f"full.{i}",
+    found: list[FullKV | SlidingKV] = []
+    for layout, window in zip(layouts, windows or [None] * len(layouts), strict=True):
+        kind = "full" if window is None else "sliding"
+        before = sum(group.name.partition(".")[0] == kind for group in found)
+        fields: dict[str, Any] = {
+            "name": f"{kind}.{before}" if before else kind,
             **layers_of([order.index(name) for name in layout.layer_names]),
-            num_kv_heads=num_kv_heads,
-            head_dim=layout.head_dim,
-            dtype=str(layout.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        )
-        for i, layout in enumerate(layouts)
-    )
+            "num_kv_heads": num_kv_heads,
+            "head_dim": layout.head_dim,
+            "dtype": str(layout.dtype).removeprefix("torch."),
+        }
+        found.append(FullKV(**fields) if window is None else SlidingKV(window=window, **fields))
+    return tuple(found)
 
 
 def _full_attention(kv_caches: Mapping[str, Any]) -> dict[str, torch.Tensor]:
