@@ -173,8 +173,9 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        parts = self._layer_groups()
-        layouts = make_layouts(kv_caches, [part.names for part in parts])
+        parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
+        specs = [groups[part.table].kv_cache_spec for part in parts]
+        layouts = make_layouts(kv_caches, [part.names for part in parts], specs)
         parallel, model = self._config.parallel_config, self._config.model_config
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
@@ -193,11 +194,9 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         one with layers of full attention."""
         groups = self._kv_cache_config.kv_cache_groups
         layers = self._config.compilation_config.static_forward_context
-        windows = {}
-        for group in groups:
-            if support.window_of(group.kv_cache_spec) is not None:
-                found = {name: support.window_of(layers[name].get_kv_cache_spec(self._config)) for name in group.layer_names}
-                windows |= {name: window for name, window in found.items() if window is not None}
+        named = [name for g in groups if support.window_of(g.kv_cache_spec) is not None for name in g.layer_names]
+        found = {name: support.window_of(layers[name].get_kv_cache_spec(self._config)) for name in named}
+        windows = {name: window for name, window in found.items() if window is not None}
         return layer_groups([group.layer_names for group in groups], windows)
 
     def _watch(self, layer_name: str) -> WeightsSample | None:

@@ -24,7 +24,16 @@ ALONE = (
 """Fields of vLLM's `SamplingParams` with their neutral value that cannot go with a message, and why."""
 
 
-SUPPORTED = "full attention, and windows beside layers of full attention, are supported"
+SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+"""What vLLM calls the specs of caches that are captured."""
+OF_LATENTS = (
+    ("tokens_per_state", 1, "a latent of several tokens is not captured"),
+    ("state_content_bytes", None, "quantised latents are not captured; use kv_cache_dtype=auto"),
+    ("model_version", None, "caches of DeepSeek V4 are not captured"),
+)
+"""Fields of a spec of latents with the value that plain ones have, and what another one is."""
+
+SUPPORTED = "full attention, windows beside layers of full attention, and latents are supported"
 FREED = (
     "vLLM's hybrid KV cache manager lets go of the KV that has left them, so that no session could be forked or captured "
     "where it was; start vLLM with --disable-hybrid-kv-cache-manager (disable_hybrid_kv_cache_manager=True), as thaw's "
@@ -50,8 +59,13 @@ def require(config: Any, kv_cache_config: Any) -> None:
             raise Unsupported(f"windows of {', '.join(map(str, windows))} tokens: {FREED}")
         raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid); only one is supported")
     spec = groups[0].kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
+    if type(spec).__name__ not in SPECS:
         raise Unsupported(f"a cache of kind {type(spec).__name__}; {SUPPORTED}")
+    for name, usual, why in OF_LATENTS:
+        if getattr(spec, name, usual) != usual:
+            raise Unsupported(f"latents with {name}={getattr(spec, name)}: {why}")
+    if type(spec).__name__ != "FullAttentionSpec" and window_of(spec) is not None:
+        raise Unsupported(f"latents with a window of {window_of(spec)} tokens; {SUPPORTED}")
 
 
 def require_config(config: Any) -> None:
@@ -82,7 +96,8 @@ def require_config(config: Any) -> None:
     if cache not in ("auto", "bfloat16", "float16", "float32"):
         raise Unsupported(f"kv_cache_dtype={cache}: quantised KV is not captured; use auto")
     block_size = config.cache_config.block_size
-    if config.device_config.device_type == "cpu" and block_size % CPU_BLOCKS:
+    latents = getattr(config.model_config, "use_mla", False)  # whose attention has block sizes of its own
+    if config.device_config.device_type == "cpu" and block_size % CPU_BLOCKS and not latents:
         raise Unsupported(
             f"block_size={block_size}: on a CPU vLLM's attention takes multiples of {CPU_BLOCKS}; leave it out for 128"
         )
@@ -139,7 +154,7 @@ def _require_model(model: Any) -> None:
     if getattr(model, "is_multimodal_model", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
     if getattr(model, "use_mla", False):
-        raise Unsupported("MLA (latent attention) caches are not captured yet")
+        _require_latents(model)
     if model.enable_prompt_embeds:
         raise Unsupported("enable_prompt_embeds: a session is made of tokens; start vLLM without it")
     if model.logprobs_mode != "raw_logprobs":
@@ -147,6 +162,22 @@ def _require_model(model: Any) -> None:
             f"logprobs_mode={model.logprobs_mode}: a session's log probabilities are of raw logits; use raw_logprobs"
         )
 
+
+def _require_latents(model: Any) -> None:
+    import vllm
+
+    if not versions.keeps_latents(vllm.__version__):
+        raise Unsupported(f"MLA (latent attention) on vLLM {vllm.__version__}: it is captured from 0.32 on")
+    for name, what in OTHER_LATENTS.items():
+        if getattr(model.hf_text_config, name, None) is not None:
+            raise Unsupported(f"{what} ({name} in its config): only plain MLA is captured")
+
+
+OTHER_LATENTS = {
+    "index_topk": "sparse attention (DSA): its indexer keeps a cache of its own",
+    "compress_ratios": "compressed attention (DeepSeek V4): its compressor keeps states",
+}
+"""Fields of a config by which a model keeps more than one latent a token and layer."""
 
 LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 """Values of `load_format` that read the files which the identity is made of."""

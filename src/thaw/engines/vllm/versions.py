@@ -8,6 +8,7 @@ Newer properties that the connector overrides (`requires_kv_delivery`, from 0.27
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from thaw.core.errors import Unsupported
@@ -34,6 +35,16 @@ def notes(version: str) -> list[str]:
     if minor not in RUN:
         return [f"vLLM {version} lies between the releases that thaw is run with (0.26, 0.29, 0.32); it was not run"]
     return []
+
+
+LATENTS = (0, 32)
+"""The first release whose caches of latents (MLA) were tried."""
+
+
+def keeps_latents(version: str) -> bool:
+    """Whether a release's caches of latents are known: older ones were not tried with them."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= LATENTS
 
 
 def runner(config: Any) -> str:
