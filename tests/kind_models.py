@@ -87,10 +87,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
-    "ministral": {
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-    },
     "lfm3": {
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "conv_L_cache": 3,
         "layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": WINDOW,

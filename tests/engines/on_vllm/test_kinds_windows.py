@@ -32,6 +32,7 @@ from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
 
 BLOCK = 128
+MORE = pytest.mark.slow("the same on one more model with windows")
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 2048, "truncate": False,
@@ -41,11 +42,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 64, "num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"],
     },
-    "gpt_oss": {"head_dim": 64, "rope_parameters": YARN},
+    "gpt_oss": {
+        "head_dim": 64, "intermediate_size": 64, "rope_parameters": YARN,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma2": {"head_dim": 64, "tie_word_embeddings": True},
     "olmo3": {"head_dim": 32},
-    "ministral": {"head_dim": 32},
 }
-"""Gemma 3 has five layers with a window for each without, gpt-oss sinks."""
+"""Gemma 3 has five layers with a window for each without; gpt-oss has sinks, and vLLM gives a window to every other layer
+of it, whatever its config says; OLMo 3 runs on vLLM's transformers backend."""
+HERE = [pytest.param("gemma3_text"), pytest.param("gpt_oss"), pytest.param("gemma2", marks=MORE)]
 CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), 127, 128, 129, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1})
 POWER = 100
 """How many times more than the noise of a batch's shape a control must move a log probability."""
@@ -54,13 +60,13 @@ POWER = 100
 class InPlace:
     """A vLLM of this process, and what lies under it."""
 
-    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+    def __init__(self, folder: Path) -> None:
         from vllm import LLM
 
         more = {**engine_args(settled(VllmSettings())), KEEPS_WINDOWS: True}
         # vLLM takes bfloat16 for float32 unless it is told, and its pages are few, so that filling them takes no time.
         self.llm = LLM(
-            str(folder), dtype=dtype, enforce_eager=True, max_model_len=2048, num_gpu_blocks_override=64, **more
+            str(folder), dtype="float32", enforce_eager=True, max_model_len=2048, num_gpu_blocks_override=64, **more
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.folder = folder
@@ -80,9 +86,9 @@ class InPlace:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(request.param, tmp_path_factory, "float32")
+@pytest.fixture(scope="module", params=HERE)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def made(kind: str, tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
@@ -90,7 +96,8 @@ def made(kind: str, tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Pat
 
 
 @pytest.fixture(scope="module")
-def here(folder: Path) -> Iterator[InPlace]:
+def here(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InPlace]:
+    folder = made(kind, tmp_path_factory, "float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         running = InPlace(folder)
@@ -272,7 +279,8 @@ def test_controls_that_can_see(here: InPlace, engine: Engine, lab: Lab) -> None:
         mine(token).copy_(theirs(token) if "another" in what else torch.zeros(1))
         here.fill_with_junk()
         moved[f"{group.name}: {what}"] = apart(right, tops(lab, engine, restored))
-    blind = {what: value for what, value in moved.items() if value < max(POWER * noise, 1e-9)}
+    print(noise, moved)
+    blind = {what: value for what, value in moved.items() if value < max(POWER * noise, 1e-5)}
     assert blind == {}, (noise, moved)
     restored = lab.hydrate(engine, plan).session
     arena(here, engine, restored, group)(first - 1).fill_(3.0)
@@ -297,8 +305,8 @@ def mixed(plan: Any, strange: Any, name: str) -> Any:
 
 
 def tops(lab: Lab, engine: Engine, *sessions: SessionRef) -> dict[int, float]:
-    """The first one's most likely tokens after one more, with their log probabilities."""
-    out = lab.run(engine, *sessions, sampling=greedy(1, logprobs=20), prompt=(5,))[0]
+    """The first one's most likely tokens, with their log probabilities: its last token runs again, over its KV."""
+    out = lab.run(engine, *sessions, sampling=greedy(1, logprobs=20))[0]
     turn = engine.view(sessions[0]).turns[-1]
     assert turn.top_logprobs is not None and len(out.token_ids) == 1
     return dict(turn.top_logprobs[0])
