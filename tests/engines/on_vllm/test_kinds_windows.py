@@ -22,6 +22,7 @@ import thaw  # noqa: E402
 from kind_models import WINDOW, make_kind_model  # noqa: E402
 from thaw.core.cache import SlidingKV, token_groups  # noqa: E402
 from thaw.core.errors import NotKept  # noqa: E402
+from thaw.engines import load_engine  # noqa: E402
 from thaw.engines.base import Captured, Engine, SessionRef  # noqa: E402
 from thaw.engines.vllm.settings import KEEPS_WINDOWS, VllmSettings, engine_args, settled  # noqa: E402
 from thaw.testing import ExactnessTests  # noqa: E402
@@ -30,6 +31,7 @@ from thaw.testing.laws.groups_law import GroupsLaw  # noqa: E402
 from thaw.testing.laws.kit import Lab, bits, greedy, ids, same, seeded  # noqa: E402
 from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
+from thaw.testing.resume_worker import ResumeJob, ResumeRound, answer, run_fresh  # noqa: E402
 
 BLOCK = 128
 MORE = pytest.mark.slow("the same on one more model with windows")
@@ -41,6 +43,7 @@ YARN = {
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 64, "num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        "query_pre_attn_scalar": 1024,
     },
     "gpt_oss": {
         "head_dim": 64, "intermediate_size": 64, "rope_parameters": YARN,
@@ -49,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 64, "tie_word_embeddings": True},
     "olmo3": {"head_dim": 32},
 }
-"""Gemma 3 has five layers with a window for each without; gpt-oss has sinks, and vLLM gives a window to every other layer
+"""Gemma 3 has five layers with a window for each without, and here scores that leave every token a part; gpt-oss has sinks, and vLLM gives a window to every other layer
 of it, whatever its config says; OLMo 3 runs on vLLM's transformers backend."""
 HERE = [pytest.param("gemma3_text"), pytest.param("gpt_oss"), pytest.param("gemma2", marks=MORE)]
 CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), 127, 128, 129, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1})
@@ -323,3 +326,39 @@ def arena(here: InPlace, engine: Engine, session: SessionRef, group: SlidingKV) 
     (strip,) = [at for at, one in enumerate(worker._arena._groups.strips) if one.group.name == group.name]
     record = worker._records[engine._get(session).node.name]  # type: ignore[attr-defined]
     return lambda token: record.pieces[0].view(strip, token, token + 1)
+
+
+# --- engines of their own processes
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """OLMo 3, booted as users boot it: thaw itself sets the flag that keeps its windows."""
+    folder = made("olmo3", tmp_path_factory, "bfloat16")
+    with load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=2048) as loaded:
+        yield loaded
+
+
+def test_olmo_goes_on_from_disk_like_its_parent_wherever_it_is_cut(there: Engine, lab: Lab) -> None:
+    assert sliding(there).window == WINDOW
+    for count in CUTS:
+        session = lab.begin(there, count, start=count)
+        moved = lab.hydrate(there, lab.plan(lab.capture(there, session)))
+        assert moved.proof.num_cached_tokens == count - 1
+        same(lab.one(there, session, seeded(4), (5,)), lab.one(there, moved.session, seeded(4), (5,)))
+    captured, whole = lab.captured_amid(there, lab.begin(there, 250))
+    same(whole, lab.resume(there, lab.hydrate(there, lab.plan(captured)).session)[0])
+
+
+def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(
+    there: Engine, lab: Lab, tmp_path: Path
+) -> None:
+    sessions = [lab.begin(there, count) for count in (WINDOW + 1, 256, 301)]
+    plans = [lab.plan(lab.capture(there, session)) for session in sessions]
+    rounds = tuple(ResumeRound(plans=(plan,), sampling=seeded(8), prompt=(5,)) for plan in plans)
+    options: dict[str, str | int] = {"model": there.info.model, "enforce_eager": 1, "max_model_len": 2048}
+    report = run_fresh(ResumeJob(engine="vllm", options=options, rounds=rounds), tmp_path)
+    for session, done in zip(sessions, report.rounds, strict=True):
+        own, theirs = answer(lab.one(there, session, seeded(8), (5,))), done.completions[0]
+        assert (own.token_ids, own.logprobs) == (theirs.token_ids, theirs.logprobs)
+        assert theirs.num_prefilled_tokens == 2
