@@ -42,20 +42,26 @@ YARN = {
 """vLLM reads these fields of every gpt-oss."""
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
-        "head_dim": 64, "num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        "head_dim": 64,
+        "num_hidden_layers": 6,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
         "query_pre_attn_scalar": 1024,
     },
     "gpt_oss": {
-        "head_dim": 64, "intermediate_size": 64, "rope_parameters": YARN,
+        "head_dim": 64,
+        "intermediate_size": 64,
+        "rope_parameters": YARN,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "gemma2": {"head_dim": 64, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 64, "tie_word_embeddings": True, "query_pre_attn_scalar": 1024},
     "olmo3": {"head_dim": 32},
 }
-"""Gemma 3 has five layers with a window for each without, and here scores that leave every token a part; gpt-oss has sinks, and vLLM gives a window to every other layer
-of it, whatever its config says; OLMo 3 runs on vLLM's transformers backend."""
+"""Gemma 3 has five layers with a window for each without. The scores leave every token of a window a part. gpt-oss has
+sinks, and vLLM gives a window to every other layer of it, whatever its config says. OLMo 3 runs on vLLM's transformers
+backend."""
 HERE = [pytest.param("gemma3_text"), pytest.param("gpt_oss"), pytest.param("gemma2", marks=MORE)]
-CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), 127, 128, 129, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1})
+EDGES = (BLOCK - 1, BLOCK, BLOCK + 1, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1)
+CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), *EDGES})
 POWER = 100
 """How many times more than the noise of a batch's shape a control must move a log probability."""
 
@@ -186,6 +192,25 @@ def test_restored_bytes_equal_captured_bytes(here: InPlace, engine: Engine, lab:
         first = lab.capture(engine, lab.begin(engine, count))
         here.fill_with_junk()
         assert blob_ids(lab.capture(engine, lab.hydrate(engine, lab.plan(first)).session)) == blob_ids(first)
+
+
+class TestLawsOfWindows(ExactnessTests, GroupsLaw, ProofLaw):
+    """The laws of bytes, forks, groups and proofs. `other` is the same engine, whose pages are full of junk before each
+    law."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, engine: Engine) -> Engine:
+        return engine
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def other(cls, engine: Engine) -> Engine:
+        return engine
+
+    @pytest.fixture(autouse=True)
+    def junk(self, here: InPlace) -> None:
+        here.fill_with_junk()
 
 
 # --- earlier tokens
@@ -350,9 +375,7 @@ def test_olmo_goes_on_from_disk_like_its_parent_wherever_it_is_cut(there: Engine
     same(whole, lab.resume(there, lab.hydrate(there, lab.plan(captured)).session)[0])
 
 
-def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(
-    there: Engine, lab: Lab, tmp_path: Path
-) -> None:
+def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(there: Engine, lab: Lab, tmp_path: Path) -> None:
     sessions = [lab.begin(there, count) for count in (WINDOW + 1, 256, 301)]
     plans = [lab.plan(lab.capture(there, session)) for session in sessions]
     rounds = tuple(ResumeRound(plans=(plan,), sampling=seeded(8), prompt=(5,)) for plan in plans)

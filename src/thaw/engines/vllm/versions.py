@@ -8,8 +8,8 @@ Newer properties that the connector overrides (`requires_kv_delivery`, from 0.27
 
 from __future__ import annotations
 
-import re
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
