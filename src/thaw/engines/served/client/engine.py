@@ -85,6 +85,7 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
+        interior = keeps_all(worker.groups) or facts.interior
         return EngineInfo(
             name=self.name,
             version=facts.version,
@@ -95,7 +96,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts) - (set() if keeps_all(worker.groups) else {"interior-points"}),
+            capabilities=self.capabilities_of(facts) - (set() if interior else {"interior-points"}),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
