@@ -31,7 +31,6 @@ from thaw.testing.laws.groups_law import GroupsLaw  # noqa: E402
 from thaw.testing.laws.kit import Lab, bits, greedy, ids, same, seeded  # noqa: E402
 from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
-from thaw.testing.resume_worker import ResumeJob, ResumeRound, answer, run_fresh  # noqa: E402
 
 BLOCK = 128
 YARN = {
@@ -39,6 +38,7 @@ YARN = {
     "original_max_position_embeddings": 2048, "truncate": False,
 }  # fmt: skip
 """vLLM reads these fields of every gpt-oss."""
+BOOT: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 64,
@@ -54,9 +54,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "olmo3": {"head_dim": 32},
 }
-"""Gemma 3 has five layers with a window for each without. Its scores leave every token of a window a part. gpt-oss
-has sinks, and vLLM gives a window to every other layer of it, whatever its config says. OLMo 3 runs on vLLM's transformers
-backend."""
+"""Gemma 3 has five layers with a window for each without; its scores here leave every token of a window a part. gpt-oss
+has sinks, and vLLM gives a window to every other layer of it, whatever its config says. OLMo 3 runs on vLLM's
+transformers backend."""
 HERE = ("gemma3_text", "gpt_oss")
 EDGES = (BLOCK - 1, BLOCK, BLOCK + 1, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1)
 CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), *EDGES})
@@ -380,10 +380,10 @@ def arena(here: InPlace, engine: Engine, session: SessionRef, group: SlidingKV) 
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """OLMo 3, booted as users boot it: thaw itself sets the flag that keeps its windows. Its snapshots hold those of all
+    """OLMo 3, booted as users do: thaw sets the flag that keeps its windows. Its snapshots hold those of all
     tokens."""
     folder = made("olmo3", tmp_path_factory, "bfloat16")
-    with load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=2048, interior=True) as loaded:
+    with load_engine("vllm", model=str(folder), interior=True, **BOOT) as loaded:
         yield loaded
 
 
@@ -402,29 +402,25 @@ class TestLawsOfEveryToken(ExactnessTests):
         return there
 
 
-@pytest.mark.slow("boots the engine in another process")
-def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(there: Engine, lab: Lab, tmp_path: Path) -> None:
+def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(there: Engine, lab: Lab) -> None:
     """The other's snapshots are of the end alone, and it takes those that hold more."""
     sessions = [lab.begin(there, count) for count in (WINDOW + 1, 256, 301)]
     plans = [lab.plan(lab.capture(there, session)) for session in sessions]
-    rounds = tuple(ResumeRound(plans=(plan,), sampling=seeded(8), prompt=(5,)) for plan in plans)
-    options: dict[str, str | int] = {"model": there.info.model, "enforce_eager": 1, "max_model_len": 2048}
-    report = run_fresh(ResumeJob(engine="vllm", options=options, rounds=rounds), tmp_path)
-    for session, done in zip(sessions, report.rounds, strict=True):
-        own, theirs = answer(lab.one(there, session, seeded(8), (5,))), done.completions[0]
-        assert (own.token_ids, own.logprobs) == (theirs.token_ids, theirs.logprobs)
-        assert theirs.num_prefilled_tokens == 2
+    with load_engine("vllm", model=there.info.model, **BOOT) as other:
+        for session, plan in zip(sessions, plans, strict=True):
+            theirs = lab.one(other, lab.hydrate(other, plan).session, seeded(8), (5,))
+            same(lab.one(there, session, seeded(8), (5,)), theirs)
+            assert theirs.usage.num_prefilled_tokens == 2
 
 
 @pytest.mark.slow("boots an engine of two ranks")
 def test_two_ranks_hand_a_session_to_one_and_take_it_back(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> None:
     """gpt-oss, each rank with one of two KV heads: blobs go from 2 ranks to 1 and back, and are the same bytes."""
     folder = made("gpt_oss", tmp_path_factory, "bfloat16")
-    options: dict[str, Any] = {"model": str(folder), "enforce_eager": True, "max_model_len": 2048}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        two = load_engine("vllm", **options, tensor_parallel_size=2)
-    with two, load_engine("vllm", **options) as one:
+        two = load_engine("vllm", model=str(folder), tensor_parallel_size=2, **BOOT)
+    with two, load_engine("vllm", model=str(folder), **BOOT) as one:
         session = lab.begin(two, 700)
         first = lab.capture(two, session)
         assert len(first.packs) == 2

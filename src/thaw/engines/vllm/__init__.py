@@ -27,9 +27,10 @@ def load(
 ) -> Engine:
     """Boot a vLLM of this process's own (an `AsyncLLM`, its engine core and workers in processes of their own).
 
-    `model` is a folder or a hub id. `arena_nbytes`, `async_nbytes`, `spill`, `interior`: see `settings.VllmSettings`. `beside`:
-    connectors that stand beside thaw's in a `MultiConnector`, each a name or a mapping as vLLM's kv_transfer_config
-    takes it. All other options are vLLM's engine arguments by their own names (max_model_len, tensor_parallel_size, …).
+    `model` is a folder or a hub id. `arena_nbytes`, `async_nbytes`, `spill`, `interior`: see `settings.VllmSettings`.
+    `beside`: connectors that stand beside thaw's in a `MultiConnector`, each a name or a mapping as vLLM's
+    kv_transfer_config takes it. All other options are vLLM's engine arguments by their own names (max_model_len,
+    tensor_parallel_size, …).
     Raises `Unsupported` naming what thaw cannot capture, `EngineDied` when vLLM does not start.
     """
     try:
