@@ -32,8 +32,11 @@ KINDS = {
     "deepseek_v3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
-ON_VLLM = {"gpt_oss": "tested", "gemma3_text": "tested", "gemma2": "not tried", "llama4_text": "not tried"}
-"""What vLLM makes of these; others with such caches are refused by name."""
+ON_VLLM = {
+    "gpt_oss": "tested", "gemma3_text": "tested", "llama4_text": "tested", "gemma2": "not tried",
+    "mimo_v2_flash": "not tried",
+}  # fmt: skip
+"""What is known of these on vLLM; others with such caches are refused there by name."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40

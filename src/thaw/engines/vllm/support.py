@@ -63,8 +63,16 @@ def require(config: Any, kv_cache_config: Any) -> None:
     for name, usual, why in OF_LATENTS:
         if getattr(spec, name, usual) != usual:
             raise Unsupported(f"latents with {name}={getattr(spec, name)}: {why}")
-    if type(spec).__name__ != "FullAttentionSpec" and window_of(spec) is not None:
+    if type(spec).__name__ == "FullAttentionSpec":
+        _require_like_values(spec)
+    elif window_of(spec) is not None:
         raise Unsupported(f"latents with a window of {window_of(spec)} tokens; {SUPPORTED}")
+
+
+def _require_like_values(spec: Any) -> None:
+    keys, values = getattr(spec, "head_size", None), getattr(spec, "head_size_v", None)
+    if values not in (None, keys):
+        raise Unsupported(f"values of {values} numbers beside keys of {keys}; {SUPPORTED}")
 
 
 def require_config(config: Any) -> None:
