@@ -33,9 +33,10 @@ KINDS = {
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
 ON_VLLM = {
-    "deepseek_v3": "tested on 0.32",
-}
-"""Those that run on vLLM, on a CPU, and what the table of kinds says of them."""
+    "deepseek_v3": "tested on 0.32", "gpt_oss": "tested on 0.32", "gemma3_text": "tested on 0.32",
+    "llama4_text": "tested on 0.32", "gemma2": "not tried", "mimo_v2_flash": "not tried",
+}  # fmt: skip
+"""What the table of kinds says of these on vLLM, on a CPU; others with such caches are refused there by name."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40
@@ -90,6 +91,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
+    },
+    "olmo3": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
     "deepseek_v2": {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,

@@ -37,7 +37,7 @@ from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
-from thaw.engines.vllm.worker.layout import cache_groups, make_layouts
+from thaw.engines.vllm.worker.layout import LayerGroup, cache_groups, layer_groups, make_layouts
 from thaw.engines.vllm.worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler(self) -> SchedulerSide:
         config, groups = self._config, self._kv_cache_config.kv_cache_groups
         overrides = support.overrides(config.model_config)
-        require_whole(config.model_config.model, overrides)
+        with versions.built_plainly(config):
+            require_whole(config.model_config.model, overrides)
         self._mail.claim()
         self._mail.sweep()
         sweep_dead(_base_folder(config, self._settings))
@@ -129,6 +130,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             eos_token_ids=eos_token_ids(model.model, model.hf_config),
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
+            interior=self._settings.interior,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:
@@ -173,19 +175,32 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        groups, config = self._kv_cache_config.kv_cache_groups, self._config.model_config.hf_text_config.to_dict()
-        layouts = make_layouts(kv_caches, [g.layer_names for g in groups], [g.kv_cache_spec for g in groups], config)
+        parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
+        config = self._config.model_config.hf_text_config.to_dict()
+        specs = [groups[part.table].kv_cache_spec for part in parts]
+        layouts = make_layouts(kv_caches, [part.names for part in parts], specs, config)
         parallel, model = self._config.parallel_config, self._config.model_config
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
             rank=rank,
             world_size=size,
             pid=os.getpid(),
-            groups=cache_groups(layouts, model.get_total_num_kv_heads()),
+            groups=cache_groups(layouts, model.get_total_num_kv_heads(), [part.window for part in parts]),
             layout=layouts[0].describe(),
         )
-        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, self._watch(layouts[0].layer_names[0]))
+        watch, tables = self._watch(layouts[0].layer_names[0]), [part.table for part in parts]
+        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, watch, tables)
         self._mail.post(rank, facts)
+
+    def _layer_groups(self) -> tuple[LayerGroup, ...]:
+        """thaw's cache groups by their layers: those with a window are groups of their own, though vLLM keeps them in
+        one with layers of full attention."""
+        groups = self._kv_cache_config.kv_cache_groups
+        layers = self._config.compilation_config.static_forward_context
+        named = [name for g in groups if support.window_of(g.kv_cache_spec) is not None for name in g.layer_names]
+        found = {name: support.window_of(versions.layer_spec(layers[name], self._config)) for name in named}
+        windows = {name: window for name, window in found.items() if window is not None}
+        return layer_groups([group.layer_names for group in groups], windows)
 
     def _watch(self, layer_name: str) -> WeightsSample | None:
         layer = self._config.compilation_config.static_forward_context.get(layer_name)

@@ -51,12 +51,14 @@ class Load:
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """Nothing to load (all is in the engine's blocks), but the record must still be of the weights that run."""
+    """Nothing to load (all is in the engine's blocks), but the record must still be of the weights that run, and have
+    what goes on after `num_kv` tokens needs."""
 
     request: str
     name: str
     record: str
     tables: Tables
+    num_kv: int
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import InvalidRequest, Unsupported
-from thaw.engines.hf.config import overridden
+from thaw.engines.hf.config import overridden, windows
 from thaw.engines.hf.latents import num_halved
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
-from thaw.engines.vllm.settings import LOGITS_PROCESSOR, STORED_FORMAT
+from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR, STORED_FORMAT
 
 CPU_BLOCKS = 32
 ONE = "a session is one sequence; fork it and send a request for each child"
@@ -34,6 +34,19 @@ OF_LATENTS = (
 )
 """Fields of a spec of latents with the value that plain ones have, and what another one is."""
 
+SUPPORTED = "full attention, windows beside layers of full attention, and latents are supported"
+FREED = (
+    "vLLM's hybrid KV cache manager lets go of KV that has left a window while its session still runs; start vLLM with "
+    f"--{KEEPS_WINDOWS.replace('_', '-')} ({KEEPS_WINDOWS}=True), as thaw's own boots do: it then keeps every token's"
+)
+
+
+def window_of(spec: Any) -> int | None:
+    """How many tokens a token attends to in the layers of a cache spec, itself among them; None: all. vLLM keeps this
+    in the spec of full attention that it makes of a window without its hybrid KV cache manager."""
+    found = (getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return next((window for window in found if window is not None), None)
+
 
 def require(config: Any, kv_cache_config: Any) -> None:
     """Raise `Unsupported` for the first thing that thaw cannot capture exactly."""
@@ -41,23 +54,33 @@ def require(config: Any, kv_cache_config: Any) -> None:
     _require_transfer(versions.whole(config).kv_transfer_config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid or sliding); only one is supported")
+        sizes = sorted({window for group in groups if (window := window_of(group.kv_cache_spec)) is not None})
+        if sizes:
+            raise Unsupported(f"windows of {', '.join(map(str, sizes))} tokens: {FREED}")
+        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid); only one is supported")
     spec = groups[0].kv_cache_spec
     if type(spec).__name__ not in SPECS:
-        raise Unsupported(f"a cache of kind {type(spec).__name__}; only full attention and latents are supported")
+        raise Unsupported(f"a cache of kind {type(spec).__name__}; {SUPPORTED}")
     for name, usual, why in OF_LATENTS:
         if getattr(spec, name, usual) != usual:
             raise Unsupported(f"latents with {name}={getattr(spec, name)}: {why}")
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(spec, name, None) is not None:
-            raise Unsupported(f"{name}={getattr(spec, name)}: only full attention is supported")
+    if type(spec).__name__ == "FullAttentionSpec":
+        _require_like_values(spec)
+    elif window_of(spec) is not None:
+        raise Unsupported(f"latents with a window of {window_of(spec)} tokens; {SUPPORTED}")
+
+
+def _require_like_values(spec: Any) -> None:
+    keys, values = getattr(spec, "head_size", None), getattr(spec, "head_size_v", None)
+    if values not in (None, keys):
+        raise Unsupported(f"values of {values} numbers beside keys of {keys}; {SUPPORTED}")
 
 
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config, on_cpu=config.device_config.device_type == "cpu")
     _require_files(config)
-    _require_full_attention(config.model_config, config.cache_config)
+    _require_attention(config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:
@@ -105,21 +128,25 @@ ATTENTIONS = {"attention", "full_attention", "sliding_attention", "chunked_atten
 """What a model's config calls layers that keep KV."""
 
 
-def _require_full_attention(model: Any, cache: Any) -> None:
+def _require_attention(config: Any) -> None:
     """By the config alone; `require` looks at the caches that vLLM made of it."""
+    model, cache = config.model_config, config.cache_config
     layers = set(getattr(model.hf_text_config, "layer_types", None) or ())
     others = sorted(layers - ATTENTIONS)
     if model.is_hybrid or model.is_attention_free or others:
         which = f" (layers of {', '.join(others)})" if others else ""
         raise Unsupported(
-            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; only full attention is "
-            "supported"
+            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; {SUPPORTED}"
         )
-    window = model.get_sliding_window()
-    if cache.sliding_window is not None or (window is not None and "sliding_attention" in layers):
-        raise Unsupported(f"sliding_window={window}: only full attention is supported")
-    if "chunked_attention" in layers:
-        raise Unsupported("chunked attention: only full attention is supported")
+    if cache.sliding_window is not None:
+        raise Unsupported(
+            f"sliding_window={cache.sliding_window} in every layer: vLLM always lets go of KV that has left it; "
+            f"{SUPPORTED}"
+        )
+    found = windows(vars(model.hf_text_config))
+    if found and not getattr(config.scheduler_config, KEEPS_WINDOWS, False):
+        sizes = ", ".join(f"{field}={window}" for field, window in found.items())
+        raise Unsupported(f"{sizes}: {FREED}")
 
 
 def _require_transfer(transfer: Any) -> None:

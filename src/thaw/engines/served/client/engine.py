@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from thaw.core.cache import CacheGroup
+from thaw.core.cache import CacheGroup, keeps_all
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
@@ -85,6 +85,7 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
+        interior = keeps_all(worker.groups) or facts.interior
         return EngineInfo(
             name=self.name,
             version=facts.version,
@@ -95,7 +96,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts),
+            capabilities=self.capabilities_of(facts) - (set() if interior else {"interior-points"}),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,

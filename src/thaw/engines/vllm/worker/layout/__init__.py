@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from thaw.core.cache import FullKV, LatentKV, TokenGroup, layers_of
+from thaw.core.cache import FullKV, LatentKV, SlidingKV, TokenGroup, layers_of
 from thaw.core.errors import Unsupported
 from thaw.engines.hf.latents import num_halved
 from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order
@@ -23,6 +23,26 @@ LATENT = "MLAAttentionSpec"
 """What vLLM calls the spec of latents' caches."""
 QUANTISED = "its dtype is {} (a quantized cache); start the engine with kv_cache_dtype='auto'"
 DEVICE = "KV caches on device {!r} cannot be snapshotted; thaw reads those of cuda and cpu"
+
+
+class LayerGroup(NamedTuple):
+    """Layers that are one of thaw's cache groups: their names, the place of their block table among those of vLLM's KV
+    cache groups, and how many tokens a token attends to (None: all)."""
+
+    names: tuple[str, ...]
+    table: int
+    window: int | None = None
+
+
+def layer_groups(groups: Sequence[Sequence[str]], windows: Mapping[str, int]) -> tuple[LayerGroup, ...]:
+    """Of vLLM's KV cache groups, which name their layers, and the windows of those that have one: layers of one table
+    and window are a group, in the order of their first layers."""
+    order = layer_order(dict.fromkeys(name for names in groups for name in names))
+    table = {name: at for at, names in enumerate(groups) for name in names}
+    members: dict[tuple[int, int | None], list[str]] = {}
+    for name in order:
+        members.setdefault((table[name], windows.get(name)), []).append(name)
+    return tuple(LayerGroup(tuple(names), at, window) for (at, window), names in members.items())
 
 
 def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
@@ -63,8 +83,8 @@ def make_layouts(
     specs: Sequence[object] = (),
     config: Mapping[str, Any] | None = None,
 ) -> tuple[KVLayout, ...]:
-    """One for each of vLLM's KV cache groups, which name their layers. `specs`: vLLM's own of each group; of full
-    attention where none is given. `config`: the text model's, asked where there are latents. Raises `Unsupported` as
+    """One for each of these groups of layers, by their names. `specs`: vLLM's own of each; of full attention where
+    none is given. `config`: the text model's, asked where there are latents. Raises `Unsupported` as
     `make_layout`, and for caches of no group, whose layers use those of others."""
     halved = num_halved(config or {}) if any(map(is_latent, specs)) else 0
     latent = partial(make_latent_layout, num_halved=halved)
@@ -84,22 +104,29 @@ def is_latent(spec: object) -> bool:
     return type(spec).__name__ == LATENT
 
 
-def cache_groups(layouts: Sequence[KVLayout], num_kv_heads: int) -> tuple[TokenGroup, ...]:
-    """What the layouts are of a model with so many KV heads in all."""
+def cache_groups(
+    layouts: Sequence[KVLayout], num_kv_heads: int, windows: Sequence[int | None] = ()
+) -> tuple[TokenGroup, ...]:
+    """What the layouts are of a model with so many KV heads in all. `windows`: of each, where some have one."""
     order = layer_order(dict.fromkeys(name for layout in layouts for name in layout.layer_names))
-    return tuple(_group(i, layout, order, num_kv_heads) for i, layout in enumerate(layouts))
+    found: list[TokenGroup] = []
+    for layout, window in zip(layouts, windows or (None,) * len(layouts), strict=True):
+        kind = "latent" if layout.num_planes == 1 else "full" if window is None else "sliding"
+        before = sum(group.name.partition(".")[0] == kind for group in found)
+        fields: dict[str, Any] = {
+            "name": f"{kind}.{before}" if before else kind,
+            "dtype": str(layout.dtype).removeprefix("torch."),
+            **layers_of([order.index(name) for name in layout.layer_names]),
+        }
+        found.append(_group(layout, num_kv_heads, window, fields))
+    return tuple(found)
 
 
-def _group(number: int, layout: KVLayout, order: Sequence[str], num_kv_heads: int) -> TokenGroup:
-    base = "latent" if layout.num_planes == 1 else "full"
-    fields: dict[str, Any] = {
-        "name": base if number == 0 else f"{base}.{number}",
-        "dtype": str(layout.dtype).removeprefix("torch."),
-        **layers_of([order.index(name) for name in layout.layer_names]),
-    }
+def _group(layout: KVLayout, num_kv_heads: int, window: int | None, fields: dict[str, Any]) -> TokenGroup:
     if layout.num_planes == 1:
         return LatentKV(width=layout.head_dim, **fields)
-    return FullKV(num_kv_heads=num_kv_heads, head_dim=layout.head_dim, **fields)
+    fields |= {"num_kv_heads": num_kv_heads, "head_dim": layout.head_dim}
+    return FullKV(**fields) if window is None else SlidingKV(window=window, **fields)
 
 
 def _full_attention(kv_caches: Mapping[str, Any]) -> dict[str, torch.Tensor]:
