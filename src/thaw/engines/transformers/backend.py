@@ -24,13 +24,13 @@ from thaw.engines.hf.weights import sample_weights
 from thaw.engines.sampling.spec import Sampled, SampleSpec
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
-from thaw.engines.transformers.groups import layers
+from thaw.engines.hf.groups import layers
 from thaw.engines.transformers.head import StockHead, body_of
 from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.packed import Packed
-from thaw.engines.transformers.recurrent import chunk
+from thaw.engines.hf.recurrent import chunk
 from thaw.engines.transformers.sampler import choose, largest
 from thaw.engines.transformers.single import Single, check, positions, takes_positions
 
