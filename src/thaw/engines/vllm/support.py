@@ -8,7 +8,7 @@ from typing import Any
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
-from thaw.engines.vllm import versions
+from thaw.engines.vllm import recurrent, versions
 from thaw.engines.vllm.settings import LOGITS_PROCESSOR
 
 CPU_BLOCKS = 32
@@ -29,6 +29,9 @@ def require(config: Any, kv_cache_config: Any) -> None:
     require_config(config)
     _require_transfer(versions.whole(config).kv_transfer_config)
     groups = kv_cache_config.kv_cache_groups
+    if recurrent.is_hybrid(config):
+        recurrent.require_groups(groups)
+        return
     if len(groups) != 1:
         raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid or sliding); only one is supported")
     spec = groups[0].kv_cache_spec
@@ -43,7 +46,10 @@ def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config)
     _require_files(config)
-    _require_full_attention(config.model_config, config.cache_config)
+    if recurrent.is_hybrid(config):
+        recurrent.require(config)
+    else:
+        _require_full_attention(config.model_config, config.cache_config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:

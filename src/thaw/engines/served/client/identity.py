@@ -14,7 +14,7 @@ import torch
 
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import NotFound
-from thaw.core.identity import ModelIdentity
+from thaw.core.identity import ModelIdentity, identity_of
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import function_config
 from thaw.engines.hf.files import skeleton
@@ -40,7 +40,7 @@ def model_identity(
         root = root_of_folder(folder, dtype, overrides)
     except (OSError, ValueError) as error:
         raise NotFound(f"the model {folder} that the engine runs cannot be read here: {error}") from None
-    return ModelIdentity(
+    return identity_of(
         architecture=type(module).__name__,
         weights=root,
         config=function_config(module.config.to_dict()),

@@ -19,7 +19,7 @@ from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts
-from thaw.engines.served.worker.host_cache import HostCache, HostRecord
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Tensors
 from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
@@ -28,6 +28,7 @@ from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.settings import VllmSettings
 from thaw.engines.vllm.worker.copier import make_copier
 from thaw.engines.vllm.worker.layout.base import KVLayout
+from thaw.engines.vllm.worker.layout.states import StatePages
 
 log = logging.getLogger("thaw.vllm")
 
@@ -40,6 +41,7 @@ class WorkerSide:
         settings: VllmSettings,
         mail: Mailbox,
         weights: WeightsSample | None,
+        states: StatePages | None = None,
     ) -> None:
         self._facts, self._mail, self._weights = facts, mail, weights
         groups = RankGroups(facts.groups, facts.rank, facts.world_size)
@@ -51,6 +53,7 @@ class WorkerSide:
         )  # fmt: skip
         self._packing = PackIO(groups, mail, self._arena)
         self._copier = make_copier(layouts, self._arena)
+        self._states = states
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
         self._lock = threading.Lock()
@@ -59,6 +62,7 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._invalid: set[int] = set()
+        self._lost: set[str] = set()
         self._epoch: int | None = None
         self._watching = True
         self._tight: dict[Caller, Room] = {}
@@ -79,12 +83,33 @@ class WorkerSide:
             self._tight = tight
             self._mail.post_tight(self._facts.rank, tight)
 
-    def finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose blocks may be freed, and requests whose load is over, since last asked."""
+    def finished(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose blocks may be freed, requests whose load is over, and those of them whose load has failed and
+        that are told by their names, since last asked."""
         with self._lock:
             sent, self._sent = self._sent, set()
             received, self._received = self._received, set()
-        return sent, received
+            lost, self._lost = self._lost, set()
+        return sent, received, lost
+
+    def keep_states(self, todo: Sequence[jobs.KeepState]) -> None:
+        """After a step's forward pass: the states that it has left."""
+        for job in todo:
+            guarded(partial(self._keep_state, job), partial(self._no_state, job))
+
+    def _keep_state(self, job: jobs.KeepState) -> None:
+        assert self._states is not None
+        record = self._get(job.record)
+        shape = (self._states.group.num_layers, self._states.nbytes)
+        oldest = [job.num_kv, *record.recent][: max(1, len(record.recent) - jobs.RECENT_STATES + 2)]
+        spare = [record.recent.pop(token) for token in oldest if token in record.recent]
+        raw = spare[0] if spare else self._arena.allocate_raw(shape, record.caller)
+        self._states.read(job.state_blocks, raw)
+        record.recent[job.num_kv] = raw
+
+    def _no_state(self, job: jobs.KeepState, error: ThawError) -> None:
+        """Whoever goes on from it hears that it is not there."""
+        log.warning("thaw: the state after %d tokens is not kept (%s): %s", job.num_kv, error.kind, error)
 
     def invalid_blocks(self) -> set[int]:
         with self._lock:
@@ -118,7 +143,7 @@ class WorkerSide:
             self._in_thread(job, partial(self._read, job, self._now()))
         elif isinstance(job, jobs.WriteRecord):
             # Cut now: while the thread writes, later steps put a longer record in this one's place.
-            self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
+            self._in_thread(job, partial(self._write, job, self._upto(self._usable(job.record), job.num_kv)))
         elif isinstance(job, jobs.LookAtWeights):
             self._look(job)
         elif isinstance(job, jobs.Count):
@@ -155,7 +180,26 @@ class WorkerSide:
         source = self._get(job.source)
         if source.num_kv < job.num_kv and source.epoch == self._now():
             raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
-        self._records[job.record] = source.upto(job.num_kv, job.caller)
+        self._records[job.record] = self._upto(source, job.num_kv, job.caller)
+
+    def _upto(self, record: HostRecord, num_kv: int, caller: Caller | None = None) -> HostRecord:
+        """A record of the first `num_kv` tokens, with the state after them where the model keeps states."""
+        if self._states is not None and num_kv:
+            self._settle_state(record, num_kv)
+        return record.upto(num_kv, caller)
+
+    def _settle_state(self, record: HostRecord, num_kv: int) -> None:
+        """The state after `num_kv` tokens, which may be that of a recent step, as one that stays. Raises
+        `StorageFailed` where there is none."""
+        assert self._states is not None
+        if num_kv in record.points:
+            return
+        raw = record.recent.get(num_kv)
+        if raw is None:
+            raise StorageFailed(f"the state after {num_kv} tokens could not be kept: {record.broken or 'no room'}")
+        blobs = self._arena.allocate_states(record.caller)
+        self._states.blobs(raw, blobs)
+        record.points[num_kv] = blobs
 
     def _sync(self, job: jobs.Sync) -> None:
         """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
@@ -165,7 +209,11 @@ class WorkerSide:
         elif not record.broken and job.num_kv > record.num_kv:
             pieces = self._copier.save(job.tables, record.num_kv, job.num_kv, record.caller)
             whole = self._arena.joined((*record.pieces, *pieces), record.caller)
-            self._records[job.record] = HostRecord(whole, record.epoch, caller=record.caller, points=record.points)
+            if self._states is not None:
+                self._settle_state(record, job.num_kv)
+            self._records[job.record] = HostRecord(
+                whole, record.epoch, caller=record.caller, points=record.points, recent=record.recent
+            )
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
@@ -185,16 +233,31 @@ class WorkerSide:
 
         since = self._copier.point()
 
+        state = self._state_to_load(record, job.stop)
+
         def work() -> None:
             self._copier.load_aside(job.tables, record, job.start, job.stop, since)
+            if self._states is not None:
+                self._states.write(state, job.state_blocks)
             with self._lock:
                 self._received.add(job.request)
 
         self._copier.loads.submit(guarded, work, partial(self._failed, job))
 
+    def _state_to_load(self, record: HostRecord, num_kv: int) -> Tensors:
+        if self._states is None:
+            return ()
+        self._settle_state(record, num_kv)
+        return record.points[num_kv]
+
     def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
+        """Where a model keeps states its blocks cannot say whose they are, and naming one ends the engine: the request
+        is named then, whose load is always in the background."""
         with self._lock:
-            self._invalid.update(*tables)
+            if self._states is not None:
+                self._lost.add(request)
+            else:
+                self._invalid.update(*tables)
             if background:
                 self._received.add(request)
 
