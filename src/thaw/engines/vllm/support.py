@@ -9,7 +9,7 @@ from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import recurrent, versions
-from thaw.engines.vllm.settings import LOGITS_PROCESSOR
+from thaw.engines.vllm.settings import LOGITS_PROCESSOR, STORED_FORMAT
 
 CPU_BLOCKS = 32
 ONE = "a session is one sequence; fork it and send a request for each child"
@@ -133,7 +133,7 @@ def _require_model(model: Any) -> None:
         )
 
 
-LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", STORED_FORMAT)
 """Values of `load_format` that read the files which the identity is made of."""
 MISTRAL = "consolidated*.safetensors"
 """Files that vLLM takes before all others where `load_format` is auto."""
