@@ -251,13 +251,12 @@ class WorkerSide:
 
         self._copier.loads.submit(guarded, work, partial(self._failed, job))
 
-<<<<<<< HEAD
     def _state_to_load(self, record: HostRecord, num_kv: int) -> Tensors:
         if self._states is None:
             return ()
         self._settle_state(record, num_kv)
         return record.points[num_kv]
-=======
+
     @_do.register
     def _check_record(self, job: jobs.CheckRecord) -> None:
         self._usable(job.record)
@@ -265,7 +264,6 @@ class WorkerSide:
     @_do.register
     def _fail_load(self, job: jobs.Fail) -> None:
         self._fail(job.request, job.tables, background=job.background)
->>>>>>> d54c9bbd62b15f3615ff9c9344628bb7aa436cb0
 
     def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
         """Where a model keeps states its blocks cannot say whose they are, and naming one ends the engine: the request

@@ -24,7 +24,7 @@ from thaw.engines.served.worker.host_cache import Tensors
 
 class StatePages:
     """The states of one point group. `tables[i]`: the layers of vLLM's i-th group that keeps states, by their numbers
-    in the model. One call at a time.
+    in the model. Calls for different blocks may run at once.
 
     Raises `Unsupported` for pages that do not hold the group's parts."""
 
@@ -48,14 +48,12 @@ class StatePages:
 
     def blobs(self, raw: torch.Tensor, out: Tensors) -> None:
         """The raw state as blobs, into `out`."""
-        at = 0
         for row in range(len(self._pages)):
             at = 0
             for part, view in self._views(raw[row]):
                 for head in range(part.num_heads):
                     out[at][row].copy_(view[head])
                     at += 1
-        assert at == len(out), (at, len(out))
 
     def write(self, blobs: Tensors, blocks: Sequence[int]) -> None:
         """Copy a state's blobs into `blocks`, one for each table."""
