@@ -158,6 +158,11 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._s.matched(request, num_computed_tokens)
 
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """The groups whose new blocks vLLM need not clear before a load in the background. Pages of states and of KV are
+        of one pool: what a load leaves of a last block is a former owner's, and as keys and values it may be NaN."""
+        return () if self._tables.states else tuple(super().get_loaded_kv_cache_group_ids(request))
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self._s.allocated(request, tuple(map(tuple, blocks.get_block_ids())), num_external_tokens)
 
