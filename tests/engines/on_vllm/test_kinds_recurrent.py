@@ -1,0 +1,273 @@
+"""Models with recurrent layers on vLLM: delta rules (GDN), short convolutions and Mamba2, beside full attention.
+
+A session goes on where a state of it is kept: at the ends of its turns, and where it was captured. There it has the
+bits of the parent that was never interrupted, in the engine that read it and in a new process. The controls must show:
+the state of a token more or less, a sibling's, channels in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("vllm")
+
+from thaw.core.cache import PointState, point_groups
+from thaw.core.errors import NotKept, Unsupported
+from thaw.engines import load_engine
+from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
+from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded
+from thaw.testing.plans import mount_at
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "lfm2": {"hidden_size": 256, "conv_dim": 256},
+    "granitemoehybrid": {"hidden_size": 256, "mamba_d_head": 64},
+}
+"""What vLLM's own kernels ask of the small models' shapes, and fields that transformers does not write."""
+MORE = pytest.mark.slow("the same on one more model, or without the prefix cache, or in one more process")
+MODELS = [
+    pytest.param(("qwen3_next", True, True), id="gdn"),
+    pytest.param(("qwen3_next", False, False), id="gdn-without-prefix-cache", marks=MORE),
+    pytest.param(("lfm2", True, False), id="short-convolution"),
+    pytest.param(("lfm2", False, True), id="short-convolution-without-prefix-cache", marks=MORE),
+    pytest.param(("granitemoehybrid", False, False), id="mamba2"),
+    pytest.param(("granitemoehybrid", False, True), id="mamba2-in-a-new-process", marks=MORE),
+]
+"""A model; whether vLLM's prefix cache is on, for its blocks of states are others then; whether sessions are restored
+by another engine, in processes of its own, or by the one that read them. Its pages hold NaN then in any case."""
+ANSWER = 24
+ENDS = (37, 255, 256, 257, 300, 700)
+"""Tokens after which a state is kept: around a block's end, and elsewhere."""
+NOISE_FACTOR = 100
+TOP = 20
+FLOOR = 1e-6
+"""Less than what float32 holds of a log probability is no noise."""
+
+
+Boot = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
+    arch, caches, apart = request.param
+    return arch, caches, apart
+
+
+@pytest.fixture(scope="module")
+def boot(how: tuple[str, bool, bool], tiny_model: Callable[..., Path]) -> Boot:
+    folder = str(tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]]))
+
+    def start(**more: Any) -> Engine:
+        options = {"enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 2048, **more}
+        options["worker_extension_cls"] = "scrubbing.Scrub"
+        return load_engine("vllm", model=folder, enable_prefix_caching=how[1], **options)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def engine(boot: Boot) -> Iterator[Engine]:
+    with boot() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def other(how: tuple[str, bool, bool], boot: Boot, engine: Engine) -> Iterator[Engine]:
+    """Where sessions are restored."""
+    if not how[2]:
+        yield engine
+        return
+    with boot() as running:
+        yield running
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(mount_at(tmp_path / "packs"))
+
+
+def test_what_was_stored_anywhere_goes_on_in_a_new_process_with_the_parents_bits(
+    engine: Engine, other: Engine, lab: Lab
+) -> None:
+    """At a prompt's end and in the middle of an answer, on both sides of a block's end."""
+    for end in ENDS:
+        session = lab.begin(engine, end + 1, start=end)
+        assert engine.view(session).num_kv == end
+        whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+        for more in (0, 1, 9):
+            part = lab.twin(engine, session)
+            if more:
+                lab.one(engine, part, greedy(more))
+            plan = lab.plan(lab.capture(engine, part))
+            assert all(nbytes > 0 for nbytes in other.collective_rpc("fill_with_nan"))  # type: ignore[attr-defined]
+            restored = lab.hydrate(other, plan)
+            assert restored.proof.num_cached_tokens == end + more and restored.proof.num_recomputed_tokens == 0
+            rest = lab.one(other, restored.session, greedy(ANSWER - more))
+            assert rest.usage.num_prefilled_tokens == 1, (end, more)
+            assert rest.token_ids == whole.token_ids[more:], (end, more)
+            assert bits(rest.logprobs) == bits(whole.logprobs)[more:], (end, more)
+
+
+def test_an_answer_that_is_captured_while_it_runs_goes_on_with_its_bits(engine: Engine, other: Engine, lab: Lab) -> None:
+    session = lab.begin(engine, 300)
+    captured, whole = lab.captured_amid(engine, session)
+    plan = lab.plan(captured)
+    assert plan.num_kv == len(plan.tokens) - 1
+    done = plan.num_kv + 1 - 300
+    (rest,) = lab.resume(other, lab.hydrate(other, plan).session)
+    assert rest.token_ids[done:] == whole.token_ids[done:] and bits(rest.logprobs)[done:] == bits(whole.logprobs)[done:]
+
+
+def test_children_of_one_point_are_one_another_and_the_parent(engine: Engine, lab: Lab) -> None:
+    """Nine children, forked at a prompt's end and from the middle of an answer; each runs by itself, as the parent."""
+    session = lab.begin(engine, 261)
+    whole = lab.one(engine, lab.twin(engine, session), seeded(ANSWER))
+    for child in engine.fork(session, 3, replay=True).result():
+        out = lab.one(engine, child, seeded(ANSWER))
+        assert bits(out.logprobs) == bits(whole.logprobs) and out.usage.num_prefilled_tokens == 1
+    lab.one(engine, session, seeded(9))
+    before = engine.stats()["loaded_tokens"]
+    for child in engine.fork(session, 6).result():
+        assert engine.view(child).num_kv == 261 + 8
+        engine.append(child, ids(3, 5)).result()
+    assert engine.stats()["loaded_tokens"] - before == 6 * (261 + 8)
+
+
+def test_a_live_session_of_twenty_turns_reads_new_tokens_alone(engine: Engine, lab: Lab) -> None:
+    session = engine.open(seed=SEED)
+    for turn in range(20):
+        engine.append(session, ids(7 + turn, turn)).result()
+        out = lab.one(engine, session, greedy(5))
+        assert out.usage.num_prefilled_tokens == 1
+        assert engine.view(session).num_kv == len(engine.view(session).tokens) - 1
+    again = engine.open(seed=SEED)
+    tokens, replies = engine.view(session).tokens, engine.view(session).turns
+    for turn in replies:  # every turn by itself, and the same bits
+        if turn.kind == "prompt":
+            engine.append(again, tokens[turn.start : turn.end]).result()
+        else:
+            out = lab.one(engine, again, greedy(turn.end - turn.start))
+            assert bits(out.logprobs) == bits(turn.logprobs or ())
+
+
+def test_an_answer_that_its_client_ends_can_be_gone_on_from(engine: Engine, lab: Lab) -> None:
+    """A stop string and a cancel: the engine may have gone on for some steps."""
+    session = lab.begin(engine, 300)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+    text = engine.codec.decode(whole.token_ids)
+    stop = next(text[at : at + 2] for at in range(3, len(text) - 2))
+    stopped = lab.twin(engine, session)
+    out = lab.one(engine, stopped, greedy(ANSWER, stop=(stop,)))
+    done = len(out.token_ids)
+    assert out.finish_reason == "stop" and done < ANSWER
+    assert engine.view(stopped).num_kv == 300 + done - 1
+    captured = lab.capture(engine, stopped)
+    rest = lab.one(engine, lab.hydrate(engine, lab.plan(captured)).session, greedy(ANSWER - done))
+    assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
+    rest = lab.one(engine, stopped, greedy(ANSWER - done))
+    assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
+    cancelled = lab.stopped_amid(engine, session)[0]
+    assert engine.view(cancelled).num_kv == len(engine.view(cancelled).tokens) - 1
+
+
+def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine, lab: Lab) -> None:
+    session = lab.begin(engine, 100)
+    lab.one(engine, session, greedy(5))
+    with pytest.raises(NotKept, match="no state is kept after 49 tokens.*it has|no state.*states after 99, 104 tokens"):
+        engine.fork(session, 1, at=50).result()
+    (child,) = engine.fork(session, 1, at=100, replay=True).result()
+    assert engine.view(child).num_kv == 99
+    (again,) = engine.fork(session, 1, at=105).result()
+    assert engine.view(again).num_kv == 104
+    with pytest.raises(Unsupported, match="pin"):
+        engine.pin(session, 1.0)  # type: ignore[attr-defined]
+    assert not {"interior-points", "fork-running", "pin"} & engine.info.capabilities
+
+
+def test_a_load_that_fails_ends_its_own_request_alone(engine: Engine, lab: Lab) -> None:
+    """A client that believes in a state which is not there: the engine refuses by name, and a neighbour goes on."""
+    session = lab.begin(engine, 300)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+    liar = lab.begin(engine, 300, start=1)
+    engine._get(liar).points += (100,)  # type: ignore[attr-defined]
+    (bad,) = engine.fork(liar, 1, at=101).result()
+    good = lab.twin(engine, session)
+    free = engine.stats()["free_blocks"]
+    running = engine.generate(lab.ask([good], greedy(ANSWER)))
+    with pytest.raises(NotKept, match="no state is kept after 100 tokens: this session has states after .*299"):
+        lab.one(engine, bad, greedy(4))
+    assert bits(running.result()[0].logprobs) == bits(whole.logprobs)
+    assert engine.stats()["free_blocks"] == free
+    assert bits(lab.one(engine, lab.twin(engine, session), greedy(ANSWER)).logprobs) == bits(whole.logprobs)
+
+
+def test_controls_that_can_see(engine: Engine, lab: Lab) -> None:
+    """The state of one token more or less, a sibling's, and channels in another order, part by part: each moves the
+    next log probabilities by 100 times what another shape of the batch does."""
+    point = 256
+    right, fewer, further = (_captured(engine, lab, point + more) for more in (0, -1, 1))
+    sibling = _captured(engine, lab, point, start=3)
+    plan = lab.plan(right)
+    expected = _next(engine, lab, plan)
+    assert expected == _next(engine, lab, plan)
+    noise = max(FLOOR, _batch_noise(engine, lab, plan, expected))
+    moved: dict[str, float] = {}
+    group = point_groups(engine.info.groups)[0]
+    at = 0
+    for part in group.parts:
+        own = slice(at, at + part.num_heads)
+        at = own.stop
+        for what, stranger in (("n-1", fewer), ("n+1", further), ("sibling", sibling)):
+            wrong = _with_state(plan, group, lab.plan(stranger), own)
+            moved[f"{part.name} of {what}"] = _far(expected, _next(engine, lab, wrong))
+        if part.name.startswith("conv"):
+            wrong = _with_state(plan, group, plan, own, backwards=True)
+            moved[f"{part.name} in another order"] = _far(expected, _next(engine, lab, wrong))
+    weak = {what: far for what, far in moved.items() if not far >= NOISE_FACTOR * noise}
+    assert not weak, f"noise {noise:.2g}"
+    assert len(moved) >= 4
+
+
+def _captured(engine: Engine, lab: Lab, num_kv: int, *, start: int = 0) -> Captured:
+    return lab.capture(engine, lab.begin(engine, num_kv + 1, start=start))
+
+
+def _with_state(
+    plan: HydratePlan, group: PointState, donor: HydratePlan, blobs: slice, *, backwards: bool = False
+) -> HydratePlan:
+    """The plan with some blobs of its state taken from another's."""
+    (mine,), (theirs,) = plan.points, donor.points
+    places, strange = list(mine.blobs[group.name]), list(theirs.blobs[group.name])[blobs]
+    places[blobs] = strange[::-1] if backwards else strange
+    return msgspec.structs.replace(plan, points=(type(mine)(token=mine.token, blobs={group.name: tuple(places)}),))
+
+
+def _next(engine: Engine, lab: Lab, plan: HydratePlan) -> dict[int, float]:
+    """Log probabilities after the plan's last token and one more."""
+    return _row(lab.one(engine, lab.hydrate(engine, plan).session, greedy(1, logprobs=TOP), (5,)))
+
+
+def _row(completion: Any) -> dict[int, float]:
+    return dict(completion.top_logprobs[0])
+
+
+def _batch_noise(engine: Engine, lab: Lab, plan: HydratePlan, alone: dict[int, float]) -> float:
+    """How far the same row lies off in batches of other shapes."""
+    found = []
+    for count in (2, 5):
+        sessions = [lab.hydrate(engine, plan).session for _ in range(count)]
+        asked = lab.ask(sessions, greedy(1, logprobs=TOP), (5,))
+        found += [_far(alone, _row(out)) for out in engine.generate(asked).result()]
+    return max(found)
+
+
+def _far(right: dict[int, float], wrong: dict[int, float]) -> float:
+    """The largest difference among what both name; where they name nothing in common, they are far apart."""
+    both = right.keys() & wrong.keys()
+    return max((abs(right[token] - wrong[token]) for token in both), default=math.inf)
