@@ -26,7 +26,7 @@ from thaw.testing.plans import mount_at
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
-    "lfm2": {"hidden_size": 256, "conv_dim": 256},
+    "lfm2": {"hidden_size": 256, "conv_dim": 256, "block_dim": 256},
     "granitemoehybrid": {"hidden_size": 256, "mamba_d_head": 64},
 }
 """What vLLM's own kernels ask of the small models' shapes, and fields that transformers does not write."""
@@ -46,6 +46,9 @@ ENDS = (37, 255, 256, 257, 300, 700)
 """Tokens after which a state is kept: around a block's end, and elsewhere."""
 NOISE_FACTOR = 100
 TOP = 20
+WRONG_IN_BATCHES = ("lfm2",)
+"""vLLM 0.32 on a CPU computes three equal prompts of these in one batch as three unequal ones, by several units of log
+probability, without thaw as well: that is no noise to compare with, and what runs alone is exact."""
 FLOOR = 1e-6
 """Less than what float32 holds of a log probability is no noise."""
 
@@ -64,7 +67,7 @@ def boot(how: tuple[str, bool, bool], tiny_model: Callable[..., Path]) -> Boot:
     folder = str(tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]]))
 
     def start(**more: Any) -> Engine:
-        options = {"enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 2048, **more}
+        options = {"enforce_eager": True, "max_model_len": 2048, "num_gpu_blocks_override": 120, **more}
         options["worker_extension_cls"] = "scrubbing.Scrub"
         return load_engine("vllm", model=folder, enable_prefix_caching=how[1], **options)
 
@@ -207,7 +210,7 @@ def test_a_load_that_fails_ends_its_own_request_alone(engine: Engine, lab: Lab) 
     assert bits(lab.one(engine, lab.twin(engine, session), greedy(ANSWER)).logprobs) == bits(whole.logprobs)
 
 
-def test_controls_that_can_see(engine: Engine, lab: Lab) -> None:
+def test_controls_that_can_see(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
     """The state of one token more or less, a sibling's, and channels in another order, part by part: each moves the
     next log probabilities by 100 times what another shape of the batch does."""
     point = 256
@@ -216,7 +219,7 @@ def test_controls_that_can_see(engine: Engine, lab: Lab) -> None:
     plan = lab.plan(right)
     expected = _next(engine, lab, plan)
     assert expected == _next(engine, lab, plan)
-    noise = max(FLOOR, _batch_noise(engine, lab, plan, expected))
+    noise = max(FLOOR, 0.0 if how[0] in WRONG_IN_BATCHES else _batch_noise(engine, lab, plan, expected))
     moved: dict[str, float] = {}
     group = point_groups(engine.info.groups)[0]
     at = 0
@@ -249,8 +252,8 @@ def _with_state(
 
 
 def _next(engine: Engine, lab: Lab, plan: HydratePlan) -> dict[int, float]:
-    """Log probabilities after the plan's last token and one more."""
-    return _row(lab.one(engine, lab.hydrate(engine, plan).session, greedy(1, logprobs=TOP), (5,)))
+    """Log probabilities after the plan's last token."""
+    return _row(lab.one(engine, lab.hydrate(engine, plan).session, greedy(1, logprobs=TOP)))
 
 
 def _row(completion: Any) -> dict[int, float]:
@@ -262,7 +265,7 @@ def _batch_noise(engine: Engine, lab: Lab, plan: HydratePlan, alone: dict[int, f
     found = []
     for count in (2, 5):
         sessions = [lab.hydrate(engine, plan).session for _ in range(count)]
-        asked = lab.ask(sessions, greedy(1, logprobs=TOP), (5,))
+        asked = lab.ask(sessions, greedy(1, logprobs=TOP))
         found += [_far(alone, _row(out)) for out in engine.generate(asked).result()]
     return max(found)
 

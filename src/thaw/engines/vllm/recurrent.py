@@ -68,7 +68,8 @@ def require_groups(groups: Sequence[Any]) -> None:
             raise Unsupported(f"{name}={getattr(spec, name)}: beside recurrent layers only full attention is supported")
     for table in tables.states:
         state = groups[table.group].kv_cache_spec
-        if getattr(state, "num_speculative_blocks", 0) or getattr(state, "num_prefill_checkpoint_blocks", 0):
+        checkpoints = getattr(state, "num_prefill_checkpoint_blocks", 0) and state.mamba_cache_mode == "align"
+        if getattr(state, "num_speculative_blocks", 0) or checkpoints:
             raise Unsupported("speculative or checkpoint blocks of recurrent states: they were not run")
 
 
