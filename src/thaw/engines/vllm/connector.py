@@ -38,8 +38,8 @@ from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
-from thaw.engines.vllm.worker.layout import cache_groups, make_layouts
-from thaw.engines.vllm.worker.layout.hybrid import make_hybrid
+from thaw.engines.vllm.worker.layout import LayerGroup, cache_groups, layer_groups, make_layouts
+from thaw.engines.vllm.worker.layout.hybrid import Caches, make_hybrid
 from thaw.engines.vllm.worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler(self) -> SchedulerSide:
         config, groups = self._config, self._kv_cache_config.kv_cache_groups
         overrides = support.overrides(config.model_config)
-        require_whole(config.model_config.model, overrides)
+        with versions.built_plainly(config):
+            require_whole(config.model_config.model, overrides)
         self._mail.claim()
         self._mail.sweep()
         sweep_dead(_base_folder(config, self._settings))
@@ -159,8 +160,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         return self._s.matched(request, num_computed_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
-        """The groups whose new blocks vLLM need not clear before a load in the background. Pages of states and of KV are
-        of one pool: what a load leaves of a last block is a former owner's, and as keys and values it may be NaN."""
+        """The groups whose new blocks vLLM need not clear before a load in the background. Pages of states and of KV
+        are of one pool: what a load leaves of a last block is a former owner's, and may be NaN as keys and values."""
         return () if self._tables.states else tuple(super().get_loaded_kv_cache_group_ids(request))
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -186,26 +187,43 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        names = [group.layer_names for group in self._kv_cache_config.kv_cache_groups]
-        parallel, model = self._config.parallel_config, self._config.model_config
-        states = None
-        if self._tables.states:
-            config, dtype = model.hf_text_config.to_dict(), str(model.dtype).removeprefix("torch.")
-            layouts, states, found = make_hybrid(kv_caches, names, self._tables, config, dtype)
-        else:
-            layouts = make_layouts(kv_caches, names)
-            found = cache_groups(layouts, model.get_total_num_kv_heads())
+        parallel = self._config.parallel_config
+        found = self._hybrid_caches(kv_caches) if self._tables.states else self._token_caches(kv_caches)
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
             rank=rank,
             world_size=size,
             pid=os.getpid(),
-            groups=found,
-            layout=layouts[0].describe() | (states.describe() if states is not None else {}),
+            groups=found.groups,
+            layout=found.describe(),
         )
-        watched = self._watch(layouts[0].layer_names[0])
-        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, watched, states)
+        watch = self._watch(found.layouts[0].layer_names[0])
+        self._worker = WorkerSide(found.layouts, facts, self._settings, self._mail, watch, found.tables, found.states)
         self._mail.post(rank, facts)
+
+    def _hybrid_caches(self, kv_caches: dict[str, torch.Tensor]) -> Caches:
+        model = self._config.model_config
+        names = [group.layer_names for group in self._kv_cache_config.kv_cache_groups]
+        config, dtype = model.hf_text_config.to_dict(), str(model.dtype).removeprefix("torch.")
+        return make_hybrid(kv_caches, names, self._tables, config, dtype)
+
+    def _token_caches(self, kv_caches: dict[str, torch.Tensor]) -> Caches:
+        parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
+        specs = [groups[part.table].kv_cache_spec for part in parts]
+        layouts = make_layouts(kv_caches, [part.names for part in parts], specs)
+        num_kv_heads = self._config.model_config.get_total_num_kv_heads()
+        found = cache_groups(layouts, num_kv_heads, [part.window for part in parts])
+        return Caches(layouts, found, tuple(part.table for part in parts))
+
+    def _layer_groups(self) -> tuple[LayerGroup, ...]:
+        """thaw's cache groups by their layers: those with a window are groups of their own, though vLLM keeps them in
+        one with layers of full attention."""
+        groups = self._kv_cache_config.kv_cache_groups
+        layers = self._config.compilation_config.static_forward_context
+        named = [name for g in groups if support.window_of(g.kv_cache_spec) is not None for name in g.layer_names]
+        found = {name: support.window_of(layers[name].get_kv_cache_spec(self._config)) for name in named}
+        windows = {name: window for name, window in found.items() if window is not None}
+        return layer_groups([group.layer_names for group in groups], windows)
 
     def _watch(self, layer_name: str) -> WeightsSample | None:
         layer = self._config.compilation_config.static_forward_context.get(layer_name)

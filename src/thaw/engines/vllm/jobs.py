@@ -1,8 +1,8 @@
 """What the scheduler's side tells the workers' side to do before a step's forward pass, in order.
 
 Every worker gets the same list and works through it on its own blobs. `tables` are block ids of the engine's cache, for
-each of its KV cache groups that keep tokens, in token order from token 0. `state_blocks`: for each group that keeps states, the
-block in which one state lies.
+each of its KV cache groups that keep tokens, in token order from token 0. `state_blocks`: for each of its groups that
+keep states, the block in which one state lies.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ class KeepState:
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """Nothing to load (all is in the engine's blocks), but the record must still be of the weights that run."""
+    """Nothing to load (all is in the engine's blocks), but the record must still be of the weights that run, and have
+    what goes on after `num_kv` tokens needs."""
 
     request: str
     name: str
     record: str
     tables: Tables
+    num_kv: int
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import InvalidRequest, Unsupported
-from thaw.engines.hf.config import overridden
+from thaw.engines.hf.config import overridden, windows
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import recurrent, versions
-from thaw.engines.vllm.settings import LOGITS_PROCESSOR, STORED_FORMAT
+from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR, STORED_FORMAT
 
 CPU_BLOCKS = 32
 ONE = "a session is one sequence; fork it and send a request for each child"
@@ -24,6 +24,29 @@ ALONE = (
 """Fields of vLLM's `SamplingParams` with their neutral value that cannot go with a message, and why."""
 
 
+SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+"""What vLLM calls the specs of caches that are captured."""
+OF_LATENTS = (
+    ("tokens_per_state", 1, "a latent of several tokens is not captured"),
+    ("state_content_bytes", None, "quantised latents are not captured; use kv_cache_dtype=auto"),
+    ("model_version", None, "caches of DeepSeek V4 are not captured"),
+)
+"""Fields of a spec of latents with the value that plain ones have, and what another one is."""
+
+SUPPORTED = "full attention, windows beside layers of full attention, and latents are supported"
+FREED = (
+    "vLLM's hybrid KV cache manager lets go of KV that has left a window while its session still runs; start vLLM with "
+    f"--{KEEPS_WINDOWS.replace('_', '-')} ({KEEPS_WINDOWS}=True), as thaw's own boots do: it then keeps every token's"
+)
+
+
+def window_of(spec: Any) -> int | None:
+    """How many tokens a token attends to in the layers of a cache spec, itself among them; None: all. vLLM keeps this
+    in the spec of full attention that it makes of a window without its hybrid KV cache manager."""
+    found = (getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return next((window for window in found if window is not None), None)
+
+
 def require(config: Any, kv_cache_config: Any) -> None:
     """Raise `Unsupported` for the first thing that thaw cannot capture exactly."""
     require_config(config)
@@ -33,13 +56,18 @@ def require(config: Any, kv_cache_config: Any) -> None:
         recurrent.require_groups(groups)
         return
     if len(groups) != 1:
-        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid or sliding); only one is supported")
+        sizes = sorted({window for group in groups if (window := window_of(group.kv_cache_spec)) is not None})
+        if sizes:
+            raise Unsupported(f"windows of {', '.join(map(str, sizes))} tokens: {FREED}")
+        raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid); only one is supported")
     spec = groups[0].kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
-        raise Unsupported(f"a cache of kind {type(spec).__name__}; only full attention is supported")
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(spec, name, None) is not None:
-            raise Unsupported(f"{name}={getattr(spec, name)}: only full attention is supported")
+    if type(spec).__name__ not in SPECS:
+        raise Unsupported(f"a cache of kind {type(spec).__name__}; {SUPPORTED}")
+    for name, usual, why in OF_LATENTS:
+        if getattr(spec, name, usual) != usual:
+            raise Unsupported(f"latents with {name}={getattr(spec, name)}: {why}")
+    if type(spec).__name__ != "FullAttentionSpec" and window_of(spec) is not None:
+        raise Unsupported(f"latents with a window of {window_of(spec)} tokens; {SUPPORTED}")
 
 
 def require_config(config: Any) -> None:
@@ -49,7 +77,7 @@ def require_config(config: Any) -> None:
     if recurrent.is_hybrid(config):
         recurrent.require(config)
     else:
-        _require_full_attention(config.model_config, config.cache_config)
+        _require_attention(config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:
@@ -73,7 +101,8 @@ def require_config(config: Any) -> None:
     if cache not in ("auto", "bfloat16", "float16", "float32"):
         raise Unsupported(f"kv_cache_dtype={cache}: quantised KV is not captured; use auto")
     block_size = config.cache_config.block_size
-    if config.device_config.device_type == "cpu" and block_size % CPU_BLOCKS:
+    latents = getattr(config.model_config, "use_mla", False)  # whose attention has block sizes of its own
+    if config.device_config.device_type == "cpu" and block_size % CPU_BLOCKS and not latents:
         raise Unsupported(
             f"block_size={block_size}: on a CPU vLLM's attention takes multiples of {CPU_BLOCKS}; leave it out for 128"
         )
@@ -92,21 +121,25 @@ ATTENTIONS = {"attention", "full_attention", "sliding_attention", "chunked_atten
 """What a model's config calls layers that keep KV."""
 
 
-def _require_full_attention(model: Any, cache: Any) -> None:
+def _require_attention(config: Any) -> None:
     """By the config alone; `require` looks at the caches that vLLM made of it."""
+    model, cache = config.model_config, config.cache_config
     layers = set(getattr(model.hf_text_config, "layer_types", None) or ())
     others = sorted(layers - ATTENTIONS)
     if model.is_hybrid or model.is_attention_free or others:
         which = f" (layers of {', '.join(others)})" if others else ""
         raise Unsupported(
-            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; only full attention is "
-            "supported"
+            f"a hybrid model or one without attention{which}: its layers keep a state, not KV; {SUPPORTED}"
         )
-    window = model.get_sliding_window()
-    if cache.sliding_window is not None or (window is not None and "sliding_attention" in layers):
-        raise Unsupported(f"sliding_window={window}: only full attention is supported")
-    if "chunked_attention" in layers:
-        raise Unsupported("chunked attention: only full attention is supported")
+    if cache.sliding_window is not None:
+        raise Unsupported(
+            f"sliding_window={cache.sliding_window} in every layer: vLLM always lets go of KV that has left it; "
+            f"{SUPPORTED}"
+        )
+    found = windows(vars(model.hf_text_config))
+    if found and not getattr(config.scheduler_config, KEEPS_WINDOWS, False):
+        sizes = ", ".join(f"{field}={window}" for field, window in found.items())
+        raise Unsupported(f"{sizes}: {FREED}")
 
 
 def _require_transfer(transfer: Any) -> None:
@@ -124,7 +157,7 @@ def _require_model(model: Any) -> None:
     if getattr(model, "is_multimodal_model", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
     if getattr(model, "use_mla", False):
-        raise Unsupported("MLA (latent attention) caches are not captured yet")
+        _require_latents(model)
     if model.enable_prompt_embeds:
         raise Unsupported("enable_prompt_embeds: a session is made of tokens; start vLLM without it")
     if model.logprobs_mode != "raw_logprobs":
@@ -132,6 +165,22 @@ def _require_model(model: Any) -> None:
             f"logprobs_mode={model.logprobs_mode}: a session's log probabilities are of raw logits; use raw_logprobs"
         )
 
+
+def _require_latents(model: Any) -> None:
+    import vllm
+
+    if not versions.keeps_latents(vllm.__version__):
+        raise Unsupported(f"MLA (latent attention) on vLLM {vllm.__version__}: it is captured from 0.32 on")
+    for name, what in OTHER_LATENTS.items():
+        if getattr(model.hf_text_config, name, None) is not None:
+            raise Unsupported(f"{what} ({name} in its config): only plain MLA is captured")
+
+
+OTHER_LATENTS = {
+    "index_topk": "sparse attention (DSA): its indexer keeps a cache of its own",
+    "compress_ratios": "compressed attention (DeepSeek V4): its compressor keeps states",
+}
+"""Fields of a config by which a model keeps more than one latent a token and layer."""
 
 LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", STORED_FORMAT)
 """Values of `load_format` that read the files which the identity is made of."""

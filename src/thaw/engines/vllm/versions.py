@@ -8,6 +8,10 @@ Newer properties that the connector overrides (`requires_kv_delivery`, from 0.27
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from thaw.core.errors import Unsupported
@@ -36,6 +40,16 @@ def notes(version: str) -> list[str]:
     return []
 
 
+LATENTS = (0, 32)
+"""The first release whose caches of latents (MLA) were tried."""
+
+
+def keeps_latents(version: str) -> bool:
+    """Whether a release's caches of latents are known: older ones were not tried with them."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= LATENTS
+
+
 def runner(config: Any) -> str:
     """Which of vLLM's model runners an engine of this configuration uses ("V1", "V2"): their samplers differ."""
     return "V2" if getattr(config, "use_v2_model_runner", False) else "V1"
@@ -47,6 +61,19 @@ def whole(config: Any) -> Any:
     from vllm.config.vllm import get_current_vllm_config_or_none
 
     return get_current_vllm_config_or_none() or config
+
+
+@contextmanager
+def built_plainly(config: Any) -> Iterator[None]:
+    """Here transformers' classes can be built, also where vLLM runs one of them itself (its transformers backend): it
+    decorates the class for the whole process, and asks for its own configuration whenever one is made."""
+    from vllm.config import CompilationMode, set_current_vllm_config
+
+    plain = copy.copy(config)
+    plain.compilation_config = copy.copy(config.compilation_config)
+    plain.compilation_config.mode = CompilationMode.NONE
+    with set_current_vllm_config(plain):
+        yield
 
 
 def data_parallel_rank(config: Any) -> int | None:

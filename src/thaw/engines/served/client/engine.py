@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from thaw.core.cache import CacheGroup, point_groups
+from thaw.core.cache import CacheGroup, keeps_all, point_groups
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
@@ -49,7 +49,7 @@ from thaw.engines.session.turns import reseed
 CAPABILITIES = frozenset(
     {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
 )
-WITHOUT_STATES = frozenset({"interior-points", "fork-running", "pin"})
+OF_STATES = frozenset({"fork-running", "pin"})
 """What an engine has not of a model that keeps states: a session has them at the ends of its turns."""
 MAX_TOP_LOGPROBS = 100
 
@@ -97,7 +97,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts) - (WITHOUT_STATES if point_groups(worker.groups) else set()),
+            capabilities=self.capabilities_of(facts) - _without(worker.groups),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -316,3 +316,9 @@ class ServedEngine(Engine):
             if not replay:
                 reseed(child, seeds[i] if seeds else derive(parent.seed, position, i))
         return [self._admit(child) for child in children]
+
+
+def _without(groups: Sequence[CacheGroup]) -> frozenset[str]:
+    """What an engine has not of a model with these cache groups."""
+    interior = frozenset() if keeps_all(groups) else frozenset({"interior-points"})
+    return interior | (OF_STATES if point_groups(groups) else frozenset())

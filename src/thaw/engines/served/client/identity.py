@@ -43,7 +43,7 @@ def model_identity(
     return identity_of(
         architecture=type(module).__name__,
         weights=root,
-        config=function_config(module.config.to_dict()),
+        config=function_config(module.config.get_text_config(decoder=True).to_dict()),
         dtype=dtype,
         tokenizer=codec.identity(),
         groups=groups,

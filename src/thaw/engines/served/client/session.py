@@ -14,6 +14,7 @@ from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.engines.base import Codec, SessionRef, SessionView
 from thaw.engines.served import protocol
+from thaw.engines.served.late_groups import LateGroup, require_kept
 from thaw.engines.session.turns import OpenTurn
 from thaw.engines.text import cut_turns
 
@@ -33,7 +34,7 @@ class Node:
 @dataclass
 class ServedSession:
     """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it. `busy`: its way through the
-    request that runs now.
+    request that runs now. `late`: the groups of which earlier tokens are not there.
 
     Of a model that keeps states, `points` are the numbers of tokens after which it has one, and `num_kv` is one of them
     (or 0). `behind`: the engine has gone past the session's end, and the state there is gone."""
@@ -55,6 +56,7 @@ class ServedSession:
     parked: bool = False
     points: tuple[int, ...] = ()
     behind: bool = False
+    late: tuple[LateGroup, ...] = ()
 
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)
@@ -122,6 +124,11 @@ class ServedSession:
         )
 
 
+def lineage_salt() -> str:
+    """Of a new lineage: no other finds its blocks."""
+    return f"{protocol.SALT}{secrets.token_hex(16)}"
+
+
 def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) -> ServedSession:
     own = secrets.token_hex(16)
     return ServedSession(
@@ -138,23 +145,27 @@ def forked(
     parent: ServedSession, at: int, codec: Codec, continuation: Continuation, *, keeps_states: bool = False
 ) -> ServedSession:
     """A child that goes on from the parent's first `at` tokens, on the parent's record and with its seed. Raises
-    `NotKept` where the model keeps states, and that which the child needs is not there."""
+    `NotKept` where what the child needs is not there."""
     computed = parent.computed()
     num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))
     if keeps_states:
         num_kv = parent.before(at)
+    require_kept(parent.late, num_kv)
+    # Blocks of a lineage are found by its salt; where it has not all groups of the first ones, nobody reads them anew.
+    apart = parent.late and not num_kv
     return ServedSession(
         ref=SessionRef(secrets.token_hex(16)),
         seed=parent.seed,
         salt=parent.salt,
         share_prefix=parent.share_prefix,
         policy=parent.policy,
-        cache_salt=parent.cache_salt,
+        cache_salt=lineage_salt() if apart else parent.cache_salt,
         node=parent.node if num_kv else None,
         num_kv=num_kv,
         tokens=parent.tokens[:at],
         points=tuple(point for point in parent.points if point <= num_kv),
         turns=list(cut_turns(parent.all_turns(), parent.tokens, at, codec)),
+        late=parent.late if num_kv else (),
         proof=Proof(
             num_prompt_tokens=at,
             num_cached_tokens=num_kv,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from thaw.core.cache import DTYPE_BYTES, CacheGroup, Dtype, TokenGroup, held, point_groups, token_groups
+from thaw.core.cache import DTYPE_BYTES, CacheGroup, Dtype, TokenGroup, held, keeps_all, point_groups, token_groups
 from thaw.core.errors import Unsupported
 
 
@@ -66,6 +66,10 @@ class RankGroups:
                     f"rank {self._rank} of {self._num_ranks} has {there} KV heads of cache group {strip.group.name}, "
                     f"which are {strip.group.num_blobs} in all; it should have {strip.num_blobs}"
                 )
+
+    def windows(self) -> tuple[tuple[int, TokenGroup], ...]:
+        """The strips of groups that keep their last tokens alone, each with its number."""
+        return tuple((at, strip.group) for at, strip in enumerate(self.strips) if not keeps_all([strip.group]))
 
     def strips_of(self, group: TokenGroup) -> list[int]:
         """The numbers of the group's strips."""

@@ -15,6 +15,7 @@ import msgspec
 from thaw.core.errors import Busy, InvalidRequest, ThawError, TimedOut, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
+from thaw.engines.served.late_groups import late_groups
 from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
 from thaw.engines.vllm import jobs
@@ -167,7 +168,8 @@ class SchedulerCommands:
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
         chain = side.contents.chain(plan.num_kv // side.facts.block_size)
-        record = SchedulerRecord(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain, caller=caller)
+        tokens, late = list(plan.tokens[: plan.num_kv]), late_groups(plan, plan.identity.groups)
+        record = SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late)
         record.points = {point.token for point in plan.points}
         side.records.keep(message.record, record)
         side.queue.append(jobs.ReadPlan(message.id, message.record, caller))

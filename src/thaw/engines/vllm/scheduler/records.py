@@ -8,15 +8,16 @@ from typing import Any
 from thaw.core.cache import list_of
 from thaw.core.errors import NotKept
 from thaw.engines.served.budget import GUEST, Caller
+from thaw.engines.served.late_groups import LateGroup
 from thaw.engines.vllm.jobs import RECENT_STATES
 
 
 @dataclass
 class SchedulerRecord:
     """`tokens[:num_kv]` have KV in the workers' arena; `chain[i]` is the content number of full block i. `leaving`:
-    some of it may still be on its way there, out of the blocks of the request that runs. `caller`: whose it is. `points`,
-    `recent`: the numbers of tokens after which a recurrent model's states are kept, for as long as the record is, and
-    until it goes on for some steps."""
+    some of it may still be on its way there, out of the blocks of the request that runs. `caller`: whose it is.
+    `late`: the groups of which earlier tokens are not there. `points`, `recent`: the numbers of tokens after which a
+    recurrent model's states are kept, for as long as the record is, and until it goes on for some steps."""
 
     tokens: list[int]
     num_kv: int
@@ -25,6 +26,7 @@ class SchedulerRecord:
     leaving: bool = False
     touched: float = 0.0
     caller: Caller = GUEST
+    late: tuple[LateGroup, ...] = ()
     points: set[int] = field(default_factory=set)
     recent: list[int] = field(default_factory=list)
 

@@ -24,6 +24,7 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
+from thaw.engines.served.late_groups import require_kept
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.scheduler.records import Records
@@ -138,9 +139,11 @@ class SchedulerSide:
             if same < want:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
             self._require_state_to_go_on(source, message.num_kv, want, len(tokens))
+        late = source.late if source is not None else ()
+        require_kept(late, min(want, request.num_tokens - 1))
         chain = source.chain[: want // self._block_size] if source is not None else []
         self.queue.append(jobs.Derive(message.record, message.source, want, caller))
-        record = SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller)
+        record = SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
         if source is not None and want and self._has_states:
             record.points = {want, *(point for point in source.points if point < want)}
         self.records.keep(message.record, record)
@@ -148,8 +151,8 @@ class SchedulerSide:
         self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
         if message.group is not None:
             self._groups.join(message.group, message.group_size, message.group_place, request.request_id)
-        if self._has_states or self.contents.hits_foreign(request, chain):
-            give_own_salt(request)
+        if self._has_states or self.contents.hits_foreign(request, chain) or (late and not salted):
+            give_own_salt(request)  # of blocks without the first tokens of a window nobody else may read
         self.counters["forks"] += message.source not in (None, message.record)
 
     def require_state(self, record: SchedulerRecord, num_kv: int) -> None:
@@ -158,7 +161,7 @@ class SchedulerSide:
             record.require_state(num_kv)
 
     def _require_state_to_go_on(self, source: SchedulerRecord, asked: int, num_kv: int, num_tokens: int) -> None:
-        """Likewise, for a request of `num_tokens` tokens that is to go on after `asked`, of which `num_kv` are there."""
+        """Likewise, for a request of `num_tokens` tokens that is to go on after `asked`: `num_kv` of them are there."""
         self.require_state(source, asked)
         if self._has_states and not num_kv == asked < max(num_tokens, 1):
             raise InvalidRequest(
@@ -338,7 +341,7 @@ class SchedulerSide:
             if background:
                 self._loads.begins(run, want)
         elif want:
-            self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1)))
+            self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1), want))
 
     def _state_blocks(
         self, run: RunningRequest, tables: jobs.Tables, num_external: int
@@ -433,7 +436,9 @@ class SchedulerSide:
         found: list[jobs.KeepState] = []
         for name, run in self._runs.items():
             if name in output.num_scheduled_tokens and run.message.keep and run.error is None:
-                guarded(partial(self._keep_state, found, run, output.kv_connector_block_state), partial(self._stop, run))
+                guarded(
+                    partial(self._keep_state, found, run, output.kv_connector_block_state), partial(self._stop, run)
+                )
         return found
 
     def _keep_state(self, found: list[jobs.KeepState], run: RunningRequest, blocks: Any) -> None:

@@ -15,7 +15,7 @@ from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import TypeAlias
 
-from thaw.core.errors import NotFound, StaleSession, StorageFailed, ThawError
+from thaw.core.errors import NotFound, NotKept, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mailbox import Mailbox
@@ -44,10 +44,14 @@ class WorkerSide:
         settings: VllmSettings,
         mail: Mailbox,
         weights: WeightsSample | None,
+        tables: Sequence[int] = (),
         states: StatePages | None = None,
     ) -> None:
+        """`tables`: for each layout the number of its block table among a job's (default: its own number)."""
         self._facts, self._mail, self._weights = facts, mail, weights
+        self._table_of = tuple(tables) or tuple(range(len(layouts)))
         groups = RankGroups(facts.groups, facts.rank, facts.world_size)
+        self._windows = groups.windows()
         groups.require([layout.num_kv_heads for layout in layouts])
         spill = Path(settings.spill) if settings.spill else None
         self._arena = HostCache(
@@ -213,7 +217,7 @@ class WorkerSide:
         if record.epoch != self._now():
             record.broken = "the weights changed while it was computed"
         elif not record.broken and job.num_kv > record.num_kv:
-            pieces = self._copier.save(job.tables, record.num_kv, job.num_kv, record.caller)
+            pieces = self._copier.save(self._each(job.tables), record.num_kv, job.num_kv, record.caller)
             whole = self._arena.joined((*record.pieces, *pieces), record.caller)
             if self._states is not None:
                 self._settle_state(record, job.num_kv)
@@ -234,8 +238,9 @@ class WorkerSide:
         record = self._usable(job.record)
         if record.num_kv < job.stop:
             raise StorageFailed(f"the session has KV for {record.num_kv} tokens; {job.stop} were wanted")
+        self._require_windows(record, job.stop)
         if not job.background:
-            self._copier.load(job.tables, record, job.start, job.stop)
+            self._copier.load(self._each(job.tables), record, job.start, job.stop)
             return
 
         since = self._copier.point()
@@ -243,7 +248,7 @@ class WorkerSide:
         state = self._state_to_load(record, job.stop)
 
         def work() -> None:
-            self._copier.load_aside(job.tables, record, job.start, job.stop, since)
+            self._copier.load_aside(self._each(job.tables), record, job.start, job.stop, since)
             if self._states is not None:
                 self._states.write(state, job.state_blocks)
             with self._lock:
@@ -257,9 +262,24 @@ class WorkerSide:
         self._settle_state(record, num_kv)
         return record.points[num_kv]
 
+    def _each(self, tables: jobs.Tables) -> jobs.Tables:
+        """The block table of each layout: several may have one of vLLM's groups in common."""
+        return tuple(tables[at] for at in self._table_of)
+
+    def _require_windows(self, record: HostRecord, num_kv: int) -> None:
+        """Raise `NotKept` unless all is there that is needed to go on after `num_kv` tokens: a record that came from a
+        snapshot has the last tokens of a window alone, and what else lies in its blocks is not the session's."""
+        for strip, group in self._windows:
+            covered, first = group.covers(num_kv), record.first(strip, num_kv)
+            if covered and first > covered.start:
+                raise NotKept(
+                    f"after {num_kv} tokens the group {group.name} needs tokens {covered.start} to "
+                    f"{covered.stop - 1}; the engine has it from token {first} on"
+                )
+
     @_do.register
     def _check_record(self, job: jobs.CheckRecord) -> None:
-        self._usable(job.record)
+        self._require_windows(self._usable(job.record), job.num_kv)
 
     @_do.register
     def _fail_load(self, job: jobs.Fail) -> None:

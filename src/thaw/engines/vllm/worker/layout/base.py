@@ -6,6 +6,9 @@ then values of D numbers each. Where the bytes lie is the backend's business: an
 here are canonical, [H, L, 2, T, D]: the slice of one head is a blob's [layer][K|V][token][head_dim], so neither block
 size nor packing ever reaches a snapshot. Bits are moved as integers: a NaN keeps its payload.
 
+A latent (MLA) is one head of one plane: [B, 1, N, D] there, [1, L, 1, T, D] here, D numbers being the compressed KV and
+then the roped part of the key. No backend packs it.
+
 Layers may lie in tensors of their own or in one buffer; only shapes and strides are used, never a tensor's storage.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -68,6 +72,8 @@ class KVLayout(abc.ABC):
     on the engine's behalf: what a step still writes must be ordered before `gather` on the current stream."""
 
     kind: str
+    num_planes: ClassVar[int] = 2
+    """Of a token in a head: K and V, or 1 of a latent."""
 
     @property
     def on_its_own(self) -> bool:
@@ -79,14 +85,14 @@ class KVLayout(abc.ABC):
         self._caches = [kv_caches[name] for name in self.layer_names]
         first = self._caches[0]
         self.num_blocks, self.num_kv_heads, self.block_size, width = first.shape
-        self.head_dim = width // 2
+        self.head_dim = width // self.num_planes
         self.num_layers = len(self._caches)
         self.dtype, self.device = first.dtype, first.device
         self.bits = BITS[first.dtype]
 
     def gather(self, block_ids: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None:
-        """Copy tokens [start, stop) into `out`, a host tensor [num_kv_heads, num_layers, 2, stop - start, head_dim] of
-        the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size], slot
+        """Copy tokens [start, stop) into `out`, a host tensor [num_kv_heads, num_layers, num_planes, stop - start,
+        head_dim] of the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size], slot
         p % block_size. On return `out` is whole."""
         self._check(block_ids, start, stop, out)
         if start < stop:
@@ -138,7 +144,7 @@ class KVLayout(abc.ABC):
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
     def _check(self, block_ids: Sequence[int], start: int, stop: int, host: torch.Tensor) -> None:
-        shape = (self.num_kv_heads, self.num_layers, 2, stop - start, self.head_dim)
+        shape = (self.num_kv_heads, self.num_layers, self.num_planes, stop - start, self.head_dim)
         assert 0 <= start <= stop <= len(block_ids) * self.block_size, (start, stop, len(block_ids), self.block_size)
         assert tuple(host.shape) == shape, (tuple(host.shape), shape)
         assert host.dtype == self.dtype and host.device.type == "cpu", (host.dtype, self.dtype, host.device)

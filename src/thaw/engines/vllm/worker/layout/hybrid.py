@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from thaw.core.cache import CacheGroup, FullKV, PointState, point_groups, token_groups
@@ -18,6 +19,22 @@ from thaw.engines.vllm.worker.layout import make_layout
 from thaw.engines.vllm.worker.layout.base import KVLayout
 from thaw.engines.vllm.worker.layout.states import StatePages
 
+
+@dataclass(frozen=True)
+class Caches:
+    """A worker's: what keeps tokens, each with the number of its block table, the model's cache groups, and what keeps
+    states."""
+
+    layouts: tuple[KVLayout, ...]
+    groups: tuple[CacheGroup, ...]
+    tables: tuple[int, ...]
+    states: StatePages | None = None
+
+    def describe(self) -> dict[str, str]:
+        """What a person is told about them, as plain strings."""
+        return self.layouts[0].describe() | ({} if self.states is None else self.states.describe())
+
+
 NUMBER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -27,20 +44,21 @@ def make_hybrid(
     tables: BlockTables,
     config: Mapping[str, Any],
     dtype: str,
-) -> tuple[tuple[KVLayout, ...], StatePages, tuple[CacheGroup, ...]]:
-    """What keeps tokens, what keeps states, and the model's cache groups. `names[g]`: the layers of vLLM's group g.
-    Raises `Unsupported` where vLLM's caches are not those that the config names."""
+) -> Caches:
+    """Of vLLM's groups, which are told apart in `tables`; `names[g]` are the layers of group g. Raises `Unsupported`
+    where vLLM's caches are not those that the config names."""
     groups = groups_of(config, dtype)
     kv, states = token_groups(groups), point_groups(groups)
     if len(kv) != 1 or len(states) != 1 or not isinstance(kv[0], FullKV) or len(tables.tokens) != 1:
         raise Unsupported(
-            f"this model's caches are {'; '.join(map(str, groups)) or 'unknown'}: one group of full attention and one of "
-            "states are supported"
+            f"this model's caches are {'; '.join(map(str, groups)) or 'unknown'}: one group of full attention and one "
+            "of states are supported"
         )
     attends = names[tables.tokens[0]]
     layout = make_layout({name: kv_caches[name] for name in attends})
     _require_same(layout, kv[0], attends)
-    return (layout,), _state_pages(kv_caches, [names[table.group] for table in tables.states], states[0]), groups
+    pages = _state_pages(kv_caches, [names[table.group] for table in tables.states], states[0])
+    return Caches((layout,), groups, (0,), pages)
 
 
 def _state_pages(kv_caches: Mapping[str, Any], tables: Sequence[Sequence[str]], group: PointState) -> StatePages:

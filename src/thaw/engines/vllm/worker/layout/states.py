@@ -88,7 +88,7 @@ def _flat(page: torch.Tensor, nbytes: int, layer: int) -> torch.Tensor:
     """[blocks, bytes] over a layer's pages."""
     if page.dtype != torch.int8 or page.dim() != 4 or prod(page.shape[1:]) != nbytes or page.stride(3) != 1:
         raise Unsupported(
-            f"layer {layer}: vLLM keeps a state of {list(page.shape)} {page.dtype}, and the model's config says that it "
-            f"has {nbytes} bytes"
+            f"layer {layer}: vLLM keeps a state of {list(page.shape)} {page.dtype}, and the model's config says that "
+            f"it has {nbytes} bytes"
         )
     return page.view(page.shape[0], nbytes) if page.is_contiguous() else page[:, 0, 0]

@@ -5,7 +5,7 @@ written from) the other on the caller's stream. Pinned host memory that is dense
 the rest by way of pinned staging. Each direction has buffers and a stream of its own, so a load and a save may run at
 once, each on a thread of its own. The same code runs on host tensors, where a stream is None and all happens at once.
 
-    stage   [H, layers of the part, 2, tokens of the part, D], dense
+    stage   [H, layers of the part, planes, tokens of the part, D], dense
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Part:
 
 
 class TorchPages(KVLayout):
-    """Caches in which number d of K and V of token slot n is at [block, head, n, d] and [block, head, n, D + d].
+    """Caches in which number d of K and V of token slot n is at [block, head, n, d] and [block, head, n, D + d]; a latent
+    has the first of them.
 
     Staging is taken here, not under a request.
     """
@@ -58,8 +59,10 @@ class TorchPages(KVLayout):
 
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, staging: int = 0) -> None:
         super().__init__(kv_caches)
-        self._pages = [torch.unflatten(cache.view(self.bits), 3, (2, self.head_dim)) for cache in self._caches]
-        self._token_numel = self.num_kv_heads * 2 * self.head_dim
+        self._pages = [
+            torch.unflatten(cache.view(self.bits), 3, (self.num_planes, self.head_dim)) for cache in self._caches
+        ]
+        self._token_numel = self.num_kv_heads * self.num_planes * self.head_dim
         least = self._token_numel * self.block_size
         self._in = _Ring(staging or STAGING, least, self.bits, self.device)
         self._out = _Ring(staging or GATHER_STAGING, least, self.bits, self.device)
@@ -89,7 +92,7 @@ class TorchPages(KVLayout):
             self._in.pump(self._parts(self._in, start, stop), (self._in.copies, upload), (self._current(), write))
 
     def _read(self, stage: torch.Tensor, ids: torch.Tensor, part: Part) -> None:
-        """Pages into the stage [H, layers of the part, 2, tokens of the part, D]."""
+        """Pages into the stage [H, layers of the part, planes, tokens of the part, D]."""
         for slots, blocks, numbers in self._pieces(stage, ids, part):
             numbers.copy_(slots.index_select(0, blocks).permute(1, 3, 0, 2, 4))
 
@@ -100,7 +103,7 @@ class TorchPages(KVLayout):
     def _pieces(
         self, stage: torch.Tensor, ids: torch.Tensor, part: Part
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Slots of all pages [B, H, S, 2, D], ids of the blocks meant [F], their place in the stage [H, 2, F, S, D]."""
+        """Slots of all pages [B, H, S, P, D], ids of the blocks meant [F], their place in the stage [H, P, F, S, D]."""
         for span in spans(part.start, part.stop, self.block_size, self.num_blocks):
             blocks = ids[span.blocks]
             for layer in range(part.first, part.last):
@@ -118,10 +121,17 @@ class TorchPages(KVLayout):
             start = end
 
     def _shape(self, part: Part) -> tuple[int, ...]:
-        return self.num_kv_heads, part.last - part.first, 2, part.stop - part.start, self.head_dim
+        return self.num_kv_heads, part.last - part.first, self.num_planes, part.stop - part.start, self.head_dim
 
     def _current(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+
+class LatentPages(TorchPages):
+    """Latents: one head, and one plane."""
+
+    kind = "latent-pages"
+    num_planes = 1
 
 
 class _Ring:
