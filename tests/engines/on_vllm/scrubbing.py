@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from in_place import InPlace
 
-class Scrub:
-    """A worker extension (`worker_extension_cls`): its method becomes the worker's, called by `collective_rpc`."""
 
-    model_runner: Any
+class Scrub(InPlace):
+    """A worker extension (`worker_extension_cls`): its methods become the worker's, called by `collective_rpc`."""
 
     def fill_with_nan(self) -> int:
         """All pages but the null block's. How many bytes that were."""

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from thaw.core.cache import PointState, point_groups
-from thaw.core.errors import NotKept, Unsupported
+from thaw.core.errors import NotKept, StaleSession, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan
 from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded
@@ -49,6 +49,8 @@ TOP = 20
 WRONG_IN_BATCHES = ("lfm2",)
 """vLLM 0.32 on a CPU computes three equal prompts of these in one batch as three unequal ones, by several units of log
 probability, without thaw as well: that is no noise to compare with, and what runs alone is exact."""
+CLOSE = 0.5
+"""What two engines' kernels make of one state lies nearer than this part of what a stranger's state makes."""
 FLOOR = 1e-6
 """Less than what float32 holds of a log probability is no noise."""
 
@@ -237,6 +239,52 @@ def test_controls_that_can_see(how: tuple[str, bool, bool], engine: Engine, lab:
     weak = {what: far for what, far in moved.items() if not far >= NOISE_FACTOR * noise}
     assert not weak, f"noise {noise:.2g}"
     assert len(moved) >= 4
+
+
+def test_snapshots_cross_to_transformers_and_back(
+    how: tuple[str, bool, bool], engine: Engine, lab: Lab, tiny_model: Callable[..., Path]
+) -> None:
+    """One identity, and the same state in both: another engine's next log probabilities are close to one's own, and
+    those of a sibling's state are not."""
+    folder = tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]])
+    point = 300
+    with load_engine("transformers", model=str(folder)) as stock:
+        assert stock.identity() == engine.identity()
+        theirs, ours = (lab.plan(_captured(one, lab, point), at=point + 1) for one in (stock, engine))
+        rows = [_next(one, lab, plan) for one in (stock, engine) for plan in (theirs, ours)]
+        sibling = lab.plan(_captured(stock, lab, point, start=3), at=point + 1)
+        group = point_groups(engine.info.groups)[0]
+        wrong = _next(engine, lab, _with_state(theirs, group, sibling, slice(0, group.num_blobs)))
+    gap = max(_far(rows[0], row) for row in rows[1:])
+    assert gap < CLOSE * _far(rows[2], wrong), gap
+
+
+@MORE
+def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
+    how: tuple[str, bool, bool], boot: Boot, lab: Lab
+) -> None:
+    """A cache too small for its four children: each computes anew what came after its point. Then the weights change
+    under them: a load that fails in the worker ends its own request."""
+    with boot(num_gpu_blocks_override=20 if how[1] else 8, max_model_len=1024) as small:
+        session = lab.begin(small, 300)
+        free = small.stats()["free_blocks"]
+        children = small.fork(session, 4).result()
+        outs = small.generate(lab.ask(children, seeded(300))).result()
+        assert small.stats()["preempted"] > 0
+        assert [len(out.token_ids) for out in outs] == [300] * 4 and small.stats()["free_blocks"] == free
+        for child in children:
+            tokens = small.view(child).tokens
+            assert small.view(child).num_kv == len(tokens) - 1
+            plan = lab.plan(lab.capture(small, child))
+            rest = lab.one(small, lab.hydrate(small, plan).session, greedy(8))
+            assert bits(rest.logprobs) == bits(lab.one(small, child, greedy(8)).logprobs)
+        good = lab.twin(small, session)
+        small.collective_rpc("scale_in_place", ("model.norm.weight", 2.0))  # type: ignore[attr-defined]
+        fresh = lab.begin(small, 300)
+        running = small.generate(lab.ask([fresh], greedy(64)))
+        with pytest.raises(StaleSession):
+            lab.one(small, good, greedy(4))
+        assert len(running.result()[0].token_ids) == 64 and small.stats()["free_blocks"] == free
 
 
 def _captured(engine: Engine, lab: Lab, num_kv: int, *, start: int = 0) -> Captured:
