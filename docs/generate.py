@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def kinds_table() -> str:
     own: dict[str, list[str]] = {}
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
-    rows += [(what, tuple(names), *_served(what)) for what, names in own.items()]
+    rows += [(what, tuple(names), *_served(what, names)) for what, names in own.items()]
     rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))
@@ -188,10 +189,14 @@ def kinds_table() -> str:
     return KINDS_HEAD + "\n".join(lines)
 
 
-def _served(what: str) -> tuple[str, str]:
-    """What vLLM and SGLang make of a kind: they run one plain full group, of shapes that were tried or not."""
+def _served(what: str, names: Sequence[str]) -> tuple[str, str]:
+    """What vLLM and SGLang make of a kind: SGLang runs one plain full group, of shapes that were tried or not."""
+    from kind_models import ON_VLLM
+
     plain = "full attention" in what and not any(word in what for word in ("windows", "chunks", "latents"))
-    return ("not tried", "not tried") if plain else (FULL_ONLY, FULL_ONLY)
+    other = "not tried" if plain else FULL_ONLY
+    tried = next((ON_VLLM[name] for name in names if name in ON_VLLM), other)
+    return tried, other
 
 
 def pages() -> dict[Path, str]:

@@ -32,6 +32,8 @@ KINDS = {
     "deepseek_v3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
+ON_VLLM = {"gpt_oss": "tested", "gemma3_text": "tested", "gemma2": "not tried", "llama4_text": "not tried"}
+"""What vLLM makes of these; others with such caches are refused by name."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40

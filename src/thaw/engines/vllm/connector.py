@@ -138,6 +138,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             eos_token_ids=eos_token_ids(model.model, model.hf_config),
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
+            interior=self._settings.interior,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:

@@ -87,6 +87,7 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
+        interior = keeps_all(worker.groups) or facts.interior
         return EngineInfo(
             name=self.name,
             version=facts.version,
@@ -97,7 +98,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts) - _without(worker.groups),
+            capabilities=self.capabilities_of(facts) - _without(worker.groups, interior=interior),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -318,7 +319,7 @@ class ServedEngine(Engine):
         return [self._admit(child) for child in children]
 
 
-def _without(groups: Sequence[CacheGroup]) -> frozenset[str]:
+def _without(groups: Sequence[CacheGroup], *, interior: bool) -> frozenset[str]:
     """What an engine has not of a model with these cache groups."""
-    interior = frozenset() if keeps_all(groups) else frozenset({"interior-points"})
-    return interior | (OF_STATES if point_groups(groups) else frozenset())
+    missing = frozenset() if interior else frozenset({"interior-points"})
+    return missing | (OF_STATES if point_groups(groups) else frozenset())
