@@ -175,6 +175,7 @@ def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from kind_models import BOTH, KINDS, PARTS, RECURRENT
+    from thaw.engines.vllm.recurrent import MODES
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
@@ -182,7 +183,8 @@ def kinds_table() -> str:
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
     rows += [(what, tuple(names), *_served(what, names)) for what, names in own.items()]
-    rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
+    on_vllm = f"{', '.join(MODES)}: tested on 0.32; others {FULL_ONLY}"
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), on_vllm, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))
     lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)

@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
+
 from thaw.core.cache import PointState, point_groups
 from thaw.core.errors import NotKept, StaleSession, Unsupported
 from thaw.engines import load_engine
@@ -49,8 +51,8 @@ TOP = 20
 WRONG_IN_BATCHES = ("lfm2",)
 """vLLM 0.32 on a CPU computes three equal prompts of these in one batch as three unequal ones, by several units of log
 probability, without thaw as well: that is no noise to compare with, and what runs alone is exact."""
-CLOSE = 0.5
-"""What two engines' kernels make of one state lies nearer than this part of what a stranger's state makes."""
+CLOSE, FAR = 0.02, 0.3
+"""How far two engines' kernels may be apart in bfloat16, in parts of the state's size; a stranger's state is farther."""
 FLOOR = 1e-6
 """Less than what float32 holds of a log probability is no noise."""
 
@@ -132,12 +134,16 @@ def test_an_answer_that_is_captured_while_it_runs_goes_on_with_its_bits(
 
 
 def test_children_of_one_point_are_one_another_and_the_parent(engine: Engine, lab: Lab) -> None:
-    """Nine children, forked at a prompt's end and from the middle of an answer; each runs by itself, as the parent."""
+    """Forked at a prompt's end and from the middle of an answer, each runs by itself, as the parent; and those that are
+    asked for together begin in one step."""
     session = lab.begin(engine, 261)
     whole = lab.one(engine, lab.twin(engine, session), seeded(ANSWER))
     for child in engine.fork(session, 3, replay=True).result():
         out = lab.one(engine, child, seeded(ANSWER))
         assert bits(out.logprobs) == bits(whole.logprobs) and out.usage.num_prefilled_tokens == 1
+    split = engine.stats()["split_groups"]
+    engine.generate(lab.ask(engine.fork(session, 5).result(), greedy(2))).result()
+    assert engine.stats()["split_groups"] == split
     lab.one(engine, session, seeded(9))
     before = engine.stats()["loaded_tokens"]
     for child in engine.fork(session, 6).result():
@@ -244,28 +250,51 @@ def test_controls_that_can_see(how: tuple[str, bool, bool], engine: Engine, lab:
 def test_snapshots_cross_to_transformers_and_back(
     how: tuple[str, bool, bool], engine: Engine, lab: Lab, tiny_model: Callable[..., Path]
 ) -> None:
-    """One identity, and the same state in both: another engine's next log probabilities are close to one's own, and
-    those of a sibling's state are not."""
+    """One identity, and one form: the first layer's state, which depends on tokens alone, is the same in both but for
+    rounding, and another session's is not. Each engine goes on from the other's."""
     folder = tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]])
     point = 300
     with load_engine("transformers", model=str(folder)) as stock:
         assert stock.identity() == engine.identity()
-        theirs, ours = (lab.plan(_captured(one, lab, point), at=point + 1) for one in (stock, engine))
-        rows = [_next(one, lab, plan) for one in (stock, engine) for plan in (theirs, ours)]
-        sibling = lab.plan(_captured(stock, lab, point, start=3), at=point + 1)
-        group = point_groups(engine.info.groups)[0]
-        wrong = _next(engine, lab, _with_state(theirs, group, sibling, slice(0, group.num_blobs)))
-    gap = max(_far(rows[0], row) for row in rows[1:])
-    assert gap < CLOSE * _far(rows[2], wrong), gap
+        theirs, ours = _asked(stock, lab, point), lab.plan(_captured(engine, lab, point))
+        sibling = lab.plan(_captured(engine, lab, point, start=3))
+        for name, state in _first_layer(lab, theirs, engine).items():
+            right, wrong = (_first_layer(lab, plan, engine)[name] for plan in (ours, sibling))
+            assert _apart(state, right) < CLOSE, name
+            assert _apart(state, wrong) > FAR, name
+        for there, plan in ((engine, theirs), (stock, ours)):
+            restored = lab.hydrate(there, plan)
+            assert restored.proof.num_cached_tokens == point
+            assert lab.one(there, restored.session, greedy(3)).usage.num_prefilled_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "why"),
+    [
+        ("qwen3_next", {"tensor_parallel_size": 2}, "on one rank alone"),
+        ("qwen3_next", {"beside": ["OffloadingConnector"]}, "no other connector"),
+        ("granitemoehybrid", {"enable_prefix_caching": True}, "mamba_cache_mode none, not align"),
+        ("nemotron_h", {}, "a hybrid model"),
+        ("lfm3", {}, "a hybrid model|lfm3"),
+    ],
+)
+def test_what_was_not_run_is_refused_by_name(
+    arch: str, options: dict[str, Any], why: str, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tiny_model(arch, dtype="bfloat16", **SHAPES.get(arch, {}))
+    with pytest.raises(Unsupported, match=why):
+        load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024, **options)
 
 
 @MORE
 def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
-    how: tuple[str, bool, bool], boot: Boot, lab: Lab
+    tiny_model: Callable[..., Path], lab: Lab
 ) -> None:
     """A cache too small for its four children: each computes anew what came after its point. Then the weights change
     under them: a load that fails in the worker ends its own request."""
-    with boot(num_gpu_blocks_override=20 if how[1] else 8, max_model_len=1024) as small:
+    folder = tiny_model("qwen3_next", dtype="bfloat16", **SHAPES["qwen3_next"])
+    options = {"enforce_eager": True, "max_model_len": 1024, "num_gpu_blocks_override": 20}
+    with load_engine("vllm", model=str(folder), worker_extension_cls="scrubbing.Scrub", **options) as small:
         session = lab.begin(small, 300)
         free = small.stats()["free_blocks"]
         children = small.fork(session, 4).result()
@@ -285,6 +314,29 @@ def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
         with pytest.raises(StaleSession):
             lab.one(small, good, greedy(4))
         assert len(running.result()[0].token_ids) == 64 and small.stats()["free_blocks"] == free
+
+
+def _first_layer(lab: Lab, plan: HydratePlan, engine: Engine) -> dict[str, Any]:
+    """Each part of the first recurrent layer's state, all heads."""
+    group, (point,) = point_groups(engine.info.groups)[0], plan.points
+    found: dict[str, list[Any]] = {}
+    for (part, _), place in zip(group.blobs, point.blobs[group.name], strict=True):
+        values = torch.frombuffer(bytearray(lab.read(place)), dtype=getattr(torch, part.dtype))
+        found.setdefault(part.name, []).append(values.view(group.num_layers, *part.shape)[0].float())
+    return {name: torch.stack(heads) for name, heads in found.items()}
+
+
+def _apart(one: Any, two: Any) -> float:
+    """By how much they differ, in parts of their size."""
+    return float((one - two).norm() / one.norm())
+
+
+def _asked(stock: Engine, lab: Lab, num_kv: int, *, start: int = 0) -> HydratePlan:
+    """A state of an engine that keeps those that were asked for."""
+    session = stock.open(seed=SEED)
+    stock.keep_points(session, (num_kv,), unaligned=True)
+    stock.append(session, ids(num_kv + 2, start)).result()
+    return lab.plan(lab.capture(stock, session), at=num_kv + 1)
 
 
 def _captured(engine: Engine, lab: Lab, num_kv: int, *, start: int = 0) -> Captured:

@@ -30,6 +30,7 @@ from thaw.engines.vllm.settings import VllmSettings
 from thaw.engines.vllm.worker.copier import make_copier
 from thaw.engines.vllm.worker.layout.base import KVLayout
 from thaw.engines.vllm.worker.layout.states import StatePages
+from thaw.engines.vllm.worker.step_loads import StepLoads
 
 log = logging.getLogger("thaw.vllm")
 _Asked: TypeAlias = jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch
@@ -70,6 +71,7 @@ class WorkerSide:
         self._received: set[str] = set()
         self._invalid: set[int] = set()
         self._lost: set[str] = set()
+        self._step_loads = StepLoads()
         self._epoch: int | None = None
         self._watching = True
         self._tight: dict[Caller, Room] = {}
@@ -79,6 +81,9 @@ class WorkerSide:
     def run(self, todo: Sequence[Job]) -> None:
         """A step's jobs. The weights are looked at once a step, when a job needs to know."""
         self._epoch = None
+        if self._states is not None:
+            with self._lock:
+                self._step_loads.begin(job.request for job in todo if isinstance(job, jobs.Load) and job.background)
         for job in todo:
             guarded(partial(self._do, job), partial(self._failed, job))
         self._tell_what_is_left()
@@ -251,8 +256,7 @@ class WorkerSide:
             self._copier.load_aside(self._each(job.tables), record, job.start, job.stop, since)
             if self._states is not None:
                 self._states.write(state, job.state_blocks)
-            with self._lock:
-                self._received.add(job.request)
+            self._end_load(job.request)
 
         self._copier.loads.submit(guarded, work, partial(self._failed, job))
 
@@ -288,13 +292,19 @@ class WorkerSide:
     def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
         """Where a model keeps states its blocks cannot say whose they are, and naming one ends the engine: the request
         is named then, whose load is always in the background."""
+        if self._states is not None:
+            self._end_load(request, lost=True)
+            return
         with self._lock:
-            if self._states is not None:
-                self._lost.add(request)
-            else:
-                self._invalid.update(*tables)
+            self._invalid.update(*tables)
             if background:
                 self._received.add(request)
+
+    def _end_load(self, request: str, *, lost: bool = False) -> None:
+        with self._lock:
+            received, failed = self._step_loads.end(request, lost=lost)
+            self._received |= received
+            self._lost |= failed
 
     @_do.register
     def _look(self, job: jobs.LookAtWeights) -> None:
