@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +173,7 @@ KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |
 def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
-    from kind_models import BOTH, KINDS, PARTS, RECURRENT
+    from kind_models import BOTH, KINDS, ON_VLLM, PARTS, RECURRENT
     from thaw.engines.vllm.recurrent import MODES
     from thaw.testing.models import ARCHITECTURES
 
@@ -182,23 +181,22 @@ def kinds_table() -> str:
     own: dict[str, list[str]] = {}
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
-    rows += [(what, tuple(names), *_served(what, names)) for what, names in own.items()]
-    on_vllm = f"{', '.join(MODES)}: tested on 0.32; others {FULL_ONLY}"
-    rows.append(("recurrent states and full attention", tuple(RECURRENT), on_vllm, FULL_ONLY))
+    for what, names in own.items():
+        vllm, sglang = _served(what)
+        on_vllm = [f"{name}: {ON_VLLM[name]}" if len(names) > 1 else ON_VLLM[name] for name in names if name in ON_VLLM]
+        rows.append((what, tuple(names), "; ".join(on_vllm) or vllm, sglang))
+    some = f"{', '.join(MODES)}: tested on 0.32; others {FULL_ONLY}"
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), some, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))
     lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)
     return KINDS_HEAD + "\n".join(lines)
 
 
-def _served(what: str, names: Sequence[str]) -> tuple[str, str]:
-    """What vLLM and SGLang make of a kind: SGLang runs one plain full group, of shapes that were tried or not."""
-    from kind_models import ON_VLLM
-
+def _served(what: str) -> tuple[str, str]:
+    """What vLLM and SGLang make of a kind: they run one plain full group, of shapes that were tried or not."""
     plain = "full attention" in what and not any(word in what for word in ("windows", "chunks", "latents"))
-    other = "not tried" if plain else FULL_ONLY
-    tried = next((ON_VLLM[name] for name in names if name in ON_VLLM), other)
-    return tried, other
+    return ("not tried", "not tried") if plain else (FULL_ONLY, FULL_ONLY)
 
 
 def pages() -> dict[Path, str]:

@@ -211,7 +211,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def _token_caches(self, kv_caches: dict[str, torch.Tensor]) -> Caches:
         parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
         specs = [groups[part.table].kv_cache_spec for part in parts]
-        layouts = make_layouts(kv_caches, [part.names for part in parts], specs)
+        config = self._config.model_config.hf_text_config.to_dict()
+        layouts = make_layouts(kv_caches, [part.names for part in parts], specs, config)
         num_kv_heads = self._config.model_config.get_total_num_kv_heads()
         found = cache_groups(layouts, num_kv_heads, [part.window for part in parts])
         return Caches(layouts, found, tuple(part.table for part in parts))
@@ -222,7 +223,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         groups = self._kv_cache_config.kv_cache_groups
         layers = self._config.compilation_config.static_forward_context
         named = [name for g in groups if support.window_of(g.kv_cache_spec) is not None for name in g.layer_names]
-        found = {name: support.window_of(layers[name].get_kv_cache_spec(self._config)) for name in named}
+        found = {name: support.window_of(versions.layer_spec(layers[name], self._config)) for name in named}
         windows = {name: window for name, window in found.items() if window is not None}
         return layer_groups([group.layer_names for group in groups], windows)
 

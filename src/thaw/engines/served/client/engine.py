@@ -19,7 +19,6 @@ from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
-    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Codec,
@@ -44,6 +43,7 @@ from thaw.engines.served.client.pins import ClientPins
 from thaw.engines.served.client.session import ServedSession, forked, new_session
 from thaw.engines.served.client.transport import Transport
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+from thaw.engines.session.children import check_children
 from thaw.engines.session.turns import reseed
 
 CAPABILITIES = frozenset(
@@ -164,12 +164,7 @@ class ServedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(
-                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
-            )
-        for seed in seeds or ():
-            check_seed(seed)
+        check_children(n, replay, seeds)
         return self._loop.begin(lambda _: soon(lambda: self._fork(self._fresh(session), n, at, replay, seeds)))
 
     def park(self, session: SessionRef) -> Handle[SessionView]:
