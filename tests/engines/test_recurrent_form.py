@@ -10,7 +10,8 @@ import pytest
 
 from recurrent_shapes import SHAPES
 from thaw.core.cache import PointState, point_groups
-from thaw.engines.transformers import groups, recurrent, support
+from thaw.engines.hf import groups, recurrent
+from thaw.engines.transformers import support
 
 SIZES = {"vocab_size": 320, "hidden_size": 64}
 FORMS = {

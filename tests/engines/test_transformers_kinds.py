@@ -28,7 +28,7 @@ from thaw.engines.base import Captured, Engine  # noqa: E402
 from thaw.engines.embedded.backend import Feed  # noqa: E402
 from thaw.engines.embedded.pages import PagedKV  # noqa: E402
 from thaw.engines.embedded.weights import WeightsWatch  # noqa: E402
-from thaw.engines.transformers.groups import KV  # noqa: E402
+from thaw.engines.hf.groups import KV  # noqa: E402
 from thaw.testing import EngineTests, ExactnessTests  # noqa: E402
 from thaw.testing.laws.bytes_law import blob_ids, kv_nbytes  # noqa: E402
 from thaw.testing.laws.groups_law import GroupsLaw  # noqa: E402

@@ -12,8 +12,8 @@ from thaw.core.findings import Finding
 from thaw.doctor.report import ModelReport
 from thaw.engines.hf.beside import POINTER, Config, is_pointer, may_not_read, parse_object, require_beside
 from thaw.engines.hf.config import resolved, sensible
+from thaw.engines.hf.groups import text_config
 from thaw.engines.transformers import support
-from thaw.engines.transformers.groups import text_config
 
 SESSION_TOKENS = 4096
 MAX_CONFIG_BYTES = 8 << 20

@@ -224,7 +224,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `num_tokens`, `num_kv`: where the record stands. `local`, `external`: tokens that the engine counted as cached in
     its own blocks and as loaded by the connector, when the request first got blocks. `preempted`: how often its blocks
-    were taken away. `epoch` counts changes of the weights.
+    were taken away. `epoch` counts changes of the weights. `points`: the numbers of tokens after which the record has
+    a state, of a model that keeps states.
     """
 
     kind: str = ""
@@ -244,6 +245,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stages_s: dict[str, float] = {}
     facts: dict[str, str] = {}
     counts: dict[str, int] = {}
+    points: tuple[int, ...] = ()
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,17 +20,17 @@ from thaw.engines.embedded.backend import BOUNDARY_TOP, Backend, Feed
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.hf.codec import HFCodec
 from thaw.engines.hf.config import check_length, eos_of, num_positions, stop_set
+from thaw.engines.hf.groups import layers
+from thaw.engines.hf.recurrent import chunk
 from thaw.engines.hf.weights import sample_weights
 from thaw.engines.sampling.spec import Sampled, SampleSpec
 from thaw.engines.transformers import guest, support
 from thaw.engines.transformers.attention import NAME
-from thaw.engines.transformers.groups import layers
 from thaw.engines.transformers.head import StockHead, body_of
 from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.packed import Packed
-from thaw.engines.transformers.recurrent import chunk
 from thaw.engines.transformers.sampler import choose, largest
 from thaw.engines.transformers.single import Single, check, positions, takes_positions
 

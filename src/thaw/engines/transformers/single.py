@@ -29,9 +29,9 @@ from thaw.core.cache import CacheGroup
 from thaw.core.errors import Unsupported
 from thaw.engines.embedded.backend import Feed
 from thaw.engines.embedded.pages import PAGE, PagedKV
-from thaw.engines.transformers.groups import KV, Kept, Latent, Spec, States, places
+from thaw.engines.hf.groups import KV, Kept, Latent, Spec, States, places
+from thaw.engines.hf.recurrent import at_dtype
 from thaw.engines.transformers.kv import TorchExtent
-from thaw.engines.transformers.recurrent import at_dtype
 from thaw.engines.transformers.states import AllStates, StateLayer, expected_of, found_in
 
 NoLayer = getattr(cache_utils, "DummyLayer", DynamicLayer)

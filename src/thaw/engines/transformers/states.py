@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from thaw.core.cache import CacheGroup, PointState, StatePart, point_groups
 from thaw.engines.embedded.pages import PagedKV, StateBlob, States
-from thaw.engines.transformers.recurrent import RECURRENT
+from thaw.engines.hf.recurrent import RECURRENT
 
 
 @dataclass(frozen=True, eq=False)

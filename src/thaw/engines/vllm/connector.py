@@ -32,12 +32,14 @@ from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder, swee
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.served.worker.weights_probe import WeightsSample, owner_of
 from thaw.engines.vllm import support, versions
-from thaw.engines.vllm.jobs import Job
+from thaw.engines.vllm.block_tables import of_groups
+from thaw.engines.vllm.jobs import Job, KeepState
 from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
 from thaw.engines.vllm.worker.layout import LayerGroup, cache_groups, layer_groups, make_layouts
+from thaw.engines.vllm.worker.layout.hybrid import Caches, make_hybrid
 from thaw.engines.vllm.worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -55,7 +57,10 @@ def _log_as_much_as_vllm() -> None:
 
 @dataclass
 class ThawMetadata(KVConnectorMetadata):
+    """`states`: what is to be kept of the states that this step computes."""
+
     jobs: list[Job] = field(default_factory=list)
+    states: list[KeepState] = field(default_factory=list)
 
 
 class ThawConnector(KVConnectorBase_V1, SupportsHMA):
@@ -71,6 +76,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._changes = Changes()
+        self._lost: set[str] = set()
+        self._tables = of_groups(kv_cache_config.kv_cache_groups)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler()
         else:
@@ -109,7 +116,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         for uuid, packs in self._settings.stores.items():
             self._mail.register_store(folder_mount(uuid, Path(packs)))
         parallel, model = config.parallel_config, config.model_config
-        spec = groups[0].kv_cache_spec
+        of_tokens = [groups[number] for number in self._tables.tokens]
+        spec = of_tokens[0].kv_cache_spec
         facts = EngineFacts(
             protocol=protocol.VERSION,
             thaw=__version__,
@@ -135,8 +143,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:
             log.warning("thaw: %s", note)
-        page_nbytes = sum(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups)
-        return SchedulerSide(facts, self._settings, self._mail, page_nbytes // spec.block_size, len(groups))
+        page_nbytes = sum(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in of_tokens)
+        return SchedulerSide(facts, self._settings, self._mail, page_nbytes // spec.block_size, tables=self._tables)
 
     @property
     def _s(self) -> SchedulerSide:
@@ -152,11 +160,16 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._s.matched(request, num_computed_tokens)
 
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """The groups whose new blocks vLLM need not clear before a load in the background. Pages of states and of KV
+        are of one pool: what a load leaves of a last block is a former owner's, and may be NaN as keys and values."""
+        return () if self._tables.states else tuple(super().get_loaded_kv_cache_group_ids(request))
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self._s.allocated(request, tuple(map(tuple, blocks.get_block_ids())), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> ThawMetadata:
-        return ThawMetadata(self._s.collect(scheduler_output))
+        return ThawMetadata(self._s.collect(scheduler_output), self._s.kept_states(scheduler_output))
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._s.finished(request, (block_ids,))
@@ -175,22 +188,34 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
-        config = self._config.model_config.hf_text_config.to_dict()
-        specs = [groups[part.table].kv_cache_spec for part in parts]
-        layouts = make_layouts(kv_caches, [part.names for part in parts], specs, config)
-        parallel, model = self._config.parallel_config, self._config.model_config
+        parallel = self._config.parallel_config
+        found = self._hybrid_caches(kv_caches) if self._tables.states else self._token_caches(kv_caches)
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
             rank=rank,
             world_size=size,
             pid=os.getpid(),
-            groups=cache_groups(layouts, model.get_total_num_kv_heads(), [part.window for part in parts]),
-            layout=layouts[0].describe(),
+            groups=found.groups,
+            layout=found.describe(),
         )
-        watch, tables = self._watch(layouts[0].layer_names[0]), [part.table for part in parts]
-        self._worker = WorkerSide(layouts, facts, self._settings, self._mail, watch, tables)
+        watch = self._watch(found.layouts[0].layer_names[0])
+        self._worker = WorkerSide(found.layouts, facts, self._settings, self._mail, watch, found.tables, found.states)
         self._mail.post(rank, facts)
+
+    def _hybrid_caches(self, kv_caches: dict[str, torch.Tensor]) -> Caches:
+        model = self._config.model_config
+        names = [group.layer_names for group in self._kv_cache_config.kv_cache_groups]
+        config, dtype = model.hf_text_config.to_dict(), str(model.dtype).removeprefix("torch.")
+        return make_hybrid(kv_caches, names, self._tables, config, dtype)
+
+    def _token_caches(self, kv_caches: dict[str, torch.Tensor]) -> Caches:
+        parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
+        specs = [groups[part.table].kv_cache_spec for part in parts]
+        config = self._config.model_config.hf_text_config.to_dict()
+        layouts = make_layouts(kv_caches, [part.names for part in parts], specs, config)
+        num_kv_heads = self._config.model_config.get_total_num_kv_heads()
+        found = cache_groups(layouts, num_kv_heads, [part.window for part in parts])
+        return Caches(layouts, found, tuple(part.table for part in parts))
 
     def _layer_groups(self) -> tuple[LayerGroup, ...]:
         """thaw's cache groups by their layers: those with a window are groups of their own, though vLLM keeps them in
@@ -222,13 +247,24 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def wait_for_save(self) -> None:
-        return
+        """Called behind every forward pass: the states that it has left lie in their blocks until the next one."""
+        if self._worker is not None and self._tables.states and self.has_connector_metadata():
+            metadata = self._get_connector_metadata()
+            assert isinstance(metadata, ThawMetadata)
+            todo, metadata.states = metadata.states, []
+            self._worker.keep_states(todo)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
-        sent, received = self._worker.finished()
+        sent, received, self._lost = self._worker.finished()
         return sent or None, received or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Asked in place of `get_finished` by releases that hear of failed loads by the requests' names."""
+        results = super().get_transfer_results(finished_req_ids)
+        results.failed_recving |= self._lost
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.invalid_blocks() if self._worker is not None else set()

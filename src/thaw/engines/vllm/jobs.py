@@ -1,7 +1,8 @@
 """What the scheduler's side tells the workers' side to do before a step's forward pass, in order.
 
 Every worker gets the same list and works through it on its own blobs. `tables` are block ids of the engine's cache, for
-each of its KV cache groups, in token order from token 0.
+each of its KV cache groups that keep tokens, in token order from token 0. `state_blocks`: for each of its groups that
+keep states, the block in which one state lies.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+RECENT_STATES = 8
+"""Of a session that computes, the states after so many of its last steps are kept: whoever reads its tokens may end it
+a few of them late."""
 Tables: TypeAlias = tuple[tuple[int, ...], ...]
 
 
@@ -38,7 +42,8 @@ class Sync:
 
 @dataclass(frozen=True)
 class Load:
-    """Bring tokens [start, stop) of the record into the request's blocks. `name` is the message's id, for errors."""
+    """Bring tokens [start, stop) of the record into the request's blocks, and the state after `stop` tokens where the
+    model keeps states. `name` is the message's id, for errors."""
 
     request: str
     name: str
@@ -47,6 +52,17 @@ class Load:
     start: int
     stop: int
     background: bool
+    state_blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeepState:
+    """The record's request has computed `num_kv` tokens once this step is over: keep the state of then, beside those of
+    the last few steps."""
+
+    record: str
+    state_blocks: tuple[int, ...]
+    num_kv: int
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden, windows
 from thaw.engines.hf.latents import num_halved
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
-from thaw.engines.vllm import versions
+from thaw.engines.vllm import recurrent, versions
 from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR, STORED_FORMAT
 
 CPU_BLOCKS = 32
@@ -53,6 +53,9 @@ def require(config: Any, kv_cache_config: Any) -> None:
     require_config(config)
     _require_transfer(versions.whole(config).kv_transfer_config)
     groups = kv_cache_config.kv_cache_groups
+    if recurrent.is_hybrid(config):
+        recurrent.require_groups(groups)
+        return
     if len(groups) != 1:
         sizes = sorted({window for group in groups if (window := window_of(group.kv_cache_spec)) is not None})
         if sizes:
@@ -80,7 +83,10 @@ def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
     _require_model(config.model_config, on_cpu=config.device_config.device_type == "cpu")
     _require_files(config)
-    _require_attention(config)
+    if recurrent.is_hybrid(config):
+        recurrent.require(config)
+    else:
+        _require_attention(config)
     _require_transfer(config.kv_transfer_config)
     parallel = config.parallel_config
     if config.speculative_config is not None:

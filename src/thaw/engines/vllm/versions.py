@@ -129,3 +129,11 @@ def processor_costs_v2(arguments: dict[str, Any]) -> bool:
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu() and runner(AsyncEngineArgs(**arguments).create_engine_config()) == "V2"
+
+
+def names_failed_loads() -> bool:
+    """Whether a connector can say which request's load has failed, and see all of a request's blocks in a step."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.v1.core.sched import output
+
+    return hasattr(base, "KVConnectorTransferResults") and hasattr(output, "KVConnectorBlockState")

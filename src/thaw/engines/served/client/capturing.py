@@ -37,7 +37,11 @@ async def capture(session: ServedSession, plan: CapturePlan, talk: EngineChannel
     decoding = session.turn is not None and bool(session.turn.logprobs)
     if session.node is None or (lane is None and not session.num_kv):
         return _captured(session, identity, plan, model, tuple(session.tokens), Answer())
-    num_kv = None if lane is not None and not decoding else session.computed()
+    if lane is None:
+        session.require_state()
+    # The states of a session that runs are those of what the engine has computed by now.
+    now = lane is not None and (not decoding or model.keeps_states)
+    num_kv = None if now else session.computed()
     tokens = tuple(session.tokens)
     talk.mail.register_store(plan.mount)
     answer = await talk.command(
@@ -47,16 +51,16 @@ async def capture(session: ServedSession, plan: CapturePlan, talk: EngineChannel
         )
     )  # fmt: skip
     if lane is not None and num_kv is None:
-        tokens = await _seen(session, lane, answer)
+        tokens = await _seen(session, lane, answer, 1 if model.keeps_states else 0)
     return _captured(session, identity, plan, model, tokens, answer)
 
 
-async def _seen(session: ServedSession, lane: ActiveRequest, answer: Answer) -> tuple[int, ...]:
-    """The tokens that were captured while a prompt was being read: those read so far, and all that the session had
-    before. Where the prompt had been read, wait until the client has seen what came of it."""
+async def _seen(session: ServedSession, lane: ActiveRequest, answer: Answer, more: int) -> tuple[int, ...]:
+    """The tokens that were captured while a prompt was being read: those read so far and `more`, and all that the
+    session had before. Where the prompt had been read, wait until the client has seen what came of it."""
     if answer.num_kv < answer.num_tokens - 1:
         whole = (*session.tokens[: lane.prompt_start], *lane.prompt)
-        return whole[: max(answer.num_kv, lane.prompt_start)]
+        return whole[: max(answer.num_kv + more, lane.prompt_start)]
     while len(session.tokens) < answer.num_tokens and session.busy is not None:
         await asyncio.sleep(0.002)
     num_tokens = min(len(session.tokens), max(answer.num_tokens, answer.num_kv))

@@ -12,8 +12,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from thaw.core.cache import CacheGroup, keeps_all
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
+from thaw.core.cache import CacheGroup, keeps_all, point_groups
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
@@ -49,6 +49,8 @@ from thaw.engines.session.turns import reseed
 CAPABILITIES = frozenset(
     {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
 )
+OF_STATES = frozenset({"fork-running", "pin"})
+"""What an engine has not of a model that keeps states: a session has them at the ends of its turns."""
 MAX_TOP_LOGPROBS = 100
 
 
@@ -96,7 +98,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts) - (set() if interior else {"interior-points"}),
+            capabilities=self.capabilities_of(facts) - _without(worker.groups, interior=interior),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -196,6 +198,11 @@ class ServedEngine(Engine):
         while blocks are held (docs/engines). Ends by itself at the engine's limit (`pin_seconds`), when the session
         is closed, with `set_policy`, and with `release_pins`.
         """
+        if self._model.keeps_states:
+            raise Unsupported(
+                "pin: of a model that keeps states no session takes anything from the engine's own cache; its KV and "
+                "states stay in the arena without a pin"
+            )
         return self._loop.begin(lambda _: self._pins.pin(self._usable(session), seconds))
 
     def release_pins(self) -> None:
@@ -299,8 +306,15 @@ class ServedEngine(Engine):
         position = len(parent.tokens) if at is None else at
         if not 0 <= position <= len(parent.tokens):
             raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
-        children = [forked(parent, position, self.codec, self.info.continuation) for _ in range(n)]
+        how = {"keeps_states": self._model.keeps_states}
+        children = [forked(parent, position, self.codec, self.info.continuation, **how) for _ in range(n)]
         for i, child in enumerate(children):
             if not replay:
                 reseed(child, seeds[i] if seeds else derive(parent.seed, position, i))
         return [self._admit(child) for child in children]
+
+
+def _without(groups: Sequence[CacheGroup], *, interior: bool) -> frozenset[str]:
+    """What an engine has not of a model with these cache groups."""
+    missing = frozenset() if interior else frozenset({"interior-points"})
+    return missing | (OF_STATES if point_groups(groups) else frozenset())

@@ -19,7 +19,7 @@ from thaw.engines.served.client.model import ServedModel
 from thaw.engines.served.client.request import ActiveRequest, claim, nobody
 from thaw.engines.served.client.session import ServedSession
 from thaw.engines.served.client.transport import Chunk, Submission
-from thaw.engines.served.protocol import Message
+from thaw.engines.served.protocol import Answer, Message
 from thaw.engines.session.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
 
 
@@ -64,7 +64,10 @@ class Generation:
             )
         if not tokens:
             return session.view()
+        session.require_state()
         settle_turn(session)
+        if self._model.keeps_states and len(session.tokens) + len(tokens) - 1 <= session.num_kv:
+            return _nothing_to_read(session, tokens, text, role, chat)
         request = GenerateRequest(session=session.ref, prompt=tuple(tokens), prompt_text=text, role=role, chat=chat)
         lane = claim(0, session, request, nobody, self._talk.dropped.append)
         promise.on_cancel = lambda: self._cancel([lane])
@@ -103,6 +106,9 @@ class Generation:
         return lanes
 
     def _check_request(self, session: ServedSession, request: GenerateRequest) -> None:
+        session.require_state()
+        if self._model.keeps_states and not request.prompt:
+            session.require_next()
         if request.resume:
             last = require_resumable(session, request, self._model.policy)
             self._talk.dialect.check_resume(last, session.tokens[last.start :])
@@ -150,7 +156,15 @@ class Generation:
         if lane.reason is None:
             lane.abort()
         lane.close()
-        lane.count(answer)
+        self._count(lane, answer)
+
+    def _count(self, lane: ActiveRequest, answer: Answer) -> None:
+        """What the engine counted, and where it has states. Raises as `ActiveRequest.count`."""
+        try:
+            lane.count(answer)
+        finally:
+            if lane.answered and self._model.keeps_states:
+                lane.session.kept(lane.want, answer.points)
 
     def _entropies(self, lane: ActiveRequest, turn: OpenTurn, count: int) -> Sequence[float | None]:
         """Of the next `count` tokens, which have come: the engine says them in the mail, before it sends the tokens."""
@@ -162,18 +176,32 @@ class Generation:
         session, one = lane.session, self._talk.dialect.one_token
         start, whole = len(session.tokens), [*session.tokens, *lane.prompt]
         lane.num_prompt = len(whole)
-        submission = Submission(lane.name, whole, one, session.cache_salt or None, lane.message(None, 1))
+        # A state is after all that was read, and what is wanted is the one before the last token, which runs again.
+        last = 1 if self._model.keeps_states else 0
+        sent = whole[: len(whole) - last]
+        submission = Submission(lane.name, sent, one, session.cache_salt or None, lane.message(None, 1))
         answer = await self._talk.run(submission, lambda _: not lane.aborted)
         if answer.kind:
             raise refusal(answer)
-        if not lane.aborted and answer.num_tokens <= len(whole):
+        if not lane.aborted and answer.num_tokens <= len(sent):
             lane.aborted = True
-        count = max(start, min(answer.num_kv, len(whole))) if lane.aborted else len(whole)
+        read = answer.num_kv + last if answer.num_kv else 0
+        count = max(start, min(read, len(whole))) if lane.aborted else len(whole)
         session.tokens = whole[:count]
         asked = lane.request
         close_prompt(session, start, asked.prompt_text, asked.role, asked.chat if count == len(whole) else None)
-        lane.count(answer)
+        self._count(lane, answer)
         if lane.aborted:
             raise Cancelled("cancelled by the caller; the session keeps the tokens it has")
         session.busy = None
         return session.view()
+
+
+def _nothing_to_read(
+    session: ServedSession, tokens: Sequence[int], text: str, role: str | None, chat: Chat | None
+) -> SessionView:
+    """A prompt of which nothing is to be computed: its last token runs with what follows, and the rest has KV."""
+    start = len(session.tokens)
+    session.tokens += tokens
+    close_prompt(session, start, text, role, chat)
+    return session.view()

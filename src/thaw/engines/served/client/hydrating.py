@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 
-from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused
+from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused, TooLong
 from thaw.core.identity import compare
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
@@ -59,8 +59,9 @@ async def _fill(session: ServedSession, plan: HydratePlan, talk: EngineChannel, 
     finally:
         talk.mail.drop_plan(name)
     session.node, session.own, session.num_kv = node, True, plan.num_kv
+    session.points = tuple(sorted(point.token for point in plan.points))
     started = time.monotonic()
-    cached = await _probe(session, plan, talk, model.info.max_model_len)
+    cached = await _probe(session, plan, talk, model)
     return Proof(
         num_prompt_tokens=len(plan.tokens),
         num_cached_tokens=cached,
@@ -74,12 +75,15 @@ async def _fill(session: ServedSession, plan: HydratePlan, talk: EngineChannel, 
     )
 
 
-async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel, limit: int) -> int:
+async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel) -> int:
     """One request of the restored tokens and one more: the engine's count of what it found is the proof."""
+    limit = model.info.max_model_len
     tokens = [*plan.tokens[: plan.num_kv], 0]
     if len(tokens) >= limit:
         tokens = tokens[: limit - 1]
     want = min(plan.num_kv, len(tokens) - 1)
+    if model.keeps_states and want < plan.num_kv:
+        raise TooLong(f"{plan.num_kv} tokens fill the engine's {limit}: nothing could follow them")
     assert session.node is not None
     name, record = secrets.token_hex(16), secrets.token_hex(16)
     message = protocol.Run(id=name, record=record, source=session.node.name, num_kv=want, keep=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from thaw.core.cache import CacheGroup
+from thaw.core.cache import CacheGroup, point_groups
 from thaw.core.errors import InvalidRequest, TooLong
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
@@ -18,7 +18,8 @@ from thaw.engines.served.client.channel import EngineChannel
 
 
 class ServedModel:
-    """`policy`: what its owner calls these weights. `of_files`: the identity by the files, on another thread."""
+    """`policy`: what its owner calls these weights. `of_files`: the identity by the files, on another thread.
+    `keeps_states`: it has recurrent layers, so a session can be gone on from only where their states are kept."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class ServedModel:
         self.info, self.codec, self.policy = info, codec, policy
         self._talk, self._of_files = talk, of_files
         self._found: tuple[int, ModelIdentity] | None = None
+        self.keeps_states = bool(point_groups(info.groups))
 
     async def identity(self) -> ModelIdentity:
         """The model's identity by its files, or by a digest of what runs when that has changed since the boot."""

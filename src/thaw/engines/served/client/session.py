@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from thaw.core.cache import list_of
+from thaw.core.errors import NotKept
 from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.engines.base import Codec, SessionRef, SessionView
@@ -32,7 +34,10 @@ class Node:
 @dataclass
 class ServedSession:
     """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it. `busy`: its way through the
-    request that runs now. `late`: the groups of which earlier tokens are not there."""
+    request that runs now. `late`: the groups of which earlier tokens are not there.
+
+    Of a model that keeps states, `points` are the numbers of tokens after which it has one, and `num_kv` is one of them
+    (or 0). `behind`: the engine has gone past the session's end, and the state there is gone."""
 
     ref: SessionRef
     seed: int
@@ -49,6 +54,8 @@ class ServedSession:
     proof: Proof | None = None
     busy: ActiveRequest | None = None
     parked: bool = False
+    points: tuple[int, ...] = ()
+    behind: bool = False
     late: tuple[LateGroup, ...] = ()
 
     def all_turns(self) -> tuple[Turn, ...]:
@@ -59,6 +66,50 @@ class ServedSession:
         if self.turn is not None and self.turn.logprobs:
             return max(self.num_kv, len(self.tokens) - 1)
         return self.num_kv
+
+    def kept(self, want: int, found: Collection[int]) -> None:
+        """A request has ended that began after `want` tokens; the engine has states after `found` ones. The last token
+        of the session runs again, so what counts is the state before it."""
+        count, last = len(self.tokens), max(len(self.tokens) - 1, 0)
+        points = {point for point in (*self.points, want) if 0 < point <= want} | ({last} & set(found))
+        self.points = tuple(sorted(points))
+        self.behind = bool(last) and not points & {last, count}
+        if last in points or not last:
+            self.num_kv = last
+        else:
+            self.num_kv = max((point for point in points if point <= count), default=0)
+
+    def before(self, at: int) -> int:
+        """How many tokens of KV a child of the first `at` tokens goes on with: all but the last, which runs again; or
+        all, where the state after it alone is kept. Raises `NotKept`."""
+        last = max(at - 1, 0)
+        if not last or last in self.points:
+            return last
+        if at in self.points:
+            return at
+        raise NotKept(
+            f"no state is kept after {last} tokens, which is what a fork at token {at} goes on from: this session has "
+            f"states after {list_of(self.points)}. Fork at one token more than one of these, or read the tokens again "
+            "(append them to a new session)"
+        )
+
+    def require_state(self) -> None:
+        """Raise `NotKept` where the session cannot go on, because the state at its end is gone."""
+        if self.behind:
+            raise NotKept(
+                f"no state is kept after {len(self.tokens) - 1} tokens: the engine had gone on when the session was "
+                f"stopped there, and it has states after {list_of(self.points)}. Fork at one token more than one of "
+                "these, or read the tokens again (append them to a new session)"
+            )
+
+    def require_next(self) -> None:
+        """Raise `NotKept` where nothing says what follows: the state before the last token is gone."""
+        count = len(self.tokens)
+        if self.num_kv == count > 0:
+            raise NotKept(
+                f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on "
+                f"with new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+            )
 
     def view(self) -> SessionView:
         return SessionView(
@@ -90,11 +141,15 @@ def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) ->
     )
 
 
-def forked(parent: ServedSession, at: int, codec: Codec, continuation: Continuation) -> ServedSession:
+def forked(
+    parent: ServedSession, at: int, codec: Codec, continuation: Continuation, *, keeps_states: bool = False
+) -> ServedSession:
     """A child that goes on from the parent's first `at` tokens, on the parent's record and with its seed. Raises
-    `NotKept`."""
+    `NotKept` where what the child needs is not there."""
     computed = parent.computed()
     num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))
+    if keeps_states:
+        num_kv = parent.before(at)
     require_kept(parent.late, num_kv)
     # Blocks of a lineage are found by its salt; where it has not all groups of the first ones, nobody reads them anew.
     apart = parent.late and not num_kv
@@ -108,6 +163,7 @@ def forked(parent: ServedSession, at: int, codec: Codec, continuation: Continuat
         node=parent.node if num_kv else None,
         num_kv=num_kv,
         tokens=parent.tokens[:at],
+        points=tuple(point for point in parent.points if point <= num_kv),
         turns=list(cut_turns(parent.all_turns(), parent.tokens, at, codec)),
         late=parent.late if num_kv else (),
         proof=Proof(

@@ -68,13 +68,15 @@ class Piece:
 @dataclass
 class HostRecord:
     """`epoch`: of the weights that computed it. `broken`: why it can no longer be used. `caller`: whose it is.
-    `points`: the states that are kept, by the number of tokens that they are of."""
+    `points`: the states that are kept, by the number of tokens that they are of. `recent`: those of a session's last
+    steps, as they lie in the engine's own pages."""
 
     pieces: tuple[Piece, ...]
     epoch: int
     broken: str = ""
     caller: Caller = GUEST
     points: dict[int, Tensors] = field(default_factory=dict)
+    recent: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_kv(self) -> int:
@@ -170,6 +172,10 @@ class HostCache:
     def allocate_states(self, caller: Caller) -> Tensors:
         """A tensor for each blob of the point states, not set. Raises as `allocate`."""
         return self._allocate(self._groups.states, caller)
+
+    def allocate_raw(self, shape: Sequence[int], caller: Caller) -> torch.Tensor:
+        """Bytes for a state as it lies in the engine's pages, not set. Raises as `allocate`."""
+        return self._tensor(shape, torch.int8, caller)
 
     def _allocate(self, wanted: Sequence[tuple[tuple[int, ...], str]], caller: Caller) -> Tensors:
         return tuple(self._tensor(shape, getattr(torch, dtype), caller) for shape, dtype in wanted)

@@ -167,9 +167,11 @@ class SchedulerCommands:
         side.require_room(message.record, caller, plan.num_kv)
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
-        chain = [side.contents.fresh() for _ in range(plan.num_kv // side.facts.block_size)]
+        chain = side.contents.chain(plan.num_kv // side.facts.block_size)
         tokens, late = list(plan.tokens[: plan.num_kv]), late_groups(plan, plan.identity.groups)
-        side.records.keep(message.record, SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late))
+        record = SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late)
+        record.points = {point.token for point in plan.points}
+        side.records.keep(message.record, record)
         side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
         side.counters["hydrates"] += 1
 
@@ -179,6 +181,7 @@ class SchedulerCommands:
         side.mail.mount(message.store)
         record = side.records.known(message.record)
         num_kv = message.end(side.catch_up(message.record, record, message.num_kv), side.facts.world_size)
+        side.require_state(record, num_kv)
         num_tokens = record.live.num_tokens if record.live is not None else len(record.tokens)
         side.counters["captures"] += 1
         side.queue.append(

@@ -25,10 +25,11 @@ class Found:
 
 
 class BlockContents:
-    """`num_groups`: vLLM's KV cache groups. The blocks of all groups that hold the same tokens have one number."""
+    """`num_groups`: vLLM's KV cache groups. The blocks of all groups that hold the same tokens have one number. Not
+    `shared`: no session takes a block from vLLM's cache, and no record has a chain."""
 
-    def __init__(self, num_groups: int = 1) -> None:
-        self.num_groups = num_groups
+    def __init__(self, num_groups: int = 1, *, shared: bool = True) -> None:
+        self.num_groups, self.shared = num_groups, shared
         self._groups = list(range(num_groups))
         self._in_block: dict[int, int] = {}
         self._numbers = itertools.count(1)
@@ -39,6 +40,10 @@ class BlockContents:
 
     def fresh(self) -> int:
         return next(self._numbers)
+
+    def chain(self, num_full: int) -> list[int]:
+        """That of a record whose full blocks are nobody else's yet."""
+        return [self.fresh() for _ in range(num_full)] if self.shared else []
 
     def renew(self, blocks: Iterable[int]) -> None:
         """These blocks get other content now."""
@@ -53,6 +58,8 @@ class BlockContents:
     def note_computed(self, record: SchedulerRecord, tables: Sequence[Sequence[int]], num_full: int) -> None:
         """The record's full blocks up to `num_full` are what lies in the blocks of `tables`. One that was given away in
         this very step is known by its number alone."""
+        if not self.shared:
+            return
         for i in range(len(record.chain), num_full):
             number, same = self.fresh(), [table[i] for table in tables]
             if not any(block in self._given for block in same):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from thaw.core.cache import list_of
+from thaw.core.errors import NotKept
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.late_groups import LateGroup
+from thaw.engines.vllm.jobs import RECENT_STATES
 
 
 @dataclass
 class SchedulerRecord:
     """`tokens[:num_kv]` have KV in the workers' arena; `chain[i]` is the content number of full block i. `leaving`:
     some of it may still be on its way there, out of the blocks of the request that runs. `caller`: whose it is.
-    `late`: the groups of which earlier tokens are not there."""
+    `late`: the groups of which earlier tokens are not there. `points`, `recent`: the numbers of tokens after which a
+    recurrent model's states are kept, for as long as the record is, and until it goes on for some steps."""
 
     tokens: list[int]
     num_kv: int
@@ -23,3 +27,22 @@ class SchedulerRecord:
     touched: float = 0.0
     caller: Caller = GUEST
     late: tuple[LateGroup, ...] = ()
+    points: set[int] = field(default_factory=set)
+    recent: list[int] = field(default_factory=list)
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """The numbers of tokens after which there is a state."""
+        return tuple(sorted({*self.points, *self.recent}))
+
+    def stepped(self, num_kv: int) -> None:
+        """A step ends after so many tokens, and its state is kept."""
+        self.recent = [*self.recent, num_kv][-RECENT_STATES:]
+
+    def require_state(self, num_kv: int) -> None:
+        """Raise `NotKept` unless there is a state after so many tokens; after none there is nothing to keep."""
+        if num_kv and num_kv not in self.points and num_kv not in self.recent:
+            raise NotKept(
+                f"no state is kept after {num_kv} tokens: this session has states after {list_of(self.states)}. Go on "
+                "from one of these, or read the tokens again (append them to a new session)"
+            )

@@ -37,6 +37,8 @@ class Saves:
         ready: int = min(live.num_computed_tokens, live.num_tokens - 1)
         if want is not None:
             ready = min(ready, want)
+        if not self._contents.shared and ready not in record.states:
+            return record.num_kv
         if table is None or ready <= record.num_kv:
             return record.num_kv
         self._queue.append(self._sync(record, name, table, ready, live))
@@ -53,6 +55,9 @@ class Saves:
         self.num_preempted += 1
         table = self.tables.pop(request.request_id, None)
         record = self._records.get(run.message.record)
+        if not self._contents.shared:
+            self._goes_back(run, record)
+            return
         if table is None or record is None or record.live is not request:
             return
         upto = min(run.computed, request.num_tokens - 1, self._room(table))
@@ -61,6 +66,18 @@ class Saves:
             self.rescues.append(self._sync(record, run.message.record, table, upto, request, now=True))
             record.leaving = False
         run.want = record.num_kv
+
+    def _goes_back(self, run: RunningRequest, record: SchedulerRecord | None) -> None:
+        """A preempted request of a model that keeps states: vLLM has given its blocks away before anything of it could
+        be saved, so it begins again where it began, and computes what came after anew."""
+        name = run.message.record
+        if record is None or record.live is not run.request:
+            return
+        self._queue[:] = [job for job in self._queue if not (isinstance(job, jobs.Sync) and job.record == name)]
+        record.num_kv, record.tokens = run.want, record.tokens[: run.want]
+        record.points, record.recent = {point for point in record.points if point <= run.want}, []
+        record.leaving = False
+        self._queue.append(jobs.Derive(name, name, run.want, record.caller))
 
     def end(self, run: RunningRequest, tables: Sequence[Sequence[int]]) -> tuple[bool, int]:
         """The request is over: (whether its blocks must be held until the workers have copied them, how many tokens
@@ -102,5 +119,6 @@ class Saves:
         used = tuple(tuple(table[: -(-upto // self._block_size)]) for table in tables)
         record.tokens = list(live.all_token_ids[:upto])
         record.num_kv = upto
+        record.points |= {upto} & set(record.recent)
         self._contents.note_computed(record, used, upto // self._block_size)
         return jobs.Sync(name, used, upto, finished, now)

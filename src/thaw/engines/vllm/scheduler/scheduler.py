@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs, support
+from thaw.engines.vllm.block_tables import BlockTables
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.scheduler.commands import SchedulerCommands, refused, reply
 from thaw.engines.vllm.scheduler.content_ids import BlockContents
@@ -42,16 +43,31 @@ from thaw.engines.vllm.settings import VllmSettings
 
 log = logging.getLogger("thaw.vllm")
 MAIL_SWEEP_S = 300.0
+NOTHING_IN_STEP = -1
+"""Every load has more bytes."""
 
 
 class SchedulerSide:
+    """`tables`: which of vLLM's KV cache groups keep tokens, and which states; left out, all keep tokens. A model that
+    keeps states takes nothing from vLLM's own cache: every request loads all that it goes on from, beside the steps of
+    others, where a failure ends it alone."""
+
     def __init__(
-        self, facts: EngineFacts, settings: VllmSettings, mail: Mailbox, token_nbytes: int, num_groups: int = 1
+        self,
+        facts: EngineFacts,
+        settings: VllmSettings,
+        mail: Mailbox,
+        token_nbytes: int,
+        num_groups: int = 1,
+        *,
+        tables: BlockTables | None = None,
     ) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
+        self._tables = BlockTables(tuple(range(num_groups))) if tables is None else tables
+        self._has_states = bool(self._tables.states)
         self._block_size = facts.block_size
         self.records: Records[SchedulerRecord] = Records(settings.session_ttl_s, settings.shares())
-        self.contents = BlockContents(num_groups)
+        self.contents = BlockContents(len(self._tables.tokens), shared=not self._has_states)
         self.pins = BlockPins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
@@ -60,7 +76,8 @@ class SchedulerSide:
         self._runs: dict[str, RunningRequest] = {}
         self._groups = Groups()
         self._saving = Saves(self.records, self.contents, self.queue, facts.block_size)
-        self._loads = Loads(self.records, facts.block_size, token_nbytes, settings.async_nbytes)
+        in_step_nbytes = NOTHING_IN_STEP if self._has_states else settings.async_nbytes
+        self._loads = Loads(self.records, facts.block_size, token_nbytes, in_step_nbytes)
         self._swept = time.monotonic()
         self.counters = dict.fromkeys(("captures", "hydrates", "forks", "refused", "loaded_tokens", "hit_tokens"), 0)
 
@@ -122,20 +139,36 @@ class SchedulerSide:
             same = common_prefix(source.tokens[:want], tokens)
             if same < want:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
+            self._require_state_to_go_on(source, message.num_kv, want, len(tokens))
         late = source.late if source is not None else ()
         require_kept(late, min(want, request.num_tokens - 1))
         chain = source.chain[: want // self._block_size] if source is not None else []
         self.queue.append(jobs.Derive(message.record, message.source, want, caller))
-        self.records.keep(
-            message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
-        )
+        record = SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
+        if source is not None and want and self._has_states:
+            record.points = {want, *(point for point in source.points if point < want)}
+        self.records.keep(message.record, record)
         salted = (request.cache_salt or "").startswith(protocol.SALT)
         self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
         if message.group is not None:
             self._groups.join(message.group, message.group_size, message.group_place, request.request_id)
-        if self.contents.hits_foreign(request, chain) or (late and not salted):
+        if self._has_states or self.contents.hits_foreign(request, chain) or (late and not salted):
             give_own_salt(request)  # of blocks without the first tokens of a window nobody else may read
         self.counters["forks"] += message.source not in (None, message.record)
+
+    def require_state(self, record: SchedulerRecord, num_kv: int) -> None:
+        """Raises `NotKept` where the model keeps states, and the record has none after so many tokens."""
+        if self._has_states:
+            record.require_state(num_kv)
+
+    def _require_state_to_go_on(self, source: SchedulerRecord, asked: int, num_kv: int, num_tokens: int) -> None:
+        """Likewise, for a request of `num_tokens` tokens that is to go on after `asked`: `num_kv` of them are there."""
+        self.require_state(source, asked)
+        if self._has_states and not num_kv == asked < max(num_tokens, 1):
+            raise InvalidRequest(
+                f"num_kv={asked}: the session has {num_kv} tokens of KV, and the request {num_tokens} tokens, the last "
+                "of which must run"
+            )
 
     def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
         """Raises `Busy` where the caller may not keep one more record, or that many tokens more in some worker."""
@@ -195,7 +228,7 @@ class SchedulerSide:
         self._saving.rescue(run)
         self._replay(request, run)
         want = min(run.want, request.num_tokens - 1)
-        if self._foreign(request, run, local):
+        if self._foreign(request, run, local) or (self._has_states and local):
             run.hidden = []
             give_own_salt(request)
             return None, False
@@ -251,9 +284,10 @@ class SchedulerSide:
 
     # -- vLLM has given a request its blocks
 
-    def allocated(self, request: Any, tables: jobs.Tables, num_external: int) -> None:
+    def allocated(self, request: Any, all_tables: jobs.Tables, num_external: int) -> None:
         name = request.request_id
         run = self._runs.get(name)
+        tables = self._tables.of_tokens(all_tables)
         if run is None:
             self.contents.renew(_from(tables, 0))
             return
@@ -265,7 +299,8 @@ class SchedulerSide:
             if num_external:
                 self.queue.append(jobs.Fail(name, tables, self._loads.in_background(num_external)))
 
-        guarded(partial(self._allocated, request, run, tables, num_external), failed)
+        states = self._state_blocks(run, all_tables, num_external)
+        guarded(partial(self._allocated, request, run, tables, num_external, states), failed)
 
     def _take_back(self, request: str) -> None:
         """Jobs by which workers would tell vLLM of this request."""
@@ -273,7 +308,14 @@ class SchedulerSide:
             job for job in self.queue if request not in (getattr(job, "request", None), getattr(job, "finished", None))
         ]
 
-    def _allocated(self, request: Any, run: RunningRequest, tables: jobs.Tables, num_external: int) -> None:
+    def _allocated(
+        self,
+        request: Any,
+        run: RunningRequest,
+        tables: jobs.Tables,
+        num_external: int,
+        states: Callable[[], tuple[int, ...]],
+    ) -> None:
         if run.background and not num_external:
             run.given = run.want
             self.contents.renew(_from(tables, -(-run.want // self._block_size)))
@@ -294,13 +336,19 @@ class SchedulerSide:
             background = self._loads.in_background(num_external)
             start = want - num_external
             used = _upto(tables, -(-want // self._block_size))
-            self.queue.append(jobs.Load(request.request_id, name, record, used, start, want, background))
+            self.queue.append(jobs.Load(request.request_id, name, record, used, start, want, background, states()))
             self._note_loaded(run, used, start, want)
             run.background = background
             if background:
                 self._loads.begins(run, want)
         elif want:
             self.queue.append(jobs.CheckRecord(request.request_id, name, record, _upto(tables, 1), want))
+
+    def _state_blocks(
+        self, run: RunningRequest, tables: jobs.Tables, num_external: int
+    ) -> Callable[[], tuple[int, ...]]:
+        """The blocks into which the state is to be loaded that the request goes on from."""
+        return partial(self._tables.state_blocks, tables, run.local + num_external)
 
     def _note_loaded(self, run: RunningRequest, tables: jobs.Tables, start: int, stop: int) -> None:
         record = self.records.get(run.message.record)
@@ -328,7 +376,8 @@ class SchedulerSide:
         for new in output.scheduled_new_reqs:
             if new.req_id in self._runs:
                 run = self._runs[new.req_id]
-                there = partial(self._has_blocks, run, new.block_ids, new.num_computed_tokens)
+                blocks = self._tables.of_tokens(new.block_ids)
+                there = partial(self._has_blocks, run, blocks, new.num_computed_tokens)
                 guarded(there, partial(self._stop, run))
                 self._groups.begins(run.message.group)
                 self._count(new.req_id, new.num_computed_tokens, output)
@@ -338,6 +387,7 @@ class SchedulerSide:
         for name, before, fresh in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
             if fresh is None:
                 continue
+            fresh = self._tables.of_tokens(fresh)
             if name not in cached.resumed_req_ids:
                 self.contents.renew(_from(fresh, 0))
             if name in self._runs:
@@ -380,11 +430,36 @@ class SchedulerSide:
         self._tell_refused(run.request, run.message, run.error)
         self.queue.append(jobs.Fail(name, _upto(self._saving.tables[name], None), background=False))
 
+    def kept_states(self, output: Any) -> list[jobs.KeepState]:
+        """What is to be kept of the states that this step computes, once it has."""
+        if not self._has_states:
+            return []
+        found: list[jobs.KeepState] = []
+        for name, run in self._runs.items():
+            if name in output.num_scheduled_tokens and run.message.keep and run.error is None:
+                guarded(
+                    partial(self._keep_state, found, run, output.kv_connector_block_state), partial(self._stop, run)
+                )
+        return found
+
+    def _keep_state(self, found: list[jobs.KeepState], run: RunningRequest, blocks: Any) -> None:
+        record, name = self.records.get(run.message.record), run.request.request_id
+        if record is None or record.live is not run.request:
+            return
+        where = self._tables.state_blocks(blocks.get_block_ids(name), run.computed)
+        found.append(jobs.KeepState(run.message.record, where, run.computed))
+        record.stepped(run.computed)
+
+    def _states_of(self, name: str) -> tuple[int, ...]:
+        record = self.records.get(name)
+        return () if record is None else record.states
+
     # -- a request ends
 
     def finished(self, request: Any, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """(whether its blocks must be held until the workers have synced them, what goes back with its output)."""
         name = request.request_id
+        tables = self._tables.of_tokens(tables) if tables else tables
         if name in self._commands:
             return False, guarded(partial(self._commands.end, name), unheard)
         run = self._runs.pop(name, None)
@@ -431,6 +506,7 @@ class SchedulerSide:
             external=external,
             preempted=request.num_preemptions,
             kept=run.message.keep,
+            points=self._states_of(run.message.record),
         )
 
     def counts(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts
-from thaw.engines.served.worker.host_cache import HostCache, HostRecord
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Tensors
 from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
@@ -29,6 +29,8 @@ from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.settings import VllmSettings
 from thaw.engines.vllm.worker.copier import make_copier
 from thaw.engines.vllm.worker.layout.base import KVLayout
+from thaw.engines.vllm.worker.layout.states import StatePages
+from thaw.engines.vllm.worker.step_loads import StepLoads
 
 log = logging.getLogger("thaw.vllm")
 _Asked: TypeAlias = jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch
@@ -44,6 +46,7 @@ class WorkerSide:
         mail: Mailbox,
         weights: WeightsSample | None,
         tables: Sequence[int] = (),
+        states: StatePages | None = None,
     ) -> None:
         """`tables`: for each layout the number of its block table among a job's (default: its own number)."""
         self._facts, self._mail, self._weights = facts, mail, weights
@@ -58,6 +61,7 @@ class WorkerSide:
         )  # fmt: skip
         self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
         self._copier = make_copier(layouts, self._arena)
+        self._states = states
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
         self._lock = threading.Lock()
@@ -66,6 +70,8 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._invalid: set[int] = set()
+        self._lost: set[str] = set()
+        self._step_loads = StepLoads()
         self._epoch: int | None = None
         self._watching = True
         self._tight: dict[Caller, Room] = {}
@@ -75,6 +81,9 @@ class WorkerSide:
     def run(self, todo: Sequence[Job]) -> None:
         """A step's jobs. The weights are looked at once a step, when a job needs to know."""
         self._epoch = None
+        if self._states is not None:
+            with self._lock:
+                self._step_loads.begin(job.request for job in todo if isinstance(job, jobs.Load) and job.background)
         for job in todo:
             guarded(partial(self._do, job), partial(self._failed, job))
         self._tell_what_is_left()
@@ -86,12 +95,33 @@ class WorkerSide:
             self._tight = tight
             self._mail.post_tight(self._facts.rank, tight)
 
-    def finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose blocks may be freed, and requests whose load is over, since last asked."""
+    def finished(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose blocks may be freed, requests whose load is over, and those of them whose load has failed and
+        that are told by their names, since last asked."""
         with self._lock:
             sent, self._sent = self._sent, set()
             received, self._received = self._received, set()
-        return sent, received
+            lost, self._lost = self._lost, set()
+        return sent, received, lost
+
+    def keep_states(self, todo: Sequence[jobs.KeepState]) -> None:
+        """After a step's forward pass: the states that it has left."""
+        for job in todo:
+            guarded(partial(self._keep_state, job), partial(self._no_state, job))
+
+    def _keep_state(self, job: jobs.KeepState) -> None:
+        assert self._states is not None
+        record = self._get(job.record)
+        shape = (self._states.group.num_layers, self._states.nbytes)
+        oldest = [job.num_kv, *record.recent][: max(1, len(record.recent) - jobs.RECENT_STATES + 2)]
+        spare = [record.recent.pop(token) for token in oldest if token in record.recent]
+        raw = spare[0] if spare else self._arena.allocate_raw(shape, record.caller)
+        self._states.read(job.state_blocks, raw)
+        record.recent[job.num_kv] = raw
+
+    def _no_state(self, job: jobs.KeepState, error: ThawError) -> None:
+        """Whoever goes on from it hears that it is not there."""
+        log.warning("thaw: the state after %d tokens is not kept (%s): %s", job.num_kv, error.kind, error)
 
     def invalid_blocks(self) -> set[int]:
         with self._lock:
@@ -164,7 +194,26 @@ class WorkerSide:
         source = self._get(job.source)
         if source.num_kv < job.num_kv and source.epoch == self._now():
             raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
-        self._records[job.record] = source.upto(job.num_kv, job.caller)
+        self._records[job.record] = self._upto(source, job.num_kv, job.caller)
+
+    def _upto(self, record: HostRecord, num_kv: int, caller: Caller | None = None) -> HostRecord:
+        """A record of the first `num_kv` tokens, with the state after them where the model keeps states."""
+        if self._states is not None and num_kv:
+            self._settle_state(record, num_kv)
+        return record.upto(num_kv, caller)
+
+    def _settle_state(self, record: HostRecord, num_kv: int) -> None:
+        """The state after `num_kv` tokens, which may be that of a recent step, as one that stays. Raises
+        `StorageFailed` where there is none."""
+        assert self._states is not None
+        if num_kv in record.points:
+            return
+        raw = record.recent.get(num_kv)
+        if raw is None:
+            raise StorageFailed(f"the state after {num_kv} tokens could not be kept: {record.broken or 'no room'}")
+        blobs = self._arena.allocate_states(record.caller)
+        self._states.blobs(raw, blobs)
+        record.points[num_kv] = blobs
 
     @_do.register
     def _sync(self, job: jobs.Sync) -> None:
@@ -175,7 +224,11 @@ class WorkerSide:
         elif not record.broken and job.num_kv > record.num_kv:
             pieces = self._copier.save(self._each(job.tables), record.num_kv, job.num_kv, record.caller)
             whole = self._arena.joined((*record.pieces, *pieces), record.caller)
-            self._records[job.record] = HostRecord(whole, record.epoch, caller=record.caller, points=record.points)
+            if self._states is not None:
+                self._settle_state(record, job.num_kv)
+            self._records[job.record] = HostRecord(
+                whole, record.epoch, caller=record.caller, points=record.points, recent=record.recent
+            )
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
@@ -197,12 +250,21 @@ class WorkerSide:
 
         since = self._copier.point()
 
+        state = self._state_to_load(record, job.stop)
+
         def work() -> None:
             self._copier.load_aside(self._each(job.tables), record, job.start, job.stop, since)
-            with self._lock:
-                self._received.add(job.request)
+            if self._states is not None:
+                self._states.write(state, job.state_blocks)
+            self._end_load(job.request)
 
         self._copier.loads.submit(guarded, work, partial(self._failed, job))
+
+    def _state_to_load(self, record: HostRecord, num_kv: int) -> Tensors:
+        if self._states is None:
+            return ()
+        self._settle_state(record, num_kv)
+        return record.points[num_kv]
 
     def _each(self, tables: jobs.Tables) -> jobs.Tables:
         """The block table of each layout: several may have one of vLLM's groups in common."""
@@ -228,10 +290,21 @@ class WorkerSide:
         self._fail(job.request, job.tables, background=job.background)
 
     def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
+        """Where a model keeps states its blocks cannot say whose they are, and naming one ends the engine: the request
+        is named then, whose load is always in the background."""
+        if self._states is not None:
+            self._end_load(request, lost=True)
+            return
         with self._lock:
             self._invalid.update(*tables)
             if background:
                 self._received.add(request)
+
+    def _end_load(self, request: str, *, lost: bool = False) -> None:
+        with self._lock:
+            received, failed = self._step_loads.end(request, lost=lost)
+            self._received |= received
+            self._lost |= failed
 
     @_do.register
     def _look(self, job: jobs.LookAtWeights) -> None:
@@ -271,7 +344,7 @@ class WorkerSide:
     @_do.register
     def _write_record(self, job: jobs.WriteRecord) -> None:
         # Cut now: while the thread writes, later steps put a longer record in this one's place.
-        self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
+        self._in_thread(job, partial(self._write, job, self._upto(self._usable(job.record), job.num_kv)))
 
     def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
         self._threads.submit(guarded, work, partial(self._failed, job))

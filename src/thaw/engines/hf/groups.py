@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from thaw.core.cache import DTYPE_BYTES, CacheGroup, FullKV, LatentKV, PointState, SlidingKV, StatePart, layers_of
+from thaw.engines.hf import recurrent
 from thaw.engines.hf.config import MAX_LAYERS, WINDOWED
-from thaw.engines.transformers import recurrent
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads")

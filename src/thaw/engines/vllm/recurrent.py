@@ -1,0 +1,81 @@
+"""Models with recurrent layers in vLLM: which are supported, and in what configuration. No torch here.
+
+What was not run is refused by name. A state is captured behind a step, in the order of the runner's own work, and
+restored in the background, where a failed load ends its own request: that takes a vLLM that hears of failures by
+requests' names, and a scheduler that knows what has been computed when it asks for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from thaw.core.errors import Unsupported
+from thaw.engines.vllm import versions
+from thaw.engines.vllm.block_tables import of_groups
+
+MODES = {
+    "qwen3_next": ("align", "none"),
+    "lfm2": ("align", "none"),
+    "granitemoehybrid": ("none",),
+}
+"""By model type, the values of `mamba_cache_mode` that were run: "align" with vLLM's prefix cache, "none" without."""
+FULL = "FullAttentionSpec"
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether layers of the model keep a state, and thaw knows its type."""
+    return bool(config.model_config.is_hybrid) and _type(config) in MODES
+
+
+def require(config: Any) -> None:
+    """Raise `Unsupported` for the first thing about a model with recurrent layers that was not run."""
+    kind, cache = _type(config), config.cache_config
+    what = f"{kind}: a model with recurrent layers"
+    if not versions.names_failed_loads():
+        raise Unsupported(f"{what} needs vLLM 0.32, which hears of a failed load by its request; older ones end")
+    if config.device_config.device_type != "cpu":
+        raise Unsupported(f"{what} was run on a CPU alone, not on {config.device_config.device_type}")
+    if versions.runner(config) != "V1":
+        raise Unsupported(f"{what} was run on vLLM's V1 runner alone; set VLLM_USE_V2_MODEL_RUNNER=0")
+    if getattr(config.scheduler_config, "async_scheduling", False):
+        raise Unsupported(f"{what} needs steps that are put together one by one: start vLLM with --no-async-scheduling")
+    if config.parallel_config.tensor_parallel_size > 1:
+        raise Unsupported(f"{what} was run on one rank alone; start vLLM with tensor_parallel_size=1")
+    if versions.whole(config).kv_transfer_config is not None and _is_beside_others(versions.whole(config)):
+        raise Unsupported(f"{what}: no other connector may stand beside thaw's")
+    mode = str(getattr(cache, "mamba_cache_mode", ""))
+    if mode not in MODES[kind]:
+        more = "; start vLLM without its prefix cache (enable_prefix_caching=False)" if "none" in MODES[kind] else ""
+        raise Unsupported(f"{what} was run with mamba_cache_mode {' and '.join(MODES[kind])}, not {mode}{more}")
+    if str(getattr(cache, "mamba_ssm_cache_dtype", "auto")) not in ("auto", "float32"):
+        raise Unsupported(f"mamba_ssm_cache_dtype={cache.mamba_ssm_cache_dtype}: state matrices are float32; use auto")
+    if str(getattr(cache, "mamba_cache_dtype", "auto")) != "auto":
+        raise Unsupported(f"mamba_cache_dtype={cache.mamba_cache_dtype}: convolutions keep the model's; use auto")
+
+
+def require_groups(groups: Sequence[Any]) -> None:
+    """Raise `Unsupported` unless the groups of vLLM's caches are full attention in one and states in the others."""
+    tables = of_groups(groups)
+    kinds = [type(groups[number].kv_cache_spec).__name__ for number in tables.tokens]
+    if kinds != [FULL] or not tables.states:
+        raise Unsupported(
+            f"a model with recurrent layers whose other caches are {kinds}: one group of full attention is supported"
+        )
+    spec = groups[tables.tokens[0]].kv_cache_spec
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, name, None) is not None:
+            raise Unsupported(f"{name}={getattr(spec, name)}: beside recurrent layers only full attention is supported")
+    for table in tables.states:
+        state = groups[table.group].kv_cache_spec
+        checkpoints = getattr(state, "num_prefill_checkpoint_blocks", 0) and state.mamba_cache_mode == "align"
+        if getattr(state, "num_speculative_blocks", 0) or checkpoints:
+            raise Unsupported("speculative or checkpoint blocks of recurrent states: they were not run")
+
+
+def _type(config: Any) -> str:
+    return str(getattr(config.model_config.hf_text_config, "model_type", ""))
+
+
+def _is_beside_others(config: Any) -> bool:
+    return str(config.kv_transfer_config.kv_connector) == "MultiConnector"

@@ -1,0 +1,393 @@
+"""Models with recurrent layers on vLLM: delta rules (GDN), short convolutions and Mamba2, beside full attention.
+
+A session goes on where a state of it is kept: at the ends of its turns, and where it was captured. There it has the
+bits of the parent that was never interrupted, in the engine that read it and in a new process. The controls must show:
+the state of a token more or less, a sibling's, channels in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from thaw.core.cache import PointState, point_groups
+from thaw.core.errors import NotKept, StaleSession, Unsupported
+from thaw.engines import load_engine
+from thaw.engines.base import Captured, Engine, HydratePlan
+from thaw.engines.vllm import versions
+from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded
+from thaw.testing.plans import mount_at
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "lfm2": {"hidden_size": 256, "conv_dim": 256, "block_dim": 256},
+    "granitemoehybrid": {"hidden_size": 256, "mamba_d_head": 64},
+}
+"""What vLLM's own kernels ask of the small models' shapes, and fields that transformers does not write."""
+MORE = pytest.mark.slow("the same on one more model, or without the prefix cache, or in one more process")
+MODELS = [
+    pytest.param(("qwen3_next", True, True), id="gdn"),
+    pytest.param(("qwen3_next", False, False), id="gdn-without-prefix-cache", marks=MORE),
+    pytest.param(("lfm2", True, False), id="short-convolution"),
+    pytest.param(("lfm2", False, True), id="short-convolution-without-prefix-cache", marks=MORE),
+    pytest.param(("granitemoehybrid", False, False), id="mamba2"),
+    pytest.param(("granitemoehybrid", False, True), id="mamba2-in-a-new-process", marks=MORE),
+]
+"""A model; whether vLLM's prefix cache is on, for its blocks of states are others then; whether sessions are restored
+by another engine, in processes of its own, or by the one that read them. Its pages hold NaN then in any case."""
+ANSWER = 24
+ENDS, FEWER_ENDS = (37, 255, 256, 257, 300, 700), (37, 256, 257)
+"""Tokens after which a state is kept: around a block's end, and elsewhere."""
+NOISE_FACTOR = 100
+TOP = 20
+WRONG_IN_BATCHES = ("lfm2",)
+"""vLLM 0.32 on a CPU computes three equal prompts of these in one batch as three unequal ones, by several units of log
+probability, without thaw as well: that is no noise to compare with, and what runs alone is exact."""
+CLOSE, FAR = 0.02, 0.3
+"""How far two engines' kernels may be apart in bfloat16, in parts of the state's size; a stranger's is farther."""
+FLOOR = 1e-6
+"""Less than what float32 holds of a log probability is no noise."""
+
+
+Boot = Callable[..., Engine]
+
+
+KNOWS = versions.names_failed_loads()
+new_enough = pytest.mark.skipif(not KNOWS, reason="older releases are refused before all else")
+
+
+@pytest.mark.skipif(KNOWS, reason="this release runs them")
+def test_a_release_that_does_not_name_failed_loads_is_refused(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("qwen3_next", dtype="bfloat16", **SHAPES["qwen3_next"])
+    with pytest.raises(Unsupported, match=r"qwen3_next: a model with recurrent layers needs vLLM 0\.32"):
+        load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
+    arch, caches, apart = request.param
+    return arch, caches, apart
+
+
+@pytest.fixture(scope="module")
+def boot(how: tuple[str, bool, bool], tiny_model: Callable[..., Path]) -> Boot:
+    if not KNOWS:
+        pytest.skip("releases before 0.32 end where a load of such a model fails")
+    folder = str(tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]]))
+
+    def start(**more: Any) -> Engine:
+        options = {"enforce_eager": True, "max_model_len": 2048, "num_gpu_blocks_override": 120, **more}
+        options["worker_extension_cls"] = "scrubbing.Scrub"
+        return load_engine("vllm", model=folder, enable_prefix_caching=how[1], **options)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def engine(boot: Boot) -> Iterator[Engine]:
+    with boot() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def other(how: tuple[str, bool, bool], boot: Boot, engine: Engine) -> Iterator[Engine]:
+    """Where sessions are restored."""
+    if not how[2]:
+        yield engine
+        return
+    with boot() as running:
+        yield running
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(mount_at(tmp_path / "packs"))
+
+
+def test_what_was_stored_anywhere_goes_on_with_the_parents_bits(
+    how: tuple[str, bool, bool], engine: Engine, other: Engine, lab: Lab
+) -> None:
+    """At a prompt's end and in the middle of an answer, on both sides of a block's end."""
+    for end in ENDS if how[2] else FEWER_ENDS:
+        session = lab.begin(engine, end + 1, start=end)
+        assert engine.view(session).num_kv == end
+        whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+        for more in (0, 1, 9):
+            part = lab.twin(engine, session)
+            if more:
+                lab.one(engine, part, greedy(more))
+            plan = lab.plan(lab.capture(engine, part))
+            assert all(nbytes > 0 for nbytes in other.collective_rpc("fill_with_nan"))  # type: ignore[attr-defined]
+            restored = lab.hydrate(other, plan)
+            assert restored.proof.num_cached_tokens == end + more and restored.proof.num_recomputed_tokens == 0
+            rest = lab.one(other, restored.session, greedy(ANSWER - more))
+            assert rest.usage.num_prefilled_tokens == 1, (end, more)
+            assert rest.token_ids == whole.token_ids[more:], (end, more)
+            assert bits(rest.logprobs) == bits(whole.logprobs)[more:], (end, more)
+
+
+def test_an_answer_that_is_captured_while_it_runs_goes_on_with_its_bits(
+    engine: Engine, other: Engine, lab: Lab
+) -> None:
+    session = lab.begin(engine, 300)
+    captured, whole = lab.captured_amid(engine, session)
+    plan = lab.plan(captured)
+    assert plan.num_kv == len(plan.tokens) - 1
+    done = plan.num_kv + 1 - 300
+    (rest,) = lab.resume(other, lab.hydrate(other, plan).session)
+    assert rest.token_ids[done:] == whole.token_ids[done:] and bits(rest.logprobs)[done:] == bits(whole.logprobs)[done:]
+
+
+def test_children_of_one_point_are_one_another_and_the_parent(engine: Engine, lab: Lab) -> None:
+    """Forked at a prompt's end and from the middle of an answer, each runs by itself, as the parent; and those that are
+    asked for together begin in one step."""
+    session = lab.begin(engine, 261)
+    whole = lab.one(engine, lab.twin(engine, session), seeded(ANSWER))
+    for child in engine.fork(session, 3, replay=True).result():
+        out = lab.one(engine, child, seeded(ANSWER))
+        assert bits(out.logprobs) == bits(whole.logprobs) and out.usage.num_prefilled_tokens == 1
+    split = engine.stats()["split_groups"]
+    engine.generate(lab.ask(engine.fork(session, 5).result(), greedy(2))).result()
+    assert engine.stats()["split_groups"] == split
+    lab.one(engine, session, seeded(9))
+    before = engine.stats()["loaded_tokens"]
+    for child in engine.fork(session, 6).result():
+        assert engine.view(child).num_kv == 261 + 8
+        engine.append(child, ids(3, 5)).result()
+    assert engine.stats()["loaded_tokens"] - before == 6 * (261 + 8)
+
+
+def test_a_live_session_of_twenty_turns_reads_new_tokens_alone(engine: Engine, lab: Lab) -> None:
+    session = engine.open(seed=SEED)
+    for turn in range(20):
+        engine.append(session, ids(7 + turn, turn)).result()
+        out = lab.one(engine, session, greedy(5))
+        assert out.usage.num_prefilled_tokens == 1
+        assert engine.view(session).num_kv == len(engine.view(session).tokens) - 1
+    again = engine.open(seed=SEED)
+    tokens, replies = engine.view(session).tokens, engine.view(session).turns
+    for turn in replies:  # every turn by itself, and the same bits
+        if turn.kind == "prompt":
+            engine.append(again, tokens[turn.start : turn.end]).result()
+        else:
+            out = lab.one(engine, again, greedy(turn.end - turn.start))
+            assert bits(out.logprobs) == bits(turn.logprobs or ())
+
+
+def test_an_answer_that_its_client_ends_can_be_gone_on_from(engine: Engine, lab: Lab) -> None:
+    """A stop string and a cancel: the engine may have gone on for some steps."""
+    session = lab.begin(engine, 300)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+    text = engine.codec.decode(whole.token_ids)
+    stop = next(text[at : at + 2] for at in range(3, len(text) - 2))
+    stopped = lab.twin(engine, session)
+    out = lab.one(engine, stopped, greedy(ANSWER, stop=(stop,)))
+    done = len(out.token_ids)
+    assert out.finish_reason == "stop" and done < ANSWER
+    assert engine.view(stopped).num_kv == 300 + done - 1
+    captured = lab.capture(engine, stopped)
+    rest = lab.one(engine, lab.hydrate(engine, lab.plan(captured)).session, greedy(ANSWER - done))
+    assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
+    rest = lab.one(engine, stopped, greedy(ANSWER - done))
+    assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
+    cancelled = lab.stopped_amid(engine, session)[0]
+    assert engine.view(cancelled).num_kv == len(engine.view(cancelled).tokens) - 1
+
+
+def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine, lab: Lab) -> None:
+    session = lab.begin(engine, 100)
+    lab.one(engine, session, greedy(5))
+    with pytest.raises(NotKept, match=r"no state is kept after 49 tokens.*states after 99, 104 tokens"):
+        engine.fork(session, 1, at=50).result()
+    (child,) = engine.fork(session, 1, at=100, replay=True).result()
+    assert engine.view(child).num_kv == 99
+    (again,) = engine.fork(session, 1, at=105).result()
+    assert engine.view(again).num_kv == 104
+    with pytest.raises(Unsupported, match="pin"):
+        engine.pin(session, 1.0)  # type: ignore[attr-defined]
+    assert not {"interior-points", "fork-running", "pin"} & engine.info.capabilities
+
+
+def test_a_load_that_fails_ends_its_own_request_alone(engine: Engine, lab: Lab) -> None:
+    """A client that believes in a state which is not there: the engine refuses by name, and a neighbour goes on."""
+    session = lab.begin(engine, 300)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+    liar = lab.begin(engine, 300, start=1)
+    engine._get(liar).points += (100,)  # type: ignore[attr-defined]
+    (bad,) = engine.fork(liar, 1, at=101).result()
+    good = lab.twin(engine, session)
+    free = engine.stats()["free_blocks"]
+    running = engine.generate(lab.ask([good], greedy(ANSWER)))
+    with pytest.raises(NotKept, match=r"no state is kept after 100 tokens: this session has states after .*299"):
+        lab.one(engine, bad, greedy(4))
+    assert bits(running.result()[0].logprobs) == bits(whole.logprobs)
+    assert engine.stats()["free_blocks"] == free
+    assert bits(lab.one(engine, lab.twin(engine, session), greedy(ANSWER)).logprobs) == bits(whole.logprobs)
+
+
+def test_controls_that_can_see(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    """The state of one token more or less, a sibling's, and channels in another order, part by part: each moves the
+    next log probabilities by 100 times what another shape of the batch does."""
+    point = 256
+    right, fewer, further = (_captured(engine, lab, point + more) for more in (0, -1, 1))
+    sibling = _captured(engine, lab, point, start=3)
+    plan = lab.plan(right)
+    expected = _next(engine, lab, plan)
+    assert expected == _next(engine, lab, plan)
+    noise = max(FLOOR, 0.0 if how[0] in WRONG_IN_BATCHES else _batch_noise(engine, lab, plan, expected))
+    moved: dict[str, float] = {}
+    group = point_groups(engine.info.groups)[0]
+    at = 0
+    for part in group.parts:
+        own = slice(at, at + part.num_heads)
+        at = own.stop
+        for what, stranger in (("n-1", fewer), ("n+1", further), ("sibling", sibling)):
+            wrong = _with_state(plan, group, lab.plan(stranger), own)
+            moved[f"{part.name} of {what}"] = _far(expected, _next(engine, lab, wrong))
+        if part.name.startswith("conv"):
+            wrong = _with_state(plan, group, plan, own, backwards=True)
+            moved[f"{part.name} in another order"] = _far(expected, _next(engine, lab, wrong))
+    weak = {what: far for what, far in moved.items() if not far >= NOISE_FACTOR * noise}
+    assert not weak, f"noise {noise:.2g}"
+    assert len(moved) >= 4
+
+
+def test_snapshots_cross_to_transformers_and_back(
+    how: tuple[str, bool, bool], engine: Engine, lab: Lab, tiny_model: Callable[..., Path]
+) -> None:
+    """One identity, and one form: the first layer's state, which depends on tokens alone, is the same in both but for
+    rounding, and another session's is not. Each engine goes on from the other's."""
+    folder = tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]])
+    point = 300
+    with load_engine("transformers", model=str(folder)) as stock:
+        assert stock.identity() == engine.identity()
+        theirs, ours = _asked(stock, lab, point), lab.plan(_captured(engine, lab, point))
+        sibling = lab.plan(_captured(engine, lab, point, start=3))
+        for name, state in _first_layer(lab, theirs, engine).items():
+            right, wrong = (_first_layer(lab, plan, engine)[name] for plan in (ours, sibling))
+            assert _apart(state, right) < CLOSE, name
+            assert _apart(state, wrong) > FAR, name
+        for there, plan in ((engine, theirs), (stock, ours)):
+            restored = lab.hydrate(there, plan)
+            assert restored.proof.num_cached_tokens == point
+            assert lab.one(there, restored.session, greedy(3)).usage.num_prefilled_tokens == 1
+
+
+@new_enough
+@pytest.mark.parametrize(
+    ("arch", "options", "why"),
+    [
+        ("qwen3_next", {"tensor_parallel_size": 2}, "on one rank alone"),
+        ("qwen3_next", {"beside": ["OffloadingConnector"]}, "no other connector"),
+        ("granitemoehybrid", {"enable_prefix_caching": True}, "mamba_cache_mode none, not align"),
+        pytest.param("nemotron_h", {}, "a hybrid model", marks=MORE),
+    ],
+)
+def test_what_was_not_run_is_refused_by_name(
+    arch: str, options: dict[str, Any], why: str, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tiny_model(arch, dtype="bfloat16", **SHAPES.get(arch, {}))
+    with pytest.raises(Unsupported, match=why):
+        load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024, **options)
+
+
+@MORE
+@new_enough
+def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
+    tiny_model: Callable[..., Path], lab: Lab
+) -> None:
+    """A cache too small for its four children: each computes anew what came after its point. Then the weights change
+    under them: a load that fails in the worker ends its own request."""
+    folder = tiny_model("qwen3_next", dtype="bfloat16", **SHAPES["qwen3_next"])
+    options = {"enforce_eager": True, "max_model_len": 1024, "num_gpu_blocks_override": 20}
+    with load_engine("vllm", model=str(folder), worker_extension_cls="scrubbing.Scrub", **options) as small:
+        session = lab.begin(small, 300)
+        free = small.stats()["free_blocks"]
+        children = small.fork(session, 4).result()
+        outs = small.generate(lab.ask(children, seeded(300))).result()
+        assert small.stats()["preempted"] > 0
+        assert [len(out.token_ids) for out in outs] == [300] * 4 and small.stats()["free_blocks"] == free
+        for child in children:
+            tokens = small.view(child).tokens
+            assert small.view(child).num_kv == len(tokens) - 1
+            plan = lab.plan(lab.capture(small, child))
+            rest = lab.one(small, lab.hydrate(small, plan).session, greedy(8))
+            assert bits(rest.logprobs) == bits(lab.one(small, child, greedy(8)).logprobs)
+        good = lab.twin(small, session)
+        small.collective_rpc("scale_in_place", ("model.norm.weight", 2.0))  # type: ignore[attr-defined]
+        fresh = lab.begin(small, 300)
+        running = small.generate(lab.ask([fresh], greedy(64)))
+        with pytest.raises(StaleSession):
+            lab.one(small, good, greedy(4))
+        assert len(running.result()[0].token_ids) == 64 and small.stats()["free_blocks"] == free
+
+
+def _first_layer(lab: Lab, plan: HydratePlan, engine: Engine) -> dict[str, Any]:
+    """Each part of the first recurrent layer's state, all heads."""
+    group, (point,) = point_groups(engine.info.groups)[0], plan.points
+    found: dict[str, list[Any]] = {}
+    for (part, _), place in zip(group.blobs, point.blobs[group.name], strict=True):
+        values = torch.frombuffer(bytearray(lab.read(place)), dtype=getattr(torch, part.dtype))
+        found.setdefault(part.name, []).append(values.view(group.num_layers, *part.shape)[0].float())
+    return {name: torch.stack(heads) for name, heads in found.items()}
+
+
+def _apart(one: Any, two: Any) -> float:
+    """By how much they differ, in parts of their size."""
+    return float((one - two).norm() / one.norm())
+
+
+def _asked(stock: Engine, lab: Lab, num_kv: int, *, start: int = 0) -> HydratePlan:
+    """A state of an engine that keeps those that were asked for."""
+    session = stock.open(seed=SEED)
+    stock.keep_points(session, (num_kv,), unaligned=True)
+    stock.append(session, ids(num_kv + 2, start)).result()
+    return lab.plan(lab.capture(stock, session), at=num_kv + 1)
+
+
+def _captured(engine: Engine, lab: Lab, num_kv: int, *, start: int = 0) -> Captured:
+    return lab.capture(engine, lab.begin(engine, num_kv + 1, start=start))
+
+
+def _with_state(
+    plan: HydratePlan, group: PointState, donor: HydratePlan, blobs: slice, *, backwards: bool = False
+) -> HydratePlan:
+    """The plan with some blobs of its state taken from another's."""
+    (mine,), (theirs,) = plan.points, donor.points
+    places, strange = list(mine.blobs[group.name]), list(theirs.blobs[group.name])[blobs]
+    places[blobs] = strange[::-1] if backwards else strange
+    return msgspec.structs.replace(plan, points=(type(mine)(token=mine.token, blobs={group.name: tuple(places)}),))
+
+
+def _next(engine: Engine, lab: Lab, plan: HydratePlan) -> dict[int, float]:
+    """Log probabilities after the plan's last token."""
+    return _row(lab.one(engine, lab.hydrate(engine, plan).session, greedy(1, logprobs=TOP)))
+
+
+def _row(completion: Any) -> dict[int, float]:
+    return dict(completion.top_logprobs[0])
+
+
+def _batch_noise(engine: Engine, lab: Lab, plan: HydratePlan, alone: dict[int, float]) -> float:
+    """How far the same row lies off in batches of other shapes."""
+    found = []
+    for count in (2, 5):
+        sessions = [lab.hydrate(engine, plan).session for _ in range(count)]
+        asked = lab.ask(sessions, greedy(1, logprobs=TOP))
+        found += [_far(alone, _row(out)) for out in engine.generate(asked).result()]
+    return max(found)
+
+
+def _far(right: dict[int, float], wrong: dict[int, float]) -> float:
+    """The largest difference among what both name; where they name nothing in common, they are far apart."""
+    both = right.keys() & wrong.keys()
+    return max((abs(right[token] - wrong[token]) for token in both), default=math.inf)
