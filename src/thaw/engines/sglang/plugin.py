@@ -74,14 +74,17 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
     from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import support, versions
-    from thaw.engines.sglang.scheduler.kv_pool import KVPool
+    from thaw.engines.sglang.scheduler.cache_layers import cache_layers, require_windows
     from thaw.engines.sglang.scheduler.rank_consensus import RankConsensus
     from thaw.engines.sglang.scheduler.scheduler import RankSide
     from thaw.engines.sglang.settings import MAX_LOGPROBS
 
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator
-    pool = KVPool(allocator.get_kvcache())
+    runner = context.tp_worker.model_runner
+    modules = tuple(runner.model.modules())
+    groups, pools = cache_layers(allocator.get_kvcache(), modules, model.get_total_num_kv_heads())
+    require_windows(groups, support.attention_backends(context.server_args))
     agreement = RankConsensus(context.tp_group.cpu_group, rank, size) if size > 1 else RankConsensus()
     folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{agreement.of_first(os.getpid())}")
     mail = Mailbox(folder)
@@ -89,8 +92,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         rank=rank,
         world_size=size,
         pid=os.getpid(),
-        groups=(pool.group(model.get_total_num_kv_heads()),),
-        layout=pool.describe(),
+        groups=groups,
+        layout=pools[0].describe(),
     )
     limit = min(model.context_len, allocator.size) - 6  # SGLang keeps as many back from a prompt
     overrides = support.overrides(context.server_args, model)
@@ -127,7 +130,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         mail.post(SCHEDULER, engine)
         for note in engine.notes:
             log.warning("thaw: %s", note)
-    weights = WeightsSample(context.tp_worker.model_runner.model)
-    side = RankSide((pool,), facts, engine, settings, mail, weights, agreement)
+    weights = WeightsSample(runner.model)
+    side = RankSide(pools, facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)
     return side

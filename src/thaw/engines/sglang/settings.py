@@ -31,6 +31,9 @@ KEY_VARIABLE = "SGLANG_API_KEY"
 """Where the server looks for its API key."""
 MAX_LOGPROBS = 100
 """What `Sampling.logprobs` may ask for."""
+ALL_TOKENS: Mapping[str, object] = {"disable_hybrid_swa_memory": True}
+"""What an SGLang that thaw starts is told: layers with a window keep the KV of all tokens, in the pool of the others.
+Models without windows have no such pool anyway."""
 ON_CPU: Mapping[str, object] = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -137,7 +140,8 @@ def server_command(
 ) -> list[str]:
     """The stock server with thaw's cache. What `more` says goes before what is said here."""
     arguments = {
-        "model_path": model, "host": host, "port": port, "radix_cache_backend": BACKEND, **(ON_CPU if on_cpu else {}),
+        "model_path": model, "host": host, "port": port, "radix_cache_backend": BACKEND, **ALL_TOKENS,
+        **(ON_CPU if on_cpu else {}),
     }  # fmt: skip
     return [python, "-m", "sglang.launch_server", *command_line(arguments), *more]
 

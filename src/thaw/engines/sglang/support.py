@@ -46,8 +46,13 @@ def require(context: Any) -> None:
     for name, why in REFUSED:
         if getattr(args, name, None):
             raise Unsupported(f"{name}={getattr(args, name)}: {why}; start SGLang without it")
-    if context.is_hybrid_swa or context.is_hybrid_ssm:
-        raise Unsupported("sliding-window, hybrid and recurrent models: only full attention is supported")
+    if context.is_hybrid_ssm:
+        raise Unsupported("hybrid and recurrent models: layers that keep a state are not supported")
+    if context.is_hybrid_swa:
+        raise Unsupported(
+            "sliding windows in a pool of their own: SGLang lets go there of what left the window, so no session could "
+            "go on where it was; start SGLang with --disable-hybrid-swa-memory, as thaw's own boots do"
+        )
     for name, why in ONE:
         if (getattr(args, name, 1) or 1) > 1:
             raise Unsupported(f"{name}={getattr(args, name)}: {why} (several ranks by tp_size alone are supported)")
@@ -56,6 +61,12 @@ def require(context: Any) -> None:
     _require_files(args, context.model_config)
     if getattr(context.model_config, "is_multimodal", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
+
+
+def attention_backends(args: Any) -> list[str | None]:
+    """Those that prefill and decode, as SGLang resolved them."""
+    usual = getattr(args, "attention_backend", None)
+    return [getattr(args, name, None) or usual for name in ("prefill_attention_backend", "decode_attention_backend")]
 
 
 LOADED_FROM_FILES = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "layered")

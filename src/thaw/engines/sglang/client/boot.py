@@ -31,6 +31,7 @@ from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.http import SglangHttpTransport
 from thaw.engines.sglang.settings import (
+    ALL_TOKENS,
     BACKEND,
     KEY_VARIABLE,
     ON_CPU,
@@ -184,7 +185,7 @@ def _defaults(options: Mapping[str, object]) -> dict[str, object]:
     import torch
 
     on_cpu = options.get("device") == "cpu" or not torch.cuda.is_available()
-    return {"incremental_streaming_output": True, "log_level": "warning", **(ON_CPU if on_cpu else {})}
+    return {"incremental_streaming_output": True, "log_level": "warning", **ALL_TOKENS, **(ON_CPU if on_cpu else {})}
 
 
 def _translated(options: Mapping[str, object]) -> dict[str, object]:

@@ -28,7 +28,8 @@ from typing import Any
 import msgspec
 import torch
 
-from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
+from thaw.core.cache import TokenGroup
+from thaw.core.errors import Busy, InvalidRequest, NotKept, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, Caller
@@ -43,7 +44,7 @@ from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.sglang.scheduler.commands import RankCommands
 from thaw.engines.sglang.scheduler.content_ids import SlotContents, empty_chain, equal_length
-from thaw.engines.sglang.scheduler.kv_pool import KVPool
+from thaw.engines.sglang.scheduler.kv_pool import StripPool
 from thaw.engines.sglang.scheduler.pins import RadixPins, unbound
 from thaw.engines.sglang.scheduler.rank_consensus import Due, RankConsensus
 from thaw.engines.sglang.scheduler.records import RankRecord, RankRequest
@@ -60,7 +61,7 @@ packs wait for their turn."""
 
 class RankSide:
     def __init__(
-        self, pools: Sequence[KVPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mailbox,
+        self, pools: Sequence[StripPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mailbox,
         weights: WeightsSample | None, agreement: RankConsensus,
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
@@ -82,6 +83,7 @@ class RankSide:
             sys.setswitchinterval(SWITCH_S)
         self._pools = tuple(pools)
         """One for each strip of the arena's pieces."""
+        self._windows = groups.windows()
         self._swept = time.monotonic()
         self.row: Callable[[Any, int], torch.Tensor] = unbound
         """Slots of a request's first tokens."""
@@ -132,6 +134,7 @@ class RankSide:
         def look() -> int:
             require_usable(source, epoch)
             ready = min(want, self.catch_up(source, want))
+            require_kept(source.kept, self._windows, ready)
             same = common_prefix(source.tokens[:ready], tokens)
             if same < ready:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {ready}")
@@ -188,8 +191,11 @@ class RankSide:
 
         def write() -> None:
             for strip, pool in enumerate(self._pools):
-                for a, b, view in record.kept.spans(strip, start, stop):
+                there = record.kept.spans(strip, start, stop)
+                for a, b, view in there:
                     pool.write(slots[a - start : b - start], view)
+                for a, b in gaps(start, stop, [(a, b) for a, b, _ in there]):
+                    pool.clear(slots[a - start : b - start])
 
         try:
             self.agreement.together(write)
@@ -342,3 +348,23 @@ class RankSide:
         if now - self._swept > MAIL_SWEEP_S and not self.facts.rank:
             self._swept = now
             guarded(self.mail.sweep, unheard)
+
+
+def gaps(start: int, stop: int, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of tokens [start, stop) is in none of the runs, which are in order and apart from one another."""
+    out, at = [], start
+    for a, b in runs:
+        out.append((at, a))
+        at = b
+    return [(a, b) for a, b in [*out, (at, stop)] if a < b]
+
+
+def require_kept(kept: HostRecord, windows: Sequence[tuple[int, TokenGroup]], num_kv: int) -> None:
+    """Raise `NotKept` unless the record has, of each strip with a window, what goes on after `num_kv` tokens."""
+    for strip, group in windows:
+        needed = group.covers(num_kv)
+        if needed and kept.first(strip, num_kv) > needed.start:
+            raise NotKept(
+                f"cache group {group.name} is not kept at token {needed.start}, which the session needs to go on after "
+                f"{num_kv} tokens: it was stored further on; go on from the end of the session"
+            )
