@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thaw.core.errors import InvalidRequest, Unsupported
+from thaw.core.errors import InvalidRequest, ThawError, Unsupported
 from thaw.engines.hf.beside import is_there, read_object
 
 _NOT_FUNCTION = frozenset(
@@ -56,6 +56,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 """What configs call the number of their positions; the first one there counts."""
 STRETCHED = ("yarn", "linear")
 """Ropes whose `factor` says by how much positions are stretched, beyond what the model was trained with."""
+WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Layer types that keep their last tokens alone, and the field that says how many a token attends to."""
 GENERATION = "generation_config.json"
 ATTENTION = "eager"
 """Where a model is only looked at: every class has it, and a config may ask for one that is not installed."""
@@ -173,6 +175,44 @@ def _with_floats(value: Any) -> Any:
             return float(value["__float__"])
         return {name: _with_floats(one) for name, one in value.items()}
     return [_with_floats(one) for one in value] if isinstance(value, list) else value
+
+
+def windows(config: Mapping[str, Any]) -> dict[str, int]:
+    """Of a text config as transformers completes it, the fields by which some of its layers have a window, and how many
+    tokens a token attends to there."""
+    kinds = config.get("layer_types") or ()
+    return {field: config[field] for kind, field in WINDOWED.items() if kind in kinds and config.get(field)}
+
+
+def may_have_windows(model: str) -> bool:
+    """Whether the config.json of a folder, or of a hub id that was fetched before, says that layers have windows. False
+    where there is none that can be read."""
+    path = _config_file(model)
+    try:
+        config = read_object(path) if path is not None else {}
+        inner = config.get("text_config")
+        if not any(isinstance(part, Mapping) and set(WINDOWED.values()) & part.keys() for part in (config, inner)):
+            return False
+        whole = resolved(config)
+    except (OSError, ThawError, *nonsense(ValueError)):  # the engine says what is wrong with it
+        return False
+    text = whole.get("text_config")
+    return bool(windows(text if isinstance(text, Mapping) else whole))
+
+
+def _config_file(model: str) -> Path | None:
+    if Path(model).is_dir():
+        return Path(model, "config.json")
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def overridden(config: Any, names: Iterable[str]) -> dict[str, Any]:

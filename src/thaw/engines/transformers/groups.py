@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from thaw.core.cache import DTYPE_BYTES, CacheGroup, FullKV, LatentKV, PointState, SlidingKV, StatePart, layers_of
-from thaw.engines.hf.config import MAX_LAYERS
+from thaw.engines.hf.config import MAX_LAYERS, WINDOWED
 from thaw.engines.transformers import recurrent
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -18,8 +18,6 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_hea
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "dim_head")
 """What configs call these numbers."""
-WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Layer types that keep their last tokens alone, and the field that says how many a token attends to."""
 NOTHING = ("moe", "mlp")
 """Layer types without attention."""
 

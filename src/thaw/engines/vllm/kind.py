@@ -13,6 +13,7 @@ import msgspec
 from thaw.core.findings import Finding
 from thaw.data.files import write_atomic
 from thaw.engines.base import Engine
+from thaw.engines.hf.config import may_have_windows
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.kind import ConfigFile, EngineKind, Server, Settings, Start, Wanted, called, refuse_options
 from thaw.engines.served import protocol
@@ -35,7 +36,7 @@ class VllmServer(Server):
         told = Settings(stores=wanted.stores, arena_nbytes=wanted.arena_nbytes)
         own = _settings(told)
         config = wanted.folder / CONFIG
-        write_atomic(config, settings.config_file(own).encode())
+        write_atomic(config, settings.config_file(own, windows=may_have_windows(wanted.model)).encode())
         line = settings.server_command(wanted.model, config, wanted.port, python=wanted.python)
         return Start([*line, "--host", wanted.host, *wanted.arguments], mail=own.mail, config=str(config))
 

@@ -30,6 +30,8 @@ CONNECTOR_MODULE = "thaw.engines.vllm.connector"
 MULTI = "MultiConnector"
 LOGITS_PROCESSOR = "thaw.engines.vllm.sampling:ThawSampling"
 REFUSALS = "thaw.engines.vllm.refusals.Refusals"
+KEEPS_WINDOWS = "disable_hybrid_kv_cache_manager"
+"""vLLM's argument by which it keeps the KV of every token in layers with a window."""
 KEY = "thaw"
 KEY_VARIABLE = "VLLM_API_KEY"
 """Where the server looks for its API key."""
@@ -139,14 +141,17 @@ def server_args(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[st
     return {**engine_args(settings, others), **more}
 
 
-def config_file(settings: VllmSettings, others: Sequence[Other] = ()) -> str:
-    """The text of a file for the server's `--config` (its name must end with .yaml). Settles the mail folder."""
+def config_file(settings: VllmSettings, others: Sequence[Other] = (), *, windows: bool = False) -> str:
+    """The text of a file for the server's `--config` (its name must end with .yaml), for a model with `windows` or
+    without. Settles the mail folder."""
     head = (
         "# thaw inside a stock vLLM server: vllm serve MODEL --config THIS_FILE\n"
         "# Written by `thaw engine config vllm`. What the command line says goes before what this file says.\n"
         "# Beside another connector: `thaw engine config vllm --beside NAME`.\n"
+        f"# A model with sliding windows (gpt-oss, Gemma 3) needs one line more: {KEEPS_WINDOWS.replace('_', '-')}: true\n"
     )
-    arguments = {name.replace("_", "-"): value for name, value in server_args(settled(settings), others).items()}
+    wanted = {**server_args(settled(settings), others), **({KEEPS_WINDOWS: True} if windows else {})}
+    arguments = {name.replace("_", "-"): value for name, value in wanted.items()}
     return head + "\n".join(_yaml(arguments)) + "\n"
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from thaw.core.errors import InvalidRequest, Unsupported
-from thaw.engines.hf.config import overridden
+from thaw.engines.hf.config import overridden, windows
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
-from thaw.engines.vllm.settings import LOGITS_PROCESSOR
+from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR
 
 CPU_BLOCKS = 32
 ONE = "a session is one sequence; fork it and send a request for each child"
@@ -35,9 +35,8 @@ OF_LATENTS = (
 
 SUPPORTED = "full attention, windows beside layers of full attention, and latents are supported"
 FREED = (
-    "vLLM's hybrid KV cache manager lets go of the KV that has left them, so that no session could be forked or captured "
-    "where it was; start vLLM with --disable-hybrid-kv-cache-manager (disable_hybrid_kv_cache_manager=True), as thaw's "
-    "own boots do: it then keeps the KV of every token in these layers too"
+    "vLLM's hybrid KV cache manager lets go of KV that has left a window while its session still runs; start vLLM with "
+    f"--{KEEPS_WINDOWS.replace('_', '-')} ({KEEPS_WINDOWS}=True), as thaw's own boots do: it then keeps every token's"
 )
 
 
@@ -54,9 +53,9 @@ def require(config: Any, kv_cache_config: Any) -> None:
     _require_transfer(versions.whole(config).kv_transfer_config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        windows = sorted({window for group in groups if (window := window_of(group.kv_cache_spec)) is not None})
-        if windows:
-            raise Unsupported(f"windows of {', '.join(map(str, windows))} tokens: {FREED}")
+        sizes = sorted({window for group in groups if (window := window_of(group.kv_cache_spec)) is not None})
+        if sizes:
+            raise Unsupported(f"windows of {', '.join(map(str, sizes))} tokens: {FREED}")
         raise Unsupported(f"this model has {len(groups)} kinds of KV cache (hybrid); only one is supported")
     spec = groups[0].kv_cache_spec
     if type(spec).__name__ not in SPECS:
@@ -114,8 +113,6 @@ def require_one_rank(parallel: Any) -> None:
 
 ATTENTIONS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 """What a model's config calls layers that keep KV."""
-WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Those that look at their last tokens alone, and the field that says how many."""
 
 
 def _require_attention(config: Any) -> None:
@@ -133,9 +130,9 @@ def _require_attention(config: Any) -> None:
             f"sliding_window={cache.sliding_window} in every layer: vLLM lets go of the KV that has left it, whatever it "
             f"is told; {SUPPORTED}"
         )
-    windows = [layer for layer in WINDOWED if layer in layers and getattr(model.hf_text_config, WINDOWED[layer], None)]
-    if windows and not getattr(config.scheduler_config, "disable_hybrid_kv_cache_manager", False):
-        sizes = ", ".join(f"{WINDOWED[layer]}={getattr(model.hf_text_config, WINDOWED[layer])}" for layer in windows)
+    found = windows(vars(model.hf_text_config))
+    if found and not getattr(config.scheduler_config, KEEPS_WINDOWS, False):
+        sizes = ", ".join(f"{field}={window}" for field, window in found.items())
         raise Unsupported(f"{sizes}: {FREED}")
 
 

@@ -15,8 +15,9 @@ from thaw.engines.served import protocol
 from thaw.engines.served.client.channel import EngineChannel, refusal
 from thaw.engines.served.client.generation import Generation
 from thaw.engines.served.client.model import ServedModel
-from thaw.engines.served.client.session import Node, ServedSession, new_session
+from thaw.engines.served.client.session import Node, ServedSession, lineage_salt, new_session
 from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.late_groups import late_groups
 
 
 async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, generation: Generation) -> ServedSession:
@@ -32,6 +33,9 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
         return await _recompute(plan, str(refused), model, generation)
     model.check_tokens(0, plan.tokens, 0)
     session = _restored(plan, model.policy)
+    session.late = late_groups(plan, model.info.groups)
+    if session.late:  # its first blocks are no use to others, also where it shares its prefix with all
+        session.cache_salt = lineage_salt()
     proof = await _fill(session, plan, talk, model) if plan.num_kv else None
     session.proof = proof or _nothing_to_restore(plan, model.info.continuation)
     if session.policy != model.policy:

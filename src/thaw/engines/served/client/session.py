@@ -12,6 +12,7 @@ from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
 from thaw.engines.base import Codec, SessionRef, SessionView
 from thaw.engines.served import protocol
+from thaw.engines.served.late_groups import LateGroup, require_kept
 from thaw.engines.session.turns import OpenTurn
 from thaw.engines.text import cut_turns
 
@@ -31,7 +32,7 @@ class Node:
 @dataclass
 class ServedSession:
     """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it. `busy`: its way through the
-    request that runs now."""
+    request that runs now. `late`: the groups of which earlier tokens are not there."""
 
     ref: SessionRef
     seed: int
@@ -48,6 +49,7 @@ class ServedSession:
     proof: Proof | None = None
     busy: ActiveRequest | None = None
     parked: bool = False
+    late: tuple[LateGroup, ...] = ()
 
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)
@@ -71,6 +73,11 @@ class ServedSession:
         )
 
 
+def lineage_salt() -> str:
+    """Of a new lineage: no other finds its blocks."""
+    return f"{protocol.SALT}{secrets.token_hex(16)}"
+
+
 def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) -> ServedSession:
     own = secrets.token_hex(16)
     return ServedSession(
@@ -84,20 +91,25 @@ def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) ->
 
 
 def forked(parent: ServedSession, at: int, codec: Codec, continuation: Continuation) -> ServedSession:
-    """A child that goes on from the parent's first `at` tokens, on the parent's record and with its seed."""
+    """A child that goes on from the parent's first `at` tokens, on the parent's record and with its seed. Raises
+    `NotKept`."""
     computed = parent.computed()
     num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))
+    require_kept(parent.late, num_kv)
+    # Blocks of a lineage are found by its salt; where it has not all groups of the first ones, nobody reads them anew.
+    apart = parent.late and not num_kv
     return ServedSession(
         ref=SessionRef(secrets.token_hex(16)),
         seed=parent.seed,
         salt=parent.salt,
         share_prefix=parent.share_prefix,
         policy=parent.policy,
-        cache_salt=parent.cache_salt,
+        cache_salt=lineage_salt() if apart else parent.cache_salt,
         node=parent.node if num_kv else None,
         num_kv=num_kv,
         tokens=parent.tokens[:at],
         turns=list(cut_turns(parent.all_turns(), parent.tokens, at, codec)),
+        late=parent.late if num_kv else (),
         proof=Proof(
             num_prompt_tokens=at,
             num_cached_tokens=num_kv,

@@ -106,7 +106,7 @@ class PackIO:
         when this returns."""
         started = time.perf_counter()
         record.wait(base, num_kv)
-        made = [part for a, b in windows(base, num_kv) for part in self._segment(record, a, b)]
+        made = [part for a, b in windows(base, num_kv) for part in self._segment(record, a, b, num_kv)]
         result = write_pack(Mounted(self._mail.mount(store)), pack, [item for _, item in made]) if made else None
         found = result.blobs if result is not None else ()
         blobs = tuple(
@@ -119,13 +119,17 @@ class PackIO:
             packs={result.name: result.nbytes} if result is not None else {},
         )  # fmt: skip
 
-    def _segment(self, record: HostRecord, start: int, stop: int) -> list[tuple[Callable[..., Blob], PackItem]]:
-        """What this rank writes of tokens [start, stop) and of the states after tokens of (start, stop]: each blob as
-        it is to be told, and its bytes."""
+    def _segment(
+        self, record: HostRecord, start: int, stop: int, end: int
+    ) -> list[tuple[Callable[..., Blob], PackItem]]:
+        """What this rank writes of tokens [start, stop) and of the states after tokens of (start, stop], in a snapshot
+        that ends after `end` tokens: each blob as it is to be told, and its bytes."""
         out: list[tuple[Callable[..., Blob], PackItem]] = []
         told = partial(Blob, start=start, length=stop - start)
         for group in self._token_groups:
-            first = max(start, record.first(self._groups.strips_of(group)[0], stop))
+            # Of a window only what goes on from the end needs, or from one token earlier: the last one runs again.
+            there = record.first(self._groups.strips_of(group)[0], stop)
+            first = max(start, there, group.covers(end - 1).start)
             if first < stop:
                 of_group = partial(told, group=group.name, first=first)
                 out += [

@@ -7,7 +7,7 @@ from typing import Any
 
 from thaw.core.errors import EngineDied, InvalidRequest, ThawError, Unsupported
 from thaw.engines.base import Engine
-from thaw.engines.hf.config import check_length, load_config, num_positions
+from thaw.engines.hf.config import check_length, load_config, num_positions, windows
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.client.attach import join
 from thaw.engines.served.client.engine import MAX_TOP_LOGPROBS
@@ -16,7 +16,7 @@ from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.client.fleet import DataParallelEngine
 from thaw.engines.vllm.client.http import VllmHttpTransport
-from thaw.engines.vllm.settings import KEY_VARIABLE, Other, VllmSettings, engine_args, settled
+from thaw.engines.vllm.settings import KEEPS_WINDOWS, KEY_VARIABLE, Other, VllmSettings, engine_args, settled
 
 
 def boot(
@@ -38,7 +38,7 @@ def boot(
     folder = local_folder(model)
     if folder is not None:
         require_files(folder)  # vLLM reads them in its own way before it says what config it runs
-    arguments |= _length(model, options)
+    arguments |= _length(model, options) | _windows(model, options)
 
     async def start() -> Transport:
         try:
@@ -71,6 +71,18 @@ def _length(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     check_length(config, wanted)
     limit = num_positions(config)
     return {"hf_overrides": {**overrides, support.ALLOWED: limit}} if limit is not None else {}
+
+
+def _windows(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes vLLM keep the KV that has left a window. An owner's own word goes before it."""
+    overrides = options.get("hf_overrides") or {}
+    if KEEPS_WINDOWS in options or not isinstance(overrides, Mapping):
+        return {}
+    try:
+        config = load_config(model, overrides).get_text_config().to_dict()
+    except (OSError, ValueError, ThawError):  # vLLM, or what looks at its config, says what is wrong with it
+        return {}
+    return {KEEPS_WINDOWS: True} if windows(config) else {}
 
 
 def attach(target: Any, *, policy: str, api_key: str | None = None) -> Engine:

@@ -14,6 +14,7 @@ import msgspec
 from thaw.core.errors import Busy, InvalidRequest, ThawError, TimedOut, TooLong
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
+from thaw.engines.served.late_groups import late_groups
 from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, merge
 from thaw.engines.vllm import jobs
@@ -154,9 +155,8 @@ class SchedulerCommands:
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
         chain = [side.contents.fresh() for _ in range(plan.num_kv // side.facts.block_size)]
-        side.records.keep(
-            message.record, SchedulerRecord(list(plan.tokens[: plan.num_kv]), plan.num_kv, chain, caller=caller)
-        )
+        tokens, late = list(plan.tokens[: plan.num_kv]), late_groups(plan, plan.identity.groups)
+        side.records.keep(message.record, SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late))
         side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
         side.counters["hydrates"] += 1
 

@@ -24,6 +24,7 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
+from thaw.engines.served.late_groups import require_kept
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.scheduler.records import Records
@@ -120,15 +121,17 @@ class SchedulerSide:
             same = common_prefix(source.tokens[:want], tokens)
             if same < want:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {want}")
+        late = source.late if source is not None else ()
+        require_kept(late, min(want, request.num_tokens - 1))
         chain = source.chain[: want // self._block_size] if source is not None else []
         self.queue.append(jobs.Derive(message.record, message.source, want, caller))
-        self.records.keep(message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller))
+        self.records.keep(message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late))
         salted = (request.cache_salt or "").startswith(protocol.SALT)
         self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
         if message.group is not None:
             self._groups.join(message.group, message.group_size, message.group_place, request.request_id)
-        if self.contents.hits_foreign(request, chain):
-            give_own_salt(request)
+        if self.contents.hits_foreign(request, chain) or (late and not salted):
+            give_own_salt(request)  # of blocks without the first tokens of a window nobody else may read
         self.counters["forks"] += message.source not in (None, message.record)
 
     def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
