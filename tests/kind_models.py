@@ -83,6 +83,16 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
     },
+    "minicpm3": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
+        "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16, "scale_emb": 1,
+        "scale_depth": 1.0, "dim_model_base": 64,
+    },
+    "mellum": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    },
     "lfm3": {
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "conv_L_cache": 3,
         "layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": WINDOW,

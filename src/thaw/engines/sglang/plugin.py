@@ -82,8 +82,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator
     runner = context.tp_worker.model_runner
-    modules = tuple(runner.model.modules())
-    groups, pools = cache_layers(allocator.get_kvcache(), modules, model.get_total_num_kv_heads())
+    modules, config = tuple(runner.model.modules()), model.hf_text_config.to_dict()
+    groups, pools = cache_layers(allocator.get_kvcache(), modules, config, model.get_total_num_kv_heads())
     require_windows(groups, support.attention_backends(context.server_args))
     agreement = RankConsensus(context.tp_group.cpu_group, rank, size) if size > 1 else RankConsensus()
     folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{agreement.of_first(os.getpid())}")

@@ -18,16 +18,15 @@ WINDOWS = ("torch_native", "triton", "fa3", "flashinfer")
 
 
 def cache_layers(
-    pool: Any, modules: Sequence[Any], num_kv_heads: int
+    pool: Any, modules: Sequence[Any], config: Mapping[str, Any], num_kv_heads: int
 ) -> tuple[tuple[TokenGroup, ...], tuple[StripPool, ...]]:
-    """The cache groups of a model with so many KV heads in all, and the part of the pool that is each group's. `modules`
-    are those of the model that runs. Raises `Unsupported`."""
-    num_layers = pool.layer_num
+    """The cache groups of a model with so many KV heads in all, and the part of the pool that is each group's.
+    `modules` are those of the model that runs, `config` is the text model's. Raises `Unsupported`."""
     windows = {} if is_latent(pool) else _windows(modules)
     members: dict[int | None, list[int]] = {}
-    for layer in range(num_layers):
+    for layer in range(pool.layer_num):
         members.setdefault(windows.get(layer), []).append(layer)
-    pools = tuple(strip_pool(pool, layers) for layers in members.values())
+    pools = tuple(strip_pool(pool, layers, config) for layers in members.values())
     groups = zip(_names(members), members.items(), pools, strict=True)
     return tuple(_group(pool, name, w, layers, own, num_kv_heads) for name, (w, layers), own in groups), pools
 

@@ -11,12 +11,13 @@ is the groups' business (`cache_layers`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from thaw.core.errors import Unsupported
+from thaw.engines.hf.latents import num_halved
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -95,24 +96,34 @@ class KVPool(StripPool):
 
 
 class LatentPool(StripPool):
-    """One plane a layer: the compressed KV, then the roped part of the key. Every rank has all of it."""
+    """One plane a layer; every rank has all of it. The order of a latent's numbers, and `num_halved`: `hf.latents`;
+    SGLang has pairs."""
+
+    def __init__(self, latents: Sequence[torch.Tensor], num_halved: int) -> None:
+        super().__init__(latents)
+        self._roped = self.width - num_halved
 
     def _gather(self, slots: torch.Tensor, out: torch.Tensor) -> None:
         for layer, latents in enumerate(self._buffers):
             out[:, layer, 0] = latents[slots].transpose(0, 1)
+        roped = out[..., self._roped :]
+        roped.copy_(torch.cat([roped[..., 0::2], roped[..., 1::2]], dim=-1))
 
     def _scatter(self, slots: torch.Tensor, source: torch.Tensor) -> None:
+        roped = torch.stack(source[..., self._roped :].chunk(2, dim=-1), dim=-1).flatten(-2)
+        source = torch.cat([source[..., : self._roped], roped], dim=-1)
         for layer, latents in enumerate(self._buffers):
             latents[slots] = source[:, layer, 0].transpose(0, 1)
 
 
-def strip_pool(pool: Any, layers: Sequence[int]) -> StripPool:
-    """These layers of SGLang's pool. Raises `Unsupported` for a pool whose KV is not read."""
+def strip_pool(pool: Any, layers: Sequence[int], config: Mapping[str, Any]) -> StripPool:
+    """These layers of SGLang's pool. `config`: of the text model. Raises `Unsupported` for a pool whose KV is not
+    read."""
     reason = refusal(pool)
     if reason is not None:
         raise Unsupported(f"SGLang's KV pool {type(pool).__name__}: {reason}")
     if is_latent(pool):
-        return LatentPool([pool.kv_buffer[layer] for layer in layers])
+        return LatentPool([pool.kv_buffer[layer] for layer in layers], num_halved(config))
     return KVPool([pool.k_buffer[layer] for layer in layers], [pool.v_buffer[layer] for layer in layers])
 
 

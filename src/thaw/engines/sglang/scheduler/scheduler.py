@@ -28,12 +28,12 @@ from typing import Any
 import msgspec
 import torch
 
-from thaw.core.cache import TokenGroup
-from thaw.core.errors import Busy, InvalidRequest, NotKept, ThawError, Unsupported
+from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
+from thaw.engines.served.late_groups import LateGroup, require_kept
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
 from thaw.engines.served.sampling_extra import SamplingExtra
@@ -61,8 +61,8 @@ packs wait for their turn."""
 
 class RankSide:
     def __init__(
-        self, pools: Sequence[StripPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mailbox,
-        weights: WeightsSample | None, agreement: RankConsensus,
+        self, pools: Sequence[StripPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings,
+        mail: Mailbox, weights: WeightsSample | None, agreement: RankConsensus,
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
         self.on = settings.enabled
@@ -134,13 +134,18 @@ class RankSide:
         def look() -> int:
             require_usable(source, epoch)
             ready = min(want, self.catch_up(source, want))
-            require_kept(source.kept, self._windows, ready)
+            require_kept(self._late(source), ready)
             same = common_prefix(source.tokens[:ready], tokens)
             if same < ready:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {ready}")
             return ready
 
         return self.agreement.least(self.agreement.together(look))
+
+    def _late(self, record: RankRecord) -> list[LateGroup]:
+        """Its groups with a window of which earlier tokens are not there."""
+        found = [(group, record.kept.first(strip, record.num_kv)) for strip, group in self._windows]
+        return [LateGroup(group, first) for group, first in found if first]
 
     def _source(self, message: protocol.Run) -> RankRecord | None:
         own = self.records.get(message.record)
@@ -357,14 +362,3 @@ def gaps(start: int, stop: int, runs: Iterable[tuple[int, int]]) -> list[tuple[i
         out.append((at, a))
         at = b
     return [(a, b) for a, b in [*out, (at, stop)] if a < b]
-
-
-def require_kept(kept: HostRecord, windows: Sequence[tuple[int, TokenGroup]], num_kv: int) -> None:
-    """Raise `NotKept` unless the record has, of each strip with a window, what goes on after `num_kv` tokens."""
-    for strip, group in windows:
-        needed = group.covers(num_kv)
-        if needed and kept.first(strip, num_kv) > needed.start:
-            raise NotKept(
-                f"cache group {group.name} is not kept at token {needed.start}, which the session needs to go on after "
-                f"{num_kv} tokens: it was stored further on; go on from the end of the session"
-            )
