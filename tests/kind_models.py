@@ -93,6 +93,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     },
+    "olmo3": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "lfm3": {
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "conv_L_cache": 3,
         "layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": WINDOW,

@@ -12,7 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from thaw.core.errors import InvalidRequest, Unsupported
-from thaw.engines.vllm import settings, versions
+from thaw.engines.served.settings import settled
+from thaw.engines.vllm import settings, support, versions
+from thaw.engines.vllm.kind import KIND
 from thaw.engines.vllm.settings import VllmSettings
 
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -92,7 +94,7 @@ def test_the_file_names_a_mail_folder_and_no_two_files_the_same() -> None:
     first, second = (yaml.safe_load(settings.config_file(VllmSettings())) for _ in range(2))
     mails = [said["kv-transfer-config"]["kv_connector_extra_config"]["thaw"]["mail"] for said in (first, second)]
     assert all(mails) and mails[0] != mails[1]
-    assert settings.settled(VllmSettings(mail="/here")).mail == "/here"
+    assert settled(VllmSettings(mail="/here")).mail == "/here"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,10 @@ def test_a_wrong_option_is_refused_by_name(said: object, named: str) -> None:
 
 def test_without_options_the_defaults_hold() -> None:
     assert settings.from_extra_config({}) == settings.from_extra_config({"thaw": {}}) == VllmSettings()
+
+
+def test_sessions_of_a_stored_model_may_be_captured() -> None:
+    assert KIND.stored["load_format"] in support.LOADED_FROM_FILES
 
 
 def test_writing_the_file_loads_neither_vllm_nor_torch() -> None:

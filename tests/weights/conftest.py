@@ -26,6 +26,13 @@ def book(store: Store) -> WeightsBook:
 
 
 @pytest.fixture
+def book_of_base(book: WeightsBook, tiny_model: Callable[..., Path]) -> WeightsBook:
+    """With a model that every engine runs, as `base`."""
+    book.add(tiny_model("llama", dtype="bfloat16", head_dim=64), "base")
+    return book
+
+
+@pytest.fixture
 def repo(tmp_path: Path) -> Iterator[Repository]:
     with thaw.open(tmp_path / "repo", create=True) as made:
         yield made

@@ -37,14 +37,28 @@ def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(three_nodes: Loca
             session.close()
         reference = undisturbed(pool, points, BRANCHES, SAMPLED)
         soak = Soak()
+        received = Received()
         for number in range(ROUNDS):
             disturbed_round(three_nodes, pool, points, reference, draw, soak, number)
-        print(seed, dict(soak.counts))
+            received.look(pool)
+        print(seed, dict(soak.counts), received.by_daemon)
         assert soak.wrong == [], (seed, soak.wrong[:5])
         assert soak.counts["equal"] == BRANCHES * ROUNDS and soak.counts["answered twice"] == 0
         assert soak.counts["node"] + soak.counts["engine"] + soak.counts["raylet"] > 0
-        assert sum(one.received_nbytes for one in counts(pool).values()) > 0
+        assert sum(received.by_daemon.values()) > 0, "KV went from daemon to daemon, by their sockets"
         assert pool._backend.nodes.object_store_nbytes() == 0  # type: ignore[attr-defined]
+
+
+class Received:
+    """Bytes of KV that each daemon has received, by its pid. One that was killed takes its counts along, so they are
+    looked at after every round."""
+
+    def __init__(self) -> None:
+        self.by_daemon: dict[int, int] = {}
+
+    def look(self, pool: ForkPool) -> None:
+        with contextlib.suppress(thaw.ThawError):  # a daemon that was just killed
+            self.by_daemon.update({one.pid: one.received_nbytes for one in counts(pool).values()})
 
 
 def disturbed_round(

@@ -135,6 +135,9 @@ class EngineKind(abc.ABC):
     modest_environment: ClassVar[Mapping[str, str]] = {}
     """What keeps several of them on one machine from taking all of its memory."""
 
+    stored: ClassVar[Mapping[str, str]] = {}
+    """What it is told, by its own arguments' names, to load a model whose tensors lie in a store."""
+
     @abc.abstractmethod
     def load(self, **options: Any) -> Engine:
         """Boot one of this process's own. Raises `NotFound` where a package is missing."""

@@ -16,7 +16,7 @@ from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.kind import EngineKind, called
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from importlib.metadata import EntryPoint
 
     from thaw.engines.base import Engine
@@ -34,16 +34,11 @@ OWN = {
 }
 
 
-STORED: dict[str, dict[str, str]] = {"vllm": {"load_format": "thaw"}}
-"""What an engine is told, by its own argument's name, to load a model whose tensors lie in a store."""
-
-
-def stored_options(name: str, model: object) -> dict[str, str]:
+def stored_options(kind: EngineKind, model: object) -> Mapping[str, str]:
     """Options for an engine that loads `model`, where its tensors lie in a store (`thaw.engines.hf.stored`)."""
     from thaw.engines.hf.stored import is_stored
 
-    found = STORED.get(name, {})
-    return found if found and isinstance(model, str) and is_stored(Path(model)) else {}
+    return kind.stored if kind.stored and isinstance(model, str) and is_stored(Path(model)) else {}
 
 
 def available() -> dict[str, EntryPoint]:
@@ -105,7 +100,7 @@ def load_engine(name: str, **options: object) -> Engine:
     if "url" in given:
         engine = called(name, kind.attach, given.pop("url"), **given)
     else:
-        engine = called(name, kind.load, **{**stored_options(name, given.get("model")), **given})
+        engine = called(name, kind.load, **{**stored_options(kind, given.get("model")), **given})
     options.pop("api_key", None)  # never kept where the repository remembers its engine
     engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
     return engine

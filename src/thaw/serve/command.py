@@ -68,9 +68,9 @@ def require_keys(arguments: tuple[str, ...]) -> None:
 
 def with_stored(engine: str, model: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """The server's arguments, with what it must be told to load a model whose tensors lie in a store."""
-    from thaw.engines.registry import stored_options
+    from thaw.engines.registry import kind_of, stored_options
 
-    told = [f"--{name.replace('_', '-')}={value}" for name, value in stored_options(engine, model).items()]
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in stored_options(kind_of(engine), model).items()]
     given = {argument.partition("=")[0] for argument in arguments}
     return (*(one for one in told if one.partition("=")[0] not in given), *arguments)
 

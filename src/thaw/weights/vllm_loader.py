@@ -21,20 +21,17 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf import stored
 from thaw.engines.hf.checkpoint import require_whole
-from thaw.engines.vllm import support
+from thaw.engines.vllm.settings import STORED_FORMAT
 from thaw.weights.tensors import of_folder
 
-LOAD_FORMAT = "thaw"
 _registered: list[str] = []
 
 
 def register() -> None:
     """vLLM's entry point; it may call this several times in a process."""
     if not _registered:
-        register_model_loader(LOAD_FORMAT)(ThawModelLoader)
-        _registered.append(LOAD_FORMAT)
-        # What runs is what the folder's identity is of, so sessions of such a model may be captured.
-        vars(support)["LOADED_FROM_FILES"] = (*support.LOADED_FROM_FILES, LOAD_FORMAT)
+        register_model_loader(STORED_FORMAT)(ThawModelLoader)
+        _registered.append(STORED_FORMAT)
 
 
 def _is_elsewhere(name: str, local_experts: set[int] | None) -> bool:
@@ -76,7 +73,7 @@ def _folder(model_config: Any) -> Path:
     folder = Path(str(model_config.model))
     if not stored.is_stored(folder):
         raise InvalidRequest(
-            f"--load-format {LOAD_FORMAT} loads models that lie in a thaw repository, and {folder} is none: name the "
+            f"--load-format {STORED_FORMAT} loads models that lie in a thaw repository, and {folder} is none: name the "
             "folder that `repo.weights.model(NAME)` gives, or leave out --load-format"
         )
     return folder

@@ -13,7 +13,8 @@ import pytest
 import thaw
 import thaw.aio
 from thaw.core.errors import InvalidRequest
-from thaw.engines.vllm.settings import VllmSettings, engine_args, settled
+from thaw.engines.served.settings import settled
+from thaw.engines.vllm.settings import VllmSettings, engine_args
 from thaw.testing.laws.kit import greedy, ids, same
 
 pytest.importorskip("vllm")

@@ -25,8 +25,9 @@ vllm = pytest.importorskip("vllm")
 if tuple(int(part) for part in vllm.__version__.split(".")[:2]) < (0, 32):
     pytest.skip("older releases were not tried with two groups of one kind", allow_module_level=True)
 
+from thaw.engines.served.settings import settled  # noqa: E402
 from thaw.engines.vllm import support  # noqa: E402
-from thaw.engines.vllm.settings import VllmSettings, engine_args, settled  # noqa: E402
+from thaw.engines.vllm.settings import VllmSettings, engine_args  # noqa: E402
 
 
 def in_two(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,8 +14,9 @@ import pytest
 import thaw
 from thaw.core.errors import Busy, InvalidRequest
 from thaw.engines.base import Engine, SessionRef
+from thaw.engines.served.settings import settled
 from thaw.engines.vllm.scheduler.content_ids import BlockContents
-from thaw.engines.vllm.settings import VllmSettings, engine_args, settled
+from thaw.engines.vllm.settings import VllmSettings, engine_args
 from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import Lab, bits, every_knob, greedy, ids, same, seeded
 from thaw.testing.plans import mount_at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,6 @@ def test_a_folder_without_the_models_files_goes_on_bitwise(tmp_path: Path, tiny_
     goes_on_without_the_models_files(boot, tiny_model("llama", dtype="bfloat16", head_dim=64), tmp_path)
 
 
-@pytest.fixture
-def book(tmp_path: Path, tiny_model: Callable[..., Path]) -> Iterator[WeightsBook]:
-    with Store.init(tmp_path / "repo") as store:
-        made = WeightsBook(store)
-        made.add(tiny_model("llama", dtype="bfloat16", head_dim=64), "base")
-        yield made
-
-
 def words_of_failed_boot(model: Path) -> str:
     """The error, and the log of the server, which goes when it ends."""
     logs, end = [], client.OwnServer.end
@@ -59,15 +51,15 @@ def words_of_failed_boot(model: Path) -> str:
     return "\n".join([str(failed.value), *logs])
 
 
-def test_a_flipped_byte_in_a_pack_is_named(tmp_path: Path, book: WeightsBook) -> None:
-    blob = book.show("base").manifest.tensors[LAYER].blob
+def test_a_flipped_byte_in_a_pack_is_named(tmp_path: Path, book_of_base: WeightsBook) -> None:
+    blob = book_of_base.show("base").manifest.tensors[LAYER].blob
     assert blob is not None
-    model = book.model("base")
+    model = book_of_base.model("base")
     with Store.open(tmp_path / "repo") as store:
         flip(store, blob)
     assert f"tensor {LAYER}: pack" in words_of_failed_boot(model)
 
 
-def test_a_set_that_is_not_its_config_is_named(book: WeightsBook) -> None:
+def test_a_set_that_is_not_its_config_is_named(book_of_base: WeightsBook) -> None:
     for change, words in CHANGES.values():
-        assert re.search(words, words_of_failed_boot(forged(book, change)))
+        assert re.search(words, words_of_failed_boot(forged(book_of_base, change)))

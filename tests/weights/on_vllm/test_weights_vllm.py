@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,6 @@ def test_a_folder_without_the_models_files_goes_on_bitwise(tmp_path: Path, tiny_
     goes_on_without_the_models_files(boot, tiny_model("llama", dtype="bfloat16", head_dim=64), tmp_path)
 
 
-@pytest.fixture
-def book(tmp_path: Path, tiny_model: Callable[..., Path]) -> Iterator[WeightsBook]:
-    with Store.init(tmp_path / "repo") as store:
-        made = WeightsBook(store)
-        made.add(tiny_model("llama", dtype="bfloat16", head_dim=64), "base")
-        yield made
-
-
 def words_of_failed_boot(model: Path, capfd: pytest.CaptureFixture[str], **more: str) -> str:
     with pytest.raises(ThawError) as failed:
         boot(model, **more)
@@ -59,19 +51,19 @@ def words_of_failed_boot(model: Path, capfd: pytest.CaptureFixture[str], **more:
 
 
 def test_a_flipped_byte_in_a_pack_is_named(
-    tmp_path: Path, book: WeightsBook, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, book_of_base: WeightsBook, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    blob = book.show("base").manifest.tensors[LAYER].blob
+    blob = book_of_base.show("base").manifest.tensors[LAYER].blob
     assert blob is not None
-    model = book.model("base")
+    model = book_of_base.model("base")
     with Store.open(tmp_path / "repo") as store:
         flip(store, blob)
     assert f"tensor {LAYER}: pack" in words_of_failed_boot(model, capfd)
 
 
-def test_a_set_that_is_not_its_config_is_named(book: WeightsBook, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_set_that_is_not_its_config_is_named(book_of_base: WeightsBook, capfd: pytest.CaptureFixture[str]) -> None:
     for change, words in CHANGES.values():
-        assert re.search(words, words_of_failed_boot(forged(book, change), capfd))
+        assert re.search(words, words_of_failed_boot(forged(book_of_base, change), capfd))
 
 
 def test_the_loader_is_for_stored_models(tiny_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,7 @@ def may_have_windows(model: str) -> bool:
         if not any(isinstance(part, Mapping) and set(WINDOWED.values()) & part.keys() for part in (config, inner)):
             return False
         whole = resolved(config)
-    except (OSError, ThawError, *nonsense(ValueError)):  # the engine says what is wrong with it
+    except nonsense(OSError, ValueError, ThawError):  # the engine says what is wrong with it
         return False
     text = whole.get("text_config")
     return bool(windows(text if isinstance(text, Mapping) else whole))

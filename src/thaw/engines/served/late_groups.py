@@ -30,7 +30,7 @@ class LateGroup(NamedTuple):
 
 
 def late_groups(plan: HydratePlan, groups: Sequence[CacheGroup]) -> tuple[LateGroup, ...]:
-    """Those of a session that is hydrated from the plan. Raises `CorruptBlob` for a plan that is not of these groups."""
+    """Those of a session that is hydrated from the plan. Raises `CorruptBlob` where it is not of these groups."""
     windows = [group for group in token_groups(groups) if not keeps_all([group])] if plan.num_kv else []
     found = [(group, restoring.kept_from(restoring.runs(plan, group), plan.num_kv)) for group in windows]
     return tuple(LateGroup(group, first) for group, first in found if first)

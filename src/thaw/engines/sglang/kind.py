@@ -16,6 +16,7 @@ from thaw.engines.base import Engine
 from thaw.engines.keys import api_key as key_for
 from thaw.engines.kind import EngineKind, Server, Start, Wanted, called, refuse_options
 from thaw.engines.served.client import lookup
+from thaw.engines.served.settings import settled
 from thaw.engines.sglang import settings
 
 HAS_CUDA = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
@@ -32,7 +33,7 @@ class SglangServer(Server):
         own = msgspec.structs.replace(own, stores={**own.stores, **wanted.stores})
         if wanted.arena_nbytes is not None:
             own = msgspec.structs.replace(own, arena_nbytes=wanted.arena_nbytes)
-        own = settings.settled(own)
+        own = settled(own)
         on_cpu = _says_cpu(wanted.arguments) or not _has_cuda(wanted.python)
         line = settings.server_command(
             wanted.model, wanted.host, wanted.port, python=wanted.python, on_cpu=on_cpu, more=wanted.arguments

@@ -72,12 +72,12 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.served import protocol
     from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder, sweep_dead
     from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+    from thaw.engines.served.settings import MAX_LOGPROBS
     from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import support, versions
     from thaw.engines.sglang.scheduler.cache_layers import cache_layers, require_windows
     from thaw.engines.sglang.scheduler.rank_consensus import RankConsensus
     from thaw.engines.sglang.scheduler.scheduler import RankSide
-    from thaw.engines.sglang.settings import MAX_LOGPROBS
 
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator

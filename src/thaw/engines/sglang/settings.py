@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeAlias
 
 import msgspec
 
 from thaw.core.errors import InvalidRequest
-from thaw.engines.served.budget import Shares
-from thaw.engines.served.mailbox import default_folder
+from thaw.engines.served.settings import ServedSettings, changed
 
 BACKEND = "thaw"
 VARIABLE = "THAW_SGLANG"
@@ -29,8 +26,6 @@ REFUSED = "thaw: refused"
 place."""
 KEY_VARIABLE = "SGLANG_API_KEY"
 """Where the server looks for its API key."""
-MAX_LOGPROBS = 100
-"""What `Sampling.logprobs` may ask for."""
 ALL_TOKENS: Mapping[str, object] = {"disable_hybrid_swa_memory": True}
 """What an SGLang that thaw starts is told: layers with a window keep the KV of all tokens, in the pool of the others.
 Models without windows have no such pool anyway."""
@@ -51,43 +46,9 @@ CPU_ENVIRONMENT: Mapping[str, str] = {
 }
 """Likewise, in its environment."""
 
-NumBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
-Fraction: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
-
-class SglangSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The options. An unknown one is an error, and so is a value out of its range."""
-
-    mail: str = ""
-    """The folder through which client and engine leave each other files. Empty: one of this engine's own, below the
-    user's runtime folder."""
-    stores: dict[str, str] = {}
-    """By a store's UUID, its folder of packs: the engine may read and write these from its start. A client of the same
-    user adds its own."""
-    arena_nbytes: NumBytes = 4 << 30
-    """Host memory for the KV of sessions, of each rank. What is beyond it goes to `spill`."""
-    spill: str | None = None
-    """The folder of the file that holds what is beyond `arena_nbytes`. None: the system's temporary folder."""
-    spill_nbytes: NumBytes = 64 << 30
-    """How much that file may hold, of each rank."""
-    caller_fraction: Fraction = 1.0
-    """The part of `arena_nbytes`, of `spill_nbytes`, of the records and of the commands held at once that one client of
-    thaw's may have."""
-    guest_fraction: Fraction = 0.125
-    """The part that all those may have together who do not share the mail folder, but may send requests (they have the
-    server's API key, say)."""
-    session_ttl_s: Seconds = 86_400.0
-    """A session that nobody used for so long is forgotten."""
-    pin_fraction: Fraction = 0.25
-    """At most this part of the engine's tokens may be pinned."""
-    pin_seconds: Seconds = 600.0
-    """A pin ends by itself after so long."""
-    enabled: bool = True
-    """Off: the cache is SGLang's own, and thaw's requests are refused."""
-
-    def shares(self) -> Shares:
-        return Shares(self.caller_fraction, self.guest_fraction)
+class SglangSettings(ServedSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """SGLang's plug-in takes what all served engines do."""
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> SglangSettings:
@@ -99,19 +60,10 @@ def from_environment(environment: Mapping[str, str] | None = None) -> SglangSett
         raise InvalidRequest(f"{VARIABLE}: {error}") from None
 
 
-def settled(settings: SglangSettings) -> SglangSettings:
-    """`settings` with a mail folder of its own where none was named, so that all who read them use the same one."""
-    if settings.mail:
-        return settings
-    return msgspec.structs.replace(settings, mail=str(default_folder(secrets.token_hex(8))))
-
-
 def environment(settings: SglangSettings) -> dict[str, str]:
     """What a server's environment must say. Options at their default are left out."""
-    plain: dict[str, object] = msgspec.to_builtins(settings)
-    usual = msgspec.to_builtins(SglangSettings())
-    changed = {name: value for name, value in plain.items() if value != usual[name]}
-    return {VARIABLE: msgspec.json.encode(changed).decode()} if changed else {}
+    said = changed(settings)
+    return {VARIABLE: msgspec.json.encode(said).decode()} if said else {}
 
 
 def cpu_environment(ranks: int = 1) -> dict[str, str]:

@@ -16,9 +16,9 @@ import msgspec
 
 from thaw.core.cache import CacheGroup, is_plain, token_nbytes
 from thaw.core.errors import Unsupported
-from thaw.engines.hf.config import num_positions, ropes
+from thaw.engines.hf.config import WINDOWED, num_positions, ropes
 from thaw.engines.transformers import recurrent
-from thaw.engines.transformers.groups import KV, NOTHING, WINDOWED, Latent, groups, layers, shape, text_config
+from thaw.engines.transformers.groups import KV, NOTHING, Latent, groups, layers, shape, text_config
 
 TESTED = (
     "LlamaForCausalLM",

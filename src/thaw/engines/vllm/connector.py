@@ -101,7 +101,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler(self) -> SchedulerSide:
         config, groups = self._config, self._kv_cache_config.kv_cache_groups
         overrides = support.overrides(config.model_config)
-        require_whole(config.model_config.model, overrides)
+        with versions.built_plainly(config):
+            require_whole(config.model_config.model, overrides)
         self._mail.claim()
         self._mail.sweep()
         sweep_dead(_base_folder(config, self._settings))

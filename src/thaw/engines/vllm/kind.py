@@ -18,6 +18,7 @@ from thaw.engines.keys import api_key as key_for
 from thaw.engines.kind import ConfigFile, EngineKind, Server, Settings, Start, Wanted, called, refuse_options
 from thaw.engines.served import protocol
 from thaw.engines.served.client import lookup
+from thaw.engines.served.settings import settled
 from thaw.engines.vllm import settings
 
 CONFIG = "engine.yaml"
@@ -71,6 +72,7 @@ class Vllm(EngineKind):
     quiet: ClassVar[Mapping[str, str]] = {"VLLM_LOGGING_LEVEL": "ERROR"}
     modest: ClassVar[Mapping[str, object]] = {"enforce_eager": True, "disable_log_stats": True}
     modest_environment: ClassVar[Mapping[str, str]] = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    stored: ClassVar[Mapping[str, str]] = {"load_format": settings.STORED_FORMAT}
 
     def load(self, **options: Any) -> Engine:
         from thaw.engines.vllm import load
@@ -113,7 +115,7 @@ def _settings(told: Settings) -> settings.VllmSettings:
     own = settings.VllmSettings(stores=dict(told.stores), spill=told.spill, mail=told.mail or "")
     if told.arena_nbytes is not None:
         own = msgspec.structs.replace(own, arena_nbytes=told.arena_nbytes)
-    return settings.settled(own)
+    return settled(own)
 
 
 KIND = Vllm()

@@ -14,16 +14,14 @@ asks them in order, and the first one that has tokens loads them.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
 from thaw.core.errors import InvalidRequest
-from thaw.engines.served.budget import Shares
-from thaw.engines.served.mailbox import default_folder
+from thaw.engines.served.settings import MAX_LOGPROBS, NumBytes, ServedSettings, changed, settled
 
 CONNECTOR = "ThawConnector"
 CONNECTOR_MODULE = "thaw.engines.vllm.connector"
@@ -33,58 +31,26 @@ REFUSALS = "thaw.engines.vllm.refusals.Refusals"
 KEEPS_WINDOWS = "disable_hybrid_kv_cache_manager"
 """vLLM's argument by which it keeps the KV of every token in layers with a window."""
 KEY = "thaw"
+STORED_FORMAT = "thaw"
+"""The `load_format` that reads a model's tensors from a store (`thaw.weights.vllm_loader`)."""
 KEY_VARIABLE = "VLLM_API_KEY"
 """Where the server looks for its API key."""
-MAX_LOGPROBS = 100
-"""What `Sampling.logprobs` may ask for; vLLM's own limit is 20."""
 
 OTHERS_THAT_KEEP_SALT = frozenset(("OffloadingConnector", "SimpleCPUOffloadConnector"))
 """vLLM's own connectors that find KV by its salted block hashes, so that a session gets nothing but its lineage's."""
 
 Other: TypeAlias = "str | Mapping[str, object]"
 """A connector beside thaw: its name, or a mapping as vLLM's own kv_transfer_config takes it."""
-NumBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
-Fraction: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The options. An unknown one is an error, and so is a value out of its range."""
+class VllmSettings(ServedSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What vLLM's connector takes besides."""
 
-    mail: str = ""
-    """The folder through which client and engine leave each other files. Empty: one of this engine's own, below the
-    user's runtime folder."""
-    stores: dict[str, str] = {}
-    """By a store's UUID, its folder of packs: the engine may read and write these from its start. A client of the same
-    user adds its own."""
-    arena_nbytes: NumBytes = 4 << 30
-    """Host memory for the KV of sessions, of each worker. What is beyond it goes to `spill`."""
-    spill: str | None = None
-    """The folder of the file that holds what is beyond `arena_nbytes`. None: the system's temporary folder."""
-    spill_nbytes: NumBytes = 64 << 30
-    """How much that file may hold, of each worker."""
-    caller_fraction: Fraction = 1.0
-    """The part of `arena_nbytes`, of `spill_nbytes`, of the records and of the commands held at once that one client of
-    thaw's may have."""
-    guest_fraction: Fraction = 0.125
-    """The part that all those may have together who do not share the mail folder, but may send requests (they have the
-    server's API key, say)."""
     async_nbytes: NumBytes = 64 << 20
     """A load of more than this runs beside the steps of others; a smaller one inside a step."""
-    session_ttl_s: Seconds = 86_400.0
-    """A session that nobody used for so long is forgotten."""
-    pin_fraction: Fraction = 0.25
-    """At most this part of the engine's blocks may be pinned."""
-    pin_seconds: Seconds = 600.0
-    """A pin ends by itself after so long."""
-    enabled: bool = True
-    """Off: the connector is loaded and does nothing."""
     others_keep_salt: bool = False
     """What another connector of a `MultiConnector` loads for a session is found by vLLM's salted block hashes.
     Otherwise a session for which another one has loaded tokens is refused, unless it shares its prefix with all."""
-
-    def shares(self) -> Shares:
-        return Shares(self.caller_fraction, self.guest_fraction)
 
 
 def from_extra_config(extra: Mapping[str, object]) -> VllmSettings:
@@ -93,13 +59,6 @@ def from_extra_config(extra: Mapping[str, object]) -> VllmSettings:
         return msgspec.convert(extra.get(KEY) or {}, VllmSettings)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"kv_connector_extra_config[{KEY!r}]: {error}") from None
-
-
-def settled(settings: VllmSettings) -> VllmSettings:
-    """`settings` with a mail folder of its own where none was named, so that all who read them use the same one."""
-    if settings.mail:
-        return settings
-    return msgspec.structs.replace(settings, mail=str(default_folder(secrets.token_hex(8))))
 
 
 def kv_transfer_config(settings: VllmSettings, others: Sequence[Other] = ()) -> dict[str, object]:
@@ -114,7 +73,7 @@ def kv_transfer_config(settings: VllmSettings, others: Sequence[Other] = ()) -> 
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {KEY: _changed(settings)},
+        "kv_connector_extra_config": {KEY: changed(settings)},
     }
     if not beside:
         return own
@@ -148,7 +107,7 @@ def config_file(settings: VllmSettings, others: Sequence[Other] = (), *, windows
         "# thaw inside a stock vLLM server: vllm serve MODEL --config THIS_FILE\n"
         "# Written by `thaw engine config vllm`. What the command line says goes before what this file says.\n"
         "# Beside another connector: `thaw engine config vllm --beside NAME`.\n"
-        f"# A model with sliding windows (gpt-oss, Gemma 3) needs one line more: {KEEPS_WINDOWS.replace('_', '-')}: true\n"
+        f"# A model with sliding windows (gpt-oss, Gemma 3) also needs {KEEPS_WINDOWS.replace('_', '-')}: true\n"
     )
     wanted = {**server_args(settled(settings), others), **({KEEPS_WINDOWS: True} if windows else {})}
     arguments = {name.replace("_", "-"): value for name, value in wanted.items()}
@@ -160,13 +119,6 @@ def server_command(model: str, config: Path, port: int | None = None, *, python:
     address = ["--port", str(port)] if port is not None else []
     module = "vllm.entrypoints.openai.api_server"
     return [python, "-m", module, "--model", model, "--config", str(config), *address]
-
-
-def _changed(settings: VllmSettings) -> dict[str, object]:
-    """The options that differ from their defaults, as plain values."""
-    plain: dict[str, object] = msgspec.to_builtins(settings)
-    usual = msgspec.to_builtins(VllmSettings())
-    return {name: value for name, value in plain.items() if value != usual[name]}
 
 
 YAML_WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))

@@ -9,7 +9,7 @@ from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden, windows
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
-from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR
+from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR, STORED_FORMAT
 
 CPU_BLOCKS = 32
 ONE = "a session is one sequence; fork it and send a request for each child"
@@ -127,8 +127,8 @@ def _require_attention(config: Any) -> None:
         )
     if cache.sliding_window is not None:
         raise Unsupported(
-            f"sliding_window={cache.sliding_window} in every layer: vLLM lets go of the KV that has left it, whatever it "
-            f"is told; {SUPPORTED}"
+            f"sliding_window={cache.sliding_window} in every layer: vLLM always lets go of KV that has left it; "
+            f"{SUPPORTED}"
         )
     found = windows(vars(model.hf_text_config))
     if found and not getattr(config.scheduler_config, KEEPS_WINDOWS, False):
@@ -176,7 +176,7 @@ OTHER_LATENTS = {
 }
 """Fields of a config by which a model keeps more than one latent a token and layer."""
 
-LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", STORED_FORMAT)
 """Values of `load_format` that read the files which the identity is made of."""
 MISTRAL = "consolidated*.safetensors"
 """Files that vLLM takes before all others where `load_format` is auto."""

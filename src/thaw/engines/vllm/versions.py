@@ -8,7 +8,10 @@ Newer properties that the connector overrides (`requires_kv_delivery`, from 0.27
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from thaw.core.errors import Unsupported
@@ -58,6 +61,19 @@ def whole(config: Any) -> Any:
     from vllm.config.vllm import get_current_vllm_config_or_none
 
     return get_current_vllm_config_or_none() or config
+
+
+@contextmanager
+def built_plainly(config: Any) -> Iterator[None]:
+    """Here transformers' classes can be built, also where vLLM runs one of them itself (its transformers backend): it
+    decorates the class for the whole process, and asks for its own configuration whenever one is made."""
+    from vllm.config import CompilationMode, set_current_vllm_config
+
+    plain = copy.copy(config)
+    plain.compilation_config = copy.copy(config.compilation_config)
+    plain.compilation_config.mode = CompilationMode.NONE
+    with set_current_vllm_config(plain):
+        yield
 
 
 def data_parallel_rank(config: Any) -> int | None:

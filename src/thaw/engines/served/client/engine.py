@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from thaw.core.cache import CacheGroup
+from thaw.core.cache import CacheGroup, keeps_all
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
@@ -95,7 +95,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts),
+            capabilities=self.capabilities_of(facts) - (set() if keeps_all(worker.groups) else {"interior-points"}),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,

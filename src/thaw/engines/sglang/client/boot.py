@@ -28,6 +28,7 @@ from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.client.attach import join
 from thaw.engines.served.client.transport import Transport
 from thaw.engines.served.mailbox import Mailbox
+from thaw.engines.served.settings import settled
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.http import SglangHttpTransport
 from thaw.engines.sglang.settings import (
@@ -39,7 +40,6 @@ from thaw.engines.sglang.settings import (
     command_line,
     cpu_environment,
     environment,
-    settled,
 )
 
 BOOT_LIMIT_S = 600.0

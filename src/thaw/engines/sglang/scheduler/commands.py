@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import singledispatchmethod
 from typing import TYPE_CHECKING
 
 from thaw.core.errors import NotFound, TooLong
@@ -34,33 +35,39 @@ class RankCommands:
 
     def begin(self, message: protocol.Command) -> None:
         """Raises what refuses it, on all ranks alike."""
-        side = self._side
-        side.mail.require_granted(message)
+        self._side.mail.require_granted(message)
         caller = message.caller or GUEST
-        side.agreement.together(lambda: self._require_room(caller))
-        if isinstance(message, protocol.Fill):
-            self._fill(message)
-        elif isinstance(message, protocol.Write):
-            self._write(message)
-        elif isinstance(message, protocol.Pin):
-            side.say(message.id, self._pin(message))
-        elif isinstance(message, protocol.Look):
-            self._look(message)
-        elif isinstance(message, protocol.GetStats):
-            side.answer(message.id, Answer(counts=self._counts()))
-        elif isinstance(message, protocol.Unpin):
+        self._side.agreement.together(lambda: self._require_room(caller))
+        self._start(message)
+
+    @singledispatchmethod
+    def _start(self, message: protocol.Command) -> None:
+        """The table of commands: a handler is registered for each kind but `Hello`, which is answered before it comes
+        here."""
+        raise NotImplementedError(f"no rank knows how to start a command {type(message).__name__}")
+
+    @_start.register
+    def _get_stats(self, message: protocol.GetStats) -> None:
+        self._side.answer(message.id, Answer(counts=self._counts()))
+
+    @_start.register
+    def _unpin(self, message: protocol.Unpin) -> None:
+        self._side.pins.reset()
+        self._side.say(message.id, Answer())
+
+    @_start.register
+    def _switch(self, message: protocol.Switch) -> None:
+        side = self._side
+        side.on, side.epochs.watching = message.on, message.watch_weights
+        if not message.on:
             side.pins.reset()
-            side.say(message.id, Answer())
-        elif isinstance(message, protocol.Switch):
-            side.on, side.epochs.watching = message.on, message.watch_weights
-            if not message.on:
-                side.pins.reset()
-            side.answer(message.id, Answer())
+        side.answer(message.id, Answer())
 
     def _require_room(self, caller: Caller) -> None:
         with self._lock:
             self._budget.require(caller)
 
+    @_start.register
     def _fill(self, message: protocol.Fill) -> None:
         side = self._side
         caller = message.caller or GUEST
@@ -85,6 +92,7 @@ class RankCommands:
 
         self._in_thread(message, read)
 
+    @_start.register
     def _write(self, message: protocol.Write) -> None:
         side = self._side
         record = side.records.known(message.record)
@@ -118,7 +126,11 @@ class RankCommands:
 
         return side.agreement.least(side.agreement.together(look))
 
-    def _pin(self, message: protocol.Pin) -> Answer:
+    @_start.register
+    def _pin(self, message: protocol.Pin) -> None:
+        self._side.say(message.id, self._pinned(message))
+
+    def _pinned(self, message: protocol.Pin) -> Answer:
         side = self._side
         side.pins.unpin(message.record)
         if message.seconds == 0:
@@ -126,6 +138,7 @@ class RankCommands:
         num_tokens, seconds = side.pins.pin(message.record, side.records.known(message.record), message.seconds)
         return Answer(num_kv=num_tokens, seconds=seconds)
 
+    @_start.register
     def _look(self, message: protocol.Look) -> None:
         side = self._side
         epoch = side.epochs.now()

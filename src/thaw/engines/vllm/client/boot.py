@@ -12,11 +12,12 @@ from thaw.engines.keys import api_key as key_for
 from thaw.engines.served.client.attach import join
 from thaw.engines.served.client.engine import MAX_TOP_LOGPROBS
 from thaw.engines.served.client.transport import Transport
+from thaw.engines.served.settings import settled
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.client.fleet import DataParallelEngine
 from thaw.engines.vllm.client.http import VllmHttpTransport
-from thaw.engines.vllm.settings import KEEPS_WINDOWS, KEY_VARIABLE, Other, VllmSettings, engine_args, settled
+from thaw.engines.vllm.settings import KEEPS_WINDOWS, KEY_VARIABLE, Other, VllmSettings, engine_args
 
 
 def boot(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import singledispatchmethod
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -61,25 +62,36 @@ class SchedulerCommands:
     def begin(self, request: str, message: protocol.Command) -> None:
         """Raises what is to be answered; nothing is held where that is one too many."""
         self._hold(request, message)
-        side = self._side
-        if isinstance(message, protocol.Fill):
-            self._fill(message)
-        elif isinstance(message, protocol.Write):
-            self._write(message)
-        elif isinstance(message, protocol.Pin):
-            side.mail.answer(message.id, SCHEDULER, self._pin(message))
-        elif isinstance(message, protocol.Look):
-            side.queue.append(jobs.LookAtWeights(message.id, message.digest))
-        elif isinstance(message, protocol.GetStats):
-            side.queue.append(jobs.Count(message.id, self._counts()))
-        elif isinstance(message, protocol.Unpin):
-            side.reset()
-            side.mail.answer(message.id, SCHEDULER, Answer())
-        elif isinstance(message, protocol.Switch):
-            side.on = message.on
-            if not message.on:
-                side.reset()
-            side.queue.append(jobs.Watch(message.id, message.watch_weights))
+        self._start(message)
+
+    @singledispatchmethod
+    def _start(self, message: protocol.Command) -> None:
+        """The table of commands: a handler is registered for each kind."""
+        raise NotImplementedError(f"no scheduler knows how to start a command {type(message).__name__}")
+
+    @_start.register
+    def _hello(self, message: protocol.Hello) -> None:
+        """Nothing is to be done before its answer (`_reply`)."""
+
+    @_start.register
+    def _look(self, message: protocol.Look) -> None:
+        self._side.queue.append(jobs.LookAtWeights(message.id, message.digest))
+
+    @_start.register
+    def _get_stats(self, message: protocol.GetStats) -> None:
+        self._side.queue.append(jobs.Count(message.id, self._counts()))
+
+    @_start.register
+    def _unpin(self, message: protocol.Unpin) -> None:
+        self._side.reset()
+        self._side.mail.answer(message.id, SCHEDULER, Answer())
+
+    @_start.register
+    def _switch(self, message: protocol.Switch) -> None:
+        self._side.on = message.on
+        if not message.on:
+            self._side.reset()
+        self._side.queue.append(jobs.Watch(message.id, message.watch_weights))
 
     def _hold(self, request: str, message: protocol.Command) -> None:
         if self.holds(message.id):
@@ -147,6 +159,7 @@ class SchedulerCommands:
             **side.counts(),
         }
 
+    @_start.register
     def _fill(self, message: protocol.Fill) -> None:
         side = self._side
         caller = message.caller or GUEST
@@ -160,6 +173,7 @@ class SchedulerCommands:
         side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
         side.counters["hydrates"] += 1
 
+    @_start.register
     def _write(self, message: protocol.Write) -> None:
         side = self._side
         side.mail.mount(message.store)
@@ -171,7 +185,11 @@ class SchedulerCommands:
             jobs.WriteRecord(message.id, message.record, message.store, message.packs, message.base, num_kv, num_tokens)
         )
 
-    def _pin(self, message: protocol.Pin) -> Answer:
+    @_start.register
+    def _pin(self, message: protocol.Pin) -> None:
+        self._side.mail.answer(message.id, SCHEDULER, self._pinned(message))
+
+    def _pinned(self, message: protocol.Pin) -> Answer:
         side = self._side
         side.pins.unpin(message.record)
         if message.seconds == 0:

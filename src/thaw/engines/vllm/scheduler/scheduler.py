@@ -125,7 +125,9 @@ class SchedulerSide:
         require_kept(late, min(want, request.num_tokens - 1))
         chain = source.chain[: want // self._block_size] if source is not None else []
         self.queue.append(jobs.Derive(message.record, message.source, want, caller))
-        self.records.keep(message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late))
+        self.records.keep(
+            message.record, SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
+        )
         salted = (request.cache_salt or "").startswith(protocol.SALT)
         self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
         if message.group is not None:

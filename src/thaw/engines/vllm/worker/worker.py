@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, singledispatchmethod
 from pathlib import Path
+from typing import TypeAlias
 
 from thaw.core.errors import NotFound, NotKept, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.budget import GUEST, Caller, Room
@@ -30,6 +31,8 @@ from thaw.engines.vllm.worker.copier import make_copier
 from thaw.engines.vllm.worker.layout.base import KVLayout
 
 log = logging.getLogger("thaw.vllm")
+_Asked: TypeAlias = jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch
+"""Jobs that a client sent a command for."""
 
 
 class WorkerSide:
@@ -105,53 +108,55 @@ class WorkerSide:
 
     # -- jobs
 
+    @singledispatchmethod
     def _do(self, job: Job) -> None:
-        if isinstance(job, jobs.Derive):
-            self._derive(job)
-        elif isinstance(job, jobs.Sync):
-            self._sync(job)
-        elif isinstance(job, jobs.Load):
-            self._load(job)
-        elif isinstance(job, jobs.CheckRecord):
-            self._require_windows(self._usable(job.record), job.num_kv)
-        elif isinstance(job, jobs.Fail):
-            self._fail(job.request, job.tables, background=job.background)
-        elif isinstance(job, jobs.ReadPlan):
-            with self._lock:
-                self._reading.add(job.record)
-            self._in_thread(job, partial(self._read, job, self._now()))
-        elif isinstance(job, jobs.WriteRecord):
-            # Cut now: while the thread writes, later steps put a longer record in this one's place.
-            self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
-        elif isinstance(job, jobs.LookAtWeights):
-            self._look(job)
-        elif isinstance(job, jobs.Count):
-            self._answer(job.name, Answer(counts={**job.counts, **self.metrics()}))
-        elif isinstance(job, jobs.Watch):
-            self._watching = job.on
-            self._answer(job.name, Answer())
-        else:
-            for name in job.records:
-                with self._lock:
-                    self._reading.discard(name)
-                    self._records.pop(name, None)
+        """The table of jobs: a handler is registered for each kind."""
+        raise NotImplementedError(f"no worker knows what to do for a job {type(job).__name__}")
 
     def _failed(self, job: Job, error: ThawError) -> None:
-        """Tell whoever waits for it."""
-        kind, text = error.kind, str(error)
-        log.warning("thaw: %s failed (%s): %s", type(job).__name__, kind, text)
-        if isinstance(job, jobs.Load | jobs.CheckRecord):
-            self._answer(job.name, Answer(kind=kind, error=text))
-            self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
-        elif isinstance(job, jobs.ReadPlan | jobs.WriteRecord | jobs.LookAtWeights | jobs.Count | jobs.Watch):
-            self._answer(job.name, Answer(kind=kind, error=text))
-        elif isinstance(job, jobs.Derive | jobs.Sync):
-            caller = job.caller if isinstance(job, jobs.Derive) else self._caller_of(job.record)
-            epoch = 0 if self._weights is None else self._weights.epoch
-            self._records[job.record] = HostRecord((), epoch, broken=text, caller=caller)
-            if isinstance(job, jobs.Sync) and job.finished is not None:
-                self._copier.after_saves(partial(self._let_go, job.finished))
+        log.warning("thaw: %s failed (%s): %s", type(job).__name__, error.kind, error)
+        self._tell(job, error)
 
+    @singledispatchmethod
+    def _tell(self, job: Job, error: ThawError) -> None:
+        """The table of failures: whoever waits for a job is told."""
+        raise NotImplementedError(f"nobody knows who waits for a job {type(job).__name__}") from error
+
+    @_tell.register(jobs.Fail)
+    @_tell.register(jobs.Forget)
+    def _tell_nobody(self, job: jobs.Fail | jobs.Forget, error: ThawError) -> None:
+        """Nobody waits for these."""
+
+    @_tell.register(jobs.ReadPlan)
+    @_tell.register(jobs.WriteRecord)
+    @_tell.register(jobs.LookAtWeights)
+    @_tell.register(jobs.Count)
+    @_tell.register(jobs.Watch)
+    def _tell_client(self, job: _Asked, error: ThawError) -> None:
+        self._answer(job.name, Answer(kind=error.kind, error=str(error)))
+
+    @_tell.register(jobs.Load)
+    @_tell.register(jobs.CheckRecord)
+    def _tell_request(self, job: jobs.Load | jobs.CheckRecord, error: ThawError) -> None:
+        self._answer(job.name, Answer(kind=error.kind, error=str(error)))
+        self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
+
+    @_tell.register
+    def _tell_derived(self, job: jobs.Derive, error: ThawError) -> None:
+        self._break(job.record, job.caller, error)
+
+    @_tell.register
+    def _tell_synced(self, job: jobs.Sync, error: ThawError) -> None:
+        self._break(job.record, self._caller_of(job.record), error)
+        if job.finished is not None:
+            self._copier.after_saves(partial(self._let_go, job.finished))
+
+    def _break(self, name: str, caller: Caller, error: ThawError) -> None:
+        """Whoever goes on from the record is told why it has no KV."""
+        epoch = 0 if self._weights is None else self._weights.epoch
+        self._records[name] = HostRecord((), epoch, broken=str(error), caller=caller)
+
+    @_do.register
     def _derive(self, job: jobs.Derive) -> None:
         if job.source is None:
             self._records[job.record] = HostRecord((), self._now(), caller=job.caller)
@@ -161,6 +166,7 @@ class WorkerSide:
             raise StorageFailed(f"the session's KV could not be kept: {source.broken or 'it is incomplete'}")
         self._records[job.record] = source.upto(job.num_kv, job.caller)
 
+    @_do.register
     def _sync(self, job: jobs.Sync) -> None:
         """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
         record = self._get(job.record)
@@ -179,6 +185,7 @@ class WorkerSide:
         with self._lock:
             self._sent.add(request)
 
+    @_do.register
     def _load(self, job: jobs.Load) -> None:
         record = self._usable(job.record)
         if record.num_kv < job.stop:
@@ -212,12 +219,21 @@ class WorkerSide:
                     f"{covered.stop - 1}; the engine has it from token {first} on"
                 )
 
+    @_do.register
+    def _check_record(self, job: jobs.CheckRecord) -> None:
+        self._require_windows(self._usable(job.record), job.num_kv)
+
+    @_do.register
+    def _fail_load(self, job: jobs.Fail) -> None:
+        self._fail(job.request, job.tables, background=job.background)
+
     def _fail(self, request: str, tables: jobs.Tables, *, background: bool) -> None:
         with self._lock:
             self._invalid.update(*tables)
             if background:
                 self._received.add(request)
 
+    @_do.register
     def _look(self, job: jobs.LookAtWeights) -> None:
         epoch = self._now()
         if not job.digest:
@@ -228,7 +244,34 @@ class WorkerSide:
             raise NotFound("the model was not found in this worker; its weights cannot be hashed")
         self._in_thread(job, lambda: self._answer(job.name, Answer(epoch=epoch, digest=weights.digest())))
 
+    @_do.register
+    def _count(self, job: jobs.Count) -> None:
+        self._answer(job.name, Answer(counts={**job.counts, **self.metrics()}))
+
+    @_do.register
+    def _watch(self, job: jobs.Watch) -> None:
+        self._watching = job.on
+        self._answer(job.name, Answer())
+
+    @_do.register
+    def _forget(self, job: jobs.Forget) -> None:
+        for name in job.records:
+            with self._lock:
+                self._reading.discard(name)
+                self._records.pop(name, None)
+
     # -- packs, on a thread
+
+    @_do.register
+    def _read_plan(self, job: jobs.ReadPlan) -> None:
+        with self._lock:
+            self._reading.add(job.record)
+        self._in_thread(job, partial(self._read, job, self._now()))
+
+    @_do.register
+    def _write_record(self, job: jobs.WriteRecord) -> None:
+        # Cut now: while the thread writes, later steps put a longer record in this one's place.
+        self._in_thread(job, partial(self._write, job, self._usable(job.record).upto(job.num_kv)))
 
     def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
         self._threads.submit(guarded, work, partial(self._failed, job))

@@ -93,9 +93,7 @@ def make_layouts(
         raise Unsupported(
             f"layer {strange[0]!r} is in no KV cache group; thaw snapshots layers with caches of their own"
         )
-    return tuple(
-        make({name: kv_caches[name] for name in names}) for make, names in zip(makers, groups, strict=True)
-    )
+    return tuple(make({name: kv_caches[name] for name in names}) for make, names in zip(makers, groups, strict=True))
 
 
 def is_latent(spec: object) -> bool:

@@ -59,7 +59,9 @@ class TorchPages(KVLayout):
 
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, staging: int = 0) -> None:
         super().__init__(kv_caches)
-        self._pages = [torch.unflatten(cache.view(self.bits), 3, (self.num_planes, self.head_dim)) for cache in self._caches]
+        self._pages = [
+            torch.unflatten(cache.view(self.bits), 3, (self.num_planes, self.head_dim)) for cache in self._caches
+        ]
         self._token_numel = self.num_kv_heads * self.num_planes * self.head_dim
         least = self._token_numel * self.block_size
         self._in = _Ring(staging or STAGING, least, self.bits, self.device)
