@@ -173,19 +173,30 @@ KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |
 def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
-    from kind_models import BOTH, KINDS, PARTS, RECURRENT
+    from kind_models import BOTH, KINDS, ON_SGLANG, PARTS, RECURRENT
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
     own: dict[str, list[str]] = {}
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
-    rows += [(what, tuple(names), *_served(what)) for what, names in own.items()]
+    for what, names in own.items():
+        vllm, sglang = _served(what)
+        here = [
+            f"{name}: {ON_SGLANG[name]}" if len(names) > 1 else ON_SGLANG[name] for name in names if name in ON_SGLANG
+        ]
+        rows.append((what, tuple(names), vllm, "; ".join(here) or sglang))
     rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))
     lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)
     return KINDS_HEAD + "\n".join(lines)
+
+
+def _tested(names: list[str], on_engine: dict[str, str]) -> str:
+    """Which of a kind's shapes run on an engine."""
+    there = [name for name in names if name in on_engine]
+    return "; ".join(f"{name}: {on_engine[name]}" if len(names) > 1 else on_engine[name] for name in there)
 
 
 def _served(what: str) -> tuple[str, str]:

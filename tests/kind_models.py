@@ -29,9 +29,14 @@ KINDS = {
     "gemma4_text": "windows and full attention of other head sizes, layers that read other layers' KV",
     "mimo_v2_flash": "windows and full attention, values narrower than keys",
     "llama4_text": "chunks and full attention",
+    "olmo3": "windows and full attention",
+    "mellum": "windows and full attention",
     "deepseek_v3": "latents (MLA)",
+    "minicpm3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
+ON_SGLANG = {"olmo3": "tested", "mellum": "tested", "minicpm3": "tested", "gemma3_text": "tested"}
+"""Those that run on SGLang's CPU build, which has no other latents and no sinks (`on_sglang/test_kinds_sglang.py`)."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40

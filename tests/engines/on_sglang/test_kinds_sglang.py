@@ -8,11 +8,13 @@ was not loaded would be seen. Pages have 16 tokens.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from faults import Faults
+from safetensors.torch import load_file, save_file
 
 from kind_models import WINDOW
 from thaw.core.cache import SlidingKV, TokenGroup, token_groups
@@ -35,6 +37,7 @@ KINDS = {
     "minicpm3": "latents",
     "mellum": "windows, which have a pool of their own unless it is told",
     "olmo3": "windows",
+    "gemma3_text": "windows, with a rope of their own",
 }
 QUICK = ("minicpm3", "mellum")
 PAGE = 16
@@ -55,8 +58,18 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(kind: str, tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model(kind)
+def folder(kind: str, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tied(tiny_model, tmp_path_factory.mktemp("tied")) if kind == "gemma3_text" else tiny_model(kind)
+
+
+def tied(tiny_model: Callable[..., Path], folder: Path) -> Path:
+    """SGLang reads no head of Gemma 3 beside its embeddings. These are made small, for else each token would be
+    followed by itself, whatever the cache holds."""
+    made = shutil.copytree(tiny_model("gemma3_text", tie_word_embeddings=True), folder, dirs_exist_ok=True)
+    tensors = load_file(made / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 0.1
+    save_file(tensors, made / "model.safetensors", {"format": "pt"})
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +339,7 @@ class TestExactnessOfLatents(ExactnessTests):
 
 @pytest.mark.slow("the law book's chapters about groups and proofs")
 class TestGroupsOfKinds(GroupsLaw, ProofLaw):
-    @pytest.fixture(scope="class", params=KINDS)
+    @pytest.fixture(scope="class", params=["minicpm3", "mellum", "olmo3"])
     @classmethod
     def engine_factory(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
         return booted(request, tiny_model)
