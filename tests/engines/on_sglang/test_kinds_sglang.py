@@ -11,14 +11,15 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import Faults
 from safetensors.torch import load_file, save_file
 
-from kind_models import WINDOW
+from kind_models import WINDOW, make_kind_model
 from thaw.core.cache import SlidingKV, TokenGroup, token_groups
-from thaw.core.errors import NotKept
+from thaw.core.errors import EngineDied, NotKept
 from thaw.engines import load_engine
 from thaw.engines.base import Captured, Completion, Engine, HydratePlan, SessionRef
 from thaw.engines.hf.config import load_config
@@ -40,6 +41,7 @@ KINDS = {
     "gemma3_text": "windows, with a rope of their own",
 }
 QUICK = ("minicpm3", "mellum")
+ROPES = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")}
 PAGE = 16
 CUTS = sorted({*random.Random(23).sample(range(2, 400), 20), 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1, 15, 16, 17})
 POWER = 100
@@ -59,17 +61,26 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(kind: str, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tied(tiny_model, tmp_path_factory.mktemp("tied")) if kind == "gemma3_text" else tiny_model(kind)
+    return made(kind, tiny_model, tmp_path_factory.mktemp("made"))
+
+
+def made(kind: str, tiny_model: Callable[..., Path], folder: Path, **more: Any) -> Path:
+    """A model that SGLang computes as its config says."""
+    if kind == "gemma3_text":
+        return tied(tiny_model, folder)
+    if kind == "olmo3":
+        return make_kind_model(kind, folder, rope_parameters=dict(ROPES), **more)
+    return tiny_model(kind, **more)
 
 
 def tied(tiny_model: Callable[..., Path], folder: Path) -> Path:
     """SGLang reads no head of Gemma 3 beside its embeddings. These are made small, for else each token would be
     followed by itself, whatever the cache holds."""
-    made = shutil.copytree(tiny_model("gemma3_text", tie_word_embeddings=True), folder, dirs_exist_ok=True)
-    tensors = load_file(made / "model.safetensors")
+    shutil.copytree(tiny_model("gemma3_text", tie_word_embeddings=True), folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] *= 0.1
-    save_file(tensors, made / "model.safetensors", {"format": "pt"})
-    return made
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +321,18 @@ def test_a_new_process_continues_bit_for_bit(engine: SglangEngine, folder: Path,
         assert (own.token_ids, own.logprobs) == (theirs.token_ids, theirs.logprobs)
 
 
+@pytest.mark.slow("boots SGLang")
+def test_a_model_that_sglang_computes_otherwise_is_refused_by_name(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(EngineDied, match=r"olmo3 with ropes of base 500000.* takes 10000"):
+        load_engine("sglang", model=str(tiny_model("olmo3")), **ROOM)
+
+
+@pytest.mark.slow("boots SGLang")
+def test_windows_in_a_pool_of_their_own_are_refused_by_the_flag(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(EngineDied, match="--disable-hybrid-swa-memory"):
+        load_engine("sglang", model=str(tiny_model("mellum")), disable_hybrid_swa_memory=False, **ROOM)
+
+
 @pytest.mark.slow("boots an engine of two ranks")
 def test_two_ranks_write_what_one_does(engine: SglangEngine, folder: Path, lab: Lab) -> None:
     """A latent is on both ranks and written once; heads of windows are each rank's own."""
@@ -324,8 +347,8 @@ def test_two_ranks_write_what_one_does(engine: SglangEngine, folder: Path, lab: 
         same(whole, lab.one(two, twice, seeded(6), (5,)))
 
 
-def booted(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
-    model = tiny_model(request.param, dtype="bfloat16")
+def booted(kind: str, tiny_model: Callable[..., Path], folder: Path) -> Load:
+    model = made(kind, tiny_model, folder, dtype="bfloat16")
     return lambda **more: load_engine("sglang", **{"model": str(model), "chunked_prefill_size": 512, **more})
 
 
@@ -333,13 +356,17 @@ def booted(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> L
 class TestExactnessOfLatents(ExactnessTests):
     @pytest.fixture(scope="class", params=["minicpm3"])
     @classmethod
-    def engine_factory(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
-        return booted(request, tiny_model)
+    def engine_factory(
+        cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Load:
+        return booted(request.param, tiny_model, tmp_path_factory.mktemp("made"))
 
 
 @pytest.mark.slow("the law book's chapters about groups and proofs")
 class TestGroupsOfKinds(GroupsLaw, ProofLaw):
     @pytest.fixture(scope="class", params=["minicpm3", "mellum", "olmo3"])
     @classmethod
-    def engine_factory(cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Load:
-        return booted(request, tiny_model)
+    def engine_factory(
+        cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Load:
+        return booted(request.param, tiny_model, tmp_path_factory.mktemp("made"))

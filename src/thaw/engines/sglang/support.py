@@ -7,8 +7,8 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
-from thaw.core.errors import Unsupported
-from thaw.engines.hf.config import overridden
+from thaw.core.errors import ThawError, Unsupported
+from thaw.engines.hf.config import load_config, overridden, ropes
 
 REFUSED = (
     ("speculative_algorithm", "a draft's state is not captured"),
@@ -59,8 +59,28 @@ def require(context: Any) -> None:
     if getattr(args, "disaggregation_mode", "null") != "null":
         raise Unsupported(f"disaggregation_mode={args.disaggregation_mode}: prefill and decode in one engine only")
     _require_files(args, context.model_config)
+    _require_rope(context.model_config)
     if getattr(context.model_config, "is_multimodal", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
+
+
+def _require_rope(model: Any) -> None:
+    """What runs must be the function that the identity names. SGLang has config classes of its own for some models, and
+    they look for one rope where transformers' newer files have one for each type of layer (OLMo 3)."""
+    config = model.hf_text_config
+    base = getattr(config, "rope_theta", None)
+    if base is None or not type(config).__module__.startswith("sglang."):
+        return
+    try:
+        said = load_config(model.model_path).get_text_config().to_dict()
+    except (OSError, ValueError, ThawError):  # then it has no identity either
+        return
+    others = sorted({rope["rope_theta"] for rope in ropes(said) if rope.get("rope_theta", base) != base})
+    if others:
+        raise Unsupported(
+            f"{config.model_type} with ropes of base {', '.join(map(str, others))}: this SGLang does not read them and "
+            f"takes {base}, so it computes another function than the model's"
+        )
 
 
 def attention_backends(args: Any) -> list[str | None]:

@@ -93,7 +93,8 @@ class OwnServer:
         said = read_tail(Path(self._log.name), TAIL_NBYTES).decode(errors="replace")
         lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "Unsupported" in line]
-        return " | ".join((errors or lines)[-3:])[-1500:]
+        own = [line for line in errors if line.startswith("thaw.core.errors.")]
+        return " | ".join(own[-1:] or (errors or lines)[-3:])[-1500:]
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
