@@ -138,8 +138,8 @@ test-fast: $(INSTALLED) ## without the real model and long tests (under 2 minute
 	@echo "· tests without the real model; under 2 minutes"
 	@$(ONE_CORE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow and not model and not soak" $(PYTEST_ARGS)
 
-test: $(INSTALLED) model ## everything but the soak tests, on every engine (about 20 minutes, installs apart)
-	@echo "· all tests but the soak; about 20 minutes on 2 cores, vLLM's and SGLang's included"
+test: $(INSTALLED) model ## everything but the soak tests, on every engine (about 35 minutes, installs apart)
+	@echo "· all tests but the soak; about 35 minutes on 2 quiet cores: thaw's own 15, vLLM's 15, SGLang's 6"
 	@$(ONE_CORE) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(SUITE) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm test-sglang
 

@@ -173,7 +173,7 @@ KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |
 def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
-    from kind_models import BOTH, KINDS, ON_SGLANG, PARTS, RECURRENT
+    from kind_models import BOTH, KINDS, ON_SGLANG, ON_VLLM, PARTS, RECURRENT
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
@@ -182,10 +182,7 @@ def kinds_table() -> str:
         own.setdefault(what, []).append(arch)
     for what, names in own.items():
         vllm, sglang = _served(what)
-        here = [
-            f"{name}: {ON_SGLANG[name]}" if len(names) > 1 else ON_SGLANG[name] for name in names if name in ON_SGLANG
-        ]
-        rows.append((what, tuple(names), vllm, "; ".join(here) or sglang))
+        rows.append((what, tuple(names), _tested(names, ON_VLLM) or vllm, _tested(names, ON_SGLANG) or sglang))
     rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, FULL_ONLY, FULL_ONLY))

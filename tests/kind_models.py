@@ -17,7 +17,7 @@ from thaw.testing.models import _SHAPES as _PLAIN
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BOTH", "KINDS", "OF_KINDS", "PARTS", "RECURRENT", "WINDOW", "make_kind_model"]
+__all__ = ["BOTH", "KINDS", "OF_KINDS", "ON_VLLM", "PARTS", "RECURRENT", "WINDOW", "make_kind_model"]
 
 KINDS = {
     "falcon": "full attention of a model's own: heads that its cache repeats",
@@ -35,8 +35,18 @@ KINDS = {
     "minicpm3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
-ON_SGLANG = {"olmo3": "tested", "mellum": "tested", "minicpm3": "tested", "gemma3_text": "tested"}
-"""Those that run on SGLang's CPU build, which has no other latents and no sinks (`on_sglang/test_kinds_sglang.py`)."""
+ON_SGLANG = {
+    "olmo3": "tested", "mellum": "tested", "minicpm3": "tested", "gemma3_text": "tested",
+    "deepseek_v3": "not on a CPU", "gpt_oss": "not on a CPU", "llama4_text": "not in SGLang", "gemma2": "not tried",
+    "gemma4_text": "not tried", "mimo_v2_flash": "not tried",
+}  # fmt: skip
+"""What the table of kinds says of these on SGLang, on a CPU (`on_sglang/test_kinds_sglang.py`)."""
+ON_VLLM = {
+    "deepseek_v3": "tested on 0.32", "gpt_oss": "tested on 0.32", "gemma3_text": "tested on 0.32",
+    "llama4_text": "tested on 0.32", "gemma2": "not tried", "olmo3": "tested on 0.32",
+    "mimo_v2_flash": "not tried",
+}  # fmt: skip
+"""What the table of kinds says of these on vLLM, on a CPU; others with such caches are refused there by name."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40
@@ -101,6 +111,18 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "olmo3": {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "deepseek_v2": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
+        "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    },
+    "glm4_moe_lite": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
+        "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+        "n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 1,
     },
     "lfm3": {
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "conv_L_cache": 3,

@@ -9,13 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from thaw.core.errors import CorruptBlob, NotHit, StaleSession, ThawError
+from thaw.core.errors import CorruptBlob, InvalidRequest, NotHit, StaleSession, ThawError
 from thaw.core.prefix import windows
 from thaw.engines import load_engine, restoring
 from thaw.engines.base import Engine, GenerateRequest, SessionRef
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend, Feed
 from thaw.engines.embedded.pages import PAGE, Extent, PagedKV
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, ids, seeded
 from thaw.testing.plans import mount_at
 
@@ -242,3 +243,17 @@ def test_a_generation_that_is_cancelled_before_it_begins_ends(engine: Engine, la
     go_on.set()
     assert handle.result(LIMIT_S)[0].finish_reason == "abort"
     engine.close_session(session)
+
+
+def test_children_with_the_parents_seed_have_no_seeds_of_their_own(engine: Engine, lab: Lab) -> None:
+    parent = lab.begin(engine, 8)
+    before = engine.view(parent).seed
+    with pytest.raises(InvalidRequest, match=r"replay=True .* seeds=\[5, 6\]"):
+        engine.fork(parent, 2, replay=True, seeds=[5, 6])
+    assert [engine.view(child).seed for child in engine.fork(parent, 2, replay=True).result()] == [before, before]
+    assert [engine.view(child).seed for child in engine.fork(parent, 2, seeds=[5, 6]).result()] == [5, 6]
+
+
+def test_served_engines_refuse_the_same_before_they_ask_anybody() -> None:
+    with pytest.raises(InvalidRequest, match="leave one of the two out"):
+        ServedEngine.fork(object(), "a session", 1, replay=True, seeds=[5])  # type: ignore[arg-type]

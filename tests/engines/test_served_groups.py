@@ -66,11 +66,14 @@ def interior(request: pytest.FixtureRequest) -> bool:
 class Worker:
     """A rank's memory and its way to packs, without an engine."""
 
-    def __init__(self, groups: Sequence[CacheGroup], rank: int, num_ranks: int, lab: Lab, nbytes: int = 1 << 24):
+    def __init__(
+        self, groups: Sequence[CacheGroup], rank: int, num_ranks: int, lab: Lab, nbytes: int = 1 << 24,
+        *, interior: bool = False,
+    ):  # fmt: skip
         own = RankGroups(groups, rank, num_ranks)
         mail: Any = SimpleNamespace(mount=lambda uuid: lab.mount)
         self.rank, self.arena = rank, HostCache(nbytes, None, own, spill_nbytes=0, shares=Shares())
-        self.packing = PackIO(own, mail, self.arena)
+        self.packing = PackIO(own, mail, self.arena, interior=interior)
 
     def read(self, plan: HydratePlan) -> HostRecord:
         found = self.packing.read(plan, ME)
@@ -82,8 +85,8 @@ class Worker:
         )
 
 
-def workers(groups: Sequence[CacheGroup], num_ranks: int, lab: Lab) -> list[Worker]:
-    return [Worker(groups, rank, num_ranks, lab) for rank in range(num_ranks)]
+def workers(groups: Sequence[CacheGroup], num_ranks: int, lab: Lab, *, interior: bool = False) -> list[Worker]:
+    return [Worker(groups, rank, num_ranks, lab, interior=interior) for rank in range(num_ranks)]
 
 
 def captured_of(engine: Engine, lab: Lab, count: int = 600) -> tuple[Captured, HydratePlan]:
@@ -97,9 +100,8 @@ def test_what_ranks_read_and_write_is_byte_for_byte_the_same(
 ) -> None:
     with load_engine("fake", groups=shape, interior=interior) as engine:
         captured, plan = captured_of(engine, lab)
-    answers = [
-        worker.write(worker.read(plan), 0, 600, "again") for worker in workers(captured.identity.groups, num_ranks, lab)
-    ]
+    ranks = workers(captured.identity.groups, num_ranks, lab, interior=interior)
+    answers = [worker.write(worker.read(plan), 0, 600, "again") for worker in ranks]
     segments, locations = joined_segments(merge(answers), 0, captured.identity.groups)
     assert segments == captured.segments
     named = [one for segment in segments for one in (segment.blobs, *(point.blobs for point in segment.points))]
@@ -116,7 +118,7 @@ def test_an_earlier_token_is_cut_in_every_group(shape: str, num_ranks: int, lab:
         (child,) = lab.fork(engine, session, at=400)
         expected = lab.capture(engine, child, 300)
     groups, num_kv = expected.identity.groups, expected.num_kv
-    ranks = workers(groups, num_ranks, lab)
+    ranks = workers(groups, num_ranks, lab, interior=True)
     cut = [worker.read(plan).upto(num_kv) for worker in ranks]
     assert all(token <= num_kv for record in cut for token in record.points), "later tokens will be others"
     answers = [worker.write(record, 300, num_kv, "cut") for worker, record in zip(ranks, cut, strict=True)]

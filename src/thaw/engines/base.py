@@ -417,7 +417,7 @@ class Engine(abc.ABC):
 
         Child i gets derive(seed, position, i), or the parent's own seed with `replay`, or `seeds[i]`. A fork inside
         a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent. Raises `NotKept` for a
-        token that cannot be gone on from."""
+        token that cannot be gone on from, `InvalidRequest` for `replay` and `seeds` together."""
 
     def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
         """A session of the first `at` tokens with the parent's seed, where `fork` raises `NotKept`: it begins at the

@@ -21,7 +21,7 @@ from thaw.core.errors import Busy, Conflict, InvalidRequest, RefConflict
 from thaw.core.ids import CommitId, StateId, short
 from thaw.core.objects import Commit, in_namespace
 from thaw.engines.base import Captured, CapturePlan, SessionRef
-from thaw.repo import refs
+from thaw.repo import cover, refs
 from thaw.repo.build import Built, build
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
@@ -121,7 +121,10 @@ def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction)
     engine = context.engine
     if kept.model is not None and kept.model != objects.encode(engine.identity())[0]:
         kept = Kept()
-    kept = kept.cut(kept.base(engine.view(session).num_kv, rewrite=keeps_all(engine.info.groups)))
+    num_kv, all_tokens = engine.view(session).num_kv, keeps_all(engine.info.groups)
+    kept = kept.cut(kept.base(num_kv, rewrite=all_tokens))
+    if not all_tokens:
+        kept = kept.cut(cover.whole_until(context.store, engine.info.groups, kept.entries, num_kv))
     plan = CapturePlan(mount=context.mount, packs=tx.packs(engine.info.num_packs), base=kept.end)
     captured = engine.capture(session, plan).result()
     for pack in captured.packs:

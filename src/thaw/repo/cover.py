@@ -6,13 +6,14 @@ was kept; so on models with such groups not every token of a session can be gone
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
-from thaw.core.cache import list_of, point_groups, token_groups
+from thaw.core.cache import CacheGroup, keeps_all, list_of, point_groups, token_groups
 from thaw.core.errors import NotKept
 from thaw.core.objects import Segment, SegmentEntry, StatesAtToken
 from thaw.repo import cut
 from thaw.repo.timeline import Timeline
+from thaw.store import Store
 
 NAMED = 8
 """So many of the tokens that can be gone on from are named in a refusal."""
@@ -57,6 +58,23 @@ def require(timeline: Timeline, num_tokens: int) -> None:
         f"{more}{some}{also}. Name one of them (:token=…), append the tokens to a new session, or allow recompute "
         "(policy='recompute', --recompute), which reads what comes after the nearest earlier point again."
     )
+
+
+def whole_until(store: Store, groups: Sequence[CacheGroup], entries: Sequence[SegmentEntry], num_kv: int) -> int:
+    """How many tokens of stored `entries` may stand before what a session writes that ends at `num_kv`: all of them, or
+    those before the first of its windows' tokens that is not there. An engine may fork a session where the parent's
+    commits hold no window."""
+    end = at = entries[-1].start + entries[-1].length if entries else 0
+    for group in (group for group in token_groups(groups) if not keeps_all([group])):
+        first = group.covers(num_kv).start
+        for entry in entries:
+            needed = max(first, entry.start)
+            if needed >= min(entry.start + entry.length, num_kv) or not store.has(entry.segment):
+                continue
+            segment = store.get_as(entry.segment, Segment)
+            if group.name not in segment.blobs or segment.first_of(group.name) > needed:
+                at = min(at, needed)
+    return min(at, end)
 
 
 def nearest(timeline: Timeline, num_tokens: int) -> int:

@@ -31,15 +31,14 @@ from thaw.testing.laws.groups_law import GroupsLaw  # noqa: E402
 from thaw.testing.laws.kit import Lab, bits, greedy, ids, same, seeded  # noqa: E402
 from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
-from thaw.testing.resume_worker import ResumeJob, ResumeRound, answer, run_fresh  # noqa: E402
 
 BLOCK = 128
-MORE = pytest.mark.slow("the same on one more model with windows")
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 2048, "truncate": False,
 }  # fmt: skip
 """vLLM reads these fields of every gpt-oss."""
+BOOT: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 64,
@@ -53,15 +52,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "gemma2": {"head_dim": 64, "tie_word_embeddings": True, "query_pre_attn_scalar": 1024},
+    "llama4_text": {"head_dim": 64, "attention_chunk_size": BLOCK},
     "olmo3": {"head_dim": 32},
 }
-"""Gemma 3 has five layers with a window for each without. The scores leave every token of a window a part. gpt-oss has
-sinks, and vLLM gives a window to every other layer of it, whatever its config says. OLMo 3 runs on vLLM's transformers
-backend."""
-HERE = [pytest.param("gemma3_text"), pytest.param("gpt_oss"), pytest.param("gemma2", marks=MORE)]
+"""Gemma 3 has five layers with a window for each without; its scores here leave every token of a window a part. gpt-oss
+has sinks, and vLLM gives a window to every other layer of it, whatever its config says. Llama 4 has chunks. OLMo 3 runs
+on vLLM's transformers backend."""
+CHUNKS = pytest.mark.slow("the same on one more model")
+HERE = (pytest.param("gemma3_text"), pytest.param("gpt_oss"), pytest.param("llama4_text", marks=CHUNKS))
 EDGES = (BLOCK - 1, BLOCK, BLOCK + 1, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1)
 CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), *EDGES})
+GREEDY = thaw.Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
 POWER = 100
 """How many times more than the noise of a batch's shape a control must move a log probability."""
 
@@ -194,9 +195,8 @@ def test_restored_bytes_equal_captured_bytes(here: InPlace, engine: Engine, lab:
         assert blob_ids(lab.capture(engine, lab.hydrate(engine, lab.plan(first)).session)) == blob_ids(first)
 
 
-class TestLawsOfWindows(ExactnessTests, GroupsLaw, ProofLaw):
-    """The laws of bytes, forks, groups and proofs. `other` is the same engine, whose pages are full of junk before each
-    law."""
+class TestLawsOfWindows(GroupsLaw, ProofLaw):
+    """The laws of groups and proofs. `other` is the same engine, whose pages are full of junk before each law."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -249,6 +249,31 @@ def test_a_restored_session_is_forked_where_its_window_is_and_refused_by_name_el
         same(one, two)
 
 
+def test_a_fork_inside_a_committed_session_is_committed_whole(here: InPlace, engine: Engine, tmp_path: Path) -> None:
+    """The parent's commit holds the window of its end, not that of the fork: the child's commit writes it too, and
+    nothing else of the prefix."""
+    repo = thaw.open(tmp_path / "repo", engine=engine)
+    with repo.session(seed=1) as parent:
+        parent.append(token_ids=ids(600))
+        parent.commit("parent", branch="main")
+        (child,) = parent.fork(1, at=300)
+        child.append(token_ids=ids(7, 5))
+        before = blobs_nbytes(repo)
+        child.commit("child", branch="child")
+        groups = token_groups(engine.info.groups)
+        window = sum(group.token_nbytes for group in groups) * (7 + sliding(engine).window)
+        assert blobs_nbytes(repo) - before <= window + 4096
+        live = child.generate("", GREEDY)
+    here.fill_with_junk()
+    with repo.session("child") as restored:
+        same(live, restored.generate("", GREEDY))
+    assert {300, 307} & set(repo.show("child").resumable or ()) == {307}
+
+
+def blobs_nbytes(repo: Any) -> int:
+    return sum(path.stat().st_size for path in (repo.path / "packs").rglob("*") if path.is_file())
+
+
 def test_nobody_reads_the_blocks_whose_window_was_not_loaded(here: InPlace, engine: Engine, lab: Lab) -> None:
     """A restored session's first blocks hold junk in its windowed layers. Others begin with the same tokens: a plain
     request, another session, one that shares its prefix with all, and a child of the first token. Each computes all of
@@ -283,7 +308,7 @@ def test_nobody_reads_the_blocks_whose_window_was_not_loaded(here: InPlace, engi
 # --- controls
 
 
-def test_controls_that_can_see(here: InPlace, engine: Engine, lab: Lab) -> None:
+def test_controls_that_can_see(kind: str, here: InPlace, engine: Engine, lab: Lab) -> None:
     """Another session's window, one token of it, a token that is not there, and all of a full group: each moves a log
     probability by far more than the shape of a batch does."""
     count = 300
@@ -300,14 +325,13 @@ def test_controls_that_can_see(here: InPlace, engine: Engine, lab: Lab) -> None:
         foreign = lab.hydrate(engine, mixed(plan, strange, group.name)).session
         moved[f"{group.name}: of another session"] = apart(right, tops(lab, engine, foreign))
     group = sliding(engine)
-    first = group.covers(plan.num_kv).start
+    first = count // BLOCK * BLOCK if kind == "llama4_text" else group.covers(plan.num_kv).start  # a chunk's first one
     for what, token in (("one token of another session", first), ("a window one token short", first)):
         restored, stranger = (lab.hydrate(engine, one).session for one in (plan, strange))
         mine, theirs = (arena(here, engine, ref, group) for ref in (restored, stranger))
         mine(token).copy_(theirs(token) if "another" in what else torch.zeros(1))
         here.fill_with_junk()
         moved[f"{group.name}: {what}"] = apart(right, tops(lab, engine, restored))
-    print(noise, moved)
     blind = {what: value for what, value in moved.items() if value < max(POWER * noise, 1e-5)}
     assert blind == {}, (noise, moved)
     restored = lab.hydrate(engine, plan).session
@@ -358,30 +382,55 @@ def arena(here: InPlace, engine: Engine, session: SessionRef, group: SlidingKV) 
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """OLMo 3, booted as users boot it: thaw itself sets the flag that keeps its windows."""
+    """OLMo 3, booted as users do: thaw sets the flag that keeps its windows. Its snapshots hold those of all
+    tokens."""
     folder = made("olmo3", tmp_path_factory, "bfloat16")
-    with load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=2048) as loaded:
+    with load_engine("vllm", model=str(folder), interior=True, **BOOT) as loaded:
         yield loaded
 
 
-def test_olmo_goes_on_from_disk_like_its_parent_wherever_it_is_cut(there: Engine, lab: Lab) -> None:
-    assert sliding(there).window == WINDOW
-    for count in CUTS:
-        session = lab.begin(there, count, start=count)
-        moved = lab.hydrate(there, lab.plan(lab.capture(there, session)))
-        assert moved.proof.num_cached_tokens == count - 1
-        same(lab.one(there, session, seeded(4), (5,)), lab.one(there, moved.session, seeded(4), (5,)))
-    captured, whole = lab.captured_amid(there, lab.begin(there, 250))
-    same(whole, lab.resume(there, lab.hydrate(there, lab.plan(captured)).session)[0])
+class TestLawsOfEveryToken(ExactnessTests):
+    """With the windows of all tokens, as of full attention: also of earlier tokens, from disk."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, there: Engine) -> Engine:
+        assert "interior-points" in there.info.capabilities and sliding(there).window == WINDOW
+        return there
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def other(cls, there: Engine) -> Engine:
+        return there
 
 
-def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(there: Engine, lab: Lab, tmp_path: Path) -> None:
+def test_a_session_of_one_process_goes_on_in_another_bit_for_bit(there: Engine, lab: Lab) -> None:
+    """The other's snapshots are of the end alone, and it takes those that hold more."""
     sessions = [lab.begin(there, count) for count in (WINDOW + 1, 256, 301)]
     plans = [lab.plan(lab.capture(there, session)) for session in sessions]
-    rounds = tuple(ResumeRound(plans=(plan,), sampling=seeded(8), prompt=(5,)) for plan in plans)
-    options: dict[str, str | int] = {"model": there.info.model, "enforce_eager": 1, "max_model_len": 2048}
-    report = run_fresh(ResumeJob(engine="vllm", options=options, rounds=rounds), tmp_path)
-    for session, done in zip(sessions, report.rounds, strict=True):
-        own, theirs = answer(lab.one(there, session, seeded(8), (5,))), done.completions[0]
-        assert (own.token_ids, own.logprobs) == (theirs.token_ids, theirs.logprobs)
-        assert theirs.num_prefilled_tokens == 2
+    with load_engine("vllm", model=there.info.model, **BOOT) as other:
+        for session, plan in zip(sessions, plans, strict=True):
+            theirs = lab.one(other, lab.hydrate(other, plan).session, seeded(8), (5,))
+            same(lab.one(there, session, seeded(8), (5,)), theirs)
+            assert theirs.usage.num_prefilled_tokens == 2
+
+
+@pytest.mark.slow("boots an engine of two ranks")
+def test_two_ranks_hand_a_session_to_one_and_take_it_back(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> None:
+    """gpt-oss, each rank with one of two KV heads: blobs go from 2 ranks to 1 and back, and are the same bytes."""
+    folder = made("gpt_oss", tmp_path_factory, "bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        two = load_engine("vllm", model=str(folder), tensor_parallel_size=2, **BOOT)
+    with two, load_engine("vllm", model=str(folder), **BOOT) as one:
+        session = lab.begin(two, 700)
+        first = lab.capture(two, session)
+        assert len(first.packs) == 2
+        moved = lab.hydrate(one, lab.plan(first)).session
+        second = lab.capture(one, moved)
+        assert blob_ids(second) == blob_ids(first)
+        back = lab.hydrate(two, lab.plan(second)).session
+        same(lab.one(two, session, seeded(6), (5,)), lab.one(two, back, seeded(6), (5,)))
+        lab.one(one, moved, seeded(6), (5,))
+        onward = lab.hydrate(two, lab.plan(lab.capture(one, moved))).session
+        assert lab.one(two, onward, greedy(4)).num_cached_tokens == 706

@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from thaw.core.cache import LatentKV  # noqa: E402
 from thaw.core.errors import Unsupported  # noqa: E402
-from thaw.engines.vllm.worker.layout import make_layout, strided  # noqa: E402
+from thaw.engines.vllm.worker.layout import cache_groups, make_latent_layout, make_layout, make_layouts, strided  # noqa: E402
 from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order, spans  # noqa: E402
-from thaw.engines.vllm.worker.layout.strided import TorchPages  # noqa: E402
+from thaw.engines.vllm.worker.layout.strided import LatentPages, TorchPages  # noqa: E402
 
 BLOCKS = 9
 DTYPES = ("bfloat16", "float16", "float32")
@@ -251,6 +252,65 @@ def compare(
                 there.scatter(table, start, stop, part)
             torch.cuda.synchronize()
             assert all(equal(device[name].cpu(), host[name]) for name in host)
+
+
+# --- latents
+
+
+def latent_caches(width: int = 12, block_size: int = 4, dtype: str = "bfloat16") -> dict[str, torch.Tensor]:
+    """Caches [B, 1, N, W] of random bits, layer 0 not named first."""
+    return {f"model.layers.{n}.attn": random_bits((BLOCKS, 1, block_size, width), dtype, n) for n in (2, 0, 1)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_halved", [0, 8])
+def test_a_latent_is_one_plane_and_its_roped_part_goes_from_pairs_to_halves(dtype: str, num_halved: int) -> None:
+    caches, table, (start, stop) = latent_caches(dtype=dtype), [7, 2, 5, 0], (2, 15)
+    layout = make_latent_layout(caches, num_halved)
+    out = torch.zeros(1, 3, 1, stop - start, 12, dtype=getattr(torch, dtype))
+    layout.gather(table, start, stop, out)
+    order = [0, 1, 2, 3, 4, 6, 8, 10, 5, 7, 9, 11] if num_halved else list(range(12))
+    for layer, name in enumerate(layout.layer_names):
+        for p in range(start, stop):
+            assert equal(out[0, layer, 0, p - start], caches[name][table[p // 4], 0, p % 4][order])
+
+
+@given(data=st.data(), block_size=st.sampled_from([1, 3, 4, 16]), staging=st.sampled_from([1, 3000, 1 << 20]))
+def test_scatter_of_latents_is_the_inverse_and_touches_nothing_else(
+    data: st.DataObject, block_size: int, staging: int
+) -> None:
+    caches = latent_caches(block_size=block_size)
+    table = data.draw(st.permutations(range(BLOCKS)).map(lambda ids: ids[:6]))
+    start = data.draw(st.integers(0, 6 * block_size))
+    stop = data.draw(st.integers(start, 6 * block_size))
+    layout = LatentPages(caches, num_halved=8, staging=staging)
+    before = {name: cache.clone() for name, cache in caches.items()}
+    old, out = (torch.zeros(1, 3, 1, stop - start, 12, dtype=torch.bfloat16) for _ in range(2))
+    layout.gather(table, start, stop, old)
+    source = random_bits(out.shape, "bfloat16", seed=99)
+    kept = source.clone()
+    layout.scatter(table, start, stop, source)
+    layout.gather(table, start, stop, out)
+    assert equal(out, source) and equal(source, kept)
+    layout.scatter(table, start, stop, old)
+    assert all(equal(caches[name], before[name]) for name in caches)
+
+
+def test_groups_of_latents_are_told_by_their_spec() -> None:
+    class MLAAttentionSpec:
+        """As vLLM calls it."""
+
+    caches = latent_caches()
+    of_v3 = {"model_type": "deepseek_v3", "qk_rope_head_dim": 8}
+    layouts = make_layouts(caches, [list(caches)], [MLAAttentionSpec()], of_v3)
+    (group,) = cache_groups(layouts, 4)
+    assert group == LatentKV(name="latent", first_layer=0, num_layers=3, width=12, dtype="bfloat16")
+    with pytest.raises(Unsupported, match="type kimi_linear"):
+        make_layouts(caches, [list(caches)], [MLAAttentionSpec()], {"model_type": "kimi_linear"})
+    with pytest.raises(Unsupported, match=r"its shape is \[9, 4, 12\]"):
+        make_latent_layout({name: one.squeeze(1) for name, one in caches.items()})
+    with pytest.raises(Unsupported, match="quantized"):
+        make_latent_layout({"layers.0": cache(4, 1, 16, 656, dtype="uint8")})
 
 
 class TestPackedPages:

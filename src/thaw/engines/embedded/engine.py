@@ -28,7 +28,6 @@ from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines import restoring
 from thaw.engines.base import (
-    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Completion,
@@ -51,6 +50,7 @@ from thaw.engines.embedded.session import LiveSession
 from thaw.engines.embedded.weights import WeightsWatch
 from thaw.engines.promise import Promise
 from thaw.engines.session.bad_words import check as check_sampling
+from thaw.engines.session.children import check_children
 from thaw.engines.session.turns import require_resumable, reseed, settle_turn
 from thaw.engines.text import cut_turns
 
@@ -187,12 +187,7 @@ class EmbeddedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(
-                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
-            )
-        for seed in seeds or ():
-            check_seed(seed)
+        check_children(n, replay, seeds)
         return self._driver.call(lambda: self._fork(self._fresh(session), n, at, replay, seeds))
 
     def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:

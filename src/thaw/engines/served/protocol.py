@@ -262,7 +262,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     `eos_token_ids`: the ends of text that the model's files name. `more_ends`: other tokens at which this server ends a
     request that does not say `ignore_eos`. `overrides`: fields of the model's config, as resolved, that the engine was
-    told to run in place of those in its folder."""
+    told to run in place of those in its folder. `interior`: its snapshots hold the windows of all tokens."""
 
     protocol: int
     thaw: str
@@ -285,6 +285,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     more_ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     overrides: dict[str, Any] = {}
+    interior: bool = False
 
 
 PER_WORKER = ("arena_nbytes", "spilled_nbytes")

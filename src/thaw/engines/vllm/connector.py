@@ -130,6 +130,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             eos_token_ids=eos_token_ids(model.model, model.hf_config),
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
+            interior=self._settings.interior,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:
@@ -175,8 +176,9 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parts, groups = self._layer_groups(), self._kv_cache_config.kv_cache_groups
+        config = self._config.model_config.hf_text_config.to_dict()
         specs = [groups[part.table].kv_cache_spec for part in parts]
-        layouts = make_layouts(kv_caches, [part.names for part in parts], specs)
+        layouts = make_layouts(kv_caches, [part.names for part in parts], specs, config)
         parallel, model = self._config.parallel_config, self._config.model_config
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
@@ -196,7 +198,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         groups = self._kv_cache_config.kv_cache_groups
         layers = self._config.compilation_config.static_forward_context
         named = [name for g in groups if support.window_of(g.kv_cache_spec) is not None for name in g.layer_names]
-        found = {name: support.window_of(layers[name].get_kv_cache_spec(self._config)) for name in named}
+        found = {name: support.window_of(versions.layer_spec(layers[name], self._config)) for name in named}
         windows = {name: window for name, window in found.items() if window is not None}
         return layer_groups([group.layer_names for group in groups], windows)
 

@@ -48,6 +48,9 @@ class VllmSettings(ServedSettings, frozen=True, kw_only=True, forbid_unknown_fie
 
     async_nbytes: NumBytes = 64 << 20
     """A load of more than this runs beside the steps of others; a smaller one inside a step."""
+    interior: bool = False
+    """Of a model with windows, snapshots hold the windows of all tokens: any earlier token can be continued from, and a
+    snapshot is as large as with full attention."""
     others_keep_salt: bool = False
     """What another connector of a `MultiConnector` loads for a session is found by vLLM's salted block hashes.
     Otherwise a session for which another one has loaded tokens is refused, unless it shares its prefix with all."""

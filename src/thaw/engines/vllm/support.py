@@ -7,6 +7,7 @@ from typing import Any
 
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden, windows
+from thaw.engines.hf.latents import num_halved
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.settings import KEEPS_WINDOWS, LOGITS_PROCESSOR, STORED_FORMAT
@@ -63,13 +64,21 @@ def require(config: Any, kv_cache_config: Any) -> None:
     for name, usual, why in OF_LATENTS:
         if getattr(spec, name, usual) != usual:
             raise Unsupported(f"latents with {name}={getattr(spec, name)}: {why}")
-    if type(spec).__name__ != "FullAttentionSpec" and window_of(spec) is not None:
+    if type(spec).__name__ == "FullAttentionSpec":
+        _require_like_values(spec)
+    elif window_of(spec) is not None:
         raise Unsupported(f"latents with a window of {window_of(spec)} tokens; {SUPPORTED}")
+
+
+def _require_like_values(spec: Any) -> None:
+    keys, values = getattr(spec, "head_size", None), getattr(spec, "head_size_v", None)
+    if values not in (None, keys):
+        raise Unsupported(f"values of {values} numbers beside keys of {keys}; {SUPPORTED}")
 
 
 def require_config(config: Any) -> None:
     """The part of `require` that can be told before the engine starts."""
-    _require_model(config.model_config)
+    _require_model(config.model_config, on_cpu=config.device_config.device_type == "cpu")
     _require_files(config)
     _require_attention(config)
     _require_transfer(config.kv_transfer_config)
@@ -145,13 +154,13 @@ def _require_transfer(transfer: Any) -> None:
         )
 
 
-def _require_model(model: Any) -> None:
+def _require_model(model: Any, *, on_cpu: bool) -> None:
     if model.is_encoder_decoder:
         raise Unsupported("encoder-decoder models: their cross attention cache is not captured")
     if getattr(model, "is_multimodal_model", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
     if getattr(model, "use_mla", False):
-        _require_latents(model)
+        _require_latents(model, on_cpu=on_cpu)
     if model.enable_prompt_embeds:
         raise Unsupported("enable_prompt_embeds: a session is made of tokens; start vLLM without it")
     if model.logprobs_mode != "raw_logprobs":
@@ -160,7 +169,14 @@ def _require_model(model: Any) -> None:
         )
 
 
-def _require_latents(model: Any) -> None:
+OTHER_LATENTS = {
+    "index_topk": "sparse attention (DSA): its indexer keeps a cache of its own",
+    "compress_ratios": "compressed attention (DeepSeek V4): its compressor keeps states",
+}
+"""Fields of a config by which a model keeps more than one latent a token and layer."""
+
+
+def _require_latents(model: Any, *, on_cpu: bool) -> None:
     import vllm
 
     if not versions.keeps_latents(vllm.__version__):
@@ -168,13 +184,14 @@ def _require_latents(model: Any) -> None:
     for name, what in OTHER_LATENTS.items():
         if getattr(model.hf_text_config, name, None) is not None:
             raise Unsupported(f"{what} ({name} in its config): only plain MLA is captured")
+    num_halved(model.hf_text_config.to_dict())
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    if on_cpu and (rope.get("rope_type", "default") == "default" or rope.get("attention_factor") == 1.0):
+        raise Unsupported(
+            "MLA with a plain rope on a CPU: vLLM's operator there rotates its queries by wrong positions, and keys by "
+            "what is read with them; use a GPU (yarn is computed by other code, and supported)"
+        )
 
-
-OTHER_LATENTS = {
-    "index_topk": "sparse attention (DSA): its indexer keeps a cache of its own",
-    "compress_ratios": "compressed attention (DeepSeek V4): its compressor keeps states",
-}
-"""Fields of a config by which a model keeps more than one latent a token and layer."""
 
 LOADED_FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", STORED_FORMAT)
 """Values of `load_format` that read the files which the identity is made of."""

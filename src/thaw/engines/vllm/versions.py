@@ -76,6 +76,15 @@ def built_plainly(config: Any) -> Iterator[None]:
         yield
 
 
+def layer_spec(layer: Any, config: Any) -> Any:
+    """The cache spec that a layer asks for, before vLLM makes one of several. Raises `Unsupported` for a release whose
+    layers say none."""
+    ask = getattr(layer, "get_kv_cache_spec", None)
+    if ask is None:
+        raise Unsupported("windows: this release's layers do not say which of them have one; upgrade vLLM")
+    return ask(config)
+
+
 def data_parallel_rank(config: Any) -> int | None:
     """Which rank of a data-parallel server this engine is; None where it is no such one.
 

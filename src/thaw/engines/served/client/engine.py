@@ -19,7 +19,6 @@ from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
 from thaw.core.sampling import check_seed, derive, fresh_seed
 from thaw.engines.base import (
-    MAX_CHILDREN,
     Captured,
     CapturePlan,
     Codec,
@@ -44,6 +43,7 @@ from thaw.engines.served.client.pins import ClientPins
 from thaw.engines.served.client.session import ServedSession, forked, new_session
 from thaw.engines.served.client.transport import Transport
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
+from thaw.engines.session.children import check_children
 from thaw.engines.session.turns import reseed
 
 CAPABILITIES = frozenset(
@@ -85,6 +85,7 @@ class ServedEngine(Engine):
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> EngineInfo:
+        interior = keeps_all(worker.groups) or facts.interior
         return EngineInfo(
             name=self.name,
             version=facts.version,
@@ -95,7 +96,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts) - (set() if keeps_all(worker.groups) else {"interior-points"}),
+            capabilities=self.capabilities_of(facts) - (set() if interior else {"interior-points"}),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -161,12 +162,7 @@ class ServedEngine(Engine):
         replay: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> Handle[list[SessionRef]]:
-        if not 1 <= n <= MAX_CHILDREN or (seeds is not None and len(seeds) != n):
-            raise InvalidRequest(
-                f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
-            )
-        for seed in seeds or ():
-            check_seed(seed)
+        check_children(n, replay, seeds)
         return self._loop.begin(lambda _: soon(lambda: self._fork(self._fresh(session), n, at, replay, seeds)))
 
     def park(self, session: SessionRef) -> Handle[SessionView]:

@@ -47,7 +47,10 @@ class Read:
 
 
 class PackIO:
-    def __init__(self, groups: RankGroups, mail: Mailbox, arena: HostCache) -> None:
+    """`interior`: what is written holds the windows of all tokens, not those of its end alone."""
+
+    def __init__(self, groups: RankGroups, mail: Mailbox, arena: HostCache, *, interior: bool = False) -> None:
+        self._interior = interior
         self._groups, self._mail, self._arena = groups, mail, arena
         self._token_groups, self._point_groups = token_groups(groups.groups), point_groups(groups.groups)
 
@@ -130,7 +133,7 @@ class PackIO:
         for group in self._token_groups:
             # Of a window only what goes on from the end needs, or from one token earlier: the last one runs again.
             there = record.first(self._groups.strips_of(group)[0], stop)
-            first = max(start, there, group.covers(end - 1).start)
+            first = max(start, there, 0 if self._interior else group.covers(end - 1).start)
             if first < stop:
                 of_group = partial(told, group=group.name, first=first)
                 out += [

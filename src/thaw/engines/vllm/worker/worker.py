@@ -56,7 +56,7 @@ class WorkerSide:
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=layouts[0].on_its_own,
         )  # fmt: skip
-        self._packing = PackIO(groups, mail, self._arena)
+        self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
         self._copier = make_copier(layouts, self._arena)
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")

@@ -6,12 +6,14 @@ What a layout does is in `base`. Whether one can do it for these caches is asked
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from thaw.core.cache import FullKV, LatentKV, SlidingKV, TokenGroup, layers_of
 from thaw.core.errors import Unsupported
+from thaw.engines.hf.latents import num_halved
 from thaw.engines.vllm.worker.layout.base import BITS, KVLayout, layer_order
 
 HEAD_DIMS_OF_ONE_HEAD = frozenset({32, 64, 80, 96, 112, 128, 192, 224, 256, 512})
@@ -63,29 +65,30 @@ def make_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
     raise Unsupported(DEVICE.format(device))
 
 
-def make_latent_layout(kv_caches: Mapping[str, Any]) -> KVLayout:
-    """Likewise of caches that their spec calls latents (MLA). Raises Unsupported, naming the layer, for what is not
-    [B, 1, N, D] of one shape."""
+def make_latent_layout(kv_caches: Mapping[str, Any], num_halved: int = 0) -> KVLayout:
+    """Likewise of caches that their spec calls latents (MLA); `num_halved` as `LatentPages` takes it. Raises
+    Unsupported, naming the layer, for what is not [B, 1, N, D] of one shape."""
     checked = _alike(kv_caches, _no_latent)
     device = next(iter(checked.values())).device.type
-    if device == "cpu":
-        from thaw.engines.vllm.worker.layout.strided import LatentPages
+    if device not in ("cpu", "cuda"):
+        raise Unsupported(DEVICE.format(device))
+    from thaw.engines.vllm.worker.layout.strided import LatentPages
 
-        return LatentPages(checked)
-    if device == "cuda":
-        from thaw.engines.vllm.worker.layout.strided_triton import TritonLatentPages
-
-        return TritonLatentPages(checked)
-    raise Unsupported(DEVICE.format(device))
+    return LatentPages(checked, num_halved=num_halved)
 
 
 def make_layouts(
-    kv_caches: Mapping[str, Any], groups: Sequence[Sequence[str]], specs: Sequence[object] = ()
+    kv_caches: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+    specs: Sequence[object] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[KVLayout, ...]:
     """One for each of these groups of layers, by their names. `specs`: vLLM's own of each; of full attention where
-    none is given. Raises `Unsupported` as `make_layout`, and for caches of no group, whose layers use
-    those of others."""
-    makers = [make_latent_layout if is_latent(spec) else make_layout for spec in specs or (None,) * len(groups)]
+    none is given. `config`: the text model's, asked where there are latents. Raises `Unsupported` as
+    `make_layout`, and for caches of no group, whose layers use those of others."""
+    halved = num_halved(config or {}) if any(map(is_latent, specs)) else 0
+    latent = partial(make_latent_layout, num_halved=halved)
+    makers = [latent if is_latent(spec) else make_layout for spec in specs or (None,) * len(groups)]
     if len(groups) == 1:
         return (makers[0](kv_caches),)
     strange = sorted(kv_caches.keys() - {name for names in groups for name in names})

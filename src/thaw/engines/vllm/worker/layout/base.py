@@ -6,8 +6,8 @@ then values of D numbers each. Where the bytes lie is the backend's business: an
 here are canonical, [H, L, 2, T, D]: the slice of one head is a blob's [layer][K|V][token][head_dim], so neither block
 size nor packing ever reaches a snapshot. Bits are moved as integers: a NaN keeps its payload.
 
-A latent (MLA) is one head of one plane: [B, 1, N, D] there, [1, L, 1, T, D] here, D numbers being the compressed KV and
-then the roped part of the key. No backend packs it.
+A latent (MLA) is one head of one plane: [B, 1, N, D] there, [1, L, 1, T, D] here. No backend packs it; the order of its
+numbers is that of `hf.latents`.
 
 Layers may lie in tensors of their own or in one buffer; only shapes and strides are used, never a tensor's storage.
 """
@@ -92,8 +92,8 @@ class KVLayout(abc.ABC):
 
     def gather(self, block_ids: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None:
         """Copy tokens [start, stop) into `out`, a host tensor [num_kv_heads, num_layers, num_planes, stop - start,
-        head_dim] of the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size], slot
-        p % block_size. On return `out` is whole."""
+        head_dim] of the cache dtype, contiguous or a strided view. Token p lives in block block_ids[p // block_size],
+        slot p % block_size. On return `out` is whole."""
         self._check(block_ids, start, stop, out)
         if start < stop:
             self._gather(block_ids, start, stop, out)

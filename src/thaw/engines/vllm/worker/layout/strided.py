@@ -41,8 +41,8 @@ class Part:
 
 
 class TorchPages(KVLayout):
-    """Caches in which number d of K and V of token slot n is at [block, head, n, d] and [block, head, n, D + d]; a latent
-    has the first of them.
+    """Caches in which number d of K and V of token slot n is at [block, head, n, d] and [block, head, n, D + d]; of a
+    latent the first alone.
 
     Staging is taken here, not under a request.
     """
@@ -59,9 +59,8 @@ class TorchPages(KVLayout):
 
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, staging: int = 0) -> None:
         super().__init__(kv_caches)
-        self._pages = [
-            torch.unflatten(cache.view(self.bits), 3, (self.num_planes, self.head_dim)) for cache in self._caches
-        ]
+        planes = (self.num_planes, self.head_dim)
+        self._pages = [torch.unflatten(cache.view(self.bits), 3, planes) for cache in self._caches]
         self._token_numel = self.num_kv_heads * self.num_planes * self.head_dim
         least = self._token_numel * self.block_size
         self._in = _Ring(staging or STAGING, least, self.bits, self.device)
@@ -128,10 +127,33 @@ class TorchPages(KVLayout):
 
 
 class LatentPages(TorchPages):
-    """Latents: one head, and one plane."""
+    """Latents: one head, and one plane. `num_halved`: see `hf.latents`; vLLM has pairs."""
 
     kind = "latent-pages"
     num_planes = 1
+
+    def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, num_halved: int = 0, staging: int = 0) -> None:
+        super().__init__(kv_caches, staging=staging)
+        self._num_halved = num_halved
+
+    def gather_now(self, block_ids: Sequence[int], start: int, stop: int, out: torch.Tensor) -> bool:
+        """False: there is no launch that does it (`strided_triton`)."""
+        return False
+
+    def scatter_now(self, block_ids: Sequence[int], start: int, stop: int, source: torch.Tensor) -> bool:
+        return False
+
+    def _read(self, stage: torch.Tensor, ids: torch.Tensor, part: Part) -> None:
+        super()._read(stage, ids, part)
+        if self._num_halved:
+            roped = stage[..., -self._num_halved :]
+            roped.copy_(torch.cat([roped[..., 0::2], roped[..., 1::2]], dim=-1))
+
+    def _write(self, stage: torch.Tensor, ids: torch.Tensor, part: Part) -> None:
+        if self._num_halved:
+            roped = stage[..., -self._num_halved :]
+            roped.copy_(torch.stack(roped.chunk(2, dim=-1), dim=-1).flatten(-2))
+        super()._write(stage, ids, part)
 
 
 class _Ring:

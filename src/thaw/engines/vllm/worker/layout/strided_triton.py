@@ -23,11 +23,9 @@ TILE = 16
 def _move(  # type: ignore[no-untyped-def]
     pages, ids, host, tokens, start, row, layers, first,
     page_b: tl.constexpr, page_h: tl.constexpr, page_n: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, PLANES: tl.constexpr,
-    TO_PAGES: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, TO_PAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [start, start + tokens) between pages and `host`, [H][layers][planes][row][D] from its first
-    token on.
+    """Tokens [start, start + tokens) between pages and `host`, [H][layers][2][row][D] from its first token on.
 
     `pages`: addresses of the layers' caches. Layer l of `host` is layer first + l."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -40,15 +38,13 @@ def _move(  # type: ignore[no-untyped-def]
     page = tl.load(pages + first + layer).to(tl.pointer_type(host.dtype.element_ty))
     at = page + (block * page_b + head.to(tl.int64) * page_h + (position % N) * page_n)[:, None] + d[None, :]
     plane = tl.cast(row, tl.int64) * D
-    k = host + (tl.cast(head, tl.int64) * layers + layer) * PLANES * plane + t[:, None].to(tl.int64) * D + d[None, :]
+    k = host + (tl.cast(head, tl.int64) * layers + layer) * 2 * plane + t[:, None].to(tl.int64) * D + d[None, :]
     if TO_PAGES:
         tl.store(at, tl.load(k, mask=inside), mask=inside)
-        if PLANES == 2:
-            tl.store(at + D, tl.load(k + plane, mask=inside), mask=inside)
+        tl.store(at + D, tl.load(k + plane, mask=inside), mask=inside)
     else:
         tl.store(k, tl.load(at, mask=inside), mask=inside)
-        if PLANES == 2:
-            tl.store(k + plane, tl.load(at + D, mask=inside), mask=inside)
+        tl.store(k + plane, tl.load(at + D, mask=inside), mask=inside)
 
 
 class TritonPages(TorchPages):
@@ -106,13 +102,12 @@ class TritonPages(TorchPages):
         with torch.cuda.device(self.device):
             _move[grid](
                 self._table, ids, host, tokens, part.start, row, layers, part.first, page_b, page_h, page_n,
-                self.block_size, self.head_dim, triton.next_power_of_2(self.head_dim), TILE, self.num_planes,
-                to_pages,
+                self.block_size, self.head_dim, triton.next_power_of_2(self.head_dim), TILE, to_pages,
             )  # fmt: skip
 
     def _warm(self) -> None:
         """One token of block 0, which vLLM never gives to anyone: out of it and back into it."""
-        shape = (self.num_kv_heads, self.num_layers, self.num_planes, 1, self.head_dim)
+        shape = (self.num_kv_heads, self.num_layers, 2, 1, self.head_dim)
         host = torch.empty(shape, dtype=self.dtype, pin_memory=True)
         for move in (self.gather_now, self.scatter_now):
             move([0], 0, 1, host)
@@ -121,16 +116,9 @@ class TritonPages(TorchPages):
         self.scatter([0], 0, 1, host)
 
 
-class TritonLatentPages(TritonPages):
-    """Latents: one head, and one plane."""
-
-    kind = "triton-latent-pages"
-    num_planes = 1
-
-
 def _row(host: torch.Tensor) -> int | None:
-    """Tokens between two planes of a run of tokens of a whole [H, L, planes, T, D]; None of anything else."""
-    _, layers, planes, _, width = host.shape
+    """Tokens between two planes of a run of tokens of a whole [H, L, 2, T, D]; None of anything else."""
+    _, layers, _, _, width = host.shape
     plane = host.stride(2)
-    whole = (layers * planes * plane, planes * plane, plane, width, 1)
+    whole = (layers * 2 * plane, 2 * plane, plane, width, 1)
     return plane // width if host.stride() == whole and plane % width == 0 else None
