@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,18 @@ class TestExactnessOfLatents(ExactnessTests):
         cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     ) -> Load:
         return booted(request.param, tiny_model, tmp_path_factory.mktemp("made"))
+
+
+@pytest.mark.slow("the law book's chapters on a model with windows")
+class TestExactnessOfWindows(ExactnessTests):
+    """With the windows of all tokens in snapshots, so that the laws of earlier tokens apply."""
+
+    @pytest.fixture(scope="class", params=["mellum"])
+    @classmethod
+    def engine_factory(
+        cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Load:
+        return partial(booted(request.param, tiny_model, tmp_path_factory.mktemp("made")), interior=True)
 
 
 @pytest.mark.slow("the law book's chapters about groups and proofs")

@@ -25,7 +25,9 @@ def num_halved(config: Mapping[str, Any]) -> int:
     kind = config.get("model_type")
     if kind not in HALVES:
         known = ", ".join(sorted(HALVES))
-        raise Unsupported(f"MLA (latent attention) of models of type {kind}: the order of its numbers is known of {known}")
+        raise Unsupported(
+            f"MLA (latent attention) of models of type {kind}: the order of its numbers is known of {known}"
+        )
     if config.get("rope_interleave") is False:
         raise Unsupported("rope_interleave=False: only latents whose weights have pairs are captured here")
     return int(config["qk_rope_head_dim"]) if HALVES[kind] else 0

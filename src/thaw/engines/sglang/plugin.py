@@ -120,6 +120,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         more_ends=tuple(sorted(set(model.hf_eos_token_id or ()) - set(ends))),
         notes=tuple(versions.notes(sglang.__version__)),
         overrides=overrides,
+        interior=settings.interior,
     )
     if rank == 0:
         mail.claim()

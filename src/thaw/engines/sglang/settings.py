@@ -48,7 +48,10 @@ CPU_ENVIRONMENT: Mapping[str, str] = {
 
 
 class SglangSettings(ServedSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """SGLang's plug-in takes what all served engines do."""
+    """SGLang's plug-in takes what all served engines do, and:"""
+
+    interior: bool = False
+    """Snapshots of models with windows hold the windows of all tokens, so that any token of theirs can be forked."""
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> SglangSettings:

@@ -78,7 +78,8 @@ class RankSide:
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=device == "cuda",
         )  # fmt: skip
-        self._commands = RankCommands(self, PackIO(groups, mail, self.arena), settings.shares())
+        packing = PackIO(groups, mail, self.arena, interior=settings.interior)
+        self._commands = RankCommands(self, packing, settings.shares())
         if device != "cpu":
             sys.setswitchinterval(SWITCH_S)
         self._pools = tuple(pools)
