@@ -38,7 +38,8 @@ KINDS = {
 ON_SGLANG = {
     "olmo3": "tested", "mellum": "tested", "minicpm3": "tested", "gemma3_text": "tested",
     "deepseek_v3": "not on a CPU", "gpt_oss": "not on a CPU", "llama4_text": "not in SGLang", "gemma2": "not tried",
-    "gemma4_text": "not tried", "mimo_v2_flash": "not tried",
+    "gemma4_text": "not tried", "mimo_v2_flash": "not tried", "gpt2": "tested", "cohere": "tested",
+    "falcon": "not in SGLang",
 }  # fmt: skip
 """What the table of kinds says of these on SGLang, on a CPU (`on_sglang/test_kinds_sglang.py`)."""
 ON_VLLM = {

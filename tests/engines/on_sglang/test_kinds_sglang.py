@@ -42,6 +42,12 @@ KINDS = {
     "gemma3_text": "windows, with a rope of their own",
 }
 QUICK = ("minicpm3", "mellum")
+TIED = {
+    "gemma3_text": "model.embed_tokens.weight",
+    "cohere": "model.embed_tokens.weight",
+    "gpt2": "transformer.wte.weight",
+}
+"""Models of which SGLang reads no head beside these embeddings."""
 ROPES = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")}
 PAGE = 16
 CUTS = sorted({*random.Random(23).sample(range(2, 400), 20), 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1, 15, 16, 17})
@@ -67,19 +73,19 @@ def folder(kind: str, tiny_model: Callable[..., Path], tmp_path_factory: pytest.
 
 def made(kind: str, tiny_model: Callable[..., Path], folder: Path, **more: Any) -> Path:
     """A model that SGLang computes as its config says."""
-    if kind == "gemma3_text":
-        return tied(tiny_model, folder)
+    if kind in TIED:
+        return tied(tiny_model(kind, tie_word_embeddings=True, **more), folder, TIED[kind])
     if kind == "olmo3":
         return make_kind_model(kind, folder, rope_parameters=dict(ROPES), **more)
     return tiny_model(kind, **more)
 
 
-def tied(tiny_model: Callable[..., Path], folder: Path) -> Path:
-    """SGLang reads no head of Gemma 3 beside its embeddings. These are made small, for else each token would be
-    followed by itself, whatever the cache holds."""
-    shutil.copytree(tiny_model("gemma3_text", tie_word_embeddings=True), folder, dirs_exist_ok=True)
+def tied(source: Path, folder: Path, embeddings: str) -> Path:
+    """A model whose embeddings are its head too. They are made small, for else each token would be followed by itself,
+    whatever the cache holds."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.embed_tokens.weight"] *= 0.1
+    tensors[embeddings] = tensors[embeddings] * 0.1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -332,6 +338,20 @@ def test_a_model_that_sglang_computes_otherwise_is_refused_by_name(tiny_model: C
 def test_windows_in_a_pool_of_their_own_are_refused_by_the_flag(tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(EngineDied, match="--disable-hybrid-swa-memory"):
         load_engine("sglang", model=str(tiny_model("mellum")), disable_hybrid_swa_memory=False, **ROOM)
+
+
+@pytest.mark.slow("boots SGLang")
+@pytest.mark.parametrize("shape", ["gpt2", "cohere"])
+def test_full_attention_of_a_models_own(shape: str, tiny_model: Callable[..., Path], tmp_path: Path, lab: Lab) -> None:
+    """Learned positions, scaled logits: the cuts go on bit for bit, and other KV would show."""
+    with load_engine("sglang", model=str(made(shape, tiny_model, tmp_path / "made")), **ROOM) as engine:
+        for count in (17, 256, 301):
+            session = lab.begin(engine, count, start=count)
+            plan = lab.plan(lab.capture(engine, session))
+            right = lab.one(engine, session, seeded(8), (5,))
+            same(right, lab.one(engine, lab.hydrate(engine, plan).session, seeded(8), (5,)))
+            wrong = lab.hydrate(engine, tampered(plan, halves_swapped)).session
+            assert lab.one(engine, wrong, seeded(8), (5,)).logprobs != right.logprobs
 
 
 @pytest.mark.slow("boots an engine of two ranks")

@@ -27,9 +27,10 @@ def load(
 ) -> Engine:
     """Boot an SGLang of this process's own, in processes of its own that end with it.
 
-    `model` is a folder or a hub id. `arena_nbytes`, `spill`, `interior`: see `settings.SglangSettings`. All other options are
-    SGLang's own arguments (page_size, tp_size, max_total_tokens, …); `max_model_len` and `tensor_parallel_size` mean
-    what they mean in other engines. Raises `EngineDied` when SGLang does not start, with what its log says.
+    `model` is a folder or a hub id. `arena_nbytes`, `spill`, `interior`: see `settings.SglangSettings`. All other
+    options are SGLang's own arguments (page_size, tp_size, max_total_tokens, …); `max_model_len` and
+    `tensor_parallel_size` mean what they mean in other engines. Raises `EngineDied` when SGLang does not start, with
+    what its log says.
     """
     from thaw.engines.sglang.client.boot import boot
     from thaw.engines.sglang.settings import SglangSettings
