@@ -174,8 +174,7 @@ KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |
 def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
-    from kind_models import BOTH, KINDS, ON_VLLM, PARTS, RECURRENT
-    from thaw.engines.vllm.recurrent import MODES
+    from kind_models import BOTH, KINDS, ON_SGLANG, ON_VLLM, PARTS, RECURRENT
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
@@ -184,14 +183,18 @@ def kinds_table() -> str:
         own.setdefault(what, []).append(arch)
     for what, names in own.items():
         vllm, sglang = _served(what)
-        on_vllm = [f"{name}: {ON_VLLM[name]}" if len(names) > 1 else ON_VLLM[name] for name in names if name in ON_VLLM]
-        rows.append((what, tuple(names), "; ".join(on_vllm) or vllm, sglang))
-    some = f"{', '.join(MODES)}: tested on 0.32; others {FULL_ONLY}"
-    rows.append(("recurrent states and full attention", tuple(RECURRENT), some, FULL_ONLY))
+        rows.append((what, tuple(names), _tested(names, ON_VLLM) or vllm, _tested(names, ON_SGLANG) or sglang))
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, PARTS_ON_VLLM, FULL_ONLY))
     lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)
     return KINDS_HEAD + "\n".join(lines)
+
+
+def _tested(names: list[str], on_engine: dict[str, str]) -> str:
+    """Which of a kind's shapes run on an engine."""
+    there = [name for name in names if name in on_engine]
+    return "; ".join(f"{name}: {on_engine[name]}" if len(names) > 1 else on_engine[name] for name in there)
 
 
 def _served(what: str) -> tuple[str, str]:

@@ -29,12 +29,23 @@ KINDS = {
     "gemma4_text": "windows and full attention of other head sizes, layers that read other layers' KV",
     "mimo_v2_flash": "windows and full attention, values narrower than keys",
     "llama4_text": "chunks and full attention",
+    "olmo3": "windows and full attention",
+    "mellum": "windows and full attention",
     "deepseek_v3": "latents (MLA)",
+    "minicpm3": "latents (MLA)",
 }
 """Architectures whose cache or attention is of another kind, and what each is for."""
+ON_SGLANG = {
+    "olmo3": "tested", "mellum": "tested", "minicpm3": "tested", "gemma3_text": "tested",
+    "deepseek_v3": "not on a CPU", "gpt_oss": "not on a CPU", "llama4_text": "not in SGLang", "gemma2": "not tried",
+    "gemma4_text": "not tried", "mimo_v2_flash": "not tried", "gpt2": "tested", "cohere": "tested",
+    "falcon": "not in SGLang",
+}  # fmt: skip
+"""What the table of kinds says of these on SGLang, on a CPU (`on_sglang/test_kinds_sglang.py`)."""
 ON_VLLM = {
     "deepseek_v3": "tested on 0.32", "gpt_oss": "tested on 0.32", "gemma3_text": "tested on 0.32",
-    "llama4_text": "tested on 0.32", "gemma2": "not tried", "mimo_v2_flash": "not tried",
+    "llama4_text": "tested on 0.32", "gemma2": "not tried", "olmo3": "tested on 0.32",
+    "mimo_v2_flash": "not tried",
 }  # fmt: skip
 """What the table of kinds says of these on vLLM, on a CPU; others with such caches are refused there by name."""
 BOTH = ("lfm3",)
@@ -91,6 +102,16 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": 32, "n_shared_experts": 1,
+    },
+    "minicpm3": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32,
+        "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16, "scale_emb": 1,
+        "scale_depth": 1.0, "dim_model_base": 64,
+    },
+    "mellum": {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     },
     "olmo3": {
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,

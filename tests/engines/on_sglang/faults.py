@@ -7,6 +7,7 @@ A fault is there while the file NAME.RANK lies in the folder that THAW_TEST_FAUL
     weights   a sample of the rank's weights comes out otherwise
     clock     the rank's clock is a week ahead
     hang      the rank stops in the middle of a load, and says so by the file hanging.RANK
+    junk      slots that hold no token of a window have large numbers in them
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 WEEK_S = 7 * 86_400.0
+JUNK = 1e4
 ENTRY = "[sglang.srt.plugins]\nthaw_test_faults = faults:register\n"
 
 
@@ -55,7 +57,7 @@ def register() -> None:
     from thaw.engines.served.worker.host_cache import HostCache
     from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang.scheduler import pins
-    from thaw.engines.sglang.scheduler.kv_pool import KVPool
+    from thaw.engines.sglang.scheduler.kv_pool import KVPool, StripPool
 
     def fail_to_load(*_: Any) -> None:
         if _is_on("load"):
@@ -68,6 +70,14 @@ def register() -> None:
         if _is_on("keep"):
             raise StorageFailed("a test's fault: keep")
 
+    clear = StripPool.clear
+
+    def fill(pool: StripPool, slots: Any) -> None:
+        clear(pool, slots)
+        for buffer in pool._buffers if _is_on("junk") else ():
+            buffer[slots] = JUNK
+
+    StripPool.clear = fill  # type: ignore[method-assign]
     sample: Callable[[Any], bytes] = WeightsSample._sample
     WeightsSample._sample = lambda self: sample(self) + b"other" * _is_on("weights")  # type: ignore[method-assign]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + WEEK_S * _is_on("clock"))

@@ -12,9 +12,9 @@ from typing import Any
 
 from thaw.core.errors import Unsupported
 
-HALVES = {"deepseek_v2": False, "deepseek_v3": True, "glm4_moe_lite": True}
+HALVES = {"deepseek_v2": False, "deepseek_v3": True, "glm4_moe_lite": True, "minicpm3": False}
 """Types of models with latents that engines other than transformers' may have, and whether its class puts the first
-numbers of all pairs before the second ones."""
+numbers of all pairs before the second ones. MiniCPM3's weights have no pairs, and nobody reorders them."""
 
 
 def num_halved(config: Mapping[str, Any]) -> int:
@@ -25,7 +25,9 @@ def num_halved(config: Mapping[str, Any]) -> int:
     kind = config.get("model_type")
     if kind not in HALVES:
         known = ", ".join(sorted(HALVES))
-        raise Unsupported(f"MLA (latent attention) of models of type {kind}: only latents of {known} are captured")
+        raise Unsupported(
+            f"MLA (latent attention) of models of type {kind}: the order of its numbers is known of {known}"
+        )
     if config.get("rope_interleave") is False:
         raise Unsupported("rope_interleave=False: only latents whose weights have pairs are captured here")
     return int(config["qk_rope_head_dim"]) if HALVES[kind] else 0

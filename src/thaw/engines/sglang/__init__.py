@@ -17,13 +17,20 @@ from thaw.engines.base import Engine
 
 
 def load(
-    *, model: str, policy: str = "0", arena_nbytes: int | None = None, spill: str | None = None, **options: Any
+    *,
+    model: str,
+    policy: str = "0",
+    arena_nbytes: int | None = None,
+    spill: str | None = None,
+    interior: bool | None = None,
+    **options: Any,
 ) -> Engine:
     """Boot an SGLang of this process's own, in processes of its own that end with it.
 
-    `model` is a folder or a hub id. `arena_nbytes`, `spill`: see `settings.SglangSettings`. All other options are
-    SGLang's own arguments (page_size, tp_size, max_total_tokens, …); `max_model_len` and `tensor_parallel_size` mean
-    what they mean in other engines. Raises `EngineDied` when SGLang does not start, with what its log says.
+    `model` is a folder or a hub id. `arena_nbytes`, `spill`, `interior`: see `settings.SglangSettings`. All other
+    options are SGLang's own arguments (page_size, tp_size, max_total_tokens, …); `max_model_len` and
+    `tensor_parallel_size` mean what they mean in other engines. Raises `EngineDied` when SGLang does not start, with
+    what its log says.
     """
     from thaw.engines.sglang.client.boot import boot
     from thaw.engines.sglang.settings import SglangSettings
@@ -31,7 +38,7 @@ def load(
     found = importlib.util.find_spec("sglang")
     if found is None or found.origin is None:
         raise NotFound("the sglang engine needs SGLang 0.5.23 in this environment (make .venv-sglang, on a CPU)")
-    given = {"arena_nbytes": arena_nbytes, "spill": spill}
+    given = {"arena_nbytes": arena_nbytes, "spill": spill, "interior": interior}
     settings = msgspec.structs.replace(SglangSettings(), **{k: v for k, v in given.items() if v is not None})
     return boot(str(model), policy=policy, settings=settings, **options)
 

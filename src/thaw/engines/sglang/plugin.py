@@ -75,13 +75,16 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
     from thaw.engines.served.settings import MAX_LOGPROBS
     from thaw.engines.served.worker.weights_probe import WeightsSample
     from thaw.engines.sglang import support, versions
-    from thaw.engines.sglang.scheduler.kv_pool import KVPool
+    from thaw.engines.sglang.scheduler.cache_layers import cache_layers, require_windows
     from thaw.engines.sglang.scheduler.rank_consensus import RankConsensus
     from thaw.engines.sglang.scheduler.scheduler import RankSide
 
     model, rank, size = context.model_config, context.tp_rank, context.tp_size
     allocator = cache.token_to_kv_pool_allocator
-    pool = KVPool(allocator.get_kvcache())
+    runner = context.tp_worker.model_runner
+    modules, config = tuple(runner.model.modules()), model.hf_text_config.to_dict()
+    groups, pools = cache_layers(allocator.get_kvcache(), modules, config, model.get_total_num_kv_heads())
+    require_windows(groups, support.attention_backends(context.server_args))
     agreement = RankConsensus(context.tp_group.cpu_group, rank, size) if size > 1 else RankConsensus()
     folder = Path(settings.mail) if settings.mail else default_folder(f"sglang-{agreement.of_first(os.getpid())}")
     mail = Mailbox(folder)
@@ -89,8 +92,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         rank=rank,
         world_size=size,
         pid=os.getpid(),
-        groups=(pool.group(model.get_total_num_kv_heads()),),
-        layout=pool.describe(),
+        groups=groups,
+        layout=pools[0].describe(),
     )
     limit = min(model.context_len, allocator.size) - 6  # SGLang keeps as many back from a prompt
     overrides = support.overrides(context.server_args, model)
@@ -117,6 +120,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         more_ends=tuple(sorted(set(model.hf_eos_token_id or ()) - set(ends))),
         notes=tuple(versions.notes(sglang.__version__)),
         overrides=overrides,
+        interior=settings.interior,
     )
     if rank == 0:
         mail.claim()
@@ -127,7 +131,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         mail.post(SCHEDULER, engine)
         for note in engine.notes:
             log.warning("thaw: %s", note)
-    weights = WeightsSample(context.tp_worker.model_runner.model)
-    side = RankSide((pool,), facts, engine, settings, mail, weights, agreement)
+    weights = WeightsSample(runner.model)
+    side = RankSide(pools, facts, engine, settings, mail, weights, agreement)
     mail.post(rank, facts)
     return side

@@ -26,6 +26,9 @@ REFUSED = "thaw: refused"
 place."""
 KEY_VARIABLE = "SGLANG_API_KEY"
 """Where the server looks for its API key."""
+ALL_TOKENS: Mapping[str, object] = {"disable_hybrid_swa_memory": True}
+"""What an SGLang that thaw starts is told: layers with a window keep the KV of all tokens, in the pool of the others.
+Models without windows have no such pool anyway."""
 ON_CPU: Mapping[str, object] = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -45,7 +48,10 @@ CPU_ENVIRONMENT: Mapping[str, str] = {
 
 
 class SglangSettings(ServedSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """SGLang's plug-in takes what all served engines do."""
+    """SGLang's plug-in takes what all served engines do, and:"""
+
+    interior: bool = False
+    """Snapshots of models with windows hold the windows of all tokens, so that any token of theirs can be forked."""
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> SglangSettings:
@@ -89,7 +95,8 @@ def server_command(
 ) -> list[str]:
     """The stock server with thaw's cache. What `more` says goes before what is said here."""
     arguments = {
-        "model_path": model, "host": host, "port": port, "radix_cache_backend": BACKEND, **(ON_CPU if on_cpu else {}),
+        "model_path": model, "host": host, "port": port, "radix_cache_backend": BACKEND, **ALL_TOKENS,
+        **(ON_CPU if on_cpu else {}),
     }  # fmt: skip
     return [python, "-m", "sglang.launch_server", *command_line(arguments), *more]
 

@@ -7,8 +7,8 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
-from thaw.core.errors import Unsupported
-from thaw.engines.hf.config import overridden
+from thaw.core.errors import ThawError, Unsupported
+from thaw.engines.hf.config import load_config, overridden, ropes
 
 REFUSED = (
     ("speculative_algorithm", "a draft's state is not captured"),
@@ -46,16 +46,47 @@ def require(context: Any) -> None:
     for name, why in REFUSED:
         if getattr(args, name, None):
             raise Unsupported(f"{name}={getattr(args, name)}: {why}; start SGLang without it")
-    if context.is_hybrid_swa or context.is_hybrid_ssm:
-        raise Unsupported("sliding-window, hybrid and recurrent models: only full attention is supported")
+    if context.is_hybrid_ssm:
+        raise Unsupported("hybrid and recurrent models: layers that keep a state are not supported")
+    if context.is_hybrid_swa:
+        raise Unsupported(
+            "sliding windows in a pool of their own: SGLang lets go there of what left the window, so no session could "
+            "go on where it was; start SGLang with --disable-hybrid-swa-memory, as thaw's own boots do"
+        )
     for name, why in ONE:
         if (getattr(args, name, 1) or 1) > 1:
             raise Unsupported(f"{name}={getattr(args, name)}: {why} (several ranks by tp_size alone are supported)")
     if getattr(args, "disaggregation_mode", "null") != "null":
         raise Unsupported(f"disaggregation_mode={args.disaggregation_mode}: prefill and decode in one engine only")
     _require_files(args, context.model_config)
+    _require_rope(context.model_config)
     if getattr(context.model_config, "is_multimodal", False):
         raise Unsupported("multimodal models: media features are not part of a session yet")
+
+
+def _require_rope(model: Any) -> None:
+    """What runs must be the function that the identity names. SGLang has config classes of its own for some models, and
+    they look for one rope where transformers' newer files have one for each type of layer (OLMo 3)."""
+    config = model.hf_text_config
+    base = getattr(config, "rope_theta", None)
+    if base is None or not type(config).__module__.startswith("sglang."):
+        return
+    try:
+        said = load_config(model.model_path).get_text_config().to_dict()
+    except (OSError, ValueError, ThawError):  # then it has no identity either
+        return
+    others = sorted({rope["rope_theta"] for rope in ropes(said) if rope.get("rope_theta", base) != base})
+    if others:
+        raise Unsupported(
+            f"{config.model_type} with ropes of base {', '.join(map(str, others))}: this SGLang does not read them and "
+            f"takes {base}, so it computes another function than the model's"
+        )
+
+
+def attention_backends(args: Any) -> list[str | None]:
+    """Those that prefill and decode, as SGLang resolved them."""
+    usual = getattr(args, "attention_backend", None)
+    return [getattr(args, name, None) or usual for name in ("prefill_attention_backend", "decode_attention_backend")]
 
 
 LOADED_FROM_FILES = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "layered")

@@ -32,6 +32,7 @@ from thaw.engines.served.settings import settled
 from thaw.engines.sglang.client.engine import SglangEngine
 from thaw.engines.sglang.client.http import SglangHttpTransport
 from thaw.engines.sglang.settings import (
+    ALL_TOKENS,
     BACKEND,
     KEY_VARIABLE,
     ON_CPU,
@@ -92,7 +93,8 @@ class OwnServer:
         said = read_tail(Path(self._log.name), TAIL_NBYTES).decode(errors="replace")
         lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "Unsupported" in line]
-        return " | ".join((errors or lines)[-3:])[-1500:]
+        own = [line for line in errors if line.startswith("thaw.core.errors.")]
+        return " | ".join(own[-1:] or (errors or lines)[-3:])[-1500:]
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -184,7 +186,7 @@ def _defaults(options: Mapping[str, object]) -> dict[str, object]:
     import torch
 
     on_cpu = options.get("device") == "cpu" or not torch.cuda.is_available()
-    return {"incremental_streaming_output": True, "log_level": "warning", **(ON_CPU if on_cpu else {})}
+    return {"incremental_streaming_output": True, "log_level": "warning", **ALL_TOKENS, **(ON_CPU if on_cpu else {})}
 
 
 def _translated(options: Mapping[str, object]) -> dict[str, object]:

@@ -33,6 +33,7 @@ from thaw.core.prefix import common_prefix
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
+from thaw.engines.served.late_groups import LateGroup, require_kept
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts, WorkerFacts
 from thaw.engines.served.sampling_extra import SamplingExtra
@@ -43,7 +44,7 @@ from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
 from thaw.engines.sglang.scheduler.commands import RankCommands
 from thaw.engines.sglang.scheduler.content_ids import SlotContents, empty_chain, equal_length
-from thaw.engines.sglang.scheduler.kv_pool import KVPool
+from thaw.engines.sglang.scheduler.kv_pool import StripPool
 from thaw.engines.sglang.scheduler.pins import RadixPins, unbound
 from thaw.engines.sglang.scheduler.rank_consensus import Due, RankConsensus
 from thaw.engines.sglang.scheduler.records import RankRecord, RankRequest
@@ -60,8 +61,8 @@ packs wait for their turn."""
 
 class RankSide:
     def __init__(
-        self, pools: Sequence[KVPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings, mail: Mailbox,
-        weights: WeightsSample | None, agreement: RankConsensus,
+        self, pools: Sequence[StripPool], facts: WorkerFacts, engine: EngineFacts, settings: SglangSettings,
+        mail: Mailbox, weights: WeightsSample | None, agreement: RankConsensus,
     ) -> None:  # fmt: skip
         self.facts, self.engine, self.mail, self.agreement = facts, engine, mail, agreement
         self.on = settings.enabled
@@ -77,11 +78,13 @@ class RankSide:
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
             pinned=device == "cuda",
         )  # fmt: skip
-        self._commands = RankCommands(self, PackIO(groups, mail, self.arena), settings.shares())
+        packing = PackIO(groups, mail, self.arena, interior=settings.interior)
+        self._commands = RankCommands(self, packing, settings.shares())
         if device != "cpu":
             sys.setswitchinterval(SWITCH_S)
         self._pools = tuple(pools)
         """One for each strip of the arena's pieces."""
+        self._windows = groups.windows()
         self._swept = time.monotonic()
         self.row: Callable[[Any, int], torch.Tensor] = unbound
         """Slots of a request's first tokens."""
@@ -132,12 +135,18 @@ class RankSide:
         def look() -> int:
             require_usable(source, epoch)
             ready = min(want, self.catch_up(source, want))
+            require_kept(self._late(source), ready)
             same = common_prefix(source.tokens[:ready], tokens)
             if same < ready:
                 raise InvalidRequest(f"the request's tokens differ from the session's at token {same} of {ready}")
             return ready
 
         return self.agreement.least(self.agreement.together(look))
+
+    def _late(self, record: RankRecord) -> list[LateGroup]:
+        """Its groups with a window of which earlier tokens are not there."""
+        found = [(group, record.kept.first(strip, record.num_kv)) for strip, group in self._windows]
+        return [LateGroup(group, first) for group, first in found if first]
 
     def _source(self, message: protocol.Run) -> RankRecord | None:
         own = self.records.get(message.record)
@@ -188,8 +197,11 @@ class RankSide:
 
         def write() -> None:
             for strip, pool in enumerate(self._pools):
-                for a, b, view in record.kept.spans(strip, start, stop):
+                there = record.kept.spans(strip, start, stop)
+                for a, b, view in there:
                     pool.write(slots[a - start : b - start], view)
+                for a, b in gaps(start, stop, [(a, b) for a, b, _ in there]):
+                    pool.clear(slots[a - start : b - start])
 
         try:
             self.agreement.together(write)
@@ -342,3 +354,12 @@ class RankSide:
         if now - self._swept > MAIL_SWEEP_S and not self.facts.rank:
             self._swept = now
             guarded(self.mail.sweep, unheard)
+
+
+def gaps(start: int, stop: int, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of tokens [start, stop) is in none of the runs, which are in order and apart from one another."""
+    out, at = [], start
+    for a, b in runs:
+        out.append((at, a))
+        at = b
+    return [(a, b) for a, b in [*out, (at, stop)] if a < b]
