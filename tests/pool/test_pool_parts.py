@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -316,6 +317,43 @@ def test_another_package_brings_a_backend_by_an_entry_point(monkeypatch: pytest.
         InvalidRequest, match=r"backend='nowhere': must be 'process' or 'inline' or 'ray' or 'elsewhere'"
     ):
         ForkPool("fake", backend="nowhere")
+
+
+NO_PROCESS = [
+    ({"env": {"SECRET": "xyz", "A": "1"}}, r"env sets A, SECRET for the workers' processes.*Leave env out"),
+    ({"env": [{}, {"B": "2"}]}, "env sets B for"),
+    ({"boot_timeout_s": 5.0}, r"boot_timeout_s=5\.0 is a limit.*Leave boot_timeout_s out"),
+    ({"heartbeat_s": 2.0}, r"heartbeat_s=2\.0 is a limit"),
+]
+JOINED = [
+    ({"workers": 3}, "workers=3: a pool that joins engines has one worker for each, here 1"),
+    ({"backend": "inline"}, "backend='inline' boots engines.*Leave backend out"),
+    ({"policy_version": "4"}, r"policy_version='4': .* runs policy '0'.*pool.set_policy\('4'\)"),
+    ({"max_bach": 3}, "max_bach=3: no option of ForkPool"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), NO_PROCESS, ids=lambda each: "" if isinstance(each, str) else str(each))
+def test_what_only_a_process_heeds_is_refused_where_none_is_started(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told) as refused:
+        ForkPool("fake", backend="inline", **options)
+    assert "backend='inline'" in str(refused.value) and "xyz" not in str(refused.value), "values may be secrets"
+    with thaw.load_engine("fake") as engine:
+        with pytest.raises(InvalidRequest, match=told):
+            ForkPool(engine, **options)
+        with ForkPool(engine, env={}) as pool, ForkPool("fake", backend="inline", env=[{}, {}]) as other:
+            assert pool.fork(pool.encode("a"), 1, GREEDY)[0].ok and other.workers, (
+                "the engine that was not joined runs on"
+            )
+
+
+@pytest.mark.parametrize(("options", "told"), JOINED, ids=lambda each: "" if isinstance(each, str) else str(each))
+def test_what_engines_that_run_already_cannot_heed_is_refused(options: dict[str, Any], told: str) -> None:
+    with thaw.load_engine("fake") as engine:
+        with pytest.raises(InvalidRequest, match=told):
+            ForkPool(engine, **options)
+        with ForkPool([engine], workers=1, policy_version="0") as pool:
+            assert pool.fork(pool.encode("a"), 1, GREEDY)[0].ok
 
 
 # -- attached engines

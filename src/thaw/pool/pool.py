@@ -42,6 +42,7 @@ from thaw.pool.arguments import (
 )
 from thaw.pool.backends import Factory, choose
 from thaw.pool.backends.attached import AttachedBackend
+from thaw.pool.backends.base import WorkerSpec
 from thaw.pool.round import Round
 from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.captures import Captures
@@ -87,6 +88,7 @@ class ForkPool:
     `retries`: how often a branch is begun again when its worker failed. `branch_timeout_s`: for branches without one.
     `stall_s`: a worker whose batch makes no step for so long is killed. `heartbeat_s`: one that answers nothing.
     `policy_version`: the weights' version at boot. `env`: environment of the workers, one mapping or one for each.
+    What the backend could not heed (`env` where it starts no process) is refused by name.
     """
 
     def __init__(
@@ -124,7 +126,8 @@ class ForkPool:
         self._reaper = Reaper(self._io)
         self._home = PoolDirs(spill=None if spill is None else Path(spill))
         try:
-            self._backend, count = choose(self._home, engine, workers, backend, options, env, boot_timeout_s)
+            spec = WorkerSpec(engine, options, self._home, env, boot_timeout_s, heartbeat_s)
+            self._backend, count = choose(spec, workers, backend)
             self._boot(count, arena_nbytes, queue_limit, retries, residents, policy_version, stall_s, heartbeat_s)
         except BaseException:
             self._end()
@@ -352,6 +355,11 @@ class ForkPool:
         self._fleet.start(count)
         life = self._fleet.ready()[0][1]
         self._info = life.engine.info
+        if version not in (None, life.engine.policy_version):
+            raise InvalidRequest(
+                f"policy_version={version!r}: the engine that was joined runs policy {life.engine.policy_version!r}. "
+                f"Leave policy_version out, or call pool.set_policy({version!r}) once the pool is made"
+            )
         self._fleet.policy_version = life.engine.policy_version
         self._rates = Rates(self._info.name, self._info.model, self._info.device, cache_dir())
         self._rates.booted(life.host.boot_s)
