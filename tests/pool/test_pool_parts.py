@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,11 +22,20 @@ from pool_updates import load
 import thaw
 from thaw import Sampling
 from thaw.core.canonical import U64
-from thaw.core.errors import EngineDied, IdentityMismatch, InvalidRequest, NotHit, StaleSession, ThawError, Unsupported
+from thaw.core.errors import (
+    BadSampling,
+    EngineDied,
+    IdentityMismatch,
+    InvalidRequest,
+    NotHit,
+    StaleSession,
+    ThawError,
+    Unsupported,
+)
 from thaw.core.objects import ChatTurn, Turn
 from thaw.doctor import pools as doctor
 from thaw.engines.base import Completion, Engine, GenerateRequest, Handle, SessionView
-from thaw.pool import ForkPool, PoolSession, backends
+from thaw.pool import Branch, ForkPool, PoolSession, backends
 from thaw.pool.round import Round
 from thaw.pool.rpc import protocol
 from thaw.pool.schedule.rates import Rates, line
@@ -36,6 +47,7 @@ from thaw.testing.laws.pool_kit import bits
 HERE = Path(__file__).parent
 SRC = HERE.parents[1] / "src"
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
+SAMPLED = Sampling(max_tokens=8, temperature=1.0, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +257,54 @@ def test_an_error_that_is_none_of_ours_is_the_engines_death_or_its_lack_of_memor
     assert other.kind == "engine-died" and "ZeroDivisionError" in str(other)
 
 
+# -- seeds
+
+
+@pytest.mark.parametrize("backend", ["process", "inline"])
+def test_a_round_that_is_to_replay_its_point_is_refused_seeds_before_it_begins(backend: str) -> None:
+    with ForkPool("fake", backend=backend) as pool:
+        session = pool.session(seed=7)
+        session.append("hello there")
+        points = [session, pool.snapshot(session), pool.encode("a document")]
+        for seeded, beside in (
+            ({"seed": 5}, "seed=5"), ({"seeds": [5, 6]}, "seeds=[5, 6] gives each its own"),
+            ({"branches": [Branch(), Branch(seed=5)]}, "seed=5 gives branch 1 its own"),
+        ):  # fmt: skip
+            told = "fork: replay=True gives every child its parent's seed, and " + re.escape(beside)
+            for point in points:
+                with pytest.raises(InvalidRequest, match=f"{told}.*leave one of the two out"):
+                    pool.submit(point, sampling=GREEDY, replay=True, **{"branches": 2, **seeded})
+        assert pool.stats().num_rounds == 0 and pool.stats().num_branches == 0
+        for how, seeds in (({"replay": True}, [7, 7]), ({"seeds": [5, 6]}, [5, 6])):
+            results = pool.fork(session, 2, SAMPLED, **how)
+            assert [result.seed for result in results] == [result.history.seed for result in results] == seeds
+
+
+def test_a_point_that_was_prefilled_under_another_seed_is_replayed_with_its_own(cache: Path) -> None:
+    measured(cache, load_s=100.0, prefill_s=0.0001)
+    with ForkPool("fake", backend="inline", workers=2) as pool:
+        session = pool.session(seed=7)
+        session.append("hello there")
+        there = next(name for name in pool.workers if name != session.worker)
+        other = pool.fork(session, 1, SAMPLED, seed=5, worker=there, policy="fast", snapshot="never")[0]
+        assert other.decision is not None and other.decision.action == "prefill"
+        again = pool.fork(session, 1, SAMPLED, replay=True, worker=there)[0]
+        here = pool.fork(session, 1, SAMPLED, replay=True)[0]
+        assert again.decision is not None and again.decision.action == "fork", "from what the first round prefilled"
+        assert again.seed == again.history.seed == here.seed == 7 and again.token_ids == here.token_ids
+
+
+def test_a_session_at_a_point_has_the_seed_that_it_was_given() -> None:
+    with ForkPool("fake", backend="inline") as pool:
+        session, ids = pool.session(seed=7), pool.encode("a document " * 3)
+        session.append("hello there")
+        for point in (session, pool.snapshot(session), ids):
+            assert [pool.session(point, seed=seed).seed for seed in (5, 9)] == [5, 9]
+        assert pool.session(session).seed == pool.session(pool.snapshot(session)).seed == 7, "the point's own"
+        with pytest.raises(BadSampling, match="seed"):
+            pool.session(session, seed=-1)
+
+
 # -- backends
 
 
@@ -257,6 +317,43 @@ def test_another_package_brings_a_backend_by_an_entry_point(monkeypatch: pytest.
         InvalidRequest, match=r"backend='nowhere': must be 'process' or 'inline' or 'ray' or 'elsewhere'"
     ):
         ForkPool("fake", backend="nowhere")
+
+
+NO_PROCESS = [
+    ({"env": {"SECRET": "xyz", "A": "1"}}, r"env sets A, SECRET for the workers' processes.*Leave env out"),
+    ({"env": [{}, {"B": "2"}]}, "env sets B for"),
+    ({"boot_timeout_s": 5.0}, r"boot_timeout_s=5\.0 is a limit.*Leave boot_timeout_s out"),
+    ({"heartbeat_s": 2.0}, r"heartbeat_s=2\.0 is a limit"),
+]
+JOINED = [
+    ({"workers": 3}, "workers=3: a pool that joins engines has one worker for each, here 1"),
+    ({"backend": "inline"}, "backend='inline' boots engines.*Leave backend out"),
+    ({"policy_version": "4"}, r"policy_version='4': .* runs policy '0'.*pool.set_policy\('4'\)"),
+    ({"max_bach": 3}, "max_bach=3: no option of ForkPool"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), NO_PROCESS, ids=lambda each: "" if isinstance(each, str) else str(each))
+def test_what_only_a_process_heeds_is_refused_where_none_is_started(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told) as refused:
+        ForkPool("fake", backend="inline", **options)
+    assert "backend='inline'" in str(refused.value) and "xyz" not in str(refused.value), "values may be secrets"
+    with thaw.load_engine("fake") as engine:
+        with pytest.raises(InvalidRequest, match=told):
+            ForkPool(engine, **options)
+        with ForkPool(engine, env={}) as pool, ForkPool("fake", backend="inline", env=[{}, {}]) as other:
+            assert pool.fork(pool.encode("a"), 1, GREEDY)[0].ok and other.workers, (
+                "the engine that was not joined runs on"
+            )
+
+
+@pytest.mark.parametrize(("options", "told"), JOINED, ids=lambda each: "" if isinstance(each, str) else str(each))
+def test_what_engines_that_run_already_cannot_heed_is_refused(options: dict[str, Any], told: str) -> None:
+    with thaw.load_engine("fake") as engine:
+        with pytest.raises(InvalidRequest, match=told):
+            ForkPool(engine, **options)
+        with ForkPool([engine], workers=1, policy_version="0") as pool:
+            assert pool.fork(pool.encode("a"), 1, GREEDY)[0].ok
 
 
 # -- attached engines

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-import time
 from collections.abc import Callable
-from typing import Any
 
 from thaw.cluster.engine import NodeEngine
 from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, PulledPacks, SpawnEngine, value_of
 from thaw.cluster.nodes import ClusterNode, ClusterNodes
 from thaw.cluster.peer import exchange
 from thaw.cluster.routes import PackRoutes
-from thaw.core.errors import EngineDied, ThawError, TimedOut, Unsupported
+from thaw.core.errors import EngineDied, ThawError
 from thaw.engines.base import Engine, HydratePlan
 from thaw.pool.backends.base import WorkerHandle, WorkerSpec
-from thaw.pool.backends.process import FAREWELL_S, NOT_SENT
+from thaw.pool.backends.line import FAREWELL_S, LineHandle, named
 from thaw.pool.rpc import protocol
 from thaw.pool.rpc.client import RpcClient
 from thaw.pool.rpc.connection import Connection
@@ -69,13 +67,13 @@ class ClusterBackend:
         return NodeWorker(self, node, ticket, name, pid, RpcClient(Connection(sock), name))
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
-        if update is not None and not isinstance(update, str):
-            raise Unsupported(NOT_SENT)
+        if update is not None:
+            named(update)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            booting = [worker for worker in self._workers if not worker.booted]
+            booting = [worker for worker in self._workers if not worker.boot_s]
             empty = not self._workers
         for worker in booting:
             worker.kill()
@@ -100,52 +98,24 @@ class ClusterBackend:
             self.routes.close()
 
 
-class NodeWorker:
+class NodeWorker(LineHandle):
     """A process on a node, and the line to it."""
-
-    engine: Engine
 
     def __init__(
         self, backend: ClusterBackend, node: ClusterNode, ticket: str, name: str, pid: int, line: RpcClient
     ) -> None:
-        self._backend, self.node, self._ticket, self._name, self._line = backend, node, ticket, name, line
-        self.pid: int | None = pid
-        self.boot_s = 0.0
-        self.booted = False
+        super().__init__(line, pid)
+        self._backend, self.node, self._ticket, self._name = backend, node, ticket, name
         self._over = threading.Event()
         self._told: Callable[[], None] | None = None
         line.on_end = self._ended
         node.on_lost.add(self._node_lost)
-
-    def start(self, engine: str, options: dict[str, Any], limit_s: float) -> None:
-        began = time.perf_counter()
-        call = protocol.Boot(id=0, protocol=protocol.PROTOCOL, engine=engine, options=options)
-        try:
-            booted: Booted = self._line.ask(call).result(limit_s)
-        except TimedOut:
-            raise EngineDied(f"the worker did not boot within {limit_s:.0f} s{self._last_words()}") from None
-        except EngineDied as error:
-            raise EngineDied(f"{error}{self._last_words()}") from None
-        self.engine = NodeEngine(self._line, booted, self.node, self._backend.routes)
-        self.boot_s, self.booted = time.perf_counter() - began, True
 
     def alive(self) -> bool:
         return not self._over.is_set()
 
     def on_end(self, callback: Callable[[], None]) -> None:
         self._told = callback
-
-    def check(self, limit_s: float) -> bool:
-        silent = time.monotonic() - self._line.heard
-        if silent > limit_s / 3:
-            self._line.tell(protocol.Ping(id=0))
-        return silent < limit_s
-
-    def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
-        if not isinstance(update, str):
-            raise Unsupported(NOT_SENT)
-        assert isinstance(self.engine, NodeEngine)
-        return self.engine.invoke(update, arguments)
 
     def link(self, state: str) -> str:
         return self._backend.routes.link(self.node, state)
@@ -179,9 +149,10 @@ class NodeWorker:
     def _node_lost(self) -> None:
         self._line.end(f"the node {self.node.address} is gone, and worker {self._name} with it")
 
-    def _last_words(self) -> str:
-        """The last lines of its log, for the error."""
+    def _proxy(self, booted: Booted) -> NodeEngine:
+        return NodeEngine(self._line, booted, self.node, self._backend.routes)
+
+    def _log(self) -> str:
         with contextlib.suppress(ThawError):
-            lines = str(self._backend.nodes.ask(self.node, EngineLog(ticket=self._ticket))).splitlines()[-5:]
-            return ": " + " | ".join(lines) if lines else ""
+            return str(self._backend.nodes.ask(self.node, EngineLog(ticket=self._ticket)))
         return ""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from thaw.core.errors import InvalidRequest
+from thaw.core.sampling import check_seed
+from thaw.engines.session.children import replay_beside
 from thaw.pool.round import Round
 from thaw.pool.schedule.job import Job
 from thaw.pool.values import Branch, LoadPolicy
@@ -52,6 +54,23 @@ def _branch(given: str | Branch | Sequence[int]) -> Branch:
     if isinstance(given, Branch):
         return given
     return Branch(prompt=given) if isinstance(given, str) else Branch(token_ids=tuple(given))
+
+
+def check_seeds(branches: Sequence[Branch], seed: int | None, seeds: Sequence[int] | None, replay: bool) -> None:
+    """Raises `InvalidRequest` for seeds that are not one for each branch, and for `replay` beside any seed;
+    `BadSampling` for a seed that is none."""
+    if seeds is not None and len(seeds) != len(branches):
+        raise InvalidRequest(f"{len(seeds)} seeds for {len(branches)} branches; give one each")
+    own = {i: branch.seed for i, branch in enumerate(branches) if branch.seed is not None}
+    for number in (*(seeds or ()), *(() if seed is None else (seed,)), *own.values()):
+        check_seed(number)
+    if replay and seeds is not None:
+        raise replay_beside(f"seeds={list(seeds)[:8]!r} gives each its own")
+    if replay and seed is not None:
+        raise replay_beside(f"seed={seed!r} is another one to derive theirs from")
+    if replay and own:
+        index = min(own)
+        raise replay_beside(f"seed={own[index]!r} gives branch {index} its own")
 
 
 def each_sampling(sampling: object, count: int) -> list[object]:

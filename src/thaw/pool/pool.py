@@ -36,11 +36,13 @@ from thaw.pool.arguments import (
     check_counts,
     check_mode,
     check_policy,
+    check_seeds,
     each_sampling,
     make_job,
 )
 from thaw.pool.backends import Factory, choose
 from thaw.pool.backends.attached import AttachedBackend
+from thaw.pool.backends.base import WorkerSpec
 from thaw.pool.round import Round
 from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.captures import Captures
@@ -86,6 +88,7 @@ class ForkPool:
     `retries`: how often a branch is begun again when its worker failed. `branch_timeout_s`: for branches without one.
     `stall_s`: a worker whose batch makes no step for so long is killed. `heartbeat_s`: one that answers nothing.
     `policy_version`: the weights' version at boot. `env`: environment of the workers, one mapping or one for each.
+    What the backend could not heed (`env` where it starts no process) is refused by name.
     """
 
     def __init__(
@@ -123,7 +126,8 @@ class ForkPool:
         self._reaper = Reaper(self._io)
         self._home = PoolDirs(spill=None if spill is None else Path(spill))
         try:
-            self._backend, count = choose(self._home, engine, workers, backend, options, env, boot_timeout_s)
+            spec = WorkerSpec(engine, options, self._home, env, boot_timeout_s, heartbeat_s)
+            self._backend, count = choose(spec, workers, backend)
             self._boot(count, arena_nbytes, queue_limit, retries, residents, policy_version, stall_s, heartbeat_s)
         except BaseException:
             self._end()
@@ -161,7 +165,7 @@ class ForkPool:
         repository (branch, tag, commit, with :turn= or :token=), or token ids. `at`: its first so many tokens.
         `branches`: how many, or for each a prompt, token ids, or a `Branch`. Branch i of a point has the same seed in
         every worker: derived from `seed` (default: the point's own), unless `seeds` or the branch say; `replay` gives
-        all the point's own. `spread`: over how many workers; "auto" takes as many as the
+        all the point's own, and goes with none of these. `spread`: over how many workers; "auto" takes as many as the
         planner expects it soonest with (batches then have another shape from round to round, as rates are refitted).
         A round of more than `max_batch` branches goes in batches of so many, to whichever worker is free.
         `worker`: the one to run in, whatever that costs.
@@ -170,10 +174,7 @@ class ForkPool:
         """
         self._check_open()
         wanted = as_branches(branches)
-        if seeds is not None and len(seeds) != len(wanted):
-            raise InvalidRequest(f"{len(seeds)} seeds for {len(wanted)} branches; give one each")
-        for number in (*(seeds or ()), *(() if seed is None else (seed,))):
-            check_seed(number)
+        check_seeds(wanted, seed, seeds, replay)
         where = self._resolver.find(point, at, seed)
         params = each_sampling(sampling, len(wanted))
         limit = self._timeout_s if timeout_s is None else timeout_s
@@ -192,15 +193,19 @@ class ForkPool:
         return round_
 
     def session(self, point: object = None, *, seed: int | None = None, at: int | None = None) -> PoolSession:
-        """A session in one of the workers: an empty one, or one that goes on from `point`. A point of the pool."""
+        """A session in one of the workers: an empty one, or one that goes on from `point`. A point of the pool.
+
+        `seed`: its own; by default the point's, or for token ids and an empty one a new one."""
         self._check_open()
+        if seed is not None:
+            check_seed(seed)
         if point is None:
             return self._empty(seed)
         life = self._idlest()
         where = self._resolver.find(point, at, seed)
         if where.held is not None and where.alive:
             life = where.held.life
-        ref, there = self._loader.fork(where, life, self._policy)
+        ref, there = self._loader.fork(where, life, self._policy, seed)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
             life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=where.at,
@@ -350,6 +355,11 @@ class ForkPool:
         self._fleet.start(count)
         life = self._fleet.ready()[0][1]
         self._info = life.engine.info
+        if version not in (None, life.engine.policy_version):
+            raise InvalidRequest(
+                f"policy_version={version!r}: the engine that was joined runs policy {life.engine.policy_version!r}. "
+                f"Leave policy_version out, or call pool.set_policy({version!r}) once the pool is made"
+            )
         self._fleet.policy_version = life.engine.policy_version
         self._rates = Rates(self._info.name, self._info.model, self._info.device, cache_dir())
         self._rates.booted(life.host.boot_s)

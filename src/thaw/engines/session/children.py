@@ -17,9 +17,13 @@ def check_children(n: int, replay: bool, seeds: Sequence[int] | None) -> None:
             f"fork: n={n}, seeds={seeds!r}; n is 1 to {MAX_CHILDREN} and seeds, if given, are n integers"
         )
     if replay and seeds is not None:
-        raise InvalidRequest(
-            f"fork: replay=True gives every child its parent's seed, and seeds={list(seeds)[:8]!r} gives each its own; "
-            "leave one of the two out"
-        )
+        raise replay_beside(f"seeds={list(seeds)[:8]!r} gives each its own")
     for seed in seeds or ():
         check_seed(seed)
+
+
+def replay_beside(other: str) -> InvalidRequest:
+    """The error for `replay` beside what gives children other seeds. `other`: what that is, and what it does."""
+    return InvalidRequest(
+        f"fork: replay=True gives every child its parent's seed, and {other}; leave one of the two out"
+    )

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 from thaw.core.errors import InvalidRequest
 from thaw.pool.backends.base import WorkerBackend, WorkerSpec
-from thaw.pool.shm.dirs import PoolDirs
 
 GROUP = "thaw.pool_backends"
 OWN = {
@@ -28,21 +26,27 @@ OWN = {
 Factory = Callable[[WorkerSpec], WorkerBackend]
 
 
-def choose(
-    dirs: PoolDirs, engine: Any, workers: int, backend: str | Factory, options: dict[str, Any], env: Any, limit_s: float
-) -> tuple[WorkerBackend, int]:
+def choose(spec: WorkerSpec, workers: int, backend: str | Factory) -> tuple[WorkerBackend, int]:
     """The backend for what a pool was given, and how many workers it begins with. An engine's name is booted by
     `backend`, a name or what makes one; anything else is joined. Raises `InvalidRequest` for a backend that there is
-    none of."""
-    if isinstance(engine, str) and "://" not in engine:
+    none of, and for what the chosen one would not heed."""
+    if isinstance(spec.engine, str) and "://" not in spec.engine:
         make = _named(backend) if isinstance(backend, str) else backend
-        return make(WorkerSpec(engine, options, dirs, env, limit_s)), workers
+        return make(spec), workers
     from thaw.pool.backends.attached import AttachedBackend
 
-    targets = list(engine) if isinstance(engine, (list, tuple)) else [engine]
-    if not targets:
-        raise InvalidRequest("no engines given to attach to")
-    return AttachedBackend(targets, options), len(targets)
+    joined = AttachedBackend(spec)
+    if workers not in (1, len(joined)):
+        raise InvalidRequest(
+            f"workers={workers}: a pool that joins engines has one worker for each, here {len(joined)}. Leave workers "
+            "out, or give as many engines"
+        )
+    if backend != "process":
+        raise InvalidRequest(
+            f"backend={backend!r} boots engines, and those that this pool joins run already. Leave backend out, or "
+            "give an engine's name"
+        )
+    return joined, len(joined)
 
 
 def _named(name: str) -> Factory:

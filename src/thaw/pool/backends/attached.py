@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Engine
-from thaw.pool.backends.base import WorkerHandle
+from thaw.pool.backends.base import WorkerHandle, WorkerSpec
 from thaw.pool.backends.inline import InlineHandle
 
 
@@ -16,8 +17,21 @@ class AttachedBackend:
 
     restarts = False
 
-    def __init__(self, targets: Sequence[Any], options: Mapping[str, Any]) -> None:
-        self._targets, self._options = list(targets), dict(options)
+    def __init__(self, spec: WorkerSpec) -> None:
+        """`spec.engine`: one of them, or a list. Raises `InvalidRequest` for none, and for options that would do
+        nothing."""
+        self._targets = list(spec.engine) if isinstance(spec.engine, (list, tuple)) else [spec.engine]
+        self._options = dict(spec.options)
+        if not self._targets:
+            raise InvalidRequest("no engines given to attach to")
+        spec.check_no_process("the engines that this pool joins run already")
+        if self._options and all(isinstance(target, Engine) for target in self._targets):
+            given = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+            raise InvalidRequest(f"{given}: no option of ForkPool, and the engines that it joins are attached already")
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._targets)
 
     def add(self, target: Any) -> int:
         self._targets.append(target)

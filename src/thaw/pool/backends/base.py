@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Engine, HydratePlan
 from thaw.pool.shm.dirs import PoolDirs
 
@@ -18,15 +19,17 @@ from thaw.pool.shm.dirs import PoolDirs
 class WorkerSpec:
     """What a pool was given for its workers, all that a backend is made of.
 
-    `engine` and `options` are `load_engine`'s. `dirs`: the pool's folders on this host. `env`: the environment of the
-    workers, one mapping for all or one for each. `boot_timeout_s`: after that a worker that boots is given up.
+    `engine` and `options` are `load_engine`'s (for engines that run already: what joins them, and `attach`'s). `dirs`:
+    the pool's folders on this host. `env`: the environment of the workers, one mapping for all or one for each.
+    `boot_timeout_s`: after that a worker that boots is given up. `heartbeat_s`: one that is silent for so long is too.
     """
 
-    engine: str
+    engine: Any
     options: Mapping[str, Any]
     dirs: PoolDirs
     env: Mapping[str, str] | Sequence[Mapping[str, str]] = ()
     boot_timeout_s: float = 900.0
+    heartbeat_s: float = 60.0
 
     def options_for(self, policy_version: str | None) -> dict[str, Any]:
         """Of `load_engine`, for an engine that begins with this policy."""
@@ -37,6 +40,21 @@ class WorkerSpec:
         if isinstance(self.env, Mapping):
             return self.env
         return self.env[index % len(self.env)] if self.env else {}
+
+    def check_no_process(self, why: str) -> None:
+        """For a backend that starts no process: raises `InvalidRequest` for what only a process can be given. `why`:
+        what the engines are instead. Names variables of `env` and not their values, which may be secrets."""
+        names = sorted({name for env in ([self.env] if isinstance(self.env, Mapping) else self.env) for name in env})
+        if names:
+            raise InvalidRequest(
+                f"env sets {', '.join(names)} for the workers' processes, and {why}. Leave env out, and set what they "
+                "need before they are loaded"
+            )
+        for name in ("boot_timeout_s", "heartbeat_s"):
+            if (value := getattr(self, name)) != getattr(WorkerSpec, name):
+                raise InvalidRequest(
+                    f"{name}={value!r} is a limit for the workers' processes, and {why}. Leave {name} out"
+                )
 
 
 class WorkerHandle(Protocol):

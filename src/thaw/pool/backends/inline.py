@@ -52,6 +52,8 @@ class InlineBackend:
     restarts = True
 
     def __init__(self, spec: WorkerSpec) -> None:
+        """Raises `InvalidRequest` for what only a process can be given."""
+        spec.check_no_process("with backend='inline' the engines run in this process (backend='process' starts others)")
         self._spec = spec
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:

@@ -9,27 +9,20 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thaw.core.errors import EngineDied, TimedOut, Unsupported
+from thaw.core.errors import EngineDied
 from thaw.data.files import read_tail
 from thaw.data.fresh_process import with_this_thaw
 from thaw.engines.base import Engine
 from thaw.pool.backends.base import WorkerHandle, WorkerSpec
+from thaw.pool.backends.line import FAREWELL_S, LineHandle, named
 from thaw.pool.rpc import protocol
-from thaw.pool.rpc.client import EngineProxy, RpcClient
+from thaw.pool.rpc.client import RpcClient
 from thaw.pool.rpc.connection import Connection
-from thaw.pool.rpc.protocol import Booted
 from thaw.pool.shm.dirs import PoolDirs
-
-FAREWELL_S = 25.0
-NOT_SENT = (
-    "the workers are processes of their own, to which no function can be sent: give update as 'module:function', "
-    "importable there, or make the pool with backend='inline'"
-)
 
 
 class ProcessBackend:
@@ -69,8 +62,8 @@ class ProcessBackend:
                 self._booting.discard(host)
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
-        if update is not None and not isinstance(update, str):
-            raise Unsupported(NOT_SENT)
+        if update is not None:
+            named(update)
 
     def close(self) -> None:
         with self._lock:
@@ -100,27 +93,12 @@ def _spawn(log: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[byt
     return process, ours
 
 
-class ProcessHandle:
+class ProcessHandle(LineHandle):
     """A host process and the line to it."""
 
-    engine: Engine
-
     def __init__(self, dirs: PoolDirs, process: subprocess.Popen[bytes], line: RpcClient, log: Path) -> None:
-        self._dirs, self._process, self._line, self._log = dirs, process, line, log
-        self.pid: int | None = process.pid
-        self.boot_s = 0.0
-
-    def start(self, engine: str, options: dict[str, Any], limit_s: float) -> None:
-        began = time.perf_counter()
-        call = protocol.Boot(id=0, protocol=protocol.PROTOCOL, engine=engine, options=options)
-        try:
-            booted: Booted = self._line.ask(call).result(limit_s)
-        except TimedOut:
-            raise EngineDied(f"the worker did not boot within {limit_s:.0f} s{self._last_words()}") from None
-        except EngineDied as error:
-            raise EngineDied(f"{error}{self._last_words()}") from None
-        self.engine = EngineProxy(self._line, booted)
-        self.boot_s = time.perf_counter() - began
+        super().__init__(line, process.pid)
+        self._dirs, self._process, self._log_path = dirs, process, log
 
     def alive(self) -> bool:
         """Looks without reaping: as long as it is not reaped nobody else can have its number."""
@@ -130,18 +108,6 @@ class ProcessHandle:
 
     def on_end(self, callback: Callable[[], None]) -> None:
         self._line.on_end = callback
-
-    def check(self, limit_s: float) -> bool:
-        silent = time.monotonic() - self._line.heard
-        if silent > limit_s / 3:
-            self._line.tell(protocol.Ping(id=0))
-        return silent < limit_s
-
-    def invoke(self, update: str | Callable[[Engine], object], arguments: dict[str, Any]) -> Any:
-        if not isinstance(update, str):
-            raise Unsupported(NOT_SENT)
-        assert isinstance(self.engine, EngineProxy)
-        return self.engine.invoke(update, arguments)
 
     def kill(self) -> None:
         self._kill_session()
@@ -164,9 +130,7 @@ class ProcessHandle:
             self._process.wait(FAREWELL_S)
             self._dirs.ended(self._process.pid)
 
-    def _last_words(self) -> str:
-        """The last lines of its log, for the error."""
+    def _log(self) -> str:
         with contextlib.suppress(OSError):
-            lines = read_tail(self._log, 3000).decode(errors="replace").strip().splitlines()[-5:]
-            return ": " + " | ".join(lines) if lines else ""
+            return read_tail(self._log_path, 3000).decode(errors="replace")
         return ""

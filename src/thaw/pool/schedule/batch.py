@@ -86,7 +86,7 @@ class Batch:
     @staticmethod
     def _fork(chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, seeds: list[int]) -> list[SessionRef]:
         point, jobs = chunk.point, chunk.jobs
-        replay = chunk.replay and not point.plain and all(job.seed is None for job in jobs)
+        replay = chunk.replay and loaded.is_parent
         found = life.engine.fork(
             loaded.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
         ).result()

@@ -49,6 +49,13 @@ class LoadedPoint:
     capture_s: float = 0.0
     hydrate_s: float = 0.0
 
+    @property
+    def is_parent(self) -> bool:
+        """Whether the session is the point's own, held or stored: with its seed, and what it was interrupted in.
+        Else its tokens were prefilled, under whatever seed the first round from them had."""
+        held = self.point.held
+        return not self.point.plain and (self.restore is not None or (held is not None and held.ref == self.ref))
+
 
 class PointLoader:
     """Shared by all workers of a pool; safe from any thread.
@@ -81,16 +88,18 @@ class PointLoader:
                 return self._hydrate(now, life, decision, began)
             return self._prefill(now, life, decision, began)
 
-    def fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, LoadedPoint]:
-        """A session at the point, and how it came. Plain tokens of which KV of other weights was kept are prefilled
-        anew, as a round's are."""
+    def fork(
+        self, point: ForkPoint, life: Incarnation, policy: LoadPolicy, seed: int | None = None
+    ) -> tuple[SessionRef, LoadedPoint]:
+        """A session at the point, and how it came. `seed`: its own, None for the point's. Plain tokens of which KV of
+        other weights was kept are prefilled anew, as a round's are."""
         try:
-            return self._fork(point, life, policy)
+            return self._fork(point, life, policy, seed)
         except OLD_KV:
             if not point.plain:
                 raise
             self.forget(point, life)
-            return self._fork(point, life, policy)
+            return self._fork(point, life, policy, seed)
 
     def forget(self, point: ForkPoint, life: Incarnation) -> None:
         """Let go of what is kept of plain tokens: the weights changed, and nobody said so."""
@@ -98,9 +107,13 @@ class PointLoader:
             self._captures.forget(point)
         life.drop(point.key)
 
-    def _fork(self, point: ForkPoint, life: Incarnation, policy: LoadPolicy) -> tuple[SessionRef, LoadedPoint]:
+    def _fork(
+        self, point: ForkPoint, life: Incarnation, policy: LoadPolicy, seed: int | None
+    ) -> tuple[SessionRef, LoadedPoint]:
         there = self.load(point, life, policy)
-        return life.engine.fork(there.ref, 1, at=point.at, replay=True).result()[0], there
+        replay = seed is None and there.is_parent
+        seeds = None if replay else [point.seed]
+        return life.engine.fork(there.ref, 1, at=point.at, replay=replay, seeds=seeds).result()[0], there
 
     def capture(self, point: ForkPoint) -> ForkPoint:
         """Put a living point into the arena, once; its version there. Raises what a commit raises."""
