@@ -229,6 +229,8 @@ class WorkerSide:
             self._records[job.record] = HostRecord(
                 whole, record.epoch, caller=record.caller, points=record.points, recent=record.recent
             )
+        if job.over:
+            self._get(job.record).recent.clear()
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
