@@ -81,7 +81,7 @@ class ServedSession:
             self.num_kv = max((point for point in points if point <= count), default=0)
 
     def _sampled_after(self, point: int) -> bool:
-        """Whether sampled tokens, beside the session's last one, would have to be read to come from there to its end."""
+        """Whether sampled tokens, beside the session's last one, would be read again to come from there to its end."""
         last = len(self.tokens) - 1
         return any(turn.kind != "prompt" and max(turn.start, point) < min(turn.end, last) for turn in self.turns)
 
