@@ -13,6 +13,8 @@ from typing import TypeAlias
 RECENT_STATES = 8
 """Of a session that computes, the states after so many of its last steps are kept: whoever reads its tokens may end it
 a few of them late."""
+STATES_OF_A_REQUEST = RECENT_STATES + 1
+"""And the one that it ends with."""
 Tables: TypeAlias = tuple[tuple[int, ...], ...]
 
 
