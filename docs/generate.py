@@ -175,6 +175,7 @@ def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from kind_models import BOTH, KINDS, ON_SGLANG, ON_VLLM, PARTS, RECURRENT
+    from thaw.engines.vllm.recurrent import MODES
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
@@ -184,7 +185,8 @@ def kinds_table() -> str:
     for what, names in own.items():
         vllm, sglang = _served(what)
         rows.append((what, tuple(names), _tested(names, ON_VLLM) or vllm, _tested(names, ON_SGLANG) or sglang))
-    rows.append(("recurrent states and full attention", tuple(RECURRENT), FULL_ONLY, FULL_ONLY))
+    some = f"{', '.join(MODES)}: tested on 0.32; others {FULL_ONLY}"
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), some, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, PARTS_ON_VLLM, FULL_ONLY))
     lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)

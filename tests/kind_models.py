@@ -43,10 +43,10 @@ ON_SGLANG = {
 }  # fmt: skip
 """What the table of kinds says of these on SGLang, on a CPU (`on_sglang/test_kinds_sglang.py`)."""
 ON_VLLM = {
-    "deepseek_v3": "tested on 0.32", "gpt_oss": "tested on 0.32", "gemma3_text": "tested on 0.32",
-    "llama4_text": "tested on 0.32", "gemma2": "not tried", "olmo3": "tested on 0.32",
-    "mimo_v2_flash": "not tried",
-}  # fmt: skip
+    **dict.fromkeys(("falcon", "gpt2", "cohere", "deepseek_v3"), "tested on 0.32"),
+    **dict.fromkeys(("gpt_oss", "gemma3_text", "llama4_text", "olmo3"), "tested on 0.32"),
+    **dict.fromkeys(("gemma2", "mimo_v2_flash"), "not tried"),
+}
 """What the table of kinds says of these on vLLM, on a CPU; others with such caches are refused there by name."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
@@ -54,7 +54,6 @@ WINDOW = 40
 """Tokens that a token attends to in the layers with a window."""
 PARTS = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Multimodal architectures; the text part runs."""
-ON_VLLM |= dict.fromkeys(("falcon", "gpt2", "cohere"), "tested on 0.32")
 _SHAPES: dict[str, dict[str, Any]] = {
     "falcon": {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True,

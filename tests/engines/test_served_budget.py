@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from thaw.core.cache import CacheGroup, FullKV
+from thaw.core.cache import CacheGroup, FullKV, PointState, StatePart
 from thaw.core.errors import Busy, InvalidRequest, StorageFailed
 from thaw.core.objects import Id
 from thaw.engines.served import protocol
@@ -54,6 +54,21 @@ def test_every_caller_has_its_share_and_all_have_the_whole() -> None:
         budget.require(GUEST)
     budget.give_back(ONE, 1)
     budget.require(ONE)
+
+
+def test_a_model_that_keeps_states_has_room_for_tokens_beside_those_of_a_request() -> None:
+    full = FullKV(name="full", first_layer=0, num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
+    part = StatePart(name="recurrent", shape=(4, 8), dtype="float32", num_heads=2)
+    point = PointState(name="state", first_layer=1, num_layers=2, parts=(part,))
+    groups, nbytes = RankGroups((full, point)), 2 * 2 * 4 * 8 * 4
+    assert groups.state_nbytes == point.nbytes == nbytes
+    made = HostCache(10 * nbytes, None, groups, spill_nbytes=0, shares=Shares(), states=9)
+    assert made.room(ONE).num_tokens == nbytes // TOKEN
+    kept = made.allocate_states(ONE)
+    with pytest.raises(Busy, match=r"no room to keep 1 tokens: arena: .*; beside its tokens a request keeps states of"):
+        made.room(ONE).require(1)
+    del kept
+    made.room(ONE).require(nbytes // TOKEN)
 
 
 def test_nothing_is_remembered_of_callers_that_have_nothing() -> None:

@@ -8,6 +8,7 @@ the state of a token more or less, a sibling's, channels in another order.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ pytest.importorskip("vllm")
 
 import torch
 
-from thaw.core.cache import PointState, point_groups
+from thaw.core.cache import PointState, point_groups, token_groups
 from thaw.core.errors import NotKept, StaleSession, Unsupported
 from thaw.engines import load_engine
-from thaw.engines.base import Captured, Engine, HydratePlan
+from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.engines.vllm import versions
 from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded
 from thaw.testing.plans import mount_at
@@ -201,6 +202,48 @@ def test_an_answer_that_its_client_ends_can_be_gone_on_from(engine: Engine, lab:
     assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
     cancelled = lab.stopped_amid(engine, session)[0]
     assert engine.view(cancelled).num_kv == len(engine.view(cancelled).tokens) - 1
+
+
+def test_a_session_that_ended_by_itself_keeps_the_states_of_its_turns_alone(engine: Engine, lab: Lab) -> None:
+    """The states of the last steps before an end are let go of, unless the client may have ended it at one of them."""
+    states = sum(group.nbytes for group in point_groups(engine.info.groups))
+    tokens = sum(group.token_nbytes for group in token_groups(engine.info.groups))
+
+    def kept(session: SessionRef, before: int, prompt: int) -> float:
+        return (engine.stats()["arena_nbytes"] - before - tokens * (engine.view(session).num_kv - prompt)) / states
+
+    before = engine.stats()["arena_nbytes"]
+    session = lab.begin(engine, 40)
+    lab.one(engine, session, greedy(ANSWER))
+    assert kept(session, before, 0) == 2  # after its prompt, and after its answer
+    before = engine.stats()["arena_nbytes"]
+    child = lab.twin(engine, session)
+    lab.one(engine, child, greedy(ANSWER, stop=("\x00 never said \x00",)))
+    assert kept(child, before, 40 + ANSWER - 1) > 2, "or the measure above shows nothing"
+
+
+def test_a_prompt_that_was_stopped_before_its_answer_is_read_by_whoever_goes_on(engine: Engine, lab: Lab) -> None:
+    session, prompt = lab.begin(engine, 600), ids(300, 4)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER), prompt)
+    before_a_token = 0
+    for trial in range(12):
+        stopped = lab.twin(engine, session)
+        running = lab.start(engine, stopped, sampling=greedy(ANSWER), prompt=prompt)
+        time.sleep(0.01 * trial)  # before it began, and inside each of its steps
+        running.cancel()
+        done = len(running.result(60.0)[0].token_ids)
+        assert len(engine.view(stopped).tokens) == 900 + done
+        if done == 0:
+            before_a_token += 1
+            restored = lab.hydrate(engine, lab.plan(lab.capture(engine, stopped))).session
+            for child in (restored, lab.twin(engine, stopped)):
+                assert bits(lab.one(engine, child, greedy(ANSWER)).logprobs) == bits(whole.logprobs)
+                engine.close_session(child)
+        if done < ANSWER:
+            rest = lab.one(engine, stopped, greedy(ANSWER - done))
+            assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
+        engine.close_session(stopped)
+    assert before_a_token
 
 
 def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine, lab: Lab) -> None:

@@ -68,7 +68,8 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     `group_place`: which row of the batch it is to be, from 0, because a kernel may compute rows that lie elsewhere in
     other ways. `mail`: what the scheduler says at the end goes to the mail too, for a reply may be left before its
     end. `grammar_from`: the request has structured outputs, and its tokens from this index on are of the same
-    completion: the grammar is told of them before the first new one.
+    completion: the grammar is told of them before the first new one. `ends_early`: the client may end it some tokens
+    before the engine does (at a stop string), and go on from there.
     """
 
     record: Name
@@ -80,6 +81,7 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     group_place: Count = 0
     mail: bool = False
     grammar_from: Count | None = None
+    ends_early: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv and self.source is None:

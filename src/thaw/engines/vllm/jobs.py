@@ -13,6 +13,8 @@ from typing import TypeAlias
 RECENT_STATES = 8
 """Of a session that computes, the states after so many of its last steps are kept: whoever reads its tokens may end it
 a few of them late."""
+STATES_OF_A_REQUEST = RECENT_STATES + 1
+"""And the one that it ends with."""
 Tables: TypeAlias = tuple[tuple[int, ...], ...]
 
 
@@ -31,13 +33,15 @@ class Derive:
 class Sync:
     """Copy tokens up to `num_kv` that the record lacks out of the engine's blocks. `finished`: a request whose blocks
     are held until that is done, and what was begun for the record before. `now`: vLLM gives the blocks away in this
-    very step, so all of that is done when the job is."""
+    very step, so all of that is done when the job is. `over`: nobody goes on from an earlier step of the request, so
+    the states of its last steps are let go of."""
 
     record: str
     tables: Tables
     num_kv: int
     finished: str | None = None
     now: bool = False
+    over: bool = False
 
 
 @dataclass(frozen=True)

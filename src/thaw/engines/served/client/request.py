@@ -55,6 +55,7 @@ class ActiveRequest:
             group=group,
             group_size=size,
             group_place=self.index,
+            ends_early=turn is not None and bool(turn.sampling.stop),
             grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
         )
 

@@ -37,7 +37,8 @@ class ServedSession:
     request that runs now. `late`: the groups of which earlier tokens are not there.
 
     Of a model that keeps states, `points` are the numbers of tokens after which it has one, and `num_kv` is one of them
-    (or 0). `behind`: the engine has gone past the session's end, and the state there is gone."""
+    (or 0); what comes after is a prompt that is still to be read. `behind`: some of it was sampled, for the engine has
+    gone past the session's end, and the state there is gone."""
 
     ref: SessionRef
     seed: int
@@ -73,11 +74,16 @@ class ServedSession:
         count, last = len(self.tokens), max(len(self.tokens) - 1, 0)
         points = {point for point in (*self.points, want) if 0 < point <= want} | ({last} & set(found))
         self.points = tuple(sorted(points))
-        self.behind = bool(last) and not points & {last, count}
+        self.behind = bool(last) and not points & {last, count} and self._sampled_after(max(points, default=0))
         if last in points or not last:
             self.num_kv = last
         else:
             self.num_kv = max((point for point in points if point <= count), default=0)
+
+    def _sampled_after(self, point: int) -> bool:
+        """Whether sampled tokens, beside the session's last one, would be read again to come from there to its end."""
+        last = len(self.tokens) - 1
+        return any(turn.kind != "prompt" and max(turn.start, point) < min(turn.end, last) for turn in self.turns)
 
     def before(self, at: int) -> int:
         """How many tokens of KV a child of the first `at` tokens goes on with: all but the last, which runs again; or
@@ -149,7 +155,7 @@ def forked(
     computed = parent.computed()
     num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))
     if keeps_states:
-        num_kv = parent.before(at)
+        num_kv = parent.num_kv if at == len(parent.tokens) and not parent.behind else parent.before(at)
     require_kept(parent.late, num_kv)
     # Blocks of a lineage are found by its salt; where it has not all groups of the first ones, nobody reads them anew.
     apart = parent.late and not num_kv

@@ -125,16 +125,17 @@ class HostRecord:
 class HostCache:
     """`nbytes` of memory and `spill_nbytes` of files in the folder `spill`, of both of which each caller has its share.
     `pinned`: memory that the accelerator reads and writes by itself. Pieces are then never joined: a load walks over
-    crumbs without cost there."""
+    crumbs without cost there. `states`: so many states a request keeps beside its tokens, where the model has some."""
 
     def __init__(
         self, nbytes: int, spill: Path | None, groups: RankGroups,
-        *, spill_nbytes: int, shares: Shares, pinned: bool = False,
+        *, spill_nbytes: int, shares: Shares, pinned: bool = False, states: int = 0,
     ):  # fmt: skip
         self._memory, self._files = Budget("arena", nbytes, shares, mib), Budget("spill", spill_nbytes, shares, mib)
         self._spill = spill
         self._slab = PinnedBuffer(nbytes) if pinned else None
         self._groups = groups
+        self._reserve = states * groups.state_nbytes
         self._lock = threading.RLock()  # Python's collector may end a tensor while it is held
 
     @property
@@ -152,7 +153,9 @@ class HostCache:
             left = max(self._memory.left(caller), self._files.left(caller))
             beyond = left + 1
             why = f"{self._memory.refusal(caller, beyond)}; {self._files.refusal(caller, beyond)}"
-        return Room(num_tokens=left // self._groups.token_nbytes, why=why)
+        if self._reserve:
+            why += f"; beside its tokens a request keeps states of {mib(self._reserve)}"
+        return Room(num_tokens=max(0, left - self._reserve) // self._groups.token_nbytes, why=why)
 
     def tight(self) -> dict[Caller, Room]:
         """The callers with room for less than `TIGHT_TOKENS`; `EVERYBODY` among them when that is all that one who has

@@ -32,7 +32,7 @@ class Strip(NamedTuple):
 
 class RankGroups:
     """`strips` in the order of the token groups; `states`: (shape, dtype) of each point state's blob that this rank
-    holds, in order."""
+    holds, in order; `state_nbytes`: what all of them take."""
 
     def __init__(self, groups: Sequence[CacheGroup], rank: int = 0, num_ranks: int = 1) -> None:
         self.groups, self._rank, self._num_ranks = tuple(groups), rank, num_ranks
@@ -46,6 +46,7 @@ class RankGroups:
             for group in point_groups(groups)
             for index in self.held(group)
         )
+        self.state_nbytes = sum(prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in self.states)
         self.token_nbytes = max(1, sum(strip.token_nbytes for strip in self.strips))
 
     def held(self, group: CacheGroup) -> tuple[int, ...]:

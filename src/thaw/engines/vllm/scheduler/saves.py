@@ -11,7 +11,7 @@ from thaw.engines.vllm import jobs
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.scheduler.content_ids import BlockContents
 from thaw.engines.vllm.scheduler.records import SchedulerRecord
-from thaw.engines.vllm.scheduler.requests import RunningRequest, is_failed
+from thaw.engines.vllm.scheduler.requests import RunningRequest, is_aborted, is_failed
 
 
 class Saves:
@@ -90,12 +90,15 @@ class Saves:
         # A step may be under way that was put together before the last token was known: what it computes is nobody's.
         num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
         keep = run.message.keep and run.error is None and not is_failed(request)
+        over = not run.message.ends_early and not is_aborted(request)
         if keep and num_kv > record.num_kv and self._room(tables) >= num_kv:
-            self._queue.append(self._sync(record, name, tables, num_kv, request, request.request_id))
+            self._queue.append(self._sync(record, name, tables, num_kv, request, request.request_id, over=over))
             held = True
         elif record.leaving and any(tables):
-            self._queue.append(jobs.Sync(name, (), 0, request.request_id))
+            self._queue.append(jobs.Sync(name, (), 0, request.request_id, over=over))
             held = True
+        # Nor is the state that such a step leaves: its tokens have no KV in the record.
+        record.recent = [] if held and over else [point for point in record.recent if point <= record.num_kv]
         record.live, record.leaving = None, False
         self._records.touch(name)
         return held, record.num_kv
@@ -114,6 +117,7 @@ class Saves:
         finished: str | None = None,
         *,
         now: bool = False,
+        over: bool = False,
     ) -> Job:
         """What brings the record up to `upto` tokens; from now on it counts as done."""
         used = tuple(tuple(table[: -(-upto // self._block_size)]) for table in tables)
@@ -121,4 +125,4 @@ class Saves:
         record.num_kv = upto
         record.points |= {upto} & set(record.recent)
         self._contents.note_computed(record, used, upto // self._block_size)
-        return jobs.Sync(name, used, upto, finished, now)
+        return jobs.Sync(name, used, upto, finished, now, over)

@@ -57,7 +57,7 @@ class WorkerSide:
         spill = Path(settings.spill) if settings.spill else None
         self._arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
-            pinned=layouts[0].on_its_own,
+            pinned=layouts[0].on_its_own, states=0 if states is None else jobs.STATES_OF_A_REQUEST,
         )  # fmt: skip
         self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
         self._copier = make_copier(layouts, self._arena)
@@ -229,6 +229,8 @@ class WorkerSide:
             self._records[job.record] = HostRecord(
                 whole, record.epoch, caller=record.caller, points=record.points, recent=record.recent
             )
+        if job.over:
+            self._get(job.record).recent.clear()
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
