@@ -121,10 +121,9 @@ def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction)
     engine = context.engine
     if kept.model is not None and kept.model != objects.encode(engine.identity())[0]:
         kept = Kept()
-    num_kv, all_tokens = engine.view(session).num_kv, keeps_all(engine.info.groups)
-    kept = kept.cut(kept.base(num_kv, rewrite=all_tokens))
-    if not all_tokens:
-        kept = kept.cut(cover.whole_until(context.store, engine.info.groups, kept.entries, num_kv))
+    num_kv = engine.view(session).num_kv
+    kept = kept.cut(kept.base(num_kv, rewrite=keeps_all(engine.info.groups)))
+    kept = kept.cut(cover.whole_until(context.store, engine.info.groups, kept.entries, num_kv))
     plan = CapturePlan(mount=context.mount, packs=tx.packs(engine.info.num_packs), base=kept.end)
     captured = engine.capture(session, plan).result()
     for pack in captured.packs:
