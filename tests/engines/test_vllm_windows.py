@@ -98,6 +98,7 @@ def test_what_vllm_made_of_windows_is_looked_at(
 ) -> None:
     monkeypatch.setattr(support, "require_config", lambda config: None)
     monkeypatch.setattr(support, "_require_transfer", lambda transfer: None)
+    monkeypatch.setattr(support.recurrent, "is_hybrid", lambda config: False)
     monkeypatch.setattr(support.versions, "whole", lambda config: SimpleNamespace(kv_transfer_config=None))
     made = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
     if not says:

@@ -117,7 +117,7 @@ def windowed(engine: SglangEngine) -> list[TokenGroup]:
 
 def test_its_groups_are_those_of_the_transformers_engine(engine: SglangEngine, folder: Path) -> None:
     """Those that it reads from the config: so that identities are equal, field by field."""
-    from thaw.engines.transformers.groups import groups
+    from thaw.engines.hf.groups import groups
 
     found = groups(load_config(folder).get_text_config().to_dict(), "float32")
     assert found and engine.info.groups == found == engine.identity().groups

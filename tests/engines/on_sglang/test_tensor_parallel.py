@@ -319,7 +319,7 @@ def test_other_ways_to_use_several_ranks_are_refused_by_name(name: str) -> None:
             server_args=SimpleNamespace(tp_size=4, **sizes),
             is_hybrid_swa=False,
             is_hybrid_ssm=False,
-            model_config=SimpleNamespace(is_multimodal=False),
+            model_config=SimpleNamespace(is_multimodal=False, hf_text_config=SimpleNamespace()),
         )
 
     support.require(context(**{name: 1}))
