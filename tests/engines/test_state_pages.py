@@ -70,6 +70,25 @@ def test_a_state_is_read_as_named_parts_and_written_back_bit_for_bit() -> None:
         assert torch.equal(pages[layer][kept], before[layer][kept])
 
 
+def test_matrices_that_lie_the_other_way_round_are_the_same_blobs() -> None:
+    """As a GPU's kernels have those of a delta rule: a state that was read there is written as it was read, and its
+    blobs are those of the same matrices on a CPU."""
+    pages = _pages()
+    states = StatePages(GROUP, pages, TABLES, turned=True)
+    raw, blobs = torch.empty(3, GROUP.nbytes // 3, dtype=torch.int8), _blobs()
+    states.read((4, 1), raw)
+    states.blobs(raw, blobs)
+    for row, (layer, block) in enumerate(((0, 4), (2, 1), (3, 4))):
+        matrices = pages[layer][block, 0, 0].clone()[2 * COLUMNS * 16 :].view(torch.float32).view(4, 2, 4)
+        for head in range(4):
+            assert torch.equal(blobs[6 + head][row].view(torch.int32), matrices[head].t().view(torch.int32))
+    states.write(blobs, (5, 2))
+    for layer, source, target in ((0, 4, 5), (2, 1, 2), (3, 4, 5)):
+        assert torch.equal(pages[layer][target], pages[layer][source])
+    StatePages(GROUP, pages, TABLES).write(blobs, (3, 3))
+    assert not torch.equal(pages[0][3], pages[0][4]), "or the order of the axes shows nothing here"
+
+
 def test_pages_that_are_not_of_the_configs_parts_are_refused() -> None:
     pages = _pages()
     with pytest.raises(Unsupported, match=r"layer 2: vLLM keeps a state of \[6, 1, 1, 223\] torch.int8"):

@@ -66,6 +66,11 @@ def chunk(config: Config) -> int:
     return int(config.get("mamba_chunk_size") or config.get("chunk_size") or 1)
 
 
+def has_delta_rule(config: Config) -> bool:
+    """Whether its state matrices are those of a delta rule."""
+    return _READ.get(str(config.get("model_type"))) is _gdn
+
+
 def _gdn(config: Config) -> Parts:
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]

@@ -38,7 +38,7 @@ from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
-from thaw.engines.vllm.worker.layout import LayerGroup, cache_groups, layer_groups, make_layouts
+from thaw.engines.vllm.worker.layout import LayerGroup, cache_groups, layer_groups, make_layouts, require_whole_blocks
 from thaw.engines.vllm.worker.layout.hybrid import Caches, make_hybrid
 from thaw.engines.vllm.worker.worker import WorkerSide
 
@@ -188,8 +188,10 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     # -- workers' side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        parallel = self._config.parallel_config
+        parallel, groups = self._config.parallel_config, self._kv_cache_config.kv_cache_groups
         found = self._hybrid_caches(kv_caches) if self._tables.states else self._token_caches(kv_caches)
+        of_tokens = [groups[number].kv_cache_spec for number in self._tables.tokens]
+        require_whole_blocks(found.layouts, [of_tokens[table] for table in found.tables])
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         facts = WorkerFacts(
             rank=rank,

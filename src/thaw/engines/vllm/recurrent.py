@@ -3,10 +3,14 @@
 What was not run is refused by name. A state is captured behind a step, in the order of the runner's own work, and
 restored in the background, where a failed load ends its own request: that takes a vLLM that hears of failures by
 requests' names, and a scheduler that knows what has been computed when it asks for more.
+
+On a GPU nothing of this was run. The tests that are to run it there (`tests/gpu`) set THAW_UNTRIED_KINDS=1, which lets
+them past the refusals of a GPU, of the V2 runner and of a mode that vLLM has there alone. It is for no one else.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +25,15 @@ MODES = {
 }
 """By model type, the values of `mamba_cache_mode` that were run: "align" with vLLM's prefix cache, "none" without."""
 FULL = "FullAttentionSpec"
+UNTRIED = "THAW_UNTRIED_KINDS"
+"""Set to 1 by tests on a GPU alone: see the module's text."""
+ON_A_GPU = {"granitemoehybrid": ("align",)}
+"""Modes that vLLM has not on a CPU, for tests on a GPU."""
+CONV_LAYOUT = "VLLM_SSM_CONV_STATE_LAYOUT"
+COLUMNS_FIRST = "SD"
+"""How vLLM orders a convolution's state unless CONV_LAYOUT says otherwise."""
+NO_MATRICES = ("lfm2",)
+"""Types of which a state is convolutions alone."""
 
 
 def is_hybrid(config: Any) -> bool:
@@ -34,9 +47,10 @@ def require(config: Any) -> None:
     what = f"{kind}: a model with recurrent layers"
     if not versions.names_failed_loads():
         raise Unsupported(f"{what} needs vLLM 0.32, which hears of a failed load by its request; older ones end")
-    if config.device_config.device_type != "cpu":
+    on_cpu, trying = config.device_config.device_type == "cpu", os.environ.get(UNTRIED) == "1"
+    if not on_cpu and not trying:
         raise Unsupported(f"{what} was run on a CPU alone, not on {config.device_config.device_type}")
-    if versions.runner(config) != "V1":
+    if versions.runner(config) != "V1" and not trying:
         raise Unsupported(f"{what} was run on vLLM's V1 runner alone; set VLLM_USE_V2_MODEL_RUNNER=0")
     if getattr(config.scheduler_config, "async_scheduling", False):
         raise Unsupported(f"{what} needs steps that are put together one by one: start vLLM with --no-async-scheduling")
@@ -44,14 +58,26 @@ def require(config: Any) -> None:
         raise Unsupported(f"{what} was run on one rank alone; start vLLM with tensor_parallel_size=1")
     if versions.whole(config).kv_transfer_config is not None and _is_beside_others(versions.whole(config)):
         raise Unsupported(f"{what}: no other connector may stand beside thaw's")
+    if os.environ.get(CONV_LAYOUT, COLUMNS_FIRST) != COLUMNS_FIRST:
+        order = os.environ[CONV_LAYOUT]
+        raise Unsupported(f"{CONV_LAYOUT}={order}: {what} was run with {COLUMNS_FIRST} alone; unset it")
     mode = str(getattr(cache, "mamba_cache_mode", ""))
-    if mode not in MODES[kind]:
+    if mode not in MODES[kind] and not (not on_cpu and mode in ON_A_GPU.get(kind, ())):
         more = "; start vLLM without its prefix cache (enable_prefix_caching=False)" if "none" in MODES[kind] else ""
         raise Unsupported(f"{what} was run with mamba_cache_mode {' and '.join(MODES[kind])}, not {mode}{more}")
-    if str(getattr(cache, "mamba_ssm_cache_dtype", "auto")) not in ("auto", "float32"):
-        raise Unsupported(f"mamba_ssm_cache_dtype={cache.mamba_ssm_cache_dtype}: state matrices are float32; use auto")
+    _require_float32(kind, str(getattr(cache, "mamba_ssm_cache_dtype", "auto")), on_cpu=on_cpu)
     if str(getattr(cache, "mamba_cache_dtype", "auto")) != "auto":
         raise Unsupported(f"mamba_cache_dtype={cache.mamba_cache_dtype}: convolutions keep the model's; use auto")
+
+
+def _require_float32(kind: str, dtype: str, *, on_cpu: bool) -> None:
+    """Of the state matrices. By "auto" vLLM means float32 on a CPU, and the convolutions' dtype on a GPU."""
+    if dtype not in ("auto", "float32"):
+        raise Unsupported(f"mamba_ssm_cache_dtype={dtype}: state matrices are float32; use auto")
+    if dtype == "auto" and not on_cpu and kind not in NO_MATRICES:
+        raise Unsupported(
+            "mamba_ssm_cache_dtype=auto is the model's dtype on a GPU; state matrices are float32: set it"
+        )
 
 
 def require_groups(groups: Sequence[Any]) -> None:

@@ -70,6 +70,10 @@ class Copier:
         """Likewise on another thread, after the steps up to `since`; on return it is there."""
         self.load(tables, record, start, stop)
 
+    def write_aside(self, work: Callable[[], None], since: Any) -> None:
+        """Do `work`, which writes into the engine's pages, in the order of `load_aside`; on return it is there."""
+        work()
+
     def close(self) -> None:
         self.loads.shutdown(wait=True, cancel_futures=True)
 
@@ -154,6 +158,12 @@ class AcceleratorCopier(Copier):
                 for a, b, view in record.spans(strip, start, stop):
                     if b - a > self._block_size or not layout.scatter_now(blocks, a, b, view):
                         layout.scatter(blocks, a, b, view)
+            self._in.synchronize()
+
+    def write_aside(self, work: Callable[[], None], since: torch.cuda.Event) -> None:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._in):
+            self._in.wait_event(since)
+            work()
             self._in.synchronize()
 
     def _mark(self) -> torch.cuda.Event:

@@ -257,7 +257,7 @@ class WorkerSide:
         def work() -> None:
             self._copier.load_aside(self._each(job.tables), record, job.start, job.stop, since)
             if self._states is not None:
-                self._states.write(state, job.state_blocks)
+                self._copier.write_aside(partial(self._states.write, state, job.state_blocks), since)
             self._end_load(job.request)
 
         self._copier.loads.submit(guarded, work, partial(self._failed, job))

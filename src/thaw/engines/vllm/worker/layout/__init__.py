@@ -99,6 +99,17 @@ def make_layouts(
     return tuple(make({name: kv_caches[name] for name in names}) for make, names in zip(makers, groups, strict=True))
 
 
+def require_whole_blocks(layouts: Sequence[KVLayout], specs: Sequence[Any]) -> None:
+    """Raise `Unsupported` where a block of vLLM's tables is several of its cache: attention kernels that take fewer
+    tokens than a block has get it split, and the ids of the tables are not those of the cache then."""
+    for layout, spec in zip(layouts, specs, strict=True):
+        if layout.block_size != spec.block_size:
+            raise Unsupported(
+                f"blocks of {spec.block_size} tokens that the attention takes in pieces of {layout.block_size}: they "
+                f"were not run; start vLLM with block_size={layout.block_size} (--block-size {layout.block_size})"
+            )
+
+
 def is_latent(spec: object) -> bool:
     """Whether vLLM's spec of a group is that of latents."""
     return type(spec).__name__ == LATENT

@@ -14,6 +14,7 @@ from typing import Any
 from thaw.core.cache import CacheGroup, FullKV, PointState, point_groups, token_groups
 from thaw.core.errors import Unsupported
 from thaw.engines.hf.groups import groups as groups_of
+from thaw.engines.hf.recurrent import has_delta_rule
 from thaw.engines.vllm.block_tables import BlockTables
 from thaw.engines.vllm.worker.layout import make_layout
 from thaw.engines.vllm.worker.layout.base import KVLayout
@@ -57,13 +58,16 @@ def make_hybrid(
     attends = names[tables.tokens[0]]
     layout = make_layout({name: kv_caches[name] for name in attends})
     _require_same(layout, kv[0], attends)
-    pages = _state_pages(kv_caches, [names[table.group] for table in tables.states], states[0])
+    turned = layout.device.type != "cpu" and has_delta_rule(config)
+    pages = _state_pages(kv_caches, [names[table.group] for table in tables.states], states[0], turned=turned)
     return Caches((layout,), groups, (0,), pages)
 
 
-def _state_pages(kv_caches: Mapping[str, Any], tables: Sequence[Sequence[str]], group: PointState) -> StatePages:
+def _state_pages(
+    kv_caches: Mapping[str, Any], tables: Sequence[Sequence[str]], group: PointState, *, turned: bool
+) -> StatePages:
     pages = {_number(name): kv_caches[name] for names in tables for name in names}
-    return StatePages(group, pages, [[_number(name) for name in names] for names in tables])
+    return StatePages(group, pages, [[_number(name) for name in names] for names in tables], turned=turned)
 
 
 def _require_same(layout: KVLayout, group: FullKV, names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 A page holds one layer's state: the convolution [column][channel] in the model's dtype, then the state matrices of all
 heads in theirs, then padding. vLLM hands it over as bytes. On a CPU a delta rule's matrix lies there as [key][value],
-as in a blob, though vLLM's spec says the reverse; Mamba2's as [channel][state].
+as in a blob, though vLLM's spec says the reverse, as its kernels on a GPU have it; Mamba2's lies as [channel][state].
 
     raw    [layers, bytes of a state]: the pages as they are, which is what a step costs
     blobs  a tensor [layer][…shape] for each head of each part, as `cache.PointState` says
@@ -24,12 +24,20 @@ from thaw.engines.served.worker.host_cache import Tensors
 
 class StatePages:
     """The states of one point group. `tables[i]`: the layers of vLLM's i-th group that keeps states, by their numbers
-    in the model. Calls for different blocks may run at once.
+    in the model. `turned`: a matrix lies in a page with its two axes the other way round than in a blob. Calls for
+    different blocks may run at once.
 
     Raises `Unsupported` for pages that do not hold the group's parts."""
 
-    def __init__(self, group: PointState, pages: Mapping[int, torch.Tensor], tables: Sequence[Sequence[int]]) -> None:
-        self.group = group
+    def __init__(
+        self,
+        group: PointState,
+        pages: Mapping[int, torch.Tensor],
+        tables: Sequence[Sequence[int]],
+        *,
+        turned: bool = False,
+    ) -> None:
+        self.group, self._turned = group, turned
         self._convs = [part for part in group.parts if part.name != RECURRENT]
         self._matrix = next((part for part in group.parts if part.name == RECURRENT), None)
         self._dtype: torch.dtype = getattr(torch, self._convs[0].dtype)
@@ -78,9 +86,10 @@ class StatePages:
             for part, begin, width in zip(self._convs, begins, widths, strict=False)
         ]
         if self._matrix is not None:
-            shape = (self._matrix.num_heads, *self._matrix.shape)
+            rows, columns = self._matrix.shape
+            shape = (self._matrix.num_heads, *((columns, rows) if self._turned else (rows, columns)))
             matrices = state[self._conv_nbytes :].view(getattr(torch, self._matrix.dtype)).view(shape)
-            found.append((self._matrix, matrices))
+            found.append((self._matrix, matrices.transpose(1, 2) if self._turned else matrices))
         return found
 
 
