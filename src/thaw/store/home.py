@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thaw.store.db import Database
+from thaw.store.upkeep import Upkeep
 
 
 class StoreHome(Protocol):
@@ -19,3 +20,4 @@ class NamespaceHome(StoreHome, Protocol):
     """A store as one namespace of it is written."""
 
     namespace: str
+    upkeep: Upkeep

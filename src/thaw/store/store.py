@@ -31,6 +31,7 @@ from thaw.store.objects import ObjectCache, Recorded
 from thaw.store.refs import Ref, ReflogEntry, RefUpdate
 from thaw.store.schema import DATABASE, FORMAT, KEEP_REFLOG_S, PACKS
 from thaw.store.settings import REBUILD, admit_namespaces, check_format, number, required, set_setting, setting
+from thaw.store.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from thaw.store.gc import GcReport
@@ -67,6 +68,7 @@ class Store:
         self.path = path
         self.packs = path / PACKS
         self.database = Database(path / DATABASE)
+        self.upkeep = Upkeep()
         self._cache = ObjectCache()
         try:
             self.uuid = reserve.with_room(path, self._check, reserve.OPENING)
@@ -141,7 +143,8 @@ class Store:
             return refs.read_namespaces(connection)
 
     def close(self) -> None:
-        """Idempotent. Transactions that are open can not commit any more."""
+        """Idempotent; waits for `upkeep`. Transactions that are open can not commit any more."""
+        self.upkeep.close()
         self.database.close()
         reserve.refill(self.path)
 
@@ -366,6 +369,7 @@ class Store:
         """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`."""
         from thaw.store.gc import collect_garbage
 
+        self.upkeep.wait()
         report = collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
         self._cache.clear()
         return report
@@ -374,6 +378,7 @@ class Store:
         """Checks everything; see `thaw.store.checkup`, which also works on a repository that does not open."""
         from thaw.store.checkup import fsck
 
+        self.upkeep.wait()
         report = fsck(self.path, rebuild=rebuild, deep=deep)
         self._cache.clear()
         return report
