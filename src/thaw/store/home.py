@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thaw.store.db import Database
+from thaw.store.saving import Saver
 from thaw.store.upkeep import Upkeep
 
 
@@ -21,3 +22,4 @@ class NamespaceHome(StoreHome, Protocol):
 
     namespace: str
     upkeep: Upkeep
+    saver: Saver

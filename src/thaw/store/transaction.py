@@ -26,7 +26,7 @@ from thaw.core.objects import AnyObject, Commit, decode, encode
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
-from thaw.store import backup, leases, objects, refs
+from thaw.store import leases, objects, refs
 from thaw.store.db import CommitUnsure
 from thaw.store.gather import gather, is_due
 from thaw.store.home import NamespaceHome
@@ -132,7 +132,7 @@ class Transaction:
         self._over = True
         self._remove(redundant)
         if updates:
-            backup.save(self._store.path, self._store.database)
+            self._store.saver.save()
         if many_small:
             self._store.upkeep.begin(partial(gather, self._store))
         if lost is not None:
