@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,11 +18,13 @@ from store_sessions import MODEL, commit, tokens
 
 import thaw
 from thaw.core import objects
+from thaw.core.errors import StorageFailed
 from thaw.repo import log as logs
 from thaw.repo import match
 from thaw.repo.repository import Repository
-from thaw.store import Store, db
-from thaw.store.gather import COUNT
+from thaw.store import Store, db, transaction
+from thaw.store import gather as gathering
+from thaw.store.gather import COUNT, gather
 
 FEW, MANY = 40, 160
 STRIDE = 20
@@ -84,10 +87,44 @@ def test_gc_is_linear_and_looking_up_is_constant(tmp_path: Path, steps: Callable
 def test_small_packs_are_put_together_without_being_asked(tmp_path: Path) -> None:
     with Store.init(tmp_path / "repo") as store:
         grow(store, COUNT + 10)
+        store.upkeep.wait()
         files = len(os.listdir(store.packs))
         assert files < COUNT, "two packs a commit would be twice as many"
         assert store.fsck().problems == []
         assert store.gc().commits_removed == 0
+
+
+def test_a_commit_returns_before_small_packs_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it fail where that fails; a gc of this process waits for it, and so does closing."""
+    go, done = threading.Event(), list[str]()
+
+    def late(store: Store) -> None:
+        go.wait(60)
+        gather(store)
+        done.append("gathered")
+
+    monkeypatch.setattr(transaction, "gather", late)
+    with Store.init(tmp_path / "repo") as store:
+        grow(store, COUNT // 2 + 5)
+        assert not done and len(os.listdir(store.packs)) >= COUNT
+        go.set()
+        assert store.gc().commits_removed == 0 and done
+    assert len(os.listdir(store.packs)) < COUNT
+
+
+def test_packs_that_cannot_be_put_together_are_a_warning_and_the_commit_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFailed("the disk is full")
+
+    monkeypatch.setattr(gathering, "copy_packs", full)
+    warned = pytest.warns(RuntimeWarning, match="small packs could not be put together")
+    with warned, Store.init(tmp_path / "repo") as store:
+        grow(store, COUNT // 2 + 5)
+        last = commit(store, tokens(30), branch="last")
+    with Store.open(tmp_path / "repo") as store:
+        assert store.ref("last").target == last and store.fsck().problems == []
 
 
 def test_packs_stay_for_their_reader_when_they_are_put_together(tmp_path: Path) -> None:
@@ -96,6 +133,7 @@ def test_packs_stay_for_their_reader_when_they_are_put_together(tmp_path: Path) 
         held = set(os.listdir(store.packs))
         with store.reading():
             grow_more = [commit(store, tokens(12, seed=1000 + i), branch=f"c{i}") for i in range(COUNT)]
+            store.upkeep.wait()
             assert held <= set(os.listdir(store.packs)) and grow_more
         commit(store, tokens(12, seed=1), branch="last")
         store.gc()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from store_sessions import commit, read_all, tokens
 
 from thaw.core.errors import CorruptDatabase, Damaged, ThawError
-from thaw.store import RefUpdate, Store, backup, fsck
+from thaw.store import RefUpdate, Store, backup, fsck, refslog
 from thaw.store.schema import TABLES, check, checksum
 
 VALUES = (None, 0, -1, 1 << 62, 1.5, float("inf"), "", "text", "b3:" + "0" * 64, b"", b"\xff\xfe", '["a"]', "[" * 5000)
@@ -188,7 +188,7 @@ def test_a_folder_among_the_packs_is_named_and_stops_nothing(repo: tuple[Path, s
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device", "loop"])
-@pytest.mark.parametrize("where", ["indexed", "stray", "refs.json", "refs.lock", "gc.lock"])
+@pytest.mark.parametrize("where", ["indexed", "stray", "refs.json", "refs.log", "refs.lock", "gc.lock"])
 def test_what_is_no_file_is_never_waited_for(repo: tuple[Path, str], kind: str, where: str) -> None:
     path, _ = repo
     (old, *_) = sorted((path / "packs").iterdir())
@@ -197,7 +197,7 @@ def test_what_is_no_file_is_never_waited_for(repo: tuple[Path, str], kind: str, 
     _make(kind, place)
     for deep in (True, False):
         report = fsck(path, deep=deep)
-        assert report.ok == (where not in ("indexed", "refs.json"))
+        assert report.ok == (where not in ("indexed", "refs.json", "refs.log"))
     with contextlib.suppress(ThawError), Store.open(path) as store:
         store.gc()
     with contextlib.suppress(ThawError):
@@ -209,8 +209,8 @@ def test_what_is_no_file_is_never_waited_for(repo: tuple[Path, str], kind: str, 
 @pytest.mark.parametrize(
     "name",
     [
-        "refs.json", "refs.json.tmp", "thaw.db", "thaw.db-journal", "thaw.db-shm", "thaw.db-wal", "thaw.db.new",
-        "thaw.db.new-journal", "thaw.db.new-wal",
+        "refs.json", "refs.json.tmp", "refs.log", "thaw.db", "thaw.db-journal", "thaw.db-shm", "thaw.db-wal",
+        "thaw.db.new", "thaw.db.new-journal", "thaw.db.new-wal",
     ],
 )  # fmt: skip
 def test_what_is_no_file_makes_way_for_one(repo: tuple[Path, str], kind: str, name: str) -> None:
@@ -253,12 +253,12 @@ def test_the_backup_is_never_longer_than_what_is_read_again(
     with Store.open(path) as store:
         for number in range(8):
             store.update_refs(RefUpdate(f"b{number}", "branch", first, None, "why " * (1 << 13)))
-        saved = backup.read(path)
+        saved, _ = refslog.read(path)
         assert saved is not None and 0 < len(saved.reflog) <= 4 and len(saved.refs) == len(store.refs())
         with pytest.warns(RuntimeWarning, match=r"refs\.json would have .* bytes, and no more than 1,048,576"):
             store.set_setting("large", "x" * (1 << 20))
         assert store.get_setting("large") == "x" * (1 << 20)
-        assert backup.read(path) == saved
+        assert refslog.read(path) == (saved, True)
         assert fsck(path).ok
         store.set_setting("large", "small")
         assert fsck(path).ok

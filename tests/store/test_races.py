@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,6 +207,37 @@ def test_who_waited_to_write_writes_into_the_new_database(store: Store, monkeypa
     store.set_setting("key", "value")
     with Store.open(store.path) as again:
         assert again.get_setting("key") == "value"
+
+
+def test_many_readers_at_once_leave_few_connections_open(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has pages of its own: what a burst of requests opened is closed again, and all of them could read."""
+    num, read, opened, connect = 3 * db.IDLE, list[int](), list[sqlite3.Connection](), db.connect
+
+    def kept(path: Path) -> sqlite3.Connection:
+        opened.append(connect(path))
+        return opened[-1]
+
+    monkeypatch.setattr(db, "connect", kept)
+    together = threading.Barrier(num)
+
+    def reader() -> None:
+        with store.database.read() as connection:
+            together.wait(60)
+            read.append(connection.execute("SELECT count(*) FROM refs").fetchone()[0])
+
+    threads = [threading.Thread(target=reader) for _ in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read) == num and len(opened) > db.IDLE and sum(map(_is_open, opened)) <= db.IDLE
+
+
+def _is_open(connection: sqlite3.Connection) -> bool:
+    try:
+        return connection.total_changes >= 0
+    except sqlite3.ProgrammingError:
+        return False
 
 
 def test_a_write_into_a_file_that_is_no_longer_the_database_did_not_happen(store: Store) -> None:

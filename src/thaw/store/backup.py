@@ -1,25 +1,23 @@
 """refs.json: branches, tags, HEAD, recent reflog and settings beside the database, for the day it is lost.
 
-Written atomically and synced after each change of refs, under a lock, always from what the database says at that
-moment; so it is never newer than the database, unless the database lost something. It carries its own digest.
+Written atomically and synced, from one view of the database; it carries its own digest. Between two writes of it,
+refs.log says what changed (see `thaw.store.refslog`, and `thaw.store.saving` for when it is written).
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
-import warnings
+import stat
 from itertools import accumulate
 from pathlib import Path
 
 import msgspec
 
-from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed, ThawError
+from thaw.core.errors import CorruptBlob, CorruptDatabase, NewerFormat, StorageFailed
 from thaw.core.ids import digest
 from thaw.data.files import make_way, read_own, storage_errors, write_atomic
-from thaw.store import reserve
-from thaw.store.db import Database
-from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry, read_refs, read_whole_reflog
 from thaw.store.settings import has_namespaces, number, required
 
@@ -125,30 +123,36 @@ def _recent(connection: sqlite3.Connection) -> tuple[ReflogEntry, ...]:
     return tuple(entry for entry, length in zip(entries, lengths, strict=True) if length <= REASONS)
 
 
-def write(folder: Path, database: Database) -> None:
-    """Brings refs.json up to the database. Raises `StorageFailed`; then the old one is still there."""
-    with locked(folder / "refs.lock"):
-        with database.read() as connection:
-            backup = collect(connection)
-        data = encode(backup)
-        if len(data) > MAX_BYTES:
-            raise StorageFailed(
-                f"{NAME} would have {len(data):,} bytes, and no more than {MAX_BYTES:,} are read again. Delete "
-                "branches that nobody needs, or make settings smaller; until then it stays as it was."
-            )
-        path = folder / NAME
-        with storage_errors(path, "write"):
-            if path.is_dir():
-                make_way(path)
-        write_atomic(path, data)
+def write_bytes(folder: Path, data: bytes) -> None:
+    """Replaces refs.json by what `encode` made, atomically and synced. Raises `StorageFailed`; then the old one is
+    still there."""
+    if len(data) > MAX_BYTES:
+        raise StorageFailed(
+            f"{NAME} would have {len(data):,} bytes, and no more than {MAX_BYTES:,} are read again. Delete "
+            "branches that nobody needs, or make settings smaller; until then it stays as it was."
+        )
+    path = folder / NAME
+    with storage_errors(path, "write"):
+        if path.is_dir():
+            make_way(path)
+    write_atomic(path, data)
 
 
-def save(folder: Path, database: Database, *, with_reserve: bool = False) -> None:
-    """`write`, where whatever goes wrong is a warning, because the change itself is on disk."""
-    try:
-        if with_reserve:
-            reserve.with_room(folder, lambda: write(folder, database))
-        else:
-            write(folder, database)
-    except ThawError as error:
-        warnings.warn(f"refs.json could not be brought up to date: {error}", RuntimeWarning, stacklevel=4)
+def digest_of(data: bytes) -> str:
+    """The digest that a backup says it has, in the first bytes of it; "" where there is none."""
+    start = data.find(_DIGEST) + len(_DIGEST)
+    return "" if start < len(_DIGEST) else "b3:" + data[start : start + 64].decode("ascii", "replace")
+
+
+def read_digest(folder: Path) -> str:
+    """`digest_of` refs.json; "" where it is missing or no file. Raises `StorageFailed`."""
+    path = folder / NAME
+    with storage_errors(path, "read"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, *NO_FILE):
+                return ""
+            raise
+        with open(fd, "rb", buffering=0) as file:
+            return digest_of(file.read(256) or b"") if stat.S_ISREG(os.fstat(fd).st_mode) else ""

@@ -17,9 +17,11 @@ from pathlib import Path
 
 from thaw.core.errors import CorruptDatabase, Damaged, NewerFormat, NotFound, StorageFailed, ThawError
 from thaw.data.files import storage_errors
-from thaw.store import backup, leases, rebuild, reserve
+from thaw.store import backup, leases, rebuild, refslog, reserve
 from thaw.store.db import Database
+from thaw.store.locks import locked
 from thaw.store.report import FsckReport, Problem
+from thaw.store.saving import Saver
 from thaw.store.scan import PackScan, list_packs, look_at, scan_packs
 from thaw.store.schema import DATABASE, FORMAT, PACKS
 from thaw.store.settings import check_format
@@ -55,9 +57,9 @@ def _repair(path: Path, report: FsckReport, scans: dict[str, PackScan], deep: bo
     files = {problem.file for problem in report.problems}
     if DATABASE in files:
         notes = rebuild.rebuild(path, scans if deep else {}, deep=deep)
-    elif backup.NAME in files:
+    elif files & {backup.NAME, refslog.NAME}:
         with contextlib.closing(Database(path / DATABASE)) as database:
-            backup.write(path, database)
+            Saver(path, database).write()
         notes = [f"{backup.NAME} was written again from the database"]
     else:
         return report
@@ -183,15 +185,28 @@ def _ids(rows: Iterable[tuple[str, int, int]]) -> tuple[str, ...]:
 
 
 def _check_backup(path: Path, report: FsckReport) -> backup.Backup | None:
-    """refs.json; None where it is missing or damaged, which is reported."""
+    """refs.json with its log; None where it is missing or damaged, which is reported."""
     try:
-        saved = backup.read(path)
+        saved, whole = refslog.read(path)
+        if not whole:  # or somebody was writing it
+            saved, whole = _read_alone(path)
     except CorruptDatabase as error:
         report.add(backup.NAME, str(error))
         return None
     if saved is None:
         report.add(backup.NAME, f"{backup.NAME} is missing; `thaw fsck --rebuild` writes it again")
+    elif not whole:
+        what = f"{refslog.NAME} ends in what does not verify: a write that was cut off, or a change from outside"
+        report.add(refslog.NAME, f"{what}; `thaw fsck --rebuild` writes {backup.NAME} again")
     return saved
+
+
+def _read_alone(path: Path) -> tuple[backup.Backup | None, bool]:
+    """While nobody saves, where this user may hold the lock."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(StorageFailed):
+            stack.enter_context(locked(path / "refs.lock"))
+        return refslog.read(path)
 
 
 def _check_links(index: Index, report: FsckReport) -> None:

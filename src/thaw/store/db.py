@@ -26,6 +26,9 @@ from thaw.store.schema import COUNTS, DATABASE, FORMAT, TABLES
 from thaw.store.settings import REBUILD, set_setting
 
 BUSY_S = 60.0
+IDLE = 16
+"""Connections that are kept open for later, each with up to 2 MB of SQLite's pages. More are open while more are in
+use."""
 SIDE_FILES = ("-wal", "-shm", "-journal")
 """What SQLite has beside a database, by what is added to its name."""
 _BUSY = ("database is locked", "database table is locked", "database schema is locked", "locking protocol")
@@ -175,6 +178,7 @@ class Database:
         with self._lock:
             self._busy.discard(connection)
             keep = not self._closed and inode == self._inode and not connection.in_transaction
+            keep = keep and len(self._idle) < IDLE
             if keep:
                 self._idle.append(connection)
         if not keep:

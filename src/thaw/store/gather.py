@@ -1,8 +1,8 @@
 """Gathering: small packs are put together as commits make them, so that many small commits stay few files.
 
 After a commit that leaves `COUNT` packs of one tier, these are copied into one pack (see `repack`), which is of the
-next tier or of none: a byte is copied twice at most, and a commit pays for its own. Ids never change, and packs that a
-reader holds stay until it is done. The commit is on disk before: what goes wrong here is a warning, and the next tries.
+next tier or of none: a byte is copied twice at most. Ids never change, and packs that a reader holds stay until it is
+done. The commit has returned before (see `thaw.store.upkeep`): what goes wrong here is a warning, and the next tries.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from thaw.store.db import Database
+from thaw.store.saving import Saver
+from thaw.store.upkeep import Upkeep
 
 
 class StoreHome(Protocol):
@@ -19,3 +21,5 @@ class NamespaceHome(StoreHome, Protocol):
     """A store as one namespace of it is written."""
 
     namespace: str
+    upkeep: Upkeep
+    saver: Saver

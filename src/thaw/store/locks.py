@@ -1,6 +1,6 @@
 """Locks between processes and threads, by `flock`: they end with the process that holds them.
 
-refs.lock     while refs.json is written
+refs.lock     while refs.json or refs.log is written
 gc.lock       while gc or a rebuild runs
 the folder    shared by each write to the database, and while a connection to it is opened; a rebuild holds it alone
               while it reads the old database and puts the new one in its place

@@ -27,13 +27,14 @@ from thaw.data.files import storage_errors
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, write_pack
-from thaw.store import backup, leases, objects, refs, windows
+from thaw.store import backup, leases, objects, refs, refslog, windows
 from thaw.store.db import BUSY_S, Database, creating, remove_strangers
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
 from thaw.store.locks import locked
 from thaw.store.refs import Ref, ReflogEntry
 from thaw.store.salvage import Salvage, salvage
+from thaw.store.saving import Saver
 from thaw.store.scan import PackFiles, PackScan, list_packs, scan_packs
 from thaw.store.schema import DATABASE, PACKS
 from thaw.store.settings import admit_namespaces, set_setting
@@ -87,7 +88,7 @@ def rebuild(path: Path, scans: dict[str, PackScan], *, deep: bool = True) -> lis
                 for lease in old.leases:
                     leases.put(connection, lease)
         with contextlib.closing(Database(path / DATABASE)) as database:
-            backup.save(path, database)
+            Saver(path, database).save(anew=True)
     counts = f"{len(found.packs)} packs, {len(found.blobs)} blobs, {len(found.objects)} objects"
     return [f"the database was made again: {counts}, {len(found.commits)} commits", *notes]
 
@@ -101,7 +102,7 @@ def _scan_on(folder: Path, scans: dict[str, PackScan], deep: bool) -> dict[str, 
 
 def _saved(path: Path) -> backup.Backup | None:
     try:
-        return backup.read(path)
+        return refslog.read(path)[0]
     except Damaged:
         return None
 

@@ -56,6 +56,8 @@ class ReflogEntry(msgspec.Struct, frozen=True):
     moved: bool = True
 
 
+CACHED = 1 << 14
+"""Rows of refs that are remembered as checked, about half a KiB each."""
 _REF = "SELECT name, kind, target, checksum FROM refs"
 
 
@@ -122,9 +124,9 @@ def read_refs_at(connection: sqlite3.Connection, targets: Iterable[str]) -> list
     return sorted(starmap(_ref, first), key=lambda ref: ref.name)
 
 
-@lru_cache(maxsize=1 << 16, typed=True)
+@lru_cache(maxsize=CACHED, typed=True)
 def _ref(name: str, kind: RefKind, target: str, said: str) -> Ref:
-    """What a row says. Those that were checked are remembered: each move of a ref reads all of them for refs.json."""
+    """What a row says. Those that were checked are remembered: refs.json and lists of refs read all of them."""
     if said != checksum("refs", name, kind, target):
         raise CorruptDatabase(f"the row of {str(name)[:80]!r} in refs does not match its checksum. {REBUILD}")
     return Ref(name, kind, CommitId(target))

@@ -24,13 +24,15 @@ from thaw.core.ids import CommitId, ObjectId, StateId, digest
 from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
-from thaw.store import backup, leases, objects, refs, reserve, windows
+from thaw.store import backup, leases, objects, refs, refslog, reserve, windows
 from thaw.store.db import Database, creating, is_read_only
 from thaw.store.filesystem import refuse_network
 from thaw.store.objects import ObjectCache, Recorded
 from thaw.store.refs import Ref, ReflogEntry, RefUpdate
+from thaw.store.saving import Saver
 from thaw.store.schema import DATABASE, FORMAT, KEEP_REFLOG_S, PACKS
 from thaw.store.settings import REBUILD, admit_namespaces, check_format, number, required, set_setting, setting
+from thaw.store.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from thaw.store.gc import GcReport
@@ -67,6 +69,8 @@ class Store:
         self.path = path
         self.packs = path / PACKS
         self.database = Database(path / DATABASE)
+        self.upkeep = Upkeep()
+        self.saver = Saver(path, self.database)
         self._cache = ObjectCache()
         try:
             self.uuid = reserve.with_room(path, self._check, reserve.OPENING)
@@ -116,7 +120,7 @@ class Store:
                 (path / PACKS).rmdir()
             raise
         store = cls(path)
-        backup.write(path, store.database)
+        store.saver.write()
         return store
 
     @classmethod
@@ -141,7 +145,9 @@ class Store:
             return refs.read_namespaces(connection)
 
     def close(self) -> None:
-        """Idempotent. Transactions that are open can not commit any more."""
+        """Idempotent; waits for `upkeep`. Transactions that are open can not commit any more."""
+        self.upkeep.close()
+        self.saver.fold()
         self.database.close()
         reserve.refill(self.path)
 
@@ -287,10 +293,10 @@ class Store:
         """All or none, on disk on return. Raises `RefConflict`, `NotFound`, `BadPoint`."""
         if any(update.target is not None for update in updates):
             self._apply(updates)
-            backup.save(self.path, self.database)
+            self.saver.save()
         else:  # whoever deletes is about to make room
             reserve.with_room(self.path, lambda: self._apply(updates))
-            backup.save(self.path, self.database, with_reserve=True)
+            self.saver.save(with_reserve=True)
 
     def _apply(self, updates: Sequence[RefUpdate]) -> None:
         with self.database.write() as connection:
@@ -339,7 +345,7 @@ class Store:
             with self.database.write() as connection:
                 secret = setting(connection, f"user.{SECRET}") or os.urandom(16).hex()
                 self._write_setting(connection, f"user.{SECRET}", secret)
-            backup.save(self.path, self.database)
+            self.saver.save()
         return digest(f"thaw.salt/1\0{secret}\0{self.namespace}\0{require_text(salt, 'the salt')}".encode())
 
     def get_setting(self, key: str) -> str | None:
@@ -352,7 +358,7 @@ class Store:
     def _set(self, key: str, value: str) -> None:
         with self.database.write() as connection:
             self._write_setting(connection, key, value)
-        backup.save(self.path, self.database)
+        self.saver.save()
 
     def _write_setting(self, connection: sqlite3.Connection, key: str, value: str) -> None:
         if self.namespace:
@@ -366,6 +372,7 @@ class Store:
         """Removes what no ref, no reflog entry within the limit and no live lease needs. See `thaw.store.gc`."""
         from thaw.store.gc import collect_garbage
 
+        self.upkeep.wait()
         report = collect_garbage(self, dry_run=dry_run, keep_reflog_s=keep_reflog_s, now=now)
         self._cache.clear()
         return report
@@ -374,6 +381,7 @@ class Store:
         """Checks everything; see `thaw.store.checkup`, which also works on a repository that does not open."""
         from thaw.store.checkup import fsck
 
+        self.upkeep.wait()
         report = fsck(self.path, rebuild=rebuild, deep=deep)
         self._cache.clear()
         return report
@@ -426,9 +434,9 @@ def _refuse_missing(path: Path) -> None:
 
 
 def _saved_sequence(path: Path) -> int:
-    """How many changes refs.json knows of; 0 when it is not readable (`fsck` says so)."""
+    """How many changes refs.json and its log know of; 0 when it is not readable (`fsck` says so)."""
     try:
-        saved = backup.read(path)
+        saved, _ = refslog.read(path)
     except CorruptDatabase:
         return 0
     return 0 if saved is None else saved.sequence

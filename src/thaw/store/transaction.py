@@ -4,8 +4,8 @@
     add_pack   a pack that an engine wrote and synced
     put        objects, queued
     commit     object pack written and synced ── SQL: packs, blobs, objects, check that everything they
-               point to is there, refs by compare-and-swap, reflog, lease released ── refs.json ── now and
-               then small packs are put together (see `thaw.store.gather`)
+               point to is there, refs by compare-and-swap, reflog, lease released ── refs.json
+    afterwards now and then small packs are put together, on a thread (see `thaw.store.gather`)
 
 Before the SQL transaction nothing is visible; after it everything is, power cut or not. Whoever leaves without
 `commit` leaves nothing: packs are removed, or, if the process died, reclaimed by gc when its lease is dead.
@@ -17,6 +17,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterable, Sequence
+from functools import partial
 from types import TracebackType
 
 from thaw.core.errors import Busy, Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, RefConflict, StorageFailed
@@ -25,7 +26,7 @@ from thaw.core.objects import AnyObject, Commit, decode, encode
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
-from thaw.store import backup, leases, objects, refs
+from thaw.store import leases, objects, refs
 from thaw.store.db import CommitUnsure
 from thaw.store.gather import gather, is_due
 from thaw.store.home import NamespaceHome
@@ -131,9 +132,9 @@ class Transaction:
         self._over = True
         self._remove(redundant)
         if updates:
-            backup.save(self._store.path, self._store.database)
+            self._store.saver.save()
         if many_small:
-            gather(self._store)
+            self._store.upkeep.begin(partial(gather, self._store))
         if lost is not None:
             raise lost
 
