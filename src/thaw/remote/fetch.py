@@ -36,10 +36,11 @@ from thaw.store import RefUpdate, Store
 from thaw.store.links import links
 
 T = TypeVar("T")
-RUN_BYTES, GAP_BYTES = 8 << 20, 1 << 20
+RUN_BYTES, GAP_BYTES = 4 << 20, 1 << 20
 """One request reads so much, and along with it what lies between two pieces up to so far apart."""
-AHEAD_BYTES = 96 << 20
-"""Read and not yet written, at most (or one blob)."""
+AHEAD_BYTES = 48 << 20
+"""Read and not yet written, at most (or one blob for each writer). A process holds two to three times that: memory of
+this size that was freed in one thread's heap is not used for another's."""
 WRITERS = 2
 """Local packs that are written at a time: while one is synced, the other goes on."""
 LOCAL_PACK_BYTES, LOCAL_PACK_ENTRIES = 256 << 20, 1 << 14
@@ -311,6 +312,7 @@ class _Fetch:
             for piece in run.pieces:
                 out[piece.id] = bytes(data[piece.offset - run.start :][: piece.nbytes])
                 _compare(self.remote, piece, digest(out[piece.id]), "object")
+            del data  # it may be let go of before the next one is read
         return out
 
     # -- reading and writing
@@ -531,6 +533,7 @@ class _Source:
     def take(self, piece: _Piece) -> memoryview:
         """The piece's bytes, not verified; valid until the next one is taken."""
         while self._run is None or not self._run.holds(piece):
+            self._data = memoryview(b"")  # it may be let go of before the next one is read
             self._run, self._data = next(self._runs)
         start = piece.offset - self._run.start
         return self._data[start : start + piece.nbytes]
