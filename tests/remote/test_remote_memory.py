@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hosts import commit, remote, tokens, wish
+from hosts import commit, kv_of, remote, tokens, wish
 
 from thaw.remote import fetch as fetching
 from thaw.remote.fetch import fetch
@@ -132,6 +132,23 @@ def test_no_more_is_read_ahead_than_is_said(tmp_path: Path, monkeypatch: pytest.
     assert got.blob_nbytes > 4 * room
     print(f"{got.blob_nbytes:,} bytes of KV, {bucket.most:,} at most held of {room:,}")
     assert room // 2 < bucket.most <= room
+
+
+def test_of_large_blobs_one_is_read_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Store.init(tmp_path / "source")
+    commit(source, tokens(6_000))
+    push(source, remote(tmp_path / "bucket"), [wish(source, "main")])
+    source.close()
+    for name, value in (("RUN_BYTES", 1 << 10), ("GAP_BYTES", 0), ("SHARED_BYTES", 1 << 16), ("AHEAD_BYTES", 1 << 10)):
+        monkeypatch.setattr(fetching, name, value)
+    bucket = _Counting(tmp_path / "bucket")
+    with Store.init(tmp_path / "there") as there:
+        fetch(there, remote(bucket))
+        ref = there.ref("origin/main")
+        assert ref is not None
+        most = max(map(len, kv_of(there, ref.target).values()))
+    assert most > fetching.AHEAD_BYTES
+    assert most < bucket.most <= 2 * fetching.WRITERS * most
 
 
 def test_what_is_read_ahead_is_little() -> None:

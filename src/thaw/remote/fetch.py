@@ -39,7 +39,7 @@ T = TypeVar("T")
 RUN_BYTES, GAP_BYTES = 4 << 20, 1 << 20
 """One request reads so much, and along with it what lies between two pieces up to so far apart."""
 AHEAD_BYTES = 48 << 20
-"""Read and not yet written, at most (or one blob for each writer). A process holds two to three times that: memory of
+"""Read and not yet written, at most (or two blobs for each writer). A process holds two to three times that: memory of
 this size that was freed in one thread's heap is not used for another's."""
 WRITERS = 2
 """Local packs that are written at a time: while one is synced, the other goes on."""
