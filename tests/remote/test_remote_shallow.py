@@ -12,7 +12,7 @@ from store_sessions import folder_bytes
 
 import thaw
 from thaw import Sampling, aio
-from thaw.core.errors import InvalidRequest, NewerFormat, NotFetched, RefConflict
+from thaw.core.errors import Conflict, InvalidRequest, NewerFormat, NotFetched, RefConflict
 from thaw.core.objects import Commit
 from thaw.engines.base import Engine
 from thaw.remote.fetch import FetchWish, fetch
@@ -301,6 +301,25 @@ def test_a_merge_of_depths_over_many_histories(tmp_path: Path, bucket: Path) -> 
             fetch(there, remote(bucket), FetchWish(unshallow=True), group_bytes=1)
             assert sorted(there.commits()) == sorted(made) and there.absent() == {} and there.fsck().ok
             assert all(read_all(there, one) for one in made)
+    source.close()
+
+
+def test_nothing_but_parents_may_be_absent(tmp_path: Path) -> None:
+    """Whoever says that a commit's state was left out is told that it is needed; a parent may be left out."""
+    source = Store.init(tmp_path / "source")
+    first = commit(source, tokens(300))
+    value = source.get_as(commit(source, tokens(340), parents=(first,)), Commit)
+    with Store.init(tmp_path / "there") as there:
+        with there.begin() as tx, pytest.raises(Conflict, match="not in the repository"):
+            tx.leave_out({first: "origin", value.state: "origin"})
+            tx.put(value)
+            tx.commit()
+        assert there.absent() == {} and not list(there.commits())
+    with source.begin() as tx:
+        tx.leave_out({value.state: "origin", "b3:" + "0" * 64: "origin"})
+        tx.put(value)
+        tx.commit()
+    assert source.absent() == {}
     source.close()
 
 

@@ -397,11 +397,11 @@ class _Known:
         found, seen, waiting = list[_Piece](), set[str](), [commit]
         while waiting:
             at = waiting.pop()
-            if at in seen or at in self.objects or (at in self._absent and at != commit):
+            if at in seen or at in self.objects:
                 continue
             seen.add(at)
             if at in data:
-                waiting.extend(links(data[at]).objects)
+                waiting.extend(links(data[at]).without(self._absent))
             elif at in self._older_objects:
                 found.append(self._older_objects[at])
         return found
@@ -425,7 +425,7 @@ class _Known:
         waiting, nbytes = [commit], 0
         while waiting:
             at = waiting.pop()
-            if at in self.objects or at in self._absent:
+            if at in self.objects:
                 continue
             raw = _given(data, at, commit)
             value, of = decode(raw, at), links(raw)
@@ -433,7 +433,7 @@ class _Known:
                 require_of(namespace, value, at)
             self.objects.add(at)
             group.objects[at] = value
-            waiting.extend(of.objects)
+            waiting.extend(of.without(self._absent))
             for blob in of.blobs:
                 if blob not in self.blobs:
                     self.blobs.add(blob)

@@ -26,7 +26,7 @@ def prune(connection: sqlite3.Connection) -> None:
     if not before:
         return
     rows = connection.execute("SELECT id FROM objects WHERE kind = 'commit'").fetchall()
-    named = {one for (commit,) in rows for one in links(objects.read_bytes(connection, commit)).objects}
+    named = {one for (commit,) in rows for one in links(objects.read_bytes(connection, commit)).parents}
     _write(connection, before, {one: remote for one, remote in before.items() if one in named})
 
 

@@ -198,8 +198,7 @@ def _check_backup(path: Path, report: FsckReport) -> backup.Backup | None:
 def _check_links(index: Index, report: FsckReport) -> None:
     """Everything that an object points to is stored."""
     for identifier, of in index.links.items():
-        there = (index.links, index.bad, index.absent)
-        missing = [one for one in of.objects if not any(one in some for some in there)]
+        missing = [o for o in of.without(index.absent) if o not in index.links and o not in index.bad]
         missing += [blob for blob in of.blobs if blob not in index.blobs]
         if missing:
             report.add(DATABASE, f"{of.kind} {identifier} needs {missing[0]}, which is not stored", tuple(missing))

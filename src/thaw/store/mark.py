@@ -48,7 +48,7 @@ class Reachable:
                 state = identifier
             if of.kind == "segments":
                 self._home(of, state)
-            pending.extend((linked, state) for linked in of.objects if linked not in absent)
+            pending.extend((linked, state) for linked in of.without(absent))
 
     def _home(self, node: Links, state: str) -> None:
         for segment, length in zip(node.objects, node.lengths, strict=True):

@@ -313,7 +313,7 @@ def wholes(of: dict[str, Links], blobs: Collection[str], absent: Collection[str]
     for identifier, links_ in of.items():
         for linked in links_.objects:
             users[linked].append(identifier)
-        lost = any(linked not in of and linked not in absent for linked in links_.objects)
+        lost = any(linked not in of for linked in links_.without(absent))
         if lost or any(blob not in blobs for blob in links_.blobs):
             broken.append(identifier)
     whole = set(of) - set(broken)

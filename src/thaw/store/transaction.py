@@ -131,7 +131,8 @@ class Transaction:
                 admit_namespaces(connection)
             redundant += self._insert_blobs(connection)
             self._insert_objects(connection, new, written)
-            shallower = boundary.add(connection, self._absent)
+            named = {parent for data in new.values() for parent in links(data).parents} if self._absent else set[str]()
+            shallower = boundary.add(connection, {one: self._absent[one] for one in named & self._absent.keys()})
             if setting(connection, COLLECTING) is not None:
                 self._find_again(connection)
             lost = _move(connection, updates)
@@ -181,8 +182,8 @@ class Transaction:
         of_new = {identifier: links(data) for identifier, data in new.items()}
         for place in written.blobs:
             objects.insert_object(connection, place, of_new[place.blob], new[place.blob])
-        needed = {*self._queue, *(o for of in of_new.values() for o in of.objects)}
-        self._require(connection, "objects", needed - self._absent.keys() - shallow.read(connection).keys())
+        absent = {*self._absent, *shallow.read(connection)}
+        self._require(connection, "objects", [*self._queue, *(o for of in of_new.values() for o in of.without(absent))])
         self._require(connection, "blobs", [blob for of in of_new.values() for blob in of.blobs])
         windows = Windows(lambda identifier: new.get(identifier) or objects.read_bytes(connection, identifier))
         insert(connection, windows.rows(objects.homes(of_new)))
