@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hosts import commit, kv_of, remote, tokens, wish
+
+from thaw.remote import fetch as fetching
+from thaw.remote.fetch import fetch
+from thaw.remote.folder import FolderBucket
+from thaw.remote.push import push
+from thaw.store import Store
 
 PROGRAM = """
 import os, sys
@@ -63,7 +73,7 @@ with Store.init(base / "there") as there:
 assert got.blob_nbytes == sent.blob_nbytes == megabytes << 20, (got, sent)
 print(pushed, peak() - before)
 """
-LIMIT = 256 << 20
+LIMIT = 200 << 20
 
 
 @pytest.mark.slow("moves half a gigabyte")
@@ -78,3 +88,68 @@ def test_what_is_moved_is_not_held(tmp_path: Path) -> None:
     pushed, both = map(int, done.stdout.split())
     print(f"512 MiB: push took {pushed >> 20} MiB more, then fetch {both >> 20} MiB")
     assert both <= LIMIT
+
+
+class _Held(bytearray):
+    """Bytes of one answer, for as long as anybody holds a view of them."""
+
+
+class _Counting(FolderBucket):
+    """Counts the bytes of answers that are asked for or held at a time; `most` of them so far."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._lock, self._held, self.most = threading.RLock(), 0, 0
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        ((_, nbytes),) = ranges
+        self._count(nbytes)
+        (data,) = super().read_ranges(key, ranges)
+        held = _Held(data)
+        weakref.finalize(held, self._count, -nbytes)
+        return [memoryview(held).toreadonly()]
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self._held += nbytes
+            self.most = max(self.most, self._held)
+
+
+@pytest.mark.parametrize("runs", [2, 8])
+def test_no_more_is_read_ahead_than_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+    """By count, of each answer until the last view of it is gone. More room is used, too: nothing else is the bound."""
+    source = Store.init(tmp_path / "source")
+    commit(source, tokens(12_000))
+    push(source, remote(tmp_path / "bucket"), [wish(source, "main")])
+    source.close()
+    monkeypatch.setattr(fetching, "RUN_BYTES", 1 << 14)
+    monkeypatch.setattr(fetching, "GAP_BYTES", 0)
+    monkeypatch.setattr(fetching, "SHARED_BYTES", 1 << 16)
+    monkeypatch.setattr(fetching, "AHEAD_BYTES", room := runs * 2 << 14)
+    bucket = _Counting(tmp_path / "bucket")
+    with Store.init(tmp_path / "there") as there:
+        got = fetch(there, remote(bucket))
+    assert got.blob_nbytes > 4 * room
+    print(f"{got.blob_nbytes:,} bytes of KV, {bucket.most:,} at most held of {room:,}")
+    assert room // 2 < bucket.most <= room
+
+
+def test_of_large_blobs_one_is_read_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Store.init(tmp_path / "source")
+    commit(source, tokens(6_000))
+    push(source, remote(tmp_path / "bucket"), [wish(source, "main")])
+    source.close()
+    for name, value in (("RUN_BYTES", 1 << 10), ("GAP_BYTES", 0), ("SHARED_BYTES", 1 << 16), ("AHEAD_BYTES", 1 << 10)):
+        monkeypatch.setattr(fetching, name, value)
+    bucket = _Counting(tmp_path / "bucket")
+    with Store.init(tmp_path / "there") as there:
+        fetch(there, remote(bucket))
+        ref = there.ref("origin/main")
+        assert ref is not None
+        most = max(map(len, kv_of(there, ref.target).values()))
+    assert most > fetching.AHEAD_BYTES
+    assert most < bucket.most <= 2 * fetching.WRITERS * most
+
+
+def test_what_is_read_ahead_is_little() -> None:
+    assert fetching.AHEAD_BYTES <= 64 << 20 and fetching.RUN_BYTES * fetching.WRITERS <= fetching.AHEAD_BYTES

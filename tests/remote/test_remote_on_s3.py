@@ -109,6 +109,35 @@ def test_the_command_line_takes_the_address_and_its_options(
     run(tmp_path, "-C", "a", "remote", "rm", "origin")
 
 
+def test_a_shallow_clone_of_a_bucket_is_deepened_on_the_command_line(
+    moto_server: StoreServer,  # noqa: F811 - a fixture
+    tmp_path: Path,
+) -> None:
+    address = moto_server.address("runs/shallow")
+    options = [word for key, value in address.options.items() for word in ("-o", f"{key}={str(value).lower()}")]
+    run(tmp_path, "init", "a", "--engine", "fake")
+    for part in range(4):
+        run(tmp_path, "-C", "a", "run", f"part {part} of a document. ", "--no-generate", "-m", f"part {part}")
+    run(tmp_path, "-C", "a", "remote", "add", "origin", address.url, *options)
+    run(tmp_path, "-C", "a", "push")
+    run(tmp_path, "clone", address.url, "b", "--engine", "fake", "--depth", "1", *options)
+    (only,) = json.loads(run(tmp_path, "-C", "b", "log", "--json"))["commits"]
+    assert only["shallow"] is True and only["message"] == "part 3"
+    assert "shallow" in run(tmp_path, "-C", "b", "log") and "not fetched" in run(tmp_path, "-C", "b", "show")
+    words = ["fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json"]
+    assert len(json.loads(run(tmp_path, "-C", "b", *words))["children"]) == 2
+    run(tmp_path, "-C", "b", "push", "origin", "fork/0")
+    refused = [sys.executable, "-m", "thaw.cli", "-C", "b", "show", "main~1"]
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "NO_COLOR": "1"}
+    done = subprocess.run(refused, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "thaw fetch --unshallow origin" in done.stderr
+    assert json.loads(run(tmp_path, "-C", "b", "fetch", "origin", "main", "--depth", "3", "--json"))["num_commits"] == 2
+    run(tmp_path, "-C", "b", "fetch", "--unshallow")
+    whole = json.loads(run(tmp_path, "-C", "b", "log", "--json"))["commits"]
+    assert [entry["message"] for entry in whole] == [f"part {part}" for part in (3, 2, 1, 0)]
+    assert not any("shallow" in entry for entry in whole) and "part 0" in run(tmp_path, "-C", "b", "show", "main~3")
+
+
 def test_names_are_cloned_used_and_forgotten_on_the_command_line(tmp_path: Path) -> None:
     url = (tmp_path / "bucket").as_uri()
     run(tmp_path, "init", "a", "--engine", "fake")

@@ -16,7 +16,7 @@ from steps import SteppedBucket, Turns, no_fault
 
 from thaw.core.errors import Busy, Conflict, NotFound, RefConflict, RemoteUncertain, RemoteUnreachable
 from thaw.remote import refs
-from thaw.remote.fetch import fetch
+from thaw.remote.fetch import FetchWish, fetch
 from thaw.remote.folder import FolderBucket
 from thaw.remote.forget import forget
 from thaw.remote.gc import GcWish, collect
@@ -70,6 +70,12 @@ class Writer:
     def fetch(self, branch: str) -> None:
         fetch(self.store, self.remote, workers=1)
 
+    def shallow(self, branch: str) -> None:
+        fetch(self.store, self.remote, FetchWish(depth=1), workers=1)
+
+    def deepen(self, branch: str) -> None:
+        fetch(self.store, self.remote, FetchWish(unshallow=True), workers=1)
+
     def gc(self, branch: str) -> None:
         collect(self.remote, AT_ONCE)
 
@@ -107,7 +113,7 @@ class Priorities:
 
 
 Script = list[tuple[str, str]]
-VERBS = st.sampled_from(("push", "push", "again", "delete", "fetch", "gc", "gc", "forget"))
+VERBS = st.sampled_from(("push", "push", "again", "delete", "fetch", "gc", "gc", "forget", "shallow", "deepen"))
 SCRIPTS = st.lists(
     st.lists(st.tuples(VERBS, st.sampled_from(BRANCHES)), min_size=1, max_size=4), min_size=2, max_size=3
 )
@@ -138,6 +144,7 @@ def play(base: Path, scripts: list[Script], seed: int, faults: float) -> Stepped
         assert all(any(ref.commit == one for ref in swapped) for one in writer.pushed), (
             "a push that returned moved no ref"
         )
+        assert writer.store.fsck().ok
         writer.store.close()
     return bucket
 

@@ -304,7 +304,7 @@ def test_an_older_thaw_refuses_what_has_namespaces(
 ) -> None:
     first(repo.within("acme"))
     assert fsck(repo.path).problems == []
-    monkeypatch.setattr(settings, "NAMESPACED", 2)
+    monkeypatch.setattr(settings, "SHALLOW", 2)
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="format 3"):
             attempt(repo.path)

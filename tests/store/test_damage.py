@@ -310,9 +310,9 @@ def test_objects_of_a_lost_pack_are_rescued_from_the_old_database(repo: tuple[Pa
 def test_a_newer_database_is_refused(repo: tuple[Path, list[str]]) -> None:
     path, _ = repo
     with sqlite3.connect(path / "thaw.db") as connection:
-        connection.execute("PRAGMA user_version = 4")
-        value = (checksum("settings", "format", "4"),)
-        connection.execute("UPDATE settings SET value = '4', checksum = ? WHERE key = 'format'", value)
+        connection.execute("PRAGMA user_version = 5")
+        value = (checksum("settings", "format", "5"),)
+        connection.execute("UPDATE settings SET value = '5', checksum = ? WHERE key = 'format'", value)
     for attempt in (Store.open, fsck, lambda path: fsck(path, rebuild=True)):
         with pytest.raises(NewerFormat, match="written by a newer thaw"):
             attempt(path)

@@ -87,11 +87,12 @@ def few_states(points: tuple[int, ...], nbytes: int) -> str:
 
 
 def plain_entry(entry: LogEntry) -> dict[str, object]:
-    """A commit as JSON has it; states only where its model keeps some."""
+    """A commit as JSON has it; states only where its model keeps some, `shallow` where history ends at it."""
     import msgspec
 
     plain = {**msgspec.structs.asdict(entry), "time_ns": str(entry.time_ns)}
-    return plain if entry.state_nbytes else {k: v for k, v in plain.items() if k not in ("points", "state_nbytes")}
+    left_out = {*(() if entry.state_nbytes else ("points", "state_nbytes")), *(() if entry.shallow else ("shallow",))}
+    return {key: value for key, value in plain.items() if key not in left_out}
 
 
 def commit_id(identifier: str) -> str:

@@ -5,6 +5,7 @@
     │   ├── BadPoint            the point is misspelled
     │   ├── BadSampling         a sampling parameter is out of range or not supported
     │   ├── NotFound            no such ref, commit, session, engine, file
+    │   │   └── NotFetched      a commit that a shallow fetch left in its remote
     │   ├── TooLong             more tokens than the model or the limit allows
     │   └── Unsupported         this engine or model cannot do it; the message says what
     ├── Refused                 fail closed: bytes exist, but using them would be wrong
@@ -65,6 +66,12 @@ class BadSampling(InvalidRequest):
 
 class NotFound(InvalidRequest):
     kind = "not-found"
+
+
+class NotFetched(NotFound):
+    """A commit of a remote that a shallow fetch left there."""
+
+    kind = "not-fetched"
 
 
 class TooLong(InvalidRequest):

@@ -287,7 +287,7 @@ class ParentFinder:
             known = store.get_as(commit, Commit)
             if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
                 return commit
-            commit = known.parents[0] if known.parents else None
+            commit = store.first_parent(known)
         return None
 
     # -- the longest prefix

@@ -19,11 +19,12 @@ from thaw.store import RefUpdate, Store
 
 class CloneWish(NamedTuple):
     """`branch`: the one to start on (None: the one that the remote names). `single`: no other one is fetched.
-    `refs_only`: none is; each is fetched when it is used."""
+    `refs_only`: none is; each is fetched when it is used. `depth`: of each so many commits (None: all)."""
 
     branch: str | None = None
     single: bool = False
     refs_only: bool = False
+    depth: int | None = None
 
 
 def clone(
@@ -46,7 +47,7 @@ def clone(
         if wish.refs_only:
             report = _promise(store, remote, only)
         else:
-            report = fetch(store, remote, FetchWish(branches=only), meter=meter)
+            report = fetch(store, remote, FetchWish(branches=only, depth=wish.depth), meter=meter)
         _start(store, remote, wish.branch, said.head)
     except BaseException:
         whole.close()

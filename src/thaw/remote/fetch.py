@@ -5,13 +5,16 @@ from each commit, so nothing is taken in that is not whole, and nothing that ano
 is then read ahead in long ranges and written into local packs, hashed on the way; a byte that is wrong is an error that
 names blob and pack. Commits become visible parents first, about 1 GiB at a time, and tracking points at the end: an
 interrupted fetch goes on with the commits that it lacks.
+
+With a depth only the commits near the tips are brought, each with all that it needs, wherever that lies in the remote.
+Their parents that stay there are noted in the transaction that stores them (`thaw.store.shallow`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from thaw.core.errors import Busy, CorruptBlob, NotFound, RemoteMissing
@@ -23,7 +26,7 @@ from thaw.remote.arriving import Announced, Arrival, LandingPacks
 from thaw.remote.history import RemoteHistory
 from thaw.remote.layout import Kind
 from thaw.remote.local import LocalHistory, require_of
-from thaw.remote.manifest import Manifest, PushedBlob
+from thaw.remote.manifest import Manifest, PushedBlob, PushedObject
 from thaw.remote.meter import TransferMeter
 from thaw.remote.opened import OpenedRemote
 from thaw.remote.parallel import SMALL_REQUESTS, ahead, mapped
@@ -33,10 +36,11 @@ from thaw.store import RefUpdate, Store
 from thaw.store.links import links
 
 T = TypeVar("T")
-RUN_BYTES, GAP_BYTES = 8 << 20, 1 << 20
+RUN_BYTES, GAP_BYTES = 4 << 20, 1 << 20
 """One request reads so much, and along with it what lies between two pieces up to so far apart."""
-AHEAD_BYTES = 96 << 20
-"""Read and not yet written, at most (or one blob)."""
+AHEAD_BYTES = 48 << 20
+"""Read and not yet written, at most (or two blobs for each writer). A process holds two to three times that: memory of
+this size that was freed in one thread's heap is not used for another's."""
 WRITERS = 2
 """Local packs that are written at a time: while one is synced, the other goes on."""
 LOCAL_PACK_BYTES, LOCAL_PACK_ENTRIES = 256 << 20, 1 << 14
@@ -50,11 +54,14 @@ GROUP_BYTES = 1 << 30
 
 class FetchWish(NamedTuple):
     """Which of the remote's branches (None: all), which of its tags (True: all), and whether tracking points of
-    branches that were deleted there go."""
+    branches that were deleted there go. `depth`: of each only so many commits, counted from its tip; what is here
+    stays. None: back to commits that are here, wherever history ends there. `unshallow`: back to the beginning."""
 
     branches: tuple[str, ...] | None = None
     tags: bool | tuple[str, ...] = True
     prune: bool = False
+    depth: int | None = None
+    unshallow: bool = False
 
 
 class _Piece(NamedTuple):
@@ -106,8 +113,8 @@ def fetch(
     """
     meter = meter or TransferMeter()
     about.require(remote.whole, remote.url)
-    work = _Fetch(store, remote, meter, workers, group_bytes, announce)
-    moved = work.run(wish)
+    work = _Fetch(store, remote, wish, meter, workers, group_bytes, announce)
+    moved = work.run()
     return TransferReport(
         remote=remote.name,
         url=remote.url,
@@ -190,6 +197,7 @@ class _Fetch:
         self,
         store: Store,
         remote: OpenedRemote,
+        wish: FetchWish,
         meter: TransferMeter,
         workers: int,
         group_bytes: int,
@@ -197,12 +205,16 @@ class _Fetch:
     ) -> None:
         self.store, self.remote, self.bucket, self.meter = store, remote, remote.bucket, meter
         self.workers, self.group_bytes, self.announce = workers, group_bytes, announce
+        self.wish = wish
         self.arrival: Arrival | None = None
+        self.absent: dict[str, str] = {}
+        """Parents of commits that are brought which stay in the remote, with its name."""
         self.local = LocalHistory(store)
         self.num_commits = self.num_packs = self.blob_nbytes = 0
 
-    def run(self, wish: FetchWish) -> list[RefMoved]:
+    def run(self) -> list[RefMoved]:
         """Where something is gone, and refs have moved since they were read, gc took what they had: once more."""
+        wish = self.wish
         self.meter.begin("looking at the remote")
         found = _wanted(self.remote, wish, self.workers)
         for _ in range(ATTEMPTS):
@@ -220,12 +232,15 @@ class _Fetch:
         """Makes every commit of `wanted` stored here, with its history; for the block, gc leaves what came."""
         theirs = RemoteHistory(self.bucket, self.bucket.namespace, wanted)
         tips = [ref.commit for ref in wanted if ref.commit is not None]
-        missing = theirs.back_to(tips, self.local.has)[::-1]
+        self.local, self.absent = LocalHistory(self.store), {}
+        missing, known = self._missing(theirs, tips)
         manifests = dict(zip(missing, theirs.manifests(missing), strict=True))
         if missing:
             self.meter.begin("fetching objects")
-        groups = self._groups(missing, manifests)
         with contextlib.ExitStack() as held:
+            if used := known.used():
+                held.enter_context(self.store.reading(*used))
+            groups = self._groups(missing, manifests, known)
             if missing and self.announce is not None:
                 whole = list(groups)
                 self.arrival = Arrival(self._order(whole))
@@ -236,6 +251,23 @@ class _Fetch:
                 self._store(group)
                 held.enter_context(self.store.reading(*group.tips))
             yield
+
+    def _missing(self, theirs: RemoteHistory, tips: Sequence[str]) -> tuple[list[str], _Known]:
+        """The commits to bring, parents first, and what is known of what they need."""
+        wish, here = self.wish, self.local.has
+        if wish.depth is None and not wish.unshallow:
+            return theirs.back_to(tips, here)[::-1], _Known(self.local)
+        older = theirs.back_to(tips, self.local.is_whole)[::-1]
+        near = set(older) if wish.depth is None else theirs.within(tips, wish.depth)
+        missing = [commit for commit in older if commit in near and not here(commit)]
+        inside = set(missing)
+        parents = {parent.commit for one in theirs.manifests(missing) for parent in one.parents}
+        self.absent = {one: self.remote.name for one in parents if one not in inside and not here(one)}
+        known = _Known(self.local, self.absent, theirs.manifests(older))
+        for commit in older:
+            if here(commit):
+                known.use(commit)
+        return missing, known
 
     def _order(self, groups: Sequence[_Group]) -> list[tuple[str, int]]:
         """The KV in about the order in which it comes: of packs that are written side by side, in turns."""
@@ -256,14 +288,16 @@ class _Fetch:
 
     # -- what is needed
 
-    def _groups(self, missing: Sequence[str], manifests: dict[str, Manifest]) -> Iterator[_Group]:
+    def _groups(self, missing: Sequence[str], manifests: dict[str, Manifest], known: _Known) -> Iterator[_Group]:
         """The commits' objects, read and followed, cut where enough KV has come together."""
-        known = _Known(self.local)
         group = _Group({}, {}, [])
         nbytes = 0
         for some in _batches(missing, manifests):
-            data = self._objects([manifests[commit] for commit in some], known)
+            listed = [_piece(place, one) for commit in some for one in (manifests[commit],) for place in one.objects]
+            data = self._objects(piece for piece in listed if piece.id not in known.objects)
             for commit in some:
+                while older := known.lacking(commit, data):
+                    data |= self._objects(older)
                 nbytes += known.follow(commit, manifests[commit], data, group, self.bucket.namespace)
                 if nbytes >= self.group_bytes:
                     yield group
@@ -271,19 +305,14 @@ class _Fetch:
         if group.tips:
             yield group
 
-    def _objects(self, manifests: Sequence[Manifest], known: _Known) -> dict[str, bytes]:
-        """The bytes of the objects that the manifests list, each hashed."""
-        pieces = {
-            place.id: _Piece(place.id, one.packs[place.pack].key, place.offset, place.nbytes)
-            for one in manifests
-            for place in one.objects
-            if place.id not in known.objects
-        }
+    def _objects(self, pieces: Iterable[_Piece]) -> dict[str, bytes]:
+        """The bytes of these objects, each hashed."""
         out = dict[str, bytes]()
-        for run, data in self._read(pieces.values()):
+        for run, data in self._read({piece.id: piece for piece in pieces}.values()):
             for piece in run.pieces:
                 out[piece.id] = bytes(data[piece.offset - run.start :][: piece.nbytes])
                 _compare(self.remote, piece, digest(out[piece.id]), "object")
+            del data  # it may be let go of before the next one is read
         return out
 
     # -- reading and writing
@@ -312,13 +341,14 @@ class _Fetch:
                 self.blob_nbytes += sum(blob.nbytes for blob in pack.blobs)
             for obj in group.objects.values():
                 writing.put(obj)
+            writing.leave_out(self.absent)
             writing.commit()
         self.num_commits += len(group.tips)
 
     def _parents_here(self, group: _Group, tip: str) -> Iterator[str]:
         commit = group.objects[tip]
         assert isinstance(commit, Commit)
-        return (parent for parent in commit.parents if parent not in group.objects)
+        return (one for one in commit.parents if one not in group.objects and one not in self.absent)
 
     def _pack(self, name: str, part: Sequence[_Piece], group: _Group, share: int) -> PackResult:
         """One local pack. What was written is compared with what was asked for: the hash is taken once."""
@@ -345,13 +375,38 @@ class _Fetch:
 class _Known:
     """What commits that were followed need, and what those here have that they build on."""
 
-    def __init__(self, local: LocalHistory) -> None:
-        self._local = local
+    def __init__(self, local: LocalHistory, absent: Collection[str] = (), older: Iterable[Manifest] = ()) -> None:
+        self._local, self._absent = local, absent
         self.objects: set[str] = set()
         self.blobs: set[str] = set()
         self._here: set[str] = set()
+        self._older_objects, self._older_blobs = dict[str, _Piece](), dict[str, tuple[PushedBlob, str]]()
+        if absent:
+            for one in older:
+                self._older_objects.update((place.id, _piece(place, one)) for place in one.objects)
+                self._older_blobs.update(_blob_places(one))
 
-    def _use(self, commit: str) -> None:
+    def used(self) -> tuple[str, ...]:
+        """The commits that are here whose data counts as here."""
+        return tuple(self._here)
+
+    def lacking(self, commit: str, data: dict[str, bytes]) -> list[_Piece]:
+        """What is to be read next of what `commit` needs and a manifest before its own lists: level by level."""
+        if not self._absent:
+            return []
+        found, seen, waiting = list[_Piece](), set[str](), [commit]
+        while waiting:
+            at = waiting.pop()
+            if at in seen or at in self.objects:
+                continue
+            seen.add(at)
+            if at in data:
+                waiting.extend(links(data[at]).without(self._absent))
+            elif at in self._older_objects:
+                found.append(self._older_objects[at])
+        return found
+
+    def use(self, commit: str) -> None:
         """Counts in what a commit that is here has."""
         if commit not in self._here:
             self._here.add(commit)
@@ -365,8 +420,8 @@ class _Known:
         something that it needs."""
         for parent in manifest.parents:
             if self._local.has(parent.commit):
-                self._use(parent.commit)
-        places = {blob.id: (blob, manifest.packs[blob.pack].key) for blob in manifest.blobs}
+                self.use(parent.commit)
+        places = {**self._older_blobs, **_blob_places(manifest)}
         waiting, nbytes = [commit], 0
         while waiting:
             at = waiting.pop()
@@ -378,7 +433,7 @@ class _Known:
                 require_of(namespace, value, at)
             self.objects.add(at)
             group.objects[at] = value
-            waiting.extend(of.objects)
+            waiting.extend(of.without(self._absent))
             for blob in of.blobs:
                 if blob not in self.blobs:
                     self.blobs.add(blob)
@@ -386,6 +441,15 @@ class _Known:
                     nbytes += group.blobs[blob][0].nbytes
         group.tips.append(commit)
         return nbytes
+
+
+def _piece(place: PushedObject, manifest: Manifest) -> _Piece:
+    return _Piece(place.id, manifest.packs[place.pack].key, place.offset, place.nbytes)
+
+
+def _blob_places(manifest: Manifest) -> dict[str, tuple[PushedBlob, str]]:
+    """Each blob's place, and the key of its pack."""
+    return {blob.id: (blob, manifest.packs[blob.pack].key) for blob in manifest.blobs}
 
 
 def _given(places: dict[str, T], identifier: str, commit: str) -> T:
@@ -469,6 +533,7 @@ class _Source:
     def take(self, piece: _Piece) -> memoryview:
         """The piece's bytes, not verified; valid until the next one is taken."""
         while self._run is None or not self._run.holds(piece):
+            self._data = memoryview(b"")  # it may be let go of before the next one is read
             self._run, self._data = next(self._runs)
         start = piece.offset - self._run.start
         return self._data[start : start + piece.nbytes]

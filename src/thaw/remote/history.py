@@ -61,17 +61,34 @@ class RemoteHistory:
     def look_for(self, wanted: Iterable[str]) -> None:
         """Reads on, from all that is known, until the keys of all of `wanted` are. Raises `CorruptBlob` where one is
         not there, though what descends from it is."""
+        missing = self.lacking(wanted)
+        if missing:
+            raise CorruptBlob(
+                f"the manifests of {self._bucket.url} do not lead to commit {short(min(missing))}, though one that "
+                "descends from it was pushed. Push to another prefix."
+            )
+
+    def lacking(self, wanted: Iterable[str]) -> set[str]:
+        """Those of `wanted` that no ref of the remote leads to; the keys of the others are known from then on."""
         missing = {commit for commit in wanted if commit not in self.keys}
         waiting = list(self.keys)
         while missing and waiting:
             parents = [parent.commit for one in self.manifests(waiting) for parent in one.parents]
             missing.difference_update(parents)
             waiting = [one for one in dict.fromkeys(parents) if one not in self._read]
-        if missing:
-            raise CorruptBlob(
-                f"the manifests of {self._bucket.url} do not lead to commit {short(min(missing))}, though one that "
-                "descends from it was pushed. Push to another prefix."
-            )
+        return missing
+
+    def within(self, tips: Iterable[str], depth: int) -> set[str]:
+        """The commits that are less than `depth` steps from one of `tips`. Their keys must be known, or lead there."""
+        found: set[str] = set()
+        waiting = list(dict.fromkeys(tips))
+        for _ in range(depth):
+            found.update(waiting)
+            parents = [parent.commit for one in self.manifests(waiting) for parent in one.parents]
+            waiting = [one for one in dict.fromkeys(parents) if one not in found]
+            if not waiting:
+                break
+        return found
 
 
 def walk(

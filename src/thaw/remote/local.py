@@ -37,9 +37,15 @@ class LocalHistory:
         self.store = store
         self._links: dict[str, tuple[Links, int]] = {}
         self._reached: OrderedDict[str, Reach] = OrderedDict()
+        self._absent = store.absent()
+        self._whole: dict[str, bool] = {}
 
     def parents(self, commit: str) -> tuple[str, ...]:
-        return tuple(self.store.get_as(commit, Commit).parents)
+        """All of its parents; of a commit that was not fetched, none."""
+        return () if commit in self._absent else tuple(self.store.get_as(commit, Commit).parents)
+
+    def parents_here(self, commit: str) -> tuple[str, ...]:
+        return tuple(parent for parent in self.parents(commit) if parent not in self._absent)
 
     def has(self, commit: str) -> bool:
         """Whether the namespace has this commit."""
@@ -47,6 +53,28 @@ class LocalHistory:
             return self.store.has(commit)
         except NotFound:
             return False
+
+    def is_whole(self, commit: str) -> bool:
+        """Whether the namespace has this commit with all of its history."""
+        if not self._absent:
+            return self.has(commit)
+        waiting = [commit]
+        while waiting:
+            at = waiting[-1]
+            if at in self._whole:
+                waiting.pop()
+                continue
+            parents = self.parents(at) if self.has(at) else ()
+            unknown = [parent for parent in parents if parent not in self._whole]
+            if unknown:
+                waiting += unknown
+            else:
+                self._whole[at] = self.has(at) and all(self._whole[parent] for parent in parents)
+        return self._whole[commit]
+
+    def ends(self, commit: str) -> str | None:
+        """The first commit that was not fetched, of those that this one comes from."""
+        return next((one for one in sorted(self._ancestors([commit])) if one in self._absent), None)
 
     def descends(self, commit: str, ancestor: str) -> bool:
         """Whether `ancestor` is the commit or one that it comes from."""
@@ -64,7 +92,7 @@ class LocalHistory:
         """The commits that `tips` come from, without those of `known` and what these come from: parents first."""
         stop = self._ancestors(known)
         order: list[str] = []
-        seen: set[str] = set(stop)
+        seen: set[str] = {*stop, *self._absent}
         for tip in tips:
             waiting = [(tip, False)]
             while waiting:
@@ -90,7 +118,7 @@ class LocalHistory:
 
     def own(self, commit: str) -> Reach:
         """The commit, and what its state needs that none of its parents' states does."""
-        theirs = [self.reach(parent) for parent in self.parents(commit)]
+        theirs = [self.reach(parent) for parent in self.parents_here(commit)]
         out = Reach({commit: self._read(commit)[1]}, {})
         state = self.store.get_as(commit, Commit).state
         self._walk([state], out, theirs)

@@ -22,8 +22,8 @@ def mapped(do: Callable[[S], T], items: Sequence[S], workers: int = SMALL_REQUES
 
 
 def ahead(do: Callable[[S], T], items: Iterable[S], weigh: Callable[[S], int], room: int, workers: int) -> Iterator[T]:
-    """`do` of each item, in order, computed ahead: no more than `room` of weight is under way or waits to be taken, or
-    one item. Closing the iterator waits for what is under way."""
+    """`do` of each item, in order, computed ahead: no more than `room` of weight is under way, waits to be taken or was
+    taken last, or two items: while one is used, the next is under way. Closing the iterator waits for that."""
     if workers <= 1:
         yield from map(do, items)
         return
@@ -33,7 +33,7 @@ def ahead(do: Callable[[S], T], items: Iterable[S], weigh: Callable[[S], int], r
         try:
             for item in items:
                 heavy = weigh(item)
-                while waiting and weight + heavy > room:
+                while len(waiting) > 1 and weight + heavy > room:
                     done, future = waiting.popleft()
                     yield future.result()
                     del future

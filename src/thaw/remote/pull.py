@@ -51,6 +51,12 @@ def _outcome(local: LocalHistory, branch: str, old: str | None, new: str, theirs
         return "moved"
     if local.descends(old, new):
         return "ahead"
+    ends = local.ends(new)
+    if ends is not None:
+        raise RefConflict(
+            f"{branch!r} stands at {short(old)}, {theirs} at {short(new)}, and whether one descends from the other is "
+            f"not known here: history begins after {short(ends)}. `thaw fetch --unshallow`, then pull again."
+        )
     raise RefConflict(
         f"{branch!r} stands at {short(old)}, {theirs} at {short(new)}, and neither descends from the other; nothing is "
         f"merged. Keep both (`thaw branch NAME {theirs}`), or take theirs (`thaw adopt {theirs} {branch}`)."

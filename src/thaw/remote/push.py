@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from thaw.core.errors import Busy, CorruptBlob, NotFound, RefConflict, RemoteMissing
+from thaw.core.errors import Busy, CorruptBlob, NotFetched, NotFound, RefConflict, RemoteMissing
 from thaw.core.ids import digest, short
 from thaw.data.locations import BlobLocation
 from thaw.remote import about, epochs, layout, manifest, packing, refs, tracking
@@ -171,7 +171,8 @@ class _Push:
         if wish.kind == "branch" and self.local.has(old) and self.local.descends(wish.target, old):
             return "moved"
         if wish.lease == "":
-            raise RefConflict(_not_forward(self.remote.name, wish, old, known=self.local.has(old)))
+            ends = self.local.ends(wish.target)
+            raise RefConflict(_not_forward(self.remote.name, wish, old, known=self.local.has(old), ends=ends))
         return "forced"
 
     def _move(self, move: _Move, keys: dict[str, str]) -> RefConflict | _GcBetween | None:
@@ -246,8 +247,21 @@ class _Push:
             missing = self.local.missing(tips, known)
         inside = set(missing)
         below = {parent for commit in missing for parent in self.local.parents(commit) if parent not in inside}
+        self._require_there(theirs, below)
         theirs.look_for(below | (set(tips) - inside))
         return missing
+
+    def _require_there(self, theirs: RemoteHistory, below: set[str]) -> None:
+        """Where history ends here, the remote must have what is older. Raises `NotFetched`."""
+        absent = self.store.absent()
+        lacking = theirs.lacking(below & absent.keys())
+        if lacking:
+            commit = min(lacking)
+            raise NotFetched(
+                f"{self.remote.name} lacks commit {short(commit)}, which this push builds on, and this repository is "
+                f"shallow: its history begins after that commit. `thaw fetch --unshallow {absent[commit]}`, then push "
+                "again."
+            )
 
     def _drop_condemned(self, theirs: RemoteHistory) -> None:
         """While gc deletes, nothing that it may delete is built on, even if a ref still names it."""
@@ -367,11 +381,17 @@ def _stale(remote: str, wish: PushWish, old: str | None) -> str:
     )
 
 
-def _not_forward(remote: str, wish: PushWish, old: str, *, known: bool) -> str:
+def _not_forward(remote: str, wish: PushWish, old: str, *, known: bool, ends: str | None) -> str:
     name, new = wish.name, short(wish.target or "")
     if wish.kind == "tag":
         return (
             f"tag {name!r} of {remote} stands at {short(old)}, here at {new}; tags do not move. Delete it there first."
+        )
+    if ends is not None and not known:
+        return (
+            f"branch {name!r} of {remote} stands at {short(old)}, and whether {new} descends from it is not known "
+            f"here: this repository is shallow, its history begins after {short(ends)}. `thaw fetch --unshallow` "
+            "brings the rest; or replace the branch with --force-with-lease."
         )
     way = f"Fork or `thaw adopt` on top of {remote}/{name}" if known else f"`thaw fetch {remote}` gets it"
     return (

@@ -16,7 +16,8 @@ KEY = "chat.messages"
 
 def read(store: Store, commit: str | None) -> tuple[list[dict[str, object]], int] | None:
     """The messages that `commit` and its first-parent ancestors recorded, oldest first, and the token up to which they
-    go. None where none did. Raises `CorruptBlob` for meta that is no list of messages."""
+    go. None where none did. Raises `CorruptBlob` for meta that is no list of messages, `NotFetched` where the beginning
+    is not here."""
     parts: list[list[dict[str, object]]] = []
     end = 0
     while commit is not None:
@@ -24,7 +25,9 @@ def read(store: Store, commit: str | None) -> tuple[list[dict[str, object]], int
         if KEY in found.meta:
             parts.append(_messages(found.meta[KEY], commit))
             end = end or store.get_as(found.state, State).num_tokens
-        commit = found.parents[0] if found.parents else None
+        commit = store.first_parent(found)
+        if commit is None and found.parents and parts:
+            store.get_as(found.parents[0], Commit)  # says that it was not fetched: the beginning is in older ones
     return ([message for part in reversed(parts) for message in part], end) if parts else None
 
 

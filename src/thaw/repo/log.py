@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
 import msgspec
@@ -19,7 +19,8 @@ from thaw.store import Recorded, Ref, Store
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One commit. `refs`: branches and tags that point at it, the current branch first, as "HEAD -> name".
-    `points`: the numbers of tokens after which its recurrent layers' states are kept, of `state_nbytes` each."""
+    `points`: the numbers of tokens after which its recurrent layers' states are kept, of `state_nbytes` each.
+    `shallow`: a parent of it was not fetched."""
 
     commit: CommitId
     state: StateId
@@ -34,15 +35,16 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     origin: dict[str, str]
     points: tuple[int, ...] = ()
     state_nbytes: int = 0
+    shallow: bool = False
 
 
 def log(store: Store, starts: Iterable[CommitId], limit: int | None = None) -> list[LogEntry]:
     """The commits reachable from `starts`, newest first; with `limit` not many more are read than are needed."""
     found = list(islice(_newest_first(store, starts), limit))
     names = names_at(store, [identifier for identifier, _, _ in found]) if limit is not None else _all_names(store)
-    states = StatePoints(store)
+    states, absent = StatePoints(store), store.absent()
     return [
-        entry(identifier, commit, state, names, states.of(commit.state, state.model))
+        entry(identifier, commit, state, names, states.of(commit.state, state.model), absent)
         for identifier, commit, state in found
     ]
 
@@ -96,7 +98,7 @@ def _newest_first(store: Store, starts: Iterable[CommitId]) -> Iterator[tuple[Co
     """A commit is always later than its parents (see `commit`), so children come before parents without reading all."""
     ready: list[tuple[int, CommitId, Commit, Size]] = []
     seen: set[CommitId] = set()
-    history, num = _History(store), 0
+    history, num, absent = _History(store), 0, store.absent()
 
     def add(identifiers: Iterable[CommitId]) -> None:
         for identifier in identifiers:
@@ -110,7 +112,7 @@ def _newest_first(store: Store, starts: Iterable[CommitId]) -> Iterator[tuple[Co
         _, identifier, commit, size = heapq.heappop(ready)
         num += 1
         yield identifier, commit, size
-        add(map(CommitId, commit.parents))
+        add(CommitId(parent) for parent in commit.parents if parent not in absent)
 
 
 AHEAD = 512
@@ -171,8 +173,9 @@ def entry(
     state: State | Size,
     names: dict[CommitId, tuple[str, ...]],
     states: tuple[tuple[int, ...], int],
+    absent: Collection[str] = (),
 ) -> LogEntry:
-    """One commit as `log` shows it."""
+    """One commit as `log` shows it; `absent`: commits that were not fetched."""
     return LogEntry(
         commit=identifier,
         state=StateId(commit.state),
@@ -187,4 +190,5 @@ def entry(
         origin=commit.origin,
         points=states[0],
         state_nbytes=states[1],
+        shallow=any(parent in absent for parent in commit.parents),
     )

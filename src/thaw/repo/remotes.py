@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from thaw.remote.push import PushWish
     from thaw.remote.report import RemoteGcReport, TransferReport
 
+MAX_DEPTH = 1 << 31
+
 
 def add(store: Store, name: str, url: str, options: dict[str, Option]) -> RemoteSettings:
     """Remembers a remote. Nothing is asked of it yet. Raises `InvalidRequest`, `Conflict`."""
@@ -169,16 +171,28 @@ def fetch(
     tags: bool,
     weights: bool,
     meter: TransferMeter | None,
+    depth: int | None = None,
+    unshallow: bool = False,
     announce: Callable[[Announced], None] | None = None,
 ) -> TransferReport:
     """See `Repository.fetch`; `announce`: see `thaw.remote.fetch`."""
     from thaw.remote.fetch import FetchWish
     from thaw.remote.fetch import fetch as bring
 
-    wish = FetchWish(branches=branches or None, tags=tags, prune=prune)
+    if depth is not None and unshallow:
+        raise InvalidRequest(
+            f"depth={depth} leaves older commits in the remote, and unshallow=True fetches all: not both."
+        )
+    wish = FetchWish(branches or None, tags, prune, _checked_depth(depth), unshallow)
     target = opened(store, remote)
     report = bring(store, target, wish, meter=meter, announce=announce)
     return bring_weights(store, target, report, meter) if weights else report
+
+
+def _checked_depth(depth: int | None) -> int | None:
+    if depth is not None and not 1 <= depth <= MAX_DEPTH:
+        raise InvalidRequest(f"depth={depth}: how many commits of each branch to fetch, 1 to {MAX_DEPTH:,}.")
+    return depth
 
 
 def is_promised(store: Store, point: object) -> bool:
@@ -256,6 +270,7 @@ def clone(
     weights: bool,
     meter: TransferMeter | None,
     refs_only: bool = False,
+    depth: int | None = None,
 ) -> TransferReport:
     """See `thaw.clone`."""
     from thaw.core import namespaces
@@ -266,11 +281,15 @@ def clone(
 
     if weights and refs_only:
         raise InvalidRequest("weights=True fetches what commits need, and refs_only=True fetches none: leave one out.")
+    if refs_only and depth is not None:
+        raise InvalidRequest(
+            f"refs_only=True fetches no commits, and depth={depth} some of each branch: leave one out."
+        )
     whose = namespaces.DEFAULT if namespace is None else namespaces.check(namespace)
     address = parse(url, options)
     made = RemoteSettings(url=address.url, options=dict(address.options))
     target = open_remote(settings.check_remote_name(remote), made, whose)
-    report = make(path, target, made, CloneWish(branch, single_branch, refs_only), meter=meter)
+    report = make(path, target, made, CloneWish(branch, single_branch, refs_only, _checked_depth(depth)), meter=meter)
     if weights:
         with Store.open(path) as whole:
             report = bring_weights(whole.within(whose) if whose else whole, target, report, meter)

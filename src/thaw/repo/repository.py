@@ -394,16 +394,23 @@ class Repository:
         prune: bool = False,
         tags: bool = True,
         weights: bool = False,
+        depth: int | None = None,
+        unshallow: bool = False,
         meter: TransferMeter | None = None,
     ) -> TransferReport:
         """Bring branches (default: all) and tags here; `origin/main` is then a point. No local branch moves.
 
         `prune`: points of branches that were deleted there go. `weights`: fetch the weights sets that the fetched
-        commits name, too, where the remote has them. Raises `CorruptBlob` naming what is damaged, `NotFound`.
+        commits name, too, where the remote has them. `depth`: only the last so many commits of each branch and tag,
+        each with all of its KV; the repository is shallow then, and a larger depth brings more. `unshallow`: all that
+        is older, too. Raises `CorruptBlob` naming what is damaged, `NotFound`, `InvalidRequest`.
         """
         from thaw.repo import remotes
 
-        return remotes.fetch(self.store, branches, remote, prune=prune, tags=tags, weights=weights, meter=meter)
+        return remotes.fetch(
+            self.store, branches, remote, prune=prune, tags=tags, weights=weights, meter=meter, depth=depth,
+            unshallow=unshallow,
+        )  # fmt: skip
 
     def pull(
         self, branch: str | None = None, *, remote: str | None = None, meter: TransferMeter | None = None
@@ -573,6 +580,7 @@ def clone(
     branch: str | None = None,
     single_branch: bool = False,
     refs_only: bool = False,
+    depth: int | None = None,
     namespace: str | None = None,
     remote: str = "origin",
     options: dict[str, str | int | bool] | None = None,
@@ -582,16 +590,16 @@ def clone(
     """A new repository in `path` from a remote, which is called `remote` in it.
 
     `branch`: the one to start on (default: the remote's); with `single_branch` no other is fetched. With `refs_only`
-    none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `namespace`: whose
-    part of the remote. `options`: as `Repository.add_remote`. `weights`: as `Repository.fetch`, once the rest is here.
-    What fails leaves nothing behind, but for weights that did not come: `fetch(weights=True)` goes on with them. Raises
-    `NotFound`, `Conflict`, `CorruptBlob`, `RemoteError` kinds.
+    none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `depth`: as
+    `Repository.fetch`. `namespace`: whose part of the remote. `options`: as `Repository.add_remote`. `weights`: as
+    `Repository.fetch`, once the rest is here. What fails leaves nothing behind, but for weights that did not come:
+    `fetch(weights=True)` goes on with them. Raises `NotFound`, `Conflict`, `CorruptBlob`, `RemoteError` kinds.
     """
     from thaw.repo import remotes
 
     remotes.clone(
         url, Path(path), options or {}, remote=remote, branch=branch, single_branch=single_branch, namespace=namespace,
-        weights=weights, meter=meter, refs_only=refs_only,
+        weights=weights, meter=meter, refs_only=refs_only, depth=depth,
     )  # fmt: skip
     return open(path, engine=engine, create=False, namespace=namespace)
 

@@ -110,6 +110,9 @@ def _by_id(store: Store, name: str) -> CommitId:
     if len(found) > 1:
         some = ", ".join(short(c, len(name) + 6) for c in found[:6])
         raise BadPoint(f"{name!r} begins the ids of {len(found)} commits ({some}); write more digits")
+    left = [one for one in store.absent() if _HEX.match(name) and one.startswith(f"b3:{name}")]
+    if not found and left:
+        store.get_as(left[0], Commit)
     if not found:
         raise NotFound(f"there is no branch, tag or commit {name!r}{known_names(store)}")
     return found[0]

@@ -52,7 +52,7 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
         point=point,
         entry=logs.entry(
             point.commit, commit, line.state, logs.names_at(store, [point.commit]),
-            logs.StatePoints(store).of(point.state, line.state.model),
+            logs.StatePoints(store).of(point.state, line.state.model), store.absent(),
         ),
         model=model,
         turns=turns,

@@ -82,6 +82,7 @@ def _check(path: Path, deep: bool) -> tuple[FsckReport, dict[str, PackScan]]:
             scans = scan_packs(path / PACKS, sorted({*names} | index.packs.keys()), deep=True)
         _check_packs(index, scans, names, report)
         _check_links(index, report)
+        _note_shallow(index, report)
     report.problems = _with_commits(report.problems, index)
     report.num_packs = len(index.packs)
     report.nbytes = sum(scan.nbytes for scan in scans.values())
@@ -212,10 +213,22 @@ def _read_alone(path: Path) -> tuple[backup.Backup | None, bool]:
 def _check_links(index: Index, report: FsckReport) -> None:
     """Everything that an object points to is stored."""
     for identifier, of in index.links.items():
-        missing = [o for o in of.objects if o not in index.links and o not in index.bad]
+        missing = [o for o in of.without(index.absent) if o not in index.links and o not in index.bad]
         missing += [blob for blob in of.blobs if blob not in index.blobs]
         if missing:
             report.add(DATABASE, f"{of.kind} {identifier} needs {missing[0]}, which is not stored", tuple(missing))
+
+
+def _note_shallow(index: Index, report: FsckReport) -> None:
+    """A commit that was not fetched is no loss; one that is noted as not here and is, is wrong."""
+    here = sorted(index.absent & index.links.keys())
+    if here:
+        report.add(DATABASE, f"{here[0]} is stored, and noted as not fetched", tuple(here))
+    if index.absent:
+        report.notes.append(
+            f"the repository is shallow: parents of its commits that were not fetched: {len(index.absent)}; "
+            "`thaw fetch --unshallow` brings them"
+        )
 
 
 def _with_commits(problems: list[Problem], index: Index) -> list[Problem]:

@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from thaw.core.errors import CorruptDatabase, StorageFailed
 from thaw.data.files import storage_errors, sync_folder
-from thaw.store import leases, objects, reserve, windows
+from thaw.store import boundary, leases, objects, reserve, windows
 from thaw.store.home import StoreHome
 from thaw.store.locks import locked
 from thaw.store.mark import UPKEEP, Reachable, catch_up, mark_all
@@ -113,6 +113,7 @@ def _collect(store: StoreHome, since_ns: int, report: GcReport) -> None:
         catch_up(connection, marks, since_ns)
         _rehome(connection, marks)
         drop_setting(connection, COLLECTING)
+        boundary.prune(connection)
         _doom_empty(connection)
         for lease in leases.split(connection)[1]:
             leases.release(connection, lease.id)

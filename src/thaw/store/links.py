@@ -5,6 +5,7 @@ The bytes must have been verified against their id first.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -102,6 +103,17 @@ class Links:
     blobs: tuple[str, ...] = ()
     window: str = ""
     lengths: tuple[int, ...] = ()
+
+    def without(self, absent: Collection[str]) -> tuple[str, ...]:
+        """`objects` but for those parents of a commit that were not fetched. All else must be there, whatever it is."""
+        if self.kind != "commit" or not absent:
+            return self.objects
+        return (self.objects[0], *(parent for parent in self.objects[1:] if parent not in absent))
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Of a commit."""
+        return self.objects[1:] if self.kind == "commit" else ()
 
     @property
     def state(self) -> str | None:

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable
 
 from thaw.core.errors import CorruptBlob, CorruptDatabase
-from thaw.store import leases
+from thaw.store import leases, shallow
 from thaw.store.links import Links, links
 from thaw.store.objects import verified
 from thaw.store.refs import read_refs, read_whole_reflog
@@ -34,7 +34,8 @@ class Reachable:
         """What the view that was marked last had seen: objects, changes of refs."""
 
     def mark(self, connection: sqlite3.Connection, roots: Iterable[str]) -> None:
-        """Adds everything that `roots` reach."""
+        """Adds everything that `roots` reach; where history was fetched no further, it ends."""
+        absent = shallow.read(connection)
         pending = [(root, "") for root in roots]
         while pending:
             identifier, state = pending.pop()
@@ -47,7 +48,7 @@ class Reachable:
                 state = identifier
             if of.kind == "segments":
                 self._home(of, state)
-            pending.extend((linked, state) for linked in of.objects)
+            pending.extend((linked, state) for linked in of.without(absent))
 
     def _home(self, node: Links, state: str) -> None:
         for segment, length in zip(node.objects, node.lengths, strict=True):

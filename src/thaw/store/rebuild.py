@@ -27,7 +27,7 @@ from thaw.data.files import storage_errors
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, write_pack
-from thaw.store import backup, leases, objects, refs, refslog, windows
+from thaw.store import backup, boundary, leases, objects, refs, refslog, shallow, windows
 from thaw.store.db import BUSY_S, Database, creating, remove_strangers
 from thaw.store.filesystem import refuse_network
 from thaw.store.links import Links, links
@@ -36,8 +36,8 @@ from thaw.store.refs import Ref, ReflogEntry
 from thaw.store.salvage import Salvage, salvage
 from thaw.store.saving import Saver
 from thaw.store.scan import PackFiles, PackScan, list_packs, scan_packs
-from thaw.store.schema import DATABASE, PACKS
-from thaw.store.settings import admit_namespaces, set_setting
+from thaw.store.schema import DATABASE, PACKS, SHALLOW
+from thaw.store.settings import admit, admit_namespaces, set_setting
 from thaw.store.windows import Windows
 
 
@@ -51,6 +51,8 @@ class _Found:
     links: dict[str, Links] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     uuid: str = ""
+    absent: set[str] = field(default_factory=set)
+    """Commits that were not fetched."""
 
     def read(self, identifier: str) -> bytes:
         """The bytes of an object. Raises `CorruptBlob` where it is lost."""
@@ -205,6 +207,10 @@ def _restore_refs(connection: sqlite3.Connection, saved: backup.Backup, found: _
         set_setting(connection, key, value)
     if _has_namespaces(saved, found):
         admit_namespaces(connection)
+    if shallow.KEY in saved.settings:
+        admit(connection, SHALLOW)
+        found.absent = set(shallow.decode(saved.settings[shallow.KEY])) - found.links.keys()
+        boundary.add(connection, {})
     refs.log_moves(connection, reversed(saved.reflog))
     tips = {ref.name: ref for ref in saved.refs}
     for ref in saved.refs:
@@ -245,7 +251,7 @@ def _fall_back(tips: dict[str, Ref], ref: Ref, reflog: Iterable[ReflogEntry], fo
 def _advance(tips: dict[str, Ref], saved: backup.Backup, found: _Found, notes: list[str]) -> None:
     """Moves branches forward to whole commits that say they are on them, descend from them, and are newer."""
     newest = {entry.name: entry.time_ns for entry in reversed(saved.reflog)}
-    whole = wholes(found.links, found.blobs.keys())
+    whole = wholes(found.links, found.blobs.keys(), found.absent)
     logged = {commit for entry in saved.reflog for commit in (entry.old, entry.new)}
     for identifier, commit in sorted(found.commits.items(), key=lambda pair: pair[1].time_ns):
         name = _branch(commit)
@@ -276,7 +282,7 @@ def _keep_unnamed(
         new = [parent for parent in (commit.parents if commit else ()) if parent not in named]
         named.update(new)  # type: ignore[arg-type]
         pending += new  # type: ignore[arg-type]
-    whole = wholes(found.links, found.blobs.keys())
+    whole = wholes(found.links, found.blobs.keys(), found.absent)
     for identifier, commit in found.commits.items():
         if identifier not in named and identifier in whole:
             name = _branch(commit) or qualify(commit.of_namespace, "lost-found")
@@ -301,14 +307,15 @@ def descends(commits: dict[str, Commit], identifier: str, ancestor: str) -> bool
     return False
 
 
-def wholes(of: dict[str, Links], blobs: Collection[str]) -> set[str]:
-    """The objects under which everything is there."""
+def wholes(of: dict[str, Links], blobs: Collection[str], absent: Collection[str] = ()) -> set[str]:
+    """The objects under which everything is there, but for what was not fetched (`absent`)."""
     users: dict[str, list[str]] = defaultdict(list)
     broken: list[str] = []
     for identifier, links_ in of.items():
         for linked in links_.objects:
             users[linked].append(identifier)
-        if any(linked not in of for linked in links_.objects) or any(blob not in blobs for blob in links_.blobs):
+        lost = any(linked not in of for linked in links_.without(absent))
+        if lost or any(blob not in blobs for blob in links_.blobs):
             broken.append(identifier)
     whole = set(of) - set(broken)
     while broken:

@@ -26,6 +26,9 @@ FORMAT = 2
 """Of the database. What older ones lack, `thaw.store.upgrade` adds when they are opened."""
 NAMESPACED = 3
 """The format of a database that has namespaces: the same tables. One without stays what older thaws can read."""
+SHALLOW = 4
+"""The format of a database whose history does not go back to its beginning: the same tables, with or without
+namespaces."""
 KEEP_REFLOG_S = 90 * 24 * 3600.0
 """How long gc keeps what only the reflog names."""
 COUNTS = ("sequence", "refs", "moves")

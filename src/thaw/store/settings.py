@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 
 from thaw.core.errors import CorruptDatabase, NewerFormat
-from thaw.store.schema import NAMESPACED, checksum
+from thaw.store.schema import NAMESPACED, SHALLOW, checksum
 
 REBUILD = "Run `thaw fsck --rebuild` to make it again from the packs."
 
@@ -51,7 +51,7 @@ def drop_setting(connection: sqlite3.Connection, key: str) -> None:
 
 
 def check_format(connection: sqlite3.Connection, path: Path) -> int:
-    """The format of the database: ours, that of one with namespaces, or an older one.
+    """The format of the database: ours, that of one with namespaces or without all its history, or an older one.
 
     Raises `NewerFormat` for a database of a later thaw, `CorruptDatabase` for one that is none of ours.
     """
@@ -59,9 +59,9 @@ def check_format(connection: sqlite3.Connection, path: Path) -> int:
     said = setting(connection, "format")
     if said is None or str(version) != said or version < 1:
         raise CorruptDatabase(f"{path} does not say its format twice alike ({version}, {said}). {REBUILD}")
-    if version > NAMESPACED:
+    if version > SHALLOW:
         raise NewerFormat(
-            f"{path} has format {version}: written by a newer thaw. This one reads up to {NAMESPACED}; upgrade thaw."
+            f"{path} has format {version}: written by a newer thaw. This one reads up to {SHALLOW}; upgrade thaw."
         )
     return version
 
@@ -72,6 +72,11 @@ def has_namespaces(connection: sqlite3.Connection) -> bool:
 
 def admit_namespaces(connection: sqlite3.Connection) -> None:
     """From this transaction on the database has namespaces, and a thaw that knows none refuses to open it."""
-    if not has_namespaces(connection):
-        set_setting(connection, "format", str(NAMESPACED))
-        connection.execute(f"PRAGMA user_version={NAMESPACED}")
+    admit(connection, NAMESPACED)
+
+
+def admit(connection: sqlite3.Connection, version: int) -> None:
+    """From this transaction on the database has at least this format."""
+    if number(connection, "format") < version:
+        set_setting(connection, "format", str(version))
+        connection.execute(f"PRAGMA user_version={version}")

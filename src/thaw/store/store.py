@@ -24,7 +24,7 @@ from thaw.core.ids import CommitId, ObjectId, StateId, digest
 from thaw.core.objects import AnyObject, Commit, NamespacedCommit, State
 from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation
-from thaw.store import backup, leases, objects, refs, refslog, reserve, windows
+from thaw.store import backup, leases, objects, refs, refslog, reserve, shallow, windows
 from thaw.store.db import Database, creating, is_read_only
 from thaw.store.filesystem import refuse_network
 from thaw.store.objects import ObjectCache, Recorded
@@ -171,7 +171,7 @@ class Store:
     def _get(self, id: str, kind: type[AnyObject] | None) -> AnyObject:
         value = self._cache.get(self.namespace, id)
         if value is None:
-            with self.database.read() as connection:
+            with self._explained(id), self.database.read() as connection:
                 value = objects.read(connection, id, kind)
             if isinstance(value, Commit) and value.of_namespace != self.namespace:
                 raise objects.not_stored(id)
@@ -186,6 +186,30 @@ class Store:
     def commit_kind(self) -> type[Commit]:
         """What the commits of this namespace are."""
         return NamespacedCommit if self.namespace else Commit
+
+    @contextlib.contextmanager
+    def _explained(self, id: str) -> Iterator[None]:
+        """`NotFetched` for what is not here because a shallow fetch left it in its remote."""
+        try:
+            yield
+        except NotFound:
+            remote = self.absent().get(id)
+            if remote is None:
+                raise
+            raise shallow.not_fetched(id, remote) from None
+
+    def absent(self) -> dict[str, str]:
+        """Parents of commits of this namespace that a shallow fetch left in a remote, each with the remote's name."""
+        with self.database.read() as connection:
+            found = shallow.read(connection)
+        split = {commit: namespaces.split(remote) for commit, remote in found.items()}
+        return {commit: remote for commit, (whose, remote) in split.items() if whose == self.namespace}
+
+    def first_parent(self, commit: Commit) -> CommitId | None:
+        """None also where history was fetched no further."""
+        if not commit.parents or commit.parents[0] in self.absent():
+            return None
+        return CommitId(commit.parents[0])
 
     def has(self, id: str) -> bool:
         """Whether this object is stored; a commit, in this namespace."""
@@ -224,7 +248,7 @@ class Store:
         For who looks at many: bytes are verified, not decoded. Raises `NotFound` (of another namespace, too),
         `CorruptBlob`, `CorruptDatabase`.
         """
-        with self.database.read() as connection:
+        with self._explained(commit), self.database.read() as connection:
             found = objects.read_recorded(connection, commit, num)
         if objects.namespace_of(found[0].commit) != self.namespace:
             raise objects.not_stored(commit)

@@ -14,7 +14,7 @@ from typing import Any
 
 from thaw.core import objects as core_objects
 from thaw.core.errors import Busy, CorruptDatabase, Damaged, NewerFormat, StorageFailed, ThawError
-from thaw.store import backup, leases, objects, refs
+from thaw.store import backup, leases, objects, refs, shallow
 from thaw.store.db import database_errors, translate
 from thaw.store.links import Links, links
 from thaw.store.report import FsckReport
@@ -33,6 +33,8 @@ class Index:
     links: dict[str, Links] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     """Objects whose row is damaged."""
+    absent: set[str] = field(default_factory=set)
+    """Commits that were not fetched, though a stored one comes from them."""
 
 
 def check_tables(connection: sqlite3.Connection, path: Path, saved: backup.Backup | None, report: FsckReport) -> Index:
@@ -46,6 +48,7 @@ def check_tables(connection: sqlite3.Connection, path: Path, saved: backup.Backu
         lambda: _format(connection, path),
         lambda: _sqlite(connection, report),
         lambda: _settings(connection),
+        lambda: index.absent.update(shallow.read(connection)),
         lambda: _refs(connection, report),
         lambda: _reflog(connection, report),
         lambda: _leases(connection),

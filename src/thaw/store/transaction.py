@@ -16,17 +16,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
+from thaw.core import namespaces
 from thaw.core.errors import Busy, Conflict, CorruptBlob, CorruptDatabase, InvalidRequest, RefConflict, StorageFailed
 from thaw.core.ids import ObjectId
 from thaw.core.objects import AnyObject, Commit, decode, encode
 from thaw.data.header import OBJECT
 from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, PackResult, read_header, write_pack
-from thaw.store import leases, objects, refs
+from thaw.store import boundary, leases, objects, refs, shallow
 from thaw.store.db import CommitUnsure
 from thaw.store.gather import gather, is_due
 from thaw.store.home import NamespaceHome
@@ -48,6 +49,7 @@ class Transaction:
         self._leased = [self.pack, self._object_pack]
         self._added: dict[str, tuple[int, tuple[BlobLocation, ...]]] = {}
         self._queue: dict[str, bytes] = {}
+        self._absent: dict[str, str] = {}
         self._over = False
         self._pid = os.getpid()
         with store.database.write(durable=False) as connection:
@@ -105,6 +107,12 @@ class Transaction:
         self._queue[identifier] = data
         return identifier
 
+    def leave_out(self, commits: Mapping[str, str]) -> None:
+        """Parents of queued commits that are not stored and stay in the remote that is named for each."""
+        self._check_open()
+        whose = self._store.namespace
+        self._absent.update((commit, namespaces.qualify(whose, remote)) for commit, remote in commits.items())
+
     def commit(self, *updates: RefUpdate) -> None:
         """Makes it all visible, on disk on return (law 7).
 
@@ -124,6 +132,8 @@ class Transaction:
                 admit_namespaces(connection)
             redundant += self._insert_blobs(connection)
             self._insert_objects(connection, new, written)
+            named = {parent for data in new.values() for parent in links(data).parents} if self._absent else set[str]()
+            shallower = boundary.add(connection, {one: self._absent[one] for one in named & self._absent.keys()})
             if setting(connection, COLLECTING) is not None:
                 self._find_again(connection)
             lost = _move(connection, updates)
@@ -131,8 +141,8 @@ class Transaction:
             many_small = is_due(connection)
         self._over = True
         self._remove(redundant)
-        if updates:
-            self._store.saver.save()
+        if updates or shallower:
+            self._store.saver.save(anew=bool(shallower))
         if many_small:
             self._store.upkeep.begin(partial(gather, self._store))
         if lost is not None:
@@ -173,7 +183,8 @@ class Transaction:
         of_new = {identifier: links(data) for identifier, data in new.items()}
         for place in written.blobs:
             objects.insert_object(connection, place, of_new[place.blob], new[place.blob])
-        self._require(connection, "objects", [*self._queue, *(o for of in of_new.values() for o in of.objects)])
+        absent = {*self._absent, *shallow.read(connection)}
+        self._require(connection, "objects", [*self._queue, *(o for of in of_new.values() for o in of.without(absent))])
         self._require(connection, "blobs", [blob for of in of_new.values() for blob in of.blobs])
         windows = Windows(lambda identifier: new.get(identifier) or objects.read_bytes(connection, identifier))
         insert(connection, windows.rows(objects.homes(of_new)))

@@ -13,6 +13,7 @@ EXAMPLE = """
 thaw clone s3://bucket/runs --model ~/models/Qwen3-0.6B
 thaw clone s3://bucket/runs here --single-branch
 thaw clone s3://bucket/runs here --refs-only
+thaw clone s3://bucket/runs here --depth 1
 """
 
 
@@ -22,6 +23,7 @@ thaw clone s3://bucket/runs here --refs-only
 @click.option("-b", "--branch", metavar="NAME", help="Start on this branch; default: the remote's.")
 @click.option("--single-branch", is_flag=True, help="Fetch no other branch.")
 @click.option("--refs-only", is_flag=True, help="Fetch no branch yet: each is fetched when a verb first names it.")
+@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Fetch only the last N commits of each branch.")
 @click.option("--origin", "remote", metavar="NAME", default="origin", help="What to call the remote (origin).")
 @click.option("--weights", is_flag=True, help="Also fetch the weights that the commits need.")
 @transfer.option
@@ -34,6 +36,7 @@ def command(
     branch: str | None,
     single_branch: bool,
     refs_only: bool,
+    depth: int | None,
     remote: str,
     weights: bool,
     pairs: tuple[str, ...],
@@ -61,6 +64,7 @@ def command(
         lambda meter: remotes.clone(
             url, path, transfer.read_options(pairs), remote=remote, branch=branch, single_branch=single_branch,
             namespace=place.namespace(), weights=weights, meter=meter, refs_only=refs_only,
+            depth=depth,
         ),
     )  # fmt: skip
     if wanted:

@@ -31,7 +31,7 @@ def command(
     """List the commits from POINT (default: the current branch), newest first.
 
     Each line shows the id, the names that point at it, the message, tokens and age; on models with recurrent layers
-    also how many states are kept, and their bytes.
+    also how many states are kept, and their bytes. A commit is "shallow" where the one before it was not fetched.
     """
     entries = _read(named, point, everything, limit)
     if as_json:
@@ -70,7 +70,8 @@ def _line(entry: LogEntry, used: int) -> str:
     """One commit in what is left of the width; the message gives way first."""
     names = ", ".join(entry.refs)
     kept = f", {view.few_states(entry.points, entry.state_nbytes)}" if entry.state_nbytes else ""
-    tail = f"{entry.num_tokens:,} tokens{kept}, {words.age(entry.time_ns)}"
+    ends = ", shallow" if entry.shallow else ""
+    tail = f"{entry.num_tokens:,} tokens{kept}, {words.age(entry.time_ns)}{ends}"
     room = output.width() - used - 10 - 2 - len(tail) - 2 - (len(names) + 3 if names else 0)
     message = output.one_line(entry.message, max(room, 12))
     shown = f"({output.style(names, 'bold', 'green')}) " if names else ""

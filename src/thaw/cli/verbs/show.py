@@ -104,7 +104,7 @@ def _fields(shown: Shown) -> list[tuple[str, str]]:
     fields = [
         *([("names", output.style(", ".join(entry.refs), "bold", "green"))] if entry.refs else []),
         ("state", str(entry.state)),
-        *(("parent", str(parent)) for parent in entry.parents),
+        *((f"parent{' (not fetched)' if entry.shallow else ''}", str(parent)) for parent in entry.parents),
         ("date", f"{words.moment(entry.time_ns)} ({words.age(entry.time_ns)})"),
         ("length", _length(shown)),
         ("bytes", f"{words.nbytes(shown.nbytes)} in {words.count(shown.num_blobs, 'blob')}"),

@@ -23,7 +23,7 @@ import msgspec
 
 from thaw.core import objects
 from thaw.core.errors import IdentityMismatch, InvalidRequest, NotFound, PolicyMismatch, Refused, ThawError, Unsupported
-from thaw.core.ids import CommitId, StateId
+from thaw.core.ids import StateId
 from thaw.core.objects import Commit
 from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling
@@ -186,8 +186,7 @@ class EngineSource:
         last commit that they hold whole; so what no message names any more keeps nothing."""
         parent = session.parent
         while parent is not None and self._num_tokens(parent) > keep:
-            parents = self._repo.store.get_as(parent, Commit).parents
-            parent = CommitId(parents[0]) if parents else None
+            parent = self._repo.store.first_parent(self._repo.store.get_as(parent, Commit))
         if parent != session.parent:
             session.reparent(parent)
         point = str(session.commit(self._note).commit)
