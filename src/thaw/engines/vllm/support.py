@@ -69,8 +69,6 @@ def require(config: Any, kv_cache_config: Any) -> None:
             raise Unsupported(f"latents with {name}={getattr(spec, name)}: {why}")
     if type(spec).__name__ == "FullAttentionSpec":
         _require_like_values(spec)
-        if window_of(spec) is not None:
-            _require_windows(f"of {window_of(spec)} tokens")
     elif window_of(spec) is not None:
         raise Unsupported(f"latents with a window of {window_of(spec)} tokens; {SUPPORTED}")
 
