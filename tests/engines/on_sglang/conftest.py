@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import faults
 import pytest
 
 import warm
@@ -25,15 +26,16 @@ IMPORTED = (
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_boots() -> Iterator[None]:
+def warm_boots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The server that thaw boots is a fork, too, and its processes are. One that a test starts by itself is not."""
-    if not warm.wanted():
-        yield
-        return
-    from thaw.engines.sglang.client import boot
-    from thaw.engines.sglang.settings import cpu_environment
-
-    warm.start(IMPORTED, cpu_environment())
+    folder = tmp_path_factory.mktemp("plugin")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boot, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": warm.popen}))
+        patch.setenv("PYTHONPATH", faults.install(folder))
+        patch.syspath_prepend(folder)  # a fork takes this process's path
+        if warm.wanted():
+            from thaw.engines.sglang.client import boot
+            from thaw.engines.sglang.settings import cpu_environment
+
+            warm.start(IMPORTED, cpu_environment())
+            patch.setattr(boot, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": warm.popen}))
         yield

@@ -23,24 +23,34 @@ from typing import Any
 
 WEEK_S = 7 * 86_400.0
 JUNK = 1e4
+FOUND = "found"
+"""A file of this name for each process that has the plug-in."""
 ENTRY = "[sglang.srt.plugins]\nthaw_test_faults = faults:register\n"
 
 
+def install(folder: Path) -> str:
+    """The plug-in's entry point, in a folder, and the PYTHONPATH by which processes find it. It does nothing in those
+    whose environment names no folder of faults, so warm boots (`warm.py`) may have it from the start."""
+    found = folder / "thaw_test_faults-1.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: thaw-test-faults\nVersion: 1\n")
+    (found / "entry_points.txt").write_text(ENTRY)
+    paths = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
+
+
 class Faults:
-    """The tests' side. `environment`: by which an engine's processes find the plug-in and the folder."""
+    """The tests' side. `environment`: by which an engine's processes find the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "faults"
         self.folder.mkdir()
-        found = folder / "thaw_test_faults-1.dist-info"
-        found.mkdir()
-        (found / "METADATA").write_text("Metadata-Version: 2.1\nName: thaw-test-faults\nVersion: 1\n")
-        (found / "entry_points.txt").write_text(ENTRY)
-        paths = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "THAW_TEST_FAULTS": str(self.folder)}
+        self.environment = {"THAW_TEST_FAULTS": str(self.folder)}
 
     @contextmanager
     def on(self, name: str, rank: int) -> Iterator[None]:
+        """In an engine that was booted under `environment`."""
+        assert any(self.folder.glob(f"{FOUND}.*")), "no process of an engine has the plug-in"
         file = self.folder / f"{name}.{rank}"
         file.touch()
         try:
@@ -52,6 +62,7 @@ class Faults:
 def register() -> None:
     if "THAW_TEST_FAULTS" not in os.environ or "sglang.srt.managers.scheduler" not in sys.modules:
         return
+    Path(os.environ["THAW_TEST_FAULTS"], f"{FOUND}.{os.getpid()}").touch()
     from thaw.core.errors import StorageFailed
     from thaw.engines.served.scheduler import records
     from thaw.engines.served.worker.host_cache import HostCache

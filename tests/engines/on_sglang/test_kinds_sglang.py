@@ -61,6 +61,13 @@ def some() -> list[object]:
     return [pytest.param(kind, marks=() if kind in QUICK else slow) for kind in KINDS]
 
 
+ONCE_MORE = pytest.mark.soak("the same on one more model of the kind", receipt="sglang-kinds-once-more")
+ONE_OF_EACH = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else ONCE_MORE) for kind in KINDS], indirect=True
+)
+"""For what boots an engine of its own."""
+
+
 @pytest.fixture(scope="module", params=some())
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -98,7 +105,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 @pytest.fixture(scope="module")
 def engine(kind: str, folder: Path, faults: Faults) -> Iterator[SglangEngine]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in faults.environment.items() if "windows" in KINDS[kind] else ():
+        for name, value in faults.environment.items():
             patch.setenv(name, value)
         loaded = load_engine("sglang", model=str(folder), **ROOM)
     assert isinstance(loaded, SglangEngine)
@@ -316,6 +323,7 @@ def located(plan: HydratePlan) -> list[dict[str, list[str]]]:
     return [{group: [place.blob for place in places] for group, places in piece.blobs.items()} for piece in needed]
 
 
+@ONE_OF_EACH
 @pytest.mark.slow("boots the engine in another process")
 def test_a_new_process_continues_bit_for_bit(engine: SglangEngine, folder: Path, lab: Lab, tmp_path: Path) -> None:
     sessions = [lab.begin(engine, count) for count in (41, 256, 301)]
@@ -354,6 +362,7 @@ def test_full_attention_of_a_models_own(shape: str, tiny_model: Callable[..., Pa
             assert lab.one(engine, wrong, seeded(8), (5,)).logprobs != right.logprobs
 
 
+@ONE_OF_EACH
 @pytest.mark.slow("boots an engine of two ranks")
 def test_two_ranks_write_what_one_does(engine: SglangEngine, folder: Path, lab: Lab) -> None:
     """A latent is on both ranks and written once; heads of windows are each rank's own."""
@@ -374,7 +383,7 @@ def booted(kind: str, tiny_model: Callable[..., Path], folder: Path) -> Load:
 
 
 @pytest.mark.slow("the law book's chapters on a model with latents")
-class TestExactnessOfLatents(ExactnessTests):
+class TestExactnessOfLatents(ExactnessTests, GroupsLaw, ProofLaw):
     @pytest.fixture(scope="class", params=["minicpm3"])
     @classmethod
     def engine_factory(
@@ -395,11 +404,19 @@ class TestExactnessOfWindows(ExactnessTests):
         return partial(booted(request.param, tiny_model, tmp_path_factory.mktemp("made")), interior=True)
 
 
-@pytest.mark.slow("the law book's chapters about groups and proofs")
 class TestGroupsOfKinds(GroupsLaw, ProofLaw):
-    @pytest.fixture(scope="class", params=["minicpm3", "mellum", "olmo3"])
+    """The laws of groups and proofs. `other` is the same engine, whose own cache is empty before each law."""
+
+    @pytest.fixture(scope="class")
     @classmethod
-    def engine_factory(
-        cls, request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-    ) -> Load:
-        return booted(request.param, tiny_model, tmp_path_factory.mktemp("made"))
+    def engine(cls, engine: SglangEngine) -> Engine:
+        return engine
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def other(cls, engine: Engine) -> Engine:
+        return engine
+
+    @pytest.fixture(autouse=True)
+    def emptied(self, engine: SglangEngine) -> None:
+        engine.flush_cache()

@@ -24,6 +24,7 @@ IMPORTED = (
     "thaw.engines.vllm.sampling",
     "thaw.engines.vllm.scheduler.scheduler",
     "thaw.engines.vllm.worker.worker",
+    "warm_vectors",
 )
 """What each process of vLLM imports before it does anything."""
 PRELOADED = ("vllm/libs/libtcmalloc*.so*", "torch/lib/libgomp*.so*")

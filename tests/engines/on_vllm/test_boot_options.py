@@ -539,7 +539,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2, some layers": (
         "qwen2",
         {**SLIDING, "layer_types": ["full_attention", "sliding_attention"]},
-        "sliding_window=64: vLLM's hybrid KV cache manager .* --disable-hybrid-kv-cache-manager",
+        r"sliding_window=64: vLLM's hybrid KV cache manager .* --disable-hybrid-kv-cache-manager"
+        r"|windows \(sliding_window=64\) on vLLM 0\.(26|29)",
     ),
     "qwen2 that does not use its window": ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, ""),
 }

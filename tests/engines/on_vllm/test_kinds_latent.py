@@ -52,6 +52,10 @@ KINDS = [
         for arch, more in (("deepseek_v2", {}), ("glm4_moe_lite", V3))
     ),
 ]
+ONCE_MORE = pytest.mark.soak("two ranks of one more model of the kind", receipt="vllm-latents-once-more")
+ON_RANKS = pytest.mark.parametrize(
+    "f32", [KINDS[0], *(pytest.param(*kind.values, id=kind.id, marks=ONCE_MORE) for kind in KINDS[1:])], indirect=True
+)
 CUTS = sorted({*random.Random(23).sample(range(2, 700), 20), 255, 256, 257, 15 * BLOCK - 1, 15 * BLOCK + 1, 15 * BLOCK})
 POWER = 100
 """How many times more than the noise of a batch's shape a control must move a log probability."""
@@ -221,12 +225,14 @@ def two(f32: Path) -> Iterator[VllmEngine]:
         yield loaded
 
 
+@ON_RANKS
 def test_latents_are_written_by_the_first_rank_alone(two: VllmEngine, lab: Lab) -> None:
     captured = lab.capture(two, lab.begin(two, 700))
     assert two.info.num_packs == 2 and len(captured.packs) == 1
     assert kv_nbytes(captured) == captured.num_kv * 3 * WIDTH * 4
 
 
+@ON_RANKS
 def test_two_ranks_go_on_bit_for_bit(two: VllmEngine, lab: Lab) -> None:
     parent = lab.begin(two, 700)
     lab.one(two, parent, seeded(8))
@@ -234,6 +240,7 @@ def test_two_ranks_go_on_bit_for_bit(two: VllmEngine, lab: Lab) -> None:
     same(lab.one(two, child, every_knob(), ids(4, 2)), lab.one(two, parent, every_knob(), ids(4, 2)))
 
 
+@ON_RANKS
 class TestAcrossRankCounts(CrossingTests):
     tolerance = 1e-3
 

@@ -34,14 +34,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"hidden_size": 256, "mamba_d_head": 64},
 }
 """What vLLM's own kernels ask of the small models' shapes, and fields that transformers does not write."""
-MORE = pytest.mark.slow("the same on one more model, or without the prefix cache, or in one more process")
+MORE = pytest.mark.slow("the same on one more model, or without the prefix cache")
 MODELS = [
     pytest.param(("qwen3_next", True, True), id="gdn"),
     pytest.param(("qwen3_next", False, False), id="gdn-without-prefix-cache", marks=MORE),
     pytest.param(("lfm2", True, False), id="short-convolution"),
     pytest.param(("lfm2", False, True), id="short-convolution-without-prefix-cache", marks=MORE),
-    pytest.param(("granitemoehybrid", False, False), id="mamba2"),
-    pytest.param(("granitemoehybrid", False, True), id="mamba2-in-a-new-process", marks=MORE),
+    pytest.param(("granitemoehybrid", False, True), id="mamba2"),
 ]
 """A model; whether vLLM's prefix cache is on, for its blocks of states are others then; whether sessions are restored
 by another engine, in processes of its own, or by the one that read them. Its pages hold NaN then in any case."""

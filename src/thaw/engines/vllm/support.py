@@ -150,9 +150,19 @@ def _require_attention(config: Any) -> None:
             f"{SUPPORTED}"
         )
     found = windows(vars(model.hf_text_config))
+    sizes = ", ".join(f"{field}={window}" for field, window in found.items())
+    if found:
+        _require_windows(sizes)
     if found and not getattr(config.scheduler_config, KEEPS_WINDOWS, False):
-        sizes = ", ".join(f"{field}={window}" for field, window in found.items())
         raise Unsupported(f"{sizes}: {FREED}")
+
+
+def _require_windows(sizes: str) -> None:
+    """Older releases were not made right: some end at the first request of such a model."""
+    import vllm
+
+    if not versions.has_kinds(vllm.__version__):
+        raise Unsupported(f"windows ({sizes}) on vLLM {vllm.__version__}: they are captured from 0.32 on")
 
 
 def _require_transfer(transfer: Any) -> None:

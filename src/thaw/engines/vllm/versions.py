@@ -41,7 +41,7 @@ def notes(version: str) -> list[str]:
 
 
 KINDS = (0, 32)
-"""The first release that was tried with latents (MLA) and with the text part of multimodal classes."""
+"""The first release that thaw supports latents (MLA), windows and the text part of multimodal classes on."""
 
 
 def has_kinds(version: str) -> bool:
