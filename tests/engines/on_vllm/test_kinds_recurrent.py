@@ -446,7 +446,7 @@ def test_a_capture_in_the_step_of_a_preemption_is_busy_or_whole(tiny_model: Call
     with load_engine("vllm", model=str(folder), **options) as small:
         session = lab.begin(small, 300)
         captured = 0
-        for _ in range(3):
+        for _ in range(2):
             children = small.fork(session, 4).result()
             running = small.generate(lab.ask(children, seeded(300)))
             wait_for(running, 4)
