@@ -62,13 +62,16 @@ def test_a_model_that_keeps_states_has_room_for_tokens_beside_those_of_a_request
     point = PointState(name="state", first_layer=1, num_layers=2, parts=(part,))
     groups, nbytes = RankGroups((full, point)), 2 * 2 * 4 * 8 * 4
     assert groups.state_nbytes == point.nbytes == nbytes
-    made = HostCache(10 * nbytes, None, groups, spill_nbytes=0, shares=Shares(), states=9)
-    assert made.room(ONE).num_tokens == nbytes // TOKEN
+    made = HostCache(10 * nbytes, None, groups, spill_nbytes=0, shares=Shares(), early_states=8)
+    assert made.room(ONE).num_tokens == 9 * nbytes // TOKEN and made.room(ONE).num_early == nbytes // TOKEN
     kept = made.allocate_states(ONE)
     with pytest.raises(Busy, match=r"no room to keep 1 tokens: arena: .*; beside its tokens a request keeps states of"):
-        made.room(ONE).require(1)
+        made.room(ONE).require(1, ends_early=True)
+    made.room(ONE).require(8 * nbytes // TOKEN)
+    with pytest.raises(Busy, match="no room to keep"):
+        made.room(ONE).require(8 * nbytes // TOKEN + 1)
     del kept
-    made.room(ONE).require(nbytes // TOKEN)
+    made.room(ONE).require(nbytes // TOKEN, ends_early=True)
 
 
 def test_nothing_is_remembered_of_callers_that_have_nothing() -> None:

@@ -62,6 +62,10 @@ def test_a_state_is_read_as_named_parts_and_written_back_bit_for_bit() -> None:
             assert torch.equal(blobs[at][row].view(torch.int16), expected), (layer, at)
         for head in range(4):
             assert torch.equal(blobs[6 + head][row].view(torch.int32), matrices[head])
+    at_once = _blobs()
+    states.save((4, 1), at_once)
+    for one, two in zip(blobs, at_once, strict=True):
+        assert torch.equal(one.view(torch.int16), two.view(torch.int16))
     before = {layer: page.clone() for layer, page in pages.items()}
     states.write(blobs, (5, 2))
     for layer, source, target in ((0, 4, 5), (2, 1, 2), (3, 4, 5)):

@@ -7,6 +7,7 @@ the state of a token more or less, a sibling's, channels in another order.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ pytest.importorskip("vllm")
 import torch
 
 from thaw.core.cache import PointState, point_groups, token_groups
-from thaw.core.errors import NotKept, StaleSession, Unsupported
+from thaw.core.errors import Busy, NotKept, StaleSession, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.engines.vllm import versions
-from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded
-from thaw.testing.plans import mount_at
+from thaw.engines.vllm.jobs import RECENT_STATES
+from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, wait_for
+from thaw.testing.plans import capture_plan, mount_at
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
@@ -199,8 +201,68 @@ def test_an_answer_that_its_client_ends_can_be_gone_on_from(engine: Engine, lab:
     assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
     rest = lab.one(engine, stopped, greedy(ANSWER - done))
     assert bits(rest.logprobs) == bits(whole.logprobs)[done:]
-    cancelled = lab.stopped_amid(engine, session)[0]
-    assert engine.view(cancelled).num_kv == len(engine.view(cancelled).tokens) - 1
+    for after in (2, 5, 9):
+        cancelled, part, whole = lab.stopped_amid(engine, session, after=after)
+        done = len(part.token_ids)
+        assert engine.view(cancelled).num_kv == len(engine.view(cancelled).tokens) - 1 == 300 + done - 1
+        rest = lab.one(engine, cancelled, seeded(min(ANSWER, len(whole.token_ids) - done)))
+        assert bits(rest.logprobs) == bits(whole.logprobs)[done:][: len(rest.token_ids)]
+
+
+def test_a_state_is_copied_where_somebody_needs_it_and_not_behind_every_step(engine: Engine, lab: Lab) -> None:
+    """At an end and at a capture; behind every step only of a request with stop strings, which its client may end some
+    steps late. What runs without holds no state in the arena but those that it began with."""
+    states = sum(group.nbytes for group in point_groups(engine.info.groups))
+
+    def copies(before: int = 0) -> int:
+        return engine.stats()["state_copies"] - before
+
+    before = copies()
+    session = lab.begin(engine, 40)
+    assert copies(before) == 1
+    twin, before = lab.twin(engine, session), copies()
+    lab.one(engine, twin, greedy(ANSWER))
+    assert copies(before) == 1
+    before = copies()
+    lab.captured_amid(engine, session, samplings=(greedy(1500),))
+    assert copies(before) == 2
+    stopped, before = lab.twin(engine, session), copies()
+    lab.one(engine, stopped, greedy(ANSWER, stop=("\x00 never said \x00",)))
+    assert copies(before) == ANSWER
+    held = {}
+    for stop in ((), ("\x00 never said \x00",)):
+        child, before = lab.twin(engine, session), engine.stats()["arena_nbytes"]
+        running = lab.start(engine, child, sampling=greedy(1500, stop=stop))
+        wait_for(running, 12)
+        now = engine.stats()
+        running.cancel()
+        running.result()
+        assert now["running"] == 1
+        held[stop] = (now["arena_nbytes"] - before) / states
+        engine.close_session(child)
+    assert list(held.values()) == [0, RECENT_STATES]
+
+
+def test_captures_of_an_answer_on_both_sides_of_a_blocks_end_go_on_with_its_bits(engine: Engine, lab: Lab) -> None:
+    """One after another while it runs: each has the state of the step before it, whichever block that lies in."""
+    session, count = lab.begin(engine, 250), 100
+    whole = lab.one(engine, lab.twin(engine, session), greedy(count))
+    twin = lab.twin(engine, session)
+    running = lab.start(engine, twin, sampling=greedy(count))
+    wait_for(running, 1)
+    found = []
+    while engine.view(twin).running:
+        found.append(lab.capture(engine, twin))
+    running.result()
+    plans = {plan.num_kv: plan for plan in map(lab.plan, found)}
+    assert len(plans) >= 3
+    for num_kv in sorted(plans)[:6]:
+        done = num_kv + 1 - 250
+        restored = lab.hydrate(engine, plans[num_kv]).session
+        if done < count:
+            (rest,) = lab.resume(engine, restored)
+            assert bits(rest.logprobs)[done:] == bits(whole.logprobs)[done:], num_kv
+        engine.close_session(restored)
 
 
 def test_a_session_that_ended_by_itself_keeps_the_states_of_its_turns_alone(engine: Engine, lab: Lab) -> None:
@@ -371,6 +433,31 @@ def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
         with pytest.raises(StaleSession):
             lab.one(small, good, greedy(4))
         assert len(running.result()[0].token_ids) == 64 and small.stats()["free_blocks"] == free
+
+
+@MORE
+@new_enough
+def test_a_capture_in_the_step_of_a_preemption_is_busy_or_whole(tiny_model: Callable[..., Path], lab: Lab) -> None:
+    """vLLM gives the blocks of a preempted request away before anybody can read them. What was asked of them in that
+    step is refused as busy; what is captured goes on."""
+    folder = tiny_model("qwen3_next", dtype="bfloat16", **SHAPES["qwen3_next"])
+    options = {"enforce_eager": True, "max_model_len": 1024, "num_gpu_blocks_override": 20}
+    with load_engine("vllm", model=str(folder), **options) as small:
+        session = lab.begin(small, 300)
+        captured = 0
+        for _ in range(2):
+            children = small.fork(session, 4).result()
+            running = small.generate(lab.ask(children, seeded(300)))
+            wait_for(running, 4)
+            while any(small.view(child).running for child in children):
+                plans = [capture_plan(lab.mount, 0, 1) for _ in children]
+                asked = [small.capture(child, plan) for child, plan in zip(children, plans, strict=True)]
+                for promise in asked:
+                    with contextlib.suppress(Busy):
+                        promise.result(60.0)
+                        captured += 1
+            running.result()
+        assert small.stats()["preempted"] > 0 and captured > 0
 
 
 def _first_layer(lab: Lab, plan: HydratePlan, engine: Engine) -> dict[str, Any]:

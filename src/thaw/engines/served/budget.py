@@ -41,14 +41,21 @@ class Shares:
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):
-    """How many tokens of KV more a caller may keep, and the limits that say so."""
+    """How many tokens of KV more a caller may keep, and the limits that say so. `num_early`: with a request that its
+    client may end early, where such a one keeps more than its tokens and its end."""
 
     num_tokens: int
     why: str
+    num_early: int | None = None
 
-    def require(self, num_tokens: int) -> None:
+    @property
+    def least(self) -> int:
+        """For whatever request."""
+        return self.num_tokens if self.num_early is None else self.num_early
+
+    def require(self, num_tokens: int, *, ends_early: bool = False) -> None:
         """Raises `Busy` where that is more."""
-        if num_tokens > self.num_tokens:
+        if num_tokens > (self.least if ends_early else self.num_tokens):
             raise Busy(
                 f"no room to keep {num_tokens:,} tokens: {self.why}; close sessions, or start the engine with more"
             )

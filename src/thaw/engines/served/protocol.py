@@ -123,6 +123,14 @@ class Write(Message, frozen=True, kw_only=True, tag="write"):
         return end
 
 
+class EndRun(Message, frozen=True, kw_only=True, tag="end"):
+    """The request with the message `run` ends with its next token. So a client stops a request of a model that keeps
+    states: one that it takes back may be some tokens ahead of it, and the state that it could go on from is gone."""
+
+    for_sharers: ClassVar[bool] = True
+    run: Name
+
+
 class Pin(Message, frozen=True, kw_only=True, tag="pin"):
     """Hold the record's blocks in the engine for `seconds` (0: let go)."""
 
@@ -160,8 +168,8 @@ class Switch(Message, frozen=True, kw_only=True, tag="switch"):
     watch_weights: bool = True
 
 
-Command: TypeAlias = Fill | Write | Pin | Unpin | Look | GetStats | Hello | Switch
-_Any: TypeAlias = Run | Fill | Write | Pin | Unpin | Look | GetStats | Hello | Switch
+Command: TypeAlias = Fill | Write | EndRun | Pin | Unpin | Look | GetStats | Hello | Switch
+_Any: TypeAlias = Run | Fill | Write | EndRun | Pin | Unpin | Look | GetStats | Hello | Switch
 
 
 def params(message: Message) -> dict[str, Any]:
@@ -292,7 +300,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     interior: bool = False
 
 
-PER_WORKER = ("arena_nbytes", "spilled_nbytes")
+PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies")
 """Counts that every worker has its own of."""
 
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 RECENT_STATES = 8
-"""Of a session that computes, the states after so many of its last steps are kept: whoever reads its tokens may end it
-a few of them late."""
-STATES_OF_A_REQUEST = RECENT_STATES + 1
-"""And the one that it ends with."""
+"""Of a request that its client may end early, the states after so many of its last steps are kept: whoever looks for a
+stop string finds it a few of them late."""
 Tables: TypeAlias = tuple[tuple[int, ...], ...]
 
 
@@ -34,7 +32,8 @@ class Sync:
     """Copy tokens up to `num_kv` that the record lacks out of the engine's blocks. `finished`: a request whose blocks
     are held until that is done, and what was begun for the record before. `now`: vLLM gives the blocks away in this
     very step, so all of that is done when the job is. `over`: nobody goes on from an earlier step of the request, so
-    the states of its last steps are let go of."""
+    the states of its last steps are let go of. `state_blocks`: where the state after `num_kv` tokens lies, where the
+    model keeps states."""
 
     record: str
     tables: Tables
@@ -42,6 +41,13 @@ class Sync:
     finished: str | None = None
     now: bool = False
     over: bool = False
+    state_blocks: tuple[int, ...] = ()
+
+    @property
+    def before_forward(self) -> bool:
+        """Whether the step's forward pass may write over what this reads: blocks that vLLM has given away, or the state
+        of a request that goes on."""
+        return self.now or (bool(self.state_blocks) and self.finished is None)
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class Load:
 
 @dataclass(frozen=True)
 class KeepState:
-    """The record's request has computed `num_kv` tokens once this step is over: keep the state of then, beside those of
-    the last few steps."""
+    """The record's request, which its client may end early, has computed `num_kv` tokens once this step is over: keep
+    the state of then, beside those of the last few steps."""
 
     record: str
     state_blocks: tuple[int, ...]

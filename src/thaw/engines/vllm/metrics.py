@@ -21,6 +21,7 @@ COUNTERS = {
     "shuffled_groups": "Batches of children whose requests did not come in the order of the batch.",
     "loaded_tokens": "Tokens whose KV thaw loaded into the engine's blocks.",
     "hit_tokens": "Tokens of thaw's requests whose KV still was in the engine's blocks.",
+    "state_copies": "Recurrent states that were copied out of the engine's blocks.",
 }
 GAUGES = {
     "records": "Sessions whose KV the engine keeps.",

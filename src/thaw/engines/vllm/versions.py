@@ -108,6 +108,13 @@ def v2_processor() -> type:
     return base
 
 
+def put_jobs_before_forward(output: Any) -> None:
+    """Have the workers do a step's jobs before its forward pass. 0.32 starts the loads of a step behind its forward
+    pass, unless one of them is part of the step; older releases always start them before."""
+    if hasattr(output, "has_sync_kv_loads"):
+        output.has_sync_kv_loads = True
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """What vLLM raises for a request that it does not take; newer ones an error of their own that is no ValueError."""
     try:

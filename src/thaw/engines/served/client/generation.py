@@ -9,16 +9,18 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from thaw.core.errors import Cancelled, InvalidRequest, TooLong
+from thaw.core.errors import Cancelled, InvalidRequest, ThawError, TooLong
 from thaw.core.objects import Chat
 from thaw.engines.base import Completion, Delta, GenerateRequest, SessionView
 from thaw.engines.promise import Promise
+from thaw.engines.served import protocol
 from thaw.engines.served.client.channel import EngineChannel, refusal
 from thaw.engines.served.client.event_loop import LoopThread
 from thaw.engines.served.client.model import ServedModel
 from thaw.engines.served.client.request import ActiveRequest, claim, nobody
 from thaw.engines.served.client.session import ServedSession
 from thaw.engines.served.client.transport import Chunk, Submission
+from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, Message
 from thaw.engines.session.turns import OpenTurn, close_prompt, open_turn, require_resumable, settle_turn
 
@@ -88,7 +90,18 @@ class Generation:
 
     def _abort_soon(self, lanes: Sequence[ActiveRequest]) -> None:
         for lane in lanes:
-            self._loop.spawn(partial(self.abort, lane))
+            self._loop.spawn(partial(self._stop, lane))
+
+    async def _stop(self, lane: ActiveRequest) -> None:
+        """Stop it. Where the model keeps states, an answer that has begun is not taken back: the engine, which may be
+        some tokens ahead, ends it with its next one, and the session has all of them and the state behind them."""
+        if not self._model.keeps_states or lane.first_token_s is None:
+            await self.abort(lane)
+            return
+        try:
+            await self._talk.command(protocol.EndRun(id=secrets.token_hex(16), run=lane.name), (SCHEDULER,))
+        except ThawError:  # too many commands at once
+            await self.abort(lane)
 
     # -- before a request
 

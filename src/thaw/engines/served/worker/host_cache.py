@@ -125,17 +125,18 @@ class HostRecord:
 class HostCache:
     """`nbytes` of memory and `spill_nbytes` of files in the folder `spill`, of both of which each caller has its share.
     `pinned`: memory that the accelerator reads and writes by itself. Pieces are then never joined: a load walks over
-    crumbs without cost there. `states`: so many states a request keeps beside its tokens, where the model has some."""
+    crumbs without cost there. Where the model has states, a request keeps that of its end beside its tokens, and
+    `early_states` more if its client may end it early."""
 
     def __init__(
         self, nbytes: int, spill: Path | None, groups: RankGroups,
-        *, spill_nbytes: int, shares: Shares, pinned: bool = False, states: int = 0,
+        *, spill_nbytes: int, shares: Shares, pinned: bool = False, early_states: int = 0,
     ):  # fmt: skip
         self._memory, self._files = Budget("arena", nbytes, shares, mib), Budget("spill", spill_nbytes, shares, mib)
         self._spill = spill
         self._slab = PinnedBuffer(nbytes) if pinned else None
         self._groups = groups
-        self._reserve = states * groups.state_nbytes
+        self._early_nbytes = early_states * groups.state_nbytes
         self._lock = threading.RLock()  # Python's collector may end a tensor while it is held
 
     @property
@@ -153,9 +154,14 @@ class HostCache:
             left = max(self._memory.left(caller), self._files.left(caller))
             beyond = left + 1
             why = f"{self._memory.refusal(caller, beyond)}; {self._files.refusal(caller, beyond)}"
-        if self._reserve:
-            why += f"; beside its tokens a request keeps states of {mib(self._reserve)}"
-        return Room(num_tokens=max(0, left - self._reserve) // self._groups.token_nbytes, why=why)
+        state, early = self._groups.state_nbytes, self._early_nbytes
+        if not state:
+            return Room(num_tokens=left // self._groups.token_nbytes, why=why)
+        why += f"; beside its tokens a request keeps states of {mib(state)}, {mib(state + early)} with stop strings"
+        return Room(num_tokens=self._tokens(left - state), why=why, num_early=self._tokens(left - state - early))
+
+    def _tokens(self, nbytes: int) -> int:
+        return max(0, nbytes) // self._groups.token_nbytes
 
     def tight(self) -> dict[Caller, Room]:
         """The callers with room for less than `TIGHT_TOKENS`; `EVERYBODY` among them when that is all that one who has
@@ -163,7 +169,7 @@ class HostCache:
         with self._lock:
             asked = {*self._memory.callers(), *self._files.callers(), GUEST, EVERYBODY}
         found = {caller: self.room(caller) for caller in asked}
-        return {caller: room for caller, room in found.items() if room.num_tokens < TIGHT_TOKENS}
+        return {caller: room for caller, room in found.items() if room.least < TIGHT_TOKENS}
 
     def allocate(self, num_tokens: int, caller: Caller, late: Sequence[int] = ()) -> Tensors:
         """A piece's tensors of `num_tokens` tokens, not set; `late` as the piece has it. Raises `StorageFailed` when

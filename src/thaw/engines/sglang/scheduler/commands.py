@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatchmethod
 from typing import TYPE_CHECKING
 
-from thaw.core.errors import NotFound, TooLong
+from thaw.core.errors import NotFound, TooLong, Unsupported
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
 from thaw.engines.served.guard import described
@@ -54,6 +54,10 @@ class RankCommands:
     def _unpin(self, message: protocol.Unpin) -> None:
         self._side.pins.reset()
         self._side.say(message.id, Answer())
+
+    @_start.register
+    def _end_run(self, message: protocol.EndRun) -> None:
+        raise Unsupported("requests of models with recurrent layers alone are ended so, and SGLang runs none with thaw")
 
     @_start.register
     def _switch(self, message: protocol.Switch) -> None:

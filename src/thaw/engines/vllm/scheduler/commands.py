@@ -87,6 +87,11 @@ class SchedulerCommands:
         self._side.mail.answer(message.id, SCHEDULER, Answer())
 
     @_start.register
+    def _end_run(self, message: protocol.EndRun) -> None:
+        self._side.end_soon(message.run)
+        self._side.mail.answer(message.id, SCHEDULER, Answer())
+
+    @_start.register
     def _switch(self, message: protocol.Switch) -> None:
         self._side.on = message.on
         if not message.on:

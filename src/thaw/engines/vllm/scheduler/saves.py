@@ -3,26 +3,38 @@ when it ends. Here it is decided and put into jobs; the workers copy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from thaw.core.errors import Busy, ThawError
 from thaw.engines.served.scheduler.records import Records
 from thaw.engines.vllm import jobs
+from thaw.engines.vllm.block_tables import BlockTables
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.scheduler.content_ids import BlockContents
 from thaw.engines.vllm.scheduler.records import SchedulerRecord
-from thaw.engines.vllm.scheduler.requests import RunningRequest, is_aborted, is_failed
+from thaw.engines.vllm.scheduler.requests import RunningRequest, is_failed
 
 
 class Saves:
     """`tables`: the blocks of every request of thaw's that has some, by its name, a list for each of vLLM's KV cache
-    groups. `rescues`: jobs that must be done before anything is written over what vLLM has taken away; they come first
-    in the next step."""
+    groups. `groups`: which of these keep tokens, and which states. `refuse` ends a command. `rescues`: jobs that must
+    be done before anything is written over what vLLM has taken away; they come first in the next step.
+
+    After a step that ends at n tokens the state after n tokens lies in the request's blocks until its next step. So a
+    state is copied when somebody needs it: at the request's end, and where it is captured while it runs."""
 
     def __init__(
-        self, records: Records[SchedulerRecord], contents: BlockContents, queue: list[Job], block_size: int
+        self,
+        records: Records[SchedulerRecord],
+        contents: BlockContents,
+        queue: list[Job],
+        block_size: int,
+        groups: BlockTables,
+        refuse: Callable[[str, ThawError], None],
     ) -> None:
         self._records, self._contents, self._queue, self._block_size = records, contents, queue, block_size
+        self._groups, self._refuse = groups, refuse
         self.tables: dict[str, list[list[int]]] = {}
         self.rescues: list[Job] = []
         self.num_preempted = 0
@@ -37,7 +49,7 @@ class Saves:
         ready: int = min(live.num_computed_tokens, live.num_tokens - 1)
         if want is not None:
             ready = min(ready, want)
-        if not self._contents.shared and ready not in record.states:
+        if self._groups.states and ready != live.num_computed_tokens:
             return record.num_kv
         if table is None or ready <= record.num_kv:
             return record.num_kv
@@ -55,12 +67,12 @@ class Saves:
         self.num_preempted += 1
         table = self.tables.pop(request.request_id, None)
         record = self._records.get(run.message.record)
-        if not self._contents.shared:
+        if self._groups.states:
             self._goes_back(run, record)
             return
         if table is None or record is None or record.live is not request:
             return
-        upto = min(run.computed, request.num_tokens - 1, self._room(table))
+        upto = min(run.computed, request.num_tokens - 1, self._room(self._groups.of_tokens(table)))
         if upto > record.num_kv or record.leaving:
             upto = max(upto, record.num_kv)
             self.rescues.append(self._sync(record, run.message.record, table, upto, request, now=True))
@@ -73,7 +85,12 @@ class Saves:
         name = run.message.record
         if record is None or record.live is not run.request:
             return
-        self._queue[:] = [job for job in self._queue if not (isinstance(job, jobs.Sync) and job.record == name)]
+        late = [job for job in self._queue if isinstance(job, jobs.WriteRecord) and _is_past(job, name, run.want)]
+        self._queue[:] = [
+            job for job in self._queue if job not in late and not (isinstance(job, jobs.Sync) and job.record == name)
+        ]
+        for job in late:
+            self._refuse(job.name, Busy("vLLM took the session's blocks away in this step; capture it again"))
         record.num_kv, record.tokens = run.want, record.tokens[: run.want]
         record.points, record.recent = {point for point in record.points if point <= run.want}, []
         record.leaving = False
@@ -87,14 +104,15 @@ class Saves:
         if record is None or record.live is not request:
             return False, 0
         held = False
-        # A step may be under way that was put together before the last token was known: what it computes is nobody's.
-        num_kv = max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
+        of_tokens = self._groups.of_tokens(tables) if tables else ()
+        num_kv = self._end_of(request)
         keep = run.message.keep and run.error is None and not is_failed(request)
-        over = not run.message.ends_early and not is_aborted(request)
-        if keep and num_kv > record.num_kv and self._room(tables) >= num_kv:
+        keep = keep and self._has_state(record, request, num_kv)
+        over = not run.message.ends_early
+        if keep and num_kv > record.num_kv and self._room(of_tokens) >= num_kv:
             self._queue.append(self._sync(record, name, tables, num_kv, request, request.request_id, over=over))
             held = True
-        elif record.leaving and any(tables):
+        elif record.leaving and any(of_tokens):
             self._queue.append(jobs.Sync(name, (), 0, request.request_id, over=over))
             held = True
         # Nor is the state that such a step leaves: its tokens have no KV in the record.
@@ -103,8 +121,21 @@ class Saves:
         self._records.touch(name)
         return held, record.num_kv
 
+    def _end_of(self, request: Any) -> int:
+        """How many tokens an ended request has. A step may be under way that was put together before the last token was
+        known: what it computes is nobody's. But a state lies where that step leaves it, as long as its tokens are
+        known: those of a prompt."""
+        computed, last = request.num_computed_tokens, request.num_tokens - 1
+        if self._groups.states and computed <= last:
+            return int(computed)
+        return int(max(0, min(computed - request.num_in_flight_tokens, last)))
+
+    def _has_state(self, record: SchedulerRecord, request: Any, num_kv: int) -> bool:
+        """Whether the state after so many tokens is in the request's blocks, or was kept behind its step."""
+        return not self._groups.states or num_kv == request.num_computed_tokens or num_kv in record.recent
+
     def _room(self, tables: Sequence[Sequence[int]]) -> int:
-        """Tokens that the blocks have room for, in every group."""
+        """Tokens that the blocks have room for, in every group that keeps tokens."""
         return min(map(len, tables)) * self._block_size
 
     def _sync(
@@ -120,9 +151,15 @@ class Saves:
         over: bool = False,
     ) -> Job:
         """What brings the record up to `upto` tokens; from now on it counts as done."""
-        used = tuple(tuple(table[: -(-upto // self._block_size)]) for table in tables)
+        used = tuple(tuple(table[: -(-upto // self._block_size)]) for table in self._groups.of_tokens(tables))
+        states = self._groups.state_blocks(tables, upto) if upto == live.num_computed_tokens else ()
         record.tokens = list(live.all_token_ids[:upto])
         record.num_kv = upto
-        record.points |= {upto} & set(record.recent)
+        if self._groups.states:
+            record.points.add(upto)
         self._contents.note_computed(record, used, upto // self._block_size)
-        return jobs.Sync(name, used, upto, finished, now, over)
+        return jobs.Sync(name, used, upto, finished, now, over, states)
+
+
+def _is_past(job: jobs.WriteRecord, record: str, num_kv: int) -> bool:
+    return job.record == record and job.num_kv > num_kv

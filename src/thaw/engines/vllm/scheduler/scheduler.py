@@ -28,7 +28,7 @@ from thaw.engines.served.late_groups import require_kept
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts
 from thaw.engines.served.scheduler.records import Records
-from thaw.engines.vllm import jobs, support
+from thaw.engines.vllm import jobs, support, versions
 from thaw.engines.vllm.block_tables import BlockTables
 from thaw.engines.vllm.jobs import Job
 from thaw.engines.vllm.scheduler.commands import SchedulerCommands, refused, reply
@@ -75,11 +75,16 @@ class SchedulerSide:
         self._commands = SchedulerCommands(self, settings.shares())
         self._runs: dict[str, RunningRequest] = {}
         self._groups = Groups()
-        self._saving = Saves(self.records, self.contents, self.queue, facts.block_size)
+        self._saving = Saves(
+            self.records, self.contents, self.queue, facts.block_size, self._tables, self._refuse_command
+        )
         in_step_nbytes = NOTHING_IN_STEP if self._has_states else settings.async_nbytes
         self._loads = Loads(self.records, facts.block_size, token_nbytes, in_step_nbytes)
         self._swept = time.monotonic()
         self.counters = dict.fromkeys(("captures", "hydrates", "forks", "refused", "loaded_tokens", "hit_tokens"), 0)
+
+    def _refuse_command(self, name: str, error: ThawError) -> None:
+        self.mail.answer(name, SCHEDULER, refused(error))
 
     def bind(self, pool: Any) -> None:
         self.contents.pool = pool
@@ -130,7 +135,8 @@ class SchedulerSide:
         support.require_text(request)
         _require_grammar(request, message)
         caller = message.caller or GUEST
-        self.require_room(message.record, caller, message.num_new(request.num_tokens))
+        early = message.ends_early and self._has_states
+        self.require_room(message.record, caller, message.num_new(request.num_tokens), ends_early=early)
         source = self._source(message)
         tokens = list(request.all_token_ids)
         want = message.num_kv
@@ -170,14 +176,14 @@ class SchedulerSide:
                 "of which must run"
             )
 
-    def require_room(self, record: str, caller: Caller, num_tokens: int) -> None:
+    def require_room(self, record: str, caller: Caller, num_tokens: int, *, ends_early: bool = False) -> None:
         """Raises `Busy` where the caller may not keep one more record, or that many tokens more in some worker."""
         self.records.require_room(record, caller)
         for rank in range(self.facts.world_size):
             tight = self.mail.tight(rank)
             room = tight.get(caller) or tight.get(EVERYBODY)
             if room is not None:
-                room.require(num_tokens)
+                room.require(num_tokens, ends_early=ends_early)
 
     def _source(self, message: protocol.Run) -> SchedulerRecord | None:
         own = self.records.get(message.record)
@@ -282,6 +288,13 @@ class SchedulerSide:
             return False
         return self.contents.hits_foreign(request, record.chain[: local // self._block_size])
 
+    def end_soon(self, name: str) -> None:
+        """The request with the message `name` ends with its next token, by vLLM's own limit, unless it has ended. So
+        its client hears all of its tokens, and the state that its last step leaves is that of the session's end."""
+        for run in self._runs.values():
+            if run.message.id == name:
+                run.request.max_tokens = min(run.request.max_tokens, run.request.num_output_tokens + 1)
+
     # -- vLLM has given a request its blocks
 
     def allocated(self, request: Any, all_tables: jobs.Tables, num_external: int) -> None:
@@ -368,6 +381,8 @@ class SchedulerSide:
         out = [*self._saving.rescues, *self.queue]
         self._saving.rescues.clear()
         self.queue.clear()
+        if any(isinstance(job, jobs.Sync) and job.before_forward for job in out):
+            versions.put_jobs_before_forward(output)
         self.contents.step_begins()
         return out
 
@@ -376,8 +391,7 @@ class SchedulerSide:
         for new in output.scheduled_new_reqs:
             if new.req_id in self._runs:
                 run = self._runs[new.req_id]
-                blocks = self._tables.of_tokens(new.block_ids)
-                there = partial(self._has_blocks, run, blocks, new.num_computed_tokens)
+                there = partial(self._has_blocks, run, new.block_ids, new.num_computed_tokens)
                 guarded(there, partial(self._stop, run))
                 self._groups.begins(run.message.group)
                 self._count(new.req_id, new.num_computed_tokens, output)
@@ -387,9 +401,8 @@ class SchedulerSide:
         for name, before, fresh in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
             if fresh is None:
                 continue
-            fresh = self._tables.of_tokens(fresh)
             if name not in cached.resumed_req_ids:
-                self.contents.renew(_from(fresh, 0))
+                self.contents.renew(_from(self._tables.of_tokens(fresh), 0))
             if name in self._runs:
                 stop = partial(self._stop, self._runs[name])
                 if name in cached.resumed_req_ids:
@@ -428,15 +441,18 @@ class SchedulerSide:
             "among thaw's options where that connector finds KV by vLLM's salted block hashes"
         )
         self._tell_refused(run.request, run.message, run.error)
-        self.queue.append(jobs.Fail(name, _upto(self._saving.tables[name], None), background=False))
+        self.queue.append(jobs.Fail(name, self._tables.of_tokens(self._saving.tables[name]), background=False))
 
     def kept_states(self, output: Any) -> list[jobs.KeepState]:
-        """What is to be kept of the states that this step computes, once it has."""
+        """What is to be kept of the states that this step computes, once it has: of requests that their clients may end
+        some steps late. Of others the state lies in their blocks until the next step, and whoever needs it is served
+        before that (`Saves`)."""
         if not self._has_states:
             return []
         found: list[jobs.KeepState] = []
         for name, run in self._runs.items():
-            if name in output.num_scheduled_tokens and run.message.keep and run.error is None:
+            told = run.message
+            if name in output.num_scheduled_tokens and told.keep and told.ends_early and run.error is None:
                 guarded(
                     partial(self._keep_state, found, run, output.kv_connector_block_state), partial(self._stop, run)
                 )
@@ -459,7 +475,6 @@ class SchedulerSide:
     def finished(self, request: Any, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """(whether its blocks must be held until the workers have synced them, what goes back with its output)."""
         name = request.request_id
-        tables = self._tables.of_tokens(tables) if tables else tables
         if name in self._commands:
             return False, guarded(partial(self._commands.end, name), unheard)
         run = self._runs.pop(name, None)

@@ -57,11 +57,12 @@ class WorkerSide:
         spill = Path(settings.spill) if settings.spill else None
         self._arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
-            pinned=layouts[0].on_its_own, states=0 if states is None else jobs.STATES_OF_A_REQUEST,
+            pinned=layouts[0].on_its_own, early_states=jobs.RECENT_STATES,
         )  # fmt: skip
         self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
         self._copier = make_copier(layouts, self._arena)
         self._states = states
+        self._state_copies = 0
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
         self._lock = threading.Lock()
@@ -117,6 +118,7 @@ class WorkerSide:
         spare = [record.recent.pop(token) for token in oldest if token in record.recent]
         raw = spare[0] if spare else self._arena.allocate_raw(shape, record.caller)
         self._states.read(job.state_blocks, raw)
+        self._state_copies += 1
         record.recent[job.num_kv] = raw
 
     def _no_state(self, job: jobs.KeepState, error: ThawError) -> None:
@@ -130,7 +132,11 @@ class WorkerSide:
 
     def metrics(self) -> dict[str, int]:
         """Counts that every worker has its own of."""
-        return {"arena_nbytes": self._arena.used, "spilled_nbytes": self._arena.spilled}
+        return {
+            "arena_nbytes": self._arena.used,
+            "spilled_nbytes": self._arena.spilled,
+            "state_copies": self._state_copies,
+        }
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -202,17 +208,21 @@ class WorkerSide:
             self._settle_state(record, num_kv)
         return record.upto(num_kv, caller)
 
-    def _settle_state(self, record: HostRecord, num_kv: int) -> None:
-        """The state after `num_kv` tokens, which may be that of a recent step, as one that stays. Raises
-        `StorageFailed` where there is none."""
+    def _settle_state(self, record: HostRecord, num_kv: int, blocks: Sequence[int] = ()) -> None:
+        """The state after `num_kv` tokens, which may be that of a recent step or lie in `blocks`, as one that stays.
+        Raises `StorageFailed` where there is none."""
         assert self._states is not None
         if num_kv in record.points:
             return
         raw = record.recent.get(num_kv)
-        if raw is None:
+        if raw is None and not blocks:
             raise StorageFailed(f"the state after {num_kv} tokens could not be kept: {record.broken or 'no room'}")
         blobs = self._arena.allocate_states(record.caller)
-        self._states.blobs(raw, blobs)
+        if raw is not None:
+            self._states.blobs(raw, blobs)
+        else:
+            self._states.save(blocks, blobs)
+            self._state_copies += 1
         record.points[num_kv] = blobs
 
     @_do.register
@@ -225,7 +235,7 @@ class WorkerSide:
             pieces = self._copier.save(self._each(job.tables), record.num_kv, job.num_kv, record.caller)
             whole = self._arena.joined((*record.pieces, *pieces), record.caller)
             if self._states is not None:
-                self._settle_state(record, job.num_kv)
+                self._settle_state(record, job.num_kv, job.state_blocks)
             self._records[job.record] = HostRecord(
                 whole, record.epoch, caller=record.caller, points=record.points, recent=record.recent
             )

@@ -4,7 +4,7 @@ A page holds one layer's state: the convolution [column][channel] in the model's
 heads in theirs, then padding. vLLM hands it over as bytes. On a CPU a delta rule's matrix lies there as [key][value],
 as in a blob, though vLLM's spec says the reverse, as its kernels on a GPU have it; Mamba2's lies as [channel][state].
 
-    raw    [layers, bytes of a state]: the pages as they are, which is what a step costs
+    raw    [layers, bytes of a state]: the pages as they are, copied behind each step of a request with stop strings
     blobs  a tensor [layer][…shape] for each head of each part, as `cache.PointState` says
 """
 
@@ -56,9 +56,16 @@ class StatePages:
 
     def blobs(self, raw: torch.Tensor, out: Tensors) -> None:
         """The raw state as blobs, into `out`."""
-        for row in range(len(self._pages)):
+        self._save(list(raw), out)
+
+    def save(self, blocks: Sequence[int], out: Tensors) -> None:
+        """Copy the state that lies in `blocks`, one for each table, as blobs into `out`."""
+        self._save([page[blocks[table]] for page, table in self._pages], out)
+
+    def _save(self, rows: Sequence[torch.Tensor], out: Tensors) -> None:
+        for row, state in enumerate(rows):
             at = 0
-            for part, view in self._views(raw[row]):
+            for part, view in self._views(state):
                 for head in range(part.num_heads):
                     out[at][row].copy_(view[head])
                     at += 1
