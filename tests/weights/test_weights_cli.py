@@ -64,3 +64,23 @@ def test_the_verbs_say_what_there_is(tmp_path: Path, own_model: Make) -> None:
     assert gone["error"]["kind"] == "not-found" and "there are: base" in gone["error"]["message"]
     assert "of tensors" in thaw(tmp_path, *at, "weights", "checkout", "base", "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow("twelve processes")
+def test_only_thaw_weights_takes_a_set_away(tmp_path: Path, own_model: Make) -> None:
+    """By the namespace that the sets lie in, no verb goes round the refusal of `thaw weights rm`."""
+    thaw(tmp_path, "init", "repo")
+    at = ("-C", "repo")
+    thaw(tmp_path, *at, "weights", "add", str(own_model()))
+    inside = (*at, "--namespace", "thaw.weights")
+    assert "base" in thaw(tmp_path, *inside, "tag", code=0)
+    for words in (
+        ("tag", "-d", "base"), ("tag", "other", "base"), ("branch", "-m", "base", "other"), ("adopt", "base", "main"),
+        ("undo", "base"), ("run", "some text", "--engine", "fake", "--no-generate"),
+    ):  # fmt: skip
+        said = thaw(tmp_path, *inside, *words, code=2)
+        assert "thaw weights rm" in said and "thaw.weights" in said, words
+    assert [one["name"] for one in thaw(tmp_path, *at, "weights", "list", "--json")["weights"]] == ["base"]
+    thaw(tmp_path, *at, "weights", "rm", "base")
+    thaw(tmp_path, *inside, "undo", "base")
+    assert [one["name"] for one in thaw(tmp_path, *at, "weights", "list", "--json")["weights"]] == ["base"]

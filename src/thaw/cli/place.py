@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thaw.core.errors import NotFound
+from thaw.core.errors import InvalidRequest, NotFound
 from thaw.data.files import storage_errors
 
 if TYPE_CHECKING:
@@ -48,6 +48,20 @@ def _nearest(start: Path) -> Path:
 def namespace() -> str | None:
     """The namespace that was asked for; None is the default one."""
     return os.environ.get(NAMESPACE) or None
+
+
+def require_sessions() -> None:
+    """Raises `InvalidRequest` in the namespace of the repository's weights, for verbs that change branches and tags:
+    there a tag is a weights set, and a commit of somebody's may need it."""
+    if namespace() is None:
+        return
+    from thaw.weights.record import NAMESPACE as WEIGHTS
+
+    if namespace() == WEIGHTS:
+        raise InvalidRequest(
+            f"the namespace {WEIGHTS} holds the repository's weights. Add a set with `thaw weights add`, and remove "
+            "one with `thaw weights rm NAME`, which refuses while a commit needs it."
+        )
 
 
 def open_repository(named: str | None) -> Repository:

@@ -18,6 +18,8 @@ What = Literal["make", "delete", "rename"]
 def act(kind: Kind, named: str | None, names: tuple[str, ...], what: What, as_json: bool) -> None:
     """Do it and say it; without names the list. --json prints the refs it concerned."""
     _check(kind, names, what)
+    if names:
+        place.require_sessions()
     with place.open_repository(named) as repo:
         if not names:
             return _list(repo, kind, as_json)

@@ -31,6 +31,7 @@ def opened(
     from thaw.repo.repository import open as open_at
     from thaw.repo.settings import remember
 
+    place.require_sessions()
     path = place.find(named)
     named_one = any(value is not None for value in (engine_name, model, dtype, device))
     with open_at(path, create=False) as look:

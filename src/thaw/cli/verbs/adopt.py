@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from thaw.cli import options, output
-from thaw.cli.place import open_repository
+from thaw.cli.place import open_repository, require_sessions
 from thaw.core.ids import short
 
 EXAMPLE = """
@@ -23,6 +23,7 @@ def command(named: str | None, point: str, branch: str | None, as_json: bool) ->
 
     Its previous position stays in the reflog, as BRANCH@{1}.
     """
+    require_sessions()
     with open_repository(named) as repo:
         name = branch or repo.store.head
         before = repo.store.ref(name)

@@ -22,6 +22,8 @@ def command(named: str | None, name: str | None, as_json: bool) -> None:
     its previous position. Each undo goes one move further back; `thaw adopt NAME@{1} NAME` goes forward again.
     """
     with place.open_repository(named) as repo:
+        if repo.store.ref(name or repo.store.head) is not None:  # a weights set that was removed may come back
+            place.require_sessions()
         done = repo.undo(name)
     if as_json:
         output.print_json(done)
