@@ -24,6 +24,8 @@ from thaw.cluster.keeper import SMALL_BYTES, NodeKeeper
 OBJECT_STORE_BYTES = 80 << 20
 """Of a cluster that is started here: about the least that Ray takes."""
 MAX_AT_ONCE = 64
+PROBE_S = 5.0
+MAX_PORT = 65_535
 Trouble = Literal["", "ray", "keeper", "daemon", "other"]
 
 
@@ -84,12 +86,15 @@ class RayDesk:
         """Join the cluster at `text`, or what there is, or a new one. The version."""
         import ray
 
+        named = call.text or os.environ.get("RAY_ADDRESS", "")
+        if not call.extra:
+            require_listener(named)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
-            ray.init(address=call.text or os.environ.get("RAY_ADDRESS") or "auto", **quiet)
+            ray.init(address=named or "auto", **quiet)
         except ConnectionError:
-            if call.text or os.environ.get("RAY_ADDRESS") or call.extra:
+            if named or call.extra:
                 raise
             ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
         return str(ray.__version__)
@@ -141,6 +146,18 @@ class RayDesk:
 
         name = "object_store_memory"
         return int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
+
+
+def require_listener(address: str) -> None:
+    """Raises `ConnectionError` where nothing listens at HOST:PORT: Ray itself tries for a minute and a half. Whether it
+    is a Ray head that listens is Ray's to find out, and so are addresses of another form."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > MAX_PORT or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing listens at {address} ({error.strerror or error})") from None
 
 
 def _why(error: Exception) -> str:
