@@ -25,6 +25,7 @@ OBJECT_STORE_BYTES = 80 << 20
 """Of a cluster that is started here: about the least that Ray takes."""
 MAX_AT_ONCE = 64
 PROBE_S = 5.0
+"""For a connection to the address that was named."""
 MAX_PORT = 65_535
 Trouble = Literal["", "ray", "keeper", "daemon", "other"]
 
