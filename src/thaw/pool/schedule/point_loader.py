@@ -82,7 +82,7 @@ class PointLoader:
                 parent = None if now.stored is None else now.stored.parent
                 decision = held_here(life.name, policy, time.perf_counter() - began)
                 return LoadedPoint(now, found.ref, found, decision, now.turns or found.turns, found.restore, parent)
-            link = life.link(now.stored)
+            link = "" if life.links is None else life.link(now.stored)
             decision = self._planner.decide(now, life.name, policy, link)
             if decision.action == "hydrate":
                 return self._hydrate(now, life, decision, began)
@@ -140,7 +140,8 @@ class PointLoader:
         store = self._arena.store
         captured = self._arena.capture(life.contexts[store.uuid], ref, kept.of(store), self._token_nbytes * point.at)
         now = self._captures.add(point, captured)
-        life.holds(now.stored)
+        if life.links is not None:
+            life.holds(now.stored)
         return now
 
     def _hydrate(self, point: ForkPoint, life: Incarnation, decision: Decision, began: float) -> LoadedPoint:
@@ -152,9 +153,11 @@ class PointLoader:
         loaded = time.perf_counter()
         if point.plain:
             resident.turns = life.engine.view(live.session).turns
-        link = life.came_over(live.plan)
-        tier = "node" if link else now.stored.where.loaded(live.plan)
-        life.holds(now.stored)
+        tier, link = now.stored.where.loaded(live.plan), ""
+        if life.links is not None:
+            link = life.came_over(live.plan)
+            tier = "node" if link else tier
+            life.holds(now.stored)
         self._planner.rates.load(tier, live.proof.nbytes, loaded - captured, link)
         life.keep(point.key, resident)
         done = msgspec.structs.replace(
