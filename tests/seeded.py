@@ -496,18 +496,6 @@ FAULTS = (
         "a commit that returned may be lost in a power cut",
     ),
     Fault(
-        "refs-log-not-synced", "7", "none", "store/saving.py",
-        "                os.fsync(fd)\n", "                pass\n",
-        ("tests/store/test_refs_log.py::test_a_line_is_on_disk_before_the_change_returns",),
-        "a move of a branch that returned may be lost with the database after a power cut",
-    ),
-    Fault(
-        "refs-log-of-another", "7", "none", "store/refslog.py",
-        "        if line.base != base:\n            return [], True\n", "",
-        ("tests/store/test_refs_log.py::test_a_log_of_another_refs_json_says_nothing",),
-        "an old log that came back is taken for what happened since",
-    ),
-    Fault(
         "commit-removes-its-packs", "7", "none", "store/transaction.py",
         "        self._remove(redundant)\n", "        self._remove(self._leased)\n",
         ("tests/store/test_store.py::test_a_commit_that_returned_is_there_for_another_process",),
