@@ -38,18 +38,33 @@ def asked(kind: str = "qwen3_next", device: str = "cuda", *, v2: bool = False, *
     )
 
 
-def test_a_gpu_is_refused_and_tests_there_are_let_past(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_run_on_a_gpu_is_supported_there_and_tests_are_let_past_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked()
+    asked(v2=True)
+    asked("lfm2")
+    asked("granitemoehybrid", mamba_cache_mode="none")
+    asked("granitemoehybrid", v2=True, mamba_cache_mode="none")
+    untried: list[tuple[str, str, dict[str, Any]]] = [
+        ("V1 runner alone, not on V2", "lfm2", {"v2": True}),
+        ("V1 runner alone, not on V2", "qwen3_next", {"v2": True, "device": "cpu"}),
+        ("mamba_cache_mode align, not none; start vLLM with its prefix", "qwen3_next", {"mamba_cache_mode": "none"}),
+        ("mamba_cache_mode none, not align; start vLLM without its prefix", "granitemoehybrid", {}),
+        ("NVIDIA's GPUs alone, not on xpu", "qwen3_next", {"device": "xpu"}),
+    ]
     for said in (None, "0", ""):
         if said is not None:
             monkeypatch.setenv(recurrent.UNTRIED, said)
-        with pytest.raises(Unsupported, match="was run on a CPU alone, not on cuda"):
-            asked()
+        for why, kind, changes in untried:
+            with pytest.raises(Unsupported, match=why):
+                asked(kind, **changes)
+    monkeypatch.setenv(recurrent.UNTRIED, "1")
+    for _, kind, changes in untried:
+        if changes.get("device") != "cpu":
+            asked(kind, **changes)
     with pytest.raises(Unsupported, match="V1 runner alone"):
         asked(device="cpu", v2=True)
-    monkeypatch.setenv(recurrent.UNTRIED, "1")
-    asked()
-    asked(v2=True)
-    asked("granitemoehybrid")
 
 
 def test_what_they_are_not_let_past(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Other kinds of cache in a vLLM on a GPU: latents, windows and recurrent states, each on small random models.
 
 Sessions are restored by a second engine, whose processes never saw them and whose pages hold junk. Laws that a CPU's
-tests have (`tests/engines/on_vllm/test_kinds_*.py`) are theirs, run here on engines of this file. Models with recurrent
-layers are refused on a GPU; THAW_UNTRIED_KINDS=1 lets these tests past that, and without it they are skipped.
+tests have (`tests/engines/on_vllm/test_kinds_*.py`) are theirs, run here on engines of this file. Of models with
+recurrent layers, what was not run whole is refused on a GPU; THAW_UNTRIED_KINDS=1 lets these tests past that, and
+without it they are skipped.
 
 Noise is that of bfloat16 and of kernels whose order of sums depends on the batch: controls are compared with it, and
 both are printed. THAW_GPU_GRAPHS=1 runs decode steps in CUDA graphs, which are captured without torch.compile.
@@ -79,6 +80,8 @@ STATEFUL = {
     "mamba2-with-prefix-cache": ("granitemoehybrid", True, True),
 }
 """As `how` in the tests of states: a model, whether vLLM's prefix cache is on, and that another engine restores."""
+REFUSED = [STATEFUL["gdn-without-prefix-cache"], STATEFUL["mamba2-with-prefix-cache"]]
+"""What thaw refuses on a GPU."""
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 POWER = 2
 """How many times more than the noise of a batch's shape a control must move a log probability."""
@@ -109,7 +112,7 @@ def lab(tmp_path: Path) -> Lab:
 
 @pytest.fixture(scope="module", params=list(STATEFUL.values()), ids=list(STATEFUL))
 def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
-    if not ON_CPU and os.environ.get(recurrent.UNTRIED) != "1":
+    if not ON_CPU and request.param in REFUSED and os.environ.get(recurrent.UNTRIED) != "1":
         pytest.skip(f"refused on a GPU; {recurrent.UNTRIED}=1 runs it")
     return cast("tuple[str, bool, bool]", request.param)
 

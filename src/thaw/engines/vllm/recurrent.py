@@ -4,8 +4,8 @@ What was not run is refused by name. A state is captured behind a step, in the o
 restored in the background, where a failed load ends its own request: that takes a vLLM that hears of failures by
 requests' names, and a scheduler that knows what has been computed when it asks for more.
 
-On a GPU nothing of this was run. The tests that are to run it there (`tests/gpu`) set THAW_UNTRIED_KINDS=1, which lets
-them past the refusals of a GPU, of the V2 runner and of a mode that vLLM has there alone. It is for no one else.
+What was run on a GPU stands in `ON_A_GPU`. Tests that are to run more there (`tests/gpu`) set THAW_UNTRIED_KINDS=1,
+which lets them past the refusals of a device, a runner and a mode. It is for no one else.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ MODES = {
 }
 """By model type, the values of `mamba_cache_mode` that were run: "align" with vLLM's prefix cache, "none" without."""
 FULL = "FullAttentionSpec"
+ON_A_GPU = {
+    "qwen3_next": (("align",), ("V1", "V2")),
+    "lfm2": (("align",), ("V1",)),
+    "granitemoehybrid": (("none",), ("V1", "V2")),
+}
+"""By model type, the modes and the runners of vLLM that were run on an NVIDIA GPU."""
 UNTRIED = "THAW_UNTRIED_KINDS"
 """Set to 1 by tests on a GPU alone: see the module's text."""
-ON_A_GPU = {"granitemoehybrid": ("align",)}
-"""Modes that vLLM has not on a CPU, for tests on a GPU."""
 CONV_LAYOUT = "VLLM_SSM_CONV_STATE_LAYOUT"
 COLUMNS_FIRST = "SD"
 """How vLLM orders a convolution's state unless CONV_LAYOUT says otherwise."""
@@ -47,11 +51,9 @@ def require(config: Any) -> None:
     what = f"{kind}: a model with recurrent layers"
     if not versions.names_failed_loads():
         raise Unsupported(f"{what} needs vLLM 0.32, which hears of a failed load by its request; older ones end")
-    on_cpu, trying = config.device_config.device_type == "cpu", os.environ.get(UNTRIED) == "1"
-    if not on_cpu and not trying:
-        raise Unsupported(f"{what} was run on a CPU alone, not on {config.device_config.device_type}")
-    if versions.runner(config) != "V1" and not trying:
-        raise Unsupported(f"{what} was run on vLLM's V1 runner alone; set VLLM_USE_V2_MODEL_RUNNER=0")
+    on_cpu = config.device_config.device_type == "cpu"
+    if on_cpu or os.environ.get(UNTRIED) != "1":
+        _require_tried(kind, what, config)
     if getattr(config.scheduler_config, "async_scheduling", False):
         raise Unsupported(f"{what} needs steps that are put together one by one: start vLLM with --no-async-scheduling")
     if config.parallel_config.tensor_parallel_size > 1:
@@ -61,13 +63,26 @@ def require(config: Any) -> None:
     if os.environ.get(CONV_LAYOUT, COLUMNS_FIRST) != COLUMNS_FIRST:
         order = os.environ[CONV_LAYOUT]
         raise Unsupported(f"{CONV_LAYOUT}={order}: {what} was run with {COLUMNS_FIRST} alone; unset it")
-    mode = str(getattr(cache, "mamba_cache_mode", ""))
-    if mode not in MODES[kind] and not (not on_cpu and mode in ON_A_GPU.get(kind, ())):
-        more = "; start vLLM without its prefix cache (enable_prefix_caching=False)" if "none" in MODES[kind] else ""
-        raise Unsupported(f"{what} was run with mamba_cache_mode {' and '.join(MODES[kind])}, not {mode}{more}")
     _require_float32(kind, str(getattr(cache, "mamba_ssm_cache_dtype", "auto")), on_cpu=on_cpu)
     if str(getattr(cache, "mamba_cache_dtype", "auto")) != "auto":
         raise Unsupported(f"mamba_cache_dtype={cache.mamba_cache_dtype}: convolutions keep the model's; use auto")
+
+
+def _require_tried(kind: str, what: str, config: Any) -> None:
+    """The device, vLLM's runner and the mode of its cache of states."""
+    device = str(config.device_config.device_type)
+    if device not in ("cpu", "cuda"):
+        raise Unsupported(f"{what} was run on a CPU and on NVIDIA's GPUs alone, not on {device}")
+    modes, runners = (MODES[kind], ("V1",)) if device == "cpu" else ON_A_GPU[kind]
+    if (runner := versions.runner(config)) not in runners:
+        raise Unsupported(f"{what} was run on vLLM's V1 runner alone, not on {runner}; set VLLM_USE_V2_MODEL_RUNNER=0")
+    mode = str(getattr(config.cache_config, "mamba_cache_mode", ""))
+    if mode not in modes:
+        how = {"none": "without its prefix cache (enable_prefix_caching=False)", "align": "with its prefix cache"}
+        raise Unsupported(
+            f"{what} was run on {device} with mamba_cache_mode {' and '.join(modes)}, not {mode}; "
+            f"start vLLM {how[modes[-1]]}"
+        )
 
 
 def _require_float32(kind: str, dtype: str, *, on_cpu: bool) -> None:
