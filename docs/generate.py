@@ -168,7 +168,19 @@ def readme(receipt: dict[str, Any]) -> str:
 
 FULL_ONLY = "refused by name"
 PARTS_ON_VLLM = "of full attention, with `--language-model-only`: qwen3_vl was run on 0.32"
-KINDS_HEAD = "| kind | transformers, CPU | shapes in the tests | vLLM | SGLang |\n|---|---|---|---|---|\n"
+KINDS_HEAD = (
+    "| kind | transformers, CPU | shapes in the tests | vLLM, CPU | SGLang, CPU | on a GPU |\n"
+    "|---|---|---|---|---|---|\n"
+)
+ON_A_GPU = {
+    "transformers": (
+        "falcon", "gpt2", "cohere", "gemma2", "gpt_oss", "gemma3_text", "gemma4_text", "mimo_v2_flash", "llama4_text",
+        "deepseek_v3", "qwen3_next", "granitemoehybrid",
+    ),
+    "vLLM": ("deepseek_v3", "gemma3_text", "gpt_oss", "olmo3", "qwen3_next", "lfm2", "granitemoehybrid"),
+    "SGLang": ("deepseek_v3", "gemma3_text", "gpt_oss", "mellum"),
+}  # fmt: skip
+"""Shapes that were run on a GPU, by engine: what `receipts/gpu/suite-*.json` hold (docs/performance.md)."""
 
 
 def kinds_table() -> str:
@@ -179,6 +191,7 @@ def kinds_table() -> str:
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
+    everywhere = ", ".join(ON_A_GPU)
     own: dict[str, list[str]] = {}
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
@@ -189,8 +202,20 @@ def kinds_table() -> str:
     rows.append(("recurrent states and full attention", tuple(RECURRENT), some, FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, PARTS_ON_VLLM, FULL_ONLY))
-    lines = (f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} |" for what, names, vllm, sglang in rows)
+    lines = (
+        f"| {what} | tested | {', '.join(names)} | {vllm} | {sglang} | "
+        f"{everywhere if names is ARCHITECTURES else _on_a_gpu(names)} |"
+        for what, names, vllm, sglang in rows
+    )
     return KINDS_HEAD + "\n".join(lines)
+
+
+def _on_a_gpu(names: tuple[str, ...]) -> str:
+    """Which engines ran a kind on a GPU, and which of its shapes where it has several."""
+    there = {engine: [name for name in names if name in run] for engine, run in ON_A_GPU.items()}
+    if len(names) == 1:
+        return ", ".join(engine for engine, found in there.items() if found) or "not run"
+    return "; ".join(f"{engine}: {', '.join(found)}" for engine, found in there.items() if found) or "not run"
 
 
 def _tested(names: list[str], on_engine: dict[str, str]) -> str:
