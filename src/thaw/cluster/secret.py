@@ -50,7 +50,7 @@ def greet(sock: socket.socket, secret: bytes) -> None:
     sock.settimeout(HANDSHAKE_S)
     said = read_exactly(sock, len(MAGIC) + NBYTES)
     if said is None or said[: len(MAGIC)] != MAGIC:
-        raise StrangerError("what answers there is no daemon of a pool")
+        raise StrangerError("what answers there is not a pool's daemon")
     theirs, ours = said[len(MAGIC) :], secrets.token_bytes(NBYTES)
     sock.sendall(ours + _proof(secret, b"caller", theirs, ours))
     proof = read_exactly(sock, NBYTES)

@@ -51,7 +51,7 @@ class Given:
         ids, text = [*self._ran[0], *delta.token_ids], self._ran[1] + delta.text
         shared, letters = min(len(ids), len(self._ids)), min(len(text), len(self._text))
         if ids[:shared] != self._ids[:shared] or text[:letters] != self._text[:letters]:
-            raise Cancelled("the engine restarted and generates something else than before; try again")
+            raise Cancelled("the engine restarted and generates something different now; try again")
         new_ids, new_text = ids[len(self._ids) :], text[len(self._text) :]
         self._ran = (ids, text)
         if len(ids) >= len(self._ids) and len(text) >= len(self._text):

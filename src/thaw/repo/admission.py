@@ -119,8 +119,8 @@ class Admission:
     def _require_open(self) -> None:
         if self._closed:
             raise Busy(
-                f"the engine is drained ({self._closed}): nothing begins until repo.undrain(). Sessions can be read "
-                "and committed meanwhile."
+                f"the engine is drained ({self._closed}): nothing new begins until repo.undrain(). Sessions can be "
+                "read and committed meanwhile."
             )
 
     def track(self, handle: Handle[T], refs: Sequence[SessionRef], *, generates: bool) -> EngineWork:

@@ -131,7 +131,7 @@ def ask(
         )
     if continue_final_message and given[-1].get("tool_calls"):
         raise InvalidRequest(
-            "continue_final_message: the last message calls tools, and its text would go on before them; leave "
+            "continue_final_message: the last message calls tools, and its text would continue before them; leave "
             "tool_calls out"
         )
     return ChatRequest(
@@ -162,8 +162,9 @@ def plan(codec: Codec, view: SessionView, asked: ChatRequest, earlier: Callable[
         aligned = Aligned(keep=aligned.keep - 1, new=view.tokens[aligned.keep - 1 : aligned.keep])
     if aligned.keep < held.plain_end and held.start < held.plain_end:
         raise InvalidRequest(
-            f"the session holds text that is no message, up to token {held.plain_end}, and this conversation parts "
-            f"from it at token {aligned.keep}: the text would be lost. Append with chat(new), or begin another session."
+            f"the session holds text that is not a message, up to token {held.plain_end}, and this conversation "
+            f"diverges from it at token {aligned.keep}: the text would be lost. Append with chat(new), or begin "
+            "another session."
         )
     return Plan(
         keep=aligned.keep,

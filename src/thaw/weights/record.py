@@ -141,7 +141,7 @@ def manifest_blob(store: Store, commit: CommitId) -> str:
     node = store.get_as(state.nodes[0], SegmentNode)
     found = store.get_as(node.entries[0].segment, Segment).blobs.get(MANIFEST, ())
     if len(found) != 1:
-        raise CorruptBlob(f"commit {commit} is no weights set: its first segment names no manifest")
+        raise CorruptBlob(f"commit {commit} is not a weights set: its first segment names no manifest")
     return found[0]
 
 

@@ -55,7 +55,7 @@ class ParserProcess:
         async with self._lock:
             process = await self._started()
             if generation not in (None, self.generation):
-                raise EngineDied(f"the process of {self._words[0]}'s parsers is another one by now")
+                raise EngineDied(f"the process of {self._words[0]}'s parsers has been replaced by another")
             assert process.stdin is not None and process.stdout is not None
             try:
                 process.stdin.write(msgspec.json.encode(message) + b"\n")
