@@ -1,6 +1,6 @@
 """The engines' processes of a node. Each leads a session of its own, and lives as long as its line to the client.
 
-A process is started on the connection of whoever shows its ticket: from then on the engine's messages go over that
+A process is started on the connection that shows its ticket: from then on the engine's messages go over that
 connection, and the daemon has no part in them.
 """
 

@@ -1,4 +1,4 @@
-"""The demo's story: a model reads a document once; a fresh process goes on from it four times, and proves it.
+"""The demo's story: a model reads a document once; a fresh process continues from it four times, and proves it.
 
     run(options, tell) ── reader process ──> thaw-demo/.thaw ──> hydrator process ──> checks, receipt
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Drained(Stopped):
-    """A drain ended this generation. `points`: the commits to go on from, by session, in the batch's order; a session
+    """A drain ended this generation. `points`: the commits to continue, by session, in the batch's order; a session
     that was not captured has none, and the message says why."""
 
     def __init__(self, message: str, points: tuple[CommitId | None, ...]) -> None:

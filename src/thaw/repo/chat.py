@@ -5,7 +5,7 @@ Either is rendered by the model's own template, all of it, and laid beside the s
 
     the session says the beginning of it     the rest is appended; where only the tokens of a sampled answer differ, and
                                              not its text, the sampled ones stay
-    the template now leaves something out    (thinking in earlier answers): the session goes on from the last common
+    the template now leaves something out    (thinking in earlier answers): the session continues from the last common
                                              token, by a fork, and the result says so; `keep_sampled` keeps it instead
     a message would be lost                  an error, before anything is changed
 

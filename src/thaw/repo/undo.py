@@ -1,7 +1,7 @@
-"""Undo: a branch goes back to where it stood before its last move; nothing is deleted, and the reflog says so.
+"""Undo: a branch goes back to where it was before its last move; nothing is deleted, and the reflog says so.
 
 Each undo takes back one move more: what an undo took back, and the undo itself, are left out when the next is looked
-for. To go forward again, adopt where it stood (`thaw adopt main@{1} main`).
+for. To go forward again, adopt where it was (`thaw adopt main@{1} main`).
 """
 
 from __future__ import annotations

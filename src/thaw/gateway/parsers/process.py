@@ -1,6 +1,6 @@
 """The gateway's end of a parser's process. It is started when it is first needed, and again after it ended.
 
-Used by one event loop. A completion whose process ended is told again to the next one, so nothing is lost.
+Used by one event loop. A completion whose process ended is sent to the next one from its start, so nothing is lost.
 """
 
 from __future__ import annotations
