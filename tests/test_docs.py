@@ -1,4 +1,4 @@
-"""Generated pages are current, and links between the pages lead somewhere."""
+"""Generated pages are current; links between the pages, and files that the tour names, lead somewhere."""
 
 from __future__ import annotations
 
@@ -26,3 +26,34 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def signposts(tour: str) -> list[list[str]]:
+    """The files and folders of each row of the tour's last table, and of its steps to a new kind of cache."""
+    rows = tour.partition("## Where to look first")[2].splitlines()
+    return [found for row in rows if (found := re.findall(r"`([\w./-]+(?:\.py|/))`", row))]
+
+
+def lost(rows: list[list[str]], root: Path) -> list[str]:
+    """Those that are not there: each from `root`, from `src/thaw`, or beside the one that its row begins with."""
+    missing = []
+    for row in rows:
+        first = next((at / row[0] for at in (root, root / "src" / "thaw") if (at / row[0]).exists()), None)
+        beside = () if first is None else (root, root / "src" / "thaw", first.parent)
+        missing += [name for name in row if not any((at / name).exists() for at in beside)]
+    return missing
+
+
+def test_each_file_that_the_tour_names_is_there() -> None:
+    rows = signposts((ROOT / "docs" / "architecture.md").read_text())
+    assert len(rows) > 35 and lost(rows, ROOT) == []
+
+
+def test_a_file_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "src" / "thaw" / "core").mkdir(parents=True)
+    (tmp_path / "src" / "thaw" / "core" / "cache.py").write_text("")
+    rows = signposts(
+        "## Where to look first\n| a | `src/thaw/core/cache.py`, `ids.py` |\n1. `core/`, `core/cache.py`\n"
+    )
+    assert rows == [["src/thaw/core/cache.py", "ids.py"], ["core/", "core/cache.py"]]
+    assert lost(rows, tmp_path) == ["ids.py"]
