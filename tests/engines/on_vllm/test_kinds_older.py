@@ -35,3 +35,10 @@ def test_an_older_release_refuses_the_kind_by_name(tmp_path: Path, kind: str) ->
     folder = make_kind_model(kind, tmp_path / kind, dtype="bfloat16", **shape)
     with pytest.raises(Unsupported, match=f"{named} {HAS_FROM}"):
         load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)
+
+
+def test_an_older_release_refuses_recurrent_layers_by_name(tmp_path: Path) -> None:
+    shape = {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    folder = make_kind_model("qwen3_next", tmp_path / "recurrent", dtype="bfloat16", **shape)
+    with pytest.raises(Unsupported, match=r"qwen3_next: a model with recurrent layers needs vLLM 0\.32"):
+        load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)

@@ -30,6 +30,9 @@ from thaw.engines.vllm.jobs import RECENT_STATES
 from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
+if not versions.names_failed_loads():
+    pytest.skip("releases before 0.32 end where a load of such a model fails", allow_module_level=True)
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
     "lfm2": {"hidden_size": 256, "conv_dim": 256, "block_dim": 256},
@@ -63,17 +66,6 @@ FLOOR = 1e-6
 Boot = Callable[..., Engine]
 
 
-KNOWS = versions.names_failed_loads()
-new_enough = pytest.mark.skipif(not KNOWS, reason="older releases are refused before all else")
-
-
-@pytest.mark.skipif(KNOWS, reason="this release runs them")
-def test_a_release_that_does_not_name_failed_loads_is_refused(tiny_model: Callable[..., Path]) -> None:
-    folder = tiny_model("qwen3_next", dtype="bfloat16", **SHAPES["qwen3_next"])
-    with pytest.raises(Unsupported, match=r"qwen3_next: a model with recurrent layers needs vLLM 0\.32"):
-        load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
     arch, caches, apart = request.param
@@ -82,8 +74,6 @@ def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
 
 @pytest.fixture(scope="module")
 def boot(how: tuple[str, bool, bool], tiny_model: Callable[..., Path]) -> Boot:
-    if not KNOWS:
-        pytest.skip("releases before 0.32 end where a load of such a model fails")
     folder = str(tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]]))
 
     def start(**more: Any) -> Engine:
@@ -394,7 +384,6 @@ def test_snapshots_cross_to_transformers_and_back(
             assert lab.one(there, restored.session, greedy(3)).usage.num_prefilled_tokens == 1
 
 
-@new_enough
 @pytest.mark.parametrize(
     ("arch", "options", "why"),
     [
@@ -413,7 +402,6 @@ def test_what_was_not_run_is_refused_by_name(
 
 
 @MORE
-@new_enough
 def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
     tiny_model: Callable[..., Path], lab: Lab
 ) -> None:
@@ -444,7 +432,6 @@ def test_children_that_are_preempted_begin_again_and_stale_ones_end_alone(
 
 
 @MORE
-@new_enough
 def test_a_capture_in_the_step_of_a_preemption_is_busy_or_whole(tiny_model: Callable[..., Path], lab: Lab) -> None:
     """vLLM gives the blocks of a preempted request away before anybody can read them. What was asked of them in that
     step is refused as busy; what is captured goes on."""
