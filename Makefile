@@ -70,7 +70,7 @@ $(VLLM_VENV)-%/.installed: constraints-vllm-%.txt
 
 $(VLLM_VENV)/.installed $(VLLM_OTHERS:%=$(VLLM_VENV)-%/.installed): constraints-vllm.txt pyproject.toml src/thaw/_version.py
 
-# $(1) is the release, $(2) the folder. One that was left half made is made anew.
+# $(1) is the release, $(2) the folder. One that was left unfinished is made again.
 define install-vllm
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "vLLM $(1) needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
@@ -214,7 +214,7 @@ format: $(INSTALLED) ## fix what ruff can fix, and write code as ruff does
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-docs: $(INSTALLED) ## write the generated pages and pictures of docs/ anew
+docs: $(INSTALLED) ## rewrite the generated pages and pictures of docs/
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove the environments and caches; the model's folder and your repositories stay

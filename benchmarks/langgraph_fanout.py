@@ -2,7 +2,7 @@
 
     python benchmarks/langgraph_fanout.py MODEL --python .venv-vllm/bin/python --out receipts/bench-langgraph.json
 
-A graph reads a document of `--tokens` tokens, and four reviewers go on from there side by side. Each round runs the
+A graph reads a document of `--tokens` tokens, and four reviewers continue from there side by side. Each round runs the
 fan-out from that checkpoint again, by time travel, in every arm:
 
     thaw         ChatThaw over the server; the pool was cycled by other prompts, and no session is open

@@ -2,7 +2,7 @@
 
     python benchmarks/recurrent_points.py MODEL [--prefix 3500] [--suffix 200] [--children 16] [--rounds 5] [--out FILE]
 
-A prompt of `prefix` tokens is read once, and goes on with some of its own. Then children begin at the end of those
+A prompt of `prefix` tokens is read once, and continues with some of its own. Then children begin at the end of those
 `prefix` tokens (a multiple of the kernel's chunk below), each with a suffix of its own. What is measured is the time
 until all of them have their first token. Arms, alternating, in one process and with the same weights:
 
@@ -44,7 +44,7 @@ from thaw.repo import Repository, Session
 
 FIRST = Sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
 MORE = 100
-"""Tokens that the prompt goes on with behind the point."""
+"""Tokens that the prompt continues with behind the point."""
 ARMS = {
     "thaw": ("thaw, live", "fork the session at the point, prefill each suffix, until all have a token"),
     "thaw-disk": ("thaw, from disk", "the same, the point read from the packs and verified"),

@@ -43,7 +43,7 @@ from thaw.repo import Repository
 
 FIRST = Sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
 MORE = 100
-"""Tokens that the prompt goes on with, where the children begin inside."""
+"""Tokens that the prompt continues with, where the children begin inside."""
 PLACES = {"inside": "inside a prompt", "end": "at a prompt's end", "boundary": "at a boundary of vLLM's blocks"}
 STOCK = ("default", "all", "steps")
 SHAPE: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A review in LangGraph: read a document once, let four reviewers go on from there, adopt the best review.
+"""A review in LangGraph: read a document once, let four reviewers continue from there, adopt the best review.
 
     python examples/langgraph_review.py read path/to/model document.txt     # stops behind the reading
     python examples/langgraph_review.py review path/to/model                # tomorrow, in another process

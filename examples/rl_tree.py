@@ -108,7 +108,7 @@ def grow(
 
 
 def branch(pool: ForkPool, pivots: Sequence[tuple[Node, int]], width: int) -> list[Node]:
-    """At each pivot `width` children that go on with the completion it cuts through; all rounds run at once."""
+    """At each pivot `width` children that continue with the completion it cuts through; all rounds run at once."""
     rounds = [pool.submit(node.result, [Branch(resume=True)] * width, at=at) for node, at in pivots]
     for (node, at), round_ in zip(pivots, rounds, strict=True):
         node.children += [Node(node.level + 1, at, result, node) for result in round_.result()]

@@ -2,7 +2,7 @@
 
     python tests/stopped.py tests/pool -m "not soak"
 
-A test that hangs on when its own thread gets a turn fails here, and so does code whose client comes too late.
+A test that depends on when its own thread gets a turn fails here, and so does code whose client comes too late.
 """
 
 from __future__ import annotations

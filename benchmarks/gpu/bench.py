@@ -1,7 +1,7 @@
 """`thaw bench vllm` with a GPU's sizes: `python bench.py MODEL OUT PARTS`, with vLLM for CUDA and thaw importable.
 
 PARTS are some of pressure, hydrate, fork, dma, first, gap and idle, joined by commas; each takes one to five minutes on
-an H100 or H200, and together they share their engines. The receipt in the folder OUT is written anew whenever a part is
+an H100 or H200, and together they share their engines. The receipt in the folder OUT is rewritten whenever a part is
 done, so a run that was cut off keeps what it measured. Every boot of idle is a process of its own and has a receipt of
 its own: the same command goes on after those that are there. With `--small` and a small model the same runs wherever
 vLLM does.

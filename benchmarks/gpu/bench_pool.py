@@ -2,7 +2,7 @@
 
 PARTS are some of round and boot, joined by commas. A round is 4 or 16 branches of 64 tokens from a trunk of `--trunk`
 tokens. With two GPUs each of the two workers has its own: the second one's round from the arena is a point that goes
-from one card to the other. The receipt is written anew after each part and after every round of boots. With `--small`
+from one card to the other. The receipt is rewritten after each part and after every round of boots. With `--small`
 and a small model the same runs wherever vLLM does.
 """
 

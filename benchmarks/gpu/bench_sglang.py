@@ -3,7 +3,7 @@ importable.
 
 PARTS are some of pressure, hydrate, fork and gap, joined by commas: the arms of `thaw bench vllm`, with plain requests
 to the same SGLang server (its own prefix cache) on the other side, and HiCache as the third arm of pressure. Both sides
-send requests over HTTP to the same server. The receipt in OUT is written anew whenever an engine has done its part, so
+send requests over HTTP to the same server. The receipt in OUT is rewritten whenever an engine has done its part, so
 a run that was cut off keeps what it measured. `--attention` names SGLang's attention backend; `--hicache-alone` takes
 that arm of pressure and no other; with `--small` and a small model the same runs wherever SGLang does, without HiCache.
 """

@@ -7,7 +7,7 @@ on both cards again hydrates all of it. Wherever a session is hydrated the same 
 arm.
 
 The bytes of KV are compared in the engines' blocks themselves, KV head by KV head. In the negative control each card
-reads the other's half of the heads. The receipt is written anew whenever an engine has ended. With `--small` and a
+reads the other's half of the heads. The receipt is rewritten whenever an engine has ended. With `--small` and a
 small model the same runs wherever vLLM does, with `--ranks 1` also where there is one device (without the control).
 """
 

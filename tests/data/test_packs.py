@@ -135,7 +135,7 @@ def test_a_pack_is_private_and_has_no_temporary_beside_it(tmp_path: Path) -> Non
 def test_a_pack_is_on_disk_before_it_has_its_name_and_its_name_before_it_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a power cut leaves hangs on this order: the bytes, the name, the folder that holds it."""
+    """What a power cut leaves depends on this order: the bytes, the name, the folder that holds it."""
     done: list[tuple[str, Path]] = []
     fsync, rename = os.fsync, os.rename
 

@@ -82,7 +82,7 @@ def second_shard(folder: Path) -> Path:
 
 
 def indexed(change: Callable[[Path, dict[str, Any]], object]) -> Change:
-    """Shards whose index `change` gets to see; it is written anew."""
+    """Shards whose index `change` gets to see; it is rewritten."""
 
     def apply(folder: Path) -> None:
         said = json.loads((folder / INDEX).read_text())

@@ -163,7 +163,7 @@ def plan_of(lab: Lab, captures: Sequence[Captured]) -> Any:
 def test_an_answer_that_is_cut_while_the_window_moves_equals_the_stock_models(
     engine: Engine, other: Engine, lab: Lab, folder: Path, text: tuple[int, ...]
 ) -> None:
-    """Its tokens 508 to 516 are generated. It is cut after each of them, by its end, and goes on from disk."""
+    """Its tokens 508 to 516 are generated. It is cut after each of them, by its end, and continues from disk."""
     session, stock = engine.open(seed=SEED), Stock(folder)
     engine.append(session, text[:508]).result()
     stock.read(text[:508])

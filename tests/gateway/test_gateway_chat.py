@@ -1,4 +1,4 @@
-"""Chat Completions and Completions through the stock client: the tokens say where to go on from."""
+"""Chat Completions and Completions through the stock client: the tokens say where to continue from."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def test_what_a_running_response_goes_on_from_is_not_cleaned_up(start: Start) ->
 
 
 def test_an_open_session_whose_commit_was_cleaned_up_is_not_gone_on_from(start: Start) -> None:
-    """Its next turn is read anew, and is no conflict."""
+    """Its next turn is reread, and is no conflict."""
     gateway = start(settings=GatewaySettings(keeping=Keeping(nbytes=0)))
     client = gateway.openai()
     history = [{"role": "user", "content": LONG}]
@@ -302,7 +302,7 @@ def test_on_a_full_disk_nothing_is_generated_and_all_goes_on_when_there_is_room(
 
 
 def test_an_engine_that_dies_twenty_times_loses_nothing_and_doubles_nothing(start: Start) -> None:
-    """In the middle of a stream, each time; what was acknowledged before is there, and is what is gone on from."""
+    """In the middle of a stream, each time; what was acknowledged before is there, and is what is continued from."""
     gateway = start(step_s=0.002, reconnect=lambda: thaw.load_engine("fake", step_s=0.002))
     client = gateway.openai()
     last = ask(client)

@@ -1,4 +1,4 @@
-"""`thaw serve` as a process: it parks at SIGTERM and goes on with --restore; `kill -9` loses nothing acknowledged."""
+"""`thaw serve` as a process: it parks at SIGTERM and continues with --restore; `kill -9` loses nothing acknowledged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's Responses through the stock client: every response is a point that can be gone on from."""
+"""OpenAI's Responses through the stock client: every response is a point that can be continued from."""
 
 from __future__ import annotations
 

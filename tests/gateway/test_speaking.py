@@ -115,7 +115,7 @@ def test_thoughts_text_and_calls_in_messages(speaking: Callable[..., Gateway]) -
 
 
 def test_a_thinking_answer_that_is_told_again_is_not_computed_again(speaking: Callable[..., Gateway]) -> None:
-    """The client drops the thought, so the session goes on from the last common token."""
+    """The client drops the thought, so the session continues from the last common token."""
     gateway = speaking()
     first = message(gateway, ANSWER)
     calls = [one for one in first.content if one.type == "tool_use"]

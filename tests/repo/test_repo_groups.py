@@ -1,4 +1,4 @@
-"""Repositories of models with windows and point states: what is written, what can be gone on from, what is refused.
+"""Repositories of models with windows and point states: what is written, what can be continued from, what is refused.
 The fake engine keeps the window and the states of a session's end alone, as real engines do."""
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def test_match_and_gc_and_verify_know_points(repo: Repository) -> None:
 def test_a_live_fork_elsewhere_reads_the_gap_again_where_that_is_allowed(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for all children. What was read again is stored anew, and goes on from disk with the bits that it has."""
+    """Once for all children. What was read again is stored anew, and continues from disk with the bits that it has."""
     with repo.session(seed=1) as s:
         s.append(token_ids=ids(READ), points=[128])
         s.commit("read", branch="main")

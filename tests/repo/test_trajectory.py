@@ -96,7 +96,7 @@ def test_a_fork_inside_a_prompt_or_at_its_end_inherits_no_completion(repo: Repos
 
 
 def test_a_session_from_a_commit_inherits_what_the_commit_has(repo: Repository) -> None:
-    """However it goes on from there: alone, as one of a fork, or with the completion that the point cuts through."""
+    """However it continues from there: alone, as one of a fork, or with the completion that the point cuts through."""
     s = repo.session()
     s.generate("the prompt", PLAIN)
     s.commit("one", branch="main")

@@ -100,7 +100,7 @@ def test_a_point_takes_the_windows_share_and_no_more(repo: Repository) -> None:
 
 
 def test_a_session_that_was_brought_back_has_the_windows_that_were_read_and_no_others(repo: Repository) -> None:
-    """A parked one too: going on from tokens that its pages do not have is refused, and computes nothing."""
+    """A parked one too: continuing from tokens that its pages do not have is refused, and computes nothing."""
     read(repo)
     with repo.session("main") as s:
         for _ in range(2):

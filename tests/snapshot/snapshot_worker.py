@@ -120,7 +120,7 @@ def bring_back(plan: dict[str, Any]) -> None:
 
 
 def go_on(plan: dict[str, Any]) -> None:
-    """Begin, or go on from the newest checkpoint, until it is killed. Says what each checkpoint has, and what was
+    """Begin, or continue from the newest checkpoint, until it is killed. Says what each checkpoint has, and what was
     generated when it was begun."""
     repo = thaw.open(plan["folder"], engine=engine_of(plan, **plan["slow"]))
     try:

@@ -169,7 +169,7 @@ def test_pickled_weights_are_refused_by_name(book: WeightsBook, own_model: Make)
     folder = own_model()
     torch.save(tensors(folder), folder / "pytorch_model.bin")
     (folder / FILE).unlink()
-    with pytest.raises(Unsupported, match=r"pytorch_model\.bin is no safetensors file"):
+    with pytest.raises(Unsupported, match=r"pytorch_model\.bin is not a safetensors file"):
         book.add(folder)
 
 

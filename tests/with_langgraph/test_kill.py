@@ -81,7 +81,7 @@ def test_no_checkpoint_names_freed_kv_after_a_kill(tmp_path: Path, where: str, n
 
 
 def check(saver: ThawSaver, model: ChatThaw) -> set[str]:
-    """Every point that a checkpoint or a write names can be gone on from; all of them."""
+    """Every point that a checkpoint or a write names can be continued from; all of them."""
     named: set[str] = set()
     for one in saver.list(None):
         found: Any = (one.checkpoint["channel_values"], one.pending_writes)

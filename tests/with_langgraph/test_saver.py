@@ -86,7 +86,7 @@ def test_each_point_of_a_checkpoint_has_a_tag_of_the_thread(place: Any) -> None:
 
 
 def fork_after_3(place: Any, saver: ThawSaver) -> Any:
-    """Ten steps, and a fork of the third: the seven after it are a branch that nothing goes on from."""
+    """Ten steps, and a fork of the third: the seven after it are a branch that nothing continues from."""
     graph = graph_of(place.model(), saver)
     ten_steps(graph)
     graph.invoke({"messages": [HumanMessage("Otherwise? " * 40)]}, after_step(graph, 3).config)

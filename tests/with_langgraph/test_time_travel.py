@@ -1,4 +1,4 @@
-"""Where a graph goes on from: the messages' own points, by the engine's count of what it computed."""
+"""Where a graph continues from: the messages' own points, by the engine's count of what it computed."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_thread_that_moves_to_another_model_reads_again_and_says_so(begin: Cal
     said = record(moved)
     assert said["reread"]["kind"] == "identity-mismatch" and "weights" in said["reread"]["why"]
     assert said["source"] == "new" and said["cached_tokens"] == 0
-    # From here on the other model goes on from its own points.
+    # From here on the other model continues from its own points.
     after = graph.invoke({"messages": [HumanMessage("And now?")]}, THREAD)["messages"][-1]
     assert "reread" not in record(after) and record(after)["parent"] == point_of(moved)
 

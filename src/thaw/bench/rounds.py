@@ -54,7 +54,7 @@ class Rounds:
 
 
 def in_turn(names: list[str], pair: int) -> list[str]:
-    """The order of the round `pair`: shuffled anew for every second one, and the reverse of the one before."""
+    """The order of the round `pair`: reshuffled for every second one, and the reverse of the one before."""
     order = random.Random(pair // 2).sample(names, len(names))
     return order[::-1] if pair % 2 else order
 

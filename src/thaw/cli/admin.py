@@ -38,7 +38,7 @@ def ask(url: str, what: str, body: dict[str, Any] | None, timeout_s: float, key:
         ) from None
     if answer.status_code in (404, 405):
         raise InvalidRequest(
-            f"{url} is not a `thaw serve`. An engine's own server does not know sessions; whoever holds them does: "
+            f"{url} is not a `thaw serve`. An engine's own server does not know sessions; their program does:  "
             "repo.drain() in that program"
         )
     if answer.status_code == 409:

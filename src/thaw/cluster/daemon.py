@@ -1,9 +1,9 @@
 """The process of ours on a node: `python -m thaw.cluster.daemon`, with its settings as JSON on standard input.
 
-It owns the node's folder, its packs and the engines' processes. It is nobody's child and leads a session of its own, so
+It owns the node's folder, its packs and the engines' processes. It is detached and leads a session of its own, so
 that it outlives the Ray actor that started it, and Ray itself. It ends when the pool says so, or when it has heard
 nothing of the pool for the lease; then the engines end with it, and the folder is removed. Where it was killed, the
-engines end when the pool lets go of them, and the folder goes when the next daemon of this user starts on the machine.
+engines end when the pool releases them, and the folder goes when the next daemon of this user starts on the machine.
 
 Once it listens it writes one line, its own address as JSON, and closes standard output.
 """

@@ -1,6 +1,6 @@
 """The engines' processes of a node. Each leads a session of its own, and lives as long as its line to the client.
 
-A process is started on the connection of whoever shows its ticket: from then on the engine's messages go over that
+A process is started on the connection that shows its ticket: from then on the engine's messages go over that
 connection, and the daemon has no part in them.
 """
 
@@ -54,7 +54,7 @@ class EngineProcesses:
         with self._lock:
             found = self._known.get(ticket)
             if found is None:
-                raise NotFound("no engine waits for this ticket on the node; it was attached to, or never asked for")
+                raise NotFound("no engine on the node waits for this ticket; it was used already, or never issued")
             if self._closed or found.killed or found.process is not None:
                 raise EngineDied("the engine of this ticket was ended, or has its client already")
             found.process = self._start(found.wanted, sock)

@@ -56,7 +56,7 @@ class NodeKeeper:
         """A question, and its answer. Raises `OSError` where the daemon is gone."""
         answer = self._peer.ask_raw(data, PULL_S)
         if len(answer) > SMALL_BYTES:
-            raise ValueError(f"an answer of {len(answer)} bytes is not for Ray: at most {SMALL_BYTES} go through it")
+            raise ValueError(f"an answer of {len(answer)} bytes is too large for Ray, which gets at most {SMALL_BYTES}")
         return answer
 
 

@@ -1,11 +1,11 @@
-"""Who may talk to a daemon: whoever proves to know the pool's secret, and the daemon proves it too.
+"""Who may talk to a daemon: callers that prove that they know the pool's secret. The daemon proves it too.
 
     daemon → caller    MAGIC | 32 random bytes
     caller → daemon    32 random bytes | HMAC-SHA256(secret, "caller" | MAGIC | both)
     daemon → caller    HMAC-SHA256(secret, "daemon" | MAGIC | both), or the end
 
 The secret is drawn by the pool and never sent over these connections. They are authenticated when they begin, and not
-encrypted: they belong on a network that nobody else may change.
+encrypted: use them on a network that no one else can change.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def greet(sock: socket.socket, secret: bytes) -> None:
     sock.settimeout(HANDSHAKE_S)
     said = read_exactly(sock, len(MAGIC) + NBYTES)
     if said is None or said[: len(MAGIC)] != MAGIC:
-        raise StrangerError("what answers there is no daemon of a pool")
+        raise StrangerError("what answers there is not a pool's daemon")
     theirs, ours = said[len(MAGIC) :], secrets.token_bytes(NBYTES)
     sock.sendall(ours + _proof(secret, b"caller", theirs, ours))
     proof = read_exactly(sock, NBYTES)

@@ -91,7 +91,7 @@ class NodeServer:
         try:
             question = QUESTIONS.decode(data)
         except msgspec.DecodeError as error:
-            send_frame(sock, ENCODE(failed(InvalidRequest(f"this is no question to a node: {error}"))))
+            send_frame(sock, ENCODE(failed(InvalidRequest(f"this is not a question to a node: {error}"))))
             return False
         try:
             if isinstance(question, FetchPack):

@@ -79,7 +79,7 @@ def _say_nothing(line: str) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock between processes; the kernel lets go of it when its holder dies, however it dies."""
+    """Holds an exclusive lock between processes; the kernel releases it when its holder dies, however it dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""The demo's story: a model reads a document once; a fresh process goes on from it four times, and proves it.
+"""The demo's story: a model reads a document once; a fresh process continues from it four times, and proves it.
 
     run(options, tell) ── reader process ──> thaw-demo/.thaw ──> hydrator process ──> checks, receipt
 
@@ -91,7 +91,7 @@ def _remove(folder: Path, force: bool) -> None:
     if not force:
         raise Conflict(f"{folder} is not empty. Name another folder with --out, or replace an older demo with --force.")
     if not found <= {REPOSITORY, RECEIPT} or REPOSITORY not in found:
-        raise Conflict(f"{folder} holds other things than a demo; it is left as it is. Name another folder with --out.")
+        raise Conflict(f"{folder} holds more than a demo; nothing in it was changed. Name another folder with --out.")
     shutil.rmtree(folder / REPOSITORY)
     (folder / RECEIPT).unlink(missing_ok=True)
 

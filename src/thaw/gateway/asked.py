@@ -15,7 +15,7 @@ from thaw.repo.resolve import ResolvedPoint
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """One request. Either `messages`, or `token_ids` with their `text`.
 
-    `at`: go on from there; without it the longest stored prefix is looked for. `instructions`: the system's message,
+    `at`: continue from there; without it the longest stored prefix is looked for. `instructions`: the system's message,
     which is not of the conversation at `at`: `held_instructions` that were there are left out (None: where there
     are new ones, and the conversation began with the system's message). `whole`: the
     messages are the conversation and not what follows `at`. `resume`: the answer at `at` was interrupted, and goes on;
@@ -59,7 +59,7 @@ class SpokenPiece(msgspec.Struct, frozen=True, kw_only=True):
 
 class RequestBegun(msgspec.Struct, frozen=True, kw_only=True):
     """What is known once the engine has taken a request. `num_known`: tokens that need not be read, as planned; the
-    engine's own count comes with the outcome. `parent`: the commit that it goes on from."""
+    engine's own count comes with the outcome. `parent`: the commit that it continues from."""
 
     num_prompt_tokens: int
     num_known: int

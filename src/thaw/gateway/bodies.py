@@ -92,7 +92,7 @@ def require_cheap(body: bytes, most: int) -> None:
         return
     raise ApiError(
         400,
-        f"the body has too many values: their price must be at most {most:,}; an item of a list costs {ITEM}, a field "
+        f"the body has too many values: their cost must be at most {most:,}; an item of a list costs {ITEM}, a field "
         f"{FIELD} and an object {OBJECT}",
         code="too_many_values",
     )

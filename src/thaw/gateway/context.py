@@ -39,7 +39,7 @@ class GatewayContext:
         )
 
     async def at(self, extension: Extension, standing: str | None = None) -> ResolvedPoint | None:
-        """The point that a request goes on from: one that it names, else `standing`, after so many turns or tokens."""
+        """Where a request continues: the point that it names, else `standing`, after so many turns or tokens."""
         name = extension.point or standing
         if name is None:
             if extension.turn is not None or extension.token is not None:

@@ -178,7 +178,7 @@ class ServingEngines:
                     log.warning("engine %d is down, and none has replaced it yet: %s", one.number, error.kind)
                 told = error.kind
                 await asyncio.sleep(RETRY_AFTER_S)
-        log.warning("another engine has taken the place of engine %d", one.number)
+        log.warning("another engine has replaced engine %d", one.number)
         self._tell()
 
     def _tell(self) -> None:
@@ -209,5 +209,5 @@ def _require_same(first: Engine, other: Engine, number: int) -> None:
         compare(first.identity(), other.identity())
     except Refused as error:
         raise InvalidRequest(
-            f"engine {number} runs another model than the others, and could not continue what they began: {error}"
+            f"engine {number} runs another model than the others, and cannot continue their sessions: {error}"
         ) from None

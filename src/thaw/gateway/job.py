@@ -1,7 +1,7 @@
-"""A job: one completion, from the session that it goes on from to the commit that it became.
+"""A job: one completion, from the session that it continues from to the commit that it became.
 
 It runs in a task of its own and outlives the connection that asked for it: deltas are kept until it is forgotten, and
-whoever follows it sees all of them from any place on. `stop` ends it at the next step boundary; what was said until
+its followers see all of them, from any place on. `stop` ends it at the next step boundary; what was said until
 then is committed like any other. `park` does too, so that it can go on bit for bit later: what a stream holds back, the
 beginning of a stop string or of a character, is not given out. Where the engine ends, the job runs again with the seed
 that it had, in another one or, once it is there, in the one that takes its place; what it says must begin with what was
@@ -51,7 +51,7 @@ class Given:
         ids, text = [*self._ran[0], *delta.token_ids], self._ran[1] + delta.text
         shared, letters = min(len(ids), len(self._ids)), min(len(text), len(self._text))
         if ids[:shared] != self._ids[:shared] or text[:letters] != self._text[:letters]:
-            raise Cancelled("the engine restarted and generates something else than before; try again")
+            raise Cancelled("the engine restarted and generates something different now; try again")
         new_ids, new_text = ids[len(self._ids) :], text[len(self._text) :]
         self._ran = (ids, text)
         if len(ids) >= len(self._ids) and len(text) >= len(self._text):
@@ -121,7 +121,7 @@ class ReplyJob:
 
     @property
     def parent(self) -> str | None:
-        """The commit that it goes on from, once it is known."""
+        """The commit that it continues from, once it is known."""
         if self.asked.at is not None:
             return str(self.asked.at.commit)
         begun = self.begun

@@ -79,7 +79,7 @@ class LiveEntry:
 
 
 def _is_alike(entry: LiveEntry, namespace: str, chat: bool) -> bool:
-    """Whether a conversation (`chat`) or a text of that namespace could go on from it."""
+    """Whether a conversation (`chat`) or a text of that namespace could continue from it."""
     return entry.namespace == namespace and (entry.chat or not chat)
 
 

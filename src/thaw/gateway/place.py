@@ -1,4 +1,4 @@
-"""Where a request goes on from: the session that holds most of its tokens, open in the engine or stored.
+"""Where a request continues from: the session that holds most of its tokens, open in the engine or stored.
 
     at a point that it names          the session there, loaded once for all who name it
     the longest prefix                of what is open, of what is under way (the request waits for it), or of what the
@@ -176,7 +176,7 @@ class ParentFinder:
         return await self._place(asked, await self._rendered(asked, messages), messages, trunk)
 
     async def _resumed(self, asked: Asked) -> Place:
-        """The session of an answer that was interrupted, which nobody else goes on with."""
+        """The session of an answer that was interrupted, which nobody else continues with."""
         assert asked.at is not None
         home = self._engines.least_busy()
         entry = self._live.begin(home, self._namespace, (), chat=True)
@@ -369,7 +369,7 @@ class ParentFinder:
 
 
 def _leads_on(trunk: LiveEntry, tokens: tuple[int, ...]) -> bool:
-    """Whether the conversation goes on from the point: all of it, or up to an answer that is rendered differently."""
+    """Whether the conversation continues from the point: all of it, or up to an answer that is rendered differently."""
     common = common_prefix(trunk.tokens, tokens)
     return common == len(trunk.tokens) or trunk.in_answer(common)
 

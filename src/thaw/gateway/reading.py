@@ -1,6 +1,6 @@
 """How what a model says is read: by the readers here, or by an engine's parsers in a process of their own.
 
-A job reads its deltas as they come, or, where nobody follows it, all of them at its end.
+A job reads its deltas as they come, or all of them at its end if no client follows it.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class Service:
         await call(self.ledger.count, row)
 
     def take_conversation(self, namespace: str, id: str) -> None:
-        """Raises `ApiError` 409 while another response goes on with it."""
+        """Raises `ApiError` 409 while another response continues with it."""
         if (namespace, id) in self._conversations:
             raise ApiError(409, f"another response is already continuing {id}; wait for it", code="conversation_locked")
         self._conversations.add((namespace, id))
@@ -272,7 +272,7 @@ class Service:
     async def sweep(self) -> int:
         """Let go of what is kept no longer: rows, then, by gc, the KV that nothing names. How many rows went.
 
-        What running requests go on from is kept until they are over.
+        What running requests continue from is kept until they are over.
         """
         keeping, now = self.settings.keeping, time.time()
         held = {job.parent for job in self._running if job.parent is not None}

@@ -257,7 +257,7 @@ def load(path: Path) -> Tenants:
     if len(set(names)) < len(names):
         raise InvalidRequest(f"{path}: a namespace is listed twice; list all of its keys in one entry")
     if record.NAMESPACE in names:
-        raise InvalidRequest(f"{path}: the namespace {record.NAMESPACE} holds the repository's weights, and no tenant")
+        raise InvalidRequest(f"{path}: the namespace {record.NAMESPACE} holds the repository's weights")
     for one in listed:
         lifetime_s = None if one.keep_days is None else one.keep_days * DAY_S
         tenant = Tenant(namespaces.check(one.namespace), one.quota, operator=one.operator, lifetime_s=lifetime_s)
@@ -265,7 +265,7 @@ def load(path: Path) -> Tenants:
             if by_digest.setdefault(_digest(key, path), tenant) is not tenant:
                 raise InvalidRequest(f"{path}: one key is listed for two tenants")
     if not by_digest:
-        raise InvalidRequest(f"{path} lists no keys, so nobody could send requests")
+        raise InvalidRequest(f"{path} lists no keys, so no client could send requests")
     return Tenants(by_digest)
 
 

@@ -8,7 +8,7 @@
              └─ digest                                             BLAKE3 of the canonical JSON of all the above
 
 `derived`, `checks` and `goals` say what they are computed from, in a vocabulary small enough that `verify` computes all
-of them again. A digest finds changes; it does not say who made them: whoever can write the file can make another.
+of them again. A digest finds changes; it does not say who made them: anyone who can write the file can make another.
 The JSON schema of these structs is `schema.json` beside this file.
 """
 

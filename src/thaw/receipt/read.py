@@ -99,7 +99,7 @@ def _check_depth(data: bytes) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("a name occurs twice in one object")
     return out
 
 
@@ -110,7 +110,7 @@ def _no_constant(text: str) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is beyond what a number here may be")
+        raise ValueError(f"{text[:40]} is too large for a number here")
     return value
 
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Drained(Stopped):
-    """A drain ended this generation. `points`: the commits to go on from, by session, in the batch's order; a session
+    """A drain ended this generation. `points`: the commits to continue, by session, in the batch's order; a session
     that was not captured has none, and the message says why."""
 
     def __init__(self, message: str, points: tuple[CommitId | None, ...]) -> None:
@@ -119,8 +119,8 @@ class Admission:
     def _require_open(self) -> None:
         if self._closed:
             raise Busy(
-                f"the engine is drained ({self._closed}): nothing begins until repo.undrain(). Sessions can be read "
-                "and committed meanwhile."
+                f"the engine is drained ({self._closed}): nothing new begins until repo.undrain(). Sessions can be "
+                "read and committed meanwhile."
             )
 
     def track(self, handle: Handle[T], refs: Sequence[SessionRef], *, generates: bool) -> EngineWork:

@@ -2,7 +2,7 @@
 
 The fetch announces objects and places once it knows them (`thaw.remote.arriving`); the plan is made from these, and an
 engine of this process reads each blob as soon as it has landed in a local pack. The session is handed out when the
-fetch is whole: its commits are stored, so that what goes on from them can be committed. An engine in a process of its
+fetch is whole: its commits are stored, so that what continues from them can be committed. An engine in a process of its
 own hydrates after the fetch.
 """
 

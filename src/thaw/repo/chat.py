@@ -5,7 +5,7 @@ Either is rendered by the model's own template, all of it, and laid beside the s
 
     the session says the beginning of it     the rest is appended; where only the tokens of a sampled answer differ, and
                                              not its text, the sampled ones stay
-    the template now leaves something out    (thinking in earlier answers): the session goes on from the last common
+    the template now leaves something out    (thinking in earlier answers): the session continues from the last common
                                              token, by a fork, and the result says so; `keep_sampled` keeps it instead
     a message would be lost                  an error, before anything is changed
 
@@ -131,7 +131,7 @@ def ask(
         )
     if continue_final_message and given[-1].get("tool_calls"):
         raise InvalidRequest(
-            "continue_final_message: the last message calls tools, and its text would go on before them; leave "
+            "continue_final_message: the last message calls tools, and its text would continue before them; leave "
             "tool_calls out"
         )
     return ChatRequest(
@@ -162,8 +162,9 @@ def plan(codec: Codec, view: SessionView, asked: ChatRequest, earlier: Callable[
         aligned = Aligned(keep=aligned.keep - 1, new=view.tokens[aligned.keep - 1 : aligned.keep])
     if aligned.keep < held.plain_end and held.start < held.plain_end:
         raise InvalidRequest(
-            f"the session holds text that is no message, up to token {held.plain_end}, and this conversation parts "
-            f"from it at token {aligned.keep}: the text would be lost. Append with chat(new), or begin another session."
+            f"the session holds text that is not a message, up to token {held.plain_end}, and this conversation "
+            f"diverges from it at token {aligned.keep}: the text would be lost. Append with chat(new), or begin "
+            "another session."
         )
     return Plan(
         keep=aligned.keep,

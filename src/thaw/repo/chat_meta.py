@@ -38,4 +38,4 @@ def _messages(text: str, commit: str) -> list[dict[str, object]]:
     try:
         return _MESSAGES.decode(text)
     except msgspec.DecodeError as error:
-        raise CorruptBlob(f"meta {KEY} of commit {commit} is no list of messages: {error}") from None
+        raise CorruptBlob(f"meta {KEY} of commit {commit} is not a list of messages: {error}") from None

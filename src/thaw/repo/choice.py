@@ -39,7 +39,7 @@ def choose(
     if model is not None and name is None and kind is not None and not kind.takes_model:
         raise InvalidRequest(
             f"the repository remembers the engine {chosen!r}, which loads no model: say which one loads {model}, with "
-            f"--engine {registry.DEFAULT} or another; the repository remembers that one then"
+            f"--engine {registry.DEFAULT} or another; the repository then remembers that one"
         )
     if model is not None:
         options = {"model": _lasting(model)}

@@ -73,7 +73,7 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write(context: Context, request: Request, kept: Kept) -> Written:
-    """Commit the session. When the store has lost what was kept (gc), once more with everything written anew."""
+    """Commit the session. When the store has lost what was kept (gc), once more with everything rewritten."""
     if request.branch is not None:
         refs.require_own(context.store, request.branch)
     try:

@@ -1,7 +1,7 @@
 """What a point needs of each cache group, and whether it is stored: tokens of the windows, the state at the point.
 
 Full groups need every token and always have them. A window needs the last tokens, a point state exists only where one
-was kept; so on models with such groups not every token of a session can be gone on from.
+was kept; so on models with such groups not every token of a session can be continued from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from thaw.repo.timeline import Timeline
 from thaw.store import Store
 
 NAMED = 8
-"""So many of the tokens that can be gone on from are named in a refusal."""
+"""So many of the tokens that can be continued from are named in a refusal."""
 
 
 def blobs_at(timeline: Timeline, num_kv: int) -> Iterator[tuple[SegmentEntry, Segment, dict[str, tuple[str, ...]]]]:
@@ -35,7 +35,7 @@ def state_at(timeline: Timeline, num_kv: int) -> StatesAtToken | None:
 
 def num_kv_at(timeline: Timeline, num_tokens: int) -> int:
     """Tokens whose KV is used at this point: those of `cut.num_kv_at`, or, where the state before the last token was
-    not kept and the one after it was, all of them. Such a point goes on with new tokens alone."""
+    not kept and the one after it was, all of them. Such a point continues with new tokens alone."""
     num_kv, state = cut.num_kv_at(timeline.state, num_tokens), timeline.state
     if not num_kv or num_kv == num_tokens or not point_groups(timeline.groups) or num_tokens > state.num_kv:
         return num_kv
@@ -43,7 +43,7 @@ def num_kv_at(timeline: Timeline, num_tokens: int) -> int:
 
 
 def require(timeline: Timeline, num_tokens: int) -> None:
-    """Raise `NotKept`, naming what is missing and where to go on from, unless the first `num_tokens` can be gone on
+    """Raise `NotKept`, naming what is missing and where to continue from, unless the first `num_tokens` can be gone on
     from."""
     missing = _missing(timeline, num_kv_at(timeline, num_tokens))
     if missing is None:
@@ -90,12 +90,12 @@ def points(timeline: Timeline) -> list[int]:
 
 
 def with_new_tokens(timeline: Timeline, found: Collection[int]) -> list[int]:
-    """The tokens beside `found` that can be gone on from with new tokens alone: those that a state is kept after."""
+    """The tokens beside `found` that can be continued from with new tokens alone: those that a state is kept after."""
     return [n for n in points(timeline) if n not in found and _missing(timeline, n) is None]
 
 
 def resumable(timeline: Timeline) -> list[int]:
-    """Every number of tokens that can be gone on from with KV, in order."""
+    """Every number of tokens that can be continued from with KV, in order."""
     state, groups = timeline.state, timeline.groups
     if not point_groups(groups):
         wanted = range(2, state.num_tokens + 1)

@@ -5,8 +5,8 @@
     capture             every session, on no branch: branches stay where they are
     answer              the points, and by name what was not captured
 
-The call before a deploy and before a weight update. Nothing is captured halfway: a session has a point or stands among
-the missed ones. Sessions stay open, and `undrain` lets them go on; a completion that was cut short is resumed.
+The call before a deploy and before a weight update. Nothing is captured halfway: a session has a point or is among the
+missed ones. Sessions stay open, and `undrain` lets them continue; a completion that was cut short is resumed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OpenSession(Protocol):
 
 class DrainedSession(msgspec.Struct, frozen=True, kw_only=True):
     """A session that was captured. `was`: what it did when the drain began; of one that was `running` the last turn may
-    be unfinished, and `resume` goes on with it."""
+    be unfinished, and `resume` continues with it."""
 
     session: SessionRef
     namespace: str
@@ -75,7 +75,7 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
         return not self.missed
 
     def point(self, session: SessionRef) -> CommitId | None:
-        """Where that session can be gone on from."""
+        """Where that session can be continued from."""
         return next((one.point for one in self.points if one.session == session), None)
 
 
@@ -100,7 +100,7 @@ def drain(admission: Admission, timeout_s: float, why: str) -> DrainReport:
 
 
 def _tell(works: Sequence[EngineWork], report: DrainReport) -> None:
-    """Let those who wait for what was cut short know where it can be gone on from."""
+    """Let those who wait for what was cut short know where it can be continued from."""
     points = {one.session: one.point for one in report.points}
     reasons = {one.session: one.why for one in report.missed}
     for work in works:

@@ -90,7 +90,7 @@ class Group(ProcessBound, Sequence["Session"]):
         """Append messages to every session's conversation and answer, in ONE batch; as `Session.chat`.
 
         A string, a message or a list of messages is for all; a list of strings or of such lists has one each. Where one
-        session cannot go on with its messages, none does."""
+        session cannot continue with its messages, none does."""
         return self.chat_stream(
             messages,
             sampling,

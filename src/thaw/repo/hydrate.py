@@ -129,7 +129,7 @@ def make_plan(
 
 
 def _not_kept(timeline: Timeline, num_tokens: int) -> str:
-    """Why the point cannot be gone on from as it is stored; "" where it can."""
+    """Why the point cannot be continued from as it is stored; "" where it can."""
     try:
         cover.require(timeline, num_tokens)
     except NotKept as refusal:

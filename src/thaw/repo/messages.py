@@ -41,9 +41,7 @@ def _checked(message: object, where: str) -> Message:
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where} has no role; give it 'role': 'user', 'assistant', 'system' or 'tool'")
     if message.get("content") is None and (role != "assistant" or set(message) <= BARE):
-        raise InvalidRequest(
-            f"{where} ({role}) has no content, and says nothing else; only an answer that calls tools can be without"
-        )
+        raise InvalidRequest(f"{where} ({role}) has no content; only an answer that calls tools can be without it")
     copy: Message = read(written(dict(message), where))
     return copy
 

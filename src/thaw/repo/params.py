@@ -1,7 +1,7 @@
 """Sampling parameters as callers have them: thaw's own, or an engine's `SamplingParams`.
 
 Another library's object is read by the names that both share (vLLM's). Whatever else it asks for is refused by name and
-value, never dropped: also by a field that this thaw has never heard of, for a session could not go on with it exactly.
+value, never dropped: also by a field that this thaw has never heard of, as a session could not continue it exactly.
 Only how vLLM would hand its results out is not looked at: thaw has its own way.
 """
 
@@ -18,7 +18,7 @@ _FIELDS = tuple(field.name for field in msgspec.structs.fields(Sampling))
 _DELIVERY = frozenset(
     ("output_kind", "stream_interval", "detokenize", "flat_logprobs", "skip_clone", "output_text_buffer_length")
 )
-"""No token and no log probability hangs on these."""
+"""No token and no log probability depends on these."""
 _PROMPT = "a session reads no token twice, so its prompt has no log probabilities; score the prompt in a plain request"
 _GRAMMAR = "say it as structured_outputs"
 _INSTEAD: dict[str, str] = {

@@ -162,7 +162,7 @@ class _Replay:
         return self._engine.generate([request]).result()[0]
 
     def _put_right(self, position: int, token: int) -> None:
-        """Another token was said: go on from before it, with the right one."""
+        """Another token was said: continue from before it, with the right one."""
         (child,) = self._engine.fork(self._session, 1, at=position, replay=True).result()
         self._engine.close_session(self._session)
         self._session = child

@@ -113,7 +113,7 @@ class Repository:
         policy: Policy = "exact",
         fetch: bool = False,
     ) -> Session:
-        """A new session, or one that goes on from `point`. From a branch's tip it stays on that branch.
+        """A new session, or one that continues from `point`. From a branch's tip it stays on that branch.
 
         With `share_prefix` a session of a namespace shares blocks inside that namespace. With `fetch` the point is a
         remote's branch (`origin/main`), which is fetched first; an engine of this process loads while it downloads.
@@ -145,10 +145,10 @@ class Repository:
     def fork(
         self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact", fetch: bool = False
     ) -> Group:
-        """N sessions that go on from `point`: loaded once, shared by all, on no branch.
+        """N sessions that continue from `point`: loaded once, shared by all, on no branch.
 
         Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
-        seed. From inside a completion, `Group.resume()` goes on with it. `fetch` as in `session`.
+        seed. From inside a completion, `Group.resume()` continues with it. `fetch` as in `session`.
         """
         from thaw.repo.group import Group
         from thaw.repo.session import Session
@@ -171,7 +171,7 @@ class Repository:
     def drain(self, *, timeout_s: float = 60.0, why: str = "drain") -> DrainReport:
         """Let nothing begin any more, and store every live session of this repository and its namespaces.
 
-        Generations stop at a token boundary and raise `Drained` with the point to go on from; prefills are awaited for
+        Generations stop at a token boundary and raise `Drained` with the point to continue at; prefills are awaited for
         up to half of `timeout_s`. Branches stay where they are. The report names what was not captured. Sessions can
         still be read and committed; `undrain` lets them go on. Raises `Busy` where it is drained already.
         """
@@ -376,7 +376,7 @@ class Repository:
         `remote`: default the branch's upstream, the only one, or `origin`. `all`: every branch; `tags`: every tag.
         `delete`: take them away there. A branch only moves forward, unless `force_with_lease` and the remote's stands
         where it was last seen. `weights`: send the weights sets that the pushed commits name, too. `meter` says how far
-        it is, to any thread. A push that was killed goes on with what it has sent.
+        it is, to any thread. A push that was killed continues with what it has sent.
 
         Raises `RefConflict` (nothing is lost: fetch, then decide), `RemoteError` kinds, `NotFound`.
         """
@@ -459,7 +459,7 @@ class Repository:
     def rebase(self, point: PointLike = "HEAD", *, branch: str | None = None, message: str = "") -> Rebase:
         """Replay a point's tokens under the weights that run now, and say how far their log probabilities moved.
 
-        `branch`: keep it as a new branch too, that goes on from `point` under these weights: all its tokens and turns,
+        `branch`: keep it as a new branch too, which continues `point` under these weights: all its tokens and turns,
         prefilled again. Raises `RefConflict` where the branch exists, `InvalidRequest` where nothing was sampled.
         """
         from msgspec.structs import replace
@@ -593,7 +593,7 @@ def clone(
     none is, and no local branch is made: `origin/main` is fetched by the first verb that names it. `depth`: as
     `Repository.fetch`. `namespace`: whose part of the remote. `options`: as `Repository.add_remote`. `weights`: as
     `Repository.fetch`, once the rest is here. What fails leaves nothing behind, but for weights that did not come:
-    `fetch(weights=True)` goes on with them. Raises `NotFound`, `Conflict`, `CorruptBlob`, `RemoteError` kinds.
+    `fetch(weights=True)` continues with them. Raises `NotFound`, `Conflict`, `CorruptBlob`, `RemoteError` kinds.
     """
     from thaw.repo import remotes
 

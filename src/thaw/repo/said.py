@@ -1,4 +1,4 @@
-"""Whether a model's chat template says all that it is given: what it leaves out, no model would see.
+"""Whether a model's chat template prints all that it is given: what it leaves out, the model would not see.
 
 A template is a program. It is asked: marks stand in for what messages say (parts of text, functions that are called,
 their arguments) and for the names of tools, and must come out. One that refuses them, since it reads the words, is

@@ -288,7 +288,7 @@ class Session(ProcessBound):
         by a fork, and the result says so; `keep_sampled` keeps what was sampled.
 
         `tools` (JSON schemas or documented functions) and `chat_template_kwargs` (the template's own variables, such as
-        enable_thinking) hold for the conversation until they are given anew. `continue_final_message`: the last message
+        enable_thinking) hold for the conversation until they are set again. `continue_final_message`: the last message
         is the beginning of the answer.
 
         Raises `InvalidRequest`, with the session as it was, where a message would be lost or the template refuses.
@@ -327,7 +327,7 @@ class Session(ProcessBound):
         return talk.stream(self._context, [self], [asked], [sampling], lambda results: results[0])
 
     def plan_chat(self, asked: chats.ChatRequest) -> chats.Plan:
-        """How this session would go on with it. Changes nothing; raises what `chat` raises."""
+        """How this session would continue with it. Changes nothing; raises what `chat` raises."""
         engine, view = self._context.engine, self.view()
         if view.running:
             raise Busy("the session is generating; wait for its result, cancel it, or fork it")
@@ -466,7 +466,7 @@ class Session(ProcessBound):
                 self._parent, self._branch = parent, branch
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
-        """N sessions that go on from here, or from token `at`; no KV is copied and nothing is written. Raises `NotKept`
+        """N sessions that continue here, or at token `at`; no KV is copied and nothing is written. Raises `NotKept`
         for a token without a state, on models with recurrent layers; `reread` goes on there."""
         engine = self._context.engine
         with self._context.admission.beginning():
@@ -477,7 +477,7 @@ class Session(ProcessBound):
         return Group(self._context, children)
 
     def reread(self, at: int) -> Session:
-        """A session of the first `at` tokens, where `fork` raises `NotKept`: it goes on from the nearest earlier point
+        """A session of the first `at` tokens, where `fork` raises `NotKept`: it starts at the nearest earlier point
         and prefills the rest again, which its proof counts. Forks of it read nothing again."""
         with self._context.admission.beginning():
             ref = self._context.engine.reread(self.ref, at).result()

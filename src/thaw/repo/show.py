@@ -18,7 +18,7 @@ from thaw.store import Store
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
     """`nbytes`: bytes of the blobs that the point uses; `text` is the turns' texts, joined. `resumable`: the numbers of
-    tokens that can be gone on from up to here, or None where every one can."""
+    tokens that can be continued from up to here, or None where every one can."""
 
     point: ResolvedPoint
     entry: LogEntry

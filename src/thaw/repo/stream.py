@@ -43,7 +43,7 @@ class Stream(Generic[T]):
 
     def result(self, timeout: float | None = None) -> T:
         """The outcome. Raises `TimedOut` after `timeout` seconds (the work goes on), `Cancelled` after `cancel`, and
-        `Drained`, with the point to go on from, where a drain cut it short."""
+        `Drained`, with the point to continue from, where a drain cut it short."""
         try:
             done = self.handle.result(timeout)
         except TimedOut:

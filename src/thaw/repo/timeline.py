@@ -60,7 +60,7 @@ def read_entries(store: Store, state: State) -> tuple[SegmentEntry, ...]:
     end = 0
     for entry in entries:
         if entry.start != end:
-            raise CorruptBlob(f"segment {entry.segment} stands at token {entry.start}; the one before it ends at {end}")
+            raise CorruptBlob(f"segment {entry.segment} is at token {entry.start}; the one before it ends at {end}")
         end += entry.length
     if end != state.num_kv:
         raise CorruptBlob(f"a state's segments end at token {end}; it says that {state.num_kv} tokens have KV")

@@ -4,8 +4,8 @@ Everything from the first sampled token on is the completion; what was put in be
 stands in it with mask 0. All lists of the completion have one entry a token, and prompt and completion together are the
 session's tokens: the ids that the model saw, never text that was tokenised again.
 
-A fork's child begins with its parent's tokens, and so does everything that goes on from a commit. Those are inherited;
-whoever trains on several sessions of one lineage takes `own_mask` of each, and every sampled token counts once.
+A fork's child begins with its parent's tokens, and so does everything that continues a commit. Those are inherited: to
+train on several sessions of one lineage, take `own_mask` of each, and every sampled token counts once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Undo: a branch goes back to where it stood before its last move; nothing is deleted, and the reflog says so.
+"""Undo: a branch goes back to where it was before its last move; nothing is deleted, and the reflog says so.
 
 Each undo takes back one move more: what an undo took back, and the undo itself, are left out when the next is looked
-for. To go forward again, adopt where it stood (`thaw adopt main@{1} main`).
+for. To go forward again, adopt where it was (`thaw adopt main@{1} main`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def undo(store: Store, name: str) -> Undone:
     if move is None:
         raise NotFound(f"{name!r} has no move left to take back{known_names(store)}")
     if move.old is not None and not store.has(move.old):
-        raise Conflict(f"{name!r} stood at {short(move.old)}, which gc has removed since; it cannot go back there.")
+        raise Conflict(f"{name!r} was at {short(move.old)}, which gc has removed since; it cannot go back there.")
     now = store.ref(name)
     if entries[0].new != (now.target if now else None):
         raise Conflict(f"{name!r} moved just now. Look with `thaw reflog {name}`, then undo again.")

@@ -131,7 +131,7 @@ def _cached(engine: Engine, live: Hydration) -> int:
 
 
 def _new_token(live: Hydration) -> tuple[int, ...]:
-    """A token to go on with, where the point goes on with new ones alone; any would do."""
+    """A token to continue with, where the point continues with new ones alone; any would do."""
     plan = live.plan
     is_bare = bool(point_groups(plan.identity.groups)) and plan.hidden is None and plan.num_kv == len(plan.tokens)
     return plan.tokens[-1:] if is_bare else ()

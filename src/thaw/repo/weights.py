@@ -23,8 +23,8 @@ def keep_weights(context: Context) -> None:
     folder = Path(engine.info.model)
     if not folder.is_dir():
         raise InvalidRequest(
-            f"the engine's model {engine.info.model or '(a module)'} is no folder here, so its weights cannot be "
-            "stored: add them from where they are (thaw weights add FOLDER), or commit without them"
+            f"the engine's model {engine.info.model or '(a module)'} is not a folder here, so its weights cannot be "
+            "stored: add them from their folder (thaw weights add FOLDER), or commit without them"
         )
     name = folder.name
     if any(one.name == name for one in book.list()):
@@ -35,6 +35,6 @@ def keep_weights(context: Context) -> None:
         raise IdentityMismatch(
             f"the files in {folder} have the weights {short(added.entry.weights)}; the engine runs "
             f"{short(running.weights)}: they changed since it was started, or it was updated in place. Nothing was "
-            "committed; add the weights from where they are, or commit without them.",
+            "committed; add the weights from their folder, or commit without them.",
             field="weights", stored=added.entry.weights, running=running.weights,
         )  # fmt: skip

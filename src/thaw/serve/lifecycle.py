@@ -1,7 +1,7 @@
 """The engine server of a repository: started in the background, found again, ended.
 
 A repository has one such server at a time, for all its namespaces. While it is up, the repository remembers it as its
-engine, and who boots the repository's engine joins it.
+engine, and booting the repository's engine joins it.
 """
 
 from __future__ import annotations

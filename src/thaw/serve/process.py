@@ -1,7 +1,7 @@
 """A server as a process of its own: started in the background, waited for, ended.
 
 It gets a session (and so a process group) of its own, a log file, and no terminal; it outlives the command that started
-it. Ending it is asked for politely first; what is left of its group after that is killed.
+it. It is asked to end first (SIGTERM); what is left of its group after that is killed.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _adapter(folder: Path, tensors: dict[str, StoredTensor], base: str | None) -
         said: Any = json.loads(config)
         kind = str(said.get("peft_type") or "adapter")
     except (ValueError, AttributeError) as error:
-        raise IncompleteModel(f"{folder / source.ADAPTER_CONFIG} is no config of an adapter: {error}") from None
+        raise IncompleteModel(f"{folder / source.ADAPTER_CONFIG} is not an adapter's config: {error}") from None
     return WeightsManifest(
         kind="adapter", weights=adapter_id(tensors, config), dtype=_first_dtype(tensors), architecture=kind,
         tensors=tensors, base=base,

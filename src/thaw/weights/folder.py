@@ -37,7 +37,7 @@ def engine_folder(store: Store, entry: WeightsEntry) -> Path:
     folder = store.path.resolve() / MODELS / entry.name
     if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
         raise Conflict(
-            f"{folder} is not thaw's own: move it elsewhere, for thaw writes the folder of {entry.name!r} there"
+            f"{folder} was not made by thaw: move it elsewhere, because thaw writes the folder of {entry.name!r} there"
         )
     make_private(folder)
     if not _is_ours(folder):

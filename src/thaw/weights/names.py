@@ -25,7 +25,7 @@ def to_folder(store: Store | None, model: object) -> object:
     if store is None:
         if name is None:
             return model
-        raise InvalidRequest(f"{model} is a model in a repository, and here is none; name a folder or a hub id")
+        raise InvalidRequest(f"{model} names a model in a repository, but none is here; name a folder or a hub id")
     name = name or _stored_name(store, model)
     if name is None:
         return model

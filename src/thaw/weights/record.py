@@ -1,4 +1,4 @@
-"""How a weights set stands in a store: objects that every store knows, in a namespace of its own.
+"""How a weights set is kept in a store: objects that every store knows, in a namespace of its own.
 
     tag @thaw.weights/NAME ──> commit ──> state ──> model: the weights id, of an architecture that no engine has
                                             └─────> node ──> segments ──> blobs: the manifest, files, tensors
@@ -39,7 +39,7 @@ from thaw.store import Store, Transaction
 NAMESPACE = "thaw.weights"
 """Kept for weights: no tenant may be called so."""
 ARCHITECTURE = "thaw.weights/1"
-"""What the model object says that a set's state names. No engine runs it, so no session goes on from it."""
+"""What the model object says that a set's state names. No engine runs it, so no session continues from it."""
 MANIFEST, BLOBS = "manifest", "weights"
 SEGMENT_BLOBS = 50_000
 """Blobs that one segment names, at most: some 3.5 MB of its 16."""
@@ -141,7 +141,7 @@ def manifest_blob(store: Store, commit: CommitId) -> str:
     node = store.get_as(state.nodes[0], SegmentNode)
     found = store.get_as(node.entries[0].segment, Segment).blobs.get(MANIFEST, ())
     if len(found) != 1:
-        raise CorruptBlob(f"commit {commit} is no weights set: its first segment names no manifest")
+        raise CorruptBlob(f"commit {commit} is not a weights set: its first segment names no manifest")
     return found[0]
 
 

@@ -1,8 +1,8 @@
 """SGLang's entry point to thaw's loader (`sglang.srt.plugins`), called once in every process of an engine.
 
-SGLang takes a loader's class from programs, but none by name from its command line. So thaw stands around the function
-that chooses the loader: for a folder whose tensors lie in a store it gives thaw's, for every other one SGLang's own.
-Were the plug-in not there, SGLang would find no weights in such a folder and not start.
+SGLang takes a loader's class from programs, but none by name from its command line. So thaw wraps the function that
+chooses the loader: for a folder whose tensors lie in a store it gives thaw's, for every other one SGLang's own.
+Without the plug-in, SGLang finds no weights in such a folder and does not start.
 """
 
 from __future__ import annotations

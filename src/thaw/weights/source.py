@@ -53,7 +53,7 @@ def extents(paths: list[Path]) -> dict[str, TensorExtent]:
     for path in paths:
         if path.suffix != ".safetensors":
             raise Unsupported(
-                f"{path.name} is no safetensors file: load the model with transformers and save it again "
+                f"{path.name} is not a safetensors file: load the model with transformers and save it again "
                 "(save_pretrained), then add that folder"
             )
         found.update(_extents(path))
@@ -68,7 +68,7 @@ def _extents(path: Path) -> Iterator[tuple[str, TensorExtent]]:
     try:
         tensors = {name: _TENSOR.decode(raw) for name, raw in _HEADER.decode(header).items() if name != "__metadata__"}
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise IncompleteModel(f"{path} has no header of a safetensors file: {error}; get the file again") from None
+        raise IncompleteModel(f"{path} does not begin with a safetensors header: {error}; get the file again") from None
     for name, one in tensors.items():
         if one.dtype not in NBYTES:
             raise Unsupported(f"{path.name}: tensor {name} has the dtype {one.dtype}, which thaw does not store yet")

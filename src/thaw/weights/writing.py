@@ -68,7 +68,7 @@ def _is_same(old: WeightsEntry, found: FoundWeights) -> bool:
     manifest = found.manifest
     if old.manifest != digest(stored.encode(manifest)):
         raise Conflict(
-            f"a weights set {old.name!r} is here already, of other files ({short(old.weights)}; these are "
+            f"a weights set {old.name!r} is here already, from other files ({short(old.weights)}; these are "
             f"{short(manifest.weights)}): choose another --name, or remove it first (thaw weights rm {old.name})"
         )
     return old.link is None or found.link is not None
@@ -97,7 +97,7 @@ def _write_tensors(seen: Store, tx: Transaction, found: FoundWeights, missing: S
     written = [place for some in _packs(items) for place in _write(seen, tx, some)]
     for at, place in zip(missing, written, strict=True):
         if place.blob != found.manifest.tensors[at].blob:
-            raise IncompleteModel(f"tensor {at} changed while it was read; add the model when nobody writes to it")
+            raise IncompleteModel(f"tensor {at} changed while it was read; add the model when no program writes to it")
     return written
 
 

@@ -1,6 +1,6 @@
 """The run: make a session, measure every arm in turn, round by round, and seal the receipt.
 
-Everything is made anew in a temporary folder and removed again, also when the run is interrupted. Nothing is printed:
+Everything is made in a temporary folder, which is removed, also when the run is interrupted. Nothing is printed:
 `progress` is told what is being done.
 """
 

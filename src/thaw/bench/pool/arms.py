@@ -34,7 +34,7 @@ def pool_round(
     pool: ForkPool, point: object, suffixes: Sequence[Sequence[int]], max_tokens: int, *, worker: str,
     num_wanted: int, at: int | None = None, forget: bool = False, policy: LoadPolicy = "exact",
 ) -> Sample:  # fmt: skip
-    """A round in `worker`, timed from the call to the last result. `forget`: the worker first lets go of every point
+    """A round in `worker`, timed from the call to the last result. `forget`: the worker first releases every point
     that it holds, so that the round has to load (or, with policy "fast", to prefill)."""
     if forget:
         life_of(pool, worker).drop_all()

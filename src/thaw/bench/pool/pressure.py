@@ -1,7 +1,7 @@
 """More points than the worker's engine has blocks for, and rounds from each in turn: the pool against vLLM's own cache.
 
 A pass reads all points, with a round from each right after it was read (`…first`), then sweeps through them in an order
-that is shuffled anew each time, the same in both arms. A row is a sweep: the median and the 95th percentile of its
+that is reshuffled each time, the same in both arms. A row is a sweep: the median and the 95th percentile of its
 rounds' seconds to the first tokens, and `recomputed`, what the engine prefilled of tokens that were prefilled before;
 of vLLM's own only full blocks are asked for, which is what its cache holds.
 """
@@ -26,7 +26,7 @@ from thaw.receipt.statistics import median, percentile
 
 Visit = Callable[[], Sample]
 Make = Callable[[ExitStack, int], Visit]
-"""Read point number i; the round that is measured. What has to be let go of goes on the stack."""
+"""Read point number i; the round that is measured. What has to be released goes on the stack."""
 
 
 def measure(rounds: Rounds, options: PoolBenchOptions, pool: ForkPool, document: Document) -> None:

@@ -1,7 +1,7 @@
 """More sessions than the engine's blocks hold, and returns to each: vLLM's prefix cache (LRU), against parked sessions.
 
 An arm reads all its sessions, each with one visit right after it was read (`…first`), then returns to all of them in an
-order that is shuffled anew each time, the same in both arms. The arms run one after the other, each with the pool to
+order that is reshuffled each time, the same in both arms. The arms run one after the other, each with the pool to
 itself. `recomputed` is what the engine prefilled of tokens that were prefilled before.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Visit = Callable[[], Sample]
 Make = Callable[[ExitStack, int], Visit]
-"""Read tree number i; what visits it. What has to be let go of goes on the stack."""
+"""Read tree number i; what visits it. What has to be released goes on the stack."""
 
 
 def measure(rounds: Rounds, options: Options, repo: Repository, plain: Plain, document: Document) -> None:

@@ -1,7 +1,7 @@
 """The run: boot what the parts need, one engine after the other, measure, and seal the receipt.
 
-At most two engines are alive at a time. Everything is made anew in a temporary folder and removed again, also when the
-run is interrupted. Nothing is printed: `progress` is told what is being done.
+At most two engines are alive at a time. Everything is made in a temporary folder, which is removed, also when the run
+is interrupted. Nothing is printed: `progress` is told what is being done.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Run:
         return self._seal()
 
     def _with_few_blocks(self) -> list[hydrate.Stored]:
-        """Pressure, and in the same engine the commits that another one goes on from."""
+        """Pressure, and in the same engine the commits that another one continues from."""
         options = self.options
         with self._engine(
             "an engine with few blocks", num_gpu_blocks_override=options.few_blocks, max_model_len=options.few_longest

@@ -13,7 +13,7 @@ thaw down
 @options.verb("down", EXAMPLE)
 @options.as_json
 def command(named: str | None, as_json: bool) -> None:
-    """Stop the server that `thaw up` started. It is no error if none is up.
+    """Stop the server that `thaw up` started. It is not an error if none is running.
 
     Commits stay on disk. Sessions that were only in the engine are lost.
     """

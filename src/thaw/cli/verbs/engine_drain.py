@@ -23,7 +23,7 @@ INCOMPLETE = 8
 @click.argument("url", required=False)
 @click.option("--timeout", "timeout_s", type=options.Number(min=0.1, max=86_400), default=60.0, show_default=True,
               metavar="SECONDS", help="Time for all sessions together.")  # fmt: skip
-@click.option("--undo", is_flag=True, help="Let requests begin again, and resume those that were parked.")
+@click.option("--undo", is_flag=True, help="Accept requests again, and resume those that were parked.")
 @admin.key
 @options.as_json
 def drain(named: str | None, url: str | None, timeout_s: float, undo: bool, key: str | None, as_json: bool) -> int:
@@ -31,7 +31,7 @@ def drain(named: str | None, url: str | None, timeout_s: float, undo: bool, key:
 
     URL is the address of a `thaw serve`; default: http://127.0.0.1:8790. The key must be an operator's: --api-key, else
     THAW_SERVE_TOKEN or THAW_API_KEY. Running responses are parked, and engines and weights may then be replaced. The
-    gateway goes on after --undo, or with `thaw serve --restore`.
+    gateway continues after --undo, or with `thaw serve --restore`.
 
     Exit code 8: not every session was captured; the output names them.
     """

@@ -64,7 +64,7 @@ def _joined(named: str | None, url: str | None) -> Engine:
     chosen = boot.choose_anywhere(named, url, None)
     if boot.URL not in chosen.options:
         raise Unsupported(
-            f"{boot.label(chosen)} is loaded anew by each verb; only a running engine has counters and a switch. "
+            f"{boot.label(chosen)} is loaded again by each verb; only a running engine has counters and a switch. "
             "Give a server's URL, or start one: thaw up"
         )
     engine = boot.boot(chosen)

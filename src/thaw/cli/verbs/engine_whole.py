@@ -90,7 +90,7 @@ def show(named: str | None, name: str, as_json: bool) -> None:
 
 @options.verb("restore", RESTORE_EXAMPLE)
 @click.argument("name", default=NAME)
-@click.option("--fork", is_flag=True, help="Restore it once more, with other seeds.")
+@click.option("--fork", is_flag=True, help="Restore it again, with other seeds.")
 @click.option("--max-num-seqs", type=click.IntRange(1, 1 << 16), metavar="N",
               help="Requests that run at once; default: as in the snapshot.")  # fmt: skip
 @click.option("--recompute", is_flag=True, help="Prefill again where the stored KV does not match.")
@@ -110,8 +110,8 @@ def restore(
 ) -> int:
     """Bring a snapshot back in a fresh engine, finish its requests, and commit each as NAME/0, NAME/1, …
 
-    Requests that were running continue at once, in one step; the others wait their turn. What a client had received is
-    generated again only behind the captured part, and must be the same tokens. Sessions without a request stay in the
+    Requests that were running continue at once, in one step; the others wait their turn. What a client received after
+    the capture is generated again, and must be the same tokens. Sessions without a request stay in the
     snapshot: fork their points.
 
     Exit code 8: something could not be restored or finished; the output names it.

@@ -24,7 +24,7 @@ def command(named: str | None, names: tuple[str, ...], remote: str, as_json: boo
     """Delete branches or tags of a remote with all that they alone reach: KV, tokens, history.
 
     It happens at once, without gc's grace period. Packs that hold other data too are rewritten, and reflog entries
-    go. Branches that were deleted before can be forgotten too. What is in this repository stays: see `thaw branch -d`
+    go. Branches that were deleted earlier can be forgotten too. What is in this repository stays: see `thaw branch -d`
     and `thaw gc --keep-days 0`."""
     with place.open_repository(named) as repo, Progress("forgetting"):
         report = repo.forget_remote(*names, remote=remote)

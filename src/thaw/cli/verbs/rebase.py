@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Replay POINT under the engine's weights and show the drift, token by token. Default: HEAD.
 
-    Each sampled token is decoded again. The table has its stored log probability, the new one, and the margin: by how
-    much the likeliest token is likelier now. With --branch the tokens are also prefilled under the new weights and
+    Each sampled token is decoded again. The table has its stored log probability, the new one, and the margin by which
+    the likeliest token now leads. With --branch the tokens are also prefilled under the new weights and
     kept; the session continues from there.
     """
     with speak.opened(named, engine_name, model, dtype, device) as repo:

@@ -1,4 +1,4 @@
-"""`thaw reflog`: where a branch stood, move by move."""
+"""`thaw reflog`: where a branch pointed, move by move."""
 
 from __future__ import annotations
 

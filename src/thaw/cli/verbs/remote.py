@@ -77,7 +77,7 @@ def listing(named: str | None, as_json: bool) -> None:
 @click.argument("name")
 @options.as_json
 def rm(named: str | None, name: str, as_json: bool) -> None:
-    """Forget a remote and the points of its branches. What lies there stays."""
+    """Forget a remote and the points of its branches. The data there stays."""
     with place.open_repository(named) as repo:
         gone = repo.remove_remote(name)
     if as_json:

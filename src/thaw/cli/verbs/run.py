@@ -1,4 +1,4 @@
-"""`thaw run`: go on with a branch. Read files and a prompt, generate, stream it, commit."""
+"""`thaw run`: continue with a branch. Read files and a prompt, generate, stream it, commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`thaw serve`: an OpenAI and Anthropic door to the repository."""
+"""`thaw serve`: OpenAI's and Anthropic's APIs over the repository."""
 
 from __future__ import annotations
 

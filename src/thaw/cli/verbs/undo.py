@@ -1,4 +1,4 @@
-"""`thaw undo`: a branch goes back to where it stood before its last move."""
+"""`thaw undo`: a branch goes back to where it was before its last move."""
 
 from __future__ import annotations
 

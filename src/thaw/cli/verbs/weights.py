@@ -32,7 +32,7 @@ def command() -> None:
 
 @options.verb("add", ADD_EXAMPLE)
 @click.argument("model")
-@click.option("--name", metavar="NAME", help="What to call it; default: as the folder is called.")
+@click.option("--name", metavar="NAME", help="What to call it; default: the folder's name.")
 @click.option("--dtype", help="What the model runs in: bfloat16, float16 or float32; default: its config's.")
 @click.option(
     "--base", metavar="NAME", help="The weights that an adapter was trained on: a set's name or a weights id."
@@ -50,7 +50,7 @@ def add(
 ) -> None:
     """Store the model in folder MODEL (or a hub id that was downloaded): safetensors, tokenizer and configs.
 
-    Each tensor is stored once, whatever sets have it, so a fine-tune costs what it changed. A folder with an
+    Each tensor is stored once, however many sets have it, so a fine-tune costs what it changed. A folder with an
     adapter_config.json is stored as an adapter."""
     boot.hush()
     with place.open_repository(named) as repo, Progress(f"storing {model}"):
@@ -102,7 +102,7 @@ def show(named: str | None, name: str, as_json: bool) -> None:
 
 @options.verb("rm", "thaw weights rm step-200")
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Even if commits were captured from these weights.")
+@click.option("--force", is_flag=True, help="Remove it even if commits were captured from these weights.")
 @options.as_json
 def rm(named: str | None, name: str, force: bool, as_json: bool) -> None:
     """Remove a set; refused while a commit needs its weights. `thaw gc` later frees what no other set shares."""

@@ -108,5 +108,5 @@ def _definitions(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for key in DEFINITIONS:
             for what, meaning in (schema.get(key) or {}).items():
                 if out.setdefault(key, {}).setdefault(what, meaning) != meaning:
-                    raise unsupported("tools", f"{name} defines {what!r} unlike another tool; name one tool instead")
+                    raise unsupported("tools", f"{name} defines {what!r} unlike another tool; send only one of them")
     return out

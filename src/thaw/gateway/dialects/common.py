@@ -27,7 +27,7 @@ MAX_WORD = 4096
 
 
 class Extension(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`thaw`, of every request: where to go on from, after how many of its turns or tokens, and what to name the end.
+    """`thaw`, of every request: where to continue, after how many of its turns or tokens, and what to name the end.
 
     `point` is a branch, a tag, a commit or a point as thaw spells them. `note` is the commit's message.
     """

@@ -82,7 +82,7 @@ async def update(context: GatewayContext, request: Request, body: bytes) -> Resp
 
 
 async def delete(context: GatewayContext, request: Request, body: bytes) -> Response:
-    """Refused while a response goes on with it."""
+    """Refused while a response continues with it."""
     row = await _row(context, request.path_params["id"])
     context.service.take_conversation(row.namespace, row.id)
     try:

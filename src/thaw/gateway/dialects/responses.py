@@ -365,7 +365,7 @@ async def restore(service: Service) -> int:
 
 
 async def _anew(service: Service, row: LedgerRow) -> None:
-    """Begin one again that had said nothing yet: there is nothing in its session to go on with."""
+    """Begin one again that had said nothing yet: there is nothing in its session to continue with."""
     context = GatewayContext(service, service.tenants.of_namespace(row.namespace), "", {})
     begin = await _begin(context, msgspec.convert(row.record["anew"], ResponseCreate), row.id)
     begin.head["created_at"] = row.record["reply"]["created_at"]

@@ -1,6 +1,6 @@
 """The gateway's end of a parser's process. It is started when it is first needed, and again after it ended.
 
-Used by one event loop. A completion whose process ended is told again to the next one, so nothing is lost.
+Used by one event loop. A completion whose process ended is sent to the next one from its start, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ParserProcess:
         async with self._lock:
             process = await self._started()
             if generation not in (None, self.generation):
-                raise EngineDied(f"the process of {self._words[0]}'s parsers is another one by now")
+                raise EngineDied(f"the process of {self._words[0]}'s parsers has been replaced by another")
             assert process.stdin is not None and process.stdout is not None
             try:
                 process.stdin.write(msgspec.json.encode(message) + b"\n")

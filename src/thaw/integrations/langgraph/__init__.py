@@ -1,6 +1,6 @@
 """thaw for LangGraph (extra `[langgraph]`, docs/langgraph.md).
 
-    ChatThaw     a chat model; each answer carries the point that it ends at, and the next call goes on from there
+    ChatThaw     a chat model; each answer carries the point that it ends at, and the next call continues from there
     ThawSaver    a checkpointer in the repository's folder; a point is kept as long as a checkpoint names it
     attempts, pick, best_of_n    nodes: N answers as one batch, and one of them by any judge
 

@@ -113,7 +113,7 @@ class ChatThaw(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """What an answer hangs on besides its messages (the key of LangChain's caches)."""
+        """What an answer depends on besides its messages (the key of LangChain's caches)."""
         return {
             "model": self._source.model, "sampling": msgspec.to_builtins(self.sampling, enc_hook=int),
             "chat_template_kwargs": self.chat_template_kwargs, "keep_sampled": self.keep_sampled,

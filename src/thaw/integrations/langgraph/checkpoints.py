@@ -4,7 +4,7 @@ A channel's value is kept once, by the hash of its bytes, however many checkpoin
 which commits a checkpoint's values and writes name; no KV is here. Rows of a namespace are its own. The file is 0600,
 and each write is on disk when it returns (WAL, synchronous=FULL).
 
-`writing()` is also the lock of the tags that keep those commits: whoever makes or drops one holds it.
+`writing()` is also the lock of the tags that keep those commits: it is held while one is made or dropped.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Answers from an engine in this process: of a repository, or of a fork pool with one.
 
-A conversation goes on from the deepest of its messages' points that can be used (`messages.carried`), else from the
+A conversation continues from the deepest of its messages' points that can be used (`messages.carried`), else from the
 longest stored prefix of its tokens, else from nothing. The session there is forked, the conversation is laid beside its
 tokens (`Session.chat`, `history=`), and the answer is committed before it is given out.
 

@@ -1,8 +1,8 @@
 """Messages between LangChain and thaw: their form, and the points that they carry.
 
 An answer of `ChatThaw` has a record under `response_metadata["thaw"]`: `point`, the commit that holds the conversation
-up to and with it, and `digest`, of that conversation as it was then. A list of messages goes on from the last point
-whose digest is that of the messages before it, so whoever edits, cuts or forks the list needs to say nothing.
+up to and with it, and `digest`, of that conversation as it was then. A list of messages continues from the last point
+whose digest is that of the messages before it, so code that edits, cuts or forks the list needs to do nothing more.
 """
 
 from __future__ import annotations

@@ -103,4 +103,4 @@ def _of(state: Any, name: str) -> Any:
     try:
         return state[name] if isinstance(state, Mapping) else getattr(state, name)
     except (KeyError, AttributeError):
-        raise InvalidRequest(f"the graph's state has no {name!r}; say its name to the node") from None
+        raise InvalidRequest(f"the graph's state has no {name!r}; tell the node its name") from None
