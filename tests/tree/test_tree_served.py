@@ -18,6 +18,7 @@ from grown import Grower
 from hostile import MARKUP, TEXT
 from test_tree_file import ELEMENTS, Page
 
+import thaw
 from gateway_stand import TOKEN, Gateway
 from reciting import reciting, say
 from thaw.core.ids import short
@@ -282,6 +283,55 @@ def test_responses_on_no_branch_are_shown_until_they_are_forgotten(gateway: Gate
     headers = {"authorization": f"Bearer {TOKEN}"}
     assert httpx.get(f"{gateway.url}/v1/responses/{second.id}", headers=headers).status_code == 404
     assert httpx.get(f"{gateway.url}/v1/responses/{first.id}", headers=headers).status_code == 200
+
+
+def test_what_a_remote_has_is_shown_and_looking_fetches_nothing(
+    stack: ExitStack, tmp_path: Path, engine: Engine, open_tab: OpenTab
+) -> None:
+    """The remote is out of reach while the page is looked at; then its branch is fetched, and the page sees it."""
+    (tmp_path / "bucket").mkdir()
+    with thaw.open(tmp_path / "runs", engine=engine) as repo:
+        for i in range(3):
+            with repo.session("main") if i else repo.session() as session:
+                session.append(f"the river {i} ")
+                session.commit(f"turn {i}", branch="main")
+        with repo.session("main~1") as session:
+            session.append("another way")
+            session.commit("another way", branch="other")
+        repo.add_remote("origin", (tmp_path / "bucket").as_uri())
+        repo.push(all=True)
+    thaw.clone((tmp_path / "bucket").as_uri(), tmp_path / "clone", refs_only=True)
+    with thaw.open(tmp_path / "clone") as clone:
+        clone.fetch("main", depth=1)
+    (tmp_path / "bucket").rename(tmp_path / "away")
+    gateway = serve(stack, tmp_path / "clone", engine)
+    visitor = Visitor(gateway)
+    told = visitor.http.get("/").text.replace("\u00a0", " ")
+    assert told.count("only on origin") == 2 and told.count("on disk and on origin") == 1
+    assert "origin/other" in told and "2 commits not fetched" in told and "2 branches of remotes" in told
+    for path in ("/tree/point?at=origin/other", "/?at=origin/other"):
+        assert "thaw fetch origin other" in visitor.http.get(path).text
+    assert "was not fetched" in visitor.http.get("/tree/diff?a=origin/main&b=origin/other").text
+    point = visitor.http.get("/tree/point?at=origin/main").text
+    assert "on disk and on origin" in point and "tag:origin" not in point and "branch:origin" not in point
+    assert len(list(gateway.repo.store.commits())) == 1
+
+    tab = open_tab()
+    page = tab.page
+    page.goto(gateway.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    rows = page.locator("[role=treeitem] > .row")
+    rows.filter(has_text="origin/other").locator("a").click()
+    page.locator("#detail code", has_text="thaw fetch origin other").wait_for()
+    rows.filter(has_text="origin/main").locator("a").click()
+    page.locator("#detail h2", has_text="origin/main").wait_for()
+    (tmp_path / "away").rename(tmp_path / "bucket")
+    with thaw.open(tmp_path / "clone") as clone:
+        clone.fetch(unshallow=True)
+    rows.filter(has_text="origin/other").filter(has_text="disk").wait_for()
+    assert page.locator("#totals", has_text="not fetched").count() == 0
+    assert tab.wrong == []
 
 
 def test_no_key_and_no_text_is_in_the_audit_line(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:

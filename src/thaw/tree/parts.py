@@ -17,7 +17,7 @@ from thaw.repo.diff import Diff, Side
 from thaw.tree import words
 from thaw.tree.details import PointShown, TokenShown, TurnShown
 from thaw.tree.markup import Html, each, el, join
-from thaw.tree.outline import Outline, OutlineHistory, OwnPart, TreeSession
+from thaw.tree.outline import Outline, OutlineCommit, OutlineHistory, OwnPart, TreeSession
 
 ROWS = 120
 """Sessions of a first page."""
@@ -150,32 +150,56 @@ class RowMaker:
         """In a file, what is not in it."""
         if self._command is None or not session.children:
             return None
-        point = short(session.tip, ID_DIGITS)
+        here = not self._outline.commits[session.tip].only_on
+        command = self._command(short(session.tip, ID_DIGITS)) if here else "thaw log --graph --all"
         said = f"{words.count(session.num_below, 'commit')} below, not in this file: "
-        return el("p", said, el("code", self._command(point)), class_="left-out")
+        return el("p", said, el("code", command), class_="left-out")
 
     def _label(self, session: TreeSession, point: str) -> Html:
         commit = self._outline.commits[session.tip]
+        if commit.only_on:
+            return join(
+                el("a", f"commit {short(commit.id)}, not fetched", href=self._link(point), tabindex="-1"),
+                *self._names(session),
+                el("small", _together(where(self._outline, commit.id))),
+            )
         running = sum(self._living.get(one, 0) for one in session.commits)
         open_now = any(one in self._living for one in session.commits)
-        part = self._history.own_part(session.tip, session.base if session.base in self._outline.commits else None)
+        part = self._history.own_part(session.tip, self._outline.base_here(session))
         return join(
             el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point), tabindex="-1"),
-            *(el("b", name, class_=_kind(name)) for name in session.names[:NAMES]),
-            el("b", f"{len(session.names) - NAMES} more names") if len(session.names) > NAMES else None,
+            *self._names(session),
             el("i", words.count(running, "request") + " running", class_="running") if running else None,
             el("small", self._figures(session, part, open_now), class_="live" if open_now else None),
         )
 
+    def _names(self, session: TreeSession) -> list[Html]:
+        shown = [el("b", name, class_=self._kind(name)) for name in session.names[:NAMES]]
+        left = len(session.names) - len(shown)
+        return [*shown, el("b", f"{left} more names")] if left else shown
+
+    def _kind(self, name: str) -> str:
+        if name in self._outline.remote_names:
+            return "remote"
+        return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
+
     def _figures(self, session: TreeSession, part: OwnPart, open_now: bool) -> str:
         commit = self._outline.commits[session.tip]
+        places = ["in the engine"] if open_now else []
         if part.nbytes is None:
-            own = ["KV damaged or gone: run `thaw fsck`"]
+            remotes = self._outline.remotes.get(session.tip, ())
+            also = f"; {words.together(*(f'on {name}' for name in remotes))}" if remotes else ""
+            own = [f"KV here damaged or gone: run `thaw fsck`{also}"]
+        elif self._outline.base_here(session) is None and session.base in self._outline.commits:
+            own = [
+                self._where(session, places),
+                words.count(part.num_own, "token"),
+                f"{words.nbytes(part.nbytes)} here",
+            ]
         else:
             shared = [f"{part.num_shared:,} shared"] if part.num_shared else []
-            remotes = [f"on {name}" for name in self._outline.remotes.get(session.tip, ())]
             own = [
-                words.together(*(["in the engine"] if open_now else []), "on disk", *remotes),
+                self._where(session, places),
                 words.count(part.num_own, "own token"),
                 *shared,
                 f"{words.nbytes(part.nbytes)} own",
@@ -183,6 +207,13 @@ class RowMaker:
         run = [words.count(len(session.commits), "commit")] if len(session.commits) > 1 else []
         when = words.moment(commit.time_ns)[:16] if self._now_s is None else words.age(commit.time_ns, self._now_s)
         return " · ".join(_together(part) for part in [*own, *run, when])
+
+    def _where(self, session: TreeSession, places: Sequence[str]) -> str:
+        """Of its last commit; and which remotes have only earlier ones."""
+        whole = self._outline.remotes.get(session.tip, ())
+        some = [name for name in self._outline.remotes.get(session.id, ()) if name not in whole]
+        partly = f", partly {words.together(*(f'on {name}' for name in some))}" if some else ""
+        return where(self._outline, session.tip, places) + partly
 
     def _more(self, parent: CommitId | None, start: int, rest: Sequence[CommitId]) -> Html:
         said = words.count(len(rest), "more session")
@@ -200,20 +231,39 @@ def _together(words_of_one: str) -> str:
     return words_of_one.replace(" ", "\u00a0").replace("-", "\u2011")
 
 
-def _kind(name: str) -> str:
-    return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
+def where(outline: Outline, commit: CommitId, places: Sequence[str] = ()) -> str:
+    """Where a commit's KV is: `places` of the engine, this disk, remotes as they were last seen."""
+    remotes = outline.remotes.get(commit, ())
+    if outline.commits[commit].only_on:
+        return f"only {words.together(*(f'on {name}' for name in remotes))}"
+    return words.together(*places, "on disk", *(f"on {name}" for name in remotes))
+
+
+def not_fetched(outline: Outline, commit: OutlineCommit) -> Html:
+    """In place of a point that only a remote has: which command brings it."""
+    names = outline.names.get(commit.id, ())
+    branches = sorted(name.partition("/")[2] for name in names if name.startswith(f"{commit.only_on}/"))
+    command = f"thaw fetch {commit.only_on} {branches[0]}" if branches else f"thaw fetch --unshallow {commit.only_on}"
+    return join(
+        el("h2", ", ".join(names) or short(commit.id), tabindex="-1"),
+        el("p", f"Commit {short(commit.id, ID_DIGITS)} is {where(outline, commit.id)}, as that was last seen."),
+        el("p", "Its turns and its KV were not fetched. This command brings them: ", el("code", command)),
+    )
 
 
 def totals(outline: Outline, stored_nbytes: int | None) -> Html:
     """The line above the tree."""
-    names = [name for found in outline.names.values() for name in found]
+    names = [name for found in outline.names.values() for name in found if name not in outline.remote_names]
     num_tags = sum(name.startswith("tag: ") for name in names)
+    num_remote, num_elsewhere = len(outline.remote_names), outline.num_elsewhere
     saved = outline.saved
     told = [
         words.count(outline.num_sessions, "session"),
-        words.count(len(outline.commits), "commit"),
+        words.count(outline.num_commits, "commit"),
         words.count(len(names) - num_tags, "branch", "branches"),
         words.count(num_tags, "tag"),
+        *([words.count(num_remote, "branch of a remote", "branches of remotes")] if num_remote else []),
+        *([words.count(num_elsewhere, "commit") + " not fetched"] if num_elsewhere else []),
         *([] if stored_nbytes is None else [f"{words.nbytes(stored_nbytes)} of KV stored"]),
     ]
     forked = (
@@ -276,8 +326,8 @@ class FragmentRoom(msgspec.Struct, kw_only=True):
         return True
 
 
-def point_head(point: PointShown, names: Sequence[str]) -> Html:
-    """What it is: names, message, figures."""
+def point_head(point: PointShown, names: Sequence[str], place: str) -> Html:
+    """What it is: names, message, figures. `place`: where its KV is; nothing where that is not known."""
     shown = point.shown
     entry, model = shown.entry, shown.model
     inside = "" if shown.point.at_end else f" of {entry.num_tokens:,}, inside the commit"
@@ -285,7 +335,7 @@ def point_head(point: PointShown, names: Sequence[str]) -> Html:
         ("commit", short(entry.commit, ID_DIGITS)),
         ("made", words.moment(entry.time_ns)),
         ("length", f"{words.count(len(shown.tokens), 'token')}{inside}, {words.count(len(shown.turns), 'turn')}"),
-        ("KV", f"of {words.count(shown.num_kv, 'token')}, {words.nbytes(shown.nbytes)}"),
+        ("KV", f"of {words.count(shown.num_kv, 'token')}, {words.nbytes(shown.nbytes)}{place and f', {place}'}"),
         ("model", f"{model.architecture}, {model.dtype}, policy {model.policy}"),
         ("made by", f"{entry.origin.get('engine', '?')} {entry.origin.get('version', '')}".strip()),
         ("continues", "inside a completion" if shown.unfinished else f"from here, seed {shown.seed}"),

@@ -206,7 +206,10 @@ async def _rows(who: Visit) -> Response:
 
 
 async def _point(who: Visit) -> Response:
-    html = await call(who.view.point, await who.outline(), who.asked("at") or "HEAD", who.context.codec, who.login.csrf)
+    outline = await who.outline()
+    html = await call(
+        who.view.point, outline, who.asked("at") or "HEAD", who.context.codec, who.login.csrf, who.living(outline)
+    )
     return _html(html)
 
 

@@ -187,8 +187,9 @@
 
   function textOf(point) {
     const holder = document.getElementById(`p-${point}`);
-    if (!holder) return null;
-    return [...holder.content.querySelectorAll("[data-turn]")].map((place) => {
+    const places = [...holder?.content.querySelectorAll("[data-turn]") ?? []];
+    if (!places.length) return null;
+    return places.map((place) => {
       const turn = document.getElementById(place.dataset.turn).content;
       return turn.querySelector("pre")?.textContent ?? "";
     }).join("");
