@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 import pytest
 from grown import Grower
 from hostile import MARKUP, TEXT
@@ -23,6 +24,7 @@ from gateway_stand import TOKEN, Gateway
 from reciting import reciting, say
 from thaw.core.ids import short
 from thaw.engines.base import Engine
+from thaw.gateway.engines import memory_of
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.tenants import Quota, Tenant, Tenants, single
 from thaw.tree.markup import visible
@@ -277,7 +279,7 @@ def test_responses_on_no_branch_are_shown_until_they_are_forgotten(gateway: Gate
     second = client.responses.create(model="fake", input="and then", previous_response_id=first.id, max_output_tokens=8)
     visitor = Visitor(gateway)
     end = short(second.thaw["point"], 16)
-    assert f'data-point="{end}"' in visitor.home.text and "in\u00a0the\u00a0engine" in visitor.home.text
+    assert f'data-point="{end}"' in visitor.home.text and "in\u00a0host\u00a0memory" in visitor.home.text
     assert visitor.post("forget", point=end, what="response:").status_code == 200
     assert f'data-point="{end}"' not in visitor.http.get("/").text
     headers = {"authorization": f"Bearer {TOKEN}"}
@@ -332,6 +334,19 @@ def test_what_a_remote_has_is_shown_and_looking_fetches_nothing(
     rows.filter(has_text="origin/other").filter(has_text="disk").wait_for()
     assert page.locator("#totals", has_text="not fetched").count() == 0
     assert tab.wrong == []
+
+
+def test_open_sessions_are_where_their_engine_keeps_them(engine: Engine) -> None:
+    """Served engines keep idle ones in their arena, in host memory; others where they compute."""
+
+    def places(name: str, device: str) -> tuple[str, str]:
+        info = msgspec.structs.replace(engine.info, name=name, device=device)
+        return memory_of(info, running=True), memory_of(info, running=False)
+
+    host, gpu = "in host memory", "on the GPU"
+    assert places("fake", engine.info.device) == places("vllm", "cpu") == (host, host)
+    assert places("transformers", "cuda:0") == (gpu, gpu)
+    assert places("vllm", "cuda:0") == places("sglang", "cuda") == (gpu, host)
 
 
 def test_no_key_and_no_text_is_in_the_audit_line(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
@@ -452,6 +467,36 @@ def test_text_grows_in_a_browser_and_stays_inert(speaking: Gateway, open_tab: Op
     entry.wait_for(state="detached")
     assert page.evaluate("window.broken") is None and tab.wrong == []
     assert {url for url in tab.asked if not url.startswith((speaking.url, "data:"))} == set()
+
+
+def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
+    speaking: Gateway, open_tab: OpenTab
+) -> None:
+    first = speaking.openai().responses.create(model="fake", input=f"Go. {say('yes')}", max_output_tokens=40)
+    tab = open_tab()
+    page = tab.page
+    page.goto(speaking.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    page.locator("[role=treeitem] > .row > a").first.click()
+    page.locator("summary", has_text="Fork").click()
+    text = MARKUP[1] + " and so on" * 60
+    page.fill("textarea[name=prompt]", f"{MARKUP[0]} {say(text)}")
+    page.fill("input[name=max_tokens]", "2000")
+    page.locator("form[action='/tree/fork'] button").click()
+    entries = page.locator("#running details")
+    entries.nth(1).wait_for()
+    assert entries.locator("summary b").all_text_contents() == ["fork/0", "fork/1"]
+    assert (entries.nth(0).locator("q").text_content() or "").startswith(MARKUP[0])
+    assert entries.nth(0).locator("summary a").text_content() == short(first.thaw["point"], 16)
+    for i in range(2):
+        entries.nth(i).locator("summary").click()
+    page.locator("#running .over").nth(1).wait_for(timeout=120_000)
+    assert [entries.nth(i).locator("pre").text_content() for i in range(2)] == [text, text]
+    assert sorted(entries.locator("summary").all_text_contents()) == [
+        f"fork/{i} is over; its session is in the tree" for i in range(2)
+    ]
+    assert page.evaluate("window.broken") is None and tab.wrong == []
 
 
 def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any) -> None:

@@ -33,8 +33,16 @@ RUNNING = 12
 """Requests under way that are shown."""
 TAIL = 1_000
 """Characters of their text in the page; the script follows all of it."""
-Living = Mapping[CommitId, int]
-"""Commits whose KV is in the engine now, with how many requests run from there."""
+
+
+class LivingShown(msgspec.Struct, frozen=True, kw_only=True):
+    """A commit whose KV is in an engine now. `num_running`: requests that run from there; `memories`: where in it."""
+
+    num_running: int
+    memories: tuple[str, ...]
+
+
+Living = Mapping[CommitId, LivingShown]
 
 
 class Unfolded(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,14 +171,15 @@ class RowMaker:
                 *self._names(session),
                 el("small", _together(where(self._outline, commit.id))),
             )
-        running = sum(self._living.get(one, 0) for one in session.commits)
-        open_now = any(one in self._living for one in session.commits)
+        living = [self._living[one] for one in session.commits if one in self._living]
+        running = sum(one.num_running for one in living)
+        memories = sorted({memory for one in living for memory in one.memories}, reverse=True)
         part = self._history.own_part(session.tip, self._outline.base_here(session))
         return join(
             el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point), tabindex="-1"),
             *self._names(session),
             el("i", words.count(running, "request") + " running", class_="running") if running else None,
-            el("small", self._figures(session, part, open_now), class_="live" if open_now else None),
+            el("small", self._figures(session, part, memories), class_="live" if living else None),
         )
 
     def _names(self, session: TreeSession) -> list[Html]:
@@ -183,23 +192,22 @@ class RowMaker:
             return "remote"
         return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
 
-    def _figures(self, session: TreeSession, part: OwnPart, open_now: bool) -> str:
+    def _figures(self, session: TreeSession, part: OwnPart, memories: Sequence[str]) -> str:
         commit = self._outline.commits[session.tip]
-        places = ["in the engine"] if open_now else []
         if part.nbytes is None:
             remotes = self._outline.remotes.get(session.tip, ())
             also = f"; {words.together(*(f'on {name}' for name in remotes))}" if remotes else ""
             own = [f"KV here damaged or gone: run `thaw fsck`{also}"]
         elif self._outline.base_here(session) is None and session.base in self._outline.commits:
             own = [
-                self._where(session, places),
+                self._where(session, memories),
                 words.count(part.num_own, "token"),
                 f"{words.nbytes(part.nbytes)} here",
             ]
         else:
             shared = [f"{part.num_shared:,} shared"] if part.num_shared else []
             own = [
-                self._where(session, places),
+                self._where(session, memories),
                 words.count(part.num_own, "own token"),
                 *shared,
                 f"{words.nbytes(part.nbytes)} own",
@@ -208,12 +216,12 @@ class RowMaker:
         when = words.moment(commit.time_ns)[:16] if self._now_s is None else words.age(commit.time_ns, self._now_s)
         return " · ".join(_together(part) for part in [*own, *run, when])
 
-    def _where(self, session: TreeSession, places: Sequence[str]) -> str:
+    def _where(self, session: TreeSession, memories: Sequence[str]) -> str:
         """Of its last commit; and which remotes have only earlier ones."""
         whole = self._outline.remotes.get(session.tip, ())
         some = [name for name in self._outline.remotes.get(session.id, ()) if name not in whole]
         partly = f", partly {words.together(*(f'on {name}' for name in some))}" if some else ""
-        return where(self._outline, session.tip, places) + partly
+        return where(self._outline, session.tip, memories) + partly
 
     def _more(self, parent: CommitId | None, start: int, rest: Sequence[CommitId]) -> Html:
         said = words.count(len(rest), "more session")
@@ -231,12 +239,12 @@ def _together(words_of_one: str) -> str:
     return words_of_one.replace(" ", "\u00a0").replace("-", "\u2011")
 
 
-def where(outline: Outline, commit: CommitId, places: Sequence[str] = ()) -> str:
-    """Where a commit's KV is: `places` of the engine, this disk, remotes as they were last seen."""
+def where(outline: Outline, commit: CommitId, memories: Sequence[str] = ()) -> str:
+    """Where a commit's KV is: an engine's `memories`, this disk, remotes as they were last seen."""
     remotes = outline.remotes.get(commit, ())
     if outline.commits[commit].only_on:
         return f"only {words.together(*(f'on {name}' for name in remotes))}"
-    return words.together(*places, "on disk", *(f"on {name}" for name in remotes))
+    return words.together(*memories, "on disk", *(f"on {name}" for name in remotes))
 
 
 def not_fetched(outline: Outline, commit: OutlineCommit) -> Html:
@@ -278,9 +286,12 @@ def totals(outline: Outline, stored_nbytes: int | None) -> Html:
 
 
 class RunningShown(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that is being answered. `parent`: the commit that it continues; `tail`: the end of its text."""
+    """A request that is being answered. `branch`: which it will become, None: none; `note`: what it is about; `parent`:
+    the commit that it continues; `tail`: the end of its text."""
 
     name: str
+    branch: str | None
+    note: str
     parent: CommitId | None
     tail: str
 
@@ -296,7 +307,10 @@ def running(shown: Sequence[RunningShown], link: Callable[[str], str]) -> Html:
 def _running_row(one: RunningShown, link: Callable[[str], str]) -> Html:
     point = None if one.parent is None else short(one.parent, ID_DIGITS)
     where = join("after ", el("a", point, href=link(point))) if point else "in a new session"
-    return el("details", el("summary", "running ", where), el("pre", one.tail), data_request=one.name)
+    branch = join(el("b", one.branch), " ") if one.branch else None
+    note = join(el("q", one_line(one.note, MESSAGE)), " ") if one.note else None
+    said = el("summary", "running ", branch, note, where)
+    return el("details", said, el("pre", one.tail, dir="auto"), data_request=one.name)
 
 
 # -- one point

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from thaw.core.errors import BadPoint, NotFetched, NotFound, ThawError
 from thaw.core.ids import CommitId
@@ -25,7 +25,7 @@ from thaw.tree import page, parts
 from thaw.tree.details import read_point
 from thaw.tree.markup import Html, el, join
 from thaw.tree.outline import Outline, OutlineHistory
-from thaw.tree.parts import FragmentRoom, RowMaker, Unfolded
+from thaw.tree.parts import FragmentRoom, Living, RowMaker, Unfolded
 
 ROWS_AGAIN = 600
 """Sessions that a page which somebody unfolded is given anew, at most."""
@@ -53,9 +53,9 @@ class TenantView:
                 self._made = (version, self._history.outline(points))
             return self._made[1]
 
-    def version(self, service: Service, living: Mapping[CommitId, int], running: Sequence[str]) -> str:
+    def version(self, service: Service, living: Living, running: Sequence[str]) -> str:
         """Another one whenever the tree would look different, or other requests are `running`."""
-        return _digest(self._version(service)[0], sorted(living.items()), running)
+        return _digest(self._version(service)[0], sorted(living.items(), key=lambda one: one[0]), running)
 
     def _version(self, service: Service) -> tuple[str, list[CommitId]]:
         points = [CommitId(point) for _, _, point in service.ledger.points(self.namespace)]
@@ -64,14 +64,12 @@ class TenantView:
         remotes = (store.get_setting(settings.KEY), sorted(store.absent().items()))
         return _digest(store.head, refs, points, remotes), points
 
-    def rows(self, outline: Outline, living: Mapping[CommitId, int], selected: CommitId | None = None) -> RowMaker:
+    def rows(self, outline: Outline, living: Living, selected: CommitId | None = None) -> RowMaker:
         return RowMaker(
             outline, self._history, link=_link, living=living, selected=selected, now_s=time.time()
         )  # fmt: skip
 
-    def tree(
-        self, outline: Outline, living: Mapping[CommitId, int], unfolded: Unfolded, selected: CommitId | None
-    ) -> Html:
+    def tree(self, outline: Outline, living: Living, unfolded: Unfolded, selected: CommitId | None) -> Html:
         if not outline.commits:
             return el("p", "No commits yet. A request to the API creates the first one.", id="tree", class_="empty")
         return self.rows(outline, living, selected).tree(unfolded)
@@ -97,7 +95,7 @@ class TenantView:
             raise NotFetched(f"{name} is only on {away.only_on}, and was not fetched")
         return resolve.resolve(self.repo.store, name)
 
-    def point(self, outline: Outline, name: str, codec: Codec, csrf: str, living: Mapping[CommitId, int]) -> Html:
+    def point(self, outline: Outline, name: str, codec: Codec, csrf: str, living: Living) -> Html:
         """One point in full, with what can be done from it. Raises what reading it raises."""
         away = outline.elsewhere(name)
         if away is not None:
@@ -108,10 +106,10 @@ class TenantView:
         names = outline.names.get(commit, ())
         session = outline.session(outline.first_of(commit)) if inside else None
         compare = el("button", "Compare with …", type="button", class_="compare", data_point=point.name)
-        places = ["in the engine"] if commit in living else []
+        memories = living[commit].memories if commit in living else ()
         own_names = [one for one in names if one not in outline.remote_names]
         return join(
-            parts.point_head(point, names, parts.where(outline, commit, places) if inside else ""),
+            parts.point_head(point, names, parts.where(outline, commit, memories) if inside else ""),
             forms.actions(point, own_names, csrf, [ref.name for ref in self.repo.branches()], compare),
             None if session is None else parts.commit_list(outline, session, commit, _link),
             parts.point_body(point, FragmentRoom(), can_fork=True),
@@ -133,6 +131,8 @@ class TenantView:
         shown = [
             parts.RunningShown(
                 name=job.name,
+                branch=job.asked.branch,
+                note=job.asked.note,
                 parent=None if job.parent is None else CommitId(job.parent),
                 tail=job.last_text(parts.TAIL)[-parts.TAIL :],
             )
@@ -141,7 +141,7 @@ class TenantView:
         return parts.running(shown, _link)
 
     def whole(
-        self, outline: Outline, living: Mapping[CommitId, int], codec: Codec, csrf: str, at: str | None,
+        self, outline: Outline, living: Living, codec: Codec, csrf: str, at: str | None,
         other: str | None, running: Html, version: str,
     ) -> Html:  # fmt: skip
         """The first page. A point that cannot be shown costs its own part alone."""

@@ -304,6 +304,13 @@
     }
   }
 
+  function markOver(entry) {
+    const summary = entry.querySelector("summary");
+    const branch = summary.querySelector("b")?.textContent;
+    summary.textContent = `${branch ? `${branch} is ` : ""}over; its session is in the tree`;
+    entry.classList.add("over");
+  }
+
   // Somebody reads the unfolded ones: they stay as they are, also when they are over.
   function showRunning(fresh) {
     const place = document.getElementById("running");
@@ -313,8 +320,7 @@
         entry.querySelector("summary").replaceWith(same.querySelector("summary"));
         same.replaceWith(entry);
       } else {
-        entry.classList.add("over");
-        entry.querySelector("summary").textContent = "over; its session is in the tree";
+        if (!entry.classList.contains("over")) markOver(entry);
         fresh.prepend(entry);
       }
     }
