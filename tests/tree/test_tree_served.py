@@ -499,6 +499,27 @@ def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
     assert page.evaluate("window.broken") is None and tab.wrong == []
 
 
+def test_many_texts_at_once_leave_the_page_its_connections(speaking: Gateway, open_tab: OpenTab) -> None:
+    """A browser has six to one address; with all of them taken by streams nothing else would be answered."""
+    tab = open_tab()
+    page = tab.page
+    page.goto(speaking.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    page.locator("#running").wait_for(state="attached")
+    for _ in range(7):
+        begin_saying(speaking, "and so on " * 150)
+    entries = page.locator("#running details")
+    entries.nth(6).wait_for()
+    for i in range(7):
+        entries.nth(i).locator("summary").click()
+    page.locator("#status", has_text="fold one first").wait_for()
+    assert page.locator("#running details[open]").count() == 4
+    assert page.evaluate("fetch('/tree/version').then((reply) => reply.status)") == 200
+    assert page.locator("#running .over").count() == 0
+    assert tab.wrong == []
+
+
 def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any) -> None:
     read(gateway)
     context = chromium.new_context(java_script_enabled=False)

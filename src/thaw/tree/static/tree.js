@@ -9,6 +9,8 @@
   const isFile = document.documentElement.dataset.mode === "file";
   const POLL_MS = 2000;
   const LIMIT = 20000;
+  // A browser has six connections to one address: the page's other requests need some.
+  const FOLLOWED = 4;
   let comparing = null;
   let asked = 0;
 
@@ -296,8 +298,14 @@
 
   function onToggle(event) {
     const entry = event.target;
-    if (entry.open && !following.has(entry)) follow(entry);
-    else if (!entry.open) {
+    if (entry.open && !following.has(entry)) {
+      const open = [...following.values()].filter((source) => source.readyState !== EventSource.CLOSED);
+      if (open.length < FOLLOWED) follow(entry);
+      else {
+        entry.open = false;
+        say(`The texts of ${FOLLOWED} requests grow at once; fold one first.`);
+      }
+    } else if (!entry.open) {
       following.get(entry)?.close();
       following.delete(entry);
       if (entry.classList.contains("over")) entry.remove();
