@@ -88,6 +88,36 @@ def test_commits_inside_a_session_can_be_chosen(file: Path, open_tab: OpenTab, r
     assert short(repo.resolve("deep~2").commit, 16) in page.locator("#detail dl").inner_text()
 
 
+def test_what_was_not_fetched_names_its_command_and_is_not_compared(
+    repo: Repository, tmp_path: Path, open_tab: OpenTab
+) -> None:
+    for branch in ("main", "other"):
+        with repo.session() as session:
+            session.append(f"a document for {branch}. ")
+            session.commit("read", branch=branch)
+    (tmp_path / "bucket").mkdir()
+    url = repo.add_remote("origin", (tmp_path / "bucket").as_uri()).url
+    repo.push(all=True)
+    thaw.clone(url, tmp_path / "clone", refs_only=True)
+    file = tmp_path / "clone.html"
+    with thaw.open(tmp_path / "clone") as clone:
+        clone.fetch("main")
+        file.write_text(TreeFile(clone, "clone.html", None, None).html(), "utf-8")
+    tab = open_tab()
+    page = tab.page
+    page.goto(file.as_uri())
+    rows = page.locator("[role=treeitem] > .row")
+    assert "on\u00a0disk\u00a0and\u00a0on\u00a0origin" in (rows.nth(0).text_content() or "")
+    assert "only\u00a0on\u00a0origin" in (rows.nth(1).text_content() or "")
+    rows.nth(1).locator("a").click()
+    assert "thaw fetch origin other" in page.locator("#detail").inner_text()
+    rows.nth(0).locator("a").click()
+    page.locator("button.compare").click()
+    rows.nth(1).locator("a").click()
+    assert "not in this file" in page.locator("#detail .warning").inner_text()
+    assert tab.wrong == []
+
+
 def test_hostile_text_does_nothing_and_is_seen(file: Path, open_tab: OpenTab) -> None:
     tab = open_tab()
     page = tab.page

@@ -11,9 +11,11 @@ from grown import Grower
 import thaw
 from thaw.core.ids import CommitId, short
 from thaw.repo import Repository
+from thaw.store import RefUpdate
 from thaw.tree import parts
 from thaw.tree.details import read_point
 from thaw.tree.outline import Outline, OutlineHistory, kept_on_no_branch
+from thaw.tree.page import TreeFile
 
 LONG = thaw.Sampling(max_tokens=24, logprobs=2)
 
@@ -180,24 +182,136 @@ def test_of_all_sessions_each_is_reached_from_a_root(grower: Grower) -> None:
     assert seen == outline.commits.keys() and len(waiting) == outline.num_sessions
 
 
+def where(repo: Repository, name: str) -> str:
+    """What a row says of it, up to the first figure."""
+    history = OutlineHistory(repo)
+    outline = history.outline()
+    away = outline.elsewhere(name)
+    first = outline.first_of(repo.resolve(name).commit) if away is None else away.id
+    html = parts.RowMaker(outline, history, link=str)._row(first, None)
+    return str(html).replace("\u00a0", " ").partition("<small>")[2].partition(" · ")[0].partition("</small>")[0]
+
+
+def remote_of(repo: Repository, folder: Path, name: str) -> str:
+    folder.mkdir()
+    return repo.add_remote(name, folder.as_uri()).url
+
+
 def test_a_row_says_which_remotes_have_its_kv(repo: Repository, tmp_path: Path) -> None:
     """As they were last seen: what was not pushed is on disk alone, and so is all that a forgotten remote has."""
     grow(repo)
-
-    def where(name: str) -> str:
-        history = OutlineHistory(repo)
-        outline = history.outline()
-        first = outline.first_of(repo.resolve(name).commit)
-        html = parts.RowMaker(outline, history, link=str)._row(first, None)
-        return str(html).replace("\u00a0", " ").partition("<small>")[2].partition(" · ")[0]
-
-    assert where("main") == where("kid/0") == "on disk"
+    assert where(repo, "main") == where(repo, "kid/0") == "on disk"
     for name in ("origin", "spare"):
-        (tmp_path / name).mkdir()
-        repo.add_remote(name, (tmp_path / name).as_uri())
+        remote_of(repo, tmp_path / name, name)
     repo.push("main", remote="origin")
     repo.push("kid/0", remote="spare")
-    assert where("main") == "on disk, on origin and on spare"
-    assert where("kid/0") == "on disk and on spare" and where("kid/1") == "on disk"
+    assert where(repo, "main") == "on disk, on origin and on spare"
+    assert where(repo, "kid/0") == "on disk and on spare" and where(repo, "kid/1") == "on disk"
     repo.remove_remote("spare")
-    assert where("main") == "on disk and on origin" and where("kid/0") == "on disk"
+    assert where(repo, "main") == "on disk and on origin" and where(repo, "kid/0") == "on disk"
+
+
+def test_a_session_of_which_a_remote_has_the_beginning_says_so(repo: Repository, tmp_path: Path) -> None:
+    session = repo.session()
+    for i in range(3):
+        session.append(f"turn {i} ")
+        session.commit(f"turn {i}", branch="main")
+        if i == 1:
+            remote_of(repo, tmp_path / "origin", "origin")
+            repo.push("main")
+    repo.store.update_refs(RefUpdate("origin/main", "tag", repo.resolve("main~2").commit, "any", "an older one"))
+    assert where(repo, "main") == "on disk"  # origin/main ends the session before it
+    repo.push("main")
+    assert where(repo, "main") == "on disk and on origin"
+    session.append("turn 3 ")
+    session.commit("turn 3", branch="main")
+    session.append("turn 4 ")
+    session.commit("turn 4", branch="main")
+    assert where(repo, "main") == "on disk"
+
+
+@pytest.fixture
+def pushed(repo: Repository, tmp_path: Path) -> str:
+    """A remote with main, two commits, and four forks of it."""
+    grow(repo)
+    url = remote_of(repo, tmp_path / "bucket", "origin")
+    repo.push(all=True)
+    return url
+
+
+def test_a_branch_that_was_never_fetched_is_only_on_its_remote(pushed: str, repo: Repository, tmp_path: Path) -> None:
+    """Nobody asks the remote while the tree is drawn: it is not even there."""
+    thaw.clone(pushed, tmp_path / "clone", refs_only=True)
+    (tmp_path / "bucket").rename(tmp_path / "away")
+    with thaw.open(tmp_path / "clone") as clone:
+        outline = OutlineHistory(clone).outline()
+        assert (outline.num_commits, outline.num_sessions, outline.num_elsewhere) == (0, 0, 5)
+        assert {name for names in outline.names.values() for name in names} == outline.remote_names
+        assert where(clone, "origin/main") == where(clone, "origin/kid/2") == "only on origin"
+        away = outline.elsewhere("origin/kid/2")
+        assert away is not None and away.id == repo.resolve("kid/2").commit
+        assert "thaw fetch origin kid/2<" in parts.not_fetched(outline, away)
+        page = TreeFile(clone, "file.html", None, None)
+        html = page.html()
+        assert page.num_commits == 0 and "only\u00a0on\u00a0origin" in html and "5 commits not fetched" in html
+        assert f'id="p-{short(away.id, 16)}"' in html and "thaw fetch origin kid/2" in html
+    (tmp_path / "away").rename(tmp_path / "bucket")
+    with thaw.open(tmp_path / "clone") as clone:
+        clone.fetch("kid/2")
+        assert where(clone, "origin/kid/2") == "on disk and on origin"
+        # main is what kid/2 forked from, and came with it
+        assert (
+            where(clone, "origin/main") == "on disk and on origin" and where(clone, "origin/kid/1") == "only on origin"
+        )
+        names = OutlineHistory(clone).outline().names
+        assert "origin/main" in names[clone.resolve("origin/main").commit]
+
+
+def test_what_a_shallow_clone_left_in_its_remote_is_the_parent_of_what_it_brought(
+    pushed: str, repo: Repository, tmp_path: Path
+) -> None:
+    thaw.clone(pushed, tmp_path / "clone", depth=1)
+    main = repo.resolve("main").commit
+    with thaw.open(tmp_path / "clone") as clone:
+        history = OutlineHistory(clone)
+        outline = history.outline()
+        before = repo.resolve("main~1").commit
+        away = outline.elsewhere(short(before, 16))
+        assert away is not None and away.id == before and outline.commits[main].parent == before
+        assert outline.roots == (before,) and outline.session(before).children == (main,)
+        assert outline.ways_to(main) == [before] and outline.num_elsewhere == 1 and outline.num_commits == 5
+        assert where(clone, short(before, 16)) == "only on origin" and where(clone, "main") == "on disk and on origin"
+        assert "thaw fetch --unshallow origin" in parts.not_fetched(outline, away)
+        # what it shares with a commit that is not here is not known, so nothing is called its own
+        row = str(parts.RowMaker(outline, history, link=str)._row(main, None)).replace("\u00a0", " ")
+        assert f"{outline.commits[main].num_tokens} tokens" in row and " own" not in row
+        html = TreeFile(clone, "file.html", None, None).html()
+        assert "thaw fetch --unshallow origin" in html and "1 commit not fetched" in html
+        assert set(history.outline(only=main).commits) == set(outline.commits)
+        clone.fetch(unshallow=True)
+        whole = history.outline()
+        assert whole.num_elsewhere == 0 and where(clone, short(before, 16)) == "on disk and on origin"
+
+
+def test_a_namespace_is_told_of_its_own_remote_points_alone(repo: Repository, tmp_path: Path) -> None:
+    url = remote_of(repo, tmp_path / "bucket", "origin")
+    acme = repo.within("acme")
+    for one, text in ((repo, "everybody's"), (acme, "acme's own")):
+        with one.session() as session:
+            session.append(text)
+            session.commit(text, branch="main")
+        one.push("main", remote="origin")
+    thaw.clone(url, tmp_path / "clone", refs_only=True, namespace="acme")
+    with thaw.open(tmp_path / "clone") as clone:
+        assert OutlineHistory(clone).outline().num_elsewhere == 0
+        assert set(OutlineHistory(clone.within("acme")).outline().commits) == {acme.resolve("main").commit}
+
+
+def test_damaged_kv_is_told_with_the_remotes_that_have_it(repo: Repository, tmp_path: Path) -> None:
+    grow(repo)
+    remote_of(repo, tmp_path / "bucket", "origin")
+    repo.push("main")
+    with repo.store.database.write() as connection:
+        connection.execute("DELETE FROM blobs")
+    assert where(repo, "main") == "KV here damaged or gone: run `thaw fsck`; on origin"
+    assert where(repo, "kid/0") == "KV here damaged or gone: run `thaw fsck`"

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 import pytest
 from grown import Grower
 from hostile import MARKUP, TEXT
 from test_tree_file import ELEMENTS, Page
 
+import thaw
 from gateway_stand import TOKEN, Gateway
 from reciting import reciting, say
 from thaw.core.ids import short
 from thaw.engines.base import Engine
+from thaw.gateway.engines import memory_of
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.tenants import Quota, Tenant, Tenants, single
 from thaw.tree.markup import visible
@@ -276,12 +279,74 @@ def test_responses_on_no_branch_are_shown_until_they_are_forgotten(gateway: Gate
     second = client.responses.create(model="fake", input="and then", previous_response_id=first.id, max_output_tokens=8)
     visitor = Visitor(gateway)
     end = short(second.thaw["point"], 16)
-    assert f'data-point="{end}"' in visitor.home.text and "in\u00a0the\u00a0engine" in visitor.home.text
+    assert f'data-point="{end}"' in visitor.home.text and "in\u00a0host\u00a0memory" in visitor.home.text
     assert visitor.post("forget", point=end, what="response:").status_code == 200
     assert f'data-point="{end}"' not in visitor.http.get("/").text
     headers = {"authorization": f"Bearer {TOKEN}"}
     assert httpx.get(f"{gateway.url}/v1/responses/{second.id}", headers=headers).status_code == 404
     assert httpx.get(f"{gateway.url}/v1/responses/{first.id}", headers=headers).status_code == 200
+
+
+def test_what_a_remote_has_is_shown_and_looking_fetches_nothing(
+    stack: ExitStack, tmp_path: Path, engine: Engine, open_tab: OpenTab
+) -> None:
+    """The remote is out of reach while the page is looked at; then its branch is fetched, and the page sees it."""
+    (tmp_path / "bucket").mkdir()
+    with thaw.open(tmp_path / "runs", engine=engine) as repo:
+        for i in range(3):
+            with repo.session("main") if i else repo.session() as session:
+                session.append(f"the river {i} ")
+                session.commit(f"turn {i}", branch="main")
+        with repo.session("main~1") as session:
+            session.append("another way")
+            session.commit("another way", branch="other")
+        repo.add_remote("origin", (tmp_path / "bucket").as_uri())
+        repo.push(all=True)
+    thaw.clone((tmp_path / "bucket").as_uri(), tmp_path / "clone", refs_only=True)
+    with thaw.open(tmp_path / "clone") as clone:
+        clone.fetch("main", depth=1)
+    (tmp_path / "bucket").rename(tmp_path / "away")
+    gateway = serve(stack, tmp_path / "clone", engine)
+    visitor = Visitor(gateway)
+    told = visitor.http.get("/").text.replace("\u00a0", " ")
+    assert told.count("only on origin") == 2 and told.count("on disk and on origin") == 1
+    assert "origin/other" in told and "2 commits not fetched" in told and "2 branches of remotes" in told
+    for path in ("/tree/point?at=origin/other", "/?at=origin/other"):
+        assert "thaw fetch origin other" in visitor.http.get(path).text
+    assert "was not fetched" in visitor.http.get("/tree/diff?a=origin/main&b=origin/other").text
+    point = visitor.http.get("/tree/point?at=origin/main").text
+    assert "on disk and on origin" in point and "tag:origin" not in point and "branch:origin" not in point
+    assert len(list(gateway.repo.store.commits())) == 1
+
+    tab = open_tab()
+    page = tab.page
+    page.goto(gateway.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    rows = page.locator("[role=treeitem] > .row")
+    rows.filter(has_text="origin/other").locator("a").click()
+    page.locator("#detail code", has_text="thaw fetch origin other").wait_for()
+    rows.filter(has_text="origin/main").locator("a").click()
+    page.locator("#detail h2", has_text="origin/main").wait_for()
+    (tmp_path / "away").rename(tmp_path / "bucket")
+    with thaw.open(tmp_path / "clone") as clone:
+        clone.fetch(unshallow=True)
+    rows.filter(has_text="origin/other").filter(has_text="disk").wait_for()
+    assert page.locator("#totals", has_text="not fetched").count() == 0
+    assert tab.wrong == []
+
+
+def test_open_sessions_are_where_their_engine_keeps_them(engine: Engine) -> None:
+    """Served engines keep idle ones in their arena, in host memory; others where they compute."""
+
+    def places(name: str, device: str) -> tuple[str, str]:
+        info = msgspec.structs.replace(engine.info, name=name, device=device)
+        return memory_of(info, running=True), memory_of(info, running=False)
+
+    host, gpu = "in host memory", "on the GPU"
+    assert places("fake", engine.info.device) == places("vllm", "cpu") == (host, host)
+    assert places("transformers", "cuda:0") == (gpu, gpu)
+    assert places("vllm", "cuda:0") == places("sglang", "cuda") == (gpu, host)
 
 
 def test_no_key_and_no_text_is_in_the_audit_line(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
@@ -402,6 +467,57 @@ def test_text_grows_in_a_browser_and_stays_inert(speaking: Gateway, open_tab: Op
     entry.wait_for(state="detached")
     assert page.evaluate("window.broken") is None and tab.wrong == []
     assert {url for url in tab.asked if not url.startswith((speaking.url, "data:"))} == set()
+
+
+def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
+    speaking: Gateway, open_tab: OpenTab
+) -> None:
+    first = speaking.openai().responses.create(model="fake", input=f"Go. {say('yes')}", max_output_tokens=40)
+    tab = open_tab()
+    page = tab.page
+    page.goto(speaking.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    page.locator("[role=treeitem] > .row > a").first.click()
+    page.locator("summary", has_text="Fork").click()
+    text = MARKUP[1] + " and so on" * 60
+    page.fill("textarea[name=prompt]", f"{MARKUP[0]} {say(text)}")
+    page.fill("input[name=max_tokens]", "2000")
+    page.locator("form[action='/tree/fork'] button").click()
+    entries = page.locator("#running details")
+    entries.nth(1).wait_for()
+    assert entries.locator("summary b").all_text_contents() == ["fork/0", "fork/1"]
+    assert (entries.nth(0).locator("q").text_content() or "").startswith(MARKUP[0])
+    assert entries.nth(0).locator("summary a").text_content() == short(first.thaw["point"], 16)
+    for i in range(2):
+        entries.nth(i).locator("summary").click()
+    page.locator("#running .over").nth(1).wait_for(timeout=120_000)
+    assert [entries.nth(i).locator("pre").text_content() for i in range(2)] == [text, text]
+    assert sorted(entries.locator("summary").all_text_contents()) == [
+        f"fork/{i} is over; its session is in the tree" for i in range(2)
+    ]
+    assert page.evaluate("window.broken") is None and tab.wrong == []
+
+
+def test_many_texts_at_once_leave_the_page_its_connections(speaking: Gateway, open_tab: OpenTab) -> None:
+    """A browser has six to one address; with all of them taken by streams nothing else would be answered."""
+    tab = open_tab()
+    page = tab.page
+    page.goto(speaking.url)
+    page.fill("#key", TOKEN)
+    page.keyboard.press("Enter")
+    page.locator("#running").wait_for(state="attached")
+    for _ in range(7):
+        begin_saying(speaking, "and so on " * 150)
+    entries = page.locator("#running details")
+    entries.nth(6).wait_for()
+    for i in range(7):
+        entries.nth(i).locator("summary").click()
+    page.locator("#status", has_text="fold one first").wait_for()
+    assert page.locator("#running details[open]").count() == 4
+    assert page.evaluate("fetch('/tree/version').then((reply) => reply.status)") == 200
+    assert page.locator("#running .over").count() == 0
+    assert tab.wrong == []
 
 
 def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any) -> None:

@@ -17,13 +17,15 @@ from typing import TypeAlias
 
 from thaw.core.errors import EngineDied, InvalidRequest, Refused, ThawError
 from thaw.core.identity import compare
-from thaw.engines.base import Engine
+from thaw.engines.base import Engine, EngineInfo
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
 from thaw.repo.repository import open as open_repository
 
+WITH_ARENA = frozenset({"vllm", "sglang"})
+"""Engines that keep the KV of idle sessions in host memory, whatever they run on."""
 REJOIN_S = 600.0
 """How long requests wait while no engine is up."""
 Reconnect: TypeAlias = Callable[[], Engine]
@@ -49,6 +51,9 @@ class ServingEngine:
     @property
     def engine(self) -> Engine:
         return self.repo.sync.engine
+
+    def memory(self, *, running: bool) -> str:
+        return memory_of(self.engine.info, running=running)
 
     @property
     def can_come_back(self) -> bool:
@@ -197,6 +202,12 @@ class ServingEngines:
         """Those that came later, and the views; not the engines that were given."""
         for one in self.all:
             await one.close()
+
+
+def memory_of(info: EngineInfo, *, running: bool) -> str:
+    """Where the KV of an open session is: if it is `running` where the engine computes, else where it is kept."""
+    where_it_computes = running or info.name not in WITH_ARENA
+    return "on the GPU" if where_it_computes and not info.device.startswith("cpu") else "in host memory"
 
 
 def _load(one: ServingEngine) -> tuple[int, int]:

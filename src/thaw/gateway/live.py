@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from itertools import count
 from typing import TypeAlias
 
+import msgspec
+
 from thaw.core.errors import Refused, ThawError
 from thaw.core.ids import CommitId
 from thaw.core.prefix import common_prefix
@@ -76,6 +78,15 @@ class LiveEntry:
         assert self.session is not None
         with self.held():
             return (await self.session.fork(1, None if self.commit and at == len(self.tokens) else at))[0]
+
+
+class OpenSessions(msgspec.Struct):
+    """Of one commit. `num_tokens`: how many of its tokens are open, at most; `num_running`: requests that run from it;
+    `memories`: where the KV of these is."""
+
+    num_tokens: int = 0
+    num_running: int = 0
+    memories: set[str] = msgspec.field(default_factory=set)
 
 
 def _is_alike(entry: LiveEntry, namespace: str, chat: bool) -> bool:
@@ -179,17 +190,17 @@ class LiveSessions:
             entry.gone = True
             await self._close(entry)
 
-    def standing(self, namespace: str) -> dict[CommitId, tuple[int, int]]:
-        """The commits behind which sessions are open: how many tokens of each at most, and how many requests are under
-        way from there."""
-        found: dict[CommitId, tuple[int, int]] = {}
+    def standing(self, namespace: str) -> dict[CommitId, OpenSessions]:
+        """The commits behind which sessions are open, or from which requests run."""
+        found: dict[CommitId, OpenSessions] = {}
         for entry in self._entries.values():
             commit = entry.commit or entry.parent
             if entry.namespace == namespace and commit is not None:
-                tokens, running = found.get(CommitId(commit), (0, 0))
+                one = found.setdefault(CommitId(commit), OpenSessions())
                 is_open = entry.commit is not None
-                tokens = max(tokens, len(entry.tokens) if is_open else 0)
-                found[CommitId(commit)] = (tokens, running + (not is_open))
+                one.num_tokens = max(one.num_tokens, len(entry.tokens) if is_open else 0)
+                one.num_running += not is_open
+                one.memories.add(entry.home.memory(running=not is_open))
         return found
 
     async def _close(self, entry: LiveEntry) -> None:

@@ -4,6 +4,9 @@ A *session* of the tree is a run of commits: it begins where it forked from anot
 first commit that has a name or other than one child. So a conversation of fifty turns is one session, and the depth of
 the tree is the number of forks. A session is known by its first commit, whatever is added to it later.
 
+A commit that only a remote has is a session of its own, of which no more is known than its id. Nothing is asked of a
+remote: what it has is what it had when it was last seen.
+
 `OutlineHistory` remembers what commits say, which never changes; an `Outline` is what branches and tags name now.
 Neither reads KV, and nothing here is written.
 """
@@ -11,7 +14,7 @@ Neither reads KV, and nothing here is written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -23,7 +26,7 @@ from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Segment, SegmentEntry, State, segment_blobs
 from thaw.core.prefix import common_prefix
-from thaw.remote import settings
+from thaw.remote import settings, tracking
 from thaw.repo import timeline
 from thaw.repo.log import names_at
 from thaw.repo.refs import DETACHED
@@ -38,7 +41,8 @@ WINDOW = 4096
 
 
 class OutlineCommit(msgspec.Struct, frozen=True, kw_only=True):
-    """What the tree says of a commit. It stands in the tree below the first of its parents."""
+    """What the tree says of a commit. It stands in the tree below the first of its parents. `only_on`: the remote that
+    has it, where it is not here; its length is not known then, and its time is that of what follows it, or 0."""
 
     id: CommitId
     parents: tuple[CommitId, ...]
@@ -48,6 +52,7 @@ class OutlineCommit(msgspec.Struct, frozen=True, kw_only=True):
     num_turns: int
     num_kv: int
     model: str
+    only_on: str = ""
 
     @property
     def parent(self) -> CommitId | None:
@@ -95,8 +100,15 @@ class OutlineHistory:
             self._own = {key: part for key, part in self._own.items() if key[0] in known}
             saved = _saved(known, self._groups_of)
         names = names_at(self._store, {ref.target for ref in refs})
-        sent = _on_remotes(self._store, refs, known)
-        return Outline(_around(known, only) if only is not None else known, names, saved, sent)
+        seen = _seen_on_remotes(self._store, refs)
+        known |= _only_on_remotes(self._store, seen, known)
+        return Outline(
+            _around(known, only) if only is not None else known,
+            _with_promised(names, seen),
+            saved,
+            remotes=_on_remotes(seen, known),
+            remote_names={name for name, _, _ in seen},
+        )
 
     def own_part(self, tip: CommitId, base: CommitId | None) -> OwnPart:
         """What `tip` has that `base` lacks; None is nothing. Cached."""
@@ -160,20 +172,59 @@ class OutlineHistory:
         return self._groups[model]
 
 
-def _on_remotes(
-    store: Store, refs: Iterable[Ref], known: Mapping[CommitId, OutlineCommit]
-) -> dict[CommitId, tuple[str, ...]]:
+_Seen: TypeAlias = tuple[str, str, CommitId]
+"""A remote's branch as a point (`origin/main`), the remote, and the commit at which the branch was last seen."""
+
+
+def _seen_on_remotes(store: Store, refs: Iterable[Ref]) -> list[_Seen]:
+    """Branches of remotes: those that were fetched or pushed, and those that only their names are known of."""
+    book = settings.read(store)
+    here = [(ref.name, ref.target) for ref in refs if ref.kind == "tag" and tracking.is_tracking(ref.name, book)]
+    promised = [(name, CommitId(commit)) for name, commit in settings.promised(store).items()]
+    return sorted((name, name.partition("/")[0], commit) for name, commit in (*here, *promised))
+
+
+def _only_on_remotes(
+    store: Store, seen: Iterable[_Seen], known: Mapping[CommitId, OutlineCommit]
+) -> dict[CommitId, OutlineCommit]:
+    """Commits that are not here: what a shallow fetch left in its remote, and branches that were never fetched."""
+    after: dict[CommitId, int] = {}
+    for commit in known.values():
+        if commit.parent is not None and commit.parent not in known:
+            after[commit.parent] = max(after.get(commit.parent, 0), commit.time_ns)
+    remotes = {commit: remote for _, remote, commit in seen}
+    remotes |= {CommitId(commit): remote for commit, remote in store.absent().items() if commit in after}
+    return {
+        commit: OutlineCommit(
+            id=commit, parents=(), message="", time_ns=after.get(commit, 0), num_tokens=0, num_turns=0, num_kv=0,
+            model="", only_on=remote,
+        )
+        for commit, remote in remotes.items() if commit not in known
+    }  # fmt: skip
+
+
+def _with_promised(names: Mapping[CommitId, tuple[str, ...]], seen: Iterable[_Seen]) -> dict[CommitId, tuple[str, ...]]:
+    """`names`, and those of branches that were never fetched."""
+    found = dict(names)
+    for name, _, commit in seen:
+        if name not in found.get(commit, ()):
+            found[commit] = (*found.get(commit, ()), name)
+    return found
+
+
+def _on_remotes(seen: Sequence[_Seen], known: Mapping[CommitId, OutlineCommit]) -> dict[CommitId, tuple[str, ...]]:
     """Of each commit the remotes that have it, as they were last seen: those whose branches lead to it."""
-    tags = [ref for ref in refs if ref.kind == "tag" and "/" in ref.name]
-    book = settings.read(store) if tags else settings.RemoteBook()
-    found: dict[CommitId, tuple[str, ...]] = {}
-    for remote in sorted(book.remotes):
-        waiting = [ref.target for ref in tags if ref.name.startswith(f"{remote}/")]
+    found: dict[CommitId, tuple[str, ...]] = {one.id: (one.only_on,) for one in known.values() if one.only_on}
+    for remote in sorted({remote for _, remote, _ in seen}):
+        reached: set[CommitId] = set()
+        waiting = [commit for _, its, commit in seen if its == remote]
         while waiting:
             one = waiting.pop()
-            if one in known and remote not in found.get(one, ()):
-                found[one] = (*found.get(one, ()), remote)
+            if one in known and one not in reached:
+                reached.add(one)
                 waiting += known[one].parents
+        for one in reached:
+            found[one] = tuple(sorted({*found.get(one, ()), remote}))
     return found
 
 
@@ -244,22 +295,26 @@ class Outline:
         commits: Mapping[CommitId, OutlineCommit],
         names: Mapping[CommitId, tuple[str, ...]],
         saved: Saved,
-        remotes: Mapping[CommitId, tuple[str, ...]] | None = None,
+        *,
+        remotes: Mapping[CommitId, tuple[str, ...]],
+        remote_names: Collection[str],
     ) -> None:
-        """`remotes`: which remotes have a commit, and its KV, too."""
+        """`remotes`: which remotes have a commit, with all of its KV; `remote_names`: of `names`, those of remotes'
+        branches."""
         self.commits = commits
-        self.remotes = remotes or {}
+        self.remotes, self.remote_names = remotes, remote_names
         self.names = {commit: names[commit] for commit in names if commit in commits}
         self.saved = saved
         self._children: dict[CommitId, list[CommitId]] = {}
         roots = []
-        for commit in sorted(commits.values(), key=lambda one: (-one.time_ns, one.id)):
+        for commit in sorted(commits.values(), key=lambda one: (-one.time_ns, self.names.get(one.id, ()), one.id)):
             if commit.parent is not None and commit.parent in commits:
                 self._children.setdefault(commit.parent, []).append(commit.id)
             else:
                 roots.append(commit.id)
         self.roots: tuple[CommitId, ...] = tuple(roots)
         """First commits of the sessions that forked from nothing, newest first."""
+        self._elsewhere = [commit for commit in commits.values() if commit.only_on]
         self._size = self._sizes()
         self._sessions: dict[CommitId, TreeSession] = {}
 
@@ -282,7 +337,7 @@ class Outline:
 
     def _session(self, first: CommitId) -> TreeSession:
         run = [first]
-        while run[-1] not in self.names and len(after := self._children.get(run[-1], [])) == 1:
+        while not self._ends(run[-1]) and len(after := self._children.get(run[-1], [])) == 1:
             run.append(after[0])
         children = tuple(self._children.get(run[-1], ()))
         return TreeSession(
@@ -293,14 +348,33 @@ class Outline:
             num_below=sum(self._size[child] for child in children),
         )
 
+    def _ends(self, commit: CommitId) -> bool:
+        """Whether it is the last of its session, however many children it has."""
+        return commit in self.names or bool(self.commits[commit].only_on)
+
+    def elsewhere(self, point: str) -> OutlineCommit | None:
+        """The commit that only a remote has, by its id, the first digits of it, or its name there."""
+        digits = point.removeprefix("b3:")
+        for commit in self._elsewhere:
+            if point in self.names.get(commit.id, ()) or (len(digits) >= 4 and commit.id.startswith(f"b3:{digits}")):
+                return commit
+        return None
+
     def first_of(self, commit: CommitId) -> CommitId:
         """The first commit of the session that a commit belongs to. Raises `KeyError` for one that is not here."""
         at = self.commits[commit]
         while at.parent is not None and at.parent in self.commits:
-            if at.parent in self.names or len(self._children[at.parent]) > 1:
+            if self._ends(at.parent) or len(self._children[at.parent]) > 1:
                 break
             at = self.commits[at.parent]
         return at.id
+
+    def base_here(self, session: TreeSession) -> CommitId | None:
+        """What a session forked from, if that is here."""
+        base = session.base
+        if base is None or base not in self.commits or self.commits[base].only_on:
+            return None
+        return base
 
     def ways_to(self, first: CommitId) -> list[CommitId]:
         """The first commits of the sessions above one, the nearest first."""
@@ -310,13 +384,24 @@ class Outline:
         return above
 
     @property
+    def num_commits(self) -> int:
+        """Of those that are here."""
+        return len(self.commits) - len(self._elsewhere)
+
+    @property
+    def num_elsewhere(self) -> int:
+        """Commits that only a remote has, as far as they are known."""
+        return len(self._elsewhere)
+
+    @property
     def num_sessions(self) -> int:
-        return sum(1 for _ in self._firsts())
+        """Of those that are here."""
+        return sum(1 for _ in self._firsts()) - len(self._elsewhere)
 
     def _firsts(self) -> Iterator[CommitId]:
         yield from self.roots
         for commit, children in self._children.items():
-            if len(children) > 1 or commit in self.names:
+            if len(children) > 1 or self._ends(commit):
                 yield from children
 
 

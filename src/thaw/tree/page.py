@@ -142,7 +142,7 @@ class TreeFile:
 
     @property
     def num_commits(self) -> int:
-        return len(self._outline.commits)
+        return self._outline.num_commits
 
     def html(self) -> Html:
         """At most `FILE_NBYTES` in UTF-8, whatever the repository holds. Raises what reading it raises."""
@@ -162,7 +162,7 @@ class TreeFile:
         points = self._points(list(self._order(unfolded)), room)
         detail = el("p", HINT, class_="hint")
         foot = join(
-            f"The turns of {self.num_points:,} of {len(self._outline.commits):,} commits are in this file. ",
+            f"The turns of {self.num_points:,} of {self.num_commits:,} commits are in this file. ",
             el("noscript", "Without JavaScript only the list of sessions is shown."),
         )
         title = title_of(self._repo)
@@ -196,10 +196,18 @@ class TreeFile:
     def _points(self, order: list[CommitId], room: int) -> Html:
         """`template` elements of as many points as there is room for; each turn once, whoever has it."""
         made: list[Html] = []
+        for one in order:
+            away = self._outline.commits[one]
+            if away.only_on:
+                said = el("template", parts.not_fetched(self._outline, away), id=f"p-{short(one, ID_DIGITS)}")
+                made.append(said)
+                room -= len(said.encode())
         turns: dict[tuple[object, ...], str] = {}
         lists: set[CommitId] = set()
         for commit in dict.fromkeys(order):
             new: dict[tuple[object, ...], Html] = {}
+            if self._outline.commits[commit].only_on:
+                continue
             try:
                 point = read_point(self._repo, short(commit, ID_DIGITS), self._codec)
             except Damaged as error:
@@ -241,7 +249,7 @@ class TreeFile:
         first = self._outline.first_of(commit)
         several = len(self._outline.session(first).commits) > 1
         return join(
-            parts.point_head(point, self._outline.names.get(commit, ())),
+            parts.point_head(point, self._outline.names.get(commit, ()), parts.where(self._outline, commit)),
             el("p", el("button", "Compare with …", type="button", class_="compare", data_point=name), class_="actions"),
             el("p", data_turn=f"c-{short(first, ID_DIGITS)}") if several else None,
             parts.legend(point.turns),

@@ -17,7 +17,7 @@ from thaw.repo.diff import Diff, Side
 from thaw.tree import words
 from thaw.tree.details import PointShown, TokenShown, TurnShown
 from thaw.tree.markup import Html, each, el, join
-from thaw.tree.outline import Outline, OutlineHistory, OwnPart, TreeSession
+from thaw.tree.outline import Outline, OutlineCommit, OutlineHistory, OwnPart, TreeSession
 
 ROWS = 120
 """Sessions of a first page."""
@@ -33,8 +33,16 @@ RUNNING = 12
 """Requests under way that are shown."""
 TAIL = 1_000
 """Characters of their text in the page; the script follows all of it."""
-Living = Mapping[CommitId, int]
-"""Commits whose KV is in the engine now, with how many requests run from there."""
+
+
+class LivingShown(msgspec.Struct, frozen=True, kw_only=True):
+    """A commit whose KV is in an engine now. `num_running`: requests that run from there; `memories`: where in it."""
+
+    num_running: int
+    memories: tuple[str, ...]
+
+
+Living = Mapping[CommitId, LivingShown]
 
 
 class Unfolded(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,32 +158,56 @@ class RowMaker:
         """In a file, what is not in it."""
         if self._command is None or not session.children:
             return None
-        point = short(session.tip, ID_DIGITS)
+        here = not self._outline.commits[session.tip].only_on
+        command = self._command(short(session.tip, ID_DIGITS)) if here else "thaw log --graph --all"
         said = f"{words.count(session.num_below, 'commit')} below, not in this file: "
-        return el("p", said, el("code", self._command(point)), class_="left-out")
+        return el("p", said, el("code", command), class_="left-out")
 
     def _label(self, session: TreeSession, point: str) -> Html:
         commit = self._outline.commits[session.tip]
-        running = sum(self._living.get(one, 0) for one in session.commits)
-        open_now = any(one in self._living for one in session.commits)
-        part = self._history.own_part(session.tip, session.base if session.base in self._outline.commits else None)
+        if commit.only_on:
+            return join(
+                el("a", f"commit {short(commit.id)}, not fetched", href=self._link(point), tabindex="-1"),
+                *self._names(session),
+                el("small", _together(where(self._outline, commit.id))),
+            )
+        living = [self._living[one] for one in session.commits if one in self._living]
+        running = sum(one.num_running for one in living)
+        memories = sorted({memory for one in living for memory in one.memories}, reverse=True)
+        part = self._history.own_part(session.tip, self._outline.base_here(session))
         return join(
             el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point), tabindex="-1"),
-            *(el("b", name, class_=_kind(name)) for name in session.names[:NAMES]),
-            el("b", f"{len(session.names) - NAMES} more names") if len(session.names) > NAMES else None,
+            *self._names(session),
             el("i", words.count(running, "request") + " running", class_="running") if running else None,
-            el("small", self._figures(session, part, open_now), class_="live" if open_now else None),
+            el("small", self._figures(session, part, memories), class_="live" if living else None),
         )
 
-    def _figures(self, session: TreeSession, part: OwnPart, open_now: bool) -> str:
+    def _names(self, session: TreeSession) -> list[Html]:
+        shown = [el("b", name, class_=self._kind(name)) for name in session.names[:NAMES]]
+        left = len(session.names) - len(shown)
+        return [*shown, el("b", f"{left} more names")] if left else shown
+
+    def _kind(self, name: str) -> str:
+        if name in self._outline.remote_names:
+            return "remote"
+        return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
+
+    def _figures(self, session: TreeSession, part: OwnPart, memories: Sequence[str]) -> str:
         commit = self._outline.commits[session.tip]
         if part.nbytes is None:
-            own = ["KV damaged or gone: run `thaw fsck`"]
+            remotes = self._outline.remotes.get(session.tip, ())
+            also = f"; {words.together(*(f'on {name}' for name in remotes))}" if remotes else ""
+            own = [f"KV here damaged or gone: run `thaw fsck`{also}"]
+        elif self._outline.base_here(session) is None and session.base in self._outline.commits:
+            own = [
+                self._where(session, memories),
+                words.count(part.num_own, "token"),
+                f"{words.nbytes(part.nbytes)} here",
+            ]
         else:
             shared = [f"{part.num_shared:,} shared"] if part.num_shared else []
-            remotes = [f"on {name}" for name in self._outline.remotes.get(session.tip, ())]
             own = [
-                words.together(*(["in the engine"] if open_now else []), "on disk", *remotes),
+                self._where(session, memories),
                 words.count(part.num_own, "own token"),
                 *shared,
                 f"{words.nbytes(part.nbytes)} own",
@@ -183,6 +215,13 @@ class RowMaker:
         run = [words.count(len(session.commits), "commit")] if len(session.commits) > 1 else []
         when = words.moment(commit.time_ns)[:16] if self._now_s is None else words.age(commit.time_ns, self._now_s)
         return " · ".join(_together(part) for part in [*own, *run, when])
+
+    def _where(self, session: TreeSession, memories: Sequence[str]) -> str:
+        """Of its last commit; and which remotes have only earlier ones."""
+        whole = self._outline.remotes.get(session.tip, ())
+        some = [name for name in self._outline.remotes.get(session.id, ()) if name not in whole]
+        partly = f", partly {words.together(*(f'on {name}' for name in some))}" if some else ""
+        return where(self._outline, session.tip, memories) + partly
 
     def _more(self, parent: CommitId | None, start: int, rest: Sequence[CommitId]) -> Html:
         said = words.count(len(rest), "more session")
@@ -200,20 +239,39 @@ def _together(words_of_one: str) -> str:
     return words_of_one.replace(" ", "\u00a0").replace("-", "\u2011")
 
 
-def _kind(name: str) -> str:
-    return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
+def where(outline: Outline, commit: CommitId, memories: Sequence[str] = ()) -> str:
+    """Where a commit's KV is: an engine's `memories`, this disk, remotes as they were last seen."""
+    remotes = outline.remotes.get(commit, ())
+    if outline.commits[commit].only_on:
+        return f"only {words.together(*(f'on {name}' for name in remotes))}"
+    return words.together(*memories, "on disk", *(f"on {name}" for name in remotes))
+
+
+def not_fetched(outline: Outline, commit: OutlineCommit) -> Html:
+    """In place of a point that only a remote has: which command brings it."""
+    names = outline.names.get(commit.id, ())
+    branches = sorted(name.partition("/")[2] for name in names if name.startswith(f"{commit.only_on}/"))
+    command = f"thaw fetch {commit.only_on} {branches[0]}" if branches else f"thaw fetch --unshallow {commit.only_on}"
+    return join(
+        el("h2", ", ".join(names) or short(commit.id), tabindex="-1"),
+        el("p", f"Commit {short(commit.id, ID_DIGITS)} is {where(outline, commit.id)}, as that was last seen."),
+        el("p", "Its turns and its KV were not fetched. This command brings them: ", el("code", command)),
+    )
 
 
 def totals(outline: Outline, stored_nbytes: int | None) -> Html:
     """The line above the tree."""
-    names = [name for found in outline.names.values() for name in found]
+    names = [name for found in outline.names.values() for name in found if name not in outline.remote_names]
     num_tags = sum(name.startswith("tag: ") for name in names)
+    num_remote, num_elsewhere = len(outline.remote_names), outline.num_elsewhere
     saved = outline.saved
     told = [
         words.count(outline.num_sessions, "session"),
-        words.count(len(outline.commits), "commit"),
+        words.count(outline.num_commits, "commit"),
         words.count(len(names) - num_tags, "branch", "branches"),
         words.count(num_tags, "tag"),
+        *([words.count(num_remote, "branch of a remote", "branches of remotes")] if num_remote else []),
+        *([words.count(num_elsewhere, "commit") + " not fetched"] if num_elsewhere else []),
         *([] if stored_nbytes is None else [f"{words.nbytes(stored_nbytes)} of KV stored"]),
     ]
     forked = (
@@ -228,9 +286,12 @@ def totals(outline: Outline, stored_nbytes: int | None) -> Html:
 
 
 class RunningShown(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that is being answered. `parent`: the commit that it continues; `tail`: the end of its text."""
+    """A request that is being answered. `branch`: which it will become, None: none; `note`: what it is about; `parent`:
+    the commit that it continues; `tail`: the end of its text."""
 
     name: str
+    branch: str | None
+    note: str
     parent: CommitId | None
     tail: str
 
@@ -246,7 +307,10 @@ def running(shown: Sequence[RunningShown], link: Callable[[str], str]) -> Html:
 def _running_row(one: RunningShown, link: Callable[[str], str]) -> Html:
     point = None if one.parent is None else short(one.parent, ID_DIGITS)
     where = join("after ", el("a", point, href=link(point))) if point else "in a new session"
-    return el("details", el("summary", "running ", where), el("pre", one.tail), data_request=one.name)
+    branch = join(el("b", one.branch), " ") if one.branch else None
+    note = join(el("q", one_line(one.note, MESSAGE)), " ") if one.note else None
+    said = el("summary", "running ", branch, note, where)
+    return el("details", said, el("pre", one.tail, dir="auto"), data_request=one.name)
 
 
 # -- one point
@@ -276,8 +340,8 @@ class FragmentRoom(msgspec.Struct, kw_only=True):
         return True
 
 
-def point_head(point: PointShown, names: Sequence[str]) -> Html:
-    """What it is: names, message, figures."""
+def point_head(point: PointShown, names: Sequence[str], place: str) -> Html:
+    """What it is: names, message, figures. `place`: where its KV is; nothing where that is not known."""
     shown = point.shown
     entry, model = shown.entry, shown.model
     inside = "" if shown.point.at_end else f" of {entry.num_tokens:,}, inside the commit"
@@ -285,7 +349,7 @@ def point_head(point: PointShown, names: Sequence[str]) -> Html:
         ("commit", short(entry.commit, ID_DIGITS)),
         ("made", words.moment(entry.time_ns)),
         ("length", f"{words.count(len(shown.tokens), 'token')}{inside}, {words.count(len(shown.turns), 'turn')}"),
-        ("KV", f"of {words.count(shown.num_kv, 'token')}, {words.nbytes(shown.nbytes)}"),
+        ("KV", f"of {words.count(shown.num_kv, 'token')}, {words.nbytes(shown.nbytes)}{place and f', {place}'}"),
         ("model", f"{model.architecture}, {model.dtype}, policy {model.policy}"),
         ("made by", f"{entry.origin.get('engine', '?')} {entry.origin.get('version', '')}".strip()),
         ("continues", "inside a completion" if shown.unfinished else f"from here, seed {shown.seed}"),

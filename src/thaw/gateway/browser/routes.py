@@ -41,7 +41,7 @@ from thaw.repo.bridge import call
 from thaw.tree import page, parts
 from thaw.tree.markup import Html, el, join, visible
 from thaw.tree.outline import Outline
-from thaw.tree.parts import MORE, Unfolded
+from thaw.tree.parts import MORE, Living, LivingShown, Unfolded
 
 log = logging.getLogger("thaw.gateway")
 FORM_NBYTES = 256 << 10
@@ -71,11 +71,14 @@ class Visit:
     context: GatewayContext
     form: Mapping[str, str]
 
-    def living(self, outline: Outline) -> dict[CommitId, int]:
-        """Commits of which all tokens are open in the engine, or that requests run from; how many run."""
+    def living(self, outline: Outline) -> dict[CommitId, LivingShown]:
+        """Commits of which all tokens are open in the engine, or that requests run from."""
         standing = self.service.live.standing(self.login.tenant.namespace)
-        known = {commit: outline.commits[commit].num_tokens for commit in standing if commit in outline.commits}
-        return {one: standing[one][1] for one, num in known.items() if standing[one][1] or standing[one][0] >= num}
+        return {
+            commit: LivingShown(num_running=one.num_running, memories=tuple(sorted(one.memories, reverse=True)))
+            for commit, one in standing.items()
+            if commit in outline.commits and (one.num_running or one.num_tokens >= outline.commits[commit].num_tokens)
+        }
 
     def running(self) -> list[ReplyJob]:
         return self.service.running_in(self.login.tenant.namespace)
@@ -206,7 +209,10 @@ async def _rows(who: Visit) -> Response:
 
 
 async def _point(who: Visit) -> Response:
-    html = await call(who.view.point, await who.outline(), who.asked("at") or "HEAD", who.context.codec, who.login.csrf)
+    outline = await who.outline()
+    html = await call(
+        who.view.point, outline, who.asked("at") or "HEAD", who.context.codec, who.login.csrf, who.living(outline)
+    )
     return _html(html)
 
 
@@ -245,7 +251,7 @@ async def _sessions(who: Visit) -> Response:
     return _html(join(who.view.running(who.running()), html))
 
 
-def _again(view: TenantView, outline: Outline, living: Mapping[CommitId, int], form: Mapping[str, str]) -> Html:
+def _again(view: TenantView, outline: Outline, living: Living, form: Mapping[str, str]) -> Html:
     def first_of(name: str) -> CommitId | None:
         commit = view.commit(outline, name)
         return None if commit is None else outline.first_of(commit)

@@ -8,21 +8,24 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from thaw.core.errors import BadPoint, NotFound, ThawError
+from thaw.core.errors import BadPoint, NotFetched, NotFound, ThawError
 from thaw.core.ids import CommitId
 from thaw.engines.base import Codec
 from thaw.gateway.browser import forms
 from thaw.gateway.job import ReplyJob
 from thaw.gateway.service import Service
 from thaw.gateway.tenants import Tenant
+from thaw.remote import settings
+from thaw.repo import resolve
 from thaw.repo.repository import Repository
+from thaw.repo.resolve import ResolvedPoint
 from thaw.tree import page, parts
 from thaw.tree.details import read_point
 from thaw.tree.markup import Html, el, join
 from thaw.tree.outline import Outline, OutlineHistory
-from thaw.tree.parts import FragmentRoom, RowMaker, Unfolded
+from thaw.tree.parts import FragmentRoom, Living, RowMaker, Unfolded
 
 ROWS_AGAIN = 600
 """Sessions that a page which somebody unfolded is given anew, at most."""
@@ -50,23 +53,23 @@ class TenantView:
                 self._made = (version, self._history.outline(points))
             return self._made[1]
 
-    def version(self, service: Service, living: Mapping[CommitId, int], running: Sequence[str]) -> str:
+    def version(self, service: Service, living: Living, running: Sequence[str]) -> str:
         """Another one whenever the tree would look different, or other requests are `running`."""
-        return _digest(self._version(service)[0], sorted(living.items()), running)
+        return _digest(self._version(service)[0], sorted(living.items(), key=lambda one: one[0]), running)
 
     def _version(self, service: Service) -> tuple[str, list[CommitId]]:
         points = [CommitId(point) for _, _, point in service.ledger.points(self.namespace)]
-        refs = [(ref.name, ref.kind, ref.target) for ref in self.repo.store.refs()]
-        return _digest(self.repo.store.head, refs, points), points
+        store = self.repo.store
+        refs = [(ref.name, ref.kind, ref.target) for ref in store.refs()]
+        remotes = (store.get_setting(settings.KEY), sorted(store.absent().items()))
+        return _digest(store.head, refs, points, remotes), points
 
-    def rows(self, outline: Outline, living: Mapping[CommitId, int], selected: CommitId | None = None) -> RowMaker:
+    def rows(self, outline: Outline, living: Living, selected: CommitId | None = None) -> RowMaker:
         return RowMaker(
             outline, self._history, link=_link, living=living, selected=selected, now_s=time.time()
         )  # fmt: skip
 
-    def tree(
-        self, outline: Outline, living: Mapping[CommitId, int], unfolded: Unfolded, selected: CommitId | None
-    ) -> Html:
+    def tree(self, outline: Outline, living: Living, unfolded: Unfolded, selected: CommitId | None) -> Html:
         if not outline.commits:
             return el("p", "No commits yet. A request to the API creates the first one.", id="tree", class_="empty")
         return self.rows(outline, living, selected).tree(unfolded)
@@ -76,33 +79,50 @@ class TenantView:
 
     def commit(self, outline: Outline, name: str) -> CommitId | None:
         """The commit that a point names, if it is in the tree."""
+        away = outline.elsewhere(name)
+        if away is not None:
+            return away.id
         try:
-            found = self.repo.resolve(name).commit
+            found = self._resolve(outline, name).commit
         except (BadPoint, NotFound):
             return None
         return found if found in outline.commits else None
 
-    def point(self, outline: Outline, name: str, codec: Codec, csrf: str) -> Html:
+    def _resolve(self, outline: Outline, name: str) -> ResolvedPoint:
+        """What is here of that name: looking at a page fetches nothing. Raises `NotFetched` for what a remote has."""
+        away = outline.elsewhere(name)
+        if away is not None:
+            raise NotFetched(f"{name} is only on {away.only_on}, and was not fetched")
+        return resolve.resolve(self.repo.store, name)
+
+    def point(self, outline: Outline, name: str, codec: Codec, csrf: str, living: Living) -> Html:
         """One point in full, with what can be done from it. Raises what reading it raises."""
-        point = read_point(self.repo, name, codec)
+        away = outline.elsewhere(name)
+        if away is not None:
+            return parts.not_fetched(outline, away)
+        point = read_point(self.repo, self._resolve(outline, name), codec)
         commit = point.shown.point.commit
         inside = commit in outline.commits
         names = outline.names.get(commit, ())
         session = outline.session(outline.first_of(commit)) if inside else None
         compare = el("button", "Compare with …", type="button", class_="compare", data_point=point.name)
+        memories = living[commit].memories if commit in living else ()
+        own_names = [one for one in names if one not in outline.remote_names]
         return join(
-            parts.point_head(point, names),
-            forms.actions(point, names, csrf, [ref.name for ref in self.repo.branches()], compare),
+            parts.point_head(point, names, parts.where(outline, commit, memories) if inside else ""),
+            forms.actions(point, own_names, csrf, [ref.name for ref in self.repo.branches()], compare),
             None if session is None else parts.commit_list(outline, session, commit, _link),
             parts.point_body(point, FragmentRoom(), can_fork=True),
         )
 
     def diff(self, outline: Outline, a: str, b: str) -> Html:
-        return parts.diff_part(self.repo.diff(a, b), self._title(outline, a), self._title(outline, b))
+        left, right = self._resolve(outline, a), self._resolve(outline, b)
+        return parts.diff_part(
+            self.repo.diff(left, right), self._title(outline, a, left), self._title(outline, b, right)
+        )
 
-    def _title(self, outline: Outline, name: str) -> str:
+    def _title(self, outline: Outline, name: str, point: ResolvedPoint) -> str:
         """The names of a point's commit, if it is the end of one that has some; else the point as it was asked for."""
-        point = self.repo.resolve(name)
         names = outline.names.get(point.commit, ()) if point.at_end else ()
         return ", ".join(names[: parts.NAMES]) or name
 
@@ -111,6 +131,8 @@ class TenantView:
         shown = [
             parts.RunningShown(
                 name=job.name,
+                branch=job.asked.branch,
+                note=job.asked.note,
                 parent=None if job.parent is None else CommitId(job.parent),
                 tail=job.last_text(parts.TAIL)[-parts.TAIL :],
             )
@@ -119,7 +141,7 @@ class TenantView:
         return parts.running(shown, _link)
 
     def whole(
-        self, outline: Outline, living: Mapping[CommitId, int], codec: Codec, csrf: str, at: str | None,
+        self, outline: Outline, living: Living, codec: Codec, csrf: str, at: str | None,
         other: str | None, running: Html, version: str,
     ) -> Html:  # fmt: skip
         """The first page. A point that cannot be shown costs its own part alone."""
@@ -127,7 +149,9 @@ class TenantView:
         detail = el("p", page.HINT, class_="hint")
         if at is not None:
             try:
-                detail = self.point(outline, at, codec, csrf) if other is None else self.diff(outline, at, other)
+                detail = (
+                    self.point(outline, at, codec, csrf, living) if other is None else self.diff(outline, at, other)
+                )
             except ThawError as error:
                 detail = parts.problem(error)
         title = page.title_of(self.repo)

@@ -9,6 +9,8 @@
   const isFile = document.documentElement.dataset.mode === "file";
   const POLL_MS = 2000;
   const LIMIT = 20000;
+  // A browser has six connections to one address: the page's other requests need some.
+  const FOLLOWED = 4;
   let comparing = null;
   let asked = 0;
 
@@ -187,8 +189,9 @@
 
   function textOf(point) {
     const holder = document.getElementById(`p-${point}`);
-    if (!holder) return null;
-    return [...holder.content.querySelectorAll("[data-turn]")].map((place) => {
+    const places = [...holder?.content.querySelectorAll("[data-turn]") ?? []];
+    if (!places.length) return null;
+    return places.map((place) => {
       const turn = document.getElementById(place.dataset.turn).content;
       return turn.querySelector("pre")?.textContent ?? "";
     }).join("");
@@ -295,12 +298,25 @@
 
   function onToggle(event) {
     const entry = event.target;
-    if (entry.open && !following.has(entry)) follow(entry);
-    else if (!entry.open) {
+    if (entry.open && !following.has(entry)) {
+      const open = [...following.values()].filter((source) => source.readyState !== EventSource.CLOSED);
+      if (open.length < FOLLOWED) follow(entry);
+      else {
+        entry.open = false;
+        say(`The texts of ${FOLLOWED} requests grow at once; fold one first.`);
+      }
+    } else if (!entry.open) {
       following.get(entry)?.close();
       following.delete(entry);
       if (entry.classList.contains("over")) entry.remove();
     }
+  }
+
+  function markOver(entry) {
+    const summary = entry.querySelector("summary");
+    const branch = summary.querySelector("b")?.textContent;
+    summary.textContent = `${branch ? `${branch} is ` : ""}over; its session is in the tree`;
+    entry.classList.add("over");
   }
 
   // Somebody reads the unfolded ones: they stay as they are, also when they are over.
@@ -312,8 +328,7 @@
         entry.querySelector("summary").replaceWith(same.querySelector("summary"));
         same.replaceWith(entry);
       } else {
-        entry.classList.add("over");
-        entry.querySelector("summary").textContent = "over; its session is in the tree";
+        if (!entry.classList.contains("over")) markOver(entry);
         fresh.prepend(entry);
       }
     }
