@@ -215,8 +215,9 @@ class LiveSessions:
             here = entry.home is mine.home and _is_alike(entry, mine.namespace, mine.chat)
             if not here or entry is mine or entry.gone or entry.number in refused:
                 continue
-            best = ready if entry.usable else coming
-            if not entry.begins_with(mine.tokens[: best[0]]):
+            num, best = ready if entry.usable else coming
+            longer = best is not None and len(entry.tokens) >= len(best.tokens)
+            if not entry.begins_with(mine.tokens[: num + longer]):
                 continue
             found: Near = (entry.common(mine.tokens), entry)
             if entry.usable:
