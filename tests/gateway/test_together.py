@@ -16,6 +16,7 @@ import pytest
 import thaw
 from gateway_stand import TOKEN, Gateway, Start
 from thaw.gateway import reply
+from thaw.gateway.place import WORTH_LOADING
 
 openai = pytest.importorskip("openai")
 LONG = "a long story about a river, and who lives there. " * 40
@@ -46,6 +47,34 @@ def test_a_prefix_at_first_sight_is_read_once(start: Start) -> None:
     shared = len(LONG)
     assert read < shared + 8 * 60, (read, shared)
     assert sorted(reply.usage.prompt_tokens_details.cached_tokens > shared for reply in replies) == [False] + [True] * 7
+
+
+def test_a_part_of_a_stored_text_is_loaded_where_it_saves_enough_and_the_end_of_one_always(start: Start) -> None:
+    """By the engine's count."""
+    begun, short = tuple(range(60, 120)), (60, 1, 2)
+
+    def ask(gateway: Gateway, *tokens: int) -> Any:
+        return gateway.openai().completions.create(
+            model="fake", prompt=list(tokens), max_tokens=2, extra_body={"ignore_eos": True}
+        )
+
+    def told(reply: Any) -> tuple[str, int]:
+        return reply.thaw["source"], reply.thaw["cached_tokens"]
+
+    gateway = start()
+    ask(gateway, *begun)
+    with gateway.repo.session(ask(gateway, *short).thaw["point"]) as said:
+        whole = said.tokens
+    gateway.close()
+    again = start()
+    assert told(ask(again, *begun[:5], 9)) == ("stored", 4)  # nothing is open
+    almost = 5 + WORTH_LOADING - 1
+    assert told(ask(again, *begun[:almost], 8)) == ("live", 4)
+    enough = almost + WORTH_LOADING
+    assert told(ask(again, *begun[:enough], 7)) == ("stored", enough - 1)
+    on = ask(again, *whole, 5)
+    assert told(on) == ("stored", len(whole) - 1) and len(whole) < WORTH_LOADING
+    assert on.thaw["parent"] is not None
 
 
 def test_a_stored_prefix_is_loaded_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
