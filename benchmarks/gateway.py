@@ -5,7 +5,8 @@
               commits: all render, tokenise and prefill it
     ends      from a stream's last text to its last event, which comes when the commit is on disk; paired with a plain
               write of as many bytes as its KV has, fsync included
-    streams   500 streams at once, in waves: every event once and in order, and the gateway's memory
+    streams   500 streams at once, in waves: every event once and in order, and the gateway's memory, which the later
+              half of the waves must leave as it is
 
 A row of `added` and `ends` is a block of requests, with their percentiles. The engine is the fake one, whose step costs
 little, unless `--engine NAME --model MODEL` name another one. The receipt goes to OUT/gateway-PART.json.
@@ -39,6 +40,8 @@ from thaw.engines.base import Engine, GenerateRequest
 from thaw.receipt.machine import software, this_machine
 
 NUM_TOKENS = 16
+FLAT = 2048
+"""Bytes of memory that a stream may leave behind."""
 CHARACTERS = {"fake": 950}
 """Of a prompt of about 1k tokens; the fake engine's tokens are bytes."""
 
@@ -281,17 +284,20 @@ def streams(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Rece
         figure("wave", "wrong", "streams with an event that is missing, doubled or out of order", unit=""),
         figure("wave", "grown_nbytes", "memory of the gateway beyond that after the second wave", unit="B"),
         figure("wave", "step_nbytes", "what one more wave added to it", unit="B"),
+        figure("late", "step_nbytes", "the same, of the later half of the waves", unit="B"),
     ]
     goals = [
         r.at_most("wrong", "none", "wave.wrong", 0.0),
         r.at_most("grown", "at most 64 MiB", "wave.grown_nbytes", float(64 << 20)),
+        r.at_most("flat", f"at most {FLAT} bytes a stream", "late.step_nbytes", float(FLAT * told.streams)),
     ]
     words = (
         f"{told.streams} streams at once",
         f"responses of {NUM_TOKENS} tokens, each checked event by event against its last one",
         rows,
     )
-    return sealed(told, engine, {"wave": words}, derived=derived, goals=goals)
+    late = ("the later half of the waves", "the same rows", rows[len(rows) // 2 :])
+    return sealed(told, engine, {"wave": words, "late": late}, derived=derived, goals=goals)
 
 
 async def all_streams(port: int, num: int, wave: int) -> tuple[int, int]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from thaw.core.errors import NotFound
 from thaw.engines.base import Engine
 from thaw.pool import ForkPool, PoolSession, Round, Snapshot
 from thaw.pool.aio import AsyncForkPool, AsyncRound
-from thaw.repo import Group, Repository, Session, Stream
+from thaw.repo import Group, Repository, Session, Stream, bridge
 from thaw.repo.aio import AsyncGroup, AsyncRepository, AsyncSession, AsyncStream, AsyncWeights
 from thaw.repo.bridge import MAX_THREADS, Begun, call, each, opened
 from thaw.snapshot import CheckpointRing, QueuedRequest, RequestQueue
@@ -231,6 +234,57 @@ async def listed(items: Iterable[int]) -> list[int]:
     return [item async for item in each(items)]
 
 
+class Items:
+    """A stream's: its number, and on what threads it ran. `together`: waits there first."""
+
+    def __init__(self, number: int, ran: dict[int, int], together: threading.Barrier | None = None) -> None:
+        self.number, self.ran, self.together = number, ran, together
+
+    def __iter__(self) -> Iterator[int]:
+        if self.together is not None:
+            self.together.wait(30)
+        self.ran[self.number] = threading.get_ident()
+        yield self.number
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    ended = time.monotonic() + 30
+    while not holds() and time.monotonic() < ended:
+        time.sleep(0.01)
+    return holds()
+
+
+def test_a_stream_takes_the_thread_of_one_that_is_over_of_which_nothing_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    idle: list[object] = []
+    monkeypatch.setattr(bridge, "_idle", idle)
+    ran: dict[int, int] = {}
+
+    async def main() -> None:
+        first = Items(1, ran)
+        gone = weakref.ref(first)
+        assert await listed(first) == [1] and soon(lambda: len(idle) == 1)
+        del first
+        assert soon(lambda: gc.collect() >= 0 and gone() is None)
+        assert await listed(Items(2, ran)) == [2] and soon(lambda: len(idle) == 1)
+        both = threading.Barrier(2)
+        assert await asyncio.gather(listed(Items(3, ran, both)), listed(Items(4, ran, both))) == [[3], [4]]
+
+    asyncio.run(main())
+    assert ran[1] == ran[2] and ran[3] != ran[4]
+
+
+def test_a_thread_for_which_no_stream_comes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle: list[object] = []
+    monkeypatch.setattr(bridge, "_idle", idle)
+    monkeypatch.setattr(bridge, "IDLE_S", 0.05)
+    ran: dict[int, int] = {}
+    assert asyncio.run(listed(Items(1, ran))) == [1]
+    assert soon(lambda: not idle and ran[1] not in {thread.ident for thread in threading.enumerate()})
+    assert asyncio.run(listed(Items(2, ran))) == [2]
+
+
 def test_a_stream_whose_thread_cannot_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the system has no room for another one."""
     start = threading.Thread.start
@@ -241,5 +295,6 @@ def test_a_stream_whose_thread_cannot_start_fails(monkeypatch: pytest.MonkeyPatc
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(bridge, "_idle", [])
     with pytest.raises(RuntimeError, match="new thread"):
         asyncio.run(asyncio.wait_for(listed([1]), 30))

@@ -64,6 +64,11 @@ class LiveEntry:
         own = common_prefix(self.tokens, tokens)
         return max(own, common_prefix(self.told, tokens)) if self.in_answer(own) else own
 
+    def begins_with(self, tokens: tuple[int, ...]) -> bool:
+        """Whether `common` may be as many as these; of most entries their first tokens say that it is not."""
+        num = len(tokens)
+        return self.tokens[:num] == tokens or self.told[:num] == tokens
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Not closed meanwhile."""
@@ -220,6 +225,10 @@ class LiveSessions:
         for entry in self._entries.values():
             here = entry.home is mine.home and _is_alike(entry, mine.namespace, mine.chat)
             if not here or entry is mine or entry.gone or entry.number in refused:
+                continue
+            num, best = ready if entry.usable else coming
+            longer = best is not None and len(entry.tokens) >= len(best.tokens)
+            if not entry.begins_with(mine.tokens[: num + longer]):
                 continue
             found: Near = (entry.common(mine.tokens), entry)
             if entry.usable:

@@ -38,6 +38,14 @@ COMMON = 8
 """Characters of a token; a text with no more of them may fit, whatever the longest token is."""
 
 
+class StoredPrefix(msgspec.Struct, frozen=True):
+    """What the repository has of a prompt: its first `num_tokens`. `point`: where to go on from, which is the end of an
+    answer whose tokens the prompt tells otherwise."""
+
+    num_tokens: int
+    point: ResolvedPoint
+
+
 class ParentFound(msgspec.Struct, kw_only=True):
     """A session of the request's own, and how many of the prompt's tokens it has."""
 
@@ -130,10 +138,12 @@ class ParentFinder:
         if asked.resume:
             return await self._resumed(asked)
         if asked.token_ids is not None:
-            return await self._place(asked, asked.token_ids, (), None)
+            stored = await call(self._match, asked.token_ids, chat=False)
+            return await self._place(asked, asked.token_ids, (), None, stored)
         if asked.at is None:
             messages = _conversation(asked, ())
-            return await self._place(asked, await self._rendered(asked, messages), messages, None)
+            tokens, stored = await call(self._render_and_match, asked, messages)
+            return await self._place(asked, tokens, messages, None, stored)
         return await self._at(asked, asked.at)
 
     async def _at(self, asked: Asked, point: ResolvedPoint) -> Place:
@@ -163,7 +173,7 @@ class ParentFinder:
 
     async def count(self, asked: Asked) -> int:
         """Tokens of its prompt."""
-        return len(await self._rendered(asked, _conversation(asked, ())))
+        return len(await call(self._render, asked, _conversation(asked, ())))
 
     async def _from(self, asked: Asked, trunk: LiveEntry) -> Place:
         """At a point: the conversation is what the session there holds, and what is new."""
@@ -173,7 +183,7 @@ class ParentFinder:
         if held is None and view.turns:
             return await self._append(asked, trunk)
         messages = _conversation(asked, held or ())
-        return await self._place(asked, await self._rendered(asked, messages), messages, trunk)
+        return await self._place(asked, await call(self._render, asked, messages), messages, trunk)
 
     async def _resumed(self, asked: Asked) -> Place:
         """The session of an answer that was interrupted, which nobody else continues with."""
@@ -210,13 +220,19 @@ class ParentFinder:
         )
 
     async def _place(
-        self, asked: Asked, tokens: tuple[int, ...], messages: tuple[Message, ...], trunk: LiveEntry | None
+        self,
+        asked: Asked,
+        tokens: tuple[int, ...],
+        messages: tuple[Message, ...],
+        trunk: LiveEntry | None,
+        stored: StoredPrefix | None = None,
     ) -> Place:
+        """`trunk`: the session at the point that the request names; `stored`: what the repository has, where it names
+        none."""
         sampling, chat = self._sampling(asked, len(tokens)), asked.token_ids is None
         home = None if trunk is None else trunk.home
         if trunk is not None and not _leads_on(trunk, tokens):
-            trunk = None
-        stored = await self._repo.match(tokens) if trunk is None else None
+            trunk, stored = None, await call(self._match, tokens, chat=chat)
         home = home or self._nearest_engine(tokens, stored.num_tokens if stored else 0, chat=chat)
         entry = self._live.begin(home, self._namespace, tokens, chat=chat)
         try:
@@ -253,29 +269,46 @@ class ParentFinder:
         seed = fresh_seed() if asked.sampling.seed is None else asked.sampling.seed
         return msgspec.structs.replace(asked.sampling, max_tokens=max(wanted, 1), seed=seed)
 
-    async def _rendered(self, asked: Asked, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        codec, texts = self._engines.any.engine.codec, self._texts
+    # -- on threads
 
-        def render() -> tuple[int, ...]:
-            text = codec.chat_text(
-                messages,
-                add_generation_prompt=not asked.continue_final_message,
-                tools=asked.tools or None,
-                variables=asked.variables,
-            )
-            texts.require(text)
-            return tuple(codec.encode_chat(text))
+    def _render(self, asked: Asked, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        repo = self._repo.sync
+        text = repo.engine.codec.chat_text(
+            messages,
+            add_generation_prompt=not asked.continue_final_message,
+            tools=asked.tools or None,
+            variables=asked.variables,
+        )
+        self._texts.require(text)
+        return repo.encode_chat(text)
 
-        return await call(render)
+    def _match(self, tokens: tuple[int, ...], *, chat: bool) -> StoredPrefix | None:
+        found = self._repo.sync.match(tokens)
+        if found is None or not found.num_tokens:
+            return None
+        return StoredPrefix(found.num_tokens, self._whole_answer(found) if chat else found)
+
+    def _render_and_match(
+        self, asked: Asked, messages: tuple[Message, ...]
+    ) -> tuple[tuple[int, ...], StoredPrefix | None]:
+        tokens = self._render(asked, messages)
+        return tokens, self._match(tokens, chat=True)
+
+    def _follow_whole(self, found: ParentFound) -> str | None:
+        """Put the session behind the last commit that it holds whole, and name that one."""
+        parent, session = self._held_whole(found.parent, found.num_known), found.session.sync
+        if parent != session.parent:
+            session.reparent(None if parent is None else CommitId(parent))
+        return parent
+
+    # -- its place in history
 
     async def _follow(self, found: ParentFound, asked: Asked) -> None:
         """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
-        if asked.at is not None:
-            parent: str | None = str(asked.at.commit)
-        elif found.whole or found.parent is None:
-            parent = found.parent
-        else:
-            parent = await call(self._held_whole, found.parent, found.num_known)
+        if asked.at is None and found.parent is not None and not found.whole:
+            found.parent = await call(self._follow_whole, found)
+            return
+        parent = found.parent if asked.at is None else str(asked.at.commit)
         if parent != found.session.sync.parent:
             await found.session.reparent(None if parent is None else CommitId(parent))
         found.parent = parent
@@ -293,10 +326,9 @@ class ParentFinder:
     # -- the longest prefix
 
     async def _nearest(
-        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: ResolvedPoint | None
+        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: StoredPrefix | None
     ) -> ParentFound:
-        """In the entry's engine. `trunk`: the session at the point that the request names; `stored`: what of it the
-        repository has, where there is none."""
+        """In the entry's engine. `trunk`, `stored`: see `_place`."""
         refused: set[int] = set()
         while True:
             (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
@@ -306,14 +338,15 @@ class ParentFinder:
                 continue
             if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
                 return await self._fork(entry, trunk, len(trunk.tokens)) or await self._fresh(entry)
-            if ready is not None and num and num >= (stored.num_tokens if stored else 0):
+            is_nearer = stored is not None and stored.num_tokens > num
+            if ready is not None and num and not is_nearer:
                 found = await self._fork(entry, ready, num)
                 if found is not None:
                     return found
                 refused.add(ready.number)
                 continue
-            if stored is not None and stored.num_tokens:
-                found = await self._stored(asked, entry, stored)
+            if stored is not None and is_nearer:
+                found = await self._stored(asked, entry, stored.point)
                 if found is not None:
                     return found
             return await self._fresh(entry)
@@ -338,8 +371,6 @@ class ParentFinder:
         return ParentFound(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
 
     async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
-        if entry.chat:
-            point = await call(self._whole_answer, point)
         try:
             trunk = await self._live.at(
                 entry.home, self._namespace, point, lambda: self._load(entry.home, asked, point)
@@ -358,6 +389,8 @@ class ParentFinder:
 
     def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
         """The end of the commit, where the point lies inside an answer."""
+        if point.at_end:
+            return point
         store = self._repo.sync.store
         turns = timeline.read_turns(store, timeline.read_state(store, point.state))
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)

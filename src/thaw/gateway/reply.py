@@ -77,32 +77,26 @@ class EventStream(Response):
                 told(error, "a stream")
 
     async def _send(self, send: Send) -> None:
-        async for chunk in with_pauses(self.events):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        """The events, and a comment whenever none came for a while: a proxy would take silence for the end."""
+        clock = asyncio.get_running_loop().time
+        last = clock()
+
+        async def fill_pauses() -> None:
+            nonlocal last
+            while True:
+                await asyncio.sleep(last + PAUSE_S - clock())
+                if clock() - last >= PAUSE_S:
+                    last = clock()
+                    await send({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})
+
+        pausing = asyncio.create_task(fill_pauses())
+        try:
+            async for chunk in self.events:
+                last = clock()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            pausing.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def with_pauses(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and a comment whenever none came for a while: who stands between would take silence for an end."""
-    following: asyncio.Task[bytes | None] | None = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(_next(events))
-            done, _ = await asyncio.wait({following}, timeout=PAUSE_S)
-            if not done:
-                yield b": still here\n\n"
-                continue
-            chunk, following = following.result(), None
-            if chunk is None:
-                return
-            yield chunk
-    finally:
-        if following is not None:
-            following.cancel()
-
-
-async def _next(events: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(events, None)
 
 
 async def disconnected(receive: Receive) -> None:

@@ -174,6 +174,7 @@ class AsyncRepository(Awaited[Repository]):
     forget_remote = awaited(Repository.forget_remote)
     rebase = awaited(Repository.rebase)
     verify = awaited(Repository.verify)
+    encode_chat = awaited(Repository.encode_chat)
     require_room = awaited(Repository.require_room)
     gc = awaited(Repository.gc)
     fsck = awaited(Repository.fsck)

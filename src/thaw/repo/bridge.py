@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,9 @@ MAX_THREADS = 128
 """Verbs that wait at once; more wait for a thread."""
 STARTERS = 4
 """Threads that do nothing but start others."""
+MAX_IDLE = 32
+IDLE_S = 10.0
+"""So many threads of streams that are over wait so long for another stream, which then need not wait for a thread."""
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
@@ -34,6 +38,8 @@ U = TypeVar("U")
 _END = object()
 _threads: list[ThreadPoolExecutor] = []
 _starters: list[ThreadPoolExecutor] = []
+_idle: list[queue.SimpleQueue[Callable[[], object]]] = []
+"""What threads of streams that are over wait at, the last one first."""
 
 
 class Work(Protocol):
@@ -54,6 +60,15 @@ def submit(do: Callable[[], T]) -> Future[T]:
     return _threads[0].submit(contextvars.copy_context().run, do)
 
 
+def _run_beside(do: Callable[[], object]) -> Future[None] | None:
+    """Run `do` on a thread of its own: one that has nothing to do, else a new one, whose start is returned."""
+    try:
+        _idle.pop().put(do)
+    except IndexError:
+        return _start(threading.Thread(target=_run_each, args=([do],), name="thaw-aio", daemon=True))
+    return None
+
+
 def _start(thread: threading.Thread) -> Future[None]:
     """Start a thread beside the event loop, which would wait until it runs: beside an engine that holds the
     interpreter's lock that is long. Verbs that fill all threads do not hold it up."""
@@ -62,8 +77,32 @@ def _start(thread: threading.Thread) -> Future[None]:
     return _starters[0].submit(thread.start)
 
 
+def _run_each(first: list[Callable[[], object]]) -> None:
+    """A thread's life: what it was started for, then what comes while it waits. What is over is not held."""
+    mine: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+    first.pop()()
+    while len(_idle) < MAX_IDLE:
+        _idle.append(mine)
+        try:
+            mine.get(timeout=IDLE_S)()
+        except queue.Empty:
+            if _gives_up(mine):
+                return
+            mine.get()()
+
+
+def _gives_up(mine: queue.SimpleQueue[Callable[[], object]]) -> bool:
+    """False where somebody has chosen this thread at this moment."""
+    try:
+        _idle.remove(mine)
+    except ValueError:
+        return False
+    return True
+
+
 os.register_at_fork(after_in_child=_threads.clear)
 os.register_at_fork(after_in_child=_starters.clear)
+os.register_at_fork(after_in_child=_idle.clear)
 
 
 async def call(do: Callable[..., T], /, *args: Any, **options: Any) -> T:
@@ -214,7 +253,9 @@ async def each(items: Iterable[T]) -> AsyncIterator[T]:
             failed.append(error)
             wake(loop, queue.put_nowait, _END)
 
-    _start(threading.Thread(target=pump, name="thaw-aio", daemon=True)).add_done_callback(started)
+    beginning = _run_beside(pump)
+    if beginning is not None:
+        beginning.add_done_callback(started)
     while (item := await queue.get()) is not _END:
         yield item
     if failed:

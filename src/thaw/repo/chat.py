@@ -145,8 +145,15 @@ def ask(
     )
 
 
-def plan(codec: Codec, view: SessionView, asked: ChatRequest, earlier: Callable[[], Conversation | None]) -> Plan:
-    """How the session is to go on. Changes nothing. `earlier` reads what an older thaw recorded elsewhere.
+def plan(
+    codec: Codec,
+    view: SessionView,
+    asked: ChatRequest,
+    earlier: Callable[[], Conversation | None],
+    encode: Callable[[str], Sequence[int]] | None = None,
+) -> Plan:
+    """How the session is to go on. Changes nothing. `earlier` reads what an older thaw recorded elsewhere; `encode`
+    does what the codec's `encode_chat` does, and may know it already.
 
     Raises `InvalidRequest` where a message would be lost, the template refuses, or the session's conversation is not
     known; `Unsupported` where the model has no template, or its template has no place for tools."""
@@ -157,7 +164,7 @@ def plan(codec: Codec, view: SessionView, asked: ChatRequest, earlier: Callable[
         _check_append(held, asked)
     rendering = _Rendering(codec, view, held, asked)
     rendering.check_nothing_is_left_out()
-    aligned = rendering.align()
+    aligned = rendering.align(encode or codec.encode_chat)
     if not aligned.new and aligned.keep > rendering.start and not rendering.is_told_at(aligned.keep):
         aligned = Aligned(keep=aligned.keep - 1, new=view.tokens[aligned.keep - 1 : aligned.keep])
     if aligned.keep < held.plain_end and held.start < held.plain_end:
@@ -223,13 +230,13 @@ class _Rendering:
         self._codec, self._view, self._held, self._asked = codec, view, held, asked
         self.messages = list(asked.messages) if asked.whole else [*held.messages, *asked.messages]
         self.start = held.start if held.untold is None else min(held.start, held.untold.start)
-        self.settings = self._settings()
-        whole = self._render(self.messages, self.settings)
+        self.settings, whole = self._settled()
         self._marks = Marks(*(messages.written(given) for given in self._given()), whole)
         self._text = self._said(self.messages) if asked.continue_final_message else whole
 
-    def _settings(self) -> TemplateSettings:
-        """Those of the conversation, with what is given now; and the time of now, if the template reads the time."""
+    def _settled(self) -> tuple[TemplateSettings, str]:
+        """The settings of the conversation, with what is given now, and the time of now if the template reads the time;
+        and the text."""
         last, asked = self._held.settings, self._asked
         settings = TemplateSettings(
             tools=last.tools if asked.tools is None else asked.tools,
@@ -237,10 +244,11 @@ class _Rendering:
             moment=last.moment,
         )
         if settings.moment is not None:
-            return settings
+            return settings, self._render(self.messages, settings)
         now = datetime.now().replace(microsecond=0)
         timed, other = (msgspec.structs.replace(settings, moment=moment) for moment in (now, now - EARLIER))
-        return settings if self._render(self.messages, timed) == self._render(self.messages, other) else timed
+        text = self._render(self.messages, timed)
+        return (settings if text == self._render(self.messages, other) else timed), text
 
     def _render(self, some: Sequence[Message], settings: TemplateSettings) -> str:
         return self._codec.chat_text(
@@ -300,11 +308,11 @@ class _Rendering:
 
     # -- beside the session's tokens
 
-    def align(self) -> Aligned:
+    def align(self, encode: Callable[[str], Sequence[int]]) -> Aligned:
         """How far the session says it. What it says before the anchor, if there is one, is not compared."""
         view, anchor = self._view, self._anchor()
         if anchor is None:
-            return align(self._codec, view.tokens, view.turns, self.start, self._codec.encode_chat(self._text))
+            return align(self._codec, view.tokens, view.turns, self.start, encode(self._text))
         count, begin, least = anchor
         wanted = self._codec.encode_chat(self._text_behind(count - 1), inside=True)
         found = align(self._codec, view.tokens, view.turns, begin, wanted)

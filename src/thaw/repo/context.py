@@ -14,6 +14,7 @@ from thaw.core.errors import InvalidRequest
 from thaw.core.ids import ObjectId
 from thaw.core.objects import SegmentNode, TurnNode
 from thaw.repo import settings
+from thaw.repo.encoded import EncodedTexts
 from thaw.repo.guard import ProcessBound
 from thaw.repo.settings import EngineSettings
 from thaw.store import Store
@@ -42,6 +43,11 @@ class Context(ProcessBound):
         self._node_ids: OrderedDict[SegmentNode | TurnNode, ObjectId] = OrderedDict()
         self._remembered = False
         self._admission: Admission | None = None
+        self._encoded: EncodedTexts = EncodedTexts() if of is None else of._encoded
+
+    def encode_chat(self, text: str) -> tuple[int, ...]:
+        """A rendered conversation's tokens; those of the namespace's last ones are remembered."""
+        return self._encoded.encode(self.engine.codec, self._store.namespace, text)
 
     @property
     def admission(self) -> Admission:

@@ -495,6 +495,11 @@ class Repository:
             self.store, str(where), engine=engine, num_tokens=num_tokens, timeout_s=timeout_s
         )
 
+    def encode_chat(self, text: str) -> tuple[int, ...]:
+        """A rendered conversation's tokens, as the engine's codec gives them. They are remembered for a while, so that
+        a chat that says this text need not encode it again."""
+        return self._context.encode_chat(text)
+
     def require_room(self, num_tokens: int = 0) -> None:
         """For who is about to generate and commit so many tokens (the model's limit at most): that the disk has room.
 

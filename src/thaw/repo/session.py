@@ -331,7 +331,7 @@ class Session(ProcessBound):
         engine, view = self._context.engine, self.view()
         if view.running:
             raise Busy("the session is generating; wait for its result, cancel it, or fork it")
-        plan = chats.plan(engine.codec, view, asked, lambda: self._told_earlier(view))
+        plan = chats.plan(engine.codec, view, asked, lambda: self._told_earlier(view), self._context.encode_chat)
         num_tokens, limit = plan.keep + len(plan.new), engine.info.max_model_len
         if num_tokens >= limit:
             raise TooLong(

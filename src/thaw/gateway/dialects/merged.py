@@ -11,6 +11,11 @@ from thaw.gateway.job import ReplyJob
 
 async def merged(jobs: Sequence[ReplyJob]) -> AsyncIterator[tuple[int, SpokenPiece | None]]:
     """(choice, piece) as they come; (choice, None) once its pieces are over."""
+    if len(jobs) == 1:
+        async for one in jobs[0].follow():
+            yield 0, one
+        yield 0, None
+        return
     queue: asyncio.Queue[tuple[int, SpokenPiece | None]] = asyncio.Queue()
 
     async def pump(number: int, job: ReplyJob) -> None:
