@@ -183,7 +183,7 @@ def test_plain_text_in_a_conversation_is_kept(repo: Repository) -> None:
     assert list(s.tokens[len(before) : -12]) == codec.encode_chat("</s><s>user\nand?</s><s>assistant\n")
     again = s.tokens
     assert s.chat("more", GREEDY).forked_at is None and s.tokens[: len(again)] == again
-    with pytest.raises(InvalidRequest, match=f"no message, up to token {len(before)}"):
+    with pytest.raises(InvalidRequest, match=f"not a message, up to token {len(before)}"):
         s.chat(history=[user("hello, again")], sampling=GREEDY)
 
 

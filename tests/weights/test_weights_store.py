@@ -344,7 +344,7 @@ def test_a_repository_remembers_a_stored_model_by_its_name(tmp_path: Path, own_m
         assert model == str((tmp_path / "moved" / "models" / "base").resolve()) and Path(str(model)).is_dir()
         with pytest.raises(NotFound, match=r"no weights set 'gone'.*there are: base"):
             choose(look.store, None, "thaw:gone")
-        with pytest.raises(InvalidRequest, match="is a model in a repository"):
+        with pytest.raises(InvalidRequest, match="names a model in a repository"):
             choose(None, None, "thaw:base")
 
 
@@ -510,7 +510,7 @@ def test_a_folder_of_the_users_own_is_left_alone(store: Store, book: WeightsBook
     before = sorted(path.name for path in mine.iterdir())
     assert choose(store, None, str(mine)).options["model"] == str(mine)
     book.add(mine)
-    with pytest.raises(Conflict, match="is not thaw's own"):
+    with pytest.raises(Conflict, match="was not made by thaw"):
         book.model("base")
     book.rm("base")
     assert sorted(path.name for path in mine.iterdir()) == before
