@@ -75,6 +75,7 @@ def served(repo: Any) -> Iterator[str]:
 
 def shoot(browser: Any, url: str, name: str, steps: Any, **options: Any) -> None:
     context = browser.new_context(**options)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.goto(url)
     page.fill("#key", KEY)
@@ -151,7 +152,7 @@ def forked(page: Any) -> None:
     page.fill("input[name=name]", "cellar")
     page.fill("input[name=max_tokens]", "48")
     page.locator("form[action='/tree/fork'] button").click()
-    row(page, "cellar/1").wait_for(timeout=120_000)
+    row(page, "cellar/1").wait_for(timeout=900_000)
     row(page, "cellar/0").click()
     page.locator("#detail h2", has_text="cellar/0").wait_for()
     page.locator("button.compare").click()

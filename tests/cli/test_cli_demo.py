@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -14,7 +18,7 @@ from thaw.demo import events as happened
 from thaw.demo import run as demo
 from thaw.receipt import verify
 
-from .conftest import Shell
+from .conftest import SOURCE, Shell
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,41 @@ def test_both_processes_are_others_and_their_own(told: tuple[Shell, str]) -> Non
 def test_every_command_that_it_suggests_works(told: tuple[Shell, str]) -> None:
     shell, out = told
     suggested = re.findall(r"^ +(thaw .*?)(?:  .*)?$", out[out.index("What to run next") :], re.MULTILINE)
-    assert len(suggested) == 7
+    assert len(suggested) == 8
     for line in suggested:
-        shell.ok(*shlex.split(line)[1:])
+        if not line.endswith(" serve"):
+            shell.ok(*shlex.split(line)[1:])
+
+
+def test_the_tree_of_a_demo_is_served_to_the_token_that_is_printed(told: tuple[Shell, str]) -> None:
+    """As a newcomer does it: whatever stands on the token's line after the colon is the key."""
+    httpx = pytest.importorskip("httpx")
+    for package in ("starlette", "uvicorn"):
+        pytest.importorskip(package, reason="the extra [server] is not installed")
+    shell, out = told
+    (suggested,) = re.findall(r"^ +thaw (.* serve)(?:  .*)?$", out, re.MULTILINE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [*shlex.split(suggested), "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if name != "THAW_SERVE_TOKEN"}
+    served = subprocess.Popen(
+        [sys.executable, "-m", "thaw.cli", *words], cwd=shell.cwd, text=True,
+        env={**environment, "PYTHONPATH": str(SOURCE)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        assert served.stdout is not None
+        printed = ""
+        while "token" not in printed:
+            printed += served.stdout.readline()
+        (url,) = re.findall(r"in a browser: (\S+)$", printed, re.MULTILINE)
+        (token,) = re.findall(r"token .*: (\S+)$", printed, re.MULTILINE)
+        with httpx.Client(transport=httpx.HTTPTransport(retries=40), timeout=60) as browser:
+            page = browser.post(f"{url}tree/login", data={"key": token}, follow_redirects=True)
+        assert page.status_code == 200 and "answer/0" in page.text
+    finally:
+        served.terminate()
+        served.communicate(timeout=60)
 
 
 def test_its_receipt_adds_up_and_its_repository_is_whole(told: tuple[Shell, str]) -> None:

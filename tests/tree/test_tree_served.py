@@ -480,7 +480,7 @@ def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
     page.keyboard.press("Enter")
     page.locator("[role=treeitem] > .row > a").first.click()
     page.locator("summary", has_text="Fork").click()
-    text = MARKUP[1] + " and so on" * 60
+    text = MARKUP[1] + " and so on" * 100
     page.fill("textarea[name=prompt]", f"{MARKUP[0]} {say(text)}")
     page.fill("input[name=max_tokens]", "2000")
     page.locator("form[action='/tree/fork'] button").click()

@@ -200,6 +200,7 @@ def ending(narrator: Narrator, story: Story) -> None:
         [
             *([(first, "once")] if first else []),
             (f"thaw -C {place} log --graph --all", "the tree"),
+            (f"thaw -C {place} serve", "the tree in a browser; fork it there"),
             (f"thaw -C {place} diff answer/0 answer/1", "where two diverge"),
             (f"thaw -C {place} show answer/2", "one in full"),
             (f"thaw -C {place} verify {short(story.committed.commit)}", "which laws hold"),

@@ -151,5 +151,6 @@ def _say(settings: GatewaySettings, model: str, token: str | None, as_json: bool
         output.line(f"{model} at {output.style(url, 'bold')} (OpenAI: {url}/v1, Anthropic: {url})")
         output.line(f"sessions in a browser: {output.style(f'{url}/', 'bold')}")
         if token is not None:
-            output.note(f"token for this run: {token}. Set {TOKEN} to use your own.")
+            # Nothing follows it: it is copied into a browser.
+            output.note(f"token for this run (set {TOKEN} to use your own): {token}")
     sys.stdout.flush()
