@@ -13,6 +13,7 @@ from test_tenants import two
 
 from gateway_stand import Gateway, Start
 from thaw.core.errors import InvalidRequest
+from thaw.gateway import tenants
 from thaw.gateway.ledger import Ledger, LedgerRow
 from thaw.gateway.settings import GatewaySettings, Keeping
 from thaw.gateway.tenants import load
@@ -184,3 +185,13 @@ def test_a_namespace_has_one_quota(tmp_path: Path) -> None:
     path.chmod(0o600)
     with pytest.raises(InvalidRequest, match="twice"):
         load(path)
+
+
+def test_a_meter_holds_a_minute_though_no_quota_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "MINUTE_S", 0.5)
+    meter = tenants.Meter()
+    for tokens in (5, 7):
+        meter.add(tokens)
+        time.sleep(1.1)
+    meter.add(11)
+    assert len(meter._spent) == 1 and meter._sum == 11

@@ -11,7 +11,7 @@ import pytest
 import thaw
 from thaw import Sampling
 from thaw.engines.base import Engine
-from thaw.repo.encoded import EncodedTexts
+from thaw.repo.encoded import ENTRY, EncodedTexts
 
 ASKED = [{"role": "user", "content": "a river"}]
 
@@ -63,9 +63,10 @@ def test_a_namespace_knows_its_own_texts_alone(tmp_path: Path, engine: Engine, e
 
 
 def test_the_oldest_are_forgotten_and_one_that_is_too_long_is_not_kept(engine: Engine, encoded: list[str]) -> None:
-    known = EncodedTexts(max_characters=10)
-    for text in ("four", "five5", "four", "six666", "four", "eleven char"):
+    known = EncodedTexts(max_characters=2 * ENTRY + 10)
+    long = "l" * (ENTRY + 11)
+    for text in ("four", "five5", "four", "six666", "four", long, long):
         assert known.encode(engine.codec, "", text) == tuple(text.encode())
-    assert encoded == ["four", "five5", "six666", "eleven char"]
+    assert encoded == ["four", "five5", "six666", long, long]
     known.encode(engine.codec, "", "five5")
     assert encoded[-1] == "five5"

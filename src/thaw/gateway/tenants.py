@@ -63,6 +63,7 @@ class Meter:
             self._spent.append((begun, before + tokens))
         else:
             self._spent.append((now, tokens))
+            self.last_minute()  # which drops what is older, also where no quota asks
         self._sum += tokens
 
     def last_minute(self) -> int:

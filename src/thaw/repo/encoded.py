@@ -13,7 +13,8 @@ from collections import OrderedDict
 from thaw.engines.base import Codec
 
 MAX_CHARACTERS = 1 << 20
-"""Of all texts that are remembered."""
+"""Of all texts that are remembered, each with `ENTRY` more for what it costs beside them."""
+ENTRY = 1024
 
 
 class EncodedTexts:
@@ -39,10 +40,10 @@ class EncodedTexts:
         return ids
 
     def _keep(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:
-        if key in self._known or len(key[1]) > self._max:
+        if key in self._known or len(key[1]) + ENTRY > self._max:
             return
         self._known[key] = ids
-        self._num_characters += len(key[1])
+        self._num_characters += len(key[1]) + ENTRY
         while self._num_characters > self._max:
             (_, oldest), _ = self._known.popitem(last=False)
-            self._num_characters -= len(oldest)
+            self._num_characters -= len(oldest) + ENTRY
