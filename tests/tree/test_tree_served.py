@@ -27,6 +27,7 @@ from thaw.engines.base import Engine
 from thaw.gateway.engines import memory_of
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.tenants import Quota, Tenant, Tenants, single
+from thaw.testing.laws.kit import until
 from thaw.tree.markup import visible
 
 if TYPE_CHECKING:
@@ -514,7 +515,7 @@ def test_many_texts_at_once_leave_the_page_its_connections(speaking: Gateway, op
     for i in range(7):
         entries.nth(i).locator("summary").click()
     page.locator("#status", has_text="fold one first").wait_for()
-    assert page.locator("#running details[open]").count() == 4
+    until(lambda: page.locator("#running details[open]").count() == 4)
     assert page.evaluate("fetch('/tree/version').then((reply) => reply.status)") == 200
     assert page.locator("#running .over").count() == 0
     assert tab.wrong == []

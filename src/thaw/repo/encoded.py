@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
-from thaw.engines.base import Codec
+if TYPE_CHECKING:
+    from thaw.engines.base import Codec
 
 MAX_CHARACTERS = 1 << 20
 """Of all texts that are remembered, each with `ENTRY` more for what it costs beside them."""
