@@ -38,14 +38,6 @@ COMMON = 8
 """Characters of a token; a text with no more of them may fit, whatever the longest token is."""
 
 
-class StoredPrefix(msgspec.Struct, frozen=True):
-    """What the repository has of a prompt: its first `num_tokens`. `point`: where to go on from, which is the end of an
-    answer whose tokens the prompt tells otherwise."""
-
-    num_tokens: int
-    point: ResolvedPoint
-
-
 class ParentFound(msgspec.Struct, kw_only=True):
     """A session of the request's own, and how many of the prompt's tokens it has."""
 
@@ -138,7 +130,7 @@ class ParentFinder:
         if asked.resume:
             return await self._resumed(asked)
         if asked.token_ids is not None:
-            stored = await call(self._match, asked.token_ids, chat=False)
+            stored = await self._repo.match(asked.token_ids)
             return await self._place(asked, asked.token_ids, (), None, stored)
         if asked.at is None:
             messages = _conversation(asked, ())
@@ -225,14 +217,14 @@ class ParentFinder:
         tokens: tuple[int, ...],
         messages: tuple[Message, ...],
         trunk: LiveEntry | None,
-        stored: StoredPrefix | None = None,
+        stored: ResolvedPoint | None = None,
     ) -> Place:
         """`trunk`: the session at the point that the request names; `stored`: what the repository has, where it names
         none."""
         sampling, chat = self._sampling(asked, len(tokens)), asked.token_ids is None
         home = None if trunk is None else trunk.home
         if trunk is not None and not _leads_on(trunk, tokens):
-            trunk, stored = None, await call(self._match, tokens, chat=chat)
+            trunk, stored = None, await self._repo.match(tokens)
         home = home or self._nearest_engine(tokens, stored.num_tokens if stored else 0, chat=chat)
         entry = self._live.begin(home, self._namespace, tokens, chat=chat)
         try:
@@ -282,17 +274,11 @@ class ParentFinder:
         self._texts.require(text)
         return repo.encode_chat(text)
 
-    def _match(self, tokens: tuple[int, ...], *, chat: bool) -> StoredPrefix | None:
-        found = self._repo.sync.match(tokens)
-        if found is None or not found.num_tokens:
-            return None
-        return StoredPrefix(found.num_tokens, self._whole_answer(found) if chat else found)
-
     def _render_and_match(
         self, asked: Asked, messages: tuple[Message, ...]
-    ) -> tuple[tuple[int, ...], StoredPrefix | None]:
+    ) -> tuple[tuple[int, ...], ResolvedPoint | None]:
         tokens = self._render(asked, messages)
-        return tokens, self._match(tokens, chat=True)
+        return tokens, self._repo.sync.match(tokens)
 
     def _follow_whole(self, found: ParentFound) -> str | None:
         """Put the session behind the last commit that it holds whole, and name that one."""
@@ -326,7 +312,7 @@ class ParentFinder:
     # -- the longest prefix
 
     async def _nearest(
-        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: StoredPrefix | None
+        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: ResolvedPoint | None
     ) -> ParentFound:
         """In the entry's engine. `trunk`, `stored`: see `_place`."""
         refused: set[int] = set()
@@ -338,15 +324,14 @@ class ParentFinder:
                 continue
             if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
                 return await self._fork(entry, trunk, len(trunk.tokens)) or await self._fresh(entry)
-            is_nearer = stored is not None and stored.num_tokens > num
-            if ready is not None and num and not is_nearer:
+            if ready is not None and num and num >= (stored.num_tokens if stored else 0):
                 found = await self._fork(entry, ready, num)
                 if found is not None:
                     return found
                 refused.add(ready.number)
                 continue
-            if stored is not None and is_nearer:
-                found = await self._stored(asked, entry, stored.point)
+            if stored is not None and stored.num_tokens:
+                found = await self._stored(asked, entry, stored)
                 if found is not None:
                     return found
             return await self._fresh(entry)
@@ -371,6 +356,8 @@ class ParentFinder:
         return ParentFound(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
 
     async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
+        if entry.chat and not point.at_end:
+            point = await call(self._whole_answer, point)
         try:
             trunk = await self._live.at(
                 entry.home, self._namespace, point, lambda: self._load(entry.home, asked, point)
@@ -389,8 +376,6 @@ class ParentFinder:
 
     def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
         """The end of the commit, where the point lies inside an answer."""
-        if point.at_end:
-            return point
         store = self._repo.sync.store
         turns = timeline.read_turns(store, timeline.read_state(store, point.state))
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
