@@ -40,6 +40,7 @@ from thaw.bench import text
 from thaw.bench.rounds import Rounds, arms_of
 from thaw.bench.sample import Sample
 from thaw.bench.subject import accelerator, model_of, numerics
+from thaw.bench.told import tell
 from thaw.core.ids import digest
 from thaw.engines.base import Engine
 from thaw.receipt.machine import software, this_machine
@@ -249,10 +250,7 @@ def main() -> None:
                 receipt = seal(engine, attempts, rounds, options)
         finally:
             serve.down(bare)
-    if options.out is not None:
-        options.out.write_bytes(r.dumps(receipt))
-    for line in (*receipt.derived, *receipt.checks, *receipt.goals):
-        print(json.dumps({name: getattr(line, name) for name in line.__struct_fields__}, default=str))
+    tell(receipt, options.out)
 
 
 if __name__ == "__main__":

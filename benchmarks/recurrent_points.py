@@ -38,6 +38,7 @@ from thaw import receipt as r
 from thaw.bench.rounds import Rounds, arms_of
 from thaw.bench.sample import Sample
 from thaw.bench.subject import accelerator, model_of, numerics
+from thaw.bench.told import tell
 from thaw.core.ids import digest
 from thaw.receipt.machine import software, this_machine
 from thaw.repo import Repository, Session
@@ -180,10 +181,7 @@ def main() -> None:
         rounds = Rounds(lambda line: print(line, flush=True))
         rounds.alternate(options.rounds, bench.arms())
         receipt = seal(bench, rounds, options)
-    if options.out is not None:
-        options.out.write_bytes(r.dumps(receipt))
-    for line in (*receipt.derived, *receipt.checks, *receipt.goals):
-        print(json.dumps({name: getattr(line, name) for name in line.__struct_fields__}, default=str))
+    tell(receipt, options.out)
 
 
 if __name__ == "__main__":

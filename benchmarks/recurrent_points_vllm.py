@@ -36,6 +36,7 @@ from thaw import receipt as r
 from thaw.bench.rounds import Rounds, arms_of
 from thaw.bench.sample import Sample
 from thaw.bench.subject import accelerator, model_of, numerics
+from thaw.bench.told import tell
 from thaw.bench.vllm.plain import Plain, PlainRequest, boot_stock
 from thaw.core.ids import digest
 from thaw.receipt.machine import software, this_machine
@@ -210,10 +211,7 @@ def main() -> None:
             arms |= {f"{place}.{name}": partial(stock, plain, prompts, place) for name, plain in stocks.items()}
         rounds.alternate(options.rounds, arms)
         receipt = seal(repo, rounds, prompts, options)
-    if options.out is not None:
-        options.out.write_bytes(r.dumps(receipt))
-    for line in (*receipt.derived, *receipt.checks, *receipt.goals):
-        print(json.dumps({name: getattr(line, name) for name in line.__struct_fields__}, default=str))
+    tell(receipt, options.out)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,17 @@ from thaw.testing.laws.kit import until
 from thaw.tree.markup import visible
 
 if TYPE_CHECKING:
-    from conftest import OpenTab
+    from conftest import OpenTab, Tab
 
 FORM = {"content-type": "application/x-www-form-urlencoded"}
+
+
+def signed_in(tab: Tab, gateway: Gateway) -> Any:
+    """The tab's page, after its form took the key."""
+    tab.page.goto(gateway.url)
+    tab.page.fill("#key", TOKEN)
+    tab.page.keyboard.press("Enter")
+    return tab.page
 
 
 @pytest.fixture
@@ -320,10 +328,7 @@ def test_what_a_remote_has_is_shown_and_looking_fetches_nothing(
     assert len(list(gateway.repo.store.commits())) == 1
 
     tab = open_tab()
-    page = tab.page
-    page.goto(gateway.url)
-    page.fill("#key", TOKEN)
-    page.keyboard.press("Enter")
+    page = signed_in(tab, gateway)
     rows = page.locator("[role=treeitem] > .row")
     rows.filter(has_text="origin/other").locator("a").click()
     page.locator("#detail code", has_text="thaw fetch origin other").wait_for()
@@ -365,10 +370,7 @@ def test_the_whole_story_in_a_browser(gateway: Gateway, open_tab: OpenTab) -> No
     """Log in, look, fork, watch the children come, compare two, adopt one, tag it, forget another, log out."""
     read(gateway, "a document about a river. " * 10 + MARKUP[1])
     tab = open_tab()
-    page = tab.page
-    page.goto(gateway.url)
-    page.fill("#key", TOKEN)
-    page.keyboard.press("Enter")
+    page = signed_in(tab, gateway)
     page.locator("[role=treeitem] > .row > a").first.click()
     page.locator("summary", has_text="Fork").click()
     page.fill("textarea[name=prompt]", f"Why? {MARKUP[0]}")
@@ -448,10 +450,7 @@ def test_what_runs_is_shown_to_its_tenant_and_followed_from_its_beginning(speaki
 
 def test_text_grows_in_a_browser_and_stays_inert(speaking: Gateway, open_tab: OpenTab) -> None:
     tab = open_tab()
-    page = tab.page
-    page.goto(speaking.url)
-    page.fill("#key", TOKEN)
-    page.keyboard.press("Enter")
+    page = signed_in(tab, speaking)
     page.locator("#running").wait_for(state="attached")
     text = TEXT + " and so on" * 60
     began = begin_saying(speaking, text)
@@ -475,10 +474,7 @@ def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
 ) -> None:
     first = speaking.openai().responses.create(model="fake", input=f"Go. {say('yes')}", max_output_tokens=40)
     tab = open_tab()
-    page = tab.page
-    page.goto(speaking.url)
-    page.fill("#key", TOKEN)
-    page.keyboard.press("Enter")
+    page = signed_in(tab, speaking)
     page.locator("[role=treeitem] > .row > a").first.click()
     page.locator("summary", has_text="Fork").click()
     text = MARKUP[1] + " and so on" * 100
@@ -503,10 +499,7 @@ def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
 def test_many_texts_at_once_leave_the_page_its_connections(speaking: Gateway, open_tab: OpenTab) -> None:
     """A browser has six to one address; with all of them taken by streams nothing else would be answered."""
     tab = open_tab()
-    page = tab.page
-    page.goto(speaking.url)
-    page.fill("#key", TOKEN)
-    page.keyboard.press("Enter")
+    page = signed_in(tab, speaking)
     page.locator("#running").wait_for(state="attached")
     for _ in range(7):
         begin_saying(speaking, "and so on " * 150)
