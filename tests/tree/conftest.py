@@ -45,7 +45,7 @@ def chromium() -> Iterator[Any]:
     path = shutil.which(named or "chromium") or shutil.which("chromium-browser")
     if path is None or (named and not shutil.which(named)):
         (pytest.fail if named else pytest.skip)(MISSING)
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no Chromium here: no playwright (make install)")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
