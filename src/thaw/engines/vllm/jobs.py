@@ -31,8 +31,8 @@ class Derive:
 class Sync:
     """Copy tokens up to `num_kv` that the record lacks out of the engine's blocks. `finished`: a request whose blocks
     are held until that is done, and what was begun for the record before. `now`: vLLM gives the blocks away in this
-    very step, so all of that is done when the job is. `over`: nobody goes on from an earlier step of the request, so
-    the states of its last steps are let go of. `state_blocks`: where the state after `num_kv` tokens lies, where the
+    very step, so all of that is done when the job is. `over`: nobody continues from an earlier step of the request, so
+    the states of its last steps are released. `state_blocks`: where the state after `num_kv` tokens lies, where the
     model keeps states."""
 
     record: str

@@ -287,7 +287,7 @@ class Scheduler:
         if isinstance(error, OLD_KV) and chunk.point.plain and self._may_try_again(chunk):
             self._batch.forget(chunk, life)
             return self._again(chunk, error, pieces=1, avoid=None)
-        if chunk.stage == "fork" and isinstance(error, NotFound):  # the point was let go of just then, for others
+        if chunk.stage == "fork" and isinstance(error, NotFound):  # the point was released just then, for others
             return self._again(chunk, error, pieces=1, avoid=None)
         if chunk.stage == "generate" and len(chunk.jobs) > 1:
             return Verdict(chunk.split(1), [])

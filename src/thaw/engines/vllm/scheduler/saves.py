@@ -59,7 +59,7 @@ class Saves:
 
     def rescue(self, run: RunningRequest) -> None:
         """If vLLM has preempted the request: save its KV before anything is written over it, in the jobs of the very
-        next step. It then goes on from the record with the same bits, instead of computing what it had again."""
+        next step. It then continues from the record with the same bits, instead of computing what it had again."""
         request = run.request
         if request.num_preemptions == run.preempted:
             return

@@ -122,7 +122,7 @@ class WorkerSide:
         record.recent[job.num_kv] = raw
 
     def _no_state(self, job: jobs.KeepState, error: ThawError) -> None:
-        """Whoever goes on from it hears that it is not there."""
+        """Whoever continues from it hears that it is not there."""
         log.warning("thaw: the state after %d tokens is not kept (%s): %s", job.num_kv, error.kind, error)
 
     def invalid_blocks(self) -> set[int]:
@@ -188,7 +188,7 @@ class WorkerSide:
             self._copier.after_saves(partial(self._let_go, job.finished))
 
     def _break(self, name: str, caller: Caller, error: ThawError) -> None:
-        """Whoever goes on from the record is told why it has no KV."""
+        """Whoever continues from the record is told why it has no KV."""
         epoch = 0 if self._weights is None else self._weights.epoch
         self._records[name] = HostRecord((), epoch, broken=str(error), caller=caller)
 
