@@ -149,7 +149,7 @@ class SchedulerSide:
         late = source.late if source is not None else ()
         require_kept(late, min(want, request.num_tokens - 1))
         chain = source.chain[: want // self._block_size] if source is not None else []
-        self.queue.append(jobs.Derive(message.record, message.source, want, caller))
+        self.queue.append(jobs.ForkRecord(message.record, message.source, want, caller))
         record = SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
         if source is not None and want and self._has_states:
             record.points = {want, *(point for point in source.points if point < want)}
@@ -381,7 +381,7 @@ class SchedulerSide:
         out = [*self._saving.rescues, *self.queue]
         self._saving.rescues.clear()
         self.queue.clear()
-        if any(isinstance(job, jobs.Sync) and job.before_forward for job in out):
+        if any(isinstance(job, jobs.SaveBlocks) and job.before_forward for job in out):
             versions.put_jobs_before_forward(output)
         self.contents.step_begins()
         return out

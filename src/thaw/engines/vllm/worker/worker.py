@@ -178,11 +178,11 @@ class WorkerSide:
         self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
 
     @_tell.register
-    def _tell_derived(self, job: jobs.Derive, error: ThawError) -> None:
+    def _tell_derived(self, job: jobs.ForkRecord, error: ThawError) -> None:
         self._break(job.record, job.caller, error)
 
     @_tell.register
-    def _tell_synced(self, job: jobs.Sync, error: ThawError) -> None:
+    def _tell_synced(self, job: jobs.SaveBlocks, error: ThawError) -> None:
         self._break(job.record, self._caller_of(job.record), error)
         if job.finished is not None:
             self._copier.after_saves(partial(self._let_go, job.finished))
@@ -193,7 +193,7 @@ class WorkerSide:
         self._records[name] = HostRecord((), epoch, broken=str(error), caller=caller)
 
     @_do.register
-    def _derive(self, job: jobs.Derive) -> None:
+    def _derive(self, job: jobs.ForkRecord) -> None:
         if job.source is None:
             self._records[job.record] = HostRecord((), self._now(), caller=job.caller)
             return
@@ -226,7 +226,7 @@ class WorkerSide:
         record.points[num_kv] = blobs
 
     @_do.register
-    def _sync(self, job: jobs.Sync) -> None:
+    def _sync(self, job: jobs.SaveBlocks) -> None:
         """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
         record = self._get(job.record)
         if record.epoch != self._now():
