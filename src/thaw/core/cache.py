@@ -1,4 +1,5 @@
-"""Cache groups: layers whose cache has one shape, of four kinds. A new kind is added here.
+"""Cache groups: layers whose cache has one shape, of four kinds. A new kind is added here; what else it
+needs is listed under "A new kind of cache" in docs/architecture.md.
 
 Store, repository and pool ask a group what it needs, never which kind it is. Only engines do, where they make and lay
 out caches.
