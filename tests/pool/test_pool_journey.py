@@ -99,11 +99,11 @@ def a_session_in_another_worker(pool: ForkPool) -> Callable[[], list[BranchResul
 @pytest.mark.parametrize(
     ("prepared", "action", "num_entries", "num_stays"),
     [
-        (a_fork_where_it_lives, "fork", 15, 12),
-        (a_resident, "fork", 18, 15),
-        (a_snapshot_in_another_worker, "hydrate", 27, 20),
-        (tokens_that_nobody_has, "prefill", 26, 19),
-        (a_session_in_another_worker, "hydrate", 45, 31),
+        (a_fork_where_it_lives, "fork", 11, 9),
+        (a_resident, "fork", 13, 10),
+        (a_snapshot_in_another_worker, "hydrate", 22, 15),
+        (tokens_that_nobody_has, "prefill", 22, 15),
+        (a_session_in_another_worker, "hydrate", 40, 26),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -121,8 +121,12 @@ def test_a_detour_is_counted(monkeypatch: pytest.MonkeyPatch, pool: ForkPool, jo
     round_ = a_fork_where_it_lives(pool)
     round_()
     short = len(journey), journey.num_stays
-    derive = Batch._seeds
-    monkeypatch.setattr(Batch, "_seeds", staticmethod(lambda chunk: (derive(chunk), chunk.point.alive)[0]))
+    fork = Batch._fork
+    monkeypatch.setattr(
+        Batch,
+        "_fork",
+        staticmethod(lambda chunk, life, loaded: (fork(chunk, life, loaded), chunk.point.lives_in(life))[0]),
+    )
     round_()
     assert (len(journey), journey.num_stays) == (short[0] + 1, short[1] + 2)
 

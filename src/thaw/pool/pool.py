@@ -208,7 +208,7 @@ class ForkPool:
         ref, there = self._loader.fork(where, life, self._policy, seed)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
-            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=where.at,
+            life, ref, kept=there.resident.kept.cut(num_kv), parent=where.parent, num_inherited=where.at,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:

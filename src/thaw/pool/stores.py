@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
 
-from thaw.core.ids import CommitId
 from thaw.engines.base import HydratePlan
 from thaw.pool.values import Tier
 from thaw.repo.kept import Kept
@@ -23,12 +22,10 @@ if TYPE_CHECKING:
 
 
 class PointStore(Protocol):
-    """`tier`: where its bytes are expected, before a load says where they were. `has_history`: whether its commits are
-    what sessions that come from them name as parents."""
+    """`tier`: where its bytes are expected, before a load says where they were."""
 
     store: Store
     tier: ClassVar[Tier]
-    has_history: ClassVar[bool]
 
     def loaded(self, plan: HydratePlan) -> Tier:
         """Note a load, and say where its bytes were."""
@@ -38,7 +35,6 @@ class Durable:
     """The pool's repository."""
 
     tier: ClassVar[Tier] = "disk"
-    has_history: ClassVar[bool] = True
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -62,11 +58,6 @@ class StoredPoint:
 
     where: PointStore
     point: ResolvedPoint
-
-    @property
-    def parent(self) -> CommitId | None:
-        """What a session that comes from it commits behind."""
-        return self.point.commit if self.where.has_history else None
 
 
 class KeptIn(msgspec.Struct, frozen=True):

@@ -49,8 +49,7 @@ class Batch:
         # What was brought here nobody holds any more: another point may push it out before it is forked, and the engine
         # says `NotFound`. The scheduler tries again what fails in this stage so.
         chunk.stage, chunk.progress = "fork", (prepared := time.perf_counter())
-        seeds = self._seeds(chunk)
-        children = self._fork(chunk, life, loaded, seeds)
+        children = self._fork(chunk, life, loaded)
         chunk.progress = forked = time.perf_counter()
         try:
             if loaded.point.stored is None and chunk.snapshot != "never":
@@ -70,28 +69,24 @@ class Batch:
             queue_s=began - chunk.queued, prepare_s=prepared - began, capture_s=loaded.capture_s,
             hydrate_s=loaded.hydrate_s, fork_s=forked - prepared,
         )  # fmt: skip
-        ended = zip(chunk.jobs, seeds, prompts, completions, strict=True)
+        ended = zip(chunk.jobs, prompts, completions, strict=True)
         return [self._result(chunk, life, loaded, timings, *each) for each in ended]
 
     def forget(self, chunk: JobChunk, life: Incarnation) -> None:
         self._loader.forget(chunk.point, life)
 
     @staticmethod
-    def _seeds(chunk: JobChunk) -> list[int]:
-        """A job's is the same in whichever worker and chunk it runs."""
-        point = chunk.point
-        derived = [point.seed if chunk.replay else derive(point.seed, point.at, job.index) for job in chunk.jobs]
-        return [seed if job.seed is None else job.seed for job, seed in zip(chunk.jobs, derived, strict=True)]
-
-    @staticmethod
-    def _fork(chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, seeds: list[int]) -> list[SessionRef]:
+    def _fork(chunk: JobChunk, life: Incarnation, loaded: LoadedPoint) -> list[SessionRef]:
+        """A child for each job. Its seed is the same in whichever worker and chunk the job runs."""
         point, jobs = chunk.point, chunk.jobs
         replay = chunk.replay and loaded.is_parent
+        derived = (point.seed if chunk.replay else derive(point.seed, point.at, job.index) for job in jobs)
+        seeds = [seed if job.seed is None else job.seed for job, seed in zip(jobs, derived, strict=True)]
         found = life.engine.fork(
             loaded.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
         ).result()
-        for job, ref in zip(jobs, found, strict=True):
-            job.child, job.partial = (life, ref), []
+        for job, ref, seed in zip(jobs, found, seeds, strict=True):
+            job.child, job.child_seed, job.partial = (life, ref), seed, []
         return found
 
     def _protect(self, loaded: LoadedPoint, life: Incarnation) -> None:
@@ -121,7 +116,8 @@ class Batch:
         for delta in handle:
             chunk.progress = time.perf_counter()
             job = chunk.jobs[delta.index]
-            job.round.emit([job.take(delta)])
+            job.partial.append(delta)
+            job.round.emit(job.index, job.attempts, delta)
         return handle.result()
 
     def _measure(self, completions: list[Completion]) -> None:
@@ -130,20 +126,20 @@ class Batch:
             self._rates.stepped(len(completions), (longest.total_s - longest.ttft_s) / (len(longest.token_ids) - 1))
 
     def _result(
-        self, chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, timings: Timings, job: Job, seed: int,
-        prompt: Prompt, done: Completion,
+        self, chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, timings: Timings, job: Job, prompt: Prompt,
+        done: Completion,
     ) -> BranchResult:  # fmt: skip
         history = History(
             before=chunk.point.tokens, before_turns=loaded.turns, prompt=prompt[0], prompt_text=prompt[1],
             token_ids=done.token_ids, logprobs=done.logprobs, entropies=done.entropies, text=done.text,
-            finish_reason=done.finish_reason, sampling=job.sampling, seed=seed, policy=life.engine.policy_version,
-            resumed=job.resume,
+            finish_reason=done.finish_reason, sampling=job.sampling, seed=job.child_seed,
+            policy=life.engine.policy_version, resumed=job.resume,
         )  # fmt: skip
         session = None
         if chunk.keep and not job.stop:
             num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
             session = PoolSession(
-                life, done.session, kept=loaded.resident.kept.cut(num_kv), parent=loaded.parent, proof=done.proof,
+                life, done.session, kept=loaded.resident.kept.cut(num_kv), parent=chunk.point.parent, proof=done.proof,
                 history=history, num_inherited=len(history.before),
             )  # fmt: skip
             if chunk.store:

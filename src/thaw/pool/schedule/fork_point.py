@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
+from thaw.core.ids import CommitId
 from thaw.core.objects import Turn
 from thaw.engines.base import SessionRef
 from thaw.pool.shm.shared_store import SharedPoint
@@ -43,7 +44,7 @@ class ForkPoint:
     `held`: the private fork, if it lives somewhere. `plain`: nothing but tokens, so prefilling it again is what was
     done before. `source`: the caller's session, as the engine named it then, to remember that it was captured.
     `stored`: where it lies in one of the pool's stores. `kept`: what of it they have. `captured`: keeps the arena's
-    bytes of it.
+    bytes of it. `parent`: the commit that sessions from here commit behind, if it is a point of the pool's repository.
     """
 
     key: Hashable
@@ -58,6 +59,7 @@ class ForkPoint:
     stored: StoredPoint | None = None
     kept: KeptIn = field(default_factory=KeptIn)
     captured: SharedPoint | None = None
+    parent: CommitId | None = None
     origin: Origin = field(default_factory=Origin)
 
     def lives_in(self, life: Incarnation) -> bool:

@@ -15,7 +15,6 @@ import msgspec
 from thaw.core import objects
 from thaw.core.canonical import U64
 from thaw.core.errors import IdentityMismatch, PolicyMismatch, StaleSession
-from thaw.core.ids import CommitId
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import SessionRef
@@ -45,7 +44,6 @@ class LoadedPoint:
     decision: Decision
     turns: tuple[Turn, ...]
     restore: Proof | None = None
-    parent: CommitId | None = None
     capture_s: float = 0.0
     hydrate_s: float = 0.0
 
@@ -77,11 +75,10 @@ class PointLoader:
         # Another batch may be bringing the point here: this one waits for it, and finds it. So the looks are inside.
         with life.making(point.key):
             began = time.perf_counter()
-            now, found = self._captures.now(point), life.resident(point.key)
+            found, now = life.resident(point.key), self._captures.now(point)
             if found is not None:
-                parent = None if now.stored is None else now.stored.parent
                 decision = held_here(life.name, policy, time.perf_counter() - began)
-                return LoadedPoint(now, found.ref, found, decision, now.turns or found.turns, found.restore, parent)
+                return LoadedPoint(now, found.ref, found, decision, now.turns or found.turns, found.restore)
             link = "" if life.links is None else life.link(now.stored)
             decision = self._planner.decide(now, life.name, policy, link)
             if decision.action == "hydrate":
@@ -164,7 +161,7 @@ class PointLoader:
             decision, tier=tier, nbytes=live.proof.nbytes, link=link, measured_s=time.perf_counter() - began
         )
         return LoadedPoint(
-            now, live.session, resident, done, now.turns or resident.turns, live.proof, now.stored.parent,
+            now, live.session, resident, done, now.turns or resident.turns, live.proof,
             0.0 if now is point else captured - began, loaded - captured,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
+from thaw.core.ids import CommitId
 from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
 from thaw.engines.text import cut_turns
@@ -133,9 +134,9 @@ class PointResolver:
         where = self._repo.resolve(point)
         if at is not None:
             where = self._repo.at(where, token=at)
-        return self._of_stored(StoredPoint(self._stores.durable, where), seed)
+        return self._of_stored(StoredPoint(self._stores.durable, where), seed, where.commit)
 
-    def _of_stored(self, stored: StoredPoint, seed: int | None) -> ForkPoint:
+    def _of_stored(self, stored: StoredPoint, seed: int | None, parent: CommitId | None = None) -> ForkPoint:
         store, where = stored.where.store, stored.point
         line = timeline.read(store, timeline.read_state(store, where.state))
         turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)
@@ -144,7 +145,7 @@ class PointResolver:
         return ForkPoint(
             key=("stored", store.uuid, where.state, where.num_tokens), at=where.num_tokens,
             tokens=line.tokens[: where.num_tokens], turns=turns, seed=int(line.state.seed) if seed is None else seed,
-            policy=turns[-1].policy if turns else self._policy(), stored=stored,
+            policy=turns[-1].policy if turns else self._policy(), stored=stored, parent=parent,
         )  # fmt: skip
 
     def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> ForkPoint:

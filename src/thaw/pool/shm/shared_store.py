@@ -51,7 +51,6 @@ class SharedStore:
     """Safe from any thread. `limit_nbytes` is of packs in shared memory; captures under way may exceed it."""
 
     tier: ClassVar[Tier] = "arena"
-    has_history: ClassVar[bool] = False
 
     def __init__(self, folder: Path, spill: Path, limit_nbytes: int) -> None:
         self.store = Store.init(folder)
