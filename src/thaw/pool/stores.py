@@ -18,7 +18,7 @@ from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Store
 
 if TYPE_CHECKING:
-    from thaw.pool.shm.shared_store import SharedStore
+    from thaw.pool.shm.shared_store import SharedPoint, SharedStore
 
 
 class PointStore(Protocol):
@@ -54,10 +54,11 @@ class Stores:
 
 @dataclass(frozen=True)
 class StoredPoint:
-    """A point in one of the pool's stores."""
+    """A point in one of the pool's stores. `shared`: of one in the arena, keeps its bytes there."""
 
     where: PointStore
     point: ResolvedPoint
+    shared: SharedPoint | None = None
 
 
 class KeptIn(msgspec.Struct, frozen=True):

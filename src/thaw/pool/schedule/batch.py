@@ -5,6 +5,7 @@ Runs on a thread of the pool. Whatever goes wrong is raised; what becomes of the
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from thaw.core.sampling import derive
 from thaw.engines.base import Completion, GenerateRequest, SessionRef
 from thaw.engines.text import left_open, text_after
 from thaw.pool.history import History
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import Job, JobChunk
 from thaw.pool.schedule.point_loader import LoadedPoint, PointLoader
 from thaw.pool.schedule.rates import Rates
@@ -33,27 +35,30 @@ class Batch:
     def __init__(
         self,
         loader: PointLoader,
+        captures: Captures,
         resolver: PointResolver,
         rates: Rates,
         beside: Callable[[Incarnation, Callable[[], object]], object],
     ) -> None:
-        self._loader, self._resolver, self._rates, self._beside = loader, resolver, rates, beside
+        self._loader, self._captures, self._resolver = loader, captures, resolver
+        self._rates, self._beside = rates, beside
 
     def run(self, chunk: JobChunk, life: Incarnation) -> list[BranchResult]:
         """Results of the chunk's jobs, in order, but of those that were stopped meanwhile."""
         began = time.perf_counter()
         chunk.stage, chunk.progress = "prepare", began
         if chunk.snapshot == "before":
-            self._loader.capture(chunk.point)
+            self._captures.capture(chunk.point)
         loaded = self._loader.load(chunk.point, life, chunk.policy)
-        # What was brought here nobody holds any more: another point may push it out before it is forked, and the engine
-        # says `NotFound`. The scheduler tries again what fails in this stage so.
-        chunk.stage, chunk.progress = "fork", (prepared := time.perf_counter())
+        # Another point may push this one out of the worker from here on. Its session stays open until this batch ends,
+        # for it belongs to whoever holds `loaded`.
+        chunk.progress = prepared = time.perf_counter()
         children = self._fork(chunk, life, loaded)
         chunk.progress = forked = time.perf_counter()
         try:
             if loaded.point.stored is None and chunk.snapshot != "never":
-                self._protect(loaded, life)
+                # It is only here: into the arena with it, beside the batch.
+                self._beside(life, functools.partial(self._captures.capture, loaded.point, loaded.session))
             chunk.stage = "generate"
             prompts = [
                 _encoded(job, chunk.point.tokens, life) if job.prompt or job.token_ids is not None else NOTHING
@@ -83,19 +88,11 @@ class Batch:
         derived = (point.seed if chunk.replay else derive(point.seed, point.at, job.index) for job in jobs)
         seeds = [seed if job.seed is None else job.seed for job, seed in zip(jobs, derived, strict=True)]
         found = life.engine.fork(
-            loaded.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
+            loaded.session.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
         ).result()
         for job, ref, seed in zip(jobs, found, seeds, strict=True):
             job.child, job.child_seed, job.partial = (life, ref), seed, []
         return found
-
-    def _protect(self, loaded: LoadedPoint, life: Incarnation) -> None:
-        """Put a point that is only here into the arena, beside the batch."""
-        point = loaded.point
-        if point.alive:
-            self._beside(life, lambda: self._loader.capture(point))
-        else:
-            self._beside(life, lambda: self._loader.capture_resident(point, life))
 
     @staticmethod
     def _generate(
@@ -139,7 +136,7 @@ class Batch:
         if chunk.keep and not job.stop:
             num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
             session = PoolSession(
-                life, done.session, kept=loaded.resident.kept.cut(num_kv), parent=chunk.point.parent, proof=done.proof,
+                life, done.session, kept=loaded.session.kept.cut(num_kv), parent=chunk.point.parent, proof=done.proof,
                 history=history, num_inherited=len(history.before),
             )  # fmt: skip
             if chunk.store:
@@ -149,8 +146,8 @@ class Batch:
         return BranchResult(
             index=job.index, text=done.text, token_ids=done.token_ids, logprobs=done.logprobs,
             top_logprobs=done.top_logprobs, entropies=done.entropies, finish_reason=done.finish_reason,
-            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=loaded.restore,
-            decision=loaded.decision,
+            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof,
+            restore=loaded.session.restore, decision=loaded.decision,
             timings=msgspec.structs.replace(
                 timings, ttft_s=done.ttft_s, decode_s=done.total_s - done.ttft_s,
                 total_s=time.perf_counter() - job.submitted,
@@ -160,7 +157,7 @@ class Batch:
 
     def _store(self, life: Incarnation, session: PoolSession) -> None:
         """Into the arena, beside everything else."""
-        self._beside(life, lambda: self._loader.capture(self._resolver.find(session)))
+        self._beside(life, lambda: self._captures.capture(self._resolver.find(session)))
 
 
 def _encoded(job: Job, before: tuple[int, ...], life: Incarnation) -> Prompt:

@@ -22,7 +22,7 @@ from collections.abc import Hashable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed, ThawError
+from thaw.core.errors import Busy, EngineDied, StorageFailed, ThawError
 from thaw.pool.rpc.protocol import is_out_of_memory
 from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.captures import Captures
@@ -286,8 +286,6 @@ class Scheduler:
             return self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)
         if isinstance(error, OLD_KV) and chunk.point.plain and self._may_try_again(chunk):
             self._batch.forget(chunk, life)
-            return self._again(chunk, error, pieces=1, avoid=None)
-        if chunk.stage == "fork" and isinstance(error, NotFound):  # the point was let go of just then, for others
             return self._again(chunk, error, pieces=1, avoid=None)
         if chunk.stage == "generate" and len(chunk.jobs) > 1:
             return Verdict(chunk.split(1), [])
