@@ -320,6 +320,17 @@ def test_a_session_at_a_point_has_the_seed_that_it_was_given() -> None:
             pool.session(session, seed=-1)
 
 
+def test_a_history_has_the_seed_that_its_completion_was_sampled_with() -> None:
+    """It had the session's, also where the sampling parameters have their own."""
+    with ForkPool("fake", backend="inline") as pool:
+        session = pool.session(seed=7)
+        session.append("hello there")
+        for sampling in (SAMPLED, Sampling(max_tokens=8, temperature=1.0, seed=5)):
+            result = pool.fork(session, 1, sampling)[0]
+            assert result.history is not None and result.session is not None
+            assert result.history.turns == result.session.turns and result.history.seed == result.session.seed
+
+
 # -- backends
 
 

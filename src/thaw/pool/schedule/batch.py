@@ -129,7 +129,7 @@ class Batch:
         history = History(
             before=chunk.point.tokens, before_turns=loaded.turns, prompt=prompt[0], prompt_text=prompt[1],
             token_ids=done.token_ids, logprobs=done.logprobs, entropies=done.entropies, text=done.text,
-            finish_reason=done.finish_reason, sampling=job.sampling, seed=job.child_seed,
+            finish_reason=done.finish_reason, sampling=job.sampling, seed=job.child_seed, turn_seed=done.seed,
             policy=life.engine.policy_version, resumed=job.resume,
         )  # fmt: skip
         session = None
