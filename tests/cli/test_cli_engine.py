@@ -142,6 +142,18 @@ def test_a_server_that_dies_says_its_last_words(tmp_path: Path) -> None:
         server.wait(process, url, tmp_path / "log", 60)
 
 
+def test_the_first_error_of_a_long_log_is_told(tmp_path: Path) -> None:
+    """vLLM logs what a worker met, and pages of what its other processes say of that."""
+    cause = "(Worker pid=7) ERROR 11-30 15:03:15 [executor.py:953] ValueError: 16 of 22 GiB are free; ask for less"
+    other = "(Core pid=6) INFO 11-30 15:03:15 [x.py:1] LateError: is no error, for it was logged as information"
+    lines = [other, cause, *(f"  File a.py, line {i}" for i in range(30)), "RuntimeError: see the root cause above"]
+    process, url = started(f"print({chr(10).join(lines)!r}); raise SystemExit(3)", tmp_path / "log")
+    with pytest.raises(EngineDied, match=r"starting\.\n +ValueError: 16 of 22 GiB are free; ask for less\n") as died:
+        server.wait(process, url, tmp_path / "log", 60)
+    assert "RuntimeError: see the root cause above" in str(died.value) and str(died.value).count("ValueError") == 1
+    assert server.ending(tmp_path / "none").startswith("full log:")
+
+
 def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
     process, url = started("import time; time.sleep(600)", tmp_path / "log")
     with pytest.raises(TimedOut, match="--timeout"):

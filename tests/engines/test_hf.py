@@ -30,7 +30,15 @@ from thaw.engines.hf.config import (  # noqa: E402
     overridden,
 )
 from thaw.engines.hf.files import NotOneToOne, hash_files  # noqa: E402
-from thaw.engines.hf.weights import CACHE_NAME, hash_weights, root_of_folder, root_of_module  # noqa: E402
+from thaw.engines.hf.weights import (  # noqa: E402
+    CACHE_NAME,
+    SAMPLED,
+    _spread,
+    hash_weights,
+    root_of_folder,
+    root_of_module,
+    sample_weights,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -366,3 +374,32 @@ def test_a_field_said_again_beside_the_rope_does_not_count() -> None:
 
 def test_fields_that_are_not_known_to_be_harmless_count() -> None:
     assert function_config({"a_field_of_tomorrow": None}) == {"a_field_of_tomorrow": "null"}
+
+
+def odd_tensors() -> torch.nn.Module:
+    """One of each kind: rows, a transposed one, one repeated by its strides, a scalar, an empty one, other dtypes."""
+    module = torch.nn.Module()
+    whole = torch.arange(1200.0).reshape(30, 40)
+    for name, tensor in {"rows": whole, "columns": whole[3:, 7:].T, "one": torch.tensor(3.0)}.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor))
+    for name, tensor in {
+        "repeated": torch.arange(5).expand(4, 5), "none": torch.zeros(0, 3),
+        "short": torch.ones(70, dtype=torch.bfloat16), "flags": torch.tensor([True, False]),
+    }.items():  # fmt: skip
+        module.register_buffer(name, tensor)
+    return module
+
+
+def test_the_sample_of_weights_looks_at_elements_spread_over_every_tensor() -> None:
+    module = odd_tensors()
+    for tensor in (*module.parameters(), *module.buffers()):
+        flat = tensor.detach().reshape(-1)
+        assert torch.equal(_spread(tensor.detach()), flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED])
+    seen = {sample_weights(module)}
+    for tensor in (module.rows, module.columns, module.one, module.short, module.flags):
+        with torch.no_grad():
+            tensor[(0,) * tensor.dim()] = not tensor[(0,) * tensor.dim()]
+        seen.add(sample_weights(module))
+    module.rows = torch.nn.Parameter(module.rows.detach() + 1)
+    seen.add(sample_weights(module))
+    assert len(seen) == 7 and sample_weights(module) in seen

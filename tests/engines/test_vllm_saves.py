@@ -52,7 +52,7 @@ def made() -> Any:
 def test_a_capture_reads_the_state_of_the_last_step_before_the_next_one(made: Any) -> None:
     assert made.saves.catch_up(RECORD, made.record, None) == NOW
     (sync,) = made.queue
-    assert sync == jobs.Sync(RECORD, ((3, 4),), NOW, state_blocks=(9,)) and sync.before_forward
+    assert sync == jobs.SaveBlocks(RECORD, ((3, 4),), NOW, state_blocks=(9,)) and sync.before_forward
     assert made.record.points == {WANT, NOW}
 
 
@@ -70,7 +70,7 @@ def test_a_capture_in_the_step_of_a_preemption_is_refused_as_busy(made: Any) -> 
     assert len(made.queue) == 4 and made.refused == [], "it was not preempted"
     made.run.request.num_preemptions = 1
     made.saves.rescue(made.run)
-    assert made.queue == [*others, jobs.Derive(RECORD, RECORD, WANT, GUEST)]
+    assert made.queue == [*others, jobs.ForkRecord(RECORD, RECORD, WANT, GUEST)]
     ((name, error),) = made.refused
     assert name == LATE and isinstance(error, Busy)
     assert (made.record.num_kv, made.record.points) == (WANT, {WANT})

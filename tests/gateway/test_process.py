@@ -40,8 +40,9 @@ class Process:
         )  # fmt: skip
         assert self.begun.stdout is not None
         told = json.loads(self._until_brace(self.begun.stdout))
-        assert told["token"] is None and told["model"] == "fake"
-        self.client: Any = openai.OpenAI(base_url=f"{told['url']}/v1", api_key=TOKEN, max_retries=0, timeout=60)
+        assert told["token"] is None
+        self.model = told["model"]
+        self.client: Any = openai.OpenAI(base_url=f"{told['url']}/v1", api_key=TOKEN, max_retries=0, timeout=600)
         for _ in range(400):
             try:
                 self.client.models.list()

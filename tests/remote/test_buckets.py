@@ -282,7 +282,7 @@ def test_a_lost_answer_of_a_move_is_read_back(proxy: StoreProxy, shaky: Bucket) 
 def test_a_lost_answer_behind_others_moves_is_uncertain(
     proxy: StoreProxy, shaky: Bucket, moto_server: StoreServer
 ) -> None:
-    """Ours was made, and another went on from it: neither "made" nor "not made" would be true of what is there."""
+    """Ours was made, and another continued from it: neither "made" nor "not made" would be true of what is there."""
     first = shaky.create("refs/a", b"one")
     assert first is not None
     proxy.on("PUT", "refs/a", Fault(lose=True))

@@ -1,4 +1,4 @@
-"""Killed at any request, push, fetch and gc leave both sides whole, and go on with what they had."""
+"""Killed at any request, push, fetch and gc leave both sides whole, and continue with what they had."""
 
 from __future__ import annotations
 

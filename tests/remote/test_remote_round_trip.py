@@ -1,4 +1,4 @@
-"""Push, clone, fetch and pull: what arrives is what was sent, and a session goes on from it without prefilling."""
+"""Push, clone, fetch and pull: what arrives is what was sent, and a session continues from it without prefilling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Cache groups: layers whose cache has one shape, of four kinds. Nothing else of thaw asks which kind a group is.
+"""Cache groups: layers whose cache has one shape, of four kinds. A new kind is added here; what else it
+needs is listed under "A new kind of cache" in docs/architecture.md.
+
+Store, repository and pool ask a group what it needs, never which kind it is. Only engines do, where they make and lay
+out caches.
 
     FullKV      keys and values of every token
     SlidingKV   keys and values of the last tokens: a token attends to `window`, itself among them
@@ -282,7 +286,7 @@ def is_plain(groups: Sequence[CacheGroup]) -> bool:
 
 
 def keeps_all(groups: Sequence[CacheGroup]) -> bool:
-    """Whether any earlier token can be gone on from, because every token's bytes are kept."""
+    """Whether any earlier token can be continued from, because every token's bytes are kept."""
     return all(isinstance(g, FullKV) or (isinstance(g, LatentKV) and g.window is UNSET) for g in groups)
 
 

@@ -1,4 +1,4 @@
-"""The chained hash of a token prefix: what `match` looks up.
+"""The chained hash of a token prefix, which `match` looks up, and the common prefix of two sequences (`thaw diff`).
 
 The sequence is cut in windows of 256 tokens. chain(0) = BLAKE3("thaw.prefix/1" NUL model-id);
 chain(k+1) = BLAKE3(chain(k) ‖ tokens of window k, each a little-endian u32). The hash of a prefix that ends inside

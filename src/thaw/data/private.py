@@ -1,7 +1,7 @@
-"""Folders that hold what others of the host must neither read nor bring in: ours, 0700, and in nobody else's reach.
+"""Folders that other users of the host can neither read nor replace: ours, 0700, on a path that only we can change.
 
-Whoever owns a folder, or may write to it, can put another in the place of what lies in it. So the whole way is looked
-at, from the root down: what was found in order cannot be changed by others any more when the next part is looked at.
+The owner of a folder, and anyone who may write to it, can replace what is in it. So the whole path is checked from the
+root down: once a part was found safe, others cannot change it before the next part is checked.
 """
 
 from __future__ import annotations

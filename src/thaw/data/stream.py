@@ -1,6 +1,6 @@
 """Reading many blobs on many threads: each is read into scratch memory, hashed there and handed on, still in cache.
 
-For readers that lay the bytes out anew (an engine's arena): no blob is ever held whole beside its destination, and
+For readers that rearrange the bytes (an engine's arena): no blob is ever held whole beside its destination, and
 scratch is one request for each thread (a blob, or small neighbours). `read_blobs` is for those whose memory the bytes
 go into as they are.
 """
@@ -38,7 +38,7 @@ def stream_blobs(packs: Path | ReadExtents, locations: Sequence[BlobLocation], u
         order = _Shared(_runs(locations, opened))
         count = max(1, min(max(threads, opened.num_parallel), len(order)))
         with ThreadPoolExecutor(count, thread_name_prefix="thaw-read") as pool:
-            # By `map`, for it lets go of each future: one that is still in a frame that its own error went through
+            # By `map`, for it releases each future: one that is still in a frame that its own error went through
             # would hold that frame, and the caller's memory with it, until Python's collector comes by.
             spent = list(pool.map(partial(_work, opened, locations, use), [order] * count))
     nbytes = sum(location.nbytes for location in locations)

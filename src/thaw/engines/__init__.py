@@ -1,6 +1,6 @@
 """Engines: the contract (`base`), the registry of kinds (`registry`, `kind`), and thaw's own, a folder each.
 
-Names load on first use: who reads what a session said needs no registry.
+Names load on first use: code that reads a session's text needs no registry.
 """
 
 from __future__ import annotations

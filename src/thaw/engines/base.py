@@ -64,7 +64,7 @@ class PointSlice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine needs to go on from a state.
+    """Everything an engine needs to continue from a state.
 
     `tokens` are all token ids; slices cover exactly [0, num_kv). `boundary.hidden` is located by `hidden`. A model with
     point states needs those at `num_kv` among `points`; earlier ones are for forks of earlier tokens.
@@ -161,7 +161,7 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One session's part of a batch. `prompt` is appended first; `resume` goes on with an unfinished completion
+    """One session's part of a batch. `prompt` is appended first; `resume` continues with an unfinished completion
     instead (then `prompt` is empty and `sampling` None: the turn has its own). `chat`: the messages that the prompt was
     rendered from, kept with its turn."""
 
@@ -233,7 +233,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Every engine that passes the law book has:
     `capture-running`   a session may be captured while it runs, without stopping
     `fork-running`      a session may be forked while it runs, without stopping
-    `park`              `park` lets go of the engine's memory; the next use brings the session back
+    `park`              `park` releases the engine's memory; the next use brings the session back
     `resume`            an interrupted completion goes on where it was, bit for bit
     `policy`            `set_policy` and `policy`: KV of another policy version is refused
     `logprobs`          log probabilities of sampled tokens, and of the likeliest where asked for
@@ -242,7 +242,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
                         states may an engine lack it, and `NotKept` then names the tokens at which it can
     `boundary`          captures carry a `Boundary`, the digest of the next logits; else `Captured.boundary` is None
     `boundary-hidden`   the last hidden state is kept: going on at a prompt's end prefills nothing; else everyone who
-                        goes on from there, the parent too, runs the last token again (1 prefilled) and all are equal
+                        continues from there, the parent too, runs the last token again (1 prefilled) and all are equal
     `own-batch`         a call's batch is never mixed with another's: its bits do not depend on what else runs; else
                         they are promised at equal batch shape, which a call that runs alone has
     `prefill-progress`  tokens of a running append are seen by `view` and `fork` as they are read, as they are by
@@ -417,7 +417,7 @@ class Engine(abc.ABC):
 
         Child i gets derive(seed, position, i), or the parent's own seed with `replay`, or `seeds[i]`. A fork inside
         a completion with `replay` leaves that turn unfinished, so `resume` repeats the parent. Raises `NotKept` for a
-        token that cannot be gone on from, `InvalidRequest` for `replay` and `seeds` together."""
+        token that cannot be continued from, `InvalidRequest` for `replay` and `seeds` together."""
 
     def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
         """A session of the first `at` tokens with the parent's seed, where `fork` raises `NotKept`: it begins at the

@@ -2,7 +2,7 @@
 
     pool = thaw.ForkPool("vllm", model="path/to/model", workers=2, repo=repo)
     results = pool.fork("main", ["Why?", "How?"], thaw.Sampling(max_tokens=64))
-    round = pool.submit(results[0], 16)                        # a result is a point to go on from
+    round = pool.submit(results[0], 16)                        # a result is a point to continue from
     for result in round.as_completed(): ...
 
 A worker is one engine, in a process of its own or attached. Rounds live in the *arena*, a repository in shared memory

@@ -193,7 +193,7 @@ class ForkPool:
         return round_
 
     def session(self, point: object = None, *, seed: int | None = None, at: int | None = None) -> PoolSession:
-        """A session in one of the workers: an empty one, or one that goes on from `point`. A point of the pool.
+        """A session in one of the workers: an empty one, or one that continues from `point`. A point of the pool.
 
         `seed`: its own; by default the point's, or for token ids and an empty one a new one."""
         self._check_open()

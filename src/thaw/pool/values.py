@@ -28,7 +28,7 @@ Tier = Literal["engine", "arena", "disk", "node", "none"]
 class Branch:
     """One way to go on. `prompt` (or `token_ids`) is appended first; with neither the branch just generates.
 
-    `sampling`, `seed` and `timeout_s` replace the round's. `resume` goes on with the completion that the point
+    `sampling`, `seed` and `timeout_s` replace the round's. `resume` continues with the completion that the point
     interrupts. Without a seed branch i gets derive(the point's seed, position, i), in whichever worker it runs.
     """
 
@@ -94,7 +94,7 @@ class BranchResult:
     """One branch's end. With `error` set it has what was generated before (perhaps nothing), and no session.
 
     `proof` is the branch's own: what it shares of its point, as the engine counted. `restore` is the point's, where
-    that was hydrated into this worker (for this round or an earlier one). `session` can be committed, gone on with,
+    that was hydrated into this worker (for this round or an earlier one). `session` can be committed, continued with,
     and is itself a point of this pool; it lives as long as somebody holds it, until `close`, or until its worker
     dies. `attempts` above 1: workers failed and it was begun again.
     """

@@ -4,7 +4,7 @@ Manifests are read from the remote's refs back to commits that are here. Objects
 from each commit, so nothing is taken in that is not whole, and nothing that another namespace stored counts as here. KV
 is then read ahead in long ranges and written into local packs, hashed on the way; a byte that is wrong is an error that
 names blob and pack. Commits become visible parents first, about 1 GiB at a time, and tracking points at the end: an
-interrupted fetch goes on with the commits that it lacks.
+interrupted fetch continues with the commits that it lacks.
 
 With a depth only the commits near the tips are brought, each with all that it needs, wherever that lies in the remote.
 Their parents that stay there are noted in the transaction that stores them (`thaw.store.shallow`).
@@ -312,7 +312,7 @@ class _Fetch:
             for piece in run.pieces:
                 out[piece.id] = bytes(data[piece.offset - run.start :][: piece.nbytes])
                 _compare(self.remote, piece, digest(out[piece.id]), "object")
-            del data  # it may be let go of before the next one is read
+            del data  # it may be released before the next one is read
         return out
 
     # -- reading and writing
@@ -533,7 +533,7 @@ class _Source:
     def take(self, piece: _Piece) -> memoryview:
         """The piece's bytes, not verified; valid until the next one is taken."""
         while self._run is None or not self._run.holds(piece):
-            self._data = memoryview(b"")  # it may be let go of before the next one is read
+            self._data = memoryview(b"")  # it may be released before the next one is read
             self._run, self._data = next(self._runs)
         start = piece.offset - self._run.start
         return self._data[start : start + piece.nbytes]

@@ -2,7 +2,7 @@
 
     first run    mark: data is listed, refs and reflogs are read and followed. What is not reached, and is older than
                  the grace period by the store's own clock, is written down (`condemned`); a new epoch begins
-    second run   sweep: announced in gc's state; every ref is written anew, which ends each move that read it before;
+    second run   sweep: announced in gc's state; every ref is rewritten, which ends each move that read it before;
                  marked again; what of the list still is not reached is deleted
 
 A push that begins while the list is swept builds on nothing in it, and what is deleted is never written again under the

@@ -5,7 +5,7 @@ the query that any segment has proves (up to a hash collision) that so many toke
 that are nearest to it inside that window, whose tokens are then compared one by one, so a match may end inside a
 segment. No more is read in a repository of many commits than in one of few. The hashes of a namespace are its own, so
 that what others have stored is neither found nor looked at. On a model with windows or point states a match ends where
-its commit can be gone on from.
+its commit can be continued from.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     Of a namespace it counts the KV that its commits reach, as if nobody else had any of it; files are the whole
     repository's, and 0 there.
 
-    `num_tokens_saved`: tokens that further children of a commit went on from and did not read again: for each commit,
+    `num_tokens_saved`: tokens that further children of a commit continued from and did not read again: for each commit,
     its tokens, times its children but one. `seconds_saved`: those at a rate of prefilling; None where none is known.
     """
 

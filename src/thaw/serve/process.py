@@ -26,6 +26,12 @@ from thaw.serve.record import answers
 EVERY_S = 0.5
 POLITE_S = 30.0
 TAIL_NBYTES = 8192
+CAUSE_NBYTES, CAUSE_CHARS = 4 << 20, 600
+ERROR = re.compile(
+    r"(?:\([^()]*\) )?(?:ERROR \S+ \S+ \[[^][]*\] |\[[^][]*\] )?"
+    r"((?:\w+\.)*\w*(?:Error|Exception|Unsupported): .+)"
+)
+"""The line of a traceback that names the error, with what vLLM and SGLang write before it."""
 FORMER_LOGS = 5
 FORMER_NBYTES = 64 << 20
 
@@ -85,7 +91,7 @@ def wait(
         with shown("starting the engine", lambda: _last(log, log_prefix)):
             while not answers(url):
                 if process.poll() is not None:
-                    raise EngineDied(f"the engine exited with code {process.returncode} while starting.\n{tail(log)}")
+                    raise EngineDied(f"the engine exited with code {process.returncode} while starting.\n{ending(log)}")
                 if time.monotonic() - began > timeout_s:
                     raise TimedOut(f"the engine did not answer within {timeout_s:.0f} s (--timeout).\n{tail(log)}")
                 time.sleep(EVERY_S)
@@ -130,6 +136,15 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
+def ending(log: Path) -> str:
+    """The first error in the log, which engines log long before they end, then the log's end."""
+    lines = tail(log)
+    first = next(filter(None, map(ERROR.fullmatch, _lines(log, CAUSE_NBYTES))), None)
+    if first is None or first[1][:200] in lines:
+        return lines
+    return f"  {clean(first[1])[:CAUSE_CHARS]}\n  …\n{lines}"
+
+
 def tail(log: Path, lines: int = 8) -> str:
     """The end of the log, for an error, and where the rest is."""
     last = [clean(line)[:200] for line in _lines(log)][-lines:]
@@ -142,10 +157,10 @@ def _last(log: Path, prefix: str) -> str:
     return f"({one_line(re.sub(prefix, '', found[-1]), 60)})" if found else ""
 
 
-def _lines(log: Path) -> list[str]:
+def _lines(log: Path, nbytes: int = TAIL_NBYTES) -> list[str]:
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - TAIL_NBYTES))
+            file.seek(max(0, log.stat().st_size - nbytes))
             text = file.read().decode(errors="replace")
     except OSError:
         return []

@@ -2,7 +2,7 @@
 
 Under a lock, always from what the database says at that moment; so they are never newer than the database, unless the
 database lost something. Usually a line is added to the log. Where that cannot be, or the log has grown as large as
-refs.json, refs.json is written anew, and the log goes. Whoever waited for the lock may find its change saved already.
+refs.json, refs.json is rewritten, and the log goes. Whoever waited for the lock may find its change saved already.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Small random models that *look* at their KV: real Hugging Face folders of a few hundred kilobytes.
 
-With the usual initialisation (a deviation of 0.02 or less) a narrow model's output hangs on its last token alone,
+With the usual initialisation (a deviation of 0.02 or less) a narrow model's output depends on its last token alone,
 and every wrong cache passes. Here each weight matrix is drawn with deviation 1/sqrt(fan_in), embeddings with 1, norms
 around 1, so each layer passes on what attention brings, and one wrong value vector anywhere moves the logits
 (`tests/test_testing_models.py` holds that).

@@ -1,7 +1,7 @@
 """Three ranks, each with a third of the heads: what they write one rank reads, and back; and they decide alike.
 
 A rank that failed alone, or whose clock ran ahead, and whose tree then held something else than the others', would run
-another batch soon: all would wait for ever. So what these tests ask after each fault is that the engine goes on with
+another batch soon: all would wait for ever. So what these tests ask after each fault is that the engine continues with
 the right bits.
 """
 

@@ -38,7 +38,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def story(engine: Engine, lab: Lab) -> list[Completion]:
-    """A session that answers, four children of it, and one hydrated from a capture amid another answer."""
+    """A session that answers, four children of it, and one hydrated from a capture during another answer."""
     parent = lab.begin(engine, 500, start=3)
     captured, whole = lab.captured_amid(engine, parent)
     said = lab.one(engine, parent, seeded(200))

@@ -1,5 +1,5 @@
 """Options of vLLM's that change how it schedules: in each, sessions go on bit for bit, or the option is refused by name
-before vLLM starts. And requests that are none of thaw's, or that ask for more than a session can go on with.
+before vLLM starts. And requests that are none of thaw's, or that ask for more than a session can continue with.
 
 Bits are compared where both sides run alone or in groups of one size.
 """
@@ -461,7 +461,7 @@ def test_what_cannot_work_is_refused_by_name_before_vllm_starts(folder: str, wha
 
 
 def test_a_watermark_is_refused(folder: str) -> None:
-    """Where this vLLM has them: their configuration hangs on the runner, so it is put there by hand."""
+    """Where this vLLM has them: their configuration depends on the runner, so it is put there by hand."""
     config = configured(folder, VllmSettings())
     support.require_config(config)
     object.__setattr__(config, "watermark_config", object())

@@ -1,4 +1,4 @@
-"""Gemma 3 270M on vLLM: trained weights with a window of 512, reading English. What goes on from disk says what the
+"""Gemma 3 270M on vLLM: trained weights with a window of 512, reading English. What continues from disk says what the
 uninterrupted session says, at random cuts and around the window's edge."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Requests that are interrupted: preempted for want of blocks, stopped while they load or wait, read meanwhile.
 
 Afterwards nothing is left over, and every session goes on with the bits it would have had: as a request alone, for on a
-CPU the bits of one request hang on what runs beside it.
+CPU the bits of one request depend on what runs beside it.
 """
 
 from __future__ import annotations
@@ -490,7 +490,7 @@ def test_a_load_that_fails_ends_its_own_request_alone(engine: VllmEngine, lab: L
 def test_a_restore_that_the_engine_counts_short_is_not_hit(
     engine: VllmEngine, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the reason: it is the engine's count that is the proof, and a session's turns hang on it too."""
+    """Whatever the reason: it is the engine's count that is the proof, and a session's turns depend on it too."""
     session = lab.begin(engine, 300, start=12)
     plan, run = lab.plan(lab.capture(engine, session)), engine._talk.run
 

@@ -1,7 +1,7 @@
 """Latents (MLA) in a real vLLM: one vector a token and layer, the same on every rank and stored once.
 
 The small model is of DeepSeek V3's kind with its latent of 512 + 64 numbers, the one width that vLLM has on a CPU. Its
-blocks have 16 tokens there, and there is no prefix cache, so a fork loads all that it goes on from.
+blocks have 16 tokens there, and there is no prefix cache, so a fork loads all that it continues from.
 """
 
 from __future__ import annotations

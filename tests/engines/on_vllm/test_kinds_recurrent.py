@@ -256,7 +256,7 @@ def test_captures_of_an_answer_on_both_sides_of_a_blocks_end_go_on_with_its_bits
 
 
 def test_a_session_that_ended_by_itself_keeps_the_states_of_its_turns_alone(engine: Engine, lab: Lab) -> None:
-    """The states of the last steps before an end are let go of, unless the client may have ended it at one of them."""
+    """The states of the last steps before an end are released, unless the client may have ended it at one of them."""
     states = sum(group.nbytes for group in point_groups(engine.info.groups))
     tokens = sum(group.token_nbytes for group in token_groups(engine.info.groups))
 
@@ -367,7 +367,7 @@ def test_snapshots_cross_to_transformers_and_back(
     how: tuple[str, bool, bool], engine: Engine, lab: Lab, tiny_model: Callable[..., Path]
 ) -> None:
     """One identity, and one form: the first layer's state, which depends on tokens alone, is the same in both but for
-    rounding, and another session's is not. Each engine goes on from the other's."""
+    rounding, and another session's is not. Each engine continues from the other's."""
     folder = tiny_model(how[0], dtype="bfloat16", **SHAPES[how[0]])
     point = 300
     with load_engine("transformers", model=str(folder)) as stock:

@@ -95,7 +95,7 @@ def test_captured_while_it_decodes(engine: Engine, lab: Lab) -> None:
 
 
 def goes_on_as_captured(engine: Engine, lab: Lab, session: SessionRef) -> bool:
-    """Whether the session's next tokens hang on the KV that a capture of it has."""
+    """Whether the session's next tokens depend on the KV that a capture of it has."""
     moved = lab.move(engine, session, engine)
     live, restored = (lab.one(engine, one, greedy(6)) for one in (session, moved))
     return bits(live.logprobs) == bits(restored.logprobs)

@@ -287,7 +287,7 @@ def test_verbs_wait_while_the_engine_is_paused_and_are_told_when_it_drops_them(
 def test_a_session_is_hydrated_into_an_engine_where_an_ordinary_request_has_read_its_prompt(
     engine: VllmEngine, owner: Owner, lab: Lab
 ) -> None:
-    """The session goes on from its own KV, also where it is told to share its prefix: all of it is loaded, nothing is
+    """The session continues from its own KV, also where it is told to share its prefix: all of it is loaded, nothing is
     hit. The control, a new session that shares its prefix, does take the ordinary request's blocks."""
     tokens = ids(700, 9)
     session = engine.open(seed=20)
@@ -372,7 +372,7 @@ def test_what_clears_raises_while_blocks_are_pinned_and_the_engine_goes_on(
     expected = lab.one(engine, lab.twin(engine, session), greedy(4))
     engine.pin(session, 60).result(LIMIT_S)
     if Version(engine.info.version) < Version("0.32"):
-        owner.rest()  # amid work it ends there, too
+        owner.rest()  # during work it ends there, too
     with pytest.raises(Exception, match="Failed to reset KV cache"):
         CLEARING[act](owner)
     engine.release_pins()  # the engine is paused now, and this is answered
@@ -448,8 +448,8 @@ def test_ordinary_requests_get_no_kv_of_the_old_weights(
 def test_weights_changed_under_a_running_session(
     engine: VllmEngine, owner: Owner, lab: Lab, model: Path, other_weights: Path, clear_cache: bool
 ) -> None:
-    """Where its blocks were cleared it would have to go on from KV of the old weights: refused. Where they were kept
-    vLLM goes on with them, as it does for everybody; what comes of it is used for nothing else."""
+    """Where its blocks were cleared it would have to continue from KV of the old weights: refused. Where they were kept
+    vLLM continues with them, as it does for everybody; what comes of it is used for nothing else."""
     owner.load(model)
     reset(owner)
     session = lab.begin(engine, 300, start=33)
@@ -524,7 +524,7 @@ def test_shutdown_with_sessions_parked_pinned_and_running(engine: VllmEngine, la
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Started when the engine above is gone. Sessions that nobody uses are let go of soon."""
+    """Started when the engine above is gone. Sessions that nobody uses are released soon."""
     server = Server(
         model, tmp_path_factory.mktemp("server"), "--max-model-len", "4096",
         settings=VllmSettings(session_ttl_s=TTL_S), VLLM_SERVER_DEV_MODE="1",

@@ -498,7 +498,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(v1: Any, llm: Any) -> 
         assert rows[0] == pytest.approx(raw, abs=1e-4)
         assert all(math.fsum(map(math.exp, row)) == pytest.approx(1.0, abs=1e-4) for row in rows)
 
-    # And from them the reference in plain Python chooses the same tokens (repetition_penalty hangs on raw logits).
+    # And from them the reference in plain Python chooses the same tokens (repetition_penalty depends on raw logits).
     for i, s in enumerate(TURNS.values()):
         if s.repetition_penalty == 1.0:
             for step, row in enumerate(rows_of(whole[i])):

@@ -1,8 +1,9 @@
 """Tiers: the places where a store's packs lie.
 
-`base.py` says what a tier is, `mounted.py` reads a store's tiers in their order, and every other file is one kind. An
-address is a URL whose scheme names the kind: one of `OWN`, or an entry point of the group `thaw.tiers` in another
-package. What is named is a function (TierAddress) -> tier; its heavy imports stand inside it.
+`base.py` says what a tier is, `mounted.py` reads a store's tiers in their order, and every other file is one kind. (One
+more, a pack that is still being downloaded, is in `thaw.remote.arriving`.) An address is a URL whose scheme names the
+kind: one of `OWN`, or an entry point of the group `thaw.tiers` in another package. What is named is a function
+(TierAddress) -> tier; its heavy imports stand inside it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The names of packs are drawn at random or made of their content, so that a name means the same pack in every tier. A
 tier is opened when it is asked for the first time: what an unused one lacks costs nothing. A tier that fails is an
-error, and the next one is not asked: a slow way around would go unseen.
+error, and the next one is not asked: a slow detour would go unnoticed.
 """
 
 from __future__ import annotations

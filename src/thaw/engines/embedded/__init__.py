@@ -1,7 +1,7 @@
 """An engine in the caller's own process: one driver thread, sessions as paged KV, a backend that runs the model.
 
 `fake` and `transformers` are backends behind the same engine, so what is tested on one holds for the other:
-sessions, batches, turns, stops, capture, hydrate, fork and park are here; what a token *is* stands in the backend.
+sessions, batches, turns, stops, capture, hydrate, fork and park are here; what a token *is* is the backend's.
 
     a call ──> EmbeddedEngine ──submit──> Driver (one thread; step boundaries)
                                              ├─ Generation: one batch, one step at a time

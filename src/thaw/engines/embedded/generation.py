@@ -79,7 +79,7 @@ class Lane:
 class Prefill:
     """Brings every lane to the point where its next logits are known. `step` returns True while there is more.
 
-    `last_alone`: the last token runs by itself, after the others, as it does for whoever goes on from there later."""
+    `last_alone`: the last token runs by itself, after the others, as it does for whoever continues from there later."""
 
     def __init__(self, backend: Backend, lanes: Sequence[Lane], *, last_alone: bool = False) -> None:
         self._backend = backend

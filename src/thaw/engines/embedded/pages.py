@@ -185,7 +185,7 @@ class PagedKV:
         return sorted(token for token in self.points if token >= oldest or token in self.asked)
 
     def before(self, num_tokens: int) -> int:
-        """How many tokens of KV a session of the first `num_tokens` tokens goes on with: all but the last, which runs
+        """How many tokens of KV a session of the first `num_tokens` tokens continues with: all but the last, which runs
         again; or all of them, where the state before the last is not kept and the one after it is."""
         last = min(self.num_tokens, max(num_tokens - 1, 0))
         if not point_groups(self.factory.groups) or not last or last in self.points:

@@ -1,7 +1,7 @@
 """The small files beside a model's weights: its config, what ends its texts, its tokenizer, its chat templates.
 
-Each is read whole and its fields are looked at before an engine reads it, for what engines make of a damaged one
-differs: transformers and vLLM go on without a generation_config.json that is cut short, and a text then ends elsewhere.
+Each is read whole and its fields are looked at before an engine reads it, because engines treat a damaged one
+differently: transformers and vLLM ignore a truncated generation_config.json, and a text then ends elsewhere.
 No torch and no transformers here, as clients of served engines read these files, too.
 """
 

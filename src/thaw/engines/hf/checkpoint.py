@@ -191,7 +191,7 @@ def local_folder(model: str | Path) -> Path | None:
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     """The files that the index names, once each tensor was found in the one where it says, and in no other: engines
-    load all of them, and which of two would run hangs on the order of their names."""
+    load all of them, and which of two would run depends on the order of their names."""
     named = _weight_map(index)
     paths = sorted({folder / name for name in named.values()})
     gone = [path.name for path in paths if not is_there(path)]

@@ -27,6 +27,8 @@ from thaw.engines.hf.leaves import hashed_tensors, leaf, raw
 from thaw.engines.hf.stored import is_stored, root_of_stored
 
 CACHE_NAME = ".thaw-weights.json"
+SAMPLED = 16
+"""Elements of a tensor."""
 log = logging.getLogger(__name__)
 
 
@@ -99,14 +101,25 @@ def hash_weights(module: Any) -> str:
 
 
 def sample_weights(module: Any) -> str:
-    """A digest of 16 elements of every parameter and buffer, spread over it: cheap; any ordinary update changes it."""
-    hasher = blake3()
+    """A digest of 16 elements of every parameter and buffer, spread over it: cheap; any ordinary update changes it.
+
+    Every fork and every batch asks for it, so it takes one view of each tensor and one copy to the host per dtype."""
+    picked: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
-            flat = tensor.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // 16)][:16].contiguous()
-            hasher.update(raw(picked))
+            picked.setdefault((tensor.dtype, tensor.device), []).append(_spread(tensor.detach()))
+        hasher = blake3()
+        for found in picked.values():
+            hasher.update(raw(torch.cat(found)))
     return hasher.hexdigest()
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """At most 16 elements of a tensor at equal distances, [n]: a view where the tensor is contiguous."""
+    step = max(1, tensor.numel() // SAMPLED)
+    if not tensor.is_contiguous():
+        return tensor.reshape(-1)[::step][:SAMPLED]
+    return tensor.as_strided((min(SAMPLED, -(-tensor.numel() // step)),), (step,), tensor.storage_offset())
 
 
 def files_key(folder: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> str | None:

@@ -1,8 +1,8 @@
 """What one caller, and what all of them, may keep in an engine: KV in memory and in files, records, held commands.
 
 A caller is a client of thaw's, by the name that it put into the mail. Those without a name, who may only send requests
-(they have the server's API key, say), are one caller together: a guest. What was reached is said by the error that
-refuses, and nobody loses what he has because of another.
+(they have the server's API key, say), are one caller together: a guest. The error of a refusal names the limit that was
+reached, and no caller loses what it has because of another.
 """
 
 from __future__ import annotations

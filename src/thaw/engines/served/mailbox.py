@@ -1,13 +1,13 @@
 """The mail: a folder of the user's own in which engine and client leave each other short files.
 
-It is 0700 whatever the umask, and so is every folder above it that thaw names; a way that another user of the host
+It is 0700 whatever the umask, and so is every folder above it that thaw names; a path that another user of the host
 could change is refused (`data.private`). It carries what requests cannot: answers to commands, hydrate plans on their
 way in, entropies of sampled tokens, and the stores that the engine may write to. Both sides run as the
 same user on one host, or share the folder; that is also what a store needs.
 
     stores/<uuid>          a store's mount, put there by the user's own client or the configuration
     plans/<id>             a hydrate plan
-    grants/<id>            empty: whoever says the message of this id may change what is everybody's
+    grants/<id>            empty: the sender of the message of this id may change what all share
     callers/<name>         empty: messages that say this name are of a client that shares the folder
     entropies/<id>         of the tokens of a run, 8 bytes each; made by the client, filled by the first worker
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank

@@ -1,9 +1,9 @@
-"""What thaw's client says to the connector inside vLLM, and what it hears back. No vLLM and no torch here.
+"""The messages of thaw's client to thaw inside the engine, and the answers. No vLLM and no torch here.
 
-A message travels in `kv_transfer_params["thaw"]` of a plain request, so it passes through every front end that vLLM
-has. Two kinds: `Run` goes with a request that generates; the others are commands, carried by a request of one token
-that the connector holds back from scheduling, so that it never changes the shape of a batch: the client aborts it when
-the answer is there (or, with `inband`, lets it run its one token and finds the answer in the reply).
+A message travels in `kv_transfer_params["thaw"]` of a plain request (SGLang: `kv_hints`), so it passes through every
+front end that vLLM has. Two kinds: `Run` goes with a request that generates; the others are commands, carried by a
+request of one token that the connector holds back from scheduling, so that it never changes the shape of a batch: the
+client aborts it when the answer is there (or, with `inband`, lets it run its token and finds the answer in the reply).
 
 Messages hold names and numbers only. What is long (a hydrate plan) lies in the mail folder under the message's id; no
 path is ever part of a message.
@@ -69,7 +69,7 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     other ways. `mail`: what the scheduler says at the end goes to the mail too, for a reply may be left before its
     end. `grammar_from`: the request has structured outputs, and its tokens from this index on are of the same
     completion: the grammar is told of them before the first new one. `ends_early`: the client may end it some tokens
-    before the engine does (at a stop string), and go on from there.
+    before the engine does (at a stop string), and continue from there.
     """
 
     record: Name
@@ -125,7 +125,7 @@ class Write(Message, frozen=True, kw_only=True, tag="write"):
 
 class EndRun(Message, frozen=True, kw_only=True, tag="end"):
     """The request with the message `run` ends with its next token. So a client stops a request of a model that keeps
-    states: one that it takes back may be some tokens ahead of it, and the state that it could go on from is gone."""
+    states: one that it takes back may be some tokens ahead of it, and the state that it could continue from is gone."""
 
     for_sharers: ClassVar[bool] = True
     run: Name

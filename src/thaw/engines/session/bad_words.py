@@ -1,4 +1,4 @@
-"""Words that may not come, as token ids: what vLLM does with `bad_words`, for every engine.
+"""Banned words, as token ids: what vLLM does with `bad_words`, for every engine.
 
 A function of the words, the tokenizer and the turn's own output, so a resumed turn needs nothing but its tokens.
 """

@@ -3,7 +3,7 @@
     Scheduler._poll_timeout_aborts      on the first rank, between two steps: what is over by the clock
     Scheduler.process_input_requests    on all ranks: what the first one said is over ends
     Scheduler.handle_generate_request   a message of thaw's comes with a request
-    Scheduler.abort_request             somebody whom others wait for will not come
+    Scheduler.abort_request             a request that others wait for will not come
     Req.init_next_round_input           a request is about to be admitted
     ForwardBatch.init_new               a step of one token each, of which all else is there, is a decode step
     ModelRunner.sample                  the tokens of thaw's requests are chosen
@@ -249,7 +249,7 @@ def _status(error: ThawError) -> int:
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **more: Any) -> Any:
     """The forward pass of a prefill batch in which every request lacks one token only, and one is thaw's, is that of a
-    decode step: so a session that was brought back goes on with the bits of one that never stopped."""
+    decode step: so a session that was brought back continues with the bits of one that never stopped."""
     side = _side()
     if side is not None and _is_one_token_each(batch) and any(req.rid in side.runs for req in batch.reqs):
         from sglang.srt.model_executor.forward_batch_info import ForwardMode

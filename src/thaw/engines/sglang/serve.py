@@ -1,4 +1,4 @@
-"""`python -m thaw.engines.sglang.serve ARGUMENTS`: SGLang's own server, which ends when whoever started it does."""
+"""`python -m thaw.engines.sglang.serve ARGUMENTS`: SGLang's own server, which ends with the process that started it."""
 
 from __future__ import annotations
 

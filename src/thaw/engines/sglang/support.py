@@ -124,7 +124,7 @@ def require_functions(targets: Iterable[str]) -> None:
 
 
 def require_request(request: Any) -> None:
-    """Raise `Unsupported` where a request that carries thaw's message asks for what a session cannot go on with."""
+    """Raise `Unsupported` where a request that carries thaw's message asks for what a session cannot continue with."""
     for name, why in ALONE:
         if getattr(request, name, None) is not None:
             raise Unsupported(f"{name} in a request that carries kv_hints of thaw's: {why}")

@@ -1,4 +1,4 @@
-"""Choosing tokens from the rows of a batch of logits: `embedded.torch_sampler`, which vLLM's side shares."""
+"""Choosing tokens from the rows of a batch of logits: `sampling.torch_sampler`, which the served engines share."""
 
 from __future__ import annotations
 

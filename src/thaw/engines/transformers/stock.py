@@ -1,4 +1,4 @@
-"""The model's own prefill, by stock transformers: the other arm of a measurement, so that the baseline is no straw man.
+"""The model's own prefill, by stock transformers: the other arm of a measurement, so that the baseline is a fair one.
 
 A second copy of the weights with transformers' default attention (sdpa) and its own cache; no code of thaw runs in it.
 As `generate` does, it keeps the cache and computes the logits of the last token alone.

@@ -17,7 +17,7 @@ Tables: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Derive:
+class ForkRecord:
     """Record `record` becomes the first `num_kv` tokens of `source` (which may be itself, or None: empty), and
     `caller`'s."""
 
@@ -28,11 +28,11 @@ class Derive:
 
 
 @dataclass(frozen=True)
-class Sync:
+class SaveBlocks:
     """Copy tokens up to `num_kv` that the record lacks out of the engine's blocks. `finished`: a request whose blocks
     are held until that is done, and what was begun for the record before. `now`: vLLM gives the blocks away in this
-    very step, so all of that is done when the job is. `over`: nobody goes on from an earlier step of the request, so
-    the states of its last steps are let go of. `state_blocks`: where the state after `num_kv` tokens lies, where the
+    very step, so all of that is done when the job is. `over`: nobody continues from an earlier step of the request, so
+    the states of its last steps are released. `state_blocks`: where the state after `num_kv` tokens lies, where the
     model keeps states."""
 
     record: str
@@ -147,5 +147,15 @@ class Forget:
 
 
 Job: TypeAlias = (
-    Derive | Sync | Load | CheckRecord | Fail | ReadPlan | WriteRecord | LookAtWeights | Count | Watch | Forget
+    ForkRecord
+    | SaveBlocks
+    | Load
+    | CheckRecord
+    | Fail
+    | ReadPlan
+    | WriteRecord
+    | LookAtWeights
+    | Count
+    | Watch
+    | Forget
 )

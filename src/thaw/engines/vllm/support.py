@@ -277,7 +277,7 @@ def overrides(model: Any) -> dict[str, Any]:
 
 def require_request(params: Any) -> None:
     """Raise `InvalidRequest` where a request carries a message that is none of thaw's, and `Unsupported` where it asks
-    for what a session cannot go on with besides.
+    for what a session cannot continue with besides.
 
     `params` are its `SamplingParams`. Requests without a message are nobody's business here."""
     transfer = (params.extra_args or {}).get("kv_transfer_params")

@@ -1,6 +1,6 @@
 """The fork point of a round: what a caller gave, found once and fixed, whatever happens to it afterwards. A value.
 
-From a live session a private fork is taken at once (no KV is copied), so that the caller may go on with the session,
+From a live session a private fork is taken at once (no KV is copied), so that the caller may continue with the session,
 or close it. From a repository or the arena it is a stored point; from plain tokens it is only these. What becomes of it
 later is no part of it: `Captures` gives another version of the point.
 """

@@ -3,7 +3,7 @@
 Asked of engines that declare `decode-exact`. "Uninterrupted" is always the same session (or its replay twin) that was
 never captured from; "resumed" went through bytes on disk into another engine. Both run at equal batch shape.
 
-An engine without "boundary-hidden" runs the last token of a prompt again; then everyone does who goes on from there,
+An engine without "boundary-hidden" runs the last token of a prompt again; then everyone does who continues from there,
 the parent too, and all of them are equal.
 """
 

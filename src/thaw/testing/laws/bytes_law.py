@@ -1,4 +1,4 @@
-"""Law 1, bytes: KV restored equals KV captured, byte for byte; damage is noticed; and the numbers do hang on it."""
+"""Law 1, bytes: KV restored equals KV captured, byte for byte; damage is noticed; and the numbers do depend on it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class BytesLaw(EngineKit):
         assert prefix_bytes(lab, second, 306, first) == prefix_bytes(lab, lab.capture(other, restored.session), 306)
 
     def test_kv_once_captured_is_what_the_session_goes_on_with(self, engine: Engine, lab: Lab) -> None:
-        """KV only grows: a later capture may build on an earlier one, so nothing in it may be written anew."""
+        """KV only grows: a later capture may build on an earlier one, so nothing in it may be rewritten."""
         session = lab.begin(engine, 300)
         captures = [lab.capture(engine, session)]
         for prompt in ((), (9, 8, 7), ()):
@@ -83,7 +83,7 @@ class BytesLaw(EngineKit):
     def test_a_live_child_computes_what_a_hydrated_one_does(
         self, engine: Engine, other: Engine, lab: Lab, count: int, at: int | None
     ) -> None:
-        """Also where the point ends a block of the engine's: bits hang on how many tokens a step has."""
+        """Also where the point ends a block of the engine's: bits depend on how many tokens a step has."""
         session = lab.begin(engine, count)
         plan = lab.plan(lab.capture(engine, session), at=at)
         live = lab.one(engine, lab.twin(engine, session, at=at), greedy(4), (5, 6))

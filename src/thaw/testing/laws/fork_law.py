@@ -152,7 +152,7 @@ class ForkLaw(EngineKit):
     def test_a_fork_of_a_session_in_an_engine_that_prefilled_the_same_prompt_itself(
         self, engine: Engine, other: Engine, lab: Lab, salt: str
     ) -> None:
-        """The same tokens, read in pieces, have other bits. What was captured goes on with its own."""
+        """The same tokens, read in pieces, have other bits. What was captured continues with its own."""
         session = lab.begin(engine, 700)
         captured = lab.capture(engine, session)
         local = other.open(seed=1, salt=captured.salt if salt == "same" else None)

@@ -1,6 +1,6 @@
 """kill -9 on an engine's processes as they write a pack or bring one back: the caller is told, nothing is half there.
 
-A life: an engine is booted, the commit of the first life is hydrated and goes on with the same bits, then one of its
+A life: an engine is booted, the commit of the first life is hydrated and continues with the same bits, then one of its
 processes is killed in the middle of a commit or a hydrate. `Lives` counts; `KilledEngineTests` is to be subclassed:
 
     boot        a fixture: () -> an engine of the test's own processes
@@ -160,7 +160,7 @@ class Lives:
 
 
 def _way(number: int, names: list[str]) -> tuple[str, str]:
-    """Which process dies in this life, and amid what: each process in turn, and every way before one comes again."""
+    """Which process dies in this life, and during what: each process in turn, and every way before one comes again."""
     return names[number % len(names)], VERBS[(number + number // len(names)) % len(VERBS)]
 
 

@@ -189,7 +189,7 @@ class PressureTests:
         print(f"{len(distances)} sessions: to the model by itself {largest:.4f}, with a wrong block from {least:.4f}")
         engine.release_pins()
         ends = time.monotonic() + 10.0
-        while engine.stats()["records"] > before:  # each question tells the engine what was let go of by then
+        while engine.stats()["records"] > before:  # each question tells the engine what was released by then
             assert time.monotonic() < ends, "records of sessions that were closed"
             gc.collect()
         self.check_nothing_leaks(engine)

@@ -103,7 +103,7 @@ class SessionLaw(EngineKit):
         assert [turn.finish_reason for turn in completions] == ["abort", "length"]
 
     def test_cancelling_a_prefill_keeps_what_was_read(self, engine: Engine, lab: Lab) -> None:
-        """Whenever the cancel comes, the session goes on from what it has."""
+        """Whenever the cancel comes, the session continues from what it has."""
         session, prompt = engine.open(seed=1), ids(self.long_prompt)
         handle = engine.append(session, prompt, role="user", chat=Chat(begin=0, messages=("{}",)))
         handle.cancel()

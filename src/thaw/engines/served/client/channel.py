@@ -78,7 +78,7 @@ class EngineChannel:
         return found if cached is None else msgspec.structs.replace(found, local=cached)
 
     async def farewell(self) -> None:
-        """An engine that goes on without this client lets go of what this client kept there."""
+        """An engine that goes on without this client releases what this client kept there."""
         if self.dropped and self.transport.stays:
             message = protocol.Pin(id=secrets.token_hex(16), record=secrets.token_hex(16), seconds=0.0)
             with contextlib.suppress(ThawError, TimeoutError):

@@ -1,4 +1,4 @@
-"""What one server asks otherwise than another: its sampling parameters, what it cannot do, where it counts."""
+"""Where one server's API differs from another's: its sampling parameters, what it cannot do, where it counts."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 All that the client knows is owned by one event loop on a thread of its own (`loop`); every verb is a coroutine there.
 KV stays in the engine's processes: a session names a record in the workers' arena, a fork names its parent's. A verb
-becomes messages and requests (`talk`, `generation`, `capturing`, `hydrating`, `pins`); what one server says otherwise
-than another is in its `Dialect`.
+becomes messages and requests (`channel`, `generation`, `capturing`, `hydrating`, `pins`); what differs between servers
+is in its `Dialect`.
 """
 
 from __future__ import annotations

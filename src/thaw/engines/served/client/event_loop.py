@@ -1,5 +1,5 @@
 """An event loop on a thread of its own. All that the client of one engine knows is owned by it: every verb is a
-coroutine there, and whoever calls waits on a thread of theirs."""
+coroutine there, and its caller waits on the caller's own thread."""
 
 from __future__ import annotations
 

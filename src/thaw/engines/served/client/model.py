@@ -19,7 +19,7 @@ from thaw.engines.served.client.channel import EngineChannel
 
 class ServedModel:
     """`policy`: what its owner calls these weights. `of_files`: the identity by the files, on another thread.
-    `keeps_states`: it has recurrent layers, so a session can be gone on from only where their states are kept."""
+    `keeps_states`: it has recurrent layers, so a session can be continued from only where their states are kept."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The identity of a model's files, kept for the next client: to say it anew takes torch, transformers and seconds.
+"""The identity of a model's files, kept for the next client: computing it again takes torch, transformers and seconds.
 
 Kept beside the model's files (or in the user's cache folder) under the name, size and times of every one of them and
 under whatever else it depends on: the versions that said it, and how the engine runs the model. Never of a hub id,

@@ -1,4 +1,4 @@
-"""One session's way through one request: what it goes on from, tokens in, tokens out, and when its turn ends."""
+"""One session's way through one request: what it continues from, tokens in, tokens out, and when its turn ends."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class ActiveRequest:
     def release(self) -> None:
         """The session is its owner's again, however the request ended."""
         self.close()
-        if not self.answered:  # refused, or never there: what the session went on from is what it still has
+        if not self.answered:  # refused, or never there: what the session continued from is what it still has
             self.session.node, self.session.own, self.session.num_kv = self.before
         self.session.busy = None
         self.emit = nobody

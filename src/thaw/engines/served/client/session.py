@@ -86,7 +86,7 @@ class ServedSession:
         return any(turn.kind != "prompt" and max(turn.start, point) < min(turn.end, last) for turn in self.turns)
 
     def before(self, at: int) -> int:
-        """How many tokens of KV a child of the first `at` tokens goes on with: all but the last, which runs again; or
+        """How many tokens of KV a child of the first `at` tokens continues with: all but the last, which runs again; or
         all, where the state after it alone is kept. Raises `NotKept`."""
         last = max(at - 1, 0)
         if not last or last in self.points:
@@ -150,7 +150,7 @@ def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) ->
 def forked(
     parent: ServedSession, at: int, codec: Codec, continuation: Continuation, *, keeps_states: bool = False
 ) -> ServedSession:
-    """A child that goes on from the parent's first `at` tokens, on the parent's record and with its seed. Raises
+    """A child that continues from the parent's first `at` tokens, on the parent's record and with its seed. Raises
     `NotKept` where what the child needs is not there."""
     computed = parent.computed()
     num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))

@@ -1,4 +1,4 @@
-"""How requests reach a vLLM: one small interface, an implementation for each way in."""
+"""How requests reach an engine: one small interface, an implementation for each way in."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A record is a list of pieces, append-only; a fork shares its parent's pieces (a 
 no bytes. A piece has a tensor for each strip (`rank_groups`): of a full group [head][layer][K|V][token][head_dim].
 Point states are tensors by the number of tokens that they are of. Memory beyond the budget is a file's: mapped,
 unlinked, paged by the operating system, and has a budget of its own. Beside an accelerator all of the memory is one
-pinned slab, taken at boot (`slab`). Each piece counts for the caller whose record it was made for, as long as anybody's
+pinned slab (`pinned_buffer`). Each piece counts for the caller whose record it was made for, as long as anybody's
 record has it.
 
 A piece may still be on its way out of the accelerator: whoever reads it waits for `ready` first.

@@ -131,7 +131,7 @@ class PackIO:
         out: list[tuple[Callable[..., Blob], PackItem]] = []
         told = partial(Blob, start=start, length=stop - start)
         for group in self._token_groups:
-            # Of a window only what goes on from the end needs, or from one token earlier: the last one runs again.
+            # Of a window only what continues from the end needs, or from one token earlier: the last one runs again.
             there = record.first(self._groups.strips_of(group)[0], stop)
             first = max(start, there, 0 if self._interior else group.covers(end - 1).start)
             if first < stop:

@@ -1,4 +1,4 @@
-"""What SGLang asks otherwise than other servers: its sampling parameters, and where its count of cached tokens is."""
+"""Where SGLang's API differs from other servers': its sampling parameters, and where its count of cached tokens is."""
 
 from __future__ import annotations
 

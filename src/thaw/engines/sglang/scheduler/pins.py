@@ -1,4 +1,4 @@
-"""Pins: what of a record lies in SGLang's tree, locked there for a while, because somebody asked. Few, limited in time,
+"""Pins: what of a record lies in SGLang's tree, locked there for a while, on request. Few, limited in time,
 and ended first: pinned tokens starve requests that need the room."""
 
 from __future__ import annotations

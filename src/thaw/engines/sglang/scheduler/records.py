@@ -1,4 +1,4 @@
-"""What an engine's rank knows of each session, and of each request that goes on from one. No SGLang here."""
+"""What an engine's rank knows of each session, and of each request that continues from one. No SGLang here."""
 
 from __future__ import annotations
 

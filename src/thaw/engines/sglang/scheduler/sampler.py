@@ -2,8 +2,8 @@
 
 SGLang draws from a generator that a resumed request has lost, and ignores a request's seed unless all of the engine is
 deterministic. So thaw sends its requests as greedy ones with their own parameters beside them; the token is chosen by
-`served.row`, a pure function of (logits, parameters, seed, position, tokens so far), from the raw logits. Rows of other
-requests are not touched, and a batch without thaw's requests costs one look at an empty dict.
+`served.worker.sampler`, a pure function of (logits, parameters, seed, position, tokens so far), from the raw logits.
+Rows of other requests are not touched, and a batch without thaw's requests costs one look at an empty dict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """thaw inside SGLang: what every session's record holds, and what is done for a request of thaw's.
 
 It runs in SGLang's scheduler process, between steps. A *record* is a session's KV in this process's arena: append-only,
-named by the client, cut and copied by reference. A request names the record it goes on from and the one it extends;
+named by the client, cut and copied by reference. A request names the record it continues from and the one it extends;
 when it ends, or SGLang takes its memory away, what it computed is copied into that record, and SGLang's cache may evict
 it.
 
@@ -12,7 +12,7 @@ the record's own, else it gets a salt of its own and loads everything; and nothi
 bits.
 
 Every rank has one of these, with its own heads. They hold the same records with the same numbers; what may differ is
-whether a piece of work succeeded, and that is agreed before it matters (`agreement`).
+whether a piece of work succeeded, and that is agreed before it matters (`rank_consensus`).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class RankSide:
     # -- a request is admitted
 
     def record_of(self, run: RankRequest) -> RankRecord | None:
-        """What the request goes on from, or None when its KV may not be used any more."""
+        """What the request continues from, or None when its KV may not be used any more."""
         record = self.records.get(run.message.record)
         if record is None or run.error is not None:
             return None
@@ -184,7 +184,7 @@ class RankSide:
         return record
 
     def stop(self, run: RankRequest, error: ThawError) -> None:
-        """The request ends with this error, and nobody goes on from what it computed."""
+        """The request ends with this error, and nobody continues from what it computed."""
         run.error = error
         record = self.records.get(run.message.record)
         if record is not None and record.live is run:
@@ -268,7 +268,7 @@ class RankSide:
     # -- a request loses its memory, or ends
 
     def released(self, run: RankRequest, *, retracted: bool) -> None:
-        """SGLang is about to take the request's slots back. If it is to go on later, it goes on from the record."""
+        """SGLang is about to take the request's slots back. If it is to go on later, it continues from the record."""
         ready = run.num_computed()
         if run.message.keep or retracted:
             self.sync(run, ready)

@@ -31,7 +31,7 @@ class WeightsEpochs:
 
 
 def require_usable(record: RankRecord, epoch: int) -> None:
-    """Raises what speaks against going on from the record under the weights of `epoch`."""
+    """Raises what speaks against continuing from the record under the weights of `epoch`."""
     if record.kept.epoch != epoch:
         raise StaleSession(
             f"the session's KV is of weights epoch {record.kept.epoch}; the engine's weights changed (epoch "

@@ -1,4 +1,4 @@
-"""What vLLM asks otherwise than other servers: its sampling parameters, and where a resume would forget."""
+"""Where vLLM's API differs from other servers': its sampling parameters, and where a resume would forget."""
 
 from __future__ import annotations
 

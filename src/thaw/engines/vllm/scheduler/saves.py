@@ -59,7 +59,7 @@ class Saves:
 
     def rescue(self, run: RunningRequest) -> None:
         """If vLLM has preempted the request: save its KV before anything is written over it, in the jobs of the very
-        next step. It then goes on from the record with the same bits, instead of computing what it had again."""
+        next step. It then continues from the record with the same bits, instead of computing what it had again."""
         request = run.request
         if request.num_preemptions == run.preempted:
             return
@@ -87,14 +87,16 @@ class Saves:
             return
         late = [job for job in self._queue if isinstance(job, jobs.WriteRecord) and _is_past(job, name, run.want)]
         self._queue[:] = [
-            job for job in self._queue if job not in late and not (isinstance(job, jobs.Sync) and job.record == name)
+            job
+            for job in self._queue
+            if job not in late and not (isinstance(job, jobs.SaveBlocks) and job.record == name)
         ]
         for job in late:
             self._refuse(job.name, Busy("vLLM took the session's blocks away in this step; capture it again"))
         record.num_kv, record.tokens = run.want, record.tokens[: run.want]
         record.points, record.recent = {point for point in record.points if point <= run.want}, []
         record.leaving = False
-        self._queue.append(jobs.Derive(name, name, run.want, record.caller))
+        self._queue.append(jobs.ForkRecord(name, name, run.want, record.caller))
 
     def end(self, run: RunningRequest, tables: Sequence[Sequence[int]]) -> tuple[bool, int]:
         """The request is over: (whether its blocks must be held until the workers have copied them, how many tokens
@@ -113,7 +115,7 @@ class Saves:
             self._queue.append(self._sync(record, name, tables, num_kv, request, request.request_id, over=over))
             held = True
         elif record.leaving and any(of_tokens):
-            self._queue.append(jobs.Sync(name, (), 0, request.request_id, over=over))
+            self._queue.append(jobs.SaveBlocks(name, (), 0, request.request_id, over=over))
             held = True
         # Nor is the state that such a step leaves: its tokens have no KV in the record.
         record.recent = [] if held and over else [point for point in record.recent if point <= record.num_kv]
@@ -158,7 +160,7 @@ class Saves:
         if self._groups.states:
             record.points.add(upto)
         self._contents.note_computed(record, used, upto // self._block_size)
-        return jobs.Sync(name, used, upto, finished, now, over, states)
+        return jobs.SaveBlocks(name, used, upto, finished, now, over, states)
 
 
 def _is_past(job: jobs.WriteRecord, record: str, num_kv: int) -> bool:

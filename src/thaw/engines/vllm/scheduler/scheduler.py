@@ -1,7 +1,7 @@
 """The scheduler's side of the connector: what every record holds, what a request may load, what workers must do.
 
 It runs in vLLM's engine process, between steps, and never touches KV. A *record* is a session's KV in the workers'
-arena: append-only, named by the client, cut and copied by reference. A request names the record it goes on from and
+arena: append-only, named by the client, cut and copied by reference. A request names the record it continues from and
 the one it extends; when it ends, what it computed is synced into that record and vLLM's LRU may have its blocks.
 
 Blocks and bytes. vLLM finds a child's full blocks by the hash of their tokens, salted by lineage. Two siblings that
@@ -149,7 +149,7 @@ class SchedulerSide:
         late = source.late if source is not None else ()
         require_kept(late, min(want, request.num_tokens - 1))
         chain = source.chain[: want // self._block_size] if source is not None else []
-        self.queue.append(jobs.Derive(message.record, message.source, want, caller))
+        self.queue.append(jobs.ForkRecord(message.record, message.source, want, caller))
         record = SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
         if source is not None and want and self._has_states:
             record.points = {want, *(point for point in source.points if point < want)}
@@ -360,7 +360,7 @@ class SchedulerSide:
     def _state_blocks(
         self, run: RunningRequest, tables: jobs.Tables, num_external: int
     ) -> Callable[[], tuple[int, ...]]:
-        """The blocks into which the state is to be loaded that the request goes on from."""
+        """The blocks into which the state is to be loaded that the request continues from."""
         return partial(self._tables.state_blocks, tables, run.local + num_external)
 
     def _note_loaded(self, run: RunningRequest, tables: jobs.Tables, start: int, stop: int) -> None:
@@ -381,7 +381,7 @@ class SchedulerSide:
         out = [*self._saving.rescues, *self.queue]
         self._saving.rescues.clear()
         self.queue.clear()
-        if any(isinstance(job, jobs.Sync) and job.before_forward for job in out):
+        if any(isinstance(job, jobs.SaveBlocks) and job.before_forward for job in out):
             versions.put_jobs_before_forward(output)
         self.contents.step_begins()
         return out
@@ -430,7 +430,7 @@ class SchedulerSide:
 
     def _check_own(self, name: str, num_computed: int) -> None:
         """End the request if another connector of a `MultiConnector` has loaded some of its tokens: they were computed
-        for somebody else's request, and the session's own bits would hang on it."""
+        for somebody else's request, and the session's own bits would depend on it."""
         run = self._runs[name]
         strange = num_computed - run.given
         if strange <= 0 or run.error is not None or not run.salted or self._settings.others_keep_salt:

@@ -122,7 +122,7 @@ class WorkerSide:
         record.recent[job.num_kv] = raw
 
     def _no_state(self, job: jobs.KeepState, error: ThawError) -> None:
-        """Whoever goes on from it hears that it is not there."""
+        """Whoever continues from it hears that it is not there."""
         log.warning("thaw: the state after %d tokens is not kept (%s): %s", job.num_kv, error.kind, error)
 
     def invalid_blocks(self) -> set[int]:
@@ -178,22 +178,22 @@ class WorkerSide:
         self._fail(job.request, job.tables, background=isinstance(job, jobs.Load) and job.background)
 
     @_tell.register
-    def _tell_derived(self, job: jobs.Derive, error: ThawError) -> None:
+    def _tell_derived(self, job: jobs.ForkRecord, error: ThawError) -> None:
         self._break(job.record, job.caller, error)
 
     @_tell.register
-    def _tell_synced(self, job: jobs.Sync, error: ThawError) -> None:
+    def _tell_synced(self, job: jobs.SaveBlocks, error: ThawError) -> None:
         self._break(job.record, self._caller_of(job.record), error)
         if job.finished is not None:
             self._copier.after_saves(partial(self._let_go, job.finished))
 
     def _break(self, name: str, caller: Caller, error: ThawError) -> None:
-        """Whoever goes on from the record is told why it has no KV."""
+        """Whoever continues from the record is told why it has no KV."""
         epoch = 0 if self._weights is None else self._weights.epoch
         self._records[name] = HostRecord((), epoch, broken=str(error), caller=caller)
 
     @_do.register
-    def _derive(self, job: jobs.Derive) -> None:
+    def _derive(self, job: jobs.ForkRecord) -> None:
         if job.source is None:
             self._records[job.record] = HostRecord((), self._now(), caller=job.caller)
             return
@@ -226,7 +226,7 @@ class WorkerSide:
         record.points[num_kv] = blobs
 
     @_do.register
-    def _sync(self, job: jobs.Sync) -> None:
+    def _sync(self, job: jobs.SaveBlocks) -> None:
         """What the record lacks, out of the blocks. On the runner's thread: earlier steps have written it."""
         record = self._get(job.record)
         if record.epoch != self._now():

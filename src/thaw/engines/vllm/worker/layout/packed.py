@@ -110,7 +110,7 @@ class Half:
 
 @lru_cache(maxsize=16)
 def learn_packing(dtype: torch.dtype, head_dim: int, block_size: int, isa: str) -> tuple[Half, Half]:
-    """How pages are packed, (keys, values). Raises Unsupported when the op packs otherwise than by a fixed order."""
+    """How pages are packed, (keys, values). Raises Unsupported when the op does not pack by a fixed order."""
     offsets = _reveal(dtype, head_dim, block_size, isa)
     half = block_size * head_dim
     ordered = torch.arange(half)
