@@ -18,6 +18,7 @@ import pytest
 
 import thaw.pool
 from thaw import Sampling
+from thaw.core.errors import EngineDied
 from thaw.pool import BranchResult, ForkPool
 from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.fork_point import ForkPoint
@@ -99,11 +100,11 @@ def a_session_in_another_worker(pool: ForkPool) -> Callable[[], list[BranchResul
 @pytest.mark.parametrize(
     ("prepared", "action", "num_entries", "num_stays"),
     [
-        (a_fork_where_it_lives, "fork", 15, 12),
-        (a_resident, "fork", 18, 15),
-        (a_snapshot_in_another_worker, "hydrate", 27, 20),
-        (tokens_that_nobody_has, "prefill", 26, 19),
-        (a_session_in_another_worker, "hydrate", 45, 31),
+        (a_fork_where_it_lives, "fork", 11, 9),
+        (a_resident, "fork", 12, 10),
+        (a_snapshot_in_another_worker, "hydrate", 21, 15),
+        (tokens_that_nobody_has, "prefill", 20, 14),
+        (a_session_in_another_worker, "hydrate", 31, 21),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -121,8 +122,12 @@ def test_a_detour_is_counted(monkeypatch: pytest.MonkeyPatch, pool: ForkPool, jo
     round_ = a_fork_where_it_lives(pool)
     round_()
     short = len(journey), journey.num_stays
-    derive = Batch._seeds
-    monkeypatch.setattr(Batch, "_seeds", staticmethod(lambda chunk: (derive(chunk), chunk.point.alive)[0]))
+    fork = Batch._fork
+    monkeypatch.setattr(
+        Batch,
+        "_fork",
+        staticmethod(lambda chunk, life, loaded: (fork(chunk, life, loaded), chunk.point.lives_in(life))[0]),
+    )
     round_()
     assert (len(journey), journey.num_stays) == (short[0] + 1, short[1] + 2)
 
@@ -132,23 +137,32 @@ def test_a_fork_point_is_a_value(pool: ForkPool) -> None:
     session = pool.session(seed=7)
     session.append("a document " * 40)
     point = pool._resolver.find(session)
-    later = pool._loader.capture(point)
+    later = pool._captures.capture(point)
     assert point.stored is None and later.stored is not None and later.origin is point.origin
-    assert pool._captures.now(point).stored == later.stored
-    assert pool._loader.capture(point).captured is later.captured, "and that is done once"
+    assert pool._captures.now(point).stored is later.stored
+    assert pool._captures.capture(point).stored is later.stored, "and that is done once"
     with pytest.raises(dataclasses.FrozenInstanceError):
         point.stored = later.stored  # type: ignore[misc]
-    assert {field.name for field in dataclasses.fields(ForkPoint)} >= {"held", "stored", "kept"}
+    assert {field.name for field in dataclasses.fields(ForkPoint)} >= {"held", "stored"}
+
+
+def test_a_version_of_this_moment_has_no_fork_of_a_worker_that_ended(pool: ForkPool) -> None:
+    session = pool.session(seed=7)
+    session.append("a document " * 40)
+    point = pool._resolver.find(session)
+    assert pool._captures.now(point) is point and point.held is not None
+    pool._fleet.failed(pool._fleet.named(session.worker), point.held.life, EngineDied("ended for this test"))
+    assert pool._captures.now(point).held is None and pool._captures.capture(point).stored is None
 
 
 def test_what_is_known_of_a_point_goes_with_it(pool: ForkPool) -> None:
     session = pool.session(seed=7)
     session.append("a document " * 40)
-    point = pool._loader.capture(pool._resolver.find(session))
-    assert len(pool._captures._points) == 1 and pool.stats().arena.num_points == 1
+    point = pool._captures.capture(pool._resolver.find(session))
+    assert point.stored is not None and pool.stats().arena.num_points == 1
     session.append("more")
     del point
     pool.snapshot(session)
     session.close()
     del session
-    until(lambda: len(pool._captures._points) == 0 and pool.stats().arena.num_points == 0)
+    until(lambda: pool.stats().arena.num_points == 0)

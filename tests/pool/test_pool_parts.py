@@ -156,12 +156,12 @@ def test_no_fit_promises_less_than_nothing(points: list[tuple[float, float]]) ->
     assert fixed >= 0 and slope >= 0
 
 
-def measured(cache: Path, *, load_s: float, prefill_s: float, step_s: float | None = None) -> None:
+def measured(cache: Path, *, load_s: float, prefill_s: float, step_s: float | None = None, tier: str = "arena") -> None:
     """Rates that another pool is said to have measured: by 100 tokens, and a step by the branch."""
     rates = Rates("fake", "fake", "cpu", cache)
     for tokens in (100, 400):
         rates.prefilled(tokens, prefill_s * tokens / 100)
-        rates.load("arena", tokens * 32, load_s * tokens / 100)
+        rates.load(tier, tokens * 32, load_s * tokens / 100)
     for branches in (1, 8) if step_s is not None else ():
         rates.stepped(branches, step_s * branches)
     rates.save()
@@ -187,6 +187,21 @@ def test_fast_takes_what_is_expected_sooner_and_exact_always_loads(
         pool.drain(session.worker)
         exact = pool.fork(snapshot, 1, GREEDY)[0]
         assert exact.decision is not None and exact.decision.action == "hydrate"
+
+
+def test_a_branch_of_a_repositorys_point_commits_behind_it_though_it_was_prefilled(cache: Path, tmp_path: Path) -> None:
+    """The round that prefilled it, and the next one, which finds it there."""
+    measured(cache, load_s=100.0, prefill_s=0.0001, tier="disk")
+    with ForkPool("fake", backend="inline", repo=tmp_path / "runs", policy="fast") as pool:
+        trunk = pool.session(seed=7)
+        trunk.append("a document " * 40)
+        commit = trunk.commit("read it", branch="main").commit
+        results = [pool.fork("main", 1, GREEDY)[0] for _ in range(2)]
+        assert [r.decision and r.decision.action for r in results] == ["prefill", "fork"]
+        for number, result in enumerate(results):
+            assert result.session is not None and pool.repo is not None
+            result.session.commit("answered", branch=f"answer-{number}")
+            assert pool.repo.log(f"answer-{number}")[0].parents == (commit,)
 
 
 @pytest.mark.parametrize(("load_s", "step_s", "expected"), [(0.01, 1.0, 2), (100.0, 0.001, 1)])
@@ -303,6 +318,17 @@ def test_a_session_at_a_point_has_the_seed_that_it_was_given() -> None:
         assert pool.session(session).seed == pool.session(pool.snapshot(session)).seed == 7, "the point's own"
         with pytest.raises(BadSampling, match="seed"):
             pool.session(session, seed=-1)
+
+
+def test_a_history_has_the_seed_that_its_completion_was_sampled_with() -> None:
+    """It had the session's, also where the sampling parameters have their own."""
+    with ForkPool("fake", backend="inline") as pool:
+        session = pool.session(seed=7)
+        session.append("hello there")
+        for sampling in (SAMPLED, Sampling(max_tokens=8, temperature=1.0, seed=5)):
+            result = pool.fork(session, 1, sampling)[0]
+            assert result.history is not None and result.session is not None
+            assert result.history.turns == result.session.turns and result.history.seed == result.session.seed
 
 
 # -- backends

@@ -5,11 +5,13 @@ The moments are held open: a step that the race needs waits until the other side
 
 from __future__ import annotations
 
+import gc
 import itertools
 import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -261,6 +263,63 @@ def test_a_call_that_is_cancelled_before_the_engine_hears_of_it_is_cancelled() -
         assert handle.result()[0].finish_reason == "abort"
         client.end("the test is over")
         serving.join(LIMIT_S)
+
+
+# -- a point that is pushed out of its worker
+
+
+def num_sessions(engine: Engine) -> int:
+    return len(engine._sessions)  # type: ignore[attr-defined]
+
+
+def test_a_point_that_is_pushed_out_before_it_is_forked_is_forked_and_then_closed() -> None:
+    """Its session used to be closed under the batch that had brought it, which then began again."""
+    with ForkPool("fake", workers=1, backend="inline", residents=1) as pool:
+        ids = [pool.encode(f"document {number} " * 20) for number in range(2)]
+        engine = engine_of(pool, "worker-0")
+        engine.fork = held = Held(engine.fork)  # type: ignore[method-assign]
+        first = pool.submit(ids[0], 2, GREEDY, seed=1, snapshot="never", keep=False)
+        assert held.reached.wait(LIMIT_S)
+        assert pool.fork(ids[1], 2, GREEDY, seed=1, snapshot="never", keep=False)[0].ok
+        life = pool._fleet.named("worker-0").life
+        assert life is not None and life.num_residents() == 1
+        until(lambda: num_sessions(engine) == 2, LIMIT_S)  # of the point that is there, and of the one that went
+        held.go.set()
+        assert {(result.ok, result.attempts) for result in first.result(LIMIT_S)} == {(True, 1)}
+        del first
+        until(lambda: num_sessions(engine) == 1, LIMIT_S)
+        assert pool.fork(ids[0], 2, GREEDY, seed=1, snapshot="never")[0].decision.action == "prefill"  # type: ignore[union-attr]
+
+
+def test_a_point_that_is_being_brought_is_not_pushed_out() -> None:
+    """A second batch finds it where the first one puts it, however many others came meanwhile."""
+    with ForkPool("fake", workers=1, backend="inline", residents=1, max_batch=2) as pool:
+        ids = [pool.encode(f"document {number} " * 20) for number in range(3)]
+        engine = engine_of(pool, "worker-0")
+        engine.append = held = Held(engine.append)  # type: ignore[method-assign]
+        rounds = [pool.submit(ids[0], 1, GREEDY, seed=1, snapshot="never")]
+        assert held.reached.wait(LIMIT_S)
+        assert all(pool.fork(tokens, 1, GREEDY, snapshot="never")[0].ok for tokens in ids[1:])
+        rounds.append(pool.submit(ids[0], 1, GREEDY, seed=1, snapshot="never"))
+        until(lambda: pool.stats().running == 2)
+        time.sleep(0.1)
+        held.go.set()
+        results = [round_.result(LIMIT_S)[0] for round_ in rounds]
+        assert [result.decision and result.decision.action for result in results] == ["prefill", "fork"]
+        assert bits(results[:1]) == bits(results[1:])
+
+
+def test_an_engine_that_ended_is_let_go_of_with_its_residents() -> None:
+    with ForkPool("fake", workers=1, backend="inline") as pool:
+        assert pool.fork(pool.encode("a document " * 20), 1, GREEDY, keep=False)[0].ok
+        worker = pool._fleet.named("worker-0")
+        life = worker.life
+        assert life is not None and life.num_residents() == 1
+        gone = weakref.ref(life)
+        pool._fleet.failed(worker, life, EngineDied("ended for this test"))
+        del life
+        until(lambda: worker.incarnation == 2, LIMIT_S)
+        until(lambda: (gc.collect(), gone() is None)[1], LIMIT_S)
 
 
 # -- counts

@@ -20,7 +20,8 @@ from thaw.core.sampling import Sampling
 class History:
     """The point (`before`), what the branch appended, and its completion, sampled under `policy`.
 
-    `resumed`: the completion is the point's interrupted one and holds all of it. `seed` is the session's."""
+    `resumed`: the completion is the point's interrupted one and holds all of it. `seed` is the session's; `turn_seed`
+    is the one that the completion was sampled with (`Sampling` may have its own)."""
 
     before: tuple[int, ...]
     before_turns: tuple[Turn, ...]
@@ -33,6 +34,7 @@ class History:
     finish_reason: Literal["stop", "length", "abort"] | None
     sampling: Sampling
     seed: int
+    turn_seed: int
     policy: str
     resumed: bool = False
 
@@ -59,7 +61,7 @@ class History:
         if kind == "prompt":
             return Turn(kind=kind, start=start, end=end, text=self.prompt_text, policy=self.policy)
         return Turn(
-            kind=kind, start=start, end=end, text=self.text, sampling=self.sampling, seed=U64(self.seed),
+            kind=kind, start=start, end=end, text=self.text, sampling=self.sampling, seed=U64(self.turn_seed),
             finish_reason=self.finish_reason, logprobs=self.logprobs, policy=self.policy,
             entropies=self.entropies or msgspec.UNSET,
         )  # fmt: skip

@@ -203,12 +203,12 @@ class ForkPool:
             return self._empty(seed)
         life = self._idlest()
         where = self._resolver.find(point, at, seed)
-        if where.held is not None and where.alive:
+        if where.held is not None and not where.held.life.over:
             life = where.held.life
         ref, there = self._loader.fork(where, life, self._policy, seed)
         num_kv = life.engine.view(ref).num_kv
         return PoolSession(
-            life, ref, kept=there.resident.kept.cut(num_kv), parent=there.parent, num_inherited=where.at,
+            life, ref, kept=there.session.kept.cut(num_kv), parent=where.parent, num_inherited=where.at,
         )  # fmt: skip
 
     def _empty(self, seed: int | None) -> PoolSession:
@@ -227,14 +227,18 @@ class ForkPool:
         self._check_open()
         where = self._resolver.find(point, at)
         if where.plain:
-            ref, _ = self._loader.fork(where, (life := self._idlest()), self._policy)
-            where = self._loader.capture_resident(where, life)
+            ref, there = self._loader.fork(where, (life := self._idlest()), self._policy)
+            where = self._captures.capture(where, there.session)
             life.forget(ref)
-        elif where.captured is None:
-            where = self._loader.capture(where)
-        if where.captured is None:
+        else:
+            where = self._captures.capture(where)
+        if where.stored is None:
+            raise EngineDied(
+                "the session's worker has ended, and with it the KV that only it had; nothing is left of it"
+            )
+        if where.stored.shared is None:
             raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
-        return Snapshot(where.captured)
+        return Snapshot(where.stored.shared)
 
     # -- workers
 
@@ -365,10 +369,10 @@ class ForkPool:
         self._rates.booted(life.host.boot_s)
         token_nbytes = cache.token_nbytes(self._info.groups)
         self._planner = Planner(self._rates, token_nbytes)
-        self._captures = Captures(self._arena)
+        self._captures = Captures(self._arena, token_nbytes)
         self._resolver = PointResolver(stores, self._captures, self.repo, self._life_of, lambda: self.policy_version)
-        self._loader = PointLoader(stores, self._captures, self._planner, token_nbytes)
-        batch = Batch(self._loader, self._resolver, self._rates, self._beside)
+        self._loader = PointLoader(stores, self._captures, self._planner)
+        batch = Batch(self._loader, self._captures, self._resolver, self._rates, self._beside)
         self._scheduler = Scheduler(
             self._fleet, batch, self._planner, self._captures, changed=self._changed, threads=self._threads,
             max_batch=self._max_batch, queue_limit=queue_limit, retries=retries,
@@ -436,7 +440,7 @@ class ForkPool:
         """A capture of each point that an unanswered round forks from and that lives in `life` alone."""
         points = {chunk.point for chunk in self._scheduler.chunks_under_way() if chunk.point.lives_in(life)}
         alone = [point for point in points if self._captures.now(point).stored is None]
-        return [functools.partial(self._loader.capture, point) for point in alone]
+        return [functools.partial(self._captures.capture, point) for point in alone]
 
     def _tick(self) -> None:
         if time.monotonic() - self._written > 2.0:

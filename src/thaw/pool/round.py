@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from thaw.core.errors import Cancelled, ThawError, TimedOut
+from thaw.engines.base import Delta
 from thaw.pool.values import BranchDelta, BranchResult
 
 log = logging.getLogger("thaw.pool")
@@ -95,9 +96,14 @@ class Round:
     def on_cancel(self, cancel: Callable[[int | None], None]) -> None:
         self._cancel = cancel
 
-    def emit(self, deltas: list[BranchDelta]) -> None:
+    def emit(self, index: int, attempt: int, delta: Delta) -> None:
+        """News of a branch, from whichever worker runs it."""
+        news = BranchDelta(
+            index=index, attempt=attempt, token_ids=delta.token_ids, logprobs=delta.logprobs, text=delta.text,
+            finish_reason=delta.finish_reason,
+        )  # fmt: skip
         with self._changed:
-            self._deltas += deltas
+            self._deltas.append(news)
             self._changed.notify_all()
 
     def settle(self, result: BranchResult) -> bool:

@@ -42,11 +42,14 @@ class PoolSession(Session):
         num_inherited: int = 0,
     ) -> None:
         self.kept_in = kept or KeptIn()
-        own = self.kept_in.of(life.context.store)
+        own = self.kept_in.by_store.get(life.context.store.uuid)
         super().__init__(life.context, ref, kept=own, parent=parent, proof=proof, num_inherited=num_inherited)
         self.life = life
         self.history = history
-        self._forget = self._forgetting(ref)
+        self._last_ref = [ref]
+        """What is closed at the end: a chat may have made this object another session of the engine's by then."""
+        self._forget = weakref.finalize(self, _forget_last, life, self._last_ref)
+        self._forget.atexit = False
 
     @property
     def worker(self) -> str:
@@ -76,22 +79,12 @@ class PoolSession(Session):
 
     def settle_chat(self, *, failed: bool) -> None:
         super().settle_chat(failed=failed)
-        self._moved_to(self._ref)
+        self._last_ref[0] = self._ref
 
     def _set_aside(self, keep: int) -> None:
         super()._set_aside(keep)
         self.kept_in = self.kept_in.cut(keep)
-        self._moved_to(self._ref)
-
-    def _moved_to(self, ref: SessionRef) -> None:
-        """What is closed at the end is what this object is by then."""
-        if self._forget.detach() is not None:
-            self._forget = self._forgetting(ref)
-
-    def _forgetting(self, ref: SessionRef) -> weakref.finalize[Any, Any]:
-        made = weakref.finalize(self, self.life.forget, ref)
-        made.atexit = False
-        return made
+        self._last_ref[0] = self._ref
 
     def fork(self, n: int, at: int | None = None, replay: bool = False) -> Group:
         """N plain sessions in the same worker. A round (`pool.fork(session, n)`) is retried when the worker dies."""
@@ -110,3 +103,7 @@ class PoolSession(Session):
         """Forget it in its worker. Closing twice is fine, and so is closing after the worker died."""
         self._closed = True
         self._forget()
+
+
+def _forget_last(life: Incarnation, refs: list[SessionRef]) -> None:
+    life.forget(refs[0])

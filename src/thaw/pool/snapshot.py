@@ -11,7 +11,7 @@ class Snapshot:
 
     def __init__(self, point: SharedPoint) -> None:
         self._point: SharedPoint | None = point
-        self.num_tokens = point.num_tokens
+        self.num_tokens = point.point.num_tokens
 
     @property
     def point(self) -> SharedPoint:

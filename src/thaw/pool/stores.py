@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
 
-from thaw.core.ids import CommitId
 from thaw.engines.base import HydratePlan
 from thaw.pool.values import Tier
 from thaw.repo.kept import Kept
@@ -19,16 +18,14 @@ from thaw.repo.resolve import ResolvedPoint
 from thaw.store import Store
 
 if TYPE_CHECKING:
-    from thaw.pool.shm.shared_store import SharedStore
+    from thaw.pool.shm.shared_store import SharedPoint, SharedStore
 
 
 class PointStore(Protocol):
-    """`tier`: where its bytes are expected, before a load says where they were. `has_history`: whether its commits are
-    what sessions that come from them name as parents."""
+    """`tier`: where its bytes are expected, before a load says where they were."""
 
     store: Store
     tier: ClassVar[Tier]
-    has_history: ClassVar[bool]
 
     def loaded(self, plan: HydratePlan) -> Tier:
         """Note a load, and say where its bytes were."""
@@ -38,7 +35,6 @@ class Durable:
     """The pool's repository."""
 
     tier: ClassVar[Tier] = "disk"
-    has_history: ClassVar[bool] = True
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -58,15 +54,11 @@ class Stores:
 
 @dataclass(frozen=True)
 class StoredPoint:
-    """A point in one of the pool's stores."""
+    """A point in one of the pool's stores. `shared`: of one in the arena, keeps its bytes there."""
 
     where: PointStore
     point: ResolvedPoint
-
-    @property
-    def parent(self) -> CommitId | None:
-        """What a session that comes from it commits behind."""
-        return self.point.commit if self.where.has_history else None
+    shared: SharedPoint | None = None
 
 
 class KeptIn(msgspec.Struct, frozen=True):

@@ -5,6 +5,7 @@ Runs on a thread of the pool. Whatever goes wrong is raised; what becomes of the
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from thaw.core.sampling import derive
 from thaw.engines.base import Completion, GenerateRequest, SessionRef
 from thaw.engines.text import left_open, text_after
 from thaw.pool.history import History
+from thaw.pool.schedule.captures import Captures
 from thaw.pool.schedule.job import Job, JobChunk
 from thaw.pool.schedule.point_loader import LoadedPoint, PointLoader
 from thaw.pool.schedule.rates import Rates
@@ -33,28 +35,30 @@ class Batch:
     def __init__(
         self,
         loader: PointLoader,
+        captures: Captures,
         resolver: PointResolver,
         rates: Rates,
         beside: Callable[[Incarnation, Callable[[], object]], object],
     ) -> None:
-        self._loader, self._resolver, self._rates, self._beside = loader, resolver, rates, beside
+        self._loader, self._captures, self._resolver = loader, captures, resolver
+        self._rates, self._beside = rates, beside
 
     def run(self, chunk: JobChunk, life: Incarnation) -> list[BranchResult]:
         """Results of the chunk's jobs, in order, but of those that were stopped meanwhile."""
         began = time.perf_counter()
         chunk.stage, chunk.progress = "prepare", began
         if chunk.snapshot == "before":
-            self._loader.capture(chunk.point)
+            self._captures.capture(chunk.point)
         loaded = self._loader.load(chunk.point, life, chunk.policy)
-        # What was brought here nobody holds any more: another point may push it out before it is forked, and the engine
-        # says `NotFound`. The scheduler tries again what fails in this stage so.
-        chunk.stage, chunk.progress = "fork", (prepared := time.perf_counter())
-        seeds = self._seeds(chunk)
-        children = self._fork(chunk, life, loaded, seeds)
+        # Another point may push this one out of the worker from here on. Its session stays open until this batch ends,
+        # for it belongs to whoever holds `loaded`.
+        chunk.progress = prepared = time.perf_counter()
+        children = self._fork(chunk, life, loaded)
         chunk.progress = forked = time.perf_counter()
         try:
             if loaded.point.stored is None and chunk.snapshot != "never":
-                self._protect(loaded, life)
+                # It is only here: into the arena with it, beside the batch.
+                self._beside(life, functools.partial(self._captures.capture, loaded.point, loaded.session))
             chunk.stage = "generate"
             prompts = [
                 _encoded(job, chunk.point.tokens, life) if job.prompt or job.token_ids is not None else NOTHING
@@ -70,37 +74,25 @@ class Batch:
             queue_s=began - chunk.queued, prepare_s=prepared - began, capture_s=loaded.capture_s,
             hydrate_s=loaded.hydrate_s, fork_s=forked - prepared,
         )  # fmt: skip
-        ended = zip(chunk.jobs, seeds, prompts, completions, strict=True)
+        ended = zip(chunk.jobs, prompts, completions, strict=True)
         return [self._result(chunk, life, loaded, timings, *each) for each in ended]
 
     def forget(self, chunk: JobChunk, life: Incarnation) -> None:
         self._loader.forget(chunk.point, life)
 
     @staticmethod
-    def _seeds(chunk: JobChunk) -> list[int]:
-        """A job's is the same in whichever worker and chunk it runs."""
-        point = chunk.point
-        derived = [point.seed if chunk.replay else derive(point.seed, point.at, job.index) for job in chunk.jobs]
-        return [seed if job.seed is None else job.seed for job, seed in zip(chunk.jobs, derived, strict=True)]
-
-    @staticmethod
-    def _fork(chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, seeds: list[int]) -> list[SessionRef]:
+    def _fork(chunk: JobChunk, life: Incarnation, loaded: LoadedPoint) -> list[SessionRef]:
+        """A child for each job. Its seed is the same in whichever worker and chunk the job runs."""
         point, jobs = chunk.point, chunk.jobs
         replay = chunk.replay and loaded.is_parent
+        derived = (point.seed if chunk.replay else derive(point.seed, point.at, job.index) for job in jobs)
+        seeds = [seed if job.seed is None else job.seed for job, seed in zip(jobs, derived, strict=True)]
         found = life.engine.fork(
-            loaded.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
+            loaded.session.ref, len(jobs), at=point.at, replay=replay, seeds=None if replay else seeds
         ).result()
-        for job, ref in zip(jobs, found, strict=True):
-            job.child, job.partial = (life, ref), []
+        for job, ref, seed in zip(jobs, found, seeds, strict=True):
+            job.child, job.child_seed, job.partial = (life, ref), seed, []
         return found
-
-    def _protect(self, loaded: LoadedPoint, life: Incarnation) -> None:
-        """Put a point that is only here into the arena, beside the batch."""
-        point = loaded.point
-        if point.alive:
-            self._beside(life, lambda: self._loader.capture(point))
-        else:
-            self._beside(life, lambda: self._loader.capture_resident(point, life))
 
     @staticmethod
     def _generate(
@@ -121,7 +113,8 @@ class Batch:
         for delta in handle:
             chunk.progress = time.perf_counter()
             job = chunk.jobs[delta.index]
-            job.round.emit([job.take(delta)])
+            job.partial.append(delta)
+            job.round.emit(job.index, job.attempts, delta)
         return handle.result()
 
     def _measure(self, completions: list[Completion]) -> None:
@@ -130,20 +123,20 @@ class Batch:
             self._rates.stepped(len(completions), (longest.total_s - longest.ttft_s) / (len(longest.token_ids) - 1))
 
     def _result(
-        self, chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, timings: Timings, job: Job, seed: int,
-        prompt: Prompt, done: Completion,
+        self, chunk: JobChunk, life: Incarnation, loaded: LoadedPoint, timings: Timings, job: Job, prompt: Prompt,
+        done: Completion,
     ) -> BranchResult:  # fmt: skip
         history = History(
             before=chunk.point.tokens, before_turns=loaded.turns, prompt=prompt[0], prompt_text=prompt[1],
             token_ids=done.token_ids, logprobs=done.logprobs, entropies=done.entropies, text=done.text,
-            finish_reason=done.finish_reason, sampling=job.sampling, seed=seed, policy=life.engine.policy_version,
-            resumed=job.resume,
+            finish_reason=done.finish_reason, sampling=job.sampling, seed=job.child_seed, turn_seed=done.seed,
+            policy=life.engine.policy_version, resumed=job.resume,
         )  # fmt: skip
         session = None
         if chunk.keep and not job.stop:
             num_kv = min(len(history.before), done.usage.num_cached_tokens)  # what ran again may have other bits
             session = PoolSession(
-                life, done.session, kept=loaded.resident.kept.cut(num_kv), parent=loaded.parent, proof=done.proof,
+                life, done.session, kept=loaded.session.kept.cut(num_kv), parent=chunk.point.parent, proof=done.proof,
                 history=history, num_inherited=len(history.before),
             )  # fmt: skip
             if chunk.store:
@@ -153,8 +146,8 @@ class Batch:
         return BranchResult(
             index=job.index, text=done.text, token_ids=done.token_ids, logprobs=done.logprobs,
             top_logprobs=done.top_logprobs, entropies=done.entropies, finish_reason=done.finish_reason,
-            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof, restore=loaded.restore,
-            decision=loaded.decision,
+            stop_reason=done.stop_reason, seed=done.seed, usage=done.usage, proof=done.proof,
+            restore=loaded.session.restore, decision=loaded.decision,
             timings=msgspec.structs.replace(
                 timings, ttft_s=done.ttft_s, decode_s=done.total_s - done.ttft_s,
                 total_s=time.perf_counter() - job.submitted,
@@ -164,7 +157,7 @@ class Batch:
 
     def _store(self, life: Incarnation, session: PoolSession) -> None:
         """Into the arena, beside everything else."""
-        self._beside(life, lambda: self._loader.capture(self._resolver.find(session)))
+        self._beside(life, lambda: self._captures.capture(self._resolver.find(session)))
 
 
 def _encoded(job: Job, before: tuple[int, ...], life: Incarnation) -> Prompt:

@@ -11,7 +11,7 @@ from thaw.core.sampling import Sampling
 from thaw.engines.base import Delta, SessionRef
 from thaw.pool.round import Round, stopped
 from thaw.pool.schedule.fork_point import ForkPoint
-from thaw.pool.values import BranchDelta, BranchResult, LoadPolicy
+from thaw.pool.values import BranchResult, LoadPolicy
 from thaw.pool.workers.worker import Incarnation, Worker
 
 
@@ -21,7 +21,10 @@ class KvLost(EngineDied):
 
 @dataclass(eq=False)
 class Job:
-    """`seed` None: derived from the point's. `stop`: why it is to end ("cancel", "timeout"), "" while it may run."""
+    """`seed` None: derived from the point's. `stop`: why it is to end ("cancel", "timeout"), "" while it may run.
+
+    `child`, `child_seed`, `partial`: of the last attempt that forked; where its session lives, the session's seed, and
+    what it has generated."""
 
     round: Round
     index: int
@@ -34,6 +37,7 @@ class Job:
     attempts: int = 0
     stop: str = ""
     child: tuple[Incarnation, SessionRef] | None = None
+    child_seed: int = 0
     partial: list[Delta] = field(default_factory=list)
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -45,13 +49,6 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.round.has(self.index)
-
-    def take(self, delta: Delta) -> BranchDelta:
-        self.partial.append(delta)
-        return BranchDelta(
-            index=self.index, attempt=self.attempts, token_ids=delta.token_ids, logprobs=delta.logprobs,
-            text=delta.text, finish_reason=delta.finish_reason,
-        )  # fmt: skip
 
     def fail(self, error: ThawError) -> bool:
         """Settle it with `error` and what it had generated; False when it has a result already."""

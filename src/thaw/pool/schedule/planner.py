@@ -23,11 +23,11 @@ class Planner:
         self._token_nbytes = token_nbytes
 
     def decide(self, point: ForkPoint, worker: str, policy: LoadPolicy, link: str = "") -> Decision:
-        """For a worker that has not got it; over `link` it would come from another node. Raises `KvLost` where the KV
-        died with its worker and prefilling was not allowed."""
+        """For a worker that has not got it; `point` is its version of this moment. Over `link` it would come from
+        another node. Raises `KvLost` where the KV died with its worker and prefilling was not allowed."""
         tier = _tier(point, link)
         costs = self.rates.costs(tier, self._token_nbytes * point.at, point.at, link)
-        loadable = point.stored is not None or point.alive
+        loadable = point.stored is not None or point.held is not None
         if loadable and (policy == "exact" or not _sooner(costs)):
             reason = "its KV is stored" if policy == "exact" else "loading is expected sooner than prefilling"
             if policy == "fast" and len(costs) < 2:
@@ -57,7 +57,7 @@ class Planner:
         if point.lives_in(life) or life.has(point.key):
             return 0.0
         costs = self._costs(point, life.link(point.stored))
-        return costs.get("hydrate" if point.stored is not None or point.alive else "prefill", 1.0)
+        return costs.get("hydrate" if point.stored is not None or point.held is not None else "prefill", 1.0)
 
     def spread(self, point: ForkPoint, branches: int, tokens: int, lives: list[Incarnation]) -> int:
         """Over how many workers `branches` should go: where the shorter decode is expected to win over the loads."""

@@ -10,17 +10,18 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from thaw.core.errors import EngineDied, InvalidRequest, NotFound
+from thaw.core.ids import CommitId
 from thaw.core.points import Point
 from thaw.core.sampling import fresh_seed
 from thaw.engines.text import cut_turns
 from thaw.pool.schedule.captures import Captures
-from thaw.pool.schedule.fork_point import ForkPoint, OwnedSession
+from thaw.pool.schedule.fork_point import ForkPoint
 from thaw.pool.session import PoolSession
 from thaw.pool.shm.shared_store import SharedPoint
 from thaw.pool.snapshot import Snapshot
 from thaw.pool.stores import KeptIn, StoredPoint, Stores
 from thaw.pool.values import BranchResult
-from thaw.pool.workers.worker import Incarnation
+from thaw.pool.workers.worker import Incarnation, OwnedSession
 from thaw.repo import timeline
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
@@ -80,28 +81,30 @@ class PointResolver:
         at = check_at(at, len(view.tokens))
         held = OwnedSession(life, life.engine.fork(ref, 1, at=at, replay=True).result()[0])
         fork = life.engine.view(held.ref)
+        held.kept = self._kept_of(session, fork.num_kv)
         point = ForkPoint(
             key=("live", ref, at), at=at, tokens=fork.tokens, turns=fork.turns,
             seed=fork.seed if seed is None else seed, policy=fork.turns[-1].policy if fork.turns else self._policy(),
-            held=held, kept=self._kept_of(session, fork.num_kv), source=(weakref.ref(session), ref),
+            held=held, source=(weakref.ref(session), ref),
         )  # fmt: skip
-        if captured is not None and captured.num_tokens >= at:
+        if captured is not None and captured.point.num_tokens >= at:
+            held.kept = held.kept.add(self._arena.store, captured.kept)
             return self._captures.known(point, captured)
         return point
 
     def _of_elsewhere(self, session: Session, at: int | None, seed: int | None) -> ForkPoint:
         """A session of an engine that is not in the pool: captured by that engine, now, unless it was already."""
         captured, position = self._captures.of_session(session), check_at(at, len(session.view().tokens))
-        if captured is None or captured.num_tokens < position:
+        if captured is None or captured.point.num_tokens < position:
             ref = session.ref
             captured = self._arena.capture(Context(self._arena.store, session.engine), ref, Kept())
             self._captures.add_session(session, ref, captured)
-        return self._of_arena(captured, min(position, captured.num_tokens), seed)
+        return self._of_arena(captured, min(position, captured.point.num_tokens), seed)
 
     def _of_dead(self, session: Session, captured: SharedPoint | None, at: int | None, seed: int | None) -> ForkPoint:
         """What is left of a session whose worker died: its snapshot, or (for policy "fast") its tokens."""
         known = session.history if isinstance(session, PoolSession) else None
-        if captured is not None and (known is None or len(known.tokens) == captured.num_tokens or at is not None):
+        if captured is not None and (known is None or len(known.tokens) == captured.point.num_tokens or at is not None):
             return self._of_arena(captured, at, seed)
         if known is None:
             raise EngineDied(
@@ -124,8 +127,7 @@ class PointResolver:
         return kept
 
     def _of_arena(self, point: SharedPoint, at: int | None, seed: int | None) -> ForkPoint:
-        stored = StoredPoint(self._arena, self._arena.at(point, at))
-        return self._of_stored(stored, seed).stored_as(stored, point)
+        return self._of_stored(StoredPoint(self._arena, self._arena.at(point, at), point), seed)
 
     def _of_repo(self, point: str | Point | ResolvedPoint, at: int | None, seed: int | None) -> ForkPoint:
         if self._repo is None or self._stores.durable is None:
@@ -133,9 +135,9 @@ class PointResolver:
         where = self._repo.resolve(point)
         if at is not None:
             where = self._repo.at(where, token=at)
-        return self._of_stored(StoredPoint(self._stores.durable, where), seed)
+        return self._of_stored(StoredPoint(self._stores.durable, where), seed, where.commit)
 
-    def _of_stored(self, stored: StoredPoint, seed: int | None) -> ForkPoint:
+    def _of_stored(self, stored: StoredPoint, seed: int | None, parent: CommitId | None = None) -> ForkPoint:
         store, where = stored.where.store, stored.point
         line = timeline.read(store, timeline.read_state(store, where.state))
         turns = cut_turns(line.turns, line.tokens, where.num_tokens, None)
@@ -144,7 +146,7 @@ class PointResolver:
         return ForkPoint(
             key=("stored", store.uuid, where.state, where.num_tokens), at=where.num_tokens,
             tokens=line.tokens[: where.num_tokens], turns=turns, seed=int(line.state.seed) if seed is None else seed,
-            policy=turns[-1].policy if turns else self._policy(), stored=stored,
+            policy=turns[-1].policy if turns else self._policy(), stored=stored, parent=parent,
         )  # fmt: skip
 
     def _of_tokens(self, tokens: tuple[int, ...], at: int | None, seed: int | None) -> ForkPoint:

@@ -22,7 +22,7 @@ from collections.abc import Hashable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from thaw.core.errors import Busy, EngineDied, NotFound, StorageFailed, ThawError
+from thaw.core.errors import Busy, EngineDied, StorageFailed, ThawError
 from thaw.pool.rpc.protocol import is_out_of_memory
 from thaw.pool.schedule.batch import Batch
 from thaw.pool.schedule.captures import Captures
@@ -88,7 +88,7 @@ class Scheduler:
     def stop(self, jobs: list[Job], why: str) -> None:
         """End jobs: those that wait at once, those that run at the next step boundary. Ended ones stay as they are."""
         closing: list[Job] = []
-        with self._changed:
+        with self._changed:  # what is in no lane runs, or has ended: nothing moves between the two without this lock
             waiting = {id(job) for lane in self._lanes.values() for chunk in lane for job in chunk.jobs}
             for job in jobs:
                 if not job.ended and not job.stop:
@@ -135,7 +135,7 @@ class Scheduler:
 
     def close(self) -> None:
         """End everything: what waits fails now, what runs when its engine ends."""
-        with self._changed:
+        with self._changed:  # a chunk that is judged just then finds the pool closed when it comes back (`_requeue`)
             self._closing = True
             waiting = [chunk for lane in self._lanes.values() for chunk in lane]
             self._lanes.clear()
@@ -195,6 +195,7 @@ class Scheduler:
         taken = chunk.taken or set()
         good = [pair for pair in free if pair[0].name not in chunk.avoid and pair[0].name not in taken]
         good = good or [pair for pair in free if pair[0].name not in chunk.avoid] or free
+        # What this sees may have changed when the batch begins. It costs a load more then, for the loader looks again.
         point = self._captures.now(chunk.point)
         return min(good, key=lambda pair: (self._planner.cost(point, pair[1]), pair[0].running))
 
@@ -247,7 +248,7 @@ class Scheduler:
                 self._fleet.worked(worker, size)
                 self._leave(chunk, worker, size)
             for job, result in zip(chunk.jobs, results, strict=True):
-                if job.stop:
+                if job.stop:  # said after its last step: its result is dropped, and its session goes with it
                     job.end_stopped()
                 else:
                     job.round.settle(result)
@@ -286,8 +287,6 @@ class Scheduler:
             return self._again(chunk, error, pieces=len(chunk.jobs) if died_before else 1, avoid=worker.name)
         if isinstance(error, OLD_KV) and chunk.point.plain and self._may_try_again(chunk):
             self._batch.forget(chunk, life)
-            return self._again(chunk, error, pieces=1, avoid=None)
-        if chunk.stage == "fork" and isinstance(error, NotFound):  # the point was released just then, for others
             return self._again(chunk, error, pieces=1, avoid=None)
         if chunk.stage == "generate" and len(chunk.jobs) > 1:
             return Verdict(chunk.split(1), [])

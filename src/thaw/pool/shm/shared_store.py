@@ -21,7 +21,6 @@ from queue import Empty, SimpleQueue
 from typing import ClassVar
 
 from thaw.core.errors import NotFound, RefConflict, StorageFailed
-from thaw.core.ids import CommitId
 from thaw.data.files import storage_errors
 from thaw.engines.base import HydratePlan, SessionRef
 from thaw.pool.values import ArenaStats, Tier
@@ -38,10 +37,10 @@ GC_AFTER = 64
 
 @dataclass(eq=False)
 class SharedPoint:
-    """A session in the arena; its bytes are kept as long as this object lives. `kept`: what a child need not write."""
+    """A session in the arena; its bytes are kept as long as this object lives. `point`: its end. `kept`: what a child
+    need not write."""
 
-    commit: CommitId
-    num_tokens: int
+    point: ResolvedPoint
     kept: Kept
     seconds: float
     nbytes: int
@@ -51,7 +50,6 @@ class SharedStore:
     """Safe from any thread. `limit_nbytes` is of packs in shared memory; captures under way may exceed it."""
 
     tier: ClassVar[Tier] = "arena"
-    has_history: ClassVar[bool] = False
 
     def __init__(self, folder: Path, spill: Path, limit_nbytes: int) -> None:
         self.store = Store.init(folder)
@@ -81,16 +79,14 @@ class SharedStore:
         with self._lock:
             self._captures += 1
             self._used.update((pack.name, time.monotonic()) for pack in done.captured.packs)
-        point = SharedPoint(
-            done.result.commit, done.result.num_tokens, done.kept, time.perf_counter() - began,
-            done.result.nbytes_written,
-        )  # fmt: skip
+        end = resolve.at(self.store, done.result.commit)
+        point = SharedPoint(end, done.kept, time.perf_counter() - began, done.result.nbytes_written)
         weakref.finalize(point, self._dropped.put, name).atexit = False
         self.make_room(0)
         return point
 
     def at(self, point: SharedPoint, token: int | None) -> ResolvedPoint:
-        return resolve.at(self.store, point.commit, token=token)
+        return point.point if token is None else resolve.at(self.store, point.point.commit, token=token)
 
     def loaded(self, plan: HydratePlan) -> Tier:
         """Note a load, and say where its bytes were: on disk when any of its packs is spilled."""
@@ -103,10 +99,10 @@ class SharedStore:
 
     def make_room(self, nbytes: int) -> None:
         """Reclaim and spill until `nbytes` more fit, or nothing is left to spill."""
-        dropped = self._dropped.qsize()
-        if dropped >= GC_AFTER or (dropped and self._nbytes() + nbytes > self.limit_nbytes):
+        dropped, over = self._dropped.qsize(), sum(self._resident().values()) + nbytes - self.limit_nbytes
+        if dropped >= GC_AFTER or (dropped and over > 0):
             self.reclaim()
-        over = self._nbytes() + nbytes - self.limit_nbytes
+            over = sum(self._resident().values()) + nbytes - self.limit_nbytes
         for path, size in self._oldest() if over > 0 else ():
             if over <= 0:
                 break
@@ -138,7 +134,7 @@ class SharedStore:
                 yield name
 
     def stats(self) -> ArenaStats:
-        spilled, nbytes = sum(_size(entry) for entry in os.scandir(self._spill)), self._nbytes()
+        spilled, nbytes = sum(_size(entry) for entry in os.scandir(self._spill)), sum(self._resident().values())
         with self._lock:
             points = max(0, self._captures - self._reclaimed - self._dropped.qsize())
             return ArenaStats(
@@ -150,22 +146,18 @@ class SharedStore:
         self._closed = True
         self.store.close()
 
-    def _resident(self) -> list[tuple[Path, int]]:
+    def _resident(self) -> dict[Path, int]:
         """Packs that are in shared memory, with their sizes."""
-        found = []
+        found = {}
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.store.packs):
                 with contextlib.suppress(FileNotFoundError):
                     if not entry.is_symlink():
-                        found.append((Path(entry.path), entry.stat(follow_symlinks=False).st_size))
+                        found[Path(entry.path)] = entry.stat(follow_symlinks=False).st_size
         return found
 
-    def _nbytes(self) -> int:
-        """Of packs in shared memory."""
-        return sum(size for _, size in self._resident())
-
     def _oldest(self) -> list[tuple[Path, int]]:
-        done = [(path, size) for path, size in self._resident() if path.suffix == ".safetensors"]
+        done = [(path, size) for path, size in self._resident().items() if path.suffix == ".safetensors"]
         with self._lock:
             return sorted(done, key=lambda pair: self._used.get(pair[0].name, 0.0))
 

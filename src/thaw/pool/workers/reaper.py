@@ -32,3 +32,4 @@ class Reaper:
         while (close := self._asked.get()) is not None:
             with contextlib.suppress(RuntimeError):  # the interpreter ends
                 self._io.submit(close)
+            del close  # it has its engine, which may have ended: nothing of it is to stay here until the next one comes

@@ -1,20 +1,23 @@
 """A worker: one engine after another under one name, and which points each has.
 
 An `Incarnation` is one boot of the engine. Sessions, residents and contexts belong to it and are void with it; counts
-and the name go on. Residents are sessions at points that rounds came from, least recently used first out.
+and the name go on. Residents are points that rounds came from, least recently used first out. Their sessions belong to
+whoever holds them (`OwnedSession`): one that is pushed out while a batch forks from it is closed after that batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from thaw.core.errors import EngineDied, ThawError
+from thaw.core.errors import ThawError
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import Engine, HydratePlan, SessionRef
@@ -23,21 +26,34 @@ from thaw.pool.stores import KeptIn, StoredPoint, Stores
 from thaw.pool.workers.reaper import Reaper
 from thaw.repo.context import Context
 
-LOCKS = 64
 State = Literal["booting", "ready", "draining", "gone"]
 
 
-@dataclass
-class Resident:
-    """A session at a point, kept for rounds to fork from. `kept`: what of it the pool's stores have.
+class OwnedSession:
+    """A session at a point, for rounds to fork from. It belongs to whoever holds this object, and is closed when nobody
+    does.
 
-    `restore`: the proof of its hydration, None where it was prefilled here. `turns`: of a point that is plain tokens,
-    as the engine made them."""
+    `kept`: what of it the pool's stores have; changed under the point's `capturing`. `restore`: the proof of its
+    hydration, None where it was forked or prefilled. `turns`: of a point that is plain tokens, as the engine made them.
+    """
 
-    ref: SessionRef
-    kept: KeptIn = field(default_factory=KeptIn)
-    restore: Proof | None = None
-    turns: tuple[Turn, ...] = ()
+    def __init__(
+        self, life: Incarnation, ref: SessionRef, kept: KeptIn | None = None, restore: Proof | None = None
+    ) -> None:
+        self.life, self.ref, self.kept, self.restore = life, ref, kept or KeptIn(), restore
+        self.turns: tuple[Turn, ...] = ()
+        # By a weak reference: a finalizer is held until it runs, and one that held the life, which holds its residents,
+        # would keep all of them for ever.
+        weakref.finalize(self, _forget, weakref.ref(life), ref).atexit = False
+
+
+@dataclass(eq=False)
+class ResidentPoint:
+    """A point's place in a worker. `making` is held while the point is brought there, so that of two batches one brings
+    it and the other finds it; `session` is set under it, and there from then on."""
+
+    making: threading.Lock = field(default_factory=threading.Lock)
+    session: OwnedSession | None = None
 
 
 class Incarnation:
@@ -60,12 +76,7 @@ class Incarnation:
         self._limit = limit
         self._reaper = reaper
         self._lock = threading.Lock()
-        self._residents: OrderedDict[Hashable, Resident] = OrderedDict()
-        self._making = [threading.Lock() for _ in range(LOCKS)]
-
-    def check(self) -> None:
-        if self.over:
-            raise EngineDied(f"worker {self.name}'s engine has ended, and with it the sessions that only it had")
+        self._residents: OrderedDict[Hashable, ResidentPoint] = OrderedDict()
 
     def link(self, stored: StoredPoint | None) -> str:
         """Over which link the point would come here: "" on one host, and where it lies beside the engine."""
@@ -79,44 +90,37 @@ class Incarnation:
         if self.links is not None and stored is not None:
             self.links.holds(stored.point.state)
 
-    def making(self, key: Hashable) -> threading.Lock:
-        """Held while a point is brought here, so that two batches bring it once (and seldom another one with it)."""
-        return self._making[hash(key) % LOCKS]
-
-    def resident(self, key: Hashable) -> Resident | None:
+    def resident(self, key: Hashable) -> ResidentPoint:
+        """The point's place here, made if need be. Those that were not asked for for longest make room for it."""
         with self._lock:
             found = self._residents.get(key)
-            if found is not None:
-                self._residents.move_to_end(key)
+            if found is None:
+                # A place to which a point is being brought stays: whoever wants that point is to find it there. The
+                # session of one that goes is closed when the batches that fork from it just now let go of it.
+                idle = [other for other, place in self._residents.items() if not place.making.locked()]
+                for other in itertools.islice(idle, max(0, len(self._residents) + 1 - self._limit)):
+                    del self._residents[other]
+                found = self._residents[key] = ResidentPoint()
+            self._residents.move_to_end(key)
             return found
 
     def has(self, key: Hashable) -> bool:
         with self._lock:
-            return key in self._residents
-
-    def keep(self, key: Hashable, resident: Resident) -> None:
-        with self._lock:
-            self._residents[key] = resident
-            over = len(self._residents) - self._limit
-            gone = [self._residents.popitem(last=False) for _ in range(max(over, 0))]
-        for _, found in gone:
-            self.forget(found.ref)
+            found = self._residents.get(key)
+            return found is not None and found.session is not None
 
     def drop(self, key: Hashable) -> None:
+        """What is brought to the place at this moment is for its own batch alone: the next one makes another place."""
         with self._lock:
-            found = self._residents.pop(key, None)
-        if found is not None:
-            self.forget(found.ref)
+            self._residents.pop(key, None)
 
     def drop_all(self) -> None:
         with self._lock:
-            found, self._residents = list(self._residents.values()), OrderedDict()
-        for resident in found:
-            self.forget(resident.ref)
+            self._residents.clear()
 
     def num_residents(self) -> int:
         with self._lock:
-            return len(self._residents)
+            return sum(place.session is not None for place in self._residents.values())
 
     def forget(self, ref: SessionRef) -> None:
         """Close a session, later and on another thread. May be called from a finalizer."""
@@ -143,3 +147,10 @@ class Worker:
     num_failures: int = 0
     boot_s: float = 0.0
     last_error: str = ""
+
+
+def _forget(life: weakref.ref[Incarnation], ref: SessionRef) -> None:
+    """Of a life that nobody holds any more the engine has ended, or is not the pool's to use."""
+    held = life()
+    if held is not None:
+        held.forget(ref)
