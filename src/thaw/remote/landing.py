@@ -28,14 +28,13 @@ import msgspec
 from thaw.core.errors import CorruptBlob, StorageFailed
 from thaw.data.files import pwrite_all, storage_errors
 from thaw.data.locations import TierAddress, is_pack_name
-from thaw.data.tiers.base import MissingPack
-from thaw.data.tiers.folder import REQUESTS as OF_FOLDERS
+from thaw.data.tiers.base import MissingPack, Requests
 from thaw.data.tiers.folder import open_file
 
 SCHEME = "landing"
 PREFIX = "zz-arriving-"
 """Of a progress file's name as a pack. It sorts behind names of local packs: what is here already is read first."""
-REQUESTS = OF_FOLDERS._replace(gap_nbytes=0)
+REQUESTS = Requests(nbytes=4 << 20, gap_nbytes=0)
 STALL_S = 30.0
 LOOK_S, ALIVE_S = 0.002, 0.5
 """How often a progress file is looked at, and how often whether its writer still lives."""
