@@ -473,6 +473,23 @@ def test_the_probe_refuses_a_store_that_ignores_if_match(localbucket_server: Sto
     assert list(bucket.entries("")) == []
 
 
+def test_the_probe_refuses_a_google_bucket_that_ignores_generations(
+    localbucket_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of `gs://`, and all of it that is tested: no server that takes `x-goog-if-generation-match`
+    is among the test servers. Data goes there and back; branches are refused."""
+    key = {"gcs_base_url": localbucket_server.endpoint, "disable_oauth": True}
+    key |= {name: "" for name in ("client_email", "private_key", "private_key_id")}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
+    bucket = open_bucket(parse(f"gs://{BUCKET}/team", {"endpoint": localbucket_server.endpoint}))
+    bucket.put("packs/a", b"0123456789")
+    assert [bytes(part) for part in bucket.read_ranges("packs/a", [(2, 3)])] == [b"234"]
+    with pytest.raises(RemoteUnsafe, match=f"gs://{BUCKET}/team .*creating an object that exists was allowed"):
+        probe(bucket)
+    bucket.delete(["packs/a"])
+    assert list(bucket.entries("")) == []
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [("if-none-match", "creating an object that exists was allowed"), ("if-match", "no longer has was allowed")],

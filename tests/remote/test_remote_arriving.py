@@ -90,7 +90,7 @@ def test_the_engine_reads_while_the_last_bytes_are_still_to_come(
 ) -> None:  # fmt: skip
     """Requests for the last part of the KV wait until the engine has read some. Each byte is fetched once."""
     begun, late, kv = threading.Event(), list[float](), list[float]()
-    read = arriving._read
+    read = arriving.read_landed
 
     def seen(file: int, view: memoryview, offset: int) -> None:
         read(file, view, offset)
@@ -102,7 +102,7 @@ def test_the_engine_reads_while_the_last_bytes_are_still_to_come(
             if not begun.wait(20):
                 late.append(at)
 
-    monkeypatch.setattr(arriving, "_read", seen)
+    monkeypatch.setattr(arriving, "read_landed", seen)
     watched = Watched(bucket, before)
     through(monkeypatch, watched)
     with fresh(tmp_path / "there", far_engine, bucket) as there, there.fork("origin/main", 2, fetch=True) as kids:
@@ -137,13 +137,13 @@ def test_a_wrong_byte_is_refused_on_the_way(
             data[-1] ^= 1
             path.write_bytes(data)
     else:
-        read = arriving._read
+        read = arriving.read_landed
 
         def flipped(file: int, view: memoryview, offset: int) -> None:
             read(file, view, offset)
             view[0] ^= 1
 
-        monkeypatch.setattr(arriving, "_read", flipped)
+        monkeypatch.setattr(arriving, "read_landed", flipped)
     with fresh(tmp_path / "there", far_engine, bucket) as there:
         with pytest.raises(CorruptBlob):
             there.fork("origin/fork/2", 2, fetch=True)

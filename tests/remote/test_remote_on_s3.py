@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hosts import commit, kv_of, read_all, remote, tokens, tree, wish
 from proxy import Fault, proxied
-from servers import StoreServer, free_port
+from servers import ENVIRONMENT, StoreServer, free_port
 from store_fixtures import azurite_server, moto_server, seaweed_server, store_keys  # noqa: F401 - fixtures
 
 import thaw
@@ -72,6 +72,9 @@ def test_a_session_goes_on_from_a_bucket(
         here.push("v1", delete=True)
         assert here.remote_gc(grace_s=0, keep_reflog_s=0).num_condemned >= 1
         assert here.remote_gc(grace_s=0, keep_reflog_s=0).num_deleted >= 1
+    kept = [path for host in ("here", "there") for path in (tmp_path / host).rglob("*") if path.is_file()]
+    secrets = [value.encode() for name, value in ENVIRONMENT.items() if name.endswith(("_KEY", "_KEY_ID"))]
+    assert kept and not [path for path in kept for secret in secrets if secret in path.read_bytes()]
 
 
 def test_the_command_line_takes_the_address_and_its_options(
@@ -103,6 +106,10 @@ def test_the_command_line_takes_the_address_and_its_options(
     assert listed[0]["url"] == address.url and set(listed[0]["points"]) == {
         f"origin/{n}" for n in ("main", "fork/0", "fork/1")
     }
+    run(tmp_path, "-C", "b", "tag", "v1", "origin/main")
+    tagged = json.loads(run(tmp_path, "-C", "b", "push", "--tags", "--json"))["refs"]
+    assert [(ref["kind"], ref["name"], ref["outcome"]) for ref in tagged] == [("tag", "v1", "new")]
+    assert "v1" in run(tmp_path, "-C", "a", "fetch") and "v1" in run(tmp_path, "-C", "a", "log", "v1")
     run(tmp_path, "-C", "b", "push", "--delete", "origin", "fork/0")
     assert "deleted" in run(tmp_path, "-C", "a", "fetch", "--prune")
     assert json.loads(run(tmp_path, "-C", "a", "remote", "gc", "--dry-run", "--json"))["phase"] == "done"

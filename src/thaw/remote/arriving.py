@@ -2,7 +2,8 @@
 
 A fetch says what it will bring, in the order in which it comes (`Arrival`), and of each blob when it lies in the local
 pack that is being written. Whoever reads one that has not landed waits for it, so a session hydrates while it is
-downloaded, and each byte is downloaded once. As from every tier, bytes are verified by who reads them.
+downloaded, and each byte is downloaded once. As from every tier, bytes are verified by who reads them. Engines of other
+processes of this host read the same through a progress file (`thaw.remote.landing`).
 
 To an engine it is one pack, with blobs at offsets in the order of their arrival: engines read a pack from its start on.
 """
@@ -13,25 +14,24 @@ import contextlib
 import os
 import secrets
 import threading
-from bisect import bisect_right
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from thaw.core.errors import CorruptBlob, StorageFailed
+from thaw.core.errors import StorageFailed
 from thaw.core.ids import CommitId
 from thaw.core.objects import AnyObject
 from thaw.data import tiers
-from thaw.data.files import storage_errors
 from thaw.data.locations import BlobLocation, TierAddress
-from thaw.data.tiers.base import MissingPack, NewPack, Requests
+from thaw.data.tiers.base import MissingPack, NewPack
 from thaw.data.tiers.folder import Folder, open_file
+from thaw.remote.landing import PREFIX, REQUESTS, EndToEnd, ProgressFile, folder_address, read_landed
 from thaw.store import Ref, Store
 from thaw.store.objects import expect
 
 T = TypeVar("T")
 SCHEME = "arriving"
-REQUESTS = Requests(nbytes=4 << 20, gap_nbytes=0)
 _OPEN: dict[str, Arrival] = {}
 tiers.OWN[SCHEME] = "thaw.remote.arriving:open_arriving"
 """Here and not an entry point: an address means something in this process alone, and while the fetch runs."""
@@ -43,17 +43,19 @@ class Arrival:
     def __init__(self, blobs: Sequence[tuple[str, int]]) -> None:
         """`blobs`: (id, bytes) in the order in which they arrive."""
         self._token = secrets.token_hex(8)
-        self.pack = f"zz-{SCHEME}-{self._token}.safetensors"
-        """Sorts behind names of local packs: what is here already is read first."""
-        self.places: dict[str, BlobLocation] = {}
-        self._ids, self._starts, self.nbytes = [blob for blob, _ in blobs], list[int](), 0
-        for blob, nbytes in blobs:
-            self._starts.append(self.nbytes)
-            self.places[blob] = BlobLocation(blob=blob, pack=self.pack, offset=self.nbytes, nbytes=nbytes)
-            self.nbytes += nbytes
-        self._landed: dict[str, tuple[int, int]] = {}
+        self.pack = f"{PREFIX}{self._token}.safetensors"
+        self._numbers = {blob: number for number, (blob, _) in enumerate(blobs)}
+        self._layout = EndToEnd([nbytes for _, nbytes in blobs])
+        self.nbytes = self._layout.nbytes
+        self.places = {
+            blob: BlobLocation(blob=blob, pack=self.pack, offset=start, nbytes=nbytes)
+            for (blob, nbytes), start in zip(blobs, self._layout.starts, strict=True)
+        }
+        self._landed = dict[int, tuple[int, int]]()
+        self._began, self._nbytes_landed = time.monotonic(), 0
         self._files: list[int] = []
         self._failed = False
+        self._progress: ProgressFile | None = None
         self._changed = threading.Condition()
         _OPEN[self._token] = self
 
@@ -65,21 +67,47 @@ class Arrival:
     def is_whole(self) -> bool:
         """Whether all has landed."""
         with self._changed:
-            return len(self._landed) == len(self._ids)
+            return len(self._landed) == len(self._numbers)
+
+    def post(self, packs: Path) -> TierAddress:
+        """Tells the processes of this host, too, what lands in this folder of packs; the tier from which they read it.
+        Before anything has landed, and once. Raises `StorageFailed`."""
+        progress = ProgressFile(packs, self.pack, self._layout.sizes)
+        with self._changed:
+            self._progress = progress
+        return folder_address(packs)
+
+    def wait_until_near(self, seconds: float) -> None:
+        """Returns when the rest will have landed in about so many seconds, by the rate so far; or when none will."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._seconds_left() <= seconds)
+
+    def _seconds_left(self) -> float:
+        if not self._nbytes_landed:
+            return float("inf") if self.nbytes else 0.0
+        spent = time.monotonic() - self._began
+        return spent * (self.nbytes / self._nbytes_landed - 1)
 
     def keep(self, file: int) -> None:
         """A descriptor of a file that blobs land in, to be closed with this."""
         with self._changed:
             self._files.append(file)
 
-    def landed(self, blob: str, file: int, offset: int) -> None:
+    def landed(self, blob: str, pack: str, file: int, offset: int) -> None:
+        """A blob lies in the local pack `pack`, which is `file`. Raises `StorageFailed`."""
+        number = self._numbers[blob]
         with self._changed:
-            self._landed[blob] = file, offset
+            if self._progress is not None:
+                self._progress.landed(number, pack, offset)
+            self._landed[number] = file, offset
+            self._nbytes_landed += self._layout.sizes[number]
             self._changed.notify_all()
 
     def fail(self) -> None:
-        """What has not landed never will: who waits for it is told so."""
+        """What has not landed never will: who waits for it is told so. Idempotent."""
         with self._changed:
+            if self._progress is not None and not self._failed:
+                self._progress.end()
             self._failed = True
             self._changed.notify_all()
 
@@ -88,35 +116,25 @@ class Arrival:
         self.fail()
         _OPEN.pop(self._token, None)
         with self._changed:
+            progress, self._progress = self._progress, None
+            if progress is not None:
+                progress.close()
             while self._files:
                 os.close(self._files.pop())
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fills `view` with what lies at `offset`, once it is there."""
-        while len(view):
-            at = bisect_right(self._starts, offset) - 1
-            place = self.places[self._ids[at]]
-            file, begin = self._wait_for(place.blob)
-            inside = offset - place.offset
-            part = view[: place.nbytes - inside]
-            _read(file, part, begin + inside)
-            view, offset = view[len(part) :], offset + len(part)
+        for part in self._layout.parts(view, offset):
+            file, begin = self._wait_for(part.number)
+            read_landed(file, part.view, begin + part.begin)
 
-    def _wait_for(self, blob: str) -> tuple[int, int]:
+    def _wait_for(self, number: int) -> tuple[int, int]:
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or blob in self._landed)
-            if blob not in self._landed:
+            self._changed.wait_for(lambda: self._failed or number in self._landed)
+            if number not in self._landed:
+                blob = next(blob for blob, one in self._numbers.items() if one == number)
                 raise StorageFailed(f"blob {blob} did not arrive: the fetch that was to bring it ended before.")
-            return self._landed[blob]
-
-
-def _read(file: int, view: memoryview, offset: int) -> None:
-    while len(view):
-        with storage_errors("a pack that is being fetched", "read"):
-            got = os.preadv(file, [view], offset)
-        if not got:
-            raise CorruptBlob(f"a pack that is being fetched ends at byte {offset}: it was cut")
-        view, offset = view[got:], offset + got
+            return self._landed[number]
 
 
 class ArrivingPack:
@@ -168,18 +186,18 @@ class LandingPacks:
         with Folder(self._folder).new_pack(name) as pack:
             file = open_file(self._folder / f"{name}.tmp")
             self._arrival.keep(file)
-            yield _LandingPack(self, self._arrival, pack, file)
+            yield _LandingPack(self, self._arrival, pack, name, file)
 
 
 class _LandingPack:
-    def __init__(self, packs: LandingPacks, arrival: Arrival, pack: NewPack, file: int) -> None:
-        self._packs, self._arrival, self._pack, self._file = packs, arrival, pack, file
+    def __init__(self, packs: LandingPacks, arrival: Arrival, pack: NewPack, name: str, file: int) -> None:
+        self._packs, self._arrival, self._pack, self._name, self._file = packs, arrival, pack, name, file
 
     def write(self, data: memoryview, offset: int) -> None:
         self._pack.write(data, offset)
         blob, self._packs.next = self._packs.next, None
         if blob is not None:
-            self._arrival.landed(blob, self._file, offset)
+            self._arrival.landed(blob, self._name, self._file, offset)
 
     def end(self, nbytes: int) -> None:
         self._pack.end(nbytes)

@@ -1,20 +1,26 @@
 """A session from a remote's branch, hydrated while it is downloaded.
 
-The fetch announces objects and places once it knows them (`thaw.remote.arriving`); the plan is made from these, and an
-engine of this process reads each blob as soon as it has landed in a local pack. The session is handed out when the
-fetch is whole: its commits are stored, so that what continues from them can be committed. An engine in a process of its
-own hydrates after the fetch.
+The fetch announces objects and places once it knows them (`thaw.remote.arriving`); the plan is made from these, and the
+engine reads each blob as soon as it has landed in a local pack. The session is handed out when the fetch is whole: its
+commits are stored, so that what continues from them can be committed.
+
+An engine of this process (`transformers`, `fake`) reads from the first byte on. One in processes of its own (vLLM,
+SGLang) has few threads that read for all of its sessions, so it is asked to begin `HOLD_S` seconds before the end. If
+that does not work out (the download stalls, an older thaw runs there), it loads from the store after the fetch, with a
+warning. Engines on other hosts, and several behind one client, load after the fetch.
 """
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from thaw.core import points
-from thaw.core.errors import InvalidRequest
-from thaw.data.locations import StoreMount
+from thaw.core.errors import InvalidRequest, ThawError
+from thaw.data.locations import StoreMount, TierAddress
 from thaw.engines.embedded.engine import EmbeddedEngine
+from thaw.engines.served.client.engine import ServedEngine
 from thaw.remote import settings
 from thaw.repo import remotes
 from thaw.repo.context import Context
@@ -29,14 +35,17 @@ if TYPE_CHECKING:
     from thaw.remote.meter import TransferMeter
 
 Found = tuple[ResolvedPoint, Hydration]
+log = logging.getLogger(__name__)
+HOLD_S = 5.0
+"""How long a thread of an engine's process is held by a download, about."""
 
 
 class _Arriving(Context):
     """A context whose store has what is on its way, and whose first tier is where it lands."""
 
-    def __init__(self, of: Context, store: Store, arrival: Arrival) -> None:
+    def __init__(self, of: Context, store: Store, tier: TierAddress) -> None:
         super().__init__(store, None, of=of)
-        self._mount = StoreMount(uuid=of.mount.uuid, tiers=(arrival.address, *of.mount.tiers))
+        self._mount = StoreMount(uuid=of.mount.uuid, tiers=(tier, *of.mount.tiers))
 
     @property
     def mount(self) -> StoreMount:
@@ -51,6 +60,8 @@ class _Hydrating:
     ) -> None:
         self._context, self._point = context, point
         self._seed, self._share_prefix, self._policy = seed, share_prefix, policy
+        self._apart = isinstance(context.engine, ServedEngine)
+        """Whether the engine reads in processes of its own."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="thaw-arriving")
         self._tries: list[tuple[Arrival, Future[Found]]] = []
 
@@ -58,18 +69,30 @@ class _Hydrating:
         from thaw.remote.arriving import ArrivingStore
 
         view = ArrivingStore.over(self._context.store, said.objects, said.points, said.arrival)
-        context = _Arriving(self._context, view, said.arrival)
-        self._tries.append((said.arrival, self._pool.submit(self._hydrate, context)))
+        tier = said.arrival.post(view.packs) if self._apart else said.arrival.address
+        context = _Arriving(self._context, view, tier)
+        self._tries.append((said.arrival, self._pool.submit(self._hydrate, context, said.arrival)))
 
-    def _hydrate(self, context: Context) -> Found:
+    def _hydrate(self, context: Context, arrival: Arrival) -> Found:
         where = resolve(context.store, self._point)
+        if self._apart:
+            arrival.wait_until_near(HOLD_S)
         live = hydrate(context, where, seed=self._seed, share_prefix=self._share_prefix, policy=self._policy)
         return where, live
 
     def result(self) -> Found | None:
         """The last try's, once the fetch has ended well. None where nothing was announced, or where the fetch began
-        again after it and found all here. Raises what hydrating raised."""
-        return self._tries[-1][1].result() if self._tries and self._tries[-1][0].is_whole else None
+        again after it and found all here, or where an engine of another process could not read what arrived. Raises
+        what hydrating raised."""
+        if not (self._tries and self._tries[-1][0].is_whole):
+            return None
+        try:
+            return self._tries[-1][1].result()
+        except ThawError as error:
+            if not self._apart:
+                raise
+            log.warning("the engine could not load while the download ran (%s), and loads now", error.kind)
+            return None
 
     def close(self, keep: bool) -> None:
         """Ends all tries; sessions of those that do not count, or of all unless `keep`, are closed."""
@@ -97,7 +120,7 @@ def fetched(
     spelled, remote, branch = _of_remote(context.store, point)
     context.engine  # noqa: B018 - booted before anything is downloaded
     work = _Hydrating(context, spelled, seed, share_prefix, policy)
-    announce = work.announce if isinstance(context.engine, EmbeddedEngine) else None
+    announce = work.announce if isinstance(context.engine, (EmbeddedEngine, ServedEngine)) else None
     found = None
     try:
         remotes.fetch(

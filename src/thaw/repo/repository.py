@@ -116,7 +116,7 @@ class Repository:
         """A new session, or one that continues from `point`. From a branch's tip it stays on that branch.
 
         With `share_prefix` a session of a namespace shares blocks inside that namespace. With `fetch` the point is a
-        remote's branch (`origin/main`), which is fetched first; an engine of this process loads while it downloads.
+        remote's branch (`origin/main`), which is fetched first; the engine loads while it downloads.
 
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
@@ -345,9 +345,9 @@ class Repository:
         return dict(sorted(settings.read(self.store).remotes.items()))
 
     def add_remote(self, name: str, url: str, options: dict[str, str | int | bool] | None = None) -> RemoteSettings:
-        """Remember a remote: `s3://…`, `az://…`, `gs://…` or `file://…`. `options`: how it is reached, no credential.
+        """Remember a remote: `s3://…`, `az://…`, `gs://…` (untested) or `file://…`.
 
-        Nothing is asked of it yet. Raises `InvalidRequest`, `Conflict`.
+        `options`: how it is reached, no credential. Nothing is asked of it yet. Raises `InvalidRequest`, `Conflict`.
         """
         from thaw.repo import remotes
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from entry import found, of_engines
 
 import warm
+from entry import found, of_engines
 
 ENTRY = ("vllm.general_plugins", "thaw_weights", "thaw.weights.vllm_loader:register")
 

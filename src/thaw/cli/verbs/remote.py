@@ -30,7 +30,7 @@ def command() -> None:
 @transfer.option
 @options.as_json
 def add(named: str | None, name: str, url: str, pairs: tuple[str, ...], as_json: bool) -> None:
-    """Remember the remote at URL as NAME: s3://BUCKET/PREFIX, az://…, gs://… or file:///FOLDER.
+    """Remember the remote at URL as NAME: s3://BUCKET/PREFIX, az://…, gs://… (untested) or file:///FOLDER.
 
     Nothing is sent. Credentials come from your environment and are never stored."""
     with place.open_repository(named) as repo:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-ENGINES = Path(__file__).resolve().parents[1] / "engines"
+ENGINES = Path(__file__).resolve().parent / "engines"
 
 
 @contextmanager
@@ -21,9 +21,9 @@ def found(folder: Path, group: str, name: str, value: str) -> Iterator[None]:
     """In the block, this process and those that it starts find the entry point."""
     with pytest.MonkeyPatch.context() as patch:
         if not any(point.name == name for point in entry_points(group=group)):
-            about = folder / "thaw_weights_entry-0.dist-info"
+            about = folder / f"thaw_entry_{name}-0.dist-info"
             about.mkdir()
-            (about / "METADATA").write_text("Metadata-Version: 2.1\nName: thaw-weights-entry\nVersion: 0\n")
+            (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: thaw-entry-{name}\nVersion: 0\n")
             (about / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
             patch.setattr(sys, "path", [str(folder), *sys.path])
             known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -36,5 +36,7 @@ def of_engines(folder: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{folder}_boots", ENGINES / folder / "conftest.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ENGINES / folder))
+        spec.loader.exec_module(module)
     return module
