@@ -12,6 +12,7 @@ from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, P
 from thaw.cluster.nodes import ClusterNode, ClusterNodes
 from thaw.cluster.peer import exchange
 from thaw.cluster.routes import PackRoutes
+from thaw.cluster.tls import plain_end
 from thaw.core.errors import EngineDied, ThawError
 from thaw.engines.base import Engine, HydratePlan
 from thaw.pool.backends.base import WorkerHandle, WorkerSpec
@@ -64,7 +65,7 @@ class ClusterBackend:
             pid = value_of(exchange(sock, ENCODE(AttachEngine(ticket=ticket))))
         except OSError as error:
             raise EngineDied(f"the node {node.address} took no worker: {error}") from error
-        return NodeWorker(self, node, ticket, name, pid, RpcClient(Connection(sock), name))
+        return NodeWorker(self, node, ticket, name, pid, RpcClient(Connection(plain_end(sock)), name))
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
         if update is not None:

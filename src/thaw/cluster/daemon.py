@@ -26,13 +26,14 @@ import msgspec
 from thaw.cluster.engines import EngineProcesses
 from thaw.cluster.packs import NodePacks
 from thaw.cluster.server import NodeServer
+from thaw.cluster.tls import PoolTls, TlsGiven
 from thaw.pool.shm.dirs import PREFIX, SHARED, sweep
 from thaw.store.leases import start_time
 
 
 class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex. `niceness`: to run at, if
-    this user may; None to stay as it was started."""
+    """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex. `tls`: None for plain
+    TCP. `niceness`: to run at, if this user may; None to stay as it was started."""
 
     key: str
     host: str
@@ -41,6 +42,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
     node_nbytes: int
     folder: str | None = None
     niceness: int | None = None
+    tls: TlsGiven | None = None
 
 
 class DaemonAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,11 +61,12 @@ def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
     """Serve until the end; everything that was made is removed then."""
     folder, niceness = _make_folder(settings), _set_niceness(settings.niceness)
     try:
+        tls = None if settings.tls is None else PoolTls(settings.tls)
         listener = socket.create_server((settings.host, 0), backlog=256)
-        packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes)
+        packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes, tls)
         engines = EngineProcesses(folder, environment)
         server = NodeServer(
-            settings.key, str(folder), listener, bytes.fromhex(settings.secret), engines, packs, settings.lease_s
+            settings.key, str(folder), listener, bytes.fromhex(settings.secret), engines, packs, settings.lease_s, tls
         )
         threading.Thread(target=server.serve, daemon=True).start()
         host, port = listener.getsockname()[:2]

@@ -16,7 +16,8 @@ class RayCluster(ClusterSettings):
     `interface`: the network interface of every node on which KV and tokens travel, by name; by default the address
     that Ray itself uses for the node. `lease_s`: how long a node keeps engines and packs of a pool of which it hears
     nothing. `node_nbytes`: packs that a node other than the client's keeps, the least recently used go first.
-    `folder`: where nodes make theirs, by default /dev/shm.
+    `folder`: where nodes make theirs, by default /dev/shm. `tls`: True encrypts control, tokens and KV, with a
+    certificate that the pool makes for itself; `TlsFiles` does so with certificates of your own.
     """
 
     def join(self) -> JoinedCluster:

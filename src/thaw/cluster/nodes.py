@@ -30,6 +30,7 @@ from thaw.cluster.messages import ENCODE, EndNode, Question, RenewLease, value_o
 from thaw.cluster.peer import ANSWER_S, Peer
 from thaw.cluster.secret import new_secret
 from thaw.cluster.settings import ClusterSettings
+from thaw.cluster.tls import PoolTls, given_by
 from thaw.core.errors import EngineDied, NotFound, ThawError
 
 MAX_THREADS = 32
@@ -75,6 +76,8 @@ class ClusterNodes:
         if find_spec("ray") is None:
             raise NotFound("backend='ray' needs Ray, which is not installed: pip install 'thaw-vllm[ray]'")
         self._cluster, self._log, self._secret = cluster, log, new_secret()
+        self._tls_given = given_by(cluster.tls)
+        self._tls = None if self._tls_given is None else PoolTls(self._tls_given)
         self._lock = threading.Lock()
         self._nodes: list[ClusterNode] = []
         self._closing = threading.Event()
@@ -184,7 +187,7 @@ class ClusterNodes:
         """A keeper, which starts the daemon, or finds the one that runs."""
         settings = DaemonSettings(
             key=node.key, host=node.address, secret=self._secret.hex(), lease_s=self._cluster.lease_s,
-            node_nbytes=self._cluster.node_nbytes, folder=self._cluster.folder,
+            node_nbytes=self._cluster.node_nbytes, folder=self._cluster.folder, tls=self._tls_given,
         )  # fmt: skip
         given = (node.key, msgspec.json.encode(settings), self._cluster.interface)
         running = None if node.daemon is None else msgspec.json.encode(node.daemon)
@@ -195,7 +198,7 @@ class ClusterNodes:
     def peer(self, node: ClusterNode) -> Peer:
         if node.daemon is None:
             raise EngineDied(f"the node {node.address} has no daemon")
-        return Peer(node.daemon.host, node.daemon.port, self._secret)
+        return Peer(node.daemon.host, node.daemon.port, self._secret, self._tls)
 
     def ask(self, node: ClusterNode, question: Question, limit_s: float = ANSWER_S) -> Any:
         """The answer. Raises what it was answered with, and `EngineDied` where the daemon is gone."""

@@ -25,6 +25,7 @@ from blake3 import blake3
 from thaw.cluster.framing import read_into, send_frame
 from thaw.cluster.messages import ENCODE, FetchPack, PackSource, PulledPacks, PullPacks, Reply, value_of
 from thaw.cluster.peer import Peer, exchange
+from thaw.cluster.tls import PoolTls, send_file
 from thaw.core.errors import CorruptBlob, NotFound, StorageFailed, ThawError
 from thaw.data.files import replacing, storage_errors
 from thaw.data.header import Entry, PackHeader, header_length, parse
@@ -61,8 +62,8 @@ class Traffic:
 class NodePacks:
     """Safe from any thread."""
 
-    def __init__(self, folder: Path, secret: bytes, limit_nbytes: int) -> None:
-        self._folder, self._secret, self._limit = folder, secret, limit_nbytes
+    def __init__(self, folder: Path, secret: bytes, limit_nbytes: int, tls: PoolTls | None = None) -> None:
+        self._folder, self._secret, self._limit, self._tls = folder, secret, limit_nbytes, tls
         self._stores: dict[str, PackFolder] = {}
         self._lock = threading.Lock()
         self._fetching: dict[tuple[str, str], threading.Lock] = {}
@@ -117,7 +118,7 @@ class NodePacks:
             to = str(sock.getpeername()[0])
             send_frame(sock, ENCODE(Reply(value=nbytes)))
             sock.settimeout(SILENT_S)
-            self._count(self.traffic.sent, to, sock.sendfile(file, 0, nbytes))
+            self._count(self.traffic.sent, to, send_file(sock, file, nbytes))
 
     def _count(self, counter: Counter[str], other: str, nbytes: int) -> None:
         with self._lock:
@@ -159,7 +160,7 @@ class NodePacks:
         raise (found or errors or [MissingPack(f"no node has the pack {path.name}")])[0]
 
     def _fetch(self, path: Path, uuid: str, source: PackSource) -> int:
-        with Peer(source.host, source.port, self._secret).connected() as sock:
+        with Peer(source.host, source.port, self._secret, self._tls).connected() as sock:
             sock.settimeout(SILENT_S)
             nbytes = value_of(exchange(sock, ENCODE(FetchPack(uuid=uuid, name=path.name))))
             if not isinstance(nbytes, int) or not 8 < nbytes <= MAX_PACK_BYTES:
