@@ -26,14 +26,16 @@ NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
 class LocalCluster:
     """`address`: to give to a `RayCluster`."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, **node: Any) -> None:
+        """`node`: what each node declares besides."""
         logging.getLogger("ray").setLevel(logging.ERROR)
-        head = {**NODE, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
+        self._node = {**NODE, **node}
+        head = {**self._node, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
         self.ray = Cluster(initialize_head=True, head_node_args=head)
         self.address = str(self.ray.address)
 
     def add(self, **more: Any) -> object:
-        return self.ray.add_node(**NODE, **more)
+        return self.ray.add_node(**self._node, **more)
 
     def pool(self, **changes: Any) -> ForkPool:
         """A pool of the fake engine. `cluster`: further settings of its own `RayCluster`."""
@@ -42,12 +44,12 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
+def cluster_of(nodes: int, port: int = 0, **node: Any) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in with_this_thaw(os.environ).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = LocalCluster(port)
+        cluster = LocalCluster(port, **node)
         try:
             for _ in range(nodes - 1):
                 cluster.add()
@@ -83,12 +85,12 @@ def end_node(node: ClusterNode, pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def keepers(cluster: LocalCluster) -> list[int]:
+def keepers(cluster: LocalCluster, kind: str = "NodeKeeper") -> list[int]:
     """Of that cluster: Ray names its actors' processes, and a raylet, their parent, was given the cluster's address."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::NodeKeeper"):
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()):
                 parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
                 if cluster.address.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
                     found.append(int(folder.name))

@@ -12,7 +12,8 @@ from daemon to daemon: neither passes through Ray.
     backend.py      the pool's backend: which node boots a worker; the handle of one worker
     engine.py       a worker's engine: packs are brought before a hydrate, and home after a capture
     nodes.py        the client's view of the nodes, their leases, and the two ways to ask one
-    desk.py         the process that has joined Ray, for the client; the one place that imports it
+    desk.py         the process that has joined Ray, for the client; with bundles.py, all that imports it
+    shares.py       which worker has which share of a placement group
     keeper.py       the actor
     daemon.py       the process on a node; with server.py, engines.py and packs.py
     peer.py         how a daemon is talked to; with secret.py, tls.py, framing.py and messages.py

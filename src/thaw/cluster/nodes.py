@@ -30,6 +30,7 @@ from thaw.cluster.messages import ENCODE, EndNode, Question, RenewLease, value_o
 from thaw.cluster.peer import ANSWER_S, Peer
 from thaw.cluster.secret import new_secret
 from thaw.cluster.settings import ClusterSettings
+from thaw.cluster.shares import GroupShares
 from thaw.cluster.tls import PoolTls, given_by
 from thaw.core.errors import EngineDied, NotFound, ThawError
 
@@ -84,8 +85,11 @@ class ClusterNodes:
         self.num_calls = self.num_direct = self.num_joins = 0
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-nodes")
         self._desk = DeskLine(log)
+        self.shares: GroupShares | None = None
         try:
             self._join()
+            if (named := cluster.group_named()) is not None:
+                self.shares = GroupShares(self._ask_desk, named, cluster.gpus_per_worker)
         except BaseException:
             self._desk.close()
             raise
@@ -127,6 +131,22 @@ class ClusterNodes:
                 return node
         labels = f" with the labels {dict(self._cluster.labels)}" if self._cluster.labels else ""
         raise EngineDied(f"no node of the Ray cluster{labels} can take a worker. " + "; ".join(tried))
+
+    def place_on(self, ray_id: str) -> ClusterNode:
+        """That node of Ray's, for one more worker, as `place`. Raises `EngineDied`."""
+        with contextlib.suppress(RayAway):
+            self.refresh()
+        with self._lock:
+            node = next((node for node in self._nodes if node.ray_id == ray_id and not node.lost), None)
+            if node is None:
+                raise EngineDied(f"the node {ray_id} is not in the Ray cluster")
+            node.num_workers += 1
+        try:
+            self.start(node)
+        except BaseException:
+            self.left(node)
+            raise
+        return node
 
     def _fewest(self, before: ClusterNode | None, tried: list[str]) -> ClusterNode | None:
         failed = {line.partition(":")[0] for line in tried} if len(tried) > len(self.all()) else set[str]()
@@ -222,6 +242,10 @@ class ClusterNodes:
         self.num_direct += 1
         return self.peer(node).ask_raw(data, limit_s)
 
+    def _ask_desk(self, *given: Any, **how: Any) -> Any:
+        """Of the desk that there is now."""
+        return self._desk.ask(*given, **how)
+
     def _lose(self, node: ClusterNode) -> None:
         """Its daemon is gone, and with it what ran there. Another daemon may be started on the same node, as another
         `ClusterNode`."""
@@ -279,6 +303,8 @@ class ClusterNodes:
         for node in self.all():
             if node.daemon is not None and node.listed and not self._has_keeper(node):
                 self._keep(node)
+        if self.shares is not None:
+            self.shares.mend()
 
     def _has_keeper(self, node: ClusterNode) -> bool:
         """Asked, for a keeper that ended is noticed by nobody while there is nothing to pass on."""
