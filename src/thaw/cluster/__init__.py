@@ -15,7 +15,7 @@ from daemon to daemon: neither passes through Ray.
     desk.py         the process that has joined Ray, for the client; with bundles.py, all that imports it
     shares.py       which worker has which share of a placement group
     keeper.py       the actor
-    daemon.py       the process on a node; with server.py, engines.py and packs.py
+    daemon.py       the process on a node; with server.py, engines.py, packs.py and nixl_agent.py
     peer.py         how a daemon is talked to; with secret.py, tls.py, framing.py and messages.py
 """
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from thaw.cluster.engines import EngineProcesses
+from thaw.cluster.nixl_agent import agent_or_reason
 from thaw.cluster.packs import NodePacks
 from thaw.cluster.server import NodeServer
 from thaw.cluster.tls import PoolTls, TlsGiven
@@ -33,7 +34,8 @@ from thaw.store.leases import start_time
 
 class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex. `tls`: None for plain
-    TCP. `niceness`: to run at, if this user may; None to stay as it was started."""
+    TCP. `nixl`: for KV, where this node has it. `niceness`: to run at, if this user may; None to stay as it was
+    started."""
 
     key: str
     host: str
@@ -43,10 +45,12 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
     folder: str | None = None
     niceness: int | None = None
     tls: TlsGiven | None = None
+    nixl: bool = False
 
 
 class DaemonAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """A daemon that listens. `niceness`: what it and the engines run at; `slowed`: that is not what was asked for."""
+    """A daemon that listens. `niceness`: what it and the engines run at; `slowed`: that is not what was asked for.
+    `no_nixl`: why it has none, "" where it has it or was not asked for it."""
 
     key: str
     host: str
@@ -55,6 +59,7 @@ class DaemonAddress(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     niceness: int = 0
     slowed: bool = False
+    no_nixl: str = ""
 
 
 def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
@@ -62,8 +67,9 @@ def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
     folder, niceness = _make_folder(settings), _set_niceness(settings.niceness)
     try:
         tls = None if settings.tls is None else PoolTls(settings.tls)
+        nixl, no_nixl = agent_or_reason(settings.nixl)
         listener = socket.create_server((settings.host, 0), backlog=256)
-        packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes, tls)
+        packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes, tls, nixl)
         engines = EngineProcesses(folder, environment)
         server = NodeServer(
             settings.key, str(folder), listener, bytes.fromhex(settings.secret), engines, packs, settings.lease_s, tls
@@ -73,7 +79,7 @@ def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
         slowed = settings.niceness is not None and niceness > settings.niceness
         address = DaemonAddress(
             key=settings.key, host=host, port=port, pid=os.getpid(), folder=str(folder), niceness=niceness,
-            slowed=slowed,
+            slowed=slowed, no_nixl=no_nixl,
         )  # fmt: skip
         _say(address, folder)
         server.wait()

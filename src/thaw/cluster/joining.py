@@ -18,8 +18,9 @@ class RayCluster(ClusterSettings):
     that Ray itself uses for the node. `lease_s`: how long a node keeps engines and packs of a pool of which it hears
     nothing. `node_nbytes`: packs that a node other than the client's keeps, the least recently used go first.
     `folder`: where nodes make theirs, by default /dev/shm. `tls`: True encrypts control, tokens and KV, with a
-    certificate that the pool makes for itself; `TlsFiles` does so with certificates of your own. `placement_group`: a
-    group of Ray's that is ready, or its name or id: one worker runs in each bundle, on the bundle's GPUs and no others.
+    certificate that the pool makes for itself; `TlsFiles` does so with certificates of your own. `transport`:
+    "nixl" sends KV by NIXL between nodes that have it. `placement_group`: a group of Ray's that is ready, or its name
+    or id: one worker runs in each bundle, on the bundle's GPUs and no others.
     `gpus_per_worker`: then one runs on each so many GPUs of a bundle (or one in each bundle, on a part of a GPU: 0.5,
     where something else takes the rest).
     """

@@ -43,6 +43,7 @@ SLOWED = (
     "engines on the node {} run at niceness {}, as Ray's workers do, and this user may not change that: they get "
     "little time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
 )
+NO_NIXL = "KV to and from the node {} goes over TCP: {}"
 
 
 @dataclass(eq=False)
@@ -201,6 +202,8 @@ class ClusterNodes:
                 node.daemon = self._keep(node)
                 if node.daemon.slowed:
                     warnings.warn(SLOWED.format(node.address, node.daemon.niceness), RuntimeWarning, stacklevel=2)
+                if node.daemon.no_nixl:
+                    warnings.warn(NO_NIXL.format(node.address, node.daemon.no_nixl), RuntimeWarning, stacklevel=2)
                 node.heard = time.monotonic()
 
     def _keep(self, node: ClusterNode) -> DaemonAddress:
@@ -208,6 +211,7 @@ class ClusterNodes:
         settings = DaemonSettings(
             key=node.key, host=node.address, secret=self._secret.hex(), lease_s=self._cluster.lease_s,
             node_nbytes=self._cluster.node_nbytes, folder=self._cluster.folder, tls=self._tls_given,
+            nixl=self._cluster.transport == "nixl",
         )  # fmt: skip
         given = (node.key, msgspec.json.encode(settings), self._cluster.interface)
         running = None if node.daemon is None else msgspec.json.encode(node.daemon)

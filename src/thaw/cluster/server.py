@@ -161,5 +161,5 @@ class NodeServer:
             key=self._key, pid=os.getpid(), folder=self._folder, engines=self._engines.pids(),
             nbytes=self._packs.nbytes(), sent_nbytes=traffic.sent.total(), received_nbytes=traffic.received.total(),
             num_pulls=traffic.pulls, num_refused=traffic.refused, strangers=self._strangers,
-            lease_left_s=self._until - time.monotonic(),
+            lease_left_s=self._until - time.monotonic(), pushed_nbytes=traffic.pushed, num_fallbacks=traffic.fallbacks,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from thaw.cluster.tls import TlsFiles
 from thaw.core.errors import InvalidRequest
@@ -28,6 +28,7 @@ class ClusterSettings:
     node_nbytes: int = 4 << 30
     folder: str | None = None
     tls: bool | TlsFiles = False
+    transport: Literal["tcp", "nixl"] = "tcp"
     placement_group: str | HasGroupId | None = None
     gpus_per_worker: float | None = None
 
@@ -38,6 +39,10 @@ class ClusterSettings:
             raise InvalidRequest(f"node_nbytes={self.node_nbytes!r}: must be at least 1 byte")
         if not isinstance(self.tls, (bool, TlsFiles)):
             raise InvalidRequest(f"tls={self.tls!r}: must be True, False or TlsFiles(…)")
+        if self.transport not in ("tcp", "nixl"):
+            raise InvalidRequest(f"transport={self.transport!r}: must be 'tcp' or 'nixl'")
+        if self.transport == "nixl" and self.tls:
+            raise InvalidRequest("transport='nixl' does not encrypt KV, and tls asks for that. Leave one of them out")
         self._check_group()
         if self.address is not None and self.address.startswith("ray://"):
             raise InvalidRequest(
