@@ -232,6 +232,34 @@ def _lives(pool: ForkPool, worker: str, other_than: int) -> bool:
     return any(one.name == worker and one.pid not in (None, other_than) for one in pool.stats().workers)
 
 
+def test_a_bundle_that_ray_moves_takes_its_worker_along_when_that_is_booted_again() -> None:
+    """A raylet dies: its engine goes on where it is, and the bundle is placed on another node."""
+    with cluster_of(3, num_gpus=1) as cluster:
+        driver = RayDriver(cluster.address)
+        try:
+            driver.group("moved", {"GPU": 1}, {"GPU": 1}, strategy="STRICT_SPREAD")
+            with in_group(cluster, "moved", 2) as pool:
+                session = pool.session(seed=7)
+                session.append(TEXT)
+                expected, before = bits(pool.fork(session, 2, SAMPLED, snapshot="before")), devices(pool)
+                pids = {worker: pid_of(pool, worker) for worker in pool.workers}
+                ids = [pool._fleet.named(one).life.host.node.ray_id for one in pool.workers]  # type: ignore[union-attr]
+                left = [one for one in cluster.ray.list_all_nodes() if not one.head and one.node_id in ids]
+                cluster.ray.remove_node(left[0], allow_graceful=False)
+                for worker in pool.workers:
+                    assert bits(pool.fork(session, 2, SAMPLED, worker=worker)) == expected
+                assert {worker: pid_of(pool, worker) for worker in pool.workers} == pids, "nothing was booted"
+                worker = pool.workers[ids.index(left[0].node_id)]
+                until(lambda: len(keepers(cluster, "BundleKeeper")) == 2)
+                os.kill(pids[worker], signal.SIGKILL)
+                until(lambda: _lives(pool, worker, pids[worker]))
+                found = devices(pool)
+                assert found[worker][0] != before[worker][0] and len(set(found.values())) == 2, (before, found)
+                assert bits(pool.fork(session, 2, SAMPLED, worker=worker)) == expected
+        finally:
+            driver.close()
+
+
 def test_a_group_that_is_removed_ends_no_round_and_takes_no_new_worker(
     cluster: LocalCluster, driver: RayDriver, group: Make
 ) -> None:

@@ -78,12 +78,13 @@ class RayBundles:
         return FoundGroups(found=found, others=sorted(others)[:NAMES_SHOWN])
 
     def take(self, share: BundleShare, limit_s: float) -> TakenShare | None:
-        """None where Ray did not give it within `limit_s`."""
+        """Taken again where it was. None where Ray did not give it within `limit_s`."""
         import ray
         from ray.exceptions import GetTimeoutError
         from ray.util.placement_group import PlacementGroup
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        self.free(share.key)
         group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(share.group)))
         there = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=share.bundle)
         made = ray.remote(BundleKeeper).options(

@@ -11,12 +11,12 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from thaw.cluster.bundles import PENDING, REMOVED, BundleShare, FoundGroups, RayGroup, TakenShare
+from thaw.cluster.bundles import CREATED, PENDING, REMOVED, BundleShare, FoundGroups, RayGroup, TakenShare
 from thaw.cluster.desk_line import KeeperGone, RayAway
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
 from thaw.pool.backends.base import WorkerSpec
@@ -25,17 +25,23 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK_S = 15.0
 TAKE_S = 120.0
 """For the actor that takes a share to begin; a bundle whose node was lost may first be placed elsewhere."""
+AGAIN_S = 15.0
+"""For one that takes it again; what waits for it is to look after other nodes too, and tries it again anyway."""
+FREE_S = 2.0
+GONE = "{}. Workers that run in it go on, on devices that Ray may give to others: close the pool"
 AskDesk = Callable[..., Any]
 
 
 @dataclass(eq=False)
 class WorkerShare:
-    """`taken`: by a worker. `ray_id`, `devices`: where it is, as Ray has said."""
+    """`taken`: by a worker. `ray_id`, `devices`: where it is, as Ray has said; "" until it has, for each worker again.
+    `lock` is held while Ray is asked for it."""
 
     wanted: BundleShare
     taken: bool = False
     ray_id: str = ""
     devices: tuple[str, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def env(self) -> dict[str, str]:
         """Of the worker's process. A bundle without GPUs gives none, and the node's are not seen either."""
@@ -76,7 +82,8 @@ class GroupShares:
             assert share is not None
             share.taken = True
         try:
-            self._hold(share)
+            self._look()
+            self._hold(share, TAKE_S)
         except BaseException:
             self.free(share)
             raise
@@ -85,13 +92,13 @@ class GroupShares:
     def free(self, share: WorkerShare) -> None:
         """Its worker is no more."""
         with contextlib.suppress(ThawError):
-            self._ask("free_share", share.wanted.key, limit_s=LOOK_S)
+            self._ask("free_share", share.wanted.key, limit_s=FREE_S)
         with self._lock:
-            share.taken = False
+            share.taken, share.ray_id = False, ""
 
     def mend(self) -> None:
-        """Shares that workers have and that Ray's books have lost, an actor having ended, are taken again. Raises
-        `RayAway`."""
+        """Shares that workers have and that Ray's books have lost, an actor having ended, are taken again: where the
+        bundle is by now, which its worker learns when it is booted again. Raises `RayAway`."""
         with self._lock:
             taken = [share for share in self._shares if share.taken and share.ray_id]
         for share in taken:
@@ -99,32 +106,32 @@ class GroupShares:
                 self._ask("look_share", share.wanted.key, limit_s=LOOK_S)
             except KeeperGone:
                 self._hold_again(share)
-                if not share.taken:  # its worker ended meanwhile
-                    self.free(share)
 
     def _hold_again(self, share: WorkerShare) -> None:
         try:
-            self._hold(share)
-        except RayAway:
-            raise
-        except ThawError as error:
+            if self._look().state == CREATED:
+                self._hold(share, AGAIN_S)
+        except NotFound as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(
-                    f"{error}. Workers that run in it go on, on devices that Ray may give to others: close the pool",
-                    RuntimeWarning, stacklevel=2,
-                )  # fmt: skip
+                warnings.warn(GONE.format(error), RuntimeWarning, stacklevel=2)
+        except RayAway:
+            raise
+        except EngineDied:
+            pass  # it is moved just now, or something else was sooner: the next look comes soon
+        if not share.taken:  # its worker ended meanwhile
+            self.free(share)
 
-    def _hold(self, share: WorkerShare) -> None:
-        self._look()
-        given = self._ask("take_share", data=msgspec.msgpack.encode(share.wanted), limit_s=TAKE_S)
-        if given is None:
-            raise EngineDied(
-                f"bundle {share.wanted.bundle} of the placement group {self._named!r} did not give {_said(share)} "
-                f"within {TAKE_S:.0f} s: something else in the bundle holds it, or its node is gone"
-            )
-        found = msgspec.convert(given, TakenShare)
-        share.ray_id, share.devices = found.ray_id, tuple(found.devices)
+    def _hold(self, share: WorkerShare, limit_s: float) -> None:
+        with share.lock:
+            given = self._ask("take_share", data=msgspec.msgpack.encode(share.wanted), limit_s=limit_s)
+            if given is None:
+                raise EngineDied(
+                    f"bundle {share.wanted.bundle} of the placement group {self._named!r} did not give {_said(share)} "
+                    f"within {limit_s:.0f} s: something else in the bundle holds it, or its node is gone"
+                )
+            found = msgspec.convert(given, TakenShare)
+            share.ray_id, share.devices = found.ray_id, tuple(found.devices)
 
     def _look(self) -> RayGroup:
         """The group as it is now, in any state but removed."""
