@@ -49,6 +49,7 @@ def cluster_of(nodes: int, port: int = 0, **node: Any) -> Iterator[LocalCluster]
         for name, value in with_this_thaw(os.environ).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it ends actors for what others on the machine need
         cluster = LocalCluster(port, **node)
         try:
             for _ in range(nodes - 1):
