@@ -26,16 +26,14 @@ NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
 class LocalCluster:
     """`address`: to give to a `RayCluster`."""
 
-    def __init__(self, port: int = 0, **node: Any) -> None:
-        """`node`: what each node declares besides."""
+    def __init__(self, port: int = 0) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        self._node = {**NODE, **node}
-        head = {**self._node, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
+        head = {**NODE, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
         self.ray = Cluster(initialize_head=True, head_node_args=head)
         self.address = str(self.ray.address)
 
     def add(self, **more: Any) -> object:
-        return self.ray.add_node(**self._node, **more)
+        return self.ray.add_node(**NODE, **more)
 
     def pool(self, **changes: Any) -> ForkPool:
         """A pool of the fake engine. `cluster`: further settings of its own `RayCluster`."""
@@ -44,13 +42,13 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def cluster_of(nodes: int, port: int = 0, **node: Any) -> Iterator[LocalCluster]:
+def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in with_this_thaw(os.environ).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it ends actors for what others on the machine need
-        cluster = LocalCluster(port, **node)
+        cluster = LocalCluster(port)
         try:
             for _ in range(nodes - 1):
                 cluster.add()

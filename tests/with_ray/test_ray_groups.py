@@ -6,6 +6,7 @@ is looked at is which devices each worker's process may see.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ray_cluster import LocalCluster, cluster_of, keepers, nodes_of, pid_of
+from ray_cluster import NODE, LocalCluster, cluster_of, keepers, nodes_of, pid_of
 from ray_driver import RayDriver
 
 import thaw
@@ -29,9 +30,18 @@ SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=16, ignore_eos=True)
 pytestmark = pytest.mark.slow("a Ray cluster of two nodes")
 
 
+@contextlib.contextmanager
+def with_gpus(nodes: int, gpus: int) -> Iterator[LocalCluster]:
+    """A cluster whose nodes declare so many each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NODE, "num_gpus", gpus)
+        with cluster_of(nodes) as found:
+            yield found
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with cluster_of(2, num_gpus=GPUS) as found:
+    with with_gpus(2, GPUS) as found:
         yield found
 
 
@@ -234,7 +244,7 @@ def _lives(pool: ForkPool, worker: str, other_than: int) -> bool:
 
 def test_a_bundle_that_ray_moves_takes_its_worker_along_when_that_is_booted_again() -> None:
     """A raylet dies: its engine goes on where it is, and the bundle is placed on another node."""
-    with cluster_of(3, num_gpus=1) as cluster:
+    with with_gpus(3, 1) as cluster:
         driver = RayDriver(cluster.address)
         try:
             driver.group("moved", {"GPU": 1}, {"GPU": 1}, strategy="STRICT_SPREAD")
