@@ -7,7 +7,8 @@
     client   CPU seconds of the client's own process for a token of a round (64 branches, streamed), and for a snapshot
     ask      a question to a node's daemon through Ray, and directly
     copy     a pack of M MiB, in turn: fetched by one daemon from another (checked, hashed, in place in its folder); and
-             sent by one process to another over a bare socket, received into a file and hashed on a thread of its own
+             sent by one process to another over a bare socket, received into a file and hashed on a thread of its own;
+             and fetched by a daemon with TLS from another
 
 All on one machine, over loopback, files in shared memory. The receipt goes to OUT/ray-pool.json.
 """
@@ -15,6 +16,7 @@ All on one machine, over loopback, files in shared memory. The receipt goes to O
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import secrets
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
@@ -36,6 +39,7 @@ from thaw.cluster.keeper import start
 from thaw.cluster.messages import DropPacks, EndNode, LookAtNode, PackSource, PullPacks, ServeStore
 from thaw.cluster.packs import PIECE
 from thaw.cluster.peer import Peer
+from thaw.cluster.tls import PoolTls, TlsGiven, new_certificate
 from thaw.data.fresh_process import with_this_thaw
 from thaw.data.pack import PackItem, write_pack
 from thaw.receipt.machine import software, this_machine
@@ -54,11 +58,12 @@ def main() -> None:
     told = words.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
     rounds, client, asked = pools(told.pairs, told.branches)
-    copies = both_copies(told.pairs, told.mib)
+    copies = all_copies(told.pairs, told.mib)
     (told.out / "ray-pool.json").write_bytes(r.dumps(receipt_of(told, rounds, client, asked, copies)))
 
 
 Pairs = list[tuple[float, float]]
+Copies = list[tuple[float, float, float]]
 
 
 def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
@@ -108,37 +113,49 @@ def question(pool: thaw.ForkPool) -> tuple[float, float]:
     return middle - began, time.perf_counter() - middle
 
 
-def both_copies(pairs: int, mib: int) -> Pairs:
-    """(bare, daemons) seconds of each pair of copies."""
-    secret, found = secrets.token_bytes(32), []
+def all_copies(pairs: int, mib: int) -> Copies:
+    """(bare, daemons, daemons with TLS) seconds of copies that were made in turn."""
+    found: Copies = []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         served = Path(folder) / "served"
         served.mkdir()
         name = make_pack(served, mib)
-        settings = DaemonSettings(
-            key="a", host="127.0.0.1", secret=secret.hex(), lease_s=3600.0, node_nbytes=1 << 40, folder=folder
-        )  # fmt: skip
-        first, second = start(settings), start(settings)
-        one, other = (Peer(daemon.host, daemon.port, secret) for daemon in (first, second))
-        try:
-            one.ask(ServeStore(uuid=STORE, folder=str(served)))
-            other.ask(ServeStore(uuid=STORE))
-            source = PackSource(key="a", host=first.host, port=first.port)
+        with two_daemons(folder, served, None) as plain, two_daemons(folder, served, new_certificate()) as secure:
             for number in range(pairs):
                 seconds = {}
-                for which in (0, 1) if number % 2 else (1, 0):
-                    began = time.perf_counter()
-                    if which:
-                        other.ask(PullPacks(uuid=STORE, names=(name,), sources=(source,)), 600.0)
-                        seconds[which] = time.perf_counter() - began
-                    else:
+                for which in [(0, 1, 2), (2, 0, 1), (1, 2, 0)][number % 3]:
+                    if which == 0:
                         seconds[which] = bare(served / name, Path(folder) / "bare")
-                    other.ask(DropPacks(uuid=STORE, names=(name,)))
-                found.append((seconds[0], seconds[1]))
-        finally:
-            for peer in (one, other):
-                peer.ask(EndNode())
+                    else:
+                        seconds[which] = fetched(*(plain if which == 1 else secure), name)
+                found.append((seconds[0], seconds[1], seconds[2]))
     return found
+
+
+@contextlib.contextmanager
+def two_daemons(folder: str, served: Path, tls: TlsGiven | None) -> Iterator[tuple[Peer, PackSource]]:
+    """One that serves the folder, and the other, which is to fetch from it."""
+    secret, sides = secrets.token_bytes(32), None if tls is None else PoolTls(tls)
+    settings = DaemonSettings(
+        key="a", host="127.0.0.1", secret=secret.hex(), lease_s=3600.0, node_nbytes=1 << 40, folder=folder, tls=tls
+    )
+    first, second = start(settings), start(settings)
+    one, other = (Peer(daemon.host, daemon.port, secret, sides) for daemon in (first, second))
+    try:
+        one.ask(ServeStore(uuid=STORE, folder=str(served)))
+        other.ask(ServeStore(uuid=STORE))
+        yield other, PackSource(key="a", host=first.host, port=first.port)
+    finally:
+        for peer in (one, other):
+            peer.ask(EndNode())
+
+
+def fetched(peer: Peer, source: PackSource, name: str) -> float:
+    began = time.perf_counter()
+    peer.ask(PullPacks(uuid=STORE, names=(name,), sources=(source,)), 600.0)
+    seconds = time.perf_counter() - began
+    peer.ask(DropPacks(uuid=STORE, names=(name,)))
+    return seconds
 
 
 def make_pack(folder: Path, mib: int) -> str:
@@ -198,7 +215,7 @@ def receive(listener: int, nbytes: int, target: Path) -> None:
             print(time.perf_counter() - began, flush=True)
 
 
-def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pairs, copies: Pairs) -> r.Receipt:
+def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pairs, copies: Copies) -> r.Receipt:
     nbytes = float(told.mib << 20)
     arms = (
         r.Arm(name="local", title="rounds in a local process", text="a pool of one local process", rounds=tuple(
@@ -213,11 +230,14 @@ def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pa
             rounds=tuple(r.Round(pair=i, values={"through_ms": one * 1e3, "direct_ms": other * 1e3})
             for i, (one, other) in enumerate(asked))),
         r.Arm(name="bare", title="a bare copy", text="sendfile to recv_into, hashed on a thread", rounds=tuple(
-            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / one}) for i, (one, _) in enumerate(copies))),
+            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / one}) for i, (one, _, _) in enumerate(copies))),
         r.Arm(name="nodes", title="from node to node", text="one daemon fetches from another", rounds=tuple(
-            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / other}) for i, (_, other) in enumerate(copies))),
+            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / two}) for i, (_, two, _) in enumerate(copies))),
+        r.Arm(name="tls", title="from node to node, TLS", text="the same, with TLS", rounds=tuple(
+            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / three}) for i, (_, _, three) in enumerate(copies)
+        )),
     )  # fmt: skip
-    rate = {name: r.Term(arm=name, value="mib_per_s") for name in ("bare", "nodes")}
+    rate = {name: r.Term(arm=name, value="mib_per_s") for name in ("bare", "nodes", "tls")}
     derived = [
         r.median("round.local", "a local round", "ms", r.Term(arm="local", value="ms")),
         r.median("round.added", "what Ray adds to a round", "ms", r.Term(arm="ray", value="added_ms")),
@@ -231,7 +251,9 @@ def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pa
         ),
         r.median("copy.bare", "a bare copy", "MiB/s", rate["bare"]),
         r.median("copy.nodes", "from node to node", "MiB/s", rate["nodes"]),
+        r.median("copy.tls", "from node to node with TLS", "MiB/s", rate["tls"]),
         r.ratio("copy.share", "from node to node, of a bare copy", rate["nodes"], rate["bare"]),
+        r.ratio("copy.tls-share", "with TLS, of without", rate["tls"], rate["nodes"]),
     ]
     return r.make(
         kind="bench.ray-pool", command=f"python benchmarks/ray_pool.py OUT --pairs {told.pairs} --mib {told.mib}",

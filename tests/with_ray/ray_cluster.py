@@ -47,6 +47,7 @@ def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
         for name, value in with_this_thaw(os.environ).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it ends actors for what others on the machine need
         cluster = LocalCluster(port)
         try:
             for _ in range(nodes - 1):
@@ -83,12 +84,12 @@ def end_node(node: ClusterNode, pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def keepers(cluster: LocalCluster) -> list[int]:
+def keepers(cluster: LocalCluster, kind: str = "NodeKeeper") -> list[int]:
     """Of that cluster: Ray names its actors' processes, and a raylet, their parent, was given the cluster's address."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::NodeKeeper"):
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()):
                 parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
                 if cluster.address.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
                     found.append(int(folder.name))

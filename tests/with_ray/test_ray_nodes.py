@@ -47,8 +47,9 @@ def gone(pid: int) -> bool:
     return start_time(pid) is None
 
 
-def test_kv_goes_from_node_to_node_and_never_through_ray(two_nodes: LocalCluster) -> None:
-    with two_nodes.pool(workers=2) as pool:
+@pytest.mark.parametrize("tls", [False, True])
+def test_kv_goes_from_node_to_node_and_never_through_ray(two_nodes: LocalCluster, tls: bool) -> None:
+    with two_nodes.pool(workers=2, cluster={"tls": tls}) as pool:
         nodes = {node.is_home: node for node in nodes_of(pool)}
         assert len(nodes) == 2 and all(node.num_workers == 1 for node in nodes.values())
         decisions = []
@@ -169,6 +170,25 @@ def test_a_keeper_that_is_killed_costs_nothing_and_is_made_again(two_nodes: Loca
             time.sleep(0.2)
         assert len(set(keepers(two_nodes)) - set(killed)) == 2, "each node has another keeper"
         assert [(w.name, w.pid) for w in pool.stats().workers] == before
+
+
+def test_with_tls_an_engine_that_dies_is_booted_again_and_none_outlives_the_pool(two_nodes: LocalCluster) -> None:
+    with two_nodes.pool(workers=2, cluster={"tls": True}) as pool:
+        session = pool.session(seed=7)
+        session.append(TEXT)
+        expected = bits(pool.fork(session, 4, SAMPLED, snapshot="before"))
+        for worker in pool.workers:
+            before = pid_of(pool, worker)
+            os.kill(before, signal.SIGKILL)
+            until(lambda worker=worker, before=before: _lives(pool, worker, before))  # type: ignore[misc]
+            assert bits(pool.fork(session, 4, SAMPLED, worker=worker)) == expected
+        pids = [pid_of(pool, worker) for worker in pool.workers]
+        pids += [node.daemon.pid for node in nodes_of(pool) if node.daemon is not None]
+    until(lambda: all(gone(pid) for pid in pids))
+
+
+def _lives(pool: ForkPool, worker: str, other_than: int) -> bool:
+    return any(one.name == worker and one.pid not in (None, other_than) for one in pool.stats().workers)
 
 
 def test_a_node_that_is_lost_takes_no_branch_along(two_nodes: LocalCluster) -> None:

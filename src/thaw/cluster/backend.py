@@ -12,7 +12,9 @@ from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, P
 from thaw.cluster.nodes import ClusterNode, ClusterNodes
 from thaw.cluster.peer import exchange
 from thaw.cluster.routes import PackRoutes
-from thaw.core.errors import EngineDied, ThawError
+from thaw.cluster.shares import WorkerShare
+from thaw.cluster.tls import plain_end
+from thaw.core.errors import EngineDied, InvalidRequest, ThawError
 from thaw.engines.base import Engine, HydratePlan
 from thaw.pool.backends.base import WorkerHandle, WorkerSpec
 from thaw.pool.backends.line import FAREWELL_S, LineHandle, named
@@ -32,30 +34,66 @@ class ClusterBackend:
         self._spec, self.nodes, self._own = spec, nodes, own
         self._lock = threading.Lock()
         self._workers: set[NodeWorker] = set()
-        self._places: dict[int, ClusterNode] = {}
-        self._closed = False
+        self._places: dict[int, tuple[ClusterNode, WorkerShare | None]] = {}
+        self._closed = self._ran = False
+        self._refused: InvalidRequest | None = None
+        """More workers were asked for than the placement group has room for, before the first one ran."""
         self.routes = PackRoutes(self.nodes)
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
-        node = self.nodes.place(self._places.get(index))
-        self._places[index] = node
+        node, share = self._places[index] = self._place(*self._places.get(index, (None, None)))
         worker = None
         try:
-            worker = self._attach(node, name, dict(self._spec.env_of(index)))
+            env = {**self._spec.env_of(index), **({} if share is None else share.env())}
+            worker = self._attach(node, share, name, env)
             with self._lock:
                 if self._closed:
                     raise EngineDied("the pool was closed while a worker booted")
                 self._workers.add(worker)
             worker.start(self._spec.engine, self._spec.options_for(policy_version), self._spec.boot_timeout_s)
+            self._may_run()
         except BaseException:
             if worker is not None:
                 worker.kill()
             else:
-                self.nodes.left(node)
+                self._leave(node, share)
             raise
         return worker
 
-    def _attach(self, node: ClusterNode, name: str, env: dict[str, str]) -> NodeWorker:
+    def _place(
+        self, before: ClusterNode | None, share_before: WorkerShare | None
+    ) -> tuple[ClusterNode, WorkerShare | None]:
+        """Where to boot; with a placement group, on whose devices."""
+        shares = self.nodes.shares
+        if shares is None:
+            return self.nodes.place(before), None
+        try:
+            share = shares.take(share_before)
+        except InvalidRequest as error:
+            with self._lock:
+                if not self._ran:
+                    self._refused = error
+            raise
+        try:
+            return self.nodes.place_on(share.ray_id), share
+        except BaseException:
+            shares.free(share)
+            raise
+
+    def _may_run(self) -> None:
+        """A pool of which one worker was refused as it began has none at all: it is not to run with fewer than it was
+        asked for."""
+        with self._lock:
+            if self._refused is not None and not self._ran:
+                raise self._refused
+            self._ran = True
+
+    def _leave(self, node: ClusterNode, share: WorkerShare | None) -> None:
+        self.nodes.left(node)
+        if share is not None and self.nodes.shares is not None:
+            self.nodes.shares.free(share)
+
+    def _attach(self, node: ClusterNode, share: WorkerShare | None, name: str, env: dict[str, str]) -> NodeWorker:
         """A process on the node, and the line to it. Raises `EngineDied`."""
         ticket = secrets.token_hex(16)
         self.nodes.ask(node, SpawnEngine(ticket=ticket, name=name, env=env))
@@ -64,7 +102,7 @@ class ClusterBackend:
             pid = value_of(exchange(sock, ENCODE(AttachEngine(ticket=ticket))))
         except OSError as error:
             raise EngineDied(f"the node {node.address} took no worker: {error}") from error
-        return NodeWorker(self, node, ticket, name, pid, RpcClient(Connection(sock), name))
+        return NodeWorker(self, node, share, ticket, name, pid, RpcClient(Connection(plain_end(sock)), name))
 
     def check_update(self, update: str | Callable[[Engine], object] | None) -> None:
         if update is not None:
@@ -87,7 +125,7 @@ class ClusterBackend:
                 return
             self._workers.discard(worker)
             last = self._closed and not self._workers
-        self.nodes.left(worker.node)
+        self._leave(worker.node, worker.share)
         if last:
             self._end()
 
@@ -102,10 +140,11 @@ class NodeWorker(LineHandle):
     """A process on a node, and the line to it."""
 
     def __init__(
-        self, backend: ClusterBackend, node: ClusterNode, ticket: str, name: str, pid: int, line: RpcClient
-    ) -> None:
+        self, backend: ClusterBackend, node: ClusterNode, share: WorkerShare | None, ticket: str, name: str, pid: int,
+        line: RpcClient,
+    ) -> None:  # fmt: skip
         super().__init__(line, pid)
-        self._backend, self.node, self._ticket, self._name = backend, node, ticket, name
+        self._backend, self.node, self.share, self._ticket, self._name = backend, node, share, ticket, name
         self._over = threading.Event()
         self._told: Callable[[], None] | None = None
         line.on_end = self._ended

@@ -24,15 +24,18 @@ from pathlib import Path
 import msgspec
 
 from thaw.cluster.engines import EngineProcesses
+from thaw.cluster.nixl_agent import agent_or_reason
 from thaw.cluster.packs import NodePacks
 from thaw.cluster.server import NodeServer
+from thaw.cluster.tls import PoolTls, TlsGiven
 from thaw.pool.shm.dirs import PREFIX, SHARED, sweep
 from thaw.store.leases import start_time
 
 
 class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex. `niceness`: to run at, if
-    this user may; None to stay as it was started."""
+    """`key`: the node's name in the pool. `host`: the address to listen on. `secret`: in hex. `tls`: None for plain
+    TCP. `nixl`: for KV, where this node has it. `niceness`: to run at, if this user may; None to stay as it was
+    started."""
 
     key: str
     host: str
@@ -41,10 +44,13 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True):
     node_nbytes: int
     folder: str | None = None
     niceness: int | None = None
+    tls: TlsGiven | None = None
+    nixl: bool = False
 
 
 class DaemonAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """A daemon that listens. `niceness`: what it and the engines run at; `slowed`: that is not what was asked for."""
+    """A daemon that listens. `niceness`: what it and the engines run at; `slowed`: that is not what was asked for.
+    `no_nixl`: why it has none, "" where it has it or was not asked for it."""
 
     key: str
     host: str
@@ -53,24 +59,27 @@ class DaemonAddress(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     niceness: int = 0
     slowed: bool = False
+    no_nixl: str = ""
 
 
 def run(settings: DaemonSettings, environment: Mapping[str, str]) -> None:
     """Serve until the end; everything that was made is removed then."""
     folder, niceness = _make_folder(settings), _set_niceness(settings.niceness)
     try:
+        tls = None if settings.tls is None else PoolTls(settings.tls)
+        nixl, no_nixl = agent_or_reason(settings.nixl)
         listener = socket.create_server((settings.host, 0), backlog=256)
-        packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes)
+        packs = NodePacks(folder, bytes.fromhex(settings.secret), settings.node_nbytes, tls, nixl)
         engines = EngineProcesses(folder, environment)
         server = NodeServer(
-            settings.key, str(folder), listener, bytes.fromhex(settings.secret), engines, packs, settings.lease_s
+            settings.key, str(folder), listener, bytes.fromhex(settings.secret), engines, packs, settings.lease_s, tls
         )
         threading.Thread(target=server.serve, daemon=True).start()
         host, port = listener.getsockname()[:2]
         slowed = settings.niceness is not None and niceness > settings.niceness
         address = DaemonAddress(
             key=settings.key, host=host, port=port, pid=os.getpid(), folder=str(folder), niceness=niceness,
-            slowed=slowed,
+            slowed=slowed, no_nixl=no_nixl,
         )  # fmt: skip
         _say(address, folder)
         server.wait()

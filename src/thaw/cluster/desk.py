@@ -1,4 +1,5 @@
-"""The desk: the process that has joined Ray on behalf of a pool, `python -m thaw.cluster.desk FD`. Only it imports Ray.
+"""The desk: the process that has joined Ray on behalf of a pool, `python -m thaw.cluster.desk FD`. Ray is imported
+here, and in `bundles.py` for it.
 
 Ray ends every process that has joined it when the cluster's head is gone for a minute. The pool's own process holds
 results and sessions, so it does not join; when this one ends, the pool starts another as soon as Ray is back.
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from thaw.cluster.bundles import BundleShare, FoundGroups, RayBundles, TakenShare
 from thaw.cluster.framing import read_frame, send_frame
 from thaw.cluster.keeper import SMALL_BYTES, NodeKeeper
 
@@ -31,7 +33,8 @@ Trouble = Literal["", "ray", "keeper", "daemon", "other"]
 
 
 class DeskCall(msgspec.Struct, frozen=True, kw_only=True):
-    """`verb`: join, nodes, keep, ask or object_store, with its arguments."""
+    """`verb`: join, nodes, keep, ask, look, groups, take_share, free_share, look_share or object_store, with its
+    arguments."""
 
     id: int
     verb: str
@@ -69,6 +72,7 @@ class RayDesk:
 
     def __init__(self) -> None:
         self._keepers: dict[str, Any] = {}
+        self._bundles = RayBundles()
 
     def answer(self, call: DeskCall) -> DeskReply:
         import ray.exceptions as errors
@@ -140,6 +144,20 @@ class RayDesk:
 
         address: bytes = ray.get(self._keepers[call.text].address.remote(), timeout=call.limit_s)
         return address
+
+    def do_groups(self, call: DeskCall) -> FoundGroups:
+        """Placement groups of the id or the name `text`."""
+        return self._bundles.groups(call.text)
+
+    def do_take_share(self, call: DeskCall) -> TakenShare | None:
+        """`data` is the share; None where Ray does not give it in time."""
+        return self._bundles.take(msgspec.msgpack.decode(call.data, type=BundleShare), call.limit_s)
+
+    def do_free_share(self, call: DeskCall) -> None:
+        self._bundles.free(call.text)
+
+    def do_look_share(self, call: DeskCall) -> bool:
+        return self._bundles.look(call.text, call.limit_s)
 
     def do_object_store(self, call: DeskCall) -> int:
         """Bytes that are used in the cluster's object stores."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from thaw.cluster.backend import ClusterBackend
 from thaw.cluster.nodes import ClusterNodes
 from thaw.cluster.settings import ClusterSettings
+from thaw.cluster.shares import check_devices
 from thaw.pool.backends.base import WorkerBackend, WorkerSpec
 
 
@@ -16,7 +17,12 @@ class RayCluster(ClusterSettings):
     `interface`: the network interface of every node on which KV and tokens travel, by name; by default the address
     that Ray itself uses for the node. `lease_s`: how long a node keeps engines and packs of a pool of which it hears
     nothing. `node_nbytes`: packs that a node other than the client's keeps, the least recently used go first.
-    `folder`: where nodes make theirs, by default /dev/shm.
+    `folder`: where nodes make theirs, by default /dev/shm. `tls`: True encrypts control, tokens and KV, with a
+    certificate that the pool makes for itself; `TlsFiles` does so with certificates of your own. `transport`:
+    "nixl" sends KV by NIXL between nodes that have it. `placement_group`: a group of Ray's that is ready, or its name
+    or id: one worker runs in each bundle, on the bundle's GPUs and no others.
+    `gpus_per_worker`: then one runs on each so many GPUs of a bundle (or one in each bundle, on a part of a GPU: 0.5,
+    where something else takes the rest).
     """
 
     def join(self) -> JoinedCluster:
@@ -26,6 +32,8 @@ class RayCluster(ClusterSettings):
 
     def __call__(self, spec: WorkerSpec) -> WorkerBackend:
         """The backend of a pool. Raises as `join`."""
+        if self.placement_group is not None:
+            check_devices(spec)
         return ClusterBackend(spec, ClusterNodes(self, spec.dirs.path / "ray.log"), own=True)
 
 
@@ -37,6 +45,8 @@ class JoinedCluster:
 
     def __call__(self, spec: WorkerSpec) -> WorkerBackend:
         """The backend of one more pool."""
+        if self.nodes.shares is not None:
+            check_devices(spec)
         return ClusterBackend(spec, self.nodes, own=False)
 
     def close(self) -> None:

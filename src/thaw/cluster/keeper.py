@@ -18,6 +18,7 @@ import msgspec
 
 from thaw.cluster.daemon import DaemonAddress, DaemonSettings
 from thaw.cluster.peer import Peer
+from thaw.cluster.tls import PoolTls
 from thaw.core.errors import EngineDied, NotFound
 from thaw.data.fresh_process import with_this_thaw
 
@@ -47,7 +48,8 @@ class NodeKeeper:
             if interface is not None:
                 wanted = msgspec.structs.replace(wanted, host=address_of(interface))
             self._address = start(msgspec.structs.replace(wanted, niceness=own))
-        self._peer = Peer(self._address.host, self._address.port, bytes.fromhex(wanted.secret))
+        tls = None if wanted.tls is None else PoolTls(wanted.tls)
+        self._peer = Peer(self._address.host, self._address.port, bytes.fromhex(wanted.secret), tls)
 
     def address(self) -> bytes:
         return msgspec.json.encode(self._address)

@@ -91,11 +91,26 @@ class ForgetStore(_Question, frozen=True, kw_only=True, tag=True):
     uuid: str
 
 
+class Landing(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory that a pack may be pushed to: a NIXL agent, and the addresses of slots there (`nixl_agent.py`)."""
+
+    agent: bytes
+    slots: tuple[int, ...]
+
+
+class PushBegun(msgspec.Struct, frozen=True, kw_only=True):
+    """So many bytes come to the landing."""
+
+    nbytes: int
+
+
 class FetchPack(_Question, frozen=True, kw_only=True, tag=True):
-    """Answered with the pack's size; its bytes follow."""
+    """Answered with the pack's size; its bytes follow. With a `landing`, and where the other side can: answered with
+    `PushBegun`."""
 
     uuid: str
     name: str
+    landing: Landing | None = None
 
 
 class RenewLease(_Question, frozen=True, kw_only=True, tag=True):
@@ -107,8 +122,9 @@ class LookAtNode(_Question, frozen=True, kw_only=True, tag=True):
 
 
 class NodeCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """A daemon since it began. `sent` and `received`: bytes of packs, by the other daemon's address; `strangers`:
-    callers that did not know the secret."""
+    """A daemon since it began. `sent` and `received`: bytes of packs; `pushed`: those of `sent` that NIXL carried;
+    `num_fallbacks`: fetches that NIXL did not carry though it was tried. `strangers`: callers that did not know the
+    secret."""
 
     key: str
     pid: int
@@ -121,6 +137,8 @@ class NodeCounts(msgspec.Struct, frozen=True, kw_only=True):
     num_refused: int
     strangers: int
     lease_left_s: float
+    pushed_nbytes: int = 0
+    num_fallbacks: int = 0
 
 
 class EndNode(_Question, frozen=True, kw_only=True, tag=True):

@@ -30,6 +30,8 @@ from thaw.cluster.messages import ENCODE, EndNode, Question, RenewLease, value_o
 from thaw.cluster.peer import ANSWER_S, Peer
 from thaw.cluster.secret import new_secret
 from thaw.cluster.settings import ClusterSettings
+from thaw.cluster.shares import GroupShares
+from thaw.cluster.tls import PoolTls, given_by
 from thaw.core.errors import EngineDied, NotFound, ThawError
 
 MAX_THREADS = 32
@@ -41,6 +43,7 @@ SLOWED = (
     "engines on the node {} run at niceness {}, as Ray's workers do, and this user may not change that: they get "
     "little time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
 )
+NO_NIXL = "KV to and from the node {} goes over TCP: {}"
 
 
 @dataclass(eq=False)
@@ -75,14 +78,19 @@ class ClusterNodes:
         if find_spec("ray") is None:
             raise NotFound("backend='ray' needs Ray, which is not installed: pip install 'thaw-vllm[ray]'")
         self._cluster, self._log, self._secret = cluster, log, new_secret()
+        self._tls_given = given_by(cluster.tls)
+        self._tls = None if self._tls_given is None else PoolTls(self._tls_given)
         self._lock = threading.Lock()
         self._nodes: list[ClusterNode] = []
         self._closing = threading.Event()
         self.num_calls = self.num_direct = self.num_joins = 0
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="thaw-nodes")
         self._desk = DeskLine(log)
+        self.shares: GroupShares | None = None
         try:
             self._join()
+            if (named := cluster.group_named()) is not None:
+                self.shares = GroupShares(self._ask_desk, named, cluster.gpus_per_worker)
         except BaseException:
             self._desk.close()
             raise
@@ -124,6 +132,22 @@ class ClusterNodes:
                 return node
         labels = f" with the labels {dict(self._cluster.labels)}" if self._cluster.labels else ""
         raise EngineDied(f"no node of the Ray cluster{labels} can take a worker. " + "; ".join(tried))
+
+    def place_on(self, ray_id: str) -> ClusterNode:
+        """That node of Ray's, for one more worker, as `place`. Raises `EngineDied`."""
+        with contextlib.suppress(RayAway):
+            self.refresh()
+        with self._lock:
+            node = next((node for node in self._nodes if node.ray_id == ray_id and not node.lost), None)
+            if node is None:
+                raise EngineDied(f"the node {ray_id} is not in the Ray cluster")
+            node.num_workers += 1
+        try:
+            self.start(node)
+        except BaseException:
+            self.left(node)
+            raise
+        return node
 
     def _fewest(self, before: ClusterNode | None, tried: list[str]) -> ClusterNode | None:
         failed = {line.partition(":")[0] for line in tried} if len(tried) > len(self.all()) else set[str]()
@@ -178,13 +202,16 @@ class ClusterNodes:
                 node.daemon = self._keep(node)
                 if node.daemon.slowed:
                     warnings.warn(SLOWED.format(node.address, node.daemon.niceness), RuntimeWarning, stacklevel=2)
+                if node.daemon.no_nixl:
+                    warnings.warn(NO_NIXL.format(node.address, node.daemon.no_nixl), RuntimeWarning, stacklevel=2)
                 node.heard = time.monotonic()
 
     def _keep(self, node: ClusterNode) -> DaemonAddress:
         """A keeper, which starts the daemon, or finds the one that runs."""
         settings = DaemonSettings(
             key=node.key, host=node.address, secret=self._secret.hex(), lease_s=self._cluster.lease_s,
-            node_nbytes=self._cluster.node_nbytes, folder=self._cluster.folder,
+            node_nbytes=self._cluster.node_nbytes, folder=self._cluster.folder, tls=self._tls_given,
+            nixl=self._cluster.transport == "nixl",
         )  # fmt: skip
         given = (node.key, msgspec.json.encode(settings), self._cluster.interface)
         running = None if node.daemon is None else msgspec.json.encode(node.daemon)
@@ -195,7 +222,7 @@ class ClusterNodes:
     def peer(self, node: ClusterNode) -> Peer:
         if node.daemon is None:
             raise EngineDied(f"the node {node.address} has no daemon")
-        return Peer(node.daemon.host, node.daemon.port, self._secret)
+        return Peer(node.daemon.host, node.daemon.port, self._secret, self._tls)
 
     def ask(self, node: ClusterNode, question: Question, limit_s: float = ANSWER_S) -> Any:
         """The answer. Raises what it was answered with, and `EngineDied` where the daemon is gone."""
@@ -218,6 +245,10 @@ class ClusterNodes:
                 return answer
         self.num_direct += 1
         return self.peer(node).ask_raw(data, limit_s)
+
+    def _ask_desk(self, *given: Any, **how: Any) -> Any:
+        """Of the desk that there is now."""
+        return self._desk.ask(*given, **how)
 
     def _lose(self, node: ClusterNode) -> None:
         """Its daemon is gone, and with it what ran there. Another daemon may be started on the same node, as another
@@ -276,6 +307,8 @@ class ClusterNodes:
         for node in self.all():
             if node.daemon is not None and node.listed and not self._has_keeper(node):
                 self._keep(node)
+        if self.shares is not None:
+            self.shares.mend()
 
     def _has_keeper(self, node: ClusterNode) -> bool:
         """Asked, for a keeper that ended is noticed by nobody while there is nothing to pass on."""

@@ -15,16 +15,20 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 from thaw.cluster.framing import read_into, send_frame
-from thaw.cluster.messages import ENCODE, FetchPack, PackSource, PulledPacks, PullPacks, Reply, value_of
+from thaw.cluster.messages import ENCODE, FetchPack, PackSource, PulledPacks, PullPacks, PushBegun, Reply, value_of
+from thaw.cluster.nixl_agent import LandedBytes, NixlAgent
 from thaw.cluster.peer import Peer, exchange
+from thaw.cluster.tls import PoolTls, send_file
 from thaw.core.errors import CorruptBlob, NotFound, StorageFailed, ThawError
 from thaw.data.files import replacing, storage_errors
 from thaw.data.header import Entry, PackHeader, header_length, parse
@@ -38,6 +42,8 @@ PIECE = 1 << 20
 YOUNG_S = 60.0
 """A pack that was written or fetched so lately is not dropped for room: it may not have been copied or read yet."""
 SILENT_S = 30.0
+ReadInto = Callable[[memoryview], bool]
+"""Fills a view with the next bytes; False where there are no more."""
 
 
 @dataclass
@@ -50,19 +56,24 @@ class PackFolder:
 
 @dataclass
 class Traffic:
-    """Bytes of packs that went over this node's sockets, by the other node's address, and what was refused."""
+    """Bytes of packs that went to and came from other nodes, by the other node's address, and what was refused.
+    `pushed`: of what was sent, by NIXL."""
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
     pulls: int = 0
     refused: int = 0
+    pushed: int = 0
+    fallbacks: int = 0
 
 
 class NodePacks:
     """Safe from any thread."""
 
-    def __init__(self, folder: Path, secret: bytes, limit_nbytes: int) -> None:
-        self._folder, self._secret, self._limit = folder, secret, limit_nbytes
+    def __init__(
+        self, folder: Path, secret: bytes, limit_nbytes: int, tls: PoolTls | None = None, nixl: NixlAgent | None = None
+    ) -> None:
+        self._folder, self._secret, self._limit, self._tls, self._nixl = folder, secret, limit_nbytes, tls, nixl
         self._stores: dict[str, PackFolder] = {}
         self._lock = threading.Lock()
         self._fetching: dict[tuple[str, str], threading.Lock] = {}
@@ -115,9 +126,15 @@ class NodePacks:
         with open(fd, "rb") as file:
             nbytes = os.fstat(fd).st_size
             to = str(sock.getpeername()[0])
-            send_frame(sock, ENCODE(Reply(value=nbytes)))
             sock.settimeout(SILENT_S)
-            self._count(self.traffic.sent, to, sock.sendfile(file, 0, nbytes))
+            if self._nixl is None or question.landing is None:
+                send_frame(sock, ENCODE(Reply(value=nbytes)))
+                self._count(self.traffic.sent, to, send_file(sock, file, nbytes))
+            else:
+                send_frame(sock, ENCODE(Reply(value=PushBegun(nbytes=nbytes))))
+                pushed = self._nixl.push(sock, file, nbytes, question.landing)
+                self._count(self.traffic.sent, to, pushed)
+                self.traffic.pushed += pushed
 
     def _count(self, counter: Counter[str], other: str, nbytes: int) -> None:
         with self._lock:
@@ -159,16 +176,32 @@ class NodePacks:
         raise (found or errors or [MissingPack(f"no node has the pack {path.name}")])[0]
 
     def _fetch(self, path: Path, uuid: str, source: PackSource) -> int:
-        with Peer(source.host, source.port, self._secret).connected() as sock:
+        """By NIXL where there is some; where that fails, over the connection."""
+        if self._nixl is not None:
+            try:
+                with self._nixl.landing() as landed:
+                    return self._receive(path, uuid, source, landed)
+            except MissingPack:
+                raise
+            except (OSError, CorruptBlob):
+                self.traffic.fallbacks += 1
+        return self._receive(path, uuid, source, None)
+
+    def _receive(self, path: Path, uuid: str, source: PackSource, landed: LandedBytes | None) -> int:
+        with Peer(source.host, source.port, self._secret, self._tls).connected() as sock:
             sock.settimeout(SILENT_S)
-            nbytes = value_of(exchange(sock, ENCODE(FetchPack(uuid=uuid, name=path.name))))
+            landing = None if landed is None else landed.landing
+            said = value_of(exchange(sock, ENCODE(FetchPack(uuid=uuid, name=path.name, landing=landing))))
+            pushed = landed is not None and isinstance(said, dict)
+            nbytes = msgspec.convert(said, PushBegun).nbytes if pushed else said
             if not isinstance(nbytes, int) or not 8 < nbytes <= MAX_PACK_BYTES:
                 raise CorruptBlob(
                     f"{path.name} was announced with {nbytes!r} bytes; at most {MAX_PACK_BYTES} are taken"
                 )
+            read = landed.reader(sock) if landed is not None and pushed else partial(read_into, sock)
             with replacing(path, overwrite=False) as fd:
                 try:
-                    receive_pack(sock, fd, nbytes, f"pack {path.name} from {source.host}")
+                    receive_pack(read, fd, nbytes, f"pack {path.name} from {source.host}")
                 except CorruptBlob:
                     self.traffic.refused += 1
                     raise
@@ -218,30 +251,28 @@ def _files(folder: Path) -> list[tuple[Path, int, float]]:
     return found
 
 
-def receive_pack(sock: socket.socket, fd: int, nbytes: int, what: str) -> PackHeader:
-    """A pack's `nbytes` from the socket into the file, hashed behind the receiving. Raises `CorruptBlob` for a header
+def receive_pack(read: ReadInto, fd: int, nbytes: int, what: str) -> PackHeader:
+    """A pack's `nbytes` into the file, hashed behind the receiving. Raises `CorruptBlob` for a header
     that is none and for a blob that is not what names it, `OSError`. On an error the file holds anything."""
     os.posix_fallocate(fd, 0, nbytes)  # a full disk is an error here, and not a signal at the first touch of a page
     view = memoryview(mmap.mmap(fd, nbytes))  # let go of with the last piece of it, which an error may hold for a while
-    _fill(sock, view[:8], what)
+    _fill(read, view[:8], what)
     length = header_length(bytes(view[:8]), nbytes, what)
-    _fill(sock, view[8:length], what)
+    _fill(read, view[8:length], what)
     header = parse(bytes(view[:length]), nbytes, what)
     with ThreadPoolExecutor(1, thread_name_prefix="thaw-hash") as hasher:
-        _receive_blobs(sock, view, header, hasher, what)
+        _receive_blobs(read, view, header, hasher, what)
     return header
 
 
-def _receive_blobs(
-    sock: socket.socket, view: memoryview, header: PackHeader, hasher: ThreadPoolExecutor, what: str
-) -> None:
+def _receive_blobs(read: ReadInto, view: memoryview, header: PackHeader, hasher: ThreadPoolExecutor, what: str) -> None:
     checks: list[Future[None]] = []
     state = blake3()
     for entry in header.entries:
         end = entry.offset + entry.nbytes
         for begin in range(entry.offset, end, PIECE):
             piece = view[begin : min(begin + PIECE, end)]
-            _fill(sock, piece, what)
+            _fill(read, piece, what)
             if not entry.is_pad:
                 checks.append(hasher.submit(_hash, entry, begin, piece, state, what))
         while checks and checks[0].done():
@@ -259,6 +290,6 @@ def _hash(entry: Entry, begin: int, piece: memoryview, state: blake3, what: str)
         raise CorruptBlob(f"{what}: the blob at byte {entry.offset} should be {entry.id}, and what came is {found}")
 
 
-def _fill(sock: socket.socket, view: memoryview, what: str) -> None:
-    if not read_into(sock, view):
+def _fill(read: ReadInto, view: memoryview, what: str) -> None:
+    if not read(view):
         raise ConnectionResetError(f"{what} was cut off")

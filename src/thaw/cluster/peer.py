@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from thaw.cluster.framing import read_frame, send_frame
 from thaw.cluster.messages import ENCODE, Question, value_of
-from thaw.cluster.secret import greet
+from thaw.cluster.secret import StrangerError, greet
+from thaw.cluster.tls import PoolTls
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0
@@ -18,11 +20,12 @@ ANSWER_S = 30.0
 
 @dataclass(frozen=True)
 class Peer:
-    """A daemon's address and the pool's secret."""
+    """A daemon's address, the pool's secret, and its TLS where it has that."""
 
     host: str
     port: int
     secret: bytes
+    tls: PoolTls | None = None
 
     def ask(self, question: Question, limit_s: float = ANSWER_S) -> Any:
         """The answer's value. Raises `OSError` where the daemon is gone (`StrangerError`: it is another pool's), and
@@ -44,10 +47,16 @@ class Peer:
 
     def connect(self) -> socket.socket:
         """An authenticated connection, without a time limit. Raises `OSError`."""
-        sock = socket.create_connection((self.host, self.port), CONNECT_S)
+        sock, binding = socket.create_connection((self.host, self.port), CONNECT_S), b""
         try:
             tuned(sock)
-            greet(sock, self.secret)
+            if self.tls is not None:
+                sock, binding = self.tls.call(sock)
+            greet(sock, self.secret, binding)
+        except ssl.SSLError as error:  # of TLS 1.3 the daemon refuses a certificate only while the proof is awaited
+            sock.close()
+            where = f"{self.host}:{self.port}"
+            raise StrangerError(f"no TLS of this pool's with what answers at {where}: {error}") from None
         except BaseException:
             sock.close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import threading
 import time
 
@@ -34,7 +35,8 @@ from thaw.cluster.messages import (
 )
 from thaw.cluster.packs import NodePacks
 from thaw.cluster.peer import tuned
-from thaw.cluster.secret import admit
+from thaw.cluster.secret import HANDSHAKE_S, admit
+from thaw.cluster.tls import PoolTls, bridge
 from thaw.core.errors import InvalidRequest
 
 MAX_CONNECTIONS = 1024
@@ -45,9 +47,9 @@ class NodeServer:
 
     def __init__(
         self, key: str, folder: str, listener: socket.socket, secret: bytes, engines: EngineProcesses, packs: NodePacks,
-        lease_s: float,
+        lease_s: float, tls: PoolTls | None = None,
     ) -> None:  # fmt: skip
-        self._key, self._folder, self._listener, self._secret = key, folder, listener, secret
+        self._key, self._folder, self._listener, self._secret, self._tls = key, folder, listener, secret, tls
         self._engines, self._packs = engines, packs
         self._lease_s, self._until = lease_s, time.monotonic() + lease_s
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -74,17 +76,26 @@ class NodeServer:
 
     def _talk(self, sock: socket.socket) -> None:
         try:
-            with sock, contextlib.suppress(OSError):
-                tuned(sock)
-                try:
-                    admit(sock, self._secret)
-                except OSError:
-                    self._strangers += 1
-                    raise
-                while (data := read_frame(sock)) is not None and self._answer(sock, data):
+            with contextlib.suppress(OSError), self._admitted(sock) as known:
+                while (data := read_frame(known)) is not None and self._answer(known, data):
                     pass
         finally:
             self._room.release()
+
+    def _admitted(self, sock: socket.socket) -> socket.socket:
+        """Raises `OSError` for a stranger, whose connection is closed then."""
+        binding = b""
+        try:
+            tuned(sock)
+            if self._tls is not None:
+                sock.settimeout(HANDSHAKE_S)
+                sock, binding = self._tls.answer(sock)
+            admit(sock, self._secret, binding)
+        except OSError:
+            self._strangers += 1
+            sock.close()
+            raise
+        return sock
 
     def _answer(self, sock: socket.socket, data: bytes) -> bool:
         """False when the connection is somebody else's from now on."""
@@ -109,8 +120,16 @@ class NodeServer:
         return True
 
     def _attach(self, sock: socket.socket, question: AttachEngine) -> bool:
-        pid = self._engines.attach(question.ticket, sock)
-        send_frame(sock, ENCODE(Reply(value=pid)))  # the process says nothing before it is asked
+        """The process says nothing before it is asked. A TLS session stays in this process, on this thread."""
+        if not isinstance(sock, ssl.SSLSocket):
+            send_frame(sock, ENCODE(Reply(value=self._engines.attach(question.ticket, sock))))
+            return False
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                pid = self._engines.attach(question.ticket, theirs)
+            send_frame(sock, ENCODE(Reply(value=pid)))
+            bridge(sock, ours)
         return False
 
     def _value(self, question: Question) -> object:
@@ -142,5 +161,5 @@ class NodeServer:
             key=self._key, pid=os.getpid(), folder=self._folder, engines=self._engines.pids(),
             nbytes=self._packs.nbytes(), sent_nbytes=traffic.sent.total(), received_nbytes=traffic.received.total(),
             num_pulls=traffic.pulls, num_refused=traffic.refused, strangers=self._strangers,
-            lease_left_s=self._until - time.monotonic(),
+            lease_left_s=self._until - time.monotonic(), pushed_nbytes=traffic.pushed, num_fallbacks=traffic.fallbacks,
         )  # fmt: skip
