@@ -21,6 +21,7 @@ from thaw.core.identity import compare
 from thaw.engines.base import Engine, EngineInfo
 from thaw.engines.registry import kind_of
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
+from thaw.gateway.upkeep import ProcessUpkeep
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
@@ -44,6 +45,7 @@ class ServingEngine:
         self.is_up = True
         self.num_restarts = 0
         self._reconnect = reconnect
+        _keep_up_elsewhere(repo)
         self._own: list[AsyncRepository] = [repo] if own else []
         self._replaced: list[Engine] = []
         self._within: dict[str, AsyncRepository] = {}
@@ -82,6 +84,7 @@ class ServingEngine:
         if like is not None:
             await call(_require_same, like, engine, self.number)
         repo = AsyncRepository(await call(open_repository, self.repo.path, engine=engine, create=False))
+        _keep_up_elsewhere(repo)
         self._own.append(repo)
         self.repo, self.is_up, self.num_restarts = repo, True, self.num_restarts + 1
         self._within.clear()
@@ -202,6 +205,13 @@ class ServingEngines:
         """Those that came later, and the views; not the engines that were given."""
         for one in self.all:
             await one.close()
+
+
+def _keep_up_elsewhere(repo: AsyncRepository) -> None:
+    """Before any namespace of it is entered."""
+    store = repo.sync.store
+    if not isinstance(store.upkeep, ProcessUpkeep):
+        store.upkeep = ProcessUpkeep(store.path)
 
 
 def memory_of(info: EngineInfo, *, running: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -101,6 +102,8 @@ def run(service: Service) -> None:
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, lambda *_: sys.exit(0))  # uvicorn has its own meanwhile, and raises it again at its end
     made = server(service)
+    gc.collect()
+    gc.freeze()  # what is there from the start is not looked through again each time
     made.run()
     if made.failed is not None:
         raise made.failed
