@@ -1,7 +1,7 @@
 """What follows commits, in a process of its own: `python -m thaw.gateway.upkeep REPOSITORY` puts small packs together.
 
-On a thread of the gateway it would compute in Python for 100 ms and more, and requests would wait for the interpreter's
-lock at each of their steps.
+On a thread of the gateway that is mostly Python, and requests would wait for the interpreter's lock at each of their
+steps.
 """
 
 from __future__ import annotations
