@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -116,6 +117,8 @@ def added(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receip
     through(client, text(rng, characters))
     for block in range(told.blocks):
         client.connect()
+        gc.collect()
+        gc.freeze()
         print(f"block {block + 1} of {told.blocks}", flush=True)
         taken: dict[str, list[float]] = {name: [] for name in ("direct", "session", "first", "whole")}
         for i in range(told.requests):
@@ -127,6 +130,7 @@ def added(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receip
             ]
             for turn in turns[:: 1 if i % 2 else -1]:
                 turn()
+                repo.store.upkeep.wait()  # of this process: beside the next turn it would slow the clock itself
         more = [whole - alone for whole, alone in zip(taken["whole"], taken["direct"], strict=True)]
         beside = [whole - alone for whole, alone in zip(taken["whole"], taken["session"], strict=True)]
         sooner = [first - alone for first, alone in zip(taken["first"], taken["direct"], strict=True)]

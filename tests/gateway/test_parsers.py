@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from thaw.core.errors import InvalidRequest
 from thaw.engines.fake.codec import FakeCodec
+from thaw.engines.registry import OWN
 from thaw.gateway.parsers.process import ParserProcess
 from thaw.gateway.reading import SpeechReader, SpeechReaders
 from thaw.gateway.speech import Said, Text, Thought, ToolCall, merged_said
@@ -234,3 +236,63 @@ def test_a_process_that_hangs_is_ended(process: ParserProcess, monkeypatch: pyte
 
     monkeypatch.setattr(module, "ANSWER_S", 1.0)
     assert told(process, "ab", "hang") == [Text("[2:ab]"), Text("hang")]
+
+
+# -- of another distribution
+
+
+def test_the_gateway_knows_no_engine_by_name() -> None:
+    """The registry does. The modules of their parsers are named as they are, and are looked for by that."""
+    names = "|".join(OWN)
+    for file in (ROOT / "src/thaw/gateway").rglob("*.py"):
+        assert file.stem in OWN or not re.search(f"[\"']({names})[\"']", file.read_text()), file
+
+
+COLDBOX = """
+from thaw.engines.kind import EngineKind
+from thaw.gateway.parsers.child import said_of
+
+class Coldbox(EngineKind):
+    name = "coldbox"
+    def load(self, **options): raise NotImplementedError
+
+class Parsers:
+    def __init__(self, model, tools, reasoning): self.kind = tools
+    def open(self, opened): return self
+    def push(self, text, token_ids, *, finished): return said_of(None, f"{self.kind}:{text}")
+    def whole(self, text, token_ids): return self.push(text, token_ids, finished=True)
+
+KIND, PARSERS = Coldbox(), Parsers
+"""
+
+
+@pytest.fixture
+def coldbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed distribution with an engine and its parsers; the folder of its metadata."""
+    site = tmp_path / "site"
+    about = site / "coldbox-1.0.dist-info"
+    about.mkdir(parents=True)
+    (site / "coldbox.py").write_text(COLDBOX)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: coldbox\nVersion: 1.0\n")
+    groups = "[thaw.engines]\ncoldbox = coldbox:KIND\n[thaw.parsers]\ncoldbox = coldbox:PARSERS\n"
+    (about / "entry_points.txt").write_text(groups)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    return about
+
+
+def test_an_engine_of_another_distribution_brings_its_parsers(coldbox: Path) -> None:
+    async def ask(reader: Callable[..., SpeechReader]) -> list[Said]:
+        return await reader().whole("abc", (1,))
+
+    assert run(SpeechReaders("coldbox:loud", "none", sys.executable, "model"), ask) == [Text("loud:abc")]
+
+
+def test_parsers_are_those_of_the_engines_that_the_registry_knows(coldbox: Path) -> None:
+    """A module of this folder that is no engine's is none, nor is an engine without parsers."""
+    for name in ("child", "wire", "fake", "transformers"):
+        with pytest.raises(InvalidRequest, match=r"expected none, hermes, vllm:NAME, sglang:NAME or coldbox:NAME"):
+            SpeechReaders(f"{name}:x", "none", sys.executable, "model")
+    (coldbox / "entry_points.txt").write_text("[thaw.parsers]\ncoldbox = coldbox:PARSERS\n")
+    with pytest.raises(InvalidRequest, match=r"hermes, vllm:NAME or sglang:NAME$"):
+        SpeechReaders("coldbox:loud", "none", sys.executable, "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import thaw
+from thaw.data.fresh_process import with_this_thaw
 from thaw.repo import settings
 from thaw.repo.settings import EngineSettings
 
@@ -189,3 +191,41 @@ def test_no_key_is_in_the_words_of_the_process_or_in_what_it_says(folder: Path) 
         assert process.begun.stdout is not None and process.begun.stderr is not None
         said = process.begun.stdout.read() + process.begun.stderr.read()
     assert TOKEN not in said and "another-secret-key" not in said
+
+
+ARENAS = """
+import ctypes, re, sys, threading
+from thaw.gateway import server
+
+if sys.argv[1] == "shared":
+    server.share_memory()
+libc, all_here = ctypes.CDLL(None), threading.Barrier(21)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.fopen.argtypes = ctypes.c_char_p, ctypes.c_char_p
+libc.malloc_info.argtypes = ctypes.c_int, ctypes.c_void_p
+libc.fclose.argtypes = [ctypes.c_void_p]
+
+def allocate():
+    libc.malloc(1000)
+    all_here.wait(30)
+
+for thread in [threading.Thread(target=allocate) for _ in range(20)]:
+    thread.start()
+all_here.wait(30)
+file = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+print(len(re.findall("<heap nr=", open(sys.argv[2]).read())))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc")
+def test_threads_share_few_arenas_so_that_what_they_free_is_used_again(tmp_path: Path) -> None:
+    """Without it each of them has one of its own, as far as the machine's cores allow."""
+
+    def num_arenas(how: str) -> int:
+        command = [sys.executable, "-c", ARENAS, how, str(tmp_path / how)]
+        done = subprocess.run(command, env=with_this_thaw(os.environ), capture_output=True, check=True, timeout=60)
+        return int(done.stdout)
+
+    assert num_arenas("shared") <= 2 < num_arenas("each its own")

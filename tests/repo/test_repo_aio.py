@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from thaw import Sampling, aio
 from thaw.engines.base import Engine
+from thaw.repo import bridge
 
 WARM = Sampling(max_tokens=12, ignore_eos=True)
 
@@ -66,3 +72,48 @@ def test_cancelling_the_task_cancels_the_generation(tmp_path: Path, slow_engine:
             assert s.sync.turns[-1].finish_reason == "abort"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_items_of_a_thread_come_in_order_and_then_its_error(seed: int) -> None:
+    """Whoever of the two is faster: no item is lost, and nobody waits for one that is there."""
+
+    def made(rng: random.Random, num: int) -> Iterator[int]:
+        for i in range(num):
+            if rng.random() < 0.1:
+                time.sleep(rng.random() / 2000)
+            yield i
+        raise LookupError("the end")
+
+    async def main() -> None:
+        rng = random.Random(seed)
+        for _ in range(20):
+            found, num = list[int](), rng.randrange(200)
+            with pytest.raises(LookupError, match="the end"):
+                async for item in bridge.each(made(random.Random(rng.random()), num)):
+                    found.append(item)
+                    if rng.random() < 0.1:
+                        await asyncio.sleep(rng.random() / 2000)
+            assert found == list(range(num))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_the_loop_is_woken_once_for_items_that_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    woken, real = list[object](), bridge.wake
+
+    def wake(*what: object) -> bool:
+        woken.append(what)
+        return real(*what)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        found = []
+        async for item in bridge.each(iter(range(1000))):
+            if not found:
+                time.sleep(0.2)  # the loop is busy, and the thread goes on
+            found.append(item)
+        assert found == list(range(1000))
+
+    monkeypatch.setattr(bridge, "wake", wake)
+    asyncio.run(main())
+    assert len(woken) < 10

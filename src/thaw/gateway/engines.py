@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from thaw.core.errors import EngineDied, InvalidRequest, Refused, ThawError
+from thaw.core.errors import EngineDied, InvalidRequest, NotFound, Refused, ThawError
 from thaw.core.identity import compare
 from thaw.engines.base import Engine, EngineInfo
+from thaw.engines.registry import kind_of
 from thaw.gateway.problems import RETRY_AFTER_S, ApiError
+from thaw.gateway.upkeep import ProcessUpkeep
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
 from thaw.repo.repository import open as open_repository
 
-WITH_ARENA = frozenset({"vllm", "sglang"})
-"""Engines that keep the KV of idle sessions in host memory, whatever they run on."""
 REJOIN_S = 600.0
 """How long requests wait while no engine is up."""
 Reconnect: TypeAlias = Callable[[], Engine]
@@ -44,6 +45,7 @@ class ServingEngine:
         self.is_up = True
         self.num_restarts = 0
         self._reconnect = reconnect
+        _keep_up_elsewhere(repo)
         self._own: list[AsyncRepository] = [repo] if own else []
         self._replaced: list[Engine] = []
         self._within: dict[str, AsyncRepository] = {}
@@ -82,6 +84,7 @@ class ServingEngine:
         if like is not None:
             await call(_require_same, like, engine, self.number)
         repo = AsyncRepository(await call(open_repository, self.repo.path, engine=engine, create=False))
+        _keep_up_elsewhere(repo)
         self._own.append(repo)
         self.repo, self.is_up, self.num_restarts = repo, True, self.num_restarts + 1
         self._within.clear()
@@ -204,10 +207,26 @@ class ServingEngines:
             await one.close()
 
 
+def _keep_up_elsewhere(repo: AsyncRepository) -> None:
+    """Before any namespace of it is entered."""
+    store = repo.sync.store
+    if not isinstance(store.upkeep, ProcessUpkeep):
+        store.upkeep = ProcessUpkeep(store.path)
+
+
 def memory_of(info: EngineInfo, *, running: bool) -> str:
     """Where the KV of an open session is: if it is `running` where the engine computes, else where it is kept."""
-    where_it_computes = running or info.name not in WITH_ARENA
+    where_it_computes = running or not _has_arena(info.name)
     return "on the GPU" if where_it_computes and not info.device.startswith("cpu") else "in host memory"
+
+
+@functools.cache
+def _has_arena(engine: str) -> bool:
+    """Whether that engine keeps the KV of idle sessions in host memory, whatever it runs on: those with servers do."""
+    try:
+        return kind_of(engine).server is not None
+    except NotFound:
+        return False
 
 
 def _load(one: ServingEngine) -> tuple[int, int]:

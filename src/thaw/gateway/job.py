@@ -149,13 +149,14 @@ class ReplyJob:
         self.parked = not self._ended
         self.stop()
 
-    async def follow(self, start: int = 0) -> AsyncIterator[SpokenPiece]:
-        """Its pieces from number `start` on, until the last one."""
+    async def follow(self, start: int = 0) -> AsyncIterator[Sequence[SpokenPiece]]:
+        """Its pieces from number `start` on, until the last one: each time all that are there."""
         while True:
-            news = self._news
-            while start < len(self._pieces):
-                start += 1
-                yield self._pieces[start - 1]
+            news, pieces = self._news, self._pieces[start:]
+            if pieces:
+                start += len(pieces)
+                yield pieces
+                continue
             if self._ended:
                 return
             await news.wait()

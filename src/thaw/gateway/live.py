@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import count
 from typing import TypeAlias
 
@@ -24,7 +24,9 @@ from thaw.engines.base import SessionView
 from thaw.gateway.engines import ServingEngine
 from thaw.gateway.settings import Limits
 from thaw.repo.aio import AsyncSession
+from thaw.repo.bridge import opened
 from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.session import Session
 
 WORTH_WAITING = 64
 """Tokens more than are known elsewhere, for which a request waits until another one has read them."""
@@ -78,11 +80,10 @@ class LiveEntry:
         finally:
             self.users -= 1
 
-    async def fork(self, at: int) -> AsyncSession:
-        """One child, at token `at`. Raises what the engine raises."""
+    def child(self, at: int) -> Session:
+        """One, at token `at`; on a thread, while it is `held`. Raises what the engine raises."""
         assert self.session is not None
-        with self.held():
-            return (await self.session.fork(1, None if self.commit and at == len(self.tokens) else at))[0]
+        return self.session.sync.fork(1, None if self.commit and at == len(self.tokens) else at)[0]
 
 
 class OpenSessions(msgspec.Struct):
@@ -249,10 +250,10 @@ class LiveSessions:
         return loading or self._standing(home, *key) is not None or self._containing(home, *key) is not None
 
     async def at(
-        self, home: ServingEngine, namespace: str, point: ResolvedPoint, load: Callable[[], Awaitable[AsyncSession]]
+        self, home: ServingEngine, namespace: str, point: ResolvedPoint, load: Callable[[], Session]
     ) -> LiveEntry:
-        """The session at a stored point: one that is open, or loaded now, once for all who ask for it. Held for the
-        caller, who says `entry.users -= 1`."""
+        """The session at a stored point: one that is open, or loaded now on a thread, once for all who ask for it. Held
+        for the caller, who says `entry.users -= 1`."""
         key = (home, namespace, str(point.commit), point.num_tokens)
         while True:
             found = self._standing(*key)
@@ -279,13 +280,10 @@ class LiveSessions:
                 return entry
         return None
 
-    async def _load(
-        self, key: tuple[ServingEngine, str, str, int], load: Callable[[], Awaitable[AsyncSession]]
-    ) -> LiveEntry:
+    async def _load(self, key: tuple[ServingEngine, str, str, int], load: Callable[[], Session]) -> LiveEntry:
         loaded = self._loading[key] = asyncio.get_running_loop().create_future()
         try:
-            session = await self._cut(key) or await load()
-            view = await session.view()
+            session, view = await self._cut(key) or await _seen(load)
         except BaseException as error:
             loaded.set_exception(error if isinstance(error, ThawError) else asyncio.CancelledError())
             loaded.exception()
@@ -300,12 +298,28 @@ class LiveSessions:
         loaded.set_result(entry)
         return entry
 
-    async def _cut(self, key: tuple[ServingEngine, str, str, int]) -> AsyncSession | None:
+    async def _cut(self, key: tuple[ServingEngine, str, str, int]) -> tuple[AsyncSession, SessionView] | None:
         """The point as a fork of a longer open session; None if there is none, or if it kept nothing there."""
         longer = self._containing(*key)
         if longer is None:
             return None
+        with longer.held():
+            try:
+                return await _seen(lambda: longer.child(key[3]))
+            except Refused:
+                return None
+
+
+async def _seen(make: Callable[[], Session]) -> tuple[AsyncSession, SessionView]:
+    """A session that is made now, and its view, both on one thread."""
+
+    def made() -> tuple[Session, SessionView]:
+        session = make()
         try:
-            return await longer.fork(key[3])
-        except Refused:
-            return None
+            return session, session.view()
+        except BaseException:
+            session.close()
+            raise
+
+    session, view = await opened(lambda found: found[0].close(), made)
+    return AsyncSession(session), view

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import msgspec
@@ -30,23 +30,30 @@ from thaw.gateway.engines import ServingEngine, ServingEngines
 from thaw.gateway.live import WORTH_WAITING, LiveEntry, LiveSessions
 from thaw.repo import resolve, timeline
 from thaw.repo.aio import AsyncRepository, AsyncSession
-from thaw.repo.bridge import call
+from thaw.repo.bridge import call, opened
 from thaw.repo.resolve import ResolvedPoint
+from thaw.repo.session import Session
 
 Source = Literal["live", "stored", "new"]
 COMMON = 8
 """Characters of a token; a text with no more of them may fit, whatever the longest token is."""
 
 
+class StoredPrefix(msgspec.Struct, frozen=True):
+    """What the repository has of a prompt: its first `num_tokens`. `point`: where to continue from, which is the end of
+    an answer whose tokens the prompt tells otherwise."""
+
+    num_tokens: int
+    point: ResolvedPoint
+
+
 class ParentFound(msgspec.Struct, kw_only=True):
-    """A session of the request's own, and how many of the prompt's tokens it has."""
+    """A session of the request's own, at its place in history, and how many of the prompt's tokens it has."""
 
     session: AsyncSession
     source: Source
     num_known: int = 0
     parent: str | None = None
-    whole: bool = False
-    """All of the parent is known, told again or not."""
 
 
 class Place:
@@ -130,7 +137,7 @@ class ParentFinder:
         if asked.resume:
             return await self._resumed(asked)
         if asked.token_ids is not None:
-            stored = await self._repo.match(asked.token_ids)
+            stored = await call(self._match, asked.token_ids, chat=False)
             return await self._place(asked, asked.token_ids, (), None, stored)
         if asked.at is None:
             messages = _conversation(asked, ())
@@ -147,7 +154,7 @@ class ParentFinder:
 
         home = self._engines.nearest(num_open, num, worth=1)
         with home.busy(), self._watched(home):
-            trunk = await self._live.at(home, self._namespace, point, lambda: self._load(home, asked, point))
+            trunk = await self._live.at(home, self._namespace, point, self._loader(home, asked, point))
             try:
                 return await self._from(asked, trunk)
             finally:
@@ -184,7 +191,7 @@ class ParentFinder:
         entry = self._live.begin(home, self._namespace, (), chat=True)
         try:
             with self._watched(home):
-                session = await self._load(home, asked, asked.at)
+                session = AsyncSession(await opened(Session.close, self._loader(home, asked, asked.at)))
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -198,8 +205,8 @@ class ParentFinder:
         """Behind plain text the messages are appended; what they become there only the session knows."""
         entry = self._live.begin(trunk.home, self._namespace, (), chat=False)
         try:
-            with self._watched(trunk.home):
-                session = await trunk.fork(len(trunk.tokens))
+            with self._watched(trunk.home), trunk.held():
+                session = AsyncSession(await opened(Session.close, trunk.child, len(trunk.tokens)))
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -217,20 +224,19 @@ class ParentFinder:
         tokens: tuple[int, ...],
         messages: tuple[Message, ...],
         trunk: LiveEntry | None,
-        stored: ResolvedPoint | None = None,
+        stored: StoredPrefix | None = None,
     ) -> Place:
         """`trunk`: the session at the point that the request names; `stored`: what the repository has, where it names
         none."""
         sampling, chat = self._sampling(asked, len(tokens)), asked.token_ids is None
         home = None if trunk is None else trunk.home
         if trunk is not None and not _leads_on(trunk, tokens):
-            trunk, stored = None, await self._repo.match(tokens)
+            trunk, stored = None, await call(self._match, tokens, chat=chat)
         home = home or self._nearest_engine(tokens, stored.num_tokens if stored else 0, chat=chat)
         entry = self._live.begin(home, self._namespace, tokens, chat=chat)
         try:
             with self._watched(home):
                 found = await self._nearest(asked, entry, trunk, stored)
-                await self._follow(found, asked)
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -274,30 +280,30 @@ class ParentFinder:
         self._texts.require(text)
         return repo.encode_chat(text)
 
+    def _match(self, tokens: tuple[int, ...], *, chat: bool) -> StoredPrefix | None:
+        found = self._repo.sync.match(tokens)
+        if found is None or not found.num_tokens:
+            return None
+        return StoredPrefix(found.num_tokens, self._whole_answer(found) if chat else found)
+
     def _render_and_match(
         self, asked: Asked, messages: tuple[Message, ...]
-    ) -> tuple[tuple[int, ...], ResolvedPoint | None]:
+    ) -> tuple[tuple[int, ...], StoredPrefix | None]:
         tokens = self._render(asked, messages)
-        return tokens, self._repo.sync.match(tokens)
+        return tokens, self._match(tokens, chat=True)
 
-    def _follow_whole(self, found: ParentFound) -> str | None:
-        """Put the session behind the last commit that it holds whole, and name that one."""
-        parent, session = self._held_whole(found.parent, found.num_known), found.session.sync
+    def _put_behind(
+        self, session: Session, asked: Asked, parent: str | None, num_known: int, *, whole: bool
+    ) -> str | None:
+        """Its place in history: behind the point that was named, else behind the last commit that it holds whole, which
+        is `parent` where it has all of that (`whole`). Returns that commit."""
+        if asked.at is not None:
+            parent = str(asked.at.commit)
+        elif parent is not None and not whole:
+            parent = self._held_whole(parent, num_known)
         if parent != session.parent:
             session.reparent(None if parent is None else CommitId(parent))
         return parent
-
-    # -- its place in history
-
-    async def _follow(self, found: ParentFound, asked: Asked) -> None:
-        """Its place in history: behind the point that was named, else behind the last commit that it holds whole."""
-        if asked.at is None and found.parent is not None and not found.whole:
-            found.parent = await call(self._follow_whole, found)
-            return
-        parent = found.parent if asked.at is None else str(asked.at.commit)
-        if parent != found.session.sync.parent:
-            await found.session.reparent(None if parent is None else CommitId(parent))
-        found.parent = parent
 
     def _held_whole(self, commit: str | None, num_known: int) -> str | None:
         """Of a commit and those before it, the last that ends within so many tokens."""
@@ -312,7 +318,7 @@ class ParentFinder:
     # -- the longest prefix
 
     async def _nearest(
-        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: ResolvedPoint | None
+        self, asked: Asked, entry: LiveEntry, trunk: LiveEntry | None, stored: StoredPrefix | None
     ) -> ParentFound:
         """In the entry's engine. `trunk`, `stored`: see `_place`."""
         refused: set[int] = set()
@@ -323,45 +329,71 @@ class ParentFinder:
                 await coming.ready.wait()
                 continue
             if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
-                return await self._fork(entry, trunk, len(trunk.tokens)) or await self._fresh(entry)
+                found = await self._fork(asked, entry, trunk, len(trunk.tokens))
+                return found or await self._fresh(asked, entry)
             if ready is not None and num and num >= (stored.num_tokens if stored else 0):
-                found = await self._fork(entry, ready, num)
+                found = await self._fork(asked, entry, ready, num)
                 if found is not None:
                     return found
                 refused.add(ready.number)
                 continue
-            if stored is not None and stored.num_tokens:
-                found = await self._stored(asked, entry, stored)
+            if stored is not None:
+                found = await self._stored(asked, entry, stored.point)
                 if found is not None:
                     return found
-            return await self._fresh(entry)
+            return await self._fresh(asked, entry)
 
-    async def _fresh(self, entry: LiveEntry) -> ParentFound:
-        return ParentFound(session=await entry.home.within(self._namespace).session(), source="new")
+    async def _fresh(self, asked: Asked, entry: LiveEntry) -> ParentFound:
+        return await self._begun(asked, entry.home.within(self._namespace).sync.session, "new")
 
-    async def _fork(self, entry: LiveEntry, ready: LiveEntry, num: int) -> ParentFound | None:
-        """A child of an open session; None where it can have none there."""
-        assert ready.session is not None
+    async def _begun(
+        self,
+        asked: Asked,
+        make: Callable[[], Session],
+        source: Source,
+        *,
+        parent: str | None = None,
+        num_known: int = 0,
+        whole: bool = False,
+    ) -> ParentFound:
+        """A session that is made now and put to its place in history, both on one thread."""
+
+        def made() -> tuple[Session, str | None]:
+            session = make()
+            try:
+                return session, self._put_behind(session, asked, parent, num_known, whole=whole)
+            except BaseException:
+                session.close()
+                raise
+
+        session, behind = await opened(lambda found: found[0].close(), made)
+        return ParentFound(session=AsyncSession(session), source=source, num_known=num_known, parent=behind)
+
+    async def _fork(
+        self, asked: Asked, entry: LiveEntry, ready: LiveEntry, num: int, stored: ResolvedPoint | None = None
+    ) -> ParentFound | None:
+        """A child of an open session; None where it can have none there. `stored`: where it was loaded just now."""
         self._live.touch(ready)
         with ready.held():
             own = common_prefix(ready.tokens, entry.tokens)
             retold = entry.chat and (num > own or ready.in_answer(own))
             at = len(ready.tokens) if retold else min(num, len(ready.tokens))
+            whole = ready.commit is not None and num >= min(len(ready.tokens), len(ready.told))
             try:
-                session = await ready.fork(at)
+                return await self._begun(
+                    asked,
+                    lambda: ready.child(at),
+                    "live" if stored is None else "stored",
+                    parent=ready.parent,
+                    num_known=min(num, len(entry.tokens)),
+                    whole=whole if stored is None else stored.at_end,
+                )
             except Refused:
                 return None
-        whole = ready.commit is not None and num >= min(len(ready.tokens), len(ready.told))
-        num_known = min(num, len(entry.tokens))
-        return ParentFound(session=session, source="live", num_known=num_known, parent=ready.parent, whole=whole)
 
     async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
-        if entry.chat and not point.at_end:
-            point = await call(self._whole_answer, point)
         try:
-            trunk = await self._live.at(
-                entry.home, self._namespace, point, lambda: self._load(entry.home, asked, point)
-            )
+            trunk = await self._live.at(entry.home, self._namespace, point, self._loader(entry.home, asked, point))
         except Refused:
             if asked.policy == "exact":
                 return None
@@ -369,21 +401,23 @@ class ParentFinder:
         try:
             if entry.chat and not trunk.chat:
                 return None
-            found = await self._fork(entry, trunk, len(trunk.tokens))
+            return await self._fork(asked, entry, trunk, len(trunk.tokens), stored=point)
         finally:
             trunk.users -= 1
-        return None if found is None else msgspec.structs.replace(found, source="stored", whole=point.at_end)
 
     def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
         """The end of the commit, where the point lies inside an answer."""
+        if point.at_end:
+            return point
         store = self._repo.sync.store
         turns = timeline.read_turns(store, timeline.read_state(store, point.state))
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
         return resolve.at(store, point.commit) if inside else point
 
-    async def _load(self, home: ServingEngine, asked: Asked, point: ResolvedPoint) -> AsyncSession:
-        bare = msgspec.structs.replace(point, branch=None)
-        return await home.within(self._namespace).session(bare, policy=asked.policy)
+    def _loader(self, home: ServingEngine, asked: Asked, point: ResolvedPoint) -> Callable[[], Session]:
+        """What loads the session at a stored point, on a thread."""
+        repo, bare = home.within(self._namespace).sync, msgspec.structs.replace(point, branch=None)
+        return lambda: repo.session(bare, policy=asked.policy)
 
 
 def _leads_on(trunk: LiveEntry, tokens: tuple[int, ...]) -> bool:

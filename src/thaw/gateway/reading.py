@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from thaw.core.errors import InvalidRequest
 from thaw.engines.base import Codec, Message
 from thaw.gateway.parsers.process import ParserProcess, ProcessReader
+from thaw.gateway.parsers.registry import modules
 from thaw.gateway.speech import CALLS, NONE, THINK, Said, TextReader, TextReaders, read_all
 
-ENGINES = ("vllm", "sglang")
 TAIL = 32
 """Tokens of the prompt's end that say whether it opens a thought."""
 
@@ -111,9 +111,11 @@ def _engine(what: str, given: str, own: tuple[str, ...]) -> str | None:
     """None for none, "" for one of those here."""
     if given == NONE:
         return None
-    engine, colon, name = given.partition(":")
     if given in own:
         return ""
-    if colon and name and engine in ENGINES:
+    engine, _, name = given.partition(":")
+    engines = modules()
+    if name and engine in engines:
         return engine
-    raise InvalidRequest(f"{what} {given}: expected {', '.join((NONE, *own))}, vllm:NAME or sglang:NAME")
+    *known, last = (NONE, *own, *(f"{engine}:NAME" for engine in engines))
+    raise InvalidRequest(f"{what} {given}: expected {', '.join(known)} or {last}")

@@ -92,6 +92,8 @@ class EventStream(Response):
         pausing = asyncio.create_task(fill_pauses())
         try:
             async for chunk in self.events:
+                if not chunk:
+                    continue
                 last = clock()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:

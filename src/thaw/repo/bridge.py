@@ -18,6 +18,7 @@ import functools
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -231,32 +232,59 @@ class Begun(Generic[W]):
             await call(work.cancel)
 
 
+class _Mail(Generic[T]):
+    """From one thread to one task of an event loop, which is woken once for all that comes while it does not wait."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[T] = deque()
+        self._arrived = asyncio.Event()
+        self._waits = False
+
+    def put(self, item: T) -> bool:
+        """From the thread; False when the loop is closed, and nobody waits any more."""
+        self._items.append(item)
+        if not self._waits:
+            return not self._loop.is_closed()
+        self._waits = False
+        return wake(self._loop, self._arrived.set)
+
+    async def get(self) -> T:
+        while not self._items:
+            self._arrived.clear()
+            self._waits = True
+            if not self._items:  # else it came before `put` could see that somebody waits
+                await self._arrived.wait()
+        self._waits = False
+        return self._items.popleft()
+
+
 async def each(items: Iterable[T]) -> AsyncIterator[T]:
     """What a blocking iterable yields, taken from it on a thread of its own; its error is raised here.
 
     Leaving early ends nothing but the view."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+    mail: _Mail[Any] = _Mail()
     failed: list[BaseException] = []
 
     def pump() -> None:
         try:
             for item in items:
-                if not wake(loop, queue.put_nowait, item):
+                if not mail.put(item):
                     return
         except BaseException as error:  # noqa: BLE001 - raised again where the items are awaited
             failed.append(error)
-        wake(loop, queue.put_nowait, _END)
+        mail.put(_END)
 
     def started(begun: Future[None]) -> None:
         error = begun.exception()
         if error is not None:
             failed.append(error)
-            wake(loop, queue.put_nowait, _END)
+            mail.put(_END)
 
     beginning = _run_beside(pump)
     if beginning is not None:
         beginning.add_done_callback(started)
-    while (item := await queue.get()) is not _END:
+    while (item := await mail.get()) is not _END:
         yield item
     if failed:
         raise failed[0]

@@ -81,10 +81,11 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Keep the session's first `keep` tokens, drop `num_dropped`, then append `new`, which is recorded as `chat`.
-    `final`: the message that the answer completes, if it completes one."""
+    """Keep the session's first `keep` tokens, `before`, drop `num_dropped`, then append `new`, which is recorded as
+    `chat`. `final`: the message that the answer completes, if it completes one."""
 
     keep: int
+    before: tuple[int, ...]
     new: tuple[int, ...]
     role: str
     chat: Chat
@@ -175,6 +176,7 @@ def plan(
         )
     return Plan(
         keep=aligned.keep,
+        before=view.tokens[: aligned.keep],
         new=aligned.new,
         role=str(asked.messages[-1]["role"]),
         chat=_record(held, rendering, aligned.keep, asked),

@@ -384,8 +384,7 @@ class Session(ProcessBound):
         return view
 
     def _shown(self, plan: chats.Plan) -> str:
-        codec, before = self._context.engine.codec, self.tokens
-        return text_after(codec, before, plan.new, skip_special_tokens=False)
+        return text_after(self._context.engine.codec, plan.before, plan.new, skip_special_tokens=False)
 
     def _told_earlier(self, view: SessionView) -> conversation.Conversation | None:
         """The conversation as commits of an older thaw recorded it, if they did up to where this session came from."""

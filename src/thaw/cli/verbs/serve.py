@@ -95,6 +95,7 @@ def command(
     settings = _settings({**given, "parser_python": started.python})
     tenants, token = _tenants(keys)
     server.keep_audit(settings.audit)
+    server.share_memory()
     with (
         serving.opened(named, engine_names, workers, started) as (repo, reconnect, others),
         server.opened(repo, tenants, settings, reconnect, others) as service,

@@ -237,9 +237,10 @@ async def _follow(who: Visit) -> Response:
 
 
 async def _texts(job: ReplyJob) -> AsyncIterator[bytes]:
-    async for piece in job.follow():
-        if piece.text:
-            yield b"data: " + msgspec.json.encode(visible(piece.text)) + b"\n\n"
+    async for pieces in job.follow():
+        text = "".join(piece.text for piece in pieces)
+        if text:
+            yield b"data: " + msgspec.json.encode(visible(text)) + b"\n\n"
     yield b"event: end\ndata: 0\n\n"
 
 

@@ -248,11 +248,10 @@ async def _stream(context: GatewayContext, id: str, body: ChatCreate, jobs: Sequ
     for i in range(len(jobs)):
         yield event({**head, "choices": [_part(i, {"role": "assistant", "content": ""})]})
     try:
-        async for number, piece in merged(jobs):
+        async for number, pieces in merged(jobs):
             choice = choices[number]
-            if piece is not None:
-                for one in choice.piece(piece):
-                    yield event({**head, "choices": [one]})
+            if pieces is not None:
+                yield b"".join(event({**head, "choices": [one]}) for piece in pieces for one in choice.piece(piece))
                 continue
             outcome = await asyncio.shield(jobs[number].outcome)
             for one in choice.end(outcome):

@@ -169,9 +169,9 @@ async def _stream(
             choice = {"index": number, "text": text, "finish_reason": None, "logprobs": None}
             yield event({**head, "choices": [choice]})
     try:
-        async for number, piece in merged(jobs):
+        async for number, pieces in merged(jobs):
             choice = {"index": number, "text": "", "finish_reason": None, "logprobs": None}
-            if piece is None:
+            if pieces is None:
                 outcome = await asyncio.shield(jobs[number].outcome)
                 if body.logprobs:  # the likeliest tokens are known at the end
                     tops = outcome.top_logprobs
@@ -179,12 +179,14 @@ async def _stream(
                 last = {**choice, "finish_reason": FINISH[outcome.finish_reason]}
                 yield event({**head, "choices": [last], "thaw": outcome.told})
                 continue
-            if body.logprobs == 0:
-                logprobs = _logprobs(context, piece.token_ids, piece.logprobs, offset=offsets[number])
-                choice["logprobs"] = logprobs
-            offsets[number] += len(piece.text)
-            if piece.text or choice["logprobs"]:
-                yield event({**head, "choices": [{**choice, "text": piece.text}]})
+            some = []
+            for piece in pieces:
+                told = body.logprobs == 0
+                logprobs = _logprobs(context, piece.token_ids, piece.logprobs, offset=offsets[number]) if told else None
+                offsets[number] += len(piece.text)
+                if piece.text or logprobs:
+                    some.append(event({**head, "choices": [{**choice, "text": piece.text, "logprobs": logprobs}]}))
+            yield b"".join(some)
     except (ThawError, ApiError) as error:
         stop(jobs)
         yield broken(error)

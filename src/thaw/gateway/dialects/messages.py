@@ -341,9 +341,8 @@ async def _stream(context: GatewayContext, id: str, job: ReplyJob) -> AsyncItera
     blocks = _Blocks(id)
     yield _event(_start(context, id, job.begun.result()))
     try:
-        async for piece in job.follow():
-            for one in blocks.piece(piece.said):
-                yield _event(one)
+        async for pieces in job.follow():
+            yield b"".join(_event(one) for piece in pieces for one in blocks.piece(piece.said))
         outcome = await asyncio.shield(job.outcome)
     except (ThawError, ApiError) as error:
         problem = error if isinstance(error, ApiError) else problem_of(error)

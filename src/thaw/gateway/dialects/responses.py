@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -404,32 +404,31 @@ async def _restore(service: Service, row: LedgerRow) -> None:
 
 async def _live(context: GatewayContext, begin: Begin, job: ReplyJob, after: int = -1) -> AsyncIterator[bytes]:
     """The events of a job under way, those beyond number `after`."""
-    async for one in _events(context, begin, job):
-        if one["sequence_number"] > after:
-            yield event(one, one["type"])
+    async for some in _events(context, begin, job):
+        yield b"".join(event(one, one["type"]) for one in some if one["sequence_number"] > after)
 
 
-async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> AsyncIterator[Event]:
+async def _events(context: GatewayContext, begin: Begin, job: ReplyJob) -> AsyncIterator[Iterable[Event]]:
+    """Those that come together."""
     events = Events(begin.head)
-    for one in events.begin():
-        yield one
-    async for piece in job.follow():
-        told = begin.num_top == 0  # the likeliest tokens are known at the end
-        logprobs = token_logprobs(context.codec, piece.token_ids, piece.logprobs) if told else []
-        for one in events.piece(piece.said, logprobs):
-            yield one
+    yield events.begin()
+    told = begin.num_top == 0  # the likeliest tokens are known at the end
+    async for pieces in job.follow():
+        some: list[Event] = []
+        for piece in pieces:
+            logprobs = token_logprobs(context.codec, piece.token_ids, piece.logprobs) if told else []
+            some += events.piece(piece.said, logprobs)
+        yield some
     try:
         outcome = await asyncio.shield(job.outcome)
     except (ThawError, ApiError) as error:
         problem = error if isinstance(error, ApiError) else problem_of(error)
-        for one in events.failed(problem.code, problem.message):
-            yield one
+        yield events.failed(problem.code, problem.message)
         return
     if job.parked and begin.store and outcome.finish_reason == "abort":
         return
     assert begin.reply is not None
-    for one in events.end(begin.reply, begin.logprobs):
-        yield one
+    yield events.end(begin.reply, begin.logprobs)
 
 
 async def _again(context: GatewayContext, row: LedgerRow, after: int) -> AsyncIterator[bytes]:

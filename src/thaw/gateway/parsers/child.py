@@ -1,4 +1,4 @@
-"""The process that runs an engine's parsers: `python -m thaw.gateway.parsers.child ENGINE MODEL TOOLS REASONING`.
+"""The process that runs an engine's parsers: `python -m thaw.gateway.parsers.child MODULE MODEL TOOLS REASONING`.
 
 Messages come on stdin and go to what was stdout; what the engine prints goes to stderr. It ends with its input.
 """
@@ -60,11 +60,11 @@ def said_of(thought: str | None, text: str | None) -> list[Said]:
 
 
 def main() -> None:
-    engine, model, tools, reasoning = sys.argv[1:]
+    module, model, tools, reasoning = sys.argv[1:]
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        parsers = importlib.import_module(f"thaw.gateway.parsers.{engine}").PARSERS(model, tools, reasoning)
+        parsers = importlib.import_module(module).PARSERS(model, tools, reasoning)
     except Exception as error:  # noqa: BLE001 - the gateway says it
         _tell(out, ParserReady(f"{type(error).__name__}: {error}"))
         return

@@ -17,6 +17,7 @@ import msgspec
 
 from thaw.core.errors import EngineDied, InvalidRequest
 from thaw.data.fresh_process import with_this_thaw
+from thaw.gateway.parsers.registry import modules
 from thaw.gateway.parsers.wire import CloseParse, OpenParse, ParseMessage, ParseReply, ParserReady, PushParse
 from thaw.gateway.speech import Said
 from thaw.gateway.speech import Text as SaidText
@@ -30,10 +31,10 @@ log = logging.getLogger("thaw.gateway")
 
 
 class ParserProcess:
-    """`engine`: vllm or sglang; `tools` and `reasoning`: names of its parsers, "" for none."""
+    """`engine`: one that has parsers (`registry`); `tools` and `reasoning`: their names, "" for none."""
 
     def __init__(self, python: str, engine: str, model: str, tools: str, reasoning: str) -> None:
-        self._python, self._words = python, (engine, model, tools, reasoning)
+        self._python, self._engine, self._words = python, engine, (modules()[engine], model, tools, reasoning)
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
         self._numbers = count()
@@ -55,7 +56,7 @@ class ParserProcess:
         async with self._lock:
             process = await self._started()
             if generation not in (None, self.generation):
-                raise EngineDied(f"the process of {self._words[0]}'s parsers has been replaced by another")
+                raise EngineDied(f"the process of {self._engine}'s parsers has been replaced by another")
             assert process.stdin is not None and process.stdout is not None
             try:
                 process.stdin.write(msgspec.json.encode(message) + b"\n")
@@ -66,7 +67,7 @@ class ParserProcess:
                 await self._end()
                 if isinstance(error, asyncio.CancelledError):
                     raise
-                raise EngineDied(f"the process of {self._words[0]}'s parsers ended ({type(error).__name__})") from None
+                raise EngineDied(f"the process of {self._engine}'s parsers ended ({type(error).__name__})") from None
 
     async def close(self) -> None:
         async with self._lock:
@@ -94,8 +95,8 @@ class ParserProcess:
         if ready.error:
             await _killed(process)
             raise InvalidRequest(
-                f"{self._words[0]}'s parsers do not run in {self._python}: {ready.error}. Name the Python that has "
-                f"{self._words[0]} and thaw with --python"
+                f"{self._engine}'s parsers do not run in {self._python}: {ready.error}. Name the Python that has "
+                f"{self._engine} and thaw with --python"
             )
         return process
 
