@@ -355,3 +355,30 @@ def test_tokens_of_a_node_are_streamed_by_the_graph(place: Any) -> None:
     assert len(chunks) > 5
     last = runs.get_state(THREAD).values["messages"][-1]
     assert point_of(last) and merged(chunks).content == last.content
+
+
+def test_any_judge_is_understood_or_refused_by_name(place: Any) -> None:
+    """A number may be NumPy's or PyTorch's; a score that is none chooses nothing."""
+    torch = pytest.importorskip("torch", reason="no torch here")
+    model = place.model()
+    for verdict, number in ((torch.tensor(2), 2), (torch.tensor([0.1, 0.9, 0.2]), 1), ([1, 1, 0], 0)):
+        seen: list[Any] = []
+
+        def judge(messages: Any, made: Any, verdict: Any = verdict, seen: list[Any] = seen) -> Any:
+            seen.extend(made)
+            return verdict
+
+        (winner,) = best_of_n(model, 3, judge).invoke({"messages": ASKED})["messages"]
+        assert len(seen) == 3 and point_of(winner) == point_of(seen[number])
+    for bad, why in ((None, "None"), (1.5, "1.5"), ([float("nan"), 1, 0], "no numbers"), ([1, 0], "2 scores for 3")):
+        with pytest.raises(InvalidRequest, match=why):
+            best_of_n(model, 3, lambda messages, made, bad=bad: bad).invoke({"messages": ASKED})
+
+
+def test_many_answers_leave_nothing_behind_but_the_sessions_that_stay_open(place: Any) -> None:
+    model = place.model(live_sessions=2)
+    messages: list[BaseMessage] = [*ASKED]
+    for number in range(6):
+        messages += [model.invoke(messages), HumanMessage(f"And then, {number}?")]
+    trunks = model._source._trunks
+    assert len(trunks._sessions) == 2 and trunks._loading == {}
