@@ -299,7 +299,15 @@ def test_fork_adopt_tag_and_forget_do_what_the_verbs_do(gateway: Gateway) -> Non
     assert [ref.name for ref in repo.branches()] == ["fork/0", "fork/1", "main"] and repo.tags() == []
     inside = visitor.fork("main:turn=1", n="1", name="inside")
     assert inside.status_code == 200
-    for bad in ({"n": "0"}, {"n": "17"}, {"n": "x"}, {"max_tokens": "99999"}, {"temperature": "nan"}, {"name": "../x"}):
+    for bad in (
+        {"n": "0"},
+        {"n": "17"},
+        {"n": "11", "name": "x" * 198},
+        {"n": "x"},
+        {"max_tokens": "99999"},
+        {"temperature": "nan"},
+        {"name": "../x"},
+    ):
         assert visitor.fork("main", **bad).status_code == 400
     assert visitor.post("adopt", point="main", branch="HEAD").status_code == 400
 
