@@ -59,7 +59,13 @@
   function parsed(html) {
     const holder = document.createElement("template");
     holder.innerHTML = html;
-    return holder.content;
+    return ofTree(holder.content);
+  }
+
+  // In the tree arrow keys move, not Tab; without this script Tab does.
+  function ofTree(content) {
+    for (const link of content.querySelectorAll("[role=treeitem] > .row > a")) link.tabIndex = -1;
+    return content;
   }
 
   // -- the tree
@@ -418,6 +424,7 @@
   sessions.addEventListener("click", safely(onClick));
   detail.addEventListener("click", safely(onDetailClick));
   detail.addEventListener("submit", safely(onSubmit));
+  ofTree(sessions);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape" && comparing) stopComparing(); });
   enter();
   if (!isFile) {
