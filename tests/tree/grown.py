@@ -18,6 +18,31 @@ JOINED = 15
 """Parents of a commit beside the first; so that thousands of commits are reached from few branches."""
 
 
+LONGEST = 200
+"""Characters of a branch's name, at most."""
+
+
+def long_names(num: int, length: int = LONGEST) -> list[str]:
+    return [f"{number}-{'x' * (length - len(str(number)) - 1)}" for number in range(num)]
+
+
+def named_chain(repo: Repository, num: int, message: str = "deep", each: int = 1, length: int = LONGEST) -> None:
+    """Commits one after the other, each with branches: so each is a session that forked from the one before."""
+    with repo.session() as session:
+        session.append("a document")
+        root = session.commit(message)
+    names = iter(long_names(num * each, length))
+    with repo.store.begin(root.commit) as tx:
+        at, updates = root.commit, []
+        for number in range(num):
+            when = U64(time.time_ns() + number)
+            at = CommitId(tx.put(Commit(state=root.state, parents=(at,), message=message, time_ns=when)))
+            updates += [
+                RefUpdate(name=next(names), kind="branch", target=at, expect=None, reason="grown") for _ in range(each)
+            ]
+        tx.commit(*updates)
+
+
 class Grower:
     """Repositories of many commits of one state, each shape made once a run."""
 

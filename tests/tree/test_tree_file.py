@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from grown import Grower
+from grown import Grower, long_names, named_chain
 from hostile import HIDDEN, TEXT
 from test_tree_markup import Seen
 
@@ -16,6 +16,8 @@ import thaw
 from thaw.cli import main
 from thaw.core.ids import short
 from thaw.repo import Repository
+from thaw.store import RefUpdate
+from thaw.tree.details import _text_of
 from thaw.tree.markup import visible
 from thaw.tree.page import FILE_NBYTES, TreeFile
 
@@ -78,6 +80,46 @@ def test_long_texts_and_many_tokens_do_not_make_it_large(repo: Repository) -> No
     html = page_of(repo)
     assert len(html.encode()) <= FILE_NBYTES
     assert "characters left out: " in re.sub(r"<[^>]+>", "", html)
+
+
+@pytest.mark.parametrize("path", ["file.html", "/x" * 2000, "/\u202e'" * 800])
+def test_long_names_messages_and_paths_make_fewer_rows_and_no_larger_file(repo: Repository, path: str) -> None:
+    """The longest names that a branch can have, messages that are spelled out, and paths that are in each command."""
+    named_chain(repo, 150, message="\U000e0041" * 90, each=5)
+    html = TreeFile(repo, path, None, None).html()
+    assert len(html.encode()) <= FILE_NBYTES
+    page = Page(html)
+    assert len(page.tags) <= ELEMENTS and 1 <= page.attributes.count(("role", "treeitem")) <= 121
+    assert re.search(r"\d+ commits? below, not in this file", page.text.replace("\u00a0", " "))
+
+
+def test_a_commit_with_thousands_of_names_is_shown_with_its_turns(repo: Repository) -> None:
+    with repo.session() as session:
+        session.append("a document about a river. ")
+        commit = session.commit("read").commit
+    names = long_names(3_000)
+    repo.store.update_refs(
+        *(RefUpdate(name=name, kind="branch", target=commit, expect=None, reason="grown") for name in names)
+    )
+    html = page_of(repo)
+    assert len(html.encode()) <= FILE_NBYTES and "a document about a river" in html
+    assert "2996 more names" in html and "2,980 more names" in html
+
+
+def test_a_remotes_names_make_it_no_larger(repo: Repository, tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    named_chain(repo, 1, each=3_000, length=190)
+    repo.add_remote("origin", (tmp_path / "bucket").as_uri())
+    repo.push(all=True)
+    thaw.clone((tmp_path / "bucket").as_uri(), tmp_path / "clone", refs_only=True)
+    with thaw.open(tmp_path / "clone") as clone:
+        html = TreeFile(clone, "file.html", None, None).html()
+    assert len(html.encode()) <= FILE_NBYTES and "thaw fetch origin" in html
+
+
+def test_an_alternative_that_the_tokenizer_does_not_know_has_its_number(repo: Repository) -> None:
+    assert _text_of(-1, repo.engine.codec) == "token -1" and _text_of(65, repo.engine.codec) == "A"
+    assert _text_of(65, None) == "token 65"
 
 
 def test_the_policy_lets_only_our_script_and_style_run(repo: Repository) -> None:

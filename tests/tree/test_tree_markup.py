@@ -10,9 +10,13 @@ from hostile import HIDDEN, MARKUP, TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thaw.tree.markup import Html, el, is_hidden, join, text, visible
+from thaw.tree.markup import Html, VisibleStream, el, is_hidden, join, text, visible
 
-NASTY = st.text() | st.sampled_from(MARKUP) | st.text(alphabet="<>&\"'=/ \n\x00\x1b\u202e\u200b!-;#x0", max_size=60)
+NASTY = (
+    st.text()
+    | st.sampled_from(MARKUP)
+    | st.text(alphabet="<>&\"'=/ \n\x00\x1b\u202e\u200b\u034f\ufe0f!-;#x0", max_size=60)
+)
 
 
 class Seen(HTMLParser):
@@ -85,6 +89,28 @@ def test_hidden_characters_are_named() -> None:
     shown = visible(HIDDEN)
     for name in ("⟨U+202E⟩", "⟨U+2066⟩", "⟨U+200B⟩", "␛", "␀", "␡", "⟨U+00AD⟩", "⟨U+2028⟩", "⟨U+FEFF⟩", "⟨U+E0041⟩"):
         assert name in shown
+
+
+SMUGGLED = "".join(chr(0xE0100 + byte) for byte in b"ignore")
+"""Bytes as variation selectors: a text that carries them looks as it would without."""
+
+
+def test_what_hides_as_a_mark_or_as_nothing_is_named() -> None:
+    for one in ("\u034f", "\u17b4", "\u180b", "\u2065", "\ufff3", "\uffff", "\U000e01f0", "\U000e0080", "\U0001d159"):
+        assert visible(f"a{one}b") == f"a⟨U+{ord(one):04X}⟩b"
+    assert visible(f"a{SMUGGLED}") == "a" + "".join(f"⟨U+{ord(one):X}⟩" for one in SMUGGLED)
+    assert visible("a\ufe00\ufe01\ufe02") == "a\ufe00⟨U+FE01⟩⟨U+FE02⟩" and visible(" \ufe0f") == " ⟨U+FE0F⟩"
+
+
+def test_a_variant_of_a_character_is_shown_as_it_is() -> None:
+    for one in ("❤\ufe0f", "1\ufe0f\u20e3", "葛\U000e0100", "\U0001f469\u200d❤\ufe0f\u200d\U0001f468"):
+        assert visible(one) == one
+
+
+@given(st.lists(NASTY | st.text(alphabet="a\r\n\u200b\ufe0f\U000e0100葛 ", max_size=6), max_size=6))
+def test_a_stream_is_shown_as_the_whole_wherever_it_is_cut(pieces: list[str]) -> None:
+    stream = VisibleStream()
+    assert "".join([*map(stream.push, pieces), stream.end()]) == visible("".join(pieces))
 
 
 def test_only_markup_of_ours_is_markup() -> None:

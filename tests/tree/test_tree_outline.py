@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
-from grown import Grower
+from grown import Grower, named_chain
 
 import thaw
 from thaw.core.ids import CommitId, short
@@ -15,7 +16,7 @@ from thaw.store import RefUpdate
 from thaw.tree import parts
 from thaw.tree.details import read_point
 from thaw.tree.outline import Outline, OutlineHistory, kept_on_no_branch
-from thaw.tree.page import TreeFile
+from thaw.tree.page import FILE_NBYTES, TreeFile
 
 LONG = thaw.Sampling(max_tokens=24, logprobs=2)
 
@@ -315,3 +316,30 @@ def test_damaged_kv_is_told_with_the_remotes_that_have_it(repo: Repository, tmp_
         connection.execute("DELETE FROM blobs")
     assert where(repo, "main") == "KV here damaged or gone: run `thaw fsck`; on origin"
     assert where(repo, "kid/0") == "KV here damaged or gone: run `thaw fsck`"
+
+
+def test_no_page_is_deeper_than_a_browser_nests(repo: Repository) -> None:
+    named_chain(repo, 400)
+    outline = OutlineHistory(repo).outline()
+    again = parts.unfold_again(outline, {}, (), 600)
+    assert again.num_rows == parts.LEVELS == 200
+
+
+def test_a_row_is_found_by_its_digits_and_by_nothing_else(repo: Repository) -> None:
+    grow(repo)
+    outline = OutlineHistory(repo).outline()
+    commit = repo.resolve("main").commit
+    assert outline.by_digits(short(commit, 16), 16) == commit
+    assert all(outline.by_digits(name, 16) is None for name in ("main", "main~1", str(commit), short(commit, 12), ""))
+    assert outline.first_of(commit) == outline.first_of(commit) == outline.session(outline.first_of(commit)).id
+
+
+def test_running_text_that_is_spelled_out_leaves_the_first_page_room(repo: Repository) -> None:
+    """With the most that its rows may have, it stays within what a first page has."""
+    one = parts.RunningShown(
+        name="0" * 32, branch="x" * 200, note="\U000e0041" * 400, parent=None, tail="\u202e" * 999 + "e"
+    )  # fmt: skip
+    html = parts.running([one] * 20, str)
+    assert len(html.encode()) + parts.TREE_NBYTES < FILE_NBYTES - 10_000
+    assert html.count("⟨U+202E⟩e</pre>") == parts.RUNNING and html.count("⟨U+202E⟩") > 1_000
+    assert '<pre dir="auto">\nplain</pre>' in parts.running([msgspec.structs.replace(one, tail="plain")], str)

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import msgspec
 import pytest
-from grown import Grower
+from grown import Grower, named_chain
 from hostile import MARKUP, TEXT
 from test_tree_file import ELEMENTS, Page
 
@@ -24,6 +25,7 @@ from gateway_stand import TOKEN, Gateway
 from reciting import reciting, say
 from thaw.core.ids import short
 from thaw.engines.base import Engine
+from thaw.gateway.browser.logins import MOST
 from thaw.gateway.engines import memory_of
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.tenants import Quota, Tenant, Tenants, single
@@ -95,7 +97,7 @@ def test_without_a_login_there_is_a_form_and_nothing_else(gateway: Gateway) -> N
         for act in ("sessions", "fork", "adopt", "tag", "forget", "logout"):
             assert client.post(f"/tree/{act}", data={"point": point, "branch": "x"}).status_code == 401
         assert client.post("/tree/login", data={"key": "wrong"}).status_code == 401
-        assert "thaw_login" not in client.cookies
+        assert not client.cookies
     assert [ref.name for ref in gateway.repo.branches()] == ["main"]
 
 
@@ -106,9 +108,37 @@ def test_the_cookie_is_out_of_reach_and_a_logout_ends_it(gateway: Gateway) -> No
     assert "httponly" in told and "samesite=strict" in told and TOKEN not in told and reply.status_code == 303
     visitor = Visitor(gateway)
     assert TOKEN not in visitor.home.text and "a long document" in visitor.home.text
-    cookie = visitor.http.cookies["thaw_login"]
+    cookies = dict(visitor.http.cookies)
+    assert httpx.get(f"{gateway.url}/tree/version", cookies=cookies).status_code == 200
     visitor.http.post("/tree/logout", data={"csrf": visitor.csrf})
-    assert httpx.get(f"{gateway.url}/tree/version", cookies={"thaw_login": cookie}).status_code == 401
+    assert not visitor.http.cookies
+    assert httpx.get(f"{gateway.url}/tree/version", cookies=cookies).status_code == 401
+
+
+def test_gateways_at_two_ports_of_a_host_do_not_end_each_others_logins(
+    stack: ExitStack, tmp_path: Path, engine: Engine, open_tab: OpenTab
+) -> None:
+    """A browser sends a host's cookies to all of its ports."""
+    gateways = [serve(stack, tmp_path / name, engine) for name in ("a", "b")]
+    tab = open_tab()
+    for gateway in gateways:
+        signed_in(tab, gateway).locator("#totals").wait_for()
+    for gateway in gateways:
+        tab.page.goto(gateway.url)
+        tab.page.locator("button", has_text="Log out").wait_for()
+    tab.page.locator("button", has_text="Log out").click()
+    tab.page.locator("#key").wait_for()
+    tab.page.goto(gateways[0].url)
+    tab.page.locator("#totals").wait_for()
+
+
+def test_many_logins_end_none_of_another_tenants(stack: ExitStack, tmp_path: Path, engine: Engine) -> None:
+    gateway = serve(stack, tmp_path / "runs", engine, two())
+    owner, first = Visitor(gateway, "key-a"), Visitor(gateway, "key-b")
+    for _ in range(MOST):
+        httpx.post(f"{gateway.url}/tree/login", data={"key": "key-b"})
+    assert owner.http.get("/tree/version").status_code == 200
+    assert first.http.get("/tree/version").status_code == 401
 
 
 def test_every_reply_forbids_scripts_frames_and_caches(gateway: Gateway) -> None:
@@ -269,9 +299,31 @@ def test_fork_adopt_tag_and_forget_do_what_the_verbs_do(gateway: Gateway) -> Non
     assert [ref.name for ref in repo.branches()] == ["fork/0", "fork/1", "main"] and repo.tags() == []
     inside = visitor.fork("main:turn=1", n="1", name="inside")
     assert inside.status_code == 200
-    for bad in ({"n": "0"}, {"n": "17"}, {"n": "x"}, {"max_tokens": "99999"}, {"temperature": "nan"}, {"name": "../x"}):
+    for bad in (
+        {"n": "0"},
+        {"n": "17"},
+        {"n": "11", "name": "x" * 198},
+        {"n": "x"},
+        {"max_tokens": "99999"},
+        {"temperature": "nan"},
+        {"name": "../x"},
+    ):
         assert visitor.fork("main", **bad).status_code == 400
     assert visitor.post("adopt", point="main", branch="HEAD").status_code == 400
+
+
+def test_forks_while_forks_run_get_branches_of_their_own(speaking: Gateway) -> None:
+    """A branch is made when its child ends; until then its name is taken, too."""
+    read(speaking, namespace="acme")
+    visitor = Visitor(speaking)
+    long = {"prompt": say("and so on " * 60), "n": "2", "max_tokens": "600"}
+    with ThreadPoolExecutor(4) as threads:
+        said = [done.json()["said"] for done in threads.map(lambda _: visitor.fork("main", **long), range(4))]
+    prefixes = ("fork", "fork2", "fork3", "fork4")
+    assert sorted(said) == sorted(f"2 children: {name}/0 … {name}/1" for name in prefixes)
+    assert visitor.fork("main", name="fork3").status_code == 400
+    wanted = {"main", *(f"{name}/{i}" for name in prefixes for i in range(2))}
+    until(lambda: {ref.name for ref in speaking.repo.within("acme").branches()} == wanted, 60)
 
 
 def wait_for(visitor: Visitor, name: str) -> None:
@@ -290,6 +342,8 @@ def test_responses_on_no_branch_are_shown_until_they_are_forgotten(gateway: Gate
     end = short(second.thaw["point"], 16)
     assert f'data-point="{end}"' in visitor.home.text and "in\u00a0host\u00a0memory" in visitor.home.text
     assert visitor.post("forget", point=end, what="response:").status_code == 200
+    again = visitor.post("forget", point=end, what="response:")
+    assert again.status_code == 400 and "nothing was forgotten" in again.json()["error"]
     assert f'data-point="{end}"' not in visitor.http.get("/").text
     headers = {"authorization": f"Bearer {TOKEN}"}
     assert httpx.get(f"{gateway.url}/v1/responses/{second.id}", headers=headers).status_code == 404
@@ -514,6 +568,64 @@ def test_many_texts_at_once_leave_the_page_its_connections(speaking: Gateway, op
     assert tab.wrong == []
 
 
+def test_an_error_takes_no_place_of_the_tree(gateway: Gateway, open_tab: OpenTab) -> None:
+    """The gateway is busy, or is started anew: what is shown stays, and is brought up to date after."""
+    point = read(gateway)
+    with gateway.repo.session("main") as session:
+        session.append("more")
+        session.commit("more", branch="main")
+    gateway.repo.branch("first", point)
+    tab = open_tab()
+    page = signed_in(tab, gateway)
+    rows = page.locator("[role=treeitem] > .row")
+    rows.nth(1).wait_for()
+    page.route("**/tree/sessions", lambda route: route.fulfill(status=503, body="<p>busy</p>"))
+    read(gateway, branch="other")
+    page.locator("#status", has_text="does not answer").wait_for()
+    assert rows.count() == 2 and page.locator("#totals").count() == 1 and "null" not in page.locator("nav").inner_text()
+    page.unroute("**/tree/sessions")
+    rows.filter(has_text="other").wait_for()
+    page.route("**/tree/point*", lambda route: route.abort())
+    rows.first.locator("a").click()
+    page.locator("#status", has_text="did not answer").wait_for()
+    assert [one for one in tab.wrong if "Failed to load" not in one] == []
+
+
+def test_rows_that_are_asked_for_twice_are_there_once(
+    stack: ExitStack, tmp_path: Path, engine: Engine, grower: Grower, open_tab: OpenTab
+) -> None:
+    """Two presses of a key before the first one is answered."""
+    gateway = serve(stack, grower.grown("star", 200), engine)
+    tab = open_tab()
+    page = signed_in(tab, gateway)
+    more = page.locator("[role=treeitem].more")
+    more.last.wait_for()
+    before = page.locator("[role=treeitem]:not(.more)").count()
+    more.last.focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("[role=treeitem]:not(.more)").count() == before + 50)
+    focused = page.evaluate("document.activeElement.closest('[role=treeitem]').getAttribute('tabindex')")
+    assert focused == "0" and page.locator("[role=treeitem][tabindex='0']").count() == 1
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
+    assert len(ids) == len(set(ids)) and tab.wrong == []
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_rows_below_many_forks_can_be_read(
+    stack: ExitStack, tmp_path: Path, engine: Engine, open_tab: OpenTab, width: int
+) -> None:
+    with thaw.open(tmp_path / "runs", engine=engine) as repo:
+        named_chain(repo, 130)
+    gateway = serve(stack, tmp_path / "runs", engine)
+    page = signed_in(tab := open_tab(width=width), gateway)
+    rows = page.locator("[role=treeitem] > .row")
+    rows.nth(110).wait_for()
+    boxes = rows.evaluate_all("rows => rows.map((row) => row.getBoundingClientRect().width)")
+    assert len(boxes) >= 110 and min(boxes) > 180
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and tab.wrong == []
+
+
 def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any) -> None:
     read(gateway)
     context = chromium.new_context(java_script_enabled=False)
@@ -521,7 +633,11 @@ def test_without_its_script_the_page_still_works(gateway: Gateway, chromium: Any
     page.goto(gateway.url)
     page.fill("#key", TOKEN)
     page.locator("button").click()
-    page.locator("[role=treeitem] a").first.click()
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        if page.locator("[role=treeitem] a:focus").count():
+            break
+    page.keyboard.press("Enter")
     page.locator("summary", has_text="Tag").click()
     page.fill("form[action='/tree/tag'] input[name=name]", "plain")
     page.locator("form[action='/tree/tag'] button").click()

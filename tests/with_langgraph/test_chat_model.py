@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,55 @@ def test_tokens_of_a_node_are_streamed_by_the_graph(place: Any) -> None:
     assert len(chunks) > 5
     last = runs.get_state(THREAD).values["messages"][-1]
     assert point_of(last) and merged(chunks).content == last.content
+
+
+def test_any_judge_is_understood_or_refused_by_name(place: Any) -> None:
+    """A number may be NumPy's or PyTorch's; a score that is none chooses nothing."""
+    torch = pytest.importorskip("torch", reason="no torch here")
+    model = place.model()
+    for verdict, number in ((torch.tensor(2), 2), (torch.tensor([0.1, 0.9, 0.2]), 1), ([1, 1, 0], 0)):
+        seen: list[Any] = []
+
+        def judge(messages: Any, made: Any, verdict: Any = verdict, seen: list[Any] = seen) -> Any:
+            seen.extend(made)
+            return verdict
+
+        (winner,) = best_of_n(model, 3, judge).invoke({"messages": ASKED})["messages"]
+        assert len(seen) == 3 and point_of(winner) == point_of(seen[number])
+    for bad, why in ((None, "None"), (1.5, "1.5"), ([float("nan"), 1, 0], "no numbers"), ([1, 0], "2 scores for 3")):
+        with pytest.raises(InvalidRequest, match=why):
+            best_of_n(model, 3, lambda messages, made, bad=bad: bad).invoke({"messages": ASKED})
+
+
+def test_many_answers_leave_nothing_behind_but_the_sessions_that_stay_open(place: Any) -> None:
+    model = place.model(live_sessions=2)
+    messages: list[BaseMessage] = [*ASKED]
+    for number in range(6):
+        messages += [model.invoke(messages), HumanMessage(f"And then, {number}?")]
+    trunks = model._source._trunks
+    assert len(trunks._sessions) == 2 and trunks._loading == {}
+
+
+@pytest.mark.parametrize("over", ["engine", "gateway"])
+def test_what_cannot_be_sent_or_recorded_is_named_before_anything_is_asked(
+    over: str, place: Any, request: pytest.FixtureRequest
+) -> None:
+    make = partial(model_of, request.getfixturevalue("gateway")) if over == "gateway" else place.model
+    with pytest.raises(InvalidRequest, match="note holds half a character"):
+        make(note="\ud800")
+    model = make()
+    for value in (object(), "\ud800", float("nan")):
+        with pytest.raises(InvalidRequest, match="chat_template_kwargs: must be JSON"):
+            model.bind(chat_template_kwargs={"x": value}).invoke(ASKED)
+    model.close()
+    assert point_of(model.invoke(ASKED))
+
+
+def test_an_address_or_key_that_is_none_is_named_and_not_shown() -> None:
+    for url in ("nonsense", "http://[::1", "ftp://127.0.0.1", ""):
+        with pytest.raises(InvalidRequest, match="base_url="):
+            ChatThaw(base_url=url, api_key="key")
+    for key in ("schlüssel", "a\nb"):
+        with pytest.raises(InvalidRequest, match="api_key: must be printable ASCII") as refused:
+            ChatThaw(base_url="http://127.0.0.1:1", api_key=key)
+        assert key not in str(refused.value)

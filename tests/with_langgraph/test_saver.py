@@ -6,12 +6,14 @@ import asyncio
 import dataclasses
 import operator
 import stat
+import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage, messages_to_dict
 from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.graph import START, StateGraph
@@ -21,6 +23,7 @@ from pydantic import BaseModel
 import thaw
 from langgraph_stand import LONG, THREAD, after_step, graph_of, num_prefix, ten_steps
 from thaw.core.errors import InvalidRequest
+from thaw.core.objects import Commit, State
 from thaw.integrations.langgraph import ThawSaver, point_of
 from thaw.integrations.langgraph.messages import points_in
 
@@ -238,12 +241,71 @@ def test_points_are_found_wherever_a_message_is(place: Any) -> None:
     point = point_of(answer)
     for value in (
         answer, [answer], {"a": ({"b": answer},)}, Held([answer]), Model(answer=[answer]), Send("node", {"a": answer}),
+        deque([answer]), {"dumped": answer.model_dump()}, messages_to_dict([answer]),
     ):  # fmt: skip
         assert points_in(value) == {point}, value
     assert points_in([answer.content, point, HumanMessage("hello"), None]) == set()
     endless: list[Any] = [answer]
     endless.append(endless)
     assert points_in(endless) == {point}
+
+
+def put_at(saver: ThawSaver, place: Any, value: Any, **about: Any) -> None:
+    checkpoint = {**empty_checkpoint(), "channel_values": {"m": value}, "channel_versions": {"m": "1"}}
+    config = {"configurable": {"checkpoint_ns": "", **place}}
+    saver.put(config, checkpoint, {"source": "loop", "step": 0, **about}, {"m": "1"})
+
+
+def test_a_window_of_messages_keeps_its_kv(place: Any) -> None:
+    """A state of the last few messages, in a deque: gc frees nothing that a checkpoint names."""
+    saver = place.saver()
+    answer = place.model().invoke([HumanMessage(LONG)])
+    put_at(saver, {"thread_id": "story"}, deque([answer], maxlen=4))
+    assert place.gc().commits_removed == 0
+    saver.delete_thread("story")
+    assert place.gc().commits_removed == 1
+
+
+def test_a_message_that_names_what_is_no_commit_is_stored_as_any_other(place: Any) -> None:
+    """A client may send any message; ids of a state, of a model and of nothing are nobody's points."""
+    saver = place.saver()
+    commit = place.repo.store.get_as(point_of(place.model().invoke([HumanMessage(LONG)])), Commit)
+    state = place.repo.store.get_as(commit.state, State)
+    for point in (commit.state, state.model, f"b3:{'0' * 64}"):
+        put_at(saver, {"thread_id": "story"}, [AIMessage("hi", response_metadata={"thaw": {"point": point}})])
+        found = saver.get_tuple(THREAD)
+        assert (
+            found is not None and found.checkpoint["channel_values"]["m"][0].response_metadata["thaw"]["point"] == point
+        )
+    assert tags(place) == set()
+
+
+def test_threads_and_runs_that_are_no_strings_are_found_again(place: Any) -> None:
+    """LangGraph takes 7 and "7" as one thread, and makes UUIDs of runs."""
+    saver, run = place.saver(), uuid.uuid4()
+    answer = place.model().invoke([HumanMessage(LONG)])
+    for forget in (
+        lambda: saver.delete_thread(7),
+        lambda: saver.prune([7], strategy="delete"),
+        lambda: saver.delete_for_runs([run]),
+    ):
+        put_at(saver, {"thread_id": 7, "checkpoint_ns": None}, [answer], run_id=run)
+        assert saver.get_tuple({"configurable": {"thread_id": "7"}}) is not None and len(tags(place)) == 1
+        forget()
+        assert list(saver.list(None)) == [] and tags(place) == set()
+    put_at(saver, {"thread_id": 7}, [answer])
+    saver.copy_thread(7, 8)
+    assert len(tags(place)) == 2
+
+
+def test_half_a_character_is_named_and_nothing_is_kept(place: Any) -> None:
+    saver = place.saver()
+    for config, about in (({"thread_id": "\ud800"}, {}), ({"thread_id": "a"}, {"run_id": "\ud800"})):
+        with pytest.raises(InvalidRequest, match="half a character"):
+            put_at(saver, config, 1, **about)
+    with pytest.raises(InvalidRequest, match=r"messages\[1\] holds half a character"):
+        place.model().invoke([HumanMessage("hello"), HumanMessage("\ud800")])
+    assert list(saver.list(None)) == [] and list(place.repo.store.commits()) == []
 
 
 def test_what_is_asked_wrongly_is_named(place: Any) -> None:
@@ -260,8 +322,11 @@ def test_tags_that_somebody_else_made_are_left_alone(begin: Callable[..., Any]) 
     graph = graph_of(place.model(), saver)
     graph.invoke({"messages": [HumanMessage(LONG)]}, THREAD)
     point = points_of_thread(saver).pop()
-    place.repo.tag("mine", point)
-    place.repo.delete_tag(next(name for name in tags(place) if name != "mine"))  # and one of the saver's is lost
+    for name in ("mine", "langgraph/best", "langgraph/the/best"):
+        place.repo.tag(name, point)
+    place.repo.delete_tag(
+        next(name for name in tags(place) if name.startswith("langgraph/story/"))
+    )  # and one of the saver's is lost
     place.reopen()
     place.saver()
-    assert len(tags(place)) == 2 and "mine" in tags(place)
+    assert len(tags(place)) == 4 and {"mine", "langgraph/best", "langgraph/the/best"} < tags(place)

@@ -129,8 +129,17 @@ def _token(
     margin = logprob - others[0][1] if others and math.isfinite(logprob) else None
     best = None
     if margin is not None and margin < 0:
-        best = f"token {others[0][0]}" if codec is None else codec.decode([others[0][0]], skip_special_tokens=False)
+        best = _text_of(others[0][0], codec)
     return TokenShown(text=text, token=token, logprob=logprob, margin=margin, best=best)
+
+
+def _text_of(token: int, codec: Codec | None) -> str:
+    """Its number where the tokenizer does not know it, as for another model's."""
+    try:
+        known = None if codec is None else codec.decode([token], skip_special_tokens=False)
+    except (ThawError, LookupError, OverflowError, ValueError):
+        known = None
+    return f"token {token}" if known is None else known
 
 
 def codec_at_hand(repo: Repository) -> Codec | None:

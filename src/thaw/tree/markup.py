@@ -17,8 +17,14 @@ EATS_NEWLINE = frozenset({"pre", "textarea"})
 _PLAIN = frozenset("\n\t\u200c\u200d")
 """Of control and format characters those that stay as they are: some scripts and emoji need the joiners."""
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters by their category, and nothing to see."""
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\uffa0\ufdd0-\ufdef\ufff0-\uffff\U0001d159"
+    "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]"
+)
+"""Letters, marks or nothing by their category, and nothing to see."""
+_SELECTOR = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Choose a variant of the character before them, as emoji and Han characters need it; anywhere else they only hide."""
+_IDEOGRAPH = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 _SUSPECT = re.compile(r"[^\x20-\x7e\n\t\u00a1-\u00ac\u00ae-\u02ff\u0370-\u0377\u3040-\u30ff\u4e00-\u9fff]")
 """Everything that has to be looked at; the rest is known to be visible."""
 _TAG = re.compile(r"[a-z][a-z0-9]*\Z")
@@ -35,18 +41,51 @@ Piece = str | None
 """`Html` is put in as it is, any other text escaped, None not at all."""
 
 
-def visible(text: str) -> str:
-    """`text` with every character that would not be seen spelled out. Never longer than 12 times as long."""
-    return _SUSPECT.sub(_spelled, text.replace("\r\n", "\n"))
+def visible(text: str, after: str = "") -> str:
+    """`text` with every character that would not be seen spelled out. Never longer than 12 times as long. `after`: what
+    comes before it."""
+    text = text.replace("\r\n", "\n")
+
+    def spelled(match: re.Match[str]) -> str:
+        character, at = match[0], match.start()
+        if _SELECTOR.match(character):
+            return character if _selects(character, text[at - 1] if at else after[-1:]) else named(character)
+        return named(character) if is_hidden(character) else character
+
+    return _SUSPECT.sub(spelled, text)
 
 
-def _spelled(match: re.Match[str]) -> str:
-    return named(match[0]) if is_hidden(match[0]) else match[0]
+def _selects(selector: str, before: str) -> bool:
+    """Whether there is a character that it can belong to: at most one of a kind, and seen."""
+    if selector >= "\U000e0100":
+        return _IDEOGRAPH.match(before) is not None
+    return not (before == "" or before.isspace() or _SELECTOR.match(before) or is_hidden(before))
+
+
+class VisibleStream:
+    """`visible` of a text that comes in pieces: wherever it is cut, the whole is shown alike."""
+
+    def __init__(self) -> None:
+        self._before, self._held = "", ""
+
+    def push(self, piece: str) -> str:
+        text = self._held + piece
+        self._held = "\r" if text.endswith("\r") else ""
+        text = text.removesuffix("\r")
+        shown = visible(text, self._before)
+        self._before = text[-1:] or self._before
+        return shown
+
+    def end(self) -> str:
+        held, self._held = self._held, ""
+        return visible(held)
 
 
 def is_hidden(character: str) -> bool:
     """Whether it steers or hides text rather than being some."""
-    return character in _BLANK or (character not in _PLAIN and unicodedata.category(character) in _HIDDEN)
+    if character in _PLAIN:
+        return False
+    return _BLANK.match(character) is not None or unicodedata.category(character) in _HIDDEN
 
 
 def named(character: str) -> str:

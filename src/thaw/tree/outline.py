@@ -23,7 +23,7 @@ from thaw.core import canonical
 from thaw.core.cache import CacheGroup, nbytes_at
 from thaw.core.errors import CorruptBlob, Damaged, NotFound
 from thaw.core.identity import ModelIdentity
-from thaw.core.ids import CommitId, StateId
+from thaw.core.ids import CommitId, StateId, short
 from thaw.core.objects import Segment, SegmentEntry, State, segment_blobs
 from thaw.core.prefix import common_prefix
 from thaw.remote import settings, tracking
@@ -317,6 +317,8 @@ class Outline:
         self._elsewhere = [commit for commit in commits.values() if commit.only_on]
         self._size = self._sizes()
         self._sessions: dict[CommitId, TreeSession] = {}
+        self._first: dict[CommitId, CommitId] = {}
+        self._by_digits: dict[str, CommitId] = {}
 
     def _sizes(self) -> dict[CommitId, int]:
         """Commits at and below each, by one walk that no depth can overflow."""
@@ -362,12 +364,21 @@ class Outline:
 
     def first_of(self, commit: CommitId) -> CommitId:
         """The first commit of the session that a commit belongs to. Raises `KeyError` for one that is not here."""
-        at = self.commits[commit]
-        while at.parent is not None and at.parent in self.commits:
+        at, run = self.commits[commit], [commit]
+        while at.id not in self._first and at.parent is not None and at.parent in self.commits:
             if self._ends(at.parent) or len(self._children[at.parent]) > 1:
                 break
             at = self.commits[at.parent]
-        return at.id
+            run.append(at.id)
+        first = self._first.get(at.id, at.id)
+        self._first |= dict.fromkeys(run, first)
+        return first
+
+    def by_digits(self, digits: str, num: int) -> CommitId | None:
+        """The commit whose id begins with these `num` digits, as rows have them; reads no disk."""
+        if not self._by_digits:
+            self._by_digits = {short(one, num): one for one in self.commits}
+        return self._by_digits.get(digits)
 
     def base_here(self, session: TreeSession) -> CommitId | None:
         """What a session forked from, if that is here."""

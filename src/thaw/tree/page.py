@@ -25,7 +25,7 @@ from thaw.tree.parts import ID_DIGITS, FragmentRoom, RowMaker
 
 FILE_NBYTES = 300_000
 """Of a file, and of a server's first page, at most."""
-SPARE = 4_000
+SPARE = 100
 """Of a file, for what is put in once all is known."""
 ICON = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'/%3E"
 SERVER_POLICY = (
@@ -146,8 +146,6 @@ class TreeFile:
 
     def html(self) -> Html:
         """At most `FILE_NBYTES` in UTF-8, whatever the repository holds. Raises what reading it raises."""
-        style, script = static("tree.css"), static("tree.js")
-        unfolded = parts.unfold(self._outline)
         rows = RowMaker(
             self._outline,
             self._history,
@@ -155,11 +153,17 @@ class TreeFile:
             command=self._command,
             selected=self._selected,
         )
-        tree = rows.tree(unfolded) if self._outline.commits else empty_tree()
         stored = None if self._repo.namespace else self._repo.store.usage().blob_nbytes
         totals = parts.totals(self._outline, stored)
-        room = FILE_NBYTES - SPARE - sum(len(part.encode()) for part in (style, script, tree, totals))
-        points = self._points(list(self._order(unfolded)), room)
+        if not self._outline.commits:
+            return self._whole(totals, empty_tree(), Html())
+        room = FILE_NBYTES - SPARE - len(self._whole(totals, Html(), Html()).encode())
+        tree, unfolded = rows.first_tree(min(parts.TREE_NBYTES, room))
+        points = self._points(list(self._order(unfolded)), room - len(tree.encode()))
+        return self._whole(totals, tree, points)
+
+    def _whole(self, totals: Html, tree: Html, points: Html) -> Html:
+        style, script = static("tree.css"), static("tree.js")
         detail = el("p", HINT, class_="hint")
         foot = join(
             f"The turns of {self.num_points:,} of {self.num_commits:,} commits are in this file. ",
@@ -200,8 +204,9 @@ class TreeFile:
             away = self._outline.commits[one]
             if away.only_on:
                 said = el("template", parts.not_fetched(self._outline, away), id=f"p-{short(one, ID_DIGITS)}")
-                made.append(said)
-                room -= len(said.encode())
+                if len(said.encode()) <= room:
+                    made.append(said)
+                    room -= len(said.encode())
         turns: dict[tuple[object, ...], str] = {}
         lists: set[CommitId] = set()
         for commit in dict.fromkeys(order):

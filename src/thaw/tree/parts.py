@@ -16,15 +16,21 @@ from thaw.core.text import one_line
 from thaw.repo.diff import Diff, Side
 from thaw.tree import words
 from thaw.tree.details import PointShown, TokenShown, TurnShown
-from thaw.tree.markup import Html, each, el, join
+from thaw.tree.markup import Html, each, el, join, text
 from thaw.tree.outline import Outline, OutlineCommit, OutlineHistory, OwnPart, TreeSession
 
 ROWS = 120
 """Sessions of a first page."""
 MORE = 50
 """Sessions that one more click shows."""
+LEVELS = 200
+"""Of the tree, that a page is sent at once: browsers flatten markup that is nested deeper than 512."""
 NAMES = 4
 """Names of a session that are shown."""
+HEAD_NAMES = 20
+"""Names of a chosen point that are shown."""
+TREE_NBYTES = 180_000
+"""Of the rows of a first page, at most; fewer sessions are shown where names and messages are long."""
 COMMITS = 50
 """Commits of a session that are listed."""
 ID_DIGITS = 16
@@ -33,6 +39,8 @@ RUNNING = 12
 """Requests under way that are shown."""
 TAIL = 1_000
 """Characters of their text in the page; the script follows all of it."""
+TAIL_NBYTES = 4_000
+"""Of that text as markup, at most."""
 
 
 class LivingShown(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,15 +88,16 @@ def unfold_again(
     """What somebody has before them, and what came since: all but `folded`, as far as `budget` goes. `wanted`: how many
     of a parent's are shown."""
     shown: dict[CommitId | None, int] = {}
-    waiting: list[CommitId | None] = [None]
+    waiting: list[tuple[CommitId | None, int]] = [(None, 1)]
     left = budget
-    for parent in waiting:
+    for parent, level in waiting:
         children = outline.roots if parent is None else outline.session(parent).children
         num = min(len(children), left, max(wanted.get(parent, 0), MORE))
         if num:
             shown[parent] = num
             left -= num
-            waiting += [child for child in children[:num] if child not in folded]
+            if level < LEVELS:
+                waiting += [(child, level + 1) for child in children[:num] if child not in folded]
     return Unfolded(shown=shown)
 
 
@@ -116,6 +125,17 @@ class RowMaker:
     def tree(self, unfolded: Unfolded) -> Html:
         """The whole `ul` of a tree."""
         return el("ul", self.children(None, 0, unfolded), id="tree", role="tree", aria_label="Sessions")
+
+    def first_tree(self, nbytes: int = TREE_NBYTES) -> tuple[Html, Unfolded]:
+        """The tree of a first page, of at most `nbytes`: with fewer sessions where they need more room."""
+        budget = ROWS
+        while True:
+            unfolded = unfold(self._outline, budget)
+            made = self.tree(unfolded)
+            size = len(made.encode())
+            if size <= nbytes or budget == 1:
+                return made, unfolded
+            budget = max(1, min(budget - 1, budget * max(0, nbytes) // size))
 
     def children(self, parent: CommitId | None, start: int, unfolded: Unfolded) -> Html:
         """The rows under `parent` from number `start` on, built from the leaves up: no depth can overflow."""
@@ -167,7 +187,7 @@ class RowMaker:
         commit = self._outline.commits[session.tip]
         if commit.only_on:
             return join(
-                el("a", f"commit {short(commit.id)}, not fetched", href=self._link(point), tabindex="-1"),
+                el("a", f"commit {short(commit.id)}, not fetched", href=self._link(point)),
                 *self._names(session),
                 el("small", _together(where(self._outline, commit.id))),
             )
@@ -176,7 +196,7 @@ class RowMaker:
         memories = sorted({memory for one in living for memory in one.memories}, reverse=True)
         part = self._history.own_part(session.tip, self._outline.base_here(session))
         return join(
-            el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point), tabindex="-1"),
+            el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point)),
             *self._names(session),
             el("i", words.count(running, "request") + " running", class_="running") if running else None,
             el("small", self._figures(session, part, memories), class_="live" if living else None),
@@ -231,7 +251,9 @@ class RowMaker:
             return el("li", el("p", inside, class_="left-out"), role="treeitem", tabindex="-1")
         of = "" if parent is None else short(parent, ID_DIGITS)
         button = el("button", f"{said} …", type="button", tabindex="-1", class_="more")
-        return el("li", button, role="treeitem", tabindex="-1", data_of=of, data_start=start, class_="more")
+        return el(
+            "li", button, id=f"m-{of}", role="treeitem", tabindex="-1", data_of=of, data_start=start, class_="more"
+        )  # fmt: skip
 
 
 def _together(words_of_one: str) -> str:
@@ -247,13 +269,19 @@ def where(outline: Outline, commit: CommitId, memories: Sequence[str] = ()) -> s
     return words.together(*memories, "on disk", *(f"on {name}" for name in remotes))
 
 
+def _listed(names: Sequence[str]) -> str:
+    left = len(names) - HEAD_NAMES
+    more = f" and {words.count(left, 'more name')}" if left > 0 else ""
+    return ", ".join(names[:HEAD_NAMES]) + more
+
+
 def not_fetched(outline: Outline, commit: OutlineCommit) -> Html:
     """In place of a point that only a remote has: which command brings it."""
     names = outline.names.get(commit.id, ())
     branches = sorted(name.partition("/")[2] for name in names if name.startswith(f"{commit.only_on}/"))
     command = f"thaw fetch {commit.only_on} {branches[0]}" if branches else f"thaw fetch --unshallow {commit.only_on}"
     return join(
-        el("h2", ", ".join(names) or short(commit.id), tabindex="-1"),
+        el("h2", _listed(names) or short(commit.id), tabindex="-1"),
         el("p", f"Commit {short(commit.id, ID_DIGITS)} is {where(outline, commit.id)}, as that was last seen."),
         el("p", "Its turns and its KV were not fetched. This command brings them: ", el("code", command)),
     )
@@ -310,7 +338,14 @@ def _running_row(one: RunningShown, link: Callable[[str], str]) -> Html:
     branch = join(el("b", one.branch), " ") if one.branch else None
     note = join(el("q", one_line(one.note, MESSAGE)), " ") if one.note else None
     said = el("summary", "running ", branch, note, where)
-    return el("details", said, el("pre", one.tail, dir="auto"), data_request=one.name)
+    return el("details", said, el("pre", _tail(one.tail), dir="auto"), data_request=one.name)
+
+
+def _tail(value: str) -> Html:
+    """The end of a text, as much as there is room for when it is markup."""
+    while len((made := text(value)).encode()) > TAIL_NBYTES:
+        value = value[len(value) // 4 + 1 :]
+    return made
 
 
 # -- one point
@@ -355,7 +390,7 @@ def point_head(point: PointShown, names: Sequence[str], place: str) -> Html:
         ("continues", "inside a completion" if shown.unfinished else f"from here, seed {shown.seed}"),
     ]
     return join(
-        el("h2", ", ".join(names) or short(entry.commit), tabindex="-1"),
+        el("h2", _listed(names) or short(entry.commit), tabindex="-1"),
         el("p", one_line(entry.message, 400) or "(no message)", class_="message", dir="auto"),
         el("dl", *(join(el("dt", name), el("dd", value)) for name, value in fields)),
     )

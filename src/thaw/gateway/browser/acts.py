@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 
 import msgspec
 
+from thaw.core.errors import InvalidRequest
 from thaw.core.ids import short
 from thaw.core.sampling import Sampling
 from thaw.core.text import one_line
@@ -50,8 +52,7 @@ async def fork(context: GatewayContext, form: Form) -> ActOutcome:
         max_tokens=_number(form, "max_tokens", 1, TOKENS),
         note=one_line(prompt, 72) or "continued",
     )
-    prefix = await call(free_name, repo.sync, form.get("name", "").strip() or None, num)
-    names = [f"{prefix}/{i}" for i in range(num)]
+    names = await _free_names(context, repo.sync, form.get("name", "").strip() or None, num)
     jobs = await service.start(context.tenant, [msgspec.structs.replace(base, branch=name) for name in names])
     await begun(jobs)
     done, _ = await asyncio.wait([job.outcome for job in jobs], timeout=SOON_S)
@@ -60,6 +61,24 @@ async def fork(context: GatewayContext, form: Form) -> ActOutcome:
     context.note(children=num)
     listed = names[0] if num == 1 else f"{names[0]} … {names[-1]}"
     return ActOutcome(said=f"{count(num, 'child', 'children')}: {listed}", at=short(point.commit, ID_DIGITS))
+
+
+async def _free_names(context: GatewayContext, repo: Repository, wanted: str | None, num: int) -> list[str]:
+    """The children's branches: taken neither by a ref nor by a request that is under way, which makes its branch when
+    it ends. Nothing else runs between this and what follows it in the event loop."""
+    under_way = _under_way(context)
+    prefix, number = await call(free_name, repo, wanted, num), 1
+    while clash := (under_way | _under_way(context)) & {f"{prefix}/{i}" for i in range(num)}:
+        if wanted is not None:
+            raise invalid("name", f"{min(clash)} is being generated; choose another name")
+        number += 1
+        with contextlib.suppress(InvalidRequest):
+            prefix = await call(free_name, repo, f"fork{number}", num)
+    return [f"{prefix}/{i}" for i in range(num)]
+
+
+def _under_way(context: GatewayContext) -> set[str]:
+    return {job.asked.branch or "" for job in context.service.running_in(context.tenant.namespace)}
 
 
 def _asked(context: GatewayContext, repo: Repository, point: ResolvedPoint, prompt: str) -> Asked:
@@ -96,9 +115,11 @@ async def forget(context: GatewayContext, form: Form) -> ActOutcome:
         await repo.delete_tag(name)
     elif what == "response":
         rows = await call(context.service.ledger.points, context.tenant.namespace)
-        for kind, id, commit in rows:
-            if commit == point.commit:
-                await call(context.service.ledger.delete, context.tenant.namespace, kind, id)
+        its = [(kind, id) for kind, id, commit in rows if commit == point.commit]
+        if not its:
+            raise invalid("what", "the gateway keeps no response of this commit; nothing was forgotten")
+        for kind, id in its:
+            await call(context.service.ledger.delete, context.tenant.namespace, kind, id)
     else:
         raise invalid("what", "choose what to forget: a branch, a tag or the response")
     said = f"{what} {name} is forgotten".replace("response  is", "the response is")

@@ -9,6 +9,9 @@ from thaw.tree.details import PointShown
 from thaw.tree.markup import Html, Piece, el, join
 from thaw.tree.parts import ID_DIGITS
 
+FORGOTTEN = 100
+"""Names of one commit among which to choose what is forgotten."""
+
 
 def actions(point: PointShown, names: Sequence[str], csrf: str, branches: Sequence[str], compare: Html) -> Html:
     """What can be done from a point."""
@@ -78,7 +81,7 @@ def _tag(commit: str) -> Html:
 
 
 def _forget(commit: str, names: Sequence[str]) -> Html:
-    options = [el("option", name, value=_what(name)) for name in names] or [
+    options = [el("option", name, value=_what(name)) for name in names[:FORGOTTEN]] or [
         el("option", "this response", value="response:")
     ]
     return join(

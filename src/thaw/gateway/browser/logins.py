@@ -16,10 +16,14 @@ from starlette.requests import Request
 from thaw.gateway.problems import ApiError
 from thaw.gateway.tenants import Tenant
 
-COOKIE = "thaw_login"
 LIFETIME_S = 12 * 3600.0
-MOST = 1000
-"""Logins at once; the oldest go first."""
+MOST = 100
+"""Logins of one namespace at once; its oldest go first, and nobody else's."""
+
+
+def cookie_name(request: Request) -> str:
+    """Of the gateway at this port: a browser sends cookies to all ports of a host."""
+    return f"thaw_login_{request.url.port}" if request.url.port else "thaw_login"
 
 
 class BrowserLogin:
@@ -41,12 +45,13 @@ class BrowserLogins:
         """The cookie of a new login."""
         cookie = secrets.token_urlsafe(32)
         self._by_digest[_digest(cookie)] = BrowserLogin(tenant, key_id)
-        while len(self._by_digest) > MOST:
-            del self._by_digest[next(iter(self._by_digest))]
+        its = [one for one, login in self._by_digest.items() if login.tenant.namespace == tenant.namespace]
+        for one in its[:-MOST]:
+            del self._by_digest[one]
         return cookie
 
     def of(self, request: Request) -> BrowserLogin | None:
-        digest = _digest(request.cookies.get(COOKIE, ""))
+        digest = _digest(request.cookies.get(cookie_name(request), ""))
         found = self._by_digest.get(digest)
         if found is not None and found.ends < time.monotonic():
             del self._by_digest[digest]
@@ -54,7 +59,7 @@ class BrowserLogins:
         return found
 
     def end(self, request: Request) -> None:
-        self._by_digest.pop(_digest(request.cookies.get(COOKIE, "")), None)
+        self._by_digest.pop(_digest(request.cookies.get(cookie_name(request), "")), None)
 
 
 def _digest(cookie: str) -> bytes:

@@ -24,10 +24,10 @@ from thaw.core.errors import ThawError
 from thaw.core.ids import CommitId
 from thaw.gateway.browser import acts
 from thaw.gateway.browser.logins import (
-    COOKIE,
     LIFETIME_S,
     BrowserLogin,
     BrowserLogins,
+    cookie_name,
     require_csrf,
     require_own_origin,
 )
@@ -39,9 +39,9 @@ from thaw.gateway.reply import EventStream
 from thaw.gateway.service import Service
 from thaw.repo.bridge import call
 from thaw.tree import page, parts
-from thaw.tree.markup import Html, el, join, visible
+from thaw.tree.markup import Html, VisibleStream, el, join
 from thaw.tree.outline import Outline
-from thaw.tree.parts import MORE, Living, LivingShown, Unfolded
+from thaw.tree.parts import ID_DIGITS, MORE, Living, LivingShown, Unfolded
 
 log = logging.getLogger("thaw.gateway")
 FORM_NBYTES = 256 << 10
@@ -148,8 +148,8 @@ def routes(service: Service, check_host: CheckHost, count: Count) -> list[Route]
             context = GatewayContext(service, tenant, key_id, {})
             reply = RedirectResponse("/", 303)
             reply.set_cookie(
-                COOKIE, logins.begin(tenant, key_id), max_age=int(LIFETIME_S), httponly=True, samesite="strict",
-                path="/", secure=request.url.scheme == "https",
+                cookie_name(request), logins.begin(tenant, key_id), max_age=int(LIFETIME_S), httponly=True,
+                samesite="strict", path="/", secure=request.url.scheme == "https",
             )  # fmt: skip
         line = _line(request, request.url.path, reply)
         count(service, context, line, time.perf_counter() - started)
@@ -158,7 +158,7 @@ def routes(service: Service, check_host: CheckHost, count: Count) -> list[Route]
     async def logout(who: Visit) -> Response:
         logins.end(who.request)
         reply = RedirectResponse("/", 303)
-        reply.delete_cookie(COOKIE, path="/")
+        reply.delete_cookie(cookie_name(who.request), path="/")
         return reply
 
     async def static(request: Request) -> Response:
@@ -237,10 +237,12 @@ async def _follow(who: Visit) -> Response:
 
 
 async def _texts(job: ReplyJob) -> AsyncIterator[bytes]:
+    shown = VisibleStream()
     async for pieces in job.follow():
-        text = "".join(piece.text for piece in pieces)
-        if text:
-            yield b"data: " + msgspec.json.encode(visible(text)) + b"\n\n"
+        if text := "".join(shown.push(piece.text) for piece in pieces):
+            yield b"data: " + msgspec.json.encode(text) + b"\n\n"
+    if text := shown.end():
+        yield b"data: " + msgspec.json.encode(text) + b"\n\n"
     yield b"event: end\ndata: 0\n\n"
 
 
@@ -254,7 +256,7 @@ async def _sessions(who: Visit) -> Response:
 
 def _again(view: TenantView, outline: Outline, living: Living, form: Mapping[str, str]) -> Html:
     def first_of(name: str) -> CommitId | None:
-        commit = view.commit(outline, name)
+        commit = outline.by_digits(name, ID_DIGITS)
         return None if commit is None else outline.first_of(commit)
 
     wanted: dict[CommitId | None, int] = {}

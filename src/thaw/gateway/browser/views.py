@@ -74,6 +74,11 @@ class TenantView:
             return el("p", "No commits yet. A request to the API creates the first one.", id="tree", class_="empty")
         return self.rows(outline, living, selected).tree(unfolded)
 
+    def first_tree(self, outline: Outline, living: Living, selected: CommitId | None) -> Html:
+        if not outline.commits:
+            return self.tree(outline, living, parts.unfold(outline), selected)
+        return self.rows(outline, living, selected).first_tree()[0]
+
     def totals(self, outline: Outline) -> Html:
         return parts.totals(outline, None if self.namespace else self.repo.store.usage().blob_nbytes)
 
@@ -158,7 +163,7 @@ class TenantView:
         frame = page.frame(
             title,
             self.totals(outline),
-            self.tree(outline, living, parts.unfold(outline), selected),
+            self.first_tree(outline, living, selected),
             detail,
             account=forms.logout(csrf),
             running=running,

@@ -13,9 +13,8 @@ from collections.abc import Iterable
 
 from thaw.core.errors import NotFound
 from thaw.core.ids import CommitId, digest, short
-from thaw.core.objects import Commit
 from thaw.integrations.langgraph.checkpoints import CheckpointFile
-from thaw.store import RefUpdate, Store
+from thaw.store import Ref, RefUpdate, Store
 
 PREFIX = "langgraph"
 _PLAIN = re.compile(r"(?!x-)[A-Za-z0-9_-]{1,80}\Z")
@@ -30,16 +29,12 @@ def tag_of(thread: str, point: str) -> str:
 
 
 def stored(store: Store, points: Iterable[str]) -> set[str]:
-    """Those that are commits of this repository and namespace; others are somebody else's to keep."""
+    """Those that are commits of this repository and namespace; others are somebody else's to keep, or no points."""
     return {point for point in points if _is_commit(store, point)}
 
 
 def _is_commit(store: Store, point: str) -> bool:
-    try:
-        store.get_as(point, Commit)
-    except NotFound:
-        return False
-    return True
+    return point in store.find(point)
 
 
 def hold(store: Store, thread: str, points: Iterable[str]) -> set[str]:
@@ -66,7 +61,7 @@ def reconcile(store: Store, file: CheckpointFile) -> tuple[int, int]:
     """Make the tags those that the checkpoints ask for: (tags made, tags dropped). Others' tags are left alone."""
     with file.writing():
         wanted: dict[str, tuple[str, str]] = {tag_of(*pair): pair for pair in file.all_points()}
-        there = {ref.name for ref in store.refs("tag") if ref.name.startswith(f"{PREFIX}/")}
+        there = {ref.name for ref in store.refs("tag") if _is_own(ref)}
         lost = [pair for name, pair in wanted.items() if name not in there and _is_commit(store, pair[1])]
         for thread, point in lost:
             hold(store, thread, [point])
@@ -77,6 +72,12 @@ def reconcile(store: Store, file: CheckpointFile) -> tuple[int, int]:
                 *(RefUpdate(name=name, kind="tag", target=None, expect="any", reason=reason) for name in left)
             )
         return len(lost), len(left)
+
+
+def _is_own(ref: Ref) -> bool:
+    """Whether it is called as `tag_of` calls the tags of its commit: `langgraph/best` is somebody else's."""
+    prefix, _, rest = ref.name.partition("/")
+    return prefix == PREFIX and rest.partition("/")[2] == short(ref.target, DIGITS)
 
 
 def _update(thread: str, point: str, why: str, target: str | None) -> RefUpdate:

@@ -63,20 +63,23 @@ class Trunks:
         the first one loads it."""
         with self._lock:
             gate = self._loading.setdefault(point, threading.Lock())
-        with gate:
-            child = self._child(point)
-            if child is not None:
-                return child, True
-            trunk = load()
-            try:
-                child = trunk.fork(1)[0]
-            except ThawError:
-                trunk.close()
-                raise
-            self.keep(point, trunk)
-        with self._lock:
-            self._loading.pop(point, None)
-        return child, False
+        try:
+            with gate:
+                child = self._child(point)
+                return (child, True) if child is not None else (self._loaded(point, load), False)
+        finally:
+            with self._lock:
+                self._loading.pop(point, None)
+
+    def _loaded(self, point: str, load: Callable[[], Session]) -> Session:
+        trunk = load()
+        try:
+            child = trunk.fork(1)[0]
+        except ThawError:
+            trunk.close()
+            raise
+        self.keep(point, trunk)
+        return child
 
     def _child(self, point: str) -> Session | None:
         with self._lock:

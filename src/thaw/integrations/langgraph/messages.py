@@ -8,7 +8,8 @@ whose digest is that of the messages before it, so code that edits, cuts or fork
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_openai_me
 
 from thaw.core.errors import Unsupported
 from thaw.core.ids import digest, is_id
+from thaw.core.text import require_text
 from thaw.engines.base import Message
 
 KEY = "thaw"
@@ -35,6 +37,10 @@ class CarriedPoint(msgspec.Struct, frozen=True, kw_only=True):
 def point_of(message: BaseMessage) -> str | None:
     """The commit at the end of this message, if it carries one: a point as `thaw` and `repo.session` take it."""
     record = message.response_metadata.get(KEY) if isinstance(message, AIMessage) else None
+    return _point_in(record)
+
+
+def _point_in(record: object) -> str | None:
     commit = record.get("point") if isinstance(record, dict) else None
     return commit if isinstance(commit, str) and is_id(commit) else None
 
@@ -59,10 +65,13 @@ def _plain(message: dict[str, Any]) -> Message:
 
 
 def told(messages: Sequence[Message]) -> list[str]:
-    """The digest of the conversation up to and with each message, ids of calls apart, which are new in every run."""
+    """The digest of the conversation up to and with each message, ids of calls apart, which are new in every run.
+
+    Raises `InvalidRequest` for half a character, which no tokenizer takes."""
     found: list[str] = []
-    for message in messages:
+    for i, message in enumerate(messages):
         text = json.dumps(_without_ids(message), sort_keys=True, ensure_ascii=False, default=str)
+        require_text(text, f"messages[{i}]")
         found.append(digest(f"{found[-1] if found else ''}{text}".encode()))
     return found
 
@@ -89,7 +98,8 @@ def carried(messages: Sequence[BaseMessage], digests: Sequence[str]) -> list[Car
 
 
 def points_in(value: object) -> set[str]:
-    """The commits named by any message in a value of a graph's state, however it is nested."""
+    """The commits named by any message in a value of a graph's state, however it is nested, and also where it was
+    dumped to a dict."""
     found: set[str] = set()
     seen: dict[int, object] = {}
     waiting: list[object] = [value]
@@ -98,7 +108,8 @@ def points_in(value: object) -> set[str]:
         if isinstance(one, (str, bytes, int, float, type(None), type)) or id(one) in seen:
             continue
         seen[id(one)] = one
-        commit = point_of(one) if isinstance(one, BaseMessage) else None
+        dumped = isinstance(one, dict) and "digest" in one
+        commit = point_of(one) if isinstance(one, BaseMessage) else _point_in(one) if dumped else None
         if commit is not None:
             found.add(commit)
         waiting += _parts(one)
@@ -107,9 +118,9 @@ def points_in(value: object) -> set[str]:
 
 def _parts(value: object) -> list[object]:
     """What a container, or an object with attributes, holds."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)
     slots = (name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ())))
     own = getattr(value, "__dict__", None)

@@ -11,6 +11,8 @@ async, and may ask a model. What a node adds to the state is plain messages.
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -87,15 +89,36 @@ async def _awinner(judge: Judge, messages: Sequence[BaseMessage], made: Sequence
 
 def _chosen(verdict: Any, made: Sequence[AIMessage]) -> AIMessage:
     """Of equal scores the first. Raises `InvalidRequest` for a verdict that chooses none of `made`."""
-    if not isinstance(verdict, int):
-        scores = list(verdict)
+    number = _number(verdict)
+    if number is None:
+        scores = _scores(verdict)
         if not made or len(scores) != len(made):
             raise InvalidRequest(f"the judge gave {len(scores)} scores for {len(made)} attempts; give one each")
-        verdict = max(range(len(scores)), key=scores.__getitem__)
-    if not 0 <= verdict < len(made):
-        raise InvalidRequest(f"the judge chose number {verdict} of {len(made)} attempts; they are numbered from 0")
-    winner: AIMessage = made[verdict]
+        number = max(range(len(scores)), key=scores.__getitem__)
+    if not 0 <= number < len(made):
+        raise InvalidRequest(f"the judge chose number {number} of {len(made)} attempts; they are numbered from 0")
+    winner: AIMessage = made[number]
     return winner
+
+
+def _number(verdict: Any) -> int | None:
+    """The winner's number, also where it is NumPy's or PyTorch's; None for scores."""
+    try:
+        return operator.index(verdict)
+    except TypeError:
+        return None
+
+
+def _scores(verdict: Any) -> list[float]:
+    try:
+        scores = [float(one) for one in verdict]
+    except (TypeError, ValueError):
+        raise InvalidRequest(
+            f"the judge gave {ascii(verdict)[:80]}; give the winner's number, or a score for each attempt"
+        ) from None
+    if any(map(math.isnan, scores)):
+        raise InvalidRequest(f"the judge gave scores that are no numbers: {ascii(scores)[:80]}")
+    return scores
 
 
 def _of(state: Any, name: str) -> Any:

@@ -28,6 +28,7 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from thaw.core.errors import InvalidRequest
+from thaw.core.text import require_text
 from thaw.integrations.langgraph import keeping
 from thaw.integrations.langgraph.checkpoints import CheckpointFile, CheckpointKey, CheckpointRow, WriteRow
 from thaw.integrations.langgraph.messages import points_in
@@ -80,7 +81,7 @@ class ThawSaver(BaseCheckpointSaver[str]):
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that `config` names, or the thread's newest; None where there is none."""
-        thread, ns = _thread(config), config["configurable"].get("checkpoint_ns", "")
+        thread, ns = _thread(config), _ns(config)
         id = get_checkpoint_id(config)
         with self._file.reading():
             key = CheckpointKey(thread, ns, id) if id else self._file.newest(thread, ns)
@@ -146,12 +147,12 @@ class ThawSaver(BaseCheckpointSaver[str]):
     ) -> RunnableConfig:
         """Store a checkpoint, and keep the points that it names. On disk on return."""
         thread, place = _thread(config), config["configurable"]
-        key = CheckpointKey(thread, place.get("checkpoint_ns", ""), checkpoint["id"])
+        key = CheckpointKey(thread, _ns(config), checkpoint["id"])
         about = get_checkpoint_metadata(config, metadata)
         row = CheckpointRow(
             key=key,
             parent=place.get("checkpoint_id"),
-            run=about.get("run_id"),
+            run=None if about.get("run_id") is None else _name(about["run_id"], "run_id"),
             data=self.serde.dumps_typed({k: v for k, v in checkpoint.items() if k != "channel_values"}),
             about=self.serde.dumps_typed(about),
         )
@@ -166,7 +167,7 @@ class ThawSaver(BaseCheckpointSaver[str]):
     ) -> None:
         """Store what a task wrote, and keep the points that it names. On disk on return."""
         thread, place = _thread(config), config["configurable"]
-        key = CheckpointKey(thread, place.get("checkpoint_ns", ""), place["checkpoint_id"])
+        key = CheckpointKey(thread, _ns(config), place["checkpoint_id"])
         rows = [
             WriteRow(
                 task=task_id, idx=WRITES_IDX_MAP.get(channel, i), channel=channel, path=task_path,
@@ -189,21 +190,23 @@ class ThawSaver(BaseCheckpointSaver[str]):
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """All checkpoints of a thread, as another thread's, which keeps their points too."""
-        if source_thread_id == target_thread_id:
+        source, target = _name(source_thread_id, "thread_id"), _name(target_thread_id, "thread_id")
+        if source == target:
             return
         with self._file.writing():
-            keeping.hold(self.repo.store, target_thread_id, self._file.points(source_thread_id))
-            self._file.copy(source_thread_id, target_thread_id)
+            keeping.hold(self.repo.store, target, self._file.points(source))
+            self._file.copy(source, target)
 
     def delete_thread(self, thread_id: str) -> None:
+        thread = _name(thread_id, "thread_id")
         with self._file.writing():
-            named = self._file.points(thread_id)
-            self._file.delete_thread(thread_id)
-        self._release({thread_id: named})
+            named = self._file.points(thread)
+            self._file.delete_thread(thread)
+        self._release({thread: named})
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         with self._file.writing():
-            named = self._delete(self._file.keys_of_runs(run_ids))
+            named = self._delete(self._file.keys_of_runs([_name(run, "run_id") for run in run_ids]))
         self._release(named)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
@@ -216,7 +219,7 @@ class ThawSaver(BaseCheckpointSaver[str]):
                 self.delete_thread(thread)
             return
         with self._file.writing():
-            named = self._delete([key for thread in thread_ids for key in self._superseded(thread)])
+            named = self._delete([key for thread in thread_ids for key in self._superseded(_name(thread, "thread_id"))])
         self._release(named)
 
     def _superseded(self, thread: str) -> Sequence[CheckpointKey]:
@@ -308,7 +311,16 @@ def _thread(config: RunnableConfig) -> str:
     thread = config.get("configurable", {}).get("thread_id")
     if thread is None:
         raise InvalidRequest('the config names no thread; give {"configurable": {"thread_id": …}}')
-    return str(thread)
+    return _name(thread, "thread_id")
+
+
+def _ns(config: RunnableConfig) -> str:
+    return _name(config["configurable"].get("checkpoint_ns") or "", "checkpoint_ns")
+
+
+def _name(value: object, what: str) -> str:
+    """As LangGraph's own savers take them: 7 and "7" are one thread. Raises `InvalidRequest` for what is no text."""
+    return require_text(str(value), what)
 
 
 def _config(key: CheckpointKey) -> RunnableConfig:

@@ -25,6 +25,14 @@
     return made;
   };
 
+  const safely = (handler) => async (event) => {
+    try {
+      await handler(event);
+    } catch (error) {
+      if (error.message !== "401") say("The gateway did not answer.");
+    }
+  };
+
   // -- asking the server
 
   async function ask(path, options) {
@@ -41,10 +49,23 @@
     return answer.text();
   }
 
+  // Of what takes the place of something: an error must not.
+  async function whole(path, options) {
+    const answer = await ask(path, options);
+    if (!answer.ok) throw new Error(`${answer.status}`);
+    return answer.text();
+  }
+
   function parsed(html) {
     const holder = document.createElement("template");
     holder.innerHTML = html;
-    return holder.content;
+    return ofTree(holder.content);
+  }
+
+  // In the tree arrow keys move, not Tab; without this script Tab does.
+  function ofTree(content) {
+    for (const link of content.querySelectorAll("[role=treeitem] > .row > a")) link.tabIndex = -1;
+    return content;
   }
 
   // -- the tree
@@ -60,19 +81,39 @@
     if (!item.hasAttribute("aria-expanded")) return;
     if (!group(item)) {
       if (isFile) { say(item.querySelector(":scope > .left-out")?.textContent ?? ""); return; }
+      const rows = await rowsFor(item, `of=${encodeURIComponent(item.dataset.point)}`);
+      if (!rows) return;
       const list = make("ul");
       list.setAttribute("role", "group");
-      list.append(parsed(await fragment(`/tree/rows?of=${encodeURIComponent(item.dataset.point)}`)));
+      list.append(rows);
       item.append(list);
     }
     item.setAttribute("aria-expanded", "true");
   }
 
+  const asking = new Set();
+
+  // The rows that an item stands for; nothing where they are being asked for already, or are not there any more.
+  async function rowsFor(item, query) {
+    if (asking.has(item)) return null;
+    asking.add(item);
+    try {
+      const answer = await ask(`/tree/rows?${query}`);
+      const rows = parsed(await answer.text());
+      if (answer.ok) return rows;
+      say(rows.textContent);
+      return null;
+    } finally {
+      asking.delete(item);
+    }
+  }
+
   const fold = (item) => item.setAttribute("aria-expanded", "false");
 
   async function more(item) {
-    const path = `/tree/rows?of=${encodeURIComponent(item.dataset.of)}&from=${encodeURIComponent(item.dataset.start)}`;
-    const rows = parsed(await fragment(path));
+    const query = `of=${encodeURIComponent(item.dataset.of)}&from=${encodeURIComponent(item.dataset.start)}`;
+    const rows = await rowsFor(item, query);
+    if (!rows || !item.isConnected) return;
     const first = rows.firstElementChild;
     item.replaceWith(rows);
     focusItem(first);
@@ -179,7 +220,7 @@
     const back = make("p");
     const button = make("button", "Back to the session");
     button.type = "button";
-    button.addEventListener("click", () => show(a));
+    button.addEventListener("click", safely(() => show(a)));
     back.append(button);
     detail.replaceChildren(back, found);
     detail.scrollTop = 0;
@@ -237,7 +278,7 @@
     const linked = target.closest("a[data-point]");
     if (linked && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
       event.preventDefault();
-      show(linked.dataset.point);
+      return show(linked.dataset.point);
     } else if (target.closest("button.compare")) startComparing(target.dataset.point);
     else if (target.closest("button.fork-here")) forkHere(target.dataset.point);
     else if (target.matches("i[title]")) say(`${JSON.stringify(target.textContent)}: ${target.title}`);
@@ -346,12 +387,11 @@
   }
 
   async function refresh(always) {
-    const now = await fragment("/tree/version");
+    const now = await whole("/tree/version");
     if (now === version && !always) return;
     const shut = [...sessions.querySelectorAll("[aria-expanded=false]")].map((item) => item.dataset.point).join(",");
     const body = new URLSearchParams({ open: unfolded(), shut, at: detail.dataset.point ?? "" });
-    const answer = await ask("/tree/sessions", { method: "POST", body });
-    const content = parsed(await answer.text());
+    const content = parsed(await whole("/tree/sessions", { method: "POST", body }));
     const focused = document.activeElement && itemOf(document.activeElement)?.id;
     const scroll = sessions.scrollTop;
     sessions.replaceChildren(content.getElementById("tree"));
@@ -380,13 +420,11 @@
     if (item) item.tabIndex = 0;
   }
 
-  const safely = (handler) => (event) => Promise.resolve(handler(event)).catch((error) => {
-    if (error.message !== "401") say("The gateway did not answer.");
-  });
   sessions.addEventListener("keydown", safely(onKey));
   sessions.addEventListener("click", safely(onClick));
-  detail.addEventListener("click", onDetailClick);
+  detail.addEventListener("click", safely(onDetailClick));
   detail.addEventListener("submit", safely(onSubmit));
+  ofTree(sessions);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape" && comparing) stopComparing(); });
   enter();
   if (!isFile) {
