@@ -21,6 +21,7 @@ VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
 VLLM_TESTS := tests/engines/on_vllm
 VLLM_LOADER := tests/weights/on_vllm
+VLLM_RAY := tests/with_ray/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23
@@ -155,7 +156,7 @@ test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
 
 test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
 	@echo "· tests on vLLM $(VLLM)"
-	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(VLLM_LOADER) $(PYTEST_ARGS)
+	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(VLLM_LOADER) $(VLLM_RAY) $(PYTEST_ARGS)
 	@$(VLLM_VENV)/bin/python -m pytest $(ALL_CORES) $(VLLM_TESTS) $(PYTEST_ARGS) || \
 		test $$? -eq 5 -a -n "$(PYTEST_ARGS)"
 
@@ -180,7 +181,7 @@ $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed mod
 soak-vllm: $(VLLM_VENV)/.installed model
 	@echo "· tests and soak on vLLM $(VLLM)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_LOADER) $(PYTEST_ARGS)
+		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_LOADER) $(VLLM_RAY) $(PYTEST_ARGS)
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"
