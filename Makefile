@@ -20,7 +20,7 @@ VLLM := 0.32
 VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
 VLLM_TESTS := tests/engines/on_vllm
-VLLM_MORE := tests/weights/on_vllm tests/remote/on_vllm
+VLLM_MORE := tests/weights/on_vllm tests/remote/on_vllm tests/with_ray/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23

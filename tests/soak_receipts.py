@@ -47,7 +47,11 @@ SUITES = {
     "sglang": (*SGLANG, "src/thaw/testing", "tests/engines/on_sglang"),
 }
 """Engines whose other releases leave a receipt of their whole suite, and what that covers besides the versions."""
-PYTHONS = {"tests/engines/on_vllm": ".venv-vllm", "tests/engines/on_sglang": ".venv-sglang"}
+PYTHONS = {
+    "tests/engines/on_vllm": ".venv-vllm",
+    "tests/with_ray/on_vllm": ".venv-vllm",
+    "tests/engines/on_sglang": ".venv-sglang",
+}
 
 
 class Group(NamedTuple):
@@ -114,8 +118,8 @@ def read_marks(file: Path, name: str) -> Iterator[tuple[str, str, tuple[str, ...
 
 
 def brought(file: Path, root: Path) -> tuple[str, ...]:
-    """What a file of tests brings along, by path: the laws that it imports from `thaw.testing`, the helpers beside it,
-    and what those import of the same."""
+    """What a file of tests brings along, by path: the laws that it imports from `thaw.testing`, the helpers beside it
+    or in a folder above, and what those import of the same."""
     found, left = [], [file]
     while left:
         new = [path for path in _imported(left.pop(), root) if path != file and path not in found]
@@ -139,7 +143,8 @@ def _module(module: str, file: Path, root: Path, name: str = "") -> Path | None:
     if module.partition(".")[0] == "thaw":
         base = root / "src" / module.replace(".", "/")
         return _offered(base, name, root) if module.startswith("thaw.testing") else None
-    beside = (folder / f"{module}.py" for folder in (file.parent, root / "tests"))
+    folders = (one for one in file.parents if one.is_relative_to(root / "tests"))
+    beside = (folder / f"{module}.py" for folder in folders)
     return next((path for path in beside if path.is_file() and not module.startswith("test_")), None)
 
 

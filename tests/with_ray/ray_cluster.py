@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from thaw.cluster import RayCluster
 from thaw.cluster.messages import LookAtNode, NodeCounts
@@ -27,6 +26,8 @@ class LocalCluster:
     """`address`: to give to a `RayCluster`."""
 
     def __init__(self, port: int = 0) -> None:
+        from ray.cluster_utils import Cluster  # the engines' environments load this file and may have no Ray
+
         logging.getLogger("ray").setLevel(logging.ERROR)
         head = {**NODE, "include_dashboard": False, **({"gcs_server_port": port} if port else {})}
         self.ray = Cluster(initialize_head=True, head_node_args=head)
@@ -35,10 +36,11 @@ class LocalCluster:
     def add(self, **more: Any) -> object:
         return self.ray.add_node(**NODE, **more)
 
-    def pool(self, **changes: Any) -> ForkPool:
-        """A pool of the fake engine. `cluster`: further settings of its own `RayCluster`."""
+    def pool(self, engine: str = "fake", **changes: Any) -> ForkPool:
+        """`cluster`: further settings of its own `RayCluster`."""
         backend = RayCluster(address=self.address, **changes.pop("cluster", {}))
-        return ForkPool("fake", **{"backend": backend, "step_s": 0.004, **changes})
+        own = {"step_s": 0.004} if engine == "fake" else {}
+        return ForkPool(engine, **{"backend": backend, **own, **changes})
 
 
 @contextlib.contextmanager
@@ -77,11 +79,11 @@ def pid_of(pool: ForkPool, worker: str) -> int:
 
 
 def end_node(node: ClusterNode, pids: list[int]) -> None:
-    """All that a machine takes along when it loses its power: the daemon and the engines."""
+    """All that a machine takes along when it loses its power: the daemon, the engines and what they started."""
     assert node.daemon is not None
     for pid in (node.daemon.pid, *pids):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)  # each leads a session of its own
 
 
 def keepers(cluster: LocalCluster, kind: str = "NodeKeeper") -> list[int]:

@@ -5,28 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import socket
-import threading
 import time
+from collections.abc import Callable
 
 import pytest
-from ray_cluster import LocalCluster, cluster_of, counts, end_node, keepers, nodes_of
+from ray_cluster import LocalCluster, cluster_of, counts, nodes_of
+from ray_harm import HELD, disturb_nodes, held
 
 import thaw
-from thaw.pool import ForkPool, Snapshot
 from thaw.testing.laws.pool_kit import TEXT, bits
-from thaw.testing.pool_soak import Soak, undisturbed
-from thaw.testing.pool_soak import bits as bits_of
+from thaw.testing.pool_soak import undisturbed
 
 SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=24, ignore_eos=True)
-BRANCHES, ROUNDS = 4, 30
-HARMS = ("engine", "keeper", "node", "raylet", "none", "none")
+BRANCHES = 4
+ROUNDS = 500 if os.environ.get("THAW_SOAK") else 30
 
 
 @pytest.mark.slow("thirty rounds with kills")
-def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(three_nodes: LocalCluster) -> None:
-    draw = random.Random(seed := random.getrandbits(30))
+@pytest.mark.longer_in_soak(
+    "500 rounds in place of 30", receipt="ray-soak", covers=("src/thaw/cluster", "src/thaw/pool")
+)
+@pytest.mark.timeout(3 * 3600)
+def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(
+    three_nodes: LocalCluster, soak_receipt: Callable[..., None]
+) -> None:
+    seed = random.getrandbits(30)
     with three_nodes.pool(workers=3, retries=8) as pool:
         assert len(nodes_of(pool)) == 3
         points = []
@@ -36,76 +40,15 @@ def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(three_nodes: Loca
             points.append(pool.snapshot(session))
             session.close()
         reference = undisturbed(pool, points, BRANCHES, SAMPLED)
-        soak = Soak()
-        received = Received()
-        for number in range(ROUNDS):
-            disturbed_round(three_nodes, pool, points, reference, draw, soak, number)
-            received.look(pool)
-        print(seed, dict(soak.counts), received.by_daemon)
-        assert soak.wrong == [], (seed, soak.wrong[:5])
-        assert soak.counts["equal"] == BRANCHES * ROUNDS and soak.counts["answered twice"] == 0
-        assert soak.counts["node"] + soak.counts["engine"] + soak.counts["raylet"] > 0
-        assert sum(received.by_daemon.values()) > 0, "KV went from daemon to daemon, by their sockets"
-        assert pool._backend.nodes.object_store_nbytes() == 0  # type: ignore[attr-defined]
-
-
-class Received:
-    """Bytes of KV that each daemon has received, by its pid. One that was killed takes its counts along, so they are
-    looked at after every round."""
-
-    def __init__(self) -> None:
-        self.by_daemon: dict[int, int] = {}
-
-    def look(self, pool: ForkPool) -> None:
-        with contextlib.suppress(thaw.ThawError):  # a daemon that was just killed
-            self.by_daemon.update({one.pid: one.received_nbytes for one in counts(pool).values()})
-
-
-def disturbed_round(
-    cluster: LocalCluster, pool: ForkPool, points: list[Snapshot], reference: list[list[object]], draw: random.Random,
-    soak: Soak, number: int,
-) -> None:  # fmt: skip
-    which, harm = draw.randrange(len(points)), draw.choice(HARMS)
-    round_ = pool.submit(points[which], BRANCHES, SAMPLED, spread=draw.choice((1, 2)), keep=False)
-    doing = threading.Timer(draw.random() * 0.3, do_harm, (cluster, pool, harm, soak))
-    doing.start()
-    results = round_.result(300, errors="return")
-    doing.join()
-    if harm == "raylet":
-        cluster.add()  # another node on the same machine: the daemon there is its own from now on
-    soak.counts["answered twice"] += round_.num_dropped
-    for result, expected in zip(results, reference[which], strict=True):
-        if result.error is not None:
-            soak.wrong.append(f"round {number}, {harm}: branch {result.index} failed: {result.error}")
-        elif bits_of(result) != expected:
-            soak.wrong.append(f"round {number}, {harm}: branch {result.index} differs")
-        else:
-            soak.counts["equal"] += 1
-
-
-def do_harm(cluster: LocalCluster, pool: ForkPool, harm: str, soak: Soak) -> None:
-    workers = {w.name: w.pid for w in pool.stats().workers if w.pid is not None}
-    far = [node for node in nodes_of(pool) if not node.is_home]
-    with contextlib.suppress(ProcessLookupError, IndexError):
-        if harm == "engine" and workers:
-            os.kill(next(iter(workers.values())), signal.SIGKILL)
-        elif harm == "keeper":
-            os.kill(keepers(cluster)[0], signal.SIGKILL)
-        elif harm == "node":
-            end_node(far[0], [one for key, one in pids_on(pool, far[0].key) if key in workers])
-        elif harm == "raylet":
-            left = [node for node in cluster.ray.list_all_nodes() if not node.head]
-            cluster.ray.remove_node(left[0], allow_graceful=False)
-        soak.counts[harm] += 1
-
-
-def pids_on(pool: ForkPool, key: str) -> list[tuple[str, int]]:
-    found = []
-    for worker in list(pool._fleet.workers):
-        life = worker.life
-        if life is not None and life.host.node.key == key and life.host.pid is not None:  # type: ignore[attr-defined]
-            found.append((worker.name, life.host.pid))
-    return found
+        soak, traffic = disturb_nodes(three_nodes, pool, points, reference, SAMPLED, rounds=ROUNDS, seed=seed)
+    print(seed, dict(soak.counts), traffic.counted())
+    held(soak, traffic, ROUNDS, seed)
+    soak_receipt(
+        what=f"{ROUNDS} rounds of {BRANCHES} branches of the fake engine on three Ray nodes of one machine, under "
+        "random kill -9 of engines, keepers, raylets, and nodes with all that ran there",
+        held=HELD,
+        seed=seed, counts=soak.counts, sockets=traffic.counted(),
+    )  # fmt: skip
 
 
 @pytest.mark.slow("all of Ray is ended and started again")
