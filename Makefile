@@ -21,6 +21,7 @@ VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
 VLLM_TESTS := tests/engines/on_vllm
 VLLM_LOADER := tests/weights/on_vllm
+VLLM_WHOLE := tests/snapshot/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23
@@ -28,6 +29,7 @@ SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
 SGLANG_TESTS := tests/engines/on_sglang
 SGLANG_LOADER := tests/weights/on_sglang
+SGLANG_WHOLE := tests/snapshot/on_sglang
 
 CODE := src tests benchmarks examples docs/generate.py
 
@@ -170,7 +172,7 @@ soak: $(INSTALLED) $(VLLM_VENV)/.installed $(SGLANG_VENV)/.installed model ## ev
 soak-sglang: $(SGLANG_VENV)/.installed model
 	@echo "· tests and soak on SGLang $(SGLANG)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(SGLANG_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(SGLANG_TESTS) $(SGLANG_LOADER) $(PYTEST_ARGS)
+		$(SGLANG_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(SGLANG_TESTS) $(SGLANG_LOADER) $(SGLANG_WHOLE) $(PYTEST_ARGS)
 
 $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed model
 	@echo "· tests on SGLang $*"
@@ -180,7 +182,7 @@ $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed mod
 soak-vllm: $(VLLM_VENV)/.installed model
 	@echo "· tests and soak on vLLM $(VLLM)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_LOADER) $(PYTEST_ARGS)
+		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_LOADER) $(VLLM_WHOLE) $(PYTEST_ARGS)
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"

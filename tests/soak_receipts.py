@@ -47,7 +47,12 @@ SUITES = {
     "sglang": (*SGLANG, "src/thaw/testing", "tests/engines/on_sglang"),
 }
 """Engines whose other releases leave a receipt of their whole suite, and what that covers besides the versions."""
-PYTHONS = {"tests/engines/on_vllm": ".venv-vllm", "tests/engines/on_sglang": ".venv-sglang"}
+PYTHONS = {
+    "tests/engines/on_vllm": ".venv-vllm",
+    "tests/engines/on_sglang": ".venv-sglang",
+    "tests/snapshot/on_vllm": ".venv-vllm",
+    "tests/snapshot/on_sglang": ".venv-sglang",
+}
 
 
 class Group(NamedTuple):
