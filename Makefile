@@ -28,6 +28,7 @@ SGLANG_OTHERS := 0.5.22
 SGLANG_VENV := .venv-sglang
 SGLANG_TESTS := tests/engines/on_sglang
 SGLANG_MORE := tests/weights/on_sglang tests/remote/on_sglang
+SGLANG_WHOLE := tests/snapshot/on_sglang
 
 CODE := src tests benchmarks examples docs/generate.py
 
@@ -170,7 +171,7 @@ soak: $(INSTALLED) $(VLLM_VENV)/.installed $(SGLANG_VENV)/.installed model ## ev
 soak-sglang: $(SGLANG_VENV)/.installed model
 	@echo "· tests and soak on SGLang $(SGLANG)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(SGLANG_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(SGLANG_TESTS) $(SGLANG_MORE) $(PYTEST_ARGS)
+		$(SGLANG_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(SGLANG_TESTS) $(SGLANG_MORE) $(SGLANG_WHOLE) $(PYTEST_ARGS)
 
 $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed model
 	@echo "· tests on SGLang $*"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,55 @@ def test_a_gateway_is_snapshotted_while_it_works(
     code, back = cli(capsys, "-C", str(tmp_path / "r"), "engine", "restore", "--engine", "fake")
     said = whole["output"][0]["content"][0]["text"]
     assert code == 0 and [one["text"] for one in back["requests"]] == [said]
+
+
+def test_a_request_that_no_session_holds_yet_is_named_as_lost(
+    tmp_path: Path, slow_engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its response is stored or not; one that has a session is in the snapshot, and is not named."""
+    pytest.importorskip("starlette")
+    from gateway_stand import Gateway
+    from thaw.gateway.settings import GatewaySettings
+    from thaw.gateway.tenants import single
+
+    gateway = Gateway(tmp_path / "r", slow_engine, single(TOKEN), GatewaySettings())
+    client = httpx.Client(base_url=gateway.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+    asked = {"model": "fake", "max_output_tokens": 3000, "background": True}
+    client.post("/v1/responses", json={**asked, "input": "a river"})
+    until(lambda: any(len(job._pieces) > 3 for job in gateway.service.jobs.values()))
+    held = threading.Event()
+    for verb in ("open", "fork"):
+        real = getattr(slow_engine, verb)
+        monkeypatch.setattr(slow_engine, verb, partial(late, held, real))
+    stored = client.post("/v1/responses", json={**asked, "input": "Why?"}).json()["id"]
+    chat = {"model": "fake", "max_tokens": 4, "messages": [{"role": "user", "content": "How?"}]}
+    said: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: said.append(client.post("/v1/chat/completions", json=chat)))
+    asking.start()
+    until(lambda: gateway.service.num_running == 3)
+    words = ("engine", "snapshot", gateway.url, "--api-key", TOKEN)
+    code, told = cli(capsys, *words)
+    held.set()
+    asking.join()
+    assert code == 8 and [one["running"] for one in told["snapshots"]] == [1]
+    assert [one["id"] for one in told["lost"]] == [stored, None]  # not the one that answers
+    assert told["lost"][1]["request"] == said[0].headers["x-request-id"] and said[0].status_code == 200
+    until(lambda: not gateway.service.num_running)
+    code, told = cli(capsys, *words, "--replace")
+    assert code == 0 and told["lost"] == []
+    gateway.close()
+
+
+def late(held: threading.Event, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    held.wait(60)
+    return real(*args, **more)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < ends
+        time.sleep(0.005)
 
 
 def test_only_operators_snapshot(repo: Repository, tmp_path: Path, engine: Engine) -> None:

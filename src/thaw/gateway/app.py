@@ -25,6 +25,7 @@ from thaw.gateway import draining
 from thaw.gateway.browser import routes as browser
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
+from thaw.gateway.job import REQUEST
 from thaw.gateway.metrics import Gauges
 from thaw.gateway.problems import ApiError, problem_of, told
 from thaw.gateway.repeats import detached
@@ -84,6 +85,7 @@ def _door(service: Service, path: str, handlers: dict[str, Handler]) -> Callable
     async def endpoint(request: Request) -> Response:
         started = time.perf_counter()
         number, context = f"req_{secrets.token_hex(12)}", None
+        REQUEST.set(number)
         try:
             check_host(service, request)
             tenant, key_id = service.tenants.of_key(_key(request))

@@ -9,6 +9,7 @@ a gateway that is stopped while it is drained has lost nothing either. For opera
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence, Set
 from typing import Annotated, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from starlette.responses import Response
 
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import responses
+from thaw.gateway.job import ReplyJob
 from thaw.gateway.problems import ApiError, invalid
 from thaw.gateway.reply import as_json
 from thaw.gateway.service import Service
@@ -49,12 +51,14 @@ class SnapshotAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 async def taken(context: GatewayContext, request: Request, body: bytes) -> Response:
-    """POST /admin/snapshot: while it works, one of each engine and namespace that has sessions."""
+    """POST /admin/snapshot: while it works, one of each engine and namespace that has sessions. `lost`: requests that
+    are in none of them."""
     _require_operator(context)
     try:
         asked = msgspec.json.decode(body or b"{}", type=SnapshotAsked)
     except msgspec.DecodeError as error:
         raise invalid("body", str(error)) from None
+    under_way, kept = context.service.under_way(), set[str]()
     found = []
     for one in context.service.engines.up:
         name = f"{asked.name}/{one.number}" if len(context.service.engines.all) > 1 else asked.name
@@ -63,9 +67,22 @@ async def taken(context: GatewayContext, request: Request, body: bytes) -> Respo
             repo = one.within(namespace).sync
             done = await call(snapshot, repo, name, replace=asked.replace)
             found.append(_told(namespace, one.number, done))
-    if not found:
+            kept |= {entry.session for entry in done.sessions}
+            kept |= {entry.session for entry in done.missed}  # told there
+    lost = _lost(context.service, under_way, kept)
+    if not found and not lost:
         raise invalid("name", "no session is open; there is nothing to keep")
-    return as_json({"snapshots": found})
+    return as_json({"snapshots": found, "lost": lost})
+
+
+def _lost(service: Service, under_way: Sequence[tuple[ReplyJob, str]], kept: Set[str]) -> list[dict[str, Any]]:
+    """Requests that were under way and are in no snapshot, by their ids: no session had their prompt yet."""
+    names = {job: id for (_, id), job in service.jobs.items()}
+    return [
+        {"id": names.get(job), "request": job.request, "namespace": namespace, "why": "no session had its prompt yet"}
+        for job, namespace in under_way
+        if not job.task.done() and (job.session is None or job.session.sync.engine_ref not in kept)
+    ]
 
 
 def _told(namespace: str, engine: int, done: EngineSnapshot) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 
 import msgspec
 
@@ -24,11 +25,14 @@ from thaw.gateway.place import Place
 from thaw.gateway.problems import told
 from thaw.gateway.reading import SpeechReader
 from thaw.gateway.speech import Said, ToolCall, merged_said
-from thaw.repo.aio import AsyncStream
+from thaw.repo.aio import AsyncSession, AsyncStream
 from thaw.repo.bridge import call, each
 from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult
 from thaw.repo.stream import Stream
+
+REQUEST: ContextVar[str] = ContextVar("thaw.gateway.request", default="")
+"""The number of the request that is answered, as its reply's header `x-request-id` says it; "" where none is."""
 
 
 class Given:
@@ -92,6 +96,10 @@ class ReplyJob:
         prompt. `said`: pieces from before it was parked. `ran` is told of tokens as the engine samples them."""
         self.asked = asked
         self.name = secrets.token_hex(8)
+        self.request = REQUEST.get()
+        """The number of the request that asked for it."""
+        self.session: AsyncSession | None = None
+        """Where it runs; None until its place is found."""
         self.begun: asyncio.Future[RequestBegun] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
         self.began = time.time()
@@ -190,6 +198,7 @@ class ReplyJob:
     async def _go_on(self, place: Place) -> None:
         try:
             self.asked = msgspec.structs.replace(self.asked, sampling=place.sampling)
+            self.session = place.session
             self._stream = self._ask(place)
             work = await self._stream.sync()
             self.read = True

@@ -95,6 +95,10 @@ class Service:
         """Jobs of a namespace that are under way, oldest first."""
         return [job for job, its in self._running.items() if its == namespace]
 
+    def under_way(self) -> list[tuple[ReplyJob, str]]:
+        """All jobs that are under way, oldest first, with their namespaces."""
+        return list(self._running.items())
+
     def within(self, tenant: Tenant) -> AsyncRepository:
         return self.engines.any.within(tenant.namespace)
 

@@ -45,12 +45,14 @@ def snapshot(named: str | None, url: str | None, name: str, replace: bool, key: 
     URL is the address of a `thaw serve`; default: http://127.0.0.1:8790. Nothing stops. A program with an engine of its
     own calls thaw.snapshot.snapshot(repo). `thaw push NAME` sends a snapshot, `thaw engine restore NAME` resumes it.
 
-    Exit code 8: a session could not be captured; the output names it.
+    Exit code 8: a session could not be captured, or a request was so new that no session had its prompt; the output
+    names them.
     """
     del named  # the gateway's repository
     where = url or admin.DEFAULT_URL
     told = admin.ask(where, "snapshot", {"name": name, "replace": replace}, LIMIT_S, key)
-    missed = [one["why"] for each in told["snapshots"] for one in each["missed"]]
+    missed = [f"not captured: {one['why']}" for each in told["snapshots"] for one in each["missed"]]
+    missed += [f"not in it: request {one['id'] or one['request']}: {one['why']}" for one in told["lost"]]
     if as_json:
         output.print_json({"url": where, **told})
         return INCOMPLETE if missed else 0
@@ -59,7 +61,7 @@ def snapshot(named: str | None, url: str | None, name: str, replace: bool, key: 
         within = f" in {one['namespace']}" if one["namespace"] else ""
         output.line(f"{output.style(one['name'], 'bold', 'green')} {one['commit'][3:15]}{within}: {counts}")
     for why in missed:
-        output.line(output.style(f"not captured: {why}", "red"))
+        output.line(output.style(why, "red"))
     return INCOMPLETE if missed else 0
 
 
