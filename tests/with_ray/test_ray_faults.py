@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import time
-from collections.abc import Callable
 
 import pytest
 from ray_cluster import LocalCluster, cluster_of, counts, nodes_of
-from ray_harm import HELD, disturb_nodes, held
+from ray_harm import disturb_nodes, held
 
 import thaw
 from thaw.testing.laws.pool_kit import TEXT, bits
 from thaw.testing.pool_soak import undisturbed
 
 SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=24, ignore_eos=True)
-BRANCHES = 4
-ROUNDS = 500 if os.environ.get("THAW_SOAK") else 30
+BRANCHES, ROUNDS = 4, 30
 
 
 @pytest.mark.slow("thirty rounds with kills")
-@pytest.mark.longer_in_soak(
-    "500 rounds in place of 30", receipt="ray-soak", covers=("src/thaw/cluster", "src/thaw/pool")
-)
-@pytest.mark.timeout(3 * 3600)
-def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(
-    three_nodes: LocalCluster, soak_receipt: Callable[..., None]
-) -> None:
+@pytest.mark.timeout(1800)
+def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(three_nodes: LocalCluster) -> None:
     seed = random.getrandbits(30)
     with three_nodes.pool(workers=3, retries=8) as pool:
         assert len(nodes_of(pool)) == 3
@@ -43,12 +35,6 @@ def test_thirty_rounds_on_three_nodes_come_as_undisturbed_ones(
         soak, traffic = disturb_nodes(three_nodes, pool, points, reference, SAMPLED, rounds=ROUNDS, seed=seed)
     print(seed, dict(soak.counts), traffic.counted())
     held(soak, traffic, ROUNDS, seed)
-    soak_receipt(
-        what=f"{ROUNDS} rounds of {BRANCHES} branches of the fake engine on three Ray nodes of one machine, under "
-        "random kill -9 of engines, keepers, raylets, and nodes with all that ran there",
-        held=HELD,
-        seed=seed, counts=soak.counts, sockets=traffic.counted(),
-    )  # fmt: skip
 
 
 @pytest.mark.slow("all of Ray is ended and started again")
