@@ -50,6 +50,7 @@ SUITES = {
 PYTHONS = {
     "tests/engines/on_vllm": ".venv-vllm",
     "tests/engines/on_sglang": ".venv-sglang",
+    "tests/snapshot/on_vllm": ".venv-vllm",
     "tests/snapshot/on_sglang": ".venv-sglang",
 }
 
