@@ -21,6 +21,7 @@ VLLM_OTHERS := 0.26 0.29
 VLLM_VENV := .venv-vllm
 VLLM_TESTS := tests/engines/on_vllm
 VLLM_MORE := tests/weights/on_vllm tests/remote/on_vllm tests/with_ray/on_vllm
+VLLM_WHOLE := tests/snapshot/on_vllm
 
 # SGLang on CPU, likewise. constraints-sglang.txt says why the recipe is what it is.
 SGLANG := 0.5.23
@@ -181,7 +182,7 @@ $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed mod
 soak-vllm: $(VLLM_VENV)/.installed model
 	@echo "· tests and soak on vLLM $(VLLM)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
-		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_MORE) $(PYTEST_ARGS)
+		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_MORE) $(VLLM_WHOLE) $(PYTEST_ARGS)
 
 $(VLLM_OTHERS:%=soak-vllm-%): soak-vllm-%: $(VLLM_VENV)-%/.installed model
 	@echo "· tests on vLLM $*"

@@ -51,6 +51,7 @@ PYTHONS = {
     "tests/engines/on_vllm": ".venv-vllm",
     "tests/with_ray/on_vllm": ".venv-vllm",
     "tests/engines/on_sglang": ".venv-sglang",
+    "tests/snapshot/on_vllm": ".venv-vllm",
     "tests/snapshot/on_sglang": ".venv-sglang",
 }
 
