@@ -27,6 +27,7 @@ from thaw.core.errors import (
     EngineDied,
     IdentityMismatch,
     InvalidRequest,
+    NotFound,
     NotHit,
     StaleSession,
     ThawError,
@@ -165,6 +166,26 @@ def measured(cache: Path, *, load_s: float, prefill_s: float, step_s: float | No
     for branches in (1, 8) if step_s is not None else ():
         rates.stepped(branches, step_s * branches)
     rates.save()
+
+
+def test_a_snapshot_inside_a_session_that_was_captured_before_is_of_that_point(cache: Path) -> None:
+    """Its bytes are there: they belong to the snapshot of the whole session. Only the position is another."""
+    with ForkPool("fake", workers=2, backend="inline") as pool:
+        session = pool.session(seed=7)
+        session.append("A document that every branch needs. " * 5)
+        at, other = session.num_tokens - 3, elsewhere(pool, session)
+        whole = pool.snapshot(session)
+        inside, inner = pool.snapshot(session, at=at), pool.snapshot(whole, at=at - 5)
+        assert (whole.num_tokens, inside.num_tokens, inner.num_tokens) == (at + 3, at, at - 5)
+        asked = {"seed": 1, "worker": other}
+        there = pool.fork(session, 2, GREEDY, at=at, **asked)
+        assert bits(pool.fork(inside, 2, GREEDY, **asked)) == bits(there) != bits(pool.fork(whole, 2, GREEDY, **asked))
+        assert bits(pool.fork(inside, 2, GREEDY, at=at - 5, **asked)) == bits(pool.fork(inner, 2, GREEDY, **asked))
+        with pytest.raises(NotFound, match=f"in 1 … {at}"):
+            pool.fork(inside, 2, GREEDY, at=at + 1)
+        whole.release()
+        pool.drain(session.worker)
+        assert bits(pool.fork(inside, 2, GREEDY, seed=1)) == bits(there)
 
 
 @pytest.mark.parametrize(("load_s", "prefill_s", "action"), [(1.0, 0.01, "prefill"), (0.01, 1.0, "hydrate")])

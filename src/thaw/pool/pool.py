@@ -223,7 +223,9 @@ class ForkPool:
             return PoolSession(life, ref)
 
     def snapshot(self, point: object, *, at: int | None = None) -> Snapshot:
-        """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there."""
+        """Put a live session (or a result) into the arena, so that it outlives its worker. Returns when it is there.
+
+        `at`: only its first tokens. Where more of the session is in the arena already, the snapshot refers to that."""
         self._check_open()
         where = self._resolver.find(point, at)
         if where.plain:
@@ -238,7 +240,7 @@ class ForkPool:
             )
         if where.stored.shared is None:
             raise InvalidRequest("the point is stored in the pool's repository already; fork from it by its name")
-        return Snapshot(where.stored.shared)
+        return Snapshot(where.stored.shared, where.at)
 
     # -- workers
 

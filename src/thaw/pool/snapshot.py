@@ -7,11 +7,12 @@ from thaw.pool.shm.shared_store import SharedPoint
 
 
 class Snapshot:
-    """Made by `ForkPool.snapshot`. Its bytes are kept until `release`, or until nobody holds it."""
+    """Made by `ForkPool.snapshot`. Its bytes are kept until `release`, or until nobody holds it. It is of the first
+    `num_tokens` tokens of `point`, which may have more: it was captured for another one."""
 
-    def __init__(self, point: SharedPoint) -> None:
+    def __init__(self, point: SharedPoint, num_tokens: int) -> None:
         self._point: SharedPoint | None = point
-        self.num_tokens = point.point.num_tokens
+        self.num_tokens = num_tokens
 
     @property
     def point(self) -> SharedPoint:

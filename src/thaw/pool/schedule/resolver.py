@@ -52,7 +52,8 @@ class PointResolver:
                 raise InvalidRequest(f"branch {point.index} has no session to go on from: {why}")
             point = point.session
         if isinstance(point, Snapshot):
-            return self._of_arena(point.point, at, seed)
+            whole, at = point.point, check_at(at, point.num_tokens)
+            return self._of_arena(whole, at if at < whole.point.num_tokens else None, seed)
         if isinstance(point, Session):
             return self._of_session(point, at, seed)
         if isinstance(point, (str, Point, ResolvedPoint)):
