@@ -44,6 +44,7 @@ def test_keys_move_in_the_tree_and_a_session_is_shown(file: Path, open_tab: Open
     focused = "document.activeElement.closest('[role=treeitem]').dataset.point"
     ends = [short(repo.resolve(name).commit, 16) for name in ("main", "kid/1", "deep", "kid/0")]
     page.locator("[role=treeitem][tabindex='0']").focus()
+    assert page.locator("[role=treeitem] a").evaluate_all("links => links.every((link) => link.tabIndex === -1)")
     seen = [page.evaluate(focused)]
     for _ in range(3):
         page.keyboard.press("ArrowDown")

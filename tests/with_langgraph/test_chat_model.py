@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +383,28 @@ def test_many_answers_leave_nothing_behind_but_the_sessions_that_stay_open(place
         messages += [model.invoke(messages), HumanMessage(f"And then, {number}?")]
     trunks = model._source._trunks
     assert len(trunks._sessions) == 2 and trunks._loading == {}
+
+
+@pytest.mark.parametrize("over", ["engine", "gateway"])
+def test_what_cannot_be_sent_or_recorded_is_named_before_anything_is_asked(
+    over: str, place: Any, request: pytest.FixtureRequest
+) -> None:
+    make = partial(model_of, request.getfixturevalue("gateway")) if over == "gateway" else place.model
+    with pytest.raises(InvalidRequest, match="note holds half a character"):
+        make(note="\ud800")
+    model = make()
+    for value in (object(), "\ud800", float("nan")):
+        with pytest.raises(InvalidRequest, match="chat_template_kwargs: must be JSON"):
+            model.bind(chat_template_kwargs={"x": value}).invoke(ASKED)
+    model.close()
+    assert point_of(model.invoke(ASKED))
+
+
+def test_an_address_or_key_that_is_none_is_named_and_not_shown() -> None:
+    for url in ("nonsense", "http://[::1", "ftp://127.0.0.1", ""):
+        with pytest.raises(InvalidRequest, match="base_url="):
+            ChatThaw(base_url=url, api_key="key")
+    for key in ("schlüssel", "a\nb"):
+        with pytest.raises(InvalidRequest, match="api_key: must be printable ASCII") as refused:
+            ChatThaw(base_url="http://127.0.0.1:1", api_key=key)
+        assert key not in str(refused.value)

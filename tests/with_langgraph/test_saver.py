@@ -314,6 +314,8 @@ def test_what_is_asked_wrongly_is_named(place: Any) -> None:
         saver.prune(["story"], strategy="keep_all")
     with pytest.raises(InvalidRequest, match="thread_id"):
         saver.get_tuple({"configurable": {}})
+    with pytest.raises(InvalidRequest, match="thread_id"):
+        list(saver.list({}))
 
 
 def test_tags_that_somebody_else_made_are_left_alone(begin: Callable[..., Any]) -> None:

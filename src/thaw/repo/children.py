@@ -25,7 +25,7 @@ def free_name(repo: Repository, name: str | None, n: int) -> str:
     """The branches' common name; checked before anything runs, so that no work is lost to a name."""
     taken = {ref.name for ref in repo.store.refs()}
     if name is not None:
-        require_own(repo.store, f"{name}/0")
+        require_own(repo.store, f"{name}/{n - 1}")  # the longest one
         used = [f"{name}/{i}" for i in range(n) if f"{name}/{i}" in taken]
         if used:
             raise InvalidRequest(f"{', '.join(used[:4])} exist already; choose another --name, or delete them first.")

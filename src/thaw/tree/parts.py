@@ -191,7 +191,7 @@ class RowMaker:
         commit = self._outline.commits[session.tip]
         if commit.only_on:
             return join(
-                el("a", f"commit {short(commit.id)}, not fetched", href=self._link(point), tabindex="-1"),
+                el("a", f"commit {short(commit.id)}, not fetched", href=self._link(point)),
                 *self._names(session),
                 el("small", _together(where(self._outline, commit.id))),
             )
@@ -200,7 +200,7 @@ class RowMaker:
         memories = sorted({memory for one in living for memory in one.memories}, reverse=True)
         part = self._history.own_part(session.tip, self._outline.base_here(session))
         return join(
-            el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point), tabindex="-1"),
+            el("a", one_line(commit.message, MESSAGE) or "(no message)", href=self._link(point)),
             *self._names(session),
             el("i", words.count(running, "request") + " running", class_="running") if running else None,
             el("small", self._figures(session, part, memories), class_="live" if living else None),

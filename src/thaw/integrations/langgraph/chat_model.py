@@ -32,6 +32,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.core.sampling import Sampling
+from thaw.core.text import require_text
 from thaw.integrations.langgraph.asking import AnswerPart, CallMade, ChatAnswer, ChatAsk, ChatSource
 from thaw.integrations.langgraph.messages import KEY, as_openai, carried, told
 from thaw.pool import ForkPool
@@ -75,6 +76,7 @@ class ChatThaw(BaseChatModel):
     def model_post_init(self, context: Any, /) -> None:
         """Raises `InvalidRequest` unless it is clear where answers come from."""
         super().model_post_init(context)
+        require_text(self.note, "note")
         given = [name for name in ("repo", "pool", "base_url") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InvalidRequest(f"ChatThaw: give one of repo, pool, base_url; given: {', '.join(given) or 'none'}")
@@ -260,6 +262,8 @@ class ChatThaw(BaseChatModel):
             raise InvalidRequest(f"ChatThaw: unknown argument {min(given)!r}; sampling has {known}")
         if type(n) is not int or n < 1:
             raise InvalidRequest(f"n={n!r}: how many answers, at least 1")
+        _require_json("chat_template_kwargs", variables)
+        _require_json("tools", tools)
         said = as_openai(messages)
         return ChatAsk(
             messages=tuple(said),
@@ -321,6 +325,14 @@ def _changed(sampling: Sampling, changed: Mapping[str, Any]) -> Sampling:
     """Raises `BadSampling`."""
     fields = {name: getattr(sampling, name) for name in SAMPLING}
     return Sampling(**{**fields, **changed}) if changed else sampling
+
+
+def _require_json(name: str, value: object) -> None:
+    """Raises `InvalidRequest` for what can be neither recorded with a turn nor sent."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{name}: must be JSON values: {ascii(str(error))[:200]}") from None
 
 
 def _schema(schema: dict[str, Any] | type) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class GatewaySource:
     """`model` "" takes the gateway's own. `timeout_s`: until an answer, or in a stream its next piece, is there."""
 
     def __init__(self, base_url: str, api_key: str, model: str, note: str, timeout_s: float) -> None:
-        root = base_url.rstrip("/")
+        root = _checked_url(base_url).rstrip("/")
+        if not _is_sendable(api_key):
+            raise InvalidRequest("api_key: must be printable ASCII characters, as a header can carry them")
         self._url = f"{root if root.endswith('/v1') else f'{root}/v1'}/chat/completions"
         self._model, self._note = model, note
         self._options: dict[str, Any] = {"headers": {"Authorization": f"Bearer {api_key}"}, "timeout": timeout_s}
@@ -44,7 +46,9 @@ class GatewaySource:
         """The gateway says whether its engine can, when it is asked."""
 
     def close(self) -> None:
-        self._client.close()
+        """Close its connections; a later call makes new ones."""
+        client, self._client = self._client, httpx.Client(**self._options)
+        client.close()
 
     # -- answers
 
@@ -125,6 +129,21 @@ class GatewaySource:
             **({"chat_template_kwargs": ask.variables} if ask.variables else {}),
             **({"n": ask.n, "logprobs": True} if ask.n > 1 else {}),
         }
+
+
+def _checked_url(url: str) -> str:
+    """Raises `InvalidRequest` unless it is one of a gateway."""
+    try:
+        scheme = httpx.URL(url).scheme
+    except httpx.InvalidURL:
+        scheme = ""
+    if scheme not in ("http", "https"):
+        raise InvalidRequest(f"base_url={ascii(url)[:200]}: must be a gateway's address, such as http://127.0.0.1:8790")
+    return url
+
+
+def _is_sendable(key: str) -> bool:
+    return key.isascii() and (not key or key.isprintable())
 
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:

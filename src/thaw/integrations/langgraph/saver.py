@@ -96,7 +96,7 @@ class ThawSaver(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
         """Of a thread or, without `config`, of all, newest first. `filter`: values that the metadata must have."""
-        place = {} if config is None else config["configurable"]
+        place = {} if config is None else config.get("configurable", {})
         keys = self._file.keys(
             thread=None if config is None else _thread(config),
             ns=place.get("checkpoint_ns"),

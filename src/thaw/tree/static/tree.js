@@ -71,7 +71,13 @@
   function parsed(html) {
     const holder = document.createElement("template");
     holder.innerHTML = html;
-    return holder.content;
+    return ofTree(holder.content);
+  }
+
+  // In the tree arrow keys move, not Tab; without this script Tab does.
+  function ofTree(content) {
+    for (const link of content.querySelectorAll("[role=treeitem] > .row > a")) link.tabIndex = -1;
+    return content;
   }
 
   // -- the tree
@@ -547,6 +553,7 @@
   sessions.addEventListener("click", safely(onClick));
   detail.addEventListener("click", safely(onDetailClick));
   detail.addEventListener("submit", safely(onSubmit));
+  ofTree(sessions);
   detail.addEventListener("keydown", onTokenKey);
   document.addEventListener("keydown", safely((event) => {
     if (event.key !== "Escape") return;
