@@ -71,7 +71,7 @@ def last_said(messages: Sequence[Message]) -> str:
     content = next((one.get("content") for one in reversed(messages) if one.get("role") == "user"), None)
     if isinstance(content, list):
         content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return one_line(content or "", NOTE) or "langgraph"
+    return one_line(str(content or ""), NOTE) or "langgraph"
 
 
 def told(messages: Sequence[Message]) -> list[str]:
