@@ -355,14 +355,14 @@ def test_forks_while_forks_run_get_branches_of_their_own(speaking: Gateway) -> N
     """A branch is made when its child ends; until then its name is taken, too."""
     read(speaking, namespace="acme")
     visitor = Visitor(speaking)
-    long = {"prompt": say("and so on " * 60), "n": "2", "max_tokens": "600"}
+    long = {"prompt": say("and so on " * 30), "n": "2", "max_tokens": "300"}
     with ThreadPoolExecutor(4) as threads:
         said = [done.json()["said"] for done in threads.map(lambda _: visitor.fork("main", **long), range(4))]
     prefixes = ("fork", "fork2", "fork3", "fork4")
     assert sorted(said) == sorted(f"2 children: {name}/0 … {name}/1" for name in prefixes)
     assert visitor.fork("main", name="fork3").status_code == 400
     wanted = {"main", *(f"{name}/{i}" for name in prefixes for i in range(2))}
-    until(lambda: {ref.name for ref in speaking.repo.within("acme").branches()} == wanted, 60)
+    until(lambda: {ref.name for ref in speaking.repo.within("acme").branches()} == wanted, 120)
 
 
 def wait_for(visitor: Visitor, name: str) -> None:
