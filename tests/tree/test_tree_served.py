@@ -321,6 +321,7 @@ def test_a_panel_that_is_out_of_date_deletes_and_moves_nothing(gateway: Gateway)
         found = visitor.http.get(f"/tree/point?at={point}").text
         return dict(re.findall(r'<input type="hidden" name="(point|seen)" value="(\w+)"', found))
 
+    assert "fake (Fake), uint8" in visitor.http.get(f"/tree/point?at={shown}").text
     stale = panel(shown)
     assert visitor.post("adopt", **panel(other), branch="main").status_code == 200
     main = repo.resolve("main").commit
