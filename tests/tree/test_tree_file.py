@@ -172,6 +172,26 @@ def test_a_file_of_a_point_holds_what_led_to_it_and_came_of_it(
     assert "kid 1" in capsys.readouterr().out
 
 
+def test_without_its_script_a_file_promises_no_more_than_it_has(repo: Repository) -> None:
+    """What it says of choosing and of keys is there for the script alone."""
+    session = repo.session()
+    session.append("a document. ")
+    session.commit("read", branch="main")
+    seen = Page(page_of(repo))
+    assert "Without JavaScript only the list" in seen.text and "Arrow keys" not in seen.text
+    assert any(name == "data-said" and "Arrow keys" in (value or "") for name, value in seen.attributes)
+
+
+def test_a_long_name_is_whole_in_its_title(repo: Repository) -> None:
+    session = repo.session()
+    session.append("a document. ")
+    session.commit("read", branch="main")
+    name = "langgraph/review/" + "0f" * 30
+    repo.tag(name, "main")
+    titles = [value for name, value in Page(page_of(repo)).attributes if name == "title"]
+    assert titles == [f"tag: {name}"]
+
+
 def test_an_empty_repository_has_a_page_too(repo: Repository) -> None:
     assert "No commits yet" in page_of(repo)
 

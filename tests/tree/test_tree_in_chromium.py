@@ -62,8 +62,47 @@ def test_keys_move_in_the_tree_and_a_session_is_shown(file: Path, open_tab: Open
     assert page.locator("#detail .turn").count() == 3
     assert page.locator("#detail .completion i[title]").count() == 30
     page.locator("#detail .completion i[title]").first.click()
-    assert "over the next" in page.locator("#status").inner_text() or "under" in page.locator("#status").inner_text()
+    told = page.locator("#status").inner_text()
+    assert "log probability" in told and ("over the next" in told or "under" in told)
     assert tab.wrong == []
+
+
+def test_tokens_are_one_stop_of_the_tab_key_and_arrows_move_in_them(file: Path, open_tab: OpenTab) -> None:
+    page = open_tab().page
+    page.goto(file.as_uri())
+    page.locator("[role=treeitem] > .row > a").nth(1).click()
+    tokens = page.locator("#detail .completion i[title]")
+    assert page.locator("#detail i[tabindex]").count() == 1
+    page.locator("button.compare").focus()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('i[title]')"):
+            break
+    for key, at in (("Enter", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 29), ("Home", 0)):
+        page.keyboard.press(key)
+        assert tokens.nth(at).evaluate("one => one === document.activeElement && one.matches('.chosen[tabindex]')")
+        assert page.locator("#status").inner_text().split(" ✕")[0].endswith(tokens.nth(at).get_attribute("title"))
+        assert page.locator("#detail i[tabindex]").count() == page.locator("#detail i.chosen").count() == 1
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Escape")
+    assert page.locator("#status").inner_text() == ""
+
+
+def test_escape_ends_a_comparison(file: Path, open_tab: OpenTab) -> None:
+    page = open_tab().page
+    page.goto(file.as_uri())
+    rows = page.locator("[role=treeitem] > .row > a")
+    rows.nth(1).click()
+    page.locator("button.compare").click()
+    page.keyboard.press("Escape")
+    rows.nth(3).click()
+    assert page.locator(".side").count() == 0
+    page.locator("button.compare").click()
+    rows.nth(1).click()
+    assert page.locator(".side").count() == 2
+    page.keyboard.press("Escape")
+    assert page.locator(".side").count() == 0 and page.locator("#detail .turn").count() == 3
+    assert page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
 
 
 def test_two_sessions_are_compared_where_they_part(file: Path, open_tab: OpenTab, repo: Repository) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -144,6 +145,33 @@ def test_margins_are_those_that_were_recorded(repo: Repository) -> None:
         best_other = max(value for other, value in top if other != token.token)
         assert token.margin == logprob - best_other
         assert (token.colour == -1) == (token.margin < 0)
+
+
+def test_the_legend_has_every_colour_and_says_how_margins_are_recorded(repo: Repository) -> None:
+    for name, logprobs in (("with", 2), ("without", 0)):
+        with repo.session() as session:
+            session.generate("What?", thaw.Sampling(max_tokens=40, logprobs=logprobs))
+            session.commit(name, branch=name)
+    codec = repo.engine.codec
+    turns = {name: read_point(repo, name, codec).turns for name in ("with", "without")}
+    told = {name: str(parts.legend(found)) for name, found in turns.items()}
+    swatches = {name: re.findall(r'<i class="(\w+)">', one) for name, one in told.items()}
+    assert swatches == {"with": ["x", "m0", "m1", "m2", "m3", "m4"], "without": ["m0", "m1", "m2", "m3", "m4"]}
+    assert "--logprobs 2" in told["without"] and "--logprobs" not in told["with"]
+    both = str(parts.legend([*turns["with"], *turns["without"]]))
+    assert re.findall(r'<i class="(\w+)">', both) == [*swatches["with"], *swatches["without"]]
+    title = parts._told(next(token for token in turns["without"][-1].tokens or ()))
+    assert title.startswith("log probability -")
+
+
+def test_a_prompt_of_several_messages_says_so(repo: Repository) -> None:
+    with repo.session() as session:
+        session.append(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}])
+        session.append(messages=[{"role": "user", "content": "And now?"}])
+        session.commit("asked", branch="main")
+    first, second = read_point(repo, "main", repo.engine.codec).turns
+    assert "prompt of 2 messages: system, user" in parts.turn_part(first, "main", parts.FragmentRoom())
+    assert " · user · " in parts.turn_part(second, "main", parts.FragmentRoom())
 
 
 def test_without_a_tokenizer_tokens_have_numbers_alone(repo: Repository) -> None:

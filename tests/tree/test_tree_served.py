@@ -174,7 +174,7 @@ ACTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("fork", {"point": "main", "prompt": "x", "n": "1", "max_tokens": "4", "temperature": "1", "name": "f"}),
     ("adopt", {"point": "main", "branch": "adopted"}),
     ("tag", {"point": "main", "name": "tagged"}),
-    ("forget", {"point": "main", "what": "branch:other"}),
+    ("forget", {"point": "other", "what": "branch:other"}),
 )
 
 
@@ -310,6 +310,46 @@ def test_fork_adopt_tag_and_forget_do_what_the_verbs_do(gateway: Gateway) -> Non
     ):
         assert visitor.fork("main", **bad).status_code == 400
     assert visitor.post("adopt", point="main", branch="HEAD").status_code == 400
+
+
+def test_a_panel_that_is_out_of_date_deletes_and_moves_nothing(gateway: Gateway) -> None:
+    """What a name is must be where the panel showed it; a new panel acts, and its deletion can be taken back."""
+    shown, other, repo = read(gateway), read(gateway, branch="other"), gateway.repo
+    visitor = Visitor(gateway)
+
+    def panel(point: str) -> dict[str, str]:
+        found = visitor.http.get(f"/tree/point?at={point}").text
+        return dict(re.findall(r'<input type="hidden" name="(point|seen)" value="(\w+)"', found))
+
+    assert "fake (Fake), uint8" in visitor.http.get(f"/tree/point?at={shown}").text
+    stale = panel(shown)
+    assert visitor.post("adopt", **panel(other), branch="main").status_code == 200
+    main = repo.resolve("main").commit
+    for act, form in (
+        ("forget", {**stale, "what": "branch:main"}),
+        ("adopt", {**stale, "branch": "main"}),
+    ):
+        refused = visitor.post(act, **form)
+        assert refused.status_code == 409 and short(main) in refused.json()["error"], refused.text
+        assert "nothing was" in refused.json()["error"] and repo.resolve("main").commit == main
+    repo.tag("kept", shown)
+    stale = panel(shown)
+    repo.delete_tag("kept")
+    repo.tag("kept", other)
+    assert visitor.post("forget", **stale, what="tag:kept").status_code == 409
+    done = visitor.post("forget", **panel(other), what="branch:main").json()
+    assert "`thaw undo main` brings it back" in done["said"] and done["at"] == other
+    assert repo.undo("main").new == main
+    assert visitor.post("adopt", **panel(other), branch="main").status_code == 200
+
+
+def test_what_is_shown_after_a_name_is_forgotten(gateway: Gateway) -> None:
+    """The commit, as long as anything has it."""
+    point = read(gateway)
+    gateway.repo.tag("kept", "main")
+    visitor = Visitor(gateway)
+    assert visitor.post("forget", point=point, what="tag:kept").json()["at"] == point
+    assert visitor.post("forget", point=point, what="branch:main").json()["at"] is None
 
 
 def test_forks_while_forks_run_get_branches_of_their_own(speaking: Gateway) -> None:
@@ -547,6 +587,8 @@ def test_children_are_named_while_they_run_and_their_texts_grow_side_by_side(
     assert sorted(entries.locator("summary").all_text_contents()) == [
         f"fork/{i} is over; its session is in the tree" for i in range(2)
     ]
+    entries.locator("a", has_text="its session").first.click()
+    page.locator("#detail h2", has_text="fork/").wait_for()
     assert page.evaluate("window.broken") is None and tab.wrong == []
 
 
@@ -566,6 +608,51 @@ def test_many_texts_at_once_leave_the_page_its_connections(speaking: Gateway, op
     assert page.evaluate("fetch('/tree/version').then((reply) => reply.status)") == 200
     assert page.locator("#running .over").count() == 0
     assert tab.wrong == []
+
+
+def test_the_row_of_what_is_shown_is_marked_and_ages_grow(gateway: Gateway, open_tab: OpenTab) -> None:
+    """A click, while the tree is asked for anew; then an action of another window, and a panel that is out of date."""
+    points = [read(gateway, f"document {name} " * 40, name) for name in ("main", "other")]
+    gateway.repo.tag("kept", "main")
+    tab = open_tab(width=390, height=600)
+    page = signed_in(tab, gateway)
+    rows = page.locator("[role=treeitem]")
+    rows.filter(has_text="other").locator("a").click()
+    page.locator("#detail h2", has_text="other").wait_for()
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    page.route("**/tree/sessions", hold)
+    gateway.repo.branch("third", points[1])
+    until(lambda: bool(page.evaluate("1") and held))
+    rows.filter(has_text="document main").locator("a").click()
+    page.locator("#detail h2", has_text="main").wait_for()
+    held[0].continue_()
+    page.unroute("**/tree/sessions")
+    rows.filter(has_text="third").wait_for()
+    assert page.locator("[aria-selected=true]").get_attribute("data-point") == points[0]
+    assert page.url.endswith(points[0])
+
+    page.evaluate("""for (const one of document.querySelectorAll("time"))
+        one.dateTime = new Date(Date.now() - 150e3).toISOString()""")
+    page.locator("time", has_text="2\u00a0minutes\u00a0ago").nth(1).wait_for()
+
+    gateway.repo.adopt("other", "main")
+    page.locator("summary", has_text="Forget").click()
+    status = page.locator("#status")
+    page.locator("select[name=what]").select_option("branch:main")
+    page.locator("form[action='/tree/forget'] button").click()
+    page.locator("#status.error", has_text="nothing was deleted").wait_for()
+    box = status.bounding_box()
+    assert page.evaluate("scrollY") > 100 and box["y"] > 0 and box["y"] + box["height"] <= 600
+    assert page.locator("select[name=what] option").all_text_contents() == ["tag: kept"]
+    page.locator("summary", has_text="Forget").click()
+    page.locator("form[action='/tree/forget'] button").click()
+    page.locator("#status.done", has_text="`thaw undo kept`").wait_for()
+    assert "not in the tree any more" in page.locator("#detail").inner_text() and page.url.endswith("/")
+    assert [one for one in tab.wrong if "409" not in one] == []
 
 
 def test_an_error_takes_no_place_of_the_tree(gateway: Gateway, open_tab: OpenTab) -> None:

@@ -408,3 +408,25 @@ def test_an_address_or_key_that_is_none_is_named_and_not_shown() -> None:
         with pytest.raises(InvalidRequest, match="api_key: must be printable ASCII") as refused:
             ChatThaw(base_url="http://127.0.0.1:1", api_key=key)
         assert key not in str(refused.value)
+
+
+@pytest.mark.parametrize("over", ["engine", "gateway"])
+def test_commits_are_called_as_what_the_human_said_last(over: str, place: Any, request: pytest.FixtureRequest) -> None:
+    """On one line, cut; after a tool's answer too; a note of one's own takes its place."""
+    gateway = request.getfixturevalue("gateway") if over == "gateway" else None
+    make, repo = (place.model, place.repo) if gateway is None else (partial(model_of, gateway), gateway.repo)
+
+    def message(answer: AIMessage) -> str:
+        return str(repo.show(point_of(answer) or "").entry.message)
+
+    def called(model: ChatThaw, said: list[BaseMessage]) -> str:
+        return message(model.invoke(said))
+
+    assert called(make(), [*ASKED, AIMessage("x"), HumanMessage("And\n  then?")]) == "And then?"
+    asked = AIMessage("", tool_calls=[{"name": "look", "args": {}, "id": "1"}])
+    long = called(make(), [HumanMessage("a river " * 40), asked, ToolMessage("deep", tool_call_id="1")])
+    assert long.startswith("a river a river") and long.endswith("…") and len(long) <= 72
+    assert called(make(), [HumanMessage([{"type": "text", "text": "in parts"}])]) == "in parts"
+    assert called(make(), [SystemMessage("Begin.")]) == "langgraph"
+    assert called(make(note="review"), ASKED) == "review"
+    assert [message(one) for one in make().attempts([HumanMessage("Go.")], 2)] == ["Go.", "Go."]

@@ -232,7 +232,7 @@ class Tenants:
 
 def single(token: str) -> Tenants:
     """One tenant, of the default namespace."""
-    check_key(token, "the token")
+    check_key(token, "the key")
     return Tenants({hashlib.sha256(token.encode()).digest(): Tenant("", Quota(), operator=True)})
 
 

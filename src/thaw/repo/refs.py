@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from thaw.core import points
-from thaw.core.errors import InvalidRequest, NotFound
+from thaw.core.errors import InvalidRequest, NotFound, RefConflict
 from thaw.core.ids import CommitId, short
 from thaw.repo.resolve import ResolvedPoint, resolve
 from thaw.store import Ref, RefUpdate, Store
@@ -55,9 +55,12 @@ def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -
     return Ref(name=name, kind=kind, target=where)
 
 
-def delete(store: Store, name: str, kind: RefKind) -> Ref:
-    """Remove a branch or tag; its commits stay until gc, and its reflog remembers them. Returns what it was."""
+def delete(store: Store, name: str, kind: RefKind, at: CommitId | None = None) -> Ref:
+    """Remove a branch or tag; its commits stay until gc, and its reflog remembers them. Returns what it was. Raises
+    `RefConflict` where it names another commit than `at`, if that is given."""
     ref = _existing(store, check_name(name), kind)
+    if at is not None and ref.target != at:
+        raise RefConflict(f"{name} is at {short(ref.target)} now, no longer at {short(at)}; nothing was deleted")
     store.update_refs(RefUpdate(name=name, kind=ref.kind, target=None, expect=ref.target, reason=f"{kind}: deleted"))
     return ref
 

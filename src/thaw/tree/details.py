@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from thaw.core.errors import ThawError
-from thaw.core.objects import Turn
+from thaw.core.objects import ChatTurn, Turn
 from thaw.engines.base import Codec
 from thaw.engines.text import window
 from thaw.repo.repository import PointLike, Repository
@@ -46,11 +46,13 @@ class TokenShown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TurnShown(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn. `tokens` are None where nothing was sampled or no log probabilities were kept."""
+    """A turn. `roles`: of the messages that a prompt was rendered from, where that is known. `tokens` are None where
+    nothing was sampled or no log probabilities were kept."""
 
     number: int
     kind: str
     role: str | None
+    roles: tuple[str, ...] = ()
     start: int
     end: int
     text: str
@@ -60,7 +62,17 @@ class TurnShown(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for turns that look the same, wherever they are."""
-        return (self.number, self.kind, self.role, self.start, self.end, self.text, self.finish, self.tokens)
+        return (
+            self.number,
+            self.kind,
+            self.role,
+            self.roles,
+            self.start,
+            self.end,
+            self.text,
+            self.finish,
+            self.tokens,
+        )
 
 
 class PointShown(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,12 +102,20 @@ def _turn(turn: Turn, number: int, tokens: Sequence[int], codec: Codec | None) -
         number=number,
         kind=turn.kind,
         role=turn.role,
+        roles=_roles(turn),
         start=turn.start,
         end=turn.end,
         text=turn.text or "".join(pieces or ()),
         finish=turn.finish_reason,
         tokens=_tokens(turn, tokens, pieces, codec),
     )
+
+
+def _roles(turn: Turn) -> tuple[str, ...]:
+    """Of the messages that are told in this turn alone."""
+    if not isinstance(turn, ChatTurn) or turn.chat.begin != turn.start:
+        return ()
+    return tuple(str(msgspec.json.decode(message).get("role")) for message in turn.chat.messages)
 
 
 def _pieces(turn: Turn, tokens: Sequence[int], codec: Codec) -> tuple[str, ...] | None:

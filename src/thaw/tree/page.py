@@ -32,7 +32,9 @@ SERVER_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-HINT = "Choose a session: its turns, their text and log probabilities are shown here. Arrow keys move in the tree."
+HINT = "Choose a session: its turns, their text and log probabilities are shown here."
+KEYS = f"{HINT} Arrow keys move in the tree."
+"""What the page's script makes of it."""
 
 
 @functools.cache
@@ -72,13 +74,14 @@ def frame(
     """What both kinds of page have between head and end. `running`: what is under way, in a server's."""
     back = el("p", el("a", "↑ sessions", href="#sessions"), class_="back")
     return join(
-        el("header", account, el("h1", title), totals, el("p", id="status", role="status", aria_live="polite")),
+        el("header", account, el("h1", title), totals),
         running,
         el(
             "main",
             el("nav", tree, id="sessions", aria_label="Sessions"),
             el("div", back, el("section", detail, id="detail", aria_label="The chosen session")),
         ),
+        el("p", id="status", role="status", aria_live="polite"),
         el("footer", foot),
     )
 
@@ -164,11 +167,9 @@ class TreeFile:
 
     def _whole(self, totals: Html, tree: Html, points: Html) -> Html:
         style, script = static("tree.css"), static("tree.js")
-        detail = el("p", HINT, class_="hint")
-        foot = join(
-            f"The turns of {self.num_points:,} of {self.num_commits:,} commits are in this file. ",
-            el("noscript", "Without JavaScript only the list of sessions is shown."),
-        )
+        without = el("noscript", "Without JavaScript only the list of sessions is shown.")
+        detail = el("p", without, class_="hint", data_said=KEYS)
+        foot = join(f"The turns of {self.num_points:,} of {self.num_commits:,} commits are in this file.")
         title = title_of(self._repo)
         return document(
             title,

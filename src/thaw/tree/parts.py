@@ -15,7 +15,7 @@ from thaw.core.ids import CommitId, short
 from thaw.core.text import one_line
 from thaw.repo.diff import Diff, Side
 from thaw.tree import words
-from thaw.tree.details import PointShown, TokenShown, TurnShown
+from thaw.tree.details import LIKELY, SURE, PointShown, TokenShown, TurnShown
 from thaw.tree.markup import Html, each, el, join, text
 from thaw.tree.outline import Outline, OutlineCommit, OutlineHistory, OwnPart, TreeSession
 
@@ -31,6 +31,10 @@ HEAD_NAMES = 20
 """Names of a chosen point that are shown."""
 TREE_NBYTES = 180_000
 """Of the rows of a first page, at most; fewer sessions are shown where names and messages are long."""
+ROLES = 6
+"""Of a prompt's messages, that are listed."""
+LONG_NAME = 24
+"""Characters of a name from which a row may cut it; the whole is in its title."""
 COMMITS = 50
 """Commits of a session that are listed."""
 ID_DIGITS = 16
@@ -203,7 +207,10 @@ class RowMaker:
         )
 
     def _names(self, session: TreeSession) -> list[Html]:
-        shown = [el("b", name, class_=self._kind(name)) for name in session.names[:NAMES]]
+        shown = [
+            el("b", name, class_=self._kind(name), title=name if len(name) > LONG_NAME else None)
+            for name in session.names[:NAMES]
+        ]
         left = len(session.names) - len(shown)
         return [*shown, el("b", f"{left} more names")] if left else shown
 
@@ -212,7 +219,7 @@ class RowMaker:
             return "remote"
         return "tag" if name.startswith("tag: ") else "head" if name.startswith("HEAD -> ") else "branch"
 
-    def _figures(self, session: TreeSession, part: OwnPart, memories: Sequence[str]) -> str:
+    def _figures(self, session: TreeSession, part: OwnPart, memories: Sequence[str]) -> Html:
         commit = self._outline.commits[session.tip]
         if part.nbytes is None:
             remotes = self._outline.remotes.get(session.tip, ())
@@ -233,8 +240,11 @@ class RowMaker:
                 f"{words.nbytes(part.nbytes)} own",
             ]
         run = [words.count(len(session.commits), "commit")] if len(session.commits) > 1 else []
-        when = words.moment(commit.time_ns)[:16] if self._now_s is None else words.age(commit.time_ns, self._now_s)
-        return " · ".join(_together(part) for part in [*own, *run, when])
+        told = "".join(f"{_together(part)} · " for part in [*own, *run])
+        if self._now_s is None:
+            return join(told, _together(words.moment(commit.time_ns)[:16]))
+        age = _together(words.age(commit.time_ns, self._now_s))
+        return join(told, el("time", age, datetime=words.utc(commit.time_ns)))
 
     def _where(self, session: TreeSession, memories: Sequence[str]) -> str:
         """Of its last commit; and which remotes have only earlier ones."""
@@ -375,17 +385,19 @@ class FragmentRoom(msgspec.Struct, kw_only=True):
         return True
 
 
-def point_head(point: PointShown, names: Sequence[str], place: str) -> Html:
-    """What it is: names, message, figures. `place`: where its KV is; nothing where that is not known."""
+def point_head(point: PointShown, names: Sequence[str], place: str, model_name: str | None = None) -> Html:
+    """What it is: names, message, figures. `place`: where its KV is; nothing where that is not known. `model_name`: how
+    its model is called, where that is known."""
     shown = point.shown
     entry, model = shown.entry, shown.model
+    called = f"{one_line(model_name, MESSAGE)} ({model.architecture})" if model_name else model.architecture
     inside = "" if shown.point.at_end else f" of {entry.num_tokens:,}, inside the commit"
     fields = [
         ("commit", short(entry.commit, ID_DIGITS)),
         ("made", words.moment(entry.time_ns)),
         ("length", f"{words.count(len(shown.tokens), 'token')}{inside}, {words.count(len(shown.turns), 'turn')}"),
         ("KV", f"of {words.count(shown.num_kv, 'token')}, {words.nbytes(shown.nbytes)}{place and f', {place}'}"),
-        ("model", f"{model.architecture}, {model.dtype}, policy {model.policy}"),
+        ("model", f"{called}, {model.dtype}, policy {model.policy}"),
         ("made by", f"{entry.origin.get('engine', '?')} {entry.origin.get('version', '')}".strip()),
         ("continues", "inside a completion" if shown.unfinished else f"from here, seed {shown.seed}"),
     ]
@@ -424,37 +436,36 @@ def commit_list(
     return el("details", el("summary", words.count(len(session.commits), "commit")), el("ul", *rows), class_="commits")
 
 
-LEGEND = (
-    ("x", "another was likelier"),
-    ("m0", "under 0.1"),
-    ("m1", "0.1"),
-    ("m2", "0.5"),
-    ("m3", "1.5"),
-    ("m4", "3 and more"),
-)
-
-
 def legend(turns: Sequence[TurnShown]) -> Html | None:
     """What the colours of these turns mean."""
     tokens = [token for turn in turns for token in turn.tokens or ()]
     if not tokens:
         return None
-    if any(token.margin is not None for token in tokens):
-        marks = [el("i", said, class_=name) for name, said in LEGEND]
-        return el("p", "Margin over the next token, in nats: ", *_spaced(marks), class_="legend")
-    ends = [el("i", "unlikely", class_="m0"), el("i", "likely", class_="m4")]
-    said = "Coloured by each token's log probability; margins were not recorded: "
-    return el("p", said, *_spaced(ends), class_="legend")
+    without = sum(token.margin is None for token in tokens)
+    more = [("x", "another was likelier")] if without < len(tokens) else []
+    margins = ("Margin over the next token, in nats: ", *_swatches(f"under {SURE[0]:g}", SURE, more))
+    plain = (
+        "Log probability" if without == len(tokens) else "Where no margin was recorded, log probability",
+        ": ",
+        *_swatches(f"under {LIKELY[0]:g}", LIKELY, []),
+        "Margins are recorded with ",
+        el("code", "--logprobs 2"),
+        ".",
+    )
+    return el("p", *(margins if more else ()), *(plain if without else ()), class_="legend")
 
 
-def _spaced(pieces: Sequence[Html]) -> list[Html]:
-    return [join(piece, " ") for piece in pieces]
+def _swatches(least: str, bounds: Sequence[float], more: Sequence[tuple[str, str]]) -> list[Html]:
+    """Each colour with the value from which it is used."""
+    said = [least, *(f"{bound:g}" for bound in bounds[:-1]), f"{bounds[-1]:g} and more"]
+    named = [*more, *((f"m{i}", one) for i, one in enumerate(said))]
+    return [join(el("i", one, class_=name), " ") for name, one in named]
 
 
 def turn_part(turn: TurnShown, point: str, room: FragmentRoom, *, can_fork: bool = False) -> Html:
     """One turn with its text. `point`: of which it is a turn."""
-    who = turn.role or turn.kind
-    head = f"turn {turn.number} · {who} · {words.count(turn.end - turn.start, 'token')} [{turn.start:,}, {turn.end:,})"
+    num = words.count(turn.end - turn.start, "token")
+    head = f"turn {turn.number} · {_who(turn)} · {num} [{turn.start:,}, {turn.end:,})"
     if turn.kind == "completion":
         head += f" · ended by {turn.finish}" if turn.finish else " · unfinished"
     here = f"{point.partition(':')[0]}:token={turn.end}"
@@ -465,6 +476,14 @@ def turn_part(turn: TurnShown, point: str, room: FragmentRoom, *, can_fork: bool
         _said(turn, point, room),
         class_=f"turn {turn.kind}",
     )
+
+
+def _who(turn: TurnShown) -> str:
+    """Of one message its role; of a prompt of several, all of them."""
+    if len(turn.roles) > 1:
+        listed = ", ".join(turn.roles[:ROLES]) + (" …" if len(turn.roles) > ROLES else "")
+        return f"prompt of {len(turn.roles):,} messages: {one_line(listed, 90)}"
+    return one_line(turn.role or turn.kind, 90)
 
 
 def _said(turn: TurnShown, point: str, room: FragmentRoom) -> Html:
@@ -490,7 +509,7 @@ def _token(token: TokenShown) -> Html:
 
 
 def _told(token: TokenShown) -> str:
-    said = f"{token.logprob:.2f}"
+    said = f"log probability {token.logprob:.2f}"
     if token.margin is None:
         return said
     if token.best is None:

@@ -57,6 +57,11 @@ def moment(time_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(time_ns / 1e9))
 
 
+def utc(time_ns: int) -> str:
+    """As ISO 8601, in whole seconds: 2031-04-05T04:07:08Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_ns / 1e9))
+
+
 def plain(text: str) -> str:
     """A table's keys as words: `num_prompt_tokens` → `num prompt tokens`."""
     return text.replace("_", " ")

@@ -36,7 +36,7 @@ DAY_S = 24 * 3600.0
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
               help="Another host name that clients may use; repeatable.")  # fmt: skip
 @click.option("--keys", type=click.Path(), metavar="FILE",
-              help=f"Tenants and their keys, as JSON, in a file of mode 0600. Without it, one token ({TOKEN} or a "
+              help=f"Tenants and their keys, as JSON, in a file of mode 0600. Without it, one key ({TOKEN} or a "
               "new one) gives access to the default namespace.")  # fmt: skip
 @click.option("--model-name", "models", multiple=True, metavar="NAME",
               help="The model's name for clients; repeatable, * accepts any; default: its folder's name.")  # fmt: skip
@@ -112,7 +112,7 @@ def _require_installed() -> None:
 
 
 def _tenants(keys: str | None) -> tuple[Tenants, str | None]:
-    """Who may ask; and the token, where a new one was made."""
+    """Who may ask; and the key, where a new one was made."""
     from thaw.gateway import tenants
 
     if keys is not None:
@@ -153,5 +153,5 @@ def _say(settings: GatewaySettings, model: str, token: str | None, as_json: bool
         output.line(f"sessions in a browser: {output.style(f'{url}/', 'bold')}")
         if token is not None:
             # Nothing follows it: it is copied into a browser.
-            output.note(f"token for this run (set {TOKEN} to use your own): {token}")
+            output.note(f"key for this run (set {TOKEN} to use your own): {token}")
     sys.stdout.flush()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from thaw.core.errors import InvalidRequest
+from thaw.core.errors import InvalidRequest, RefConflict
 from thaw.core.ids import short
 from thaw.core.sampling import Sampling
 from thaw.core.text import one_line
@@ -16,6 +16,7 @@ from thaw.gateway.asked import Asked
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.problems import invalid
 from thaw.gateway.reply import begun
+from thaw.repo import refs
 from thaw.repo.bridge import call
 from thaw.repo.children import free_name
 from thaw.repo.repository import Repository
@@ -33,7 +34,7 @@ SOON_S = 1.0
 
 
 class ActOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """`at`: the commit to show next, None: none is left."""
+    """`at`: the commit to show next, if it is still in the tree; None: it is not."""
 
     said: str
     at: str | None
@@ -93,9 +94,20 @@ def _asked(context: GatewayContext, repo: Repository, point: ResolvedPoint, prom
 
 
 async def adopt(context: GatewayContext, form: Form) -> ActOutcome:
+    """Move a branch; not where it moved since the form was made, at `seen` (ns)."""
     repo = context.service.within(context.tenant)
-    ref = await repo.adopt(_named(form, "point"), _named(form, "branch"))
+    point, branch = _named(form, "point"), _named(form, "branch")
+    if form.get("seen"):
+        await call(_require_unmoved, repo.sync, branch, _number(form, "seen", 0, 1 << 63))
+    ref = await repo.adopt(point, branch)
     return ActOutcome(said=f"{ref.name} is at {short(ref.target)} now", at=short(ref.target, ID_DIGITS))
+
+
+def _require_unmoved(repo: Repository, branch: str, since: int) -> None:
+    last = next((move for move in repo.store.reflog(branch, limit=100) if move.moved), None)
+    if last is not None and last.time_ns > since:
+        now = "deleted" if last.new is None else f"moved to {short(last.new)}"
+        raise RefConflict(f"{branch} was {now} after this page showed it; nothing was changed. Look again, then adopt.")
 
 
 async def tag(context: GatewayContext, form: Form) -> ActOutcome:
@@ -105,14 +117,13 @@ async def tag(context: GatewayContext, form: Form) -> ActOutcome:
 
 
 async def forget(context: GatewayContext, form: Form) -> ActOutcome:
-    """Delete a branch or a tag; or what the gateway keeps of a commit that has no name."""
+    """Delete a branch or a tag that is at this commit; or what the gateway keeps of a commit that has no name."""
     repo = context.service.within(context.tenant)
     point = await repo.resolve(_named(form, "point"))
     what, _, name = form.get("what", "").partition(":")
-    if what == "branch":
-        await repo.delete_branch(name)
-    elif what == "tag":
-        await repo.delete_tag(name)
+    if what == "branch" or what == "tag":
+        await call(refs.delete, repo.sync.store, name, what, point.commit)
+        said = f"{what} {name} is forgotten; `thaw undo {name}` brings it back"
     elif what == "response":
         rows = await call(context.service.ledger.points, context.tenant.namespace)
         its = [(kind, id) for kind, id, commit in rows if commit == point.commit]
@@ -120,10 +131,11 @@ async def forget(context: GatewayContext, form: Form) -> ActOutcome:
             raise invalid("what", "the gateway keeps no response of this commit; nothing was forgotten")
         for kind, id in its:
             await call(context.service.ledger.delete, context.tenant.namespace, kind, id)
+        said = "the response is forgotten"
     else:
         raise invalid("what", "choose what to forget: a branch, a tag or the response")
-    said = f"{what} {name} is forgotten".replace("response  is", "the response is")
-    return ActOutcome(said=f"{said}; its KV goes with a later gc, if nothing else needs it", at=None)
+    said += ". KV that nothing else needs goes with a later gc."
+    return ActOutcome(said=said, at=short(point.commit, ID_DIGITS))
 
 
 ACTS = {"fork": fork, "adopt": adopt, "tag": tag, "forget": forget}
@@ -138,7 +150,7 @@ def _named(form: Form, field: str) -> str:
 
 def _number(form: Form, field: str, least: int, most: int) -> int:
     text = form.get(field, "")
-    if not text.isascii() or not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+    if not text.isascii() or not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
         raise invalid(field, f"a whole number from {least} to {most}")
     return int(text)
 

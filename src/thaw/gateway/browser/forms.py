@@ -13,15 +13,17 @@ FORGOTTEN = 100
 """Names of one commit among which to choose what is forgotten."""
 
 
-def actions(point: PointShown, names: Sequence[str], csrf: str, branches: Sequence[str], compare: Html) -> Html:
-    """What can be done from a point."""
+def actions(
+    point: PointShown, names: Sequence[str], csrf: str, branches: Sequence[str], compare: Html, seen: int
+) -> Html:
+    """What can be done from a point. `seen`: when the branches were read, in ns."""
     here = point.name
     commit = short(point.shown.point.commit, ID_DIGITS)
     return el(
         "div",
         compare,
         _form("fork", "Fork …", csrf, _fork(here)),
-        _form("adopt", "Adopt …", csrf, _adopt(commit, branches)) if point.shown.point.at_end else None,
+        _form("adopt", "Adopt …", csrf, _adopt(commit, branches, seen)) if point.shown.point.at_end else None,
         _form("tag", "Tag …", csrf, _tag(commit)) if point.shown.point.at_end else None,
         _form("forget", "Forget …", csrf, _forget(commit, names)),
         class_="actions",
@@ -63,11 +65,12 @@ def _fork(point: str) -> Html:
     )
 
 
-def _adopt(commit: str, branches: Sequence[str]) -> Html:
+def _adopt(commit: str, branches: Sequence[str], seen: int) -> Html:
     listed = el("datalist", *(el("option", value=name) for name in branches[:50]), id="branches")
     branch = "main" if "main" in branches or not branches else branches[0]
     return join(
         el("input", type="hidden", name="point", value=commit),
+        el("input", type="hidden", name="seen", value=seen),
         _line(_field("The branch that moves here", "branch", value=branch, list="branches"), listed),
         _line(el("button", "Adopt")),
     )

@@ -277,6 +277,8 @@ def _again(view: TenantView, outline: Outline, living: Living, form: Mapping[str
 def _acting(act: Callable[[GatewayContext, acts.Form], Awaitable[acts.ActOutcome]]) -> Look:
     async def acting(who: Visit) -> Response:
         done = await act(who.context, who.form)
+        if done.at is not None and await call(who.view.commit, await who.outline(), done.at) is None:
+            done = msgspec.structs.replace(done, at=None)
         if _wants_json(who.request):
             return Response(msgspec.json.encode(done), media_type="application/json")
         return RedirectResponse("/" if done.at is None else f"/?at={done.at}", 303)

@@ -9,6 +9,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from thaw.core.errors import BadPoint, NotFetched, NotFound, ThawError
 from thaw.core.ids import CommitId
@@ -22,7 +23,7 @@ from thaw.repo import resolve
 from thaw.repo.repository import Repository
 from thaw.repo.resolve import ResolvedPoint
 from thaw.tree import page, parts
-from thaw.tree.details import read_point
+from thaw.tree.details import PointShown, read_point
 from thaw.tree.markup import Html, el, join
 from thaw.tree.outline import Outline, OutlineHistory
 from thaw.tree.parts import FragmentRoom, Living, RowMaker, Unfolded
@@ -105,6 +106,7 @@ class TenantView:
         away = outline.elsewhere(name)
         if away is not None:
             return parts.not_fetched(outline, away)
+        seen = time.time_ns()
         point = read_point(self.repo, self._resolve(outline, name), codec)
         commit = point.shown.point.commit
         inside = commit in outline.commits
@@ -114,11 +116,22 @@ class TenantView:
         memories = living[commit].memories if commit in living else ()
         own_names = [one for one in names if one not in outline.remote_names]
         return join(
-            parts.point_head(point, names, parts.where(outline, commit, memories) if inside else ""),
-            forms.actions(point, own_names, csrf, [ref.name for ref in self.repo.branches()], compare),
+            parts.point_head(
+                point, names, parts.where(outline, commit, memories) if inside else "", self._model_name(point)
+            ),
+            forms.actions(point, own_names, csrf, [ref.name for ref in self.repo.branches()], compare, seen),
             None if session is None else parts.commit_list(outline, session, commit, _link),
             parts.point_body(point, FragmentRoom(), can_fork=True),
         )
+
+    def _model_name(self, point: PointShown) -> str | None:
+        """How the model that runs is called, where it is the point's."""
+        engine = self.repo.engine
+        try:
+            same = engine.identity().weights == point.shown.model.weights
+        except ThawError:  # it may have stopped; the point can be read all the same
+            return None
+        return Path(engine.info.model).name or None if same else None
 
     def diff(self, outline: Outline, a: str, b: str) -> Html:
         left, right = self._resolve(outline, a), self._resolve(outline, b)
@@ -151,7 +164,7 @@ class TenantView:
     ) -> Html:  # fmt: skip
         """The first page. A point that cannot be shown costs its own part alone."""
         selected = None if at is None else self.commit(outline, at)
-        detail = el("p", page.HINT, class_="hint")
+        detail = el("p", page.HINT, class_="hint", data_said=page.KEYS)
         if at is not None:
             try:
                 detail = (

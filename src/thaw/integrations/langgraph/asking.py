@@ -18,7 +18,8 @@ from thaw.integrations.langgraph.messages import CarriedPoint
 
 
 class ChatAsk(msgspec.Struct, frozen=True, kw_only=True):
-    """`carried`: points of the messages, in the order in which to try them. `n`: answers, as one batch."""
+    """`carried`: points of the messages, in the order in which to try them. `n`: answers, as one batch. `note`: the
+    commits' message."""
 
     messages: tuple[Message, ...]
     carried: tuple[CarriedPoint, ...] = ()
@@ -27,6 +28,7 @@ class ChatAsk(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     n: int = 1
     keep_sampled: bool = False
+    note: str = ""
 
     def samplings(self) -> list[Sampling]:
         """One for each answer, with a seed of its own: siblings of one point do not say the same."""

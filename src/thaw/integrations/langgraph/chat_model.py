@@ -34,7 +34,7 @@ from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.core.sampling import Sampling
 from thaw.core.text import require_text
 from thaw.integrations.langgraph.asking import AnswerPart, CallMade, ChatAnswer, ChatAsk, ChatSource
-from thaw.integrations.langgraph.messages import KEY, as_openai, carried, told
+from thaw.integrations.langgraph.messages import KEY, as_openai, carried, last_said, told
 from thaw.pool import ForkPool
 from thaw.repo import Repository
 from thaw.repo.aio import AsyncRepository
@@ -53,7 +53,8 @@ class ChatThaw(BaseChatModel):
     `sampling` is for all calls, and `bind(temperature=0, …)` or a call's own arguments change fields of it.
     `tool_calls`: how the model writes calls, "none" or "hermes" (a gateway has its own `--tool-calls`). `match`: a
     conversation that carries no usable point goes on from the longest stored prefix of its tokens. `live_sessions`: how
-    many sessions stay open behind the last answers. `keep_sampled`: see docs/chat.md. `note`: the commits' message.
+    many sessions stay open behind the last answers. `keep_sampled`: see docs/chat.md. `note`: the commits' message;
+    "" takes the last thing that a human said.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -68,7 +69,7 @@ class ChatThaw(BaseChatModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     keep_sampled: bool = False
     match: bool = True
-    note: str = "langgraph"
+    note: str = ""
     live_sessions: int = 8
     timeout_s: float = 600.0
     _source: ChatSource = PrivateAttr()
@@ -86,7 +87,7 @@ class ChatThaw(BaseChatModel):
         from thaw.integrations.langgraph.remote import GatewaySource
 
         key = "" if self.api_key is None else self.api_key.get_secret_value()
-        return GatewaySource(str(self.base_url), key, self.model, self.note, self.timeout_s)
+        return GatewaySource(str(self.base_url), key, self.model, self.timeout_s)
 
     def _engine(self) -> ChatSource:
         from thaw.integrations.langgraph.local import EngineSource
@@ -94,7 +95,7 @@ class ChatThaw(BaseChatModel):
         repo = self.repo.sync if isinstance(self.repo, AsyncRepository) else self.repo
         pool = self.pool
         options: dict[str, Any] = {
-            "tool_calls": self.tool_calls, "match": self.match, "note": self.note, "live_sessions": self.live_sessions,
+            "tool_calls": self.tool_calls, "match": self.match, "live_sessions": self.live_sessions,
         }  # fmt: skip
         if pool is not None:
             if pool.repo is None:
@@ -273,6 +274,7 @@ class ChatThaw(BaseChatModel):
             sampling=_changed(self.sampling, changed),
             n=n,
             keep_sampled=self.keep_sampled,
+            note=self.note or last_said(said),
         )
 
     # -- answering

@@ -113,12 +113,12 @@ class EngineSource:
     """See the module. `engine`: one that runs; `open`: how a session is opened, in `repo` or in a pool over it."""
 
     def __init__(
-        self, repo: Repository, engine: Callable[[], Engine], open: Open, *, tool_calls: str, match: bool, note: str,
+        self, repo: Repository, engine: Callable[[], Engine], open: Open, *, tool_calls: str, match: bool,
         live_sessions: int,
     ) -> None:  # fmt: skip
         if live_sessions < 0:
             raise InvalidRequest(f"live_sessions={live_sessions}: a count, 0 for none")
-        self._repo, self._engine, self._open, self._match, self._note = repo, engine, open, match, note
+        self._repo, self._engine, self._open, self._match = repo, engine, open, match
         self._make_reader = _reader_of(tool_calls)
         self._trunks = Trunks(live_sessions)
 
@@ -184,15 +184,15 @@ class EngineSource:
                 raise
             return EngineJob(self, ask, self._fresh(reread(error.kind, str(error))), reader)
 
-    def settled(self, session: Session, keep: int) -> tuple[str, str | None]:
-        """Commit an answer: (its point, its parent). The first `keep` tokens are from before, and the parent is the
-        last commit that they hold whole; so what no message names any more keeps nothing."""
+    def settled(self, session: Session, keep: int, note: str) -> tuple[str, str | None]:
+        """Commit an answer as `note`: (its point, its parent). The first `keep` tokens are from before, and the parent
+        is the last commit that they hold whole; so what no message names any more keeps nothing."""
         parent = session.parent
         while parent is not None and self._num_tokens(parent) > keep:
             parent = self._repo.store.first_parent(self._repo.store.get_as(parent, Commit))
         if parent != session.parent:
             session.reparent(parent)
-        point = str(session.commit(self._note).commit)
+        point = str(session.commit(note).commit)
         self._trunks.keep(point, session)
         return point, None if parent is None else str(parent)
 
@@ -334,7 +334,7 @@ class EngineJob:
         num_cached = min(usage.num_cached_tokens, usage.num_prompt_tokens)
         if result is None and number == 0:
             num_cached = min(num_cached, self.num_known)  # the prompt was read once for all, and counts as this one's
-        point, parent = self._source.settled(session, self.keep if forked_at is None else forked_at)
+        point, parent = self._source.settled(session, self.keep if forked_at is None else forked_at, self._ask.note)
         self._left.remove(session)
         said = read_all(self._make_reader(), completion.text)
         calls = [one for one in map(_part, said) if one.call is not None]

@@ -17,11 +17,13 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_openai_me
 
 from thaw.core.errors import Unsupported
 from thaw.core.ids import digest, is_id
-from thaw.core.text import require_text
+from thaw.core.text import one_line, require_text
 from thaw.engines.base import Message
 
 KEY = "thaw"
 """Of `response_metadata`."""
+NOTE = 72
+"""Characters of what was said last that are a commit's message."""
 
 
 class CarriedPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +64,14 @@ def _plain(message: dict[str, Any]) -> Message:
     if message.get("tool_calls") and not message.get("content"):
         message = {name: value for name, value in message.items() if name != "content"}
     return message
+
+
+def last_said(messages: Sequence[Message]) -> str:
+    """What the user said last, on one line, as a commit's message."""
+    content = next((one.get("content") for one in reversed(messages) if one.get("role") == "user"), None)
+    if isinstance(content, list):
+        content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return one_line(str(content or ""), NOTE) or "langgraph"
 
 
 def told(messages: Sequence[Message]) -> list[str]:

@@ -29,12 +29,12 @@ UNUSABLE = frozenset({"not-found", "refused", "identity-mismatch", "policy-misma
 class GatewaySource:
     """`model` "" takes the gateway's own. `timeout_s`: until an answer, or in a stream its next piece, is there."""
 
-    def __init__(self, base_url: str, api_key: str, model: str, note: str, timeout_s: float) -> None:
+    def __init__(self, base_url: str, api_key: str, model: str, timeout_s: float) -> None:
         root = _checked_url(base_url).rstrip("/")
         if not _is_sendable(api_key):
             raise InvalidRequest("api_key: must be printable ASCII characters, as a header can carry them")
         self._url = f"{root if root.endswith('/v1') else f'{root}/v1'}/chat/completions"
-        self._model, self._note = model, note
+        self._model = model
         self._options: dict[str, Any] = {"headers": {"Authorization": f"Bearer {api_key}"}, "timeout": timeout_s}
         self._client = httpx.Client(**self._options)
 
@@ -123,7 +123,7 @@ class GatewaySource:
         return {
             **({"model": self._model} if self._model else {}),
             "messages": list(ask.messages if at is None else ask.messages[at.count :]),
-            "thaw": {"note": self._note, "keep_sampled": ask.keep_sampled, **point},
+            "thaw": {"note": ask.note, "keep_sampled": ask.keep_sampled, **point},
             **_sampling(ask.sampling),
             **({"tools": list(ask.tools)} if ask.tools else {}),
             **({"chat_template_kwargs": ask.variables} if ask.variables else {}),

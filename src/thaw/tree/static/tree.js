@@ -12,9 +12,19 @@
   // A browser has six connections to one address: the page's other requests need some.
   const FOLLOWED = 4;
   let comparing = null;
+  let compared = null;  // of two that stand side by side, the one to go back to
   let asked = 0;
+  let wanted = null;  // the point that is shown, or will be
+  let selected = null;  // its row
+  let picks = 0;
+  let clockMs = 0;  // how far the server's clock is ahead of this one
 
-  const say = (text) => { status.textContent = text; };
+  // What came of an action, or a token's numbers. `kind`: "error" or "done".
+  const say = (text, kind) => {
+    status.className = kind ?? "";
+    status.textContent = text;
+  };
+  const wrong = (text) => say(text, "error");
   const items = () => [...sessions.querySelectorAll("[role=treeitem]")].filter((item) => item.offsetParent !== null);
   const itemOf = (node) => node.closest("[role=treeitem]");
   const group = (item) => item.querySelector(":scope > [role=group]");
@@ -29,7 +39,7 @@
     try {
       await handler(event);
     } catch (error) {
-      if (error.message !== "401") say("The gateway did not answer.");
+      if (error.message !== "401") wrong("The gateway did not answer.");
     }
   };
 
@@ -37,8 +47,10 @@
 
   async function ask(path, options) {
     const answer = await fetch(path, { credentials: "same-origin", ...options });
+    const date = Date.parse(answer.headers.get("date") ?? "");
+    if (date) clockMs = date - Date.now();
     if (answer.status === 401) {
-      say("Your session here has ended. Reload the page and enter the key again.");
+      wrong("Your session here has ended. Reload the page and enter the key again.");
       throw new Error("401");
     }
     return answer;
@@ -101,7 +113,7 @@
       const answer = await ask(`/tree/rows?${query}`);
       const rows = parsed(await answer.text());
       if (answer.ok) return rows;
-      say(rows.textContent);
+      wrong(rows.textContent);
       return null;
     } finally {
       asking.delete(item);
@@ -140,7 +152,6 @@
       },
       Enter: () => choose(item),
       " ": () => choose(item),
-      Escape: () => stopComparing(),
     };
     if (!moves[event.key]) return;
     event.preventDefault();
@@ -165,20 +176,48 @@
     if (item.dataset.of !== undefined) return more(item);
     if (!item.dataset.point) return;
     if (comparing && comparing !== item.dataset.point) return compare(comparing, item.dataset.point);
+    const before = selected;
+    select(item.id);
+    const mine = picks;
+    try {
+      await show(item.dataset.point);
+    } catch (error) {
+      if (mine === picks) select(before);
+      throw error;
+    }
+  }
+
+  // The row of what is shown, wherever the tree has it by now.
+  function select(id) {
+    picks += 1;
+    selected = id;
+    mark();
+  }
+
+  function mark() {
     for (const other of sessions.querySelectorAll("[aria-selected=true]")) other.setAttribute("aria-selected", "false");
-    item.setAttribute("aria-selected", "true");
-    await show(item.dataset.point);
+    document.getElementById(selected ?? "")?.setAttribute("aria-selected", "true");
   }
 
   // -- one point
 
   async function show(point) {
     const mine = ++asked;
-    const content = isFile ? fromFile(point) : parsed(await fragment(`/tree/point?at=${encodeURIComponent(point)}`));
+    const before = wanted;
+    wanted = point;
+    let content;
+    try {
+      content = isFile ? fromFile(point) : parsed(await fragment(`/tree/point?at=${encodeURIComponent(point)}`));
+    } catch (error) {
+      if (mine === asked) wanted = before;
+      throw error;
+    }
     if (mine !== asked) return;
+    compared = null;
     detail.replaceChildren(content);
     detail.dataset.point = point;
     detail.scrollTop = 0;
+    beginTokens();
     if (!isFile) history.replaceState(null, "", `/?at=${encodeURIComponent(point)}`);
     if (getComputedStyle(document.querySelector(".back") ?? detail).display !== "none" && innerWidth < 737) {
       detail.scrollIntoView();
@@ -213,15 +252,63 @@
     say("");
   }
 
+  async function leaveComparison() {
+    await show(compared);
+    focusItem(document.getElementById(selected ?? ""));
+  }
+
+  // -- tokens: the text is one stop of the Tab key, and arrow keys move in it
+
+  const TOKEN = "i[title]";
+
+  function beginTokens() {
+    for (const text of detail.querySelectorAll("pre, .strip")) {
+      const first = text.querySelector(`:scope > ${TOKEN}`);
+      if (first) reachable(first);
+    }
+  }
+
+  function reachable(token) {
+    for (const other of token.parentElement.querySelectorAll("[tabindex]")) {
+      other.removeAttribute("tabindex");
+      other.removeAttribute("role");
+    }
+    token.tabIndex = 0;
+    token.setAttribute("role", "button");
+  }
+
+  function tellToken(token) {
+    for (const other of detail.querySelectorAll("i.chosen")) other.classList.remove("chosen");
+    token.classList.add("chosen");
+    reachable(token);
+    say(`${JSON.stringify(token.textContent)}: ${token.title}`);
+  }
+
+  function onTokenKey(event) {
+    const token = event.target;
+    if (!token.matches(TOKEN) || event.altKey || event.ctrlKey || event.metaKey) return;
+    const all = token.parentElement.querySelectorAll(`:scope > ${TOKEN}`);
+    const to = {
+      ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling,
+      Home: all[0], End: all[all.length - 1], Enter: token, " ": token,
+    };
+    if (!(event.key in to)) return;
+    event.preventDefault();
+    if (!to[event.key]?.matches(TOKEN)) return;
+    tellToken(to[event.key]);
+    to[event.key].focus();
+  }
+
   async function compare(a, b) {
     stopComparing();
-    const found = isFile ? compared(a, b)
+    const found = isFile ? byText(a, b)
       : parsed(await fragment(`/tree/diff?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`));
     const back = make("p");
     const button = make("button", "Back to the session");
     button.type = "button";
     button.addEventListener("click", safely(() => show(a)));
     back.append(button);
+    compared = a;
     detail.replaceChildren(back, found);
     detail.scrollTop = 0;
     if (innerWidth < 737) detail.scrollIntoView();
@@ -242,7 +329,7 @@
     return document.getElementById(`p-${point}`)?.content.querySelector("h2")?.textContent ?? point;
   }
 
-  function compared(a, b) {
+  function byText(a, b) {
     const left = textOf(a), right = textOf(b);
     const made = make("section");
     made.append(make("h2", "Compared by text"));
@@ -281,7 +368,7 @@
       return show(linked.dataset.point);
     } else if (target.closest("button.compare")) startComparing(target.dataset.point);
     else if (target.closest("button.fork-here")) forkHere(target.dataset.point);
-    else if (target.matches("i[title]")) say(`${JSON.stringify(target.textContent)}: ${target.title}`);
+    else if (target.matches(TOKEN)) tellToken(target);
   }
 
   function forkHere(point) {
@@ -304,16 +391,33 @@
       const body = new URLSearchParams(new FormData(form, event.submitter));
       const answer = await ask(form.action, { method: "POST", body, headers: { accept: "application/json" } });
       const told = await answer.json();
-      if (!answer.ok) { say(told.error); return; }
+      if (!answer.ok) {
+        // What the panel shows has changed meanwhile.
+        if (answer.status === 409) { await refresh(true); await show(detail.dataset.point); }
+        wrong(told.error);
+        return;
+      }
+      const before = picks;
+      if (told.at) wanted = told.at;
       await refresh(true);
-      if (told.at) await show(told.at);
-      else detail.replaceChildren();
-      say(told.said);
+      if (before === picks) {
+        if (told.at) await show(told.at); else showNothing(told.said);
+      }
+      say(told.said, "done");
     } catch (error) {
-      if (error.message !== "401") say("The gateway did not answer.");
+      if (error.message !== "401") wrong("The gateway did not answer.");
     } finally {
       button.disabled = false;
     }
+  }
+
+  function showNothing(said) {
+    asked += 1;
+    wanted = null;
+    select(null);
+    delete detail.dataset.point;
+    detail.replaceChildren(make("p", `${said} Its session is not in the tree any more. Choose another one.`, "hint"));
+    history.replaceState(null, "", "/");
   }
 
   // -- live
@@ -344,7 +448,7 @@
       if (open.length < FOLLOWED) follow(entry);
       else {
         entry.open = false;
-        say(`The texts of ${FOLLOWED} requests grow at once; fold one first.`);
+        wrong(`The texts of ${FOLLOWED} requests grow at once; fold one first.`);
       }
     } else if (!entry.open) {
       following.get(entry)?.close();
@@ -356,7 +460,10 @@
   function markOver(entry) {
     const summary = entry.querySelector("summary");
     const branch = summary.querySelector("b")?.textContent;
-    summary.textContent = `${branch ? `${branch} is ` : ""}over; its session is in the tree`;
+    summary.textContent = `${branch ? `${branch} is ` : ""}over; `;
+    const link = make(branch ? "a" : "span", "its session is in the tree");
+    if (branch) link.href = `/?at=${encodeURIComponent(branch)}`;
+    summary.append(link);
     entry.classList.add("over");
   }
 
@@ -388,9 +495,10 @@
 
   async function refresh(always) {
     const now = await whole("/tree/version");
-    if (now === version && !always) return;
+    if (now === version && !always) { tellAges(); return; }
     const shut = [...sessions.querySelectorAll("[aria-expanded=false]")].map((item) => item.dataset.point).join(",");
-    const body = new URLSearchParams({ open: unfolded(), shut, at: detail.dataset.point ?? "" });
+    const body = new URLSearchParams({ open: unfolded(), shut, at: wanted ?? "" });
+    const before = picks;
     const content = parsed(await whole("/tree/sessions", { method: "POST", body }));
     const focused = document.activeElement && itemOf(document.activeElement)?.id;
     const scroll = sessions.scrollTop;
@@ -398,18 +506,39 @@
     document.getElementById("totals").replaceWith(content.getElementById("totals"));
     showRunning(content.getElementById("running"));
     sessions.scrollTop = scroll;
+    if (before === picks) selected = sessions.querySelector("[aria-selected=true]")?.id ?? null; else mark();
+    tellAges();
     version = now;
     const item = focused && document.getElementById(focused);
     if (item) focusItem(item); else enter();
   }
 
+  const UNITS = [["second", 60, 1], ["minute", 3600, 60], ["hour", 86400, 3600], ["day", 86400 * 60, 86400]];
+
+  // As `thaw.tree.words.age` says it, by the server's clock.
+  function tellAges() {
+    const now = Date.now() + clockMs;
+    for (const place of sessions.querySelectorAll("time")) {
+      const seconds = (now - Date.parse(place.dateTime)) / 1000;
+      const found = UNITS.find(([, limit]) => seconds < limit);
+      if (!found) continue;
+      const [unit, , size] = found;
+      const number = Math.floor(seconds / size);
+      const said = seconds < 1 ? "now" : `${number}\u00a0${unit}${number === 1 ? "" : "s"}\u00a0ago`;
+      if (place.textContent !== said) place.textContent = said;
+    }
+  }
+
+  const AWAY = "The gateway does not answer; trying again.";
+
   async function poll() {
     if (document.visibilityState === "visible") {
       try {
         await refresh(false);
+        if (status.textContent === AWAY) say("");
       } catch (error) {
         if (error.message === "401") return;
-        say("The gateway does not answer; trying again.");
+        wrong(AWAY);
       }
     }
     setTimeout(poll, POLL_MS);
@@ -425,9 +554,23 @@
   detail.addEventListener("click", safely(onDetailClick));
   detail.addEventListener("submit", safely(onSubmit));
   ofTree(sessions);
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && comparing) stopComparing(); });
+  detail.addEventListener("keydown", onTokenKey);
+  document.addEventListener("keydown", safely((event) => {
+    if (event.key !== "Escape") return;
+    if (comparing) stopComparing();
+    else if (compared) return leaveComparison();
+    else say("");
+  }));
+  status.addEventListener("click", () => say(""));
   enter();
+  selected = sessions.querySelector("[aria-selected=true]")?.id ?? null;
+  const hint = detail.querySelector(":scope > [data-said]");
+  if (hint) hint.textContent = hint.dataset.said;
+  beginTokens();
   if (!isFile) {
+    wanted = new URLSearchParams(location.search).get("at");
+    if (wanted) detail.dataset.point = wanted;
+    if (new URLSearchParams(location.search).has("with")) compared = wanted;
     document.getElementById("running").addEventListener("toggle", onToggle, true);
     setTimeout(poll, POLL_MS);
   }
