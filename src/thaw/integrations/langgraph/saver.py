@@ -198,11 +198,11 @@ class ThawSaver(BaseCheckpointSaver[str]):
             self._file.copy(source, target)
 
     def delete_thread(self, thread_id: str) -> None:
-        thread = _name(thread_id, "thread_id")
+        thread_id = _name(thread_id, "thread_id")
         with self._file.writing():
-            named = self._file.points(thread)
-            self._file.delete_thread(thread)
-        self._release({thread: named})
+            named = self._file.points(thread_id)
+            self._file.delete_thread(thread_id)
+        self._release({thread_id: named})
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         with self._file.writing():
