@@ -128,7 +128,8 @@ def test_exchanged_ranks_read_the_next_ones_heads_and_then_their_own(
 
 def test_the_memory_of_a_process_is_what_it_holds(in_worker: ModuleType) -> None:
     before = in_worker.resident()
-    held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not by malloc, which may have as much to spare
+    # Not by malloc, which may have as much to spare.
+    held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for page in range(0, len(held), mmap.PAGESIZE):
         held[page] = 1
     assert 60 << 20 < in_worker.resident() - before < 70 << 20
