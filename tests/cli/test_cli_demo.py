@@ -49,8 +49,8 @@ def test_every_command_that_it_suggests_works(told: tuple[Shell, str]) -> None:
             shell.ok(*shlex.split(line)[1:])
 
 
-def test_the_tree_of_a_demo_is_served_to_the_token_that_is_printed(told: tuple[Shell, str]) -> None:
-    """As a newcomer does it: whatever stands on the token's line after the colon is the key."""
+def test_the_tree_of_a_demo_is_served_to_the_key_that_is_printed(told: tuple[Shell, str]) -> None:
+    """As a newcomer does it: whatever stands on the key's line after the colon is the key."""
     httpx = pytest.importorskip("httpx")
     for package in ("starlette", "uvicorn"):
         pytest.importorskip(package, reason="the extra [server] is not installed")
@@ -68,12 +68,14 @@ def test_the_tree_of_a_demo_is_served_to_the_token_that_is_printed(told: tuple[S
     try:
         assert served.stdout is not None
         printed = ""
-        while "token" not in printed:
-            printed += served.stdout.readline()
+        while "key for this run" not in printed:
+            line = served.stdout.readline()
+            assert line, printed
+            printed += line
         (url,) = re.findall(r"in a browser: (\S+)$", printed, re.MULTILINE)
-        (token,) = re.findall(r"token .*: (\S+)$", printed, re.MULTILINE)
+        (key,) = re.findall(r"^.*key for this run .*: (\S+)$", printed, re.MULTILINE)
         with httpx.Client(transport=httpx.HTTPTransport(retries=40), timeout=60) as browser:
-            page = browser.post(f"{url}tree/login", data={"key": token}, follow_redirects=True)
+            page = browser.post(f"{url}tree/login", data={"key": key}, follow_redirects=True)
         assert page.status_code == 200 and "answer/0" in page.text
     finally:
         served.terminate()

@@ -236,3 +236,21 @@ def on_a_terminal(shell: Shell, words: list[str], **environment: str) -> str:
     os.close(master)
     assert process.wait(timeout=60) == 0, out.decode(errors="replace")
     return out.decode(errors="replace")
+
+
+def test_what_is_no_plain_file_is_written_into_and_stays_what_it_is(tree: Shell, tmp_path: Path) -> None:
+    """A page for a pipe, or for a device: replacing that by a file would harm whoever uses it next."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target.html"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        tree.ok("show", "--html", str(pipe))
+        assert reader.stdout is not None and reader.stdout.read().startswith(b"<!doctype html>")
+    assert pipe.is_fifo()
+    target.write_text("old")
+    link.symlink_to(target)
+    tree.ok("show", "--html", str(link))
+    assert link.is_symlink() and target.read_bytes().startswith(b"<!doctype html>")
+    tree.ok("engine", "config", "vllm", "--out", str(link.rename(tmp_path / "link.yaml")), "--force")
+    assert (tmp_path / "link.yaml").is_symlink() and "kv_connector" in target.read_text()
+    tree.ok("show", "--html", str(tmp_path / "new.html"))
+    assert (tmp_path / "new.html").stat().st_mode & 0o777 == 0o600

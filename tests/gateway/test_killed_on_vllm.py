@@ -54,7 +54,7 @@ class Both:
         self.gateway = Process(folder)
 
     def start_engine(self) -> None:
-        words = ("--max-model-len", str(LIMIT), "--enable-prompt-tokens-details")
+        words = ("--max-model-len", str(LIMIT), "--enable-prompt-tokens-details", "--enforce-eager")
         self.engine = serve.up(self.repo, "vllm", str(self._model), python=str(VLLM), arguments=words).record.pid
 
     def kill(self, whom: str) -> None:
@@ -95,6 +95,8 @@ class Rounds:
     def __init__(self, both: Both) -> None:
         self._both, self._rng = both, random.Random(0)
         self.acknowledged: list[Any] = []
+        self.ended: list[Any] = []
+        """Streams that went on. They ran past the end of their turn, so their tokens are not those of their text."""
         self.counts: Counter[str] = Counter()
         self._ask(input=f"{LONG}\n\nSum this up.")
 
@@ -102,9 +104,8 @@ class Rounds:
         return self._both.gateway.client
 
     def _ask(self, **more: Any) -> Any:
-        body = {"max_output_tokens": 8, "extra_body": {"ignore_eos": True}, **more}
-        reply = self._client().responses.create(model=self._both.gateway.model, **body)
-        if not body.get("stream"):
+        reply = self._client().responses.create(model=self._both.gateway.model, **{"max_output_tokens": 8, **more})
+        if not more.get("stream"):
             self.acknowledged.append(reply)
         return reply
 
@@ -119,7 +120,7 @@ class Rounds:
             kept = self._client().responses.retrieve(began)
             assert kept.status == "incomplete" and kept.thaw["point"] == parent.thaw["point"]
         self.counts[f"kills of {'the ' if whom != 'both' else ''}{whom}"] += 1
-        for reply in self.acknowledged:
+        for reply in (*self.acknowledged, *self.ended):
             assert self._client().responses.retrieve(reply.id).output_text == reply.output_text
         one = self._rng.choice(self.acknowledged)
         child = self._ask(input="And?", previous_response_id=one.id)
@@ -128,7 +129,10 @@ class Rounds:
 
     def _killed_in_between(self, parent: Any, whom: str) -> tuple[str, str, Any]:
         """The stream's id, its text, and its last event: of all of it where the gateway lived."""
-        stream = self._ask(input="On.", previous_response_id=parent.id, max_output_tokens=LENGTH, stream=True)
+        stream = self._ask(
+            input="On.", previous_response_id=parent.id, max_output_tokens=LENGTH, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
         began, told, pieces, event = "", "", 0, None
         with suppress(*(() if whom == "engine" else BROKEN)):
             for event in stream:
@@ -148,7 +152,7 @@ class Rounds:
             return
         assert last.type == "response.incomplete" and last.response.output_text == told
         assert last.response.usage.output_tokens == LENGTH
-        self.acknowledged.append(last.response)
+        self.ended.append(last.response)
         self.counts["streams that went on in a new engine"] += 1
 
 

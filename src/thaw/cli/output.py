@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from thaw.core.text import clean as clean
 from thaw.core.text import one_line as one_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36"}
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -79,6 +82,18 @@ def write(text: str, *, flush: bool = False) -> None:
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding, "replace"))
     if flush:
         sys.stdout.flush()
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """The file that a user named: it has the old bytes or these, after a crash too, and is for this user alone. What is
+    no plain file (a device, a pipe, a link) is written into and stays what it is. Raises `StorageFailed`."""
+    from thaw.data.files import storage_errors, write_atomic
+
+    if not file.is_symlink() and (file.is_file() or not file.exists()):
+        write_atomic(file, data)
+        return
+    with storage_errors(file, "write"):
+        file.write_bytes(data)
 
 
 def note(text: str) -> None:

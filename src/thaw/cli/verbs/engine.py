@@ -94,11 +94,10 @@ def config(
 def keep(path: Path, text: str, force: bool) -> None:
     """Write it for this user alone. Raises `Conflict` rather than replace a file unasked."""
     from thaw.core.errors import Conflict
-    from thaw.data.files import write_atomic
 
     if path.exists() and not force:
         raise Conflict(f"{path} already exists. Name another file with --out, or replace it with --force.")
-    write_atomic(path, text.encode())
+    output.write_file(path, text.encode())
 
 
 def _path(out: str, server: Server) -> Path:

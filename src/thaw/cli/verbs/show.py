@@ -53,7 +53,6 @@ def _write_page(named: str | None, point: str | None, path: str, as_json: bool) 
     import os.path
     from pathlib import Path
 
-    from thaw.data.files import write_atomic
     from thaw.tree.details import codec_at_hand
     from thaw.tree.page import TreeFile
 
@@ -66,7 +65,7 @@ def _write_page(named: str | None, point: str | None, path: str, as_json: bool) 
     if path == "-":
         output.write(data.decode())
         return
-    write_atomic(target, data)
+    output.write_file(target, data)
     if as_json:
         output.print_json({"file": path, "num_bytes": len(data), "num_commits": page.num_commits})
     else:
