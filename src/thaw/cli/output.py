@@ -89,11 +89,11 @@ def write_file(file: Path, data: bytes) -> None:
     no plain file (a device, a pipe, a link) is written into and stays what it is. Raises `StorageFailed`."""
     from thaw.data.files import storage_errors, write_atomic
 
-    if not file.is_symlink() and (file.is_file() or not file.exists()):
-        write_atomic(file, data)
-        return
     with storage_errors(file, "write"):
-        file.write_bytes(data)
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            file.write_bytes(data)
+            return
+    write_atomic(file, data)
 
 
 def note(text: str) -> None:
