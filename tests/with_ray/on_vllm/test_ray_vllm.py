@@ -19,7 +19,8 @@ from thaw.data.reader import read_header
 from thaw.pool import BranchResult, ForkPool
 from thaw.testing.laws.pool_kit import bits
 
-pytest.importorskip("vllm")
+for package in ("vllm", "ray"):
+    pytest.importorskip(package)
 pytestmark = [pytest.mark.slow("two vLLMs on Ray, and a local one"), pytest.mark.timeout(1800)]
 
 SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=24, ignore_eos=True)
