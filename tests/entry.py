@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,17 @@ def found(folder: Path, group: str, name: str, value: str) -> Iterator[None]:
             known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
             patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *known]))
         yield
+
+
+def found_in_session(group: str, name: str, value: str) -> Any:
+    """A fixture that does so for all of a run, for a conftest."""
+
+    @pytest.fixture(scope="session", autouse=True)
+    def entry_is_found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+        with found(tmp_path_factory.mktemp("entry"), group, name, value):
+            yield
+
+    return entry_is_found
 
 
 def of_engines(folder: str) -> ModuleType:

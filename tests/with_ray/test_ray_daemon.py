@@ -8,21 +8,21 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from ray_daemons import SECRET, STORE, Start, daemons, looked, pack
 
 from thaw.cluster.daemon import DaemonAddress, DaemonSettings
 from thaw.cluster.framing import MAX_FRAME_BYTES, read_frame, send_frame
-from thaw.cluster.keeper import NodeKeeper, address_of, start
+from thaw.cluster.keeper import NodeKeeper, address_of
 from thaw.cluster.messages import (
     ENCODE,
     EndNode,
     FetchPack,
     LookAtNode,
-    NodeCounts,
     PackSource,
     PulledPacks,
     PullPacks,
@@ -33,43 +33,15 @@ from thaw.cluster.messages import (
 from thaw.cluster.peer import Peer
 from thaw.cluster.secret import MAGIC, StrangerError, admit
 from thaw.core.errors import CorruptBlob, InvalidRequest, NotFound, StorageFailed
-from thaw.data.pack import PackItem, write_pack
 from thaw.data.tiers.base import MissingPack
 from thaw.store.leases import start_time
-
-SECRET = secrets.token_bytes(32)
-STORE = "7" * 32
-Start = Callable[..., tuple[Peer, DaemonAddress]]
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Start]:
     """Starts one; all of them end with the test."""
-    peers: list[Peer] = []
-
-    def begin(key: str = "a", **changes: object) -> tuple[Peer, DaemonAddress]:
-        settings = DaemonSettings(
-            key=key, host="127.0.0.1", secret=SECRET.hex(), lease_s=30.0, node_nbytes=1 << 30, folder=str(tmp_path)
-        )  # fmt: skip
-        address = start(msgspec.structs.replace(settings, **changes))
-        peers.append(Peer(address.host, address.port, SECRET))
-        return peers[-1], address
-
-    yield begin
-    for peer in peers:
-        with contextlib.suppress(OSError):
-            peer.ask(EndNode())
-
-
-def pack(folder: Path, *blobs: bytes) -> str:
-    items = [PackItem("", "U8", (len(data),), len(data), lambda data=data: data) for data in blobs]  # type: ignore[misc]
-    name = f"{secrets.token_hex(8)}.safetensors"
-    write_pack(folder, name, items)
-    return name
-
-
-def looked(peer: Peer) -> NodeCounts:
-    return msgspec.convert(peer.ask(LookAtNode()), NodeCounts)
+    with daemons(tmp_path) as begin:
+        yield begin
 
 
 def source_of(address: DaemonAddress) -> PackSource:

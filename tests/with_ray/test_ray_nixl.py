@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
@@ -16,55 +15,26 @@ from pathlib import Path
 import msgspec
 import pytest
 from ray_cluster import cluster_of, counts
+from ray_daemons import STORE, Start, daemons, looked, pack
 from ray_wire import recorded
 
 import thaw
 from thaw.cluster import RayCluster
-from thaw.cluster.daemon import DaemonAddress, DaemonSettings
-from thaw.cluster.keeper import start
-from thaw.cluster.messages import EndNode, LookAtNode, NodeCounts, PackSource, PulledPacks, PullPacks, ServeStore
+from thaw.cluster.messages import PackSource, PulledPacks, PullPacks, ServeStore
 from thaw.cluster.nixl_agent import LANDING, SLOT_BYTES
 from thaw.cluster.peer import Peer
 from thaw.core.errors import CorruptBlob, InvalidRequest, StorageFailed
-from thaw.data.pack import PackItem, write_pack
 from thaw.testing.laws.pool_kit import TEXT, bits
 
-SECRET = secrets.token_bytes(32)
-STORE = "7" * 32
 SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=16, ignore_eos=True)
-Start = Callable[..., tuple[Peer, DaemonAddress]]
 needs_nixl = pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed: pip install nixl")
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Start]:
-    """Starts one; all of them end with the test."""
-    peers: list[Peer] = []
-
-    def begin(key: str, nixl: bool = True) -> tuple[Peer, DaemonAddress]:
-        settings = DaemonSettings(
-            key=key, host="127.0.0.1", secret=SECRET.hex(), lease_s=60.0, node_nbytes=1 << 30, folder=str(tmp_path),
-            nixl=nixl,
-        )  # fmt: skip
-        address = start(settings)
-        peers.append(Peer(address.host, address.port, SECRET))
-        return peers[-1], address
-
-    yield begin
-    for peer in peers:
-        with contextlib.suppress(OSError):
-            peer.ask(EndNode())
-
-
-def looked(peer: Peer) -> NodeCounts:
-    return msgspec.convert(peer.ask(LookAtNode()), NodeCounts)
-
-
-def pack(folder: Path, *blobs: bytes) -> str:
-    items = [PackItem("", "U8", (len(data),), len(data), lambda data=data: data) for data in blobs]  # type: ignore[misc]
-    name = f"{secrets.token_hex(8)}.safetensors"
-    write_pack(folder, name, items)
-    return name
+    """Starts one, with NIXL if nothing else is said; all of them end with the test."""
+    with daemons(tmp_path) as begin:
+        yield lambda key, nixl=True: begin(key, nixl=nixl, lease_s=60.0)
 
 
 def served(peer: Peer, tmp_path: Path) -> Path:

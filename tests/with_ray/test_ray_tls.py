@@ -15,17 +15,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from ray_daemons import SECRET, STORE, Start, daemons, looked, pack, peer_of
 from ray_wire import recorded
 
 from thaw.cluster import RayCluster, TlsFiles
-from thaw.cluster.daemon import DaemonAddress, DaemonSettings
+from thaw.cluster.daemon import DaemonSettings
 from thaw.cluster.keeper import start
 from thaw.cluster.messages import (
     ENCODE,
     AttachEngine,
-    EndNode,
     LookAtNode,
-    NodeCounts,
     PackSource,
     PulledPacks,
     PullPacks,
@@ -37,15 +36,11 @@ from thaw.cluster.peer import Peer, exchange
 from thaw.cluster.secret import StrangerError, admit, greet
 from thaw.cluster.tls import PoolCertificate, PoolTls, bridge, new_certificate, plain_end
 from thaw.core.errors import EngineDied, InvalidRequest
-from thaw.data.pack import PackItem, write_pack
 from thaw.pool.rpc import protocol
 from thaw.pool.rpc.client import RpcClient
 from thaw.pool.rpc.connection import Connection
 
-SECRET = secrets.token_bytes(32)
-STORE = "7" * 32
 Given = PoolCertificate | TlsFiles | None
-Start = Callable[..., tuple[Peer, DaemonAddress]]
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +51,12 @@ def certificate() -> PoolCertificate:
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Start]:
     """Starts one; all of them end with the test."""
-    peers: list[Peer] = []
-
-    def begin(key: str, tls: Given) -> tuple[Peer, DaemonAddress]:
-        settings = DaemonSettings(
-            key=key, host="127.0.0.1", secret=SECRET.hex(), lease_s=30.0, node_nbytes=1 << 30, folder=str(tmp_path),
-            tls=tls,
-        )  # fmt: skip
-        address = start(settings)
-        peers.append(peer_of(address, tls))
-        return peers[-1], address
-
-    yield begin
-    for peer in peers:
-        with contextlib.suppress(OSError):
-            peer.ask(EndNode())
-
-
-def peer_of(address: DaemonAddress, tls: Given, secret: bytes = SECRET) -> Peer:
-    return Peer(address.host, address.port, secret, None if tls is None else PoolTls(tls))
+    with daemons(tmp_path) as begin:
+        yield lambda key, tls: begin(key, tls=tls)
 
 
 def strangers(peer: Peer) -> int:
-    return msgspec.convert(peer.ask(LookAtNode()), NodeCounts).strangers
+    return looked(peer).strangers
 
 
 def authority(folder: Path, *names: str) -> dict[str, TlsFiles]:
@@ -119,8 +97,7 @@ def pulled_through_a_proxy(daemon: Start, tmp_path: Path, one: Given, other: Giv
     first, address = daemon("a", one)
     served = tmp_path / secrets.token_hex(4)
     served.mkdir()
-    name = f"{secrets.token_hex(8)}.safetensors"
-    write_pack(served, name, [PackItem("", "U8", (len(blob),), len(blob), lambda: blob)])
+    name = pack(served, blob)
     first.ask(ServeStore(uuid=STORE, folder=str(served)))
     second, _ = daemon("b", other)
     second.ask(ServeStore(uuid=STORE))
@@ -165,7 +142,7 @@ def test_a_listener_sees_no_tokens(daemon: Start, secure: bool, certificate: Poo
         assert proxy.has(b"what nobody else may read") == (not secure)
         line.tell(protocol.Bye(id=0))
         until(lambda: not Path(f"/proc/{pid}").exists())
-        assert msgspec.convert(peer.ask(LookAtNode()), NodeCounts).engines == {}
+        assert looked(peer).engines == {}
 
 
 def until(true: Callable[[], bool], limit_s: float = 30.0) -> None:

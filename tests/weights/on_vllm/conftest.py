@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 import warm
-from entry import found, of_engines
+from entry import found_in_session, of_engines
 
-ENTRY = ("vllm.general_plugins", "thaw_weights", "thaw.weights.vllm_loader:register")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def loader_is_found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with found(tmp_path_factory.mktemp("entry"), *ENTRY):
-        yield
-
-
+entry_is_found = found_in_session("vllm.general_plugins", "thaw_weights", "thaw.weights.vllm_loader:register")
 if not warm._begun_with:  # nor are the engine's own tests in this run
     warm_boots = of_engines("on_vllm").warm_boots
