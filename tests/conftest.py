@@ -41,15 +41,27 @@ class NotHere(pytest.Dir):
 
 
 class NotInstalled(pytest.Dir):
-    """A folder of tests of an extra that is not installed: one line says so."""
+    """A folder of tests of an extra that is not installed, or what was asked for in it: one line says so."""
 
-    def collect(self) -> Iterator[pytest.Item]:
-        pytest.skip(f"the extra [{OPTIONAL[self.path.name]}] is not installed")
+    extra: str
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        asked = [Path(arg.partition("::")[0]).resolve() for arg in self.config.args]
+        for path in {self.path / path.relative_to(self.path).parts[0] for path in asked if self.path in path.parents}:
+            yield NotInstalled.of(self.extra, self, path)
+        if self.path in asked or not any(self.path in path.parents for path in asked):
+            pytest.skip(f"the extra [{self.extra}] is not installed")
+
+    @classmethod
+    def of(cls, extra: str, parent: pytest.Collector, path: Path) -> NotInstalled:
+        folder: NotInstalled = cls.from_parent(parent, path=path)
+        folder.extra = extra
+        return folder
 
 
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     if path.parent == Path(__file__).parent and not is_installed(OPTIONAL.get(path.name, "pytest")):
-        return NotInstalled.from_parent(parent, path=path)
+        return NotInstalled.of(OPTIONAL[path.name], parent, path)
     here = path.parent.parent == Path(__file__).parent and path.name in SERVED
     return NotHere.from_parent(parent, path=path) if here and not is_installed(SERVED[path.name][0]) else None
 
