@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ pytest.importorskip("vllm")
 
 import torch
 
+import thaw
 from thaw.core.cache import PointState, point_groups, token_groups
-from thaw.core.errors import Busy, NotKept, StaleSession, Unsupported
+from thaw.core.errors import Busy, Cancelled, InvalidRequest, NotKept, StaleSession, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.jobs import RECENT_STATES
-from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, wait_for
+from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, until, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
 if not versions.names_failed_loads():
@@ -105,6 +106,13 @@ def lab(tmp_path: Path) -> Lab:
     return Lab(mount_at(tmp_path / "packs"))
 
 
+def fill_with_nan(engine: Engine) -> None:
+    """vLLM knows of no block any more, and each holds NaN."""
+    llm = engine._transport._llm  # type: ignore[attr-defined]
+    until(lambda: bool(engine._loop.wait(llm.reset_prefix_cache())), limit_s=20.0)  # type: ignore[attr-defined]
+    assert all(nbytes > 0 for nbytes in engine.collective_rpc("fill_with_nan"))  # type: ignore[attr-defined]
+
+
 def test_what_was_stored_anywhere_goes_on_with_the_parents_bits(
     how: tuple[str, bool, bool], engine: Engine, other: Engine, lab: Lab
 ) -> None:
@@ -118,7 +126,7 @@ def test_what_was_stored_anywhere_goes_on_with_the_parents_bits(
             if more:
                 lab.one(engine, part, greedy(more))
             plan = lab.plan(lab.capture(engine, part))
-            assert all(nbytes > 0 for nbytes in other.collective_rpc("fill_with_nan"))  # type: ignore[attr-defined]
+            fill_with_nan(other)
             restored = lab.hydrate(other, plan)
             assert restored.proof.num_cached_tokens == end + more and restored.proof.num_recomputed_tokens == 0
             rest = lab.one(other, restored.session, greedy(ANSWER - more))
@@ -309,6 +317,153 @@ def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine,
     with pytest.raises(Unsupported, match="pin"):
         engine.pin(session, 1.0)  # type: ignore[attr-defined]
     assert not {"interior-points", "fork-running", "pin"} & engine.info.capabilities
+
+
+POINTS = (128, 256, 320)
+"""Multiples of what every kernel reads at a time, on a block's end and elsewhere."""
+
+
+def read_with(engine: Engine, points: Sequence[int], *, count: int = 400, unaligned: bool = False) -> SessionRef:
+    """A session that was asked for states after `points` and has read `count` tokens."""
+    session = engine.open(seed=SEED)
+    engine.keep_points(session, points, unaligned=unaligned)
+    engine.append(session, ids(count)).result()
+    return session
+
+
+def read_in_pieces(engine: Engine, ends: Sequence[int]) -> SessionRef:
+    """A session that stopped at each of `ends`, an append each, so that there is a state after as many tokens."""
+    session, at = engine.open(seed=SEED), 0
+    for end in ends:
+        engine.append(session, ids(ends[-1] + 1)[at : end + 1]).result()
+        at = end + 1
+    return session
+
+
+def test_points_asked_for_ahead_are_those_of_a_parent_that_stopped_there(
+    engine: Engine, other: Engine, lab: Lab
+) -> None:
+    """Inside one append: every byte of its KV and its states, and what goes on from any of them here and elsewhere."""
+    asked = read_with(engine, POINTS)
+    whole = lab.capture(engine, asked)
+    stopped = read_in_pieces(engine, (*POINTS, 399))
+    assert whole.segments == lab.capture(engine, stopped).segments
+    assert [point.token for s in whole.segments for point in s.points] == [*POINTS, 399]
+    later = lab.capture(engine, read_with(engine, [POINTS[0] + 1], unaligned=True))
+    assert _state_of(later, POINTS[0] + 1) != _state_of(whole, POINTS[0]), "or equal blobs show nothing"
+    for point in POINTS:
+        child, twin = (lab.twin(engine, parent, at=point + 1) for parent in (asked, stopped))
+        assert engine.view(child).num_kv == point
+        answer = lab.one(engine, child, greedy(ANSWER), ids(70, 5))
+        assert answer.usage.num_prefilled_tokens == 71
+        assert bits(answer.logprobs) == bits(lab.one(engine, twin, greedy(ANSWER), ids(70, 5)).logprobs)
+        restored = lab.hydrate(other, lab.plan(whole, at=point + 1)).session
+        again = lab.one(other, restored, greedy(ANSWER), ids(70, 5))
+        assert again.usage.num_prefilled_tokens == 71 and bits(again.logprobs) == bits(answer.logprobs)
+
+
+def test_points_of_a_prompt_that_is_answered_and_of_its_answer_are_passed_by(engine: Engine, lab: Lab) -> None:
+    """Those inside the prompt are stopped at; a step of an answer ends at every token, so nothing changes there."""
+    prompt, end = ids(400), 400
+    twin = read_in_pieces(engine, (128,))
+    expected = lab.one(engine, twin, greedy(ANSWER), prompt[129:])
+    session = engine.open(seed=SEED)
+    asked = (128, end, end + 3, end + 9, end + ANSWER + 5)
+    engine.keep_points(session, asked, unaligned=True)
+    out = lab.one(engine, session, greedy(ANSWER), prompt)
+    assert bits(out.logprobs) == bits(expected.logprobs) and out.usage.num_prefilled_tokens == end
+    captured = lab.capture(engine, session)
+    assert [p.token for s in captured.segments for p in s.points] == [128, end, end + 3, end + 9, end + ANSWER - 1]
+    for point in asked[1:4]:
+        live, stored = lab.twin(engine, session, at=point + 1), lab.plan(captured, at=point + 1)
+        for child in (live, lab.hydrate(engine, stored).session):
+            assert engine.view(child).num_kv == point
+            (rest,) = lab.resume(engine, child)
+            assert bits(rest.logprobs) == bits(out.logprobs), point
+            engine.close_session(child)
+
+
+def test_a_state_that_was_asked_for_at_a_prompts_end_comes_when_the_session_goes_on(engine: Engine, lab: Lab) -> None:
+    """The last token runs with what follows, and a prompt that follows stops behind it."""
+    session = read_with(engine, [256], count=256)
+    assert engine.view(session).num_kv == 255 and _points(lab.capture(engine, session)) == [255]
+    answered = lab.twin(engine, session)
+    engine.append(session, ids(400)[256:]).result()
+    assert _points(lab.capture(engine, session)) == [255, 256, 399]
+    stopped = read_in_pieces(engine, (255, 256, 399))
+    assert lab.capture(engine, session).segments == lab.capture(engine, stopped).segments
+    lab.one(engine, answered, greedy(4))
+    assert _points(lab.capture(engine, answered)) == [255, 256, 259]
+
+
+def test_an_append_that_is_cancelled_between_its_points_keeps_what_it_read(engine: Engine, lab: Lab) -> None:
+    count = 900
+    points = tuple(range(64, count, 64))
+    whole = read_with(engine, points, count=count)
+    kept = set()
+    for trial in range(3):
+        session = engine.open(seed=SEED)
+        engine.keep_points(session, points)
+        reading = engine.append(session, ids(count))
+        time.sleep(0.05 * trial)
+        reading.cancel()
+        with contextlib.suppress(Cancelled):
+            reading.result(60.0)
+        view = engine.view(session)
+        kept.add(view.num_kv)
+        assert view.tokens == ids(count)[: len(view.tokens)] and view.num_kv in (0, *points, count - 1)
+        engine.append(session, ids(count)[len(view.tokens) :]).result()
+        assert lab.capture(engine, session).segments == lab.capture(engine, whole).segments
+        engine.close_session(session)
+    assert len(kept) > 1, kept
+
+
+def test_points_that_cannot_be_are_refused_by_name(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    session = lab.begin(engine, 100)
+    for token, why in ((0, "must be 1 to"), (4096, "must be 1 to"), ("x", "must be 1 to")):
+        with pytest.raises(InvalidRequest, match=why):
+            engine.keep_points(session, [token])  # type: ignore[list-item]
+    if how[0] != "lfm2":
+        with pytest.raises(InvalidRequest, match=r"a point at token 130.*Ask for.*or insist"):
+            engine.keep_points(session, [130])
+    with pytest.raises(NotKept, match=r"no state is kept after 64 tokens.*states after 99 tokens"):
+        engine.keep_points(session, [64])
+    engine.keep_points(session, [99], unaligned=True)
+    assert "points" in engine.info.capabilities
+
+
+def test_a_token_that_is_no_point_is_read_again_from_the_nearest_one(engine: Engine, lab: Lab, tmp_path: Path) -> None:
+    """A live session's, and a commit's: reported as read again, and with the bits of one that stopped alike."""
+    expected = lab.one(engine, read_in_pieces(engine, (128, 199)), greedy(ANSWER))
+    with thaw.init(tmp_path / "repository", engine=engine) as repo, repo.session(seed=SEED) as session:
+        session.append(token_ids=ids(400), points=[128])
+        session.commit("read", branch="main")
+        with pytest.raises(NotKept, match=r"after 199 tokens.*states after 128, 399 tokens"):
+            session.fork(1, at=200)
+        with pytest.raises(NotKept):
+            repo.session("main:token=200")
+        for again in (session.reread(200), repo.session("main:token=200", policy="recompute")):
+            proof = again.proof
+            assert proof is not None and not proof.hit and proof.continuation == "close" and proof.reason
+            assert (proof.num_cached_tokens, proof.num_recomputed_tokens, proof.first_mismatch) == (128, 72, 128)
+            before = engine.stats()["loaded_tokens"]
+            first, second = again.fork(2, replay=True)
+            for child in (first, second):
+                out = child.generate("", greedy(ANSWER))
+                assert bits(out.logprobs) == bits(expected.logprobs) and out.usage.num_prefilled_tokens == 1
+            assert engine.stats()["loaded_tokens"] - before <= 2 * 199
+            branch = f"again-{len(repo.branches())}"
+            again.commit("again", branch=branch)
+            with repo.session(branch) as stored:
+                assert bits(stored.generate("", greedy(ANSWER)).logprobs) == bits(expected.logprobs)
+
+
+def _state_of(captured: Captured, token: int) -> dict[str, tuple[str, ...]]:
+    return next(point.blobs for s in captured.segments for point in s.points if point.token == token)
+
+
+def _points(captured: Captured) -> list[int]:
+    return [point.token for s in captured.segments for point in s.points]
 
 
 def settled(engine: Engine) -> int:

@@ -27,6 +27,7 @@ from thaw._version import __version__
 from thaw.data.tiers.folder import folder_mount
 from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.hf.config import eos_token_ids
+from thaw.engines.hf.recurrent import chunk
 from thaw.engines.served import protocol
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder, sweep_dead
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
@@ -139,6 +140,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
             interior=self._settings.interior,
+            point_multiple=chunk(model.hf_text_config.to_dict()) if self._tables.states else 1,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:

@@ -119,6 +119,7 @@ class Saves:
             held = True
         # Nor is the state that such a step leaves: its tokens have no KV in the record.
         record.recent = [] if held and over else [point for point in record.recent if point <= record.num_kv]
+        record.points = {point for point in record.points if point <= record.num_kv}
         record.live, record.leaving = None, False
         self._records.touch(name)
         return held, record.num_kv
@@ -134,7 +135,7 @@ class Saves:
 
     def _has_state(self, record: SchedulerRecord, request: Any, num_kv: int) -> bool:
         """Whether the state after so many tokens is in the request's blocks, or was kept behind its step."""
-        return not self._groups.states or num_kv == request.num_computed_tokens or num_kv in record.recent
+        return not self._groups.states or num_kv == request.num_computed_tokens or num_kv in record.states
 
     def _room(self, tables: Sequence[Sequence[int]]) -> int:
         """Tokens that the blocks have room for, in every group that keeps tokens."""

@@ -136,7 +136,9 @@ class SchedulerSide:
         _require_grammar(request, message)
         caller = message.caller or GUEST
         early = message.ends_early and self._has_states
-        self.require_room(message.record, caller, message.num_new(request.num_tokens), ends_early=early)
+        states = sum(point < request.num_tokens + request.max_tokens for point in message.points if self._has_states)
+        new = message.num_new(request.num_tokens)
+        self.require_room(message.record, caller, new, ends_early=early, num_states=states)
         source = self._source(message)
         tokens = list(request.all_token_ids)
         want = message.num_kv
@@ -176,14 +178,17 @@ class SchedulerSide:
                 "of which must run"
             )
 
-    def require_room(self, record: str, caller: Caller, num_tokens: int, *, ends_early: bool = False) -> None:
-        """Raises `Busy` where the caller may not keep one more record, or that many tokens more in some worker."""
+    def require_room(
+        self, record: str, caller: Caller, num_tokens: int, *, ends_early: bool = False, num_states: int = 0
+    ) -> None:
+        """Raises `Busy` where the caller may not keep one more record, or that many tokens and states more in some
+        worker."""
         self.records.require_room(record, caller)
         for rank in range(self.facts.world_size):
             tight = self.mail.tight(rank)
             room = tight.get(caller) or tight.get(EVERYBODY)
             if room is not None:
-                room.require(num_tokens, ends_early=ends_early)
+                room.require(num_tokens, ends_early=ends_early, num_states=num_states)
 
     def _source(self, message: protocol.Run) -> SchedulerRecord | None:
         own = self.records.get(message.record)
@@ -444,15 +449,16 @@ class SchedulerSide:
         self.queue.append(jobs.Fail(name, self._tables.of_tokens(self._saving.tables[name]), background=False))
 
     def kept_states(self, output: Any) -> list[jobs.KeepState]:
-        """What is to be kept of the states that this step computes, once it has: of requests that their clients may end
-        some steps late. Of others the state lies in their blocks until the next step, and whoever needs it is served
-        before that (`Saves`)."""
+        """What is to be kept of the states that this step computes, once it has: where somebody asked for it, and of
+        requests that their clients may end some steps late. Of others the state lies in their blocks until the next
+        step, and whoever needs it is served before that (`Saves`)."""
         if not self._has_states:
             return []
         found: list[jobs.KeepState] = []
         for name, run in self._runs.items():
             told = run.message
-            if name in output.num_scheduled_tokens and told.keep and told.ends_early and run.error is None:
+            wanted = told.ends_early or run.computed in told.points
+            if name in output.num_scheduled_tokens and told.keep and wanted and run.error is None:
                 guarded(
                     partial(self._keep_state, found, run, output.kv_connector_block_state), partial(self._stop, run)
                 )
@@ -463,8 +469,9 @@ class SchedulerSide:
         if record is None or record.live is not run.request:
             return
         where = self._tables.state_blocks(blocks.get_block_ids(name), run.computed)
-        found.append(jobs.KeepState(run.message.record, where, run.computed))
-        record.stepped(run.computed)
+        lasting = run.computed in run.message.points
+        found.append(jobs.KeepState(run.message.record, where, run.computed, lasting))
+        record.stepped(run.computed, lasting=lasting)
 
     def _states_of(self, name: str) -> tuple[int, ...]:
         record = self.records.get(name)
