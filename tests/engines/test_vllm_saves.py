@@ -92,9 +92,10 @@ def test_a_point_that_was_asked_for_stays_as_long_as_its_tokens_do(made: Any) ->
     assert (record.num_kv, record.points) == (NOW, {WANT, NOW - 2, NOW})
 
 
-def test_a_preempted_request_has_not_its_points_any_more(made: Any) -> None:
+def test_a_preempted_request_has_neither_its_points_nor_its_blocks_any_more(made: Any) -> None:
     record = made.record
     record.stepped(NOW - 2, lasting=True)
+    record.chain = [5, 6, 7]
     made.run.request.num_preemptions = 1
     made.saves.rescue(made.run)
-    assert record.points == {WANT}
+    assert record.points == {WANT} and record.chain == [5], "one full block of the tokens that it began with"

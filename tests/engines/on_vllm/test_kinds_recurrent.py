@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,90 @@ def test_children_of_one_point_are_one_another_and_the_parent(engine: Engine, la
     engine.generate(lab.ask(engine.fork(session, 5).result(), greedy(2))).result()
     assert engine.stats()["split_groups"] == split
     lab.one(engine, session, seeded(9))
-    before = engine.stats()["loaded_tokens"]
+    before = engine.stats()
     for child in engine.fork(session, 6).result():
         assert engine.view(child).num_kv == 261 + 8
         engine.append(child, ids(3, 5)).result()
-    assert engine.stats()["loaded_tokens"] - before == 6 * (261 + 8)
+    found = {name: engine.stats()[name] - before[name] for name in ("loaded_tokens", "hit_tokens")}
+    assert sum(found.values()) == 6 * (261 + 8) and found["loaded_tokens"] > 0
+
+
+def shared_block(how: tuple[str, bool, bool], engine: Engine) -> int:
+    """Tokens in a block of vLLM's, where sessions find blocks of their own in its cache; else the test is over."""
+    if not how[1]:
+        pytest.skip("vLLM has no prefix cache here")
+    return int(engine.info.numerics["block_size"])
+
+
+def test_siblings_share_the_full_blocks_of_their_point(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    """Each has a tail block of its own and a block for the state of each of vLLM's groups, and loads no more than that;
+    also where a point is at a block's end, of which the last one is always loaded, with its state."""
+    block, count = shared_block(how, engine), 6
+    tables = sum(group.num_layers for group in point_groups(engine.info.groups))
+    for end in (2 * block, 2 * block + 1, 3 * block - 1):
+        session = lab.begin(engine, end + 1, start=end)
+        whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+        full, free, before = (end - 1) // block, settled(engine), engine.stats()
+        children = engine.fork(session, count).result()
+        running = [engine.generate(lab.ask([child], greedy(600))) for child in children]
+        for one in running:
+            wait_for(one, 2)
+        now = engine.stats()
+        assert now["running"] == count
+        assert now["hit_tokens"] - before["hit_tokens"] == count * full * block
+        assert now["loaded_tokens"] - before["loaded_tokens"] == count * (end - full * block)
+        assert free - now["free_blocks"] <= full + count * (1 + 1 + 2 * tables)
+        for one in running:
+            one.cancel()
+            one.result()
+        before = engine.stats()["hit_tokens"]
+        alone = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+        assert bits(alone.logprobs) == bits(whole.logprobs), end
+        assert engine.stats()["hit_tokens"] - before == full * block
+        for child in children:
+            engine.close_session(child)
+
+
+def test_a_hit_that_is_not_the_sessions_own_is_never_extended(
+    how: tuple[str, bool, bool], engine: Engine, lab: Lab
+) -> None:
+    """Two sessions of the same tokens and one salt whose prompts were cut elsewhere: vLLM calls their blocks equal, and
+    their bits are not. The child of each has its own parent's."""
+    block = shared_block(how, engine)
+    tokens = ids(2 * block + 40)
+    one, two = engine.open(seed=SEED), engine.open(seed=SEED)
+    engine._get(two).cache_salt = engine._get(one).cache_salt  # type: ignore[attr-defined]
+    engine.append(one, tokens).result()
+    for start, end in pairwise((0, 77, block + 30, len(tokens))):
+        engine.append(two, tokens[start:end]).result()
+    first, second = (lab.capture(engine, session) for session in (one, two))
+    assert first.segments[0].blobs != second.segments[0].blobs, "or there is nothing to mistake"
+    restored = [lab.hydrate(engine, lab.plan(captured)).session for captured in (first, second)]
+    asked = greedy(1, logprobs=TOP)
+    expected = [_row(lab.one(engine, session, asked)) for session in restored]
+    assert how[0] in WRONG_IN_BATCHES or expected[0] != expected[1], "there the hits alone show it"
+    before = engine.stats()["hit_tokens"]
+    for session, right in zip((one, two), expected, strict=True):
+        assert _row(lab.one(engine, lab.twin(engine, session), asked)) == right
+    assert engine.stats()["hit_tokens"] - before == 2 * block, "of the one whose blocks vLLM finds"
+
+
+def test_a_pin_holds_a_sessions_full_blocks(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    """Through what pushes all others out, and no longer than was asked for. Its state is in the arena in any case."""
+    block = shared_block(how, engine)
+    session = lab.begin(engine, 2 * block + 40)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+    pinned = engine.pin(session, 60.0).result()  # type: ignore[attr-defined]
+    assert pinned == 2 * block and engine.stats()["pinned_blocks"] == 2
+    for held in (True, False):
+        if not held:
+            assert engine.pin(session, 0.0).result() == 0  # type: ignore[attr-defined]
+        for other in range(18):
+            engine.close_session(lab.begin(engine, 2000, start=100 + other))
+        before = engine.stats()["hit_tokens"]
+        assert bits(lab.one(engine, lab.twin(engine, session), greedy(ANSWER)).logprobs) == bits(whole.logprobs)
+        assert engine.stats()["hit_tokens"] - before == (2 * block if held else 0)
+    assert engine.stats()["pinned_blocks"] == 0
 
 
 def test_a_live_session_of_twenty_turns_reads_new_tokens_alone(engine: Engine, lab: Lab) -> None:
@@ -314,9 +394,7 @@ def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine,
     assert engine.view(child).num_kv == 99
     (again,) = engine.fork(session, 1, at=105).result()
     assert engine.view(again).num_kv == 104
-    with pytest.raises(Unsupported, match="pin"):
-        engine.pin(session, 1.0)  # type: ignore[attr-defined]
-    assert not {"interior-points", "fork-running", "pin"} & engine.info.capabilities
+    assert not {"interior-points", "fork-running"} & engine.info.capabilities and "pin" in engine.info.capabilities
 
 
 POINTS = (128, 256, 320)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
@@ -50,7 +50,7 @@ from thaw.engines.session.turns import reseed
 CAPABILITIES = frozenset(
     {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
 )
-WITHOUT_STATES = frozenset({"fork-running", "pin"})
+WITHOUT_STATES = frozenset({"fork-running"})
 """What an engine has not of a model that keeps states: a session has them at the ends of its turns."""
 WITH_STATES = frozenset({"points"})
 """What it has of such a model alone."""
@@ -212,17 +212,13 @@ class ServedEngine(Engine):
         return self._model.policy
 
     def pin(self, session: SessionRef, seconds: float) -> Handle[int]:
-        """Hold the session's full blocks in the engine for `seconds` (0: let go). The result is the tokens held.
+        """Hold the session's full blocks in the engine for `seconds` (0: let go). The result is the tokens held; states
+        lie in the arena without a pin.
 
         Opt-in, because it takes room from everybody, and the server's own reset of its prefix cache may refuse to run
         while blocks are held (docs/engines). Ends by itself at the engine's limit (`pin_seconds`), when the session
         is closed, with `set_policy`, and with `release_pins`.
         """
-        if self._model.keeps_states:
-            raise Unsupported(
-                "pin: of a model that keeps states no session takes anything from the engine's own cache; its KV and "
-                "states stay in the arena without a pin"
-            )
         return self._loop.begin(lambda _: self._pins.pin(self._usable(session), seconds))
 
     def release_pins(self) -> None:

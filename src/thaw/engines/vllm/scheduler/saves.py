@@ -94,6 +94,7 @@ class Saves:
         for job in late:
             self._refuse(job.name, Busy("vLLM took the session's blocks away in this step; capture it again"))
         record.num_kv, record.tokens = run.want, record.tokens[: run.want]
+        del record.chain[run.want // self._block_size :]
         record.points, record.recent = {point for point in record.points if point <= run.want}, []
         record.leaving = False
         self._queue.append(jobs.ForkRecord(name, name, run.want, record.caller))
