@@ -74,3 +74,28 @@ def test_a_capture_in_the_step_of_a_preemption_is_refused_as_busy(made: Any) -> 
     ((name, error),) = made.refused
     assert name == LATE and isinstance(error, Busy)
     assert (made.record.num_kv, made.record.points) == (WANT, {WANT})
+
+
+def test_a_point_that_was_asked_for_stays_as_long_as_its_tokens_do(made: Any) -> None:
+    """Beyond the end of what a stopped request keeps there is none; and a preempted one reads its answer again, in
+    chunks that end elsewhere."""
+    record, request = made.record, made.run.request
+    record.stepped(NOW - 2, lasting=True)
+    record.stepped(NOW - 1)
+    assert record.points == {WANT, NOW - 2} and record.recent == [NOW - 1]
+    record.require_state(NOW - 2)
+    made.saves.catch_up(RECORD, record, None)
+    assert record.points == {WANT, NOW - 2, NOW}
+    record.stepped(NOW + 3, lasting=True)
+    request.num_in_flight_tokens, request.status = 0, "RUNNING"
+    made.saves.end(made.run, [[7, 9], [3, 4]])
+    assert (record.num_kv, record.points) == (NOW, {WANT, NOW - 2, NOW})
+
+
+def test_a_preempted_request_has_neither_its_points_nor_its_blocks_any_more(made: Any) -> None:
+    record = made.record
+    record.stepped(NOW - 2, lasting=True)
+    record.chain = [5, 6, 7]
+    made.run.request.num_preemptions = 1
+    made.saves.rescue(made.run)
+    assert record.points == {WANT} and record.chain == [5], "one full block of the tokens that it began with"

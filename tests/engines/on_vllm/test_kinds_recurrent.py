@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ pytest.importorskip("vllm")
 
 import torch
 
+import thaw
 from thaw.core.cache import PointState, point_groups, token_groups
-from thaw.core.errors import Busy, NotKept, StaleSession, Unsupported
+from thaw.core.errors import Busy, Cancelled, InvalidRequest, NotKept, StaleSession, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.jobs import RECENT_STATES
-from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, wait_for
+from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, until, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
 if not versions.names_failed_loads():
@@ -105,6 +107,13 @@ def lab(tmp_path: Path) -> Lab:
     return Lab(mount_at(tmp_path / "packs"))
 
 
+def fill_with_nan(engine: Engine) -> None:
+    """vLLM knows of no block any more, and each holds NaN."""
+    llm = engine._transport._llm  # type: ignore[attr-defined]
+    until(lambda: bool(engine._loop.wait(llm.reset_prefix_cache())), limit_s=20.0)  # type: ignore[attr-defined]
+    assert all(nbytes > 0 for nbytes in engine.collective_rpc("fill_with_nan"))  # type: ignore[attr-defined]
+
+
 def test_what_was_stored_anywhere_goes_on_with_the_parents_bits(
     how: tuple[str, bool, bool], engine: Engine, other: Engine, lab: Lab
 ) -> None:
@@ -118,7 +127,7 @@ def test_what_was_stored_anywhere_goes_on_with_the_parents_bits(
             if more:
                 lab.one(engine, part, greedy(more))
             plan = lab.plan(lab.capture(engine, part))
-            assert all(nbytes > 0 for nbytes in other.collective_rpc("fill_with_nan"))  # type: ignore[attr-defined]
+            fill_with_nan(other)
             restored = lab.hydrate(other, plan)
             assert restored.proof.num_cached_tokens == end + more and restored.proof.num_recomputed_tokens == 0
             rest = lab.one(other, restored.session, greedy(ANSWER - more))
@@ -151,11 +160,90 @@ def test_children_of_one_point_are_one_another_and_the_parent(engine: Engine, la
     engine.generate(lab.ask(engine.fork(session, 5).result(), greedy(2))).result()
     assert engine.stats()["split_groups"] == split
     lab.one(engine, session, seeded(9))
-    before = engine.stats()["loaded_tokens"]
+    before = engine.stats()
     for child in engine.fork(session, 6).result():
         assert engine.view(child).num_kv == 261 + 8
         engine.append(child, ids(3, 5)).result()
-    assert engine.stats()["loaded_tokens"] - before == 6 * (261 + 8)
+    found = {name: engine.stats()[name] - before[name] for name in ("loaded_tokens", "hit_tokens")}
+    assert sum(found.values()) == 6 * (261 + 8) and found["loaded_tokens"] > 0
+
+
+def shared_block(how: tuple[str, bool, bool], engine: Engine) -> int:
+    """Tokens in a block of vLLM's, where sessions find blocks of their own in its cache; else the test is over."""
+    if not how[1]:
+        pytest.skip("vLLM has no prefix cache here")
+    return int(engine.info.numerics["block_size"])
+
+
+def test_siblings_share_the_full_blocks_of_their_point(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    """Each has a tail block of its own and a block for the state of each of vLLM's groups, and loads no more than that;
+    also where a point is at a block's end, of which the last one is always loaded, with its state."""
+    block, count = shared_block(how, engine), 6
+    tables = sum(group.num_layers for group in point_groups(engine.info.groups))
+    for end in (2 * block, 2 * block + 1, 3 * block - 1):
+        session = lab.begin(engine, end + 1, start=end)
+        whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+        full, free, before = (end - 1) // block, settled(engine), engine.stats()
+        children = engine.fork(session, count).result()
+        running = [engine.generate(lab.ask([child], greedy(600))) for child in children]
+        for one in running:
+            wait_for(one, 2)
+        now = engine.stats()
+        assert now["running"] == count
+        assert now["hit_tokens"] - before["hit_tokens"] == count * full * block
+        assert now["loaded_tokens"] - before["loaded_tokens"] == count * (end - full * block)
+        assert free - now["free_blocks"] <= full + count * (1 + 1 + 2 * tables)
+        for one in running:
+            one.cancel()
+            one.result()
+        before = engine.stats()["hit_tokens"]
+        alone = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+        assert bits(alone.logprobs) == bits(whole.logprobs), end
+        assert engine.stats()["hit_tokens"] - before == full * block
+        for child in children:
+            engine.close_session(child)
+
+
+def test_a_hit_that_is_not_the_sessions_own_is_never_extended(
+    how: tuple[str, bool, bool], engine: Engine, lab: Lab
+) -> None:
+    """Two sessions of the same tokens and one salt whose prompts were cut elsewhere: vLLM calls their blocks equal, and
+    their bits are not. The child of each has its own parent's."""
+    block = shared_block(how, engine)
+    tokens = ids(2 * block + 40)
+    one, two = engine.open(seed=SEED), engine.open(seed=SEED)
+    engine._get(two).cache_salt = engine._get(one).cache_salt  # type: ignore[attr-defined]
+    engine.append(one, tokens).result()
+    for start, end in pairwise((0, 77, block + 30, len(tokens))):
+        engine.append(two, tokens[start:end]).result()
+    first, second = (lab.capture(engine, session) for session in (one, two))
+    assert first.segments[0].blobs != second.segments[0].blobs, "or there is nothing to mistake"
+    restored = [lab.hydrate(engine, lab.plan(captured)).session for captured in (first, second)]
+    asked = greedy(1, logprobs=TOP)
+    expected = [_row(lab.one(engine, session, asked)) for session in restored]
+    assert how[0] in WRONG_IN_BATCHES or expected[0] != expected[1], "there the hits alone show it"
+    before = engine.stats()["hit_tokens"]
+    for session, right in zip((one, two), expected, strict=True):
+        assert _row(lab.one(engine, lab.twin(engine, session), asked)) == right
+    assert engine.stats()["hit_tokens"] - before == 2 * block, "of the one whose blocks vLLM finds"
+
+
+def test_a_pin_holds_a_sessions_full_blocks(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    """Through what pushes all others out, and no longer than was asked for. Its state is in the arena in any case."""
+    block = shared_block(how, engine)
+    session = lab.begin(engine, 2 * block + 40)
+    whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
+    pinned = engine.pin(session, 60.0).result()  # type: ignore[attr-defined]
+    assert pinned == 2 * block and engine.stats()["pinned_blocks"] == 2
+    for held in (True, False):
+        if not held:
+            assert engine.pin(session, 0.0).result() == 0  # type: ignore[attr-defined]
+        for other in range(18):
+            engine.close_session(lab.begin(engine, 2000, start=100 + other))
+        before = engine.stats()["hit_tokens"]
+        assert bits(lab.one(engine, lab.twin(engine, session), greedy(ANSWER)).logprobs) == bits(whole.logprobs)
+        assert engine.stats()["hit_tokens"] - before == (2 * block if held else 0)
+    assert engine.stats()["pinned_blocks"] == 0
 
 
 def test_a_live_session_of_twenty_turns_reads_new_tokens_alone(engine: Engine, lab: Lab) -> None:
@@ -306,9 +394,154 @@ def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine,
     assert engine.view(child).num_kv == 99
     (again,) = engine.fork(session, 1, at=105).result()
     assert engine.view(again).num_kv == 104
-    with pytest.raises(Unsupported, match="pin"):
-        engine.pin(session, 1.0)  # type: ignore[attr-defined]
-    assert not {"interior-points", "fork-running", "pin"} & engine.info.capabilities
+    assert not {"interior-points", "fork-running"} & engine.info.capabilities and "pin" in engine.info.capabilities
+
+
+POINTS = (128, 256, 320)
+"""Multiples of what every kernel reads at a time, on a block's end and elsewhere."""
+
+
+def read_with(engine: Engine, points: Sequence[int], *, count: int = 400, unaligned: bool = False) -> SessionRef:
+    """A session that was asked for states after `points` and has read `count` tokens."""
+    session = engine.open(seed=SEED)
+    engine.keep_points(session, points, unaligned=unaligned)
+    engine.append(session, ids(count)).result()
+    return session
+
+
+def read_in_pieces(engine: Engine, ends: Sequence[int]) -> SessionRef:
+    """A session that stopped at each of `ends`, an append each, so that there is a state after as many tokens."""
+    session, at = engine.open(seed=SEED), 0
+    for end in ends:
+        engine.append(session, ids(ends[-1] + 1)[at : end + 1]).result()
+        at = end + 1
+    return session
+
+
+def test_points_asked_for_ahead_are_those_of_a_parent_that_stopped_there(
+    engine: Engine, other: Engine, lab: Lab
+) -> None:
+    """Inside one append: every byte of its KV and its states, and what goes on from any of them here and elsewhere."""
+    asked = read_with(engine, POINTS)
+    whole = lab.capture(engine, asked)
+    stopped = read_in_pieces(engine, (*POINTS, 399))
+    assert whole.segments == lab.capture(engine, stopped).segments
+    assert [point.token for s in whole.segments for point in s.points] == [*POINTS, 399]
+    later = lab.capture(engine, read_with(engine, [POINTS[0] + 1], unaligned=True))
+    assert _state_of(later, POINTS[0] + 1) != _state_of(whole, POINTS[0]), "or equal blobs show nothing"
+    for point in POINTS:
+        child, twin = (lab.twin(engine, parent, at=point + 1) for parent in (asked, stopped))
+        assert engine.view(child).num_kv == point
+        answer = lab.one(engine, child, greedy(ANSWER), ids(70, 5))
+        assert answer.usage.num_prefilled_tokens == 71
+        assert bits(answer.logprobs) == bits(lab.one(engine, twin, greedy(ANSWER), ids(70, 5)).logprobs)
+        restored = lab.hydrate(other, lab.plan(whole, at=point + 1)).session
+        again = lab.one(other, restored, greedy(ANSWER), ids(70, 5))
+        assert again.usage.num_prefilled_tokens == 71 and bits(again.logprobs) == bits(answer.logprobs)
+
+
+def test_points_of_a_prompt_that_is_answered_and_of_its_answer_are_passed_by(engine: Engine, lab: Lab) -> None:
+    """Those inside the prompt are stopped at; a step of an answer ends at every token, so nothing changes there."""
+    prompt, end = ids(400), 400
+    twin = read_in_pieces(engine, (128,))
+    expected = lab.one(engine, twin, greedy(ANSWER), prompt[129:])
+    session = engine.open(seed=SEED)
+    asked = (128, end, end + 3, end + 9, end + ANSWER + 5)
+    engine.keep_points(session, asked, unaligned=True)
+    out = lab.one(engine, session, greedy(ANSWER), prompt)
+    assert bits(out.logprobs) == bits(expected.logprobs) and out.usage.num_prefilled_tokens == end
+    captured = lab.capture(engine, session)
+    assert [p.token for s in captured.segments for p in s.points] == [128, end, end + 3, end + 9, end + ANSWER - 1]
+    for point in asked[1:4]:
+        live, stored = lab.twin(engine, session, at=point + 1), lab.plan(captured, at=point + 1)
+        for child in (live, lab.hydrate(engine, stored).session):
+            assert engine.view(child).num_kv == point
+            (rest,) = lab.resume(engine, child)
+            assert bits(rest.logprobs) == bits(out.logprobs), point
+            engine.close_session(child)
+
+
+def test_a_state_that_was_asked_for_at_a_prompts_end_comes_when_the_session_goes_on(engine: Engine, lab: Lab) -> None:
+    """The last token runs with what follows, and a prompt that follows stops behind it."""
+    session = read_with(engine, [256], count=256)
+    assert engine.view(session).num_kv == 255 and _points(lab.capture(engine, session)) == [255]
+    answered = lab.twin(engine, session)
+    engine.append(session, ids(400)[256:]).result()
+    assert _points(lab.capture(engine, session)) == [255, 256, 399]
+    stopped = read_in_pieces(engine, (255, 256, 399))
+    assert lab.capture(engine, session).segments == lab.capture(engine, stopped).segments
+    lab.one(engine, answered, greedy(4))
+    assert _points(lab.capture(engine, answered)) == [255, 256, 259]
+
+
+def test_an_append_that_is_cancelled_between_its_points_keeps_what_it_read(engine: Engine, lab: Lab) -> None:
+    count = 900
+    points = tuple(range(64, count, 64))
+    whole = read_with(engine, points, count=count)
+    kept = set()
+    for trial in range(3):
+        session = engine.open(seed=SEED)
+        engine.keep_points(session, points)
+        reading = engine.append(session, ids(count))
+        time.sleep(0.05 * trial)
+        reading.cancel()
+        with contextlib.suppress(Cancelled):
+            reading.result(60.0)
+        view = engine.view(session)
+        kept.add(view.num_kv)
+        assert view.tokens == ids(count)[: len(view.tokens)] and view.num_kv in (0, *points, count - 1)
+        engine.append(session, ids(count)[len(view.tokens) :]).result()
+        assert lab.capture(engine, session).segments == lab.capture(engine, whole).segments
+        engine.close_session(session)
+    assert len(kept) > 1, kept
+
+
+def test_points_that_cannot_be_are_refused_by_name(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+    session = lab.begin(engine, 100)
+    for token, why in ((0, "must be 1 to"), (4096, "must be 1 to"), ("x", "must be 1 to")):
+        with pytest.raises(InvalidRequest, match=why):
+            engine.keep_points(session, [token])  # type: ignore[list-item]
+    if how[0] != "lfm2":
+        with pytest.raises(InvalidRequest, match=r"a point at token 130.*Ask for.*or insist"):
+            engine.keep_points(session, [130])
+    with pytest.raises(NotKept, match=r"no state is kept after 64 tokens.*states after 99 tokens"):
+        engine.keep_points(session, [64])
+    engine.keep_points(session, [99], unaligned=True)
+    assert "points" in engine.info.capabilities
+
+
+def test_a_token_that_is_no_point_is_read_again_from_the_nearest_one(engine: Engine, lab: Lab, tmp_path: Path) -> None:
+    """A live session's, and a commit's: reported as read again, and with the bits of one that stopped alike."""
+    expected = lab.one(engine, read_in_pieces(engine, (128, 199)), greedy(ANSWER))
+    with thaw.init(tmp_path / "repository", engine=engine) as repo, repo.session(seed=SEED) as session:
+        session.append(token_ids=ids(400), points=[128])
+        session.commit("read", branch="main")
+        with pytest.raises(NotKept, match=r"after 199 tokens.*states after 128, 399 tokens"):
+            session.fork(1, at=200)
+        with pytest.raises(NotKept):
+            repo.session("main:token=200")
+        for again in (session.reread(200), repo.session("main:token=200", policy="recompute")):
+            proof = again.proof
+            assert proof is not None and not proof.hit and proof.continuation == "close" and proof.reason
+            assert (proof.num_cached_tokens, proof.num_recomputed_tokens, proof.first_mismatch) == (128, 72, 128)
+            before = engine.stats()["loaded_tokens"]
+            first, second = again.fork(2, replay=True)
+            for child in (first, second):
+                out = child.generate("", greedy(ANSWER))
+                assert bits(out.logprobs) == bits(expected.logprobs) and out.usage.num_prefilled_tokens == 1
+            assert engine.stats()["loaded_tokens"] - before <= 2 * 199
+            branch = f"again-{len(repo.branches())}"
+            again.commit("again", branch=branch)
+            with repo.session(branch) as stored:
+                assert bits(stored.generate("", greedy(ANSWER)).logprobs) == bits(expected.logprobs)
+
+
+def _state_of(captured: Captured, token: int) -> dict[str, tuple[str, ...]]:
+    return next(point.blobs for s in captured.segments for point in s.points if point.token == token)
+
+
+def _points(captured: Captured) -> list[int]:
+    return [point.token for s in captured.segments for point in s.points]
 
 
 def settled(engine: Engine) -> int:

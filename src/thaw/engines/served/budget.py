@@ -42,22 +42,26 @@ class Shares:
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):
     """How many tokens of KV more a caller may keep, and the limits that say so. `num_early`: with a request that its
-    client may end early, where such a one keeps more than its tokens and its end."""
+    client may end early, where such a one keeps more than its tokens and its end. `state_tokens`: how many tokens a
+    state takes the room of."""
 
     num_tokens: int
     why: str
     num_early: int | None = None
+    state_tokens: int = 0
 
     @property
     def least(self) -> int:
         """For whatever request."""
         return self.num_tokens if self.num_early is None else self.num_early
 
-    def require(self, num_tokens: int, *, ends_early: bool = False) -> None:
-        """Raises `Busy` where that is more."""
-        if num_tokens > (self.least if ends_early else self.num_tokens):
+    def require(self, num_tokens: int, *, ends_early: bool = False, num_states: int = 0) -> None:
+        """Raises `Busy` where that is more. `num_states`: beside that of the end, and those of an early one."""
+        if num_tokens + num_states * self.state_tokens > (self.least if ends_early else self.num_tokens):
+            states = f" and {num_states:,} states at points" if num_states else ""
             raise Busy(
-                f"no room to keep {num_tokens:,} tokens: {self.why}; close sessions, or start the engine with more"
+                f"no room to keep {num_tokens:,} tokens{states}: {self.why}; close sessions, or start the engine with "
+                "more"
             )
 
 

@@ -19,7 +19,7 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import InvalidRequest
 
-VERSION = 7
+VERSION = 8
 KEY = "thaw"
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """128 random bits, in hex: unguessable, and safe as a file name."""
@@ -31,6 +31,8 @@ SALT = "thaw:"
 StoreName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f-]{32,36}\Z")]
 
 
+MAX_POINTS = 4096
+"""Tokens in one message after which a state is to be kept."""
 MAX_DROP = 4096
 """Names in one message. With `MAX_RANKS` it keeps every message below 160 KB, whoever sends it."""
 
@@ -69,7 +71,8 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     other ways. `mail`: what the scheduler says at the end goes to the mail too, for a reply may be left before its
     end. `grammar_from`: the request has structured outputs, and its tokens from this index on are of the same
     completion: the grammar is told of them before the first new one. `ends_early`: the client may end it some tokens
-    before the engine does (at a stop string), and continue from there.
+    before the engine does (at a stop string), and continue from there. `points`: of a model that keeps states, numbers
+    of tokens at which a step of the request ends, in its answer or at its prompt's end; the states then are kept.
     """
 
     record: Name
@@ -82,6 +85,7 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     mail: bool = False
     grammar_from: Count | None = None
     ends_early: bool = False
+    points: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_POINTS)] = ()
 
     def __post_init__(self) -> None:
         if self.num_kv and self.source is None:
@@ -274,7 +278,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     `eos_token_ids`: the ends of text that the model's files name. `more_ends`: other tokens at which this server ends a
     request that does not say `ignore_eos`. `overrides`: fields of the model's config, as resolved, that the engine was
-    told to run in place of those in its folder. `interior`: its snapshots hold the windows of all tokens."""
+    told to run in place of those in its folder. `interior`: its snapshots hold the windows of all tokens.
+    `point_multiple`: how many tokens the model's recurrent kernel reads at a time."""
 
     protocol: int
     thaw: str
@@ -298,6 +303,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     overrides: dict[str, Any] = {}
     interior: bool = False
+    point_multiple: int = 1
 
 
 PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,16 @@ from thaw._version import __version__
 from thaw.data.tiers.folder import folder_mount
 from thaw.engines.hf.checkpoint import require_whole
 from thaw.engines.hf.config import eos_token_ids
+from thaw.engines.hf.recurrent import chunk
 from thaw.engines.served import protocol
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox, default_folder, sweep_dead
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.served.worker.weights_probe import WeightsSample, owner_of
 from thaw.engines.vllm import support, versions
-from thaw.engines.vllm.block_tables import of_groups
+from thaw.engines.vllm.block_tables import BlockTables, of_groups
 from thaw.engines.vllm.jobs import Job, KeepState
 from thaw.engines.vllm.metrics import Changes, ThawPromMetrics, ThawStats
+from thaw.engines.vllm.recurrent import UNTRIED
 from thaw.engines.vllm.sampling import MAILS
 from thaw.engines.vllm.scheduler.scheduler import SchedulerSide
 from thaw.engines.vllm.settings import CONNECTOR, CONNECTOR_MODULE, VllmSettings, from_extra_config
@@ -78,6 +81,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._changes = Changes()
         self._lost: set[str] = set()
         self._tables = of_groups(kv_cache_config.kv_cache_groups)
+        self._shares_blocks = _shares_blocks(vllm_config, self._tables, kv_cache_config.kv_cache_groups)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler()
         else:
@@ -87,6 +91,12 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """Asked from 0.32 on: losing a capture must never hold output back."""
         return False
+
+    @property
+    def supports_divergent_local_hybrid_hits(self) -> bool:
+        """Asked from 0.32 on: whether vLLM may find more tokens of a request in its cache than states. thaw loads the
+        state of each of its own; of others, of which it loads nothing, vLLM then takes what both have."""
+        return self._shares_blocks
 
     # -- metrics
 
@@ -139,12 +149,16 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
             interior=self._settings.interior,
+            point_multiple=chunk(model.hf_text_config.to_dict()) if self._tables.states else 1,
         )
         self._mail.post(SCHEDULER, facts)
         for note in facts.notes:
             log.warning("thaw: %s", note)
         page_nbytes = sum(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in of_tokens)
-        return SchedulerSide(facts, self._settings, self._mail, page_nbytes // spec.block_size, tables=self._tables)
+        return SchedulerSide(
+            facts, self._settings, self._mail, page_nbytes // spec.block_size, tables=self._tables,
+            shares_blocks=self._shares_blocks,
+        )  # fmt: skip
 
     @property
     def _s(self) -> SchedulerSide:
@@ -274,6 +288,15 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
+
+
+def _shares_blocks(config: Any, tables: BlockTables, groups: Sequence[Any]) -> bool:
+    """Whether sessions of a model that keeps states find full blocks in vLLM's cache: where it has one, whose hashes
+    are of its one block size. On a GPU that was not run."""
+    cache, sizes = config.cache_config, {group.kv_cache_spec.block_size for group in groups}
+    tried = config.device_config.device_type == "cpu" or os.environ.get(UNTRIED) == "1"
+    one_size = len(sizes) == 1 and getattr(cache, "prefix_match_unit", None) in (None, *sizes)
+    return bool(tables.states) and bool(cache.enable_prefix_caching) and one_size and tried
 
 
 def _base_folder(config: Any, settings: VllmSettings) -> Path:

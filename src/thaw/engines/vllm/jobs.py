@@ -67,12 +67,14 @@ class Load:
 
 @dataclass(frozen=True)
 class KeepState:
-    """The record's request, which its client may end early, has computed `num_kv` tokens once this step is over: keep
-    the state of then, beside those of the last few steps."""
+    """The record's request has computed `num_kv` tokens once this step is over: keep the state of then. `lasting`: for
+    as long as the record has these tokens, for it was asked for; else beside those of the last few steps, because the
+    client may end the request early."""
 
     record: str
     state_blocks: tuple[int, ...]
     num_kv: int
+    lasting: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
@@ -32,6 +32,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
 )
+from thaw.engines.promise import Promise
 from thaw.engines.served import protocol
 from thaw.engines.served.client import capturing, hydrating
 from thaw.engines.served.client.channel import EngineChannel, worker_facts
@@ -40,7 +41,7 @@ from thaw.engines.served.client.event_loop import LoopThread, soon
 from thaw.engines.served.client.generation import Generation
 from thaw.engines.served.client.model import ServedModel
 from thaw.engines.served.client.pins import ClientPins
-from thaw.engines.served.client.session import ServedSession, forked, new_session
+from thaw.engines.served.client.session import ServedSession, forked, new_session, with_gap
 from thaw.engines.served.client.transport import Transport
 from thaw.engines.served.protocol import EngineFacts, WorkerFacts
 from thaw.engines.session.children import check_children
@@ -49,8 +50,10 @@ from thaw.engines.session.turns import reseed
 CAPABILITIES = frozenset(
     {"capture-running", "fork-running", "interior-points", "park", "pin", "resume", "policy", "logprobs", "entropy"}
 )
-OF_STATES = frozenset({"fork-running", "pin"})
+WITHOUT_STATES = frozenset({"fork-running"})
 """What an engine has not of a model that keeps states: a session has them at the ends of its turns."""
+WITH_STATES = frozenset({"points"})
+"""What it has of such a model alone."""
 MAX_TOP_LOGPROBS = 100
 
 
@@ -98,7 +101,7 @@ class ServedEngine(Engine):
             max_model_len=facts.max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            capabilities=self.capabilities_of(facts) - _without(worker.groups, interior=interior),
+            capabilities=_of(worker.groups, self.capabilities_of(facts), interior=interior),
             numerics={
                 self.name: facts.version,
                 "runner": facts.runner,
@@ -138,6 +141,12 @@ class ServedEngine(Engine):
             lambda promise: self._generation.append(promise, self._usable(session), list(token_ids), text, role, chat)
         )
 
+    def keep_points(self, session: SessionRef, tokens: Sequence[int], *, unaligned: bool = False) -> None:
+        if not self._model.keeps_states:
+            super().keep_points(session, tokens, unaligned=unaligned)
+        asked = tuple(tokens)
+        self._loop.wait(soon(lambda: self._ask(self._usable(session), asked, unaligned)))
+
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         if not requests:
             raise InvalidRequest("generate: no requests; give at least one session")
@@ -167,6 +176,17 @@ class ServedEngine(Engine):
         check_children(n, replay, seeds)
         return self._loop.begin(lambda _: soon(lambda: self._fork(self._fresh(session), n, at, replay, seeds)))
 
+    def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
+        if not self._model.keeps_states:
+            return super().reread(session, at)
+
+        async def again(promise: Promise[SessionRef]) -> SessionRef:
+            child = self._nearest(self._fresh(session), at)
+            await self._generation.read_again(promise, child)
+            return self._admit(child)
+
+        return self._loop.begin(again)
+
     def park(self, session: SessionRef) -> Handle[SessionView]:
         def put_away() -> SessionView:
             live = self._usable(session)
@@ -192,17 +212,13 @@ class ServedEngine(Engine):
         return self._model.policy
 
     def pin(self, session: SessionRef, seconds: float) -> Handle[int]:
-        """Hold the session's full blocks in the engine for `seconds` (0: let go). The result is the tokens held.
+        """Hold the session's full blocks in the engine for `seconds` (0: let go). The result is the tokens held; states
+        lie in the arena without a pin.
 
         Opt-in, because it takes room from everybody, and the server's own reset of its prefix cache may refuse to run
         while blocks are held (docs/engines). Ends by itself at the engine's limit (`pin_seconds`), when the session
         is closed, with `set_policy`, and with `release_pins`.
         """
-        if self._model.keeps_states:
-            raise Unsupported(
-                "pin: of a model that keeps states no session takes anything from the engine's own cache; its KV and "
-                "states stay in the arena without a pin"
-            )
         return self._loop.begin(lambda _: self._pins.pin(self._usable(session), seconds))
 
     def release_pins(self) -> None:
@@ -303,9 +319,7 @@ class ServedEngine(Engine):
     def _fork(
         self, parent: ServedSession, n: int, at: int | None, replay: bool, seeds: Sequence[int] | None
     ) -> list[SessionRef]:
-        position = len(parent.tokens) if at is None else at
-        if not 0 <= position <= len(parent.tokens):
-            raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
+        position = _inside(parent, len(parent.tokens) if at is None else at)
         how = {"keeps_states": self._model.keeps_states}
         children = [forked(parent, position, self.codec, self.info.continuation, **how) for _ in range(n)]
         for i, child in enumerate(children):
@@ -313,8 +327,45 @@ class ServedEngine(Engine):
                 reseed(child, seeds[i] if seeds else derive(parent.seed, position, i))
         return [self._admit(child) for child in children]
 
+    def _nearest(self, parent: ServedSession, at: int) -> ServedSession:
+        """A child of the first `at` tokens, with the KV up to the nearest point: the rest is to be read again."""
+        child = forked(parent, _inside(parent, at), self.codec, self.info.continuation, nearest=True)
+        assert child.proof is not None
+        child.proof = with_gap(child.proof, child.num_kv, "read again as asked")
+        return child
 
-def _without(groups: Sequence[CacheGroup], *, interior: bool) -> frozenset[str]:
-    """What an engine has not of a model with these cache groups."""
-    missing = frozenset() if interior else frozenset({"interior-points"})
-    return missing | (OF_STATES if point_groups(groups) else frozenset())
+    def _ask(self, live: ServedSession, tokens: Sequence[int], unaligned: bool) -> None:
+        """Raises as `keep_points`."""
+        for token in tokens:
+            require_point(token, self.info.max_model_len, 1 if unaligned else self._transport.facts.point_multiple)
+        pending = {token for token in (*live.asked, *tokens) if token > live.num_kv}
+        if len(pending) > protocol.MAX_POINTS:
+            raise InvalidRequest(
+                f"{len(pending):,} points in what is still to be read: at most {protocol.MAX_POINTS:,} are kept in mind"
+            )
+        live.ask(tokens)
+
+
+def require_point(token: object, limit: int, multiple: int) -> None:
+    """Raise `InvalidRequest` for what is no number of tokens that a state can be asked for at."""
+    if not isinstance(token, int) or not 0 < token <= limit:
+        raise InvalidRequest(f"a point at token {token!r}: it must be 1 to {limit}")
+    if token % multiple:
+        near = [n for n in (token // multiple * multiple, (token // multiple + 1) * multiple) if n]
+        raise InvalidRequest(
+            f"a point at token {token}: the model's recurrent layers read {multiple} tokens at a time, and a prefill "
+            f"that is cut inside such a chunk computes other bits than one that is not. Ask for "
+            f"{' or '.join(map(str, near))}, or insist (unaligned=True, --unaligned)"
+        )
+
+
+def _inside(parent: ServedSession, at: int) -> int:
+    if not 0 <= at <= len(parent.tokens):
+        raise InvalidRequest(f"fork at token {at}: the session has {len(parent.tokens)}")
+    return at
+
+
+def _of(groups: Sequence[CacheGroup], capabilities: frozenset[str], *, interior: bool) -> frozenset[str]:
+    """Those of an engine's capabilities that it has of a model with these cache groups."""
+    found = capabilities if interior else capabilities - {"interior-points"}
+    return (found - WITHOUT_STATES) | WITH_STATES if point_groups(groups) else found

@@ -8,6 +8,8 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 from thaw.core.errors import Cancelled, InvalidRequest, ThawError, TooLong
 from thaw.core.objects import Chat
@@ -37,12 +39,14 @@ class Generation:
         """One completion for each session. All start in one step; one that fails does not stop the others."""
         lanes = self._begin(sessions, asked, promise.emit)
         promise.on_cancel = lambda: self._cancel(lanes)
-        group = secrets.token_hex(16) if len(lanes) > 1 else None
+        over = await self._open_all(lanes)
+        ready = [lane for lane in lanes if lane.index not in over]
+        group = secrets.token_hex(16) if len(ready) > 1 else None
         outcomes = await asyncio.gather(
-            *(self._generate_one(lane, group, len(lanes)) for lane in lanes), return_exceptions=True
+            *(self._generate_one(lane, group, len(ready)) for lane in ready), return_exceptions=True
         )
         promise.on_cancel = None  # it refers to the sessions, and the promise may be kept for long
-        for outcome in outcomes:
+        for outcome in (*over.values(), *outcomes):
             if isinstance(outcome, BaseException):
                 raise outcome
         return [lane.completion() for lane in lanes]
@@ -68,13 +72,28 @@ class Generation:
             return session.view()
         session.require_state()
         settle_turn(session)
-        if self._model.keeps_states and len(session.tokens) + len(tokens) - 1 <= session.num_kv:
+        count = len(session.tokens) + len(tokens)
+        ends = session.to_read(count) if self._model.keeps_states else [count]
+        if not ends:
             return _nothing_to_read(session, tokens, text, role, chat)
         request = GenerateRequest(session=session.ref, prompt=tuple(tokens), prompt_text=text, role=role, chat=chat)
+        return await self._read(promise, session, request, ends)
+
+    async def read_again(self, promise: Promise[Any], session: ServedSession) -> None:
+        """Of a model that keeps states: read those of the session's tokens that have no KV. The last one runs with what
+        follows."""
+        ends = session.to_read(len(session.tokens))
+        if ends:
+            await self._read(promise, session, GenerateRequest(session=session.ref), ends)
+
+    async def _read(
+        self, promise: Promise[Any], session: ServedSession, request: GenerateRequest, ends: Sequence[int]
+    ) -> SessionView:
+        """Read the request's prompt, a piece up to each of `ends`."""
         lane = claim(0, session, request, nobody, self._talk.dropped.append)
         promise.on_cancel = lambda: self._cancel([lane])
         try:
-            return await self._prefill(lane)
+            return await self._prefill(lane, ends)
         finally:
             promise.on_cancel = None
             lane.release()
@@ -135,16 +154,52 @@ class Generation:
 
     # -- a request
 
+    async def _open_all(self, lanes: Sequence[ActiveRequest]) -> dict[int, BaseException | None]:
+        """Open each lane's turn, and read its prompt up to the last state that was asked for inside it; one after
+        another, as appends that end there. Those that are over by then, by their index: stopped, or with an error."""
+        over: dict[int, BaseException | None] = {}
+        for lane in lanes:
+            try:
+                self._open(lane)
+                if not await self._read_ahead(lane):
+                    over[lane.index] = None
+            except Exception as error:  # noqa: BLE001 - handed to the caller, once the others are done
+                over[lane.index] = error
+            except BaseException:
+                for each in lanes:
+                    each.release()
+                raise
+            if lane.index in over:
+                lane.release()
+        return over
+
+    async def _read_ahead(self, lane: ActiveRequest) -> bool:
+        """Whether the lane goes on: nobody has stopped it while its prompt was read up to what was asked for."""
+        stops = lane.session.stops(lane.num_prompt - 1)
+        if not stops:
+            return True
+        answer = await self._read_to(lane, lane.session.tokens, stops)
+        if not lane.aborted:
+            lane.goes_on(answer, stops[-1])
+            return True
+        lane.abort()
+        lane.close()
+        self._count(lane, answer)
+        return False
+
+    def _open(self, lane: ActiveRequest) -> None:
+        session, start = lane.session, len(lane.session.tokens)
+        session.tokens += lane.prompt
+        if lane.prompt:
+            close_prompt(session, start, lane.request.prompt_text, lane.request.role, lane.request.chat)
+        session.turn = open_turn(session, lane.request, self._model.codec)
+        lane.num_prompt = len(session.tokens)
+
     async def _generate_one(self, lane: ActiveRequest, group: str | None, size: int) -> None:
-        session = lane.session
+        turn = lane.session.turn
+        assert turn is not None
         try:
-            start = len(session.tokens)
-            session.tokens += lane.prompt
-            if lane.prompt:
-                close_prompt(session, start, lane.request.prompt_text, lane.request.role, lane.request.chat)
-            session.turn = open_turn(session, lane.request, self._model.codec)
-            lane.num_prompt = len(session.tokens)
-            await self._decode(lane, session.turn, lane.message(group, size))
+            await self._decode(lane, turn, lane.message(group, size))
         finally:
             lane.release()
 
@@ -185,19 +240,35 @@ class Generation:
             return [None] * count
         return self._talk.mail.entropies(lane.name, len(lane.session.tokens) - lane.num_prompt, count)
 
-    async def _prefill(self, lane: ActiveRequest) -> SessionView:
-        session, one = lane.session, self._talk.dialect.one_token
-        start, whole = len(session.tokens), [*session.tokens, *lane.prompt]
-        lane.num_prompt = len(whole)
-        # A state is after all that was read, and what is wanted is the one before the last token, which runs again.
-        last = 1 if self._model.keeps_states else 0
-        sent = whole[: len(whole) - last]
-        submission = Submission(lane.name, sent, one, session.cache_salt or None, lane.message(None, 1))
-        answer = await self._talk.run(submission, lambda _: not lane.aborted)
+    async def _read_to(self, lane: ActiveRequest, tokens: Sequence[int], ends: Sequence[int]) -> Answer:
+        """Read `tokens` up to each of `ends`, a request each that goes on from the one before; of a model that keeps
+        states, there is one at each. What the engine says of the last that ran: none comes after a cancel."""
+        answer = await self._read_piece(lane, tokens[: ends[0]])
+        for before, end in pairwise(ends):
+            if lane.aborted:
+                break
+            lane.goes_on(answer, before)
+            answer = await self._read_piece(lane, tokens[:end])
+        return answer
+
+    async def _read_piece(self, lane: ActiveRequest, sent: Sequence[int]) -> Answer:
+        one, salt = self._talk.dialect.one_token, lane.session.cache_salt or None
+        answer = await self._talk.run(
+            Submission(lane.name, list(sent), one, salt, lane.reading()), lambda _: not lane.aborted
+        )
         if answer.kind:
             raise refusal(answer)
         if not lane.aborted and answer.num_tokens <= len(sent):
             lane.aborted = True
+        return answer
+
+    async def _prefill(self, lane: ActiveRequest, ends: Sequence[int]) -> SessionView:
+        session = lane.session
+        start, whole = len(session.tokens), [*session.tokens, *lane.prompt]
+        lane.num_prompt = len(whole)
+        answer = await self._read_to(lane, whole, ends)
+        # A state is after all that was read, and what is wanted is the one before the last token, which runs again.
+        last = 1 if self._model.keeps_states else 0
         read = answer.num_kv + last if answer.num_kv else 0
         count = max(start, min(read, len(whole))) if lane.aborted else len(whole)
         session.tokens = whole[:count]

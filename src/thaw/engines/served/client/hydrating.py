@@ -15,18 +15,20 @@ from thaw.engines.served import protocol
 from thaw.engines.served.client.channel import EngineChannel, refusal
 from thaw.engines.served.client.generation import Generation
 from thaw.engines.served.client.model import ServedModel
-from thaw.engines.served.client.session import Node, ServedSession, lineage_salt, new_session
+from thaw.engines.served.client.session import Node, ServedSession, lineage_salt, new_session, with_gap
 from thaw.engines.served.client.transport import Chunk, Submission
 from thaw.engines.served.late_groups import late_groups
 
 
 async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, generation: Generation) -> ServedSession:
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
-    it may not be recomputed."""
+    it may not be recomputed. Of a model that keeps states, that is what comes after the plan's point alone."""
     identity = await model.identity()
+    again = model.keeps_states and plan.num_kv > 0 and plan.policy == "recompute"
     try:
         compare(plan.identity, identity)
-        restoring.check_kept(plan)
+        if not again:
+            restoring.check_kept(plan)
     except Refused as refused:
         if plan.policy != "recompute" or getattr(refused, "field", "") == "tokenizer":
             raise
@@ -38,6 +40,9 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
         session.cache_salt = lineage_salt()
     proof = await _fill(session, plan, talk, model) if plan.num_kv else None
     session.proof = proof or _nothing_to_restore(plan, model.info.continuation)
+    if plan.not_kept:
+        await generation.read_again(Promise(), session)
+        session.proof = with_gap(session.proof, plan.num_kv, plan.not_kept)
     if session.policy != model.policy:
         raise PolicyMismatch(f"the engine's policy changed to {model.policy!r} while the session was hydrated")
     return session

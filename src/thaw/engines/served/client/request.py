@@ -20,8 +20,9 @@ from thaw.engines.session.turns import completion
 
 @dataclass
 class ActiveRequest:
-    """`want`: tokens of KV that the request starts from. `cached`: how many of them the engine counted. `before`: where
-    the session's KV was (node, own, num_kv); it is there again when the engine never `answered`."""
+    """`want`: tokens of KV that the request starts from. `cached`: how many of them the engine counted; `cached_first`:
+    likewise, before the first piece of a prompt that is read in several. `before`: where the session's KV was (node,
+    own, num_kv); it is there again when the engine never `answered`."""
 
     index: int
     session: ServedSession
@@ -35,6 +36,7 @@ class ActiveRequest:
     before: tuple[Node | None, bool, int]
     started: float = field(default_factory=time.perf_counter)
     cached: int = 0
+    cached_first: int | None = None
     num_prompt: int = 0
     first_token_s: float | None = None
     reason: str | None = None
@@ -57,7 +59,27 @@ class ActiveRequest:
             group_place=self.index,
             ends_early=turn is not None and bool(turn.sampling.stop),
             grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
+            points=() if turn is None else self._passed(turn.sampling.max_tokens),
         )
+
+    def reading(self) -> protocol.Run:
+        """What a request says that reads a prompt, or a piece of one."""
+        assert self.session.node is not None
+        source = self.node.name if self.want else None
+        return protocol.Run(id=self.name, record=self.session.node.name, source=source, num_kv=self.want)
+
+    def _passed(self, most: int) -> tuple[int, ...]:
+        """The tokens that were asked for, from the prompt's end on, which an answer of `most` tokens passes."""
+        count = len(self.session.tokens)
+        return tuple(sorted(point for point in self.session.asked if count <= point < count + most))
+
+    def goes_on(self, answer: Answer, end: int) -> None:
+        """A piece of its prompt has been read, up to token `end`: the next begins there. Raises `NotHit` as `count`."""
+        found = answer.local + answer.external
+        self._require_found(found)
+        assert self.session.node is not None
+        self.cached_first = found if self.cached_first is None else self.cached_first
+        self.node, self.want, self.name = self.session.node, end, secrets.token_hex(16)
 
     def take(
         self, chunk: Chunk, entropies: Sequence[float | None], eos: tuple[int, ...], limit: int, num_top: int
@@ -129,8 +151,11 @@ class ActiveRequest:
         self.cached = answer.local + answer.external
         if (self.aborted or self.reason == "abort") and self.cached == 0:
             return  # stopped before it began
-        if self.cached < self.want and not session.share_prefix:
-            raise NotHit(f"the engine counted {self.cached} of {self.want} restored tokens as cached")
+        self._require_found(self.cached)
+
+    def _require_found(self, found: int) -> None:
+        if found < self.want and not self.session.share_prefix:
+            raise NotHit(f"the engine counted {found} of {self.want} restored tokens as cached")
 
     def release(self) -> None:
         """The session is its owner's again, however the request ended."""
@@ -141,11 +166,12 @@ class ActiveRequest:
         self.emit = nobody
 
     def completion(self) -> Completion:
+        cached = self.cached if self.cached_first is None else self.cached_first
         return completion(
             self.session,
             self.closed,
-            num_cached=self.cached,
-            num_prefilled=max(self.num_prompt - self.cached, 0),
+            num_cached=cached,
+            num_prefilled=max(self.num_prompt - cached, 0),
             ttft_s=self.first_token_s,
             total_s=time.perf_counter() - self.started,
         )

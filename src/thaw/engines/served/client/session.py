@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from thaw.core.cache import list_of
 from thaw.core.errors import NotKept
 from thaw.core.objects import Turn
@@ -37,8 +39,9 @@ class ServedSession:
     request that runs now. `late`: the groups of which earlier tokens are not there.
 
     Of a model that keeps states, `points` are the numbers of tokens after which it has one, and `num_kv` is one of them
-    (or 0); what comes after is a prompt that is still to be read. `behind`: some of it was sampled, for the engine has
-    gone past the session's end, and the state there is gone."""
+    (or 0); what comes after is a prompt that is still to be read. `asked`: those after which it is to have one, read or
+    to come. `behind`: some of it was sampled, for the engine has gone past the session's end, and the state there is
+    gone."""
 
     ref: SessionRef
     seed: int
@@ -56,6 +59,7 @@ class ServedSession:
     busy: ActiveRequest | None = None
     parked: bool = False
     points: tuple[int, ...] = ()
+    asked: frozenset[int] = frozenset()
     behind: bool = False
     late: tuple[LateGroup, ...] = ()
 
@@ -70,15 +74,36 @@ class ServedSession:
 
     def kept(self, want: int, found: Collection[int]) -> None:
         """A request has ended that began after `want` tokens; the engine has states after `found` ones. The last token
-        of the session runs again, so what counts is the state before it."""
+        of the session runs again, so what counts is the state before it, and what was asked for."""
         count, last = len(self.tokens), max(len(self.tokens) - 1, 0)
-        points = {point for point in (*self.points, want) if 0 < point <= want} | ({last} & set(found))
+        wanted = {last, *(point for point in self.asked if point <= count)}
+        points = {point for point in (*self.points, want) if 0 < point <= want} | (wanted & set(found))
         self.points = tuple(sorted(points))
         self.behind = bool(last) and not points & {last, count} and self._sampled_after(max(points, default=0))
         if last in points or not last:
             self.num_kv = last
         else:
             self.num_kv = max((point for point in points if point <= count), default=0)
+
+    def ask(self, tokens: Collection[int]) -> None:
+        """States after these numbers of tokens are to be kept. Raises `NotKept` for what has been read without."""
+        gone = {token for token in tokens if token <= self.num_kv} - set(self.points)
+        if gone:
+            raise NotKept(
+                f"no state is kept after {list_of(gone)}, which this session has read already: it has states after "
+                f"{list_of(self.points)}. Ask for a state before its tokens are appended"
+            )
+        self.asked |= set(tokens)
+
+    def stops(self, until: int) -> list[int]:
+        """The tokens up to `until` at which a prefill stops, because a state was asked for there."""
+        return sorted(token for token in self.asked if self.num_kv < token <= until)
+
+    def to_read(self, count: int) -> list[int]:
+        """Where the prefills end, one by one, that read its first `count` tokens: all but the last, which runs with
+        what follows. A state after all of them comes with that."""
+        ends = {*self.stops(count - 1), count - 1}
+        return sorted(end for end in ends if end > self.num_kv)
 
     def _sampled_after(self, point: int) -> bool:
         """Whether sampled tokens, beside the session's last one, would be read again to come from there to its end."""
@@ -147,14 +172,29 @@ def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) ->
     )
 
 
+def with_gap(proof: Proof, num_kv: int, reason: str) -> Proof:
+    """The proof of a session whose tokens from `num_kv` on are read again."""
+    return msgspec.structs.replace(
+        proof,
+        first_mismatch=num_kv,
+        num_recomputed_tokens=proof.num_prompt_tokens - num_kv,
+        continuation="close",
+        reason=reason,
+    )
+
+
 def forked(
-    parent: ServedSession, at: int, codec: Codec, continuation: Continuation, *, keeps_states: bool = False
-) -> ServedSession:
-    """A child that continues from the parent's first `at` tokens, on the parent's record and with its seed. Raises
-    `NotKept` where what the child needs is not there."""
+    parent: ServedSession, at: int, codec: Codec, continuation: Continuation, *, keeps_states: bool = False,
+    nearest: bool = False,
+) -> ServedSession:  # fmt: skip
+    """A child that continues from the parent's first `at` tokens, on the parent's record and with its seed. `nearest`:
+    it has the KV up to the nearest point before these, where there is one, and not all. Raises `NotKept` where what the
+    child needs is not there."""
     computed = parent.computed()
     num_kv = computed if at == len(parent.tokens) else min(computed, max(at - 1, 0))
-    if keeps_states:
+    if nearest:
+        num_kv = max((point for point in parent.points if point < at), default=0)
+    elif keeps_states:
         num_kv = parent.num_kv if at == len(parent.tokens) and not parent.behind else parent.before(at)
     require_kept(parent.late, num_kv)
     # Blocks of a lineage are found by its salt; where it has not all groups of the first ones, nobody reads them anew.
@@ -170,6 +210,7 @@ def forked(
         num_kv=num_kv,
         tokens=parent.tokens[:at],
         points=tuple(point for point in parent.points if point <= num_kv),
+        asked=frozenset(point for point in parent.asked if point <= at),
         turns=list(cut_turns(parent.all_turns(), parent.tokens, at, codec)),
         late=parent.late if num_kv else (),
         proof=Proof(

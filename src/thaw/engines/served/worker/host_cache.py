@@ -158,7 +158,12 @@ class HostCache:
         if not state:
             return Room(num_tokens=left // self._groups.token_nbytes, why=why)
         why += f"; beside its tokens a request keeps states of {mib(state)}, {mib(state + early)} with stop strings"
-        return Room(num_tokens=self._tokens(left - state), why=why, num_early=self._tokens(left - state - early))
+        return Room(
+            num_tokens=self._tokens(left - state),
+            why=why,
+            num_early=self._tokens(left - state - early),
+            state_tokens=-(-state // self._groups.token_nbytes),
+        )
 
     def _tokens(self, nbytes: int) -> int:
         return max(0, nbytes) // self._groups.token_nbytes

@@ -104,6 +104,17 @@ class DataParallelEngine(Engine):
 
         return _after(member.fork(session, n, at=at, replay=replay, seeds=seeds), keep)
 
+    def reread(self, session: SessionRef, at: int) -> Handle[SessionRef]:
+        member = self._of(session)
+
+        def keep(handle: Handle[SessionRef]) -> None:
+            try:
+                self._settle(member, handle.result())
+            except BaseException:  # noqa: BLE001 - whoever waits for the handle is told
+                return
+
+        return _after(member.reread(session, at), keep)
+
     # -- verbs find their way by the session
 
     def append(
@@ -116,6 +127,9 @@ class DataParallelEngine(Engine):
         chat: Chat | None = None,
     ) -> Handle[SessionView]:
         return self._of(session).append(session, token_ids, text=text, role=role, chat=chat)
+
+    def keep_points(self, session: SessionRef, tokens: Sequence[int], *, unaligned: bool = False) -> None:
+        self._of(session).keep_points(session, tokens, unaligned=unaligned)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         if not requests:

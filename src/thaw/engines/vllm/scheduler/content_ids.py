@@ -25,12 +25,13 @@ class Found:
 
 
 class BlockContents:
-    """`num_groups`: vLLM's KV cache groups. The blocks of all groups that hold the same tokens have one number. Not
-    `shared`: no session takes a block from vLLM's cache, and no record has a chain."""
+    """`groups`: those of vLLM's KV cache groups that keep tokens, or how many there are, where all do. Their blocks
+    that hold the same tokens have one number. Not `shared`: no session takes a block from vLLM's cache, and no record
+    has a chain."""
 
-    def __init__(self, num_groups: int = 1, *, shared: bool = True) -> None:
-        self.num_groups, self.shared = num_groups, shared
-        self._groups = list(range(num_groups))
+    def __init__(self, groups: int | Sequence[int] = 1, *, shared: bool = True) -> None:
+        self._groups = list(range(groups) if isinstance(groups, int) else groups)
+        self.num_groups, self.shared = len(self._groups), shared
         self._in_block: dict[int, int] = {}
         self._numbers = itertools.count(1)
         self._given: set[int] = set()

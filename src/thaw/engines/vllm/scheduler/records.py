@@ -35,9 +35,13 @@ class SchedulerRecord:
         """The numbers of tokens after which there is a state."""
         return tuple(sorted({*self.points, *self.recent}))
 
-    def stepped(self, num_kv: int) -> None:
-        """A step ends after so many tokens, and its state is kept."""
-        self.recent = [*self.recent, num_kv][-RECENT_STATES:]
+    def stepped(self, num_kv: int, *, lasting: bool = False) -> None:
+        """A step ends after so many tokens, and its state is kept; for as long as the record is, where that was asked
+        for."""
+        if lasting:
+            self.points.add(num_kv)
+        else:
+            self.recent = [*self.recent, num_kv][-RECENT_STATES:]
 
     def require_state(self, num_kv: int) -> None:
         """Raise `NotKept` unless there is a state after so many tokens; after none there is nothing to keep."""

@@ -94,6 +94,7 @@ class Saves:
         for job in late:
             self._refuse(job.name, Busy("vLLM took the session's blocks away in this step; capture it again"))
         record.num_kv, record.tokens = run.want, record.tokens[: run.want]
+        del record.chain[run.want // self._block_size :]
         record.points, record.recent = {point for point in record.points if point <= run.want}, []
         record.leaving = False
         self._queue.append(jobs.ForkRecord(name, name, run.want, record.caller))
@@ -119,6 +120,7 @@ class Saves:
             held = True
         # Nor is the state that such a step leaves: its tokens have no KV in the record.
         record.recent = [] if held and over else [point for point in record.recent if point <= record.num_kv]
+        record.points = {point for point in record.points if point <= record.num_kv}
         record.live, record.leaving = None, False
         self._records.touch(name)
         return held, record.num_kv
@@ -134,7 +136,7 @@ class Saves:
 
     def _has_state(self, record: SchedulerRecord, request: Any, num_kv: int) -> bool:
         """Whether the state after so many tokens is in the request's blocks, or was kept behind its step."""
-        return not self._groups.states or num_kv == request.num_computed_tokens or num_kv in record.recent
+        return not self._groups.states or num_kv == request.num_computed_tokens or num_kv in record.states
 
     def _room(self, tables: Sequence[Sequence[int]]) -> int:
         """Tokens that the blocks have room for, in every group that keeps tokens."""

@@ -48,9 +48,10 @@ NOTHING_IN_STEP = -1
 
 
 class SchedulerSide:
-    """`tables`: which of vLLM's KV cache groups keep tokens, and which states; left out, all keep tokens. A model that
-    keeps states takes nothing from vLLM's own cache: every request loads all that it goes on from, beside the steps of
-    others, where a failure ends it alone."""
+    """`tables`: which of vLLM's KV cache groups keep tokens, and which states; left out, all keep tokens. Of a model
+    that keeps states every request loads the state that it goes on from, and the KV of its last block at least, beside
+    the steps of others, where a failure ends it alone. `shares_blocks`: the full blocks before that may be those that
+    lie in vLLM's cache, where they are the session's own; else it takes nothing from there."""
 
     def __init__(
         self,
@@ -61,13 +62,14 @@ class SchedulerSide:
         num_groups: int = 1,
         *,
         tables: BlockTables | None = None,
+        shares_blocks: bool = False,
     ) -> None:
         self.facts, self._settings, self.mail = facts, settings, mail
         self._tables = BlockTables(tuple(range(num_groups))) if tables is None else tables
         self._has_states = bool(self._tables.states)
         self._block_size = facts.block_size
         self.records: Records[SchedulerRecord] = Records(settings.session_ttl_s, settings.shares())
-        self.contents = BlockContents(len(self._tables.tokens), shared=not self._has_states)
+        self.contents = BlockContents(self._tables.tokens, shared=shares_blocks or not self._has_states)
         self.pins = BlockPins(self.contents, settings, facts.num_blocks)
         self.queue: list[Job] = []
         """Jobs for the workers in the next step, after those that save what vLLM takes away."""
@@ -136,7 +138,9 @@ class SchedulerSide:
         _require_grammar(request, message)
         caller = message.caller or GUEST
         early = message.ends_early and self._has_states
-        self.require_room(message.record, caller, message.num_new(request.num_tokens), ends_early=early)
+        states = sum(point < request.num_tokens + request.max_tokens for point in message.points if self._has_states)
+        new = message.num_new(request.num_tokens)
+        self.require_room(message.record, caller, new, ends_early=early, num_states=states)
         source = self._source(message)
         tokens = list(request.all_token_ids)
         want = message.num_kv
@@ -155,11 +159,14 @@ class SchedulerSide:
             record.points = {want, *(point for point in source.points if point < want)}
         self.records.keep(message.record, record)
         salted = (request.cache_salt or "").startswith(protocol.SALT)
-        self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
+        run = self._runs[request.request_id] = RunningRequest(request, message, want, salted=salted)
         if message.group is not None:
             self._groups.join(message.group, message.group_size, message.group_place, request.request_id)
-        if self._has_states or self.contents.hits_foreign(request, chain) or (late and not salted):
-            give_own_salt(request)  # of blocks without the first tokens of a window nobody else may read
+        alone = not salted and (self._has_states or bool(late))  # blocks without a window's first tokens, or a state's
+        found = chain[: self._most_found(run)] if self._has_states else chain
+        if alone or not self.contents.shared or self.contents.hits_foreign(request, found):
+            give_own_salt(request)
+        self._hide_last(run)
         self.counters["forks"] += message.source not in (None, message.record)
 
     def require_state(self, record: SchedulerRecord, num_kv: int) -> None:
@@ -176,14 +183,17 @@ class SchedulerSide:
                 "of which must run"
             )
 
-    def require_room(self, record: str, caller: Caller, num_tokens: int, *, ends_early: bool = False) -> None:
-        """Raises `Busy` where the caller may not keep one more record, or that many tokens more in some worker."""
+    def require_room(
+        self, record: str, caller: Caller, num_tokens: int, *, ends_early: bool = False, num_states: int = 0
+    ) -> None:
+        """Raises `Busy` where the caller may not keep one more record, or that many tokens and states more in some
+        worker."""
         self.records.require_room(record, caller)
         for rank in range(self.facts.world_size):
             tight = self.mail.tight(rank)
             room = tight.get(caller) or tight.get(EVERYBODY)
             if room is not None:
-                room.require(num_tokens, ends_early=ends_early)
+                room.require(num_tokens, ends_early=ends_early, num_states=num_states)
 
     def _source(self, message: protocol.Run) -> SchedulerRecord | None:
         own = self.records.get(message.record)
@@ -227,19 +237,20 @@ class SchedulerSide:
         self._tell_refused(run.request, run.message, error)
 
     def _match(self, request: Any, run: RunningRequest, local: int) -> tuple[int | None, bool]:
-        if self._finds_too_much(run, local):
+        if self._finds_too_much(run, local) or self._finds_the_last(run, local):
             return None, False
         if self._groups.waits(run.message.group, request.request_id):
             return None, False
         self._saving.rescue(run)
         self._replay(request, run)
         want = min(run.want, request.num_tokens - 1)
-        if self._foreign(request, run, local) or (self._has_states and local):
-            run.hidden = []
+        if self._foreign(request, run, local):
+            run.forget_hidden()
             give_own_salt(request)
+            self._hide_last(run)
             return None, False
         missing = max(want - local, 0)
-        if missing and self._loads.is_led(run, want):
+        if missing and not self._has_states and self._loads.is_led(run, want):
             return None, False
         run.local = local
         run.show()
@@ -258,7 +269,7 @@ class SchedulerSide:
         read it has its KV all the same, and one that hydrated it has not: so that both compute the same, in batches of
         one shape, the block is hidden and vLLM asked again. Not where it knows of more: siblings read that already."""
         size = self._block_size
-        if run.found is not None or not run.want or (run.want + 1) % size:
+        if self._has_states or run.found is not None or not run.want or (run.want + 1) % size:
             return False
         if not run.hidden and local == run.want + 1:
             run.hide(run.want // size)
@@ -267,6 +278,24 @@ class SchedulerSide:
             run.show()
             return True
         return False
+
+    def _most_found(self, run: RunningRequest) -> int:
+        """How many full blocks vLLM may have for a request of a model that keeps states: not the last ones, so that the
+        state after them is always loaded, and no state of vLLM's own cache is gone on from."""
+        return max(run.want - 1, 0) // self._block_size if self.contents.shared else 0
+
+    def _hide_last(self, run: RunningRequest) -> None:
+        if self._has_states:
+            run.stand_in(self._most_found(run))
+
+    def _finds_the_last(self, run: RunningRequest, local: int) -> bool:
+        """Whether vLLM has found more of the request than it may, because it could not begin when it was asked before:
+        it is asked again."""
+        if not self._has_states or local <= self._most_found(run) * self._block_size:
+            return False
+        run.show()
+        self._hide_last(run)
+        return True
 
     def _replay(self, request: Any, run: RunningRequest) -> None:
         """Bring the grammar of a completion that goes on in its middle to where it was. vLLM asks for matches only when
@@ -301,6 +330,7 @@ class SchedulerSide:
         name = request.request_id
         run = self._runs.get(name)
         tables = self._tables.of_tokens(all_tables)
+        self.contents.renew(_from([all_tables[table.group] for table in self._tables.states], 0))
         if run is None:
             self.contents.renew(_from(tables, 0))
             return
@@ -402,7 +432,7 @@ class SchedulerSide:
             if fresh is None:
                 continue
             if name not in cached.resumed_req_ids:
-                self.contents.renew(_from(self._tables.of_tokens(fresh), 0))
+                self.contents.renew(_from(fresh, 0))
             if name in self._runs:
                 stop = partial(self._stop, self._runs[name])
                 if name in cached.resumed_req_ids:
@@ -444,15 +474,16 @@ class SchedulerSide:
         self.queue.append(jobs.Fail(name, self._tables.of_tokens(self._saving.tables[name]), background=False))
 
     def kept_states(self, output: Any) -> list[jobs.KeepState]:
-        """What is to be kept of the states that this step computes, once it has: of requests that their clients may end
-        some steps late. Of others the state lies in their blocks until the next step, and whoever needs it is served
-        before that (`Saves`)."""
+        """What is to be kept of the states that this step computes, once it has: where somebody asked for it, and of
+        requests that their clients may end some steps late. Of others the state lies in their blocks until the next
+        step, and whoever needs it is served before that (`Saves`)."""
         if not self._has_states:
             return []
         found: list[jobs.KeepState] = []
         for name, run in self._runs.items():
             told = run.message
-            if name in output.num_scheduled_tokens and told.keep and told.ends_early and run.error is None:
+            wanted = told.ends_early or run.computed in told.points
+            if name in output.num_scheduled_tokens and told.keep and wanted and run.error is None:
                 guarded(
                     partial(self._keep_state, found, run, output.kv_connector_block_state), partial(self._stop, run)
                 )
@@ -463,8 +494,9 @@ class SchedulerSide:
         if record is None or record.live is not run.request:
             return
         where = self._tables.state_blocks(blocks.get_block_ids(name), run.computed)
-        found.append(jobs.KeepState(run.message.record, where, run.computed))
-        record.stepped(run.computed)
+        lasting = run.computed in run.message.points
+        found.append(jobs.KeepState(run.message.record, where, run.computed, lasting))
+        record.stepped(run.computed, lasting=lasting)
 
     def _states_of(self, name: str) -> tuple[int, ...]:
         record = self.records.get(name)

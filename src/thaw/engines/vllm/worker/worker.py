@@ -113,6 +113,9 @@ class WorkerSide:
     def _keep_state(self, job: jobs.KeepState) -> None:
         assert self._states is not None
         record = self._get(job.record)
+        if job.lasting:
+            self._settle_state(record, job.num_kv, job.state_blocks)
+            return
         shape = (self._states.group.num_layers, self._states.nbytes)
         oldest = [job.num_kv, *record.recent][: max(1, len(record.recent) - jobs.RECENT_STATES + 2)]
         spare = [record.recent.pop(token) for token in oldest if token in record.recent]
