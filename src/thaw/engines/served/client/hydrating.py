@@ -6,7 +6,6 @@ import secrets
 import time
 
 from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused, TooLong
-from thaw.core.identity import compare
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
@@ -24,8 +23,9 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
     it may not be recomputed."""
     identity = await model.identity()
+    restoring.refuse_stale(plan, model.info.name)
     try:
-        compare(plan.identity, identity)
+        restoring.check_weights(plan, identity)
         restoring.check_kept(plan)
     except Refused as refused:
         if plan.policy != "recompute" or getattr(refused, "field", "") == "tokenizer":
