@@ -30,6 +30,7 @@ from thaw.core.objects import StaleState
 from thaw.engines.base import Engine
 from thaw.engines.embedded.weights import WeightsWatch
 from thaw.repo import Repository, Session
+from thaw.repo.timeline import read_entries, read_state
 
 PROMPT = "The same question, asked of two policies in a row. " * 12
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -419,6 +420,23 @@ def test_a_later_commit_has_the_kv_that_was_computed_again(repo: Repository, eng
     with repo.session("main", stale_kv=True) as back:
         assert back.view().kv_ranges == kept.view().kv_ranges
         expected, got = kept.generate(sampling=GREEDY), back.generate(sampling=GREEDY)
+        assert got.logprobs == expected.logprobs
+
+
+def test_it_shares_no_segment_with_a_commit_of_one_policy(repo: Repository, engine: Engine) -> None:
+    """Segments are found by their model's prefix hash; and the last token of what one policy stored ran again."""
+    session = read(repo)
+    session.commit("asked", branch="main")
+    step(engine, 1)
+    session.generate(sampling=GREEDY)
+    session.commit("answered", branch="main")
+    used = [
+        {entry.segment for entry in read_entries(repo.store, read_state(repo.store, repo.resolve(point).state))}
+        for point in ("main~1", "main")
+    ]
+    assert used[0] and used[1] and not used[0] & used[1]
+    with repo.session("main", stale_kv=True) as back:
+        expected, got = session.generate(sampling=GREEDY), back.generate(sampling=GREEDY)
         assert got.logprobs == expected.logprobs
 
 
