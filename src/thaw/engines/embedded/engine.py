@@ -282,7 +282,7 @@ class EmbeddedEngine(Engine):
     def _current(self, ref: SessionRef) -> LiveSession:
         """As `_fresh`, by the last look at the weights."""
         live, now = self._get(ref), self._weights.running
-        is_stale = bool(live.kv.num_tokens or live.parked) and live.of != now
+        is_stale = bool(live.kv.num_tokens or live.parked) and self._is_stale(live)
         self._require_asked(live, now, is_stale)
         if isinstance(live.parked, Parked):
             live.kv = live.parked.restore(self._backend)
@@ -310,7 +310,7 @@ class EmbeddedEngine(Engine):
         return ASK_TO_KEEP if "stale-kv" in self.info.capabilities else ""
 
     def _is_stale(self, live: LiveSession) -> bool:
-        return live.of != self._weights.running
+        return (live.epoch, live.policy) != (self._weights.epoch, self._weights.policy)
 
     def _still_current(self, sessions: Sequence[LiveSession]) -> None:
         """Raise if the weights or the policy changed while these ran: their tokens would be of no one policy."""
