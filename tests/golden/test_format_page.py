@@ -74,21 +74,22 @@ class Reader:
         assert rfc8785.dumps(value) == data
         assert value["type"] in {
             f"thaw.{kind}/1",
-            *([f"thaw.{kind}/2"] if kind in ("turn", "model", "segment", "commit") else []),
+            *([f"thaw.{kind}/2"] if kind in ("turn", "model", "segment", "commit", "state") else []),
         }
         return value
 
     def tokens(self, state: dict[str, Any], namespace: str = "") -> list[int]:
         """All tokens; prefix hashes and the sizes of KV are checked on the way."""
         groups = self.get(state["model"], "model")["groups"]
+        root = root_of(state, namespace)
         tokens: list[int] = []
         states: set[int] = set()
         for node in state["nodes"]:
             for entry in self.get(node, "segments")["entries"]:
                 segment = self.get(entry["segment"], "segment")
                 assert entry["start"] == segment["start"] == len(tokens)
-                assert segment["window"] == prefix_hash(state["model"], tokens[: len(tokens) // 256 * 256], namespace)
-                assert segment["prefix"] == prefix_hash(state["model"], tokens + segment["tokens"], namespace)
+                assert segment["window"] == prefix_hash(root, tokens[: len(tokens) // 256 * 256])
+                assert segment["prefix"] == prefix_hash(root, tokens + segment["tokens"])
                 tokens += segment["tokens"][: entry["length"]]
                 states |= self.check_blobs(segment, groups)
         assert len(tokens) == state["num_kv"]
@@ -132,8 +133,17 @@ def state_blobs(group: dict[str, Any]) -> list[int]:
     ]
 
 
-def prefix_hash(model: str, tokens: list[int], namespace: str) -> str:
-    root = b"thaw.prefix/2\0" + f"{model}\0{namespace}".encode() if namespace else b"thaw.prefix/1\0" + model.encode()
+def root_of(state: dict[str, Any], namespace: str) -> bytes:
+    if "kv_ranges" in state:
+        assert state["type"] == "thaw.state/2"
+        ends = [0, *(one["end"] for one in state["kv_ranges"])]
+        assert [one["start"] for one in state["kv_ranges"]] == ends[:-1] and ends[-1] == state["num_kv"]
+        return b"thaw.prefix/3\0" + f"{namespace}\0{state['salt']}".encode()
+    model = state["model"]
+    return b"thaw.prefix/2\0" + f"{model}\0{namespace}".encode() if namespace else b"thaw.prefix/1\0" + model.encode()
+
+
+def prefix_hash(root: bytes, tokens: list[int]) -> str:
     chain = b3(root)
     for start in range(0, len(tokens), 256):
         window = tokens[start : start + 256]
@@ -176,6 +186,24 @@ def test_a_reader_written_from_the_page_reads_every_namespace() -> None:
         state = reader.get(commit["state"], "state")
         found[namespace, name] = len(reader.tokens(state, namespace))
     assert found == {("", "main"): 300, ("acme", "main"): 308, ("acme", "v1"): 300, ("bolt", "side"): 300}
+
+
+def test_a_reader_written_from_the_page_reads_which_policy_computed_which_kv() -> None:
+    reader, refs = Reader(HERE / "stale"), read_refs(HERE / "stale" / "refs.json")
+    one, found = refs["refs"][0]["target"], []
+    while one:
+        commit = reader.get(one, "commit")
+        state = reader.get(commit["state"], "state")
+        assert len(reader.tokens(state)) == state["num_tokens"]
+        ranges = state.get("kv_ranges", [])
+        model = reader.get(state["model"], "model")
+        assert all(set(part) == {"start", "end", "policy", "weights"} for part in ranges)
+        assert not ranges or any(
+            (part["policy"], part["weights"]) != (model["policy"], model["weights"]) for part in ranges
+        )
+        found.append([part["policy"] for part in ranges])
+        one = next(iter(commit["parents"]), None)
+    assert found == [["0", "1", "2"], ["0", "1"], []]
 
 
 def check_messages(turn: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from thaw.cli import output, words
 from thaw.core.ids import short
 
 if TYPE_CHECKING:
+    from thaw.core.kv_ranges import KVRange
     from thaw.core.objects import Turn
     from thaw.core.proof import Proof
     from thaw.repo.log import LogEntry
@@ -66,6 +67,8 @@ def proof_line(proof: Proof) -> str:
     """`3,411 of 3,412 tokens cached, 0 prefilled again, 76.1 MiB read and verified in 131 ms`."""
     text = f"{proof.num_cached_tokens:,} of {words.count(proof.num_prompt_tokens, 'token')} cached"
     text += f", {proof.num_recomputed_tokens:,} prefilled again"
+    if proof.kv_ranges:
+        text += f", KV of {kv_by_policy(proof.kv_ranges)}"
     if proof.nbytes:
         text += f", {words.nbytes(proof.nbytes)} read"
     if proof.verification not in ("none", "live-shared"):
@@ -86,12 +89,21 @@ def few_states(points: tuple[int, ...], nbytes: int) -> str:
     return f"{words.count(len(points), 'state')} ({words.nbytes(len(points) * nbytes)})"
 
 
+def kv_by_policy(ranges: tuple[KVRange, ...], room: int | None = None) -> str:
+    """`tokens 0-511 policy '0', 512-640 policy '1'`, on at most `room` columns: which weights computed the KV."""
+    from thaw.core.kv_ranges import text
+
+    return text(ranges) if room is None else output.one_line(text(ranges), room)
+
+
 def plain_entry(entry: LogEntry) -> dict[str, object]:
-    """A commit as JSON has it; states only where its model keeps some, `shallow` where history ends at it."""
+    """A commit as JSON has it; states only where its model keeps some, `shallow` where history ends at it,
+    `kv_ranges` where other weights computed some of its KV."""
     import msgspec
 
     plain = {**msgspec.structs.asdict(entry), "time_ns": str(entry.time_ns)}
-    left_out = {*(() if entry.state_nbytes else ("points", "state_nbytes")), *(() if entry.shallow else ("shallow",))}
+    left_out = {name for name in ("shallow", "kv_ranges") if not plain[name]}
+    left_out |= set() if entry.state_nbytes else {"points", "state_nbytes"}
     return {key: value for key, value in plain.items() if key not in left_out}
 
 

@@ -15,7 +15,7 @@ import rfc8785
 from thaw.core.errors import CorruptBlob, InvalidRequest, NewerFormat
 
 MAX_OBJECT_BYTES = 16 * 1024 * 1024
-NEWEST = {"thaw.turn": 2, "thaw.model": 2, "thaw.segment": 2, "thaw.commit": 2}
+NEWEST = {"thaw.turn": 2, "thaw.model": 2, "thaw.segment": 2, "thaw.commit": 2, "thaw.state": 2}
 """The newest version of each type of object that is not still at its first."""
 T = TypeVar("T")
 

@@ -72,8 +72,9 @@ _WAY_OUT = {
 }
 
 
-def compare(stored: ModelIdentity, running: ModelIdentity) -> None:
-    """Raise for the first field in which a stored state and a running engine differ; return when none does."""
+def compare(stored: ModelIdentity, running: ModelIdentity, *, stale_kv: bool = False) -> None:
+    """Raise for the first field in which a stored state and a running engine differ; return when none does. With
+    `stale_kv` the policy and the weights may be others; nothing else may."""
     for field in ("architecture", "dtype"):
         _same(field, getattr(stored, field), getattr(running, field))
     for name in sorted(stored.config.keys() | running.config.keys()):
@@ -82,6 +83,8 @@ def compare(stored: ModelIdentity, running: ModelIdentity) -> None:
     _same("adapter", stored.adapter, running.adapter)
     if stored.groups != running.groups:
         _same("cache layout", _layout(stored.groups), _layout(running.groups))
+    if stale_kv:
+        return
     if stored.policy != running.policy:
         raise PolicyMismatch(
             f"the snapshot's KV was computed under policy {stored.policy!r}; this engine runs policy "

@@ -22,11 +22,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from thaw.core import canonical, namespaces
+from thaw.core import canonical, kv_ranges, namespaces
 from thaw.core.canonical import U64
 from thaw.core.errors import CorruptBlob, InvalidRequest
 from thaw.core.identity import GroupedIdentity, ModelIdentity
 from thaw.core.ids import BlobId, CommitId, ObjectId, StateId, digest
+from thaw.core.kv_ranges import KVRange
 from thaw.core.prefix import WINDOW
 from thaw.core.sampling import Sampling
 
@@ -241,6 +242,35 @@ class State(_Object, frozen=True, kw_only=True, tag="thaw.state/1"):
                 f"num_kv {self.num_kv} and {len(self.tail_tokens)} tail tokens do not make num_tokens {self.num_tokens}"
             )
 
+    @property
+    def ranges(self) -> tuple[KVRange, ...]:
+        """Which weights computed the KV; () where those of `model` computed all of it."""
+        return ()
+
+
+class StaleState(State, frozen=True, kw_only=True, tag="thaw.state/2"):
+    """A state with KV of other weights than `model`'s, kept because somebody asked for it (`stale_kv`).
+
+    `kv_ranges` cover exactly [0, num_kv). `model` is what ran when it was captured. Its segments' prefix hashes begin
+    at the lineage's own root (`prefix.stale_root`), so `match` never meets them.
+    """
+
+    kv_ranges: tuple[KVRange, ...]
+
+    def __post_init__(self) -> None:
+        State.__post_init__(self)
+        kv_ranges.check(self.kv_ranges, self.num_kv)
+
+    @property
+    def ranges(self) -> tuple[KVRange, ...]:
+        return self.kv_ranges
+
+
+def with_ranges(state: State, ranges: tuple[KVRange, ...]) -> State:
+    """The same state, with which weights computed its KV, where that is not `model`'s alone."""
+    fields = {name: getattr(state, name) for name in State.__struct_fields__}
+    return StaleState(**fields, kv_ranges=ranges) if ranges else state
+
 
 class Commit(_Object, frozen=True, kw_only=True, tag="thaw.commit/1"):
     """A state in history. `origin` records engine, version, device and numerics; it is not part of compatibility."""
@@ -284,7 +314,9 @@ def in_namespace(commit: Commit, namespace: str) -> Commit:
 canonical.declare_plain(Segment, GroupedSegment, SegmentNode, TurnNode)
 AnyModel = ModelIdentity | GroupedIdentity
 AnySegment = Segment | GroupedSegment
-AnyObject = AnyModel | AnySegment | SegmentNode | TurnNode | Turn | ChatTurn | State | Commit | NamespacedCommit
+AnyObject = (
+    AnyModel | AnySegment | SegmentNode | TurnNode | Turn | ChatTurn | State | StaleState | Commit | NamespacedCommit
+)
 
 
 def encode(value: AnyObject) -> tuple[ObjectId, bytes]:

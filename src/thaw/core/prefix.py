@@ -4,7 +4,8 @@ The sequence is cut in windows of 256 tokens. chain(0) = BLAKE3("thaw.prefix/1" 
 chain(k+1) = BLAKE3(chain(k) ‖ tokens of window k, each a little-endian u32). The hash of a prefix that ends inside
 window k is BLAKE3(chain(k) ‖ the tokens of that window so far). The model's object id is in the root, so prefixes of
 different models, tokenizers or policies never meet. In a namespace chain(0) = BLAKE3("thaw.prefix/2" NUL model-id NUL
-namespace), so those of different namespaces never meet either.
+namespace), so those of different namespaces never meet either. KV that other weights computed than the state's model
+has a root that nobody looks up: chain(0) = BLAKE3("thaw.prefix/3" NUL namespace NUL salt) of its lineage.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ def root(model_id: str, namespace: str = "") -> str:
     if namespace:
         return digest(b"thaw.prefix/2\0" + model_id.encode() + b"\0" + namespace.encode())
     return digest(b"thaw.prefix/1\0" + model_id.encode())
+
+
+def stale_root(salt: str, namespace: str = "") -> str:
+    """Of a lineage's states with KV of other weights."""
+    return digest(b"thaw.prefix/3\0" + namespace.encode() + b"\0" + salt.encode())
 
 
 def extend(chain: str, tokens: Sequence[int]) -> str:

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from thaw.core.kv_ranges import KVRange
+
 Continuation = Literal["decode-exact", "own-hit-exact", "close"]
 Verification = Literal["disk-verified", "arena-sealed", "device-verified", "live-shared", "none"]
 
@@ -19,6 +21,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     `num_recomputed_tokens`: prefilled again because the caller allowed it (0 for a pure restore).
     `stages_s`: seconds by stage. `verification`: the level at which law 1 was checked.
     `continuation`: the class promised from here on. `share_prefix`: blocks may come from other lineages.
+    `kv_ranges`: which weights computed the KV that it began with, or that it kept over the last policy step, where not
+    all of it is of those that run (`stale_kv`). `continuation` then compares with a session that kept the same KV.
     """
 
     num_prompt_tokens: int
@@ -32,6 +36,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     share_prefix: bool = False
     reason: str = ""
     stages_s: dict[str, float] = {}
+    kv_ranges: tuple[KVRange, ...] = ()
 
     @property
     def hit(self) -> bool:

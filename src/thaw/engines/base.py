@@ -24,6 +24,7 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import EngineDied, Unsupported
 from thaw.core.identity import ModelIdentity
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import AnyModel, AnyTurn, Boundary, Chat, StatesAtToken
 from thaw.core.proof import Continuation, Proof
 from thaw.core.sampling import Sampling
@@ -71,6 +72,9 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why the point
     cannot be gone on from as it is stored; the plan is then refused with `NotKept`, or, where `policy` allows it, what
     comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0).
+    `stale_kv`: take KV of another policy and other weights as it is; `kv_ranges` say which computed [0, num_kv), where
+    that is not `identity`'s alone. The session is as after `keep_stale_kv`. An engine without "stale-kv" refuses such a
+    plan with `Unsupported`.
     """
 
     identity: AnyModel
@@ -87,6 +91,8 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     hidden: BlobLocation | None = None
     policy: Policy = "exact"
     not_kept: str = ""
+    stale_kv: bool = False
+    kv_ranges: tuple[KVRange, ...] = ()
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +146,8 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     share_prefix: bool
     boundary: Boundary | None
     stages_s: dict[str, float]
+    kv_ranges: tuple[KVRange, ...] = ()
+    """Which weights computed [0, num_kv), where that is not `identity`'s alone."""
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +166,8 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
     running: bool
     parked: bool
     proof: Proof | None
+    kv_ranges: tuple[KVRange, ...] = ()
+    """Which weights computed its KV, where it was asked to keep that of others than run (`keep_stale_kv`)."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -250,6 +260,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `points`            `keep_points`: states of earlier tokens are kept where they were asked for; and `reread`
     `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
     `entropy`           `Sampling.entropy`; else refused
+    `stale-kv`          `keep_stale_kv`, and plans that ask for it; else refused
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
     """
     numerics: dict[str, str]
@@ -424,6 +435,17 @@ class Engine(abc.ABC):
         nearest earlier point and reads the rest again, which its proof counts as recomputed. Raises `Unsupported`
         without "points"."""
         raise Unsupported(f"engine {self.info.name} does not read tokens again; append them to a new session")
+
+    def keep_stale_kv(self, session: SessionRef) -> None:
+        """From here on the session keeps its KV when the policy or the weights change: it goes on with it as it is, and
+        says which weights computed which tokens (`SessionView.kv_ranges`, proofs, `Captured`). What decides its next
+        token by the old weights is let go of: its last token runs again. Until it is asked for, such KV is refused,
+        also in a fork's children, each of which is to be asked for itself. Raises `Unsupported` without "stale-kv".
+        """
+        raise Unsupported(
+            f"engine {self.info.name} does not keep KV over a policy step (stale_kv). Recompute it: commit before the "
+            "step, and go on from the commit with policy='recompute'"
+        )
 
     @abc.abstractmethod
     def view(self, session: SessionRef) -> SessionView: ...

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from thaw.core import kv_ranges
 from thaw.core.cache import CacheGroup, TokenGroup, list_of, point_groups, token_groups
-from thaw.core.errors import CorruptBlob, NotKept
+from thaw.core.errors import CorruptBlob, NotKept, PolicyMismatch, Unsupported
+from thaw.core.identity import ModelIdentity, compare
+from thaw.core.kv_ranges import KVRange
 from thaw.data.locations import BlobLocation
 from thaw.engines.base import HydratePlan, PointSlice, Slice
 
@@ -21,6 +24,40 @@ class TokenRange(NamedTuple):
     stop: int
     stored: int
     places: tuple[BlobLocation, ...]
+
+
+def check_weights(plan: HydratePlan, running: ModelIdentity) -> None:
+    """Raise `Refused` where the plan's KV is of another model than runs, or, unless the plan asks for that, of other
+    weights or another policy."""
+    compare(plan.identity, running, stale_kv=plan.stale_kv)
+    found = kv_ranges.stale(plan.kv_ranges, running.policy, running.weights)
+    if found and not plan.stale_kv:
+        raise PolicyMismatch(
+            f"the plan's KV was computed under other policies than {running.policy!r}, which runs: "
+            f"{kv_ranges.text(found)}. Recompute it (policy='recompute'), or take it as it is (stale_kv=True)."
+        )
+
+
+def ranges_of(plan: HydratePlan) -> tuple[KVRange, ...]:
+    """Which weights computed the plan's KV. Raises `CorruptBlob` where the plan says so of other tokens than it has."""
+    if not plan.kv_ranges and plan.num_kv:
+        of = plan.identity
+        return (KVRange(start=0, end=plan.num_kv, policy=of.policy, weights=of.weights),)
+    if plan.kv_ranges:
+        try:
+            kv_ranges.check(plan.kv_ranges, plan.num_kv)
+        except ValueError as error:
+            raise CorruptBlob(str(error)) from None
+    return plan.kv_ranges
+
+
+def refuse_stale(plan: HydratePlan, engine: str) -> None:
+    """For an engine that does not keep KV of other weights. Raises `Unsupported` where the plan asks for that."""
+    if plan.stale_kv:
+        raise Unsupported(
+            f"stale_kv: the {engine} engine does not take KV of other weights or another policy with this model; "
+            "recompute it (policy='recompute')"
+        )
 
 
 def check_kept(plan: HydratePlan) -> None:

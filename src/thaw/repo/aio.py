@@ -76,6 +76,7 @@ class AsyncSession(Awaited[Session]):
     encode = awaited(Session.encode)
     append = awaited(Session.append)
     keep_points = awaited(Session.keep_points)
+    keep_stale_kv = awaited(Session.keep_stale_kv)
     generate = stream = streamed(Session.stream)
     resume = resume_stream = streamed(Session.resume_stream)
     chat = chat_stream = streamed(Session.chat_stream)

@@ -56,10 +56,10 @@ class _Hydrating:
     """Hydrates what a fetch announces, on a thread of its own. Each announcement is one try; the last one counts."""
 
     def __init__(
-        self, context: Context, point: str | Point, seed: int | None, share_prefix: bool, policy: Policy
+        self, context: Context, point: str | Point, seed: int | None, share_prefix: bool, policy: Policy, stale_kv: bool
     ) -> None:
         self._context, self._point = context, point
-        self._seed, self._share_prefix, self._policy = seed, share_prefix, policy
+        self._seed, self._share_prefix, self._policy, self._stale_kv = seed, share_prefix, policy, stale_kv
         self._apart = isinstance(context.engine, ServedEngine)
         """Whether the engine reads in processes of its own."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="thaw-arriving")
@@ -77,7 +77,10 @@ class _Hydrating:
         where = resolve(context.store, self._point)
         if self._apart:
             arrival.wait_until_near(HOLD_S)
-        live = hydrate(context, where, seed=self._seed, share_prefix=self._share_prefix, policy=self._policy)
+        live = hydrate(
+            context, where, seed=self._seed, share_prefix=self._share_prefix, policy=self._policy,
+            stale_kv=self._stale_kv,
+        )  # fmt: skip
         return where, live
 
     def result(self) -> Found | None:
@@ -111,6 +114,7 @@ def fetched(
     seed: int | None = None,
     share_prefix: bool = False,
     policy: Policy = "exact",
+    stale_kv: bool = False,
     meter: TransferMeter | None = None,
 ) -> Found:
     """Fetches the branch that `point` names (`origin/main`, with `~2` or `:turn=1` behind it) and hydrates the point.
@@ -119,7 +123,7 @@ def fetched(
     """
     spelled, remote, branch = _of_remote(context.store, point)
     context.engine  # noqa: B018 - booted before anything is downloaded
-    work = _Hydrating(context, spelled, seed, share_prefix, policy)
+    work = _Hydrating(context, spelled, seed, share_prefix, policy, stale_kv)
     announce = work.announce if isinstance(context.engine, (EmbeddedEngine, ServedEngine)) else None
     found = None
     try:
@@ -132,7 +136,9 @@ def fetched(
     if found is not None:
         return found
     where = resolve(context.store, spelled)
-    return where, hydrate(context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+    return where, hydrate(
+        context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+    )  # fmt: skip
 
 
 def _of_remote(store: Store, point: str | Point | ResolvedPoint) -> tuple[Point, str, str]:

@@ -26,6 +26,7 @@ from thaw.core.objects import (
     Turn,
     TurnNode,
     with_points,
+    with_ranges,
 )
 from thaw.core.prefix import WINDOW
 from thaw.engines.base import Captured, CapturedSegment, Codec
@@ -49,7 +50,7 @@ def build(context: Context, tx: Transaction, kept: Kept, captured: Captured) -> 
     """Put the objects of `captured`, whose KV before `captured.segments` is `kept`; referenced ones first."""
     _check_cover(kept, captured)
     model_id = tx.put(captured.identity)
-    chains = kept.chains_for(model_id, captured.tokens, context.store.namespace)
+    chains = kept.chains_for(_root(captured, model_id, context.store.namespace), captured.tokens)
     segments = [_segment(captured, piece, chains) for piece in captured.segments]
     entries = (
         *kept.entries,
@@ -71,10 +72,21 @@ def build(context: Context, tx: Transaction, kept: Kept, captured: Captured) -> 
         boundary=captured.boundary,
     )
     return Built(
-        state_id=StateId(tx.put(state)),
+        state_id=StateId(tx.put(with_ranges(state, captured.kv_ranges))),
         full_nodes=tuple(nodes.full),
-        kept=Kept(model=model_id, entries=entries, chains=chains[: captured.num_kv // WINDOW + 1], turns=tuple(turns)),
+        kept=Kept(
+            model=model_id,
+            entries=entries,
+            chains=chains[: captured.num_kv // WINDOW + 1],
+            turns=tuple(turns),
+            kv_ranges=captured.kv_ranges,
+        ),
     )
+
+
+def _root(captured: Captured, model: ObjectId, namespace: str) -> str:
+    """As `kept.root_of`, of what is to become a state."""
+    return prefix.stale_root(captured.salt, namespace) if captured.kv_ranges else prefix.root(model, namespace)
 
 
 def _check_cover(kept: Kept, captured: Captured) -> None:

@@ -117,15 +117,17 @@ def _write(context: Context, request: Request, kept: Kept) -> Written:
 
 
 def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction) -> tuple[Kept, Captured]:
-    """Capture what `kept` lacks into the transaction's packs; all of it when the model is another one by now."""
-    engine = context.engine
-    if kept.model is not None and kept.model != objects.encode(engine.identity())[0]:
-        kept = Kept()
-    num_kv = engine.view(session).num_kv
+    """Capture what `kept` lacks into the transaction's packs; all of it when other weights compute by now. Raises
+    `Conflict` where they began to while this ran."""
+    engine, view = context.engine, context.engine.view(session)
+    model = None if kept.model is None or view.kv_ranges else objects.encode(engine.identity())[0]
+    kept, num_kv = kept.usable(model, view.kv_ranges), view.num_kv
     kept = kept.cut(kept.base(num_kv, rewrite=keeps_all(engine.info.groups)))
     kept = kept.cut(cover.whole_until(context.store, engine.info.groups, kept.entries, num_kv))
     plan = CapturePlan(mount=context.mount, packs=tx.packs(engine.info.num_packs), base=kept.end)
     captured = engine.capture(session, plan).result()
+    if kept.usable(objects.encode(captured.identity)[0], captured.kv_ranges).end != kept.end:
+        raise Conflict("the weights or the policy changed while the session was being captured; all of it is written")
     for pack in captured.packs:
         tx.add_pack(pack.name, pack.nbytes, [blob for blob in captured.blobs if blob.pack == pack.name])
     return kept, captured

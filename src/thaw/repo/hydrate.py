@@ -12,20 +12,21 @@ from typing import TypeAlias
 
 import msgspec
 
+from thaw.core import kv_ranges
 from thaw.core.canonical import U64
-from thaw.core.errors import InvalidRequest, NotKept, StorageFailed
+from thaw.core.errors import InvalidRequest, NotKept, PolicyMismatch, StorageFailed, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Segment, SegmentEntry, Turn
 from thaw.core.proof import Proof
 from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import MissingPack
-from thaw.engines.base import Codec, HydratePlan, PointSlice, Policy, SessionRef, Slice
+from thaw.engines.base import Codec, Engine, HydratePlan, PointSlice, Policy, SessionRef, Slice
 from thaw.engines.text import cut_turns
 from thaw.repo import cover, cut, kept
 from thaw.repo.context import Context
 from thaw.repo.kept import Kept
 from thaw.repo.resolve import ResolvedPoint
-from thaw.repo.timeline import Timeline, read, read_state
+from thaw.repo.timeline import Timeline, ranges_at, read, read_state
 from thaw.store import Store
 
 Named: TypeAlias = dict[str, tuple[str, ...]]
@@ -49,17 +50,25 @@ def hydrate(
     seed: int | None = None,
     share_prefix: bool = False,
     policy: Policy = "exact",
+    stale_kv: bool = False,
 ) -> Hydration:
-    """Bring `point` back. Raises `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`."""
+    """Bring `point` back. Raises `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`, and `Unsupported` for
+    `stale_kv` in an engine that takes no KV of other weights."""
     if policy not in POLICIES:
         raise InvalidRequest(f"policy={policy!r}: must be one of {', '.join(POLICIES)}")
+    if stale_kv and policy == "recompute":
+        raise InvalidRequest(
+            "stale_kv=True takes KV as it is and policy='recompute' prefills it again; give one of the two"
+        )
     engine = context.engine
+    if stale_kv:
+        require_stale_kv(engine)
     with reading(context.store, point):
         timeline = read(context.store, read_state(context.store, point.state))
         for last in (False, True):
             plan = make_plan(
                 context.store, context.mount, timeline, point.num_tokens,
-                codec=engine.codec, seed=seed, share_prefix=share_prefix, policy=policy,
+                codec=engine.codec, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
             )  # fmt: skip
             try:
                 done = engine.hydrate(plan).result()
@@ -95,15 +104,25 @@ def make_plan(
     seed: int | None = None,
     share_prefix: bool = False,
     policy: Policy = "exact",
+    stale_kv: bool = False,
 ) -> HydratePlan:
     """The plan for the first `num_tokens` tokens of a state, with every blob located that is needed there. Raises
     `NotKept` where one is not stored; with `recompute` the plan says so and names those of the nearest earlier point.
+    Raises `PolicyMismatch` for KV of other weights than the state's model, unless `stale_kv` asks for it; with
+    `recompute` the plan names none of it.
     """
     state = timeline.state
-    not_kept = _not_kept(timeline, num_tokens) if policy == "recompute" else ""
+    model = store.get_as(state.model, ModelIdentity)
+    stale = "" if stale_kv else _stale(timeline, num_tokens, model)
+    if stale and policy != "recompute":
+        raise PolicyMismatch(f"{stale}. Recompute it (policy='recompute'), or take it as it is (stale_kv=True)")
+    not_kept = stale or (_not_kept(timeline, num_tokens) if policy == "recompute" else "")
     if not not_kept:
         cover.require(timeline, num_tokens)
-    num_kv = cover.nearest(timeline, num_tokens) if not_kept else cover.num_kv_at(timeline, num_tokens)
+    if stale:
+        num_kv = 0
+    else:
+        num_kv = cover.nearest(timeline, num_tokens) if not_kept else cover.num_kv_at(timeline, num_tokens)
     turns = cut_turns(timeline.turns, timeline.tokens, num_tokens, codec)
     boundary = state.boundary if num_tokens == state.num_tokens and not not_kept else None
     hidden = boundary.hidden if boundary is not None else None
@@ -111,7 +130,7 @@ def make_plan(
     named = [blobs for _, _, blobs in used] + ([at.blobs] if at else [])
     found = store.locate([b for one in named for ids in one.values() for b in ids] + ([hidden] if hidden else []))
     return HydratePlan(
-        identity=store.get_as(state.model, ModelIdentity),
+        identity=model,
         mount=mount,
         tokens=timeline.tokens[:num_tokens],
         num_kv=num_kv,
@@ -125,7 +144,24 @@ def make_plan(
         hidden=found[hidden] if hidden else None,
         policy=policy,
         not_kept=not_kept,
+        stale_kv=stale_kv,
+        kv_ranges=ranges_at(timeline, num_kv, model, whole=True) if stale_kv else (),
     )
+
+
+def require_stale_kv(engine: Engine) -> None:
+    """Raise `Unsupported` for an engine that keeps no KV of other weights."""
+    if "stale-kv" not in engine.info.capabilities:
+        raise Unsupported(
+            f"stale_kv=True: the {engine.info.name} engine keeps no KV of other weights or another policy with this "
+            "model. Recompute it: commit before the step, and continue with policy='recompute'"
+        )
+
+
+def _stale(timeline: Timeline, num_tokens: int, model: ModelIdentity) -> str:
+    """Of which policies the point's KV is, where that is not the model's alone; "" where it is."""
+    found = ranges_at(timeline, cover.num_kv_at(timeline, num_tokens), model)
+    return f"the point's KV was kept over policy steps: {kv_ranges.text(found)}" if found else ""
 
 
 def _not_kept(timeline: Timeline, num_tokens: int) -> str:

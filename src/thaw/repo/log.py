@@ -13,6 +13,7 @@ from thaw.core.cache import point_groups
 from thaw.core.errors import CorruptBlob
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, StateId
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Commit, Segment, SegmentNode, State
 from thaw.store import Recorded, Ref, Store
 
@@ -20,7 +21,8 @@ from thaw.store import Recorded, Ref, Store
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One commit. `refs`: branches and tags that point at it, the current branch first, as "HEAD -> name".
     `points`: the numbers of tokens after which its recurrent layers' states are kept, of `state_nbytes` each.
-    `shallow`: a parent of it was not fetched."""
+    `shallow`: a parent of it was not fetched. `kv_ranges`: which weights computed its KV, where that is not its
+    model's alone."""
 
     commit: CommitId
     state: StateId
@@ -36,6 +38,7 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     points: tuple[int, ...] = ()
     state_nbytes: int = 0
     shallow: bool = False
+    kv_ranges: tuple[KVRange, ...] = ()
 
 
 def log(store: Store, starts: Iterable[CommitId], limit: int | None = None) -> list[LogEntry]:
@@ -93,6 +96,23 @@ class Size(msgspec.Struct, frozen=True, tag_field="type", tag="thaw.state/1"):
     num_tokens: int
     num_turns: int
 
+    @property
+    def ranges(self) -> tuple[KVRange, ...]:
+        return ()
+
+
+class StaleSize(Size, frozen=True, tag="thaw.state/2"):
+    """Of a state with KV of other weights."""
+
+    kv_ranges: tuple[KVRange, ...]
+
+    @property
+    def ranges(self) -> tuple[KVRange, ...]:
+        return self.kv_ranges
+
+
+AnySize = Size | StaleSize
+
 
 def _newest_first(store: Store, starts: Iterable[CommitId]) -> Iterator[tuple[CommitId, Commit, Size]]:
     """A commit is always later than its parents (see `commit`), so children come before parents without reading all."""
@@ -132,7 +152,7 @@ class _History:
             self._read.update((one.id, one) for one in before)
         try:
             commit = canonical.decode_stored(found.commit, self._store.commit_kind)
-            return commit, canonical.decode_stored(found.state, Size)
+            return commit, canonical.decode_stored(found.state, AnySize)  # type: ignore[arg-type]
         except msgspec.DecodeError as error:
             raise CorruptBlob(f"commit {identifier}: {error}. Run `thaw fsck`.") from None
 
@@ -191,4 +211,5 @@ def entry(
         points=states[0],
         state_nbytes=states[1],
         shallow=any(parent in absent for parent in commit.parents),
+        kv_ranges=state.ranges,
     )

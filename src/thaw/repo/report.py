@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from thaw.core.kv_ranges import KVRange
+
 
 class LawResult(msgspec.Struct, frozen=True, kw_only=True):
     """`held`: True, False, or None where nothing was promised or it could not be tried (`detail` says why)."""
@@ -32,7 +34,8 @@ class Continuation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """`point` is spelled so that it means the same for ever."""
+    """`point` is spelled so that it means the same for ever. `kv_ranges`: which weights computed the point's KV, where
+    that is not its model's alone; it was then taken as it is."""
 
     point: str
     num_tokens: int
@@ -43,6 +46,7 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     laws: tuple[LawResult, ...]
     continuation: Continuation | None
     fresh_process: bool = False
+    kv_ranges: tuple[KVRange, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -111,6 +111,7 @@ class Repository:
         salt: str | None = None,
         share_prefix: bool = False,
         policy: Policy = "exact",
+        stale_kv: bool = False,
         fetch: bool = False,
     ) -> Session:
         """A new session, or one that continues from `point`. From a branch's tip it stays on that branch.
@@ -118,13 +119,20 @@ class Repository:
         With `share_prefix` a session of a namespace shares blocks inside that namespace. With `fetch` the point is a
         remote's branch (`origin/main`), which is fetched first; the engine loads while it downloads.
 
+        With `stale_kv` KV of other weights or another policy is taken as it is, and kept over every later policy step:
+        what decides the next token is computed by the weights that run, over KV of those that were, and the session
+        says which (`Session.keep_stale_kv`). Everything else about the model must be equal. Raises `Unsupported`.
+
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
         """
+        from thaw.repo.hydrate import require_stale_kv
         from thaw.repo.params import check_seed
         from thaw.repo.session import Session
 
         check_seed(seed)
+        if stale_kv:
+            require_stale_kv(self.engine)
         if point is None:
             if self.store.namespace and (share_prefix or salt is not None):
                 salt = self.store.salt(salt or "")
@@ -132,37 +140,50 @@ class Repository:
                 raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
             with self._context.admission.beginning():
                 ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix)
-                return Session(self._context, ref)
+                if stale_kv:
+                    self.engine.keep_stale_kv(ref)
+                return Session(self._context, ref, stale_kv=stale_kv)
         if salt is not None:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
         with self._context.admission.beginning():
-            where, live = self._hydrated(point, fetch, seed=seed, share_prefix=share_prefix, policy=policy)
+            where, live = self._hydrated(
+                point, fetch, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+            )
             return Session(
                 self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch,
-                proof=live.proof, num_inherited=where.num_tokens,
+                proof=live.proof, num_inherited=where.num_tokens, stale_kv=stale_kv,
             )  # fmt: skip
 
     def fork(
-        self, point: PointLike, n: int, *, replay: bool = False, policy: Policy = "exact", fetch: bool = False
+        self,
+        point: PointLike,
+        n: int,
+        *,
+        replay: bool = False,
+        policy: Policy = "exact",
+        stale_kv: bool = False,
+        fetch: bool = False,
     ) -> Group:
         """N sessions that continue from `point`: loaded once, shared by all, on no branch.
 
         Child i draws from derive(seed, position, i), the same in every process; with `replay` all keep the parent's
-        seed. From inside a completion, `Group.resume()` continues with it. `fetch` as in `session`.
+        seed. From inside a completion, `Group.resume()` continues with it. `stale_kv` and `fetch` as in `session`.
         """
         from thaw.repo.group import Group
         from thaw.repo.session import Session
 
         with self._context.admission.beginning():
-            where, live = self._hydrated(point, fetch, policy=policy)
+            where, live = self._hydrated(point, fetch, policy=policy, stale_kv=stale_kv)
             try:
                 children = self.engine.fork(live.session, n, replay=replay).result()
+                for child in children if stale_kv else ():
+                    self.engine.keep_stale_kv(child)
             finally:
                 self.engine.close_session(live.session)
             sessions = [
                 Session(
                     self._context, child, kept=live.kept, parent=where.commit, proof=live.proof,
-                    num_inherited=where.num_tokens,
+                    num_inherited=where.num_tokens, stale_kv=stale_kv,
                 )
                 for child in children
             ]  # fmt: skip
@@ -202,17 +223,22 @@ class Repository:
         seed: int | None = None,
         share_prefix: bool = False,
         policy: Policy,
+        stale_kv: bool = False,
     ) -> tuple[ResolvedPoint, Hydration]:
         from thaw.repo import remotes
 
         if fetch or remotes.is_promised(self.store, point):
             from thaw.repo.arriving import fetched
 
-            return fetched(self._context, point, seed=seed, share_prefix=share_prefix, policy=policy)
+            return fetched(
+                self._context, point, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+            )  # fmt: skip
         from thaw.repo.hydrate import hydrate
 
         where = self.resolve(point)
-        return where, hydrate(self._context, where, seed=seed, share_prefix=share_prefix, policy=policy)
+        return where, hydrate(
+            self._context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+        )  # fmt: skip
 
     # -- looking
 

@@ -26,6 +26,7 @@ from thaw.engines.text import left_open, text_after
 from thaw.repo import chat as chats
 from thaw.repo import chat_meta, conversation, refs, resolve, talk, work
 from thaw.repo import commit as commits
+from thaw.repo import hydrate as hydration
 from thaw.repo import trajectory as trajectories
 from thaw.repo.chat import ChatResult
 from thaw.repo.commit import CommitResult, Expect
@@ -64,8 +65,9 @@ class Session(ProcessBound):
         branch: str | None = None,
         proof: Proof | None = None,
         num_inherited: int = 0,
+        stale_kv: bool = False,
     ) -> None:
-        """`num_inherited`: how many tokens it begins with."""
+        """`num_inherited`: how many tokens it begins with. `stale_kv`: the engine was asked for `keep_stale_kv`."""
         super().__init__("session")
         self._context = context
         self._ref = ref
@@ -74,6 +76,7 @@ class Session(ProcessBound):
         self._branch = branch
         self._proof = proof
         self._num_inherited = num_inherited
+        self._stale_kv = stale_kv
         self._last: tuple[CommitResult, tuple[Turn, ...]] | None = None
         self._aside: Aside | None = None
         self._lock = threading.RLock()
@@ -133,8 +136,11 @@ class Session(ProcessBound):
 
     @property
     def proof(self) -> Proof | None:
-        """How it came to have its KV; None for a session that was never restored or forked."""
-        return self._proof or self.view().proof
+        """How it came to have its KV; None for a session that was never restored or forked, and kept none over a policy
+        step."""
+        if self._proof is not None and not self._stale_kv:
+            return self._proof
+        return self.view().proof or self._proof
 
     @property
     def parent(self) -> CommitId | None:
@@ -188,7 +194,18 @@ class Session(ProcessBound):
         """What was sampled here, as training data, all of one moment; also while it generates, and when its KV is of
         another policy by now. `own_mask` leaves out what it began with: of a fork, its parent's tokens."""
         view = self.view()
-        return trajectories.of_turns(view.tokens, view.turns, self._num_inherited)
+        return msgspec.structs.replace(
+            trajectories.of_turns(view.tokens, view.turns, self._num_inherited), kv_ranges=view.kv_ranges
+        )
+
+    def keep_stale_kv(self) -> None:
+        """From here on keep the KV when the policy or the weights change, and go on with it as it is; also where they
+        have changed already. `trajectory().kv_ranges`, `proof.kv_ranges` and what is committed then say which weights
+        computed it. Children of a fork do the same. Raises `Unsupported` where the engine, or the model, cannot."""
+        hydration.require_stale_kv(self._context.engine)
+        with self._lock:
+            self._context.engine.keep_stale_kv(self.ref)
+            self._stale_kv = True
 
     # -- going on
 
@@ -424,6 +441,7 @@ class Session(ProcessBound):
             new = engine.fork(old, 1, at=keep, replay=True).result()[0]
         except NotKept:
             new = engine.reread(old, keep).result()
+        self._pass_on(new)
         kept, _ = self._kept_of(engine.view(new))
         with self._lock:
             self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep)
@@ -470,18 +488,33 @@ class Session(ProcessBound):
         engine = self._context.engine
         with self._context.admission.beginning():
             refs = engine.fork(self.ref, n, at=at, replay=replay).result()
+        for ref in refs:
+            self._pass_on(ref)
         view = engine.view(refs[0])
         kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
-        children = [Session(self._context, ref, kept=kept, parent=self._parent, num_inherited=begun) for ref in refs]
+        children = [
+            Session(
+                self._context, ref, kept=kept, parent=self._parent, num_inherited=begun, stale_kv=self._stale_kv
+            )
+            for ref in refs
+        ]  # fmt: skip
         return Group(self._context, children)
+
+    def _pass_on(self, child: SessionRef) -> None:
+        """What was asked for of this session holds for those that come from it."""
+        if self._stale_kv:
+            self._context.engine.keep_stale_kv(child)
 
     def reread(self, at: int) -> Session:
         """A session of the first `at` tokens, where `fork` raises `NotKept`: it starts at the nearest earlier point
         and prefills the rest again, which its proof counts. Forks of it read nothing again."""
         with self._context.admission.beginning():
             ref = self._context.engine.reread(self.ref, at).result()
+        self._pass_on(ref)
         kept, proof = self._kept_of(self._context.engine.view(ref))
-        return Session(self._context, ref, kept=kept, parent=self._parent, proof=proof, num_inherited=at)
+        return Session(
+            self._context, ref, kept=kept, parent=self._parent, proof=proof, num_inherited=at, stale_kv=self._stale_kv
+        )  # fmt: skip
 
     def _kept_of(self, view: SessionView) -> tuple[Kept, Proof | None]:
         """What of a child the store has, which is nothing of what the child read again; and the child's proof."""

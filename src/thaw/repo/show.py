@@ -6,6 +6,7 @@ import msgspec
 
 from thaw.core.cache import keeps_all
 from thaw.core.identity import ModelIdentity
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Boundary, Commit, Turn
 from thaw.engines.text import cut_turns
 from thaw.repo import cover, cut, timeline
@@ -18,7 +19,8 @@ from thaw.store import Store
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
     """`nbytes`: bytes of the blobs that the point uses; `text` is the turns' texts, joined. `resumable`: the numbers of
-    tokens that can be continued from up to here, or None where every one can."""
+    tokens that can be continued from up to here, or None where every one can. `kv_ranges`: which weights computed the
+    KV, where that is not `model`'s alone."""
 
     point: ResolvedPoint
     entry: LogEntry
@@ -33,6 +35,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     num_blobs: int
     unfinished: bool
     resumable: tuple[int, ...] | None = None
+    kv_ranges: tuple[KVRange, ...] = ()
 
     @property
     def text(self) -> str:
@@ -65,4 +68,5 @@ def show(store: Store, point: ResolvedPoint) -> Shown:
         num_blobs=len(blobs),
         unfinished=cut.unfinished(turns),
         resumable=resumable and tuple(n for n in resumable if n <= point.num_tokens),
+        kv_ranges=timeline.ranges_at(line, num_kv, model),
     )  # fmt: skip

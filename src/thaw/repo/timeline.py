@@ -11,10 +11,12 @@ from collections.abc import Iterator
 
 import msgspec
 
+from thaw.core import kv_ranges
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import CorruptBlob
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import StateId
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Segment, SegmentEntry, SegmentNode, State, Turn, TurnNode
 from thaw.store import Store
 
@@ -46,6 +48,13 @@ def read(store: Store, state: State) -> Timeline:
         turns=read_turns(store, state),
         turn_ids=read_turn_ids(store, state),
     )
+
+
+def ranges_at(timeline: Timeline, num_kv: int, model: ModelIdentity, *, whole: bool = False) -> tuple[KVRange, ...]:
+    """Which weights computed the KV of the first `num_kv` tokens; () where `model`'s did, unless `whole`."""
+    all_of_model = KVRange(start=0, end=timeline.state.num_kv, policy=model.policy, weights=model.weights)
+    ranges = kv_ranges.cut(timeline.state.ranges or (all_of_model,), num_kv)
+    return ranges if whole else kv_ranges.stale(ranges, model.policy, model.weights)
 
 
 def read_state(store: Store, state_id: StateId) -> State:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Turn
 from thaw.core.sampling import Sampling
 
@@ -35,6 +36,10 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     `num_inherited_tokens`: how many leading tokens, of prompt and completion together, the session had when it began:
     where it was forked, or the point that it was hydrated from. 0 for one that began empty.
 
+    `kv_ranges`: which weights computed the KV of which tokens, of prompt and completion together, where not all of it
+    is of those that run (`stale_kv`); else empty. The last token may have no KV yet. `policy_versions[i]` sampled token
+    i over the KV before it.
+
     `plain_sampling`: every sampled token was drawn at temperature 1, without filters, penalties, biases, bans or
     grammar, so `logprobs` are those of the distribution that was sampled as well. Where it is False they are not, and a
     trainer that corrects for the difference of two policies needs log probabilities of its own forward pass.
@@ -48,6 +53,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     plain_sampling: bool = True
     num_inherited_tokens: int = 0
     entropies: tuple[float, ...] | None = None
+    kv_ranges: tuple[KVRange, ...] = ()
 
     @property
     def own_mask(self) -> tuple[int, ...]:

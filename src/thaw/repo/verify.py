@@ -20,6 +20,7 @@ from pathlib import Path
 from thaw.core.cache import point_groups
 from thaw.core.errors import Damaged, NotFound, Refused, ThawError
 from thaw.core.identity import ModelIdentity, compare
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Boundary, Commit
 from thaw.core.sampling import Sampling
 from thaw.data.pack import read_blob
@@ -30,15 +31,17 @@ from thaw.repo.context import Context
 from thaw.repo.hydrate import Hydration, hydrate, reading
 from thaw.repo.report import Continuation, LawResult, VerifyReport
 from thaw.repo.resolve import ResolvedPoint, at
-from thaw.repo.timeline import Timeline, read, read_state
+from thaw.repo.timeline import Timeline, ranges_at, read, read_state
 from thaw.repo.weight import blobs_of
+from thaw.store import Store
 
 TOP = 5
 
 
 def verify_in(engine: Engine, context: Context, point: ResolvedPoint, *, num_tokens: int = 16) -> VerifyReport:
     """Check `point` in `engine`; `num_tokens` greedy tokens are compared with a re-prefill (0: none)."""
-    here = Context(context.store, engine)
+    store = context.store
+    here = Context(store, engine)
     line, laws = _check_bytes(here, point)
     continuation = None
     if line is not None:
@@ -48,7 +51,7 @@ def verify_in(engine: Engine, context: Context, point: ResolvedPoint, *, num_tok
         laws.append(_check_boundary(here, point, line))
         restored = all(law.held is not False for law in laws if law.name == "cached")
         if restored and num_tokens and point.num_tokens:
-            continuation = _continue(here, point, num_tokens)
+            continuation = _continue(here, point, line, num_tokens)
     else:
         laws += [_not_tried(name) for name in ("cached", "state", "boundary")]
     return VerifyReport(
@@ -60,7 +63,12 @@ def verify_in(engine: Engine, context: Context, point: ResolvedPoint, *, num_tok
         device=engine.info.device,
         laws=tuple(laws),
         continuation=continuation,
+        kv_ranges=() if line is None else _ranges(store, line, point),
     )
+
+
+def _ranges(store: Store, line: Timeline, point: ResolvedPoint) -> tuple[KVRange, ...]:
+    return ranges_at(line, cover.num_kv_at(line, point.num_tokens), store.get_as(line.state.model, ModelIdentity))
 
 
 def _check_bytes(context: Context, point: ResolvedPoint) -> tuple[Timeline | None, list[LawResult]]:
@@ -95,7 +103,7 @@ def _check_restore(context: Context, point: ResolvedPoint, line: Timeline) -> li
     """Laws 6 and 3: what the engine says it has after hydrating."""
     promised = f"{cover.num_kv_at(line, point.num_tokens)} tokens counted as cached by the engine"
     try:
-        live = hydrate(context, point)
+        live = _live(context, point, line)
     except ThawError as error:
         failed = LawResult(name="cached", held=False, promised=promised, seen=error.kind, detail=str(error))
         return [failed, _not_tried("state")]
@@ -123,6 +131,11 @@ def _check_restore(context: Context, point: ResolvedPoint, line: Timeline) -> li
     ]
 
 
+def _live(context: Context, point: ResolvedPoint, line: Timeline) -> Hydration:
+    """Hydrated as it is, KV of other weights too: the report says of which it is."""
+    return hydrate(context, point, stale_kv=bool(line.state.ranges))
+
+
 def _cached(engine: Engine, live: Hydration) -> int:
     """What the engine counts as cached when the session first runs."""
     if not live.plan.tokens or len(live.plan.tokens) >= engine.info.max_model_len:
@@ -148,7 +161,7 @@ def _check_boundary(context: Context, point: ResolvedPoint, line: Timeline) -> L
         return _not_tried("boundary", f"no state was kept before token {stored.position}, which would run again")
     where = point if stored.position == point.num_tokens else at(context.store, point.commit, token=stored.position)
     try:
-        live = hydrate(context, where)
+        live = _live(context, where, line)
     except ThawError as error:
         return LawResult(name="boundary", held=False, promised="hydrate", seen=error.kind, detail=str(error))
     engine = context.engine
@@ -208,13 +221,13 @@ def _boundary_of(engine: Engine, session: SessionRef, uuid: str, base: int) -> B
         return engine.capture(session, plan).result().boundary
 
 
-def _continue(context: Context, point: ResolvedPoint, num_tokens: int) -> Continuation | None:
+def _continue(context: Context, point: ResolvedPoint, line: Timeline, num_tokens: int) -> Continuation | None:
     """Greedy tokens after the point: hydrated, and from a new prefill of the same tokens."""
     engine = context.engine
     n = min(num_tokens, engine.info.max_model_len - point.num_tokens)
     if n < 1:
         return None
-    live = hydrate(context, point)
+    live = _live(context, point, line)
     new = _new_token(live)
     loaded_s = live.proof.stages_s.get("load", 0.0)
     fresh = engine.open(seed=live.plan.seed)

@@ -34,6 +34,10 @@ class _State(msgspec.Struct, tag_field="type", tag="thaw.state/1"):
     boundary: _Boundary | None = None
 
 
+class _StaleState(_State, tag="thaw.state/2"):
+    pass
+
+
 class _Entry(msgspec.Struct):
     segment: str
     length: int
@@ -80,6 +84,7 @@ _DECODER = msgspec.json.Decoder(
     _Commit
     | _NamespacedCommit
     | _State
+    | _StaleState
     | _Segments
     | _Segment
     | _GroupedSegment

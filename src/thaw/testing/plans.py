@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from thaw.core import kv_ranges
 from thaw.core.ids import digest
 from thaw.core.objects import Boundary, Turn, without_chat
 from thaw.data.locations import BlobLocation, StoreMount
@@ -59,6 +60,7 @@ def plan_from(captured: Captured, mount: StoreMount, *earlier: Captured, at: int
         share_prefix=captured.share_prefix,
         boundary=boundary,
         hidden=hidden,
+        kv_ranges=kv_ranges.cut(captured.kv_ranges, num_kv),
     )
 
 

@@ -66,6 +66,10 @@ class _Size(msgspec.Struct, frozen=True, tag_field="type", tag="thaw.state/1"):
     num_kv: int
 
 
+class _StaleSize(_Size, frozen=True, tag="thaw.state/2"):
+    pass
+
+
 class OwnPart(msgspec.Struct, frozen=True, kw_only=True):
     """Of a session, against what it forked from. `num_shared`: leading tokens that both have; `nbytes`: bytes of KV
     that only this side needs, None where they are damaged or gone."""
@@ -147,7 +151,7 @@ class OutlineHistory:
         for each in recorded:
             try:
                 commit = canonical.decode_stored(each.commit, self._store.commit_kind)
-                size = canonical.decode_stored(each.state, _Size)
+                size = canonical.decode_stored(each.state, _Size | _StaleSize)  # type: ignore[arg-type]
             except msgspec.DecodeError as error:
                 if each.id == one:
                     raise CorruptBlob(f"commit {one}: {error}. Run `thaw fsck`.") from None

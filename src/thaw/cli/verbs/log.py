@@ -15,6 +15,8 @@ EXAMPLE = """
 thaw log --graph --all
 thaw log main~3 -n 5
 """
+ROOM = 60
+"""Columns for the policies of a commit's KV."""
 
 
 @light.verb(
@@ -31,7 +33,8 @@ def command(
     """List the commits from POINT (default: the current branch), newest first.
 
     Each line shows the id, the names that point at it, the message, tokens and age; on models with recurrent layers
-    also how many states are kept, and their bytes. A commit is "shallow" where the one before it was not fetched.
+    also how many states are kept, and their bytes; where KV was kept over a policy step, which policies computed it.
+    A commit is "shallow" where the one before it was not fetched.
     """
     entries = _read(named, point, everything, limit)
     if as_json:
@@ -71,7 +74,8 @@ def _line(entry: LogEntry, used: int) -> str:
     names = ", ".join(entry.refs)
     kept = f", {view.few_states(entry.points, entry.state_nbytes)}" if entry.state_nbytes else ""
     ends = ", shallow" if entry.shallow else ""
-    tail = f"{entry.num_tokens:,} tokens{kept}, {words.age(entry.time_ns)}{ends}"
+    old = f", KV of {view.kv_by_policy(entry.kv_ranges, ROOM)}" if entry.kv_ranges else ""
+    tail = f"{entry.num_tokens:,} tokens{kept}{old}, {words.age(entry.time_ns)}{ends}"
     room = output.width() - used - 10 - 2 - len(tail) - 2 - (len(names) + 3 if names else 0)
     message = output.one_line(entry.message, max(room, 12))
     shown = f"({output.style(names, 'bold', 'green')}) " if names else ""

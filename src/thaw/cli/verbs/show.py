@@ -78,9 +78,12 @@ def _read(named: str | None, point: str) -> Shown:
 
 
 def _plain(shown: Shown, with_tokens: bool) -> dict[str, object]:
-    left_out = ("tokens", "entry", *(["resumable"] if shown.resumable is None else []))
+    left_out = ["tokens", "entry", *(["resumable"] if shown.resumable is None else [])]
+    left_out += [] if shown.kv_ranges else ["kv_ranges"]
     fields = {name: getattr(shown, name) for name in shown.__struct_fields__ if name not in left_out}
     entry = view.plain_entry(shown.entry)
+    if not shown.kv_ranges:  # of the point, not of its commit
+        entry.pop("kv_ranges", None)
     tokens = {"token_ids": shown.tokens} if with_tokens else {}
     return {**entry, **fields, "seed": str(shown.seed), "num_tokens": len(shown.tokens), **tokens}
 
@@ -108,6 +111,7 @@ def _fields(shown: Shown) -> list[tuple[str, str]]:
         ("length", _length(shown)),
         ("bytes", f"{words.nbytes(shown.nbytes)} in {words.count(shown.num_blobs, 'blob')}"),
         ("model", f"{model.architecture}, {model.dtype}, weights {model.weights[:13]}, policy {model.policy}"),
+        *([("KV", f"of {view.kv_by_policy(shown.kv_ranges)}")] if shown.kv_ranges else []),
         ("origin", _origin(entry.origin)),
         ("continues", _boundary(shown)),
         *([] if shown.resumable is None else [("points", _points(shown.resumable))]),

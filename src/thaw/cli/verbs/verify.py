@@ -62,6 +62,8 @@ def _print(report: VerifyReport) -> None:
     output.line(
         f"{output.style(report.point, 'yellow')}  {words.count(report.num_tokens, 'token')}, KV of {report.num_kv:,}"
     )
+    if report.kv_ranges:
+        output.line(f"KV of {view.kv_by_policy(report.kv_ranges)}, taken as it is")
     output.line(f"hydrated in {where} by {report.engine} {report.engine_version} on {report.device}")
     output.line()
     for law in sorted(report.laws, key=lambda law: NUMBER.get(law.name, "?")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ from typing import TypeVar
 
 import msgspec
 
-from thaw.core.cache import keeps_all
+from thaw.core import kv_ranges
+from thaw.core.cache import keeps_all, point_groups
 from thaw.core.errors import (
     Busy,
     EngineDied,
@@ -22,7 +24,7 @@ from thaw.core.errors import (
     TooLong,
     Unsupported,
 )
-from thaw.core.identity import ModelIdentity, compare
+from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Proof
 from thaw.core.sampling import check_seed, derive, fresh_seed
@@ -47,7 +49,8 @@ from thaw.engines.embedded.generation import GenerationTask, Lane, PrefillTask
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
-from thaw.engines.embedded.weights import WeightsWatch
+from thaw.engines.embedded.stale import StaleKV
+from thaw.engines.embedded.weights import Weights, WeightsWatch
 from thaw.engines.promise import Promise
 from thaw.engines.session.bad_words import check as check_sampling
 from thaw.engines.session.children import check_children
@@ -55,10 +58,11 @@ from thaw.engines.session.turns import require_resumable, reseed, settle_turn
 from thaw.engines.text import cut_turns
 
 T = TypeVar("T")
+ASK_TO_KEEP = "To go on with its KV as it is, ask for that first: session.keep_stale_kv()."
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points", "stale-kv",
     }
 )  # fmt: skip
 
@@ -84,7 +88,7 @@ class EmbeddedEngine(Engine):
             max_model_len=backend.max_model_len,
             vocab_size=backend.vocab_size,
             eos_token_ids=backend.eos_token_ids,
-            capabilities=CAPABILITIES if backend.keeps_interior else CAPABILITIES - {"interior-points"},
+            capabilities=_capabilities(backend),
             numerics=backend.numerics,
         )
 
@@ -138,7 +142,7 @@ class EmbeddedEngine(Engine):
             self._check_text(token_ids)
             settle_turn(live)
             lane = Lane(0, live, list(token_ids), text, role, chat)
-            task = PrefillTask(self._backend, lane, promise, self._release)
+            task = PrefillTask(self._backend, lane, promise, self._settle)
             live.busy = task
             promise.on_cancel = lambda: self._soon(task.abort)
             self._driver.start(task)
@@ -147,6 +151,19 @@ class EmbeddedEngine(Engine):
 
     def keep_points(self, session: SessionRef, tokens: Sequence[int], *, unaligned: bool = False) -> None:
         self._driver.call(lambda: self._ask(self._usable(session), tokens, unaligned)).result()
+
+    def keep_stale_kv(self, session: SessionRef) -> None:
+        """See the contract. Not on models with recurrent layers: a state is of all tokens before it at once."""
+        if "stale-kv" not in self.info.capabilities:
+            raise Unsupported(
+                f"{self.info.model}: a recurrent layer's state is of all tokens before it at once, so after a policy "
+                "step it would be of no one policy. Recompute it (policy='recompute')"
+            )
+
+        def keep() -> None:
+            self._get(session).stale.asked = True
+
+        self._driver.call(keep).result()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Handle[list[Completion]]:
         promise: Promise[list[Completion]] = Promise()
@@ -224,14 +241,16 @@ class EmbeddedEngine(Engine):
     # -- sessions
 
     def _new(self, kv: PagedKV, seed: int, salt: str | None, share_prefix: bool) -> LiveSession:
+        running = self._weights.running
         return LiveSession(
             ref=SessionRef(secrets.token_hex(16)),
             kv=kv,
             seed=seed,
             salt=secrets.token_hex(16) if salt is None else salt,
             share_prefix=share_prefix,
-            policy=self._weights.policy,
-            epoch=self._weights.epoch,
+            policy=running.policy,
+            epoch=running.epoch,
+            stale=StaleKV(self._weights),
         )
 
     def _admit(self, session: LiveSession) -> SessionRef:
@@ -262,17 +281,33 @@ class EmbeddedEngine(Engine):
 
     def _current(self, ref: SessionRef) -> LiveSession:
         """As `_fresh`, by the last look at the weights."""
-        live = self._get(ref)
-        if (live.kv.num_tokens or live.parked) and self._is_stale(live):
-            raise StaleSession(
-                f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
-                f"policy {self._weights.policy!r}, epoch {self._weights.epoch}. {StaleSession.way_out}"
-            )
-        live.epoch, live.policy = self._weights.epoch, self._weights.policy
+        live, now = self._get(ref), self._weights.running
+        is_stale = bool(live.kv.num_tokens or live.parked) and self._is_stale(live)
+        self._require_asked(live, now, is_stale)
         if isinstance(live.parked, Parked):
             live.kv = live.parked.restore(self._backend)
             live.parked = None
+        if is_stale:
+            live.step(now)
+        live.policy, live.epoch = now
         return live
+
+    def _require_asked(self, live: LiveSession, now: Weights, is_stale: bool) -> None:
+        """Raise for KV of other weights, unless the session's owner asked to keep it and nothing runs on it."""
+        if is_stale and (live.busy is not None or not live.stale.asked):
+            raise StaleSession(
+                f"the session's KV is of policy {live.policy!r}, weights epoch {live.epoch}; the engine now runs "
+                f"policy {now.policy!r}, epoch {now.epoch}. {StaleSession.way_out} {self._keeping}"
+            )
+        if not live.stale.asked and (ranges := live.kv_ranges()):
+            raise StaleSession(
+                f"the session has KV of other weights than those that run ({kv_ranges.text(ranges)}), and nobody asked "
+                f"to keep it. {StaleSession.way_out} {self._keeping}"
+            )
+
+    @property
+    def _keeping(self) -> str:
+        return ASK_TO_KEEP if "stale-kv" in self.info.capabilities else ""
 
     def _is_stale(self, live: LiveSession) -> bool:
         return (live.epoch, live.policy) != (self._weights.epoch, self._weights.policy)
@@ -285,9 +320,19 @@ class EmbeddedEngine(Engine):
                 f"the weights or the policy changed while this generation ran (it began under {sessions[0].policy!r}), "
                 "so its tokens are of no one policy; change them between generations, and generate again"
             )
+        for live in sessions:
+            live.stale.settled = live.kv.num_tokens
 
     def _usable(self, ref: SessionRef) -> LiveSession:
         return _idle(self._fresh(ref))
+
+    def _settle(self, session: LiveSession) -> None:
+        """A prefill has ended: look whether it is all of one policy."""
+        with contextlib.suppress(StaleSession):  # of a guest that is gone: the next use says so
+            self._weights.check()
+            if not self._is_stale(session):
+                session.stale.settled = session.kv.num_tokens
+        self._release(session)
 
     def _release(self, session: LiveSession) -> None:
         session.busy = None
@@ -378,6 +423,7 @@ class EmbeddedEngine(Engine):
         if num_kv is None:
             num_kv = parent.kv.num_tokens if whole else parent.kv.before(at)
         child = self._new(parent.kv.fork(num_kv), parent.seed, parent.salt, parent.share_prefix)
+        child.policy, child.epoch, child.stale = *parent.of, parent.stale.child(parent.of, child.kv.num_tokens)
         child.tokens = parent.tokens[:at]
         child.turns = list(cut_turns(parent.all_turns(), parent.tokens, at, self.codec))
         child.row = parent.row if whole else None
@@ -391,6 +437,7 @@ class EmbeddedEngine(Engine):
             verification="live-shared",
             continuation="decode-exact",
             share_prefix=parent.share_prefix,
+            kv_ranges=child.kv_ranges(),
         )
         if not replay:
             reseed(child, derive(parent.seed, at, index) if seed is None else seed)
@@ -418,11 +465,13 @@ class EmbeddedEngine(Engine):
         """On an I/O thread: nothing of it touches a session before it is admitted."""
         try:
             identity, epoch = self._weights.stamp()
-            compare(plan.identity, identity)
+            restoring.check_weights(plan, identity)
         except Refused as refusal:
             if plan.policy != "recompute" or getattr(refusal, "field", "") == "tokenizer":
                 raise
             return self._recompute(plan, str(refusal))
+        if plan.stale_kv and "stale-kv" not in self.info.capabilities:
+            restoring.refuse_stale(plan, self.info.name)
         if plan.not_kept and plan.policy != "recompute":
             restoring.check_kept(plan)
         if plan.not_kept and not plan.num_kv:
@@ -430,13 +479,16 @@ class EmbeddedEngine(Engine):
         self._check_tokens(0, plan.tokens, 0)
         loaded = transfer.load(plan, self._backend)
         session = self._restored(plan, loaded.kv)
-        session.row, session.proof = loaded.row, loaded.proof
+        session.row, session.proof, proof = loaded.row, loaded.proof, loaded.proof
         session.policy, session.epoch = identity.policy, epoch
         session.stored_boundary = plan.boundary
+        session.stale.settled = session.kv.num_tokens
+        if plan.stale_kv:
+            proof = session.load_stale(restoring.ranges_of(plan), keep_row=plan.identity == identity)
         ref = self._driver.call(lambda: self._admit(session)).result()
         if plan.not_kept:
-            session.proof = self._replay(ref, plan, loaded.proof)
-        return Hydrated(session=ref, proof=session.proof)
+            session.proof = proof = self._replay(ref, plan, proof)
+        return Hydrated(session=ref, proof=proof)
 
     def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
         """Prefill what comes after the point that was loaded, because the caller allowed it."""
@@ -499,6 +551,11 @@ class EmbeddedEngine(Engine):
         self._io.submit(run)
 
 
+def _capabilities(backend: Backend) -> frozenset[str]:
+    lacking = set() if backend.keeps_interior else {"interior-points"}
+    return CAPABILITIES - lacking - ({"stale-kv"} if point_groups(backend.groups) else set())
+
+
 def _with_gap(proof: Proof, num_kv: int, num_tokens: int, reason: str) -> Proof:
     """The proof of a session whose tokens from `num_kv` on were read again."""
     return msgspec.structs.replace(
@@ -532,3 +589,4 @@ def _step_back(session: LiveSession) -> None:
     Slots are never written twice, so the pages are forked one token earlier (the tail page is copied)."""
     if session.row is None and session.kv.num_tokens == len(session.tokens) > 0:
         session.kv = session.kv.fork(len(session.tokens) - 1)
+        session.cut_stale()

@@ -21,7 +21,7 @@ class Parked:
     """The parked pages of one session. The session's own pages are let go on construction."""
 
     def __init__(self, kv: PagedKV) -> None:
-        self._num_tokens = kv.num_tokens
+        self.num_tokens = kv.num_tokens
         self._columns = columns(kv.factory.groups)
         self._asked, self._there = set(kv.asked), kv.there
         self._states = {token: [len(blob) for blob in state] for token, state in kv.points.items()}
@@ -36,7 +36,7 @@ class Parked:
         kv.runs, kv.num_tokens, kv.points = [], 0, {}
 
     def _pieces(self) -> list[tuple[int, int, int]]:
-        return [(column, a, b) for a, b in windows(0, self._num_tokens) for column in range(len(self._columns))]
+        return [(column, a, b) for a, b in windows(0, self.num_tokens) for column in range(len(self._columns))]
 
     def _put(self, data: bytes | memoryview) -> None:
         self._digests.append(blake3(data).digest())
@@ -45,7 +45,7 @@ class Parked:
     def restore(self, factory: ExtentFactory) -> PagedKV:
         """The pages again. Raises `CorruptBlob` when they are not what was parked."""
         kv = PagedKV(factory)
-        kv.reserve(self._num_tokens)
+        kv.reserve(self.num_tokens)
         self._file.seek(0)
         digests = iter(self._digests)
         for column, start, stop in self._pieces():
@@ -55,7 +55,7 @@ class Parked:
         for token, sizes in self._states.items():
             what = f"state after {token} tokens"
             kv.points[token] = tuple(self._take(nbytes, next(digests), what) for nbytes in sizes)
-        kv.num_tokens, kv.asked, kv.there = self._num_tokens, self._asked, self._there
+        kv.num_tokens, kv.asked, kv.there = self.num_tokens, self._asked, self._there
         self._file.close()
         return kv
 

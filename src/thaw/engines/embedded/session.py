@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
+from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Proof
 from thaw.engines.base import SessionRef, SessionView
 from thaw.engines.embedded.backend import Backend, Logits, Row
 from thaw.engines.embedded.pages import PagedKV
+from thaw.engines.embedded.park import Parked
+from thaw.engines.embedded.stale import StaleKV
+from thaw.engines.embedded.weights import Weights
 from thaw.engines.session.turns import OpenTurn
 
 
@@ -35,6 +41,7 @@ class LiveSession:
     share_prefix: bool
     policy: str
     epoch: int
+    stale: StaleKV
     tokens: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     turn: OpenTurn | None = None
@@ -48,6 +55,57 @@ class LiveSession:
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)
 
+    @property
+    def of(self) -> Weights:
+        """What computes its KV now."""
+        return Weights(self.policy, self.epoch)
+
+    def kv_ranges(self) -> tuple[KVRange, ...]:
+        """Which weights computed its KV, also while it is parked; () where those that run did, or nobody asked."""
+        kept = self.parked.num_tokens if isinstance(self.parked, Parked) else self.kv.num_tokens
+        return self.stale.ranges(self.of, kept)
+
+    def step(self, now: Weights) -> None:
+        """Others run now than those that computed its KV, which stays as it is; it does not decide a token any more."""
+        self.stale.step(self.of, now, self.kv.num_tokens)
+        self.policy, self.epoch = now
+        self.row = self.last = self.stored_boundary = None
+        self._say_stale()
+
+    def load_stale(self, ranges: tuple[KVRange, ...], *, keep_row: bool) -> Proof:
+        """It came with KV of others, as `ranges` say, and its owner wants it kept; the proof says so. `keep_row`: what
+        decides its next token is of those that run."""
+        self.stale.asked = True
+        self.stale.load(self.of, ranges)
+        if not keep_row:
+            self.row = self.stored_boundary = None
+        return self._say_stale()
+
+    def cut_stale(self) -> None:
+        """The last token's KV is about to be computed again."""
+        had, num_kv = bool(self.stale.spans), self.kv.num_tokens
+        self.stale.cut(self.of, num_kv)
+        if had:
+            proof = self._say_stale()
+            self.proof = msgspec.structs.replace(
+                proof, num_cached_tokens=min(proof.num_cached_tokens, num_kv), matched=min(proof.matched, num_kv)
+            )
+
+    def _say_stale(self) -> Proof:
+        """In its proof, which is returned."""
+        num_kv, ranges = self.kv.num_tokens, self.kv_ranges()
+        before = self.proof or Proof(
+            num_prompt_tokens=len(self.tokens),
+            num_cached_tokens=num_kv,
+            matched=num_kv,
+            first_mismatch=None,
+            verification="live-shared",
+            continuation="decode-exact",
+            share_prefix=self.share_prefix,
+        )
+        self.proof = msgspec.structs.replace(before, kv_ranges=ranges)
+        return self.proof
+
     def view(self) -> SessionView:
         return SessionView(
             tokens=tuple(self.tokens),
@@ -58,6 +116,7 @@ class LiveSession:
             running=self.busy is not None,
             parked=self.parked is not None,
             proof=self.proof,
+            kv_ranges=self.kv_ranges(),
         )
 
     def boundary(self, backend: Backend) -> Boundary | None:

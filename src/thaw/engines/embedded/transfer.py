@@ -29,6 +29,8 @@ from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePla
 from thaw.engines.embedded.backend import Backend, Row
 from thaw.engines.embedded.pages import PagedKV, there_until
 from thaw.engines.embedded.session import LiveSession
+from thaw.engines.embedded.stale import StaleKV
+from thaw.engines.embedded.weights import Weights
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Cut:
 
     policy: str
     epoch: int
+    stale: StaleKV
     tokens: tuple[int, ...]
     kv: PagedKV
     turns: tuple[Turn, ...]
@@ -56,6 +59,7 @@ def cut(session: LiveSession, backend: Backend) -> Cut:
     return Cut(
         policy=session.policy,
         epoch=session.epoch,
+        stale=session.stale.child(session.of, session.kv.num_tokens),
         tokens=tuple(session.tokens),
         kv=session.kv.fork(session.kv.num_tokens),
         turns=session.all_turns(),
@@ -93,6 +97,7 @@ def write(taken: Cut, plan: CapturePlan, identity: ModelIdentity) -> Captured:
         share_prefix=taken.share_prefix,
         boundary=_with_hidden(taken, blobs),
         stages_s={"cut": taken.cut_s, **(result.stages_s if result is not None else {})},
+        kv_ranges=taken.stale.ranges_of_cut(Weights(taken.policy, taken.epoch), num_kv),
     )
 
 

@@ -16,6 +16,7 @@ from thaw.core.errors import (
     Refused,
     StaleSession,
     ThawError,
+    Unsupported,
 )
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import digest
@@ -195,6 +196,35 @@ class ClosedLaw(EngineKit):
                 assert [engine.view(one) for one in (session, child)] == before
             engine.close_session(session)
             assert engine.view(child) == before[1]
+
+    def test_kv_is_kept_over_a_policy_step_only_where_that_is_asked_for(self, engine: Engine, lab: Lab) -> None:
+        """And the ranges say which policy computed it, in forks and captures too. An engine that cannot keep it refuses
+        by name, and nothing changes."""
+        asked, other = lab.begin(engine, 30), lab.begin(engine, 30)
+        plan = msgspec.structs.replace(lab.plan(lab.capture(engine, other)), stale_kv=True)
+        if "stale-kv" not in engine.info.capabilities:
+            with pytest.raises(Unsupported, match=r"stale_kv|recurrent"):
+                engine.keep_stale_kv(asked)
+            with pytest.raises(Unsupported, match="stale_kv"):
+                lab.hydrate(engine, plan)
+            assert lab.one(engine, asked, greedy(2)).token_ids == lab.one(engine, other, greedy(2)).token_ids
+            return
+        engine.keep_stale_kv(asked)
+        with running_policy(engine, "step-2") as old:
+            lab.one(engine, asked, greedy(4), ids(3, 30))
+            assert [one.policy for one in engine.view(asked).kv_ranges] == [old, "step-2"]
+            with pytest.raises(StaleSession):
+                lab.one(engine, other, greedy(4), ids(3, 30))
+            captured = lab.capture(engine, asked)
+            assert captured.kv_ranges[0].policy == old and captured.kv_ranges[-1].end == captured.num_kv
+            with pytest.raises(PolicyMismatch, match=rf"{old!r}"):
+                lab.hydrate(engine, lab.plan(captured))
+            same_again = lab.hydrate(engine, msgspec.structs.replace(lab.plan(captured), stale_kv=True))
+            assert same_again.proof.kv_ranges[0].policy == old
+            (child,) = lab.fork(engine, asked)
+            with pytest.raises(StaleSession, match="nobody asked"):
+                lab.one(engine, child, greedy(2))
+            same(lab.one(engine, same_again.session, greedy(6)), lab.one(engine, asked, greedy(6)))
 
     def test_what_a_session_said_can_be_read_after_its_weights_changed(self, changed: Changed) -> None:
         assert changed.engine.view(changed.session).tokens == changed.plan.tokens

@@ -6,7 +6,6 @@ import secrets
 import time
 
 from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused, TooLong
-from thaw.core.identity import compare
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
@@ -24,9 +23,10 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
     it may not be recomputed. Of a model that keeps states, that is what comes after the plan's point alone."""
     identity = await model.identity()
+    restoring.refuse_stale(plan, model.info.name)
     again = model.keeps_states and plan.num_kv > 0 and plan.policy == "recompute"
     try:
-        compare(plan.identity, identity)
+        restoring.check_weights(plan, identity)
         if not again:
             restoring.check_kept(plan)
     except Refused as refused:
