@@ -102,4 +102,13 @@ def test_blocks_that_the_attention_takes_in_pieces_are_refused() -> None:
 
 def test_only_a_delta_rules_matrices_lie_the_other_way_round_on_a_gpu() -> None:
     found = {kind for kind in recurrent.MODES if has_delta_rule({"model_type": kind})}
-    assert found == {"qwen3_next"}
+    assert found == {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
+
+
+def test_a_type_that_was_run_on_a_cpu_alone_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in recurrent.MODES.keys() - recurrent.ON_A_GPU.keys():
+        asked(kind, "cpu", mamba_cache_mode="none")
+        with pytest.raises(Unsupported, match=f"{kind}.* on a CPU alone; on a GPU these were: granitemoehybrid, lfm2"):
+            asked(kind, mamba_cache_mode="none")
+    monkeypatch.setenv(recurrent.UNTRIED, "1")
+    asked("nemotron_h")

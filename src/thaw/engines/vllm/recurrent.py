@@ -20,8 +20,14 @@ from thaw.engines.vllm.block_tables import of_groups
 
 MODES = {
     "qwen3_next": ("align", "none"),
+    "qwen3_5_text": ("align", "none"),
+    "qwen3_5_moe_text": ("align", "none"),
     "lfm2": ("align", "none"),
+    "lfm2_moe": ("align", "none"),
     "granitemoehybrid": ("none",),
+    "falcon_h1": ("none",),
+    "nemotron_h": ("none",),
+    "zamba2": ("none",),
 }
 """By model type, the values of `mamba_cache_mode` that were run: "align" with vLLM's prefix cache, "none" without."""
 FULL = "FullAttentionSpec"
@@ -36,7 +42,7 @@ UNTRIED = "THAW_UNTRIED_KINDS"
 CONV_LAYOUT = "VLLM_SSM_CONV_STATE_LAYOUT"
 COLUMNS_FIRST = "SD"
 """How vLLM orders a convolution's state unless CONV_LAYOUT says otherwise."""
-NO_MATRICES = ("lfm2",)
+NO_MATRICES = ("lfm2", "lfm2_moe")
 """Types of which a state is convolutions alone."""
 
 
@@ -73,6 +79,8 @@ def _require_tried(kind: str, what: str, config: Any) -> None:
     device = str(config.device_config.device_type)
     if device not in ("cpu", "cuda"):
         raise Unsupported(f"{what} was run on a CPU and on NVIDIA's GPUs alone, not on {device}")
+    if device == "cuda" and kind not in ON_A_GPU:
+        raise Unsupported(f"{what} was run on a CPU alone; on a GPU these were: {', '.join(sorted(ON_A_GPU))}")
     modes, runners = (MODES[kind], ("V1",)) if device == "cpu" else ON_A_GPU[kind]
     if (runner := versions.runner(config)) not in runners:
         raise Unsupported(f"{what} was run on vLLM's V1 runner alone, not on {runner}; set VLLM_USE_V2_MODEL_RUNNER=0")
