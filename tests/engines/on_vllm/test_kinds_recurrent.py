@@ -381,9 +381,13 @@ def test_controls_that_can_see(how: tuple[str, bool, bool], engine: Engine, lab:
     assert len(moved) >= 4
 
 
-def test_snapshots_cross_to_transformers_and_back(engine: Engine, lab: Lab, folder: Path) -> None:
+def test_snapshots_cross_to_transformers_and_back(
+    how: tuple[str, bool, bool], engine: Engine, lab: Lab, folder: Path
+) -> None:
     """One identity, and one form: the first layer's state, which depends on tokens alone, is the same in both but for
     rounding, and another session's is not. Each engine continues from the other's."""
+    if how[0] == "nemotron_h":
+        pytest.skip("transformers 5.19, which vLLM 0.32 wants, has a cache for plain layers, and thaw knows 5.23's")
     point = 300
     with load_engine("transformers", model=str(folder)) as stock:
         assert stock.identity() == engine.identity()

@@ -51,12 +51,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2": {"hidden_size": 256, "conv_dim": 256, "block_dim": 256},
     "lfm2_moe": {"hidden_size": 256, "tie_word_embeddings": True},
     "granitemoehybrid": {"hidden_size": 256, "mamba_d_head": 64},
-    "nemotron_h": {
-        "hidden_size": 256,
-        "mamba_head_dim": 64,
-        "head_dim": 64,
-        "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
-    },
+    "nemotron_h": {"hidden_size": 256, "mamba_head_dim": 64, "head_dim": 64},
     "falcon_h1": {"hidden_size": 256, "mamba_d_head": 64, "mamba_d_ssm": 512, "head_dim": 64},
     "zamba2": {"hidden_size": 256, "num_key_value_heads": 4},
 }

@@ -57,6 +57,9 @@ def require(config: Any) -> None:
     what = f"{kind}: a model with recurrent layers"
     if not versions.names_failed_loads():
         raise Unsupported(f"{what} needs vLLM 0.32, which hears of a failed load by its request; older ones end")
+    blocks = getattr(config.model_config.hf_text_config, "num_mem_blocks", 1)
+    if blocks != 1:
+        raise Unsupported(f"{what} with {blocks} blocks of shared attention (num_mem_blocks): one alone was run")
     on_cpu = config.device_config.device_type == "cpu"
     if on_cpu or os.environ.get(UNTRIED) != "1":
         _require_tried(kind, what, config)
