@@ -46,8 +46,6 @@ HERE = (
     pytest.param("llama4_text", marks=CHUNKS),
     pytest.param("gemma2", marks=ONCE_MORE),
 )
-THERE = (pytest.param("olmo3"), pytest.param("mellum", marks=ONCE_MORE))
-"""Those that run on vLLM's transformers backend: in processes of their own."""
 EDGES = (BLOCK - 1, BLOCK, BLOCK + 1, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1)
 CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), *EDGES})
 GREEDY = thaw.Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -368,10 +366,11 @@ def arena(here: InPlace, engine: Engine, session: SessionRef, group: SlidingKV) 
 # --- engines of their own processes
 
 
-@pytest.fixture(scope="module", params=THERE)
-def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Booted as users do: thaw sets the flag that keeps its windows. Its snapshots hold those of all tokens."""
-    folder = made(request.param, tmp_path_factory, "bfloat16")
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """OLMo 3, booted as users do: thaw sets the flag that keeps its windows. Its snapshots hold those of all
+    tokens."""
+    folder = made("olmo3", tmp_path_factory, "bfloat16")
     with load_engine("vllm", model=str(folder), interior=True, **BOOT) as loaded:
         yield loaded
 

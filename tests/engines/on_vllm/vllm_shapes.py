@@ -39,11 +39,10 @@ WINDOWS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 2.0,
         "tie_word_embeddings": True,
     },
-    "mellum": {"head_dim": 32},
 }
 """Gemma 3 has five layers with a window for each without; its scores here leave every token of a window a part. gpt-oss
-has sinks, and vLLM gives a window to every other layer of it, whatever its config says. Llama 4 has chunks. OLMo 3 and
-Mellum run on vLLM's transformers backend. Gemma 2's soft caps are low enough here to cap something."""
+has sinks, and vLLM gives a window to every other layer of it, whatever its config says. Llama 4 has chunks. OLMo 3
+runs on vLLM's transformers backend. Gemma 2's soft caps are low enough here to cap something."""
 _GDN = {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_next": _GDN,
