@@ -409,7 +409,6 @@ def test_snapshots_cross_to_transformers_and_back(
         ("qwen3_next", {"tensor_parallel_size": 2}, "on one rank alone"),
         ("qwen3_next", {"beside": ["OffloadingConnector"]}, "no other connector"),
         ("granitemoehybrid", {"enable_prefix_caching": True}, "mamba_cache_mode none, not align"),
-        ("lfm3", {}, "a hybrid model"),
     ],
 )
 def test_what_was_not_run_is_refused_by_name(
