@@ -85,6 +85,18 @@ define install-vllm
 @echo "· installed"
 endef
 
+# What vLLM 0.32 imports to look at a multimodal class, beside its environment: there is no build for its CPU torch, so
+# only the Python part of this one is used. The tests on vLLM put it on their path.
+TORCHVISION := 0.28.0
+VISION := .vision
+
+$(VISION)/.installed: $(VLLM_VENV)/.installed tools/sglang-cpu/thaw_sglang_cpu.py
+	@echo "· fetching torchvision $(TORCHVISION) for the tests of multimodal classes on vLLM; seconds, once"
+	@rm -rf $(VISION)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(VISION) torchvision==$(TORCHVISION)
+	@cp tools/sglang-cpu/thaw_sglang_cpu.py $(VISION) && echo 'import thaw_sglang_cpu' > $(VISION)/sitecustomize.py
+	@touch $@
+
 .venv-sglang: $(SGLANG_VENV)/.installed ## the environment with SGLang on CPU (3 GB, 2 to 5 minutes, once); .venv-sglang-0.5.22
 
 $(SGLANG_VENV)/.installed: constraints-sglang-$(SGLANG).txt
@@ -155,7 +167,7 @@ test-sglang: $(SGLANG_VENV)/.installed model ## the tests on real SGLang alone
 	@echo "· tests on SGLang $(SGLANG)"
 	@$(ONE_CORE) $(SGLANG_VENV)/bin/python -m pytest $(BY_FILE) $(SGLANG_TESTS) $(SGLANG_MORE) $(PYTEST_ARGS)
 
-test-vllm: $(VLLM_VENV)/.installed model ## the tests on real vLLM alone
+test-vllm: $(VLLM_VENV)/.installed $(VISION)/.installed model ## the tests on real vLLM alone
 	@echo "· tests on vLLM $(VLLM)"
 	@$(ONE_CORE) $(VLLM_VENV)/bin/python -m pytest $(BY_FILE) $(VLLM_TESTS) $(VLLM_MORE) $(PYTEST_ARGS)
 	@$(VLLM_VENV)/bin/python -m pytest $(ALL_CORES) $(VLLM_TESTS) $(PYTEST_ARGS) || \
@@ -179,7 +191,7 @@ $(SGLANG_OTHERS:%=soak-sglang-%): soak-sglang-%: $(SGLANG_VENV)-%/.installed mod
 	@THAW_SUITE=sglang-$* THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(ONE_CORE) $(SGLANG_VENV)-$*/bin/python -m pytest $(BY_FILE) $(SGLANG_TESTS) $(PYTEST_ARGS)
 
-soak-vllm: $(VLLM_VENV)/.installed model
+soak-vllm: $(VLLM_VENV)/.installed $(VISION)/.installed model
 	@echo "· tests and soak on vLLM $(VLLM)"
 	@THAW_SOAK=1 THAW_COLD_BOOTS=1 THAW_RECEIPTS_DIR=$(CURDIR)/receipts/soak \
 		$(VLLM_VENV)/bin/python -m pytest -m "soak or not soak" --durations=25 $(VLLM_TESTS) $(VLLM_MORE) $(VLLM_WHOLE) $(PYTEST_ARGS)
@@ -220,5 +232,5 @@ docs: $(INSTALLED) ## rewrite the generated pages and pictures of docs/
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove the environments and caches; the model's folder and your repositories stay
-	rm -rf $(VENV) .azurite $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .azurite $(VISION) $(VLLM_VENV) $(VLLM_OTHERS:%=$(VLLM_VENV)-%) $(SGLANG_VENV) $(SGLANG_OTHERS:%=$(SGLANG_VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -167,7 +167,7 @@ def readme(receipt: dict[str, Any]) -> str:
 
 
 FULL_ONLY = "refused by name"
-PARTS_ON_VLLM = "of full attention, with `--language-model-only`: qwen3_vl was run on 0.32"
+PARTS_ON_VLLM = "with `--language-model-only`: tested on 0.32"
 KINDS_HEAD = (
     "| kind | transformers, CPU | shapes in the tests | vLLM, CPU | SGLang, CPU | on a GPU |\n"
     "|---|---|---|---|---|---|\n"
@@ -187,7 +187,6 @@ def kinds_table() -> str:
     """Which kinds of cache run where, from the table of small models that the tests run."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from kind_models import BOTH, KINDS, ON_SGLANG, ON_VLLM, PARTS, RECURRENT
-    from thaw.engines.vllm.recurrent import MODES
     from thaw.testing.models import ARCHITECTURES
 
     rows = [("full attention, packed", ARCHITECTURES, "tested", "tested")]
@@ -196,10 +195,8 @@ def kinds_table() -> str:
     for arch, what in KINDS.items():
         own.setdefault(what, []).append(arch)
     for what, names in own.items():
-        vllm, sglang = _served(what)
-        rows.append((what, tuple(names), _tested(names, ON_VLLM) or vllm, _tested(names, ON_SGLANG) or sglang))
-    some = f"{', '.join(MODES)}: tested on 0.32; others {FULL_ONLY}"
-    rows.append(("recurrent states and full attention", tuple(RECURRENT), some, FULL_ONLY))
+        rows.append((what, tuple(names), _cell(names, ON_VLLM), _cell(names, ON_SGLANG)))
+    rows.append(("recurrent states and full attention", tuple(RECURRENT), _cell([*RECURRENT], ON_VLLM), FULL_ONLY))
     rows.append(("recurrent states, windows and full attention", BOTH, FULL_ONLY, FULL_ONLY))
     rows.append(("the text part of a multimodal class", PARTS, PARTS_ON_VLLM, FULL_ONLY))
     lines = (
@@ -218,16 +215,14 @@ def _on_a_gpu(names: tuple[str, ...]) -> str:
     return "; ".join(f"{engine}: {', '.join(found)}" for engine, found in there.items() if found) or "not run"
 
 
-def _tested(names: list[str], on_engine: dict[str, str]) -> str:
-    """Which of a kind's shapes run on an engine."""
-    there = [name for name in names if name in on_engine]
-    return "; ".join(f"{name}: {on_engine[name]}" if len(names) > 1 else on_engine[name] for name in there)
-
-
-def _served(what: str) -> tuple[str, str]:
-    """What vLLM and SGLang make of a kind: they run one plain full group, of shapes that were tried or not."""
-    plain = "full attention" in what and not any(word in what for word in ("windows", "chunks", "latents"))
-    return ("not tried", "not tried") if plain else (FULL_ONLY, FULL_ONLY)
+def _cell(names: list[str], on_engine: dict[str, str]) -> str:
+    """What an engine makes of a kind's shapes."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(on_engine[name], []).append(name)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{', '.join(shapes)}: {said}" for said, shapes in found.items())
 
 
 def pages() -> dict[Path, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurrent_shapes import DECAY
+from recurrent_shapes import DECAY, MORE
 from recurrent_shapes import SHAPES as RECURRENT
 from thaw.testing.models import _COMMON, VOCAB_SIZE, _stream, _tokenizer
 from thaw.testing.models import _SHAPES as _PLAIN
@@ -44,10 +44,13 @@ ON_SGLANG = {
 """What the table of kinds says of these on SGLang, on a CPU (`on_sglang/test_kinds_sglang.py`)."""
 ON_VLLM = {
     **dict.fromkeys(("falcon", "gpt2", "cohere", "deepseek_v3"), "tested on 0.32"),
-    **dict.fromkeys(("gpt_oss", "gemma3_text", "llama4_text", "olmo3"), "tested on 0.32"),
-    **dict.fromkeys(("gemma2", "mimo_v2_flash"), "not tried"),
+    **dict.fromkeys(("gpt_oss", "gemma2", "gemma3_text", "llama4_text", "olmo3"), "tested on 0.32"),
+    "mellum": "starts in 0.32; not run with thaw",
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "lfm2"), "tested on 0.32"),
+    **dict.fromkeys(("granitemoehybrid", "falcon_h1", "nemotron_h", "zamba2"), "tested on 0.32"),
+    **dict.fromkeys(("gemma4_text", "mimo_v2_flash", "minicpm3", "bamba"), "refused by name"),
 }
-"""What the table of kinds says of these on vLLM, on a CPU; others with such caches are refused there by name."""
+"""What the table of kinds says of these on vLLM, on a CPU (`on_vllm/test_kinds_….py`)."""
 BOTH = ("lfm3",)
 """Architectures with windows, recurrent states and full attention."""
 WINDOW = 40
@@ -133,11 +136,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": WINDOW,
     },
     **RECURRENT,
+    **MORE,
 }  # fmt: skip
 _TINY_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
 _TINY_TOWER = {**_TINY_VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 _TINY_QWEN = {**_TINY_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+_PARTIAL_MROPE = {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
 _FIRST_UNUSED = 259
 _SHAPES_OF_PARTS: dict[str, dict[str, Any]] = {
     "gemma3": {
@@ -160,14 +165,15 @@ _SHAPES_OF_PARTS: dict[str, dict[str, Any]] = {
         "image_token_id": _FIRST_UNUSED,
     },
     "qwen3_5": {
-        "text_config": {
-            **RECURRENT["qwen3_5_text"],
-            "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
-        },
+        "text_config": {**RECURRENT["qwen3_5_text"], "rope_parameters": _PARTIAL_MROPE},
+        "vision_config": {**_TINY_QWEN, "num_position_embeddings": 16}, "image_token_id": _FIRST_UNUSED,
+    },
+    "qwen3_5_moe": {
+        "text_config": {**MORE["qwen3_5_moe_text"], "rope_parameters": _PARTIAL_MROPE},
         "vision_config": {**_TINY_QWEN, "num_position_embeddings": 16}, "image_token_id": _FIRST_UNUSED,
     },
 }  # fmt: skip
-OF_KINDS = (*_SHAPES, *PARTS)
+OF_KINDS = (*_SHAPES, *_SHAPES_OF_PARTS)
 """All that are made here."""
 
 
@@ -179,7 +185,7 @@ def make_kind_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: i
 
     out_dir.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(arch, **_fields(arch, shape))
-    made: Any = AutoModelForImageTextToText if arch in PARTS else AutoModelForCausalLM
+    made: Any = AutoModelForImageTextToText if arch in _SHAPES_OF_PARTS else AutoModelForCausalLM
     model = made.from_config(config, dtype=torch.float32)
     _draw_weights(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(out_dir)
@@ -189,7 +195,7 @@ def make_kind_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed: i
 
 def _fields(arch: str, shape: dict[str, Any]) -> dict[str, Any]:
     """Those of its config."""
-    if arch in PARTS:
+    if arch in _SHAPES_OF_PARTS:
         own = _SHAPES_OF_PARTS[arch]
         return {**own, "text_config": _COMMON | own["text_config"] | shape}
     return _COMMON | _SHAPES[arch] | shape

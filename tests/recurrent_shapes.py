@@ -40,5 +40,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid", "mamba", "mamba"], "num_mem_blocks": 1, "adapter_rank": 8,
     },
 }  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe_text": {**_GDN, **_EXPERTS},
+    "lfm2_moe": {
+        **_ATTENTION, "layer_types": ["conv", "full_attention", "conv", "conv"], "conv_L_cache": 3,
+        "num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    },
+}  # fmt: skip
+"""The same with experts."""
 DECAY = -2.0
 """Mean of the logarithm of how fast a state decays: slowly, so that it still holds what was read long ago."""

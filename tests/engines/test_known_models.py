@@ -23,7 +23,7 @@ class Known(NamedTuple):
     architecture: str
     model_type: str
     fields: dict[str, Any]
-    per_token: int
+    per_token: int | None
     kinds: dict[str, int]
     """How many layers keep what."""
     against: str = ""
@@ -50,6 +50,10 @@ GDN = {
     "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 LFM2 = ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)]
+LFM2_MOE = ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)]
+NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+QWEN_35B = heads(40, 16, 2, 256, 2048, linear_num_value_heads=32, **GDN)
+"""Of Qwen3.5 and Qwen3.6 alike."""
 GRANITE_H = ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)]
 MODELS: dict[str, Known] = {
     "Llama 3.1 8B": full("LlamaForCausalLM", "llama", 128 * KIB, 32, 32, 8, 128, 4096),
@@ -151,6 +155,30 @@ MODELS: dict[str, Known] = {
               mamba_n_groups=1, mamba_d_conv=4, logits_scaling=6.0),
         8 * KIB, {"state": 36, "full": 4}, states=36 * (4 * 48 * 64 * 128 + 2 * 3 * (48 * 64 + 2 * 128)),
     ),
+    "Granite 4 H small": Known(
+        "GraniteMoeHybridForCausalLM", "granitemoehybrid",
+        heads(40, 32, 8, 128, 4096, layer_types=GRANITE_H, mamba_n_heads=128, mamba_d_head=64, mamba_d_state=128,
+              mamba_n_groups=1, mamba_d_conv=4, logits_scaling=16.0),
+        16 * KIB, {"state": 36, "full": 4}, states=36 * (4 * 128 * 64 * 128 + 2 * 3 * (128 * 64 + 2 * 128)),
+    ),
+    "Nemotron 3 Nano 30B-A3B": Known(
+        "NemotronHForCausalLM", "nemotron_h",
+        heads(52, 32, 2, 128, 2688, hybrid_override_pattern=NEMOTRON_3_NANO, mamba_num_heads=64, mamba_head_dim=64,
+              n_groups=8, ssm_state_size=128, conv_kernel=4, chunk_size=128),
+        6 * KIB, {"state": 23, "full": 6}, states=23 * (4 * 64 * 64 * 128 + 2 * 3 * (64 * 64 + 2 * 8 * 128)),
+    ),
+    "LFM2 8B-A1B": Known(
+        "Lfm2MoeForCausalLM", "lfm2_moe", heads(24, 32, 8, 64, 2048, layer_types=LFM2_MOE, conv_L_cache=3), 12 * KIB,
+        {"state": 18, "full": 6}, states=18 * 2 * 2 * 2048,
+    ),
+    "GLM 4.7": full("Glm4MoeForCausalLM", "glm4_moe", 368 * KIB, 92, 96, 8, 128, 5120),
+    "MiniMax M2": full("MiniMaxM2ForCausalLM", "minimax_m2", 248 * KIB, 62, 48, 8, 128, 3072),
+    "Seed-OSS 36B": full("SeedOssForCausalLM", "seed_oss", 256 * KIB, 64, 80, 8, 128, 5120),
+    "DeepSeek V3.2": Known(
+        "DeepseekV32ForCausalLM", "deepseek_v32",
+        heads(61, 128, 128, 64, 7168, **MLA, index_topk=2048, index_n_heads=64, index_head_dim=128), None, {},
+        "indexed_attention",
+    ),
     "Mistral Small 3.2 24B": parts(
         "Mistral3ForConditionalGeneration", "mistral3", 160 * KIB, {"full": 40},
         **heads(40, 32, 8, 128, 5120, model_type="mistral", sliding_window=None),
@@ -173,6 +201,27 @@ MODELS: dict[str, Known] = {
         "Qwen3_5ForConditionalGeneration", "qwen3_5", 64 * KIB, {"state": 48, "full": 16},
         **heads(64, 24, 4, 256, 5120, linear_num_value_heads=48, **GDN),
     )._replace(states=48 * (4 * 48 * 128 * 128 + 2 * 3 * (2 * 16 + 48) * 128)),
+    "Qwen3.5 35B-A3B": parts(
+        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", 20 * KIB, {"state": 30, "full": 10}, **QWEN_35B
+    )._replace(states=30 * (4 * 32 * 128 * 128 + 2 * 3 * (2 * 16 + 32) * 128)),
+    "Qwen3.6 35B-A3B": parts(
+        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", 20 * KIB, {"state": 30, "full": 10}, **QWEN_35B
+    )._replace(states=30 * (4 * 32 * 128 * 128 + 2 * 3 * (2 * 16 + 32) * 128)),
+    "Ministral 3 8B": parts(
+        "Mistral3ForConditionalGeneration", "mistral3", 136 * KIB, {"full": 34},
+        **heads(34, 32, 8, 128, 4096, model_type="ministral3", sliding_window=None),
+    ),
+    "Gemma 4 31B": parts(
+        "Gemma4ForConditionalGeneration", "gemma4", 50 * 16 * KIB + 10 * 8 * KIB, {"sliding": 50, "full": 10},
+        **heads(60, 32, 16, 256, 5376, sliding_window=1024, global_head_dim=512, num_global_key_value_heads=4,
+                attention_k_eq_v=True, hidden_size_per_layer_input=0),
+    ),
+    "Gemma 4 26B-A4B": parts(
+        "Gemma4ForConditionalGeneration", "gemma4", 25 * 8 * KIB + 5 * 4 * KIB, {"sliding": 25, "full": 5},
+        **heads(30, 16, 8, 256, 2816, sliding_window=1024, global_head_dim=512, num_global_key_value_heads=2,
+                attention_k_eq_v=True, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=128,
+                top_k_experts=8, moe_intermediate_size=704),
+    ),
     "Kimi K2": Known(
         "DeepseekV3ForCausalLM", "kimi_k2", heads(61, 64, 64, 64, 7168, **MLA), 61 * 576 * 2, {"latent": 61},
         "type kimi_k2",

@@ -10,6 +10,7 @@ import pytest
 
 from recurrent_shapes import SHAPES
 from thaw.core.cache import PointState, point_groups
+from thaw.core.errors import Unsupported
 from thaw.engines.hf import groups, recurrent
 from thaw.engines.transformers import support
 
@@ -97,3 +98,21 @@ def _all(*sizes: int) -> list[tuple[int, ...]]:
     for size in sizes:
         out = [(*one, i) for one in out for i in range(size)]
     return out
+
+
+def test_which_layer_a_name_of_vllms_is_of() -> None:
+    """Where a layer may keep a state and KV both, vLLM gives one of them a number of its own."""
+    pytest.importorskip("torch")
+    from thaw.engines.vllm.worker.layout.hybrid import layer_numbers
+
+    plain = layer_numbers({"model_type": "qwen3_5_text"})
+    assert plain("language_model.model.layers.11.linear_attn") == 11
+    assert plain("model.layers.3.self_attn.attn") == 3
+    falcon = layer_numbers({"model_type": "falcon_h1", "num_hidden_layers": 4})
+    assert [falcon(name) for name in ("model.layers.2.attn", "model.4.mixer", "model.7.mixer")] == [2, 0, 3]
+    blocks = ["mamba", "hybrid", "mamba", "hybrid"]
+    zamba = layer_numbers({"model_type": "zamba2", "layers_block_type": blocks})
+    assert [zamba(name) for name in ("model.attn.0", "model.attn.1", "2.mixer", "5.mixer")] == [1, 3, 0, 3]
+    for numbers, name in ((plain, "4.mixer"), (zamba, "model.attn.2")):
+        with pytest.raises(Unsupported, match=f"layer '{name}' has no number"):
+            numbers(name)

@@ -27,7 +27,9 @@ def asked(kind: str = "qwen3_next", device: str = "cuda", *, v2: bool = False, *
     cache = {"mamba_cache_mode": "align", "mamba_ssm_cache_dtype": "float32", "mamba_cache_dtype": "auto"}
     recurrent.require(
         SimpleNamespace(
-            model_config=SimpleNamespace(hf_text_config=SimpleNamespace(model_type=kind)),
+            model_config=SimpleNamespace(
+                hf_text_config=SimpleNamespace(model_type=kind, num_mem_blocks=changes.pop("num_mem_blocks", 1))
+            ),
             cache_config=SimpleNamespace(**{**cache, **changes}),
             device_config=SimpleNamespace(device_type=device),
             scheduler_config=SimpleNamespace(async_scheduling=changes.get("async_scheduling", False)),
@@ -102,4 +104,20 @@ def test_blocks_that_the_attention_takes_in_pieces_are_refused() -> None:
 
 def test_only_a_delta_rules_matrices_lie_the_other_way_round_on_a_gpu() -> None:
     found = {kind for kind in recurrent.MODES if has_delta_rule({"model_type": kind})}
-    assert found == {"qwen3_next"}
+    assert found == {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
+
+
+def test_shared_attention_of_several_blocks_is_refused() -> None:
+    """vLLM numbers its KV block by block, not layer by layer."""
+    asked("zamba2", "cpu", mamba_cache_mode="none", num_mem_blocks=1)
+    with pytest.raises(Unsupported, match=r"2 blocks of shared attention \(num_mem_blocks\)"):
+        asked("zamba2", "cpu", mamba_cache_mode="none", num_mem_blocks=2)
+
+
+def test_a_type_that_was_run_on_a_cpu_alone_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in recurrent.MODES.keys() - recurrent.ON_A_GPU.keys():
+        asked(kind, "cpu", mamba_cache_mode="none")
+        with pytest.raises(Unsupported, match=f"{kind}.* on a CPU alone; on a GPU these were: granitemoehybrid, lfm2"):
+            asked(kind, mamba_cache_mode="none")
+    monkeypatch.setenv(recurrent.UNTRIED, "1")
+    asked("nemotron_h")

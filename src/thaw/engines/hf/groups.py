@@ -115,11 +115,13 @@ def _only_kind(config: Mapping[str, Any]) -> str:
 
 
 def _of_layer(config: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
-    """The config of one layer, where layers differ (Gemma 4)."""
+    """The config of one layer, where layers differ (Gemma 4). They are named by numbers, or by text that may
+    have zeros before it ("05" of thirty layers)."""
     own = config.get("per_layer_config")
     if not isinstance(own, Mapping):
         return config
-    return {**config, **(own.get(layer) or own.get(str(layer)) or {})}
+    names = (layer, *(str(layer).zfill(width) for width in range(1, len(str(MAX_LAYERS)) + 1)))
+    return {**config, **next((own[name] for name in names if own.get(name)), {})}
 
 
 def _layer(config: Mapping[str, Any], kind: str) -> Kept | None:

@@ -20,8 +20,14 @@ from thaw.engines.vllm.block_tables import of_groups
 
 MODES = {
     "qwen3_next": ("align", "none"),
+    "qwen3_5_text": ("align", "none"),
+    "qwen3_5_moe_text": ("align", "none"),
     "lfm2": ("align", "none"),
+    "lfm2_moe": ("align", "none"),
     "granitemoehybrid": ("none",),
+    "falcon_h1": ("none",),
+    "nemotron_h": ("none",),
+    "zamba2": ("none",),
 }
 """By model type, the values of `mamba_cache_mode` that were run: "align" with vLLM's prefix cache, "none" without."""
 FULL = "FullAttentionSpec"
@@ -36,7 +42,7 @@ UNTRIED = "THAW_UNTRIED_KINDS"
 CONV_LAYOUT = "VLLM_SSM_CONV_STATE_LAYOUT"
 COLUMNS_FIRST = "SD"
 """How vLLM orders a convolution's state unless CONV_LAYOUT says otherwise."""
-NO_MATRICES = ("lfm2",)
+NO_MATRICES = ("lfm2", "lfm2_moe")
 """Types of which a state is convolutions alone."""
 
 
@@ -51,6 +57,9 @@ def require(config: Any) -> None:
     what = f"{kind}: a model with recurrent layers"
     if not versions.names_failed_loads():
         raise Unsupported(f"{what} needs vLLM 0.32, which hears of a failed load by its request; older ones end")
+    blocks = getattr(config.model_config.hf_text_config, "num_mem_blocks", 1)
+    if blocks != 1:
+        raise Unsupported(f"{what} with {blocks} blocks of shared attention (num_mem_blocks): one alone was run")
     on_cpu = config.device_config.device_type == "cpu"
     if on_cpu or os.environ.get(UNTRIED) != "1":
         _require_tried(kind, what, config)
@@ -73,6 +82,8 @@ def _require_tried(kind: str, what: str, config: Any) -> None:
     device = str(config.device_config.device_type)
     if device not in ("cpu", "cuda"):
         raise Unsupported(f"{what} was run on a CPU and on NVIDIA's GPUs alone, not on {device}")
+    if device == "cuda" and kind not in ON_A_GPU:
+        raise Unsupported(f"{what} was run on a CPU alone; on a GPU these were: {', '.join(sorted(ON_A_GPU))}")
     modes, runners = (MODES[kind], ("V1",)) if device == "cpu" else ON_A_GPU[kind]
     if (runner := versions.runner(config)) not in runners:
         raise Unsupported(f"{what} was run on vLLM's V1 runner alone, not on {runner}; set VLLM_USE_V2_MODEL_RUNNER=0")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from thaw.core.cache import FullKV, LatentKV, SlidingKV
 from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.hf.config import overridden, windows
+from thaw.engines.hf.groups import groups as groups_of
 from thaw.engines.hf.latents import num_halved
 from thaw.engines.served.protocol import KEY, MAX_RANKS, Message, Run, parse
 from thaw.engines.vllm import recurrent, versions
@@ -149,12 +151,32 @@ def _require_attention(config: Any) -> None:
             f"sliding_window={cache.sliding_window} in every layer: vLLM always lets go of KV that has left it; "
             f"{SUPPORTED}"
         )
+    _require_like_heads(model.hf_text_config.to_dict(), latents=bool(getattr(model, "use_mla", False)))
     found = windows(vars(model.hf_text_config))
     sizes = ", ".join(f"{field}={window}" for field, window in found.items())
     if found:
         _require_windows(sizes)
     if found and not getattr(config.scheduler_config, KEEPS_WINDOWS, False):
         raise Unsupported(f"{sizes}: {FREED}")
+
+
+def _require_like_heads(text: Mapping[str, Any], *, latents: bool) -> None:
+    """vLLM makes one group of unlike specs of layers whose heads are others than those of the rest. `latents`: whether
+    it keeps latents."""
+    groups = groups_of(text, "bfloat16")
+    if not latents and any(isinstance(group, LatentKV) for group in groups):
+        raise Unsupported(
+            f"{text.get('model_type')}: vLLM keeps keys and values where other engines keep its latents (MLA); "
+            f"{SUPPORTED}"
+        )
+    found = [group for group in groups if isinstance(group, (FullKV, SlidingKV))]
+    if len({(group.num_kv_heads, group.layer_planes) for group in found}) > 1:
+        raise Unsupported(
+            f"layers whose KV differs in more than its window ({'; '.join(map(str, found))}); {SUPPORTED}"
+        )
+    for group in found:
+        if len({width for _, width in group.layer_planes}) > 1:
+            raise Unsupported(f"values of other sizes than keys ({group}); {SUPPORTED}")
 
 
 def _require_windows(sizes: str) -> None:
