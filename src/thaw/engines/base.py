@@ -70,7 +70,9 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     point states needs those at `num_kv` among `points`; earlier ones are for forks of earlier tokens.
     `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why the point
     cannot be gone on from as it is stored; the plan is then refused with `NotKept`, or, where `policy` allows it, what
-    comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0).
+    comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0). `beside`: a live
+    session; an engine may share with it what both have of the same blobs at their start, as with a fork, in place of
+    reading that once more.
     """
 
     identity: AnyModel
@@ -87,6 +89,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     hidden: BlobLocation | None = None
     policy: Policy = "exact"
     not_kept: str = ""
+    beside: SessionRef | None = None
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):

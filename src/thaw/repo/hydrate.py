@@ -49,8 +49,10 @@ def hydrate(
     seed: int | None = None,
     share_prefix: bool = False,
     policy: Policy = "exact",
+    beside: SessionRef | None = None,
 ) -> Hydration:
-    """Bring `point` back. Raises `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`."""
+    """Bring `point` back. `beside`: a live session with which it may share what both have at their start. Raises
+    `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`."""
     if policy not in POLICIES:
         raise InvalidRequest(f"policy={policy!r}: must be one of {', '.join(POLICIES)}")
     engine = context.engine
@@ -61,6 +63,7 @@ def hydrate(
                 context.store, context.mount, timeline, point.num_tokens,
                 codec=engine.codec, seed=seed, share_prefix=share_prefix, policy=policy,
             )  # fmt: skip
+            plan = msgspec.structs.replace(plan, beside=beside)
             try:
                 done = engine.hydrate(plan).result()
                 break

@@ -428,8 +428,9 @@ class EmbeddedEngine(Engine):
         if plan.not_kept and not plan.num_kv:
             return self._recompute(plan, plan.not_kept)
         self._check_tokens(0, plan.tokens, 0)
-        loaded = transfer.load(plan, self._backend)
+        loaded = transfer.load(plan, self._backend, self._shared(plan))
         session = self._restored(plan, loaded.kv)
+        session.loaded = plan.slices
         session.row, session.proof = loaded.row, loaded.proof
         session.policy, session.epoch = identity.policy, epoch
         session.stored_boundary = plan.boundary
@@ -437,6 +438,22 @@ class EmbeddedEngine(Engine):
         if plan.not_kept:
             session.proof = self._replay(ref, plan, loaded.proof)
         return Hydrated(session=ref, proof=session.proof)
+
+    def _shared(self, plan: HydratePlan) -> PagedKV | None:
+        """What `plan.beside` has of the plan's KV, as a fork of it has that."""
+
+        other = plan.beside
+        if other is None or not keeps_all(self._backend.groups):
+            return None
+
+        def take() -> PagedKV | None:
+            live = self._sessions.get(other)
+            if live is None or self._is_stale(live):
+                return None
+            at = transfer.num_shared(plan, live.loaded)
+            return live.kv.fork(at) if 0 < at <= live.kv.num_tokens else None
+
+        return self._driver.call(take).result()
 
     def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
         """Prefill what comes after the point that was loaded, because the caller allowed it."""
