@@ -71,8 +71,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why the point
     cannot be gone on from as it is stored; the plan is then refused with `NotKept`, or, where `policy` allows it, what
     comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0). `beside`: a live
-    session; an engine may share with it what both have of the same blobs at their start, as with a fork, in place of
-    reading that once more.
+    session with which an engine with "beside" shares what both have of the same blobs at their start, as with a fork.
     """
 
     identity: AnyModel
@@ -253,6 +252,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `points`            `keep_points`: states of earlier tokens are kept where they were asked for; and `reread`
     `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
     `entropy`           `Sampling.entropy`; else refused
+    `beside`            `HydratePlan.beside`: what both sessions have of the same blobs is shared, and not read again
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
     """
     numerics: dict[str, str]

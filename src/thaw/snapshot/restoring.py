@@ -152,7 +152,8 @@ def _reopen_all(
 ) -> list[Session | ThawError]:
     """All sessions or why not, in order, each once the one that it shares with is there; parked ones are parked at the
     end. `number`: of the fork that they are, else 0."""
-    trunks = _trunks(source or repo.store, entries)
+    shares = "beside" in repo.engine.info.capabilities
+    trunks = _trunks(source or repo.store, entries) if shares else [None] * len(entries)
     done: dict[int, Session | ThawError] = {}
 
     def open_one(at: int) -> Session:

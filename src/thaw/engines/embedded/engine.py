@@ -58,7 +58,7 @@ T = TypeVar("T")
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points", "beside",
     }
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ class EmbeddedEngine(Engine):
             max_model_len=backend.max_model_len,
             vocab_size=backend.vocab_size,
             eos_token_ids=backend.eos_token_ids,
-            capabilities=CAPABILITIES if backend.keeps_interior else CAPABILITIES - {"interior-points"},
+            capabilities=CAPABILITIES - _without(backend),
             numerics=backend.numerics,
         )
 
@@ -443,7 +443,7 @@ class EmbeddedEngine(Engine):
         """What `plan.beside` has of the plan's KV, as a fork of it has that."""
 
         other = plan.beside
-        if other is None or not keeps_all(self._backend.groups):
+        if other is None or "beside" not in self.info.capabilities:
             return None
 
         def take() -> PagedKV | None:
@@ -514,6 +514,12 @@ class EmbeddedEngine(Engine):
         if self._closed:
             raise EngineDied(f"engine {self.info.name} is closed; load it again")
         self._io.submit(run)
+
+
+def _without(backend: Backend) -> frozenset[str]:
+    """What an engine has not of this model."""
+    missing = frozenset() if backend.keeps_interior else frozenset({"interior-points"})
+    return missing | (frozenset() if keeps_all(backend.groups) else frozenset({"beside"}))
 
 
 def _with_gap(proof: Proof, num_kv: int, num_tokens: int, reason: str) -> Proof:
