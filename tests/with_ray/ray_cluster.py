@@ -14,7 +14,7 @@ import pytest
 
 from thaw.cluster import RayCluster
 from thaw.cluster.messages import LookAtNode, NodeCounts
-from thaw.cluster.nodes import ClusterNode
+from thaw.cluster.node import ClusterNode
 from thaw.data.fresh_process import with_this_thaw
 from thaw.pool import ForkPool
 
@@ -50,6 +50,8 @@ def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it ends actors for what others on the machine need
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a node that ended is noticed in 3 s and not in 15
+        patch.setenv("RAY_health_check_failure_threshold", "3")
         cluster = LocalCluster(port)
         try:
             for _ in range(nodes - 1):
