@@ -20,10 +20,11 @@ from ray_cluster import LocalCluster, counts, end_node, keepers, nodes_of
 import thaw
 from thaw.cluster.messages import NodeCounts
 from thaw.pool import ForkPool, Snapshot
-from thaw.testing.pool_soak import LIMIT_S, Bits, Soak, bits
+from thaw.testing.pool_soak import LIMIT_S, Bits, Soak, bits, undisturbed
 
 T = TypeVar("T")
 HARMS = ("engine", "keeper", "node", "raylet", "none", "none")
+BRANCHES = 6
 HOME, MOVED = "home", "moved meanwhile"
 BALANCE_S = 30.0
 """How long a fetch for a batch that was given up may still run after its round."""
@@ -205,6 +206,17 @@ def until_ready(pool: ForkPool, workers: int) -> None:
     while len(pool.workers) < workers:
         assert time.monotonic() < ends, [(worker.name, worker.last_error) for worker in pool._fleet.workers]
         time.sleep(0.2)
+
+
+def harmed_rounds(cluster: LocalCluster, rounds: int, seed: int, sampling: thaw.Sampling) -> Harmed:
+    """On a cluster of three nodes with a worker on each."""
+    with cluster.pool(workers=3, retries=8) as pool:
+        assert len(nodes_of(pool)) == 3
+        points = documents(pool)
+        reference = undisturbed(pool, points, BRANCHES, sampling)
+        found = disturb_nodes(cluster, pool, points, reference, sampling, rounds=rounds, seed=seed)
+    print(seed, found.said())
+    return found
 
 
 def where_to(pool: ForkPool, spread: int, any_number: int) -> dict[str, Any]:

@@ -1,27 +1,17 @@
-"""Workers are spread over the nodes, and spread again once a node that was lost is back."""
+"""Which node boots a worker. What comes of it on a cluster is in `test_ray_faults.py`."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from ray_cluster import LocalCluster, nodes_of, pid_of
+from ray_placing import as_before
 
-import thaw
-from thaw.cluster import nodes as placing
 from thaw.cluster.node import ClusterNode
 from thaw.cluster.placement import MAX_TRIES, Placement, allowed, chosen
-from thaw.pool import ForkPool
-from thaw.store.leases import start_time
-from thaw.testing.laws.pool_kit import TEXT, bits
 
-SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=16, ignore_eos=True)
 Rule = Callable[..., Placement | None]
 
 
@@ -36,13 +26,6 @@ def filled(nodes: list[ClusterNode], workers: int, pool: str = "pool") -> list[i
         assert found is not None
         found.node.workers[pool] += 1
     return [one.workers[pool] for one in nodes]
-
-
-def as_before(nodes: list[ClusterNode], pool: str, before: ClusterNode | None, tried: Counter[ClusterNode]) -> object:
-    """The control: a worker stays where it was, if it can."""
-    if before in nodes and before is not None and not tried[before]:
-        return Placement(before, "the control")
-    return chosen(nodes, pool, before, tried)
 
 
 def test_workers_are_shared_out_by_what_the_nodes_have() -> None:
@@ -108,81 +91,3 @@ def boot(worker: int, where: dict[int, ClusterNode], nodes: list[ClusterNode], r
     assert found is not None
     where[worker] = found.node
     found.node.workers["pool"] += 1
-
-
-# --- on a cluster
-
-
-def until(true: Callable[[], bool], limit_s: float = 150.0) -> None:
-    ends = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < ends, "it did not come true"
-        time.sleep(0.05)
-
-
-def places(pool: ForkPool) -> dict[str, ClusterNode]:
-    """Of the workers that are ready."""
-    lives = {name: pool._fleet.named(name).life for name in pool.workers}
-    return {name: life.host.node for name, life in lives.items() if life is not None}  # type: ignore[attr-defined]
-
-
-def boot_again(pool: ForkPool, worker: str) -> None:
-    before = pid_of(pool, worker)
-    os.kill(before, signal.SIGKILL)
-    until(lambda: any(one.name == worker and one.pid not in (None, before) for one in pool.stats().workers))
-
-
-def crowd(pool: ForkPool) -> list[str]:
-    """The workers of the node that has most of them."""
-    found = places(pool)
-    most = Counter(found.values()).most_common(1)[0][0]
-    return sorted(name for name, one in found.items() if one is most)
-
-
-@pytest.mark.slow("a Ray cluster of three nodes, one of which leaves and comes back")
-def test_a_node_that_joins_again_takes_workers_at_their_next_boot(
-    three_nodes: LocalCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with three_nodes.pool(workers=3, retries=8, cluster={"lease_s": 3.0}) as pool:
-        assert len(set(places(pool).values())) == 3
-        session = pool.session(seed=7)
-        session.append(TEXT)
-        snapshot = pool.snapshot(session)
-        expected = bits(pool.fork(snapshot, 3, SAMPLED, keep=False))
-        machine = next(one for one in three_nodes.ray.list_all_nodes() if not one.head)
-        worker, left = next((name, one) for name, one in places(pool).items() if one.ray_id == machine.node_id)
-        three_nodes.ray.remove_node(machine, allow_graceful=False)
-        until(lambda: not left.listed)
-        assert bits(pool.fork(snapshot, 3, SAMPLED, worker=worker, keep=False)) == expected, "what runs there goes on"
-        assert left in nodes_of(pool)
-        boot_again(pool, worker)
-        assert len(crowd(pool)) == 2, "two workers share a node while there are only two nodes"
-        assert left.daemon is not None
-        until(lambda pid=left.daemon.pid: start_time(pid) is None)  # type: ignore[misc]
-        assert left not in nodes_of(pool), "and what no worker runs on ends with its lease"
-        assert not Path(left.daemon.folder).exists()
-
-        joined = three_nodes.add().node_id  # type: ignore[attr-defined]
-        nodes = pool._backend.nodes  # type: ignore[attr-defined]
-        until(lambda: any(one.ray_id == joined for one in nodes.all()))
-        with monkeypatch.context() as patch:
-            patch.setattr(placing, "chosen", as_before)
-            boot_again(pool, crowd(pool)[0])
-            assert len(crowd(pool)) == 2, "the control: booted where it was, it leaves the new node empty"
-        moved = crowd(pool)[0]
-        boot_again(pool, moved)
-        found = places(pool)
-        assert found[moved].ray_id == joined and len(set(found.values())) == 3
-        name, why = pool._backend.placed[-1]  # type: ignore[attr-defined]
-        assert name == moved and why.node is found[moved] and "where it was, has 1" in why.reason
-        for one in pool.workers:
-            assert bits(pool.fork(snapshot, 3, SAMPLED, worker=one, keep=False)) == expected
-
-        pids = {one: pid_of(pool, one) for one in pool.workers}
-        again = next(one for one in three_nodes.ray.list_all_nodes() if one.node_id == joined)
-        three_nodes.ray.remove_node(again, allow_graceful=False)
-        other = three_nodes.add().node_id  # type: ignore[attr-defined]
-        until(lambda: all(one.ray_id != joined for one in nodes.all()))
-        assert found[moved].ray_id == other, "a raylet that is started again at once finds its machine's daemon"
-        assert len(nodes_of(pool)) == len(nodes.all()) == 3
-        assert {one: pid_of(pool, one) for one in pool.workers} == pids

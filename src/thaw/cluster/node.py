@@ -14,7 +14,8 @@ from thaw.cluster.desk import RayNode
 
 @dataclass(eq=False)
 class ClusterNode:
-    """`key`: our name for it, another one for each daemon. `away`: since when Ray does not have it, None while it does.
+    """`key`: our name for it, another one for each daemon. `seen`: since when Ray has it, as far as we were told (one
+    clock for all). `away`: since when Ray does not have it any more, None while it does.
     `kept`: it has a keeper. `gpus`, `cpus`: what Ray counts there.
 
     `workers`: how many of each pool are there, by the pool's key. `folders`: by store, once it was told of it. `has`:
@@ -27,6 +28,7 @@ class ClusterNode:
     is_home: bool
     gpus: float = 0.0
     cpus: float = 0.0
+    seen: float = 0.0
     daemon: DaemonAddress | None = None
     away: float | None = None
     kept: bool = False
@@ -49,10 +51,11 @@ class ClusterNode:
         """Of all pools that share its daemon."""
         return self.workers.total()
 
-    def told(self, ray: RayNode | None) -> None:
-        """What Ray says of it now; None where Ray does not have it."""
+    def told(self, ray: RayNode | None, now: float) -> None:
+        """What Ray says of it; None where Ray does not have it."""
         if ray is None:
-            self.away = time.monotonic() if self.away is None else self.away
+            self.away = now if self.away is None else self.away
         else:
+            self.seen = self.seen if ray.ray_id == self.ray_id and self.seen else now
             self.ray_id, self.labels, self.gpus, self.cpus = ray.ray_id, ray.labels, ray.gpus, ray.cpus
             self.away = None

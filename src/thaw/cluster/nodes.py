@@ -139,29 +139,31 @@ class ClusterNodes:
     def refresh(self) -> None:
         """The nodes that Ray has now. Raises `RayAway`."""
         found = [msgspec.convert(one, RayNode) for one in self._desk.ask("nodes", limit_s=LOOK_S)]
-        by_id = {one.ray_id: one for one in found}
+        by_id, now = {one.ray_id: one for one in found}, time.monotonic()
         with self._lock:
             for node in self._nodes:
-                node.told(by_id.get(node.ray_id))
-            self._adopt(found)
+                node.told(by_id.get(node.ray_id), now)
+            self._adopt(found, now)
             for node in self._nodes:
                 by_id.pop(node.ray_id, None)
             for one in by_id.values():
                 node = ClusterNode(secrets.token_hex(8), one.ray_id, one.address, one.labels, one.here)
-                node.told(one)
+                node.told(one, now)
                 self._nodes.append(node)
 
-    def _adopt(self, found: list[RayNode]) -> None:
+    def _adopt(self, found: list[RayNode], now: float) -> None:
         """Daemons whose node went, and whose machine is back as another node: it is that node's from now on. Ray may
-        have told of the new node before it noticed that the old one is gone."""
+        have told of the new node before it noticed that the old one was gone."""
+        seen = {node.ray_id: node.seen for node in self._nodes}
         used = {node.ray_id for node in self._nodes if node.daemon is not None or node.num_workers}
         free = [one for one in found if one.ray_id not in used]
         for node in sorted(self._nodes, key=lambda node: -node.num_workers):
             same = [one for one in free if one.address == node.address and one.here == node.is_home]
+            same = [one for one in same if seen.get(one.ray_id, now) > node.seen]
             if not node.listed and node.daemon is not None and same:
                 free.remove(same[0])
                 self._nodes = [other for other in self._nodes if other.ray_id != same[0].ray_id]
-                node.told(same[0])
+                node.told(same[0], now)
                 node.kept = False
         gone = [node for node in self._nodes if not node.listed and node.daemon is None]
         self._nodes = [node for node in self._nodes if node not in gone]
