@@ -49,6 +49,7 @@ def test_twenty_rounds_on_three_nodes_come_as_in_a_local_pool(
         "machine. In two rounds of three an engine, a keeper, a node's daemon with its engines, or a raylet was killed "
         "(another raylet was started in its place)",
         held="each branch came once, equal in every bit to a local pool's; the bytes that daemons received were those "
-        "that others had sent, and none stayed in the object store of Ray; each node ran a twentieth of the branches or more",
+        "that others had sent, and none stayed in the object store of Ray; each node ran a twentieth of the branches "
+        "or more",
         seed=seed, **found.said(),
     )  # fmt: skip
