@@ -1,6 +1,6 @@
 """What a pool on Ray costs against one of local processes, and KV from node to node against a bare copy.
 
-    python benchmarks/ray_pool.py OUT [--pairs N] [--mib M] [--branches B]
+    python benchmarks/ray_pool.py OUT [--rounds R] [--pairs N] [--mib M] [--branches B]
 
     round    a round of B branches of the fake engine from a session in its worker: in a pool of local processes, and in
              one on a Ray cluster of one node that is started here; in turn, both pools live all the time
@@ -37,6 +37,7 @@ from blake3 import blake3
 
 import thaw
 from thaw import receipt as r
+from thaw.cluster import RayCluster
 from thaw.cluster.daemon import DaemonSettings
 from thaw.cluster.keeper import start
 from thaw.cluster.messages import DropPacks, EndNode, LookAtNode, NodeCounts, PackSource, PullPacks, ServeStore
@@ -55,12 +56,13 @@ TOKENS = 16
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("out", type=Path)
-    words.add_argument("--pairs", type=int, default=30)
+    words.add_argument("--rounds", type=int, default=200, help="pairs of rounds")
+    words.add_argument("--pairs", type=int, default=40, help="copies by each way")
     words.add_argument("--mib", type=int, default=256)
     words.add_argument("--branches", type=int, default=4)
     told = words.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
-    rounds, client, asked = pools(told.pairs, told.branches)
+    rounds, client, asked = pools(told.rounds, told.branches)
     copies = all_copies(told.pairs, told.mib)
     (told.out / "ray-pool.json").write_bytes(r.dumps(receipt_of(told, rounds, client, asked, copies)))
 
@@ -81,7 +83,9 @@ def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
     os.environ.update(with_this_thaw(os.environ))
     sampling = thaw.Sampling(temperature=0.9, max_tokens=TOKENS, ignore_eos=True)
     found = []
-    with thaw.ForkPool("fake") as local, thaw.ForkPool("fake", backend="ray") as on_ray:
+    with (
+        one_node() as cluster, thaw.ForkPool("fake") as local, thaw.ForkPool("fake", backend=cluster) as on_ray
+    ):  # fmt: skip
         points = []
         for pool in (local, on_ray):
             session = pool.session(seed=7)
@@ -99,6 +103,20 @@ def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
             found.append((seconds[0], seconds[1]))
         client = [client_cpu(on_ray, points[1][1]) for _ in range(5)]
         return found, client, [question(on_ray) for _ in range(200)]
+
+
+@contextlib.contextmanager
+def one_node() -> Iterator[RayCluster]:
+    """One of its own, whatever else runs on this machine."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield RayCluster(address=cluster.address)
+    finally:
+        cluster.shutdown()
 
 
 def client_cpu(pool: thaw.ForkPool, session: object) -> tuple[float, float]:
@@ -270,11 +288,12 @@ def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pa
             if way in rate
         ),
     ]
+    settings = {"rounds": told.rounds, "pairs": told.pairs, "mib": told.mib, "branches": told.branches}
+    words = " ".join(f"--{name} {value}" for name, value in settings.items())
     return r.make(
-        kind="bench.ray-pool", command=f"python benchmarks/ray_pool.py OUT --pairs {told.pairs} --mib {told.mib}",
+        kind="bench.ray-pool", command=f"python benchmarks/ray_pool.py OUT {words}",
         versions={"thaw": thaw.__version__, "python": platform.python_version(), **software("ray", "nixl")},
-        machine=this_machine(), model=None,
-        parameters={"pairs": told.pairs, "mib": told.mib, "branches": told.branches, "tokens": TOKENS},
+        machine=this_machine(), model=None, parameters={**settings, "tokens": TOKENS},
         arms=arms, derived=derived,
         goals=[
             r.at_most("round", "what Ray adds to a round", "round.added", 5.0),
