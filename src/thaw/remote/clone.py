@@ -38,6 +38,8 @@ def clone(
     """Makes a repository in a new or empty folder and fetches into it. Raises `Conflict` where something is there,
     `NotFound` where the remote has nothing, or not that branch."""
     said = about.require(remote.whole, remote.url)
+    if wish.branch is not None:
+        tracking.require_place(remote.name, wish.branch)
     made = _made(path)
     whole = Store.init(path)
     try:
@@ -65,7 +67,7 @@ def _promise(store: Store, remote: OpenedRemote, only: tuple[str, ...] | None) -
     points = {
         tracking.name_of(remote.name, name): there.ref.commit
         for (_, name), there in found.items()
-        if there.ref.commit is not None
+        if there.ref.commit is not None and tracking.has_place(remote.name, name)
     }
     settings.promise(store, points)
     moved = [

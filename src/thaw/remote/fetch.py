@@ -21,7 +21,7 @@ from thaw.core.errors import Busy, CorruptBlob, NotFound, RemoteMissing
 from thaw.core.ids import CommitId, digest, short
 from thaw.core.objects import AnyObject, Commit, decode
 from thaw.data.pack import PackItem, PackResult, write_pack
-from thaw.remote import about, layout, refs, tracking
+from thaw.remote import about, layout, refs, settings, tracking
 from thaw.remote.arriving import Announced, Arrival, LandingPacks
 from thaw.remote.history import RemoteHistory
 from thaw.remote.layout import Kind
@@ -138,6 +138,7 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
         asked += [("tag", name) for name in names]
     found = refs.read_all(remote.bucket, asked, workers)
     for name in wish.branches or ():
+        tracking.require_place(remote.name, name)
         there = found.get(("branch", name))
         if there is None or there.ref.commit is None:
             some = ", ".join(refs.names(remote.bucket, "branch")[:8])
@@ -145,6 +146,27 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
                 f"there is no branch {name!r} in {remote.name} ({remote.url}); names in it: {some or 'none'}."
             )
     return [standing.ref for standing in found.values()]
+
+
+def _placed(store: Store, remote: str, found: Sequence[RemoteRef]) -> list[RemoteRef]:
+    """Those whose names have a place here. A tag has none that would be taken for something else: for one of the
+    branches, for a tracking point, or for HEAD."""
+    book = settings.read(store)
+    branches = {ref.name for ref in found if ref.kind == "branch" and ref.commit is not None}
+    taken = branches.union(settings.RESERVED)
+
+    def has_place(ref: RemoteRef) -> bool:
+        if ref.commit is None:
+            return True
+        if ref.kind == "branch":
+            return tracking.has_place(remote, ref.name)
+        return ref.name not in taken and not tracking.is_tracking(ref.name, book)
+
+    return [ref for ref in found if has_place(ref)]
+
+
+def _left_out(ref: RemoteRef) -> RefMoved:
+    return RefMoved(kind=ref.kind, name=ref.name, outcome="left-out", old=None, new=ref.commit)
 
 
 def _move(store: Store, remote: str, found: Sequence[RemoteRef], wish: FetchWish) -> list[RefMoved]:
@@ -219,8 +241,10 @@ class _Fetch:
         found = _wanted(self.remote, wish, self.workers)
         for _ in range(ATTEMPTS):
             try:
-                with self.bring([ref for ref in found if ref.commit is not None]):
-                    return _move(self.store, self.remote.name, found, wish)
+                placed = _placed(self.store, self.remote.name, found)
+                with self.bring([ref for ref in placed if ref.commit is not None]):
+                    left_out = [ref for ref in found if ref not in placed]
+                    return [*_move(self.store, self.remote.name, placed, wish), *map(_left_out, left_out)]
             except (CorruptBlob, RemoteMissing):
                 before, found = found, _wanted(self.remote, wish, self.workers)
                 if [ref.commit for ref in found] == [ref.commit for ref in before]:
