@@ -23,6 +23,7 @@ from thaw.core.objects import AnyObject, Commit, decode
 from thaw.data.pack import PackItem, PackResult, write_pack
 from thaw.remote import about, layout, refs, settings, tracking
 from thaw.remote.arriving import Announced, Arrival, LandingPacks
+from thaw.remote.errors import REPAIR
 from thaw.remote.history import RemoteHistory
 from thaw.remote.layout import Kind
 from thaw.remote.local import LocalHistory, require_of
@@ -479,8 +480,7 @@ def _blob_places(manifest: Manifest) -> dict[str, tuple[PushedBlob, str]]:
 def _given(places: dict[str, T], identifier: str, commit: str) -> T:
     if identifier not in places:
         raise CorruptBlob(
-            f"commit {short(commit)} of the remote needs {identifier}, which its manifests do not list. "
-            "Push the commit again from where it was made, or take another one."
+            f"commit {short(commit)} of the remote needs {identifier}, which its manifests do not list. {REPAIR}"
         )
     return places[identifier]
 
@@ -490,7 +490,7 @@ def _compare(remote: OpenedRemote, piece: _Piece, found: str, what: str) -> None
         raise CorruptBlob(
             f"{what} {piece.id} of the remote {remote.name} hashes to {found}: bytes {piece.offset} to "
             f"{piece.offset + piece.nbytes} of {layout.prefix(remote.bucket.namespace)}{piece.key} at {remote.url} are "
-            "not what was pushed. Nothing of it was kept."
+            f"not what was pushed. Nothing of it was kept. {REPAIR}"
         )
 
 
