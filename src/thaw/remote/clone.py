@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -41,22 +42,33 @@ def clone(
     if wish.branch is not None:
         tracking.require_place(remote.name, wish.branch)
     made = _made(path)
-    whole = Store.init(path)
     try:
-        store = whole.within(remote.bucket.namespace) if remote.bucket.namespace else whole
-        settings.add(store, remote.name, remote_settings)
-        only = (wish.branch or said.head,) if wish.single else None
-        if wish.refs_only:
-            report = _promise(store, remote, only)
-        else:
-            report = fetch(store, remote, FetchWish(branches=only, depth=wish.depth), meter=meter)
-        _start(store, remote, wish.branch, said.head)
+        with contextlib.closing(Store.init(path)) as whole:
+            store = whole.within(remote.bucket.namespace) if remote.bucket.namespace else whole
+            return _filled(store, remote, remote_settings, wish, said.head, meter)
     except BaseException:
-        whole.close()
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    whole.close()
+
+
+def _filled(
+    store: Store,
+    remote: OpenedRemote,
+    remote_settings: RemoteSettings,
+    wish: CloneWish,
+    head: str,
+    meter: TransferMeter | None,
+) -> TransferReport:
+    """Fetches into a new store. Where that is killed, fetch and pull go on: HEAD and the remote are known first."""
+    store.set_head(wish.branch or head)
+    settings.add(store, remote.name, remote_settings)
+    only = (wish.branch or head,) if wish.single else None
+    if wish.refs_only:
+        report = _promise(store, remote, only)
+    else:
+        report = fetch(store, remote, FetchWish(branches=only, depth=wish.depth), meter=meter)
+    _start(store, remote, wish.branch, head)
     return report
 
 
@@ -79,7 +91,10 @@ def _promise(store: Store, remote: OpenedRemote, only: tuple[str, ...] | None) -
 def _made(path: Path) -> list[Path]:
     """The folders that a clone makes; what is there already stays there."""
     if path.exists() and any(path.iterdir()):
-        raise Conflict(f"{path} is not empty. Clone into a folder of its own.")
+        raise Conflict(
+            f"{path} is not empty. Clone into a folder of its own. If a clone was interrupted here, delete what it "
+            f"left, or go on with `thaw -C {path} fetch` and then `pull`."
+        )
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     return missing[-1:] or [path]
 
