@@ -407,10 +407,10 @@ def _not_forward(remote: str, wish: PushWish, old: str, *, known: bool, ends: st
             f"here: this repository is shallow, its history begins after {short(ends)}. `thaw fetch --unshallow` "
             "brings the rest; or replace the branch with --force-with-lease."
         )
-    way = f"Fork or `thaw adopt` on top of {remote}/{name}" if known else f"`thaw fetch {remote}` gets it"
+    way = f"fork or `thaw adopt` on top of {remote}/{name}" if known else f"`thaw fetch {remote}` gets it"
     return (
         f"branch {name!r} of {remote} stands at {short(old)}, which {new} does not descend from: a push would lose it. "
-        f"{way}, or replace it with --force-with-lease."
+        f"Keep both (`thaw branch -m {name} NAME`, then push NAME), {way}, or replace it with --force-with-lease."
     )
 
 
