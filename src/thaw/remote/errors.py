@@ -11,8 +11,8 @@ import re
 from thaw.core.errors import RemoteDenied, RemoteError, RemoteMissing, RemoteUnreachable
 
 REPAIR = (
-    "Where a fetch says so again, it is lost: delete the branches that need it there (`thaw forget --remote`), then "
-    "push them again from where they still are."
+    "If that stays so, delete the branches that need it there (`thaw forget --remote`), then push them again from "
+    "where they still are."
 )
 """What to do about data of a remote that is missing or damaged. A push alone does not send it again: the branch is
 where it should be."""

@@ -91,7 +91,7 @@ def read(bucket: Bucket, key: str, commit: str, namespace: str) -> Manifest:
     )
     found = bucket.read(key)
     if found is None:
-        raise CorruptBlob(f"{what} is not there: a gc removed it while it was read, or it is lost. {REPAIR}")
+        raise CorruptBlob(f"{what} is not there any more: a gc removed it while it was read, or it is lost. {REPAIR}")
     if digest(found.data) != layout.digest_of(key) or len(found.data) > MAX_BYTES:
         raise CorruptBlob(f"{what} does not hash to its name; it was changed after it was written. {REPAIR}")
     manifest = decode(found.data, what)
