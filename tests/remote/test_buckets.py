@@ -466,6 +466,12 @@ def test_the_probe_passes_what_keeps_its_word_and_leaves_nothing(
     assert list(bucket.entries("")) == []
 
 
+def test_a_probe_that_cannot_ask_says_what_it_was_for(store_keys: None) -> None:
+    nobody = parse("s3://abc/x", {"endpoint": f"http://127.0.0.1:{free_port()}", "timeout_s": 1})
+    with pytest.raises(RemoteUnreachable, match=r"before its first push here .* no connection"):
+        probe(open_bucket(nobody))
+
+
 def test_the_probe_refuses_a_store_that_ignores_if_match(localbucket_server: StoreServer) -> None:
     bucket = open_bucket(localbucket_server.address("team"))
     with pytest.raises(RemoteUnsafe, match=f"s3://{BUCKET}/team .*version it no longer has was allowed"):

@@ -180,6 +180,14 @@ def test_names_are_cloned_used_and_forgotten_on_the_command_line(tmp_path: Path)
     assert gone["num_commits"] == 1 and gone["num_rewritten_packs"] == 1 and gone["old_versions"] == "none"
     assert "forgot fork/1" in run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/1")
     assert {ref["name"] for ref in json.loads(run(tmp_path, "-C", "a", "fetch", "--json"))["refs"]} == {"origin/main"}
+    run(tmp_path, "-C", "b", "push", "origin", "fork/0")
+    run(tmp_path, "-C", "b", "push", "--delete", "origin", "fork/0")
+    keep = ("--grace-hours", "0", "--keep-days", "0")
+    told = run(tmp_path, "-C", "b", "remote", "gc", "--dry-run", *keep)
+    assert "nothing was deleted; of no use: 2 objects" in told
+    assert "2 objects of no use" in run(tmp_path, "-C", "b", "remote", "gc", *keep)
+    assert "written down; they can be deleted in" in run(tmp_path, "-C", "b", "remote", "gc", "--dry-run")
+    assert "deleted 2 objects" in run(tmp_path, "-C", "b", "remote", "gc", *keep)
 
 
 BAD_DAYS = (

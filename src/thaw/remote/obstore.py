@@ -238,7 +238,7 @@ class ObjectBucket:
 
 
 def _perhaps_made(error: RemoteError) -> RemoteError:
-    return type(error)(f"{error} The write may have been made: read it before another try.")
+    return type(error)(f"{error} The write may have been made.")
 
 
 def _mode(expected: Version | None) -> Any:
