@@ -11,7 +11,7 @@ import pytest
 from hosts import commit, files, remote, tokens
 
 import thaw
-from thaw.core.errors import InvalidRequest, RefConflict
+from thaw.core.errors import BadPoint, InvalidRequest, RefConflict
 from thaw.core.points import MAX_NAME
 from thaw.engines.base import Engine
 from thaw.remote import refs
@@ -53,6 +53,8 @@ def test_names_that_have_no_place_here_stop_no_clone_and_no_fetch(
     for ask in (lambda: here.fetch(LONG), lambda: thaw.clone(bucket.as_uri(), tmp_path / "long", branch=LONG)):
         with pytest.raises(InvalidRequest, match=f"origin/x.* {MAX_NAME} at most"):
             ask()
+    with pytest.raises(BadPoint, match=r"'a\.\.b' cannot name a branch"):
+        thaw.clone(bucket.as_uri(), tmp_path / "long", branch="a..b")
     assert not (tmp_path / "long").exists()
 
 

@@ -28,7 +28,8 @@ def has_place(remote: str, branch: str) -> bool:
 
 
 def require_place(remote: str, branch: str) -> None:
-    """Raises `InvalidRequest`."""
+    """Raises `InvalidRequest`, `BadPoint` for what is no branch's name anywhere."""
+    points.check_name(branch)
     if not has_place(remote, branch):
         raise InvalidRequest(
             f"branch {branch[:80]!r} of {remote[:80]!r} would be the point {name_of(remote, branch)[:80]!r}…, of "
