@@ -289,3 +289,27 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
     else:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("key", ["default/refs/branch/main", "default/gc.json", "thaw.json"])
+def test_a_small_object_that_is_damaged_is_named_and_can_be_deleted(
+    store: Store, bucket: Path, tmp_path: Path, key: str
+) -> None:
+    send(store, bucket)
+    push(store, remote(bucket), [PushWish("branch", "fork/2", None)])
+    collect(remote(bucket), GcWish(grace_s=0, keep_reflog_s=0))  # something waits, so there is a gc.json
+    damage(bucket / key, "changed")
+    wishes = [wish(store, name) for name in BRANCHES[:3]]
+    acts: list[Callable[[], object]] = [lambda: push(store, remote(bucket), wishes)]
+    with Store.init(tmp_path / "before") as before:
+        if key != "default/gc.json":  # which a fetch does not read
+            acts.append(lambda: fetch(before, remote(bucket)))
+        for act in acts:
+            with pytest.raises(CorruptBlob, match=rf"{key.removeprefix('default/')}.* Delete this object"):
+                act()
+    (bucket / key).unlink()
+    push(store, remote(bucket), wishes)
+    look(bucket, tmp_path / "after", store, BRANCHES[:3])
+    for _ in range(2):
+        collect(remote(bucket), GcWish(grace_s=0, keep_reflog_s=0))
+    look(bucket, tmp_path / "last", store, BRANCHES[:3])
