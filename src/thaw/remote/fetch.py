@@ -149,9 +149,9 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
     return [standing.ref for standing in found.values()]
 
 
-def _placed(store: Store, remote: str, found: Sequence[RemoteRef]) -> list[RemoteRef]:
-    """Those whose names have a place here. A tag has none that would be taken for something else: for one of the
-    branches, for a tracking point, or for HEAD."""
+def _placed(store: Store, remote: str, found: Sequence[RemoteRef]) -> tuple[list[RemoteRef], list[RemoteRef]]:
+    """Those whose names have a place here, and the others. A tag has none that would be taken for something else: for
+    one of the branches, for a tracking point, or for HEAD."""
     book = settings.read(store)
     branches = {ref.name for ref in found if ref.kind == "branch" and ref.commit is not None}
     taken = branches.union(settings.RESERVED)
@@ -163,7 +163,10 @@ def _placed(store: Store, remote: str, found: Sequence[RemoteRef]) -> list[Remot
             return tracking.has_place(remote, ref.name)
         return ref.name not in taken and not tracking.is_tracking(ref.name, book)
 
-    return [ref for ref in found if has_place(ref)]
+    placed, others = list[RemoteRef](), list[RemoteRef]()
+    for ref in found:
+        (placed if has_place(ref) else others).append(ref)
+    return placed, others
 
 
 def _left_out(ref: RemoteRef) -> RefMoved:
@@ -242,10 +245,9 @@ class _Fetch:
         found = _wanted(self.remote, wish, self.workers)
         for _ in range(ATTEMPTS):
             try:
-                placed = _placed(self.store, self.remote.name, found)
+                placed, others = _placed(self.store, self.remote.name, found)
                 with self.bring([ref for ref in placed if ref.commit is not None]):
-                    left_out = [ref for ref in found if ref not in placed]
-                    return [*_move(self.store, self.remote.name, placed, wish), *map(_left_out, left_out)]
+                    return [*_move(self.store, self.remote.name, placed, wish), *map(_left_out, others)]
             except (CorruptBlob, RemoteMissing):
                 before, found = found, _wanted(self.remote, wish, self.workers)
                 if [ref.commit for ref in found] == [ref.commit for ref in before]:
