@@ -6,7 +6,8 @@
     ends      from a stream's last text to its last event, which comes when the commit is on disk; paired with a plain
               write of as many bytes as its KV has, fsync included
     streams   500 streams at once, in waves: every event once and in order, and the gateway's memory, which the later
-              half of the waves must leave as it is
+              half of the waves must leave as it is; with --no-thread-caches the C library (glibc) keeps nothing of what
+              it freed for each thread
 
 A row of `added` and `ends` is a block of requests, with their percentiles. The engine is the fake one, whose step costs
 little, unless `--engine NAME --model MODEL` name another one. The receipt goes to OUT/gateway-PART.json.
@@ -41,6 +42,7 @@ from thaw.engines.base import Engine, GenerateRequest
 from thaw.receipt.machine import software, this_machine
 
 NUM_TOKENS = 16
+NO_CACHES = " --no-thread-caches"
 FLAT = 2048
 """Bytes of memory that a stream may leave behind."""
 CHARACTERS = {"fake": 950}
@@ -57,8 +59,11 @@ def main() -> None:
     words.add_argument("--blocks", type=int, default=5)
     words.add_argument("--requests", type=int, default=100, help="of a block")
     words.add_argument("--streams", type=int, default=500)
+    words.add_argument("--no-thread-caches", action="store_true")
     told = words.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
+    if told.no_thread_caches:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
     options = {"model": told.model} if told.model else {}
     with thaw.load_engine(told.engine, **options) as engine:
         folder = told.out / "repository"
@@ -78,15 +83,17 @@ def sealed(
     told: argparse.Namespace, engine: Engine, arms: Mapping[str, tuple[str, str, list[dict[str, float]]]], **more: Any
 ) -> r.Receipt:
     """`arms`: title, text and rows of each."""
+    more_words = NO_CACHES * told.no_thread_caches
     return r.make(
         kind=f"gateway.{told.part}",
-        command=f"python benchmarks/gateway.py {told.part} OUT --engine {told.engine}",
+        command=f"python benchmarks/gateway.py {told.part} OUT --engine {told.engine}{more_words}",
         versions=software("starlette", "uvicorn", "h11", "msgspec", engine.info.name),
         machine=this_machine(accelerator(engine.info)),
         model=model_of(engine),
         parameters={
             "engine": told.engine, "commits": told.commits, "blocks": told.blocks, "requests": told.requests,
-            "streams": told.streams, "tokens": NUM_TOKENS, **numerics(engine.info),
+            "streams": told.streams, "tokens": NUM_TOKENS, "thread_caches": not told.no_thread_caches,
+            **numerics(engine.info),
         },
         arms=[
             r.Arm(name=name, title=title, text=words, rounds=tuple(starmap(row, enumerate(rows))))

@@ -1,6 +1,6 @@
 """What a pool on Ray costs against one of local processes, and KV from node to node against a bare copy.
 
-    python benchmarks/ray_pool.py OUT [--pairs N] [--mib M] [--branches B]
+    python benchmarks/ray_pool.py OUT [--rounds R] [--pairs N] [--mib M] [--branches B]
 
     round    a round of B branches of the fake engine from a session in its worker: in a pool of local processes, and in
              one on a Ray cluster of one node that is started here; in turn, both pools live all the time
@@ -8,7 +8,7 @@
     ask      a question to a node's daemon through Ray, and directly
     copy     a pack of M MiB, in turn: fetched by one daemon from another (checked, hashed, in place in its folder); and
              sent by one process to another over a bare socket, received into a file and hashed on a thread of its own;
-             and fetched by a daemon with TLS from another
+             and fetched by a daemon with TLS from another; and by one with NIXL from another, where that is installed
 
 All on one machine, over loopback, files in shared memory. The receipt goes to OUT/ray-pool.json.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import platform
 import secrets
@@ -25,18 +26,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from mmap import mmap
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 import thaw
 from thaw import receipt as r
+from thaw.cluster import RayCluster
 from thaw.cluster.daemon import DaemonSettings
 from thaw.cluster.keeper import start
-from thaw.cluster.messages import DropPacks, EndNode, LookAtNode, PackSource, PullPacks, ServeStore
+from thaw.cluster.messages import DropPacks, EndNode, LookAtNode, NodeCounts, PackSource, PullPacks, ServeStore
 from thaw.cluster.packs import PIECE
 from thaw.cluster.peer import Peer
 from thaw.cluster.tls import PoolTls, TlsGiven, new_certificate
@@ -52,18 +56,25 @@ TOKENS = 16
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("out", type=Path)
-    words.add_argument("--pairs", type=int, default=30)
+    words.add_argument("--rounds", type=int, default=200, help="pairs of rounds")
+    words.add_argument("--pairs", type=int, default=40, help="copies by each way")
     words.add_argument("--mib", type=int, default=256)
     words.add_argument("--branches", type=int, default=4)
     told = words.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
-    rounds, client, asked = pools(told.pairs, told.branches)
+    rounds, client, asked = pools(told.rounds, told.branches)
     copies = all_copies(told.pairs, told.mib)
     (told.out / "ray-pool.json").write_bytes(r.dumps(receipt_of(told, rounds, client, asked, copies)))
 
 
 Pairs = list[tuple[float, float]]
-Copies = list[tuple[float, float, float]]
+Copies = list[dict[str, float]]
+COPIES = {
+    "bare": ("a bare copy", "sendfile to recv_into, hashed on a thread"),
+    "nodes": ("from node to node", "one daemon fetches from another"),
+    "tls": ("from node to node, TLS", "the same, with TLS"),
+    "nixl": ("from node to node, NIXL", "the same, pushed by NIXL's UCX backend"),
+}
 
 
 def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
@@ -72,7 +83,9 @@ def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
     os.environ.update(with_this_thaw(os.environ))
     sampling = thaw.Sampling(temperature=0.9, max_tokens=TOKENS, ignore_eos=True)
     found = []
-    with thaw.ForkPool("fake") as local, thaw.ForkPool("fake", backend="ray") as on_ray:
+    with (
+        one_node() as cluster, thaw.ForkPool("fake") as local, thaw.ForkPool("fake", backend=cluster) as on_ray
+    ):  # fmt: skip
         points = []
         for pool in (local, on_ray):
             session = pool.session(seed=7)
@@ -90,6 +103,20 @@ def pools(pairs: int, branches: int) -> tuple[Pairs, Pairs, Pairs]:
             found.append((seconds[0], seconds[1]))
         client = [client_cpu(on_ray, points[1][1]) for _ in range(5)]
         return found, client, [question(on_ray) for _ in range(200)]
+
+
+@contextlib.contextmanager
+def one_node() -> Iterator[RayCluster]:
+    """One of its own, whatever else runs on this machine."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield RayCluster(address=cluster.address)
+    finally:
+        cluster.shutdown()
 
 
 def client_cpu(pool: thaw.ForkPool, session: object) -> tuple[float, float]:
@@ -114,37 +141,44 @@ def question(pool: thaw.ForkPool) -> tuple[float, float]:
 
 
 def all_copies(pairs: int, mib: int) -> Copies:
-    """(bare, daemons, daemons with TLS) seconds of copies that were made in turn."""
+    """By way, seconds of copies that were made in turn."""
     found: Copies = []
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
         served = Path(folder) / "served"
         served.mkdir()
         name = make_pack(served, mib)
-        with two_daemons(folder, served, None) as plain, two_daemons(folder, served, new_certificate()) as secure:
-            for number in range(pairs):
-                seconds = {}
-                for which in [(0, 1, 2), (2, 0, 1), (1, 2, 0)][number % 3]:
-                    if which == 0:
-                        seconds[which] = bare(served / name, Path(folder) / "bare")
-                    else:
-                        seconds[which] = fetched(*(plain if which == 1 else secure), name)
-                found.append((seconds[0], seconds[1], seconds[2]))
+        ways: dict[str, Callable[[], float]] = {"bare": lambda: bare(served / name, Path(folder) / "bare")}
+        for way, how in {"nodes": {}, "tls": {"tls": new_certificate()}, "nixl": {"nixl": True}}.items():
+            if way != "nixl" or find_spec("nixl") is not None:
+                two = stack.enter_context(two_daemons(folder, served, **how))
+                ways[way] = functools.partial(fetched, *two, name)
+        order = list(ways)
+        for number in range(pairs):
+            turn = number % len(order)
+            seconds = {way: ways[way]() for way in order[turn:] + order[:turn]}
+            found.append({way: seconds[way] for way in order})
     return found
 
 
 @contextlib.contextmanager
-def two_daemons(folder: str, served: Path, tls: TlsGiven | None) -> Iterator[tuple[Peer, PackSource]]:
-    """One that serves the folder, and the other, which is to fetch from it."""
+def two_daemons(
+    folder: str, served: Path, tls: TlsGiven | None = None, nixl: bool = False
+) -> Iterator[tuple[Peer, PackSource]]:
+    """One that serves the folder, and the other, which is to fetch from it: by NIXL alone, if it is to be that."""
     secret, sides = secrets.token_bytes(32), None if tls is None else PoolTls(tls)
     settings = DaemonSettings(
-        key="a", host="127.0.0.1", secret=secret.hex(), lease_s=3600.0, node_nbytes=1 << 40, folder=folder, tls=tls
-    )
+        key="a", host="127.0.0.1", secret=secret.hex(), lease_s=3600.0, node_nbytes=1 << 40, folder=folder, tls=tls,
+        nixl=nixl,
+    )  # fmt: skip
     first, second = start(settings), start(settings)
     one, other = (Peer(daemon.host, daemon.port, secret, sides) for daemon in (first, second))
     try:
         one.ask(ServeStore(uuid=STORE, folder=str(served)))
         other.ask(ServeStore(uuid=STORE))
         yield other, PackSource(key="a", host=first.host, port=first.port)
+        counts = msgspec.convert(one.ask(LookAtNode()), NodeCounts)
+        assert counts.pushed_nbytes == (counts.sent_nbytes if nixl else 0), (first.no_nixl, second.no_nixl, counts)
     finally:
         for peer in (one, other):
             peer.ask(EndNode())
@@ -216,7 +250,6 @@ def receive(listener: int, nbytes: int, target: Path) -> None:
 
 
 def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pairs, copies: Copies) -> r.Receipt:
-    nbytes = float(told.mib << 20)
     arms = (
         r.Arm(name="local", title="rounds in a local process", text="a pool of one local process", rounds=tuple(
             r.Round(pair=i, values={"ms": one * 1e3}) for i, (one, _) in enumerate(rounds))),
@@ -229,15 +262,13 @@ def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pa
         r.Arm(name="ask", title="a question to a node", text="through Ray, and directly",
             rounds=tuple(r.Round(pair=i, values={"through_ms": one * 1e3, "direct_ms": other * 1e3})
             for i, (one, other) in enumerate(asked))),
-        r.Arm(name="bare", title="a bare copy", text="sendfile to recv_into, hashed on a thread", rounds=tuple(
-            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / one}) for i, (one, _, _) in enumerate(copies))),
-        r.Arm(name="nodes", title="from node to node", text="one daemon fetches from another", rounds=tuple(
-            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / two}) for i, (_, two, _) in enumerate(copies))),
-        r.Arm(name="tls", title="from node to node, TLS", text="the same, with TLS", rounds=tuple(
-            r.Round(pair=i, values={"mib_per_s": nbytes / (1 << 20) / three}) for i, (_, _, three) in enumerate(copies)
-        )),
+        *(
+            r.Arm(name=way, title=COPIES[way][0], text=COPIES[way][1], rounds=tuple(
+                r.Round(pair=i, values={"mib_per_s": told.mib / seconds[way]}) for i, seconds in enumerate(copies)))
+            for way in copies[0]
+        ),
     )  # fmt: skip
-    rate = {name: r.Term(arm=name, value="mib_per_s") for name in ("bare", "nodes", "tls")}
+    rate = {way: r.Term(arm=way, value="mib_per_s") for way in copies[0]}
     derived = [
         r.median("round.local", "a local round", "ms", r.Term(arm="local", value="ms")),
         r.median("round.added", "what Ray adds to a round", "ms", r.Term(arm="ray", value="added_ms")),
@@ -249,17 +280,20 @@ def receipt_of(told: argparse.Namespace, rounds: Pairs, client: Pairs, asked: Pa
             r.median(f"ask.{value}", f"a question: {value}", "ms", r.Term(arm="ask", value=value))
             for value in ("through_ms", "direct_ms")
         ),
-        r.median("copy.bare", "a bare copy", "MiB/s", rate["bare"]),
-        r.median("copy.nodes", "from node to node", "MiB/s", rate["nodes"]),
-        r.median("copy.tls", "from node to node with TLS", "MiB/s", rate["tls"]),
+        *(r.median(f"copy.{way}", COPIES[way][0], "MiB/s", term) for way, term in rate.items()),
         r.ratio("copy.share", "from node to node, of a bare copy", rate["nodes"], rate["bare"]),
-        r.ratio("copy.tls-share", "with TLS, of without", rate["tls"], rate["nodes"]),
+        *(
+            r.ratio(f"copy.{way}-share", f"{COPIES[way][0]}: of a bare copy", rate[way], rate["bare"])
+            for way in ("tls", "nixl")
+            if way in rate
+        ),
     ]
+    settings = {"rounds": told.rounds, "pairs": told.pairs, "mib": told.mib, "branches": told.branches}
+    words = " ".join(f"--{name} {value}" for name, value in settings.items())
     return r.make(
-        kind="bench.ray-pool", command=f"python benchmarks/ray_pool.py OUT --pairs {told.pairs} --mib {told.mib}",
-        versions={"thaw": thaw.__version__, "python": platform.python_version(), **software("ray")},
-        machine=this_machine(), model=None,
-        parameters={"pairs": told.pairs, "mib": told.mib, "branches": told.branches, "tokens": TOKENS},
+        kind="bench.ray-pool", command=f"python benchmarks/ray_pool.py OUT {words}",
+        versions={"thaw": thaw.__version__, "python": platform.python_version(), **software("ray", "nixl")},
+        machine=this_machine(), model=None, parameters={**settings, "tokens": TOKENS},
         arms=arms, derived=derived,
         goals=[
             r.at_most("round", "what Ray adds to a round", "round.added", 5.0),

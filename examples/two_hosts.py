@@ -3,8 +3,9 @@
     python examples/two_hosts.py read path/to/model document.txt s3://bucket/runs      # on the first host
     python examples/two_hosts.py fork path/to/model s3://bucket/runs "A question?"     # on the second
 
-The address may be `file:///mnt/share/runs` too. The second host prints what its engine counted: tokens that it found
-cached, and tokens that were prefilled again, which are none but the question's.
+The address may be `file:///mnt/share/runs` too; `AWS_ENDPOINT_URL` names a store other than Amazon's. The second host
+prints what its engine counted: tokens that it found cached, and tokens that were prefilled again, which are none but
+the question's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def read(model: str, document: Path, url: str, folder: str = "first-host") -> No
     """Reads the document once and pushes it."""
     with thaw.load_engine("transformers", model=model) as engine, thaw.open(folder, engine=engine) as repo:
         session = repo.session()
-        session.append(document.read_text())
+        session.append(document.read_text(encoding="utf-8"))
         session.commit("read the document", branch="main")
         repo.add_remote("origin", url)
         sent = repo.push("main", set_upstream=True)
@@ -46,7 +47,9 @@ def fork(model: str, url: str, question: str, folder: str = "second-host") -> No
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5 or sys.argv[1] not in ("read", "fork"):
+        sys.exit(__doc__)
     if sys.argv[1] == "read":
         read(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
     else:
-        fork(*sys.argv[2:5])
+        fork(*sys.argv[2:])

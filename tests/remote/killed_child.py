@@ -1,6 +1,6 @@
 """A host whose process ends at its n-th request to the remote: `killed_child.py VERB REPO BUCKET N`.
 
-The request is made first where N is even. Ends with 0 where there were fewer requests. VERB is push, fetch, gc,
+The request is made first where N is even. Ends with 0 where there were fewer requests. VERB is push, fetch, gc, clone,
 delete:BRANCH or forget:BRANCH. With `killed_child.py serve`, such lines come from stdin, each in a process that is
 forked off; where N is below 0 it is killed after so many milliseconds. "killed" or "done" is printed for each.
 """
@@ -17,11 +17,13 @@ from pathlib import Path
 
 from hosts import remote, wish
 
+from thaw.remote.clone import clone
 from thaw.remote.fetch import fetch
 from thaw.remote.folder import FolderBucket
 from thaw.remote.forget import forget
 from thaw.remote.gc import GcWish, collect
 from thaw.remote.push import PushWish, Tuning, push
+from thaw.remote.settings import RemoteSettings
 from thaw.store import Store
 
 SMALL = Tuning(pack_bytes=32 << 10, uploads=2, workers=4)
@@ -55,6 +57,9 @@ class Mortal(FolderBucket):
 
 def main(verb: str, repo: str, bucket: str, last: str) -> None:
     there = remote(Mortal(Path(bucket), int(last)))
+    if verb == "clone":
+        clone(Path(repo), there, RemoteSettings(url=Path(bucket).as_uri()))
+        return
     with Store.open(Path(repo)) as store:
         if verb == "push":
             print(push(store, there, [wish(store, ref.name) for ref in store.refs("branch")], tuning=SMALL).nbytes)

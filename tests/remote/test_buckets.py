@@ -466,6 +466,12 @@ def test_the_probe_passes_what_keeps_its_word_and_leaves_nothing(
     assert list(bucket.entries("")) == []
 
 
+def test_a_probe_that_cannot_ask_says_what_it_was_for(store_keys: None) -> None:
+    nobody = parse("s3://abc/x", {"endpoint": f"http://127.0.0.1:{free_port()}", "timeout_s": 1})
+    with pytest.raises(RemoteUnreachable, match=r"before its first push here .* no connection"):
+        probe(open_bucket(nobody))
+
+
 def test_the_probe_refuses_a_store_that_ignores_if_match(localbucket_server: StoreServer) -> None:
     bucket = open_bucket(localbucket_server.address("team"))
     with pytest.raises(RemoteUnsafe, match=f"s3://{BUCKET}/team .*version it no longer has was allowed"):
@@ -709,8 +715,8 @@ def test_options_get_their_types() -> None:
         ("s3://abc#hidden", {}, "more than a bucket"),
         ("s3://abc", {"aws_secret_access_key": "hidden"}, "would store a credential"),
         ("az://abc", {"sas_token": "hidden"}, "would store a credential"),
-        ("s3://abc", {"endpoint": "https://user:hidden@host"}, "a user or a query"),
-        ("s3://abc", {"endpoint": "https://host/?sig=hidden"}, "a user or a query"),
+        ("s3://abc", {"endpoint": "https://user:hidden@host"}, "a user, a query"),
+        ("s3://abc", {"endpoint": "https://host/?sig=hidden"}, "a user, a query"),
         ("ftp://abc/x", {}, "does not know"),
         ("/tmp/x", {}, "a remote's URL is"),
         ("s3://ab", {}, "not one"),
@@ -728,6 +734,17 @@ def test_options_get_their_types() -> None:
         ("s3://abc", {"endpoint": "127.0.0.1:9000"}, "neither http"),
         ("s3://abc", {"endpoint": "https://x y"}, "more or less than"),
         ("s3://abc", {"endpoint": "http://:80"}, "more or less than"),
+        ("s3://key:hidden/x", {}, "more than a bucket"),
+        ("s3://key%3Ahidden%40abc/x", {}, "more than a bucket"),
+        ("s3://[hidden/x", {}, "cannot be one"),
+        ("s3://abc", {"endpoint": "https://host/#hidden"}, "a user, a query"),
+        # the store's client panics at these, when it is first used
+        ("s3://abc", {"endpoint": "http://host:65536"}, "a host or a port that cannot be one"),
+        ("s3://abc", {"endpoint": "http://[1]:80"}, "a host or a port that cannot be one"),
+        ("s3://abc", {"endpoint": "http://256.1.1.1"}, "no name and no address"),
+        ("s3://abc", {"endpoint": "http://10.0.0"}, "no name and no address"),
+        ("s3://abc", {"endpoint": "http://host.0x1:9"}, "no name and no address"),
+        ("s3://abc", {"endpoint": "http://xn--.org"}, "no name and no address"),
     ],
 )
 def test_what_cannot_be_an_address_is_refused(url: str, options: dict[str, str | int | bool], said: str) -> None:
@@ -741,6 +758,10 @@ def test_what_only_the_store_can_tell_is_refused_when_it_is_opened(
 ) -> None:
     with pytest.raises(InvalidRequest, match="lacks the storage account"):
         open_bucket(parse("az://abc"))
+    for address in ("http://127.0.0.1:9", "http://[::1]:9"):
+        with pytest.raises(InvalidRequest, match="leave path_style out"):
+            open_bucket(parse("s3://abc", {"endpoint": address, "path_style": False}))
+        open_bucket(parse("s3://abc", {"endpoint": address}))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://no host")
     with pytest.raises(InvalidRequest, match="more or less than"):
         open_bucket(parse("s3://abc"))

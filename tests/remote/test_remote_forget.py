@@ -14,14 +14,14 @@ from test_remote_gc import AT_ONCE, Meddling
 from test_remote_killed import run
 
 import thaw
-from thaw.core.errors import Conflict, CorruptBlob, InvalidRequest, NotFound, RefConflict
+from thaw.core.errors import Conflict, CorruptBlob, InvalidRequest, NotFound, RefConflict, RemoteMissing
 from thaw.engines.base import Engine
 from thaw.remote import refs, values
 from thaw.remote.address import open_bucket
 from thaw.remote.fetch import fetch
 from thaw.remote.folder import FolderBucket
 from thaw.remote.forget import forget
-from thaw.remote.gc import collect
+from thaw.remote.gc import GcWish, collect
 from thaw.remote.layout import NamespaceBucket
 from thaw.remote.push import PushWish, Tuning, push
 from thaw.repo import Repository
@@ -233,3 +233,83 @@ def test_a_repository_forgets_in_its_remote_and_keeps_its_own(
         assert [ref.name for ref in there.tags()] == []
         with there.fork("origin/fork/1", 2) as kids:
             assert all(proof is not None and proof.hit for proof in kids.proofs)
+
+
+@pytest.mark.parametrize(
+    ("what", "how", "where"),
+    [
+        ("manifests", "changed", "before both"),
+        ("manifests", "lost", "in one"),
+        ("packs", "changed", "in one"),
+        ("packs", "lost", "before both"),
+    ],
+)
+def test_what_is_damaged_is_forgotten_and_pushed_again(
+    store: Store, bucket: Path, tmp_path: Path, what: str, how: str, where: str
+) -> None:
+    """A push alone sends nothing: the branch is where it should be."""
+    base = commit(store, tokens(300), branch="main")
+    push(store, remote(bucket), [wish(store, "main")])
+    old = files(bucket, what)
+    commit(store, tokens(700), branch="side", parents=(base,))
+    push(store, remote(bucket), [wish(store, "side")])
+    commit(store, tokens(90, seed=9), branch="apart")
+    push(store, remote(bucket), [wish(store, "apart")])
+    new = [path for path in files(bucket, what) if path not in old]
+    needed = [path for path in new if is_of(path, store, "side")] if where == "in one" else old
+    damage(needed[0], how)
+    names = ["main", "side"]
+    with Store.init(tmp_path / "before") as before:
+        with pytest.raises((CorruptBlob, RemoteMissing), match="thaw forget --remote"):
+            fetch(before, remote(bucket))
+        assert push(store, remote(bucket), [wish(store, name) for name in names]).num_packs == 0
+        with pytest.raises((CorruptBlob, RemoteMissing)):
+            fetch(before, remote(bucket))
+    forget(remote(bucket), [("branch", name) for name in names])
+    assert needed[0] not in files(bucket, what)
+    push(store, remote(bucket), [wish(store, name) for name in names])
+    with Store.init(tmp_path / "after") as after:
+        fetch(after, remote(bucket))
+        for name in (*names, "apart"):
+            tip = store.ref(name)
+            assert tip is not None and kv_of(after, tip.target) == kv_of(store, tip.target)
+    assert collect(remote(bucket), GcWish(grace_s=0)).phase == "done"  # nothing stops it, and nothing is left over
+
+
+def is_of(path: Path, store: Store, branch: str) -> bool:
+    """Whether a pack or manifest names the commit of a branch."""
+    tip = store.ref(branch)
+    assert tip is not None
+    return tip.target.encode() in path.read_bytes()
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("key", ["default/refs/branch/main", "default/gc.json", "thaw.json"])
+def test_a_small_object_that_is_damaged_is_named_and_can_be_deleted(
+    store: Store, bucket: Path, tmp_path: Path, key: str
+) -> None:
+    send(store, bucket)
+    push(store, remote(bucket), [PushWish("branch", "fork/2", None)])
+    collect(remote(bucket), GcWish(grace_s=0, keep_reflog_s=0))  # something waits, so there is a gc.json
+    damage(bucket / key, "changed")
+    wishes = [wish(store, name) for name in BRANCHES[:3]]
+    acts: list[Callable[[], object]] = [lambda: push(store, remote(bucket), wishes)]
+    with Store.init(tmp_path / "before") as before:
+        if key != "default/gc.json":  # which a fetch does not read
+            acts.append(lambda: fetch(before, remote(bucket)))
+        for act in acts:
+            with pytest.raises(CorruptBlob, match=rf"{key.removeprefix('default/')}.* Delete this object"):
+                act()
+    (bucket / key).unlink()
+    push(store, remote(bucket), wishes)
+    look(bucket, tmp_path / "after", store, BRANCHES[:3])
+    for _ in range(2):
+        collect(remote(bucket), GcWish(grace_s=0, keep_reflog_s=0))
+    look(bucket, tmp_path / "last", store, BRANCHES[:3])

@@ -13,6 +13,8 @@ import pytest
 from hosts import commit, files, read_all, remote, tokens, wish
 from killed_child import AT_ONCE, SMALL
 
+import thaw
+from thaw.core.errors import Conflict
 from thaw.remote.fetch import fetch
 from thaw.remote.gc import collect
 from thaw.remote.push import PushWish, push
@@ -95,6 +97,32 @@ def test_a_fetch_that_is_killed_leaves_nothing_half_and_goes_on(store: Store, bu
         look(opened)
         assert opened.gc().nbytes_freed >= 0 and {ref.name for ref in opened.refs()} >= {"origin/main"}
         look(opened)
+
+
+@pytest.mark.slow("five processes, four of them killed")
+def test_a_clone_that_is_killed_says_how_to_go_on_and_does(store: Store, bucket: Path, tmp_path: Path) -> None:
+    store.set_head("fork/1")
+    push(store, remote(bucket), [wish(store, ref.name) for ref in store.refs("branch")], tuning=SMALL)
+    tip = store.ref("fork/1")
+    assert tip is not None
+    went_on = 0
+    for number in (6, 15, 24, 33):
+        there = tmp_path / f"there{number}"
+        assert run("clone", there, bucket, number) is None
+        if not (there / "thaw.db").exists():
+            continue
+        with pytest.raises(Conflict, match=r"interrupted here.* fetch` and then `pull"):
+            thaw.clone(bucket.as_uri(), there)
+        with thaw.open(there) as repo:
+            look(repo.store)
+            repo.fetch()
+            assert repo.store.head == "fork/1" and repo.pull().refs[-1].new == tip.target
+            look(repo.store)
+            went_on += 1
+    assert went_on >= 2
+    run("clone", tmp_path / "whole", bucket, 10_000)
+    with thaw.open(tmp_path / "whole") as repo:
+        assert repo.resolve("HEAD").commit == tip.target
 
 
 @pytest.mark.slow("twenty processes, each killed")

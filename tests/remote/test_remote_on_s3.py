@@ -32,12 +32,16 @@ STARTS = pytest.mark.slow("starts a real object store")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
-def run(cwd: Path, *words: str) -> str:
+def asked(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(SOURCE), "NO_COLOR": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "thaw.cli", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def run(cwd: Path, *words: str) -> str:
+    done = asked(cwd, *words)
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -155,14 +159,35 @@ def test_names_are_cloned_used_and_forgotten_on_the_command_line(tmp_path: Path)
     listed = json.loads(run(tmp_path, "-C", "b", "remote", "list", "--json"))["remotes"]
     assert list(listed[0]["not_fetched"]) == ["origin/main"] and not listed[0]["points"]
     assert not list((tmp_path / "b" / ".thaw" / "packs").iterdir())
+    told = asked(tmp_path, "-C", "b", "log")
+    assert told.returncode == 0 and "`thaw pull`" in told.stderr and "origin/main" in told.stderr
+    told = asked(tmp_path, "-C", "b", "show", "main")
+    assert told.returncode == 2 and "there are: origin/main (not fetched yet)" in told.stderr
+    told = asked(tmp_path, "-C", "b", "run", "another beginning")
+    assert told.returncode == 2 and "`thaw pull` brings it" in told.stderr
     words = ["fork", "origin/main", "Why?", "-n", "2", "--max-tokens", "4", "--json"]
     assert len(json.loads(run(tmp_path, "-C", "b", *words))["children"]) == 2
     assert "not fetched" not in run(tmp_path, "-C", "b", "remote", "list")
+    told = asked(tmp_path, "-C", "b", "run", "another beginning")
+    assert told.returncode == 2 and "`thaw pull` brings it" in told.stderr
+    told = asked(tmp_path, "-C", "b", "run", "a text", "--branch", "origin/mine")
+    assert told.returncode == 2 and "only fetch and push move it" in told.stderr and not told.stdout
+    run(tmp_path, "-C", "b", "pull")
+    run(tmp_path, "-C", "b", "run", "it goes on", "--no-generate")
+    assert len(json.loads(run(tmp_path, "-C", "b", "log", "--json"))["commits"]) == 2
     run(tmp_path, "-C", "b", "push", "origin", "fork/0", "fork/1")
     gone = json.loads(run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/0", "--json"))
     assert gone["num_commits"] == 1 and gone["num_rewritten_packs"] == 1 and gone["old_versions"] == "none"
     assert "forgot fork/1" in run(tmp_path, "-C", "b", "forget", "--remote", "origin", "fork/1")
     assert {ref["name"] for ref in json.loads(run(tmp_path, "-C", "a", "fetch", "--json"))["refs"]} == {"origin/main"}
+    run(tmp_path, "-C", "b", "push", "origin", "fork/0")
+    run(tmp_path, "-C", "b", "push", "--delete", "origin", "fork/0")
+    keep = ("--grace-hours", "0", "--keep-days", "0")
+    told = run(tmp_path, "-C", "b", "remote", "gc", "--dry-run", *keep)
+    assert "nothing was deleted; of no use: 2 objects" in told
+    assert "2 objects of no use" in run(tmp_path, "-C", "b", "remote", "gc", *keep)
+    assert "written down; they can be deleted in" in run(tmp_path, "-C", "b", "remote", "gc", "--dry-run")
+    assert "deleted 2 objects" in run(tmp_path, "-C", "b", "remote", "gc", *keep)
 
 
 BAD_DAYS = (

@@ -274,6 +274,32 @@ def test_one_branch_can_be_cloned_alone(here: Repository, far_engine: Engine, bu
     assert not (tmp_path / "two").exists() and (tmp_path / "one" / "thaw.db").exists()
 
 
+def test_of_clones_into_one_folder_one_is_made_and_none_removes_it(
+    here: Repository, bucket: Path, tmp_path: Path
+) -> None:
+    tree(here, TEXT, 1)
+    here.push("main")
+    for number in range(5):
+        there = tmp_path / f"{number}" / "there"
+
+        def cloned(_: int, path: Path = there) -> str:
+            try:
+                thaw.clone(bucket.as_uri(), path).close()
+                return "made"
+            except Conflict:
+                return "refused"
+
+        done = mapped(cloned, range(4), 4)
+        assert sorted(done) == ["made", "refused", "refused", "refused"]
+        with thaw.open(there) as repo:
+            assert repo.fsck().ok and repo.resolve("main").commit == here.resolve("main").commit
+    with pytest.raises(NotFound):
+        thaw.clone(bucket.as_uri(), tmp_path / "0" / "other", branch="none")
+    with pytest.raises(NotFound):
+        thaw.clone(bucket.as_uri(), tmp_path / "new" / "other", branch="none")
+    assert [path.name for path in (tmp_path / "0").iterdir()] == ["there"] and not (tmp_path / "new").exists()
+
+
 class ReadOnly(FolderBucket):
     """What a key that may only read leaves of a bucket."""
 

@@ -230,6 +230,8 @@ def lost_tokens(one: Life, restored: dict[str, int]) -> tuple[int, int]:
     """(how many tokens of a request at most are generated again, where `restored` had so many; how many of them had
     come since the checkpoint was begun that was being written)."""
     lost = {id: len(tokens) - max(0, restored[id]) for id, tokens in one.seen.items()}
+    if not lost:  # killed before any client heard of a token
+        return 0, 0
     worst = max(lost, key=lambda id: lost[id])
     if len(one.begun) == len(one.done):
         return lost[worst], 0

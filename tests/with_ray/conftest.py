@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_cluster import LocalCluster, cluster_of
+from ray_cluster import LocalCluster, cluster_of, with_gpus
 
 from thaw.cluster import JoinedCluster, RayCluster
 
@@ -28,11 +28,17 @@ def joined(one_node: LocalCluster) -> Iterator[JoinedCluster]:
         yield cluster
 
 
-@pytest.fixture
-def three_nodes() -> Iterator[LocalCluster]:
-    """A cluster of a test's own, to be damaged."""
-    with cluster_of(3) as cluster:
+@pytest.fixture(scope="session")
+def damaged() -> Iterator[LocalCluster]:
+    with with_gpus(3, 1) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def three_nodes(damaged: LocalCluster) -> LocalCluster:
+    """A cluster to be damaged: each test leaves three nodes, though not those that it found. Each declares a GPU."""
+    damaged.ray.wait_for_nodes()
+    return damaged
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from thaw.cluster import RayCluster
 from thaw.cluster.messages import LookAtNode, NodeCounts
-from thaw.cluster.nodes import ClusterNode
+from thaw.cluster.node import ClusterNode
 from thaw.data.fresh_process import with_this_thaw
 from thaw.pool import ForkPool
 
@@ -50,6 +51,8 @@ def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it ends actors for what others on the machine need
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a node that ended is noticed in 3 s and not in 15
+        patch.setenv("RAY_health_check_failure_threshold", "3")
         cluster = LocalCluster(port)
         try:
             for _ in range(nodes - 1):
@@ -57,6 +60,22 @@ def cluster_of(nodes: int, port: int = 0) -> Iterator[LocalCluster]:
             yield cluster
         finally:
             cluster.ray.shutdown()
+
+
+@contextlib.contextmanager
+def with_gpus(nodes: int, gpus: int) -> Iterator[LocalCluster]:
+    """A cluster whose nodes declare so many each. They are not there; Ray counts and names them all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NODE, "num_gpus", gpus)
+        with cluster_of(nodes) as found:
+            yield found
+
+
+def until(true: Callable[[], bool], limit_s: float = 150.0) -> None:
+    ends = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < ends, "it did not come true"
+        time.sleep(0.05)
 
 
 def nodes_of(pool: ForkPool) -> list[ClusterNode]:
@@ -75,6 +94,28 @@ def counts(pool: ForkPool) -> dict[str, NodeCounts]:
 def pid_of(pool: ForkPool, worker: str) -> int:
     found = next(one.pid for one in pool.stats().workers if one.name == worker)
     assert found is not None
+    return found
+
+
+def lives(pool: ForkPool, worker: str, other_than: int) -> bool:
+    """Whether that worker runs, in another process than that one."""
+    return any(one.name == worker and one.pid not in (None, other_than) for one in pool.stats().workers)
+
+
+def in_group(cluster: LocalCluster, name: str, workers: int = 1, **how: object) -> ForkPool:
+    """A pool in that placement group."""
+    return cluster.pool(workers=workers, cluster={"placement_group": name, **how})
+
+
+def devices(pool: ForkPool) -> dict[str, tuple[str, str | None]]:
+    """For each worker the key of its node, and which GPUs its process may see."""
+    found = {}
+    for one in pool.stats().workers:
+        life = pool._fleet.named(one.name).life
+        if life is not None and one.pid is not None:
+            lines = Path(f"/proc/{one.pid}/environ").read_bytes().decode().split("\0")
+            told = dict(line.split("=", 1) for line in lines if "=" in line)
+            found[one.name] = (life.host.node.key, told.get("CUDA_VISIBLE_DEVICES"))  # type: ignore[attr-defined]
     return found
 
 

@@ -6,17 +6,14 @@ is looked at is which devices each worker's process may see.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from ray_cluster import NODE, LocalCluster, cluster_of, keepers, nodes_of, pid_of
+from ray_cluster import LocalCluster, devices, in_group, keepers, lives, nodes_of, pid_of, until, with_gpus
 from ray_driver import RayDriver
 
 import thaw
@@ -28,15 +25,6 @@ from thaw.testing.laws.pool_kit import TEXT, bits
 GPUS = 2
 SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=16, ignore_eos=True)
 pytestmark = pytest.mark.slow("a Ray cluster of two nodes")
-
-
-@contextlib.contextmanager
-def with_gpus(nodes: int, gpus: int) -> Iterator[LocalCluster]:
-    """A cluster whose nodes declare so many each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NODE, "num_gpus", gpus)
-        with cluster_of(nodes) as found:
-            yield found
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +57,6 @@ def group(driver: RayDriver) -> Iterator[Make]:
     yield make
     for one in ids:
         driver.remove(one)
-
-
-def in_group(cluster: LocalCluster, name: str, workers: int = 1, **how: object) -> ForkPool:
-    return cluster.pool(workers=workers, cluster={"placement_group": name, **how})
-
-
-def devices(pool: ForkPool) -> dict[str, tuple[str, str | None]]:
-    """For each worker the key of its node, and what its process may see."""
-    found = {}
-    for one in pool.stats().workers:
-        life = pool._fleet.named(one.name).life
-        if life is not None and one.pid is not None:
-            lines = Path(f"/proc/{one.pid}/environ").read_bytes().decode().split("\0")
-            told = dict(line.split("=", 1) for line in lines if "=" in line)
-            found[one.name] = (life.host.node.key, told.get("CUDA_VISIBLE_DEVICES"))  # type: ignore[attr-defined]
-    return found
-
-
-def until(true: Callable[[], bool], limit_s: float = 90.0) -> None:
-    end = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.05)
 
 
 def test_each_worker_has_a_bundle_and_no_two_share_a_device(
@@ -226,7 +191,7 @@ def test_what_is_killed_comes_back_in_its_bundle(cluster: LocalCluster, driver: 
         for worker in pool.workers[:2]:
             pid = pid_of(pool, worker)
             os.kill(pid, signal.SIGKILL)
-            until(lambda worker=worker, pid=pid: _lives(pool, worker, pid))  # type: ignore[misc]
+            until(lambda worker=worker, pid=pid: lives(pool, worker, pid))  # type: ignore[misc]
         assert devices(pool) == before
         killed = keepers(cluster, "BundleKeeper")
         assert len(killed) == 3
@@ -236,38 +201,6 @@ def test_what_is_killed_comes_back_in_its_bundle(cluster: LocalCluster, driver: 
             assert bits(pool.fork(session, 3, SAMPLED, worker=worker)) == expected
         until(lambda: len(set(keepers(cluster, "BundleKeeper")) - set(killed)) == 3)
         assert devices(pool) == before and not driver.can_take(group.ids[0], 0, 1, 0.5)  # type: ignore[attr-defined]
-
-
-def _lives(pool: ForkPool, worker: str, other_than: int) -> bool:
-    return any(one.name == worker and one.pid not in (None, other_than) for one in pool.stats().workers)
-
-
-def test_a_bundle_that_ray_moves_takes_its_worker_along_when_that_is_booted_again() -> None:
-    """A raylet dies: its engine goes on where it is, and the bundle is placed on another node."""
-    with with_gpus(3, 1) as cluster:
-        driver = RayDriver(cluster.address)
-        try:
-            driver.group("moved", {"GPU": 1}, {"GPU": 1}, strategy="STRICT_SPREAD")
-            with in_group(cluster, "moved", 2) as pool:
-                session = pool.session(seed=7)
-                session.append(TEXT)
-                expected, before = bits(pool.fork(session, 2, SAMPLED, snapshot="before")), devices(pool)
-                pids = {worker: pid_of(pool, worker) for worker in pool.workers}
-                ids = [pool._fleet.named(one).life.host.node.ray_id for one in pool.workers]  # type: ignore[union-attr]
-                left = [one for one in cluster.ray.list_all_nodes() if not one.head and one.node_id in ids]
-                cluster.ray.remove_node(left[0], allow_graceful=False)
-                for worker in pool.workers:
-                    assert bits(pool.fork(session, 2, SAMPLED, worker=worker)) == expected
-                assert {worker: pid_of(pool, worker) for worker in pool.workers} == pids, "nothing was booted"
-                worker = pool.workers[ids.index(left[0].node_id)]
-                until(lambda: len(keepers(cluster, "BundleKeeper")) == 2)
-                os.kill(pids[worker], signal.SIGKILL)
-                until(lambda: _lives(pool, worker, pids[worker]))
-                found = devices(pool)
-                assert found[worker][0] != before[worker][0] and len(set(found.values())) == 2, (before, found)
-                assert bits(pool.fork(session, 2, SAMPLED, worker=worker)) == expected
-        finally:
-            driver.close()
 
 
 def test_a_group_that_is_removed_ends_no_round_and_takes_no_new_worker(

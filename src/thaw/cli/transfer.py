@@ -19,8 +19,9 @@ SAID = {
     "forced": "replaced",
     "deleted": "deleted",
     "up-to-date": "up to date",
-    "kept": "kept: another tag of that name is here",
+    "kept": "kept: that name is another commit's here",
     "ahead": "ahead of the remote",
+    "left-out": "left out: the name has no place here",
 }
 
 option = click.option(
@@ -62,7 +63,8 @@ def say(report: TransferReport, verb: str, as_json: bool) -> None:
     changed = [ref for ref in report.refs if ref.outcome != "up-to-date"]
     output.rows([_row(ref) for ref in changed])
     if not changed:
-        output.line(f"{report.remote} ({report.url}): up to date")
+        what = "no branch moved" if report.num_commits else "up to date"
+        output.line(f"{report.remote} ({report.url}): {what}")
     if report.nbytes:
         rate = words.nbytes(int(report.nbytes / max(report.seconds, 1e-9)))
         output.note(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from thaw.cluster.engine import NodeEngine
 from thaw.cluster.messages import ENCODE, AttachEngine, EngineLog, KillEngine, PulledPacks, SpawnEngine, value_of
-from thaw.cluster.nodes import ClusterNode, ClusterNodes
+from thaw.cluster.node import ClusterNode
+from thaw.cluster.nodes import ClusterNodes
 from thaw.cluster.peer import exchange
+from thaw.cluster.placement import Placement
 from thaw.cluster.routes import PackRoutes
 from thaw.cluster.shares import WorkerShare
 from thaw.cluster.tls import plain_end
@@ -23,6 +27,11 @@ from thaw.pool.rpc.client import RpcClient
 from thaw.pool.rpc.connection import Connection
 from thaw.pool.rpc.protocol import Booted
 
+log = logging.getLogger("thaw.cluster")
+REMEMBERED = 256
+MAX_NODES_LOST = 8
+"""While one worker boots, until that is given up."""
+
 
 class ClusterBackend:
     """Each worker is an engine's process on some node, booted again there or elsewhere when it ends."""
@@ -32,16 +41,31 @@ class ClusterBackend:
     def __init__(self, spec: WorkerSpec, nodes: ClusterNodes, *, own: bool) -> None:
         """`own`: the nodes are let go with this pool."""
         self._spec, self.nodes, self._own = spec, nodes, own
+        self._key = secrets.token_hex(4)
         self._lock = threading.Lock()
         self._workers: set[NodeWorker] = set()
         self._places: dict[int, tuple[ClusterNode, WorkerShare | None]] = {}
         self._closed = self._ran = False
         self._refused: InvalidRequest | None = None
         """More workers were asked for than the placement group has room for, before the first one ran."""
+        self.placed: deque[tuple[str, Placement]] = deque(maxlen=REMEMBERED)
+        """Workers that were booted last, by name, and where. Logged too."""
         self.routes = PackRoutes(self.nodes)
 
     def boot(self, index: int, name: str, policy_version: str | None) -> WorkerHandle:
-        node, share = self._places[index] = self._place(*self._places.get(index, (None, None)))
+        """Where a node is lost while a worker boots there, the worker has not failed: it boots on another one."""
+        for _ in range(MAX_NODES_LOST):
+            node, share = self._places[index] = self._place(name, *self._places.get(index, (None, None)))
+            try:
+                return self._boot_on(node, share, index, name, policy_version)
+            except EngineDied:
+                if not node.lost or self._closed:
+                    raise
+        raise EngineDied(f"{MAX_NODES_LOST} nodes were lost one after another while {name} booted there")
+
+    def _boot_on(
+        self, node: ClusterNode, share: WorkerShare | None, index: int, name: str, policy_version: str | None
+    ) -> NodeWorker:
         worker = None
         try:
             env = {**self._spec.env_of(index), **({} if share is None else share.env())}
@@ -61,12 +85,15 @@ class ClusterBackend:
         return worker
 
     def _place(
-        self, before: ClusterNode | None, share_before: WorkerShare | None
+        self, name: str, before: ClusterNode | None, share_before: WorkerShare | None
     ) -> tuple[ClusterNode, WorkerShare | None]:
         """Where to boot; with a placement group, on whose devices."""
         shares = self.nodes.shares
         if shares is None:
-            return self.nodes.place(before), None
+            found = self.nodes.place(self._key, before)
+            self.placed.append((name, found))
+            log.info("%s boots on %s", name, found.reason)
+            return found.node, None
         try:
             share = shares.take(share_before)
         except InvalidRequest as error:
@@ -75,7 +102,7 @@ class ClusterBackend:
                     self._refused = error
             raise
         try:
-            return self.nodes.place_on(share.ray_id), share
+            return self.nodes.place_on(share.ray_id, self._key), share
         except BaseException:
             shares.free(share)
             raise
@@ -89,7 +116,7 @@ class ClusterBackend:
             self._ran = True
 
     def _leave(self, node: ClusterNode, share: WorkerShare | None) -> None:
-        self.nodes.left(node)
+        self.nodes.left(node, self._key)
         if share is not None and self.nodes.shares is not None:
             self.nodes.shares.free(share)
 

@@ -54,12 +54,15 @@ class DeskReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RayNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as Ray knows it, alive. `here`: the one that the desk runs on."""
+    """A node as Ray knows it, alive. `here`: the one that the desk runs on. `gpus`, `cpus`: what Ray counts there, used
+    or not."""
 
     ray_id: str
     address: str
     labels: dict[str, str]
     here: bool
+    gpus: float = 0.0
+    cpus: float = 0.0
 
 
 CALLS = msgspec.msgpack.Decoder(DeskCall)
@@ -111,7 +114,8 @@ class RayDesk:
         return [
             RayNode(
                 ray_id=node["NodeID"], address=node["NodeManagerAddress"], labels=dict(node.get("Labels") or {}),
-                here=node["NodeID"] == here,
+                here=node["NodeID"] == here, gpus=node["Resources"].get("GPU", 0.0),
+                cpus=node["Resources"].get("CPU", 0.0),
             )
             for node in ray.nodes()
             if node["Alive"]

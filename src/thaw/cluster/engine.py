@@ -8,7 +8,7 @@ from collections import OrderedDict
 import msgspec
 
 from thaw.cluster.messages import PulledPacks
-from thaw.cluster.nodes import ClusterNode
+from thaw.cluster.node import ClusterNode
 from thaw.cluster.routes import PackRoutes, packs_of
 from thaw.data.tiers.base import MissingPack
 from thaw.engines.base import Captured, CapturePlan, Handle, Hydrated, HydratePlan, SessionRef

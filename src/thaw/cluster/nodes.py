@@ -13,9 +13,8 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ from thaw.cluster.desk import RayNode
 from thaw.cluster.desk_line import DaemonGone, DeskLine, KeeperGone, RayAway
 from thaw.cluster.keeper import KEEPER_LIMIT_S, SMALL_BYTES
 from thaw.cluster.messages import ENCODE, EndNode, Question, RenewLease, value_of
+from thaw.cluster.node import ClusterNode
 from thaw.cluster.peer import ANSWER_S, Peer
+from thaw.cluster.placement import Placement, allowed, chosen
 from thaw.cluster.secret import new_secret
 from thaw.cluster.settings import ClusterSettings
 from thaw.cluster.shares import GroupShares
@@ -44,31 +45,6 @@ SLOWED = (
     "little time beside other programs. Start Ray there with RAY_worker_niceness=0 in its environment"
 )
 NO_NIXL = "KV to and from the node {} goes over TCP: {}"
-
-
-@dataclass(eq=False)
-class ClusterNode:
-    """`key`: our name for it, another one for each daemon. `listed`: Ray has it. `kept`: it has a keeper.
-
-    `folders`: by store, once it was told of it. `has`: (store, pack) that were seen there. `on_lost`: what is called
-    once when its daemon is gone."""
-
-    key: str
-    ray_id: str
-    address: str
-    labels: dict[str, str]
-    is_home: bool
-    daemon: DaemonAddress | None = None
-    listed: bool = True
-    kept: bool = False
-    lost: bool = False
-    num_workers: int = 0
-    heard: float = field(default_factory=time.monotonic)
-    folders: dict[str, str] = field(default_factory=dict)
-    has: set[tuple[str, str]] = field(default_factory=set)
-    on_lost: set[Callable[[], None]] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while its daemon is started, and while its folders are made known."""
 
 
 class ClusterNodes:
@@ -115,25 +91,31 @@ class ClusterNodes:
             self.refresh()
         raise EngineDied("the node that this program runs on is not in the Ray cluster; start Ray on it, or run there")
 
-    def place(self, before: ClusterNode | None) -> ClusterNode:
-        """A node for one more worker, counted there (`left` takes it back): `before` if it is still good, else the one
-        with the fewest. Raises `EngineDied`."""
-        with contextlib.suppress(RayAway):
-            self.refresh()
-        tried: list[str] = []
-        while (node := self._fewest(before, tried)) is not None:
+    def place(self, pool: str, before: ClusterNode | None) -> Placement:
+        """A node for one more worker of that pool, counted there (`left` takes it back), and why that one. `before`:
+        where the worker ran until now. Raises `EngineDied`."""
+        tried: Counter[ClusterNode] = Counter()
+        errors: list[str] = []
+        while True:
+            with contextlib.suppress(RayAway):
+                self.refresh()  # each time: a node that was just lost is there again as another one
+            with self._lock:
+                found = chosen(allowed(self._nodes, self._cluster.labels), pool, before, tried)
+                if found is None or len(errors) > 2 * len(self._nodes):
+                    break
+                found.node.workers[pool] += 1
             try:
-                self.start(node)
+                self.start(found.node)
             except EngineDied as error:
-                self.left(node)
-                tried.append(f"{node.address}: {error}")
-                before = None
+                self.left(found.node, pool)
+                tried[found.node] += 1
+                errors.append(f"{found.node.address}: {error}")
             else:
-                return node
+                return found
         labels = f" with the labels {dict(self._cluster.labels)}" if self._cluster.labels else ""
-        raise EngineDied(f"no node of the Ray cluster{labels} can take a worker. " + "; ".join(tried))
+        raise EngineDied(f"no node of the Ray cluster{labels} can take a worker. " + "; ".join(errors))
 
-    def place_on(self, ray_id: str) -> ClusterNode:
+    def place_on(self, ray_id: str, pool: str) -> ClusterNode:
         """That node of Ray's, for one more worker, as `place`. Raises `EngineDied`."""
         with contextlib.suppress(RayAway):
             self.refresh()
@@ -141,53 +123,48 @@ class ClusterNodes:
             node = next((node for node in self._nodes if node.ray_id == ray_id and not node.lost), None)
             if node is None:
                 raise EngineDied(f"the node {ray_id} is not in the Ray cluster")
-            node.num_workers += 1
+            node.workers[pool] += 1
         try:
             self.start(node)
         except BaseException:
-            self.left(node)
+            self.left(node, pool)
             raise
         return node
 
-    def _fewest(self, before: ClusterNode | None, tried: list[str]) -> ClusterNode | None:
-        failed = {line.partition(":")[0] for line in tried} if len(tried) > len(self.all()) else set[str]()
+    def left(self, node: ClusterNode, pool: str) -> None:
+        """A worker of that pool is no more on the node."""
         with self._lock:
-            good = [node for node in self._nodes if not node.lost and node.address not in failed]
-            good = [node for node in good if self._cluster.labels.items() <= node.labels.items()]
-            good = [node for node in good if node.listed] or [node for node in good if node.daemon is not None]
-            if not good or len(tried) > 2 * len(self._nodes):
-                return None
-            found = before if before in good else min(good, key=lambda node: (node.num_workers, not node.is_home))
-            assert found is not None
-            found.num_workers += 1
-            return found
-
-    def left(self, node: ClusterNode) -> None:
-        """A worker of that node is no more."""
-        with self._lock:
-            node.num_workers -= 1
+            node.workers[pool] -= 1
 
     def refresh(self) -> None:
         """The nodes that Ray has now. Raises `RayAway`."""
         found = [msgspec.convert(one, RayNode) for one in self._desk.ask("nodes", limit_s=LOOK_S)]
+        by_id, now = {one.ray_id: one for one in found}, time.monotonic()
         with self._lock:
             for node in self._nodes:
-                node.listed = any(one.ray_id == node.ray_id for one in found)
-            self._adopt(found)
-            known = {node.ray_id for node in self._nodes}
-            fresh = [one for one in found if one.ray_id not in known]
-            self._nodes += [
-                ClusterNode(secrets.token_hex(8), one.ray_id, one.address, one.labels, one.here) for one in fresh
-            ]
+                node.told(by_id.get(node.ray_id), now)
+            self._adopt(found, now)
+            for node in self._nodes:
+                by_id.pop(node.ray_id, None)
+            for one in by_id.values():
+                node = ClusterNode(secrets.token_hex(8), one.ray_id, one.address, one.labels, one.here)
+                node.told(one, now)
+                self._nodes.append(node)
 
-    def _adopt(self, found: list[RayNode]) -> None:
-        """Daemons whose node went, and whose machine is back as another node: it is that node's from now on."""
-        free = [one for one in found if all(one.ray_id != node.ray_id for node in self._nodes)]
-        for node in self._nodes:
+    def _adopt(self, found: list[RayNode], now: float) -> None:
+        """Daemons whose node went, and whose machine is back as another node: it is that node's from now on. Ray may
+        have told of the new node before it noticed that the old one was gone."""
+        seen = {node.ray_id: node.seen for node in self._nodes}
+        used = {node.ray_id for node in self._nodes if node.daemon is not None or node.num_workers}
+        free = [one for one in found if one.ray_id not in used]
+        for node in sorted(self._nodes, key=lambda node: -node.num_workers):
             same = [one for one in free if one.address == node.address and one.here == node.is_home]
+            same = [one for one in same if seen.get(one.ray_id, now) > node.seen]
             if not node.listed and node.daemon is not None and same:
                 free.remove(same[0])
-                node.ray_id, node.labels, node.listed, node.kept = same[0].ray_id, same[0].labels, True, False
+                self._nodes = [other for other in self._nodes if other.ray_id != same[0].ray_id]
+                node.told(same[0], now)
+                node.kept = False
         gone = [node for node in self._nodes if not node.listed and node.daemon is None]
         self._nodes = [node for node in self._nodes if node not in gone]
 
@@ -250,17 +227,18 @@ class ClusterNodes:
         """Of the desk that there is now."""
         return self._desk.ask(*given, **how)
 
-    def _lose(self, node: ClusterNode) -> None:
+    def _lose(self, node: ClusterNode, *, only_idle: bool = False) -> bool:
         """Its daemon is gone, and with it what ran there. Another daemon may be started on the same node, as another
-        `ClusterNode`."""
+        `ClusterNode`. False where it was lost before, or has workers and was to be `only_idle`."""
         with self._lock:
-            if node.lost:
-                return
+            if node.lost or (only_idle and node.num_workers):
+                return False
             node.lost = True
             self._nodes = [other for other in self._nodes if other is not node]
             told, node.on_lost = node.on_lost, set()
         for tell in told:
             tell()
+        return True
 
     # -- the threads
 
@@ -307,8 +285,17 @@ class ClusterNodes:
         for node in self.all():
             if node.daemon is not None and node.listed and not self._has_keeper(node):
                 self._keep(node)
+            self._let_go(node)
         if self.shares is not None:
             self.shares.mend()
+
+    def _let_go(self, node: ClusterNode) -> None:
+        """A machine that has left Ray and did not come back within the lease: its daemon ends once no worker runs
+        there. Its packs are the client's too."""
+        left = node.away is not None and time.monotonic() - node.away > self._cluster.lease_s
+        if left and node.daemon is not None and not node.is_home and self._lose(node, only_idle=True):
+            with contextlib.suppress(OSError, ThawError):
+                self.peer(node).ask(EndNode(), 5.0)
 
     def _has_keeper(self, node: ClusterNode) -> bool:
         """Asked, for a keeper that ended is noticed by nobody while there is nothing to pass on."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from thaw.cluster.messages import DropPacks, ForgetStore, PackSource, PulledPacks, PullPacks, ServeStore
-from thaw.cluster.nodes import ClusterNode, ClusterNodes
+from thaw.cluster.node import ClusterNode
+from thaw.cluster.nodes import ClusterNodes
 from thaw.core.errors import EngineDied, ThawError
 from thaw.data.locations import StoreMount, TierAddress
 from thaw.data.tiers.folder import SCHEME, folder_of

@@ -71,7 +71,8 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     point states needs those at `num_kv` among `points`; earlier ones are for forks of earlier tokens.
     `turns` end at len(tokens). An unfinished completion (finish_reason None) may be resumed. `not_kept`: why the point
     cannot be gone on from as it is stored; the plan is then refused with `NotKept`, or, where `policy` allows it, what
-    comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0).
+    comes after `num_kv` is read again: from the nearest earlier point, or from the start (num_kv 0). `beside`: a live
+    session with which an engine with "beside" shares what both have of the same blobs at their start, as with a fork.
     `stale_kv`: take KV of another policy and other weights as it is; `kv_ranges` say which computed [0, num_kv), where
     that is not `identity`'s alone. The session is as after `keep_stale_kv`. An engine without "stale-kv" refuses such a
     plan with `Unsupported`.
@@ -93,6 +94,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     not_kept: str = ""
     stale_kv: bool = False
     kv_ranges: tuple[KVRange, ...] = ()
+    beside: SessionRef | None = None
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,6 +263,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `structured`        `Sampling.structured_outputs`, and a completion that goes on in the middle of one; else refused
     `entropy`           `Sampling.entropy`; else refused
     `stale-kv`          `keep_stale_kv`, and plans that ask for it; else refused
+    `beside`            `HydratePlan.beside`: what both sessions have of the same blobs is shared, and not read again
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
     """
     numerics: dict[str, str]

@@ -4,6 +4,10 @@ Each has a view of the repository of its own. A request is placed once its token
 of them open, else at the one with the fewest running requests. One that stops is taken out; what ran there runs again
 on another one, from what is stored, and what has an address or a command is brought back meanwhile.
 
+An error that says that an engine is gone is no proof: the engine is asked. One that answers stays, and the request that
+it failed counts that failure itself (`ReplyJob`). One that does not is taken out, and where none of its last lives got
+a request to its end, it is joined again later each time.
+
 Used by one event loop.
 """
 
@@ -13,10 +17,12 @@ import asyncio
 import contextlib
 import functools
 import logging
+import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from thaw.core.errors import EngineDied, InvalidRequest, NotFound, Refused, ThawError
+from thaw.core.errors import EngineDied, InvalidRequest, NotFound, Refused, ThawError, TimedOut
 from thaw.core.identity import compare
 from thaw.engines.base import Engine, EngineInfo
 from thaw.engines.registry import kind_of
@@ -29,37 +35,40 @@ from thaw.repo.repository import open as open_repository
 
 REJOIN_S = 600.0
 """How long requests wait while no engine is up."""
+ANSWER_S = 30.0
+"""An engine that is suspected dead has so long to answer: a step that reads a long prompt may be under way."""
+JOIN_AGAIN_S, MAX_JOIN_AGAIN_S = 2.0, 60.0
+"""How long an engine is left alone after a life that got no request to its end; twice as long after each more."""
+CLOSE_S = 30.0
+"""After its last request, what was joined of an engine that is gone is kept so long for whoever looks into it."""
 Reconnect: TypeAlias = Callable[[], Engine]
 """Joins or boots the engine that takes the place of one that died."""
 log = logging.getLogger("thaw.gateway")
 
 
-class ServingEngine:
-    """One of them, and the one that takes its place when it dies. `running`: requests that it has."""
+class NoEngineUp(EngineDied):
+    """None is up now. No request has failed by it."""
 
-    def __init__(self, number: int, repo: AsyncRepository, reconnect: Reconnect | None, *, own: bool) -> None:
-        self.number = number
+
+class EngineLife:
+    """One engine, from when it was joined until it is lost. `running`: requests that it has; `num_done`: those that it
+    got to their end; `users`: who else needs it."""
+
+    def __init__(self, repo: AsyncRepository, *, engine: Engine | None, own: bool) -> None:
+        """`engine`: the one that is closed at the end; None: it is its owner's. `own`: so is the view otherwise."""
+        _keep_up_elsewhere(repo)
         self.repo = repo
         self.running = 0
-        self.num_placed = 0
-        self.is_up = True
-        self.num_restarts = 0
-        self._reconnect = reconnect
-        _keep_up_elsewhere(repo)
-        self._own: list[AsyncRepository] = [repo] if own else []
-        self._replaced: list[Engine] = []
+        self.num_done = 0
+        self.users = 0
+        self.suspected: asyncio.Task[bool] | None = None
+        """Whether it answers is being asked."""
+        self._engine, self._own = engine, own
         self._within: dict[str, AsyncRepository] = {}
 
     @property
     def engine(self) -> Engine:
         return self.repo.sync.engine
-
-    def memory(self, *, running: bool) -> str:
-        return memory_of(self.engine.info, running=running)
-
-    @property
-    def can_come_back(self) -> bool:
-        return self.is_up or self._reconnect is not None
 
     def within(self, namespace: str) -> AsyncRepository:
         if not namespace:
@@ -76,24 +85,91 @@ class ServingEngine:
         finally:
             self.running -= 1
 
-    async def replace(self, like: Engine | None) -> None:
-        """Raises what joining or booting raises, and `InvalidRequest` where it does not run the model of `like`."""
-        assert self._reconnect is not None
-        engine = await call(self._reconnect)
-        self._replaced.append(engine)
-        if like is not None:
-            await call(_require_same, like, engine, self.number)
-        repo = AsyncRepository(await call(open_repository, self.repo.path, engine=engine, create=False))
-        _keep_up_elsewhere(repo)
-        self._own.append(repo)
-        self.repo, self.is_up, self.num_restarts = repo, True, self.num_restarts + 1
-        self._within.clear()
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Not closed meanwhile."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    async def close_when_idle(self) -> None:
+        """Of a life that is over: once nobody has needed it for a while."""
+        await asyncio.sleep(CLOSE_S)
+        while self.running or self.users:
+            await asyncio.sleep(CLOSE_S)
+        await self.close()
 
     async def close(self) -> None:
-        for engine in self._replaced:
+        """The client of its engine, and its view. Closing twice is fine."""
+        engine, self._engine = self._engine, None
+        own, self._own = self._own, False
+        if engine is not None:
             await call(engine.close)
-        for repo in self._own:
-            await repo.close()
+        if own:
+            await self.repo.close()
+
+
+class ServingEngine:
+    """A place for an engine: the one that is there now, `life`, and the one that takes its place when it dies."""
+
+    def __init__(self, number: int, repo: AsyncRepository, reconnect: Reconnect | None, *, own: bool) -> None:
+        self.number = number
+        self.life = EngineLife(repo, engine=None, own=own)
+        self.num_placed = 0
+        self.is_up = True
+        self.num_restarts = 0
+        self._num_fruitless = 0
+        """Of its last lives, one after the other: those that got no request to its end; not the first one."""
+        self._reconnect = reconnect
+
+    @property
+    def engine(self) -> Engine:
+        return self.life.engine
+
+    @property
+    def repo(self) -> AsyncRepository:
+        return self.life.repo
+
+    @property
+    def running(self) -> int:
+        """Requests that it has."""
+        return self.life.running
+
+    def memory(self, *, running: bool) -> str:
+        return memory_of(self.engine.info, running=running)
+
+    @property
+    def can_come_back(self) -> bool:
+        return self.is_up or self._reconnect is not None
+
+    def within(self, namespace: str) -> AsyncRepository:
+        return self.life.within(namespace)
+
+    def take_out(self) -> float:
+        """It is up no more. Seconds until it should be joined again: 0, unless its last lives were fruitless."""
+        self.is_up = False
+        in_vain = self.num_restarts > 0 and not self.life.num_done
+        self._num_fruitless = self._num_fruitless + 1 if in_vain else 0
+        wait_s: float = JOIN_AGAIN_S * 2 ** (self._num_fruitless - 1) if self._num_fruitless else 0.0
+        return min(wait_s, MAX_JOIN_AGAIN_S)
+
+    async def replace(self, like: Engine | None) -> EngineLife:
+        """The life that is over. Raises what joining or booting raises, and `InvalidRequest` where it does not run the
+        model of `like`."""
+        assert self._reconnect is not None
+        engine = await call(self._reconnect)
+        try:
+            if like is not None:
+                await call(_require_same, like, engine, self.number)
+            repo = AsyncRepository(await call(open_repository, self.repo.path, engine=engine, create=False))
+        except BaseException:
+            await call(engine.close)
+            raise
+        before, self.life = self.life, EngineLife(repo, engine=engine, own=True)
+        self.is_up, self.num_restarts = True, self.num_restarts + 1
+        return before
 
 
 class ServingEngines:
@@ -115,6 +191,9 @@ class ServingEngines:
             self.all.append(ServingEngine(number, view, again, own=True))
         self._on_lost, self._spread = on_lost, spread
         self._returning: set[asyncio.Task[None]] = set()
+        self._over: dict[EngineLife, asyncio.Task[None]] = {}
+        """Lives that are over, and are not closed yet."""
+        self._heard_of: weakref.WeakSet[EngineDied] = weakref.WeakSet()
         self._news = asyncio.Event()
         self._closing = False
 
@@ -127,13 +206,18 @@ class ServingEngines:
         """One that is up if any is: for what all of them would say alike."""
         return next(iter(self.up), self.all[0])
 
+    @property
+    def first_up(self) -> ServingEngine:
+        """Raises `NoEngineUp`."""
+        if not self.up:
+            raise NoEngineUp("no engine is up")
+        return self.up[0]
+
     # -- placement
 
     def least_busy(self) -> ServingEngine:
-        """Raises `EngineDied` where none is up."""
-        if not self.up:
-            raise EngineDied("no engine is up")
-        return min(self.up, key=_load)
+        """Raises `NoEngineUp`."""
+        return min([self.first_up, *self.up[1:]], key=_load)
 
     def nearest(self, num_open: Callable[[ServingEngine], int], num_elsewhere: int, worth: int) -> ServingEngine:
         """Where a request runs. `num_open(engine)`: of its tokens those that are open or under way there;
@@ -152,15 +236,31 @@ class ServingEngines:
 
     # -- one that dies
 
-    def lost(self, one: ServingEngine, engine: Engine) -> None:
-        """`engine` was found dead: `one` is taken out until it is back."""
-        if one.engine is not engine or not one.is_up:
+    async def failed(self, one: ServingEngine, life: EngineLife, error: EngineDied) -> None:
+        """A request failed in that life as where the engine is gone: it is asked, and taken out until it is back unless
+        it answers."""
+        if error in self._heard_of or isinstance(error, NoEngineUp) or one.life is not life or not one.is_up:
             return
-        one.is_up = False
-        log.warning("engine %d stopped; %d of %d are up", one.number, len(self.up), len(self.all))
+        self._heard_of.add(error)
+        if life.suspected is None:
+            life.suspected = asyncio.create_task(_answers(life.engine))
+        asked = life.suspected
+        answers = await asyncio.shield(asked)
+        if life.suspected is asked:
+            life.suspected = None
+        if answers:
+            log.warning("engine %d failed a request, and answers: %s", one.number, told_in_log(error))
+        elif one.life is life and one.is_up:
+            self._take_out(one, error)
+
+    def _take_out(self, one: ServingEngine, error: EngineDied) -> None:
+        wait_s = one.take_out()
+        counts = f"{len(self.up)} of {len(self.all)} are up"
+        later = f"; it is joined again in {wait_s:.0f} s" if wait_s else ""
+        log.warning("engine %d stopped (%s); %s%s", one.number, told_in_log(error), counts, later)
         self._on_lost(one)
         if one.can_come_back:
-            task = asyncio.create_task(self._bring_back(one))
+            task = asyncio.create_task(self._bring_back(one, wait_s))
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
 
@@ -175,19 +275,27 @@ class ServingEngines:
         while not self.up and not self._closing and any(one.can_come_back for one in self.all):
             await self._news.wait()
 
-    async def _bring_back(self, one: ServingEngine) -> None:
+    async def _bring_back(self, one: ServingEngine, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
         told = ""
         while True:
             try:
-                await one.replace(self.any.engine if self.up else None)
+                before = await one.replace(self.any.engine if self.up else None)
                 break
-            except ThawError as error:
-                if error.kind != told:
-                    log.warning("engine %d is down, and none has replaced it yet: %s", one.number, error.kind)
-                told = error.kind
+            except Exception as error:  # noqa: BLE001 - whatever joining it raises, it is tried again
+                kind = error.kind if isinstance(error, ThawError) else type(error).__name__
+                if kind != told:
+                    log.warning("engine %d is down, and none has replaced it yet: %s", one.number, kind)
+                told = kind
                 await asyncio.sleep(RETRY_AFTER_S)
         log.warning("another engine has replaced engine %d", one.number)
+        self._let_go(before)
         self._tell()
+
+    def _let_go(self, life: EngineLife) -> None:
+        """Close it once its last request is over."""
+        task = self._over[life] = asyncio.create_task(life.close_when_idle())
+        task.add_done_callback(lambda _: self._over.pop(life, None))
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()
@@ -203,8 +311,34 @@ class ServingEngines:
 
     async def close(self) -> None:
         """Those that came later, and the views; not the engines that were given."""
-        for one in self.all:
-            await one.close()
+        over = list(self._over.items())
+        for _, task in over:
+            task.cancel()
+        if over:
+            await asyncio.wait([task for _, task in over])
+        for life in [*(life for life, _ in over), *(one.life for one in self.all)]:
+            await life.close()
+
+
+async def _answers(engine: Engine) -> bool:
+    """Whether it is there: it opens a session, and says which model it runs."""
+    try:
+        await asyncio.wait_for(call(_ask, engine), ANSWER_S)
+    except (EngineDied, TimedOut, asyncio.TimeoutError):
+        return False
+    except Exception as error:  # noqa: BLE001 - whatever it answers
+        log.warning("an engine that was asked whether it is there answered with an error: %s", type(error).__name__)
+    return True
+
+
+def _ask(engine: Engine) -> None:
+    engine.close_session(engine.open())
+    engine.identity()
+
+
+def told_in_log(error: EngineDied) -> str:
+    """Why an engine is gone, without what a server has said: that may hold a client's words."""
+    return re.sub(r"\((\d{3}): .*\)", r"(\1)", str(error), flags=re.DOTALL)[:300]
 
 
 def _keep_up_elsewhere(repo: AsyncRepository) -> None:

@@ -5,7 +5,8 @@ its followers see all of them, from any place on. `stop` ends it at the next ste
 then is committed like any other. `park` does too, so that it can go on bit for bit later: what a stream holds back, the
 beginning of a stop string or of a character, is not given out. Where the engine ends, the job runs again with the seed
 that it had, in another one or, once it is there, in the one that takes its place; what it says must begin with what was
-given out, and followers see the rest. Its outcome exists once the commit is on disk.
+given out, and followers see the rest. One that comes no further in several engines one after the other, or in one that
+answers all the same, ends with an error. Its outcome exists once the commit is on disk.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import msgspec
 from thaw.core.errors import Cancelled, EngineDied
 from thaw.engines.base import Completion, Delta, SessionView
 from thaw.gateway.asked import Asked, RequestBegun, RequestOutcome, SpokenPiece
+from thaw.gateway.engines import NoEngineUp
 from thaw.gateway.place import Place
 from thaw.gateway.problems import told
 from thaw.gateway.reading import SpeechReader
@@ -34,6 +36,11 @@ from thaw.repo.stream import Stream
 REQUEST: ContextVar[str] = ContextVar("thaw.gateway.request", default="")
 """The number of the request that is answered, as its reply's header `x-request-id` says it; "" where none is."""
 
+MAX_FAILURES = 3
+"""How often an engine may fail a request once more after the first time, each time no further than before."""
+AGAIN_S = 0.5
+"""Before the first of those runs; twice as long before each that follows."""
+
 
 class Given:
     """What followers have received, so that a restarted run gives them only the rest."""
@@ -42,6 +49,10 @@ class Given:
         self._ids: list[int] = []
         self._text = ""
         self._ran: tuple[list[int], str] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._ids)
 
     def again(self) -> None:
         self._ran = ([], "")
@@ -74,6 +85,25 @@ def _prompt(view: SessionView) -> tuple[int, ...]:
     """What a session's last completion follows."""
     last = view.turns[-1] if view.turns else None
     return view.tokens[: last.start] if last is not None and last.kind == "completion" else view.tokens
+
+
+class Failures:
+    """How often engines have failed a request one after the other, and how far it had come."""
+
+    def __init__(self) -> None:
+        self._num, self._num_tokens = 0, 0
+
+    def wait_s(self, error: EngineDied, num_tokens: int) -> float:
+        """Seconds until it runs again, after a run that gave out `num_tokens` tokens and failed with `error`. Raises
+        `EngineDied` where it is not to run again."""
+        self._num = 1 if num_tokens > self._num_tokens else self._num + 1
+        self._num_tokens = num_tokens
+        if self._num > MAX_FAILURES:
+            raise EngineDied(
+                f"the engine failed this request {self._num} times, each time after no more than {num_tokens} tokens, "
+                f"and could be reached again in between; the last time: {error}"
+            )
+        return 0.0 if self._num == 1 else float(AGAIN_S * 2 ** (self._num - 2))
 
 
 Keep = Callable[[RequestOutcome], Awaitable[None]]
@@ -174,14 +204,17 @@ class ReplyJob:
         news.set()
 
     async def _run(self) -> None:
+        failures = Failures()
         try:
             while True:
                 try:
                     await self._go_on(await self._find(self.asked))
                     break
-                except EngineDied:
+                except EngineDied as error:
                     if self.stopped or self.asked.resume:
                         raise
+                    if not isinstance(error, NoEngineUp):
+                        await asyncio.sleep(failures.wait_s(error, self._given.num_tokens))
                     await self._engine_back()
                     self._given.again()
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited

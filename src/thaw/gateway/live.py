@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from thaw.core.errors import Refused, ThawError
+from thaw.core.errors import EngineDied, Refused, ThawError
 from thaw.core.ids import CommitId
 from thaw.core.prefix import common_prefix
 from thaw.engines.base import SessionView
@@ -40,6 +40,8 @@ class LiveEntry:
     ) -> None:
         self.number = number
         self.home = home
+        self.life = home.life
+        """The engine that it is in. Nothing is where that is the home's no more."""
         self.namespace = namespace
         self.tokens = tokens
         self.told = tokens
@@ -55,8 +57,13 @@ class LiveEntry:
         self.gone = False
 
     @property
+    def is_there(self) -> bool:
+        """Whether it may be continued from, now or once it is ready."""
+        return not self.gone and self.life is self.home.life
+
+    @property
     def usable(self) -> bool:
-        return self.ready.is_set() and not self.gone
+        return self.ready.is_set() and self.is_there
 
     def in_answer(self, token: int) -> bool:
         return any(start <= token < end for start, end in self.answers)
@@ -120,7 +127,8 @@ class LiveSessions:
         self._limits = limits
         self._entries: dict[int, LiveEntry] = {}
         self._numbers = count()
-        self._loading: dict[tuple[ServingEngine, str, str, int], asyncio.Future[LiveEntry]] = {}
+        self._loading: dict[tuple[ServingEngine, str, str, int], asyncio.Future[None]] = {}
+        """Done when it is loaded, or is not."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -136,7 +144,7 @@ class LiveSessions:
 
     def begin(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> LiveEntry:
         """A request that will have read these tokens there; whoever comes after it may wait for it."""
-        home.running += 1
+        home.life.running += 1
         home.num_placed += 1
         return self._enter(home, namespace, tokens, chat=chat)
 
@@ -150,7 +158,8 @@ class LiveSessions:
 
     def settle(self, entry: LiveEntry, view: SessionView, told: tuple[int, ...], commit: str) -> None:
         """The request is over and committed. `trim` follows once its client has been told."""
-        entry.home.running -= 1
+        entry.life.running -= 1
+        entry.life.num_done += 1
         entry.tokens, entry.told, entry.commit, entry.parent = view.tokens, told, commit, commit
         entry.answers = _answers(view)
         entry.ready.set()
@@ -158,11 +167,13 @@ class LiveSessions:
 
     async def fail(self, entry: LiveEntry) -> None:
         """The request came to nothing: those who wait for it look elsewhere."""
-        entry.home.running -= 1
         entry.gone = True
         entry.users -= 1
         entry.ready.set()
-        await self._close(entry)
+        try:
+            await self._close(entry)
+        finally:
+            entry.life.running -= 1
 
     async def trim(self) -> None:
         """Close the least recently used, down to the limits; never one that is in use."""
@@ -225,7 +236,7 @@ class LiveSessions:
         coming: Near = (0, None)
         for entry in self._entries.values():
             here = entry.home is mine.home and _is_alike(entry, mine.namespace, mine.chat)
-            if not here or entry is mine or entry.gone or entry.number in refused:
+            if not here or entry is mine or not entry.is_there or entry.number in refused:
                 continue
             num, best = ready if entry.usable else coming
             longer = best is not None and len(entry.tokens) >= len(best.tokens)
@@ -240,7 +251,7 @@ class LiveSessions:
 
     def most(self, home: ServingEngine, namespace: str, tokens: tuple[int, ...], *, chat: bool) -> int:
         """Of these tokens the most that one entry of that engine has or will have."""
-        alike = (one for one in self.of(home) if _is_alike(one, namespace, chat) and not one.gone)
+        alike = (one for one in self.of(home) if _is_alike(one, namespace, chat) and one.is_there)
         return max((entry.common(tokens) for entry in alike), default=0)
 
     def has(self, home: ServingEngine, namespace: str, point: ResolvedPoint) -> bool:
@@ -263,8 +274,7 @@ class LiveSessions:
                 return found
             if key not in self._loading:
                 return await self._load(key, load)
-            with contextlib.suppress(ThawError):
-                await asyncio.shield(self._loading[key])
+            await asyncio.shield(self._loading[key])
 
     def _standing(self, home: ServingEngine, namespace: str, commit: str, num_tokens: int) -> LiveEntry | None:
         for entry in self.of(home):
@@ -282,20 +292,18 @@ class LiveSessions:
 
     async def _load(self, key: tuple[ServingEngine, str, str, int], load: Callable[[], Session]) -> LiveEntry:
         loaded = self._loading[key] = asyncio.get_running_loop().create_future()
+        life = key[0].life
         try:
             session, view = await self._cut(key) or await _seen(load)
-        except BaseException as error:
-            loaded.set_exception(error if isinstance(error, ThawError) else asyncio.CancelledError())
-            loaded.exception()
-            raise
+            if life is not key[0].life:
+                raise EngineDied("the engine was replaced while a session was loaded into it")
+            entry = self._enter(key[0], key[1], view.tokens, chat=bool(view.turns) and view.turns[0].role is not None)
+            entry.session, entry.commit, entry.parent = session, key[2], key[2]
+            entry.answers = _answers(view)
+            entry.ready.set()
         finally:
             del self._loading[key]
-        chat = bool(view.turns) and view.turns[0].role is not None
-        entry = self._enter(key[0], key[1], view.tokens, chat=chat)
-        entry.session, entry.commit, entry.parent = session, key[2], key[2]
-        entry.answers = _answers(view)
-        entry.ready.set()
-        loaded.set_result(entry)
+            loaded.set_result(None)
         return entry
 
     async def _cut(self, key: tuple[ServingEngine, str, str, int]) -> tuple[AsyncSession, SessionView] | None:

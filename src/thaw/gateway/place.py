@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import AsyncIterator, Callable
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -26,7 +26,7 @@ from thaw.core.prefix import common_prefix
 from thaw.core.sampling import Sampling, fresh_seed
 from thaw.engines.base import Completion, Engine, Message, SessionView
 from thaw.gateway.asked import Asked, RequestOutcome
-from thaw.gateway.engines import ServingEngine, ServingEngines
+from thaw.gateway.engines import EngineLife, ServingEngine, ServingEngines
 from thaw.gateway.live import WORTH_WAITING, LiveEntry, LiveSessions
 from thaw.repo import resolve, timeline
 from thaw.repo.aio import AsyncRepository, AsyncSession
@@ -34,6 +34,7 @@ from thaw.repo.bridge import call, opened
 from thaw.repo.resolve import ResolvedPoint
 from thaw.repo.session import Session
 
+T = TypeVar("T")
 Source = Literal["live", "stored", "new"]
 COMMON = 8
 """Characters of a token; a text with no more of them may fit, whatever the longest token is."""
@@ -89,10 +90,12 @@ class Place:
         self._live.settle(self.entry, view, told, outcome.point)
 
     async def give_up(self, error: BaseException) -> None:
-        """It came to nothing; where that is because its engine died, that one is taken out."""
-        if isinstance(error, EngineDied):
-            self._engines.lost(self.entry.home, self.session.sync.engine)
-        await self._live.fail(self.entry)
+        """It came to nothing; where its engine seems dead, that one is asked."""
+        try:
+            if isinstance(error, EngineDied):
+                await self._engines.failed(self.entry.home, self.entry.life, error)
+        finally:
+            await self._live.fail(self.entry)
 
 
 class TextLimit:
@@ -137,11 +140,11 @@ class ParentFinder:
         if asked.resume:
             return await self._resumed(asked)
         if asked.token_ids is not None:
-            stored = await call(self._match, asked.token_ids, chat=False)
+            stored = await self._asked(self._match, asked.token_ids, chat=False)
             return await self._place(asked, asked.token_ids, (), None, stored)
         if asked.at is None:
             messages = _conversation(asked, ())
-            tokens, stored = await call(self._render_and_match, asked, messages)
+            tokens, stored = await self._asked(self._render_and_match, asked, messages)
             return await self._place(asked, tokens, messages, None, stored)
         return await self._at(asked, asked.at)
 
@@ -153,22 +156,29 @@ class ParentFinder:
             return num if self._live.has(one, self._namespace, point) else 0
 
         home = self._engines.nearest(num_open, num, worth=1)
-        with home.busy(), self._watched(home):
-            trunk = await self._live.at(home, self._namespace, point, self._loader(home, asked, point))
-            try:
-                return await self._from(asked, trunk)
-            finally:
-                trunk.users -= 1
+        with home.life.busy():
+            async with self._watched(home):
+                trunk = await self._live.at(home, self._namespace, point, self._loader(home.life, asked, point))
+                try:
+                    return await self._from(asked, trunk)
+                finally:
+                    trunk.users -= 1
 
-    @contextlib.contextmanager
-    def _watched(self, home: ServingEngine) -> Iterator[None]:
+    async def _asked(self, do: Callable[..., T], *args: object, **options: object) -> T:
+        """On a thread, what the repository says of tokens. It asks an engine which model that runs."""
+        async with self._watched(self._engines.first_up):
+            return await call(do, *args, **options)
+
+    @contextlib.asynccontextmanager
+    async def _watched(self, home: ServingEngine) -> AsyncIterator[None]:
         """An engine that turns out to be dead is taken out."""
-        engine = home.engine
-        try:
-            yield
-        except EngineDied:
-            self._engines.lost(home, engine)
-            raise
+        life = home.life
+        with life.held():
+            try:
+                yield
+            except EngineDied as error:
+                await self._engines.failed(home, life, error)
+                raise
 
     async def count(self, asked: Asked) -> int:
         """Tokens of its prompt."""
@@ -190,8 +200,8 @@ class ParentFinder:
         home = self._engines.least_busy()
         entry = self._live.begin(home, self._namespace, (), chat=True)
         try:
-            with self._watched(home):
-                session = AsyncSession(await opened(Session.close, self._loader(home, asked, asked.at)))
+            async with self._watched(home):
+                session = AsyncSession(await opened(Session.close, self._loader(entry.life, asked, asked.at)))
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -205,8 +215,9 @@ class ParentFinder:
         """Behind plain text the messages are appended; what they become there only the session knows."""
         entry = self._live.begin(trunk.home, self._namespace, (), chat=False)
         try:
-            with self._watched(trunk.home), trunk.held():
-                session = AsyncSession(await opened(Session.close, trunk.child, len(trunk.tokens)))
+            async with self._watched(trunk.home):
+                with trunk.held():
+                    session = AsyncSession(await opened(Session.close, trunk.child, len(trunk.tokens)))
         except BaseException:
             await self._live.fail(entry)
             raise
@@ -231,11 +242,11 @@ class ParentFinder:
         sampling, chat = self._sampling(asked, len(tokens)), asked.token_ids is None
         home = None if trunk is None else trunk.home
         if trunk is not None and not _leads_on(trunk, tokens):
-            trunk, stored = None, await call(self._match, tokens, chat=chat)
+            trunk, stored = None, await self._asked(self._match, tokens, chat=chat)
         home = home or self._nearest_engine(tokens, stored.num_tokens if stored else 0, chat=chat)
         entry = self._live.begin(home, self._namespace, tokens, chat=chat)
         try:
-            with self._watched(home):
+            async with self._watched(home):
                 found = await self._nearest(asked, entry, trunk, stored)
         except BaseException:
             await self._live.fail(entry)
@@ -344,7 +355,7 @@ class ParentFinder:
             return await self._fresh(asked, entry)
 
     async def _fresh(self, asked: Asked, entry: LiveEntry) -> ParentFound:
-        return await self._begun(asked, entry.home.within(self._namespace).sync.session, "new")
+        return await self._begun(asked, entry.life.within(self._namespace).sync.session, "new")
 
     async def _begun(
         self,
@@ -393,7 +404,7 @@ class ParentFinder:
 
     async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
         try:
-            trunk = await self._live.at(entry.home, self._namespace, point, self._loader(entry.home, asked, point))
+            trunk = await self._live.at(entry.home, self._namespace, point, self._loader(entry.life, asked, point))
         except Refused:
             if asked.policy == "exact":
                 return None
@@ -414,9 +425,9 @@ class ParentFinder:
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
         return resolve.at(store, point.commit) if inside else point
 
-    def _loader(self, home: ServingEngine, asked: Asked, point: ResolvedPoint) -> Callable[[], Session]:
+    def _loader(self, life: EngineLife, asked: Asked, point: ResolvedPoint) -> Callable[[], Session]:
         """What loads the session at a stored point, on a thread."""
-        repo, bare = home.within(self._namespace).sync, msgspec.structs.replace(point, branch=None)
+        repo, bare = life.within(self._namespace).sync, msgspec.structs.replace(point, branch=None)
         return lambda: repo.session(bare, policy=asked.policy)
 
 

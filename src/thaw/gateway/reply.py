@@ -17,6 +17,8 @@ from thaw.gateway.problems import told
 
 PAUSE_S = 15.0
 """Of silence in a stream."""
+LINE_ENDS = {"\x85": rb"\u0085", "\u2028": rb"\u2028", "\u2029": rb"\u2029"}
+"""What ends a line for some clients, and not in a stream of events; as JSON says it in ASCII."""
 
 
 class ClientGone(Exception):
@@ -29,7 +31,11 @@ def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None 
 
 def event(value: Mapping[str, object], name: str | None = None) -> bytes:
     """One server-sent event."""
-    data = b"data: " + msgspec.json.encode(value) + b"\n\n"
+    said = msgspec.json.encode(value)
+    if not said.isascii():
+        for character, written in LINE_ENDS.items():
+            said = said.replace(character.encode(), written)
+    data = b"data: " + said + b"\n\n"
     return data if name is None else f"event: {name}\n".encode() + data
 
 

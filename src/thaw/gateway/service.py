@@ -278,6 +278,10 @@ class Service:
 
         What running requests continue from is kept until they are over.
         """
+        with self.engines.any.life.held():
+            return await self._sweep()
+
+    async def _sweep(self) -> int:
         keeping, now = self.settings.keeping, time.time()
         held = {job.parent for job in self._running if job.parent is not None}
         sooner = {one.namespace: now - one.lifetime_s for one in self.tenants.all if one.lifetime_s is not None}

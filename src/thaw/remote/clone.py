@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from thaw.core.errors import Conflict, NotFound
 from thaw.core.ids import CommitId
+from thaw.data.files import storage_errors
 from thaw.remote import about, refs, settings, tracking
 from thaw.remote.fetch import FetchWish, fetch
 from thaw.remote.meter import TransferMeter
@@ -15,6 +18,9 @@ from thaw.remote.opened import OpenedRemote
 from thaw.remote.report import RefMoved, TransferReport
 from thaw.remote.settings import RemoteSettings
 from thaw.store import RefUpdate, Store
+from thaw.store.locks import locked
+
+LOCK_WAIT_S = 30.0
 
 
 class CloneWish(NamedTuple):
@@ -38,23 +44,62 @@ def clone(
     """Makes a repository in a new or empty folder and fetches into it. Raises `Conflict` where something is there,
     `NotFound` where the remote has nothing, or not that branch."""
     said = about.require(remote.whole, remote.url)
-    made = _made(path)
-    whole = Store.init(path)
+    if wish.branch is not None:
+        tracking.require_place(remote.name, wish.branch)
+    parents = [folder for folder in path.parents if not folder.exists()]
+    whole = _made(path, parents)
     try:
-        store = whole.within(remote.bucket.namespace) if remote.bucket.namespace else whole
-        settings.add(store, remote.name, remote_settings)
-        only = (wish.branch or said.head,) if wish.single else None
-        if wish.refs_only:
-            report = _promise(store, remote, only)
-        else:
-            report = fetch(store, remote, FetchWish(branches=only, depth=wish.depth), meter=meter)
-        _start(store, remote, wish.branch, said.head)
+        with contextlib.closing(whole):
+            store = whole.within(remote.bucket.namespace) if remote.bucket.namespace else whole
+            return _filled(store, remote, remote_settings, wish, said.head, meter)
     except BaseException:
-        whole.close()
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(path, parents)
         raise
-    whole.close()
+
+
+def _made(path: Path, parents: Sequence[Path]) -> Store:
+    """A new repository; of two clones into one folder, one makes it, and no other removes it. Raises `Conflict`,
+    `Busy`, `StorageFailed`."""
+    with storage_errors(path, "make a repository in"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent, wait_s=LOCK_WAIT_S, busy=f"another process has locked {path.parent}; try again"):
+        if path.exists() and any(path.iterdir()):
+            raise Conflict(
+                f"{path} is not empty. Clone into a folder of its own. If a clone was interrupted here, delete what it "
+                f"left, or go on with `thaw -C {path} fetch` and then `pull`."
+            )
+        try:
+            return Store.init(path)
+        except BaseException:
+            _remove(path, parents)
+            raise
+
+
+def _remove(path: Path, parents: Sequence[Path]) -> None:
+    """What this clone made; a parent that has something else in it stays."""
+    shutil.rmtree(path, ignore_errors=True)
+    for folder in parents:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _filled(
+    store: Store,
+    remote: OpenedRemote,
+    remote_settings: RemoteSettings,
+    wish: CloneWish,
+    head: str,
+    meter: TransferMeter | None,
+) -> TransferReport:
+    """Fetches into a new store. Where that is killed, fetch and pull go on: HEAD and the remote are known first."""
+    store.set_head(wish.branch or head)
+    settings.add(store, remote.name, remote_settings)
+    only = (wish.branch or head,) if wish.single else None
+    if wish.refs_only:
+        report = _promise(store, remote, only)
+    else:
+        report = fetch(store, remote, FetchWish(branches=only, depth=wish.depth), meter=meter)
+    _start(store, remote, wish.branch, head)
     return report
 
 
@@ -65,21 +110,13 @@ def _promise(store: Store, remote: OpenedRemote, only: tuple[str, ...] | None) -
     points = {
         tracking.name_of(remote.name, name): there.ref.commit
         for (_, name), there in found.items()
-        if there.ref.commit is not None
+        if there.ref.commit is not None and tracking.has_place(remote.name, name)
     }
     settings.promise(store, points)
     moved = [
         RefMoved(kind="branch", name=point, outcome="new", old=None, new=commit) for point, commit in points.items()
     ]
     return TransferReport(remote=remote.name, url=remote.url, refs=tuple(moved))
-
-
-def _made(path: Path) -> list[Path]:
-    """The folders that a clone makes; what is there already stays there."""
-    if path.exists() and any(path.iterdir()):
-        raise Conflict(f"{path} is not empty. Clone into a folder of its own.")
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    return missing[-1:] or [path]
 
 
 def _start(store: Store, remote: OpenedRemote, branch: str | None, head: str) -> None:

@@ -10,6 +10,12 @@ import re
 
 from thaw.core.errors import RemoteDenied, RemoteError, RemoteMissing, RemoteUnreachable
 
+REPAIR = (
+    "If that stays so, delete the branches that need it there (`thaw forget --remote`), then push them again from "
+    "where they still are."
+)
+"""What to do about data of a remote that is missing or damaged. A push alone does not send it again: the branch is
+where it should be."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _BROKEN = re.compile(r"kind: (Connect|Timeout|Request|Interrupted|Decode|Unknown)\b")

@@ -21,8 +21,9 @@ from thaw.core.errors import Busy, CorruptBlob, NotFound, RemoteMissing
 from thaw.core.ids import CommitId, digest, short
 from thaw.core.objects import AnyObject, Commit, decode
 from thaw.data.pack import PackItem, PackResult, write_pack
-from thaw.remote import about, layout, refs, tracking
+from thaw.remote import about, layout, refs, settings, tracking
 from thaw.remote.arriving import Announced, Arrival, LandingPacks
+from thaw.remote.errors import REPAIR
 from thaw.remote.history import RemoteHistory
 from thaw.remote.layout import Kind
 from thaw.remote.local import LocalHistory, require_of
@@ -138,6 +139,7 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
         asked += [("tag", name) for name in names]
     found = refs.read_all(remote.bucket, asked, workers)
     for name in wish.branches or ():
+        tracking.require_place(remote.name, name)
         there = found.get(("branch", name))
         if there is None or there.ref.commit is None:
             some = ", ".join(refs.names(remote.bucket, "branch")[:8])
@@ -145,6 +147,30 @@ def _wanted(remote: OpenedRemote, wish: FetchWish, workers: int) -> list[RemoteR
                 f"there is no branch {name!r} in {remote.name} ({remote.url}); names in it: {some or 'none'}."
             )
     return [standing.ref for standing in found.values()]
+
+
+def _placed(store: Store, remote: str, found: Sequence[RemoteRef]) -> tuple[list[RemoteRef], list[RemoteRef]]:
+    """Those whose names have a place here, and the others. A tag has none that would be taken for something else: for
+    one of the branches, for a tracking point, or for HEAD."""
+    book = settings.read(store)
+    branches = {ref.name for ref in found if ref.kind == "branch" and ref.commit is not None}
+    taken = branches.union(settings.RESERVED)
+
+    def has_place(ref: RemoteRef) -> bool:
+        if ref.commit is None:
+            return True
+        if ref.kind == "branch":
+            return tracking.has_place(remote, ref.name)
+        return ref.name not in taken and not tracking.is_tracking(ref.name, book)
+
+    placed, others = list[RemoteRef](), list[RemoteRef]()
+    for ref in found:
+        (placed if has_place(ref) else others).append(ref)
+    return placed, others
+
+
+def _left_out(ref: RemoteRef) -> RefMoved:
+    return RefMoved(kind=ref.kind, name=ref.name, outcome="left-out", old=None, new=ref.commit)
 
 
 def _move(store: Store, remote: str, found: Sequence[RemoteRef], wish: FetchWish) -> list[RefMoved]:
@@ -219,8 +245,9 @@ class _Fetch:
         found = _wanted(self.remote, wish, self.workers)
         for _ in range(ATTEMPTS):
             try:
-                with self.bring([ref for ref in found if ref.commit is not None]):
-                    return _move(self.store, self.remote.name, found, wish)
+                placed, others = _placed(self.store, self.remote.name, found)
+                with self.bring([ref for ref in placed if ref.commit is not None]):
+                    return [*_move(self.store, self.remote.name, placed, wish), *map(_left_out, others)]
             except (CorruptBlob, RemoteMissing):
                 before, found = found, _wanted(self.remote, wish, self.workers)
                 if [ref.commit for ref in found] == [ref.commit for ref in before]:
@@ -455,8 +482,7 @@ def _blob_places(manifest: Manifest) -> dict[str, tuple[PushedBlob, str]]:
 def _given(places: dict[str, T], identifier: str, commit: str) -> T:
     if identifier not in places:
         raise CorruptBlob(
-            f"commit {short(commit)} of the remote needs {identifier}, which its manifests do not list. "
-            "Push the commit again from where it was made, or take another one."
+            f"commit {short(commit)} of the remote needs {identifier}, which its manifests do not list. {REPAIR}"
         )
     return places[identifier]
 
@@ -466,7 +492,7 @@ def _compare(remote: OpenedRemote, piece: _Piece, found: str, what: str) -> None
         raise CorruptBlob(
             f"{what} {piece.id} of the remote {remote.name} hashes to {found}: bytes {piece.offset} to "
             f"{piece.offset + piece.nbytes} of {layout.prefix(remote.bucket.namespace)}{piece.key} at {remote.url} are "
-            "not what was pushed. Nothing of it was kept."
+            f"not what was pushed. Nothing of it was kept. {REPAIR}"
         )
 
 

@@ -22,6 +22,7 @@ from blake3 import blake3
 from thaw.core.errors import RemoteMissing
 from thaw.data.files import pwrite_all, storage_errors, sync_folder
 from thaw.remote.bucket import CLOCK, FoundObject, ListedObject, Version, check_key, is_key
+from thaw.remote.errors import REPAIR
 from thaw.store.locks import locked
 
 LOCK = ".lock"
@@ -55,9 +56,7 @@ class FolderBucket:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
-            raise RemoteMissing(
-                f"{key} is not at {self.url}; fetch again, or push it again from where it still is"
-            ) from None
+            raise RemoteMissing(f"{key} is not at {self.url}. {REPAIR}") from None
         try:
             with storage_errors(path, "read"):
                 return [self._range(fd, key, start, length) for start, length in ranges]
@@ -126,7 +125,7 @@ class FolderBucket:
         if start + length > size:
             raise RemoteMissing(
                 f"{key} at {self.url} ends at byte {size}, but bytes up to {start + length} were written: it was cut "
-                "or replaced. Push it again from where it still is."
+                f"or replaced. {REPAIR}"
             )
         parts: list[bytes] = []
         at, end = start, start + length

@@ -93,6 +93,7 @@ class _Forget:
         )
 
     def _once(self) -> _Sight:
+        self._drop_lost()
         self._collect()
         state = epochs.read(self.bucket)[0]
         seen = self._look(refs.read_listed(self.bucket, self.workers))
@@ -221,6 +222,21 @@ class _Forget:
         self.bucket.delete(gone)
         self.num_reflog += len(gone)
 
+    def _drop_lost(self) -> None:
+        """Reflog entries of the named refs that lead to something damaged: they would stop every gc, and tell nothing
+        of what is to be forgotten that gc does not find."""
+        entries = [one for kind, name in self.names for one in self._entries(kind, name)]
+        lost = [key for key, entry in entries if not self._can_be_followed(entry)]
+        self.bucket.delete(lost)
+        self.num_reflog += len(lost)
+
+    def _can_be_followed(self, entry: RemoteRef) -> bool:
+        try:
+            self._reach([entry])
+        except CorruptBlob:
+            return False
+        return True
+
     def _keeps(self, entry: RemoteRef, commits: set[str], mixed: frozenset[str]) -> bool:
         try:
             reach = self._reach([entry])
@@ -271,8 +287,8 @@ class _Forget:
         for entry, piece in zip(entries, data, strict=True):
             if digest(piece) != entry.id:
                 raise CorruptBlob(
-                    f"{entry.id} in {pack} of {self.remote.url} is damaged. Nothing was deleted: push it again from "
-                    "where it still is, then forget again."
+                    f"{entry.id} in {pack} of {self.remote.url} is damaged, and a branch that stays needs it. No data "
+                    "was deleted: forget all branches that need it, then push them again from where they still are."
                 )
             whole[entry.offset : entry.offset + entry.nbytes] = piece
         self.bucket.put(key, memoryview(whole))

@@ -11,11 +11,12 @@ the bucket is opened, and are never stored. A URL or an option that holds some i
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
 
@@ -86,8 +87,9 @@ def timeout_s(address: RemoteAddress) -> float:
 
 
 def _refuse_secrets(url: str, options: Mapping[str, Option]) -> None:
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    parts = _split(url, f"the {url.partition(':')[0]}:// URL")
+    bucket = parts.scheme != "file"
+    if "@" in unquote(parts.netloc) or parts.query or parts.fragment or (bucket and ":" in unquote(parts.netloc)):
         raise InvalidRequest(
             f"the {parts.scheme}:// URL has more than a bucket and a prefix (a user, a query or a fragment). "
             "Credentials come from the profile or the environment, other settings are options."
@@ -97,9 +99,19 @@ def _refuse_secrets(url: str, options: Mapping[str, Option]) -> None:
         raise InvalidRequest(
             f"the option {secret[0]!r} would store a credential: set it in the environment or in a profile instead"
         )
-    endpoint = urlsplit(str(options.get("endpoint", "")))
-    if "@" in endpoint.netloc or endpoint.query:
-        raise InvalidRequest("the endpoint holds a user or a query: give its scheme, host and port alone")
+    endpoint = _split(str(options.get("endpoint", "")).strip(), "the endpoint")
+    if "@" in unquote(endpoint.netloc) or endpoint.query or endpoint.fragment:
+        raise InvalidRequest("the endpoint holds a user, a query or a fragment: give its scheme, host and port alone")
+
+
+def _split(url: str, what: str) -> SplitResult:
+    """Raises `InvalidRequest` where the host in brackets is no address, or the port none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port if parts.scheme in ("http", "https") else None
+    except ValueError:
+        raise InvalidRequest(f"{what} has a host or a port that cannot be one (ports are 0 to 65535)") from None
+    return parts
 
 
 def _option(scheme: str, name: str, value: Option) -> Option:
@@ -119,12 +131,38 @@ def _option(scheme: str, name: str, value: Option) -> Option:
 
 def check_endpoint(endpoint: str) -> None:
     """Raises `InvalidRequest`. obstore panics at some that are none."""
-    if urlsplit(endpoint).scheme not in ("http", "https"):
+    parts = _split(endpoint, "the endpoint")
+    if parts.scheme not in ("http", "https"):
         raise InvalidRequest(f"the endpoint {endpoint!r} starts with neither http:// nor https://")
     if not _ENDPOINT.fullmatch(endpoint):
         raise InvalidRequest(
             f"the endpoint {endpoint!r} is more or less than http(s)://HOST:PORT, with a path if need be"
         )
+    if not _is_host(parts.hostname or ""):
+        raise InvalidRequest(f"the endpoint {endpoint!r} names no host: {parts.hostname!r} is no name and no address")
+
+
+def is_address(endpoint: str) -> bool:
+    """Whether its host is an IP address: no bucket's name can stand before it."""
+    try:
+        ipaddress.ip_address(urlsplit(endpoint).hostname or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _is_host(host: str) -> bool:
+    """Whether it can be one: a name that ends in a number must be an address, and what starts with `xn--` is coded."""
+    last = host.rstrip(".").rpartition(".")[2]
+    try:
+        if ":" in host or last.isdecimal() or last.startswith("0x"):
+            ipaddress.ip_address(host)
+        for label in host.split("."):
+            if label.startswith("xn--"):
+                label.encode().decode("idna")
+    except ValueError:
+        return False
+    return True
 
 
 def _text(name: str, value: Option) -> str:

@@ -17,6 +17,7 @@ from thaw.core.ids import digest, is_id, short
 from thaw.data.header import DTYPE_BYTES, tensor_nbytes
 from thaw.remote import layout
 from thaw.remote.bucket import Bucket
+from thaw.remote.errors import REPAIR
 
 MAX_BYTES = 256 << 20
 
@@ -90,9 +91,9 @@ def read(bucket: Bucket, key: str, commit: str, namespace: str) -> Manifest:
     )
     found = bucket.read(key)
     if found is None:
-        raise CorruptBlob(f"{what} is not there any more: a gc removed it while it was read, or it is lost. Try again.")
+        raise CorruptBlob(f"{what} is not there any more: a gc removed it while it was read, or it is lost. {REPAIR}")
     if digest(found.data) != layout.digest_of(key) or len(found.data) > MAX_BYTES:
-        raise CorruptBlob(f"{what} does not hash to its name; it was changed after it was written")
+        raise CorruptBlob(f"{what} does not hash to its name; it was changed after it was written. {REPAIR}")
     manifest = decode(found.data, what)
     if manifest.commit != commit or manifest.namespace != namespace:
         raise CorruptBlob(

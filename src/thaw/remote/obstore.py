@@ -18,7 +18,7 @@ from obstore.exceptions import BaseError
 
 from thaw.core.errors import RemoteError, RemoteMissing, RemoteUncertain
 from thaw.remote.bucket import CLOCK, FoundObject, ListedObject, Version, check_key, is_key
-from thaw.remote.errors import Failure, remote_error
+from thaw.remote.errors import REPAIR, Failure, remote_error
 from thaw.remote.retry import ATTEMPTS, PATIENCE, attempts
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class ObjectBucket:
         except RemoteError as error:
             raise self._ends_before(key, end, error) from None
         if data is None:
-            raise RemoteMissing(f"{key} is not at {self._url}; fetch again, or push it again from where it still is")
+            raise RemoteMissing(f"{key} is not at {self._url}. {REPAIR}")
         return data
 
     def _ends_before(self, key: str, end: int, error: RemoteError) -> RemoteError:
@@ -188,7 +188,7 @@ class ObjectBucket:
     def _short(self, key: str, end: int, size: int | None) -> RemoteMissing:
         return RemoteMissing(
             f"{key} at {self._url} ends at byte {size}, but bytes up to {end} were written: it was cut or replaced. "
-            "Push it again from where it still is."
+            f"{REPAIR}"
         )
 
     # Conditional writes.
@@ -238,7 +238,7 @@ class ObjectBucket:
 
 
 def _perhaps_made(error: RemoteError) -> RemoteError:
-    return type(error)(f"{error} The write may have been made: read it before another try.")
+    return type(error)(f"{error} The write may have been made.")
 
 
 def _mode(expected: Version | None) -> Any:

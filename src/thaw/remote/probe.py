@@ -26,6 +26,12 @@ def probe(bucket: Bucket) -> None:
         _refused(bucket, key, bucket.create(key, two), one, "creating an object that exists")
         _made(bucket, key, bucket.swap(key, three, first), "replacing an object of the version it has")
         _refused(bucket, key, bucket.swap(key, four, first), three, "replacing an object of a version it no longer has")
+    except RemoteUnsafe:
+        raise
+    except RemoteError as error:
+        raise type(error)(
+            f"before its first push here thaw tries the store's conditional writes, and could not: {error}"
+        ) from None
     finally:
         with contextlib.suppress(RemoteError):
             bucket.delete([key])

@@ -89,9 +89,12 @@ def push(
     """Moves the remote's refs as wished, after sending what they need; the tracking points follow.
 
     Nothing is sent where a ref would be refused. Each ref moves for itself: where one is lost to another writer, the
-    others have moved. Raises `RefConflict`, `NotFound`, `Busy`.
+    others have moved. Raises `RefConflict`, `InvalidRequest`, `NotFound`, `Busy`.
     """
     meter = meter or TransferMeter()
+    for wish in wishes:
+        if wish.kind == "branch" and wish.target is not None:
+            tracking.require_place(remote.name, wish.name)
     about.make(remote.whole, _head(store, wishes))
     work = _Push(store, remote, meter, tuning)
     with store.reading(*(wish.target for wish in wishes if wish.target is not None)):
@@ -159,7 +162,18 @@ class _Push:
         if wish.target == old:
             self._note(wish, "up-to-date", old)
             return None
+        self._refuse_both_kinds(wish, standing)
         return _Move(wish, old, self._outcome(wish, old))
+
+    def _refuse_both_kinds(self, wish: PushWish, standing: dict[tuple[Kind, str], StandingRef]) -> None:
+        """A repository has one ref of a name: no clone could have both a branch and a tag of it."""
+        other: Kind = "tag" if wish.kind == "branch" else "branch"
+        found = standing.get((other, wish.name))
+        if wish.target is not None and found is not None and found.ref.commit is not None:
+            raise RefConflict(
+                f"{self.remote.name} has a {other} {wish.name!r}, and a clone cannot have a {wish.kind} of that name "
+                f"too. Give yours another name, or delete that one there first if nobody needs it."
+            )
 
     def _outcome(self, wish: PushWish, old: str | None) -> Outcome:
         if wish.lease not in ("", old):
@@ -393,10 +407,10 @@ def _not_forward(remote: str, wish: PushWish, old: str, *, known: bool, ends: st
             f"here: this repository is shallow, its history begins after {short(ends)}. `thaw fetch --unshallow` "
             "brings the rest; or replace the branch with --force-with-lease."
         )
-    way = f"Fork or `thaw adopt` on top of {remote}/{name}" if known else f"`thaw fetch {remote}` gets it"
+    way = f"fork or `thaw adopt` on top of {remote}/{name}" if known else f"`thaw fetch {remote}` gets it"
     return (
         f"branch {name!r} of {remote} stands at {short(old)}, which {new} does not descend from: a push would lose it. "
-        f"{way}, or replace it with --force-with-lease."
+        f"Keep both (`thaw branch -m {name} NAME`, then push NAME), {way}, or replace it with --force-with-lease."
     )
 
 

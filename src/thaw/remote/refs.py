@@ -47,7 +47,7 @@ def read(bucket: Bucket, kind: Kind, name: str) -> StandingRef | None:
 
 
 def decode(data: bytes, kind: Kind, name: str) -> RemoteRef:
-    what = f"the {kind} {name!r} of the remote"
+    what = f"the {kind} {name!r} of the remote ({layout.ref_key(kind, name)})"
     ref = values.decode(data, RemoteRef, what)
     if ref.kind != kind or ref.name != name or (ref.commit is None) != (ref.manifest is None):
         raise CorruptBlob(f"{what} says that it is the {ref.kind} {ref.name[:80]!r}, or half of a value")

@@ -8,15 +8,15 @@ import msgspec
 
 from thaw.remote.layout import Kind
 
-Outcome: TypeAlias = Literal["new", "moved", "forced", "deleted", "up-to-date", "kept", "ahead"]
+Outcome: TypeAlias = Literal["new", "moved", "forced", "deleted", "up-to-date", "kept", "ahead", "left-out"]
 
 
 class RefMoved(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one branch or tag, here (fetch, pull: `origin/main`) or there (push). `old` and `new`: where it
     stood and stands, None where it is not.
 
-    "kept": a local tag of that name stands elsewhere and was left alone. "ahead": the local branch has what the remote
-    has, and more.
+    "kept": a local tag or branch of that name stands elsewhere and was left alone. "ahead": the local branch has what
+    the remote has, and more. "left-out": the name has no place here, and nothing came (`tracking.has_place`).
     """
 
     kind: Kind

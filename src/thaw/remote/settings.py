@@ -16,6 +16,8 @@ from thaw.store import Store
 
 KEY = "remotes"
 DEFAULT = "origin"
+RESERVED = ("HEAD", "detached")
+"""Names that mean something of their own in a repository."""
 Option: TypeAlias = "str | int | bool"
 
 
@@ -66,7 +68,7 @@ def write(store: Store, book: RemoteBook) -> None:
 def check_remote_name(name: str) -> str:
     """`name` if it may name a remote. Raises `InvalidRequest`."""
     try:
-        if "/" not in name and name not in ("HEAD", "detached"):
+        if "/" not in name and name not in RESERVED:
             return check_name(name)
     except BadPoint:
         pass

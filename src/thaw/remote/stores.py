@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from thaw.core.errors import InvalidRequest, RemoteDenied, Unsupported
-from thaw.remote.location import RemoteAddress, check_endpoint, settings, timeout_s
+from thaw.remote.location import RemoteAddress, check_endpoint, is_address, settings, timeout_s
 from thaw.remote.retry import FIRST_WAIT_S, LONGEST_WAIT_S, PATIENCE
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ def _s3(address: RemoteAddress, client: Mapping[str, Any]) -> Callable[[int], Ob
     path_style = address.options.get("path_style", bool(endpoint) or "." in address.bucket)
     config["virtual_hosted_style_request"] = not path_style
     config["disable_bulk_delete"] = True  # not every store has it, and those that lack it say 501
+    if endpoint and not path_style and is_address(str(endpoint)):
+        raise InvalidRequest(
+            f"path_style=false puts the bucket before the host, and the endpoint {endpoint} has an IP address: leave "
+            "path_style out"
+        )
     if endpoint:
         config["endpoint"] = str(endpoint) if path_style else _hosted(str(endpoint), address.bucket)
     provider = _s3_credentials(address, config)

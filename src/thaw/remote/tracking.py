@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from thaw.core import points
+from thaw.core.errors import BadPoint, InvalidRequest
 from thaw.remote.settings import RemoteBook
 from thaw.store import Ref, RefUpdate, Store
 
@@ -16,9 +18,29 @@ def name_of(remote: str, branch: str) -> str:
     return f"{remote}/{branch}"
 
 
+def has_place(remote: str, branch: str) -> bool:
+    """Whether a branch of the remote can have a tracking point: with the remote's name it may be too long for one."""
+    try:
+        points.check_name(name_of(remote, branch))
+    except BadPoint:
+        return False
+    return True
+
+
+def require_place(remote: str, branch: str) -> None:
+    """Raises `InvalidRequest`, `BadPoint` for what is no branch's name anywhere."""
+    points.check_name(branch)
+    if not has_place(remote, branch):
+        raise InvalidRequest(
+            f"branch {branch[:80]!r} of {remote[:80]!r} would be the point {name_of(remote, branch)[:80]!r}…, of "
+            f"{len(name_of(remote, branch))} characters; a point's name has {points.MAX_NAME} at most. Give the branch "
+            "or the remote a shorter name."
+        )
+
+
 def where(store: Store, remote: str, branch: str) -> str | None:
     """The commit at which the remote's branch was last seen."""
-    ref = store.ref(name_of(remote, branch))
+    ref = store.ref(name_of(remote, branch)) if has_place(remote, branch) else None
     return ref.target if ref is not None and ref.kind == "tag" else None
 
 

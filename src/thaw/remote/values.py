@@ -12,6 +12,7 @@ from thaw.core.errors import CorruptBlob
 from thaw.core.ids import digest
 
 T = TypeVar("T", bound="Checked")
+MEND = "Delete this object with the store's own tools while no gc runs, then push again."
 MAX_BYTES = 1 << 20
 """Of one small object."""
 
@@ -45,7 +46,7 @@ def decode(data: bytes, kind: type[T], what: str) -> T:
         value = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         refuse_newer(data, what)
-        raise CorruptBlob(f"{what} cannot be read: {error}") from None
+        raise CorruptBlob(f"{what} cannot be read: {error}. {MEND}") from None
     if encode(value) != bytes(data):
-        raise CorruptBlob(f"{what} does not match its own check; it was changed after it was written")
+        raise CorruptBlob(f"{what} does not match its own check; it was changed after it was written. {MEND}")
     return value

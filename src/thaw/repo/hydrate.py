@@ -51,9 +51,11 @@ def hydrate(
     share_prefix: bool = False,
     policy: Policy = "exact",
     stale_kv: bool = False,
+    beside: SessionRef | None = None,
 ) -> Hydration:
-    """Bring `point` back. Raises `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`, and `Unsupported` for
-    `stale_kv` in an engine that takes no KV of other weights."""
+    """Bring `point` back. `beside`: a live session with which it may share what both have at their start. Raises
+    `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`, and `Unsupported` for `stale_kv` in an engine that
+    takes no KV of other weights."""
     if policy not in POLICIES:
         raise InvalidRequest(f"policy={policy!r}: must be one of {', '.join(POLICIES)}")
     if stale_kv and policy == "recompute":
@@ -70,6 +72,7 @@ def hydrate(
                 context.store, context.mount, timeline, point.num_tokens,
                 codec=engine.codec, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
             )  # fmt: skip
+            plan = msgspec.structs.replace(plan, beside=beside)
             try:
                 done = engine.hydrate(plan).result()
                 break

@@ -58,7 +58,7 @@ def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -
 def delete(store: Store, name: str, kind: RefKind, at: CommitId | None = None) -> Ref:
     """Remove a branch or tag; its commits stay until gc, and its reflog remembers them. Returns what it was. Raises
     `RefConflict` where it names another commit than `at`, if that is given."""
-    ref = _existing(store, check_name(name), kind)
+    ref = _existing(store, require_own(store, name), kind)
     if at is not None and ref.target != at:
         raise RefConflict(f"{name} is at {short(ref.target)} now, no longer at {short(at)}; nothing was deleted")
     store.update_refs(RefUpdate(name=name, kind=ref.kind, target=None, expect=ref.target, reason=f"{kind}: deleted"))

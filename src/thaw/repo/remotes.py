@@ -112,14 +112,15 @@ def _named(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _deletion(store: Store, target: OpenedRemote, name: str, force: bool) -> PushWish:
-    """A name that is nothing here is a tag if it is one there alone."""
-    from thaw.remote import refs
+    """What has that name there is deleted; where a branch and a tag have it, the kind that has it here."""
+    from thaw.remote import layout, refs
     from thaw.remote.push import PushWish
 
     here = store.ref(name)
-    kind: Kind = "branch" if here is None else here.kind
-    if here is None and name not in refs.names(target.bucket, "branch") and name in refs.names(target.bucket, "tag"):
-        kind = "tag"
+    found = refs.read_all(target.bucket, [(kind, name) for kind in layout.KINDS])
+    there: list[Kind] = [kind for (kind, _), standing in found.items() if standing.ref.commit is not None]
+    kind: Kind = here.kind if here is not None else "branch"
+    kind = there[0] if len(there) == 1 else kind
     return PushWish(kind, name, None, _lease(store, target.name, name, force and kind == "branch"))
 
 

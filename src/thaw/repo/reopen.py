@@ -26,12 +26,17 @@ def reopen(
     seed: int | None = None,
     policy: Policy = "exact",
     source: Store | None = None,
+    beside: Session | None = None,
 ) -> Session:
     """The session at `where`; its next commit follows `parent` and moves `branch`. `source`: the store that has it, if
-    it is not the repository's own: its next commit then writes all. Raises what `Repository.session` raises."""
+    it is not the repository's own: its next commit then writes all. `beside`: as with `hydrate`. Raises what
+    `Repository.session` raises."""
     context = repo._context
     with context.admission.beginning():
-        live = hydrate(context if source is None else Context(source, context.engine), where, seed=seed, policy=policy)
+        live = hydrate(
+            context if source is None else Context(source, context.engine), where, seed=seed, policy=policy,
+            beside=None if beside is None else beside.ref,
+        )  # fmt: skip
         kept = live.kept if source is None else None
         return Session(
             context, live.session, kept=kept, parent=parent, branch=branch, proof=live.proof,

@@ -120,7 +120,10 @@ def _by_id(store: Store, name: str) -> CommitId:
 
 def known_names(store: Store) -> str:
     """What could have been meant, as the end of a sentence."""
-    names = [ref.name for ref in store.refs()]
+    from thaw.remote import settings
+
+    waiting = [f"{point} (not fetched yet)" for point in settings.promised(store)]
+    names = [*(ref.name for ref in store.refs()), *waiting]
     if not names:
         return "; the repository has no commits yet"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

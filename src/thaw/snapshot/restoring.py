@@ -1,7 +1,8 @@
 """Restore a snapshot into an engine: from the store alone, in this process or another, on this host or another.
 
     check       the snapshot can be read, and was not restored yet (or a fork was asked for)
-    hydrate     every session, in order; its place in history is what it was
+    hydrate     every session, beside one that begins with the same KV, so that they share it as they did; its place in
+                history is what it was
     claim       the branch moves by compare-and-swap: of two restores one wins, and the other leaves nothing behind
     go on       requests that ran first, all at once, then those that waited; parked sessions are parked
 
@@ -18,14 +19,14 @@ from dataclasses import dataclass
 import msgspec
 
 from thaw.core.errors import Conflict, CorruptBlob, LawBroken, RefConflict, StorageFailed, ThawError
-from thaw.core.ids import CommitId, short
+from thaw.core.ids import CommitId, StateId, short
 from thaw.core.sampling import derive
 from thaw.engines.base import Engine, Policy, SessionRef
 from thaw.repo import resolve
 from thaw.repo.reopen import reopen
 from thaw.repo.repository import Repository
 from thaw.repo.session import Session
-from thaw.repo.timeline import read_state
+from thaw.repo.timeline import read_entries, read_state
 from thaw.snapshot import manifest
 from thaw.snapshot.manifest import EngineSnapshot, MissedEntry, RequestEntry, RestoredRecord, SessionEntry
 from thaw.snapshot.outputs import GivenTokens
@@ -82,7 +83,7 @@ def restore(
     if fork:
         found = _claim(repo, store, found, fork=True)
     number = found.restored.num_forks if fork and found.restored is not None else 0
-    outcomes = each(lambda one: _reopened(repo, source, one, number, policy), found.sessions)
+    outcomes = _reopen_all(repo, source, found.sessions, number, policy)
     live = [one for one in outcomes if isinstance(one, Session)]
     if not live and outcomes:
         repo.engine.set_policy(former)
@@ -146,8 +147,61 @@ def _claim(repo: Repository, store: Store, found: EngineSnapshot, *, fork: bool)
     return msgspec.structs.replace(found, restored=told, tip=tip)
 
 
-def _reopened(repo: Repository, source: Store | None, entry: SessionEntry, number: int, policy: Policy) -> Session:
-    """`number`: of the fork that it is, else 0."""
+def _reopen_all(
+    repo: Repository, source: Store | None, entries: Sequence[SessionEntry], number: int, policy: Policy
+) -> list[Session | ThawError]:
+    """All sessions or why not, in order, each once the one that it shares with is there; parked ones are parked at the
+    end. `number`: of the fork that they are, else 0."""
+    shares = "beside" in repo.engine.info.capabilities
+    trunks = _trunks(source or repo.store, entries) if shares else [None] * len(entries)
+    done: dict[int, Session | ThawError] = {}
+
+    def open_one(at: int) -> Session:
+        trunk = trunks[at]
+        beside = None if trunk is None else done[trunk]
+        shared = beside if isinstance(beside, Session) else None
+        return _reopened(repo, source, entries[at], number, policy, shared)
+
+    while len(done) < len(entries):
+        ready = [at for at, trunk in enumerate(trunks) if at not in done and (trunk is None or trunk in done)]
+        done |= dict(zip(ready, each(open_one, ready), strict=True))
+    parked = [one for at, one in done.items() if isinstance(one, Session) and entries[at].was == "parked"]
+    failed = {
+        one: why for one, why in zip(parked, each(Session.park, parked), strict=True) if isinstance(why, ThawError)
+    }
+    for session in failed:
+        session.close()
+    return [failed.get(one, one) if isinstance(one, Session) else one for _, one in sorted(done.items())]
+
+
+def _trunks(store: Store, entries: Sequence[SessionEntry]) -> list[int | None]:
+    """For each session the first one, of those before it, that begins with the most of the same stored segments."""
+    tree: dict[tuple[int, str], tuple[int, int]] = {}  # by node and segment, the next node and whose it was first
+    found: list[int | None] = []
+    for at, entry in enumerate(entries):
+        node, trunk = 0, None
+        for segment in _segments(store, entry):
+            if (node, segment) in tree:
+                node, trunk = tree[node, segment]
+            else:
+                new = len(tree) + 1
+                tree[node, segment] = new, at
+                node = new
+        found.append(trunk)
+    return found
+
+
+def _segments(store: Store, entry: SessionEntry) -> list[str]:
+    """Of what is damaged none: opening it says so."""
+    try:
+        return [one.segment for one in read_entries(store, read_state(store, StateId(entry.prefix)))]
+    except ThawError:
+        return []
+
+
+def _reopened(
+    repo: Repository, source: Store | None, entry: SessionEntry, number: int, policy: Policy, beside: Session | None
+) -> Session:
     store = source or repo.store
     where = resolve.at(store, CommitId(entry.commit))
     if (where.state, where.num_tokens) != (entry.prefix, entry.num_tokens):
@@ -156,13 +210,10 @@ def _reopened(repo: Repository, source: Store | None, entry: SessionEntry, numbe
     seed = None
     if number:
         seed = derive(int(read_state(store, where.state).seed), entry.num_tokens, number)
-    session = reopen(
+    return reopen(
         repo, where, parent=parent, branch=entry.branch, num_inherited=entry.num_inherited, seed=seed, policy=policy,
-        source=source,
+        source=source, beside=beside,
     )  # fmt: skip
-    if entry.was == "parked":
-        session.park()
-    return session
 
 
 def _requests(found: EngineSnapshot, outcomes: Sequence[Session | ThawError], *, fork: bool) -> list[QueuedRequest]:

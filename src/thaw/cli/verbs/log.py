@@ -40,10 +40,20 @@ def command(
     if as_json:
         output.print_json({"commits": [view.plain_entry(entry) for entry in entries]})
     elif not entries:
-        output.note("no commits yet. `thaw run` creates the first one.")
+        output.note(_nothing(named))
     else:
         for line in _lines(entries, as_graph):
             output.line(line)
+
+
+def _nothing(named: str | None) -> str:
+    from thaw.remote import settings
+
+    with place.open_repository(named) as repo:
+        waiting = sorted(settings.promised(repo.store))
+    if not waiting:
+        return "no commits yet. `thaw run` creates the first one."
+    return f"nothing was fetched yet of {', '.join(waiting[:8])}. `thaw pull` brings the current branch here."
 
 
 def _read(named: str | None, point: str | None, everything: bool, limit: int | None) -> list[LogEntry]:

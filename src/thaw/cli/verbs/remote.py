@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from thaw.cli import options, output, place, transfer, words
 from thaw.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from thaw.remote.report import RemoteGcReport
 
 EXAMPLE = """
 thaw remote add origin s3://bucket/runs
@@ -114,11 +119,25 @@ def gc(
     if as_json:
         output.print_json(report)
         return
+    if report.dry_run:
+        output.line(_predicted(report))
+        return
     if report.num_deleted or report.phase == "done":
         output.line(f"deleted {words.count(report.num_deleted, 'object')}: {words.nbytes(report.deleted_nbytes)}")
     if report.num_condemned and report.phase == "waiting":
-        when = f"; they can be deleted in {words.seconds(report.seconds_to_wait)}" if report.seconds_to_wait else ""
-        output.line(f"{words.count(report.num_condemned, 'object')} of no use{when}")
+        output.line(f"{words.count(report.num_condemned, 'object')} of no use{_when(report)}")
+
+
+def _predicted(report: RemoteGcReport) -> str:
+    """Of a dry run. A list that waits for its grace period has no sizes."""
+    number = words.count(report.num_condemned, "object")
+    if report.seconds_to_wait:
+        return f"nothing was deleted; {number} of no use are written down{_when(report)}"
+    return f"nothing was deleted; of no use: {number}, {words.nbytes(report.condemned_nbytes)}"
+
+
+def _when(report: RemoteGcReport) -> str:
+    return f"; they can be deleted in {words.seconds(report.seconds_to_wait)}" if report.seconds_to_wait else ""
 
 
 for one in (add, listing, rm, gc):

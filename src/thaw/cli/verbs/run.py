@@ -118,9 +118,14 @@ def command(
 
 def _start(repo: Repository, branch: str | None, start: str | None) -> tuple[str, str | None]:
     """(the branch to move, the point to start from or None for an empty session)."""
+    from thaw.repo.refs import require_own
+
     if start is None:
-        name = branch or repo.store.head
-        return name, name if repo.store.ref(name) is not None else None
+        name = require_own(repo.store, branch or repo.store.head)
+        if repo.store.ref(name) is not None:
+            return name, name
+        _refuse_promised(repo, name)
+        return name, None
     where = repo.resolve(start)
     chosen = branch or where.branch
     if chosen is None:
@@ -134,6 +139,22 @@ def _start(repo: Repository, branch: str | None, start: str | None) -> tuple[str
             f"the branch first: thaw adopt {start} {chosen}."
         )
     return chosen, str(where)
+
+
+def _refuse_promised(repo: Repository, name: str) -> None:
+    """A branch that a remote has and that is not here yet is no new one: what is committed on it would never be
+    pushed."""
+    from thaw.remote import settings, tracking
+
+    follows = settings.upstream(repo.store, name)
+    there = [point for point in settings.promised(repo.store) if point.partition("/")[2] == name]
+    if follows is not None and tracking.where(repo.store, follows.remote, follows.branch) is not None:
+        there.append(tracking.name_of(follows.remote, follows.branch))
+    if there:
+        raise InvalidRequest(
+            f"branch {name!r} is not here yet, only in the remote ({there[0]}): `thaw pull` brings it. To begin a "
+            "branch of your own, give --branch NAME."
+        )
 
 
 def _session(repo: Repository, point: str | None, recompute: bool) -> Session:

@@ -62,7 +62,7 @@ ASK_TO_KEEP = "To go on with its KV as it is, ask for that first: session.keep_s
 CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
-        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points", "stale-kv",
+        "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points", "stale-kv", "beside",
     }
 )  # fmt: skip
 
@@ -88,7 +88,7 @@ class EmbeddedEngine(Engine):
             max_model_len=backend.max_model_len,
             vocab_size=backend.vocab_size,
             eos_token_ids=backend.eos_token_ids,
-            capabilities=_capabilities(backend),
+            capabilities=CAPABILITIES - _without(backend),
             numerics=backend.numerics,
         )
 
@@ -477,8 +477,9 @@ class EmbeddedEngine(Engine):
         if plan.not_kept and not plan.num_kv:
             return self._recompute(plan, plan.not_kept)
         self._check_tokens(0, plan.tokens, 0)
-        loaded = transfer.load(plan, self._backend)
+        loaded = transfer.load(plan, self._backend, self._shared(plan))
         session = self._restored(plan, loaded.kv)
+        session.loaded = plan.slices
         session.row, session.proof, proof = loaded.row, loaded.proof, loaded.proof
         session.policy, session.epoch = identity.policy, epoch
         session.stored_boundary = plan.boundary
@@ -489,6 +490,22 @@ class EmbeddedEngine(Engine):
         if plan.not_kept:
             session.proof = proof = self._replay(ref, plan, proof)
         return Hydrated(session=ref, proof=proof)
+
+    def _shared(self, plan: HydratePlan) -> PagedKV | None:
+        """What `plan.beside` has of the plan's KV, as a fork of it has that."""
+
+        other = plan.beside
+        if other is None or "beside" not in self.info.capabilities:
+            return None
+
+        def take() -> PagedKV | None:
+            live = self._sessions.get(other)
+            if live is None or self._is_stale(live):
+                return None
+            at = transfer.num_shared(plan, live.loaded)
+            return live.kv.fork(at) if 0 < at <= live.kv.num_tokens else None
+
+        return self._driver.call(take).result()
 
     def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
         """Prefill what comes after the point that was loaded, because the caller allowed it."""
@@ -551,9 +568,11 @@ class EmbeddedEngine(Engine):
         self._io.submit(run)
 
 
-def _capabilities(backend: Backend) -> frozenset[str]:
-    lacking = set() if backend.keeps_interior else {"interior-points"}
-    return CAPABILITIES - lacking - ({"stale-kv"} if point_groups(backend.groups) else set())
+def _without(backend: Backend) -> frozenset[str]:
+    """What an engine has not of this model."""
+    missing = set() if backend.keeps_interior else {"interior-points"}
+    missing |= set() if keeps_all(backend.groups) else {"beside"}
+    return frozenset(missing | ({"stale-kv"} if point_groups(backend.groups) else set()))
 
 
 def _with_gap(proof: Proof, num_kv: int, num_tokens: int, reason: str) -> Proof:

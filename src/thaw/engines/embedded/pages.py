@@ -105,11 +105,12 @@ class PagedKV:
     def num_pages(self) -> int:
         return self.runs[-1].start + self.runs[-1].count if self.runs else 0
 
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens in all. Never moves a page."""
+    def reserve(self, num_tokens: int, *, ahead: int = GROW_PAGES) -> None:
+        """Make room for `num_tokens` tokens in all, in `ahead` pages at least where there are some. Never moves a
+        page."""
         missing = -(-num_tokens // PAGE) - self.num_pages
         if missing > 0:
-            count = missing if not self.runs else max(missing, GROW_PAGES)
+            count = missing if not self.runs else max(missing, ahead)
             self.runs.append(PageRange(self.factory.extent(count), 0, self.num_pages, count))
 
     def locate(self, page: int) -> tuple[Extent, int]:

@@ -13,7 +13,7 @@ import msgspec
 from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Proof
-from thaw.engines.base import SessionRef, SessionView
+from thaw.engines.base import SessionRef, SessionView, Slice
 from thaw.engines.embedded.backend import Backend, Logits, Row
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
@@ -51,6 +51,8 @@ class LiveSession:
     proof: Proof | None = None
     busy: object | None = None
     parked: object | None = None
+    loaded: tuple[Slice, ...] = ()
+    """What its first tokens were read from."""
 
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)

@@ -25,7 +25,7 @@ from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
 from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
-from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, WrittenPack
+from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, Slice, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
 from thaw.engines.embedded.pages import PagedKV, there_until
 from thaw.engines.embedded.session import LiveSession
@@ -167,12 +167,28 @@ class Loaded:
     proof: Proof
 
 
-def load(plan: HydratePlan, backend: Backend) -> Loaded:
-    """Read and verify a plan's KV into new pages. Raises `CorruptBlob`, `NotHit`, `InvalidRequest`."""
+def num_shared(plan: HydratePlan, loaded: Sequence[Slice]) -> int:
+    """How many of a plan's first tokens are of the very blobs that others were read from."""
+    at = 0
+    for piece, other in zip(plan.slices, loaded, strict=False):
+        if _named(piece) != _named(other):
+            break
+        at += piece.length
+    return at
+
+
+def _named(piece: Slice) -> tuple[object, ...]:
+    blobs = {group: [place.blob for place in places] for group, places in piece.blobs.items()}
+    return piece.start, piece.length, piece.stored, piece.first, blobs
+
+
+def load(plan: HydratePlan, backend: Backend, shared: PagedKV | None = None) -> Loaded:
+    """Read and verify a plan's KV into new pages, behind those in `shared`, which has some of its first slices already
+    and is this session's from now on. Raises `CorruptBlob`, `NotHit`, `InvalidRequest`."""
     started = time.perf_counter()
     restoring.check_cover(plan)
-    kv = PagedKV(backend)
-    kv.reserve(plan.num_kv)
+    kv = shared or PagedKV(backend)
+    kv.reserve(plan.num_kv, ahead=1)
     allocated = time.perf_counter()
     wanted, staged = _targets(plan, kv)
     found = restoring.states(plan, backend.groups)
@@ -206,7 +222,8 @@ Staged: TypeAlias = tuple[int, int, int, int, bytearray]
 
 
 def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, memoryview | None]], list[Staged]]:
-    """Where each blob is read to: whole pages in place, the rest into staging that is cut afterwards."""
+    """Where each blob is read to: whole pages in place, the rest into staging that is cut afterwards. What `kv` has by
+    now is not read."""
     wanted: list[tuple[BlobLocation, memoryview | None]] = []
     staged: list[Staged] = []
     restoring.check_names(plan, kv.factory.groups)
@@ -214,6 +231,8 @@ def _targets(plan: HydratePlan, kv: PagedKV) -> tuple[list[tuple[BlobLocation, m
     for group in token_groups(kv.factory.groups):
         found = restoring.runs(plan, group)
         for start, stop, stored, places in found:
+            if stop <= kv.num_tokens:
+                continue
             for index, location in enumerate(places):
                 target = kv.target(column + index, start, stop) if stop - start == stored else None
                 if target is None:
