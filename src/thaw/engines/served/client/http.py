@@ -135,13 +135,13 @@ class HttpTransport(Transport, Generic[C]):
 
     async def _pass_on(self, response: httpx.Response, call: C) -> None:
         ended = False
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
+        async for line in _lines(response):
+            if not line.startswith(b"data:"):
                 continue
             data = line[5:].strip()
-            if data == "[DONE]":
+            if data == b"[DONE]":
                 return
-            chunk = self._chunk(data.encode(), call)
+            chunk = self._chunk(data, call)
             if chunk is not None:
                 ended = ended or chunk.finish_reason is not None
                 call.news.put_nowait(chunk)
@@ -177,6 +177,16 @@ class HttpTransport(Transport, Generic[C]):
                 await end(call.task)
         if hasattr(self, "_client"):
             await self._client.aclose()
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The whole lines of a stream of events. They end with a line feed; httpx's own also end at U+0085, U+2028 and
+    others, which servers write as they are inside the JSON of an event, where a model has said them."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
 
 
 async def end(task: asyncio.Task[None]) -> None:
