@@ -12,7 +12,7 @@ import pytest
 import thaw
 from thaw import Sampling
 from thaw.core.errors import Busy, InvalidRequest, StaleSession
-from thaw.engines.base import Engine
+from thaw.engines.base import Captured, CapturePlan, Engine, Handle, SessionRef
 from thaw.repo import Drained, Repository, Session
 
 LONG = Sampling(max_tokens=120, ignore_eos=True)
@@ -136,6 +136,27 @@ def test_what_is_late_is_named_and_whoever_waits_is_told(slow: Repository, monke
     with pytest.raises(Drained, match=r"0 of 1 sessions were stored.*not captured within") as caught:
         stream.result()
     assert caught.value.point is None
+    held.set()
+
+
+def test_nobody_waits_for_an_engine_that_its_owner_has_stopped(
+    slow: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, held = threading.Event(), threading.Event()
+    real = slow.engine.capture
+
+    def late(session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
+        stopped.set()
+        held.wait(60)
+        return real(session, plan)
+
+    session = slow.session()
+    session.append("one ")
+    monkeypatch.setattr(slow.engine, "capture", late)
+    monkeypatch.setattr(slow.engine, "stalled", lambda: "its owner sleeps" if stopped.is_set() else "")
+    report = slow.drain(timeout_s=50.0)
+    assert report.points == () and report.missed[0].session == session.ref and report.seconds < 20
+    assert report.missed[0].why == "not captured: its owner sleeps"
     held.set()
 
 

@@ -496,6 +496,10 @@ class Engine(abc.ABC):
         """
         raise Unsupported(f"engine {self.info.name} does not change its weights while it runs; load another one")
 
+    def stalled(self) -> str:
+        """Why the engine captures nothing until its owner lets it go on; "" where it does, or cannot say."""
+        return ""
+
     @abc.abstractmethod
     def close_session(self, session: SessionRef) -> None:
         """Forget the session; running work on it is cancelled. Closing twice is fine."""

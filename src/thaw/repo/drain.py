@@ -15,7 +15,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -28,6 +28,8 @@ from thaw.repo.commit import CommitResult
 
 CAPTURES = 4
 """Sessions that are captured at a time."""
+STALL_S = 0.5
+"""Where no capture has ended for so long, the engine is asked whether its owner has stopped it."""
 MAX_TIMEOUT_S = 86_400.0
 DEFAULT_TIMEOUT_S = 60.0
 
@@ -79,8 +81,9 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
         return next((one.point for one in self.points if one.session == session), None)
 
 
-def drain(admission: Admission, timeout_s: float, why: str) -> DrainReport:
-    """See the module. Afterwards the door stays closed. Raises `Busy` where it is closed already."""
+def drain(admission: Admission, timeout_s: float, why: str, stalled: Callable[[], str] = lambda: "") -> DrainReport:
+    """See the module. `stalled`: why the engine captures nothing now, if it says so; nobody waits for it then.
+    Afterwards the door stays closed. Raises `Busy` where it is closed already."""
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise InvalidRequest(
             f"timeout_s={timeout_s}: a number of seconds, more than 0 and at most {MAX_TIMEOUT_S:,.0f}"
@@ -94,7 +97,7 @@ def drain(admission: Admission, timeout_s: float, why: str) -> DrainReport:
         work.interrupt()
     admission.settle(max(0.0, timeout_s / 2 - (time.monotonic() - started)))
     busy = {ref for work in works for ref in work.refs}
-    report = _Captures(admission.sessions(), busy, started, timeout_s).run()
+    report = _Captures(admission.sessions(), busy, started, timeout_s, stalled).run()
     _tell(cut_short, report)
     return report
 
@@ -112,10 +115,17 @@ class _Captures:
     """Several captures at a time, on threads that end with the process: an engine that hangs holds nobody up."""
 
     def __init__(
-        self, sessions: Sequence[OpenSession], busy: set[SessionRef], started: float, timeout_s: float
+        self,
+        sessions: Sequence[OpenSession],
+        busy: set[SessionRef],
+        started: float,
+        timeout_s: float,
+        stalled: Callable[[], str],
     ) -> None:
-        self._busy, self._started, self._timeout_s = busy, started, timeout_s
+        self._busy, self._started, self._timeout_s, self._stalled = busy, started, timeout_s, stalled
+        self._why = f"not captured within {timeout_s:g} s"
         self._lock = threading.Lock()
+        self._ended, self._num_working = threading.Event(), CAPTURES
         self._over = False
         self._todo: queue.SimpleQueue[tuple[SessionRef, OpenSession]] = queue.SimpleQueue()
         self._points: dict[SessionRef, DrainedSession] = {}
@@ -128,18 +138,15 @@ class _Captures:
                 self._todo.put((session.ref, session))
 
     def run(self) -> DrainReport:
-        threads = [threading.Thread(target=self._work, name="thaw-drain", daemon=True) for _ in range(CAPTURES)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, self._started + self._timeout_s - time.monotonic()))
+        for work in (*[self._work] * CAPTURES, self._watch):
+            threading.Thread(target=work, name="thaw-drain", daemon=True).start()
+        self._ended.wait(max(0.0, self._started + self._timeout_s - time.monotonic()))
         with self._lock:
             self._over = True
             order = list(self._waiting)
             late = {ref for ref in order if ref not in self._points and ref not in self._missed}
             for ref in late - self._empty:
-                why = f"not captured within {self._timeout_s:g} s"
-                self._missed[ref] = MissedSession(session=ref, namespace=self._waiting[ref], why=why)
+                self._missed[ref] = MissedSession(session=ref, namespace=self._waiting[ref], why=self._why)
             return DrainReport(
                 points=tuple(self._points[ref] for ref in order if ref in self._points),
                 missed=tuple(self._missed[ref] for ref in order if ref in self._missed),
@@ -147,16 +154,38 @@ class _Captures:
                 seconds=time.monotonic() - self._started,
             )
 
+    def _watch(self) -> None:
+        """Nobody waits for an engine that its owner has stopped."""
+        before = -1
+        while not self._ended.wait(STALL_S):
+            with self._lock:
+                done = len(self._points) + len(self._missed) + len(self._empty)
+            if done == before:
+                with contextlib.suppress(ThawError):
+                    if why := self._stalled():
+                        self._why = f"not captured: {why}"
+                        self._ended.set()
+            before = done
+
     def _work(self) -> None:
-        while True:
-            try:
-                ref, session = self._todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                self._capture(ref, session)
-            except ThawError as error:
-                self._note(MissedSession(session=ref, namespace=self._waiting[ref], why=f"{error.kind}: {error}"))
+        try:
+            while True:
+                self._capture_next()
+        except queue.Empty:
+            pass
+        finally:
+            with self._lock:
+                self._num_working -= 1
+                if not self._num_working:
+                    self._ended.set()
+
+    def _capture_next(self) -> None:
+        """Raises `queue.Empty`."""
+        ref, session = self._todo.get_nowait()
+        try:
+            self._capture(ref, session)
+        except ThawError as error:
+            self._note(MissedSession(session=ref, namespace=self._waiting[ref], why=f"{error.kind}: {error}"))
 
     def _capture(self, ref: SessionRef, session: OpenSession) -> None:
         view = session.view()

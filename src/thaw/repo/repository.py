@@ -199,7 +199,8 @@ class Repository:
         from thaw.repo.drain import drain
 
         self._require_default("an engine is drained")
-        return drain(self._context.admission, timeout_s, why)
+        stalled = self._context.engine.stalled if self._context.has_engine else lambda: ""
+        return drain(self._context.admission, timeout_s, why, stalled)
 
     def live_sessions(self) -> list[Session]:
         """The open sessions of this repository and its namespaces that somebody holds, oldest first."""

@@ -82,6 +82,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._lost: set[str] = set()
         self._tables = of_groups(kv_cache_config.kv_cache_groups)
         self._shares_blocks = _shares_blocks(vllm_config, self._tables, kv_cache_config.kv_cache_groups)
+        self._may_sleep = bool(getattr(vllm_config.model_config, "enable_sleep_mode", False))
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler()
         else:
@@ -192,6 +193,12 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self._s.finished(request, block_ids)
+
+    def has_pending_push_work(self) -> bool:
+        """Whether an engine that has nothing to run is to make a step all the same. One that its owner has paused then
+        captures: in that step nothing is computed. An engine that may be asleep makes none, for what its workers would
+        look at may be gone."""
+        return self._scheduler is not None and bool(self._scheduler.queue) and not self._may_sleep
 
     def reset_cache(self) -> bool | None:
         """vLLM resets its prefix cache with `reset_connector`: pins end; parked sessions are not in vLLM's blocks."""

@@ -74,6 +74,15 @@ class AsyncLLMTransport(Transport):
             raise InvalidRequest(f"vLLM refused the weights of {folder}: {error}") from None
         await self._llm.reset_prefix_cache()
 
+    async def stalled(self) -> str:
+        """Why jobs of the connector's have to wait: one that is paused does them, unless it may be asleep."""
+        if not self._llm.vllm_config.model_config.enable_sleep_mode or not await self._llm.is_paused():
+            return ""
+        return (
+            "its owner has paused this vLLM or put it to sleep, and one that was started with enable_sleep_mode does "
+            "nothing meanwhile; resume it, or wake it up"
+        )
+
     async def close(self) -> None:
         if self._owned:
             await asyncio.to_thread(self._llm.shutdown)

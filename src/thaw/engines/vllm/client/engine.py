@@ -79,6 +79,12 @@ class VllmEngine(ServedEngine):
         self.release_pins()
         self._loop.wait(self._transport.reload_weights(str(source)))
 
+    def stalled(self) -> str:
+        from thaw.engines.vllm.client.async_llm import AsyncLLMTransport
+
+        transport = self._transport
+        return self._loop.wait(transport.stalled()) if isinstance(transport, AsyncLLMTransport) else ""
+
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
         return self.capabilities - {"entropy"} if facts.runner == "V2" else self.capabilities
 
