@@ -32,7 +32,7 @@ from thaw.engines.base import Completion
 from thaw.serve.record import born
 from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.kit import LIMIT_S, Lab, bits, every_knob, greedy, ids, same, seeded, wait_for
-from thaw.testing.plans import capture_plan, mount_at
+from thaw.testing.plans import mount_at
 
 pytest.importorskip("vllm")
 
@@ -260,25 +260,35 @@ def test_what_an_owner_stops_is_an_aborted_turn_that_resumes(
     assert rest.token_ids == expected.token_ids and bits(rest.logprobs) == bits(expected.logprobs)
 
 
-def test_verbs_wait_while_the_engine_is_paused_and_are_told_when_it_drops_them(
-    engine: VllmEngine, owner: Owner, lab: Lab, mount: StoreMount
+def test_captures_go_on_while_the_engine_is_paused_and_what_computes_waits_and_is_told_when_it_is_dropped(
+    engine: VllmEngine, owner: Owner, lab: Lab
 ) -> None:
     session = lab.begin(engine, 300, start=4)
     owner.pause(clear_cache=False)
-    waits = engine.capture(session, capture_plan(mount))
-    time.sleep(0.3)
+    captured = lab.capture(engine, session)
+    assert captured.num_kv == 299 and owner("is_paused") is True
+    plan = lab.plan(captured)
+    waits = engine.hydrate(plan)
+    _until_it_waits(engine)
     assert not waits.done()
     owner.resume()
-    captured = waits.result(LIMIT_S)
-    assert captured.num_kv == 299
+    assert waits.result(LIMIT_S).proof.hit
     owner.pause(clear_cache=False)
-    dropped = engine.capture(session, capture_plan(mount))
-    time.sleep(0.3)
+    dropped = engine.hydrate(plan)
+    _until_it_waits(engine)
     owner.pause(clear_cache=False)
     with pytest.raises(Busy, match="owner"):
         dropped.result(LIMIT_S)
     owner.resume()
     assert lab.capture(engine, session).segments == captured.segments
+
+
+def _until_it_waits(engine: VllmEngine) -> None:
+    """Until the engine has a request that computes."""
+    ends = time.monotonic() + LIMIT_S
+    while not engine.stats()["running"]:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 # -- ordinary requests for the same prompt
