@@ -11,11 +11,11 @@ import pytest
 import thaw
 from thaw import Sampling
 from thaw.core.cache import token_nbytes
-from thaw.engines.base import Engine
+from thaw.engines.base import Engine, SessionRef
 from thaw.engines.embedded import transfer
 from thaw.repo import Repository, Session
 from thaw.repo.timeline import read_entries
-from thaw.snapshot import RestoredEngine, restore, restoring, snapshot
+from thaw.snapshot import EngineSnapshot, RestoredEngine, restore, restoring, snapshot
 
 TRUNK = "The river is long and slow, and nobody knows its name. " * 11  # 605 tokens: two whole pages and a part
 SHORT, LONG = (Sampling(max_tokens=n, ignore_eos=True, temperature=0.8) for n in (20, 40))
@@ -58,6 +58,14 @@ def went_on(sessions: list[Session]) -> list[tuple[int, ...]]:
     return [session.generate("And now? ", LONG).token_ids for session in sessions]
 
 
+def taken(repo: Repository) -> tuple[list[SessionRef], EngineSnapshot, list[tuple[int, ...]]]:
+    """The family's names, its snapshot, and what each of it says after that."""
+    sessions = family(repo, committed=True)
+    names = [session.engine_ref for session in sessions]
+    found = snapshot(repo, "engine")
+    return names, found, went_on(sessions)
+
+
 def check(here: Engine, there: Engine, path: Path, *, committed: bool) -> None:
     with thaw.open(path, engine=here) as repo:
         sessions = family(repo, committed=committed)
@@ -93,10 +101,7 @@ def test_what_is_not_the_same_is_not_shared(
 ) -> None:
     """Whichever session is named: the engine compares blobs. One that did not would be seen."""
     with thaw.open(tmp_path / "r", engine=engine) as repo:
-        sessions = family(repo, committed=True)
-        names = [session.engine_ref for session in sessions]
-        found = snapshot(repo, "engine")
-        whole = went_on(sessions)
+        names, found, whole = taken(repo)
     child = next(at for at, one in enumerate(found.sessions) if one.session == names[2])
     monkeypatch.setattr(restoring, "_trunks", lambda store, entries: [child if at > child else None for at in range(7)])
     if blindly:
@@ -112,10 +117,7 @@ def test_where_the_one_that_others_share_with_cannot_be_opened_they_read_for_the
     engine: Engine, tmp_path: Path
 ) -> None:
     with thaw.open(tmp_path / "r", engine=engine) as repo:
-        sessions = family(repo, committed=True)
-        names = [session.engine_ref for session in sessions]
-        found = snapshot(repo, "engine")
-        whole = went_on(sessions)
+        names, found, whole = taken(repo)
         (first, *_) = [one for one in found.sessions if one.session == names[1]]
         state = repo.store.get(first.prefix)
         segment = repo.store.get(read_entries(repo.store, state)[-1].segment)  # type: ignore[arg-type]
