@@ -146,7 +146,7 @@ def test_parts_and_strings_are_one_conversation(gateway: Gateway) -> None:
 
 def test_completions_go_on_from_their_own_tokens(gateway: Gateway) -> None:
     client = gateway.openai()
-    first = client.completions.create(model="fake", prompt=LONG, max_tokens=8, logprobs=2)
+    first = client.completions.create(model="fake", prompt=LONG, max_tokens=8, logprobs=2, seed=1)
     assert len(first.choices[0].logprobs.tokens) == 8
     second = client.completions.create(model="fake", prompt=LONG + first.choices[0].text + " more", max_tokens=4)
     assert second.usage.prompt_tokens_details.cached_tokens >= len(LONG)
