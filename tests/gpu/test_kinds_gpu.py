@@ -12,6 +12,7 @@ THAW_GPU_TESTS_ON_CPU=1 runs this file where there is no GPU, to see that the fi
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,19 +31,27 @@ for folder in ("engines/on_vllm", "gpu"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 import test_kinds_recurrent as of_states  # noqa: E402
-from test_kinds_latent import SHAPE, V3  # noqa: E402
+from test_kinds_latent import V3  # noqa: E402
 from test_kinds_recurrent import (  # noqa: E402, F401 - collected here, with the fixtures of this file
+    test_a_hit_that_is_not_the_sessions_own_is_never_extended,
     test_a_live_session_of_twenty_turns_reads_new_tokens_alone,
     test_a_load_that_fails_ends_its_own_request_alone,
+    test_a_pin_holds_a_sessions_full_blocks,
+    test_a_state_that_was_asked_for_at_a_prompts_end_comes_when_the_session_goes_on,
+    test_a_token_that_is_no_point_is_read_again_from_the_nearest_one,
     test_an_answer_that_is_captured_while_it_runs_goes_on_with_its_bits,
     test_children_of_one_point_are_one_another_and_the_parent,
     test_controls_that_can_see,
+    test_points_asked_for_ahead_are_those_of_a_parent_that_stopped_there,
+    test_points_of_a_prompt_that_is_answered_and_of_its_answer_are_passed_by,
+    test_siblings_share_the_full_blocks_of_their_point,
     test_snapshots_cross_to_transformers_and_back,
     test_what_was_stored_anywhere_goes_on_with_the_parents_bits,
     test_where_no_state_is_kept_the_refusal_names_those_that_are,
 )
-from test_kinds_windows import SHAPES as WINDOWED  # noqa: E402
 from test_kinds_windows import mixed, sliding  # noqa: E402
+from vllm_shapes import LATENT as CPU_LATENT  # noqa: E402
+from vllm_shapes import RECURRENT, WINDOWS, make_shaped  # noqa: E402
 
 from kind_models import WINDOW, make_kind_model  # noqa: E402
 from thaw.core.cache import LatentKV, token_groups  # noqa: E402
@@ -59,18 +68,20 @@ from thaw.testing.plans import halves_swapped, mount_at, tampered  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 LATENT: dict[str, Any] = {
-    **SHAPE, **V3, "num_attention_heads": 16, "num_key_value_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    **CPU_LATENT, **V3, "num_attention_heads": 16, "num_key_value_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128,
     "q_lora_rank": 64,
 }  # fmt: skip
 """Attention as wide as DeepSeek V3's: its kernels on a GPU take no other."""
 KINDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
-    "gemma3_text": WINDOWED["gemma3_text"],
-    "gpt_oss": {**WINDOWED["gpt_oss"], "hidden_size": 128, "intermediate_size": 128},
-    "olmo3": {**WINDOWED["olmo3"], "head_dim": 64},
+    "gemma3_text": WINDOWS["gemma3_text"],
+    "gpt_oss": {**WINDOWS["gpt_oss"], "hidden_size": 128, "intermediate_size": 128},
+    "olmo3": {**WINDOWS["olmo3"], "head_dim": 64},
 }
-of_states.SHAPES["qwen3_next"] |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
-of_states.SHAPES["granitemoehybrid"] |= {"mamba_d_state": 16}
+GDN = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+GDNS = ("qwen3_next", "qwen3_5_text")
+for arch, more in (("qwen3_next", GDN), ("qwen3_5_text", GDN), ("granitemoehybrid", {"mamba_d_state": 16})):
+    RECURRENT[arch].update(more)  # in place: those of `make_shaped`
 of_states.NOISE_FACTOR = 2
 STATEFUL = {
     "gdn": ("qwen3_next", True, True),
@@ -78,10 +89,15 @@ STATEFUL = {
     "short-convolution": ("lfm2", True, True),
     "mamba2": ("granitemoehybrid", False, True),
     "mamba2-with-prefix-cache": ("granitemoehybrid", True, True),
+    "text-gdn": ("qwen3_5_text", True, True),
+    "experts-short-convolution": ("lfm2_moe", True, True),
+    "plain-layers-mamba2": ("nemotron_h", False, True),
+    "attention-in-each-mamba2": ("falcon_h1", False, True),
+    "shared-attention-mamba2": ("zamba2", False, True),
 }
 """As `how` in the tests of states: a model, whether vLLM's prefix cache is on, and that another engine restores."""
-REFUSED = [STATEFUL["gdn-without-prefix-cache"], STATEFUL["mamba2-with-prefix-cache"]]
-"""What thaw refuses on a GPU."""
+TRIED = [STATEFUL["gdn"], STATEFUL["short-convolution"], STATEFUL["mamba2"]]
+"""What thaw does not refuse on a GPU."""
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 POWER = 2
 """How many times more than the noise of a batch's shape a control must move a log probability."""
@@ -112,19 +128,23 @@ def lab(tmp_path: Path) -> Lab:
 
 @pytest.fixture(scope="module", params=list(STATEFUL.values()), ids=list(STATEFUL))
 def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
-    if not ON_CPU and request.param in REFUSED and os.environ.get(recurrent.UNTRIED) != "1":
+    if not ON_CPU and request.param not in TRIED and os.environ.get(recurrent.UNTRIED) != "1":
         pytest.skip(f"refused on a GPU; {recurrent.UNTRIED}=1 runs it")
     return cast("tuple[str, bool, bool]", request.param)
 
 
 @pytest.fixture(scope="module")
-def boot(how: tuple[str, bool, bool], tiny_model: Callable[..., Path]) -> Callable[..., Engine]:
+def folder(how: tuple[str, bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if how[0] in of_states.LOOKS_FOR_IMAGES and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("vLLM does not look at such a model without torchvision")
+    return make_shaped(how[0], tmp_path_factory.mktemp("made") / how[0], dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def boot(how: tuple[str, bool, bool], folder: Path) -> Callable[..., Engine]:
     arch, caches, _ = how
-    folder = tiny_model(arch, dtype="bfloat16", **of_states.SHAPES[arch])
-    more: dict[str, Any] = {"enable_prefix_caching": caches, "async_scheduling": False}
-    if ON_CPU:
-        more["num_gpu_blocks_override"] = 120
-    if arch == "qwen3_next":
+    more: dict[str, Any] = {"enable_prefix_caching": caches, "async_scheduling": False, "num_gpu_blocks_override": 120}
+    if arch in GDNS:
         more["additional_config"] = {"gdn_prefill_backend": "triton"}  # the other one stores checkpoints of its own
     if arch not in recurrent.NO_MATRICES:
         more["mamba_ssm_cache_dtype"] = "float32"

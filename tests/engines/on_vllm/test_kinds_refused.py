@@ -11,6 +11,8 @@ vllm = pytest.importorskip("vllm")
 if tuple(int(part) for part in vllm.__version__.split(".")[:2]) < (0, 32):
     pytest.skip("older releases refuse more, in words of their own", allow_module_level=True)
 
+from vllm_shapes import SHAPES  # noqa: E402
+
 from kind_models import ON_VLLM, make_kind_model  # noqa: E402
 from thaw.core.errors import Unsupported  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
@@ -28,6 +30,14 @@ REFUSED = {
 def test_what_cannot_go_on_exactly_is_refused_by_name(arch: str, tmp_path: Path) -> None:
     folder = make_kind_model(arch, tmp_path / arch, dtype="bfloat16")
     with pytest.raises(Unsupported, match=REFUSED[arch]):
+        load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "lfm2", "lfm2_moe"])
+def test_a_head_that_vllm_would_not_read_is_refused_by_name(arch: str, tmp_path: Path) -> None:
+    """Its answers would be of the embedding, and those of other engines of the head."""
+    folder = make_kind_model(arch, tmp_path / arch, dtype="bfloat16", **SHAPES[arch] | {"tie_word_embeddings": False})
+    with pytest.raises(Unsupported, match=rf"{arch} with a head of its own \(tie_word_embeddings=false\)"):
         load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)
 
 

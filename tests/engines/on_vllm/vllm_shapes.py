@@ -47,7 +47,7 @@ _GDN = {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_next": _GDN,
     "qwen3_5_text": _GDN,
-    "lfm2": {"hidden_size": 256, "conv_dim": 256, "block_dim": 256},
+    "lfm2": {"hidden_size": 256, "conv_dim": 256, "block_dim": 256, "tie_word_embeddings": True},
     "lfm2_moe": {"hidden_size": 256, "tie_word_embeddings": True},
     "granitemoehybrid": {"hidden_size": 256, "mamba_d_head": 64},
     "nemotron_h": {"hidden_size": 256, "mamba_head_dim": 64, "head_dim": 64},
@@ -55,7 +55,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "zamba2": {"hidden_size": 256, "num_key_value_heads": 4},
 }
 SHAPES = WINDOWS | RECURRENT
-TIED = ("gemma2", "lfm2_moe")
+TIED = ("gemma2", "lfm2", "lfm2_moe")
 """Models of which vLLM reads no head beside the embeddings."""
 RANK, ROPED = 512, 64
 LATENT: dict[str, Any] = {

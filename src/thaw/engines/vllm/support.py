@@ -203,6 +203,7 @@ def _require_model(model: Any, *, on_cpu: bool) -> None:
         _require_text_only(model)
     if getattr(model, "use_mla", False):
         _require_latents(model, on_cpu=on_cpu)
+    _require_tied(model.hf_text_config)
     if model.enable_prompt_embeds:
         raise Unsupported("enable_prompt_embeds: a session is made of tokens; start vLLM without it")
     if model.logprobs_mode != "raw_logprobs":
@@ -222,6 +223,19 @@ def _require_text_only(model: Any) -> None:
         raise Unsupported(
             "multimodal models: media are not part of a session yet. Their text part is supported: start vLLM with "
             "language_model_only=True (--language-model-only)"
+        )
+
+
+ALWAYS_TIED = ("gemma2", "lfm2", "lfm2_moe")
+"""Types whose classes in vLLM have no head beside the embedding, whatever the config says and the files hold."""
+
+
+def _require_tied(text: Any) -> None:
+    kind = getattr(text, "model_type", "")
+    if kind in ALWAYS_TIED and not getattr(text, "tie_word_embeddings", True):
+        raise Unsupported(
+            f"{kind} with a head of its own (tie_word_embeddings=false): vLLM takes its embedding for the head, so its "
+            "answers would not be those of the files; run it on transformers"
         )
 
 

@@ -45,7 +45,7 @@ _PLAIN = {
 
 class _Logprobs(msgspec.Struct):
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: list[dict[str, float | None] | None]
 
 
 class _Choice(msgspec.Struct):
@@ -250,5 +250,5 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _tops(step: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
-    return tuple((int(token.removeprefix(_TOKEN)), value) for token, value in (step or {}).items())
+def _tops(step: dict[str, float | None] | None) -> tuple[tuple[int, float], ...]:
+    return tuple((int(token.removeprefix(_TOKEN)), _number(value)) for token, value in (step or {}).items())
