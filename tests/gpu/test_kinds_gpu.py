@@ -68,8 +68,8 @@ from thaw.testing.plans import halves_swapped, mount_at, tampered  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 LATENT: dict[str, Any] = {
-    **CPU_LATENT, **V3, "num_attention_heads": 16, "num_key_value_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "q_lora_rank": 64,
+    **CPU_LATENT, **V3, "num_attention_heads": 16, "num_key_value_heads": 16, "qk_nope_head_dim": 128,
+    "v_head_dim": 128, "q_lora_rank": 64,
 }  # fmt: skip
 """Attention as wide as DeepSeek V3's: its kernels on a GPU take no other."""
 KINDS: dict[str, dict[str, Any]] = {
