@@ -143,8 +143,8 @@ def folder(how: tuple[str, bool, bool], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def boot(how: tuple[str, bool, bool], folder: Path) -> Callable[..., Engine]:
     arch, caches, _ = how
-    blocks = 2000 if arch in recurrent.NO_MATRICES and not ON_CPU else 120  # those of 16 tokens are many
-    more: dict[str, Any] = {"enable_prefix_caching": caches, "async_scheduling": False, "num_gpu_blocks_override": blocks}
+    blocks = 120 if ON_CPU or arch in GDNS else 2000  # of 16 tokens
+    more: dict[str, Any] = dict(enable_prefix_caching=caches, async_scheduling=False, num_gpu_blocks_override=blocks)
     if arch in GDNS:
         more["additional_config"] = {"gdn_prefill_backend": "triton"}  # the other one stores checkpoints of its own
     if arch not in recurrent.NO_MATRICES:
