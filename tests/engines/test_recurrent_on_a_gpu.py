@@ -45,11 +45,16 @@ def test_what_was_run_on_a_gpu_is_supported_there_and_tests_are_let_past_the_res
 ) -> None:
     asked()
     asked(v2=True)
-    asked("lfm2")
-    asked("granitemoehybrid", mamba_cache_mode="none")
-    asked("granitemoehybrid", v2=True, mamba_cache_mode="none")
+    asked("lfm2_moe")
+    for kind in ("qwen3_5_text", "lfm2"):
+        asked(kind)
+        asked(kind, v2=True)
+    asked("zamba2", mamba_cache_mode="none")
+    for kind in ("granitemoehybrid", "falcon_h1", "nemotron_h"):
+        asked(kind, mamba_cache_mode="none")
+        asked(kind, v2=True, mamba_cache_mode="none")
     untried: list[tuple[str, str, dict[str, Any]]] = [
-        ("V1 runner alone, not on V2", "lfm2", {"v2": True}),
+        ("V1 runner alone, not on V2", "lfm2_moe", {"v2": True}),
         ("V1 runner alone, not on V2", "qwen3_next", {"v2": True, "device": "cpu"}),
         ("mamba_cache_mode align, not none; start vLLM with its prefix", "qwen3_next", {"mamba_cache_mode": "none"}),
         ("mamba_cache_mode none, not align; start vLLM without its prefix", "granitemoehybrid", {}),
@@ -115,9 +120,9 @@ def test_shared_attention_of_several_blocks_is_refused() -> None:
 
 
 def test_a_type_that_was_run_on_a_cpu_alone_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in recurrent.MODES.keys() - recurrent.ON_A_GPU.keys():
-        asked(kind, "cpu", mamba_cache_mode="none")
-        with pytest.raises(Unsupported, match=f"{kind}.* on a CPU alone; on a GPU these were: granitemoehybrid, lfm2"):
-            asked(kind, mamba_cache_mode="none")
+    (kind,) = recurrent.MODES.keys() - recurrent.ON_A_GPU.keys()
+    asked(kind, "cpu", mamba_cache_mode="none")
+    with pytest.raises(Unsupported, match=f"{kind}.* on a CPU alone; on a GPU these were: falcon_h1, granitemoehybrid"):
+        asked(kind, mamba_cache_mode="none")
     monkeypatch.setenv(recurrent.UNTRIED, "1")
-    asked("nemotron_h")
+    asked(kind)

@@ -33,8 +33,13 @@ MODES = {
 FULL = "FullAttentionSpec"
 ON_A_GPU = {
     "qwen3_next": (("align",), ("V1", "V2")),
-    "lfm2": (("align",), ("V1",)),
+    "qwen3_5_text": (("align",), ("V1", "V2")),
+    "lfm2": (("align",), ("V1", "V2")),
+    "lfm2_moe": (("align",), ("V1",)),
     "granitemoehybrid": (("none",), ("V1", "V2")),
+    "falcon_h1": (("none",), ("V1", "V2")),
+    "nemotron_h": (("none",), ("V1", "V2")),
+    "zamba2": (("none",), ("V1",)),
 }
 """By model type, the modes and the runners of vLLM that were run on an NVIDIA GPU."""
 UNTRIED = "THAW_UNTRIED_KINDS"
