@@ -33,6 +33,7 @@ from thaw.engines import load_engine
 from thaw.engines.base import Captured, Engine, HydratePlan, SessionRef
 from thaw.engines.vllm import versions
 from thaw.engines.vllm.jobs import RECENT_STATES
+from thaw.engines.vllm.recurrent import NO_MATRICES
 from thaw.testing.laws.kit import SEED, Lab, bits, greedy, ids, seeded, until, wait_for
 from thaw.testing.plans import capture_plan, mount_at
 
@@ -525,7 +526,7 @@ def test_points_that_cannot_be_are_refused_by_name(how: tuple[str, bool, bool], 
     for token, why in ((0, "must be 1 to"), (4096, "must be 1 to"), ("x", "must be 1 to")):
         with pytest.raises(InvalidRequest, match=why):
             engine.keep_points(session, [token])  # type: ignore[list-item]
-    if how[0] != "lfm2":
+    if how[0] not in NO_MATRICES:
         with pytest.raises(InvalidRequest, match=r"a point at token 130.*Ask for.*or insist"):
             engine.keep_points(session, [130])
     with pytest.raises(NotKept, match=r"no state is kept after 64 tokens.*states after 99 tokens"):
