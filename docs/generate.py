@@ -177,7 +177,10 @@ ON_A_GPU = {
         "falcon", "gpt2", "cohere", "gemma2", "gpt_oss", "gemma3_text", "gemma4_text", "mimo_v2_flash", "llama4_text",
         "deepseek_v3", "qwen3_next", "granitemoehybrid",
     ),
-    "vLLM": ("deepseek_v3", "gemma3_text", "gpt_oss", "olmo3", "qwen3_next", "lfm2", "granitemoehybrid"),
+    "vLLM": (
+        "deepseek_v3", "gemma3_text", "gpt_oss", "olmo3", "qwen3_next", "qwen3_5_text", "lfm2", "granitemoehybrid",
+        "falcon_h1", "nemotron_h", "zamba2",
+    ),
     "SGLang": ("deepseek_v3", "gemma3_text", "gpt_oss", "mellum"),
 }  # fmt: skip
 """Shapes that were run on a GPU, by engine: what `receipts/gpu/suite-*.json` hold (docs/performance.md)."""
