@@ -110,6 +110,8 @@ def test_points_beyond_the_longest_session_are_refused(repo: Repository) -> None
         s.append(token_ids=ids(READ))
         with pytest.raises(InvalidRequest, match=rf"one of {READ + 1}\.\.{longest},"):
             s.keep_points([longest + 1])
+        with pytest.raises(InvalidRequest, match=rf"points \[320\]: no token comes after the {READ}"):
+            s.append(points=[320])
 
 
 def test_points_elsewhere_are_refused_and_named(repo: Repository) -> None:

@@ -261,6 +261,8 @@ class Session(ProcessBound):
         """Ask the engine for the states at `points`, which must be among the next `count` tokens."""
         wanted = as_points(points)
         outside = [point for point in wanted if not start < point <= start + count]
+        if outside and count < 1:
+            raise InvalidRequest(f"points {outside[:5]}: no token comes after the {start} that are there")
         if outside:
             raise InvalidRequest(
                 f"points {outside[:5]}: a point is a number of tokens of the whole session, here one of "
