@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 
 pytest.importorskip("torch")
@@ -73,6 +74,44 @@ def test_what_is_appended_after_a_point_has_the_bits_of_the_session_that_stopped
     with repo.session("main:token=128") as child:
         child.append(token_ids=ids(READ)[128:])
         assert child.generate("", GREEDY).logprobs == whole.logprobs
+
+
+def test_points_of_any_iterable_of_integers_are_kept(repo: Repository) -> None:
+    """An iterator can be read once only: its points were dropped without a word."""
+    for wanted in (iter([128]), {128}, range(128, 129), numpy.array([128]), [numpy.int64(128), 128]):
+        with repo.session(seed=1) as s:
+            s.append(token_ids=ids(READ), points=wanted)  # type: ignore[arg-type]
+            with s.fork(2, at=128) as kids:
+                assert {kid.num_kv for kid in kids} == {128}
+
+
+@pytest.mark.parametrize("wrong", ["128", b"\x80", ["128"], [128.0], [True], [[128]], [None], None, 128, {128: 1}])
+def test_points_that_are_no_integers_are_refused_and_named(repo: Repository, wrong: Sequence[int]) -> None:
+    with repo.session(seed=1) as s:
+        with pytest.raises(InvalidRequest, match=r"point.*(must be an integer|give a list)"):
+            s.append(token_ids=ids(READ), points=wrong)
+        with pytest.raises(InvalidRequest, match=r"point.*(must be an integer|give a list)"):
+            s.keep_points(wrong)
+        assert s.num_tokens == 0
+
+
+@pytest.mark.parametrize("wrong", ["128", 128.0, True, [128]])
+def test_a_token_that_is_no_integer_is_refused_and_named(repo: Repository, wrong: int) -> None:
+    with repo.session(seed=1) as s:
+        s.append(token_ids=ids(READ), points=[128])
+        for verb in (s.reread, lambda at: s.fork(2, at=at)):
+            with pytest.raises(InvalidRequest, match=r"at=.*must be an integer"):
+                verb(wrong)
+
+
+def test_points_beyond_the_longest_session_are_refused(repo: Repository) -> None:
+    longest = repo.engine.info.max_model_len
+    with repo.session(seed=1) as s:
+        s.append(token_ids=ids(READ))
+        with pytest.raises(InvalidRequest, match=rf"one of {READ + 1}\.\.{longest},"):
+            s.keep_points([longest + 1])
+        with pytest.raises(InvalidRequest, match=rf"points \[320\]: no token comes after the {READ}"):
+            s.append(points=[320])
 
 
 def test_points_elsewhere_are_refused_and_named(repo: Repository) -> None:

@@ -7,7 +7,9 @@ Only how vLLM would hand its results out is not looked at: thaw has its own way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -47,6 +49,22 @@ _USUAL: dict[str, object] = {"n": 1, "best_of": 1, "skip_special_tokens": True, 
 def check_seed(seed: int | None) -> None:
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 64):
         raise InvalidRequest(f"seed={seed!r}: must be an integer in 0 .. 2^64-1, or None for a fresh one")
+
+
+def as_token(name: str, value: object) -> int:
+    """`value` as a number of tokens; any integer type will do. Raises `InvalidRequest` for anything else, also for
+    truth values and for floats that are whole."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)  # type: ignore[arg-type]
+    raise InvalidRequest(f"{name}={value!r}: must be an integer, a number of tokens of the session")
+
+
+def as_points(values: object) -> tuple[int, ...]:
+    """`points=` of any iterable, read once. Raises `InvalidRequest` naming what is not a number of tokens."""
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        raise InvalidRequest(f"points={values!r}: give a list of numbers of tokens, such as points=[1024, 4096]")
+    return tuple(as_token("point", value) for value in values)
 
 
 def as_sampling(value: object) -> Sampling:

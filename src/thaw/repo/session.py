@@ -35,7 +35,7 @@ from thaw.repo.group import Group
 from thaw.repo.guard import ProcessBound
 from thaw.repo.kept import Kept
 from thaw.repo.messages import Messages, Tool
-from thaw.repo.params import as_sampling
+from thaw.repo.params import as_points, as_sampling, as_token
 from thaw.repo.stream import Stream
 from thaw.repo.trajectory import Trajectory
 from thaw.store import Store
@@ -254,19 +254,23 @@ class Session(ProcessBound):
 
     def keep_points(self, points: Sequence[int], *, unaligned: bool = False) -> None:
         """As `points` of `append`, for whatever is read or generated next: tokens of the session that are to come."""
-        self._keep_points(self.num_tokens, self._context.engine.info.max_model_len, points, unaligned)
+        start = self.num_tokens
+        self._keep_points(start, self._context.engine.info.max_model_len - start, points, unaligned)
 
     def _keep_points(self, start: int, count: int, points: Sequence[int], unaligned: bool) -> None:
         """Ask the engine for the states at `points`, which must be among the next `count` tokens."""
-        outside = [point for point in points if not start < point <= start + count]
+        wanted = as_points(points)
+        outside = [point for point in wanted if not start < point <= start + count]
+        if outside and count < 1:
+            raise InvalidRequest(f"points {outside[:5]}: no token comes after the {start} that are there")
         if outside:
             raise InvalidRequest(
                 f"points {outside[:5]}: a point is a number of tokens of the whole session, here one of "
                 f"{start + 1}..{start + count}, which are still to be read"
             )
         engine = self._context.engine
-        if points and not keeps_all(engine.info.groups):
-            engine.keep_points(self.ref, points, unaligned=unaligned)
+        if wanted and not keeps_all(engine.info.groups):
+            engine.keep_points(self.ref, wanted, unaligned=unaligned)
 
     def generate(
         self, prompt: str = "", sampling: object = None, *, token_ids: Sequence[int] | None = None
@@ -486,8 +490,9 @@ class Session(ProcessBound):
         """N sessions that continue here, or at token `at`; no KV is copied and nothing is written. Raises `NotKept`
         for a token without a state, on models with recurrent layers; `reread` goes on there."""
         engine = self._context.engine
+        token = None if at is None else as_token("at", at)
         with self._context.admission.beginning():
-            refs = engine.fork(self.ref, n, at=at, replay=replay).result()
+            refs = engine.fork(self.ref, n, at=token, replay=replay).result()
         for ref in refs:
             self._pass_on(ref)
         view = engine.view(refs[0])
@@ -508,13 +513,20 @@ class Session(ProcessBound):
     def reread(self, at: int) -> Session:
         """A session of the first `at` tokens, where `fork` raises `NotKept`: it starts at the nearest earlier point
         and prefills the rest again, which its proof counts. Forks of it read nothing again."""
+        token = as_token("at", at)
         with self._context.admission.beginning():
-            ref = self._context.engine.reread(self.ref, at).result()
+            ref = self._context.engine.reread(self.ref, token).result()
         self._pass_on(ref)
         kept, proof = self._kept_of(self._context.engine.view(ref))
         return Session(
-            self._context, ref, kept=kept, parent=self._parent, proof=proof, num_inherited=at, stale_kv=self._stale_kv
-        )  # fmt: skip
+            self._context,
+            ref,
+            kept=kept,
+            parent=self._parent,
+            proof=proof,
+            num_inherited=token,
+            stale_kv=self._stale_kv,
+        )
 
     def _kept_of(self, view: SessionView) -> tuple[Kept, Proof | None]:
         """What of a child the store has, which is nothing of what the child read again; and the child's proof."""
