@@ -94,7 +94,9 @@ $(VISION)/.installed: $(VLLM_VENV)/.installed tools/sglang-cpu/thaw_sglang_cpu.p
 	@echo "· fetching torchvision $(TORCHVISION) for the tests of multimodal classes on vLLM; seconds, once"
 	@rm -rf $(VISION)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(VISION) torchvision==$(TORCHVISION)
-	@cp tools/sglang-cpu/thaw_sglang_cpu.py $(VISION) && echo 'import thaw_sglang_cpu' > $(VISION)/sitecustomize.py
+	@cp tools/sglang-cpu/thaw_sglang_cpu.py $(VISION)
+	@{ echo 'import thaw_sglang_cpu'; cat $(VISION)/torchvision/__init__.py; } > $(VISION)/whole.py
+	@mv $(VISION)/whole.py $(VISION)/torchvision/__init__.py
 	@touch $@
 
 .venv-sglang: $(SGLANG_VENV)/.installed ## the environment with SGLang on CPU (3 GB, 2 to 5 minutes, once); .venv-sglang-0.5.22
