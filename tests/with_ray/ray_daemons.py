@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def peer_of(address: DaemonAddress, tls: TlsGiven | None = None, secret: bytes =
 
 def looked(peer: Peer) -> NodeCounts:
     return msgspec.convert(peer.ask(LookAtNode()), NodeCounts)
+
+
+def until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def counts_strangers(peer: Peer, count: int) -> bool:
+    """Whether the daemon has turned away as many by now. A caller may hear of it before the daemon has counted it."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: looked(peer).strangers >= count, limit_s=10.0)
+    return bool(looked(peer).strangers == count)
 
 
 def pack(folder: Path, *blobs: bytes) -> str:

@@ -9,13 +9,12 @@ import secrets
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from ray_daemons import SECRET, STORE, Start, daemons, looked, pack, peer_of
+from ray_daemons import SECRET, STORE, Start, counts_strangers, daemons, looked, pack, peer_of, until
 from ray_wire import recorded
 
 from thaw.cluster import RayCluster, TlsFiles
@@ -53,13 +52,6 @@ def daemon(tmp_path: Path) -> Iterator[Start]:
     """Starts one; all of them end with the test."""
     with daemons(tmp_path) as begin:
         yield lambda key, tls: begin(key, tls=tls)
-
-
-def counts_strangers(peer: Peer, count: int) -> bool:
-    """Whether the daemon has turned away as many by now. A caller may hear of it before the daemon has counted it."""
-    with contextlib.suppress(AssertionError):
-        until(lambda: looked(peer).strangers >= count, limit_s=10.0)
-    return bool(looked(peer).strangers == count)
 
 
 def authority(folder: Path, *names: str) -> dict[str, TlsFiles]:
@@ -146,13 +138,6 @@ def test_a_listener_sees_no_tokens(daemon: Start, secure: bool, certificate: Poo
         line.tell(protocol.Bye(id=0))
         until(lambda: not Path(f"/proc/{pid}").exists())
         assert looked(peer).engines == {}
-
-
-def until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
-    end = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_stranger_with_another_certificate_is_refused(daemon: Start, certificate: PoolCertificate) -> None:
