@@ -1,10 +1,12 @@
 """Streams whose text holds characters that end a line elsewhere, and not in a stream of events: from servers of
-engines, and to clients. A model says them at any time, and the same ones again where a request runs again."""
+engines, and to clients. A model says them at any time, and the same ones again where a request runs again. And log
+probabilities that are no numbers, which JSON has no word for."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import secrets
 from typing import Any
@@ -115,3 +117,11 @@ def test_clients_that_end_lines_elsewhere_read_each_event(
         return
     text = "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
     assert text.startswith(TEXT)
+
+
+def test_a_log_probability_that_is_no_number_ends_no_stream() -> None:
+    logprobs = {"token_logprobs": [None], "top_logprobs": [{"token_id:5": None, "token_id:6": -1.5}]}
+    told = {"choices": [{"text": "a", "token_ids": [5], "logprobs": logprobs, "finish_reason": "length"}]}
+    (chunk,) = asyncio.run(heard(VllmHttpTransport, b"data: " + json.dumps(told).encode() + b"\n\n", 1 << 20))
+    (own,), (((token, first), second),) = chunk.logprobs, chunk.tops
+    assert (chunk.token_ids, token, second) == ((5,), 5, (6, -1.5)) and math.isnan(own) and math.isnan(first)
