@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from thaw.cluster.messages import EndNode, LookAtNode, NodeCounts
 from thaw.cluster.peer import Peer
 from thaw.cluster.tls import PoolTls, TlsGiven
 from thaw.data.pack import PackItem, write_pack
+from thaw.testing.laws.kit import until
 
 SECRET = secrets.token_bytes(32)
 STORE = "7" * 32
@@ -49,13 +49,6 @@ def peer_of(address: DaemonAddress, tls: TlsGiven | None = None, secret: bytes =
 
 def looked(peer: Peer) -> NodeCounts:
     return msgspec.convert(peer.ask(LookAtNode()), NodeCounts)
-
-
-def until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
-    end = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def counts_strangers(peer: Peer, count: int) -> bool:

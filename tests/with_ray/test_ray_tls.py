@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from ray_daemons import SECRET, STORE, Start, counts_strangers, daemons, looked, pack, peer_of, until
+from ray_daemons import SECRET, STORE, Start, counts_strangers, daemons, looked, pack, peer_of
 from ray_wire import recorded
 
 from thaw.cluster import RayCluster, TlsFiles
@@ -38,6 +38,7 @@ from thaw.core.errors import EngineDied, InvalidRequest
 from thaw.pool.rpc import protocol
 from thaw.pool.rpc.client import RpcClient
 from thaw.pool.rpc.connection import Connection
+from thaw.testing.laws.kit import until
 
 Given = PoolCertificate | TlsFiles | None
 

@@ -2,8 +2,8 @@
 for CUDA: no NCCL, with which SGLang's ranks ask for a GPU wherever the library is there.
 
 Imports nothing of SGLang's or torch's by itself; it acts when torchvision is first looked for, or at once where
-torchvision imports this itself. With a torchvision that
-was built for the CPU there is nothing to do, and nothing is done.
+torchvision imports this itself. With a torchvision that was built for the CPU there is nothing to do, and nothing is
+done.
 """
 
 from __future__ import annotations
