@@ -121,6 +121,19 @@ def test_verify_holds_at_a_kept_point_and_says_why_it_cannot_elsewhere(told: Rep
     assert failed.name == "cached" and failed.seen == "not-kept" and "601" in failed.detail
 
 
+def test_match_finds_the_most_that_can_be_gone_on_from(repo: Repository) -> None:
+    """Not the point of the commit that has most tokens in common, if another one can be gone on from later."""
+    with repo.session() as longer, repo.session() as shorter:
+        longer.append(TEXT[:50])
+        longer.append(TEXT[50:300])
+        longer.commit("longer")
+        shorter.append(TEXT[:100])
+        point = shorter.commit("shorter").commit
+        tokens = longer.tokens
+    found = repo.match((*tokens[:120], 1, 2))
+    assert found is not None and (found.num_tokens, found.commit) == (100, point)
+
+
 def test_match_ends_where_its_commit_can_be_gone_on_from(told: Repository) -> None:
     tokens = told.show("main").tokens
     assert told.match(token_ids=(*tokens[:608], 1, 2)).num_tokens == 601  # type: ignore[union-attr]
