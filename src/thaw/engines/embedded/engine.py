@@ -450,8 +450,7 @@ class EmbeddedEngine(Engine):
             parent = self._fresh(session)
             if not 0 <= at <= len(parent.tokens):
                 raise InvalidRequest(f"fork at token {at}: the session has {len(parent.tokens)}")
-            num_kv = max((token for token in parent.kv.points if token < at), default=0)
-            child = self._child(parent, at, True, None, 0, num_kv=num_kv)
+            child = self._child(parent, at, True, None, 0, num_kv=parent.kv.nearest(at))
             self._admit(child)
             return child
 
