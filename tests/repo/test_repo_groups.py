@@ -79,8 +79,9 @@ def test_a_token_that_a_state_is_kept_after_goes_on_with_new_tokens_alone(told: 
     """All its tokens are cached, none runs again; without new ones nothing says what follows."""
     with told.session(f"main:{token}") as s:
         assert s.num_kv == token and s.proof is not None and s.proof.hit
-        with pytest.raises(NotKept, match=f"state after {token} tokens is kept.*new tokens"):
+        with pytest.raises(NotKept, match=f"state after {token} tokens is kept.*new tokens.*`reread`"):
             s.generate("", GREEDY)
+        assert s.reread(token).generate("", GREEDY).token_ids
         out = s.generate("ab", GREEDY)
         assert (out.usage.num_prefilled_tokens, out.num_cached_tokens) == (2, token)
         s.commit("on", branch="on")

@@ -413,7 +413,7 @@ def test_a_prompt_that_was_stopped_before_its_answer_is_read_by_whoever_goes_on(
 def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine, lab: Lab) -> None:
     session = lab.begin(engine, 100)
     lab.one(engine, session, greedy(5))
-    with pytest.raises(NotKept, match=r"no state is kept after 49 tokens.*states after 99, 104 tokens"):
+    with pytest.raises(NotKept, match=r"no state is kept after 49 tokens.*states after 99, 104 tokens.*`reread`"):
         engine.fork(session, 1, at=50).result()
     (child,) = engine.fork(session, 1, at=100, replay=True).result()
     assert engine.view(child).num_kv == 99

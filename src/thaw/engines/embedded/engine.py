@@ -597,7 +597,8 @@ def _require_next(session: LiveSession) -> None:
     if session.row is None and session.kv.num_tokens == count > 0 and session.kv.before(count) == count:
         raise NotKept(
             f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on with "
-            f"new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+            f"new tokens alone: give a prompt, fork at token {count + 1}, whose last token runs again, "
+            f"{NotKept.way_out}"
         )
 
 
