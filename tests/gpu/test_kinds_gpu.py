@@ -160,6 +160,13 @@ def engine(boot: Callable[..., Engine]) -> Iterator[Engine]:
         yield loaded
 
 
+@pytest.fixture
+def shared_block(how: tuple[str, bool, bool], engine: Engine) -> int:
+    if not how[1]:
+        pytest.skip("vLLM has no prefix cache here")
+    return int(engine.info.numerics["block_size"])
+
+
 @pytest.fixture(scope="module")
 def other(boot: Callable[..., Engine], engine: Engine) -> Iterator[Engine]:
     with boot() as loaded:
