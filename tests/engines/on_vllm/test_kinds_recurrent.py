@@ -9,7 +9,6 @@ the state of a token more or less, a sibling's, channels in another order.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from multimodal import make_multimodal
-from vllm_shapes import RECURRENT, make_shaped
+from vllm_models import make_for_vllm, options_of
+from vllm_shapes import RECURRENT
 
 import thaw
 from thaw.core.cache import PointState, point_groups, token_groups
@@ -42,10 +41,6 @@ if not versions.names_failed_loads():
 
 MORE = pytest.mark.slow("the same on one more model, or without the prefix cache")
 ONCE_MORE = pytest.mark.soak("the same on one more model of the kind", receipt="vllm-recurrent-once-more")
-MULTIMODAL = ("qwen3_5", "qwen3_5_moe")
-"""Multimodal classes, of which the text part runs."""
-LOOKS_FOR_IMAGES = ("qwen3_5_text", *MULTIMODAL)
-"""Those whose code in vLLM imports torchvision."""
 CACHING = [
     pytest.param(("qwen3_next", True, True), id="gdn"),
     pytest.param(("lfm2", True, False), id="short-convolution"),
@@ -98,20 +93,14 @@ def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
 
 @pytest.fixture(scope="module")
 def folder(how: tuple[str, bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if how[0] in LOOKS_FOR_IMAGES and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("vLLM does not look at a multimodal class without torchvision")
-    make = make_multimodal if how[0] in MULTIMODAL else make_shaped
-    return make(how[0], tmp_path_factory.mktemp("made") / how[0], dtype="bfloat16")
+    return make_for_vllm(how[0], tmp_path_factory.mktemp("made") / how[0])
 
 
 @pytest.fixture(scope="module")
 def boot(how: tuple[str, bool, bool], folder: Path) -> Boot:
     def start(**more: Any) -> Engine:
-        options = {"enforce_eager": True, "max_model_len": 2048, "num_gpu_blocks_override": 120, **more}
-        options["worker_extension_cls"] = "scrubbing.Scrub"
-        if how[0] in MULTIMODAL:
-            options["language_model_only"] = True
-        return load_engine("vllm", model=str(folder), enable_prefix_caching=how[1], **options)
+        own = options_of(how[0], enable_prefix_caching=how[1], **{"num_gpu_blocks_override": 120, **more})
+        return load_engine("vllm", model=str(folder), **own, worker_extension_cls="scrubbing.Scrub")
 
     return start
 
