@@ -185,6 +185,46 @@ def _explode(_: object) -> None:
     raise RuntimeError("out of memory")
 
 
+def test_a_session_that_cannot_be_read_again_is_not_left_open(
+    engine: Engine, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are children of which one could not be made: their caller has none of them."""
+    session = lab.begin(engine, 300)
+    plan = msgspec.structs.replace(lab.plan(lab.capture(engine, session)), policy="recompute", not_kept="so")
+    bare = msgspec.structs.replace(plan, num_kv=0, slices=(), points=(), boundary=None, hidden=None)
+    some = msgspec.structs.replace(plan, tokens=(*plan.tokens, 1, 2))
+    held: dict[SessionRef, object] = engine._sessions  # type: ignore[attr-defined]
+    before, made = set(held), 0
+
+    def broken(*_: object, **__: object) -> object:
+        nonlocal made
+        made += 1
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._backend, "forward", broken)  # type: ignore[attr-defined]
+    for attempt in (
+        lambda: engine.reread(session, 100).result(LIMIT_S),
+        lambda: lab.hydrate(engine, bare),
+        lambda: lab.hydrate(engine, some),
+    ):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            attempt()
+        assert set(held) == before
+    assert made == 3
+
+    fork = PagedKV.fork
+
+    def second_fails(kv: PagedKV, at: int) -> PagedKV:
+        nonlocal made
+        made += 1
+        return broken() if made > 4 else fork(kv, at)  # type: ignore[return-value]
+
+    monkeypatch.setattr(PagedKV, "fork", second_fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lab.fork(engine, session, 3)
+    assert set(held) == before and made > 4
+
+
 def test_many_threads_may_use_one_engine(engine: Engine, lab: Lab) -> None:
     """Every thread's result equals what it gets alone."""
     sessions = [lab.begin(engine, 40, start=i) for i in range(6)]

@@ -10,9 +10,9 @@ import pytest
 from thaw.core.cache import keeps_all
 from thaw.core.errors import NotKept
 from thaw.engines import load_engine
-from thaw.engines.base import Engine
+from thaw.engines.base import Engine, GenerateRequest
 from thaw.engines.embedded.weights import WeightsWatch
-from thaw.engines.fake.shapes import WINDOW
+from thaw.engines.fake.shapes import SHAPES, WINDOW
 from thaw.testing import EngineTests
 from thaw.testing.laws.bytes_law import blob_ids
 from thaw.testing.laws.groups_law import GroupsLaw
@@ -64,8 +64,9 @@ class TestHybridOfPresentStates(GroupsLaw, ProofLaw):
     def test_an_earlier_token_is_refused_and_the_tokens_that_are_kept_are_named(self, engine: Engine, lab: Lab) -> None:
         session = lab.begin(engine, 300)
         assert "interior-points" not in engine.info.capabilities and not keeps_all(engine.info.groups)
-        with pytest.raises(NotKept, match=r"99 tokens.*299, 300 tokens"):
+        with pytest.raises(NotKept, match=r"99 tokens.*299, 300 tokens.*`reread`"):
             lab.fork(engine, session, at=100)
+        assert engine.view(engine.reread(session, 100).result()).num_kv == 100
         lab.one(engine, session, seeded(20))
         with pytest.raises(NotKept, match="318, 319 tokens"):
             lab.fork(engine, session, at=310)
@@ -112,3 +113,39 @@ class TestHybridOfPresentStates(GroupsLaw, ProofLaw):
         assert [segment.start for c in captures[1:] for segment in c.segments][:2] == [256, 263]
         plan = lab.plan(captures[-1], *captures[:-1])
         same(lab.one(engine, session, seeded(8)), lab.one(other, lab.hydrate(other, plan).session, seeded(8)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "interior", "asked", "at", "begins"),
+    [
+        ("one", True, (), 200, 199),
+        ("one", True, (), 300, 299),
+        ("latent", True, (), 200, 199),
+        ("hybrid", True, (), 200, 199),
+        ("hybrid", False, (128,), 200, 128),
+        ("hybrid", False, (128,), 128, 0),
+        ("states", False, (64, 128), 129, 128),
+        ("windows", False, (128,), 200, 128),
+        ("windows", False, (128, 150), 140, 139),
+        ("windows", False, (), 300, 299),
+        ("windows", False, (), 41, 0),
+        ("one", True, (), 0, 0),
+    ],
+)
+def test_reread_reads_what_it_must_and_no_more(
+    groups: str, interior: bool, asked: tuple[int, ...], at: int, begins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after the nearest earlier token that the session can be forked at; it goes on as the parent did."""
+    monkeypatch.setitem(SHAPES, "windows", SHAPES["hybrid"][:2])
+    with load_engine("fake", groups=groups, interior=interior) as engine:
+        session = engine.open(seed=1)
+        engine.keep_points(session, asked)
+        engine.append(session, ids(300)).result()
+        child = engine.reread(session, at).result()
+        view, proof = engine.view(child), engine.view(child).proof
+        assert proof is not None and (view.num_kv, view.tokens) == (at, ids(300)[:at])
+        assert (proof.num_cached_tokens, proof.num_recomputed_tokens) == (begins, at - begins)
+        fresh = engine.open(seed=1)
+        engine.append(fresh, ids(300)[:at]).result()
+        goes_on = [GenerateRequest(session=one, sampling=seeded(8), prompt=(5,)) for one in (child, fresh)]
+        same(*(engine.generate([one]).result()[0] for one in goes_on))

@@ -60,7 +60,7 @@ def test_a_point_that_was_asked_for_is_forked_from_and_nothing_before_it_runs_ag
         assert [out.usage.num_prefilled_tokens for out in outs] == [1, 2, 3]
         assert [out.num_cached_tokens for out in outs] == [128] * 3
         assert sum(fed) == 6 + 3 * 5, "the new tokens, and those that were generated"
-        with pytest.raises(NotKept, match=r"128 tokens is kept.*give a prompt, or fork at token 129"):
+        with pytest.raises(NotKept, match=r"128 tokens is kept.*give a prompt, fork at token 129.*`reread`"):
             repo.fork("main:token=128", 1)[0].generate("", GREEDY)
     with repo.session("main:token=129") as one_more:
         assert one_more.generate("", GREEDY).usage.num_prefilled_tokens == 1

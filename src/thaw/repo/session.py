@@ -35,7 +35,7 @@ from thaw.repo.group import Group
 from thaw.repo.guard import ProcessBound
 from thaw.repo.kept import Kept
 from thaw.repo.messages import Messages, Tool
-from thaw.repo.params import as_points, as_sampling, as_token
+from thaw.repo.params import as_points, as_sampling, as_token, require_to_come
 from thaw.repo.stream import Stream
 from thaw.repo.trajectory import Trajectory
 from thaw.store import Store
@@ -262,14 +262,7 @@ class Session(ProcessBound):
     def _keep_points(self, start: int, count: int, points: Sequence[int], unaligned: bool) -> None:
         """Ask the engine for the states at `points`, which must be among the next `count` tokens."""
         wanted = as_points(points)
-        outside = [point for point in wanted if not start < point <= start + count]
-        if outside and count < 1:
-            raise InvalidRequest(f"points {outside[:5]}: no token comes after the {start} that are there")
-        if outside:
-            raise InvalidRequest(
-                f"points {outside[:5]}: a point is a number of tokens of the whole session, here one of "
-                f"{start + 1}..{start + count}, which are still to be read"
-            )
+        require_to_come(wanted, start, start + count)
         engine = self._context.engine
         if wanted and not keeps_all(engine.info.groups):
             engine.keep_points(self.ref, wanted, unaligned=unaligned)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from vllm_shapes import LATENT, RANK, ROPED
+from vllm_shapes import LATENT, RANK, ROPED, V3
 
 from kind_models import make_kind_model
 from thaw.core.cache import LatentKV
@@ -37,8 +37,6 @@ from thaw.engines.vllm.client.engine import VllmEngine  # noqa: E402
 
 WIDTH = RANK + ROPED
 BLOCK = 16
-V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-"""What files of DeepSeek V3 say, too."""
 KINDS = [
     pytest.param(("deepseek_v3", V3), id="deepseek_v3"),
     *(

@@ -65,6 +65,8 @@ LATENT: dict[str, Any] = {
     },
 }  # fmt: skip
 """The one width that vLLM has on a CPU."""
+V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""What files of DeepSeek V3 say, too."""
 
 
 def make_shaped(arch: str, folder: Path, *, dtype: str) -> Path:

@@ -413,7 +413,8 @@ class EmbeddedEngine(Engine):
         position = len(parent.tokens) if at is None else at
         if not 0 <= position <= len(parent.tokens):
             raise InvalidRequest(f"fork at token {position}: the session has {len(parent.tokens)}")
-        return [self._admit(self._child(parent, position, replay, seeds[i] if seeds else None, i)) for i in range(n)]
+        children = [self._child(parent, position, replay, seeds[i] if seeds else None, i) for i in range(n)]
+        return [self._admit(child) for child in children]
 
     def _child(
         self, parent: LiveSession, at: int, replay: bool, seed: int | None, index: int, *, num_kv: int | None = None
@@ -450,14 +451,13 @@ class EmbeddedEngine(Engine):
             parent = self._fresh(session)
             if not 0 <= at <= len(parent.tokens):
                 raise InvalidRequest(f"fork at token {at}: the session has {len(parent.tokens)}")
-            num_kv = max((token for token in parent.kv.points if token < at), default=0)
-            child = self._child(parent, at, True, None, 0, num_kv=num_kv)
+            child = self._child(parent, at, True, None, 0, num_kv=parent.kv.nearest(at))
             self._admit(child)
             return child
 
         child = self._driver.call(begin).result()
         num_kv = child.kv.num_tokens
-        self.append(child.ref, ()).result()
+        self._read(child.ref, ())
         child.proof = None if child.proof is None else _with_gap(child.proof, num_kv, at, "read again as asked")
         return child.ref
 
@@ -509,7 +509,7 @@ class EmbeddedEngine(Engine):
 
     def _replay(self, ref: SessionRef, plan: HydratePlan, loaded: Proof) -> Proof:
         """Prefill what comes after the point that was loaded, because the caller allowed it."""
-        self.append(ref, ()).result()
+        self._read(ref, ())
         return _with_gap(loaded, plan.num_kv, len(plan.tokens), plan.not_kept)
 
     def _recompute(self, plan: HydratePlan, reason: str) -> Hydrated:
@@ -518,7 +518,7 @@ class EmbeddedEngine(Engine):
         turns, session.tokens, session.turns = session.turns, [], []
         ref = self._driver.call(lambda: self._admit(session)).result()
         if plan.tokens:
-            self.append(ref, plan.tokens).result()
+            self._read(ref, plan.tokens)
         session.turns = turns
         session.proof = Proof(
             num_prompt_tokens=len(plan.tokens),
@@ -532,6 +532,14 @@ class EmbeddedEngine(Engine):
             reason=reason,
         )
         return Hydrated(session=ref, proof=session.proof)
+
+    def _read(self, ref: SessionRef, tokens: Sequence[int]) -> None:
+        """Prefill, for a session that nobody has yet: where it fails, the session is gone."""
+        try:
+            self.append(ref, tokens).result()
+        except BaseException:
+            self.close_session(ref)
+            raise
 
     def _restored(self, plan: HydratePlan, kv: PagedKV) -> LiveSession:
         session = self._new(kv, plan.seed, plan.salt, plan.share_prefix)
@@ -598,7 +606,8 @@ def _require_next(session: LiveSession) -> None:
     if session.row is None and session.kv.num_tokens == count > 0 and session.kv.before(count) == count:
         raise NotKept(
             f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on with "
-            f"new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+            f"new tokens alone: give a prompt, fork at token {count + 1}, whose last token runs again, "
+            f"{NotKept.way_out}"
         )
 
 

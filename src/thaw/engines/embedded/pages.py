@@ -193,6 +193,13 @@ class PagedKV:
             return last
         return num_tokens if num_tokens <= self.num_tokens and num_tokens in self.points else last
 
+    def nearest(self, num_tokens: int) -> int:
+        """The most tokens, fewer than `num_tokens`, that a fork can have; 0 where there is nothing to begin with."""
+        last = min(self.num_tokens, num_tokens - 1)
+        ends = {last, *(r.stop for group in token_groups(self.factory.groups) for r in self.kept(group))}
+        found = self.points if point_groups(self.factory.groups) else ends
+        return max((n for n in found if 0 < n <= last and self._lacking(n) is None), default=0)
+
     def kept(self, group: TokenGroup) -> list[range]:
         """The tokens of a group that are kept, in order and apart from one another: what is needed to go on from here,
         from one token earlier, and from what was asked for. Where there are states, that begins behind the asked token,
@@ -215,20 +222,27 @@ class PagedKV:
         if at and point_groups(self.factory.groups) and at not in self.points:
             raise NotKept(
                 f"no state is kept after {at} tokens: this session has states after {list_of(self.points)}. Go on from "
-                "one of these, or read the tokens again (append them to a new session)"
+                f"one of these, {NotKept.way_out}"
             )
         self._require_windows(at)
 
     def _require_windows(self, at: int) -> None:
+        group = self._lacking(at)
+        if group is not None:
+            covered, have = group.covers(at), ", ".join(f"{r.start} to {r.stop - 1}" for r in self.kept(group))
+            raise NotKept(
+                f"after {at} tokens the group {group.name} needs tokens {covered.start} to {covered.stop - 1}; "
+                f"this session has {have}. Continue from its present end or from a point that was asked for, "
+                f"{NotKept.way_out}"
+            )
+
+    def _lacking(self, at: int) -> TokenGroup | None:
+        """A group of which not all is kept that a session of `at` tokens needs."""
         for group in token_groups(self.factory.groups):
-            covered, kept = group.covers(at), self.kept(group)
-            if covered and not any(r.start <= covered.start and covered.stop <= r.stop for r in kept):
-                have = ", ".join(f"{r.start} to {r.stop - 1}" for r in kept)
-                raise NotKept(
-                    f"after {at} tokens the group {group.name} needs tokens {covered.start} to {covered.stop - 1}; "
-                    f"this session has {have}. Continue from its present end or from a point that was asked for, or "
-                    "read the tokens again"
-                )
+            covered = group.covers(at)
+            if covered and not any(r.start <= covered.start and covered.stop <= r.stop for r in self.kept(group)):
+                return group
+        return None
 
     def read(self, column: int, start: int, stop: int) -> memoryview:
         """Tokens [start, stop) of one window and column as blob bytes; without a copy when it is a whole host page."""

@@ -71,10 +71,10 @@ class Generation:
         if not tokens:
             return session.view()
         session.require_state()
-        settle_turn(session)
         count = len(session.tokens) + len(tokens)
         ends = session.to_read(count) if self._model.keeps_states else [count]
         if not ends:
+            settle_turn(session)
             return _nothing_to_read(session, tokens, text, role, chat)
         request = GenerateRequest(session=session.ref, prompt=tuple(tokens), prompt_text=text, role=role, chat=chat)
         return await self._read(promise, session, request, ends)
@@ -91,6 +91,8 @@ class Generation:
     ) -> SessionView:
         """Read the request's prompt, a piece up to each of `ends`."""
         lane = claim(0, session, request, nobody, self._talk.dropped.append)
+        if request.prompt:
+            settle_turn(session)
         promise.on_cancel = lambda: self._cancel([lane])
         try:
             return await self._prefill(lane, ends)
@@ -132,9 +134,9 @@ class Generation:
             self._check_request(session, request)
         lanes = []
         for i, (session, request) in enumerate(zip(sessions, asked, strict=True)):
+            lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
             if not request.resume:
                 settle_turn(session)
-            lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
         return lanes
 
     def _check_request(self, session: ServedSession, request: GenerateRequest) -> None:

@@ -120,8 +120,7 @@ class ServedSession:
             return at
         raise NotKept(
             f"no state is kept after {last} tokens, which is what a fork at token {at} goes on from: this session has "
-            f"states after {list_of(self.points)}. Fork at one token more than one of these, or read the tokens again "
-            "(append them to a new session)"
+            f"states after {list_of(self.points)}. Fork at one token more than one of these, {NotKept.way_out}"
         )
 
     def require_state(self) -> None:
@@ -130,7 +129,7 @@ class ServedSession:
             raise NotKept(
                 f"no state is kept after {len(self.tokens) - 1} tokens: the engine had gone on when the session was "
                 f"stopped there, and it has states after {list_of(self.points)}. Fork at one token more than one of "
-                "these, or read the tokens again (append them to a new session)"
+                f"these, {NotKept.way_out}"
             )
 
     def require_next(self) -> None:
@@ -139,7 +138,8 @@ class ServedSession:
         if self.num_kv == count > 0:
             raise NotKept(
                 f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on "
-                f"with new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+                f"with new tokens alone: give a prompt, fork at token {count + 1}, whose last token runs again, "
+                f"{NotKept.way_out}"
             )
 
     def view(self) -> SessionView:

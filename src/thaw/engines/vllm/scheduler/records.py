@@ -48,5 +48,5 @@ class SchedulerRecord:
         if num_kv and num_kv not in self.points and num_kv not in self.recent:
             raise NotKept(
                 f"no state is kept after {num_kv} tokens: this session has states after {list_of(self.states)}. Go on "
-                "from one of these, or read the tokens again (append them to a new session)"
+                f"from one of these, {NotKept.way_out}"
             )
