@@ -276,11 +276,11 @@ def test_a_level_that_there_is_not_is_refused_and_changes_nothing(repo: Reposito
     assert not repo.is_drained and session.generate("x", ANSWER).token_ids
 
 
-def test_an_engine_without_a_sleep_mode_is_not_drained(repo: Repository) -> None:
-    import msgspec
+def test_an_engine_without_a_sleep_mode_is_not_drained(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(self: EmbeddedEngine, *, level: int) -> None:
+        Engine.require_sleep(self, level=level)
 
-    info = repo.engine.info
-    repo.engine.info = msgspec.structs.replace(info, capabilities=info.capabilities - {"sleep"})
+    monkeypatch.setattr(EmbeddedEngine, "require_sleep", cannot)
     with pytest.raises(Unsupported, match="no sleep mode"):
         repo.sleep()
     assert not repo.is_drained

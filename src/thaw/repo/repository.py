@@ -225,15 +225,11 @@ class Repository:
         (unless `lose`: it cannot go on then) or the engine works for others; sessions that others opened in the same
         engine are not stored. Raises `Unsupported` where the engine has no sleep mode, and nothing was drained.
         """
-        from thaw.core.errors import Unsupported
         from thaw.repo.sleep import sleep
 
         self._require_default("an engine is put to sleep")
-        info = self.engine.info
-        if "sleep" not in info.capabilities:
-            raise Unsupported(
-                f"the {info.name} engine has no sleep mode; repo.drain() stores its sessions, then close it"
-            )
+        if not self.is_asleep:
+            self.engine.require_sleep(level=level)
         return sleep(self._context, level, timeout_s, lose=lose)
 
     def wake(self) -> WakeReport:

@@ -41,6 +41,7 @@ from thaw.engines.base import (
     HydratePlan,
     SessionRef,
     SessionView,
+    check_sleep_level,
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
@@ -118,9 +119,15 @@ class EmbeddedEngine(Engine):
 
             self._driver.call(change).result()
 
+    def require_sleep(self, *, level: int = 1) -> None:
+        check_sleep_level(level)
+        self._nap.require_awake()
+        self._backend.require_sleep(level)
+
     def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
         """See the contract. Parked sessions stay where they are, in host memory."""
-        with self._nap.falling_asleep(level):
+        self.require_sleep(level=level)
+        with self._nap.falling_asleep():
             self._driver.call(lambda: None).result()  # what was let in has its job by now
             wait(tuple(self._in_flight))
             return self._driver.call(lambda: self._fall_asleep(level)).result()
@@ -601,7 +608,6 @@ class EmbeddedEngine(Engine):
                 f"{running} sessions are running, and would lose their KV; wait for their results or cancel them "
                 "(repo.sleep() does, and stores them first)"
             )
-        self._backend.require_sleep(level)
         self._weights.check()  # what runs now is what is to run afterwards
         dropped = [live for live in self._sessions.values() if live.kv.num_tokens]
         for live in dropped:

@@ -11,10 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from thaw.core.errors import Busy, Conflict, InvalidRequest
+from thaw.core.errors import Busy, Conflict
 from thaw.engines.embedded.backend import Backend
-
-LEVELS = (1, 2)
 
 
 class Nap:
@@ -46,10 +44,8 @@ class Nap:
                 self._changed.notify_all()
 
     @contextmanager
-    def falling_asleep(self, level: int) -> Iterator[None]:
+    def falling_asleep(self) -> Iterator[None]:
         """Around the way to sleep: on an error it is awake as before. Raises `Busy` where it sleeps already."""
-        if level not in LEVELS:
-            raise InvalidRequest(f"sleep level {level!r}: 1 (weights in host memory) or 2 (weights dropped)")
         with self._changed:
             self.require_awake()
             self._is_awake, self._moving = False, True

@@ -227,6 +227,28 @@ class VllmHttpTransport(http.HttpTransport[Call]):
             if reply.status_code != 200:
                 raise InvalidRequest(f"{self.url} refused the weights of {folder}: {server_message(reply.content)}")
 
+    async def sleep(self, level: int) -> None:
+        await self._operate(f"/sleep?level={level}")
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._operate("/wake_up?tags=weights")
+            await self.reload_weights(self.facts.model)
+        await self._operate("/wake_up" if level == 1 else "/wake_up?tags=kv_cache")
+
+    async def _operate(self, route: str) -> None:
+        try:
+            reply = await self._client.post(route, timeout=RELOAD_LIMIT_S)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code == 404:
+            raise Unsupported(
+                f"the server at {self.url} lets nobody put it to sleep: start it with VLLM_SERVER_DEV_MODE=1"
+            )
+        if reply.status_code != 200:
+            raise InvalidRequest(f"{self.url} refused {route}: {server_message(reply.content)}")
+
     async def abort(self, name: str) -> None:
         call = self._calls.get(name)
         if call is None or call.task is None:
