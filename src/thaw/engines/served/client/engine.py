@@ -262,7 +262,7 @@ class ServedEngine(Engine):
         try:
             await self._pins.end_all()
             await self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))  # behind all that is to be saved
-            await self._transport.sleep(level)
+            await self._put_to_sleep(level)
         except BaseException:
             self._asleep = 0
             raise
@@ -270,8 +270,15 @@ class ServedEngine(Engine):
     async def _wake_up(self) -> None:
         if not self._asleep:
             raise Conflict(f"engine {self.info.name} was not put to sleep from here")
-        await self._transport.wake(self._asleep)
+        await self._bring_back(self._asleep)
         self._asleep = 0
+
+    async def _put_to_sleep(self, level: int) -> None:
+        """By the server's own sleep mode."""
+        await self._transport.sleep(level)
+
+    async def _bring_back(self, level: int) -> None:
+        await self._transport.wake(level)
 
     def _require_awake(self) -> None:
         if self._asleep:
