@@ -27,16 +27,13 @@ if ON_CPU and os.environ.get("THAW_GPU_TESTS_ON_CPU") != "1":
     pytest.skip("no GPU here", allow_module_level=True)
 
 import thaw  # noqa: E402
-from thaw import Sampling  # noqa: E402
+from sleepers import CYCLES, family, turn, undisturbed  # noqa: E402
 from thaw.engines import load_engine  # noqa: E402
 from thaw.engines.base import Engine  # noqa: E402
-from thaw.repo import Repository, Session  # noqa: E402
+from thaw.repo import Repository  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-PROMPT = [(7 * i + 3) % 256 for i in range(1500)]
-ANSWER = Sampling(temperature=0.8, max_tokens=8, ignore_eos=True)
-CYCLES = 20
 KV_NBYTES = 4 << 30
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12, "head_dim": 64}
 """0.8 billion parameters: their 1.6 GB are seen among the driver's figures."""
@@ -76,29 +73,6 @@ def engine(folder: Path) -> Iterator[Engine]:
 def repo(engine: Engine, tmp_path: Path) -> Iterator[Repository]:
     with thaw.open(tmp_path / "r", engine=engine) as opened:
         yield opened
-
-
-def family(repo: Repository) -> list[Session]:
-    """A parent, its fork, and one that is parked between its turns."""
-    trunk, parked = repo.session(seed=1), repo.session(seed=2)
-    trunk.append(token_ids=PROMPT)
-    parked.append(token_ids=PROMPT[9:])
-    return [trunk, trunk.fork(1)[0], parked]
-
-
-def turn(sessions: list[Session], i: int) -> list[tuple[object, ...]]:
-    told = [one.generate(token_ids=[i + 5, 9], sampling=ANSWER) for one in sessions]
-    assert all(one.usage.num_prefilled_tokens <= 3 for one in told), "what was read is not read again"
-    sessions[-1].park()
-    return [(one.token_ids, one.logprobs) for one in told]
-
-
-def undisturbed(repo: Repository, cycles: int) -> list[list[tuple[object, ...]]]:
-    sessions = family(repo)
-    told = [turn(sessions, i) for i in range(cycles)]
-    for one in sessions:
-        one.close()
-    return told
 
 
 def free() -> int:

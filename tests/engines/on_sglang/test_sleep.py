@@ -13,17 +13,14 @@ import pytest
 pytest.importorskip("sglang")
 
 import thaw
+from sleepers import ANSWER, CYCLES, PROMPT, family, turn, undisturbed
 from thaw import Sampling
 from thaw.core.errors import Busy, Conflict, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.base import GenerateRequest
 from thaw.engines.sglang import versions
 from thaw.engines.sglang.client.engine import SglangEngine
-from thaw.repo import Repository, Session
-
-PROMPT = [(7 * i + 3) % 256 for i in range(300)]
-ANSWER = Sampling(temperature=0.8, max_tokens=4, ignore_eos=True)
-CYCLES = 20
+from thaw.repo import Repository
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +36,6 @@ def repo(engine: SglangEngine, tmp_path: Path) -> Iterator[Repository]:
         yield opened
     if engine._asleep:
         engine.wake()
-
-
-def family(repo: Repository) -> list[Session]:
-    """A parent, its fork, and one that is parked between its turns."""
-    trunk, parked = repo.session(seed=1), repo.session(seed=2)
-    trunk.append(token_ids=PROMPT)
-    parked.append(token_ids=PROMPT[9:])
-    return [trunk, trunk.fork(1)[0], parked]
-
-
-def turn(sessions: list[Session], i: int) -> list[tuple[object, ...]]:
-    told = [one.generate(token_ids=[i + 5, 9], sampling=ANSWER) for one in sessions]
-    assert all(one.usage.num_prefilled_tokens <= 3 for one in told), "what was read is not read again"
-    sessions[-1].park()
-    return [(one.token_ids, one.logprobs) for one in told]
-
-
-def undisturbed(repo: Repository, cycles: int) -> list[list[tuple[object, ...]]]:
-    sessions = family(repo)
-    told = [turn(sessions, i) for i in range(cycles)]
-    for one in sessions:
-        one.close()
-    return told
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -14,15 +14,12 @@ from test_http import Server
 pytest.importorskip("vllm")
 
 import thaw
+from sleepers import ANSWER, CYCLES, PROMPT, family, turn, undisturbed
 from thaw import Sampling
 from thaw.core.errors import Busy, Conflict, ThawError, Unsupported
 from thaw.engines import load_engine
 from thaw.engines.vllm.client.engine import VllmEngine
-from thaw.repo import Repository, Session
-
-PROMPT = [(7 * i + 3) % 256 for i in range(300)]
-ANSWER = Sampling(temperature=0.8, max_tokens=6, ignore_eos=True)
-CYCLES = 20
+from thaw.repo import Repository
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +47,6 @@ def awake(request: pytest.FixtureRequest) -> Iterator[None]:
 def repo(engine: VllmEngine, tmp_path: Path) -> Iterator[Repository]:
     with thaw.open(tmp_path / "r", engine=engine) as opened:
         yield opened
-
-
-def family(repo: Repository) -> list[Session]:
-    """A parent, its fork, and one that is parked between its turns."""
-    trunk, parked = repo.session(seed=1), repo.session(seed=2)
-    trunk.append(token_ids=PROMPT)
-    parked.append(token_ids=PROMPT[9:])
-    return [trunk, trunk.fork(1)[0], parked]
-
-
-def turn(sessions: list[Session], i: int) -> list[tuple[object, ...]]:
-    told = [one.generate(token_ids=[i + 5, 9], sampling=ANSWER) for one in sessions]
-    assert all(one.usage.num_prefilled_tokens <= 3 for one in told), "what was read is not read again"
-    sessions[-1].park()
-    return [(one.token_ids, one.logprobs) for one in told]
-
-
-def undisturbed(repo: Repository, cycles: int) -> list[list[tuple[object, ...]]]:
-    sessions = family(repo)
-    told = [turn(sessions, i) for i in range(cycles)]
-    for one in sessions:
-        one.close()
-    return told
 
 
 @pytest.mark.parametrize("level", [1, 2])
