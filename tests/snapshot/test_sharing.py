@@ -103,7 +103,7 @@ def test_what_is_not_the_same_is_not_shared(
     with thaw.open(tmp_path / "r", engine=engine) as repo:
         names, found, whole = taken(repo)
     child = next(at for at, one in enumerate(found.sessions) if one.session == names[2])
-    monkeypatch.setattr(restoring, "_trunks", lambda store, entries: [child if at > child else None for at in range(7)])
+    monkeypatch.setattr(restoring, "trunks", lambda store, states: [child if at > child else None for at in range(7)])
     if blindly:
         monkeypatch.setattr(
             transfer, "num_shared", lambda plan, loaded: min(plan.num_kv, sum(x.length for x in loaded))

@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, NewType, TypeVar
 import msgspec
 
 from thaw.core.cache import CacheGroup
-from thaw.core.errors import EngineDied, Unsupported
+from thaw.core.errors import EngineDied, InvalidRequest, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import AnyModel, AnyTurn, Boundary, Chat, StatesAtToken
@@ -264,6 +264,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `entropy`           `Sampling.entropy`; else refused
     `stale-kv`          `keep_stale_kv`, and plans that ask for it; else refused
     `beside`            `HydratePlan.beside`: what both sessions have of the same blobs is shared, and not read again
+    `sleep`             `sleep` and `wake`; else refused
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
     """
     numerics: dict[str, str]
@@ -496,6 +497,28 @@ class Engine(abc.ABC):
         """
         raise Unsupported(f"engine {self.info.name} does not change its weights while it runs; load another one")
 
+    def require_sleep(self, *, level: int = 1) -> None:
+        """Raise what `sleep` would, whatever runs: `InvalidRequest`, `Unsupported`, `Busy` where it sleeps already."""
+        raise Unsupported(f"engine {self.info.name} has no sleep mode; close it, and load it again")
+
+    def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
+        """Free the accelerator until `wake`: of the KV of all sessions, of the engine's own cache of it, and of the
+        weights. Level 1 keeps the weights in host memory; level 2 drops them too, and `wake` reads them again.
+
+        Returns the sessions whose KV was dropped: hydrate their commits after `wake`. Until then, and afterwards, they
+        can be viewed, and everything else raises `StaleSession`. What the engine keeps in host memory (what is parked)
+        comes back by itself. Waits for captures and hydrates under way; raises `Busy`, and sleeps not, while something
+        is prefilled or generated, and where it sleeps already. Asleep, only `view`, `close_session`, `wake` and `close`
+        work; the rest raises `Busy`. Raises `Unsupported` where this engine, or this way to it, cannot.
+        """
+        self.require_sleep(level=level)
+        raise NotImplementedError("an engine that may sleep says how")
+
+    def wake(self) -> None:
+        """Take the accelerator back. The weights are those that ran before, or it raises what loading them raises and
+        sleeps on. Nothing of the former KV is used. Raises `Conflict` where it does not sleep."""
+        raise Unsupported(f"engine {self.info.name} has no sleep mode, so it does not sleep")
+
     def stalled(self) -> str:
         """Why the engine captures nothing until its owner lets it go on; "" where it does, or cannot say."""
         return ""
@@ -513,6 +536,14 @@ class Engine(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+SLEEP_LEVELS = (1, 2)
+
+
+def check_sleep_level(level: int) -> None:
+    if level not in SLEEP_LEVELS:
+        raise InvalidRequest(f"sleep level {level!r}: 1 (weights in host memory) or 2 (weights dropped)")
 
 
 def update_weights(engine: Engine, source: str) -> None:

@@ -37,7 +37,7 @@ class DrainAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 async def drain(context: GatewayContext, request: Request, body: bytes) -> Response:
     """POST /admin/drain"""
-    _require_operator(context)
+    require_operator(context)
     try:
         asked = msgspec.json.decode(body or b"{}", type=DrainAsked)
     except msgspec.DecodeError as error:
@@ -53,7 +53,7 @@ class SnapshotAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 async def taken(context: GatewayContext, request: Request, body: bytes) -> Response:
     """POST /admin/snapshot: while it works, one of each engine and namespace that has sessions. `lost`: requests that
     are in none of them."""
-    _require_operator(context)
+    require_operator(context)
     try:
         asked = msgspec.json.decode(body or b"{}", type=SnapshotAsked)
     except msgspec.DecodeError as error:
@@ -93,7 +93,7 @@ def _told(namespace: str, engine: int, done: EngineSnapshot) -> dict[str, Any]:
 
 async def undrain(context: GatewayContext, request: Request, body: bytes) -> Response:
     """DELETE /admin/drain"""
-    _require_operator(context)
+    require_operator(context)
     service = context.service
     was = service.draining
     for one in service.engines.all:
@@ -102,7 +102,7 @@ async def undrain(context: GatewayContext, request: Request, body: bytes) -> Res
     return as_json({"drained": False, "was": was, "resumed": await responses.restore(service) if was else 0})
 
 
-def _require_operator(context: GatewayContext) -> None:
+def require_operator(context: GatewayContext) -> None:
     if not context.tenant.operator:
         raise ApiError(403, "this key is not an operator's")
 

@@ -66,6 +66,8 @@ class Service:
         self.closing = False
         self.draining = False
         """Nothing begins, until an operator says so (`thaw.gateway.draining`)."""
+        self.asleep = False
+        """Nor do the engines run (`thaw.gateway.sleeping`)."""
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
@@ -165,7 +167,8 @@ class Service:
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
         if self.draining:
-            raise ApiError(503, "the gateway is drained; try again soon", retry_after=RETRY_AFTER_S)
+            state = "asleep" if self.asleep else "drained"
+            raise ApiError(503, f"the gateway is {state}; try again soon", retry_after=RETRY_AFTER_S)
         most = self.settings.limits.requests
         share = most if self.tenants.num == 1 else max(num, most * 3 // 4)
         if self.num_running + num > most or tenant.running + num > share:

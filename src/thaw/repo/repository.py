@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
     from thaw.repo.show import Shown
+    from thaw.repo.sleep import SleepReport, WakeReport
     from thaw.repo.stats import Stats
     from thaw.repo.undo import Undone
     from thaw.store import FsckReport, GcReport
@@ -212,9 +213,38 @@ class Repository:
         return bool(self._context.admission.closed)
 
     def undrain(self) -> bool:
-        """Let work begin again; False where it was not drained."""
+        """Let work begin again; False where it was not drained. Raises `Busy` where the engine is asleep."""
         self._require_default("an engine is drained")
         return self._context.admission.open()
+
+    def sleep(self, *, level: int = 1, timeout_s: float = 60.0, lose: bool = False) -> SleepReport:
+        """Store every live session as `drain` does, then free the engine's accelerator by its own sleep mode.
+
+        Level 1 keeps the weights in host memory; with level 2 they are read again by `wake`. Until then nothing begins,
+        and sessions can be read. The engine stays awake, and this raises `Busy`, where a session could not be stored
+        (unless `lose`: it cannot go on then) or the engine works for others; sessions that others opened in the same
+        engine are not stored. Raises `Unsupported` where the engine has no sleep mode, and nothing was drained.
+        """
+        from thaw.repo.sleep import sleep
+
+        self._require_default("an engine is put to sleep")
+        if not self.is_asleep:
+            self.engine.require_sleep(level=level)
+        return sleep(self._context, level, timeout_s, lose=lose)
+
+    def wake(self) -> WakeReport:
+        """Wake the engine, load the sessions whose KV it dropped, and let work begin again: the same session objects go
+        on, and nothing is prefilled again. The report names what could not be loaded. Raises `Conflict` where this
+        repository did not put it to sleep, and what the engine raises; then it sleeps on."""
+        from thaw.repo.sleep import wake
+
+        self._require_default("an engine is woken")
+        return wake(self._context)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether it has put its engine to sleep."""
+        return self._context.admission.asleep is not None
 
     def _hydrated(
         self,

@@ -559,6 +559,26 @@ class Session(ProcessBound):
         """Let the engine have this session's memory; the next use brings the KV back."""
         return self._context.engine.park(self.ref).result()
 
+    def stored_at(self, point: CommitId) -> resolve.ResolvedPoint:
+        """That commit in the store and namespace that it commits to. Raises `NotFound`."""
+        return resolve.at(self._context.store, point)
+
+    def go_on_from(self, point: CommitId, beside: Session | None = None) -> int:
+        """The engine has dropped its KV, and `point` is where it stands: load it from there, and go on with that. Its
+        place in history, and what of it is stored, stay. `beside` as with `hydrate`. Returns the bytes that were
+        loaded; raises what hydrating raises, with the session as it was."""
+        with self._lock:
+            former = self.ref
+            live = hydration.hydrate(
+                self._context,
+                self.stored_at(point),
+                stale_kv=self._stale_kv,
+                beside=None if beside is None else beside.ref,
+            )
+            self._ref, self._kept, self._proof = live.session, live.kept, live.proof
+            self._context.engine.close_session(former)
+            return live.proof.nbytes
+
     def close(self) -> None:
         """Forget the live session; running work on it is cancelled, commits stay. Closing twice is fine."""
         self.check_process()

@@ -279,7 +279,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     `eos_token_ids`: the ends of text that the model's files name. `more_ends`: other tokens at which this server ends a
     request that does not say `ignore_eos`. `overrides`: fields of the model's config, as resolved, that the engine was
     told to run in place of those in its folder. `interior`: its snapshots hold the windows of all tokens.
-    `point_multiple`: how many tokens the model's recurrent kernel reads at a time."""
+    `point_multiple`: how many tokens the model's recurrent kernel reads at a time. `sleep_levels`: those of
+    `Engine.sleep` that this server, as it was started, sleeps with safely."""
 
     protocol: int
     thaw: str
@@ -304,6 +305,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     overrides: dict[str, Any] = {}
     interior: bool = False
     point_multiple: int = 1
+    sleep_levels: tuple[int, ...] = ()
 
 
 PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies")

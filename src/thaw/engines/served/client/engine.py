@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
+from thaw.core.errors import Busy, Conflict, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
@@ -31,6 +31,7 @@ from thaw.engines.base import (
     HydratePlan,
     SessionRef,
     SessionView,
+    check_sleep_level,
 )
 from thaw.engines.promise import Promise
 from thaw.engines.served import protocol
@@ -86,6 +87,7 @@ class ServedEngine(Engine):
         self._model = ServedModel(self._talk, self.info, codec, policy, identity)
         self._pins = ClientPins(loop, self._talk)
         self._generation = Generation(loop, self._talk, self._model)
+        self._asleep = 0
 
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
@@ -114,14 +116,16 @@ class ServedEngine(Engine):
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
         """`capabilities`, as far as this server has them."""
-        return self.capabilities
+        return self.capabilities | ({"sleep"} if facts.sleep_levels else set())
 
     # -- the contract
 
     def identity(self) -> ModelIdentity:
+        self._require_awake()
         return self._loop.wait(self._model.identity())
 
     def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        self._require_awake()
         number = fresh_seed() if seed is None else int(check_seed(seed))
         return self._loop.wait(soon(lambda: self._admit(new_session(self._model.policy, number, salt, share_prefix))))
 
@@ -157,6 +161,8 @@ class ServedEngine(Engine):
         return self._loop.begin(lambda _: capturing.capture(self._fresh(session), plan, self._talk, self._model))
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        self._require_awake()
+
         async def restore(_: object) -> Hydrated:
             session = await hydrating.hydrate(plan, self._talk, self._model, self._generation)
             assert session.proof is not None
@@ -200,6 +206,7 @@ class ServedEngine(Engine):
         the engine end, so that the server's own reset of its prefix cache works."""
         if not version or len(version) > 200:
             raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
+        self._require_awake()
 
         async def change() -> None:
             self._model.policy = version
@@ -224,10 +231,62 @@ class ServedEngine(Engine):
     def release_pins(self) -> None:
         """End all pins of the engine, other clients' too: before the server's own reset, pause, sleep or weight update.
         Works while the engine is paused."""
+        self._require_awake()
         self._loop.wait(self._pins.end_all())
+
+    def require_sleep(self, *, level: int = 1) -> None:
+        check_sleep_level(level)
+        self._require_awake()
+        if level not in self._transport.facts.sleep_levels:
+            raise Unsupported(self.no_sleep(self._transport.facts, level))
+
+    @classmethod
+    def no_sleep(cls, facts: EngineFacts, level: int) -> str:
+        """Why this server does not sleep with this level, and what to do."""
+        return f"this {cls.name} cannot be put to sleep with sessions of thaw's; close it, and start it again"
+
+    def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
+        """See the contract. Every session's KV is in the arena, in host memory, and comes back by itself."""
+        self.require_sleep(level=level)
+        self._loop.wait(self._fall_asleep(level))
+        return ()
+
+    def wake(self) -> None:
+        self._loop.wait(self._wake_up())
+
+    async def _fall_asleep(self, level: int) -> None:
+        running = sum(live.busy is not None for live in self._sessions.values())
+        if running:
+            raise Busy(f"{running} sessions are running; wait for their results or cancel them (repo.sleep() does)")
+        self._asleep = level
+        try:
+            await self._pins.end_all()
+            await self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))  # behind all that is to be saved
+            await self._put_to_sleep(level)
+        except BaseException:
+            self._asleep = 0
+            raise
+
+    async def _wake_up(self) -> None:
+        if not self._asleep:
+            raise Conflict(f"engine {self.info.name} was not put to sleep from here")
+        await self._bring_back(self._asleep)
+        self._asleep = 0
+
+    async def _put_to_sleep(self, level: int) -> None:
+        """By the server's own sleep mode."""
+        await self._transport.sleep(level)
+
+    async def _bring_back(self, level: int) -> None:
+        await self._transport.wake(level)
+
+    def _require_awake(self) -> None:
+        if self._asleep:
+            raise Busy(f"engine {self.info.name} is asleep, and does nothing until engine.wake() (repo.wake())")
 
     def stats(self) -> dict[str, int]:
         """Counts of the engine: records, blocks (free, pinned), captures, hydrates, refusals, bytes of the arenas."""
+        self._require_awake()
         return self._loop.wait(self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))).counts
 
     def switch(self, *, on: bool = True, watch_weights: bool = True) -> None:
@@ -294,6 +353,7 @@ class ServedEngine(Engine):
 
     def _fresh(self, ref: SessionRef) -> ServedSession:
         """The session, if its KV is of the policy that runs now. The weights are looked at where KV is used."""
+        self._require_awake()
         live, policy = self._get(ref), self._model.policy
         if live.policy != policy:
             if live.computed():

@@ -67,6 +67,14 @@ class Transport(abc.ABC):
         `Unsupported` where this way in cannot, `InvalidRequest` where the engine refuses."""
         raise Unsupported("the weights of this engine cannot be changed from here; change them where it runs")
 
+    async def sleep(self, level: int) -> None:
+        """Put the engine to sleep by its own sleep mode; nothing of thaw's runs there. Raises `Unsupported`."""
+        raise Unsupported("this engine cannot be put to sleep from here; do it where it runs")
+
+    async def wake(self, level: int) -> None:
+        """Wake it, with the weights that ran. Raises as `sleep`."""
+        raise Unsupported("this engine cannot be woken from here; do it where it runs")
+
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """Call one of the server's own routes. Raises `Unsupported` where this way in has none."""
         raise Unsupported(f"this engine has no route {route}; call what it stands for where it runs")

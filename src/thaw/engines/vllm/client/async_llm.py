@@ -74,6 +74,16 @@ class AsyncLLMTransport(Transport):
             raise InvalidRequest(f"vLLM refused the weights of {folder}: {error}") from None
         await self._llm.reset_prefix_cache()
 
+    async def sleep(self, level: int) -> None:
+        await self._llm.sleep(level)
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._llm.wake_up(["weights"])
+            await self.reload_weights(self.facts.model)
+        await self._llm.wake_up(None if level == 1 else ["kv_cache"])
+
     async def stalled(self) -> str:
         """Why jobs of the connector's have to wait: one that is paused does them, unless it may be asleep."""
         if not self._llm.vllm_config.model_config.enable_sleep_mode or not await self._llm.is_paused():

@@ -216,16 +216,28 @@ class VllmHttpTransport(http.HttpTransport[Call]):
     async def reload_weights(self, folder: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         for route, said in (("/collective_rpc", body), ("/reset_prefix_cache", {})):
-            try:
-                reply = await self._client.post(route, json=said, timeout=RELOAD_LIMIT_S)
-            except httpx.HTTPError as error:
-                raise EngineDied(f"{self.url}: {error_text(error)}") from None
-            if reply.status_code == 404:
-                raise Unsupported(
-                    f"the server at {self.url} lets nobody change its weights: start it with VLLM_SERVER_DEV_MODE=1"
-                )
-            if reply.status_code != 200:
-                raise InvalidRequest(f"{self.url} refused the weights of {folder}: {server_message(reply.content)}")
+            await self._operate(route, said, "change its weights", f"the weights of {folder}")
+
+    async def sleep(self, level: int) -> None:
+        await self._operate(f"/sleep?level={level}", {}, "put it to sleep", "to sleep")
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._operate("/wake_up?tags=weights", {}, "wake it", "to wake up")
+            await self.reload_weights(self.facts.model)
+        await self._operate("/wake_up" if level == 1 else "/wake_up?tags=kv_cache", {}, "wake it", "to wake up")
+
+    async def _operate(self, route: str, said: dict[str, Any], act: str, what: str) -> None:
+        """One of the routes that the server has in its development mode."""
+        try:
+            reply = await self._client.post(route, json=said, timeout=RELOAD_LIMIT_S)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code == 404:
+            raise Unsupported(f"the server at {self.url} lets nobody {act}: start it with VLLM_SERVER_DEV_MODE=1")
+        if reply.status_code != 200:
+            raise InvalidRequest(f"{self.url} refused {what}: {server_message(reply.content)}")
 
     async def abort(self, name: str) -> None:
         call = self._calls.get(name)

@@ -115,6 +115,29 @@ class LLMTransport(Transport):
         self._ask(reset)
         await asyncio.wrap_future(emptied)
 
+    async def sleep(self, level: int) -> None:
+        await self._between_steps(lambda: self._engine.sleep(level))
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._between_steps(lambda: self._engine.wake_up(["weights"]))
+            await self.reload_weights(self.facts.model)
+        await self._between_steps(lambda: self._engine.wake_up(None if level == 1 else ["kv_cache"]))
+
+    async def _between_steps(self, act: Callable[[], object]) -> None:
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                act()
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 - handed to the caller
+                done.set_exception(InvalidRequest(f"vLLM refused: {type(error).__name__}: {error}"))
+
+        self._ask(run)
+        await asyncio.wrap_future(done)
+
     async def close(self) -> None:
         with self._wake:
             self._closed = True

@@ -588,8 +588,10 @@ class SchedulerSide:
             self.queue.append(jobs.Forget(gone))
 
     def reset(self) -> None:
-        """vLLM asks connectors to drop what they hold in its blocks: pins end; records are in the arena and stay."""
+        """vLLM asks connectors to drop what they hold in its blocks, also before it sleeps: pins end; records are in
+        the arena and stay."""
         self.pins.reset()
+        self.contents.forget_uncached()
 
 
 def _from(tables: Sequence[Sequence[int]], first: int) -> Iterator[int]:

@@ -15,7 +15,7 @@ from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import TypeAlias
 
-from thaw.core.errors import NotFound, NotKept, StaleSession, StorageFailed, ThawError
+from thaw.core.errors import Busy, NotFound, NotKept, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mailbox import Mailbox
@@ -62,6 +62,7 @@ class WorkerSide:
         self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
         self._copier = make_copier(layouts, self._arena)
         self._states = states
+        self._unmapped = False
         self._state_copies = 0
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
@@ -86,8 +87,29 @@ class WorkerSide:
             with self._lock:
                 self._step_loads.begin(job.request for job in todo if isinstance(job, jobs.Load) and job.background)
         for job in todo:
-            guarded(partial(self._do, job), partial(self._failed, job))
+            guarded(partial(self._do_mapped, job), partial(self._failed, job))
         self._tell_what_is_left()
+
+    def _do_mapped(self, job: Job) -> None:
+        """No job while the KV cache is unmapped: what lies at its addresses is nobody's."""
+        if self._unmapped:
+            raise Busy("this vLLM is asleep, and its KV cache is gone until it wakes up")
+        self._do(job)
+
+    def let_go(self) -> None:
+        """The KV cache is about to be unmapped: wait for what is on its way, and keep nothing that was made of it. What
+        is in the arena stays. Calling twice is fine."""
+        if not self._unmapped:
+            self._copier.settle()
+            self._copier.close()
+            self._unmapped = True
+            del self._copier
+
+    def take_back(self, layouts: Sequence[KVLayout], states: StatePages | None) -> None:
+        """It is mapped again, empty, at the same addresses. Calling twice is fine."""
+        if self._unmapped:
+            self._copier, self._states = make_copier(layouts, self._arena), states
+            self._unmapped = False
 
     def _tell_what_is_left(self) -> None:
         """The scheduler's side refuses what could not be kept, before it is computed."""
@@ -107,7 +129,7 @@ class WorkerSide:
 
     def keep_states(self, todo: Sequence[jobs.KeepState]) -> None:
         """After a step's forward pass: the states that it has left."""
-        for job in todo:
+        for job in () if self._unmapped else todo:
             guarded(partial(self._keep_state, job), partial(self._no_state, job))
 
     def _keep_state(self, job: jobs.KeepState) -> None:
@@ -143,7 +165,8 @@ class WorkerSide:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._copier.close()
+        if not self._unmapped:
+            self._copier.close()
 
     # -- jobs
 

@@ -1,0 +1,92 @@
+"""An operator frees a gateway's accelerator and takes it back: conversations and answers go on as they were."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from test_draining import answering, finished
+from test_tenants import two
+
+from gateway_stand import TOKEN, Start
+from thaw.cli.app import run
+from thaw.core.errors import Unsupported
+from thaw.engines.embedded.engine import EmbeddedEngine
+
+openai = pytest.importorskip("openai")
+KEY = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
+    code = run(["engine", *words, "--api-key", TOKEN, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_gateway_that_slept_goes_on_to_the_same_answers(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway = start(step_s=0.003)
+    client = gateway.openai()
+    whole = finished(gateway, answering(gateway, extra_body={"seed": 5}).id)
+    asked: dict[str, Any] = {"model": "fake", "max_output_tokens": 8, "extra_body": {"seed": 7}}
+    first = client.responses.create(input="one", **asked)
+    expected = client.responses.create(input="two", previous_response_id=first.id, **asked).output_text
+    cut = answering(gateway, extra_body={"seed": 5})
+    code, told = cli(capsys, "sleep", gateway.url, "--level", "2")
+    assert code == 0 and told["asleep"] and told["level"] == 2
+    assert told["parked"][0]["id"] == cut.id and told["sessions"]
+    assert httpx.get(f"{gateway.url}/health").json()["status"] == "asleep"
+    with pytest.raises(openai.InternalServerError, match="asleep"):
+        client.responses.create(model="fake", input="another")
+    for words in (("sleep", gateway.url), ("drain", gateway.url), ("drain", gateway.url, "--undo")):
+        assert cli(capsys, *words)[0] == 4
+    code, told = cli(capsys, "wake", gateway.url)
+    assert code == 0 and not told["missed"] and told["resumed"] == 1
+    assert finished(gateway, cut.id) == whole
+    assert client.responses.create(input="two", previous_response_id=first.id, **asked).output_text == expected
+    assert httpx.get(f"{gateway.url}/health").json()["status"] == "ok"
+    assert cli(capsys, "wake", gateway.url)[0] == 4
+
+
+def test_a_gateway_that_is_stopped_while_it_sleeps_is_restored(start: Start) -> None:
+    from thaw.gateway.settings import GatewaySettings
+
+    gateway = start(step_s=0.003, name="same")
+    whole = finished(gateway, answering(gateway, extra_body={"seed": 5}).id)
+    cut = answering(gateway, extra_body={"seed": 5})
+    assert httpx.post(f"{gateway.url}/admin/sleep", headers=KEY).json()["asleep"]
+    gateway.close()
+    again = start(settings=GatewaySettings(restore=True), name="same")
+    assert finished(again, cut.id) == whole
+
+
+def test_where_an_engine_cannot_sleep_the_gateway_goes_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = start(step_s=0.003)
+    whole = finished(gateway, answering(gateway, extra_body={"seed": 5}).id)
+
+    def cannot(self: EmbeddedEngine, *, level: int) -> None:
+        raise Unsupported("started without it")
+
+    monkeypatch.setattr(EmbeddedEngine, "sleep", cannot)
+    cut = answering(gateway, extra_body={"seed": 5})
+    code, told = cli(capsys, "sleep", gateway.url)
+    assert code == 2 and "started without it" in told["error"]["message"]
+    assert finished(gateway, cut.id) == whole, "it was parked, and is resumed"
+    assert httpx.get(f"{gateway.url}/health").json()["status"] == "ok"
+
+
+def test_only_operators_put_it_to_sleep(start: Start) -> None:
+    gateway = start(tenants=two())
+    for headers, status in (({}, 401), ({"Authorization": "Bearer key-b"}, 403)):
+        for method in ("POST", "DELETE"):
+            assert httpx.request(method, f"{gateway.url}/admin/sleep", headers=headers).status_code == status
+    assert not gateway.service.asleep
+
+
+@pytest.mark.parametrize("body", [b"[]", b'{"level": 0}', b'{"level": 3}', b'{"timeout_s": 0}', b'{"other": 1}'])
+def test_a_body_that_is_none_is_refused(start: Start, body: bytes) -> None:
+    gateway = start()
+    assert httpx.post(f"{gateway.url}/admin/sleep", headers=KEY, content=body).status_code == 400
+    assert not gateway.service.draining
