@@ -435,7 +435,6 @@ def test_where_vllm_samples_itself_entropies_are_refused(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "blocks of 16": ({"block_size": 16}, "block_size=16: .* multiples of 32"),
-    "LoRA": ({"enable_lora": True}, "LoRA"),
     "fp8 KV": ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
     "pipeline parallel": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
     "speculative decoding": (

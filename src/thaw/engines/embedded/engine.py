@@ -41,6 +41,7 @@ from thaw.engines.base import (
     HydratePlan,
     SessionRef,
     SessionView,
+    require_no_adapter,
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
@@ -92,7 +93,8 @@ class EmbeddedEngine(Engine):
             numerics=backend.numerics,
         )
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        require_no_adapter(self, adapter)
         return self._weights.identity()
 
     def set_policy(self, version: str) -> None:
@@ -115,7 +117,15 @@ class EmbeddedEngine(Engine):
     def policy_version(self) -> str:
         return self._weights.policy
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        require_no_adapter(self, adapter)
         number = fresh_seed() if seed is None else check_seed(seed)
         session = self._new(PagedKV(self._backend), number, salt, share_prefix)
         return self._driver.call(lambda: self._admit(session)).result()
@@ -191,6 +201,7 @@ class EmbeddedEngine(Engine):
         return self._begin(take, promise)
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        require_no_adapter(self, plan.adapter)
         promise: Promise[Hydrated] = Promise()
         self._in_background(promise, lambda: self._hydrate(plan))
         return promise

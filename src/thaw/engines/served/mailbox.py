@@ -9,6 +9,7 @@ same user on one host, or share the folder; that is also what a store needs.
     plans/<id>             a hydrate plan
     grants/<id>            empty: the sender of the message of this id may change what all share
     callers/<name>         empty: messages that say this name are of a client that shares the folder
+    adapters/<id>          a copy of an adapter that a client had the engine load, under the hash of its content
     entropies/<id>         of the tokens of a run, 8 bytes each; made by the client, filled by the first worker
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
     facts/<from>           what a process says about itself
@@ -106,6 +107,11 @@ class Mailbox:
         """For whoever started the engine, when it is gone: the whole folder, other data-parallel ranks' too."""
         ranked = self.folder.parent.parent.name == ROOT
         shutil.rmtree(self.folder.parent if ranked else self.folder, ignore_errors=True)
+
+    @property
+    def adapters(self) -> Path:
+        """Where copies of adapters lie, each under its id; made by whoever has one loaded."""
+        return self.folder / "adapters"
 
     # -- stores
 

@@ -150,6 +150,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
             interior=self._settings.interior,
+            max_adapters=config.lora_config.max_loras if config.lora_config is not None else 0,
             point_multiple=chunk(model.hf_text_config.to_dict()) if self._tables.states else 1,
         )
         self._mail.post(SCHEDULER, facts)

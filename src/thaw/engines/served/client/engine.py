@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
@@ -114,16 +115,37 @@ class ServedEngine(Engine):
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
         """`capabilities`, as far as this server has them."""
-        return self.capabilities
+        return self.capabilities | ({"adapters"} if facts.max_adapters else frozenset())
 
     # -- the contract
 
-    def identity(self) -> ModelIdentity:
-        return self._loop.wait(self._model.identity())
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        async def look() -> ModelIdentity:
+            return await self._model.identity(await self._adapter(adapter))
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        return self._loop.wait(look())
+
+    def adapters(self) -> dict[str, str]:
+        return self._loop.wait(self._model.adapters.listed())
+
+    def load_adapter(self, name: str, folder: str | Path) -> str:
+        return self._loop.wait(self._model.adapters.load(name, Path(folder)))
+
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
         number = fresh_seed() if seed is None else int(check_seed(seed))
-        return self._loop.wait(soon(lambda: self._admit(new_session(self._model.policy, number, salt, share_prefix))))
+
+        async def begin() -> SessionRef:
+            found = await self._adapter(adapter)
+            return self._admit(new_session(self._model.policy, number, salt, share_prefix, found))
+
+        return self._loop.wait(begin())
 
     def view(self, session: SessionRef) -> SessionView:
         return self._loop.wait(soon(lambda: self._get(session).view()))
@@ -277,6 +299,9 @@ class ServedEngine(Engine):
         await self._talk.farewell()
         await self._transport.close()
         self._loop.stop()
+
+    async def _adapter(self, wanted: str | None) -> str | None:
+        return (await self._model.adapters.find(wanted)).id if wanted else None
 
     # -- the sessions' table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 
-from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused, TooLong
+from thaw.core.errors import Busy, NotFound, NotHit, PolicyMismatch, Refused, TooLong, Unsupported
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
@@ -22,7 +22,8 @@ from thaw.engines.served.late_groups import late_groups
 async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, generation: Generation) -> ServedSession:
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
     it may not be recomputed. Of a model that keeps states, that is what comes after the plan's point alone."""
-    identity = await model.identity()
+    adapter = await _adapter_of(plan, model)
+    identity = await model.identity(adapter)
     restoring.refuse_stale(plan, model.info.name)
     again = model.keeps_states and plan.num_kv > 0 and plan.policy == "recompute"
     try:
@@ -32,9 +33,9 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
     except Refused as refused:
         if plan.policy != "recompute" or getattr(refused, "field", "") == "tokenizer":
             raise
-        return await _recompute(plan, str(refused), model, generation)
+        return await _recompute(plan, str(refused), model, generation, adapter)
     model.check_tokens(0, plan.tokens, 0)
-    session = _restored(plan, model.policy)
+    session = _restored(plan, model.policy, adapter)
     session.late = late_groups(plan, model.info.groups)
     if session.late:  # its first blocks are no use to others, also where it shares its prefix with all
         session.cache_salt = lineage_salt()
@@ -48,8 +49,22 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
     return session
 
 
-def _restored(plan: HydratePlan, policy: str) -> ServedSession:
-    session = new_session(policy, plan.seed, plan.salt, plan.share_prefix)
+async def _adapter_of(plan: HydratePlan, model: ServedModel) -> str | None:
+    """The id of the adapter under which the session is to go on: the one that the plan asks for, else the one of the
+    state where this engine has it, under whatever name; else none, and the identities then differ."""
+    wanted = plan.identity.adapter if plan.adapter is None else plan.adapter
+    if not wanted:
+        return None
+    try:
+        return (await model.adapters.find(wanted)).id
+    except (NotFound, Unsupported):
+        if plan.adapter is not None:
+            raise
+        return None
+
+
+def _restored(plan: HydratePlan, policy: str, adapter: str | None) -> ServedSession:
+    session = new_session(policy, plan.seed, plan.salt, plan.share_prefix, adapter)
     session.tokens, session.turns = list(plan.tokens), list(plan.turns)
     return session
 
@@ -91,14 +106,23 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel,
         raise TooLong(f"{plan.num_kv} tokens fill the engine's {limit}: nothing could follow them")
     assert session.node is not None
     name, record = secrets.token_hex(16), secrets.token_hex(16)
-    message = protocol.Run(id=name, record=record, source=session.node.name, num_kv=want, keep=False)
+    message = protocol.Run(
+        id=name, record=record, source=session.node.name, num_kv=want, keep=False, adapter=session.adapter
+    )
     ends: list[str | None] = []
 
     def take(chunk: Chunk) -> bool:
         ends.append(chunk.finish_reason)
         return True
 
-    submission = Submission(name, tokens, talk.dialect.one_token, session.cache_salt or None, message)
+    submission = Submission(
+        name,
+        tokens,
+        talk.dialect.one_token,
+        session.cache_salt or None,
+        message,
+        await model.adapters.of_session(session.adapter),
+    )
     answer = await talk.run(submission, take)
     talk.dropped.append(record)
     if answer.kind:
@@ -111,9 +135,11 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel,
     return plan.num_kv if want == cached else cached
 
 
-async def _recompute(plan: HydratePlan, reason: str, model: ServedModel, generation: Generation) -> ServedSession:
+async def _recompute(
+    plan: HydratePlan, reason: str, model: ServedModel, generation: Generation, adapter: str | None
+) -> ServedSession:
     """Prefill the plan's tokens again, because the caller allowed it."""
-    session = _restored(plan, model.policy)
+    session = _restored(plan, model.policy, adapter)
     turns, session.tokens, session.turns = session.turns, [], []
     if plan.tokens:
         await generation.append(Promise(), session, list(plan.tokens), "", None)

@@ -86,7 +86,8 @@ class VllmEngine(ServedEngine):
         return self._loop.wait(transport.stalled()) if isinstance(transport, AsyncLLMTransport) else ""
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
-        return self.capabilities - {"entropy"} if facts.runner == "V2" else self.capabilities
+        found = super().capabilities_of(facts)
+        return found - {"entropy"} if facts.runner == "V2" else found
 
 
 def vllm_sampling(

@@ -174,7 +174,7 @@ class SchedulerCommands:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
         chain = side.contents.chain(plan.num_kv // side.facts.block_size)
         tokens, late = list(plan.tokens[: plan.num_kv]), late_groups(plan, plan.identity.groups)
-        record = SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late)
+        record = SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late, adapter=plan.identity.adapter)
         record.points = {point.token for point in plan.points}
         side.records.keep(message.record, record)
         side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
