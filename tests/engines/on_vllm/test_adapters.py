@@ -155,11 +155,3 @@ def test_an_llm_of_the_programs_own_runs_them(model: Path, folders: Adapters, la
         moved = lab.move(engine, session, engine)
         same(lab.one(engine, session, greedy(8)), lab.one(engine, moved, greedy(8)))
         assert far(lab.one(engine, begun(engine, None), greedy(8)), lab.one(engine, begun(engine, "again"), greedy(8)))
-
-
-def test_without_lora_adapters_are_refused_by_name(model: Path, folders: Adapters) -> None:
-    with load_engine("vllm", model=str(model), enforce_eager=True, max_model_len=512) as engine:
-        assert engine.adapters() == {} and "adapters" not in engine.info.capabilities
-        for ask in (lambda: engine.open(adapter="law"), lambda: engine.load_adapter("law", folders.one)):
-            with pytest.raises(Unsupported, match="runs no adapters: start it with enable_lora"):
-                ask()

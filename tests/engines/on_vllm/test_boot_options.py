@@ -431,6 +431,14 @@ def test_where_vllm_samples_itself_entropies_are_refused(
         lab.one(engine, session, greedy(3, entropy=True))
 
 
+@only("small blocks")
+def test_without_lora_adapters_are_refused_by_name(engine: VllmEngine, tmp_path: Path) -> None:
+    assert engine.adapters() == {} and "adapters" not in engine.info.capabilities
+    for ask in (lambda: engine.open(adapter="law"), lambda: engine.load_adapter("law", tmp_path)):
+        with pytest.raises(Unsupported, match="runs no adapters: start it with enable_lora"):
+            ask()
+
+
 # --- refused before vLLM starts
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

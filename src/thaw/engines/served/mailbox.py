@@ -12,6 +12,7 @@ same user on one host, or share the folder; that is also what a store needs.
     adapters/<id>          a copy of an adapter that a client had the engine load, under the hash of its content
     entropies/<id>         of the tokens of a run, 8 bytes each; made by the client, filled by the first worker
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
+    commands/<id>          a command whose request the server's front end holds back, in an engine that looks for such
     facts/<from>           what a process says about itself
     facts/tight.<rank>     callers whose KV has little room left in a worker's arena; not there while all have much
     facts/lock             locked by the engine for as long as its process lives
@@ -34,7 +35,7 @@ from typing import TypeVar
 import msgspec
 
 from thaw.core.canonical import prepare
-from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed
+from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed, ThawError
 from thaw.data.files import read_own, storage_errors
 from thaw.data.locations import StoreMount
 from thaw.data.private import is_own, make_private
@@ -67,7 +68,7 @@ class Mailbox:
         try:
             for folder in _own_part(self.folder):
                 make_private(folder, close=True)
-            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers", "entropies"):
+            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers", "entropies", "commands"):
                 make_private(self.folder / name)
         except StorageFailed as error:
             raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}") from None
@@ -188,6 +189,29 @@ class Mailbox:
                 "the engine's mail folder; use thaw's own client there, as the same user"
             )
 
+    # -- commands
+
+    def leave_command(self, message: Message) -> None:
+        """For the engine, which takes it out, where the request that carries it has not arrived by then."""
+        _put(self.folder / "commands" / message.id, msgspec.json.encode(message))
+
+    def withdraw_command(self, name: str) -> None:
+        _drop(self.folder / "commands" / name)
+
+    def take_commands(self) -> tuple[bytes, ...]:
+        """Those that were left, as they were written; they are taken out. Never raises, for it stands in the engine's
+        loop."""
+        found = []
+        with contextlib.suppress(OSError):
+            for path in sorted((self.folder / "commands").iterdir()):
+                if path.name.startswith("."):  # being written
+                    continue
+                with contextlib.suppress(OSError, ThawError):
+                    found.append(_bytes(path))
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return tuple(found)
+
     # -- answers
 
     def answer(self, name: str, sender: str | int, answer: Answer) -> None:
@@ -275,7 +299,7 @@ class Mailbox:
     def sweep(self) -> None:
         """Remove what was never fetched."""
         limit = time.time() - STALE_S
-        for name in ("plans", "answers", "grants", "entropies"):
+        for name in ("plans", "answers", "grants", "entropies", "commands"):
             for path in (self.folder / name).iterdir():
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < limit:

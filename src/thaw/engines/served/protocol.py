@@ -285,7 +285,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     request that does not say `ignore_eos`. `overrides`: fields of the model's config, as resolved, that the engine was
     told to run in place of those in its folder. `interior`: its snapshots hold the windows of all tokens.
     `point_multiple`: how many tokens the model's recurrent kernel reads at a time. `max_adapters`: of how many adapters
-    requests may be in one step; 0 where it runs none."""
+    requests may be in one step; 0 where it runs none. `takes_mail`: it looks for commands in the mail, too."""
 
     protocol: int
     thaw: str
@@ -311,6 +311,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     interior: bool = False
     point_multiple: int = 1
     max_adapters: int = 0
+    takes_mail: bool = False
 
 
 PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies")

@@ -121,6 +121,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         notes=tuple(versions.notes(sglang.__version__)),
         overrides=overrides,
         interior=settings.interior,
+        takes_mail=True,
     )
     if rank == 0:
         mail.claim()
