@@ -248,6 +248,12 @@ class RankSide:
         self.counters["loaded_tokens"] += stop - start
         return True
 
+    def drop_tail(self, run: RankRequest) -> None:
+        """The slots that hold it go back, unless SGLang has taken them over."""
+        tail, run.tail = run.tail, None
+        if tail is not None:
+            self.free_tail(tail)
+
     # -- what a request has computed
 
     def number(self, run: RankRequest, upto: int) -> None:
@@ -319,8 +325,7 @@ class RankSide:
         run = self.runs.pop(rid, None)
         if run is None:
             return
-        if run.tail is not None:
-            self.free_tail(run.tail)
+        self.drop_tail(run)
         record = self.records.get(run.message.record)
         num_kv = 0
         if record is not None and record.live is run:
