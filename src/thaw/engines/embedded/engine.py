@@ -513,7 +513,7 @@ class EmbeddedEngine(Engine):
             live = self._sessions.get(other)
             if live is None or self._is_stale(live):
                 return None
-            at = transfer.num_shared(plan, live.loaded)
+            at = restoring.num_shared(plan, live.loaded)
             return live.kv.fork(at) if 0 < at <= live.kv.num_tokens else None
 
         return self._driver.call(take).result()

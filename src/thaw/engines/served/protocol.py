@@ -102,10 +102,13 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
 
 
 class Fill(Message, frozen=True, kw_only=True, tag="fill"):
-    """Read the plan that lies in the mail under this id into the new record `record`."""
+    """Read the plan that lies in the mail under this id into the new record `record`. Its first `num_kv` tokens, whole
+    slices of the plan, are those that `source` has; they are not read."""
 
     for_sharers: ClassVar[bool] = True
     record: Name
+    source: Name | None = None
+    num_kv: Count = 0
 
 
 class Write(Message, frozen=True, kw_only=True, tag="write"):

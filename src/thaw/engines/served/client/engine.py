@@ -180,7 +180,8 @@ class ServedEngine(Engine):
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
         async def restore(_: object) -> Hydrated:
-            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation)
+            beside = self._sessions.get(plan.beside) if plan.beside is not None else None
+            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation, beside)
             assert session.proof is not None
             return Hydrated(session=self._admit(session), proof=session.proof)
 
@@ -393,4 +394,6 @@ def _inside(parent: ServedSession, at: int) -> int:
 def _of(groups: Sequence[CacheGroup], capabilities: frozenset[str], *, interior: bool) -> frozenset[str]:
     """Those of an engine's capabilities that it has of a model with these cache groups."""
     found = capabilities if interior else capabilities - {"interior-points"}
+    if keeps_all(groups):
+        found |= {"beside"}
     return (found - WITHOUT_STATES) | WITH_STATES if point_groups(groups) else found

@@ -14,7 +14,7 @@ from thaw.core.cache import list_of
 from thaw.core.errors import NotKept
 from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
-from thaw.engines.base import Codec, SessionRef, SessionView
+from thaw.engines.base import Codec, SessionRef, SessionView, Slice
 from thaw.engines.served import protocol
 from thaw.engines.served.late_groups import LateGroup, require_kept
 from thaw.engines.session.turns import OpenTurn
@@ -37,7 +37,7 @@ class Node:
 class ServedSession:
     """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it. `busy`: its way through the
     request that runs now. `late`: the groups of which earlier tokens are not there.
-    `adapter`: the id of the one under which all of it is computed.
+    `adapter`: the id of the one under which all of it is computed. `loaded`: what it was hydrated from.
 
     Of a model that keeps states, `points` are the numbers of tokens after which it has one, and `num_kv` is one of them
     (or 0); what comes after is a prompt that is still to be read. `asked`: those after which it is to have one, read or
@@ -64,6 +64,7 @@ class ServedSession:
     behind: bool = False
     late: tuple[LateGroup, ...] = ()
     adapter: str | None = None
+    loaded: tuple[Slice, ...] = ()
 
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)

@@ -49,7 +49,11 @@ class DataParallelEngine(Engine):
         self.codec = first.codec
         limit = min(member.info.max_model_len for member in members)
         numerics = {**first.info.numerics, "engines": str(len(members))}
-        self.info = msgspec.structs.replace(first.info, max_model_len=limit, numerics=numerics)
+        # Sessions are spread: one that begins as another does may come to another member.
+        capabilities = first.info.capabilities - {"beside"}
+        self.info = msgspec.structs.replace(
+            first.info, max_model_len=limit, numerics=numerics, capabilities=capabilities
+        )
         self._home: dict[SessionRef, VllmEngine] = {}
         self._coming: Counter[int] = Counter()
         self._lock = threading.Lock()
