@@ -39,7 +39,7 @@ _INSTEAD: dict[str, str] = {
     "include_stop_str_in_output": "stop_reason is the stop string, and token_ids keep it",
     "extra_args": "what an engine's plug-ins read there is no part of a session; leave it out",
     "skip_reading_prefix_cache": "going on from a session's KV is what thaw does; use a plain request",
-    "lora_request": "load the engine with the adapter's merged weights",
+    "lora_request": "open the session with it (adapter=NAME), or load the engine with the merged weights",
 }
 """What to do instead, of fields that people use."""
 _USUAL: dict[str, object] = {"n": 1, "best_of": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True}

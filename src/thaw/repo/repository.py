@@ -114,6 +114,7 @@ class Repository:
         policy: Policy = "exact",
         stale_kv: bool = False,
         fetch: bool = False,
+        adapter: str | None = None,
     ) -> Session:
         """A new session, or one that continues from `point`. From a branch's tip it stays on that branch.
 
@@ -123,6 +124,10 @@ class Repository:
         With `stale_kv` KV of other weights or another policy is taken as it is, and kept over every later policy step:
         what decides the next token is computed by the weights that run, over KV of those that were, and the session
         says which (`Session.keep_stale_kv`). Everything else about the model must be equal. Raises `Unsupported`.
+
+        `adapter` names a LoRA adapter of the engine's (`engine.adapters()`; a name or an id). A new session is computed
+        under it, and so is all that continues from it: without `adapter` a point continues under its own, by content,
+        whatever the engine calls it. Another one than the point's, or "" for the model alone, is refused.
 
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
@@ -140,7 +145,7 @@ class Repository:
             if fetch:
                 raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
             with self._context.admission.beginning():
-                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix)
+                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix, adapter=adapter or None)
                 if stale_kv:
                     self.engine.keep_stale_kv(ref)
                 return Session(self._context, ref, stale_kv=stale_kv)
@@ -148,7 +153,7 @@ class Repository:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
         with self._context.admission.beginning():
             where, live = self._hydrated(
-                point, fetch, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+                point, fetch, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv, adapter=adapter
             )
             return Session(
                 self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch,
@@ -255,6 +260,7 @@ class Repository:
         share_prefix: bool = False,
         policy: Policy,
         stale_kv: bool = False,
+        adapter: str | None = None,
     ) -> tuple[ResolvedPoint, Hydration]:
         from thaw.repo import remotes
 
@@ -262,13 +268,15 @@ class Repository:
             from thaw.repo.arriving import fetched
 
             return fetched(
-                self._context, point, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+                self._context, point, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
+                adapter=adapter,
             )  # fmt: skip
         from thaw.repo.hydrate import hydrate
 
         where = self.resolve(point)
         return where, hydrate(
-            self._context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+            self._context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
+            adapter=adapter,
         )  # fmt: skip
 
     # -- looking
@@ -312,16 +320,17 @@ class Repository:
 
         return diffs.diff(self.store, self.resolve(a), self.resolve(b))
 
-    def match(self, token_ids: Sequence[int]) -> ResolvedPoint | None:
+    def match(self, token_ids: Sequence[int], *, adapter: str | None = None) -> ResolvedPoint | None:
         """The longest stored prefix of these tokens, as a point (perhaps inside a segment), or None.
 
-        With an engine: of its model and policy. Without: of any model that something here was captured with.
+        With an engine: of its model and policy, under `adapter` (None: the model alone). Without: of any model that
+        something here was captured with.
         """
         from thaw.repo import match as matches
 
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 1 << 32:
             raise InvalidRequest(f"token ids from {min(token_ids)} to {max(token_ids)}: they are 0 to 2^32-1")
-        models = [self._model()] if self._context.has_engine else self.store.models()
+        models = [self._model(adapter)] if self._context.has_engine else self.store.models()
         return matches.match(self.store, models, token_ids)
 
     # -- refs
@@ -591,10 +600,10 @@ class Repository:
         """Close the repository, and the engine if it was booted here. Live sessions belong to the engine."""
         self._context.close()
 
-    def _model(self) -> ObjectId:
+    def _model(self, adapter: str | None) -> ObjectId:
         from thaw.core import objects
 
-        return objects.encode(self.engine.identity())[0]
+        return objects.encode(self.engine.identity(adapter))[0]
 
     def __enter__(self) -> Repository:
         return self

@@ -42,6 +42,7 @@ from thaw.engines.base import (
     SessionRef,
     SessionView,
     check_sleep_level,
+    require_no_adapter,
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
@@ -97,7 +98,8 @@ class EmbeddedEngine(Engine):
             numerics=backend.numerics,
         )
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        require_no_adapter(self, adapter)
         with self._nap.awake():
             return self._weights.identity()
 
@@ -140,7 +142,15 @@ class EmbeddedEngine(Engine):
     def policy_version(self) -> str:
         return self._weights.policy
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        require_no_adapter(self, adapter)
         self._nap.require_awake()
         number = fresh_seed() if seed is None else check_seed(seed)
         session = self._new(PagedKV(self._backend), number, salt, share_prefix)
@@ -217,6 +227,7 @@ class EmbeddedEngine(Engine):
         return self._begin(take, promise)
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        require_no_adapter(self, plan.adapter)
         promise: Promise[Hydrated] = Promise()
         self._in_background(promise, lambda: self._hydrate(plan))
         return promise
@@ -532,7 +543,7 @@ class EmbeddedEngine(Engine):
             live = self._sessions.get(other)
             if live is None or self._is_stale(live):
                 return None
-            at = transfer.num_shared(plan, live.loaded)
+            at = restoring.num_shared(plan, live.loaded)
             return live.kv.fork(at) if 0 < at <= live.kv.num_tokens else None
 
         return self._driver.call(take).result()

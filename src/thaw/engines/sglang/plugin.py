@@ -122,6 +122,7 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         overrides=overrides,
         interior=settings.interior,
         sleep_levels=versions.sleep_levels(context.server_args, facts.layout["device"]),
+        takes_mail=True,
     )
     if rank == 0:
         mail.claim()

@@ -152,6 +152,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             overrides=overrides,
             interior=self._settings.interior,
             sleep_levels=versions.sleep_levels(config, vllm.__version__),
+            max_adapters=config.lora_config.max_loras if config.lora_config is not None else 0,
             point_multiple=chunk(model.hf_text_config.to_dict()) if self._tables.states else 1,
         )
         self._mail.post(SCHEDULER, facts)

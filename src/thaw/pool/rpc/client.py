@@ -29,6 +29,7 @@ from thaw.engines.base import (
     Message,
     SessionRef,
     SessionView,
+    require_no_adapter,
 )
 from thaw.engines.promise import Promise
 from thaw.pool.rpc import protocol
@@ -167,11 +168,20 @@ class EngineProxy(Engine):
         self.options = booted.options
         self.codec = CodecProxy(line)
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        require_no_adapter(self, adapter)
         found: ModelIdentity = self._line.ask(protocol.Identity(id=self._line.number())).result()
         return found
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        require_no_adapter(self, adapter)
         call = protocol.Open(id=self._line.number(), seed=seed, salt=salt, share_prefix=share_prefix)
         return SessionRef(self._line.ask(call).result())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
@@ -116,18 +117,42 @@ class ServedEngine(Engine):
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
         """`capabilities`, as far as this server has them."""
-        return self.capabilities | ({"sleep"} if facts.sleep_levels else set())
+        found = {"sleep": facts.sleep_levels, "adapters": facts.max_adapters}
+        return self.capabilities | {name for name, has in found.items() if has}
 
     # -- the contract
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
         self._require_awake()
-        return self._loop.wait(self._model.identity())
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        async def look() -> ModelIdentity:
+            return await self._model.identity(await self._adapter(adapter))
+
+        return self._loop.wait(look())
+
+    def adapters(self) -> dict[str, str]:
+        return self._loop.wait(self._model.adapters.listed())
+
+    def load_adapter(self, name: str, folder: str | Path) -> str:
+        self._require_awake()
+        return self._loop.wait(self._model.adapters.load(name, Path(folder)))
+
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
         self._require_awake()
         number = fresh_seed() if seed is None else int(check_seed(seed))
-        return self._loop.wait(soon(lambda: self._admit(new_session(self._model.policy, number, salt, share_prefix))))
+
+        async def begin() -> SessionRef:
+            found = await self._adapter(adapter)
+            return self._admit(new_session(self._model.policy, number, salt, share_prefix, found))
+
+        return self._loop.wait(begin())
 
     def view(self, session: SessionRef) -> SessionView:
         return self._loop.wait(soon(lambda: self._get(session).view()))
@@ -164,7 +189,8 @@ class ServedEngine(Engine):
         self._require_awake()
 
         async def restore(_: object) -> Hydrated:
-            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation)
+            beside = self._sessions.get(plan.beside) if plan.beside is not None else None
+            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation, beside)
             assert session.proof is not None
             return Hydrated(session=self._admit(session), proof=session.proof)
 
@@ -337,6 +363,9 @@ class ServedEngine(Engine):
         await self._transport.close()
         self._loop.stop()
 
+    async def _adapter(self, wanted: str | None) -> str | None:
+        return (await self._model.adapters.find(wanted)).id if wanted else None
+
     # -- the sessions' table
 
     def _admit(self, session: ServedSession) -> SessionRef:
@@ -428,4 +457,6 @@ def _inside(parent: ServedSession, at: int) -> int:
 def _of(groups: Sequence[CacheGroup], capabilities: frozenset[str], *, interior: bool) -> frozenset[str]:
     """Those of an engine's capabilities that it has of a model with these cache groups."""
     found = capabilities if interior else capabilities - {"interior-points"}
+    if keeps_all(groups):
+        found |= {"beside"}
     return (found - WITHOUT_STATES) | WITH_STATES if point_groups(groups) else found

@@ -132,6 +132,12 @@ class Generation:
         """Check every request before any session is touched."""
         for session, request in zip(sessions, asked, strict=True):
             self._check_request(session, request)
+        adapters = {session.adapter for session in sessions} - {None}
+        if len(adapters) > self._talk.transport.facts.max_adapters:
+            raise InvalidRequest(
+                f"generate: sessions of {len(adapters)} adapters in one batch; this engine runs at most "
+                f"{self._talk.transport.facts.max_adapters} in one step (its max_loras)"
+            )
         lanes = []
         for i, (session, request) in enumerate(zip(sessions, asked, strict=True)):
             lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
@@ -216,7 +222,8 @@ class Generation:
                 lane.take(chunk, entropies, info.eos_token_ids, info.max_model_len, num_top)
             return lane.reason is None and not lane.aborted
 
-        submission = Submission(lane.name, list(session.tokens), sampling, session.cache_salt or None, message)
+        adapter = await self._model.adapters.of_session(session.adapter)
+        submission = Submission(lane.name, list(session.tokens), sampling, session.cache_salt or None, message, adapter)
         if turn.sampling.entropy:
             self._talk.mail.expect_entropies(lane.name)
         try:
@@ -255,8 +262,9 @@ class Generation:
 
     async def _read_piece(self, lane: ActiveRequest, sent: Sequence[int]) -> Answer:
         one, salt = self._talk.dialect.one_token, lane.session.cache_salt or None
+        adapter = await self._model.adapters.of_session(lane.session.adapter)
         answer = await self._talk.run(
-            Submission(lane.name, list(sent), one, salt, lane.reading()), lambda _: not lane.aborted
+            Submission(lane.name, list(sent), one, salt, lane.reading(), adapter), lambda _: not lane.aborted
         )
         if answer.kind:
             raise refusal(answer)

@@ -61,13 +61,16 @@ class ActiveRequest:
             ends_early=turn is not None and bool(turn.sampling.stop),
             grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
             points=() if turn is None else self._passed(turn.sampling.max_tokens),
+            adapter=self.session.adapter,
         )
 
     def reading(self) -> protocol.Run:
         """What a request says that reads a prompt, or a piece of one."""
         assert self.session.node is not None
         source = self.node.name if self.want else None
-        return protocol.Run(id=self.name, record=self.session.node.name, source=source, num_kv=self.want)
+        return protocol.Run(
+            id=self.name, record=self.session.node.name, source=source, num_kv=self.want, adapter=self.session.adapter
+        )
 
     def _passed(self, most: int) -> tuple[int, ...]:
         """The tokens that were asked for, from the prompt's end on, which an answer of `most` tokens passes."""

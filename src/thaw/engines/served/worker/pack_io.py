@@ -56,21 +56,23 @@ class PackIO:
 
     # -- from packs
 
-    def read(self, plan: HydratePlan, caller: Caller) -> Read:
-        """The plan's tokens in one piece, and its states; every blob verified in scratch memory before it is laid out
-        there. It counts for `caller`. Raises `CorruptBlob` for a plan that is not of these cache groups."""
+    def read(self, plan: HydratePlan, caller: Caller, since: int = 0) -> Read:
+        """The plan's tokens from `since` on, where one of its slices begins, in one piece, and its states; every blob
+        verified in scratch memory before it is laid out there. It counts for `caller`. Raises `CorruptBlob` for a plan
+        that is not of these cache groups. Only where every group keeps all tokens may `since` be other than 0."""
         restoring.check_cover(plan)
         restoring.check_names(plan, self._groups.groups)
-        if not plan.num_kv:
+        if plan.num_kv <= since:
             return Read()
         found = [restoring.runs(plan, group) for group in self._token_groups]
         states = restoring.states(plan, self._groups.groups)
         kept = [restoring.kept_from(runs, plan.num_kv) for runs in found]
         late = tuple(kept[self._token_groups.index(strip.group)] for strip in self._groups.strips)
-        piece = Piece(0, plan.num_kv, self._arena.allocate(plan.num_kv, caller, late), late=late)
+        length = plan.num_kv - since
+        piece = Piece(since, length, self._arena.allocate(length, caller, late), late=late)
         wanted: list[Wanted] = []
         for group, runs, first in zip(self._token_groups, found, kept, strict=True):
-            wanted += self._wanted(piece, group, [run for run in runs if run.start >= first])
+            wanted += self._wanted(piece, group, [run for run in runs if run.start >= max(first, since)])
         points = {}
         for point, _ in states:
             points[point.token] = self._arena.allocate_states(caller)

@@ -92,6 +92,8 @@ class VllmEngine(ServedEngine):
 
     @classmethod
     def no_sleep(cls, facts: EngineFacts, level: int) -> str:
+        if facts.sleep_levels and facts.max_adapters:
+            return f"vLLM does not read LoRA adapters again after a sleep of level {level}; sleep with level 1"
         if not versions.has_sleep_hooks(facts.version):
             return (
                 f"vLLM {facts.version} does not tell a connector that its KV cache is about to be unmapped, so a copy "

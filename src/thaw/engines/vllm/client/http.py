@@ -33,6 +33,7 @@ from thaw.engines.served.protocol import Message
 log = logging.getLogger("thaw.vllm")
 RANK_HEADER = "X-data-parallel-rank"
 RELOAD_LIMIT_S = 600.0
+MODELS, LOAD_ADAPTER = "/v1/models", "/v1/load_lora_adapter"
 TURN_LIMIT_S = 2.0
 """A server that does not say that it has taken a request gets the next of its group after this long all the same."""
 _TOKEN = "token_id:"
@@ -41,6 +42,16 @@ _PLAIN = {
     "frequency_penalty": 0.0, "n": 1,
 }  # fmt: skip
 """Said always: what is left out, the server takes from the model's generation config."""
+
+
+class _Card(msgspec.Struct):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Card] = []
 
 
 class _Logprobs(msgspec.Struct):
@@ -163,6 +174,8 @@ class VllmHttpTransport(http.HttpTransport[Call]):
         }
         if extra:
             body["vllm_xargs"] = {name: rfc8785.dumps(value).decode() for name, value in extra.items()}
+        if submission.adapter is not None:
+            body["model"] = submission.adapter.name
         if submission.salt is not None:
             body["cache_salt"] = submission.salt
         return body
@@ -212,6 +225,30 @@ class VllmHttpTransport(http.HttpTransport[Call]):
             tops=tuple(_tops(step) for step in logprobs.top_logprobs),
             finish_reason=one.finish_reason,
         )
+
+    async def adapters(self) -> dict[str, str]:
+        try:
+            reply = await self._client.get(MODELS)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code != 200:
+            raise self._refusal(reply.status_code, reply.content)
+        cards = msgspec.json.decode(reply.content, type=_Models).data
+        return {card.id: card.root for card in cards if card.parent is not None and card.root}
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        try:
+            said = {"lora_name": name, "lora_path": folder}
+            reply = await self._client.post(LOAD_ADAPTER, json=said, timeout=RELOAD_LIMIT_S)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code == 404:
+            raise Unsupported(
+                f"the server at {self.url} loads no adapters while it runs: start it with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or with the adapter (--lora-modules NAME=FOLDER)"
+            )
+        if reply.status_code != 200:
+            raise InvalidRequest(f"{self.url} refused adapter {name!r}: {server_message(reply.content)}")
 
     async def reload_weights(self, folder: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}

@@ -20,7 +20,7 @@ from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts
-from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Tensors
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
@@ -375,9 +375,11 @@ class WorkerSide:
 
     @_do.register
     def _read_plan(self, job: jobs.ReadPlan) -> None:
+        # Taken now: while the thread reads, the source may end.
+        before = self._upto(self._usable(job.source), job.shared) if job.source is not None else None
         with self._lock:
             self._reading.add(job.record)
-        self._in_thread(job, partial(self._read, job, self._now()))
+        self._in_thread(job, partial(self._read, job, self._now(), () if before is None else before.pieces))
 
     @_do.register
     def _write_record(self, job: jobs.WriteRecord) -> None:
@@ -387,16 +389,17 @@ class WorkerSide:
     def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
         self._threads.submit(guarded, work, partial(self._failed, job))
 
-    def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
+    def _read(self, job: jobs.ReadPlan, epoch: int, before: tuple[Piece, ...]) -> None:
         started = time.perf_counter()
         try:
             plan = self._mail.plan(job.name)
             # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole, and not at
             # all where its last client has gone.
-            found = self._packing.read(plan, job.caller)
+            found = self._packing.read(plan, job.caller, job.shared)
             with self._lock:
                 if job.record in self._reading:
-                    record = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
+                    pieces = (*before, *found.pieces)
+                    record = HostRecord(pieces, epoch, caller=job.caller, points=found.points)
                     self._records[job.record] = record
         finally:
             with self._lock:
