@@ -306,7 +306,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     point_multiple: int = 1
 
 
-PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies")
+PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies", "reader_loads", "reader_waits")
 """Counts that every worker has its own of."""
 
 
