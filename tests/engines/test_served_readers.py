@@ -246,6 +246,7 @@ def test_nothing_is_left_after_close(plan: HydratePlan) -> None:
     own.close()
     own.close()
     assert not any(map(is_there, processes)) and readers.pid is None
+    assert same(own.read(plan, ME), packing(plan, readers=0).read(plan, ME)) and readers.pid is None
     del own, readers
     assert arenas() == before
 

@@ -92,7 +92,7 @@ class PackIO:
         return {} if self.readers is None else {"reader_loads": self.readers.loads, "reader_waits": self.readers.waits}
 
     def close(self) -> None:
-        """After the last use."""
+        """What is read from now on is read by threads."""
         if self.readers is not None:
             self.readers.close()
 

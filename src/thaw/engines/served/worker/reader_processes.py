@@ -49,7 +49,7 @@ class ReaderProcesses:
     def __init__(self, count: int, arena: PinnedBuffer) -> None:
         self._count, self._arena, self._lock = count, arena, threading.Lock()
         self.most = count
-        """Readers that take part in a load."""
+        """Readers that take part in a load; none once it is closed."""
         self.loads, self.waits, self.lost = 0, 0, 0
         """Loads that were read, how often this process waited for them, and those given up because a reader died."""
         self._head: subprocess.Popen[bytes] | None = None
@@ -75,6 +75,8 @@ class ReaderProcesses:
         return ReadStats(answer.nbytes, time.perf_counter() - began, answer.hash_seconds)
 
     def _ask(self, order: bytes) -> ReadAnswer:
+        if not self.most:
+            return ReadAnswer(lost=True)  # closed while this load waited for another
         if self._head is not None and self._head.poll() is not None:
             self._end()
         try:
@@ -118,6 +120,8 @@ class ReaderProcesses:
         self._line = self._head = None
 
     def close(self) -> None:
-        """After the last load. On return the head and all readers are gone. Calling twice is fine."""
+        """On return the load that they were at is over, and the head and all readers are gone: nobody reads any more.
+        Calling twice is fine."""
+        self.most = 0
         with self._lock:
             self._end()

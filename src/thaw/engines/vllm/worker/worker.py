@@ -143,9 +143,9 @@ class WorkerSide:
         }
 
     def close(self) -> None:
+        self._packing.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._copier.close()
-        self._packing.close()
 
     # -- jobs
 
