@@ -189,6 +189,7 @@ class RankCommands:
             **side.counters,
             "arena_nbytes": side.arena.used,
             "spilled_nbytes": side.arena.spilled,
+            **self._packing.counts(),
         }
 
     def _in_thread(self, message: protocol.Command, work: Callable[[], Answer]) -> None:

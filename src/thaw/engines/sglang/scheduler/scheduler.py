@@ -80,9 +80,9 @@ class RankSide:
         groups.require([pool.num_heads for pool in pools])
         self.arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
-            pinned=device == "cuda",
+            pinned=device == "cuda", shared=settings.readers > 0,
         )  # fmt: skip
-        packing = PackIO(groups, mail, self.arena, interior=settings.interior)
+        packing = PackIO(groups, mail, self.arena, interior=settings.interior, readers=settings.readers)
         self._commands = RankCommands(self, packing, settings.shares())
         if device != "cpu":
             sys.setswitchinterval(SWITCH_S)

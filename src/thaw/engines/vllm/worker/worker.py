@@ -57,9 +57,9 @@ class WorkerSide:
         spill = Path(settings.spill) if settings.spill else None
         self._arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
-            pinned=layouts[0].on_its_own, early_states=jobs.RECENT_STATES,
+            pinned=layouts[0].on_its_own, shared=settings.readers > 0, early_states=jobs.RECENT_STATES,
         )  # fmt: skip
-        self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
+        self._packing = PackIO(groups, mail, self._arena, interior=settings.interior, readers=settings.readers)
         self._copier = make_copier(layouts, self._arena)
         self._states = states
         self._unmapped = False
@@ -161,9 +161,11 @@ class WorkerSide:
             "arena_nbytes": self._arena.used,
             "spilled_nbytes": self._arena.spilled,
             "state_copies": self._state_copies,
+            **self._packing.counts(),
         }
 
     def close(self) -> None:
+        self._packing.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
         if not self._unmapped:
             self._copier.close()
