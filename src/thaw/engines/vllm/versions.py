@@ -52,10 +52,12 @@ def has_sleep_hooks(version: str) -> bool:
 
 
 def sleep_levels(config: Any, version: str) -> tuple[int, ...]:
-    """Those with which an engine of this configuration sleeps safely. On a CPU vLLM pauses and keeps all memory."""
+    """Those with which an engine of this configuration sleeps safely. On a CPU vLLM pauses and keeps all memory. With
+    level 2 the weights of adapters go too, and vLLM does not read those again."""
+    levels = (1, 2) if config.lora_config is None else (1,)
     if config.device_config.device_type == "cpu":
-        return (1, 2)
-    return (1, 2) if config.model_config.enable_sleep_mode and has_sleep_hooks(version) else ()
+        return levels
+    return levels if config.model_config.enable_sleep_mode and has_sleep_hooks(version) else ()
 
 
 KINDS = (0, 32)
