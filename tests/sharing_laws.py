@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import thaw
@@ -16,6 +17,8 @@ from thaw.engines.base import Engine
 from thaw.engines.served.client import hydrating
 from thaw.repo import Repository, Session
 from thaw.snapshot import restore, snapshot
+from thaw.testing.laws.kit import Lab
+from thaw.testing.plans import mount_at
 
 TRUNK = "The river is long and slow, and nobody knows its name. " * 11  # 605 tokens
 NUM_TRUNK, READ, CHILDREN = 605, 21, 4
@@ -88,3 +91,15 @@ def shares_after_a_restore(
         assert [session.generate("And now? ", LONG).token_ids for session in again] == whole
         for session in again:
             session.close()
+
+
+def reads_all_where_the_session_beside_is_gone(engine: Any, path: Path) -> None:
+    """The engine has let go of its record; it says so, and goes on."""
+    lab = Lab(mount_at(path))
+    plan = lab.plan(lab.capture(engine, lab.begin(engine)))
+    first = lab.hydrate(engine, plan)
+    engine._talk.dropped.append(engine._sessions[first.session].node.name)
+    engine.stats()
+    found = lab.hydrate(engine, msgspec.structs.replace(plan, beside=first.session))
+    assert found.proof.num_cached_tokens == plan.num_kv
+    assert found.proof.nbytes == first.proof.nbytes > 0

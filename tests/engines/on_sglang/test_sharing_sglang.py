@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sharing_laws import CHILDREN, NUM_TRUNK, READ, shares_after_a_restore
+from sharing_laws import CHILDREN, NUM_TRUNK, READ, reads_all_where_the_session_beside_is_gone, shares_after_a_restore
 
 pytest.importorskip("sglang")
 
@@ -39,3 +39,7 @@ def test_slots_are_there_once(
         counted=lambda sessions: used(engine) - len(sessions),  # the token that each was probed with
         expected=2 * trunk + CHILDREN * READ, apart=(CHILDREN + 2) * trunk + CHILDREN * READ,
     )  # fmt: skip
+
+
+def test_a_session_beside_that_is_gone_is_not_needed(engine: SglangEngine, tmp_path: Path) -> None:
+    reads_all_where_the_session_beside_is_gone(engine, tmp_path)

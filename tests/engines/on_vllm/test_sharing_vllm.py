@@ -8,7 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sharing_laws import CHILDREN, NUM_TRUNK, READ, held, shares_after_a_restore
+from sharing_laws import (
+    CHILDREN,
+    NUM_TRUNK,
+    READ,
+    held,
+    reads_all_where_the_session_beside_is_gone,
+    shares_after_a_restore,
+)
 
 pytest.importorskip("vllm")
 
@@ -58,3 +65,7 @@ def test_from_a_session_beside_it_takes_no_other_tokens(
     monkeypatch.setattr(hydrating.restoring, "num_shared", lambda *_: 64)
     with pytest.raises(InvalidRequest, match="other tokens than the plan's first 64"):
         lab.hydrate(engine, apart)
+
+
+def test_a_session_beside_that_is_gone_is_not_needed(engine: VllmEngine, tmp_path: Path) -> None:
+    reads_all_where_the_session_beside_is_gone(engine, tmp_path)

@@ -6,11 +6,20 @@ import contextlib
 import secrets
 import time
 from dataclasses import dataclass
-
-import msgspec
+from typing import Any
 
 from thaw.core.cache import keeps_all
-from thaw.core.errors import Busy, NotFound, NotHit, PolicyMismatch, Refused, StaleSession, TooLong, Unsupported
+from thaw.core.errors import (
+    Busy,
+    NotFound,
+    NotHit,
+    PolicyMismatch,
+    Refused,
+    StaleSession,
+    StorageFailed,
+    TooLong,
+    Unsupported,
+)
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
@@ -112,13 +121,7 @@ async def _fill(
     session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel, shared: _Shared | None
 ) -> Proof:
     """The plan into the engine's arena, then into its blocks, by a request that the engine itself counts."""
-    node = Node(talk.dropped.append)
-    name = secrets.token_hex(16)
-    talk.mail.put_plan(name, plan)
-    try:
-        answer = await _filled(protocol.Fill(id=name, record=node.name), talk, shared)
-    finally:
-        talk.mail.drop_plan(name)
+    node, answer = await _filled(plan, talk, shared)
     session.node, session.own, session.num_kv = node, True, plan.num_kv
     session.points = tuple(sorted(point.token for point in plan.points))
     started = time.monotonic()
@@ -136,11 +139,23 @@ async def _fill(
     )
 
 
-async def _filled(message: protocol.Fill, talk: EngineChannel, shared: _Shared | None) -> Answer:
+async def _filled(plan: HydratePlan, talk: EngineChannel, shared: _Shared | None) -> tuple[Node, Answer]:
     if shared is not None:
-        with contextlib.suppress(NotFound, StaleSession):  # what the other had is gone: all of it is read
-            return await talk.command(msgspec.structs.replace(message, source=shared.node.name, num_kv=shared.num_kv))
-    return await talk.command(message)
+        # What the other had is gone, or was never whole: all of it is read.
+        with contextlib.suppress(NotFound, StaleSession, StorageFailed):
+            return await _read(plan, talk, {"source": shared.node.name, "num_kv": shared.num_kv})
+    return await _read(plan, talk, {})
+
+
+async def _read(plan: HydratePlan, talk: EngineChannel, there: dict[str, Any]) -> tuple[Node, Answer]:
+    """The plan, but for what is `there`, in a record. Each attempt has a message and a record of its own: an engine
+    begins a message once, and where one rank has refused, another may be reading yet."""
+    node, name = Node(talk.dropped.append), secrets.token_hex(16)
+    talk.mail.put_plan(name, plan)
+    try:
+        return node, await talk.command(protocol.Fill(id=name, record=node.name, **there))
+    finally:
+        talk.mail.drop_plan(name)
 
 
 async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel) -> int:
