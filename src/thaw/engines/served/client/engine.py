@@ -8,10 +8,11 @@ is in its `Dialect`.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
 from thaw.core.errors import Busy, Conflict, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
@@ -57,6 +58,7 @@ WITHOUT_STATES = frozenset({"fork-running"})
 WITH_STATES = frozenset({"points"})
 """What it has of such a model alone."""
 MAX_TOP_LOGPROBS = 100
+T = TypeVar("T")
 
 
 class ServedEngine(Engine):
@@ -89,6 +91,8 @@ class ServedEngine(Engine):
         self._pins = ClientPins(loop, self._talk)
         self._generation = Generation(loop, self._talk, self._model)
         self._asleep = 0
+        self._under_way: set[asyncio.Task[Any]] = set()
+        """What reads or writes KV, weights or adapters: the engine does not fall asleep in the middle of it."""
 
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
@@ -123,19 +127,16 @@ class ServedEngine(Engine):
     # -- the contract
 
     def identity(self, adapter: str | None = None) -> ModelIdentity:
-        self._require_awake()
-
         async def look() -> ModelIdentity:
             return await self._model.identity(await self._adapter(adapter))
 
-        return self._loop.wait(look())
+        return self._loop.wait(self._whole(look))
 
     def adapters(self) -> dict[str, str]:
         return self._loop.wait(self._model.adapters.listed())
 
     def load_adapter(self, name: str, folder: str | Path) -> str:
-        self._require_awake()
-        return self._loop.wait(self._model.adapters.load(name, Path(folder)))
+        return self._loop.wait(self._whole(lambda: self._model.adapters.load(name, Path(folder))))
 
     def open(
         self,
@@ -183,18 +184,21 @@ class ServedEngine(Engine):
         return self._loop.begin(lambda promise: self._generation.generate(promise, self._batch(asked), asked))
 
     def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
-        return self._loop.begin(lambda _: capturing.capture(self._fresh(session), plan, self._talk, self._model))
+        async def write() -> Captured:
+            return await capturing.capture(self._fresh(session), plan, self._talk, self._model)
+
+        return self._loop.begin(lambda _: self._whole(write))
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
         self._require_awake()
 
-        async def restore(_: object) -> Hydrated:
+        async def restore() -> Hydrated:
             beside = self._sessions.get(plan.beside) if plan.beside is not None else None
             session = await hydrating.hydrate(plan, self._talk, self._model, self._generation, beside)
             assert session.proof is not None
             return Hydrated(session=self._admit(session), proof=session.proof)
 
-        return self._loop.begin(restore)
+        return self._loop.begin(lambda _: self._whole(restore))
 
     def fork(
         self,
@@ -217,7 +221,7 @@ class ServedEngine(Engine):
             await self._generation.read_again(promise, child)
             return self._admit(child)
 
-        return self._loop.begin(again)
+        return self._loop.begin(lambda promise: self._whole(lambda: again(promise)))
 
     def park(self, session: SessionRef) -> Handle[SessionView]:
         def put_away() -> SessionView:
@@ -286,6 +290,8 @@ class ServedEngine(Engine):
             raise Busy(f"{running} sessions are running; wait for their results or cancel them (repo.sleep() does)")
         self._asleep = level
         try:
+            if self._under_way:
+                await asyncio.wait(self._under_way)
             await self._pins.end_all()
             await self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))  # behind all that is to be saved
             await self._put_to_sleep(level)
@@ -305,6 +311,15 @@ class ServedEngine(Engine):
 
     async def _bring_back(self, level: int) -> None:
         await self._transport.wake(level)
+
+    async def _whole(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do what no session shows to be under way: sleep waits for it, and it does not begin during that."""
+        self._require_awake()
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await work()
 
     def _require_awake(self) -> None:
         if self._asleep:
