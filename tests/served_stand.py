@@ -51,6 +51,8 @@ class Stand(Transport):
 
     @staticmethod
     def agree(message: Message) -> Answer:
+        if isinstance(message, protocol.GetStats):
+            return Answer(counts={"running": 0})
         return Answer(local=message.num_kv if isinstance(message, protocol.Run) else 0)
 
     async def connect(self) -> None:

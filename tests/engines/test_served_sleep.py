@@ -16,6 +16,7 @@ from thaw.core.errors import Busy
 from thaw.engines import load_engine
 from thaw.engines.base import HydratePlan
 from thaw.engines.served import protocol
+from thaw.engines.served.protocol import Answer
 from thaw.testing.laws.kit import Lab, until
 from thaw.testing.plans import capture_plan, mount_at
 
@@ -94,4 +95,15 @@ def test_nothing_under_way_keeps_it_awake(client: Joined, plan: HydratePlan) -> 
     client.engine.hydrate(plan).result(LIMIT_S)
     client.engine.sleep()
     client.engine.wake()
+    assert client.stand.slept == [1]
+
+
+def test_a_session_of_another_client_that_runs_keeps_it_awake(client: Joined) -> None:
+    """The engine counts it: this client does not know of it."""
+    client.stand.answer = lambda _: Answer(counts={"running": 2})
+    with pytest.raises(Busy, match="vLLM works for others: 2 requests"):
+        client.engine.sleep()
+    assert client.stand.slept == [] and client.engine.open(), "and it is awake"
+    client.stand.answer = client.stand.agree
+    client.engine.sleep()
     assert client.stand.slept == [1]

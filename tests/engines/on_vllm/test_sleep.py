@@ -18,6 +18,7 @@ from sleepers import ANSWER, CYCLES, PROMPT, family, turn, undisturbed
 from thaw import Sampling
 from thaw.core.errors import Busy, Conflict, ThawError, Unsupported
 from thaw.engines import load_engine
+from thaw.engines.base import GenerateRequest
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.repo import Repository
 
@@ -113,6 +114,22 @@ def test_a_running_session_keeps_the_engine_awake(repo: Repository, engine: Vllm
     with pytest.raises(Busy, match="1 sessions are running"):
         engine.sleep()
     assert len(stream.result().token_ids) == 400
+
+
+def test_a_session_of_another_client_keeps_the_engine_awake(repo: Repository, engine: VllmEngine) -> None:
+    """vLLM would stop it."""
+    transport: Any = engine._transport
+    with thaw.attach(transport._llm) as other:
+        long = Sampling(max_tokens=1500, ignore_eos=True)
+        running = other.generate([GenerateRequest(session=other.open(), prompt=(1, 2), sampling=long)])
+        next(iter(running))
+        with pytest.raises(Busy, match="works for others: 1 requests"):
+            repo.sleep()
+        running.cancel()
+        assert running.result()[0].finish_reason == "abort"
+    assert not repo.is_drained
+    repo.sleep()
+    repo.wake()
 
 
 def test_a_server_that_does_not_sleep_safely_is_not_drained(

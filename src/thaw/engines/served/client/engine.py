@@ -276,7 +276,8 @@ class ServedEngine(Engine):
         return f"this {cls.name} cannot be put to sleep with sessions of thaw's; close it, and start it again"
 
     def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
-        """See the contract. Every session's KV is in the arena, in host memory, and comes back by itself."""
+        """See the contract. Every session's KV is in the arena, in host memory, and comes back by itself. Raises `Busy`
+        while sessions of other clients run, too; requests that carry none end as the server's own sleep mode has it."""
         self.require_sleep(level=level)
         self._loop.wait(self._fall_asleep(level))
         return ()
@@ -293,7 +294,13 @@ class ServedEngine(Engine):
             if self._under_way:
                 await asyncio.wait(self._under_way)
             await self._pins.end_all()
-            await self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))  # behind all that is to be saved
+            stats = protocol.GetStats(id=secrets.token_hex(16))  # answered behind all that is to be saved
+            others = (await self._talk.command(stats)).counts["running"]
+            if others:
+                raise Busy(
+                    f"{self._transport.facts.engine} works for others: {others} requests of their sessions run; wait "
+                    "for their end, or have these clients stop them"
+                )
             await self._put_to_sleep(level)
         except BaseException:
             self._asleep = 0
