@@ -107,3 +107,14 @@ def test_a_session_of_another_client_that_runs_keeps_it_awake(client: Joined) ->
     client.stand.answer = client.stand.agree
     client.engine.sleep()
     assert client.stand.slept == [1]
+
+
+def test_what_its_owner_would_change_waits_until_it_is_awake(client: Joined) -> None:
+    """The scheduler of a vLLM that sleeps begins no command, and a worker without its memory runs nothing safely."""
+    client.engine.sleep()
+    for use in (client.engine.switch, lambda: client.engine.collective_rpc("anything")):
+        with pytest.raises(Busy, match="asleep"):
+            use()
+    client.engine.wake()
+    client.engine.switch()
+    assert len(client.of(protocol.Switch)) == 1

@@ -343,6 +343,7 @@ class ServedEngine(Engine):
         `watch_weights` False leaves out the look at the weights where KV is used: only for owners who announce every
         change with `set_policy`, for what nobody announces is then not noticed.
         """
+        self._require_awake()
         message = protocol.Switch(id=secrets.token_hex(16), on=on, watch_weights=watch_weights)
         self._loop.wait(self._talk.command(message))
 
@@ -350,6 +351,7 @@ class ServedEngine(Engine):
         self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> list[Any]:
         """The server's own `collective_rpc` on every worker, for engines of this process: how trainers load weights."""
+        self._require_awake()
         return self._loop.wait(self._transport.collective_rpc(method, args, kwargs or {}))
 
     def alive(self) -> bool:
