@@ -6,12 +6,15 @@ until the client takes it back."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from thaw.core.errors import InvalidRequest
 from thaw.core.identity import ModelIdentity
 from thaw.engines import load_engine
 from thaw.engines.served import protocol
@@ -41,7 +44,7 @@ class Stand(Transport):
         self.go_on = asyncio.Event()
         self.slept: list[int] = []
         self.folders: dict[str, str] = {}
-        self.posted: list[tuple[str, dict[str, Any]]] = []
+        """Of the server's adapters, by name. Two ranks of one server have one dict."""
         for rank in range(self.facts.world_size):
             told = WorkerFacts(rank=rank, world_size=1, pid=os.getpid(), groups=identity.groups, layout={})
             mail.post(rank, told)
@@ -84,6 +87,9 @@ class Stand(Transport):
         return dict(self.folders)
 
     async def load_adapter(self, name: str, folder: str) -> None:
+        """As vLLM's server has it: a name is taken once."""
+        if name in self.folders:
+            raise InvalidRequest(f"the LoRA adapter {name!r} has already been loaded")
         self.folders[name] = folder
 
     async def close(self) -> None:
@@ -116,3 +122,13 @@ def joined(folder: Path, **facts: Any) -> Iterator[Joined]:
         engine.options = {}
         with engine:
             yield Joined(engine, stand)
+
+
+def adapter_folder(folder: Path, byte: int = 0) -> Path:
+    """An adapter as PEFT writes it: one tensor, of this byte."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    header = json.dumps({"a": {"dtype": "U8", "shape": [4096], "data_offsets": [0, 4096]}}).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes([byte]) * 4096
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    return folder

@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from thaw.core.errors import EngineDied
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
@@ -158,13 +160,18 @@ class CodecProxy(Codec):
         return found
 
 
+NOT_FROM_HERE = frozenset({"sleep", "adapters"})
+"""What no message asks an engine in another process for."""
+
+
 class EngineProxy(Engine):
     """The engine of one host process. `close` ends that process' engine."""
 
     def __init__(self, line: RpcClient, booted: Booted) -> None:
         self._line = line
         self._policy = booted.policy_version
-        self.info = booted.info
+        capabilities = booted.info.capabilities - NOT_FROM_HERE
+        self.info = msgspec.structs.replace(booted.info, capabilities=capabilities)
         self.options = booted.options
         self.codec = CodecProxy(line)
 

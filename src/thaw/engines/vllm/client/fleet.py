@@ -49,8 +49,8 @@ class DataParallelEngine(Engine):
         self.codec = first.codec
         limit = min(member.info.max_model_len for member in members)
         numerics = {**first.info.numerics, "engines": str(len(members))}
-        # Sessions are spread: one that begins as another does may come to another member.
-        capabilities = first.info.capabilities - {"beside"}
+        # Sessions are spread: one that begins as another does may come to another member. Nor do all sleep as one.
+        capabilities = first.info.capabilities - {"beside", "sleep"}
         self.info = msgspec.structs.replace(
             first.info, max_model_len=limit, numerics=numerics, capabilities=capabilities
         )
