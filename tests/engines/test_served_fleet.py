@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from served_stand import Joined, joined
-from thaw.core.errors import Unsupported
+from served_stand import Joined, adapter_folder, joined
+from thaw.core.errors import InvalidRequest, Unsupported
 from thaw.engines.vllm.client.fleet import DataParallelEngine
 
 HERE, THERE = "http://localhost:8000", "http://localhost:8001"
@@ -36,3 +36,15 @@ def test_it_says_that_it_has_what_it_has(ranks: list[Joined], fleet: DataParalle
     assert {"sleep", "adapters"} <= ranks[0].engine.info.capabilities
     with pytest.raises(Unsupported, match="no sleep mode"):
         fleet.require_sleep()
+
+
+def test_an_adapter_is_loaded_once_into_each_server(
+    ranks: list[Joined], fleet: DataParallelEngine, tmp_path: Path
+) -> None:
+    """And every rank runs sessions under it. The control: a server refuses a name that it has."""
+    found = fleet.load_adapter("law", adapter_folder(tmp_path / "law"))
+    assert fleet.adapters() == {"law": found}
+    for one in ranks:
+        assert one.engine.view(one.engine.open(adapter="law")).adapter == found
+        with pytest.raises(InvalidRequest, match="already been loaded"):
+            one.engine.load_adapter("law", tmp_path / "law")

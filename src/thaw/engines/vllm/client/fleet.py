@@ -67,7 +67,9 @@ class DataParallelEngine(Engine):
         return {name: one for name, one in first.items() if all(other.get(name) == one for other in others)}
 
     def load_adapter(self, name: str, folder: str | Path) -> str:
-        return [member.load_adapter(name, folder) for member in self._living()][-1]
+        """Into each server once: it loads it into all of its ranks, and refuses a name that it has."""
+        servers = {member.options.get("url", id(member)): member for member in self._living()}
+        return [member.load_adapter(name, folder) for member in servers.values()][-1]
 
     # -- sessions begin
 
