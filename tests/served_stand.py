@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thaw.core.errors import InvalidRequest
+import msgspec
+
+from thaw.core.errors import InvalidRequest, NotFound
 from thaw.core.identity import ModelIdentity
 from thaw.engines import load_engine
 from thaw.engines.served import protocol
 from thaw.engines.served.client.event_loop import LoopThread
-from thaw.engines.served.client.transport import Chunk, Submission, Transport
+from thaw.engines.served.client.transport import Chunk, ServedAdapter, Submission, Transport
 from thaw.engines.served.mailbox import SCHEDULER, Mailbox
 from thaw.engines.served.protocol import Answer, EngineFacts, Message, WorkerFacts
 from thaw.engines.vllm.client.engine import VllmEngine
@@ -49,6 +51,8 @@ class Stand(Transport):
             told = WorkerFacts(rank=rank, world_size=1, pid=os.getpid(), groups=identity.groups, layout={})
             mail.post(rank, told)
         mail.post(SCHEDULER, self.facts)
+        self.named: list[ServedAdapter] = []
+        """The adapters under which requests came."""
         self._begun: set[str] = set()
         self._over: dict[str, asyncio.Event] = {}
 
@@ -63,13 +67,19 @@ class Stand(Transport):
 
     async def stream(self, submission: Submission) -> AsyncIterator[Chunk]:
         message, over = submission.message, self._over.setdefault(submission.name, asyncio.Event())
+        if submission.adapter is not None and self.folders.get(submission.adapter.name) is None:
+            raise NotFound(f"the model {submission.adapter.name!r} does not exist")
+        if submission.adapter is not None:
+            self.named.append(submission.adapter)
         if message.id not in self._begun:
             self._begun.add(message.id)
             self.heard.append(message)
             if self.slow is not None and isinstance(message, self.slow):
                 await self.go_on.wait()
             sender = SCHEDULER if isinstance(message, BY_THE_SCHEDULER) else 0
-            self.mail.answer(message.id, sender, self.answer(message))
+            count = len(submission.tokens)
+            answer = msgspec.structs.replace(self.answer(message), num_tokens=count + 1, num_kv=count)
+            self.mail.answer(message.id, sender, answer)
         if not isinstance(message, protocol.Run):
             await over.wait()
         yield Chunk(token_ids=(7,), logprobs=(-0.5,), tops=((),), finish_reason="length")

@@ -402,7 +402,8 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def identity(self, adapter: str | None = None) -> ModelIdentity:
         """The running model's identity, hashed on first use and again when the weights are seen to have changed.
-        `adapter`: of a session under this adapter, by its name or id; raises `NotFound` for one that is not there."""
+        `adapter`: of a session under this adapter, by its name or id. Raises `NotFound` for a name that is not there.
+        """
 
     def adapters(self) -> dict[str, str]:
         """The adapters that the engine has: name -> id. Two names of the same content have one id."""

@@ -49,11 +49,21 @@ class ClientAdapters:
             raise NotFound(f"this engine has no adapter {wanted}; it has {known or 'none'}. Load it (load_adapter)")
         return self._served[wanted]
 
+    async def id_of(self, wanted: str) -> str:
+        """The id of the adapter of that name. An id is taken as it is: what was computed under an adapter outlasts it
+        in the engine."""
+        self._require_any()
+        return wanted if is_id(wanted) else (await self.find(wanted)).id
+
     async def of_session(self, wanted: str | None) -> ServedAdapter | None:
         """How a request of a session is to name its adapter."""
         if wanted is None:
             return None
         return self._served.get(wanted) or await self.find(wanted)
+
+    def forget_name(self, wanted: str) -> None:
+        """The server calls something else so by now, or nothing: it is looked for again."""
+        self._served.pop(wanted, None)
 
     async def load(self, name: str, folder: Path) -> str:
         """Have the engine load a copy of the adapter in `folder`, which nobody writes to; its id."""

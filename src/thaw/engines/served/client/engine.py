@@ -128,7 +128,7 @@ class ServedEngine(Engine):
 
     def identity(self, adapter: str | None = None) -> ModelIdentity:
         async def look() -> ModelIdentity:
-            return await self._model.identity(await self._adapter(adapter))
+            return await self._model.identity(await self._model.adapters.id_of(adapter) if adapter else None)
 
         return self._loop.wait(self._whole(look))
 
@@ -150,7 +150,7 @@ class ServedEngine(Engine):
         number = fresh_seed() if seed is None else int(check_seed(seed))
 
         async def begin() -> SessionRef:
-            found = await self._adapter(adapter)
+            found = (await self._model.adapters.find(adapter)).id if adapter else None
             return self._admit(new_session(self._model.policy, number, salt, share_prefix, found))
 
         return self._loop.wait(begin())
@@ -386,9 +386,6 @@ class ServedEngine(Engine):
         await self._talk.farewell()
         await self._transport.close()
         self._loop.stop()
-
-    async def _adapter(self, wanted: str | None) -> str | None:
-        return (await self._model.adapters.find(wanted)).id if wanted else None
 
     # -- the sessions' table
 

@@ -222,12 +222,11 @@ class Generation:
                 lane.take(chunk, entropies, info.eos_token_ids, info.max_model_len, num_top)
             return lane.reason is None and not lane.aborted
 
-        adapter = await self._model.adapters.of_session(session.adapter)
-        submission = Submission(lane.name, list(session.tokens), sampling, session.cache_salt or None, message, adapter)
+        submission = Submission(lane.name, list(session.tokens), sampling, session.cache_salt or None, message)
         if turn.sampling.entropy:
             self._talk.mail.expect_entropies(lane.name)
         try:
-            answer = await self._talk.run(submission, take)
+            answer = await self._model.run(submission, session.adapter, take)
         finally:
             self._talk.mail.drop_entropies(lane.name)
         if lane.reason is None:
@@ -262,10 +261,8 @@ class Generation:
 
     async def _read_piece(self, lane: ActiveRequest, sent: Sequence[int]) -> Answer:
         one, salt = self._talk.dialect.one_token, lane.session.cache_salt or None
-        adapter = await self._model.adapters.of_session(lane.session.adapter)
-        answer = await self._talk.run(
-            Submission(lane.name, list(sent), one, salt, lane.reading(), adapter), lambda _: not lane.aborted
-        )
+        submission = Submission(lane.name, list(sent), one, salt, lane.reading())
+        answer = await self._model.run(submission, lane.session.adapter, lambda _: not lane.aborted)
         if answer.kind:
             raise refusal(answer)
         if not lane.aborted and answer.num_tokens <= len(sent):

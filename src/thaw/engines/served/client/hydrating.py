@@ -178,15 +178,8 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel,
         ends.append(chunk.finish_reason)
         return True
 
-    submission = Submission(
-        name,
-        tokens,
-        talk.dialect.one_token,
-        session.cache_salt or None,
-        message,
-        await model.adapters.of_session(session.adapter),
-    )
-    answer = await talk.run(submission, take)
+    submission = Submission(name, tokens, talk.dialect.one_token, session.cache_salt or None, message)
+    answer = await model.run(submission, session.adapter, take)
     talk.dropped.append(record)
     if answer.kind:
         raise refusal(answer)
