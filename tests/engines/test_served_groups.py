@@ -320,9 +320,9 @@ def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: P
     side = WorkerSide((TorchPages(layers),), facts, VllmSettings(arena_nbytes=1 << 24), mail, None)
     gate, read = threading.Event(), side._packing.read
 
-    def late(plan: HydratePlan, caller: str) -> Any:
+    def late(plan: HydratePlan, *more: Any) -> Any:
         gate.wait(10)
-        return read(plan, caller)
+        return read(plan, *more)
 
     side._packing.read = late  # type: ignore[method-assign]
     side.run([jobs.ReadPlan(LEFT, LEFT, ME), jobs.ReadPlan(KEPT, KEPT, ME)])
