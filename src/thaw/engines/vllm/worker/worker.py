@@ -213,7 +213,7 @@ class WorkerSide:
     def _tell_synced(self, job: jobs.SaveBlocks, error: ThawError) -> None:
         self._break(job.record, self._caller_of(job.record), error)
         if job.finished is not None:
-            self._copier.after_saves(partial(self._let_go, job.finished))
+            self._let_go_later(job.finished)
 
     def _break(self, name: str, caller: Caller, error: ThawError) -> None:
         """Whoever continues from the record is told why it has no KV."""
@@ -272,7 +272,14 @@ class WorkerSide:
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
-            self._copier.after_saves(partial(self._let_go, job.finished))
+            self._let_go_later(job.finished)
+
+    def _let_go_later(self, request: str) -> None:
+        """Once what was begun is copied. While the KV cache is unmapped nothing is."""
+        if self._unmapped:
+            self._let_go(request)
+        else:
+            self._copier.after_saves(partial(self._let_go, request))
 
     def _let_go(self, request: str) -> None:
         with self._lock:
