@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from served_stand import Joined, adapter_folder, joined
-from thaw.core.errors import IdentityMismatch, NotFound
+from thaw.core.errors import IdentityMismatch, NotFound, Unsupported
+from thaw.engines.hf import adapter
+from thaw.engines.served import adapters
 from thaw.engines.served.protocol import Answer
 from thaw.testing.laws.kit import Lab, greedy, ids
 from thaw.testing.plans import mount_at
@@ -70,3 +74,50 @@ def test_a_name_under_which_the_engine_runs_something_else_is_not_believed_again
     client.stand.answer = client.stand.agree
     client.engine.append(session, ids(20)).result(LIMIT_S)
     assert [one.name for one in client.stand.named] == ["law", "law-2"]
+
+
+# -- in the engine
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+from thaw.core.errors import ThawError
+from thaw.engines.hf import adapter
+from thaw.engines.served.adapters import EngineAdapters
+
+folder, hashed = Path(sys.argv[1]), adapter.hashed
+
+def cut(*given):
+    os.truncate(folder / adapter.ADAPTER_FILE, 200)
+    return hashed(*given)
+
+print(EngineAdapters().id_of(1, str(folder)))
+adapter.hashed = cut
+try:
+    EngineAdapters().id_of(1, str(folder))
+except ThawError as error:
+    print(error.kind, error)
+"""
+
+
+def test_a_file_that_is_cut_short_while_it_is_hashed_costs_the_request(tmp_path: Path) -> None:
+    """In a process of its own: a file that is mapped would end it, as it would end the engine."""
+    folder = adapter_folder(tmp_path / "law")
+    done = subprocess.run([sys.executable, "-c", CUT, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, said = done.stdout.splitlines()
+    assert found == adapter.id_of(adapter_folder(folder))
+    assert said.startswith("unsupported") and "changes while it is read" in said
+
+
+def test_an_engine_forgets_no_adapter_and_refuses_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "MOST", 2)
+    known, folders = adapters.EngineAdapters(), [adapter_folder(tmp_path / f"{n}", n) for n in range(3)]
+    ids_of = [known.id_of(n, str(folders[n])) for n in range(2)]
+    with pytest.raises(Unsupported, match="under 2 adapters"):
+        known.id_of(2, str(folders[2]))
+    assert [known.id_of(n, str(folders[n])) for n in range(2)] == ids_of
+    adapter_folder(folders[0], 9)
+    with pytest.raises(Unsupported, match="were changed after it was first used"):
+        known.id_of(0, str(folders[0]))

@@ -59,7 +59,7 @@ def add(
     if link:
         source.require_linkable(extents)
     with source.mapped(extents) as data:
-        tensors = adapter.hashed(extents, data)
+        tensors = adapter.hashed(extents, data.__getitem__)
         made = _adapter(folder, tensors, base) if is_adapter else _model(folder, tensors, dtype)
         files = source.small_files(folder, made.kind)
         stored_files = {one: StoredFile(digest(text) if text else None, len(text)) for one, text in files.items()}

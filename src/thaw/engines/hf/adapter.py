@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from thaw.core.errors import IncompleteModel, NotFound
 from thaw.core.identity import weights_root
 from thaw.core.ids import TAG, digest
 from thaw.engines.hf import stored
-from thaw.engines.hf.extents import TensorExtent, extents, mapped
+from thaw.engines.hf.extents import TensorExtent, extents
 from thaw.engines.hf.stored import StoredTensor
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -33,11 +33,23 @@ def adapter_id(tensors: Mapping[str, StoredTensor], config: bytes) -> str:
 
 
 def id_of(folder: Path) -> str:
-    """The id of the adapter in a folder, of all its bytes. Raises `NotFound`, `IncompleteModel`, `Unsupported`."""
+    """The id of the adapter in a folder, of all its bytes. They are read and not mapped: whoever has a file mapped that
+    is cut short ends. Raises `NotFound`, `IncompleteModel`, `Unsupported`."""
     config, _ = config_of(folder)
-    found = extents([weights_file(folder)])
-    with mapped(found) as data:
-        return adapter_id(hashed(found, data), config)
+    path = weights_file(folder)
+    found = extents([path])
+    with path.open("rb", buffering=0) as file:
+        return adapter_id(hashed(found, lambda name: _read(file.fileno(), found[name])), config)
+
+
+def _read(file: int, one: TensorExtent) -> bytearray:
+    data = bytearray()
+    while len(data) < one.nbytes:
+        more = os.pread(file, one.nbytes - len(data), one.offset + len(data))
+        if not more:
+            raise IncompleteModel(f"{one.path} changes while it is read, and ends too soon; wait until it is written")
+        data += more
+    return data
 
 
 def weights_file(folder: Path) -> Path:
@@ -61,10 +73,15 @@ def config_of(folder: Path) -> tuple[bytes, str]:
         raise IncompleteModel(f"{path} is not an adapter's config: {error}") from None
 
 
-def hashed(found: Mapping[str, TensorExtent], data: Mapping[str, memoryview]) -> dict[str, StoredTensor]:
+def hashed(found: Mapping[str, TensorExtent], read: Callable[[str], bytearray | memoryview]) -> dict[str, StoredTensor]:
     """Each tensor with the hash of its bytes."""
+
+    def one(name: str) -> str | None:
+        data = read(name)
+        return digest(data) if data else None
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="thaw-hash") as pool:
-        ids = dict(zip(found, pool.map(lambda name: digest(data[name]) if data[name] else None, found), strict=True))
+        ids = dict(zip(found, pool.map(one, found), strict=True))
     return {name: StoredTensor(ids[name], one.dtype, one.shape, one.offset % 64) for name, one in found.items()}
 
 

@@ -14,7 +14,7 @@ from thaw.core.errors import IdentityMismatch, InvalidRequest, ThawError, Unsupp
 from thaw.engines.hf import adapter
 
 MOST = 4096
-"""Adapters that are remembered."""
+"""Adapters that are remembered. Of one that was forgotten, changed files would be taken for what is loaded."""
 
 
 class EngineAdapters:
@@ -27,10 +27,12 @@ class EngineAdapters:
         now = adapter.signature(Path(folder))
         known = self._known.get((number, folder))
         if known is None:
-            known = self._look(now, folder)
             if len(self._known) >= MOST:
-                del self._known[next(iter(self._known))]
-            self._known[(number, folder)] = known
+                raise Unsupported(
+                    f"requests came under {MOST:,} adapters, and this engine remembers the files of no more; start it "
+                    "again"
+                )
+            known = self._known[(number, folder)] = self._look(now, folder)
         if known[0] != now:
             raise Unsupported(
                 "the files of the request's adapter were changed after it was first used here, so what is loaded is "
