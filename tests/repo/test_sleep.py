@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import thaw
 from thaw import Sampling
 from thaw.core.errors import Busy, Conflict, InvalidRequest, StaleSession, Unsupported
-from thaw.engines.base import Engine, GenerateRequest
+from thaw.engines.base import Engine, GenerateRequest, Hydrated, HydratePlan
 from thaw.engines.embedded.engine import EmbeddedEngine
 from thaw.engines.embedded.pages import Extent
 from thaw.engines.embedded.session import LiveSession
 from thaw.repo import Drained, Repository, Session
+from thaw.repo.drain import DrainReport, drain
 
 WORDS = "The capital of France is Paris. " * 12
 ANSWER = Sampling(max_tokens=6, ignore_eos=True)
@@ -196,6 +199,63 @@ def test_the_engine_stays_awake_where_a_session_could_not_be_stored(repo: Reposi
     assert good.generate("x", ANSWER).token_ids and stale.text == "old "
     with pytest.raises(StaleSession):
         stale.generate("x", ANSWER)
+
+
+def test_a_prefill_that_outlasts_the_drain_loses_no_token(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is captured half-way, and over when the engine looks for what runs."""
+    with thaw.open(tmp_path / "slow", engine=engine) as repo:
+        repo.engine.identity()
+        session, backend = repo.session(), engine._backend  # type: ignore[attr-defined]
+        forward, admission = backend.forward, repo._context.admission
+        settle = admission.settle
+        monkeypatch.setattr(backend, "forward", lambda feeds: time.sleep(0.1) or forward(feeds))
+        monkeypatch.setattr(admission, "settle", lambda limit: not limit and settle(limit))  # half of the limit is over
+        appending = threading.Thread(target=session.append, args=(WORDS * 60,))
+        reports: list[DrainReport] = []
+
+        def late(*args: Any) -> DrainReport:
+            reports.append(drain(*args))
+            appending.join(60)
+            return reports[-1]
+
+        monkeypatch.setattr("thaw.repo.sleep.drain", late)
+        appending.start()
+        while not admission.works():
+            time.sleep(0.001)
+        with pytest.raises(Busy, match=r"1 of 1 sessions could not be stored.*went on meanwhile"):
+            repo.sleep()
+        assert 0 < reports[0].points[0].num_tokens < len(WORDS * 60) == session.num_tokens
+        assert session.generate("x", ANSWER).num_cached_tokens == len(WORDS * 60)
+        slept = repo.sleep(lose=True)
+        assert not slept.missed and slept.points[0].num_tokens == session.num_tokens, "it is stored by now"
+        repo.wake()
+
+
+def test_a_load_that_outlasts_the_drain_keeps_the_engine_awake(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = repo.session()
+    whole.append(WORDS)
+    whole.commit("read", branch="main")
+    held, real, found = threading.Event(), EmbeddedEngine._hydrate, list[Session]()
+
+    def slowly(self: EmbeddedEngine, plan: HydratePlan) -> Hydrated:
+        held.wait(60)
+        return real(self, plan)
+
+    monkeypatch.setattr(EmbeddedEngine, "_hydrate", slowly)
+    opening = threading.Thread(target=lambda: found.append(repo.session("main")))
+    opening.start()
+    while not repo._context.admission._beginning:
+        time.sleep(0.001)
+    for lose in (False, True):
+        with pytest.raises(Busy, match="load of a session was not over"):
+            repo.sleep(timeout_s=0.2, lose=lose)
+    held.set()
+    opening.join(60)
+    assert found[0].generate("x", ANSWER).num_cached_tokens == len(WORDS)
 
 
 def test_an_engine_that_works_for_others_stays_awake(tmp_path: Path, slow_engine: Engine) -> None:

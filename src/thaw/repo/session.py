@@ -499,16 +499,16 @@ class Session(ProcessBound):
         token = None if at is None else as_token("at", at)
         with self._context.admission.beginning():
             refs = engine.fork(self.ref, n, at=token, replay=replay).result()
-        for ref in refs:
-            self._pass_on(ref)
-        view = engine.view(refs[0])
-        kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
-        children = [
-            Session(
-                self._context, ref, kept=kept, parent=self._parent, num_inherited=begun, stale_kv=self._stale_kv
-            )
-            for ref in refs
-        ]  # fmt: skip
+            for ref in refs:
+                self._pass_on(ref)
+            view = engine.view(refs[0])
+            kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
+            children = [
+                Session(
+                    self._context, ref, kept=kept, parent=self._parent, num_inherited=begun, stale_kv=self._stale_kv
+                )
+                for ref in refs
+            ]  # fmt: skip
         return Group(self._context, children)
 
     def _pass_on(self, child: SessionRef) -> None:
@@ -522,17 +522,17 @@ class Session(ProcessBound):
         token = as_token("at", at)
         with self._context.admission.beginning():
             ref = self._context.engine.reread(self.ref, token).result()
-        self._pass_on(ref)
-        kept, proof = self._kept_of(self._context.engine.view(ref))
-        return Session(
-            self._context,
-            ref,
-            kept=kept,
-            parent=self._parent,
-            proof=proof,
-            num_inherited=token,
-            stale_kv=self._stale_kv,
-        )
+            self._pass_on(ref)
+            kept, proof = self._kept_of(self._context.engine.view(ref))
+            return Session(
+                self._context,
+                ref,
+                kept=kept,
+                parent=self._parent,
+                proof=proof,
+                num_inherited=token,
+                stale_kv=self._stale_kv,
+            )
 
     def _kept_of(self, view: SessionView) -> tuple[Kept, Proof | None]:
         """What of a child the store has, which is nothing of what the child read again; and the child's proof."""

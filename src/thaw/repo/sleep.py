@@ -12,6 +12,7 @@ says so. What the engine has kept in host memory is not loaded.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from thaw.core.errors import Busy, Conflict, ThawError
+from thaw.core.errors import Busy, Conflict, InvalidRequest, NotFound, ThawError
 from thaw.core.ids import CommitId, StateId, short
-from thaw.repo.admission import Asleep
+from thaw.repo.admission import Admission, Asleep
 from thaw.repo.drain import DrainedSession, DrainReport, MissedSession, drain
 from thaw.repo.parallel import each
 from thaw.repo.trunks import trunks
@@ -53,11 +54,14 @@ class WakeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sleep(context: Context, level: int, timeout_s: float, *, lose: bool) -> SleepReport:
-    """See the module. Raises `Busy` where it is drained or asleep already, or where a session could not be stored; then
-    nothing has changed."""
+    """See the module. Raises `Busy` where it is drained or asleep already, where work outlasts the limit, or where a
+    session could not be stored; then nothing has changed."""
     started, admission, engine = time.monotonic(), context.admission, context.engine
     drained = drain(admission, timeout_s, "it is put to sleep", engine.stalled)
     try:
+        if not admission.settle(0):
+            raise Busy(f"a prefill or a load of a session was not over within {timeout_s:g} s; the engine is awake")
+        drained = _as_it_stands(drained, admission)
         if drained.missed and not lose:
             raise Busy(_not_stored(drained))
         dropped = set(engine.sleep(level=level))
@@ -74,6 +78,20 @@ def sleep(context: Context, level: int, timeout_s: float, *, lose: bool) -> Slee
         num_dropped=len(sessions),
         seconds=time.monotonic() - started,
     )
+
+
+def _as_it_stands(drained: DrainReport, admission: Admission) -> DrainReport:
+    """What outlasted the drain, and has ended by now, went on behind a point or has none: such sessions are missed."""
+    points = {one.session: one.num_tokens for one in drained.points}
+    missed = {one.session: one for one in drained.missed}
+    for session in admission.sessions():
+        with contextlib.suppress(InvalidRequest, NotFound):  # closed
+            ref, count = session.ref, session.num_tokens
+            if ref not in missed and count != points.get(ref, 0):
+                why = f"it has {count:,} tokens, of which {points.get(ref, 0):,} are stored: it went on meanwhile"
+                missed[ref] = MissedSession(session=ref, namespace=session.namespace, why=why)
+    held = tuple(one for one in drained.points if one.session not in missed)
+    return msgspec.structs.replace(drained, points=held, missed=tuple(missed.values()))
 
 
 def _not_stored(drained: DrainReport) -> str:
