@@ -327,6 +327,24 @@ def test_weights_that_are_others_after_a_sleep_refuse_the_sessions(repo: Reposit
         session.generate("x", ANSWER)
 
 
+def test_a_wait_for_what_was_let_in_that_is_interrupted_leaves_it_awake(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, session = repo.engine, repo.session()
+    session.append(WORDS)
+    nap = engine._nap  # type: ignore[attr-defined]
+
+    def interrupted(over: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(nap._changed, "wait_for", interrupted)
+        engine.sleep()
+    assert session.generate("x", ANSWER).token_ids
+    assert engine.sleep() == (session.ref,)
+    engine.wake()
+
+
 @pytest.mark.parametrize("level", [0, 3, "1"])
 def test_a_level_that_there_is_not_is_refused_and_changes_nothing(repo: Repository, level: int) -> None:
     session = repo.session()

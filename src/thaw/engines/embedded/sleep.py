@@ -49,8 +49,9 @@ class Nap:
         with self._changed:
             self.require_awake()
             self._is_awake, self._moving = False, True
-            self._changed.wait_for(lambda: not self._inside)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._inside)
             yield
         except BaseException:
             self._is_awake = True
