@@ -327,6 +327,26 @@ def test_weights_that_are_others_after_a_sleep_refuse_the_sessions(repo: Reposit
         session.generate("x", ANSWER)
 
 
+def test_a_sleep_that_fails_half_way_drops_nothing(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, session, calm = repo.engine._backend, repo.session(seed=1), repo.session(seed=1)  # type: ignore[attr-defined]
+    for one in (session, calm):
+        one.append(WORDS)
+    leave = backend.sleep
+
+    def fails(level: int) -> None:
+        leave(level)
+        raise MemoryError("no room for the weights")
+
+    for level in (1, 2):
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(backend, "sleep", fails)
+            repo.sleep(level=level)
+        assert not repo.is_asleep and not repo.is_drained and session.num_kv == len(WORDS)
+    assert session.generate("x", ANSWER).token_ids == calm.generate("x", ANSWER).token_ids
+    repo.sleep()
+    assert repo.wake().num_loaded == 2
+
+
 def test_a_wait_for_what_was_let_in_that_is_interrupted_leaves_it_awake(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

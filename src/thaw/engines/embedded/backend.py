@@ -87,11 +87,14 @@ class Backend(ExtentFactory):
             raise Unsupported(f"engine {self.name} cannot drop its weights and read them again; sleep with level 1")
 
     def sleep(self, level: int) -> None:
-        """Take the weights off the accelerator, and with level 2 out of memory. No page is left by now. By default they
-        stay where they are."""
+        """Take the weights off the accelerator, and with level 2 out of memory. By default they stay where they are."""
+
+    def free(self) -> None:
+        """It sleeps, and its pages are let go of: hand back to the accelerator what is kept for later use."""
 
     def wake(self) -> None:
-        """Bring back the weights that ran. Raises as `weights_of` does; may then be called again."""
+        """Bring back the weights that ran, also after a `sleep` that failed half-way. Raises as `weights_of` does; may
+        then be called again."""
 
     def close(self) -> None:
         """Let go of the model."""

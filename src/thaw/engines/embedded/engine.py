@@ -629,9 +629,14 @@ class EmbeddedEngine(Engine):
             )
         self._weights.check()  # what runs now is what is to run afterwards
         dropped = [live for live in self._sessions.values() if live.kv.num_tokens]
+        try:
+            self._backend.sleep(level)
+        except BaseException:
+            self._wake_up()
+            raise
         for live in dropped:
             live.drop()
-        self._backend.sleep(level)
+        self._backend.free()
         return tuple(live.ref for live in dropped)
 
     def _wake_up(self) -> None:

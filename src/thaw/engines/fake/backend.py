@@ -75,7 +75,7 @@ class FakeBackend(Backend):
         self.max_model_len, self.vocab_size, self.eos_token_ids = max_model_len, VOCAB, (EOS,)
         self.numerics = {"hash": "blake2b"}
         self.weights = bytearray(struct.pack("<Q", seed))
-        self._source, self._away = bytes(self.weights), b""
+        self._source = self._away = bytes(self.weights)
         self.num_forwarded_tokens = 0
         self._step_s = step_s
         self._columns = columns(self.groups)

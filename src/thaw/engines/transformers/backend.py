@@ -142,6 +142,9 @@ class TransformersBackend(Backend):
     def sleep(self, level: int) -> None:
         self._resting.leave(level)
 
+    def free(self) -> None:
+        self._resting.free()
+
     def wake(self) -> None:
         self._resting.come_back()
 

@@ -30,11 +30,13 @@ class RestingWeights:
 
         A module that was handed in is its owner's: its weights stay, and the pages alone are freed."""
         if level > 1:
+            self._dropped = True
             for parameter in self._module.parameters():
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
-            self._dropped = True
         elif not self._is_owners:
             self._module.to("cpu")
+
+    def free(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
