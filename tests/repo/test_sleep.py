@@ -20,6 +20,7 @@ from thaw.engines.embedded.engine import EmbeddedEngine
 from thaw.engines.embedded.pages import Extent
 from thaw.engines.embedded.session import LiveSession
 from thaw.repo import Drained, Repository, Session
+from thaw.repo import hydrate as hydration
 from thaw.repo.drain import DrainReport, drain
 
 WORDS = "The capital of France is Paris. " * 12
@@ -312,6 +313,26 @@ def test_sessions_of_a_namespace_and_those_that_were_closed_meanwhile(repo: Repo
     assert mine.generate("x", ANSWER).token_ids and theirs.generate("x", ANSWER).token_ids
     with pytest.raises(InvalidRequest, match="namespace"):
         repo.within("acme").sleep()
+
+
+def test_a_session_that_is_closed_while_it_is_loaded_holds_no_kv(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = repo.session()
+    trunk.append(WORDS)
+    (child,) = trunk.fork(1)
+    real = hydration.hydrate
+
+    def closing(*args: Any, **told: Any) -> Any:
+        done = real(*args, **told)
+        trunk.close()
+        return done
+
+    repo.sleep()
+    monkeypatch.setattr(hydration, "hydrate", closing)
+    assert not repo.wake().missed, "the child, which was to be loaded beside it, is loaded by itself"
+    assert [one.ref for one in live(repo.engine)] == [child.ref]
+    assert child.generate("x", ANSWER).num_cached_tokens == len(WORDS)
 
 
 def test_weights_that_are_others_after_a_sleep_refuse_the_sessions(repo: Repository) -> None:

@@ -573,10 +573,12 @@ class Session(ProcessBound):
                 self._context,
                 self.stored_at(point),
                 stale_kv=self._stale_kv,
-                beside=None if beside is None else beside.ref,
+                beside=None if beside is None else beside.engine_ref,  # one that is gone by now: it loads all by itself
             )
             self._ref, self._kept, self._proof = live.session, live.kept, live.proof
             self._context.engine.close_session(former)
+            if self._closed:  # meanwhile: `close` has closed the former one
+                self._context.engine.close_session(live.session)
             return live.proof.nbytes
 
     def close(self) -> None:
