@@ -14,7 +14,7 @@ import pytest
 
 import thaw
 from thaw import Sampling
-from thaw.core.errors import Busy, Conflict, InvalidRequest, StaleSession, Unsupported
+from thaw.core.errors import Busy, Conflict, EngineDied, InvalidRequest, StaleSession, Unsupported
 from thaw.engines.base import Engine, GenerateRequest, Hydrated, HydratePlan
 from thaw.engines.embedded.engine import EmbeddedEngine
 from thaw.engines.embedded.pages import Extent
@@ -366,6 +366,20 @@ def test_a_sleep_that_fails_half_way_drops_nothing(repo: Repository, monkeypatch
     assert session.generate("x", ANSWER).token_ids == calm.generate("x", ANSWER).token_ids
     repo.sleep()
     assert repo.wake().num_loaded == 2
+
+
+def test_an_engine_that_was_closed_asleep_says_that_it_is_gone(tmp_path: Path) -> None:
+    """And not that it sleeps: whoever waits until it is awake would wait for good."""
+    engine = thaw.load_engine("fake")
+    with thaw.open(tmp_path / "closed", engine=engine) as repo:
+        repo.session().append(WORDS)
+        repo.sleep()
+        with pytest.raises(Busy):
+            engine.open()
+        engine.close()
+        for act in (engine.open, engine.identity, engine.wake, repo.wake):
+            with pytest.raises(EngineDied, match="closed"):
+                act()
 
 
 def test_a_wait_for_what_was_let_in_that_is_interrupted_leaves_it_awake(

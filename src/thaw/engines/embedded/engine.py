@@ -270,6 +270,7 @@ class EmbeddedEngine(Engine):
         if self._closed:
             return
         self._closed = True
+        self._nap.end()
         self._driver.close()
         self._io.shutdown()
         self._sessions.clear()

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from thaw.core.errors import Busy, Conflict
+from thaw.core.errors import Busy, Conflict, EngineDied
 from thaw.engines.embedded.backend import Backend
 
 
@@ -24,11 +24,21 @@ class Nap:
         self._inside = 0
         self._is_awake = True
         self._moving = False
+        self._is_over = False
+
+    def end(self) -> None:
+        """The engine is closed, and wakes no more if it sleeps."""
+        self._is_over = True
 
     def require_awake(self) -> None:
-        """Raise `Busy` unless it is awake."""
+        """Raise `Busy` unless it is awake, and `EngineDied` where it was closed asleep."""
         if not self._is_awake:
+            self._require_open()
             raise Busy(f"engine {self._name} is asleep, and does nothing until engine.wake() (repo.wake())")
+
+    def _require_open(self) -> None:
+        if self._is_over:
+            raise EngineDied(f"engine {self._name} was closed while it slept; load it again")
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -65,6 +75,7 @@ class Nap:
         with self._changed:
             if self._is_awake or self._moving:
                 raise Conflict(f"engine {self._name} does not sleep" if self._is_awake else "it is on its way; wait")
+            self._require_open()
             self._moving = True
         try:
             yield
