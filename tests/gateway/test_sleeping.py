@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -10,13 +12,19 @@ import pytest
 from test_draining import answering, finished
 from test_tenants import two
 
-from gateway_stand import TOKEN, Start
+from gateway_stand import TOKEN, Gateway, Start
 from thaw.cli.app import run
 from thaw.core.errors import Unsupported
 from thaw.engines.embedded.engine import EmbeddedEngine
+from thaw.repo.bridge import call
 
 openai = pytest.importorskip("openai")
 KEY = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def slept(gateway: Gateway, timeout_s: float = 60.0) -> httpx.Response:
+    """What is answered once it sleeps, however slow the machine is."""
+    return httpx.post(f"{gateway.url}/admin/sleep", headers=KEY, json={"timeout_s": timeout_s}, timeout=120)
 
 
 def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
@@ -75,6 +83,36 @@ def test_where_an_engine_cannot_sleep_the_gateway_goes_on(
     assert code == 2 and "started without it" in told["error"]["message"]
     assert finished(gateway, cut.id) == whole, "it was parked, and is resumed"
     assert httpx.get(f"{gateway.url}/health").json()["status"] == "ok"
+
+
+def test_nobody_turns_back_a_sleep_that_is_under_way(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway, begun, may_end = start(), threading.Event(), threading.Event()
+    park_all = gateway.service.park_all
+
+    async def slowly(limit: float) -> list[str]:
+        begun.set()
+        await call(may_end.wait)
+        return await park_all(limit)
+
+    monkeypatch.setattr(gateway.service, "park_all", slowly)
+    with ThreadPoolExecutor(1) as beside:
+        sleeping = beside.submit(slept, gateway)
+        try:
+            assert begun.wait(20)
+            for words in (("wake",), ("drain", "--undo"), ("drain",), ("sleep",)):
+                code, told = cli(capsys, words[0], gateway.url, *words[1:])
+                assert code == 4 and "ask again soon" in told["error"]["message"]
+            assert gateway.service.asleep
+        finally:
+            may_end.set()
+        assert sleeping.result().json()["asleep"]
+    assert all(one.repo.sync.is_asleep for one in gateway.service.engines.all)
+    code, told = cli(capsys, "drain", gateway.url, "--undo")
+    assert code == 4 and "wake it" in told["error"]["message"]
+    assert cli(capsys, "wake", gateway.url)[0] == 0
+    assert gateway.openai().responses.create(model="fake", input="on", max_output_tokens=4).output_text
 
 
 def test_only_operators_put_it_to_sleep(start: Start) -> None:

@@ -42,7 +42,8 @@ async def drain(context: GatewayContext, request: Request, body: bytes) -> Respo
         asked = msgspec.json.decode(body or b"{}", type=DrainAsked)
     except msgspec.DecodeError as error:
         raise invalid("body", str(error)) from None
-    return as_json(await drained(context.service, asked.timeout_s))
+    with context.service.moving():
+        return as_json(await drained(context.service, asked.timeout_s))
 
 
 class SnapshotAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,11 +96,14 @@ async def undrain(context: GatewayContext, request: Request, body: bytes) -> Res
     """DELETE /admin/drain"""
     require_operator(context)
     service = context.service
-    was = service.draining
-    for one in service.engines.all:
-        await call(one.repo.sync.undrain)
-    service.draining = False
-    return as_json({"drained": False, "was": was, "resumed": await responses.restore(service) if was else 0})
+    with service.moving():
+        if service.asleep:
+            raise ApiError(409, "the gateway is asleep; wake it (thaw engine wake)", code="asleep")
+        was = service.draining
+        for one in service.engines.all:
+            await call(one.repo.sync.undrain)
+        service.draining = False
+        return as_json({"drained": False, "was": was, "resumed": await responses.restore(service) if was else 0})
 
 
 def require_operator(context: GatewayContext) -> None:

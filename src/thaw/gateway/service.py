@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any
 
 from thaw.core import cache
@@ -68,6 +68,7 @@ class Service:
         """Nothing begins, until an operator says so (`thaw.gateway.draining`)."""
         self.asleep = False
         """Nor do the engines run (`thaw.gateway.sleeping`)."""
+        self._moving = False
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
@@ -80,6 +81,17 @@ class Service:
         self._token_nbytes = cache.token_nbytes(self.engine.info.groups)
         self._preparing = 0
         self._room_found = -ROOM_S
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around a drain, a sleep, and the way back of either. Raises `ApiError` 409 while another one is under way."""
+        if self._moving:
+            raise ApiError(409, "the gateway is being drained, put to sleep or woken; ask again soon", code="busy")
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
 
     @property
     def engine(self) -> Engine:

@@ -38,16 +38,8 @@ async def sleep(context: GatewayContext, request: Request, body: bytes) -> Respo
     except msgspec.DecodeError as error:
         raise invalid("body", str(error)) from None
     service, started = context.service, time.monotonic()
-    if service.draining or service.closing:
-        raise ApiError(409, "the gateway is drained or asleep already, or stopping", code="drained")
-    service.draining = service.asleep = True
-    try:
-        reports = await _sleep_all(service, asked, started)
-    except BaseException:
-        await _wake_all(service)
-        service.draining = service.asleep = False
-        await responses.restore(service)
-        raise
+    with service.moving():
+        reports = await _lie_down(service, asked, started)
     rows = await call(service.ledger.with_status, "parked")
     return as_json(
         {
@@ -62,6 +54,20 @@ async def sleep(context: GatewayContext, request: Request, body: bytes) -> Respo
             "seconds": time.monotonic() - started,
         }
     )
+
+
+async def _lie_down(service: Service, asked: SleepAsked, started: float) -> list[SleepReport]:
+    """All, or none."""
+    if service.draining or service.closing:
+        raise ApiError(409, "the gateway is drained or asleep already, or stopping", code="drained")
+    service.draining = service.asleep = True
+    try:
+        return await _sleep_all(service, asked, started)
+    except BaseException:
+        await _wake_all(service)
+        service.draining = service.asleep = False
+        await responses.restore(service)
+        raise
 
 
 async def _sleep_all(service: Service, asked: SleepAsked, started: float) -> list[SleepReport]:
@@ -79,11 +85,12 @@ async def wake(context: GatewayContext, request: Request, body: bytes) -> Respon
     """DELETE /admin/sleep"""
     require_operator(context)
     service, started = context.service, time.monotonic()
-    if not service.asleep:
-        raise ApiError(409, "the gateway does not sleep", code="awake")
-    told = await _wake_all(service)
-    service.draining = service.asleep = False
-    resumed = await responses.restore(service)
+    with service.moving():
+        if not service.asleep:
+            raise ApiError(409, "the gateway does not sleep", code="awake")
+        told = await _wake_all(service)
+        service.draining = service.asleep = False
+        resumed = await responses.restore(service)
     return as_json({"asleep": False, **told, "resumed": resumed, "seconds": time.monotonic() - started})
 
 
