@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,36 @@ def test_level_two_holds_no_weights_and_wakes_with_the_last_ones(
         repo.wake()
         assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+        assert session.generate(token_ids=[7], sampling=ANSWER).num_cached_tokens == len(PROMPT)
+
+
+def test_weights_that_were_half_away_come_back(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tiny_model("llama"))
+    with thaw.load_engine("transformers", model=folder) as engine, thaw.open(tmp_path, engine=engine) as repo:
+        backend = engine._backend  # type: ignore[attr-defined]
+        module, leave = backend._module, backend._resting.leave
+        whole, parameters = [one.detach().clone() for one in module.parameters()], module.parameters
+        away = []
+
+        def some() -> Iterator[Any]:
+            away.append(next(parameters()))
+            yield away[0]
+            assert away[0].numel() == 0
+            raise MemoryError("the next one cannot go")
+
+        def half(level: int) -> None:
+            with monkeypatch.context() as patched:
+                patched.setattr(module, "parameters", some)
+                leave(level)
+
+        session = repo.session()
+        session.append(token_ids=PROMPT)
+        with monkeypatch.context() as patched, pytest.raises(MemoryError, match="cannot go"):
+            patched.setattr(backend._resting, "leave", half)
+            repo.sleep(level=2)
+        assert all(torch.equal(a, b) for a, b in zip(whole, module.parameters(), strict=True))
         assert session.generate(token_ids=[7], sampling=ANSWER).num_cached_tokens == len(PROMPT)
 
 
