@@ -93,6 +93,11 @@ class Service:
         finally:
             self._moving = False
 
+    def lie_down(self, asleep: bool) -> None:
+        """Nothing begins, nor does an engine that was down boot on an accelerator that others have by now."""
+        self.draining = self.asleep = asleep
+        self.engines.hold(asleep)
+
     @property
     def engine(self) -> Engine:
         """One of them: for what all would say alike."""

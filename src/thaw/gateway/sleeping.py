@@ -8,16 +8,18 @@ what was parked. For operators' keys.
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from thaw.core.errors import EngineDied, ThawError
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import responses
 from thaw.gateway.draining import SHARE, require_operator
-from thaw.gateway.problems import ApiError, invalid
+from thaw.gateway.engines import ServingEngine
+from thaw.gateway.problems import ApiError, invalid, told
 from thaw.gateway.reply import as_json
 from thaw.gateway.service import Service
 from thaw.repo.bridge import call
@@ -57,16 +59,16 @@ async def sleep(context: GatewayContext, request: Request, body: bytes) -> Respo
 
 
 async def _lie_down(service: Service, asked: SleepAsked, started: float) -> list[SleepReport]:
-    """All, or none."""
+    """All, or none. Where one cannot be woken again, the gateway is asleep until `wake`."""
     if service.draining or service.closing:
         raise ApiError(409, "the gateway is drained or asleep already, or stopping", code="drained")
-    service.draining = service.asleep = True
+    service.lie_down(True)
     try:
         return await _sleep_all(service, asked, started)
     except BaseException:
-        await _wake_all(service)
-        service.draining = service.asleep = False
-        await responses.restore(service)
+        if not (await _wake_all(service)).stuck:
+            service.lie_down(False)
+            await responses.restore(service)
         raise
 
 
@@ -74,11 +76,16 @@ async def _sleep_all(service: Service, asked: SleepAsked, started: float) -> lis
     late = await service.park_all(asked.timeout_s * SHARE)
     if late:
         raise ApiError(409, f"{len(late)} requests did not stop within {asked.timeout_s * SHARE:g} s", code="busy")
-    reports = []
-    for one in service.engines.up:
-        left = max(0.05, asked.timeout_s - (time.monotonic() - started))
-        reports.append(await call(one.repo.sync.sleep, level=asked.level, timeout_s=left))
-    return reports
+    if not await service.engines.settle(_left(asked, started)):
+        raise ApiError(409, "an engine that was down is being booted; ask again when it is up", code="busy")
+    return [
+        await call(one.repo.sync.sleep, level=asked.level, timeout_s=_left(asked, started))
+        for one in service.engines.up
+    ]
+
+
+def _left(asked: SleepAsked, started: float) -> float:
+    return max(0.05, asked.timeout_s - (time.monotonic() - started))
 
 
 async def wake(context: GatewayContext, request: Request, body: bytes) -> Response:
@@ -88,18 +95,51 @@ async def wake(context: GatewayContext, request: Request, body: bytes) -> Respon
     with service.moving():
         if not service.asleep:
             raise ApiError(409, "the gateway does not sleep", code="awake")
-        told = await _wake_all(service)
-        service.draining = service.asleep = False
+        woken = await _wake_all(service)
+        if woken.stuck:
+            raise woken.stuck[0]
+        service.lie_down(False)
         resumed = await responses.restore(service)
-    return as_json({"asleep": False, **told, "resumed": resumed, "seconds": time.monotonic() - started})
+    return as_json(
+        {
+            "asleep": False,
+            "loaded": woken.loaded,
+            "missed": woken.missed,
+            "resumed": resumed,
+            "seconds": time.monotonic() - started,
+        }
+    )
 
 
-async def _wake_all(service: Service) -> dict[str, Any]:
-    """Those that sleep; what was loaded, and what was not, by name."""
-    loaded, missed = 0, []
-    for one in service.engines.all:
-        if one.repo.sync.is_asleep:
+class _Woken(msgspec.Struct):
+    """`missed`: what is not there, by name. `stuck`: what engines raised that sleep on."""
+
+    loaded: int = 0
+    missed: list[dict[str, str]] = msgspec.field(default_factory=list)
+    stuck: list[ThawError | ApiError] = msgspec.field(default_factory=list)
+
+
+async def _wake_all(service: Service) -> _Woken:
+    """Each that sleeps, whatever becomes of the others. One that is gone is taken out, and brought back later."""
+    woken = _Woken()
+    for one in [one for one in service.engines.up if one.repo.sync.is_asleep]:
+        try:
             report = await call(one.repo.sync.wake)
-            loaded += report.num_loaded
-            missed += [{"namespace": lost.namespace, "why": lost.why} for lost in report.missed]
-    return {"loaded": loaded, "missed": missed}
+        except Exception as error:  # noqa: BLE001 - the others wake all the same
+            problem = told(error, f"the wake of engine {one.number}")
+            if await _is_gone(service, one, problem):
+                woken.missed.append({"namespace": "", "why": f"engine {one.number} is gone: {problem}"})
+            else:
+                woken.stuck.append(problem)
+        else:
+            woken.loaded += report.num_loaded
+            woken.missed += [{"namespace": lost.namespace, "why": lost.why} for lost in report.missed]
+    return woken
+
+
+async def _is_gone(service: Service, one: ServingEngine, problem: ThawError | ApiError) -> bool:
+    """Whether it does not even answer any more."""
+    life = one.life
+    if isinstance(problem, EngineDied):
+        await service.engines.failed(one, life, problem)
+    return one.life is not life or not one.is_up

@@ -55,7 +55,7 @@ def wake(named: str | None, url: str | None, key: str | None, as_json: bool) -> 
 
     URL is the address of a `thaw serve`; default: http://127.0.0.1:8790.
 
-    Exit code 8: a session could not be loaded; the output names it.
+    Exit code 8: a session could not be loaded, or an engine is gone; the output names it.
     """
     del named  # the gateway's repository
     where = url or admin.DEFAULT_URL
