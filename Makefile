@@ -210,10 +210,10 @@ GPU_PYTHON ?= python3
 GPU_MODEL ?= /dev/shm/thaw-8b
 GPU_OUT ?= /dev/shm/thaw-gpu
 PARTS ?= pressure,hydrate,fork
-bench-gpu: ## on a host with an H100 or H200 and vLLM: GPU_PYTHON=, GPU_MODEL=, GPU_OUT=, PARTS=, CHILDREN=, ROUNDS= (10 minutes)
+bench-gpu: ## on a host with an H100 or H200 and vLLM: GPU_PYTHON=, GPU_MODEL=, GPU_OUT=, PARTS=, CHILDREN=, ROUNDS=, READERS= (10 minutes)
 	@test -e $(GPU_MODEL)/config.json || PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/make_model.py $(GPU_MODEL)
 	@PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/bench.py $(GPU_MODEL) $(GPU_OUT) $(PARTS) \
-	  $(if $(CHILDREN),--children $(CHILDREN)) $(if $(ROUNDS),--rounds $(ROUNDS))
+	  $(if $(CHILDREN),--children $(CHILDREN)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(READERS),--readers $(READERS))
 
 lint: $(INSTALLED) ## ruff, mypy, the layers, the receipts of the soak (under a minute)
 	@echo "· ruff"

@@ -66,23 +66,6 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
     return NotHere.from_parent(parent, path=path) if here and not is_installed(SERVED[path.name][0]) else None
 
 
-LATENTS = "test_kinds_latent.py"
-NOT_WITH_AMX = (
-    "on a processor with AMX vLLM's kernel of latents takes bfloat16, and heads in multiples of 32; these differ"
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    found = [item for item in items if item.path.name == LATENTS]
-    if not found:
-        return
-    import torch
-
-    if torch.cpu._is_amx_tile_supported():
-        for item in found:
-            item.add_marker(pytest.mark.skip(NOT_WITH_AMX))
-
-
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 

@@ -98,6 +98,12 @@ FAULTS = (
         "a blob that was damaged on disk is handed on",
     ),
     Fault(
+        "answered-while-readers-write", "1", "none", "data/readers/head.py",
+        "while busy or (parts and not (whole.kind or whole.lost)):", "while parts and not (whole.kind or whole.lost):",
+        ("tests/engines/test_served_readers.py::test_a_load_whose_reader_is_killed_is_read_by_threads",),
+        "a load is whole for the engine while a reader still writes it",
+    ),
+    Fault(
         "last-tier-first", "1", "none", "data/tiers/mounted.py",
         "in self._tiers:\n            try:", "in self._tiers[::-1]:\n            try:",
         ("tests/data/test_mounts.py::test_a_pack_comes_from_the_first_tier_that_has_it",),

@@ -73,15 +73,6 @@ class Run:
             self.ended += 1
             self.said += [said for key, said in report.user_properties if key == SAID]
 
-    def passed_for_each_skipped(self) -> int:
-        """How many tests must have passed for each that was skipped: fewer where all that were skipped passed with
-        other parameters, for they do not apply to every model."""
-        passed, skipped = (
-            {test.partition("[")[0] for test, outcome in self.outcomes.items() if outcome == wanted}
-            for wanted in ("passed", "skipped")
-        )
-        return 8 if skipped and skipped <= passed else 20
-
 
 class Writer:
     def __init__(self, config: pytest.Config) -> None:
@@ -110,17 +101,17 @@ class Writer:
                     self._end(self.groups[name], run, Counter(run.outcomes.values()))
 
     def _end(self, group: Group, run: Run, counts: Mapping[str, int]) -> None:
-        if why := self._why_not(group, run, counts):
+        if why := self._why_not(group, counts):
             self.told.append(f"no receipt {group.name}: {why}")
         else:
             self._keep(group, receipt_of(group, run, counts))
 
-    def _why_not(self, group: Group, run: Run, counts: Mapping[str, int]) -> str | None:
+    def _why_not(self, group: Group, counts: Mapping[str, int]) -> str | None:
         if counts.get("failed") or not counts.get("passed"):
             return f"of its tests {', '.join(f'{count} {word}' for word, count in sorted(counts.items()))}"
         if not all(any(within(site, asked) for asked in self.asked) for site in group.sites):
             return "not all of its tests were asked for"
-        if counts.get("skipped", 0) > counts["passed"] // run.passed_for_each_skipped():
+        if counts.get("skipped", 0) > counts["passed"] // 20:
             return f"{counts['skipped']} of its tests were skipped"
         if self.chosen:
             return f"not all of its tests were asked for, but those of {' '.join(self.chosen)}"

@@ -162,10 +162,8 @@ def test_a_group_whose_tests_are_skipped_leaves_no_receipt(tree: pytest.Pytester
     assert kept(tree) == {"longer"}
 
 
-@pytest.mark.parametrize(("names", "written"), [(range(9), {"kills", "longer"}), (range(8), {"longer"})])
-def test_a_test_may_be_skipped_with_some_models_where_it_passes_with_most(
-    tree: pytest.Pytester, names: range, written: set[str]
-) -> None:
+@pytest.mark.parametrize(("names", "written"), [(range(21), {"kills", "longer"}), (range(20), {"longer"})])
+def test_one_of_twenty_one_may_be_skipped(tree: pytest.Pytester, names: range, written: set[str]) -> None:
     skipping = SOAK.replace("soak_receipt):", 'soak_receipt):\n    how == "7" and pytest.skip("not that one")')
     listed = str([*map(str, names)])
     assert listed not in skipping and '["soon", "late"]' in skipping

@@ -15,3 +15,9 @@ def parser(doc: str | None, *, parts: bool = True) -> argparse.ArgumentParser:
         words.add_argument("parts", help="joined by commas")
     words.add_argument("--small", action="store_true")
     return words
+
+
+def with_readers(words: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Takes `--readers` as well."""
+    words.add_argument("--readers", type=int, default=0, help="processes that read packs (0: threads do)")
+    return words

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import msgspec
-from arguments import parser
+from arguments import parser, with_readers
 
 from thaw.bench.vllm import Options, quick, run
 from thaw.bench.vllm.report import joined
@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    words = parser(__doc__)
+    words = with_readers(parser(__doc__))
     words.add_argument("--children", help="sizes of forks, joined by commas")
     words.add_argument("--rounds", type=int, help="of each fork")
     words.add_argument("--boot", type=int, help="of idle: that one alone")
@@ -77,7 +77,8 @@ def _boots(told: argparse.Namespace, target: Path) -> None:
     for boot in range(count):
         if not _boot_file(told, boot).exists():
             again = [sys.executable, __file__, told.model, str(told.out), "idle", "--boot", str(boot)]
-            subprocess.run([*again, *(["--small"] if told.small else [])], check=True)
+            again += ["--readers", str(told.readers), *(["--small"] if told.small else [])]
+            subprocess.run(again, check=True)
         done = [read(_boot_file(told, number)) for number in range(boot + 1)]
         _write(joined(done, command="make bench-gpu PARTS=idle"), target)
     _keep(read(target), target)
@@ -103,15 +104,17 @@ def _keep(receipt: Receipt, target: Path) -> None:
 def _options(told: argparse.Namespace, parts: tuple[str, ...]) -> Options:
     asked = {name: value for name in ("children", "rounds") if (value := getattr(told, name))}
     more = "".join(f" {name.upper()}={value}" for name, value in asked.items())
+    more += f" READERS={told.readers}" if told.readers else ""
     if told.children:
         asked["children"] = tuple(map(int, told.children.split(",")))
     common = {**asked, "parts": parts, "folder": told.out, "command": f"make bench-gpu PARTS={','.join(parts)}{more}"}
     if told.boot is not None:
         common |= {"first_boot": told.boot, "idle_boots": 1}
+    usual = {"model": told.model, **({"readers": told.readers} if told.readers else {})}
     if told.small:
-        return quick(**common, engine_options={"model": told.model, "max_model_len": 1024})
+        return quick(**common, engine_options={**usual, "max_model_len": 1024})
     sizes = {name: value for part in parts for name, value in SIZES[part].items()}
-    engine = {"model": told.model, **(TWO_ENGINES if "idle" in parts else ENGINE)}
+    engine = {**usual, **(TWO_ENGINES if "idle" in parts else ENGINE)}
     on_gpu = {"block_size": 16, "eager": False, "settle_s": SETTLE_S, "engine_options": engine}
     return msgspec.convert({**sizes, **common, **on_gpu}, Options)
 

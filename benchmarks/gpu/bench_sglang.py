@@ -29,7 +29,7 @@ from typing import Any
 
 import httpx
 import msgspec
-from arguments import parser
+from arguments import parser, with_readers
 
 from thaw import receipt as r
 from thaw.bench import text
@@ -239,7 +239,7 @@ class Run:
         """A stock server with SGLang's own tier in host memory, and as few tokens."""
         from thaw.engines.sglang.client.boot import _free_port, _listens
 
-        ours = ("model", "arena_nbytes", "spill", "policy")
+        ours = ("model", "arena_nbytes", "spill", "policy", "readers")
         key, port = secrets.token_hex(16), _free_port()
         arguments = {
             "model_path": self.options.engine_options["model"], "host": "127.0.0.1", "port": port, "api_key": key,
@@ -345,7 +345,7 @@ def _accelerator() -> str | None:
 
 
 def main() -> None:
-    words = parser(__doc__)
+    words = with_readers(parser(__doc__))
     words.add_argument("--attention", default="triton")
     words.add_argument("--page", type=int, default=1)
     words.add_argument("--returns", type=int, default=2, help="to each session under pressure")
@@ -355,12 +355,14 @@ def main() -> None:
     told.out.mkdir(parents=True, exist_ok=True)
     parts = tuple(told.parts.split(","))
     usual: dict[str, object] = {"model": told.model, "page_size": told.page}
+    if told.readers:
+        usual["readers"] = told.readers
     on_gpu = {**ENGINE, **usual, "attention_backend": told.attention}
     engine = {**usual, "max_total_tokens": 4096} if told.small else on_gpu
     sizes = SMALL if told.small else {**SIZES, "returns": told.returns, "offload_gib": told.hicache_gib}
     asked = {"parts": parts, "folder": told.out, "block_size": 16, "engine_options": engine, "goals": not told.small}
     options = msgspec.convert({**sizes, **asked}, Options)
-    flags = {"--page": (told.page, 1), "--returns": (told.returns, 2)}
+    flags = {"--page": (told.page, 1), "--returns": (told.returns, 2), "--readers": (told.readers, 0)}
     more = "".join(f" {flag} {given}" for flag, (given, usual_one) in flags.items() if given != usual_one)
     more += " --hicache-alone" if told.hicache_alone else ""
     command = f"python benchmarks/gpu/bench_sglang.py MODEL OUT {told.parts} --attention {told.attention}{more}"

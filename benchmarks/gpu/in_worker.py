@@ -36,22 +36,40 @@ class InWorker:
             del groups.held
         return int(groups._rank)
 
-    def thaw_readers(self, count: int) -> int:
-        """From now on a plan's blobs are read by so many threads. Returns how many it was."""
+    def thaw_readers(self, count: int, processes: bool = False) -> int:
+        """From now on a plan's blobs are read by so many threads, or by so many of the processes that the engine was
+        booted with. Returns how many threads it was."""
         from thaw.engines.served.worker import pack_io
 
-        before, pack_io.READERS = pack_io.READERS, count
+        side_by_side = _side()._packing.readers
+        if side_by_side is not None:
+            side_by_side.most = count if processes else 0
+        before = pack_io.READERS
+        if not processes:
+            pack_io.READERS = count
         return before
 
     def thaw_memory(self) -> dict[str, int]:
-        """Bytes of this worker's process: on its device, as the driver counts them (0 on a CPU), and in host memory."""
-        return {"gpu_nbytes": on_device(os.getpid()), "host_nbytes": resident()}
+        """Bytes of this worker's process: on its device, as the driver counts them (0 on a CPU), and in host memory,
+        with what it shares with its readers (the arena is that then), and what is theirs alone."""
+        side = _side_or_none()
+        readers = None if side is None else side._packing.readers
+        own = resident() + resident(kind="RssShmem")
+        return {"gpu_nbytes": on_device(os.getpid()), "host_nbytes": own + sum(map(resident, _family(readers)))}
 
 
-def resident(status: Path = Path("/proc/self/status")) -> int:
-    """Bytes of private memory that a process has in RAM."""
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
+def resident(status: Path = Path("/proc/self/status"), *, kind: str = "RssAnon") -> int:
+    """Bytes of private memory (RssShmem: shared) that a process has in RAM."""
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{kind}:"))
     return int(line.split()[1]) << 10
+
+
+def _family(readers: Any) -> list[Path]:
+    """The head of the readers and each of them, as `resident` takes them."""
+    if readers is None or readers.pid is None:
+        return []
+    told = Path(f"/proc/{readers.pid}/task/{readers.pid}/children").read_text()
+    return [Path(f"/proc/{pid}/status") for pid in (readers.pid, *told.split())]
 
 
 def on_device(pid: int) -> int:
@@ -129,6 +147,13 @@ class _Watch:
             if piece.ready is not None:
                 piece.ready()
         self._pieces += pieces
+
+
+def _side_or_none() -> Any:
+    """None in a vLLM without thaw."""
+    from vllm.distributed.kv_transfer import has_kv_transfer_group
+
+    return _side() if has_kv_transfer_group() else None
 
 
 def _side() -> Any:

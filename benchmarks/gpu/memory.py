@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-from arguments import parser
+from arguments import parser, with_readers
 from in_worker import EXTENSION, resident
 
 from thaw import receipt as r
@@ -54,9 +54,10 @@ MEMORIES = {
 NOTES = (
     "The two processes take turns, one waiting while the other runs a cycle. Before the first cycle that is recorded"
     " each ran two without a record. Prompts are random token ids, so that neither has a tokenizer more.",
-    "GPU memory is that of the engine's processes, as the driver counts it. Of the client and of the engine's processes"
-    " it is private memory in RAM (RssAnon), after Python's collector ran; the arena, pinned host memory whose size is"
-    " set, is not among what is bounded.",
+    "GPU memory is that of the engine's processes, as the driver counts it. Of the client it is private memory in RAM"
+    " (RssAnon), after Python's collector ran; of the engine's processes shared memory (RssShmem) too, and that of"
+    " processes that read packs (`--readers`). The arena, host memory whose size is set, is private without readers"
+    " and shared with them, and is not among what is bounded.",
 )
 MOST, FLAT = 256 * MIB, 16 * MIB
 """Most that thaw may take beside the engine, and most that the last recorded cycle may have over the first."""
@@ -112,7 +113,7 @@ def _booted(told: argparse.Namespace) -> Iterator[tuple[Any, Any, Plain, Any]]:
 
     with (
         tempfile.TemporaryDirectory(prefix="thaw-bench-", dir=told.out) as folder,
-        load_engine("vllm", model=told.model, **usual, **({} if told.small else ARENA)) as engine,
+        load_engine("vllm", model=told.model, readers=told.readers, **usual, **({} if told.small else ARENA)) as engine,
         open_repository(Path(folder) / "repo", engine=engine, create=True) as repo,
     ):
         yield engine, repo, beside(engine), cast(ServedEngine, engine).collective_rpc
@@ -189,7 +190,7 @@ class Turns:
         told = self.told
         command = [
             sys.executable, __file__, told.model, str(told.out), "--arm", arm, "--cycles", str(self.cycles),
-            *(["--small"] if told.small else []),
+            "--readers", str(told.readers), *(["--small"] if told.small else []),
         ]  # fmt: skip
         errors = (told.out / f"{arm}.log").open("w")
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -236,7 +237,7 @@ class Turns:
             machine=this_machine(about["accelerator"]),
             model=about["model"] and msgspec.convert(about["model"], r.Model),
             parameters={
-                "cycles": self.cycles, "children": CHILDREN,
+                "cycles": self.cycles, "children": CHILDREN, "readers": self.told.readers,
                 **({} if self.told.small else {f"engine.{n}": v for n, v in {**ENGINE, **ARENA}.items()}),
                 **about["numerics"],
             },
@@ -264,7 +265,7 @@ BOUNDED = ("more.gpu", "more.client", "grown.thaw.gpu", "grown.thaw.client")
 
 
 def main() -> None:
-    words = parser(__doc__, parts=False)
+    words = with_readers(parser(__doc__, parts=False))
     words.add_argument("--cycles", type=int, default=24)
     words.add_argument("--arm", choices=tuple(WORDS), help="one of the two processes (the bench starts them)")
     told = words.parse_args()

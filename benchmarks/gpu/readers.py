@@ -1,8 +1,9 @@
 """How many threads should read a plan's packs: `python readers.py MODEL OUT`, with vLLM for CUDA and thaw importable.
 
 One engine, whose worker reads with 16, 12 or 8 threads by turns, arms alternating in one run: what a hydrate takes by
-itself, and the largest gap between tokens of requests that decode meanwhile. `--readers` names other numbers, the first
-of which the others are compared with. With `--small` and a small model the same runs wherever vLLM does.
+itself, and the largest gap between tokens of requests that decode meanwhile. `--readers` names others, the first of
+which the others are compared with: `12` are threads, `p12` are processes beside the worker. With `--small` and a small
+model the same runs wherever vLLM does.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ WORDS = {
 NOTES = (
     "Arms take turns in one run, in an order that is shuffled and then reversed, each ran once before without a record;"
     " ratios are of arms in one round.",
-    "Readers are threads of the engine's worker that read a plan's packs, hash them and lay them out in pinned memory."
-    " Packs are in memory.",
+    "Readers are threads of the engine's worker that read a plan's packs, hash them and lay them out in pinned memory;"
+    " those with a p are processes beside it (the setting `readers`). Packs are in memory.",
     "The others are plain requests. A gap is between two tokens of one of them; the goal is vLLM's own gap while it"
     " admits a request of as many tokens from its prefix cache, and one step more.",
 )
@@ -60,8 +61,10 @@ LESS = {"kv_cache_memory_bytes": 12 * GIB, "arena_nbytes": 12 * GIB, "max_model_
 
 class Readers:
     def __init__(self, told: argparse.Namespace) -> None:
-        self.numbers = tuple(map(int, told.readers.split(",")))
+        self.numbers = tuple(told.arms.split(","))
+        most = max((int(number[1:]) for number in self.numbers if number.startswith("p")), default=0)
         self.num_rounds = 2 if told.small else told.rounds
+        told.readers = most
         options: Options = bench._options(told, ("gap",))
         less = (
             {} if told.small else {"kv_cache_memory_bytes": 12 * GIB, "arena_nbytes": 12 * GIB, "max_model_len": 20000}
@@ -91,8 +94,8 @@ class Readers:
             live.append(token_ids=trunk)
             commit = live.commit("a session that is hydrated while others decode", branch="readers").commit
 
-        def by(number: int, thunk: Thunk) -> Sample:
-            engine.collective_rpc("thaw_readers", (number,))
+        def by(number: str, thunk: Thunk) -> Sample:
+            engine.collective_rpc("thaw_readers", (int(number.removeprefix("p")), number.startswith("p")))
             return thunk()
 
         arms: dict[str, Thunk] = {
@@ -115,7 +118,7 @@ class Readers:
             },
             machine=this_machine(accelerator(info)), model=self.model,
             parameters={
-                "readers": ",".join(map(str, self.numbers)), "rounds": self.num_rounds,
+                "readers": ",".join(self.numbers), "rounds": self.num_rounds,
                 "cores": len(os.sched_getaffinity(0)), "gap_tokens": options.gap_tokens,
                 "gap_others": options.gap_others, "gap_prompt": options.gap_prompt, "gap_steps": options.gap_steps,
                 "seed": options.seed, "settle_s": options.settle_s, **numerics(info),
@@ -197,7 +200,9 @@ def _words(name: str) -> tuple[str, str]:
 
 def main() -> None:
     words = parser(__doc__, parts=False)
-    words.add_argument("--readers", default="16,12,8", help="numbers of threads, joined by commas")
+    words.add_argument(
+        "--readers", dest="arms", default="16,12,8", help="numbers of threads, or of processes (p12), joined by commas"
+    )
     words.add_argument("--rounds", type=int, default=8)
     told = words.parse_args()
     told.children = told.boot = None

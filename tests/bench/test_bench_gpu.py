@@ -139,7 +139,7 @@ def test_the_planner_is_made_to_prefill_and_then_chooses_again(monkeypatch: pyte
 
 def test_what_memory_may_grow_is_asked_of_the_last_cycle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = program(monkeypatch, "memory")
-    turns = module.Turns(SimpleNamespace(cycles=3, out=tmp_path, small=True))
+    turns = module.Turns(SimpleNamespace(cycles=3, out=tmp_path, small=True, readers=0))
     turns.about = {"model": None, "accelerator": None, "engine": "vllm 0", "numerics": {}}
     turns.processes = {arm: SimpleNamespace(stdin=io.StringIO()) for arm in module.WORDS}
     told = {"thaw": iter(range(100, 200, 20)), "stock": iter([90] * 5)}

@@ -26,6 +26,23 @@ def told(request: pytest.FixtureRequest, shell: Shell) -> Shell:
     return shell
 
 
+def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(told: Shell) -> None:
+    """The control: what can be is refused by the engine, which does not know an option."""
+    end = told.ok("show", "--json").json()["num_tokens"]
+    unloadable = ("x", "--engine", "fake", "--dtype", "bfloat16")
+    for asked, said in (
+        (
+            ("--point", str(end)),
+            f"points [{end}]: a point is a number of tokens of the whole session, here {end + 1} or",
+        ),
+        (("--from", "main~1"), "--branch NAME"),
+        (("--from", "nobody"), "nobody"),
+        (("--point", str(end + 1)), "unexpected keyword argument 'dtype'"),
+    ):
+        early = told("run", *asked, *unloadable)
+        assert early.code == 2 and said in early.err, (asked, early.err)
+
+
 def is_hybrid(shell: Shell) -> bool:
     return len(shell.ok("show", "--json").json()["model"]["groups"]) == 3
 

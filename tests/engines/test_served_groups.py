@@ -302,27 +302,32 @@ def test_a_block_of_any_group_that_is_not_the_sessions_own_is_foreign() -> None:
 # --- a worker's records
 
 
-def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: Path, lab: Lab) -> None:
-    """Its client went away meanwhile, so nobody would ever drop it."""
-    with load_engine("fake", groups="one") as engine:
-        captured, plan = captured_of(engine, lab)
-    (group,) = captured.identity.groups
+def worker_side(groups: Sequence[CacheGroup], mail: Mailbox) -> tuple[WorkerSide, TorchPages]:
+    """A worker of one group, with 9 blocks of 16 tokens."""
+    (group,) = groups
     assert isinstance(group, FullKV)
     numel = group.num_kv_heads * 9 * 16 * 2 * group.head_dim
     layers = {
         f"model.layers.{n}.attn": torch.zeros(numel).view(9, group.num_kv_heads, 16, -1)
         for n in range(group.num_layers)
     }
-    facts = WorkerFacts(rank=0, world_size=1, pid=1, groups=(group,), layout={})
+    facts, pages = WorkerFacts(rank=0, world_size=1, pid=1, groups=(group,), layout={}), TorchPages(layers)
+    return WorkerSide((pages,), facts, VllmSettings(arena_nbytes=1 << 24), mail, None), pages
+
+
+def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: Path, lab: Lab) -> None:
+    """Its client went away meanwhile, so nobody would ever drop it."""
+    with load_engine("fake", groups="one") as engine:
+        captured, plan = captured_of(engine, lab)
     mail = Mailbox(tmp_path / "mail")
     mail.put_plan(LEFT, plan)
     mail.put_plan(KEPT, plan)
-    side = WorkerSide((TorchPages(layers),), facts, VllmSettings(arena_nbytes=1 << 24), mail, None)
+    side, _ = worker_side(captured.identity.groups, mail)
     gate, read = threading.Event(), side._packing.read
 
-    def late(plan: HydratePlan, caller: str) -> Any:
+    def late(plan: HydratePlan, *more: Any) -> Any:
         gate.wait(10)
-        return read(plan, caller)
+        return read(plan, *more)
 
     side._packing.read = late  # type: ignore[method-assign]
     side.run([jobs.ReadPlan(LEFT, LEFT, ME), jobs.ReadPlan(KEPT, KEPT, ME)])
@@ -332,3 +337,21 @@ def test_a_record_that_is_let_go_of_while_a_plan_is_read_is_not_kept(tmp_path: P
     assert list(side._records) == [KEPT] and side._records[KEPT].num_kv == plan.num_kv
     side.run([jobs.Forget((KEPT,))])
     assert not side._records and side._reading == set()
+
+
+def test_what_cannot_be_saved_while_the_cache_is_unmapped_costs_its_own_request(tmp_path: Path) -> None:
+    """Its blocks go back at once. The control: where the cache is there they do once they are copied."""
+    with load_engine("fake", groups="one") as engine:
+        (group,) = engine.identity().groups
+    side, pages = worker_side([msgspec.structs.replace(group, dtype="float32")], Mailbox(tmp_path / "mail"))
+    save = [jobs.ForkRecord(KEPT, None, 0, ME), jobs.SaveBlocks(KEPT, ((1, 2),), 20, finished="r")]
+    side.let_go()
+    side.run(save)
+    assert side.finished() == ({"r"}, set(), set())
+    assert "asleep" in side._records[KEPT].broken and side._records[KEPT].num_kv == 0
+    side.take_back((pages,), None)
+    side.run(save)
+    side._copier.settle()
+    assert side.finished() == ({"r"}, set(), set())
+    assert side._records[KEPT].num_kv == 20
+    side.close()

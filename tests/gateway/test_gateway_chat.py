@@ -9,6 +9,9 @@ import pytest
 from gateway_stand import Gateway, Start
 
 openai = pytest.importorskip("openai")
+
+from thaw.gateway.place import WORTH_LOADING  # noqa: E402
+
 LONG = "a long story about a river, and who lives there. " * 8
 
 
@@ -62,6 +65,39 @@ def test_the_same_after_a_restart(start: Start) -> None:
     assert (
         again.num_forwarded - before == reply.usage.prompt_tokens - reply.usage.prompt_tokens_details.cached_tokens + 7
     )
+
+
+@pytest.mark.parametrize(("shared", "source"), [(WORTH_LOADING - 1, "live"), (WORTH_LOADING, "stored")])
+def test_a_few_tokens_alike_by_chance_are_not_worth_a_load(start: Start, shared: int, source: str) -> None:
+    """`shared`: how many more than an open session has are stored. The end of a commit is loaded for fewer."""
+    gateway = start()
+    stored = chat(gateway.openai(), [{"role": "user", "content": LONG}])
+    gateway.close()
+    client = start().openai()
+    assert chat(client, [{"role": "user", "content": "?"}]).thaw["source"] == "new"
+    reply = chat(client, [{"role": "user", "content": f"{LONG[:shared]}#"}])
+    assert reply.thaw["source"] == source
+    on = chat(client, [{"role": "user", "content": LONG}, said(stored), {"role": "user", "content": "On."}])
+    assert on.thaw["source"] == "stored" and on.thaw["cached_tokens"] == stored.usage.total_tokens - 1
+
+
+def test_a_stored_text_does_not_hide_an_open_conversation(start: Start) -> None:
+    """A conversation does not go on behind a plain text, however long their tokens are the same; it is not loaded."""
+    longer = f"{LONG}and here both of them go on together"
+    gateway = start(name="tokens")
+    told = chat(gateway.openai(), [{"role": "user", "content": longer}])
+    prompt = list(gateway.repo.show(told.thaw["point"]).tokens)[: told.usage.prompt_tokens]
+    gateway = start()
+    client = gateway.openai()
+    text = client.completions.create(model="fake", prompt=prompt, max_tokens=8)
+    opened = chat(client, [{"role": "user", "content": LONG}])
+    assert (text.thaw["source"], opened.thaw["source"]) == ("new", "new")
+    held = gateway.num_open(2)
+    reply = chat(client, [{"role": "user", "content": f"{longer}!"}])
+    assert reply.thaw["source"] == "live" and reply.thaw["cached_tokens"] > len(LONG)
+    assert gateway.num_open(held + 1) == held + 1
+    again = client.completions.create(model="fake", prompt=prompt, max_tokens=8)
+    assert again.thaw["cached_tokens"] == len(prompt) - 1
 
 
 def test_choices_differ_are_seeded_and_are_read_once(gateway: Gateway) -> None:
@@ -246,3 +282,22 @@ def test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled(st
     last = chat(start().openai(), history)
     assert last.usage.prompt_tokens_details.cached_tokens >= reply.usage.total_tokens - 2
     assert last.thaw["source"] == "stored"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("no name", 400), ("there", 409), ("a-tag", 400), ("HEAD", 400), ("x" * 200, 400)]
+)
+def test_a_branch_that_cannot_be_moved_is_refused_before_anything_is_computed(
+    gateway: Gateway, name: str, status: int
+) -> None:
+    """Also as one of several choices' (`NAME/0`), where the name is too long for that."""
+    client = gateway.openai()
+    there = chat(client, [{"role": "user", "content": LONG}], extra_body={"thaw": {"branch": "there"}})
+    gateway.repo.tag("a-tag", "there")
+    before = gateway.num_forwarded
+    many = 2 if len(name) == 200 else 1
+    with pytest.raises(openai.APIStatusError) as refused:
+        chat(client, [{"role": "user", "content": "Else."}], n=many, extra_body={"thaw": {"branch": name}})
+    assert refused.value.status_code == status and gateway.num_forwarded == before
+    on = {"thaw": {"branch": "there", "point": "there"}}
+    assert chat(client, [{"role": "user", "content": "On."}], extra_body=on).thaw["parent"] == there.thaw["point"]

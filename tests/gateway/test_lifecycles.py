@@ -17,7 +17,8 @@ from test_tenants import two
 
 import thaw
 from gateway_stand import TOKEN, Gateway, Start
-from thaw.gateway.ledger import LedgerRow
+from thaw.core.errors import CorruptDatabase, StorageFailed
+from thaw.gateway.ledger import FILE, Ledger, LedgerRow
 from thaw.gateway.metrics import MAX_BRANCHES
 from thaw.gateway.service import ROOM_S
 from thaw.gateway.settings import GatewaySettings, Keeping, Limits
@@ -301,6 +302,16 @@ def test_on_a_full_disk_nothing_is_generated_and_all_goes_on_when_there_is_room(
     assert ask(client, previous_response_id=kept.id, input="x").thaw["parent"] == kept.thaw["point"]
 
 
+def test_a_ledger_that_cannot_be_opened_says_why(small_disk: Path, tmp_path: Path) -> None:
+    free = subprocess.run(["df", "--output=avail", "-B1", str(small_disk)], capture_output=True, text=True).stdout
+    (small_disk / "ballast").write_bytes(bytes(int(free.split()[-1])))
+    with pytest.raises(StorageFailed, match="full"):
+        Ledger(small_disk)
+    (tmp_path / FILE).write_bytes(b"no database at all " * 1000)
+    with pytest.raises(CorruptDatabase, match=FILE):
+        Ledger(tmp_path)
+
+
 def test_an_engine_that_dies_twenty_times_loses_nothing_and_doubles_nothing(start: Start) -> None:
     """In the middle of a stream, each time; what was acknowledged before is there, and is what is continued from."""
     gateway = start(step_s=0.002, reconnect=lambda: thaw.load_engine("fake", step_s=0.002))
@@ -342,6 +353,29 @@ def test_one_that_was_parked_before_it_said_anything_begins_again(start: Start) 
     assert done.thaw["parent"] == first.thaw["point"]
     told = list(again.responses.retrieve(made.id, stream=True))
     assert [event.sequence_number for event in told] == list(range(len(told)))
+
+
+@pytest.mark.parametrize("place", ["branch", "conversation"])
+def test_who_begins_again_begins_where_it_did_before(start: Start, place: str) -> None:
+    """What was parked with nothing said has moved neither its branch nor its conversation."""
+    gateway = start(step_s=0.3)
+    client = gateway.openai()
+    where: dict[str, Any] = {"extra_body": {"thaw": {"branch": "mine"}}}
+    if place == "conversation":
+        where = {"conversation": client.conversations.create().id}
+    first = ask(client, max_output_tokens=1, **where)
+    on = where if place == "conversation" else {**where, "previous_response_id": first.id}
+    made = ask(client, background=True, input=LONG * 4, max_output_tokens=2, **on)
+    while not any(job.read for job in gateway.service.jobs.values()):
+        time.sleep(0.005)
+    gateway.close()
+    after = start(settings=GatewaySettings(restore=True))
+    quiet(after)
+    done = after.openai().responses.retrieve(made.id)
+    assert (done.thaw["parent"], done.usage.output_tokens) == (first.thaw["point"], 2)
+    branch = "mine" if place == "branch" else f"conversations/{where['conversation']}"
+    assert str(after.repo.resolve(branch).commit) == done.thaw["point"]
+    assert after.repo.show(branch).text.count(LONG) == 5
 
 
 def test_one_that_cannot_be_resumed_has_failed_and_the_rest_is_served(start: Start) -> None:

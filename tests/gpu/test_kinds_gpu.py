@@ -12,7 +12,6 @@ THAW_GPU_TESTS_ON_CPU=1 runs this file where there is no GPU, to see that the fi
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ for folder in ("engines/on_vllm", "gpu"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 import test_kinds_recurrent as of_states  # noqa: E402
-from test_kinds_latent import V3  # noqa: E402
 from test_kinds_recurrent import (  # noqa: E402, F401 - collected here, with the fixtures of this file
     test_a_hit_that_is_not_the_sessions_own_is_never_extended,
     test_a_live_session_of_twenty_turns_reads_new_tokens_alone,
@@ -50,8 +48,9 @@ from test_kinds_recurrent import (  # noqa: E402, F401 - collected here, with th
     test_where_no_state_is_kept_the_refusal_names_those_that_are,
 )
 from test_kinds_windows import mixed, sliding  # noqa: E402
+from vllm_models import require_vision  # noqa: E402
 from vllm_shapes import LATENT as CPU_LATENT  # noqa: E402
-from vllm_shapes import RECURRENT, WINDOWS, make_shaped  # noqa: E402
+from vllm_shapes import RECURRENT, V3, WINDOWS, make_shaped  # noqa: E402
 
 from kind_models import WINDOW, make_kind_model  # noqa: E402
 from thaw.core.cache import LatentKV, token_groups  # noqa: E402
@@ -135,8 +134,7 @@ def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
 
 @pytest.fixture(scope="module")
 def folder(how: tuple[str, bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if how[0] in of_states.LOOKS_FOR_IMAGES and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("vLLM does not look at such a model without torchvision")
+    require_vision(how[0])
     return make_shaped(how[0], tmp_path_factory.mktemp("made") / how[0], dtype="bfloat16")
 
 
@@ -158,6 +156,13 @@ def engine(boot: Callable[..., Engine]) -> Iterator[Engine]:
         block = int(loaded.info.numerics["block_size"])
         of_states.ENDS = tuple(sorted({37, 300, 700, block - 1, block, block + 1, 2 * block}))
         yield loaded
+
+
+@pytest.fixture
+def shared_block(how: tuple[str, bool, bool], engine: Engine) -> int:
+    if not how[1]:
+        pytest.skip("vLLM has no prefix cache here")
+    return int(engine.info.numerics["block_size"])
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import thaw
 from thaw import Sampling
-from thaw.core.errors import EngineDied, ThawError, TimedOut
+from thaw.core.errors import EngineDied, ThawError, TimedOut, Unsupported
 from thaw.engines.base import Engine, GenerateRequest
 from thaw.pool import ForkPool, PoolSession, Round
 from thaw.pool.rpc.client import EngineProxy, RpcClient
@@ -263,6 +264,20 @@ def test_a_call_that_is_cancelled_before_the_engine_hears_of_it_is_cancelled() -
         assert handle.result()[0].finish_reason == "abort"
         client.end("the test is over")
         serving.join(LIMIT_S)
+
+
+def test_an_engine_in_another_process_says_that_it_has_what_messages_ask_for() -> None:
+    ours, _theirs = socket.socketpair()
+    with thaw.load_engine("fake") as engine:
+        assert "sleep" in engine.info.capabilities
+        info = msgspec.structs.replace(engine.info, capabilities=engine.info.capabilities | {"adapters"})
+        client = RpcClient(Connection(ours), "worker-0")
+        proxy = EngineProxy(client, Booted(info=info, options={}, policy_version="0", pid=0))
+        assert proxy.info.capabilities == engine.info.capabilities - {"sleep"}
+        for refused in (proxy.require_sleep, proxy.sleep, lambda: proxy.open(adapter="law")):
+            with pytest.raises(Unsupported):
+                refused()
+        client.end("the test is over")
 
 
 # -- a point that is pushed out of its worker

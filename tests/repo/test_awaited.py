@@ -54,12 +54,13 @@ PLAIN: dict[type, set[str]] = {
         "path", "namespace", "within",  # as on the view
         "weights",  # a view of its own
         "store", "commits_of",  # the open store itself; a comparison
-        "live_sessions", "is_drained",  # remembered
+        "live_sessions", "is_drained", "is_asleep",  # remembered
     },
     Session: {
         "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine",  # remembered
-        "commits_to", "kept_at", "check_process",  # likewise
+        "commits_to", "kept_at", "num_reread", "check_process",  # likewise
         "request", "plan_chat", "follow", "settle_chat",  # the steps of `generate` and `chat`, for groups
+        "stored_at", "go_on_from",  # the steps of `Repository.wake`
     },
     Group: {"check_process", "index", "count"},
     Stream: set(),

@@ -79,8 +79,9 @@ def test_a_token_that_a_state_is_kept_after_goes_on_with_new_tokens_alone(told: 
     """All its tokens are cached, none runs again; without new ones nothing says what follows."""
     with told.session(f"main:{token}") as s:
         assert s.num_kv == token and s.proof is not None and s.proof.hit
-        with pytest.raises(NotKept, match=f"state after {token} tokens is kept.*new tokens"):
+        with pytest.raises(NotKept, match=f"state after {token} tokens is kept.*new tokens.*`reread`"):
             s.generate("", GREEDY)
+        assert s.reread(token).generate("", GREEDY).token_ids
         out = s.generate("ab", GREEDY)
         assert (out.usage.num_prefilled_tokens, out.num_cached_tokens) == (2, token)
         s.commit("on", branch="on")
@@ -119,6 +120,19 @@ def test_verify_holds_at_a_kept_point_and_says_why_it_cannot_elsewhere(told: Rep
     report = told.verify("main:300", num_tokens=4)
     failed = next(law for law in report.laws if law.held is False)
     assert failed.name == "cached" and failed.seen == "not-kept" and "601" in failed.detail
+
+
+def test_match_finds_the_most_that_can_be_gone_on_from(repo: Repository) -> None:
+    """Not the point of the commit that has most tokens in common, if another one can be gone on from later."""
+    with repo.session() as longer, repo.session() as shorter:
+        longer.append(TEXT[:50])
+        longer.append(TEXT[50:300])
+        longer.commit("longer")
+        shorter.append(TEXT[:100])
+        point = shorter.commit("shorter").commit
+        tokens = longer.tokens
+    found = repo.match((*tokens[:120], 1, 2))
+    assert found is not None and (found.num_tokens, found.commit) == (100, point)
 
 
 def test_match_ends_where_its_commit_can_be_gone_on_from(told: Repository) -> None:
@@ -220,3 +234,30 @@ def test_full_groups_alone_are_written_as_format_1_has_them(tmp_path: Path) -> N
         assert {type(segment) for segment in segments(repo.store)} == {Segment}
         assert msgspec.json.decode(objects.encode(segments(repo.store)[0])[1])["type"] == "thaw.segment/1"
         assert repo.verify("main:300", num_tokens=4).laws[0].held
+
+
+@pytest.mark.parametrize("groups", ["one", "two", "latent", "hybrid", "states"])
+def test_gc_frees_what_died_and_then_nothing_however_small_the_blobs(tmp_path: Path, groups: str) -> None:
+    """Most of a pack of many small blobs is its header, which is not dead as long as they live."""
+    keeps = groups in ("hybrid", "states")
+    options = {"interior": False} if keeps else {}
+    with thaw.load_engine("fake", groups=groups, **options) as engine, thaw.init(tmp_path / "r", engine=engine) as repo:
+        s = repo.session(seed=1)
+        s.append(token_ids=[1 + i % 200 for i in range(1600)], points=range(100, 700) if keeps else ())
+        s.commit("whole", branch="main")
+        whole = repo.stats().pack_nbytes
+        report = repo.gc(keep_reflog_s=0)
+        assert (report.packs_rewritten, report.nbytes_freed, report.nbytes_kept) == (0, 0, whole)
+        for i in range(32):
+            with repo.session(seed=i) as other:
+                other.append(token_ids=[1 + i, *range(1, 100)], points=range(1, 100) if keeps else ())
+                other.commit("one of many small packs", branch=f"small/{i}")
+        merged = repo.gc(keep_reflog_s=0)
+        assert merged.packs_rewritten >= 64
+        for i in range(1, 32):
+            repo.delete_branch(f"small/{i}")
+        report = repo.gc(keep_reflog_s=0)
+        assert report.packs_rewritten > 0 and report.nbytes_kept - whole < (merged.nbytes_kept - whole) / 16
+        again = repo.gc(keep_reflog_s=0)
+        assert (again.packs_rewritten, again.nbytes_freed, again.nbytes_kept) == (0, 0, report.nbytes_kept)
+        assert repo.session("small/0").num_tokens == 100

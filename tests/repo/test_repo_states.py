@@ -60,7 +60,7 @@ def test_a_point_that_was_asked_for_is_forked_from_and_nothing_before_it_runs_ag
         assert [out.usage.num_prefilled_tokens for out in outs] == [1, 2, 3]
         assert [out.num_cached_tokens for out in outs] == [128] * 3
         assert sum(fed) == 6 + 3 * 5, "the new tokens, and those that were generated"
-        with pytest.raises(NotKept, match=r"128 tokens is kept.*give a prompt, or fork at token 129"):
+        with pytest.raises(NotKept, match=r"128 tokens is kept.*give a prompt, fork at token 129.*`reread`"):
             repo.fork("main:token=128", 1)[0].generate("", GREEDY)
     with repo.session("main:token=129") as one_more:
         assert one_more.generate("", GREEDY).usage.num_prefilled_tokens == 1
@@ -247,6 +247,22 @@ def test_a_live_fork_elsewhere_reads_the_gap_again_where_that_is_allowed(
     whole = kids[0].generate("", GREEDY)
     with repo.session("k/0") as restored:
         assert restored.generate("", GREEDY).logprobs == whole.logprobs
+
+
+def test_what_a_chat_reads_again_is_counted_as_prefilled(
+    engine: Engine, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the model ran: the answer is asked for again where no state was kept at the end of its prompt."""
+    asked = [{"role": "user", "content": "Who are you? " * 20}]
+    with repo.session(seed=1) as s:
+        s.chat(history=asked, sampling=GREEDY)
+        s.commit("asked", branch="main")
+    with repo.session("main") as s:
+        ran = count_forwarded(engine, monkeypatch)
+        usage = s.chat(history=asked, sampling=GREEDY).completion.usage
+        assert sum(ran) == usage.num_prefilled_tokens + usage.num_completion_tokens - 1
+        assert usage.num_cached_tokens + usage.num_prefilled_tokens == usage.num_prompt_tokens
+        assert usage.num_prefilled_tokens > 100
 
 
 def test_a_chat_that_drops_what_it_said_goes_back_to_a_point(repo: Repository) -> None:

@@ -19,6 +19,7 @@ from thaw.cli.app import run
 from thaw.engines.base import Engine
 from thaw.repo import Repository
 from thaw.snapshot import snapshot
+from thaw.testing.laws.kit import until
 
 TOKEN = "test-token"
 
@@ -99,10 +100,7 @@ def test_a_gateway_is_snapshotted_while_it_works(
     begun = client.post("/v1/responses", json={
         "model": "fake", "input": "another river", "max_output_tokens": 200, "background": True,
     }).json()  # fmt: skip
-    ended = time.monotonic() + 30
-    while not any(len(job._pieces) > 3 for job in gateway.service.jobs.values()):
-        assert time.monotonic() < ended
-        time.sleep(0.005)
+    until(lambda: any(len(job._pieces) > 3 for job in gateway.service.jobs.values()))
     code, told = cli(capsys, *words)
     assert code == 0 and told["snapshots"][0]["running"] == 1 and told["snapshots"][0]["missed"] == []
     assert told["snapshots"][0]["idle"] >= 1 and done["thaw"]["point"]
@@ -156,13 +154,6 @@ def test_a_request_that_no_session_holds_yet_is_named_as_lost(
 def late(held: threading.Event, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
     held.wait(60)
     return real(*args, **more)
-
-
-def until(happened: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < ends
-        time.sleep(0.005)
 
 
 def test_only_operators_snapshot(repo: Repository, tmp_path: Path, engine: Engine) -> None:

@@ -11,8 +11,8 @@ import pytest
 import thaw
 from thaw import Sampling
 from thaw.core.cache import token_nbytes
+from thaw.engines import restoring as loading
 from thaw.engines.base import Engine, SessionRef
-from thaw.engines.embedded import transfer
 from thaw.repo import Repository, Session
 from thaw.repo.timeline import read_entries
 from thaw.snapshot import EngineSnapshot, RestoredEngine, restore, restoring, snapshot
@@ -103,11 +103,9 @@ def test_what_is_not_the_same_is_not_shared(
     with thaw.open(tmp_path / "r", engine=engine) as repo:
         names, found, whole = taken(repo)
     child = next(at for at, one in enumerate(found.sessions) if one.session == names[2])
-    monkeypatch.setattr(restoring, "_trunks", lambda store, entries: [child if at > child else None for at in range(7)])
+    monkeypatch.setattr(restoring, "trunks", lambda store, states: [child if at > child else None for at in range(7)])
     if blindly:
-        monkeypatch.setattr(
-            transfer, "num_shared", lambda plan, loaded: min(plan.num_kv, sum(x.length for x in loaded))
-        )
+        monkeypatch.setattr(loading, "num_shared", lambda plan, loaded: min(plan.num_kv, sum(x.length for x in loaded)))
     with thaw.load_engine("fake") as there, thaw.open(tmp_path / "r", engine=there) as repo:
         back = restore(repo, "engine")
         assert (went_on([back.sessions[name] for name in names]) == whole) is not blindly

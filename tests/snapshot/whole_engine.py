@@ -23,6 +23,7 @@ from test_engine_snapshot import python
 
 from thaw.snapshot import EngineSnapshot, manifest
 from thaw.store import Store
+from thaw.testing.plans import flip_byte
 
 LIMIT_S = 1800.0
 SPOILED = "spoiled"
@@ -200,12 +201,7 @@ def damage(store: Store, commit: str) -> None:
     state = the(store, the(store, commit).state)
     segment = the(store, the(store, state.nodes[0]).entries[0].segment)
     blob = segment.blobs["full"][0]
-    place = store.locate([blob])[blob]
-    with (store.packs / place.pack).open("r+b") as file:
-        file.seek(place.offset)
-        byte = file.read(1)
-        file.seek(place.offset)
-        file.write(bytes([byte[0] ^ 1]))
+    flip_byte(store.packs, store.locate([blob])[blob])
 
 
 def check_spoiled(spoiled: dict[str, Any], whole: dict[str, list[int]], victims: set[str], missed: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from thaw.cluster.messages import PackSource, PulledPacks, PullPacks, ServeStore
 from thaw.cluster.nixl_agent import LANDING, SLOT_BYTES
 from thaw.cluster.peer import Peer
 from thaw.core.errors import CorruptBlob, InvalidRequest, StorageFailed
+from thaw.testing.laws.kit import until
 from thaw.testing.laws.pool_kit import TEXT, bits
 
 SAMPLED = thaw.Sampling(temperature=0.9, max_tokens=16, ignore_eos=True)
@@ -130,13 +130,6 @@ def test_a_source_that_dies_in_the_middle_leaves_nothing_and_the_next_one_is_ask
     assert list(there.iterdir()) == []
     pulled(second, (name,), other.host, other.port)
     assert (there / name).read_bytes() == (folder / name).read_bytes()
-
-
-def until(true: Callable[[], bool], limit_s: float = 60.0) -> None:
-    end = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @needs_nixl

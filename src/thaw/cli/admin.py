@@ -17,7 +17,7 @@ key = options.option_of(
 
 
 def ask(url: str, what: str, body: dict[str, Any] | None, timeout_s: float, key: str | None = None) -> dict[str, Any]:
-    """What the gateway answers; `body` None takes the drain back. Raises `EngineDied`, `InvalidRequest`, `Conflict`."""
+    """What the gateway answers; `body` None takes it back. Raises `EngineDied`, `InvalidRequest`, `Conflict`."""
     import httpx
 
     from thaw.core.errors import Conflict, EngineDied, InvalidRequest

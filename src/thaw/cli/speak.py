@@ -25,9 +25,15 @@ T = TypeVar("T")
 
 @contextmanager
 def opened(
-    named: str | None, engine_name: str | None, model: str | None, dtype: str | None, device: str | None
+    named: str | None,
+    engine_name: str | None,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    check: Callable[[Repository], object] = lambda _: None,
 ) -> Iterator[Repository]:
-    """The repository with its engine booted; it remembers what was named here if all went well. Closes both."""
+    """The repository with its engine booted; it remembers what was named here if all went well. Closes both. `check` is
+    asked of the repository before a model is loaded, and raises for what cannot work."""
     from thaw.repo.repository import open as open_at
     from thaw.repo.settings import remember
 
@@ -35,6 +41,7 @@ def opened(
     path = place.find(named)
     named_one = any(value is not None for value in (engine_name, model, dtype, device))
     with open_at(path, create=False) as look:
+        check(look if place.namespace() is None else look.within(str(place.namespace())))
         chosen = boot.choose(look.store, engine_name, model, dtype, device)
     with boot.boot(chosen) as engine, open_at(path, engine=engine, create=False, namespace=place.namespace()) as repo:
         yield repo

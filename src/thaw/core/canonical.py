@@ -71,7 +71,7 @@ def decode(data: bytes | memoryview, kind: type[T], what: str = "object") -> T:
     if len(data) > MAX_OBJECT_BYTES:
         raise CorruptBlob(f"{what}: {len(data)} bytes; an object has at most {MAX_OBJECT_BYTES}")
     try:
-        value = decode_stored(data, kind)
+        value = decode_stored(data, kind, what)
         again = _encode(value)
     except (msgspec.DecodeError, ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
         refuse_newer(data, what)
@@ -93,11 +93,15 @@ def prepare(kind: Any) -> None:
             _ready.add(kind)
 
 
-def decode_stored(data: bytes | memoryview, kind: type[T]) -> T:
+def decode_stored(data: bytes | memoryview, kind: type[T], what: str = "an object") -> T:
     """The struct in bytes that hash to their name, and so are what was stored. For who looks at thousands: that they
-    are canonical is not checked again. Raises `msgspec.DecodeError`."""
+    are canonical is not checked again. Raises `msgspec.DecodeError`, `NewerFormat`."""
     prepare(kind)
-    return msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
+    try:
+        return msgspec.json.decode(data, type=kind, dec_hook=_dec_hook)
+    except msgspec.DecodeError:
+        refuse_newer(data, what)
+        raise
 
 
 def refuse_newer(data: bytes | memoryview, what: str) -> None:

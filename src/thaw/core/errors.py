@@ -109,6 +109,10 @@ class NotKept(Refused):
     """On models with sliding windows or recurrent states not every token can be gone on from."""
 
     kind = "not-kept"
+    way_out = (
+        "have what comes after the nearest earlier point read again (`reread`), or append the tokens to a new session"
+    )
+    """Of a live session, beside its points."""
 
 
 class PolicyMismatch(Refused):

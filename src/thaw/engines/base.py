@@ -17,12 +17,13 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Generic, Literal, NewType, TypeVar
 
 import msgspec
 
 from thaw.core.cache import CacheGroup
-from thaw.core.errors import EngineDied, Unsupported
+from thaw.core.errors import EngineDied, InvalidRequest, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import AnyModel, AnyTurn, Boundary, Chat, StatesAtToken
@@ -75,7 +76,8 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     session with which an engine with "beside" shares what both have of the same blobs at their start, as with a fork.
     `stale_kv`: take KV of another policy and other weights as it is; `kv_ranges` say which computed [0, num_kv), where
     that is not `identity`'s alone. The session is as after `keep_stale_kv`. An engine without "stale-kv" refuses such a
-    plan with `Unsupported`.
+    plan with `Unsupported`. `adapter`: the name or id of the adapter to continue under ("": none), which must be the
+    identity's; None: the identity's.
     """
 
     identity: AnyModel
@@ -95,6 +97,7 @@ class HydratePlan(msgspec.Struct, frozen=True, kw_only=True):
     stale_kv: bool = False
     kv_ranges: tuple[KVRange, ...] = ()
     beside: SessionRef | None = None
+    adapter: str | None = None
 
 
 class Hydrated(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +173,8 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
     proof: Proof | None
     kv_ranges: tuple[KVRange, ...] = ()
     """Which weights computed its KV, where it was asked to keep that of others than run (`keep_stale_kv`)."""
+    adapter: str | None = None
+    """The id of the adapter under which it is computed."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -264,6 +269,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `entropy`           `Sampling.entropy`; else refused
     `stale-kv`          `keep_stale_kv`, and plans that ask for it; else refused
     `beside`            `HydratePlan.beside`: what both sessions have of the same blobs is shared, and not read again
+    `sleep`             `sleep` and `wake`; else refused
+    `adapters`          sessions under LoRA adapters (`open`, `adapters`, `load_adapter`); else refused
     `pin`               also `pin(session, seconds)`: its blocks are held in the engine; not of the contract, no law
     """
     numerics: dict[str, str]
@@ -367,6 +374,23 @@ def _name_of(function: object) -> str:
     return str(getattr(function, "__name__", function))
 
 
+ADAPTERS_ABSENT = (
+    "engine {name} runs no LoRA adapters here: a vLLM 0.32 that was started with enable_lora does; or merge the adapter"
+    " into the model"
+)
+
+
+def require_no_adapter(engine: Engine, *wanted: str | None) -> None:
+    """Raise `Unsupported` where an adapter is wanted of an engine that runs none."""
+    for one in filter(None, wanted):
+        raise Unsupported(f"adapter {one!r}: {ADAPTERS_ABSENT.format(name=engine.info.name)}")
+
+
+def adapter_there(engine: Engine, wanted: str | None) -> str | None:
+    """`wanted`, the id of an adapter, where the engine has it; else None, as which it computes then."""
+    return wanted if wanted is not None and wanted in engine.adapters().values() else None
+
+
 class Engine(abc.ABC):
     """See the module's text. Engines are context managers: leaving closes them."""
 
@@ -376,12 +400,33 @@ class Engine(abc.ABC):
     """What `load_engine` was given (plain values only), so that the same engine can be booted again elsewhere."""
 
     @abc.abstractmethod
-    def identity(self) -> ModelIdentity:
-        """The running model's identity, hashed on first use and again when the weights are seen to have changed."""
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        """The running model's identity, hashed on first use and again when the weights are seen to have changed.
+        `adapter`: of a session under this adapter, by its name or id. Raises `NotFound` for a name that is not there.
+        """
+
+    def adapters(self) -> dict[str, str]:
+        """The adapters that the engine has: name -> id. Two names of the same content have one id."""
+        return {}
+
+    def load_adapter(self, name: str, folder: str | Path) -> str:
+        """Have the engine run a copy of the LoRA adapter in `folder` as `name`, and return its id. Raises `Unsupported`
+        without "adapters"."""
+        raise Unsupported(f"{ADAPTERS_ABSENT.format(name=self.info.name)}, so {name!r} was not loaded")
 
     @abc.abstractmethod
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
-        """A new empty session. `salt` None draws an unguessable one (the lineage salt)."""
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        """A new empty session. `salt` None draws an unguessable one (the lineage salt). `adapter`: the name or the id
+        of one of `adapters()`, under which all of the session is computed, and that of its children; None: the model
+        alone. What the name stands for now stays the session's, whatever the engine calls so later. Raises `NotFound`,
+        `Unsupported` without "adapters"."""
 
     @abc.abstractmethod
     def append(
@@ -496,6 +541,28 @@ class Engine(abc.ABC):
         """
         raise Unsupported(f"engine {self.info.name} does not change its weights while it runs; load another one")
 
+    def require_sleep(self, *, level: int = 1) -> None:
+        """Raise what `sleep` would, whatever runs: `InvalidRequest`, `Unsupported`, `Busy` where it sleeps already."""
+        raise Unsupported(f"engine {self.info.name} has no sleep mode; close it, and load it again")
+
+    def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
+        """Free the accelerator until `wake`: of the KV of all sessions, of the engine's own cache of it, and of the
+        weights. Level 1 keeps the weights in host memory; level 2 drops them too, and `wake` reads them again.
+
+        Returns the sessions whose KV was dropped: hydrate their commits after `wake`. Until then, and afterwards, they
+        can be viewed, and everything else raises `StaleSession`. What the engine keeps in host memory (what is parked)
+        comes back by itself. Waits for captures and hydrates under way; raises `Busy`, and sleeps not, while something
+        is prefilled or generated, and where it sleeps already. Asleep, only `view`, `close_session`, `wake` and `close`
+        work; the rest raises `Busy`. Raises `Unsupported` where this engine, or this way to it, cannot.
+        """
+        self.require_sleep(level=level)
+        raise NotImplementedError("an engine that may sleep says how")
+
+    def wake(self) -> None:
+        """Take the accelerator back. The weights are those that ran before, or it raises what loading them raises and
+        sleeps on. Nothing of the former KV is used. Raises `Conflict` where it does not sleep."""
+        raise Unsupported(f"engine {self.info.name} has no sleep mode, so it does not sleep")
+
     def stalled(self) -> str:
         """Why the engine captures nothing until its owner lets it go on; "" where it does, or cannot say."""
         return ""
@@ -513,6 +580,14 @@ class Engine(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+SLEEP_LEVELS = (1, 2)
+
+
+def check_sleep_level(level: int) -> None:
+    if level not in SLEEP_LEVELS:
+        raise InvalidRequest(f"sleep level {level!r}: 1 (weights in host memory) or 2 (weights dropped)")
 
 
 def update_weights(engine: Engine, source: str) -> None:

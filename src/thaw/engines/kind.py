@@ -90,6 +90,11 @@ class Server(abc.ABC):
     def start(self, wanted: Wanted) -> Start:
         """The command of a server with thaw in it. It may write the file that the server reads, and starts nothing."""
 
+    def needs(self, model: str) -> Mapping[str, str]:
+        """Modules beside `package` that the Python which runs it must have for this model; with each why, and what to
+        do, as sentences without the last full stop."""
+        return {}
+
     def config_file(self, told: Settings) -> ConfigFile:
         """The file that loads thaw into it. Raises `Unsupported` where it reads none."""
         raise Unsupported(f"{self.title} reads no file of thaw's ({self.by_hand})")

@@ -8,6 +8,7 @@ an engine by declaring an entry point; two that claim one name are an error. An 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.kind import EngineKind, called
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from importlib.metadata import EntryPoint
 
     from thaw.engines.base import Engine
@@ -102,8 +103,15 @@ def load_engine(name: str, **options: object) -> Engine:
     else:
         engine = called(name, kind.load, **{**stored_options(kind, given.get("model")), **given})
     options.pop("api_key", None)  # never kept where the repository remembers its engine
-    engine.options = {key: value for key, value in options.items() if isinstance(value, (str, int, float, bool))}
+    engine.options = {key: value for key, value in options.items() if _is_kept(value)}
     return engine
+
+
+def _is_kept(value: object) -> bool:
+    """Whether an option is a plain value, or plain texts by name (`adapters`)."""
+    if isinstance(value, Mapping):
+        return all(isinstance(one, str) for one in (*value.keys(), *value.values()))
+    return isinstance(value, (str, int, float, bool))
 
 
 def engine_at(url: str, api_key: str | None = None) -> str:

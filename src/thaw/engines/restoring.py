@@ -156,3 +156,18 @@ def states(plan: HydratePlan, groups: Sequence[CacheGroup]) -> list[tuple[PointS
             f"{list_of([point.token for point in plan.points])}"
         )
     return found
+
+
+def num_shared(plan: HydratePlan, loaded: Sequence[Slice]) -> int:
+    """How many of a plan's first tokens are of the very blobs that others were read from."""
+    at = 0
+    for piece, other in zip(plan.slices, loaded, strict=False):
+        if _named(piece) != _named(other):
+            break
+        at += piece.length
+    return at
+
+
+def _named(piece: Slice) -> tuple[object, ...]:
+    blobs = {group: [place.blob for place in places] for group, places in piece.blobs.items()}
+    return piece.start, piece.length, piece.stored, piece.first, blobs

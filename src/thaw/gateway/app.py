@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from thaw.gateway import draining
+from thaw.gateway import draining, sleeping
 from thaw.gateway.browser import routes as browser
 from thaw.gateway.context import GatewayContext
 from thaw.gateway.dialects import chat, completions, conversations, messages, models, responses
@@ -58,6 +58,8 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/admin/drain", draining.drain),
     ("DELETE", "/admin/drain", draining.undrain),
     ("POST", "/admin/snapshot", draining.taken),
+    ("POST", "/admin/sleep", sleeping.sleep),
+    ("DELETE", "/admin/sleep", sleeping.wake),
 )
 
 
@@ -156,7 +158,8 @@ def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
         """No key is asked for, and nothing but this is said. `degraded`: some engines are down; `waiting`: all are."""
         engines, up = service.engines.all, len(service.engines.up)
-        status = "ending" if service.closing else "drained" if service.draining else _status(up, len(engines))
+        status = "asleep" if service.asleep else "drained" if service.draining else _status(up, len(engines))
+        status = "ending" if service.closing else status
         told: dict[str, object] = {"status": status}
         if len(engines) > 1:
             told["engines"] = [{"engine": one.number, "up": one.is_up} for one in engines]

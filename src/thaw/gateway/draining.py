@@ -37,12 +37,13 @@ class DrainAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 async def drain(context: GatewayContext, request: Request, body: bytes) -> Response:
     """POST /admin/drain"""
-    _require_operator(context)
+    require_operator(context)
     try:
         asked = msgspec.json.decode(body or b"{}", type=DrainAsked)
     except msgspec.DecodeError as error:
         raise invalid("body", str(error)) from None
-    return as_json(await drained(context.service, asked.timeout_s))
+    with context.service.moving():
+        return as_json(await drained(context.service, asked.timeout_s))
 
 
 class SnapshotAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +54,7 @@ class SnapshotAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 async def taken(context: GatewayContext, request: Request, body: bytes) -> Response:
     """POST /admin/snapshot: while it works, one of each engine and namespace that has sessions. `lost`: requests that
     are in none of them."""
-    _require_operator(context)
+    require_operator(context)
     try:
         asked = msgspec.json.decode(body or b"{}", type=SnapshotAsked)
     except msgspec.DecodeError as error:
@@ -93,16 +94,19 @@ def _told(namespace: str, engine: int, done: EngineSnapshot) -> dict[str, Any]:
 
 async def undrain(context: GatewayContext, request: Request, body: bytes) -> Response:
     """DELETE /admin/drain"""
-    _require_operator(context)
+    require_operator(context)
     service = context.service
-    was = service.draining
-    for one in service.engines.all:
-        await call(one.repo.sync.undrain)
-    service.draining = False
-    return as_json({"drained": False, "was": was, "resumed": await responses.restore(service) if was else 0})
+    with service.moving():
+        if service.asleep:
+            raise ApiError(409, "the gateway is asleep; wake it (thaw engine wake)", code="asleep")
+        was = service.draining
+        for one in service.engines.all:
+            await call(one.repo.sync.undrain)
+        service.draining = False
+        return as_json({"drained": False, "was": was, "resumed": await responses.restore(service) if was else 0})
 
 
-def _require_operator(context: GatewayContext) -> None:
+def require_operator(context: GatewayContext) -> None:
     if not context.tenant.operator:
         raise ApiError(403, "this key is not an operator's")
 

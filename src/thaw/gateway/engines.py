@@ -195,6 +195,9 @@ class ServingEngines:
         """Lives that are over, and are not closed yet."""
         self._heard_of: weakref.WeakSet[EngineDied] = weakref.WeakSet()
         self._news = asyncio.Event()
+        self._may_join = asyncio.Event()
+        self._may_join.set()
+        self._num_joining = 0
         self._closing = False
 
     @property
@@ -264,6 +267,23 @@ class ServingEngines:
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
 
+    def hold(self, held: bool) -> None:
+        """While they are held, none that is down begins to be joined or booted."""
+        if held:
+            self._may_join.clear()
+        else:
+            self._may_join.set()
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait until none is being joined or booted; False where that takes longer."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._none_joins(), timeout_s)
+        return not self._num_joining
+
+    async def _none_joins(self) -> None:
+        while self._num_joining:
+            await self._news.wait()
+
     async def wait(self) -> None:
         """Until one is up. Raises `ApiError` 503 where none comes in time."""
         with contextlib.suppress(asyncio.TimeoutError):
@@ -280,7 +300,7 @@ class ServingEngines:
         told = ""
         while True:
             try:
-                before = await one.replace(self.any.engine if self.up else None)
+                before = await self._join(one)
                 break
             except Exception as error:  # noqa: BLE001 - whatever joining it raises, it is tried again
                 kind = error.kind if isinstance(error, ThawError) else type(error).__name__
@@ -290,7 +310,16 @@ class ServingEngines:
                 await asyncio.sleep(RETRY_AFTER_S)
         log.warning("another engine has replaced engine %d", one.number)
         self._let_go(before)
-        self._tell()
+
+    async def _join(self, one: ServingEngine) -> EngineLife:
+        """As `ServingEngine.replace`, once none is held."""
+        await self._may_join.wait()
+        self._num_joining += 1
+        try:
+            return await one.replace(self.any.engine if self.up else None)
+        finally:
+            self._num_joining -= 1
+            self._tell()
 
     def _let_go(self, life: EngineLife) -> None:
         """Close it once its last request is over."""

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from thaw.core.errors import EngineDied, Refused, TooLong
+from thaw.core.errors import EngineDied, NotFound, Refused, TooLong
 from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
@@ -38,6 +38,9 @@ T = TypeVar("T")
 Source = Literal["live", "stored", "new"]
 COMMON = 8
 """Characters of a token; a text with no more of them may fit, whatever the longest token is."""
+WORTH_LOADING = 8
+"""Tokens more than an open session has, for which a place inside what is stored is loaded. Fewer are read again beside
+the rest of the prompt: prompts that begin alike by chance would each pay for a load otherwise."""
 
 
 class StoredPrefix(msgspec.Struct, frozen=True):
@@ -46,6 +49,10 @@ class StoredPrefix(msgspec.Struct, frozen=True):
 
     num_tokens: int
     point: ResolvedPoint
+
+    def worth_loading(self, num_open: int) -> bool:
+        """Rather than going on from the first `num_open` tokens, which are open. The end of a commit is, for any."""
+        return self.num_tokens >= num_open + (1 if self.point.at_end else WORTH_LOADING)
 
 
 class ParentFound(msgspec.Struct, kw_only=True):
@@ -292,10 +299,19 @@ class ParentFinder:
         return repo.encode_chat(text)
 
     def _match(self, tokens: tuple[int, ...], *, chat: bool) -> StoredPrefix | None:
-        found = self._repo.sync.match(tokens)
-        if found is None or not found.num_tokens:
+        try:
+            found = self._repo.sync.match(tokens)
+            if found is None or not found.num_tokens:
+                return None
+            if not chat:
+                return StoredPrefix(found.num_tokens, found)
+            store = self._repo.sync.store
+            turns = timeline.read_turns(store, timeline.read_state(store, found.state))
+            if not turns or turns[0].role is None:  # a text, behind which no conversation goes on
+                return None
+            return StoredPrefix(found.num_tokens, self._whole_answer(found, turns))
+        except NotFound:  # gc has removed it meanwhile
             return None
-        return StoredPrefix(found.num_tokens, self._whole_answer(found) if chat else found)
 
     def _render_and_match(
         self, asked: Asked, messages: tuple[Message, ...]
@@ -317,13 +333,14 @@ class ParentFinder:
         return parent
 
     def _held_whole(self, commit: str | None, num_known: int) -> str | None:
-        """Of a commit and those before it, the last that ends within so many tokens."""
+        """Of a commit and those before it, the last that ends within so many tokens; None where gc has removed them."""
         store = self._repo.sync.store
-        while commit is not None:
-            known = store.get_as(commit, Commit)
-            if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
-                return commit
-            commit = store.first_parent(known)
+        with contextlib.suppress(NotFound):
+            while commit is not None:
+                known = store.get_as(commit, Commit)
+                if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
+                    return commit
+                commit = store.first_parent(known)
         return None
 
     # -- the longest prefix
@@ -335,23 +352,26 @@ class ParentFinder:
         refused: set[int] = set()
         while True:
             (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
-            known = max(num, stored.num_tokens if stored else 0, len(trunk.tokens) if trunk else 0)
+            loaded = stored if stored is not None and stored.worth_loading(num) else None
+            known = max(num, loaded.num_tokens if loaded else 0, len(trunk.tokens) if trunk else 0)
             if coming is not None and num_coming >= known + WORTH_WAITING:
                 await coming.ready.wait()
                 continue
             if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
                 found = await self._fork(asked, entry, trunk, len(trunk.tokens))
                 return found or await self._fresh(asked, entry)
-            if ready is not None and num and num >= (stored.num_tokens if stored else 0):
+            if ready is not None and num and loaded is None:
                 found = await self._fork(asked, entry, ready, num)
                 if found is not None:
                     return found
                 refused.add(ready.number)
                 continue
-            if stored is not None:
-                found = await self._stored(asked, entry, stored.point)
+            if loaded is not None:
+                found = await self._stored(asked, entry, loaded.point)
                 if found is not None:
                     return found
+                stored = None
+                continue
             return await self._fresh(asked, entry)
 
     async def _fresh(self, asked: Asked, entry: LiveEntry) -> ParentFound:
@@ -403,27 +423,24 @@ class ParentFinder:
                 return None
 
     async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
+        """None where it cannot be loaded, or gc has removed it since it was found."""
         try:
             trunk = await self._live.at(entry.home, self._namespace, point, self._loader(entry.life, asked, point))
+        except NotFound:
+            return None
         except Refused:
             if asked.policy == "exact":
                 return None
             raise
         try:
-            if entry.chat and not trunk.chat:
-                return None
             return await self._fork(asked, entry, trunk, len(trunk.tokens), stored=point)
         finally:
             trunk.users -= 1
 
-    def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
+    def _whole_answer(self, point: ResolvedPoint, turns: tuple[Turn, ...]) -> ResolvedPoint:
         """The end of the commit, where the point lies inside an answer."""
-        if point.at_end:
-            return point
-        store = self._repo.sync.store
-        turns = timeline.read_turns(store, timeline.read_state(store, point.state))
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
-        return resolve.at(store, point.commit) if inside else point
+        return resolve.at(self._repo.sync.store, point.commit) if inside and not point.at_end else point
 
     def _loader(self, life: EngineLife, asked: Asked, point: ResolvedPoint) -> Callable[[], Session]:
         """What loads the session at a stored point, on a thread."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any
 
 from thaw.core import cache
@@ -29,6 +29,7 @@ from thaw.gateway.repeats import Repeats
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import NONE, ForcedReader, TextReaders
 from thaw.gateway.tenants import Spending, Tenant, Tenants
+from thaw.repo import refs
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
@@ -65,6 +66,9 @@ class Service:
         self.closing = False
         self.draining = False
         """Nothing begins, until an operator says so (`thaw.gateway.draining`)."""
+        self.asleep = False
+        """Nor do the engines run (`thaw.gateway.sleeping`)."""
+        self._moving = False
         self.readers = SpeechReaders(settings.tools, settings.reasoning, settings.parser_python, self.engine.info.model)
         self.jobs: dict[tuple[str, str], ReplyJob] = {}
         """Of stored responses that are under way, by namespace and id."""
@@ -77,6 +81,22 @@ class Service:
         self._token_nbytes = cache.token_nbytes(self.engine.info.groups)
         self._preparing = 0
         self._room_found = -ROOM_S
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around a drain, a sleep, and the way back of either. Raises `ApiError` 409 while another one is under way."""
+        if self._moving:
+            raise ApiError(409, "the gateway is being drained, put to sleep or woken; ask again soon", code="busy")
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
+
+    def lie_down(self, asleep: bool) -> None:
+        """Nothing begins, nor does an engine that was down boot on an accelerator that others have by now."""
+        self.draining = self.asleep = asleep
+        self.engines.hold(asleep)
 
     @property
     def engine(self) -> Engine:
@@ -164,7 +184,8 @@ class Service:
         if self.closing:
             raise ApiError(503, "the gateway is stopping; try again soon", retry_after=RETRY_AFTER_S)
         if self.draining:
-            raise ApiError(503, "the gateway is drained; try again soon", retry_after=RETRY_AFTER_S)
+            state = "asleep" if self.asleep else "drained"
+            raise ApiError(503, f"the gateway is {state}; try again soon", retry_after=RETRY_AFTER_S)
         most = self.settings.limits.requests
         share = most if self.tenants.num == 1 else max(num, most * 3 // 4)
         if self.num_running + num > most or tenant.running + num > share:
@@ -208,6 +229,9 @@ class Service:
                 num_new = max(0, place.num_tokens - place.num_known)
                 spending.prompt(num_new)
                 await self._require_room(num_new)
+                if now.branch is not None:
+                    store, parent = self.within(tenant).sync.store, place.session.sync.parent
+                    await call(refs.require_movable, store, now.branch, parent)
             except (ApiError, ThawError) as error:
                 await place.give_up(error)
                 raise

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
     from thaw.repo.show import Shown
+    from thaw.repo.sleep import SleepReport, WakeReport
     from thaw.repo.stream import Stream
     from thaw.repo.trajectory import Trajectory
 
@@ -45,9 +46,11 @@ _HOME = {
     "Session": "session",
     "Shown": "show",
     "Side": "diff",
+    "SleepReport": "sleep",
     "Stream": "stream",
     "Trajectory": "trajectory",
     "VerifyReport": "report",
+    "WakeReport": "sleep",
     "clone": "repository",
     "init": "repository",
     "open": "repository",
@@ -71,9 +74,11 @@ __all__ = [
     "Session",
     "Shown",
     "Side",
+    "SleepReport",
     "Stream",
     "Trajectory",
     "VerifyReport",
+    "WakeReport",
     "clone",
     "init",
     "open",

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgspec
+
 from thaw.core.errors import Busy, Stopped
 from thaw.core.ids import CommitId, short
 from thaw.engines.base import Completion, Handle, SessionRef
@@ -73,6 +75,12 @@ def _way_on(points: Sequence[CommitId | None], why: str) -> str:
     return told + (f". Not stored: {lost} ({why})" if lost else "")
 
 
+class Asleep(msgspec.Struct, frozen=True, kw_only=True):
+    """`points`: the sessions whose KV the engine dropped (weakly), and where each continues."""
+
+    points: tuple[tuple[weakref.ref[Any], CommitId], ...]
+
+
 class Admission:
     """Safe from any thread."""
 
@@ -83,6 +91,8 @@ class Admission:
         self._works: dict[int, EngineWork] = {}
         self._beginning = 0
         self._closed = ""
+        self.asleep: Asleep | None = None
+        """What is to be loaded again once the engine wakes; None while it does not sleep."""
 
     # -- sessions
 
@@ -119,9 +129,13 @@ class Admission:
     def _require_open(self) -> None:
         if self._closed:
             raise Busy(
-                f"the engine is drained ({self._closed}): nothing new begins until repo.undrain(). Sessions can be "
-                "read and committed meanwhile."
+                f"the engine is drained ({self._closed}): nothing new begins until {self._way_back}. Sessions can be "
+                f"read{'' if self.asleep else ' and committed'} meanwhile."
             )
+
+    @property
+    def _way_back(self) -> str:
+        return "repo.undrain()" if self.asleep is None else "repo.wake()"
 
     def track(self, handle: Handle[T], refs: Sequence[SessionRef], *, generates: bool) -> EngineWork:
         """Note work that has begun, until it ends."""
@@ -146,12 +160,14 @@ class Admission:
         """Let nothing begin any more. Raises `Busy` where it is closed already."""
         with self._changed:
             if self._closed:
-                raise Busy(f"the engine is drained already ({self._closed}); repo.undrain() opens it again")
+                raise Busy(f"the engine is drained already ({self._closed}); {self._way_back} opens it again")
             self._closed = why or "drain"
 
     def open(self) -> bool:
-        """Let work begin again; whether it was closed."""
+        """Let work begin again; whether it was closed. Raises `Busy` where the engine sleeps."""
         with self._changed:
+            if self.asleep is not None:
+                raise Busy("the engine is asleep; repo.wake() lets work begin again")
             was, self._closed = bool(self._closed), ""
             return was
 

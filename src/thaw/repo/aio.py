@@ -148,6 +148,8 @@ class AsyncRepository(Awaited[Repository]):
     fork = awaited_as(Repository.fork, AsyncGroup, Group.close)
     drain = awaited(Repository.drain)
     undrain = awaited(Repository.undrain)
+    sleep = awaited(Repository.sleep)
+    wake = awaited(Repository.wake)
     namespaces = awaited(Repository.namespaces)
     resolve = awaited(Repository.resolve)
     at = awaited(Repository.at)

@@ -56,10 +56,18 @@ class _Hydrating:
     """Hydrates what a fetch announces, on a thread of its own. Each announcement is one try; the last one counts."""
 
     def __init__(
-        self, context: Context, point: str | Point, seed: int | None, share_prefix: bool, policy: Policy, stale_kv: bool
+        self,
+        context: Context,
+        point: str | Point,
+        seed: int | None,
+        share_prefix: bool,
+        policy: Policy,
+        stale_kv: bool,
+        adapter: str | None,
     ) -> None:
         self._context, self._point = context, point
         self._seed, self._share_prefix, self._policy, self._stale_kv = seed, share_prefix, policy, stale_kv
+        self._adapter = adapter
         self._apart = isinstance(context.engine, ServedEngine)
         """Whether the engine reads in processes of its own."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="thaw-arriving")
@@ -79,7 +87,7 @@ class _Hydrating:
             arrival.wait_until_near(HOLD_S)
         live = hydrate(
             context, where, seed=self._seed, share_prefix=self._share_prefix, policy=self._policy,
-            stale_kv=self._stale_kv,
+            stale_kv=self._stale_kv, adapter=self._adapter,
         )  # fmt: skip
         return where, live
 
@@ -115,6 +123,7 @@ def fetched(
     share_prefix: bool = False,
     policy: Policy = "exact",
     stale_kv: bool = False,
+    adapter: str | None = None,
     meter: TransferMeter | None = None,
 ) -> Found:
     """Fetches the branch that `point` names (`origin/main`, with `~2` or `:turn=1` behind it) and hydrates the point.
@@ -123,7 +132,7 @@ def fetched(
     """
     spelled, remote, branch = _of_remote(context.store, point)
     context.engine  # noqa: B018 - booted before anything is downloaded
-    work = _Hydrating(context, spelled, seed, share_prefix, policy, stale_kv)
+    work = _Hydrating(context, spelled, seed, share_prefix, policy, stale_kv, adapter)
     announce = work.announce if isinstance(context.engine, (EmbeddedEngine, ServedEngine)) else None
     found = None
     try:
@@ -137,7 +146,7 @@ def fetched(
         return found
     where = resolve(context.store, spelled)
     return where, hydrate(
-        context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+        context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv, adapter=adapter
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def _capture(context: Context, session: SessionRef, kept: Kept, tx: Transaction)
     """Capture what `kept` lacks into the transaction's packs; all of it when other weights compute by now. Raises
     `Conflict` where they began to while this ran."""
     engine, view = context.engine, context.engine.view(session)
-    model = None if kept.model is None or view.kv_ranges else objects.encode(engine.identity())[0]
+    model = None if kept.model is None or view.kv_ranges else objects.encode(engine.identity(view.adapter))[0]
     kept, num_kv = kept.usable(model, view.kv_ranges), view.num_kv
     kept = kept.cut(kept.base(num_kv, rewrite=keeps_all(engine.info.groups)))
     kept = kept.cut(cover.whole_until(context.store, engine.info.groups, kept.entries, num_kv))

@@ -52,8 +52,10 @@ def hydrate(
     policy: Policy = "exact",
     stale_kv: bool = False,
     beside: SessionRef | None = None,
+    adapter: str | None = None,
 ) -> Hydration:
-    """Bring `point` back. `beside`: a live session with which it may share what both have at their start. Raises
+    """Bring `point` back. `beside`: a live session with which it may share what both have at their start.
+    `adapter`: as in `HydratePlan`. Raises
     `Refused` (identity; `NotKept`), `Damaged` (bytes), `NotHit`, and `Unsupported` for `stale_kv` in an engine that
     takes no KV of other weights."""
     if policy not in POLICIES:
@@ -72,7 +74,7 @@ def hydrate(
                 context.store, context.mount, timeline, point.num_tokens,
                 codec=engine.codec, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
             )  # fmt: skip
-            plan = msgspec.structs.replace(plan, beside=beside)
+            plan = msgspec.structs.replace(plan, beside=beside, adapter=adapter)
             try:
                 done = engine.hydrate(plan).result()
                 break

@@ -151,8 +151,9 @@ class _History:
             found, *before = self._store.recorded(identifier, min(1 + num_so_far, AHEAD))
             self._read.update((one.id, one) for one in before)
         try:
-            commit = canonical.decode_stored(found.commit, self._store.commit_kind)
-            return commit, canonical.decode_stored(found.state, AnySize)  # type: ignore[arg-type]
+            commit = canonical.decode_stored(found.commit, self._store.commit_kind, f"commit {identifier}")
+            what = f"the state of commit {identifier}"
+            return commit, canonical.decode_stored(found.state, AnySize, what)  # type: ignore[arg-type]
         except msgspec.DecodeError as error:
             raise CorruptBlob(f"commit {identifier}: {error}. Run `thaw fsck`.") from None
 

@@ -34,18 +34,24 @@ def match(store: Store, models: Sequence[ObjectId], tokens: Sequence[int]) -> Re
 
 
 def _longest(store: Store, model: ObjectId, tokens: tuple[int, ...]) -> tuple[int, CommitId] | None:
-    """How many tokens, and the newest commit of a state that has them."""
+    """How many tokens, and the newest commit of a state that has them. Where states with more in common can be gone on
+    from at fewer tokens only, those that the store names are compared, not all."""
     chains = prefix.chains(model, tokens, store.namespace)
+    best: tuple[int, CommitId] | None = None
     for k in reversed(range(len(chains))):
         start = k * WINDOW
+        if best is not None and best[0] >= start + WINDOW:
+            break
         found = store.nearest(chains[k], tokens[start : start + WINDOW])
         lengths = ((start + _inside(store, state, tokens, start), state) for state in found)
         for length, state in sorted(lengths, reverse=True):
-            commits = store.recorders(state) if length else []
+            if length <= (best[0] if best else 0):
+                break
+            commits = store.recorders(state)
             length = _resumable(store, state, length, len(tokens)) if commits else 0
-            if length:
-                return length, commits[0]
-    return None
+            if length > (best[0] if best else 0):
+                best = length, commits[0]
+    return best
 
 
 def _resumable(store: Store, state_id: StateId, length: int, num_wanted: int) -> int:

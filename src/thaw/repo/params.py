@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -39,7 +39,7 @@ _INSTEAD: dict[str, str] = {
     "include_stop_str_in_output": "stop_reason is the stop string, and token_ids keep it",
     "extra_args": "what an engine's plug-ins read there is no part of a session; leave it out",
     "skip_reading_prefix_cache": "going on from a session's KV is what thaw does; use a plain request",
-    "lora_request": "load the engine with the adapter's merged weights",
+    "lora_request": "open the session with it (adapter=NAME), or load the engine with the merged weights",
 }
 """What to do instead, of fields that people use."""
 _USUAL: dict[str, object] = {"n": 1, "best_of": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True}
@@ -65,6 +65,20 @@ def as_points(values: object) -> tuple[int, ...]:
     if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
         raise InvalidRequest(f"points={values!r}: give a list of numbers of tokens, such as points=[1024, 4096]")
     return tuple(as_token("point", value) for value in values)
+
+
+def require_to_come(points: Sequence[int], start: int, end: int | None = None) -> None:
+    """Raise `InvalidRequest` for points that are not among the tokens to come of a session of `start` tokens: up to
+    `end`, where that is known."""
+    outside = [point for point in points if point <= start or (end is not None and point > end)]
+    if outside and end is not None and end <= start:
+        raise InvalidRequest(f"points {outside[:5]}: no token comes after the {start} that are there")
+    if outside:
+        where = f"{start + 1} or more" if end is None else f"one of {start + 1}..{end}"
+        raise InvalidRequest(
+            f"points {outside[:5]}: a point is a number of tokens of the whole session, here {where}, which are still "
+            "to be read"
+        )
 
 
 def as_sampling(value: object) -> Sampling:

@@ -17,7 +17,7 @@ from thaw.core.identity import ModelIdentity, compare
 from thaw.core.ids import CommitId
 from thaw.core.objects import AnyTurn
 from thaw.core.sampling import Sampling
-from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef
+from thaw.engines.base import Completion, Engine, GenerateRequest, SessionRef, adapter_there
 from thaw.engines.text import cut_turns
 from thaw.repo.context import Context
 from thaw.repo.resolve import ResolvedPoint
@@ -89,9 +89,11 @@ def rebase(context: Context, where: ResolvedPoint) -> Rebase:
         raise InvalidRequest(f"nothing was sampled before {where}: there is no log probability to compare")
     if where.num_tokens >= engine.info.max_model_len:
         raise TooLong(f"{where} has {where.num_tokens} tokens and the engine takes {engine.info.max_model_len}")
-    changed = _changed(context.store.get_as(timeline.state.model, ModelIdentity), engine)
+    stored = context.store.get_as(timeline.state.model, ModelIdentity)
+    adapter = adapter_there(engine, stored.adapter)
+    changed = _changed(stored, engine, adapter)
     with context.admission.beginning():
-        replay = _Replay(engine)
+        replay = _Replay(engine, adapter)
         try:
             drifts = tuple(replay.run(turns, timeline.tokens))
         finally:
@@ -105,10 +107,10 @@ def rebase(context: Context, where: ResolvedPoint) -> Rebase:
     )
 
 
-def _changed(stored: ModelIdentity, engine: Engine) -> str:
+def _changed(stored: ModelIdentity, engine: Engine, adapter: str | None) -> str:
     """The first field that differs. Raises where token ids do not mean the same."""
     try:
-        compare(stored, engine.identity())
+        compare(stored, engine.identity(adapter))
     except Refused as refusal:
         field = str(getattr(refusal, "field", "")) or refusal.kind
         if field == "tokenizer":
@@ -120,9 +122,9 @@ def _changed(stored: ModelIdentity, engine: Engine) -> str:
 class _Replay:
     """A session of its own, which says what it is told to say."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, adapter: str | None) -> None:
         self._engine = engine
-        self._session: SessionRef = engine.open(seed=0)
+        self._session: SessionRef = engine.open(seed=0, adapter=adapter)
 
     def close(self) -> None:
         self._engine.close_session(self._session)

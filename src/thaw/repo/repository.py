@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from thaw.repo.session import Session
     from thaw.repo.settings import EngineSettings
     from thaw.repo.show import Shown
+    from thaw.repo.sleep import SleepReport, WakeReport
     from thaw.repo.stats import Stats
     from thaw.repo.undo import Undone
     from thaw.store import FsckReport, GcReport
@@ -113,6 +114,7 @@ class Repository:
         policy: Policy = "exact",
         stale_kv: bool = False,
         fetch: bool = False,
+        adapter: str | None = None,
     ) -> Session:
         """A new session, or one that continues from `point`. From a branch's tip it stays on that branch.
 
@@ -122,6 +124,10 @@ class Repository:
         With `stale_kv` KV of other weights or another policy is taken as it is, and kept over every later policy step:
         what decides the next token is computed by the weights that run, over KV of those that were, and the session
         says which (`Session.keep_stale_kv`). Everything else about the model must be equal. Raises `Unsupported`.
+
+        `adapter` names a LoRA adapter of the engine's (`engine.adapters()`; a name or an id). A new session is computed
+        under it, and so is all that continues from it: without `adapter` a point continues under its own, by content,
+        whatever the engine calls it. Another one than the point's, or "" for the model alone, is refused.
 
         Hydrating raises `Refused` where the running model is another one, `Damaged` where bytes are wrong, `NotHit`
         where the engine did not take them. A session from inside a completion can be resumed.
@@ -139,7 +145,7 @@ class Repository:
             if fetch:
                 raise InvalidRequest("fetch=True needs the point to fetch: a remote's branch, as origin/main")
             with self._context.admission.beginning():
-                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix)
+                ref = self.engine.open(seed=seed, salt=salt, share_prefix=share_prefix, adapter=adapter or None)
                 if stale_kv:
                     self.engine.keep_stale_kv(ref)
                 return Session(self._context, ref, stale_kv=stale_kv)
@@ -147,7 +153,7 @@ class Repository:
             raise InvalidRequest("a session that goes on from a point keeps its lineage's salt; leave salt out")
         with self._context.admission.beginning():
             where, live = self._hydrated(
-                point, fetch, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+                point, fetch, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv, adapter=adapter
             )
             return Session(
                 self._context, live.session, kept=live.kept, parent=where.commit, branch=where.branch,
@@ -212,9 +218,38 @@ class Repository:
         return bool(self._context.admission.closed)
 
     def undrain(self) -> bool:
-        """Let work begin again; False where it was not drained."""
+        """Let work begin again; False where it was not drained. Raises `Busy` where the engine is asleep."""
         self._require_default("an engine is drained")
         return self._context.admission.open()
+
+    def sleep(self, *, level: int = 1, timeout_s: float = 60.0, lose: bool = False) -> SleepReport:
+        """Store every live session as `drain` does, then free the engine's accelerator by its own sleep mode.
+
+        Level 1 keeps the weights in host memory; with level 2 they are read again by `wake`. Until then nothing begins,
+        and sessions can be read. The engine stays awake, and this raises `Busy`, where a session could not be stored
+        (unless `lose`: it cannot go on then) or the engine works for others; sessions that others opened in the same
+        engine are not stored. Raises `Unsupported` where the engine has no sleep mode, and nothing was drained.
+        """
+        from thaw.repo.sleep import sleep
+
+        self._require_default("an engine is put to sleep")
+        if not self.is_asleep:
+            self.engine.require_sleep(level=level)
+        return sleep(self._context, level, timeout_s, lose=lose)
+
+    def wake(self) -> WakeReport:
+        """Wake the engine, load the sessions whose KV it dropped, and let work begin again: the same session objects go
+        on, and nothing is prefilled again. The report names what could not be loaded. Raises `Conflict` where this
+        repository did not put it to sleep, and what the engine raises; then it sleeps on."""
+        from thaw.repo.sleep import wake
+
+        self._require_default("an engine is woken")
+        return wake(self._context)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether it has put its engine to sleep."""
+        return self._context.admission.asleep is not None
 
     def _hydrated(
         self,
@@ -225,6 +260,7 @@ class Repository:
         share_prefix: bool = False,
         policy: Policy,
         stale_kv: bool = False,
+        adapter: str | None = None,
     ) -> tuple[ResolvedPoint, Hydration]:
         from thaw.repo import remotes
 
@@ -232,13 +268,15 @@ class Repository:
             from thaw.repo.arriving import fetched
 
             return fetched(
-                self._context, point, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+                self._context, point, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
+                adapter=adapter,
             )  # fmt: skip
         from thaw.repo.hydrate import hydrate
 
         where = self.resolve(point)
         return where, hydrate(
-            self._context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv
+            self._context, where, seed=seed, share_prefix=share_prefix, policy=policy, stale_kv=stale_kv,
+            adapter=adapter,
         )  # fmt: skip
 
     # -- looking
@@ -282,16 +320,17 @@ class Repository:
 
         return diffs.diff(self.store, self.resolve(a), self.resolve(b))
 
-    def match(self, token_ids: Sequence[int]) -> ResolvedPoint | None:
+    def match(self, token_ids: Sequence[int], *, adapter: str | None = None) -> ResolvedPoint | None:
         """The longest stored prefix of these tokens, as a point (perhaps inside a segment), or None.
 
-        With an engine: of its model and policy. Without: of any model that something here was captured with.
+        With an engine: of its model and policy, under `adapter` (None: the model alone). Without: of any model that
+        something here was captured with.
         """
         from thaw.repo import match as matches
 
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 1 << 32:
             raise InvalidRequest(f"token ids from {min(token_ids)} to {max(token_ids)}: they are 0 to 2^32-1")
-        models = [self._model()] if self._context.has_engine else self.store.models()
+        models = [self._model(adapter)] if self._context.has_engine else self.store.models()
         return matches.match(self.store, models, token_ids)
 
     # -- refs
@@ -561,10 +600,10 @@ class Repository:
         """Close the repository, and the engine if it was booted here. Live sessions belong to the engine."""
         self._context.close()
 
-    def _model(self) -> ObjectId:
+    def _model(self, adapter: str | None) -> ObjectId:
         from thaw.core import objects
 
-        return objects.encode(self.engine.identity())[0]
+        return objects.encode(self.engine.identity(adapter))[0]
 
     def __enter__(self) -> Repository:
         return self

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from thaw.core.cache import keeps_all
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotKept, ThawError, TooLong
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, NotKept, ThawError, TooLong
 from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
@@ -35,7 +35,7 @@ from thaw.repo.group import Group
 from thaw.repo.guard import ProcessBound
 from thaw.repo.kept import Kept
 from thaw.repo.messages import Messages, Tool
-from thaw.repo.params import as_points, as_sampling, as_token
+from thaw.repo.params import as_points, as_sampling, as_token, require_to_come
 from thaw.repo.stream import Stream
 from thaw.repo.trajectory import Trajectory
 from thaw.store import Store
@@ -50,6 +50,8 @@ class Aside:
     last: tuple[CommitResult, tuple[Turn, ...]] | None
     num_inherited: int
     keep: int
+    num_reread: int = 0
+    """Tokens before `keep` that were prefilled again, since no state was kept there."""
 
 
 class Session(ProcessBound):
@@ -260,14 +262,7 @@ class Session(ProcessBound):
     def _keep_points(self, start: int, count: int, points: Sequence[int], unaligned: bool) -> None:
         """Ask the engine for the states at `points`, which must be among the next `count` tokens."""
         wanted = as_points(points)
-        outside = [point for point in wanted if not start < point <= start + count]
-        if outside and count < 1:
-            raise InvalidRequest(f"points {outside[:5]}: no token comes after the {start} that are there")
-        if outside:
-            raise InvalidRequest(
-                f"points {outside[:5]}: a point is a number of tokens of the whole session, here one of "
-                f"{start + 1}..{start + count}, which are still to be read"
-            )
+        require_to_come(wanted, start, start + count)
         engine = self._context.engine
         if wanted and not keeps_all(engine.info.groups):
             engine.keep_points(self.ref, wanted, unaligned=unaligned)
@@ -373,6 +368,11 @@ class Session(ProcessBound):
             sampling=sampling,
         )
 
+    @property
+    def num_reread(self) -> int:
+        """Tokens that were prefilled again to drop what a plan drops; until `settle_chat`."""
+        return 0 if self._aside is None else self._aside.num_reread
+
     def settle_chat(self, *, failed: bool) -> None:
         """The batch is over: forget what was set aside, or, where it failed before it appended anything, go back.
         Nothing to do where nothing was set aside, or the engine is gone."""
@@ -408,8 +408,12 @@ class Session(ProcessBound):
         return text_after(self._context.engine.codec, plan.before, plan.new, skip_special_tokens=False)
 
     def _told_earlier(self, view: SessionView) -> conversation.Conversation | None:
-        """The conversation as commits of an older thaw recorded it, if they did up to where this session came from."""
-        found = chat_meta.read(self._context.store, self._parent)
+        """The conversation as commits of an older thaw recorded it, if they did up to where this session came from, and
+        gc has not removed those."""
+        try:
+            found = chat_meta.read(self._context.store, self._parent)
+        except NotFound:
+            return None
         if found is None or found[1] > len(view.tokens):
             return None
         return conversation.read(view.turns, len(view.tokens), found)
@@ -441,14 +445,16 @@ class Session(ProcessBound):
         engine, old = self._context.engine, self.ref
         if keep == len(engine.view(old).tokens):
             return
+        again = False
         try:
             new = engine.fork(old, 1, at=keep, replay=True).result()[0]
         except NotKept:
-            new = engine.reread(old, keep).result()
+            new, again = engine.reread(old, keep).result(), True
         self._pass_on(new)
-        kept, _ = self._kept_of(engine.view(new))
+        kept, proof = self._kept_of(engine.view(new))
+        num_reread = proof.num_recomputed_tokens if again and proof is not None else 0
         with self._lock:
-            self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep)
+            self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep, num_reread)
             self._ref, self._kept, self._last = new, kept, None
             self._num_inherited = min(self._num_inherited, keep)
 
@@ -493,16 +499,16 @@ class Session(ProcessBound):
         token = None if at is None else as_token("at", at)
         with self._context.admission.beginning():
             refs = engine.fork(self.ref, n, at=token, replay=replay).result()
-        for ref in refs:
-            self._pass_on(ref)
-        view = engine.view(refs[0])
-        kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
-        children = [
-            Session(
-                self._context, ref, kept=kept, parent=self._parent, num_inherited=begun, stale_kv=self._stale_kv
-            )
-            for ref in refs
-        ]  # fmt: skip
+            for ref in refs:
+                self._pass_on(ref)
+            view = engine.view(refs[0])
+            kept, begun = self._kept.cut(view.num_kv), len(view.tokens)
+            children = [
+                Session(
+                    self._context, ref, kept=kept, parent=self._parent, num_inherited=begun, stale_kv=self._stale_kv
+                )
+                for ref in refs
+            ]  # fmt: skip
         return Group(self._context, children)
 
     def _pass_on(self, child: SessionRef) -> None:
@@ -516,17 +522,17 @@ class Session(ProcessBound):
         token = as_token("at", at)
         with self._context.admission.beginning():
             ref = self._context.engine.reread(self.ref, token).result()
-        self._pass_on(ref)
-        kept, proof = self._kept_of(self._context.engine.view(ref))
-        return Session(
-            self._context,
-            ref,
-            kept=kept,
-            parent=self._parent,
-            proof=proof,
-            num_inherited=token,
-            stale_kv=self._stale_kv,
-        )
+            self._pass_on(ref)
+            kept, proof = self._kept_of(self._context.engine.view(ref))
+            return Session(
+                self._context,
+                ref,
+                kept=kept,
+                parent=self._parent,
+                proof=proof,
+                num_inherited=token,
+                stale_kv=self._stale_kv,
+            )
 
     def _kept_of(self, view: SessionView) -> tuple[Kept, Proof | None]:
         """What of a child the store has, which is nothing of what the child read again; and the child's proof."""
@@ -552,6 +558,28 @@ class Session(ProcessBound):
     def park(self) -> SessionView:
         """Let the engine have this session's memory; the next use brings the KV back."""
         return self._context.engine.park(self.ref).result()
+
+    def stored_at(self, point: CommitId) -> resolve.ResolvedPoint:
+        """That commit in the store and namespace that it commits to. Raises `NotFound`."""
+        return resolve.at(self._context.store, point)
+
+    def go_on_from(self, point: CommitId, beside: Session | None = None) -> int:
+        """The engine has dropped its KV, and `point` is where it stands: load it from there, and go on with that. Its
+        place in history, and what of it is stored, stay. `beside` as with `hydrate`. Returns the bytes that were
+        loaded; raises what hydrating raises, with the session as it was."""
+        with self._lock:
+            former = self.ref
+            live = hydration.hydrate(
+                self._context,
+                self.stored_at(point),
+                stale_kv=self._stale_kv,
+                beside=None if beside is None else beside.engine_ref,  # one that is gone by now: it loads all by itself
+            )
+            self._ref, self._kept, self._proof = live.session, live.kept, live.proof
+            self._context.engine.close_session(former)
+            if self._closed:  # meanwhile: `close` has closed the former one
+                self._context.engine.close_session(live.session)
+            return live.proof.nbytes
 
     def close(self) -> None:
         """Forget the live session; running work on it is cancelled, commits stay. Closing twice is fine."""

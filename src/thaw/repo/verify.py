@@ -25,7 +25,7 @@ from thaw.core.objects import Boundary, Commit
 from thaw.core.sampling import Sampling
 from thaw.data.pack import read_blob
 from thaw.data.tiers.folder import folder_mount
-from thaw.engines.base import CapturePlan, Completion, Engine, GenerateRequest, Handle, SessionRef
+from thaw.engines.base import CapturePlan, Completion, Engine, GenerateRequest, Handle, SessionRef, adapter_there
 from thaw.repo import cover
 from thaw.repo.context import Context
 from thaw.repo.hydrate import Hydration, hydrate, reading
@@ -93,7 +93,7 @@ def _check_identity(context: Context, line: Timeline) -> LawResult:
     promised = "the running model is the one that the state was taken with"
     stored = context.store.get_as(line.state.model, ModelIdentity)
     try:
-        compare(stored, context.engine.identity())
+        compare(stored, context.engine.identity(adapter_there(context.engine, stored.adapter)))
     except Refused as error:
         return LawResult(name="identity", held=False, promised=promised, seen=error.kind, detail=str(error))
     return LawResult(name="identity", held=True, promised=promised, seen=f"weights {stored.weights[:19]}…")
@@ -230,7 +230,7 @@ def _continue(context: Context, point: ResolvedPoint, line: Timeline, num_tokens
     live = _live(context, point, line)
     new = _new_token(live)
     loaded_s = live.proof.stages_s.get("load", 0.0)
-    fresh = engine.open(seed=live.plan.seed)
+    fresh = engine.open(seed=live.plan.seed, adapter=live.plan.identity.adapter)
     try:
         ours = _greedy(engine, live.session, n, prompt=new)
         theirs = _greedy(engine, fresh, n, prompt=(*live.plan.tokens, *new))

@@ -41,13 +41,21 @@ def server_of(name: str) -> Server:
     return server
 
 
-def require(server: Server, python: str, *, named_one: bool) -> None:
-    """Whether that Python has the engine and thaw. Raises `NotFound` saying what to do."""
+def require(server: Server, python: str, model: str, *, named_one: bool) -> None:
+    """Whether that Python has the engine, thaw, and what the model needs beside them. Raises `NotFound` saying what to
+    do."""
+    where = python if named_one else f"this Python ({python})"
+    _require_engine(server, python, where)
+    for module, advice in server.needs(model).items():
+        if _run(python, FINDS, module):
+            raise NotFound(f"{where} does not have {module}. {advice}.")
+
+
+def _require_engine(server: Server, python: str, where: str) -> None:
     missing = _run(python, FINDS, server.package)
     if not missing:
         return
     what = {1: server.title, 2: "thaw", 3: f"neither {server.title} nor thaw"}.get(missing, "something")
-    where = python if named_one else f"this Python ({python})"
     lacks = f"{where} has {what}" if missing == 3 else f"{where} does not have {what}"
     raise NotFound(
         f"{lacks}. {server.install}, then name its Python with --python. Or start a server yourself ({server.by_hand}) "

@@ -61,7 +61,7 @@ def up(
     _refuse_second(store)
     chosen = engine_to_start(store, engine, model)
     kind, path = server_of(chosen.name), str(chosen.options["model"])
-    require(kind, interpreter, named_one=python is not None)
+    require(kind, interpreter, path, named_one=python is not None)
     port = _port(host, port)
     log = log_of(store)
     start = kind.start(

@@ -60,7 +60,7 @@ class EngineWorkers:
         self._before = settings.recall(self._store)
         self._server = server_of(self._chosen.name)
         self._python = python or sys.executable
-        require(self._server, self._python, named_one=python is not None)
+        require(self._server, self._python, str(self._chosen.options["model"]), named_one=python is not None)
         self._arena_nbytes, self._timeout_s = arena_nbytes, timeout_s
         self._arguments, self._environments, self._shown = arguments, list(environments), shown
         self._lock = threading.Lock()

@@ -23,14 +23,15 @@ from thaw.core.ids import CommitId, StateId, short
 from thaw.core.sampling import derive
 from thaw.engines.base import Engine, Policy, SessionRef
 from thaw.repo import resolve
+from thaw.repo.parallel import each
 from thaw.repo.reopen import reopen
 from thaw.repo.repository import Repository
 from thaw.repo.session import Session
-from thaw.repo.timeline import read_entries, read_state
+from thaw.repo.timeline import read_state
+from thaw.repo.trunks import trunks
 from thaw.snapshot import manifest
 from thaw.snapshot.manifest import EngineSnapshot, MissedEntry, RequestEntry, RestoredRecord, SessionEntry
 from thaw.snapshot.outputs import GivenTokens
-from thaw.snapshot.parallel import each
 from thaw.snapshot.queue import DEFAULT_NUM_SEQS, RequestQueue
 from thaw.snapshot.request import QueuedRequest
 from thaw.snapshot.take import DEFAULT_NAME
@@ -153,17 +154,18 @@ def _reopen_all(
     """All sessions or why not, in order, each once the one that it shares with is there; parked ones are parked at the
     end. `number`: of the fork that they are, else 0."""
     shares = "beside" in repo.engine.info.capabilities
-    trunks = _trunks(source or repo.store, entries) if shares else [None] * len(entries)
+    states = [StateId(entry.prefix) for entry in entries]
+    before = trunks(source or repo.store, states) if shares else [None] * len(entries)
     done: dict[int, Session | ThawError] = {}
 
     def open_one(at: int) -> Session:
-        trunk = trunks[at]
+        trunk = before[at]
         beside = None if trunk is None else done[trunk]
         shared = beside if isinstance(beside, Session) else None
         return _reopened(repo, source, entries[at], number, policy, shared)
 
     while len(done) < len(entries):
-        ready = [at for at, trunk in enumerate(trunks) if at not in done and (trunk is None or trunk in done)]
+        ready = [at for at, trunk in enumerate(before) if at not in done and (trunk is None or trunk in done)]
         done |= dict(zip(ready, each(open_one, ready), strict=True))
     parked = [one for at, one in done.items() if isinstance(one, Session) and entries[at].was == "parked"]
     failed = {
@@ -172,31 +174,6 @@ def _reopen_all(
     for session in failed:
         session.close()
     return [failed.get(one, one) if isinstance(one, Session) else one for _, one in sorted(done.items())]
-
-
-def _trunks(store: Store, entries: Sequence[SessionEntry]) -> list[int | None]:
-    """For each session the first one, of those before it, that begins with the most of the same stored segments."""
-    tree: dict[tuple[int, str], tuple[int, int]] = {}  # by node and segment, the next node and whose it was first
-    found: list[int | None] = []
-    for at, entry in enumerate(entries):
-        node, trunk = 0, None
-        for segment in _segments(store, entry):
-            if (node, segment) in tree:
-                node, trunk = tree[node, segment]
-            else:
-                new = len(tree) + 1
-                tree[node, segment] = new, at
-                node = new
-        found.append(trunk)
-    return found
-
-
-def _segments(store: Store, entry: SessionEntry) -> list[str]:
-    """Of what is damaged none: opening it says so."""
-    try:
-        return [one.segment for one in read_entries(store, read_state(store, StateId(entry.prefix)))]
-    except ThawError:
-        return []
 
 
 def _reopened(

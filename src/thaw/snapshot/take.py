@@ -16,12 +16,12 @@ from thaw.core.ids import CommitId
 from thaw.core.objects import AnyModel, Commit, State
 from thaw.engines.base import SessionView
 from thaw.repo import settings
+from thaw.repo.parallel import each
 from thaw.repo.repository import Repository
 from thaw.repo.session import Session
 from thaw.snapshot import manifest
 from thaw.snapshot.manifest import EngineRecord, EngineSnapshot, MissedEntry, RequestEntry, SessionEntry, Was
 from thaw.snapshot.outputs import given
-from thaw.snapshot.parallel import each
 from thaw.snapshot.queue import RequestQueue
 from thaw.snapshot.request import QueuedRequest
 from thaw.store import Store

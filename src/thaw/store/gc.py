@@ -212,7 +212,7 @@ def _doom_empty(connection: sqlite3.Connection) -> None:
 def _rewrite(store: StoreHome, report: GcReport) -> None:
     """Each group's old packs go before the next is copied; where a new pack has no room, the others wait for it."""
     with store.database.read() as connection:
-        groups = choose(connection)
+        groups = choose(connection, store.packs)
     damaged: list[str] = []
     for group in groups:
         try:

@@ -126,14 +126,14 @@ class Links:
         return self.objects[0] if self.kind == "commit" else None
 
 
-def links(data: bytes) -> Links:
+def links(data: bytes, what: str = "an object") -> Links:
     """The links in an object's bytes. Raises `NewerFormat` for a version that is not known yet, `CorruptBlob` when they
     are not of a known kind and form."""
     try:
         value = _DECODER.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        canonical.refuse_newer(data, "an object")
-        raise CorruptBlob(f"an object is not of a kind this thaw knows: {error}") from None
+        canonical.refuse_newer(data, what)
+        raise CorruptBlob(f"{what} is not of a kind this thaw knows: {error}") from None
     match value:
         case _Commit():
             return Links("commit", (value.state, *value.parents))

@@ -66,7 +66,7 @@ def read_links(connection: sqlite3.Connection, identifier: str) -> Links:
     if row is None:
         raise CorruptDatabase(f"object {identifier} is needed but not stored. {UPKEEP}")
     try:
-        return links(verified(row[0], identifier))
+        return links(verified(row[0], identifier), f"object {identifier}")
     except CorruptBlob as error:
         raise CorruptDatabase(f"{error} {UPKEEP}") from None
 

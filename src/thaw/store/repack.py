@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 from thaw.core.errors import CorruptBlob
 from thaw.data.header import OBJECT, Entry
@@ -21,15 +22,15 @@ from thaw.store.objects import PackRow
 from thaw.store.scan import PackFiles
 
 DEAD_SHARE = 0.3
-"""A pack is rewritten when at least this share of its bytes is dead."""
+"""A pack is rewritten when this frees at least this share of its bytes."""
 SMALL_BYTES, SMALL_COUNT = 1 << 20, 64
 """Packs below this size are put together when there are this many."""
 GROUP_BYTES, GROUP_ENTRIES = 1 << 30, 1 << 14
 """What one new pack holds at most, about: more entries would make a header that takes long to read."""
 
 
-def choose(connection: sqlite3.Connection) -> list[list[PackRow]]:
-    """Groups of packs for gc to copy, each group into one new pack."""
+def choose(connection: sqlite3.Connection, folder: Path) -> list[list[PackRow]]:
+    """Groups of packs of `folder` for gc to copy, each group into one new pack."""
     live = {}
     places = "SELECT pack, nbytes FROM blobs UNION ALL SELECT pack, length(data) FROM objects"
     for pack, num, nbytes in connection.execute(f"SELECT pack, count(*), sum(nbytes) FROM ({places}) GROUP BY pack"):
@@ -37,15 +38,22 @@ def choose(connection: sqlite3.Connection) -> list[list[PackRow]]:
     packs = objects.read_packs(connection, "doomed_ns IS NULL")
     small = {pack.name for pack in packs if pack.nbytes < SMALL_BYTES}
     chosen = small if len(small) >= SMALL_COUNT else set()
-    for pack in packs:
-        if _overhead_free(pack.nbytes) - live.get(pack.name, (0, 0))[1] >= DEAD_SHARE * pack.nbytes:
-            chosen.add(pack.name)
+    chosen |= {pack.name for pack in packs if _is_mostly_dead(pack, *live.get(pack.name, (0, 0)), folder)}
     return grouped((pack, *live.get(pack.name, (0, 0))) for pack in packs if pack.name in chosen)
 
 
-def _overhead_free(nbytes: int) -> int:
-    """A pack's size without what a header and pads take at most in a small pack: they are not dead bytes."""
-    return nbytes - min(nbytes // 2, 64 << 10)
+def _is_mostly_dead(pack: PackRow, num_live: int, live_nbytes: int, folder: Path) -> bool:
+    """Whether a copy of the pack's live entries is enough smaller. It has their share of the header and the pads, which
+    are most of a pack of small blobs. A header that cannot be read is for the copy to report."""
+    least = DEAD_SHARE * pack.nbytes
+    if pack.nbytes - live_nbytes < least:
+        return False
+    try:
+        stored = [entry.nbytes for entry in read_header(folder / pack.name).entries if not entry.is_pad]
+    except CorruptBlob:
+        return True
+    overhead = pack.nbytes - sum(stored)
+    return pack.nbytes - live_nbytes - overhead * num_live / max(1, len(stored)) >= least
 
 
 def grouped(packs: Iterable[tuple[PackRow, int, int]]) -> list[list[PackRow]]:

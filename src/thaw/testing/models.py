@@ -12,13 +12,14 @@ Everything follows from (arch, dtype, seed). Imports torch and transformers, whe
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ARCHITECTURES", "VOCAB_SIZE", "make_random_model"]
+__all__ = ["ARCHITECTURES", "VOCAB_SIZE", "make_random_adapter", "make_random_model"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
 VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest unused: as real models pad their vocabulary
@@ -65,6 +66,32 @@ def make_random_model(arch: str, out_dir: Path, *, dtype: str = "float32", seed:
     _draw_weights(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(out_dir)
     _tokenizer().save_pretrained(out_dir)
+    return out_dir
+
+
+def make_random_adapter(model: Path, out_dir: Path, *, seed: int = 0, rank: int = 8) -> Path:
+    """Writes a LoRA adapter of a model of `make_random_model`, as PEFT does, into `out_dir`, and returns it.
+
+    It is on the projections of queries, keys and values, and moves them by about as much as they are long: whatever is
+    computed under it has other KV and other log probabilities.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
+    hidden, drawn = config["hidden_size"], {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, count in heads.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for part, shape in (("A", (rank, hidden)), ("B", (config[count] * config["head_dim"], rank))):
+                generator = torch.Generator().manual_seed(_stream(seed, f"{name}.{part}"))
+                noise = torch.randn(shape, generator=generator)
+                drawn[f"{name}.lora_{part}.weight"] = noise * float(shape[1] ** -0.5)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(drawn, out_dir / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
+    (out_dir / "adapter_config.json").write_text(json.dumps({**said, "target_modules": list(heads)}))
     return out_dir
 
 

@@ -21,7 +21,7 @@ import msgspec
 
 from thaw.core import canonical
 from thaw.core.cache import CacheGroup, nbytes_at
-from thaw.core.errors import CorruptBlob, Damaged, NotFound
+from thaw.core.errors import CorruptBlob, Damaged, NewerFormat, NotFound
 from thaw.core.identity import ModelIdentity
 from thaw.core.ids import CommitId, StateId, short
 from thaw.core.objects import Segment, SegmentEntry, State, segment_blobs
@@ -150,8 +150,13 @@ class OutlineHistory:
         found = {}
         for each in recorded:
             try:
-                commit = canonical.decode_stored(each.commit, self._store.commit_kind)
-                size = canonical.decode_stored(each.state, _Size | _StaleSize)  # type: ignore[arg-type]
+                commit = canonical.decode_stored(each.commit, self._store.commit_kind, f"commit {each.id}")
+                what = f"the state of commit {each.id}"
+                size = canonical.decode_stored(each.state, _Size | _StaleSize, what)  # type: ignore[arg-type]
+            except NewerFormat:
+                if each.id == one:
+                    raise
+                continue
             except msgspec.DecodeError as error:
                 if each.id == one:
                     raise CorruptBlob(f"commit {one}: {error}. Run `thaw fsck`.") from None

@@ -7,26 +7,22 @@ write   what the store lacks, and the set's objects (`writing`)
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from thaw.core.errors import IncompleteModel, InvalidRequest, NotFound
+from thaw.core.errors import InvalidRequest, NotFound
 from thaw.core.identity import weights_root
 from thaw.core.ids import digest
-from thaw.engines.hf import stored
+from thaw.engines.hf import adapter, stored
 from thaw.engines.hf.stored import StoredFile, StoredTensor, WeightsManifest
 from thaw.store import Store
 from thaw.weights import source
 from thaw.weights.record import WeightsEntry
-from thaw.weights.source import TensorExtent
 from thaw.weights.writing import FoundWeights, store_set
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
@@ -59,11 +55,11 @@ def add(
     is_adapter = (folder / source.ADAPTER_CONFIG).is_file()
     if base is not None and not is_adapter:
         raise InvalidRequest("--base says what an adapter was trained on; this folder holds a whole model")
-    extents = source.extents([_adapter_file(folder)] if is_adapter else _model_files(folder))
+    extents = source.extents([adapter.weights_file(folder)] if is_adapter else _model_files(folder))
     if link:
         source.require_linkable(extents)
     with source.mapped(extents) as data:
-        tensors = _hashed(extents, data)
+        tensors = adapter.hashed(extents, data.__getitem__)
         made = _adapter(folder, tensors, base) if is_adapter else _model(folder, tensors, dtype)
         files = source.small_files(folder, made.kind)
         stored_files = {one: StoredFile(digest(text) if text else None, len(text)) for one, text in files.items()}
@@ -115,19 +111,6 @@ def _folder(model: str | Path) -> Path:
     return found.resolve()
 
 
-def _adapter_file(folder: Path) -> Path:
-    path = folder / source.ADAPTER_FILE
-    if not path.is_file():
-        raise IncompleteModel(f"{folder} has {source.ADAPTER_CONFIG} and no {source.ADAPTER_FILE}; get the files again")
-    return path
-
-
-def _hashed(found: Mapping[str, TensorExtent], data: Mapping[str, memoryview]) -> dict[str, StoredTensor]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="thaw-hash") as pool:
-        ids = dict(zip(found, pool.map(lambda name: digest(data[name]) if data[name] else None, found), strict=True))
-    return {name: StoredTensor(ids[name], one.dtype, one.shape, one.offset % 64) for name, one in found.items()}
-
-
 def _model(folder: Path, tensors: dict[str, StoredTensor], dtype: str | None) -> WeightsManifest:
     from thaw.engines.hf.files import NotOneToOne, one_to_one
     from thaw.weights.roots import architecture_of, dtype_of, root_of, torch_dtype
@@ -145,23 +128,11 @@ def _model(folder: Path, tensors: dict[str, StoredTensor], dtype: str | None) ->
 
 def _adapter(folder: Path, tensors: dict[str, StoredTensor], base: str | None) -> WeightsManifest:
     """Its id is the root of its tensors, and of its config as one more leaf."""
-    config = (folder / source.ADAPTER_CONFIG).read_bytes()
-    try:
-        said: Any = json.loads(config)
-        kind = str(said.get("peft_type") or "adapter")
-    except (ValueError, AttributeError) as error:
-        raise IncompleteModel(f"{folder / source.ADAPTER_CONFIG} is not an adapter's config: {error}") from None
+    config, kind = adapter.config_of(folder)
     return WeightsManifest(
-        kind="adapter", weights=adapter_id(tensors, config), dtype=_first_dtype(tensors), architecture=kind,
+        kind="adapter", weights=adapter.adapter_id(tensors, config), dtype=_first_dtype(tensors), architecture=kind,
         tensors=tensors, base=base,
     )  # fmt: skip
-
-
-def adapter_id(tensors: Mapping[str, StoredTensor], config: bytes) -> str:
-    """The id of an adapter: the root of its tensors' leaves and its config's, named as its file."""
-    leaves = {name: stored.leaf(name, one) for name, one in tensors.items()}
-    text = StoredTensor(digest(config), "U8", (len(config),))
-    return weights_root({**leaves, source.ADAPTER_CONFIG: stored.leaf(source.ADAPTER_CONFIG, text)})
 
 
 def _first_dtype(tensors: Mapping[str, StoredTensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -254,6 +255,46 @@ def test_the_owner_aborts_everything_and_sessions_stay(server: Server, engine: S
     session, part, whole = lab.stopped_amid(engine, lab.begin(engine, 300), after=1, stop=abort_all)
     assert part.token_ids == whole.token_ids[: len(part.token_ids)]
     assert lab.resume(engine, session)[0].token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
+def test_a_drain_of_a_paused_server_has_every_session_and_loses_nothing(
+    server: Server, engine: SglangEngine, tmp_path: Path, mode: str
+) -> None:
+    """Its front end holds back every request, so commands go by mail. They alone do: the control is a prompt, which
+    waits until the owner lets the server continue."""
+    long = Sampling(temperature=0.8, max_tokens=200, ignore_eos=True)
+    with thaw.open(tmp_path / "runs", engine=engine) as repo:
+        whole, idle, running, waiting = (repo.session(seed=3) for _ in range(4))
+        for session in (whole, idle, running):
+            session.append("The river is long.")
+        expected = whole.generate("", long).token_ids
+        stream = running.stream("", long)
+        next(iter(stream))
+        owner(engine, "/pause_generation", {"mode": mode})
+        try:
+            held = engine.append(waiting.ref, [1, 2, 3])
+            begun, captures = engine.view(running.ref).num_kv, engine.stats()["captures"]
+            report = repo.drain(timeout_s=12.0)
+            assert report.missed == () and engine.stats()["captures"] - captures == 3
+            points = {one.session: one for one in report.points}
+            assert points.keys() == {whole.ref, idle.ref, running.ref} and not held.done()
+            assert begun <= points[running.ref].num_tokens == len(running.tokens) < 18 + 200
+        finally:
+            owner(engine, "/continue_generation", {})
+        held.result(LIMIT_S)
+        with contextlib.suppress(thaw.ThawError):
+            stream.result(LIMIT_S)
+        repo.undrain()
+        assert engine.stats()["captures"] - captures == 3  # what was held back is not done once more
+        assert idle.generate("", long).token_ids == expected
+        assert repo.session(points[idle.ref].point).generate("", long).token_ids == expected
+        assert repo.session(points[running.ref].point).resume().token_ids == expected
+        assert running.resume().token_ids == expected
+
+
+def owner(engine: SglangEngine, route: str, body: dict[str, object]) -> None:
+    engine._loop.wait(engine._transport.post(route, body))
 
 
 def test_without_the_key_it_is_refused(server: Server) -> None:

@@ -431,11 +431,18 @@ def test_where_vllm_samples_itself_entropies_are_refused(
         lab.one(engine, session, greedy(3, entropy=True))
 
 
+@only("small blocks")
+def test_without_lora_adapters_are_refused_by_name(engine: VllmEngine, tmp_path: Path) -> None:
+    assert engine.adapters() == {} and "adapters" not in engine.info.capabilities
+    for ask in (lambda: engine.open(adapter="law"), lambda: engine.load_adapter("law", tmp_path)):
+        with pytest.raises(Unsupported, match="runs no adapters: start it with enable_lora"):
+            ask()
+
+
 # --- refused before vLLM starts
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "blocks of 16": ({"block_size": 16}, "block_size=16: .* multiples of 32"),
-    "LoRA": ({"enable_lora": True}, "LoRA"),
     "fp8 KV": ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
     "pipeline parallel": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
     "speculative decoding": (

@@ -5,22 +5,18 @@ middle of an answer.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from multimodal import SHAPES as MULTIMODAL
-from multimodal import make_multimodal
-from vllm_shapes import LATENT, make_shaped
+from vllm_models import make_for_vllm, options_of
 from vllm_shapes import SHAPES as SHAPED
 
-from kind_models import make_kind_model
 from thaw.core.cache import point_groups
 from thaw.engines import load_engine
 from thaw.engines.base import Engine
@@ -32,7 +28,6 @@ from thaw.testing.plans import mount_at
 if not versions.names_failed_loads():
     pytest.skip("releases before 0.32 have full attention alone", allow_module_level=True)
 
-V3 = {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 SHAPES = ("llama", "deepseek_v3", *SHAPED, *MULTIMODAL)
 WITHOUT_PREFIX_CACHE = ("granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2")
 LONGEST = 700
@@ -70,25 +65,13 @@ def test_a_cut_anywhere_goes_on_in_another_process_with_the_parents_bits(arch: s
 
 
 def _boots(arch: str, tmp_path: Path) -> Callable[[], Engine]:
-    options: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "num_gpu_blocks_override": 400}
-    if arch in (*MULTIMODAL, "qwen3_5_text") and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("vLLM does not look at a multimodal class without torchvision")
-    if arch in MULTIMODAL:
-        folder = make_multimodal(arch, tmp_path / arch, dtype="bfloat16")
-        options["language_model_only"] = True
-    else:
-        folder = _make(arch, tmp_path / arch)
-    if arch in WITHOUT_PREFIX_CACHE:
-        options["enable_prefix_caching"] = False
-    return lambda: load_engine("vllm", model=str(folder), **options)
-
-
-def _make(arch: str, folder: Path) -> Path:
+    folder = tmp_path / arch
     if arch == "llama":
-        return make_random_model(arch, folder, dtype="bfloat16", head_dim=32)
-    if arch == "deepseek_v3":
-        return make_kind_model(arch, folder, dtype="bfloat16", **V3)
-    return make_shaped(arch, folder, dtype="bfloat16")
+        make_random_model(arch, folder, dtype="bfloat16", head_dim=32)
+    else:
+        make_for_vllm(arch, folder)
+    caching = {"enable_prefix_caching": False} if arch in WITHOUT_PREFIX_CACHE else {}
+    return lambda: load_engine("vllm", model=str(folder), **options_of(arch, num_gpu_blocks_override=400, **caching))
 
 
 def cuts(arch: str, block: int) -> list[int]:

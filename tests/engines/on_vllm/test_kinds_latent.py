@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from vllm_shapes import LATENT, RANK, ROPED
+from vllm_shapes import LATENT, RANK, ROPED, V3
 
 from kind_models import make_kind_model
 from thaw.core.cache import LatentKV
@@ -37,8 +37,6 @@ from thaw.engines.vllm.client.engine import VllmEngine  # noqa: E402
 
 WIDTH = RANK + ROPED
 BLOCK = 16
-V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-"""What files of DeepSeek V3 say, too."""
 KINDS = [
     pytest.param(("deepseek_v3", V3), id="deepseek_v3"),
     *(
@@ -54,6 +52,10 @@ CUTS = sorted({*random.Random(23).sample(range(2, 700), 20), 255, 256, 257, 15 *
 POWER = 100
 """How many times more than the noise of a batch's shape a control must move a log probability."""
 OPTIONS = {"enforce_eager": True, "max_model_len": 4096}
+
+
+IN_FLOAT32 = {"dtype": "float32", "attention_backend": "CPU_MLA"}
+"""vLLM's own choice on a processor with AMX takes bfloat16 alone."""
 
 
 def boot(folder: Path, **changes: Any) -> VllmEngine:
@@ -128,7 +130,7 @@ class TestLatents(ExactnessTests, GroupsLaw, ProofLaw):
 
 @pytest.fixture(scope="module")
 def engine(f32: Path) -> Iterator[VllmEngine]:
-    with boot(f32, dtype="float32") as loaded:
+    with boot(f32, **IN_FLOAT32) as loaded:
         yield loaded
 
 
@@ -214,7 +216,7 @@ class TestVllmAndTransformers(CrossingTests):
 def two(f32: Path) -> Iterator[VllmEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        loaded = boot(f32, dtype="float32", tensor_parallel_size=2)
+        loaded = boot(f32, **IN_FLOAT32, tensor_parallel_size=2)
     with loaded:
         yield loaded
 

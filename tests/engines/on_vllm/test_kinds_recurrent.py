@@ -9,7 +9,6 @@ the state of a token more or less, a sibling's, channels in another order.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from multimodal import make_multimodal
-from vllm_shapes import RECURRENT, make_shaped
+from vllm_models import make_for_vllm, options_of
+from vllm_shapes import RECURRENT
 
 import thaw
 from thaw.core.cache import PointState, point_groups, token_groups
@@ -42,20 +41,19 @@ if not versions.names_failed_loads():
 
 MORE = pytest.mark.slow("the same on one more model, or without the prefix cache")
 ONCE_MORE = pytest.mark.soak("the same on one more model of the kind", receipt="vllm-recurrent-once-more")
-MULTIMODAL = ("qwen3_5", "qwen3_5_moe")
-"""Multimodal classes, of which the text part runs."""
-LOOKS_FOR_IMAGES = ("qwen3_5_text", *MULTIMODAL)
-"""Those whose code in vLLM imports torchvision."""
-MODELS = [
+CACHING = [
     pytest.param(("qwen3_next", True, True), id="gdn"),
-    pytest.param(("qwen3_next", False, False), id="gdn-without-prefix-cache", marks=MORE),
     pytest.param(("lfm2", True, False), id="short-convolution"),
-    pytest.param(("lfm2", False, True), id="short-convolution-without-prefix-cache", marks=MORE),
-    pytest.param(("granitemoehybrid", False, True), id="mamba2"),
     pytest.param(("qwen3_5", True, False), id="gdn-in-a-multimodal-class", marks=MORE),
     pytest.param(("qwen3_5_text", True, False), id="gdn-of-a-text-model", marks=ONCE_MORE),
-    pytest.param(("qwen3_5_moe", False, False), id="gdn-with-experts-in-a-multimodal-class", marks=ONCE_MORE),
     pytest.param(("lfm2_moe", True, False), id="short-convolution-with-experts", marks=ONCE_MORE),
+]
+MODELS = [
+    *CACHING,
+    pytest.param(("qwen3_next", False, False), id="gdn-without-prefix-cache", marks=MORE),
+    pytest.param(("lfm2", False, True), id="short-convolution-without-prefix-cache", marks=MORE),
+    pytest.param(("granitemoehybrid", False, True), id="mamba2"),
+    pytest.param(("qwen3_5_moe", False, False), id="gdn-with-experts-in-a-multimodal-class", marks=ONCE_MORE),
     pytest.param(("nemotron_h", False, False), id="mamba2-and-plain-layers", marks=ONCE_MORE),
     pytest.param(("falcon_h1", False, False), id="mamba2-and-attention-in-each-layer", marks=ONCE_MORE),
     pytest.param(("zamba2", False, False), id="mamba2-and-shared-attention", marks=ONCE_MORE),
@@ -79,7 +77,15 @@ FLOOR = 1e-6
 Boot = Callable[..., Engine]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of blocks that are shared are of the models with a prefix cache. These come first, so that what boots an
+    engine for a model goes by one order for all tests."""
+    if "how" in metafunc.fixturenames:
+        models = CACHING if "shared_block" in metafunc.fixturenames else MODELS
+        metafunc.parametrize("how", models, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
     arch, caches, apart = request.param
     return arch, caches, apart
@@ -87,20 +93,14 @@ def how(request: pytest.FixtureRequest) -> tuple[str, bool, bool]:
 
 @pytest.fixture(scope="module")
 def folder(how: tuple[str, bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if how[0] in LOOKS_FOR_IMAGES and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("vLLM does not look at a multimodal class without torchvision")
-    make = make_multimodal if how[0] in MULTIMODAL else make_shaped
-    return make(how[0], tmp_path_factory.mktemp("made") / how[0], dtype="bfloat16")
+    return make_for_vllm(how[0], tmp_path_factory.mktemp("made") / how[0])
 
 
 @pytest.fixture(scope="module")
 def boot(how: tuple[str, bool, bool], folder: Path) -> Boot:
     def start(**more: Any) -> Engine:
-        options = {"enforce_eager": True, "max_model_len": 2048, "num_gpu_blocks_override": 120, **more}
-        options["worker_extension_cls"] = "scrubbing.Scrub"
-        if how[0] in MULTIMODAL:
-            options["language_model_only"] = True
-        return load_engine("vllm", model=str(folder), enable_prefix_caching=how[1], **options)
+        own = options_of(how[0], enable_prefix_caching=how[1], **{"num_gpu_blocks_override": 120, **more})
+        return load_engine("vllm", model=str(folder), **own, worker_extension_cls="scrubbing.Scrub")
 
     return start
 
@@ -187,10 +187,10 @@ def test_children_of_one_point_are_one_another_and_the_parent(engine: Engine, la
     assert sum(found.values()) == 6 * (261 + 8) and found["loaded_tokens"] > 0
 
 
+@pytest.fixture
 def shared_block(how: tuple[str, bool, bool], engine: Engine) -> int:
-    """Tokens in a block of vLLM's, where sessions find blocks of their own in its cache; else the test is over."""
-    if not how[1]:
-        pytest.skip("vLLM has no prefix cache here")
+    """Tokens in a block of vLLM's, where sessions find blocks of their own in its cache."""
+    assert how[1], "vLLM has no prefix cache here"
     return int(engine.info.numerics["block_size"])
 
 
@@ -199,10 +199,10 @@ def full_blocks(tokens: Sequence[int], block: int) -> int:
     return (len(tokens) - 1) // block * block
 
 
-def test_siblings_share_the_full_blocks_of_their_point(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+def test_siblings_share_the_full_blocks_of_their_point(shared_block: int, engine: Engine, lab: Lab) -> None:
     """Each has a tail block of its own and a block for the state of each of vLLM's groups, and loads no more than that;
     also where a point is at a block's end, of which the last one is always loaded, with its state."""
-    block, count = shared_block(how, engine), 6
+    block, count = shared_block, 6
     tables = sum(group.num_layers for group in point_groups(engine.info.groups))
     for end in (2 * block, 2 * block + 1, 3 * block - 1):
         session = lab.begin(engine, end + 1, start=end)
@@ -229,11 +229,11 @@ def test_siblings_share_the_full_blocks_of_their_point(how: tuple[str, bool, boo
 
 
 def test_a_hit_that_is_not_the_sessions_own_is_never_extended(
-    how: tuple[str, bool, bool], engine: Engine, lab: Lab
+    how: tuple[str, bool, bool], shared_block: int, engine: Engine, lab: Lab
 ) -> None:
     """Two sessions of the same tokens and one salt whose prompts were cut elsewhere: vLLM calls their blocks equal, and
     their bits are not. The child of each has its own parent's."""
-    block = shared_block(how, engine)
+    block = shared_block
     tokens = ids(2 * block + 40)
     one, two = engine.open(seed=SEED), engine.open(seed=SEED)
     engine._get(two).cache_salt = engine._get(one).cache_salt  # type: ignore[attr-defined]
@@ -252,9 +252,9 @@ def test_a_hit_that_is_not_the_sessions_own_is_never_extended(
     assert engine.stats()["hit_tokens"] - before == full_blocks(tokens, block), "of the one whose blocks vLLM finds"
 
 
-def test_a_pin_holds_a_sessions_full_blocks(how: tuple[str, bool, bool], engine: Engine, lab: Lab) -> None:
+def test_a_pin_holds_a_sessions_full_blocks(shared_block: int, engine: Engine, lab: Lab) -> None:
     """Through what pushes all others out, and no longer than was asked for. Its state is in the arena in any case."""
-    block = shared_block(how, engine)
+    block = shared_block
     session = lab.begin(engine, 2 * block + 40)
     whole = lab.one(engine, lab.twin(engine, session), greedy(ANSWER))
     pinned = engine.pin(session, 60.0).result()  # type: ignore[attr-defined]
@@ -413,7 +413,7 @@ def test_a_prompt_that_was_stopped_before_its_answer_is_read_by_whoever_goes_on(
 def test_where_no_state_is_kept_the_refusal_names_those_that_are(engine: Engine, lab: Lab) -> None:
     session = lab.begin(engine, 100)
     lab.one(engine, session, greedy(5))
-    with pytest.raises(NotKept, match=r"no state is kept after 49 tokens.*states after 99, 104 tokens"):
+    with pytest.raises(NotKept, match=r"no state is kept after 49 tokens.*states after 99, 104 tokens.*`reread`"):
         engine.fork(session, 1, at=50).result()
     (child,) = engine.fork(session, 1, at=100, replay=True).result()
     assert engine.view(child).num_kv == 99

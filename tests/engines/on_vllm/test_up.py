@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,11 @@ from typing import Any
 import pytest
 
 from thaw import attach
+from thaw.core.errors import NotFound
+from thaw.engines import load_engine
 from thaw.serve import record as served
-from verbs import here, thaw
+from thaw.serve.command import require, server_of
+from verbs import SOURCE, here, thaw
 
 
 def joined_by_its_address(folder: Path, url: str, mail: Path) -> None:
@@ -62,3 +68,25 @@ def test_the_verbs_join_the_server_that_up_started(tmp_path: Path, tiny_model: C
     assert down == {"ended": True, "url": up["url"], "pid": up["pid"]}
     assert served.born(up["pid"]) == "" and not Path(up["mail"]).exists()
     assert here(tmp_path, "down")["ended"] is False
+
+
+@pytest.mark.parametrize("arch", ["qwen3_5_text", "gemma3"])
+def test_a_model_whose_class_imports_torchvision_is_refused_where_there_is_none(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a server or vLLM starts, with what to install. vLLM itself says that it could not inspect a class."""
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).name != ".vision"])
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed beside vLLM here")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": arch}))
+    here(tmp_path, "init")
+    said = here(tmp_path, "up", "--engine", "vllm", "--model", str(model), code=2)["error"]["message"]
+    assert "does not have torchvision" in said and arch in said and "pip install" in said
+    with pytest.raises(NotFound, match=f"{arch} imports torchvision"):
+        load_engine("vllm", model=str(model))
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
+    require(server_of("vllm"), sys.executable, str(model), named_one=False)

@@ -59,12 +59,15 @@ TIED = ("gemma2", "lfm2", "lfm2_moe")
 """Models of which vLLM reads no head beside the embeddings."""
 RANK, ROPED = 512, 64
 LATENT: dict[str, Any] = {
-    "kv_lora_rank": RANK, "qk_rope_head_dim": ROPED, "head_dim": ROPED, "rope_parameters": {
+    "kv_lora_rank": RANK, "qk_rope_head_dim": ROPED, "head_dim": ROPED, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
         "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
     },
 }  # fmt: skip
-"""The one width that vLLM has on a CPU."""
+"""The one width that vLLM has on a CPU. Its kernel for processors with AMX takes heads in multiples of 32."""
+V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""What files of DeepSeek V3 say, too."""
 
 
 def make_shaped(arch: str, folder: Path, *, dtype: str) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thaw.cli import options, output, place
-from thaw.cli.verbs import engine_drain, engine_live, engine_whole
+from thaw.cli.verbs import engine_drain, engine_live, engine_sleep, engine_whole
 
 if TYPE_CHECKING:
     from thaw.engines.kind import Server
@@ -133,7 +133,7 @@ def _absolute(folder: str | None) -> str | None:
 
 VERBS = (
     config, engine_live.stats, engine_live.switch, engine_drain.drain, engine_whole.snapshot, engine_whole.show,
-    engine_whole.restore,
+    engine_whole.restore, engine_sleep.sleep, engine_sleep.wake,
 )  # fmt: skip
 for verb in VERBS:
     command.add_command(verb)

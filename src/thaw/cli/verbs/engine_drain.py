@@ -47,11 +47,15 @@ def drain(named: str | None, url: str | None, timeout_s: float, undo: bool, key:
     return 0 if undo or told["complete"] else INCOMPLETE
 
 
-def _print(where: str, told: dict[str, Any]) -> None:
+def print_sessions(told: dict[str, Any]) -> None:
     for one in told["sessions"]:
         place = f"  {one['namespace']}" if one["namespace"] else ""
         output.line(f"{output.style(one['point'][3:15], 'yellow')}  {one['was'].ljust(7)} "
                     f"{words.count(one['num_tokens'], 'token')}{place}")  # fmt: skip
+
+
+def _print(where: str, told: dict[str, Any]) -> None:
+    print_sessions(told)
     for one in told["missed"]:
         output.line(output.style(f"not captured: {one['why']}", "red"))
     output.line(f"{where} is drained: {words.count(len(told['sessions']), 'session')} stored, "

@@ -104,7 +104,14 @@ def command(
         raise click.UsageError("--chat answers a message: give PROMPT or --file, and leave out --no-generate.")
     told = None if history is None else conversation.json_list(history)
     job = RunPlan(files, text, talk if chat else None, told, not no_generate, message, sampling, with_weights)
-    with speak.opened(named, engine_name, model, dtype, device) as repo:
+
+    def check(repo: Repository) -> None:
+        from thaw.repo.params import require_to_come
+
+        _, begin = _start(repo, branch, start)
+        require_to_come(points, repo.resolve(begin).num_tokens if begin is not None else 0)
+
+    with speak.opened(named, engine_name, model, dtype, device, check) as repo:
         name, point = _start(repo, branch, start)
         repo.require_room(sampling.max_tokens if job.generate else 0)
         with _session(repo, point, recompute) as session:

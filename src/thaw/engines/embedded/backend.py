@@ -81,5 +81,20 @@ class Backend(ExtentFactory):
         as `Engine.update_weights` does."""
         raise Unsupported(f"engine {self.name} does not change its weights while it runs; load another one")
 
+    def require_sleep(self, level: int) -> None:
+        """Raise `Unsupported` where `sleep` cannot."""
+        if level > 1:
+            raise Unsupported(f"engine {self.name} cannot drop its weights and read them again; sleep with level 1")
+
+    def sleep(self, level: int) -> None:
+        """Take the weights off the accelerator, and with level 2 out of memory. By default they stay where they are."""
+
+    def free(self) -> None:
+        """It sleeps, and its pages are let go of: hand back to the accelerator what is kept for later use."""
+
+    def wake(self) -> None:
+        """Bring back the weights that ran, also after a `sleep` that failed half-way. Raises as `weights_of` does; may
+        then be called again."""
+
     def close(self) -> None:
         """Let go of the model."""

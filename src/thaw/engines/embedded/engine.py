@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +41,8 @@ from thaw.engines.base import (
     HydratePlan,
     SessionRef,
     SessionView,
+    check_sleep_level,
+    require_no_adapter,
 )
 from thaw.engines.embedded import transfer
 from thaw.engines.embedded.backend import Backend
@@ -49,6 +51,7 @@ from thaw.engines.embedded.generation import GenerationTask, Lane, PrefillTask
 from thaw.engines.embedded.pages import PagedKV
 from thaw.engines.embedded.park import Parked
 from thaw.engines.embedded.session import LiveSession
+from thaw.engines.embedded.sleep import Nap
 from thaw.engines.embedded.stale import StaleKV
 from thaw.engines.embedded.weights import Weights, WeightsWatch
 from thaw.engines.promise import Promise
@@ -63,6 +66,7 @@ CAPABILITIES = frozenset(
     {
         "capture-running", "fork-running", "interior-points", "park", "resume", "policy", "logprobs",
         "boundary", "boundary-hidden", "own-batch", "prefill-progress", "entropy", "points", "stale-kv", "beside",
+        "sleep",
     }
 )  # fmt: skip
 
@@ -76,6 +80,8 @@ class EmbeddedEngine(Engine):
         self._sessions: dict[SessionRef, LiveSession] = {}
         self._driver = Driver(backend.name)
         self._io = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
+        self._in_flight: set[Future[None]] = set()
+        self._nap = Nap(backend)
         self._closed = False
         self.codec = backend.codec
         self.info = EngineInfo(
@@ -92,30 +98,60 @@ class EmbeddedEngine(Engine):
             numerics=backend.numerics,
         )
 
-    def identity(self) -> ModelIdentity:
-        return self._weights.identity()
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        require_no_adapter(self, adapter)
+        with self._nap.awake():
+            return self._weights.identity()
 
     def set_policy(self, version: str) -> None:
         """See the contract. Sessions opened before keep the old version and may only be read, forked from never."""
         if not version or len(version) > 200:
             raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
-        self._driver.call(lambda: self._weights.set_policy(version)).result()
+        with self._nap.awake():
+            self._driver.call(lambda: self._weights.set_policy(version)).result()
 
     def update_weights(self, source: str | Path) -> None:
         """See the contract. Other sessions run on while the files are read."""
-        put = self._backend.weights_of(source)
+        with self._nap.awake():
+            put = self._backend.weights_of(source)
 
-        def change() -> None:
-            put()
-            self._weights.check()
+            def change() -> None:
+                put()
+                self._weights.check()
 
-        self._driver.call(change).result()
+            self._driver.call(change).result()
+
+    def require_sleep(self, *, level: int = 1) -> None:
+        check_sleep_level(level)
+        self._nap.require_awake()
+        self._backend.require_sleep(level)
+
+    def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
+        """See the contract. Parked sessions stay where they are, in host memory."""
+        self.require_sleep(level=level)
+        with self._nap.falling_asleep():
+            self._driver.call(lambda: None).result()  # what was let in has its job by now
+            wait(tuple(self._in_flight))
+            return self._driver.call(lambda: self._fall_asleep(level)).result()
+
+    def wake(self) -> None:
+        with self._nap.waking():
+            self._driver.call(self._wake_up).result()
 
     @property
     def policy_version(self) -> str:
         return self._weights.policy
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        require_no_adapter(self, adapter)
+        self._nap.require_awake()
         number = fresh_seed() if seed is None else check_seed(seed)
         session = self._new(PagedKV(self._backend), number, salt, share_prefix)
         return self._driver.call(lambda: self._admit(session)).result()
@@ -191,6 +227,7 @@ class EmbeddedEngine(Engine):
         return self._begin(take, promise)
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
+        require_no_adapter(self, plan.adapter)
         promise: Promise[Hydrated] = Promise()
         self._in_background(promise, lambda: self._hydrate(plan))
         return promise
@@ -233,6 +270,7 @@ class EmbeddedEngine(Engine):
         if self._closed:
             return
         self._closed = True
+        self._nap.end()
         self._driver.close()
         self._io.shutdown()
         self._sessions.clear()
@@ -276,12 +314,14 @@ class EmbeddedEngine(Engine):
 
     def _fresh(self, ref: SessionRef) -> LiveSession:
         """The session, its KV in memory and of the weights and policy that run now."""
+        self._nap.require_awake()
         self._weights.check()
         return self._current(ref)
 
     def _current(self, ref: SessionRef) -> LiveSession:
         """As `_fresh`, by the last look at the weights."""
         live, now = self._get(ref), self._weights.running
+        live.require_kept()
         is_stale = bool(live.kv.num_tokens or live.parked) and self._is_stale(live)
         self._require_asked(live, now, is_stale)
         if isinstance(live.parked, Parked):
@@ -380,6 +420,7 @@ class EmbeddedEngine(Engine):
         refs = [request.session for request in requests]
         if len(set(refs)) != len(refs):
             raise InvalidRequest("generate: the same session stands twice in one batch; fork it first")
+        self._nap.require_awake()
         self._weights.check()
         lives = [_idle(self._current(ref)) for ref in refs]
         for live, request in zip(lives, requests, strict=True):
@@ -463,6 +504,7 @@ class EmbeddedEngine(Engine):
 
     def _hydrate(self, plan: HydratePlan) -> Hydrated:
         """On an I/O thread: nothing of it touches a session before it is admitted."""
+        self._nap.require_awake()
         try:
             identity, epoch = self._weights.stamp()
             restoring.check_weights(plan, identity)
@@ -502,7 +544,7 @@ class EmbeddedEngine(Engine):
             live = self._sessions.get(other)
             if live is None or self._is_stale(live):
                 return None
-            at = transfer.num_shared(plan, live.loaded)
+            at = restoring.num_shared(plan, live.loaded)
             return live.kv.fork(at) if 0 < at <= live.kv.num_tokens else None
 
         return self._driver.call(take).result()
@@ -573,7 +615,34 @@ class EmbeddedEngine(Engine):
 
         if self._closed:
             raise EngineDied(f"engine {self.info.name} is closed; load it again")
-        self._io.submit(run)
+        job = self._io.submit(run)
+        self._in_flight.add(job)
+        job.add_done_callback(self._in_flight.discard)
+
+    # -- sleep, on the driver's thread
+
+    def _fall_asleep(self, level: int) -> tuple[SessionRef, ...]:
+        running = sum(live.busy is not None for live in self._sessions.values())
+        if running:
+            raise Busy(
+                f"{running} sessions are running, and would lose their KV; wait for their results or cancel them "
+                "(repo.sleep() does, and stores them first)"
+            )
+        self._weights.check()  # what runs now is what is to run afterwards
+        dropped = [live for live in self._sessions.values() if live.kv.num_tokens]
+        try:
+            self._backend.sleep(level)
+        except BaseException:
+            self._wake_up()
+            raise
+        for live in dropped:
+            live.drop()
+        self._backend.free()
+        return tuple(live.ref for live in dropped)
+
+    def _wake_up(self) -> None:
+        self._backend.wake()
+        self._weights.check()
 
 
 def _without(backend: Backend) -> frozenset[str]:
@@ -606,7 +675,8 @@ def _require_next(session: LiveSession) -> None:
     if session.row is None and session.kv.num_tokens == count > 0 and session.kv.before(count) == count:
         raise NotKept(
             f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on with "
-            f"new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+            f"new tokens alone: give a prompt, fork at token {count + 1}, whose last token runs again, "
+            f"{NotKept.way_out}"
         )
 
 

@@ -222,7 +222,7 @@ class PagedKV:
         if at and point_groups(self.factory.groups) and at not in self.points:
             raise NotKept(
                 f"no state is kept after {at} tokens: this session has states after {list_of(self.points)}. Go on from "
-                "one of these, or read the tokens again (append them to a new session)"
+                f"one of these, {NotKept.way_out}"
             )
         self._require_windows(at)
 
@@ -232,8 +232,8 @@ class PagedKV:
             covered, have = group.covers(at), ", ".join(f"{r.start} to {r.stop - 1}" for r in self.kept(group))
             raise NotKept(
                 f"after {at} tokens the group {group.name} needs tokens {covered.start} to {covered.stop - 1}; "
-                f"this session has {have}. Continue from its present end or from a point that was asked for, or "
-                "read the tokens again"
+                f"this session has {have}. Continue from its present end or from a point that was asked for, "
+                f"{NotKept.way_out}"
             )
 
     def _lacking(self, at: int) -> TokenGroup | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from thaw.core.errors import StaleSession
 from thaw.core.kv_ranges import KVRange
 from thaw.core.objects import Boundary, Turn
 from thaw.core.proof import Proof
@@ -53,9 +54,25 @@ class LiveSession:
     parked: object | None = None
     loaded: tuple[Slice, ...] = ()
     """What its first tokens were read from."""
+    dropped: bool = False
+    """The engine slept and let go of its KV."""
 
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)
+
+    def drop(self) -> None:
+        """Let go of its KV and of what decides its next token; what it says stays."""
+        self.kv = PagedKV(self.kv.factory)
+        self.row = self.last = self.stored_boundary = None
+        self.loaded, self.dropped = (), True
+
+    def require_kept(self) -> None:
+        """Raise `StaleSession` where its KV was let go of."""
+        if self.dropped:
+            raise StaleSession(
+                f"the engine slept, and let go of the KV of session {self.ref[:8]}…. Open its commit again "
+                "(repo.session(point)); repo.sleep() and repo.wake() store sessions before and load them afterwards"
+            )
 
     @property
     def of(self) -> Weights:

@@ -25,7 +25,7 @@ from thaw.data.locations import BlobLocation
 from thaw.data.pack import PackItem, read_blob, read_blobs, write_pack
 from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
-from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, Slice, WrittenPack
+from thaw.engines.base import Captured, CapturedSegment, CapturePlan, HydratePlan, WrittenPack
 from thaw.engines.embedded.backend import Backend, Row
 from thaw.engines.embedded.pages import PagedKV, there_until
 from thaw.engines.embedded.session import LiveSession
@@ -165,21 +165,6 @@ class Loaded:
     kv: PagedKV
     row: Row | None
     proof: Proof
-
-
-def num_shared(plan: HydratePlan, loaded: Sequence[Slice]) -> int:
-    """How many of a plan's first tokens are of the very blobs that others were read from."""
-    at = 0
-    for piece, other in zip(plan.slices, loaded, strict=False):
-        if _named(piece) != _named(other):
-            break
-        at += piece.length
-    return at
-
-
-def _named(piece: Slice) -> tuple[object, ...]:
-    blobs = {group: [place.blob for place in places] for group, places in piece.blobs.items()}
-    return piece.start, piece.length, piece.stored, piece.first, blobs
 
 
 def load(plan: HydratePlan, backend: Backend, shared: PagedKV | None = None) -> Loaded:

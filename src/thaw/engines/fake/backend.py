@@ -75,6 +75,7 @@ class FakeBackend(Backend):
         self.max_model_len, self.vocab_size, self.eos_token_ids = max_model_len, VOCAB, (EOS,)
         self.numerics = {"hash": "blake2b"}
         self.weights = bytearray(struct.pack("<Q", seed))
+        self._source = self._away = bytes(self.weights)
         self.num_forwarded_tokens = 0
         self._step_s = step_s
         self._columns = columns(self.groups)
@@ -161,9 +162,20 @@ class FakeBackend(Backend):
             raise InvalidRequest(f"the fake engine's weights are a seed, and {str(source)!r} is none") from None
 
         def put() -> None:
-            self.weights[:] = weights
+            self.weights[:] = self._source = weights
 
         return put
+
+    def require_sleep(self, level: int) -> None:
+        """It can."""
+
+    def sleep(self, level: int) -> None:
+        """Level 2 reads them again from the seed: what was written into them since is gone."""
+        self._away = bytes(self.weights) if level == 1 else self._source
+        self.weights[:] = bytes(len(self.weights))
+
+    def wake(self) -> None:
+        self.weights[:] = self._away
 
     def weights_sample(self) -> str:
         return digest(bytes(self.weights))

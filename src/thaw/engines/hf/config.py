@@ -200,6 +200,15 @@ def may_have_windows(model: str) -> bool:
     return bool(windows(text if isinstance(text, Mapping) else whole))
 
 
+def model_type(model: str) -> str:
+    """What the config.json says that `may_have_windows` reads; "" where there is none that can be read."""
+    path = _config_file(model)
+    try:
+        return str(read_object(path).get("model_type", "")) if path is not None else ""
+    except nonsense(OSError, ValueError, ThawError):  # the engine says what is wrong with it
+        return ""
+
+
 def _config_file(model: str) -> Path | None:
     if Path(model).is_dir():
         return Path(model, "config.json")

@@ -9,8 +9,10 @@ same user on one host, or share the folder; that is also what a store needs.
     plans/<id>             a hydrate plan
     grants/<id>            empty: the sender of the message of this id may change what all share
     callers/<name>         empty: messages that say this name are of a client that shares the folder
+    adapters/<id>          a copy of an adapter that a client had the engine load, under the hash of its content
     entropies/<id>         of the tokens of a run, 8 bytes each; made by the client, filled by the first worker
     answers/<id>.<from>    an answer; <from> is "s" (scheduler) or a worker's rank
+    commands/<id>          a command whose request the server's front end holds back, in an engine that looks for such
     facts/<from>           what a process says about itself
     facts/tight.<rank>     callers whose KV has little room left in a worker's arena; not there while all have much
     facts/lock             locked by the engine for as long as its process lives
@@ -33,7 +35,7 @@ from typing import TypeVar
 import msgspec
 
 from thaw.core.canonical import prepare
-from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed
+from thaw.core.errors import Busy, CorruptBlob, EngineDied, InvalidRequest, NotFound, StorageFailed, ThawError
 from thaw.data.files import read_own, storage_errors
 from thaw.data.locations import StoreMount
 from thaw.data.private import is_own, make_private
@@ -66,7 +68,7 @@ class Mailbox:
         try:
             for folder in _own_part(self.folder):
                 make_private(folder, close=True)
-            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers", "entropies"):
+            for name in ("", "stores", "plans", "answers", "facts", "grants", "callers", "entropies", "commands"):
                 make_private(self.folder / name)
         except StorageFailed as error:
             raise StorageFailed(f"the mail folder {self.folder} cannot be used: {error}") from None
@@ -106,6 +108,11 @@ class Mailbox:
         """For whoever started the engine, when it is gone: the whole folder, other data-parallel ranks' too."""
         ranked = self.folder.parent.parent.name == ROOT
         shutil.rmtree(self.folder.parent if ranked else self.folder, ignore_errors=True)
+
+    @property
+    def adapters(self) -> Path:
+        """Where copies of adapters lie, each under its id; made by whoever has one loaded."""
+        return self.folder / "adapters"
 
     # -- stores
 
@@ -181,6 +188,29 @@ class Mailbox:
                 f"{type(message).__name__.lower()}: it would change everybody's sessions, so it is for those who share "
                 "the engine's mail folder; use thaw's own client there, as the same user"
             )
+
+    # -- commands
+
+    def leave_command(self, message: Message) -> None:
+        """For the engine, which takes it out, where the request that carries it has not arrived by then."""
+        _put(self.folder / "commands" / message.id, msgspec.json.encode(message))
+
+    def withdraw_command(self, name: str) -> None:
+        _drop(self.folder / "commands" / name)
+
+    def take_commands(self) -> tuple[bytes, ...]:
+        """Those that were left, as they were written; they are taken out. Never raises, for it stands in the engine's
+        loop."""
+        found = []
+        with contextlib.suppress(OSError):
+            for path in sorted((self.folder / "commands").iterdir()):
+                if path.name.startswith("."):  # being written
+                    continue
+                with contextlib.suppress(OSError, ThawError):
+                    found.append(_bytes(path))
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return tuple(found)
 
     # -- answers
 
@@ -269,7 +299,7 @@ class Mailbox:
     def sweep(self) -> None:
         """Remove what was never fetched."""
         limit = time.time() - STALE_S
-        for name in ("plans", "answers", "grants", "entropies"):
+        for name in ("plans", "answers", "grants", "entropies", "commands"):
             for path in (self.folder / name).iterdir():
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < limit:

@@ -19,12 +19,14 @@ import msgspec
 from thaw.core.cache import CacheGroup
 from thaw.core.errors import InvalidRequest
 
-VERSION = 8
+VERSION = 9
 KEY = "thaw"
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """128 random bits, in hex: unguessable, and safe as a file name."""
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 PackName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")]
+AdapterName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^b3:[0-9a-f]{64}\Z")]
+"""The id of an adapter, of its content."""
 MAX_RANKS = 64
 SALT = "thaw:"
 """How the cache salt of a lineage begins; one that shares its prefix with everybody has the user's own or none."""
@@ -73,6 +75,8 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     completion: the grammar is told of them before the first new one. `ends_early`: the client may end it some tokens
     before the engine does (at a stop string), and continue from there. `points`: of a model that keeps states, numbers
     of tokens at which a step of the request ends, in its answer or at its prompt's end; the states then are kept.
+    `adapter`: the id of the adapter under which it runs (None: the model alone). The engine compares it with the
+    request's own, and with the source's.
     """
 
     record: Name
@@ -86,6 +90,7 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
     grammar_from: Count | None = None
     ends_early: bool = False
     points: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_POINTS)] = ()
+    adapter: AdapterName | None = None
 
     def __post_init__(self) -> None:
         if self.num_kv and self.source is None:
@@ -97,10 +102,13 @@ class Run(Message, frozen=True, kw_only=True, tag="run"):
 
 
 class Fill(Message, frozen=True, kw_only=True, tag="fill"):
-    """Read the plan that lies in the mail under this id into the new record `record`."""
+    """Read the plan that lies in the mail under this id into the new record `record`. Its first `num_kv` tokens, whole
+    slices of the plan, are those that `source` has; they are not read."""
 
     for_sharers: ClassVar[bool] = True
     record: Name
+    source: Name | None = None
+    num_kv: Count = 0
 
 
 class Write(Message, frozen=True, kw_only=True, tag="write"):
@@ -279,7 +287,9 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     `eos_token_ids`: the ends of text that the model's files name. `more_ends`: other tokens at which this server ends a
     request that does not say `ignore_eos`. `overrides`: fields of the model's config, as resolved, that the engine was
     told to run in place of those in its folder. `interior`: its snapshots hold the windows of all tokens.
-    `point_multiple`: how many tokens the model's recurrent kernel reads at a time."""
+    `point_multiple`: how many tokens the model's recurrent kernel reads at a time. `sleep_levels`: those of
+    `Engine.sleep` that this server, as it was started, sleeps with safely. `max_adapters`: of how many adapters
+    requests may be in one step; 0 where it runs none. `takes_mail`: it looks for commands in the mail, too."""
 
     protocol: int
     thaw: str
@@ -304,9 +314,12 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     overrides: dict[str, Any] = {}
     interior: bool = False
     point_multiple: int = 1
+    sleep_levels: tuple[int, ...] = ()
+    max_adapters: int = 0
+    takes_mail: bool = False
 
 
-PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies")
+PER_WORKER = ("arena_nbytes", "spilled_nbytes", "state_copies", "reader_loads", "reader_waits")
 """Counts that every worker has its own of."""
 
 

@@ -15,6 +15,7 @@ MAX_LOGPROBS = 100
 
 NumBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+NumReaders: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=64)]
 Fraction: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -34,6 +35,8 @@ class ServedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The folder of the file that holds what is beyond `arena_nbytes`. None: the system's temporary folder."""
     spill_nbytes: NumBytes = 64 << 30
     """How much that file may hold, of each rank."""
+    readers: NumReaders = 0
+    """Processes beside each rank's that read packs into the arena. 0: threads of the rank's own process read them."""
     caller_fraction: Fraction = 1.0
     """The part of `arena_nbytes`, of `spill_nbytes`, of the records and of the commands held at once that one client of
     thaw's may have."""

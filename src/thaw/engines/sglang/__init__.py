@@ -23,12 +23,13 @@ def load(
     arena_nbytes: int | None = None,
     spill: str | None = None,
     interior: bool | None = None,
+    readers: int | None = None,
     **options: Any,
 ) -> Engine:
     """Boot an SGLang of this process's own, in processes of its own that end with it.
 
-    `model` is a folder or a hub id. `arena_nbytes`, `spill`, `interior`: see `settings.SglangSettings`. All other
-    options are SGLang's own arguments (page_size, tp_size, max_total_tokens, …); `max_model_len` and
+    `model` is a folder or a hub id. `arena_nbytes`, `spill`, `interior`, `readers`: see `settings.SglangSettings`. All
+    other options are SGLang's own arguments (page_size, tp_size, max_total_tokens, …); `max_model_len` and
     `tensor_parallel_size` mean what they mean in other engines. Raises `EngineDied` when SGLang does not start, with
     what its log says.
     """
@@ -38,7 +39,7 @@ def load(
     found = importlib.util.find_spec("sglang")
     if found is None or found.origin is None:
         raise NotFound("the sglang engine needs SGLang 0.5.23 in this environment (make .venv-sglang, on a CPU)")
-    given = {"arena_nbytes": arena_nbytes, "spill": spill, "interior": interior}
+    given = {"arena_nbytes": arena_nbytes, "spill": spill, "interior": interior, "readers": readers}
     settings = msgspec.structs.replace(SglangSettings(), **{k: v for k, v in given.items() if v is not None})
     return boot(str(model), policy=policy, settings=settings, **options)
 

@@ -197,7 +197,7 @@ def abort_request(original: Callable[..., None], scheduler: Any, request: Any) -
 def poll_timeout_aborts(original: Callable[..., list[Any]], scheduler: Any) -> list[Any]:
     """SGLang asks its first rank alone, and sends what that finds to all with the requests of the step."""
     found, side = original(scheduler), _side()
-    due = Due(*side.due(), _WAITING.late()) if side is not None else None
+    due = Due(*side.due(), _WAITING.late(), side.left()) if side is not None else None
     return [*found, due] if due else found
 
 
@@ -207,6 +207,8 @@ def process_input_requests(original: Callable[..., None], scheduler: Any, reques
         for due in [request for request in requests if isinstance(request, Due)]:
             side.end_due(due)
             _WAITING.start_late(due.groups)
+            for command in due.commands:
+                side.mailed(command)
         requests = [request for request in requests if not isinstance(request, Due)]
     original(scheduler, requests)
 

@@ -121,6 +121,8 @@ def make_side(context: Any, cache: Any, settings: Any) -> Any:
         notes=tuple(versions.notes(sglang.__version__)),
         overrides=overrides,
         interior=settings.interior,
+        sleep_levels=versions.sleep_levels(context.server_args, facts.layout["device"]),
+        takes_mail=True,
     )
     if rank == 0:
         mail.claim()

@@ -10,10 +10,11 @@ from typing import Any
 from thaw.core.errors import ThawError, Unsupported
 from thaw.engines.hf.config import load_config, overridden, ropes
 
+NO_ADAPTERS = "adapters are part of a session's identity on vLLM alone: merge it into the model, or use vLLM"
 REFUSED = (
     ("speculative_algorithm", "a draft's state is not captured"),
     ("enable_hierarchical_cache", "two tiers below one tree; thaw's arena is the one"),
-    ("enable_lora", "adapters are not part of a session's identity here yet"),
+    ("enable_lora", NO_ADAPTERS),
     ("enable_dp_attention", "ranks own requests there, not heads"),
     ("disable_radix_cache", "a session's KV is found in the tree"),
     ("enable_mixed_chunk", "a decode step inside a prefill batch has other bits"),
@@ -34,7 +35,7 @@ ALONE = (
     ("session_params", "SGLang's own session and thaw's are two; leave one of the two out"),
     ("input_embeds", "a session is made of tokens"),
     ("mm_inputs", "media features are not part of a session yet"),
-    ("lora_id", "adapters are not part of a session's identity here yet"),
+    ("lora_id", NO_ADAPTERS),
     ("custom_logit_processor", "thaw chooses the tokens of its requests itself"),
 )
 GRAMMAR = ("json_schema", "regex", "ebnf", "structural_tag")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from thaw.core.errors import Unsupported
 
@@ -36,3 +37,13 @@ def _number(release: str) -> tuple[int, ...] | None:
         return int(major), int(minor), int(patch)
     except ValueError:
         return None
+
+
+def sleep_levels(arguments: Any, device: str) -> tuple[int, ...]:
+    """Those of `Engine.sleep` with which a server of these arguments sleeps and wakes with its weights. On a CPU SGLang
+    keeps all memory, and empties its cache."""
+    if device == "cpu":
+        return (1, 2)
+    if not getattr(arguments, "enable_memory_saver", False):
+        return ()
+    return (1, 2) if getattr(arguments, "enable_weights_cpu_backup", False) else (2,)

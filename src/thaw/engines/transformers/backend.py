@@ -31,6 +31,7 @@ from thaw.engines.transformers.identity import model_identity
 from thaw.engines.transformers.kv import TorchExtent
 from thaw.engines.transformers.loading import LoadedModel, weights_like
 from thaw.engines.transformers.packed import Packed
+from thaw.engines.transformers.resting import RestingWeights
 from thaw.engines.transformers.sampler import choose, largest
 from thaw.engines.transformers.single import Single, check, positions, takes_positions
 
@@ -76,6 +77,7 @@ class TransformersBackend(Backend):
         self.codec: HFCodec = HFCodec(loaded.tokenizer, self.eos_token_ids)
         self.numerics = _numerics(self._device) | (_kernels() if point_groups(self.groups) else {})
         self._first_sample: str | None = None
+        self._resting = RestingWeights(module, self._device, loaded)
         self._probe()
 
     def extent(self, num_pages: int) -> TorchExtent:
@@ -130,8 +132,21 @@ class TransformersBackend(Backend):
             with torch.inference_mode():
                 for name, tensor in self._module.state_dict().items():
                     tensor.copy_(module[name])
+            self._resting.source = str(source)
 
         return put
+
+    def require_sleep(self, level: int) -> None:
+        self._resting.require(level)
+
+    def sleep(self, level: int) -> None:
+        self._resting.leave(level)
+
+    def free(self) -> None:
+        self._resting.free()
+
+    def wake(self) -> None:
+        self._resting.come_back()
 
     def weights_sample(self) -> str:
         sample = sample_weights(self._module)

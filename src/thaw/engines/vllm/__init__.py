@@ -22,15 +22,19 @@ def load(
     async_nbytes: int | None = None,
     spill: str | None = None,
     interior: bool | None = None,
+    readers: int | None = None,
     beside: Sequence[str | Mapping[str, object]] = (),
+    adapters: Mapping[str, str] = {},
     **options: Any,
 ) -> Engine:
     """Boot a vLLM of this process's own (an `AsyncLLM`, its engine core and workers in processes of their own).
 
-    `model` is a folder or a hub id. `arena_nbytes`, `async_nbytes`, `spill`, `interior`: see `settings.VllmSettings`.
+    `model` is a folder or a hub id. `arena_nbytes`, `async_nbytes`, `spill`, `interior`, `readers`: see
+    `settings.VllmSettings`.
     `beside`: connectors that stand beside thaw's in a `MultiConnector`, each a name or a mapping as vLLM's
-    kv_transfer_config takes it. All other options are vLLM's engine arguments by their own names (max_model_len,
-    tensor_parallel_size, …).
+    kv_transfer_config takes it. `adapters`: folders of LoRA adapters by the names that sessions call them
+    (`Engine.load_adapter`); all of them may be in one step, unless max_loras says otherwise. All other options are
+    vLLM's engine arguments by their own names (max_model_len, tensor_parallel_size, …).
     Raises `Unsupported` naming what thaw cannot capture, `EngineDied` when vLLM does not start.
     """
     try:
@@ -42,9 +46,21 @@ def load(
     from thaw.engines.vllm.client.boot import boot
     from thaw.engines.vllm.settings import VllmSettings
 
-    given = {"arena_nbytes": arena_nbytes, "async_nbytes": async_nbytes, "spill": spill, "interior": interior}
+    given = {
+        "arena_nbytes": arena_nbytes, "async_nbytes": async_nbytes, "spill": spill, "interior": interior,
+        "readers": readers,
+    }  # fmt: skip
     settings = msgspec.structs.replace(VllmSettings(), **{k: v for k, v in given.items() if v is not None})
-    return boot(str(model), policy=policy, settings=settings, beside=beside, **options)
+    if adapters:
+        options = {"enable_lora": True, "max_loras": len(adapters), **options}
+    engine = boot(str(model), policy=policy, settings=settings, beside=beside, **options)
+    try:
+        for name, folder in adapters.items():
+            engine.load_adapter(name, folder)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def attach(url: Any, *, policy: str = "0", api_key: str | None = None) -> Engine:

@@ -80,6 +80,7 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._changes = Changes()
         self._lost: set[str] = set()
+        self._kv_caches: dict[str, torch.Tensor] = {}
         self._tables = of_groups(kv_cache_config.kv_cache_groups)
         self._shares_blocks = _shares_blocks(vllm_config, self._tables, kv_cache_config.kv_cache_groups)
         self._may_sleep = bool(getattr(vllm_config.model_config, "enable_sleep_mode", False))
@@ -150,6 +151,8 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
             notes=tuple(versions.notes(vllm.__version__)),
             overrides=overrides,
             interior=self._settings.interior,
+            sleep_levels=versions.sleep_levels(config, vllm.__version__),
+            max_adapters=config.lora_config.max_loras if config.lora_config is not None else 0,
             point_multiple=chunk(model.hf_text_config.to_dict()) if self._tables.states else 1,
         )
         self._mail.post(SCHEDULER, facts)
@@ -208,9 +211,30 @@ class ThawConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- workers' side
 
+    @classmethod
+    def supports_sleep_mode(cls, *_: Any) -> bool:
+        """Asked from 0.33 on, at boot."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """Called from 0.33 on before the KV cache is unmapped: copies under way end, and all that was made of the
+        caches is let go of. Their addresses stay vLLM's, so the tensors are good again once they are mapped."""
+        if self._worker is not None:
+            self._worker.let_go()
+
+    def restore_kv_caches(self) -> None:
+        """Called from 0.33 on when it is mapped again; nothing of its content is left."""
+        if self._worker is not None:
+            found = self._found(self._kv_caches)
+            self._worker.take_back(found.layouts, found.states)
+
+    def _found(self, kv_caches: dict[str, torch.Tensor]) -> Caches:
+        return self._hybrid_caches(kv_caches) if self._tables.states else self._token_caches(kv_caches)
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._kv_caches = kv_caches
         parallel, groups = self._config.parallel_config, self._kv_cache_config.kv_cache_groups
-        found = self._hybrid_caches(kv_caches) if self._tables.states else self._token_caches(kv_caches)
+        found = self._found(kv_caches)
         of_tokens = [groups[number].kv_cache_spec for number in self._tables.tokens]
         require_whole_blocks(found.layouts, [of_tokens[table] for table in found.tables])
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size

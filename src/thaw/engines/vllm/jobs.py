@@ -101,11 +101,13 @@ class Fail:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Fill `record` of `caller` from the plan `name` in the mail."""
+    """Fill `record` of `caller` from the plan `name` in the mail; the first `shared` tokens are those of `source`."""
 
     name: str
     record: str
     caller: str
+    source: str | None = None
+    shared: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from thaw.engines.kind import ConfigFile, EngineKind, Server, Settings, Start, W
 from thaw.engines.served import protocol
 from thaw.engines.served.client import lookup
 from thaw.engines.served.settings import settled
-from thaw.engines.vllm import settings
+from thaw.engines.vllm import settings, vision
 
 CONFIG = "engine.yaml"
 ENGINES = ("LLM", "AsyncLLM")
@@ -40,6 +40,9 @@ class VllmServer(Server):
         write_atomic(config, settings.config_file(own, windows=may_have_windows(wanted.model)).encode())
         line = settings.server_command(wanted.model, config, wanted.port, python=wanted.python)
         return Start([*line, "--host", wanted.host, *wanted.arguments], mail=own.mail, config=str(config))
+
+    def needs(self, model: str) -> Mapping[str, str]:
+        return vision.needs(model)
 
     def config_file(self, told: Settings) -> ConfigFile:
         own = _settings(told)

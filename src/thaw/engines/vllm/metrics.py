@@ -22,6 +22,8 @@ COUNTERS = {
     "loaded_tokens": "Tokens whose KV thaw loaded into the engine's blocks.",
     "hit_tokens": "Tokens of thaw's requests whose KV still was in the engine's blocks.",
     "state_copies": "Recurrent states that were copied out of the engine's blocks.",
+    "reader_loads": "Sessions read from packs by processes beside the workers.",
+    "reader_waits": "Times that a worker waited for these processes.",
 }
 GAUGES = {
     "records": "Sessions whose KV the engine keeps.",

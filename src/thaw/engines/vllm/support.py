@@ -98,7 +98,7 @@ def require_config(config: Any) -> None:
             "without speculative_config (--speculative-config). A model's own layers for drafts (MTP) do not run then"
         )
     if config.lora_config is not None:
-        raise Unsupported("LoRA: adapters are not part of a session's identity here yet; start vLLM without it")
+        _require_lora(config)
     if parallel.pipeline_parallel_size > 1:
         raise Unsupported(f"pipeline_parallel_size={parallel.pipeline_parallel_size}: ranks own layers; not supported")
     if parallel.tensor_parallel_size > MAX_RANKS:
@@ -120,6 +120,25 @@ def require_config(config: Any) -> None:
     if config.device_config.device_type == "cpu" and block_size % CPU_BLOCKS and not latents:
         raise Unsupported(
             f"block_size={block_size}: on a CPU vLLM's attention takes multiples of {CPU_BLOCKS}; leave it out for 128"
+        )
+
+
+def _require_lora(config: Any) -> None:
+    """Where adapters may be: on releases and models that they were tested with."""
+    import vllm
+
+    if not versions.has_kinds(vllm.__version__):
+        raise Unsupported(f"LoRA on vLLM {vllm.__version__}: adapters are part of a session from 0.32 on")
+    if recurrent.is_hybrid(config):
+        raise Unsupported("LoRA on a model with recurrent layers: this was not tested; start vLLM without enable_lora")
+
+
+def require_adapter(lora: Any) -> None:
+    """Raise `Unsupported` for a request's adapter whose content may change from step to step."""
+    if getattr(lora, "load_inplace", False):
+        raise Unsupported(
+            f"adapter {lora.lora_name} was loaded in place (load_inplace): vLLM reads its files again with every step, "
+            "so which content runs is not known; load it under another name"
         )
 
 

@@ -40,6 +40,26 @@ def notes(version: str) -> list[str]:
     return []
 
 
+SLEEP_HOOKS = (0, 33)
+"""The first release that tells a connector when the KV cache is unmapped and mapped again (`unregister_kv_caches`,
+`restore_kv_caches`)."""
+
+
+def has_sleep_hooks(version: str) -> bool:
+    """Whether it is that release or a newer one."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= SLEEP_HOOKS
+
+
+def sleep_levels(config: Any, version: str) -> tuple[int, ...]:
+    """Those with which an engine of this configuration sleeps safely. On a CPU vLLM pauses and keeps all memory. With
+    level 2 the weights of adapters go too, and vLLM does not read those again."""
+    levels = (1, 2) if config.lora_config is None else (1,)
+    if config.device_config.device_type == "cpu":
+        return levels
+    return levels if config.model_config.enable_sleep_mode and has_sleep_hooks(version) else ()
+
+
 KINDS = (0, 32)
 """The first release that thaw supports latents (MLA), windows and the text part of multimodal classes on."""
 

@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from thaw.core.errors import EngineDied
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
@@ -29,6 +31,7 @@ from thaw.engines.base import (
     Message,
     SessionRef,
     SessionView,
+    require_no_adapter,
 )
 from thaw.engines.promise import Promise
 from thaw.pool.rpc import protocol
@@ -157,21 +160,35 @@ class CodecProxy(Codec):
         return found
 
 
+NOT_FROM_HERE = frozenset({"sleep", "adapters"})
+"""What no message asks an engine in another process for."""
+
+
 class EngineProxy(Engine):
     """The engine of one host process. `close` ends that process' engine."""
 
     def __init__(self, line: RpcClient, booted: Booted) -> None:
         self._line = line
         self._policy = booted.policy_version
-        self.info = booted.info
+        capabilities = booted.info.capabilities - NOT_FROM_HERE
+        self.info = msgspec.structs.replace(booted.info, capabilities=capabilities)
         self.options = booted.options
         self.codec = CodecProxy(line)
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        require_no_adapter(self, adapter)
         found: ModelIdentity = self._line.ask(protocol.Identity(id=self._line.number())).result()
         return found
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        require_no_adapter(self, adapter)
         call = protocol.Open(id=self._line.number(), seed=seed, salt=salt, share_prefix=share_prefix)
         return SessionRef(self._line.ask(call).result())
 

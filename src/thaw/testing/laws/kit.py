@@ -110,7 +110,7 @@ def until(holds: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     ends = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < ends, "it never came to that"
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def wait_for(handle: Handle[Any], num_tokens: int) -> None:

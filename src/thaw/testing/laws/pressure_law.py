@@ -26,7 +26,7 @@ import pytest
 from thaw.core.errors import InvalidRequest, NotFound
 from thaw.engines.base import GenerateRequest, SessionRef
 from thaw.engines.served.client.engine import ServedEngine
-from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, same, seeded
+from thaw.testing.laws.kit import LIMIT_S, Lab, greedy, ids, same, seeded
 from thaw.testing.plans import mount_at
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ class PressureTests:
         node = engine._sessions[session].node
         assert node is not None
         engine._talk.dropped.append(node.name)
+        told = engine.view(session)
         with pytest.raises(NotFound, match="let go"):
             lab.one(engine, session, greedy(2), (1,))
+        assert engine.view(session) == told
         assert len(lab.one(engine, other, greedy(2)).token_ids) == 2
 
     def test_pins_hold_memory_and_let_it_go(self, engine: ServedEngine, lab: Lab) -> None:
@@ -165,6 +167,32 @@ class PressureTests:
         finally:
             engine.switch(on=True)
         same(expected, lab.one(engine, lab.twin(engine, session), greedy(4)))
+
+    def test_what_the_engine_refuses_leaves_nothing_in_the_session(self, engine: ServedEngine, lab: Lab) -> None:
+        """No prompt and no turn, of a generation, of one in a batch, of an append; an interrupted turn stays one."""
+        one, two, whole = lab.begin(engine, 300), lab.begin(engine, 40), lab.begin(engine, 60)
+        rest = lab.one(engine, whole, greedy(8))
+        half = lab.twin(engine, whole, at=64)
+        sessions = (one, two, half)
+        told = [engine.view(session) for session in sessions]
+        attempts: list[Callable[[], object]] = [
+            lambda: lab.one(engine, one, greedy(4), ids(20)),
+            lambda: lab.run(engine, *sessions, sampling=greedy(4), prompt=ids(20)),
+            lambda: engine.append(half, ids(20), text="more", role="user").result(LIMIT_S),
+            lambda: lab.resume(engine, half),
+        ]
+        engine.switch(on=False)
+        try:
+            for attempt in attempts:
+                with pytest.raises(InvalidRequest, match="switched off"):
+                    attempt()
+                assert [engine.view(session) for session in sessions] == told
+        finally:
+            engine.switch(on=True)
+        resumed = lab.resume(engine, half)[0]
+        assert (resumed.token_ids, resumed.finish_reason) == (rest.token_ids, "length")
+        twin = lab.twin(engine, one)
+        same(*(lab.one(engine, session, greedy(4), ids(20)) for session in (one, twin)))
 
     @pytest.mark.timeout(3600)
     def test_random_operations_leak_nothing_and_give_no_wrong_token(

@@ -26,6 +26,7 @@ from thaw.engines.base import (
     HydratePlan,
     SessionRef,
     SessionView,
+    require_no_adapter,
 )
 from thaw.engines.error_kinds import made
 from thaw.engines.fake.codec import FakeCodec
@@ -41,11 +42,20 @@ class HttpEngine(Engine):
         self._url, self._policy, self._open = url.rstrip("/"), policy, set[SessionRef]()
         self.info, self.codec, self.options = self._ask("info"), FakeCodec(), {"url": self._url}
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        require_no_adapter(self, adapter)
         found: ModelIdentity = self._ask("identity")
         return msgspec.structs.replace(found, policy=self._policy)
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        require_no_adapter(self, adapter)
         return self._opened(self._ask("open", seed=seed, salt=salt, share_prefix=share_prefix))
 
     def append(

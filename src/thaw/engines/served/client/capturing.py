@@ -30,7 +30,7 @@ Found: TypeAlias = dict[tuple[int, str, int], list[Blob]]
 
 async def capture(session: ServedSession, plan: CapturePlan, talk: EngineChannel, model: ServedModel) -> Captured:
     """Also while it runs: then as far as it has come. Written and synced when this returns."""
-    identity = await model.identity()
+    identity = await model.identity(session.adapter)
     if session.policy != identity.policy:
         raise StaleSession("the policy changed while the session was being captured; nothing was kept")
     lane = session.busy

@@ -24,6 +24,8 @@ from thaw.engines.served.mailbox import SCHEDULER
 from thaw.engines.served.protocol import Answer, Message, WorkerFacts, merge
 
 COMMAND_LIMIT_S = 600.0
+HELD_S = 1.0
+"""A request that has had no answer for so long may be held back by the server's front end."""
 FAREWELL_LIMIT_S = 5.0
 RUN_LIMIT_S = 30.0
 """How long what the connector says of a run may come after the run's end."""
@@ -47,10 +49,13 @@ class EngineChannel:
         if message.for_owner:
             self.mail.grant(message.id)
         submission = Submission(message.id, [0], self.dialect.one_token, None, message)
-        sending = asyncio.create_task(self._drain(submission))
+        sending, left = asyncio.create_task(self._drain(submission)), self._leave_later(message)
         try:
             answers = await self._mailed(message.id, senders or self._ranks, sending)
         finally:
+            if left is not None:
+                left.cancel()
+                self.mail.withdraw_command(message.id)
             await self.transport.abort(submission.name)
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
@@ -58,6 +63,12 @@ class EngineChannel:
         if answer.kind:
             raise refusal(answer)
         return answer
+
+    def _leave_later(self, message: Message) -> asyncio.TimerHandle | None:
+        """Leave it in the mail, too, if it takes longer: a front end that its owner has paused holds requests back."""
+        if not self.transport.facts.takes_mail:
+            return None
+        return asyncio.get_running_loop().call_later(HELD_S, self.mail.leave_command, message)
 
     async def run(self, submission: Submission, take: Callable[[Chunk], bool]) -> Answer:
         """Stream a request through `take` until it says enough; what the engine says at the end, refusals too."""

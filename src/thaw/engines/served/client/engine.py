@@ -8,12 +8,14 @@ is in its `Dialect`.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from thaw.core.cache import CacheGroup, keeps_all, point_groups
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, StaleSession
+from thaw.core.errors import Busy, Conflict, EngineDied, InvalidRequest, NotFound, StaleSession, Unsupported
 from thaw.core.identity import ModelIdentity
 from thaw.core.objects import Chat
 from thaw.core.proof import Continuation
@@ -31,6 +33,7 @@ from thaw.engines.base import (
     HydratePlan,
     SessionRef,
     SessionView,
+    check_sleep_level,
 )
 from thaw.engines.promise import Promise
 from thaw.engines.served import protocol
@@ -55,6 +58,7 @@ WITHOUT_STATES = frozenset({"fork-running"})
 WITH_STATES = frozenset({"points"})
 """What it has of such a model alone."""
 MAX_TOP_LOGPROBS = 100
+T = TypeVar("T")
 
 
 class ServedEngine(Engine):
@@ -86,6 +90,9 @@ class ServedEngine(Engine):
         self._model = ServedModel(self._talk, self.info, codec, policy, identity)
         self._pins = ClientPins(loop, self._talk)
         self._generation = Generation(loop, self._talk, self._model)
+        self._asleep = 0
+        self._under_way: set[asyncio.Task[Any]] = set()
+        """What reads or writes KV, weights or adapters: the engine does not fall asleep in the middle of it."""
 
     def _info(
         self, facts: EngineFacts, worker: WorkerFacts, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]
@@ -114,16 +121,39 @@ class ServedEngine(Engine):
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
         """`capabilities`, as far as this server has them."""
-        return self.capabilities
+        found = {"sleep": facts.sleep_levels, "adapters": facts.max_adapters}
+        return self.capabilities | {name for name, has in found.items() if has}
 
     # -- the contract
 
-    def identity(self) -> ModelIdentity:
-        return self._loop.wait(self._model.identity())
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        async def look() -> ModelIdentity:
+            return await self._model.identity(await self._model.adapters.id_of(adapter) if adapter else None)
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+        return self._loop.wait(self._whole(look))
+
+    def adapters(self) -> dict[str, str]:
+        return self._loop.wait(self._model.adapters.listed())
+
+    def load_adapter(self, name: str, folder: str | Path) -> str:
+        return self._loop.wait(self._whole(lambda: self._model.adapters.load(name, Path(folder))))
+
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
+        self._require_awake()
         number = fresh_seed() if seed is None else int(check_seed(seed))
-        return self._loop.wait(soon(lambda: self._admit(new_session(self._model.policy, number, salt, share_prefix))))
+
+        async def begin() -> SessionRef:
+            found = (await self._model.adapters.find(adapter)).id if adapter else None
+            return self._admit(new_session(self._model.policy, number, salt, share_prefix, found))
+
+        return self._loop.wait(begin())
 
     def view(self, session: SessionRef) -> SessionView:
         return self._loop.wait(soon(lambda: self._get(session).view()))
@@ -154,15 +184,21 @@ class ServedEngine(Engine):
         return self._loop.begin(lambda promise: self._generation.generate(promise, self._batch(asked), asked))
 
     def capture(self, session: SessionRef, plan: CapturePlan) -> Handle[Captured]:
-        return self._loop.begin(lambda _: capturing.capture(self._fresh(session), plan, self._talk, self._model))
+        async def write() -> Captured:
+            return await capturing.capture(self._fresh(session), plan, self._talk, self._model)
+
+        return self._loop.begin(lambda _: self._whole(write))
 
     def hydrate(self, plan: HydratePlan) -> Handle[Hydrated]:
-        async def restore(_: object) -> Hydrated:
-            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation)
+        self._require_awake()
+
+        async def restore() -> Hydrated:
+            beside = self._sessions.get(plan.beside) if plan.beside is not None else None
+            session = await hydrating.hydrate(plan, self._talk, self._model, self._generation, beside)
             assert session.proof is not None
             return Hydrated(session=self._admit(session), proof=session.proof)
 
-        return self._loop.begin(restore)
+        return self._loop.begin(lambda _: self._whole(restore))
 
     def fork(
         self,
@@ -185,7 +221,7 @@ class ServedEngine(Engine):
             await self._generation.read_again(promise, child)
             return self._admit(child)
 
-        return self._loop.begin(again)
+        return self._loop.begin(lambda promise: self._whole(lambda: again(promise)))
 
     def park(self, session: SessionRef) -> Handle[SessionView]:
         def put_away() -> SessionView:
@@ -200,6 +236,7 @@ class ServedEngine(Engine):
         the engine end, so that the server's own reset of its prefix cache works."""
         if not version or len(version) > 200:
             raise InvalidRequest(f"policy version {version!r}: must be 1 to 200 characters")
+        self._require_awake()
 
         async def change() -> None:
             self._model.policy = version
@@ -224,10 +261,80 @@ class ServedEngine(Engine):
     def release_pins(self) -> None:
         """End all pins of the engine, other clients' too: before the server's own reset, pause, sleep or weight update.
         Works while the engine is paused."""
+        self._require_awake()
         self._loop.wait(self._pins.end_all())
+
+    def require_sleep(self, *, level: int = 1) -> None:
+        check_sleep_level(level)
+        self._require_awake()
+        if level not in self._transport.facts.sleep_levels:
+            raise Unsupported(self.no_sleep(self._transport.facts, level))
+
+    @classmethod
+    def no_sleep(cls, facts: EngineFacts, level: int) -> str:
+        """Why this server does not sleep with this level, and what to do."""
+        return f"this {cls.name} cannot be put to sleep with sessions of thaw's; close it, and start it again"
+
+    def sleep(self, *, level: int = 1) -> tuple[SessionRef, ...]:
+        """See the contract. Every session's KV is in the arena, in host memory, and comes back by itself. Raises `Busy`
+        while sessions of other clients run, too; requests that carry none end as the server's own sleep mode has it."""
+        self.require_sleep(level=level)
+        self._loop.wait(self._fall_asleep(level))
+        return ()
+
+    def wake(self) -> None:
+        self._loop.wait(self._wake_up())
+
+    async def _fall_asleep(self, level: int) -> None:
+        running = sum(live.busy is not None for live in self._sessions.values())
+        if running:
+            raise Busy(f"{running} sessions are running; wait for their results or cancel them (repo.sleep() does)")
+        self._asleep = level
+        try:
+            if self._under_way:
+                await asyncio.wait(self._under_way)
+            await self._pins.end_all()
+            stats = protocol.GetStats(id=secrets.token_hex(16))  # answered behind all that is to be saved
+            others = (await self._talk.command(stats)).counts["running"]
+            if others:
+                raise Busy(
+                    f"{self._transport.facts.engine} works for others: {others} requests of their sessions run; wait "
+                    "for their end, or have these clients stop them"
+                )
+            await self._put_to_sleep(level)
+        except BaseException:
+            self._asleep = 0
+            raise
+
+    async def _wake_up(self) -> None:
+        if not self._asleep:
+            raise Conflict(f"engine {self.info.name} was not put to sleep from here")
+        await self._bring_back(self._asleep)
+        self._asleep = 0
+
+    async def _put_to_sleep(self, level: int) -> None:
+        """By the server's own sleep mode."""
+        await self._transport.sleep(level)
+
+    async def _bring_back(self, level: int) -> None:
+        await self._transport.wake(level)
+
+    async def _whole(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do what no session shows to be under way: sleep waits for it, and it does not begin during that."""
+        self._require_awake()
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await work()
+
+    def _require_awake(self) -> None:
+        if self._asleep:
+            raise Busy(f"engine {self.info.name} is asleep, and does nothing until engine.wake() (repo.wake())")
 
     def stats(self) -> dict[str, int]:
         """Counts of the engine: records, blocks (free, pinned), captures, hydrates, refusals, bytes of the arenas."""
+        self._require_awake()
         return self._loop.wait(self._talk.command(protocol.GetStats(id=secrets.token_hex(16)))).counts
 
     def switch(self, *, on: bool = True, watch_weights: bool = True) -> None:
@@ -236,6 +343,7 @@ class ServedEngine(Engine):
         `watch_weights` False leaves out the look at the weights where KV is used: only for owners who announce every
         change with `set_policy`, for what nobody announces is then not noticed.
         """
+        self._require_awake()
         message = protocol.Switch(id=secrets.token_hex(16), on=on, watch_weights=watch_weights)
         self._loop.wait(self._talk.command(message))
 
@@ -243,6 +351,7 @@ class ServedEngine(Engine):
         self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> list[Any]:
         """The server's own `collective_rpc` on every worker, for engines of this process: how trainers load weights."""
+        self._require_awake()
         return self._loop.wait(self._transport.collective_rpc(method, args, kwargs or {}))
 
     def alive(self) -> bool:
@@ -294,6 +403,7 @@ class ServedEngine(Engine):
 
     def _fresh(self, ref: SessionRef) -> ServedSession:
         """The session, if its KV is of the policy that runs now. The weights are looked at where KV is used."""
+        self._require_awake()
         live, policy = self._get(ref), self._model.policy
         if live.policy != policy:
             if live.computed():
@@ -368,4 +478,6 @@ def _inside(parent: ServedSession, at: int) -> int:
 def _of(groups: Sequence[CacheGroup], capabilities: frozenset[str], *, interior: bool) -> frozenset[str]:
     """Those of an engine's capabilities that it has of a model with these cache groups."""
     found = capabilities if interior else capabilities - {"interior-points"}
+    if keeps_all(groups):
+        found |= {"beside"}
     return (found - WITHOUT_STATES) | WITH_STATES if point_groups(groups) else found

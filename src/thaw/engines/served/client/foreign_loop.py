@@ -61,6 +61,18 @@ class ForeignLoopTransport(Transport):
     async def reload_weights(self, folder: str) -> None:
         await self._done(self._inner.reload_weights(folder))
 
+    async def sleep(self, level: int) -> None:
+        await self._done(self._inner.sleep(level))
+
+    async def wake(self, level: int) -> None:
+        await self._done(self._inner.wake(level))
+
+    async def adapters(self) -> dict[str, str]:
+        return await self._done(self._inner.adapters())
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        await self._done(self._inner.load_adapter(name, folder))
+
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         return await self._done(self._inner.post(route, body))
 

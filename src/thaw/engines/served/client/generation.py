@@ -71,10 +71,10 @@ class Generation:
         if not tokens:
             return session.view()
         session.require_state()
-        settle_turn(session)
         count = len(session.tokens) + len(tokens)
         ends = session.to_read(count) if self._model.keeps_states else [count]
         if not ends:
+            settle_turn(session)
             return _nothing_to_read(session, tokens, text, role, chat)
         request = GenerateRequest(session=session.ref, prompt=tuple(tokens), prompt_text=text, role=role, chat=chat)
         return await self._read(promise, session, request, ends)
@@ -91,6 +91,8 @@ class Generation:
     ) -> SessionView:
         """Read the request's prompt, a piece up to each of `ends`."""
         lane = claim(0, session, request, nobody, self._talk.dropped.append)
+        if request.prompt:
+            settle_turn(session)
         promise.on_cancel = lambda: self._cancel([lane])
         try:
             return await self._prefill(lane, ends)
@@ -130,11 +132,17 @@ class Generation:
         """Check every request before any session is touched."""
         for session, request in zip(sessions, asked, strict=True):
             self._check_request(session, request)
+        adapters = {session.adapter for session in sessions} - {None}
+        if len(adapters) > self._talk.transport.facts.max_adapters:
+            raise InvalidRequest(
+                f"generate: sessions of {len(adapters)} adapters in one batch; this engine runs at most "
+                f"{self._talk.transport.facts.max_adapters} in one step (its max_loras)"
+            )
         lanes = []
         for i, (session, request) in enumerate(zip(sessions, asked, strict=True)):
+            lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
             if not request.resume:
                 settle_turn(session)
-            lanes.append(claim(i, session, request, emit, self._talk.dropped.append))
         return lanes
 
     def _check_request(self, session: ServedSession, request: GenerateRequest) -> None:
@@ -218,7 +226,7 @@ class Generation:
         if turn.sampling.entropy:
             self._talk.mail.expect_entropies(lane.name)
         try:
-            answer = await self._talk.run(submission, take)
+            answer = await self._model.run(submission, session.adapter, take)
         finally:
             self._talk.mail.drop_entropies(lane.name)
         if lane.reason is None:
@@ -253,9 +261,8 @@ class Generation:
 
     async def _read_piece(self, lane: ActiveRequest, sent: Sequence[int]) -> Answer:
         one, salt = self._talk.dialect.one_token, lane.session.cache_salt or None
-        answer = await self._talk.run(
-            Submission(lane.name, list(sent), one, salt, lane.reading()), lambda _: not lane.aborted
-        )
+        submission = Submission(lane.name, list(sent), one, salt, lane.reading())
+        answer = await self._model.run(submission, lane.session.adapter, lambda _: not lane.aborted)
         if answer.kind:
             raise refusal(answer)
         if not lane.aborted and answer.num_tokens <= len(sent):

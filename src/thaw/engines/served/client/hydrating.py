@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
+from dataclasses import dataclass
+from typing import Any
 
-from thaw.core.errors import Busy, NotHit, PolicyMismatch, Refused, TooLong
+from thaw.core.cache import keeps_all
+from thaw.core.errors import (
+    Busy,
+    NotFound,
+    NotHit,
+    PolicyMismatch,
+    Refused,
+    StaleSession,
+    StorageFailed,
+    TooLong,
+    Unsupported,
+)
 from thaw.core.proof import Continuation, Proof
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
@@ -17,12 +31,21 @@ from thaw.engines.served.client.model import ServedModel
 from thaw.engines.served.client.session import Node, ServedSession, lineage_salt, new_session, with_gap
 from thaw.engines.served.client.transport import Chunk, Submission
 from thaw.engines.served.late_groups import late_groups
+from thaw.engines.served.protocol import Answer
 
 
-async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, generation: Generation) -> ServedSession:
+async def hydrate(
+    plan: HydratePlan,
+    talk: EngineChannel,
+    model: ServedModel,
+    generation: Generation,
+    beside: ServedSession | None = None,
+) -> ServedSession:
     """A session of the plan, with its proof. Raises `Refused` where it is another model's, or its KV was not kept, and
-    it may not be recomputed. Of a model that keeps states, that is what comes after the plan's point alone."""
-    identity = await model.identity()
+    it may not be recomputed. `beside`: the live session that the plan calls so. Of a model that keeps states, that is
+    what comes after the plan's point alone."""
+    adapter = await _adapter_of(plan, model)
+    identity = await model.identity(adapter)
     restoring.refuse_stale(plan, model.info.name)
     again = model.keeps_states and plan.num_kv > 0 and plan.policy == "recompute"
     try:
@@ -32,13 +55,15 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
     except Refused as refused:
         if plan.policy != "recompute" or getattr(refused, "field", "") == "tokenizer":
             raise
-        return await _recompute(plan, str(refused), model, generation)
+        return await _recompute(plan, str(refused), model, generation, adapter)
     model.check_tokens(0, plan.tokens, 0)
-    session = _restored(plan, model.policy)
+    session = _restored(plan, model.policy, adapter)
     session.late = late_groups(plan, model.info.groups)
     if session.late:  # its first blocks are no use to others, also where it shares its prefix with all
         session.cache_salt = lineage_salt()
-    proof = await _fill(session, plan, talk, model) if plan.num_kv else None
+    shared = _shared(session, plan, beside, model)
+    proof = await _fill(session, plan, talk, model, shared) if plan.num_kv else None
+    session.loaded = plan.slices
     session.proof = proof or _nothing_to_restore(plan, model.info.continuation)
     if plan.not_kept:
         await generation.read_again(Promise(), session)
@@ -48,21 +73,55 @@ async def hydrate(plan: HydratePlan, talk: EngineChannel, model: ServedModel, ge
     return session
 
 
-def _restored(plan: HydratePlan, policy: str) -> ServedSession:
-    session = new_session(policy, plan.seed, plan.salt, plan.share_prefix)
+async def _adapter_of(plan: HydratePlan, model: ServedModel) -> str | None:
+    """The id of the adapter under which the session is to go on: the one that the plan asks for, else the one of the
+    state where this engine has it, under whatever name; else none, and the identities then differ."""
+    wanted = plan.identity.adapter if plan.adapter is None else plan.adapter
+    if not wanted:
+        return None
+    try:
+        return (await model.adapters.find(wanted)).id
+    except (NotFound, Unsupported):
+        if plan.adapter is not None:
+            raise
+        return None
+
+
+def _restored(plan: HydratePlan, policy: str, adapter: str | None) -> ServedSession:
+    session = new_session(policy, plan.seed, plan.salt, plan.share_prefix, adapter)
     session.tokens, session.turns = list(plan.tokens), list(plan.turns)
     return session
 
 
-async def _fill(session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel) -> Proof:
+@dataclass(frozen=True)
+class _Shared:
+    """The record that has the plan's first `num_kv` tokens already; it is there as long as this is."""
+
+    node: Node
+    num_kv: int
+
+
+def _shared(
+    session: ServedSession, plan: HydratePlan, beside: ServedSession | None, model: ServedModel
+) -> _Shared | None:
+    """What `beside` has of the plan's KV, as a fork of it has that; the session then finds its blocks."""
+    if beside is None or beside.node is None or not keeps_all(model.info.groups):
+        return None
+    if (beside.policy, beside.adapter) != (session.policy, session.adapter):
+        return None
+    num_kv = restoring.num_shared(plan, beside.loaded)
+    if not 0 < num_kv <= beside.num_kv:
+        return None
+    if not (session.share_prefix or beside.share_prefix):
+        session.cache_salt = beside.cache_salt
+    return _Shared(beside.node, num_kv)
+
+
+async def _fill(
+    session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel, shared: _Shared | None
+) -> Proof:
     """The plan into the engine's arena, then into its blocks, by a request that the engine itself counts."""
-    node = Node(talk.dropped.append)
-    name = secrets.token_hex(16)
-    talk.mail.put_plan(name, plan)
-    try:
-        answer = await talk.command(protocol.Fill(id=name, record=node.name))
-    finally:
-        talk.mail.drop_plan(name)
+    node, answer = await _filled(plan, talk, shared)
     session.node, session.own, session.num_kv = node, True, plan.num_kv
     session.points = tuple(sorted(point.token for point in plan.points))
     started = time.monotonic()
@@ -80,6 +139,25 @@ async def _fill(session: ServedSession, plan: HydratePlan, talk: EngineChannel, 
     )
 
 
+async def _filled(plan: HydratePlan, talk: EngineChannel, shared: _Shared | None) -> tuple[Node, Answer]:
+    if shared is not None:
+        # What the other had is gone, or was never whole: all of it is read.
+        with contextlib.suppress(NotFound, StaleSession, StorageFailed):
+            return await _read(plan, talk, {"source": shared.node.name, "num_kv": shared.num_kv})
+    return await _read(plan, talk, {})
+
+
+async def _read(plan: HydratePlan, talk: EngineChannel, there: dict[str, Any]) -> tuple[Node, Answer]:
+    """The plan, but for what is `there`, in a record. Each attempt has a message and a record of its own: an engine
+    begins a message once, and where one rank has refused, another may be reading yet."""
+    node, name = Node(talk.dropped.append), secrets.token_hex(16)
+    talk.mail.put_plan(name, plan)
+    try:
+        return node, await talk.command(protocol.Fill(id=name, record=node.name, **there))
+    finally:
+        talk.mail.drop_plan(name)
+
+
 async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel, model: ServedModel) -> int:
     """One request of the restored tokens and one more: the engine's count of what it found is the proof."""
     limit = model.info.max_model_len
@@ -91,7 +169,9 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel,
         raise TooLong(f"{plan.num_kv} tokens fill the engine's {limit}: nothing could follow them")
     assert session.node is not None
     name, record = secrets.token_hex(16), secrets.token_hex(16)
-    message = protocol.Run(id=name, record=record, source=session.node.name, num_kv=want, keep=False)
+    message = protocol.Run(
+        id=name, record=record, source=session.node.name, num_kv=want, keep=False, adapter=session.adapter
+    )
     ends: list[str | None] = []
 
     def take(chunk: Chunk) -> bool:
@@ -99,7 +179,7 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel,
         return True
 
     submission = Submission(name, tokens, talk.dialect.one_token, session.cache_salt or None, message)
-    answer = await talk.run(submission, take)
+    answer = await model.run(submission, session.adapter, take)
     talk.dropped.append(record)
     if answer.kind:
         raise refusal(answer)
@@ -111,9 +191,11 @@ async def _probe(session: ServedSession, plan: HydratePlan, talk: EngineChannel,
     return plan.num_kv if want == cached else cached
 
 
-async def _recompute(plan: HydratePlan, reason: str, model: ServedModel, generation: Generation) -> ServedSession:
+async def _recompute(
+    plan: HydratePlan, reason: str, model: ServedModel, generation: Generation, adapter: str | None
+) -> ServedSession:
     """Prefill the plan's tokens again, because the caller allowed it."""
-    session = _restored(plan, model.policy)
+    session = _restored(plan, model.policy, adapter)
     turns, session.tokens, session.turns = session.turns, [], []
     if plan.tokens:
         await generation.append(Promise(), session, list(plan.tokens), "", None)

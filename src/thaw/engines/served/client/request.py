@@ -22,7 +22,7 @@ from thaw.engines.session.turns import completion
 class ActiveRequest:
     """`want`: tokens of KV that the request starts from. `cached`: how many of them the engine counted; `cached_first`:
     likewise, before the first piece of a prompt that is read in several. `before`: where the session's KV was (node,
-    own, num_kv); it is there again when the engine never `answered`."""
+    own, num_kv, parked), and `turns_before`: what was said in it; both again when the engine never `answered`."""
 
     index: int
     session: ServedSession
@@ -33,7 +33,8 @@ class ActiveRequest:
     want: int
     prompt_start: int
     emit: Callable[[Delta], None]
-    before: tuple[Node | None, bool, int]
+    before: tuple[Node | None, bool, int, bool]
+    turns_before: list[Turn]
     started: float = field(default_factory=time.perf_counter)
     cached: int = 0
     cached_first: int | None = None
@@ -60,13 +61,16 @@ class ActiveRequest:
             ends_early=turn is not None and bool(turn.sampling.stop),
             grammar_from=turn.start if turn is not None and turn.sampling.structured_outputs is not None else None,
             points=() if turn is None else self._passed(turn.sampling.max_tokens),
+            adapter=self.session.adapter,
         )
 
     def reading(self) -> protocol.Run:
         """What a request says that reads a prompt, or a piece of one."""
         assert self.session.node is not None
         source = self.node.name if self.want else None
-        return protocol.Run(id=self.name, record=self.session.node.name, source=source, num_kv=self.want)
+        return protocol.Run(
+            id=self.name, record=self.session.node.name, source=source, num_kv=self.want, adapter=self.session.adapter
+        )
 
     def _passed(self, most: int) -> tuple[int, ...]:
         """The tokens that were asked for, from the prompt's end on, which an answer of `most` tokens passes."""
@@ -161,9 +165,17 @@ class ActiveRequest:
         """The session is its owner's again, however the request ended."""
         self.close()
         if not self.answered:  # refused, or never there: what the session continued from is what it still has
-            self.session.node, self.session.own, self.session.num_kv = self.before
+            self._take_back()
         self.session.busy = None
         self.emit = nobody
+
+    def _take_back(self) -> None:
+        """The prompt too; not what was sampled, which the caller has."""
+        session = self.session
+        session.node, session.own, session.num_kv, session.parked = self.before
+        if self.first_token_s is None:
+            del session.tokens[self.prompt_start :]
+            session.turns = self.turns_before
 
     def completion(self) -> Completion:
         cached = self.cached if self.cached_first is None else self.cached_first
@@ -185,7 +197,8 @@ def claim(
     dropped: Callable[[str], None],
 ) -> ActiveRequest:
     """Take the session for a request, until the lane's `release`; its KV is extended in a record of its own."""
-    source, want, before = session.node, session.num_kv, (session.node, session.own, session.num_kv)
+    source, want = session.node, session.num_kv
+    before = (source, session.own, want, session.parked)
     if not request.prompt:
         want = min(want, max(len(session.tokens) - 1, 0))
     if not session.own:
@@ -193,7 +206,7 @@ def claim(
     assert session.node is not None
     lane = ActiveRequest(
         index, session, secrets.token_hex(16), list(request.prompt), request, source or session.node, want,
-        len(session.tokens), emit, before,
+        len(session.tokens), emit, before, list(session.turns),
     )  # fmt: skip
     session.busy, session.parked = lane, False
     session.num_kv = want

@@ -14,7 +14,7 @@ from thaw.core.cache import list_of
 from thaw.core.errors import NotKept
 from thaw.core.objects import Turn
 from thaw.core.proof import Continuation, Proof
-from thaw.engines.base import Codec, SessionRef, SessionView
+from thaw.engines.base import Codec, SessionRef, SessionView, Slice
 from thaw.engines.served import protocol
 from thaw.engines.served.late_groups import LateGroup, require_kept
 from thaw.engines.session.turns import OpenTurn
@@ -37,6 +37,7 @@ class Node:
 class ServedSession:
     """`num_kv` tokens have KV in `node`; `own`: this session is the one that extends it. `busy`: its way through the
     request that runs now. `late`: the groups of which earlier tokens are not there.
+    `adapter`: the id of the one under which all of it is computed. `loaded`: what it was hydrated from.
 
     Of a model that keeps states, `points` are the numbers of tokens after which it has one, and `num_kv` is one of them
     (or 0); what comes after is a prompt that is still to be read. `asked`: those after which it is to have one, read or
@@ -62,6 +63,8 @@ class ServedSession:
     asked: frozenset[int] = frozenset()
     behind: bool = False
     late: tuple[LateGroup, ...] = ()
+    adapter: str | None = None
+    loaded: tuple[Slice, ...] = ()
 
     def all_turns(self) -> tuple[Turn, ...]:
         return (*self.turns, self.turn.freeze()) if self.turn is not None else tuple(self.turns)
@@ -120,8 +123,7 @@ class ServedSession:
             return at
         raise NotKept(
             f"no state is kept after {last} tokens, which is what a fork at token {at} goes on from: this session has "
-            f"states after {list_of(self.points)}. Fork at one token more than one of these, or read the tokens again "
-            "(append them to a new session)"
+            f"states after {list_of(self.points)}. Fork at one token more than one of these, {NotKept.way_out}"
         )
 
     def require_state(self) -> None:
@@ -130,7 +132,7 @@ class ServedSession:
             raise NotKept(
                 f"no state is kept after {len(self.tokens) - 1} tokens: the engine had gone on when the session was "
                 f"stopped there, and it has states after {list_of(self.points)}. Fork at one token more than one of "
-                "these, or read the tokens again (append them to a new session)"
+                f"these, {NotKept.way_out}"
             )
 
     def require_next(self) -> None:
@@ -139,7 +141,8 @@ class ServedSession:
         if self.num_kv == count > 0:
             raise NotKept(
                 f"the state after {count} tokens is kept and the one before the last of them is not, so it goes on "
-                f"with new tokens alone: give a prompt, or fork at token {count + 1}, whose last token runs again"
+                f"with new tokens alone: give a prompt, fork at token {count + 1}, whose last token runs again, "
+                f"{NotKept.way_out}"
             )
 
     def view(self) -> SessionView:
@@ -152,6 +155,7 @@ class ServedSession:
             running=self.busy is not None,
             parked=self.parked,
             proof=self.proof,
+            adapter=self.adapter,
         )
 
 
@@ -160,7 +164,9 @@ def lineage_salt() -> str:
     return f"{protocol.SALT}{secrets.token_hex(16)}"
 
 
-def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) -> ServedSession:
+def new_session(
+    policy: str, seed: int, salt: str | None, share_prefix: bool, adapter: str | None = None
+) -> ServedSession:
     own = secrets.token_hex(16)
     return ServedSession(
         ref=SessionRef(secrets.token_hex(16)),
@@ -168,8 +174,14 @@ def new_session(policy: str, seed: int, salt: str | None, share_prefix: bool) ->
         salt=own if salt is None else salt,
         share_prefix=share_prefix,
         policy=policy,
-        cache_salt=(salt or "") if share_prefix else f"{protocol.SALT}{own}",
+        cache_salt=_shared_salt(salt, adapter) if share_prefix else f"{protocol.SALT}{own}",
+        adapter=adapter,
     )
+
+
+def _shared_salt(salt: str | None, adapter: str | None) -> str:
+    """Of sessions that share their blocks: with all of the same adapter's content, for a server knows it by a name."""
+    return (salt or "") if adapter is None else f"{adapter}:{salt or ''}"
 
 
 def with_gap(proof: Proof, num_kv: int, reason: str) -> Proof:
@@ -213,6 +225,7 @@ def forked(
         asked=frozenset(point for point in parent.asked if point <= at),
         turns=list(cut_turns(parent.all_turns(), parent.tokens, at, codec)),
         late=parent.late if num_kv else (),
+        adapter=parent.adapter,
         proof=Proof(
             num_prompt_tokens=at,
             num_cached_tokens=num_kv,

@@ -15,6 +15,15 @@ LogprobsOfToken = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter as a server knows it: by its name, where it is read from, and the id of its content."""
+
+    name: str
+    folder: str
+    id: str
+
+
+@dataclass(frozen=True)
 class Submission:
     """One request. `sampling`: fields of vLLM's SamplingParams; `salt` None: blocks are shared with everybody."""
 
@@ -23,6 +32,7 @@ class Submission:
     sampling: dict[str, Any]
     salt: str | None
     message: Message
+    adapter: ServedAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,26 @@ class Transport(abc.ABC):
         `Unsupported` where this way in cannot, `InvalidRequest` where the engine refuses."""
         raise Unsupported("the weights of this engine cannot be changed from here; change them where it runs")
 
+    async def sleep(self, level: int) -> None:
+        """Put the engine to sleep by its own sleep mode; nothing of thaw's runs there. Raises `Unsupported`."""
+        raise Unsupported("this engine cannot be put to sleep from here; do it where it runs")
+
+    async def wake(self, level: int) -> None:
+        """Wake it, with the weights that ran. Raises as `sleep`."""
+        raise Unsupported("this engine cannot be woken from here; do it where it runs")
+
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """Call one of the server's own routes. Raises `Unsupported` where this way in has none."""
         raise Unsupported(f"this engine has no route {route}; call what it stands for where it runs")
+
+    async def adapters(self) -> dict[str, str]:
+        """The folders of the adapters that the server has, by the names that requests call them."""
+        return {}
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Have the server load an adapter. Raises `Unsupported` where this way in cannot, `InvalidRequest` where it
+        refuses."""
+        raise Unsupported("adapters cannot be loaded from here; start the engine with them")
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -125,16 +125,17 @@ class HostRecord:
 class HostCache:
     """`nbytes` of memory and `spill_nbytes` of files in the folder `spill`, of both of which each caller has its share.
     `pinned`: memory that the accelerator reads and writes by itself. Pieces are then never joined: a load walks over
-    crumbs without cost there. Where the model has states, a request keeps that of its end beside its tokens, and
-    `early_states` more if its client may end it early."""
+    crumbs without cost there. `shared`: readers in other processes write into it, and it is one slab as well. Where the
+    model has states, a request keeps that of its end beside its tokens, and `early_states` more if its client may end
+    it early."""
 
     def __init__(
         self, nbytes: int, spill: Path | None, groups: RankGroups,
-        *, spill_nbytes: int, shares: Shares, pinned: bool = False, early_states: int = 0,
+        *, spill_nbytes: int, shares: Shares, pinned: bool = False, shared: bool = False, early_states: int = 0,
     ):  # fmt: skip
         self._memory, self._files = Budget("arena", nbytes, shares, mib), Budget("spill", spill_nbytes, shares, mib)
         self._spill = spill
-        self._slab = PinnedBuffer(nbytes) if pinned else None
+        self._slab = PinnedBuffer(nbytes, pin=pinned, shared=shared) if pinned or shared else None
         self._groups = groups
         self._early_nbytes = early_states * groups.state_nbytes
         self._lock = threading.RLock()  # Python's collector may end a tensor while it is held
@@ -147,6 +148,11 @@ class HostCache:
     @property
     def spilled(self) -> int:
         return self._files.total
+
+    @property
+    def slab(self) -> PinnedBuffer | None:
+        """All of the memory in one; None where each tensor has its own."""
+        return self._slab
 
     def room(self, caller: Caller) -> Room:
         """What may still be kept for the caller in one piece, and the limits that say so."""

@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from thaw.core.cache import SAFETENSORS, CacheGroup, TokenGroup, point_groups, token_groups
 from thaw.core.prefix import windows
-from thaw.data.locations import BlobLocation
+from thaw.data.locations import BlobLocation, StoreMount
 from thaw.data.pack import PackItem, stream_blobs, write_pack
+from thaw.data.reader import ReadStats
+from thaw.data.readers.orders import BlobRows, Placed
 from thaw.data.tiers.mounted import Mounted
 from thaw.engines import restoring
 from thaw.engines.base import HydratePlan
@@ -28,12 +30,39 @@ from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, Blob
 from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.worker.rank_groups import RankGroups
+from thaw.engines.served.worker.reader_processes import ReaderProcesses, readable
 
 READERS = min(12, max(2, len(os.sched_getaffinity(0))))
 """Threads that read a plan's blobs, each with one blob of scratch. By 12 rather than 16 a session is hydrated as fast,
 and the largest gap of others falls from 31 to 19 ms on 32 cores, from 36 to 21 ms on 16 (docs/performance.md)."""
-Wanted: TypeAlias = tuple[BlobLocation, Callable[[memoryview], None]]
-"""A blob, and what lays its verified bytes where they belong."""
+
+
+class PlacedPart(NamedTuple):
+    """Part of a blob, and where it belongs: of each layer's bytes, from `source` on, planes of `stored` tokens, whose
+    first ones fill `place`, bytes of [layer][plane][token][width]."""
+
+    place: np.ndarray[Any, np.dtype[np.uint8]]
+    source: int
+    stored: int
+
+    def fill(self, data: memoryview) -> None:
+        num_layers, num_planes, length, width = self.place.shape
+        end = self.source + num_planes * self.stored * width
+        layers = np.frombuffer(data, dtype=np.uint8).reshape(num_layers, -1)
+        planes = layers[:, self.source : end].reshape(num_layers, num_planes, self.stored, width)
+        self.place[:] = planes[:, :, :length]
+
+    def rows(self, nbytes: int, arena: int) -> BlobRows:
+        """The same of a blob of `nbytes` for a reader, whose arena begins at the address `arena` of this process."""
+        num_layers, num_planes, length, width = self.place.shape
+        return BlobRows(
+            num_layers, num_planes, length * width,
+            source=self.source, layer_step=nbytes // num_layers, plane_step=self.stored * width,
+            place=self.place.__array_interface__["data"][0] - arena, row_step=self.place.strides[1],
+        )  # fmt: skip
+
+
+Wanted: TypeAlias = tuple[BlobLocation, tuple[PlacedPart, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,38 +76,63 @@ class Read:
 
 
 class PackIO:
-    """`interior`: what is written holds the windows of all tokens, not those of its end alone."""
+    """`interior`: what is written holds the windows of all tokens, not those of its end alone. `readers`: processes
+    that read in place of this one's threads, into an arena that they share."""
 
-    def __init__(self, groups: RankGroups, mail: Mailbox, arena: HostCache, *, interior: bool = False) -> None:
+    def __init__(
+        self, groups: RankGroups, mail: Mailbox, arena: HostCache, *, interior: bool = False, readers: int = 0
+    ) -> None:
         self._interior = interior
         self._groups, self._mail, self._arena = groups, mail, arena
         self._token_groups, self._point_groups = token_groups(groups.groups), point_groups(groups.groups)
+        self.readers = ReaderProcesses(readers, arena.slab) if readers and arena.slab is not None else None
+
+    def counts(self) -> dict[str, int]:
+        """Of readers, where there are any."""
+        return {} if self.readers is None else {"reader_loads": self.readers.loads, "reader_waits": self.readers.waits}
+
+    def close(self) -> None:
+        """What is read from now on is read by threads."""
+        if self.readers is not None:
+            self.readers.close()
 
     # -- from packs
 
-    def read(self, plan: HydratePlan, caller: Caller) -> Read:
-        """The plan's tokens in one piece, and its states; every blob verified in scratch memory before it is laid out
-        there. It counts for `caller`. Raises `CorruptBlob` for a plan that is not of these cache groups."""
+    def read(self, plan: HydratePlan, caller: Caller, since: int = 0) -> Read:
+        """The plan's tokens from `since` on, where one of its slices begins, in one piece, and its states; every blob
+        verified in scratch memory before it is laid out there. It counts for `caller`. Raises `CorruptBlob` for a plan
+        that is not of these cache groups. Only where every group keeps all tokens may `since` be other than 0."""
         restoring.check_cover(plan)
         restoring.check_names(plan, self._groups.groups)
-        if not plan.num_kv:
+        if plan.num_kv <= since:
             return Read()
         found = [restoring.runs(plan, group) for group in self._token_groups]
         states = restoring.states(plan, self._groups.groups)
         kept = [restoring.kept_from(runs, plan.num_kv) for runs in found]
         late = tuple(kept[self._token_groups.index(strip.group)] for strip in self._groups.strips)
-        piece = Piece(0, plan.num_kv, self._arena.allocate(plan.num_kv, caller, late), late=late)
+        length = plan.num_kv - since
+        piece = Piece(since, length, self._arena.allocate(length, caller, late), late=late)
         wanted: list[Wanted] = []
         for group, runs, first in zip(self._token_groups, found, kept, strict=True):
-            wanted += self._wanted(piece, group, [run for run in runs if run.start >= first])
+            wanted += self._wanted(piece, group, [run for run in runs if run.start >= max(first, since)])
         points = {}
         for point, _ in states:
             points[point.token] = self._arena.allocate_states(caller)
             own = [point.blobs[group.name][index] for group in self._point_groups for index in self._groups.held(group)]
-            wanted += [(place, _setter(t)) for place, t in zip(own, points[point.token], strict=True)]
-        places = [place for place, _ in wanted]
-        stats = stream_blobs(Mounted(plan.mount), places, lambda i, data: wanted[i][1](data), threads=READERS)
+            wanted += [(place, (_whole(t),)) for place, t in zip(own, points[point.token], strict=True)]
+        tensors = (*piece.tensors, *(tensor for state in points.values() for tensor in state))
+        stats = self._by_readers(plan.mount, wanted, tensors) or _by_threads(plan.mount, wanted)
         return Read((piece,), points, stats.nbytes, stats.seconds)
+
+    def _by_readers(self, mount: StoreMount, wanted: Sequence[Wanted], tensors: Tensors) -> ReadStats | None:
+        """None: there are none, what is wanted lies where they cannot reach it, or they died."""
+        slab, readers = self._arena.slab, self.readers
+        if readers is None or slab is None or not readers.most or not readable(mount):
+            return None
+        if any(slab.offset(tensor) is None for tensor in tensors):
+            return None  # spilled
+        arena = slab.memory.data_ptr()
+        return readers.read(mount, [_placed(place, parts, arena) for place, parts in wanted])
 
     def _wanted(self, piece: Piece, group: TokenGroup, runs: Sequence[TokenRange]) -> list[Wanted]:
         """This rank's blobs of a token group, each with its place in the piece."""
@@ -87,20 +141,15 @@ class PackIO:
         bytes_of = [piece.tensors[strip].view(torch.uint8).numpy() for strip in strips]
         first = piece.first(strips[0])
 
-        def put(row: int, run: TokenRange, data: memoryview) -> None:
-            layers = np.frombuffer(data, dtype=np.uint8).reshape(group.num_layers, -1)
-            at, slots = 0, slice(run.start - first, run.stop - first)
+        def parts(row: int, run: TokenRange) -> tuple[PlacedPart, ...]:
+            found, at, slots = list[PlacedPart](), 0, slice(run.start - first, run.stop - first)
             for strip in bytes_of:
-                num_planes, width = strip.shape[2], strip.shape[4]
-                end = at + num_planes * run.stored * width
-                planes = layers[:, at:end].reshape(-1, num_planes, run.stored, width)
-                strip[row, :, :, slots] = planes[:, :, : run.stop - run.start]
-                at = end
+                found.append(PlacedPart(strip[row, :, :, slots], at, run.stored))
+                at += strip.shape[2] * run.stored * strip.shape[4]
+            return tuple(found)
 
         return [
-            (run.places[index], partial(put, row, run))
-            for run in runs
-            for row, index in enumerate(self._groups.held(group))
+            (run.places[index], parts(row, run)) for run in runs for row, index in enumerate(self._groups.held(group))
         ]
 
     # -- into a pack
@@ -178,13 +227,20 @@ class PackIO:
         return PackItem("", SAFETENSORS[dtype], shape, tensor.nbytes, partial(_bytes_of, tensor))
 
 
-def _setter(tensor: torch.Tensor) -> Callable[[memoryview], None]:
-    place = tensor.view(-1).view(torch.uint8).numpy()
+def _whole(state: torch.Tensor) -> PlacedPart:
+    return PlacedPart(state.view(-1).view(torch.uint8).numpy().reshape(1, 1, 1, -1), 0, 1)
 
-    def put(data: memoryview) -> None:
-        place[:] = np.frombuffer(data, dtype=np.uint8)
 
-    return put
+def _placed(place: BlobLocation, parts: Sequence[PlacedPart], arena: int) -> Placed:
+    return place, tuple(part.rows(place.nbytes, arena) for part in parts)
+
+
+def _by_threads(mount: StoreMount, wanted: Sequence[Wanted]) -> ReadStats:
+    def fill(number: int, data: memoryview) -> None:
+        for part in wanted[number][1]:
+            part.fill(data)
+
+    return stream_blobs(Mounted(mount), [place for place, _ in wanted], fill, threads=READERS)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,24 +23,41 @@ MADV_HUGEPAGE = 14
 class PinnedBuffer:
     """`nbytes` of pinned memory, given out in runs: the first that is large enough.
 
-    Raises `StorageFailed` when the system does not give or pin that much.
+    `shared`: it is a file in memory that other processes may map by `fd`; it is gone once nobody has it any more.
+    Unless it is pinned as well, the system then gives each page when it is first used. Raises `StorageFailed` when the
+    system does not give or pin that much.
     """
 
-    def __init__(self, nbytes: int, *, pin: bool = True) -> None:
+    def __init__(self, nbytes: int, *, pin: bool = True, shared: bool = False) -> None:
         self._nbytes = max(GRAIN, nbytes // GRAIN * GRAIN)
         self._lock = threading.Lock()
         self._free: list[tuple[int, int]] = [(0, self._nbytes)]
         self._returned: deque[tuple[int, int]] = deque()
+        self.fd = self._file() if shared else -1
+        """Of a shared one. A handed down copy of it is that process's own to close."""
+        flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
-            self._map = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = mmap.mmap(self.fd, self._nbytes, flags=flags)
         except OSError as error:
             raise StorageFailed(self._too_large(str(error))) from None
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._touch()
+        if pin or not shared:
+            self._touch()
         if pin:
             code = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self._nbytes, 3))  # type: ignore[no-untyped-call]
             if code:
                 raise StorageFailed(self._too_large(f"CUDA error {code}"))
+
+    def _file(self) -> int:
+        fd = os.memfd_create("thaw-arena", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, fd)
+        os.ftruncate(fd, self._nbytes)
+        return fd
+
+    def offset(self, tensor: torch.Tensor) -> int | None:
+        """Where the tensor begins in it; None for one that lies elsewhere."""
+        at = tensor.data_ptr() - self.memory.data_ptr()
+        return at if 0 <= at < self._nbytes else None
 
     def _too_large(self, why: str) -> str:
         return f"{self._nbytes >> 20} MiB of host memory for the arena: {why}; start with a smaller arena_nbytes"

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from thaw.core.errors import Busy, InvalidRequest
 from thaw.engines.served.client.dialect import Dialect
 from thaw.engines.served.client.engine import ServedEngine
 from thaw.engines.served.client.transport import Chunk
+from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
 from thaw.engines.session.turns import OpenTurn
+
+RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
 
 
 class SglangDialect(Dialect):
@@ -49,14 +53,41 @@ class SglangEngine(ServedEngine):
     name = "sglang"
     dialect = SglangDialect
 
+    @classmethod
+    def no_sleep(cls, facts: EngineFacts, level: int) -> str:
+        if facts.sleep_levels:
+            return (
+                "this SGLang keeps no copy of its weights while it sleeps: start it with --enable-weights-cpu-backup, "
+                "or sleep with level 2, after which they are read again"
+            )
+        return "this SGLang was started without its memory saver; start it with --enable-memory-saver"
+
+    async def _put_to_sleep(self, level: int) -> None:
+        """The tree is emptied first, while the memory of its nodes is there. SGLang ends as a whole when it is asked to
+        release memory while a request runs, and refuses to empty the tree then, which is why it is asked that first."""
+        try:
+            await self._transport.post("/flush_cache", {})
+        except InvalidRequest as error:
+            raise Busy(f"SGLang works for others, and would end if it released its memory now: {error}") from None
+        await self._transport.post(RELEASE, {})
+
+    async def _bring_back(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._transport.post(RESUME, {"tags": ["weights"]})
+            await self._transport.post("/update_weights_from_disk", {"model_path": self._transport.facts.model})
+        await self._transport.post(RESUME, {} if level == 1 else {"tags": ["kv_cache", "cuda_graph"]})
+
     def update_weights(self, source: str | Path) -> None:
         """SGLang loads the weights of the folder in place and empties its cache; `InvalidRequest` when it refuses."""
         from thaw.engines.hf.checkpoint import require_weights_of
 
+        self._require_awake()
         require_weights_of(self.info.model, source)  # SGLang leaves a tensor that the files lack as it was
         self._loop.wait(self._transport.post("/update_weights_from_disk", {"model_path": str(source)}))
 
     def flush_cache(self) -> None:
         """SGLang's own reset of its cache; sessions are in thaw's arena and stay. Raises `InvalidRequest` while
         requests run, as SGLang refuses it then."""
+        self._require_awake()
         self._loop.wait(self._transport.post("/flush_cache", {}))

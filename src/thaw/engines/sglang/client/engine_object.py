@@ -26,6 +26,7 @@ from thaw.engines.served.client.mailbox_check import shared_mail
 from thaw.engines.served.client.transport import Chunk, Submission, Transport
 from thaw.engines.served.http_errors import error_text
 from thaw.engines.sglang.client import wire
+from thaw.engines.sglang.client.engine import RELEASE, RESUME
 
 T = TypeVar("T")
 PAUSE_S = 0.002
@@ -120,6 +121,14 @@ class FrontEnd(Transport):
             from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
             success, message, _ = await self._manager.update_weights_from_disk(UpdateWeightFromDiskReqInput(**body))
+        elif route in (RELEASE, RESUME):
+            from sglang.srt.managers import io_struct
+
+            kind = io_struct.ReleaseMemoryOccupationReqInput
+            if route == RESUME:
+                kind = io_struct.ResumeMemoryOccupationReqInput
+            await getattr(self._manager, route[1:])(kind(**body), None)
+            return {}
         else:
             return await super().post(route, body)
         if not success:

@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatchmethod
 from typing import TYPE_CHECKING
 
-from thaw.core.errors import NotFound, TooLong, Unsupported
+import torch
+
+from thaw.core.errors import InvalidRequest, NotFound, TooLong, Unsupported
+from thaw.engines.base import HydratePlan
 from thaw.engines.served import protocol
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Caller, Shares
 from thaw.engines.served.guard import described
@@ -76,25 +79,47 @@ class RankCommands:
         side = self._side
         caller = message.caller or GUEST
         plan = side.agreement.together(lambda: side.mail.plan(message.id))
-        side.require_room(message.record, caller, plan.num_kv)
+        before, shared = self._shared(message, plan), message.num_kv if message.source is not None else 0
+        side.require_room(message.record, caller, plan.num_kv - shared)
         if plan.num_kv > side.engine.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.engine.max_model_len}")
         epoch, started = side.epochs.now(), time.perf_counter()
-        chain = side.contents.fresh(plan.num_kv)
+        chain = side.contents.fresh(plan.num_kv - shared)
+        if before is not None:
+            chain = torch.cat([before.chain[:shared], chain])
+        there = before.kept.upto(shared).pieces if before is not None else ()
         side.counters["hydrates"] += 1
         # The record is there at once, broken until it is whole: who is quicker than the disk is refused, not served.
         kept = HostRecord((), epoch, broken="it is not read yet", caller=caller)
         side.records.keep(message.record, RankRecord(list(plan.tokens[: plan.num_kv]), kept, chain, caller=caller))
 
         def read() -> Answer:
-            found = self._packing.read(plan, caller)
-            kept.pieces, kept.points = found.pieces, found.points
+            found = self._packing.read(plan, caller, shared)
+            kept.pieces, kept.points = (*there, *found.pieces), found.points
             kept.broken = ""
             seconds = time.perf_counter() - started
             stages = {"read": found.seconds, "fill": seconds}
             return Answer(num_kv=plan.num_kv, nbytes=found.nbytes, epoch=epoch, seconds=seconds, stages_s=stages)
 
         self._in_thread(message, read)
+
+    def _shared(self, message: protocol.Fill, plan: HydratePlan) -> RankRecord | None:
+        """The record that has the plan's first tokens. Raises what refuses to take them from there, on all ranks
+        alike."""
+        if message.source is None:
+            return None
+        side, want = self._side, message.num_kv
+        source, epoch = side.records.known(message.source), side.epochs.now()
+
+        def look() -> None:
+            require_usable(source, epoch)
+            ready = side.catch_up(source, want)
+            if ready < want or tuple(source.tokens[:want]) != plan.tokens[:want]:
+                raise InvalidRequest(f"fill: the session beside has other tokens than the plan's first {want}")
+
+        side.agreement.together(look)
+        side.records.touch(message.source)
+        return source
 
     @_start.register
     def _write(self, message: protocol.Write) -> None:
@@ -164,6 +189,7 @@ class RankCommands:
             **side.counters,
             "arena_nbytes": side.arena.used,
             "spilled_nbytes": side.arena.spilled,
+            **self._packing.counts(),
         }
 
     def _in_thread(self, message: protocol.Command, work: Callable[[], Answer]) -> None:

@@ -43,10 +43,10 @@ class ThawRadixCache(UnifiedRadixCache):
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         run = self._run(req)
-        if run is None or run.tail is None or req.prefix_len % self.page_size == 0:
+        if run is None or run.tail is None or req.prefix_len <= run.tail_at:
             found: torch.Tensor = super().prefix_device_indices(req)
             return found
-        path = self.path_device_indices(req.last_node)
+        path = self.path_device_indices(req.last_node)[: run.tail_at]
         tail, run.tail = run.tail, None  # SGLang's from here on, as part of the request
         return torch.cat([path, tail])[: req.prefix_len]
 
@@ -101,17 +101,25 @@ class ThawRadixCache(UnifiedRadixCache):
 
     def _admitted(self, params: MatchPrefixParams, run: RankRequest, record: RankRecord) -> Any:
         """The match of exactly what the record has: the tree's where it holds the record's own bits, loaded where it
-        lacks them. Where there is no room the match is what is there, and SGLang does not admit the request."""
+        lacks them, and in slots of the request's own where it has another's. Where there is no room the match is what
+        is there, and SGLang does not admit the request."""
         want = min(run.want, len(params.key))
         aligned = want // self.page_size * self.page_size
         limited = _limited(params, aligned)
         match = super().match_prefix(limited)
         slots = self._slots(match)
-        if not self.side.contents.are(slots, record.chain):
+        own = self.side.contents.own_length(slots, record.chain) // self.page_size * self.page_size
+        if 0 < own < len(slots):
+            aligned = own
+            match = super().match_prefix(_limited(params, own))
+            slots = self._slots(match)
+        elif own < len(slots):
             params.req.extra_key = _own_salt(run)
             limited = _limited(_salted(params), aligned)
             match = super().match_prefix(limited)
             slots = self._slots(match)
+        if run.tail is not None and run.tail_at != aligned:
+            self.side.drop_tail(run)
         if len(slots) < aligned:
             match = self._loaded(limited, match, slots, run, record, aligned)
         if match.device_prefix_len == aligned < want and run.error is None:
@@ -146,19 +154,19 @@ class ThawRadixCache(UnifiedRadixCache):
         return super().match_prefix(params)
 
     def _with_tail(self, match: Any, run: RankRequest, record: RankRecord, start: int, stop: int) -> Any:
-        """What ends inside a page, in a page of the request's own."""
+        """What is not in the tree, in pages of the request's own."""
         if run.tail is None:
             lock = self.lock(match.last_device_node)
             try:
-                page = self._allocate(self.page_size)
+                pages = self._allocate(-(-(stop - start) // self.page_size) * self.page_size)
             finally:
                 self.unlock(lock)
-            if page is None:
+            if pages is None:
                 return match
-            if not self.side.load(run, record, start, stop, page[: stop - start]):
-                self.token_to_kv_pool_allocator.free(page)
+            if not self.side.load(run, record, start, stop, pages[: stop - start]):
+                self.token_to_kv_pool_allocator.free(pages)
                 return match
-            run.tail = page
+            run.tail, run.tail_at = pages, start
         return match._replace(device_prefix_len=stop, cache_protected_len=start)
 
     def _allocate(self, count: int) -> torch.Tensor | None:

@@ -31,15 +31,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Due:
-    """What is over: records that nobody used, pins, groups that waited long enough. It travels pickled, and is applied
-    by all ranks, the first one too, before the requests of the same step."""
+    """What is over: records that nobody used, pins, groups that waited long enough; and commands that were left in the
+    mail. It travels pickled, and is applied by all ranks, the first one too, before the requests of the same step."""
 
     records: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    commands: tuple[bytes, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.records or self.pins or self.groups)
+        return bool(self.records or self.pins or self.groups or self.commands)
 
 
 class RankConsensus:

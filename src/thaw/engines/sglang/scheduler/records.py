@@ -41,8 +41,8 @@ class RankRecord:
 class RankRequest:
     """A request of thaw's. `want` tokens are to come from its record; `numbered` tokens of its row have numbers.
 
-    `tail`: a page of the pool that holds what of the record ends inside a page, until SGLang takes it over with the
-    request."""
+    `tail`: pages of the pool that hold what of the record is not in the tree, from token `tail_at` on: what ends inside
+    a page, or what lies behind another session's tokens; until SGLang takes them over with the request."""
 
     rid: str
     message: protocol.Run
@@ -52,6 +52,7 @@ class RankRequest:
     req: Any = None
     numbered: int = 0
     tail: torch.Tensor | None = None
+    tail_at: int = 0
     retracted: int = 0
     error: ThawError | None = None
 

@@ -54,6 +54,10 @@ from thaw.engines.sglang.settings import SglangSettings
 
 log = logging.getLogger("thaw.sglang")
 MAIL_SWEEP_S = 300.0
+LOOK_S = 0.05
+"""How often the mail is looked into for commands."""
+MOST_BEGUN = 100_000
+"""Names of commands that are remembered, lest one is begun twice."""
 SWITCH_S = 0.0002
 """On an accelerator SGLang's scheduler never rests, and the interpreter lets it run for 5 ms while threads that read
 packs wait for their turn."""
@@ -76,9 +80,9 @@ class RankSide:
         groups.require([pool.num_heads for pool in pools])
         self.arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
-            pinned=device == "cuda",
+            pinned=device == "cuda", shared=settings.readers > 0,
         )  # fmt: skip
-        packing = PackIO(groups, mail, self.arena, interior=settings.interior)
+        packing = PackIO(groups, mail, self.arena, interior=settings.interior, readers=settings.readers)
         self._commands = RankCommands(self, packing, settings.shares())
         if device != "cpu":
             sys.setswitchinterval(SWITCH_S)
@@ -86,6 +90,8 @@ class RankSide:
         """One for each strip of the arena's pieces."""
         self._windows = groups.windows()
         self._swept = time.monotonic()
+        self._looks = 0.0
+        self._begun: dict[str, None] = {}
         self.row: Callable[[Any, int], torch.Tensor] = unbound
         """Slots of a request's first tokens."""
         self.free_tail: Callable[[torch.Tensor], None] = unbound
@@ -163,10 +169,39 @@ class RankSide:
         return msgspec.json.encode({"mail": str(self.mail.folder), "pid": str(self.engine.pid)}).decode()
 
     def command(self, message: protocol.Command) -> None:
-        """Begin it; the answer comes by mail. Raises what refuses it, on all ranks alike."""
+        """Begin it; the answer comes by mail. Raises what refuses it, on all ranks alike. One that has come by mail and
+        comes with a request, too, is begun once."""
+        if message.id in self._begun:
+            return
+        self._begun[message.id] = None
+        if len(self._begun) > MOST_BEGUN:
+            del self._begun[next(iter(self._begun))]
         self._sweep()
         self.forget(message.drop)
         self._commands.begin(message)
+
+    def left(self) -> tuple[bytes, ...]:
+        """Commands in the mail: a front end that was paused holds requests back, and these come without it. Asked of
+        the first rank alone, between two steps, also while the engine is paused."""
+        now = time.monotonic()
+        if now < self._looks:
+            return ()
+        self._looks = now + LOOK_S
+        return self.mail.take_commands()
+
+    def mailed(self, data: bytes) -> None:
+        """Begin a command that was left in the mail, or answer what refuses it."""
+        message: Any = None
+
+        def begin() -> None:
+            nonlocal message
+            message = protocol.parse({protocol.KEY: msgspec.json.decode(data)})
+            if isinstance(message, protocol.Run | protocol.Hello) or message is None or message.caller is None:
+                raise InvalidRequest("a message in the mail's folder of commands is none")
+            self.require_caller(message)
+            self.command(message)
+
+        guarded(begin, lambda error: self.refuse("by mail", message, error))
 
     # -- a request is admitted
 
@@ -212,6 +247,12 @@ class RankSide:
         self.contents.put(slots, record.chain[start:stop])
         self.counters["loaded_tokens"] += stop - start
         return True
+
+    def drop_tail(self, run: RankRequest) -> None:
+        """The slots that hold it go back, unless SGLang has taken them over."""
+        tail, run.tail = run.tail, None
+        if tail is not None:
+            self.free_tail(tail)
 
     # -- what a request has computed
 
@@ -284,8 +325,7 @@ class RankSide:
         run = self.runs.pop(rid, None)
         if run is None:
             return
-        if run.tail is not None:
-            self.free_tail(run.tail)
+        self.drop_tail(run)
         record = self.records.get(run.message.record)
         num_kv = 0
         if record is not None and record.live is run:

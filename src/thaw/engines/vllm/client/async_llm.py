@@ -16,6 +16,8 @@ from thaw.engines.served.mailbox import Mailbox, default_folder
 from thaw.engines.vllm import support, versions
 from thaw.engines.vllm.settings import from_extra_config
 
+NUMBER_DIGITS = 12
+"""Hex digits of an adapter's id that its number in vLLM is made of."""
 RELOAD = "reload_weights"
 """The method of vLLM's workers that loads weights in place."""
 
@@ -25,6 +27,7 @@ class AsyncLLMTransport(Transport):
 
     def __init__(self, llm: Any, *, owned: bool) -> None:
         self._llm, self._owned, self.stays = llm, owned, not owned
+        self._adapters: dict[str, str] = {}
 
     async def connect(self) -> None:
         self.mail = mail_of(self._llm.vllm_config)
@@ -43,7 +46,10 @@ class AsyncLLMTransport(Transport):
         if submission.salt is not None:
             prompt["cache_salt"] = submission.salt
         try:
-            async for output in self._llm.generate(prompt, sampling_params(submission), submission.name):
+            asked = self._llm.generate(
+                prompt, sampling_params(submission), submission.name, lora_request=lora_request(submission)
+            )
+            async for output in asked:
                 yield chunk_of(output)
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine died: {error}") from None
@@ -74,6 +80,26 @@ class AsyncLLMTransport(Transport):
             raise InvalidRequest(f"vLLM refused the weights of {folder}: {error}") from None
         await self._llm.reset_prefix_cache()
 
+    async def sleep(self, level: int) -> None:
+        await self._llm.sleep(level)
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._llm.wake_up(["weights"])
+            await self.reload_weights(self.facts.model)
+        await self._llm.wake_up(None if level == 1 else ["kv_cache"])
+
+    async def adapters(self) -> dict[str, str]:
+        return dict(self._adapters)
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        try:
+            await self._llm.add_lora(lora_of(folder))
+        except Exception as error:  # noqa: BLE001 - whatever a worker raised comes as a plain Exception
+            raise InvalidRequest(f"vLLM refused adapter {name!r}: {error}") from None
+        self._adapters[name] = folder
+
     async def stalled(self) -> str:
         """Why jobs of the connector's have to wait: one that is paused does them, unless it may be asleep."""
         if not self._llm.vllm_config.model_config.enable_sleep_mode or not await self._llm.is_paused():
@@ -101,6 +127,18 @@ def sampling_params(submission: Submission) -> Any:
         fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
     extra = {**fields.pop("extra_args", {}), "kv_transfer_params": protocol.params(submission.message)}
     return SamplingParams(**fields, extra_args=extra, output_kind=RequestOutputKind.DELTA, detokenize=False)
+
+
+def lora_request(submission: Submission) -> Any:
+    return None if submission.adapter is None else lora_of(submission.adapter.folder)
+
+
+def lora_of(folder: str) -> Any:
+    """vLLM's `LoRARequest` of a folder that is called by its content: so are its name and its number."""
+    from vllm.lora.request import LoRARequest
+
+    content = Path(folder).name
+    return LoRARequest(f"thaw-{content}", 1 + int(content[:NUMBER_DIGITS], 16), folder)
 
 
 def chunk_of(output: Any) -> Chunk:

@@ -13,7 +13,7 @@ from thaw.engines.served.client.attach import join
 from thaw.engines.served.client.engine import MAX_TOP_LOGPROBS
 from thaw.engines.served.client.transport import Transport
 from thaw.engines.served.settings import settled
-from thaw.engines.vllm import support, versions
+from thaw.engines.vllm import support, versions, vision
 from thaw.engines.vllm.client.engine import VllmEngine
 from thaw.engines.vllm.client.fleet import DataParallelEngine
 from thaw.engines.vllm.client.http import VllmHttpTransport
@@ -24,7 +24,9 @@ def boot(
     model: str, *, policy: str, settings: VllmSettings, beside: Sequence[Other] = (), **options: Any
 ) -> VllmEngine:
     """Start an engine of this client's own. `options` are vLLM's engine arguments. Raises `Unsupported` for those that
-    thaw cannot work with, `IncompleteModel` for files that are not their config's, before anything starts."""
+    thaw cannot work with, `IncompleteModel` for files that are not their config's, `NotFound` where a module is missing
+    that the model needs, before anything starts."""
+    vision.require(model)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

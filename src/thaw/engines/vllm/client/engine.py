@@ -15,6 +15,7 @@ from thaw.engines.served.protocol import EngineFacts
 from thaw.engines.served.sampling_extra import EXTRA, needed, to_extra
 from thaw.engines.session.bad_words import bad_ids, straddling
 from thaw.engines.session.turns import OpenTurn
+from thaw.engines.vllm import versions
 
 MAX_V2_STOPS, MAX_V2_BIASES, MAX_V2_BAD_WORDS = 128, 1024, 128
 """vllm/v1/worker/gpu/sample/logit_bias.py and bad_words.py, in 0.26 and 0.32."""
@@ -75,6 +76,7 @@ class VllmEngine(ServedEngine):
         Over HTTP this is for a server in development mode (VLLM_SERVER_DEV_MODE=1); `Unsupported` otherwise."""
         from thaw.engines.hf.checkpoint import require_weights_of
 
+        self._require_awake()
         require_weights_of(self.info.model, source)  # a worker that fails half way ends the engine
         self.release_pins()
         self._loop.wait(self._transport.reload_weights(str(source)))
@@ -86,7 +88,18 @@ class VllmEngine(ServedEngine):
         return self._loop.wait(transport.stalled()) if isinstance(transport, AsyncLLMTransport) else ""
 
     def capabilities_of(self, facts: EngineFacts) -> frozenset[str]:
-        return self.capabilities - {"entropy"} if facts.runner == "V2" else self.capabilities
+        return super().capabilities_of(facts) - ({"entropy"} if facts.runner == "V2" else set())
+
+    @classmethod
+    def no_sleep(cls, facts: EngineFacts, level: int) -> str:
+        if facts.sleep_levels and facts.max_adapters:
+            return f"vLLM does not read LoRA adapters again after a sleep of level {level}; sleep with level 1"
+        if not versions.has_sleep_hooks(facts.version):
+            return (
+                f"vLLM {facts.version} does not tell a connector that its KV cache is about to be unmapped, so a copy "
+                "under way would read freed memory; sleep is supported from 0.33 on"
+            )
+        return "this vLLM was started without its sleep mode; start it with --enable-sleep-mode"
 
 
 def vllm_sampling(

@@ -49,20 +49,41 @@ class DataParallelEngine(Engine):
         self.codec = first.codec
         limit = min(member.info.max_model_len for member in members)
         numerics = {**first.info.numerics, "engines": str(len(members))}
-        self.info = msgspec.structs.replace(first.info, max_model_len=limit, numerics=numerics)
+        # Sessions are spread: one that begins as another does may come to another member. Nor do all sleep as one.
+        capabilities = first.info.capabilities - {"beside", "sleep"}
+        self.info = msgspec.structs.replace(
+            first.info, max_model_len=limit, numerics=numerics, capabilities=capabilities
+        )
         self._home: dict[SessionRef, VllmEngine] = {}
         self._coming: Counter[int] = Counter()
         self._lock = threading.Lock()
 
-    def identity(self) -> ModelIdentity:
-        return self._living()[0].identity()
+    def identity(self, adapter: str | None = None) -> ModelIdentity:
+        return self._living()[0].identity(adapter)
+
+    def adapters(self) -> dict[str, str]:
+        """Those that every member has, with the same content."""
+        first, *others = [member.adapters() for member in self._living()]
+        return {name: one for name, one in first.items() if all(other.get(name) == one for other in others)}
+
+    def load_adapter(self, name: str, folder: str | Path) -> str:
+        """Into each server once: it loads it into all of its ranks, and refuses a name that it has."""
+        servers = {member.options.get("url", id(member)): member for member in self._living()}
+        return [member.load_adapter(name, folder) for member in servers.values()][-1]
 
     # -- sessions begin
 
-    def open(self, *, seed: int | None = None, salt: str | None = None, share_prefix: bool = False) -> SessionRef:
+    def open(
+        self,
+        *,
+        seed: int | None = None,
+        salt: str | None = None,
+        share_prefix: bool = False,
+        adapter: str | None = None,
+    ) -> SessionRef:
         member = self._claim()
         try:
-            return self._settle(member, member.open(seed=seed, salt=salt, share_prefix=share_prefix))
+            return self._settle(member, member.open(seed=seed, salt=salt, share_prefix=share_prefix, adapter=adapter))
         finally:
             self._let_go(member)
 

@@ -33,6 +33,7 @@ from thaw.engines.served.protocol import Message
 log = logging.getLogger("thaw.vllm")
 RANK_HEADER = "X-data-parallel-rank"
 RELOAD_LIMIT_S = 600.0
+MODELS, LOAD_ADAPTER = "/v1/models", "/v1/load_lora_adapter"
 TURN_LIMIT_S = 2.0
 """A server that does not say that it has taken a request gets the next of its group after this long all the same."""
 _TOKEN = "token_id:"
@@ -41,6 +42,16 @@ _PLAIN = {
     "frequency_penalty": 0.0, "n": 1,
 }  # fmt: skip
 """Said always: what is left out, the server takes from the model's generation config."""
+
+
+class _Card(msgspec.Struct):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Card] = []
 
 
 class _Logprobs(msgspec.Struct):
@@ -163,6 +174,8 @@ class VllmHttpTransport(http.HttpTransport[Call]):
         }
         if extra:
             body["vllm_xargs"] = {name: rfc8785.dumps(value).decode() for name, value in extra.items()}
+        if submission.adapter is not None:
+            body["model"] = submission.adapter.name
         if submission.salt is not None:
             body["cache_salt"] = submission.salt
         return body
@@ -213,19 +226,55 @@ class VllmHttpTransport(http.HttpTransport[Call]):
             finish_reason=one.finish_reason,
         )
 
+    async def adapters(self) -> dict[str, str]:
+        try:
+            reply = await self._client.get(MODELS)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code != 200:
+            raise self._refusal(reply.status_code, reply.content)
+        cards = msgspec.json.decode(reply.content, type=_Models).data
+        return {card.id: card.root for card in cards if card.parent is not None and card.root}
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        try:
+            said = {"lora_name": name, "lora_path": folder}
+            reply = await self._client.post(LOAD_ADAPTER, json=said, timeout=RELOAD_LIMIT_S)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code == 404:
+            raise Unsupported(
+                f"the server at {self.url} loads no adapters while it runs: start it with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or with the adapter (--lora-modules NAME=FOLDER)"
+            )
+        if reply.status_code != 200:
+            raise InvalidRequest(f"{self.url} refused adapter {name!r}: {server_message(reply.content)}")
+
     async def reload_weights(self, folder: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         for route, said in (("/collective_rpc", body), ("/reset_prefix_cache", {})):
-            try:
-                reply = await self._client.post(route, json=said, timeout=RELOAD_LIMIT_S)
-            except httpx.HTTPError as error:
-                raise EngineDied(f"{self.url}: {error_text(error)}") from None
-            if reply.status_code == 404:
-                raise Unsupported(
-                    f"the server at {self.url} lets nobody change its weights: start it with VLLM_SERVER_DEV_MODE=1"
-                )
-            if reply.status_code != 200:
-                raise InvalidRequest(f"{self.url} refused the weights of {folder}: {server_message(reply.content)}")
+            await self._operate(route, said, "change its weights", f"the weights of {folder}")
+
+    async def sleep(self, level: int) -> None:
+        await self._operate(f"/sleep?level={level}", {}, "put it to sleep", "to sleep")
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._operate("/wake_up?tags=weights", {}, "wake it", "to wake up")
+            await self.reload_weights(self.facts.model)
+        await self._operate("/wake_up" if level == 1 else "/wake_up?tags=kv_cache", {}, "wake it", "to wake up")
+
+    async def _operate(self, route: str, said: dict[str, Any], act: str, what: str) -> None:
+        """One of the routes that the server has in its development mode."""
+        try:
+            reply = await self._client.post(route, json=said, timeout=RELOAD_LIMIT_S)
+        except httpx.HTTPError as error:
+            raise EngineDied(f"{self.url}: {error_text(error)}") from None
+        if reply.status_code == 404:
+            raise Unsupported(f"the server at {self.url} lets nobody {act}: start it with VLLM_SERVER_DEV_MODE=1")
+        if reply.status_code != 200:
+            raise InvalidRequest(f"{self.url} refused {what}: {server_message(reply.content)}")
 
     async def abort(self, name: str) -> None:
         call = self._calls.get(name)

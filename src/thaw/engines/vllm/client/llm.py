@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, ThawError
 from thaw.engines.served.client.transport import Chunk, Submission, Transport
 from thaw.engines.vllm import versions
-from thaw.engines.vllm.client.async_llm import RELOAD, chunk_of, mail_of, sampling_params
+from thaw.engines.vllm.client.async_llm import RELOAD, chunk_of, lora_of, lora_request, mail_of, sampling_params
 
 PAUSE_S = 0.001
 News: TypeAlias = "Chunk | BaseException | None"
@@ -45,6 +45,7 @@ class LLMTransport(Transport):
         self._wake = threading.Condition()
         self._asked: deque[Callable[[], None]] = deque()
         self._requests: dict[str, _Request] = {}
+        self._adapters: dict[str, str] = {}
         self._ends: list[Callable[[], None]] = []
         self._closed = False
         self._dead: ThawError | None = None
@@ -101,6 +102,23 @@ class LLMTransport(Transport):
         self._ask(call)
         return await asyncio.wrap_future(found)
 
+    async def adapters(self) -> dict[str, str]:
+        return dict(self._adapters)
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def load() -> None:
+            try:
+                self._engine.add_lora(lora_of(folder))
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 - whatever a worker raised comes as a plain Exception
+                done.set_exception(InvalidRequest(f"vLLM refused adapter {name!r}: {error}"))
+
+        self._ask(load)
+        await asyncio.wrap_future(done)
+        self._adapters[name] = folder
+
     async def reload_weights(self, folder: str) -> None:
         try:
             await self.collective_rpc(RELOAD, (), {"weights_path": folder})
@@ -114,6 +132,29 @@ class LLMTransport(Transport):
 
         self._ask(reset)
         await asyncio.wrap_future(emptied)
+
+    async def sleep(self, level: int) -> None:
+        await self._between_steps(lambda: self._engine.sleep(level))
+
+    async def wake(self, level: int) -> None:
+        """The weights first: requests of others run once all is there."""
+        if level > 1:
+            await self._between_steps(lambda: self._engine.wake_up(["weights"]))
+            await self.reload_weights(self.facts.model)
+        await self._between_steps(lambda: self._engine.wake_up(None if level == 1 else ["kv_cache"]))
+
+    async def _between_steps(self, act: Callable[[], object]) -> None:
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                act()
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 - handed to the caller
+                done.set_exception(InvalidRequest(f"vLLM refused: {type(error).__name__}: {error}"))
+
+        self._ask(run)
+        await asyncio.wrap_future(done)
 
     async def close(self) -> None:
         with self._wake:
@@ -189,7 +230,9 @@ class LLMTransport(Transport):
             prompt["cache_salt"] = submission.salt
         try:
             self._check_free()
-            self._engine.add_request(submission.name, prompt, sampling_params(submission))
+            self._engine.add_request(
+                submission.name, prompt, sampling_params(submission), lora_request=lora_request(submission)
+            )
         except ThawError as error:
             request.tell(error)
         except versions.refusals() as error:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from thaw.core.errors import Busy, InvalidRequest, ThawError, TimedOut, TooLong
+from thaw.engines.base import HydratePlan
 from thaw.engines.served import protocol
+from thaw.engines.served.adapters import require_source
 from thaw.engines.served.budget import GUEST, MAX_COMMANDS, Budget, Shares
 from thaw.engines.served.late_groups import late_groups
 from thaw.engines.served.mailbox import SCHEDULER
@@ -169,16 +171,31 @@ class SchedulerCommands:
         side = self._side
         caller = message.caller or GUEST
         plan = side.mail.plan(message.id)
-        side.require_room(message.record, caller, plan.num_kv)
+        shared = self._shared(message, plan)
+        side.require_room(message.record, caller, plan.num_kv - shared)
         if plan.num_kv > side.facts.max_model_len:
             raise TooLong(f"{plan.num_kv} tokens exceed the engine's {side.facts.max_model_len}")
-        chain = side.contents.chain(plan.num_kv // side.facts.block_size)
+        size = side.facts.block_size
+        before = side.records.known(message.source).chain[: shared // size] if message.source is not None else []
+        chain = [*before, *side.contents.chain(plan.num_kv // size - len(before))]
         tokens, late = list(plan.tokens[: plan.num_kv]), late_groups(plan, plan.identity.groups)
-        record = SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late)
+        record = SchedulerRecord(tokens, plan.num_kv, chain, caller=caller, late=late, adapter=plan.identity.adapter)
         record.points = {point.token for point in plan.points}
         side.records.keep(message.record, record)
-        side.queue.append(jobs.ReadPlan(message.id, message.record, caller))
+        side.queue.append(jobs.ReadPlan(message.id, message.record, caller, message.source, shared))
         side.counters["hydrates"] += 1
+
+    def _shared(self, message: protocol.Fill, plan: HydratePlan) -> int:
+        """How many of the plan's tokens the message's source has. Raises what refuses to take them from there."""
+        if message.source is None:
+            return 0
+        side, want = self._side, message.num_kv
+        source = side.records.known(message.source)
+        require_source(source.adapter, plan.identity.adapter)
+        if side.catch_up(message.source, source, want) < want or tuple(source.tokens[:want]) != plan.tokens[:want]:
+            raise InvalidRequest(f"fill: the session beside has other tokens than the plan's first {want}")
+        side.records.touch(message.source)
+        return want
 
     @_start.register
     def _write(self, message: protocol.Write) -> None:

@@ -52,6 +52,12 @@ class BlockContents:
             self._in_block.pop(block, None)
             self._given.add(block)
 
+    def forget_uncached(self) -> None:
+        """Where vLLM's cache is empty, no block holds anything that a session could find."""
+        if self.pool is not None and all(block.block_hash is None for block in self.pool.blocks):
+            self._in_block.clear()
+            self._found = Found()
+
     def step_begins(self) -> None:
         """What was given away so far was given away in the step before."""
         self._given.clear()

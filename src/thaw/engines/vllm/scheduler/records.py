@@ -17,7 +17,8 @@ class SchedulerRecord:
     """`tokens[:num_kv]` have KV in the workers' arena; `chain[i]` is the content number of full block i. `leaving`:
     some of it may still be on its way there, out of the blocks of the request that runs. `caller`: whose it is.
     `late`: the groups of which earlier tokens are not there. `points`, `recent`: the numbers of tokens after which a
-    recurrent model's states are kept, for as long as the record is, and until it goes on for some steps."""
+    recurrent model's states are kept, for as long as the record is, and until it goes on for some steps. `adapter`: the
+    id of the one that computed the KV."""
 
     tokens: list[int]
     num_kv: int
@@ -29,6 +30,7 @@ class SchedulerRecord:
     late: tuple[LateGroup, ...] = ()
     points: set[int] = field(default_factory=set)
     recent: list[int] = field(default_factory=list)
+    adapter: str | None = None
 
     @property
     def states(self) -> tuple[int, ...]:
@@ -48,5 +50,5 @@ class SchedulerRecord:
         if num_kv and num_kv not in self.points and num_kv not in self.recent:
             raise NotKept(
                 f"no state is kept after {num_kv} tokens: this session has states after {list_of(self.states)}. Go on "
-                "from one of these, or read the tokens again (append them to a new session)"
+                f"from one of these, {NotKept.way_out}"
             )

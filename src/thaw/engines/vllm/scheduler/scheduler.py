@@ -21,7 +21,7 @@ from typing import Any
 
 from thaw.core.errors import Busy, InvalidRequest, ThawError, Unsupported
 from thaw.core.prefix import common_prefix
-from thaw.engines.served import protocol
+from thaw.engines.served import adapters, protocol
 from thaw.engines.served.budget import EVERYBODY, GUEST, Caller
 from thaw.engines.served.guard import guarded, unheard
 from thaw.engines.served.late_groups import require_kept
@@ -77,6 +77,7 @@ class SchedulerSide:
         self._commands = SchedulerCommands(self, settings.shares())
         self._runs: dict[str, RunningRequest] = {}
         self._groups = Groups()
+        self._adapters = adapters.EngineAdapters()
         self._saving = Saves(
             self.records, self.contents, self.queue, facts.block_size, self._tables, self._refuse_command
         )
@@ -136,6 +137,7 @@ class SchedulerSide:
         support.require_alone(request.sampling_params, message)
         support.require_text(request)
         _require_grammar(request, message)
+        adapters.require_same(message.adapter, self._adapter_of(request))
         caller = message.caller or GUEST
         early = message.ends_early and self._has_states
         states = sum(point < request.num_tokens + request.max_tokens for point in message.points if self._has_states)
@@ -145,6 +147,7 @@ class SchedulerSide:
         tokens = list(request.all_token_ids)
         want = message.num_kv
         if source is not None and message.source is not None:
+            adapters.require_source(source.adapter, message.adapter)
             want = min(want, self.catch_up(message.source, source, want))
             same = common_prefix(source.tokens[:want], tokens)
             if same < want:
@@ -155,6 +158,7 @@ class SchedulerSide:
         chain = source.chain[: want // self._block_size] if source is not None else []
         self.queue.append(jobs.ForkRecord(message.record, message.source, want, caller))
         record = SchedulerRecord(tokens[:want], want, chain, live=request, caller=caller, late=late)
+        record.adapter = message.adapter
         if source is not None and want and self._has_states:
             record.points = {want, *(point for point in source.points if point < want)}
         self.records.keep(message.record, record)
@@ -168,6 +172,14 @@ class SchedulerSide:
             give_own_salt(request)
         self._hide_last(run)
         self.counters["forks"] += message.source not in (None, message.record)
+
+    def _adapter_of(self, request: Any) -> str | None:
+        """The id of the adapter that vLLM runs the request under."""
+        lora = getattr(request, "lora_request", None)
+        if lora is None:
+            return None
+        support.require_adapter(lora)
+        return self._adapters.id_of(lora.lora_int_id, lora.lora_path)
 
     def require_state(self, record: SchedulerRecord, num_kv: int) -> None:
         """Raises `NotKept` where the model keeps states, and the record has none after so many tokens."""
@@ -588,8 +600,10 @@ class SchedulerSide:
             self.queue.append(jobs.Forget(gone))
 
     def reset(self) -> None:
-        """vLLM asks connectors to drop what they hold in its blocks: pins end; records are in the arena and stay."""
+        """vLLM asks connectors to drop what they hold in its blocks, also before it sleeps: pins end; records are in
+        the arena and stay."""
         self.pins.reset()
+        self.contents.forget_uncached()
 
 
 def _from(tables: Sequence[Sequence[int]], first: int) -> Iterator[int]:

@@ -74,6 +74,10 @@ class Copier:
         """Do `work`, which writes into the engine's pages, in the order of `load_aside`; on return it is there."""
         work()
 
+    def settle(self) -> None:
+        """Wait until nothing is on its way to or from the engine's pages."""
+        self.loads.submit(_nothing).result()
+
     def close(self) -> None:
         self.loads.shutdown(wait=True, cancel_futures=True)
 
@@ -177,9 +181,19 @@ class AcceleratorCopier(Copier):
             self._busy.popleft()
         self._busy.append((until, what))
 
+    def settle(self) -> None:
+        super().settle()
+        self._saves.submit(_nothing).result()
+        torch.cuda.synchronize(self._device)
+        self._busy.clear()
+
     def close(self) -> None:
         super().close()
         self._saves.shutdown(wait=True)
+
+
+def _nothing() -> None:
+    """What stands behind the work of others in a queue."""
 
 
 def make_copier(layouts: Sequence[KVLayout], arena: HostCache) -> Copier:

@@ -15,12 +15,12 @@ from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import TypeAlias
 
-from thaw.core.errors import NotFound, NotKept, StaleSession, StorageFailed, ThawError
+from thaw.core.errors import Busy, NotFound, NotKept, StaleSession, StorageFailed, ThawError
 from thaw.engines.served.budget import GUEST, Caller, Room
 from thaw.engines.served.guard import guarded
 from thaw.engines.served.mailbox import Mailbox
 from thaw.engines.served.protocol import Answer, WorkerFacts
-from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Tensors
+from thaw.engines.served.worker.host_cache import HostCache, HostRecord, Piece, Tensors
 from thaw.engines.served.worker.pack_io import PackIO
 from thaw.engines.served.worker.rank_groups import RankGroups
 from thaw.engines.served.worker.weights_probe import WeightsSample
@@ -57,11 +57,12 @@ class WorkerSide:
         spill = Path(settings.spill) if settings.spill else None
         self._arena = HostCache(
             settings.arena_nbytes, spill, groups, spill_nbytes=settings.spill_nbytes, shares=settings.shares(),
-            pinned=layouts[0].on_its_own, early_states=jobs.RECENT_STATES,
+            pinned=layouts[0].on_its_own, shared=settings.readers > 0, early_states=jobs.RECENT_STATES,
         )  # fmt: skip
-        self._packing = PackIO(groups, mail, self._arena, interior=settings.interior)
+        self._packing = PackIO(groups, mail, self._arena, interior=settings.interior, readers=settings.readers)
         self._copier = make_copier(layouts, self._arena)
         self._states = states
+        self._unmapped = False
         self._state_copies = 0
         self._records: dict[str, HostRecord] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="thaw-io")
@@ -86,8 +87,29 @@ class WorkerSide:
             with self._lock:
                 self._step_loads.begin(job.request for job in todo if isinstance(job, jobs.Load) and job.background)
         for job in todo:
-            guarded(partial(self._do, job), partial(self._failed, job))
+            guarded(partial(self._do_mapped, job), partial(self._failed, job))
         self._tell_what_is_left()
+
+    def _do_mapped(self, job: Job) -> None:
+        """No job while the KV cache is unmapped: what lies at its addresses is nobody's."""
+        if self._unmapped:
+            raise Busy("this vLLM is asleep, and its KV cache is gone until it wakes up")
+        self._do(job)
+
+    def let_go(self) -> None:
+        """The KV cache is about to be unmapped: wait for what is on its way, and keep nothing that was made of it. What
+        is in the arena stays. Calling twice is fine."""
+        if not self._unmapped:
+            self._copier.settle()
+            self._copier.close()
+            self._unmapped = True
+            del self._copier
+
+    def take_back(self, layouts: Sequence[KVLayout], states: StatePages | None) -> None:
+        """It is mapped again, empty, at the same addresses. Calling twice is fine."""
+        if self._unmapped:
+            self._copier, self._states = make_copier(layouts, self._arena), states
+            self._unmapped = False
 
     def _tell_what_is_left(self) -> None:
         """The scheduler's side refuses what could not be kept, before it is computed."""
@@ -107,7 +129,7 @@ class WorkerSide:
 
     def keep_states(self, todo: Sequence[jobs.KeepState]) -> None:
         """After a step's forward pass: the states that it has left."""
-        for job in todo:
+        for job in () if self._unmapped else todo:
             guarded(partial(self._keep_state, job), partial(self._no_state, job))
 
     def _keep_state(self, job: jobs.KeepState) -> None:
@@ -139,11 +161,14 @@ class WorkerSide:
             "arena_nbytes": self._arena.used,
             "spilled_nbytes": self._arena.spilled,
             "state_copies": self._state_copies,
+            **self._packing.counts(),
         }
 
     def close(self) -> None:
+        self._packing.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._copier.close()
+        if not self._unmapped:
+            self._copier.close()
 
     # -- jobs
 
@@ -188,7 +213,7 @@ class WorkerSide:
     def _tell_synced(self, job: jobs.SaveBlocks, error: ThawError) -> None:
         self._break(job.record, self._caller_of(job.record), error)
         if job.finished is not None:
-            self._copier.after_saves(partial(self._let_go, job.finished))
+            self._let_go_later(job.finished)
 
     def _break(self, name: str, caller: Caller, error: ThawError) -> None:
         """Whoever continues from the record is told why it has no KV."""
@@ -247,7 +272,14 @@ class WorkerSide:
         if job.now:
             self._get(job.record).wait(0, job.num_kv)
         if job.finished is not None:
-            self._copier.after_saves(partial(self._let_go, job.finished))
+            self._let_go_later(job.finished)
+
+    def _let_go_later(self, request: str) -> None:
+        """Once what was begun is copied. While the KV cache is unmapped nothing is."""
+        if self._unmapped:
+            self._let_go(request)
+        else:
+            self._copier.after_saves(partial(self._let_go, request))
 
     def _let_go(self, request: str) -> None:
         with self._lock:
@@ -352,9 +384,11 @@ class WorkerSide:
 
     @_do.register
     def _read_plan(self, job: jobs.ReadPlan) -> None:
+        # Taken now: while the thread reads, the source may end.
+        before = self._upto(self._usable(job.source), job.shared) if job.source is not None else None
         with self._lock:
             self._reading.add(job.record)
-        self._in_thread(job, partial(self._read, job, self._now()))
+        self._in_thread(job, partial(self._read, job, self._now(), () if before is None else before.pieces))
 
     @_do.register
     def _write_record(self, job: jobs.WriteRecord) -> None:
@@ -364,16 +398,17 @@ class WorkerSide:
     def _in_thread(self, job: Job, work: Callable[[], None]) -> None:
         self._threads.submit(guarded, work, partial(self._failed, job))
 
-    def _read(self, job: jobs.ReadPlan, epoch: int) -> None:
+    def _read(self, job: jobs.ReadPlan, epoch: int, before: tuple[Piece, ...]) -> None:
         started = time.perf_counter()
         try:
             plan = self._mail.plan(job.name)
             # Steps go on meanwhile, on the runner's thread. They do not find the record before it is whole, and not at
             # all where its last client has gone.
-            found = self._packing.read(plan, job.caller)
+            found = self._packing.read(plan, job.caller, job.shared)
             with self._lock:
                 if job.record in self._reading:
-                    record = HostRecord(found.pieces, epoch, caller=job.caller, points=found.points)
+                    pieces = (*before, *found.pieces)
+                    record = HostRecord(pieces, epoch, caller=job.caller, points=found.points)
                     self._records[job.record] = record
         finally:
             with self._lock:

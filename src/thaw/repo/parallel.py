@@ -22,5 +22,5 @@ def each(do: Callable[[S], T], items: Sequence[S]) -> list[T | ThawError]:
         except ThawError as error:
             return error
 
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="thaw-snapshot") as pool:
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="thaw-each") as pool:
         return list(pool.map(one, items))
