@@ -198,11 +198,11 @@ class Unreachable:
         self.num_asked = 0
         identity = self.engine.identity
 
-        def asked() -> Any:
+        def asked(adapter: str | None = None) -> Any:
             self.num_asked += 1
             if self.engine._driver._closing:  # type: ignore[attr-defined]
                 raise EngineDied("the server went away")
-            return identity()
+            return identity(adapter)
 
         self.engine.identity = asked  # type: ignore[method-assign]
 
