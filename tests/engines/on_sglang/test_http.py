@@ -263,7 +263,7 @@ def test_a_drain_of_a_paused_server_has_every_session_and_loses_nothing(
 ) -> None:
     """Its front end holds back every request, so commands go by mail. They alone do: the control is a prompt, which
     waits until the owner lets the server continue."""
-    long = Sampling(temperature=0.8, max_tokens=200, ignore_eos=True)
+    long = Sampling(temperature=0.8, max_tokens=700, ignore_eos=True)
     with thaw.open(tmp_path / "runs", engine=engine) as repo:
         whole, idle, running, waiting = (repo.session(seed=3) for _ in range(4))
         for session in (whole, idle, running):
@@ -279,7 +279,7 @@ def test_a_drain_of_a_paused_server_has_every_session_and_loses_nothing(
             assert report.missed == () and engine.stats()["captures"] - captures == 3
             points = {one.session: one for one in report.points}
             assert points.keys() == {whole.ref, idle.ref, running.ref} and not held.done()
-            assert begun <= points[running.ref].num_tokens == len(running.tokens) < 18 + 200
+            assert begun <= points[running.ref].num_tokens == len(running.tokens) < 18 + 700
         finally:
             owner(engine, "/continue_generation", {})
         held.result(LIMIT_S)

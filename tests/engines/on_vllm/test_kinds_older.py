@@ -1,7 +1,8 @@
-"""Kinds of cache that releases before 0.32 do not have: each is refused by name, before vLLM starts."""
+"""What releases before 0.32 do not have: kinds of cache and adapters. Each is refused by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from kind_models import make_kind_model
 from thaw.core.errors import Unsupported
 from thaw.engines import load_engine
+from thaw.testing.models import make_random_adapter
 
 vllm = pytest.importorskip("vllm")
 if tuple(int(part) for part in vllm.__version__.split(".")[:2]) >= (0, 32):
@@ -42,3 +44,10 @@ def test_an_older_release_refuses_recurrent_layers_by_name(tmp_path: Path) -> No
     folder = make_kind_model("qwen3_next", tmp_path / "recurrent", dtype="bfloat16", **shape)
     with pytest.raises(Unsupported, match=r"qwen3_next: a model with recurrent layers needs vLLM 0\.32"):
         load_engine("vllm", model=str(folder), enforce_eager=True, max_model_len=1024)
+
+
+def test_an_older_release_refuses_adapters_by_name(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype="bfloat16", head_dim=64)
+    adapters = {"law": make_random_adapter(model, tmp_path / "law", seed=1)}
+    with pytest.raises(Unsupported, match=r"LoRA on vLLM .*: adapters are part of a session from 0\.32 on"):
+        load_engine("vllm", model=str(model), adapters=adapters, enforce_eager=True, max_model_len=1024)
