@@ -188,8 +188,8 @@ FAULTS = (
     ),
     Fault(
         "first-slot-speaks-for-all", "1", "sglang", "engines/sglang/scheduler/radix_cache.py",
-        "if not self.side.contents.are(slots, record.chain):",
-        "if not self.side.contents.are(slots[:1], record.chain):",
+        "own = self.side.contents.own_length(slots, record.chain) // self.page_size * self.page_size",
+        "own = len(slots) if self.side.contents.own_length(slots[:1], record.chain) else 0",
         ("tests/engines/on_sglang/test_pressure.py::TestSglangPressure::"
          "test_what_one_sibling_sampled_and_another_read_is_not_exchanged",),
         "a session goes on with the bits that a sibling's equal tokens have",
@@ -537,7 +537,8 @@ FAULTS = (
     # --- law 9, good guest
     Fault(
         "failing-load-ends-the-engine", "9", "vllm", "engines/vllm/worker/worker.py",
-        "            guarded(partial(self._do, job), partial(self._failed, job))\n", "            self._do(job)\n",
+        "            guarded(partial(self._do_mapped, job), partial(self._failed, job))\n",
+        "            self._do_mapped(job)\n",
         ("tests/engines/on_vllm/test_interruptions.py::test_a_load_that_fails_ends_its_own_request_alone",),
         "a load that fails takes vLLM with it",
     ),
