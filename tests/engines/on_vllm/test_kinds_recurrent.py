@@ -63,7 +63,7 @@ by another engine, in processes of its own, or by the one that read them. Its pa
 ANSWER = 24
 ENDS, FEWER_ENDS = (37, 255, 256, 257, 300, 700), (37, 256, 257)
 """Tokens after which a state is kept: around a block's end, and elsewhere."""
-NOISE_FACTOR, IN_FALCON_H1 = 100, 30
+NOISE_FACTOR, IN_FALCON_H1 = 100, 10
 """Falcon-H1's noise is larger on a processor with AMX, whose bfloat16 kernels differ more by the shape of a batch."""
 TOP = 20
 WRONG_IN_BATCHES = ("lfm2", "lfm2_moe")
