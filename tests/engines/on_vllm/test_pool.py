@@ -85,7 +85,7 @@ def test_a_session_that_is_decoding_is_a_point(pool: ForkPool, trunk: PoolSessio
 
 @pytest.mark.timeout(1800)
 def test_kill_9_in_the_middle_of_a_round_loses_nothing(pool: ForkPool, trunk: PoolSession) -> None:
-    sampling = Sampling(temperature=0.9, max_tokens=400, ignore_eos=True)
+    sampling = Sampling(temperature=0.9, max_tokens=1000, ignore_eos=True)
     undisturbed_ = pool.fork(trunk, PROMPTS, sampling, snapshot="before")
     round_ = pool.submit(trunk, PROMPTS, sampling)
     for delta in round_:
