@@ -9,6 +9,9 @@ import pytest
 from gateway_stand import Gateway, Start
 
 openai = pytest.importorskip("openai")
+
+from thaw.gateway.place import WORTH_LOADING  # noqa: E402
+
 LONG = "a long story about a river, and who lives there. " * 8
 
 
@@ -62,6 +65,20 @@ def test_the_same_after_a_restart(start: Start) -> None:
     assert (
         again.num_forwarded - before == reply.usage.prompt_tokens - reply.usage.prompt_tokens_details.cached_tokens + 7
     )
+
+
+@pytest.mark.parametrize(("shared", "source"), [(WORTH_LOADING - 1, "live"), (WORTH_LOADING, "stored")])
+def test_a_few_tokens_alike_by_chance_are_not_worth_a_load(start: Start, shared: int, source: str) -> None:
+    """`shared`: how many more than an open session has are stored. The end of a commit is loaded for fewer."""
+    gateway = start()
+    stored = chat(gateway.openai(), [{"role": "user", "content": LONG}])
+    gateway.close()
+    client = start().openai()
+    assert chat(client, [{"role": "user", "content": "?"}]).thaw["source"] == "new"
+    reply = chat(client, [{"role": "user", "content": f"{LONG[:shared]}#"}])
+    assert reply.thaw["source"] == source
+    on = chat(client, [{"role": "user", "content": LONG}, said(stored), {"role": "user", "content": "On."}])
+    assert on.thaw["source"] == "stored" and on.thaw["cached_tokens"] == stored.usage.total_tokens - 1
 
 
 def test_choices_differ_are_seeded_and_are_read_once(gateway: Gateway) -> None:

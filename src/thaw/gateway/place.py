@@ -38,6 +38,9 @@ T = TypeVar("T")
 Source = Literal["live", "stored", "new"]
 COMMON = 8
 """Characters of a token; a text with no more of them may fit, whatever the longest token is."""
+WORTH_LOADING = 8
+"""Tokens more than an open session has, for which a place inside what is stored is loaded. Fewer are read again beside
+the rest of the prompt: prompts that begin alike by chance would each pay for a load otherwise."""
 
 
 class StoredPrefix(msgspec.Struct, frozen=True):
@@ -46,6 +49,10 @@ class StoredPrefix(msgspec.Struct, frozen=True):
 
     num_tokens: int
     point: ResolvedPoint
+
+    def worth_loading(self, num_open: int) -> bool:
+        """Rather than going on from the first `num_open` tokens, which are open. The end of a commit is, for any."""
+        return self.num_tokens >= num_open + (1 if self.point.at_end else WORTH_LOADING)
 
 
 class ParentFound(msgspec.Struct, kw_only=True):
@@ -335,21 +342,22 @@ class ParentFinder:
         refused: set[int] = set()
         while True:
             (num, ready), (num_coming, coming) = self._live.nearest(entry, refused)
-            known = max(num, stored.num_tokens if stored else 0, len(trunk.tokens) if trunk else 0)
+            loaded = stored if stored is not None and stored.worth_loading(num) else None
+            known = max(num, loaded.num_tokens if loaded else 0, len(trunk.tokens) if trunk else 0)
             if coming is not None and num_coming >= known + WORTH_WAITING:
                 await coming.ready.wait()
                 continue
             if trunk is not None and len(trunk.tokens) + WORTH_WAITING > num:
                 found = await self._fork(asked, entry, trunk, len(trunk.tokens))
                 return found or await self._fresh(asked, entry)
-            if ready is not None and num and num >= (stored.num_tokens if stored else 0):
+            if ready is not None and num and loaded is None:
                 found = await self._fork(asked, entry, ready, num)
                 if found is not None:
                     return found
                 refused.add(ready.number)
                 continue
-            if stored is not None:
-                found = await self._stored(asked, entry, stored.point)
+            if loaded is not None:
+                found = await self._stored(asked, entry, loaded.point)
                 if found is not None:
                     return found
             return await self._fresh(asked, entry)
