@@ -344,6 +344,29 @@ def test_one_that_was_parked_before_it_said_anything_begins_again(start: Start) 
     assert [event.sequence_number for event in told] == list(range(len(told)))
 
 
+@pytest.mark.parametrize("place", ["branch", "conversation"])
+def test_who_begins_again_begins_where_it_did_before(start: Start, place: str) -> None:
+    """What was parked with nothing said has moved neither its branch nor its conversation."""
+    gateway = start(step_s=0.3)
+    client = gateway.openai()
+    where: dict[str, Any] = {"extra_body": {"thaw": {"branch": "mine"}}}
+    if place == "conversation":
+        where = {"conversation": client.conversations.create().id}
+    first = ask(client, max_output_tokens=1, **where)
+    on = where if place == "conversation" else {**where, "previous_response_id": first.id}
+    made = ask(client, background=True, input=LONG * 4, max_output_tokens=2, **on)
+    while not any(job.read for job in gateway.service.jobs.values()):
+        time.sleep(0.005)
+    gateway.close()
+    after = start(settings=GatewaySettings(restore=True))
+    quiet(after)
+    done = after.openai().responses.retrieve(made.id)
+    assert (done.thaw["parent"], done.usage.output_tokens) == (first.thaw["point"], 2)
+    branch = "mine" if place == "branch" else f"conversations/{where['conversation']}"
+    assert str(after.repo.resolve(branch).commit) == done.thaw["point"]
+    assert after.repo.show(branch).text.count(LONG) == 5
+
+
 def test_one_that_cannot_be_resumed_has_failed_and_the_rest_is_served(start: Start) -> None:
     """Its conversation was deleted while it was parked."""
     gateway = start(step_s=0.005)

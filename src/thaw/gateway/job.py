@@ -324,11 +324,12 @@ class ReplyJob:
         self, place: Place, work: Stream[ChatResult] | Stream[Completion]
     ) -> tuple[ChatResult | Completion, CommitResult, float, SessionView, tuple[int, ...]]:
         """The end, on a thread: what was generated, its commit and when, the session then, and its tokens as a client
-        tells them."""
+        tells them. The branch stays where it is if the job is to begin again (`anew`)."""
         result = work.result()
         created = time.time()
         session = place.session.sync
-        done = session.commit(self.asked.note, branch=self.asked.branch)
+        anew = self.parked and not self.asked.resume and not _completion(result).token_ids
+        done = session.commit(self.asked.note, branch=None if anew else self.asked.branch)
         view = session.view()
         return result, done, created, view, place.told(view, _completion(result))
 
