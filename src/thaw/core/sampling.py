@@ -23,6 +23,8 @@ MAX_STOPS = 64
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 64
 MAX_GRAMMAR = 1 << 20
+LARGEST = (1 << 53) - 1
+"""Of the integers that a turn records as JSON numbers."""
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -118,18 +120,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     def _check(self) -> None:
         _require(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "0 (greedy) to 100")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
-        _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (all), or a positive count")
+        _require(-1 <= self.top_k <= LARGEST, "top_k", self.top_k, "-1 or 0 (all), or a positive count below 2^53")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "in [0, 1]")
         _require(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty, "in (0, 100]")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "in [-2, 2]")
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(1 <= self.max_tokens <= LARGEST, "max_tokens", self.max_tokens, "at least 1, below 2^53")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "in [0, max_tokens]")
         _require(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs, "None or 0 to 100")
         _require(
             len(self.stop) <= MAX_STOPS and all(self.stop), "stop", self.stop, f"up to {MAX_STOPS} non-empty strings"
         )
-        _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids (>= 0)")
+        ok = all(0 <= t <= LARGEST for t in self.stop_token_ids)
+        _require(ok, "stop_token_ids", self.stop_token_ids, "token ids (0 or more, below 2^53)")
         _require(
             len(self.bad_words) <= MAX_BAD_WORDS and all(word.lstrip() for word in self.bad_words),
             "bad_words", self.bad_words, f"up to {MAX_BAD_WORDS} strings that are not blank",
