@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 
 from gateway_stand import Gateway, Start
@@ -146,3 +151,36 @@ def test_after_a_restart_it_goes_on_from_what_is_stored(start: Start) -> None:
     )
     assert kid.usage.input_tokens_details.cached_tokens == first.usage.total_tokens - 1
     assert again.num_forwarded - before == kid.thaw["prefilled_tokens"] + 3
+
+
+def test_a_conversation_is_continued_by_one_from_when_it_is_read(gateway: Gateway) -> None:
+    """Whoever comes between a response's look at the conversation and its beginning is refused. Otherwise the first one
+    would answer behind a place where the conversation stands no more."""
+    client, asked, let = gateway.openai(), threading.Event(), threading.Event()
+    conversation = client.conversations.create().id
+    look = gateway.service.point
+
+    async def slow(*named: Any, **more: Any) -> Any:
+        found = await look(*named, **more)
+        asked.set()
+        await asyncio.to_thread(let.wait, 20)
+        return found
+
+    def ask(text: str) -> Any:
+        return client.responses.create(model="fake", input=text, conversation=conversation, max_output_tokens=4)
+
+    before = ask("First.")
+    gateway.service.point = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, "Second.")
+        assert asked.wait(20)
+        try:
+            for do in (lambda: ask("Third."), lambda: client.conversations.delete(conversation)):
+                with pytest.raises(openai.ConflictError, match="already continuing"):
+                    do()
+        finally:
+            let.set()
+        assert first.result().thaw["parent"] == before.thaw["point"]
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model="fake", input="x", conversation=conversation, temperature=-1)
+    assert ask("Third.").thaw["parent"] == first.result().thaw["point"]

@@ -102,14 +102,29 @@ async def items(context: GatewayContext, request: Request, body: bytes) -> Respo
 # -- for responses
 
 
-async def named(context: GatewayContext, given: str | dict[str, Any] | None) -> LedgerRow | None:
-    """The conversation that a response belongs to. Raises `ApiError`."""
+async def taken(context: GatewayContext, given: str | dict[str, Any] | None) -> LedgerRow | None:
+    """The conversation that a response belongs to. Until it is freed nobody else continues or deletes it, so it is
+    taken before it is read. Raises `ApiError`."""
     if given is None:
         return None
     id = given if isinstance(given, str) else given.get("id")
     if not isinstance(id, str):
         raise invalid("conversation", "an id, or an object with one")
-    return await _row(context, id)
+    try:
+        context.service.take_conversation(context.tenant.namespace, id)
+    except ApiError:
+        await _row(context, id)
+        raise
+    try:
+        return await _row(context, id)
+    except BaseException:
+        context.service.free_conversation(context.tenant.namespace, id)
+        raise
+
+
+def free(context: GatewayContext, row: LedgerRow | None) -> None:
+    if row is not None:
+        context.service.free_conversation(row.namespace, row.id)
 
 
 async def tip(context: GatewayContext, row: LedgerRow) -> tuple[ResolvedPoint | None, list[dict[str, Any]]]:

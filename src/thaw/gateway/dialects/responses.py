@@ -131,11 +131,18 @@ def _unread(asked: ResponseCreate) -> list[str]:
 
 
 async def _begin(context: GatewayContext, body: ResponseCreate, id: str = "") -> Begin:
-    """`id`: of a response that is begun anew."""
-    id = id or f"resp_{secrets.token_hex(16)}"
+    """It has its conversation for itself. `id`: of a response that is begun anew."""
+    conversation = await conversations.taken(context, body.conversation)
+    try:
+        return await _begin_in(context, body, id or f"resp_{secrets.token_hex(16)}", conversation)
+    except BaseException:
+        conversations.free(context, conversation)
+        raise
+
+
+async def _begin_in(context: GatewayContext, body: ResponseCreate, id: str, conversation: LedgerRow | None) -> Begin:
     extension = context.extension(body.thaw)
     previous = await _previous(context, body)
-    conversation = await conversations.named(context, body.conversation)
     if conversation is not None and (previous is not None or extension.branch is not None):
         raise invalid("conversation", "it cannot be combined with previous_response_id or thaw.branch; leave those out")
     if extension.point is not None and (previous is not None or conversation is not None):
@@ -248,13 +255,10 @@ def _head(context: GatewayContext, id: str, body: ResponseCreate, conversation: 
 async def _start(context: GatewayContext, begin: Begin) -> ReplyJob:
     """The job, with its row written beside it; the row is on disk again before the job has an outcome."""
     service, namespace = context.service, context.tenant.namespace
-    if begin.conversation is not None:
-        service.take_conversation(namespace, begin.conversation.id)
     try:
         await service.admit(context.tenant, 1, service.answer(begin.asked))
     except BaseException:
-        if begin.conversation is not None:
-            service.free_conversation(namespace, begin.conversation.id)
+        conversations.free(context, begin.conversation)
         raise
     first: asyncio.Task[None] | None = None
     if begin.store:
@@ -293,8 +297,7 @@ def _own(
 
     def over(_: asyncio.Task[None]) -> None:
         service.jobs.pop(key, None)
-        if begin.conversation is not None:
-            service.free_conversation(namespace, begin.conversation.id)
+        conversations.free(context, begin.conversation)
         if begin.store and job.outcome.exception() is not None:
             service.later(_failed(context, begin, first))
 
@@ -369,8 +372,6 @@ async def _anew(service: Service, row: LedgerRow) -> None:
     context = GatewayContext(service, service.tenants.of_namespace(row.namespace), "", {})
     begin = await _begin(context, msgspec.convert(row.record["anew"], ResponseCreate), row.id)
     begin.head["created_at"] = row.record["reply"]["created_at"]
-    if begin.conversation is not None:
-        service.take_conversation(row.namespace, begin.conversation.id)
     _own(context, begin, None)
 
 
@@ -380,11 +381,8 @@ async def _restore(service: Service, row: LedgerRow) -> None:
     at = await service.point(context.tenant, str(row.point))
     head = {**record["reply"], "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
     head.pop("thaw")
-    told, conversation = head["conversation"], None
-    if told is not None:
-        conversation = await conversations.named(context, told["id"])
-        service.take_conversation(row.namespace, told["id"])
     choice = _choice(context, head["tools"], head["tool_choice"], parallel=head["parallel_tool_calls"])
+    conversation = await conversations.taken(context, head["conversation"])
     asked = Asked(
         at=at, resume=True, branch=record["branch"], note=record["note"], variables=record["variables"],
         tools=choice.shown, forced=choice.forced, single_call=choice.single, followed=True,
