@@ -263,3 +263,22 @@ def test_an_answer_that_is_told_in_other_tokens_keeps_those_that_were_sampled(st
     last = chat(start().openai(), history)
     assert last.usage.prompt_tokens_details.cached_tokens >= reply.usage.total_tokens - 2
     assert last.thaw["source"] == "stored"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("no name", 400), ("there", 409), ("a-tag", 400), ("HEAD", 400), ("x" * 200, 400)]
+)
+def test_a_branch_that_cannot_be_moved_is_refused_before_anything_is_computed(
+    gateway: Gateway, name: str, status: int
+) -> None:
+    """Also as one of several choices' (`NAME/0`), where the name is too long for that."""
+    client = gateway.openai()
+    there = chat(client, [{"role": "user", "content": LONG}], extra_body={"thaw": {"branch": "there"}})
+    gateway.repo.tag("a-tag", "there")
+    before = gateway.num_forwarded
+    many = 2 if len(name) == 200 else 1
+    with pytest.raises(openai.APIStatusError) as refused:
+        chat(client, [{"role": "user", "content": "Else."}], n=many, extra_body={"thaw": {"branch": name}})
+    assert refused.value.status_code == status and gateway.num_forwarded == before
+    on = {"thaw": {"branch": "there", "point": "there"}}
+    assert chat(client, [{"role": "user", "content": "On."}], extra_body=on).thaw["parent"] == there.thaw["point"]

@@ -82,12 +82,14 @@ def test_choices_count_each(start: Start) -> None:
 
 def test_what_a_failing_request_computed_counts(start: Start) -> None:
     """Its branch has moved meanwhile, so that there is a conflict once all has been generated."""
-    gateway = start(tenants=two(tokens_per_minute=100_000))
+    gateway = start(tenants=two(tokens_per_minute=100_000), step_s=0.005)
     client = gateway.openai("key-a")
-    chat(client, "x", extra_body={"thaw": {"branch": "main"}})
     before, ran = spent(gateway), gateway.num_forwarded
-    with pytest.raises(openai.ConflictError):
-        chat(client, LONG, max_tokens=50, extra_body={"thaw": {"branch": "main"}})
+    stream = chat(client, LONG, stream=True, max_tokens=400, extra_body={"thaw": {"branch": "main"}})
+    next(iter(stream))
+    chat(client, "x", max_tokens=1, extra_body={"thaw": {"branch": "main"}})
+    with pytest.raises(openai.APIError, match="somebody else moved it"):
+        list(stream)
     quiet(gateway)
     assert 0 <= spent(gateway) - before - (gateway.num_forwarded - ran) <= 2
     assert gateway.num_forwarded - ran > 400

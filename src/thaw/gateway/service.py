@@ -29,6 +29,7 @@ from thaw.gateway.repeats import Repeats
 from thaw.gateway.settings import GatewaySettings
 from thaw.gateway.speech import NONE, ForcedReader, TextReaders
 from thaw.gateway.tenants import Spending, Tenant, Tenants
+from thaw.repo import refs
 from thaw.repo.aio import AsyncRepository
 from thaw.repo.bridge import call
 from thaw.repo.repository import Repository
@@ -208,6 +209,9 @@ class Service:
                 num_new = max(0, place.num_tokens - place.num_known)
                 spending.prompt(num_new)
                 await self._require_room(num_new)
+                if now.branch is not None:
+                    store, parent = self.within(tenant).sync.store, place.session.sync.parent
+                    await call(refs.require_movable, store, now.branch, parent)
             except (ApiError, ThawError) as error:
                 await place.give_up(error)
                 raise

@@ -47,6 +47,20 @@ def require_own(store: Store, name: str) -> str:
     return name
 
 
+def require_movable(store: Store, name: str, parent: CommitId | None) -> None:
+    """That a child of `parent` may become this branch: it is there already, or nowhere yet. Raises `BadPoint`,
+    `InvalidRequest`, `RefConflict`."""
+    ref = store.ref(require_own(store, name))
+    if ref is not None and ref.kind != "branch":
+        raise InvalidRequest(f"{name!r} is a {ref.kind} already; choose another name for the branch.")
+    if ref is not None and ref.target != parent:
+        here = short(parent) if parent else "a new session"
+        raise RefConflict(
+            f"branch {name!r} is at {short(ref.target)}, and this begins at {here}: it cannot move the branch. "
+            "Begin at the branch, or choose another name."
+        )
+
+
 def create(store: Store, name: str, kind: RefKind, point: str | ResolvedPoint) -> Ref:
     """A new branch or tag. Raises `RefConflict` when the name is taken."""
     require_own(store, name)
