@@ -81,6 +81,25 @@ def test_a_few_tokens_alike_by_chance_are_not_worth_a_load(start: Start, shared:
     assert on.thaw["source"] == "stored" and on.thaw["cached_tokens"] == stored.usage.total_tokens - 1
 
 
+def test_a_stored_text_does_not_hide_an_open_conversation(start: Start) -> None:
+    """A conversation does not go on behind a plain text, however long their tokens are the same; it is not loaded."""
+    longer = f"{LONG}and here both of them go on together"
+    gateway = start(name="tokens")
+    told = chat(gateway.openai(), [{"role": "user", "content": longer}])
+    prompt = list(gateway.repo.show(told.thaw["point"]).tokens)[: told.usage.prompt_tokens]
+    gateway = start()
+    client = gateway.openai()
+    text = client.completions.create(model="fake", prompt=prompt, max_tokens=8)
+    opened = chat(client, [{"role": "user", "content": LONG}])
+    assert (text.thaw["source"], opened.thaw["source"]) == ("new", "new")
+    held = gateway.num_open(2)
+    reply = chat(client, [{"role": "user", "content": f"{longer}!"}])
+    assert reply.thaw["source"] == "live" and reply.thaw["cached_tokens"] > len(LONG)
+    assert gateway.num_open(held + 1) == held + 1
+    again = client.completions.create(model="fake", prompt=prompt, max_tokens=8)
+    assert again.thaw["cached_tokens"] == len(prompt) - 1
+
+
 def test_choices_differ_are_seeded_and_are_read_once(gateway: Gateway) -> None:
     client = gateway.openai()
     before = gateway.num_forwarded

@@ -302,7 +302,13 @@ class ParentFinder:
         found = self._repo.sync.match(tokens)
         if found is None or not found.num_tokens:
             return None
-        return StoredPrefix(found.num_tokens, self._whole_answer(found) if chat else found)
+        if not chat:
+            return StoredPrefix(found.num_tokens, found)
+        store = self._repo.sync.store
+        turns = timeline.read_turns(store, timeline.read_state(store, found.state))
+        if not turns or turns[0].role is None:  # a text, behind which no conversation goes on
+            return None
+        return StoredPrefix(found.num_tokens, self._whole_answer(found, turns))
 
     def _render_and_match(
         self, asked: Asked, messages: tuple[Message, ...]
@@ -360,6 +366,8 @@ class ParentFinder:
                 found = await self._stored(asked, entry, loaded.point)
                 if found is not None:
                     return found
+                stored = None
+                continue
             return await self._fresh(asked, entry)
 
     async def _fresh(self, asked: Asked, entry: LiveEntry) -> ParentFound:
@@ -418,20 +426,14 @@ class ParentFinder:
                 return None
             raise
         try:
-            if entry.chat and not trunk.chat:
-                return None
             return await self._fork(asked, entry, trunk, len(trunk.tokens), stored=point)
         finally:
             trunk.users -= 1
 
-    def _whole_answer(self, point: ResolvedPoint) -> ResolvedPoint:
+    def _whole_answer(self, point: ResolvedPoint, turns: tuple[Turn, ...]) -> ResolvedPoint:
         """The end of the commit, where the point lies inside an answer."""
-        if point.at_end:
-            return point
-        store = self._repo.sync.store
-        turns = timeline.read_turns(store, timeline.read_state(store, point.state))
         inside = any(turn.kind == "completion" and turn.start <= point.num_tokens < turn.end for turn in turns)
-        return resolve.at(store, point.commit) if inside else point
+        return resolve.at(self._repo.sync.store, point.commit) if inside and not point.at_end else point
 
     def _loader(self, life: EngineLife, asked: Asked, point: ResolvedPoint) -> Callable[[], Session]:
         """What loads the session at a stored point, on a thread."""
