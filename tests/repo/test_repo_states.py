@@ -249,6 +249,22 @@ def test_a_live_fork_elsewhere_reads_the_gap_again_where_that_is_allowed(
         assert restored.generate("", GREEDY).logprobs == whole.logprobs
 
 
+def test_what_a_chat_reads_again_is_counted_as_prefilled(
+    engine: Engine, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the model ran: the answer is asked for again where no state was kept at the end of its prompt."""
+    asked = [{"role": "user", "content": "Who are you? " * 20}]
+    with repo.session(seed=1) as s:
+        s.chat(history=asked, sampling=GREEDY)
+        s.commit("asked", branch="main")
+    with repo.session("main") as s:
+        ran = count_forwarded(engine, monkeypatch)
+        usage = s.chat(history=asked, sampling=GREEDY).completion.usage
+        assert sum(ran) == usage.num_prefilled_tokens + usage.num_completion_tokens - 1
+        assert usage.num_cached_tokens + usage.num_prefilled_tokens == usage.num_prompt_tokens
+        assert usage.num_prefilled_tokens > 100
+
+
 def test_a_chat_that_drops_what_it_said_goes_back_to_a_point(repo: Repository) -> None:
     """A conversation that is given whole, with another answer: what comes after the last point is read again."""
     with repo.session(seed=1) as s:

@@ -50,6 +50,8 @@ class Aside:
     last: tuple[CommitResult, tuple[Turn, ...]] | None
     num_inherited: int
     keep: int
+    num_reread: int = 0
+    """Tokens before `keep` that were prefilled again, since no state was kept there."""
 
 
 class Session(ProcessBound):
@@ -373,6 +375,11 @@ class Session(ProcessBound):
             sampling=sampling,
         )
 
+    @property
+    def num_reread(self) -> int:
+        """Tokens that were prefilled again to drop what a plan drops; until `settle_chat`."""
+        return 0 if self._aside is None else self._aside.num_reread
+
     def settle_chat(self, *, failed: bool) -> None:
         """The batch is over: forget what was set aside, or, where it failed before it appended anything, go back.
         Nothing to do where nothing was set aside, or the engine is gone."""
@@ -441,14 +448,16 @@ class Session(ProcessBound):
         engine, old = self._context.engine, self.ref
         if keep == len(engine.view(old).tokens):
             return
+        again = False
         try:
             new = engine.fork(old, 1, at=keep, replay=True).result()[0]
         except NotKept:
-            new = engine.reread(old, keep).result()
+            new, again = engine.reread(old, keep).result(), True
         self._pass_on(new)
-        kept, _ = self._kept_of(engine.view(new))
+        kept, proof = self._kept_of(engine.view(new))
+        num_reread = proof.num_recomputed_tokens if again and proof is not None else 0
         with self._lock:
-            self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep)
+            self._aside = Aside(old, self._kept, self._last, self._num_inherited, keep, num_reread)
             self._ref, self._kept, self._last = new, kept, None
             self._num_inherited = min(self._num_inherited, keep)
 
