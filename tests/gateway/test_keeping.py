@@ -19,6 +19,9 @@ from thaw.gateway.ledger import Ledger, LedgerRow
 from thaw.gateway.settings import GatewaySettings, Keeping, Limits
 
 openai = pytest.importorskip("openai")
+
+from thaw.gateway.place import ParentFinder  # noqa: E402
+
 LONG = "a long story about a river, and who lives there. " * 8
 
 
@@ -159,3 +162,30 @@ def test_the_verb_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("THAW_NAMESPACE", "acme")
     assert cli.main(at) != 0
     assert "--keys" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("num_open", [0, 1])
+def test_what_gc_removes_while_a_chat_looks_for_it_is_read_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch, num_open: int
+) -> None:
+    """It named no point, so none is missing. `num_open`: also where the session behind it is open until then."""
+    limits, keeping = Limits(live_sessions=num_open), Keeping(lifetime_s=0.0)
+    gateway = start(settings=GatewaySettings(limits=limits, keeping=keeping))
+    client = gateway.openai()
+    told = [{"role": "user", "content": LONG}]
+    client.chat.completions.create(model="fake", messages=told, max_tokens=8)
+    assert gateway.num_open(num_open) == num_open
+    looks = ParentFinder._asked
+
+    async def swept(self: Any, *args: Any, **options: Any) -> Any:
+        found = await looks(self, *args, **options)
+        gateway.service.ledger.expire(before=time.time(), max_nbytes=0)
+        await gateway.service.repo.gc(keep_reflog_s=0.0)
+        return found
+
+    monkeypatch.setattr(ParentFinder, "_asked", swept)
+    like = [{"role": "user", "content": f"{LONG} And then?"}]
+    again = client.chat.completions.create(model="fake", messages=like, max_tokens=8)
+    assert again.thaw["source"] == ("live" if num_open else "new")
+    assert (again.thaw["cached_tokens"] > len(LONG)) == bool(num_open)
+    assert gateway.repo.show(again.thaw["point"]).tokens

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from thaw.core.errors import EngineDied, Refused, TooLong
+from thaw.core.errors import EngineDied, NotFound, Refused, TooLong
 from thaw.core.ids import CommitId, StateId
 from thaw.core.objects import Commit, Turn
 from thaw.core.prefix import common_prefix
@@ -299,16 +299,19 @@ class ParentFinder:
         return repo.encode_chat(text)
 
     def _match(self, tokens: tuple[int, ...], *, chat: bool) -> StoredPrefix | None:
-        found = self._repo.sync.match(tokens)
-        if found is None or not found.num_tokens:
+        try:
+            found = self._repo.sync.match(tokens)
+            if found is None or not found.num_tokens:
+                return None
+            if not chat:
+                return StoredPrefix(found.num_tokens, found)
+            store = self._repo.sync.store
+            turns = timeline.read_turns(store, timeline.read_state(store, found.state))
+            if not turns or turns[0].role is None:  # a text, behind which no conversation goes on
+                return None
+            return StoredPrefix(found.num_tokens, self._whole_answer(found, turns))
+        except NotFound:  # gc has removed it meanwhile
             return None
-        if not chat:
-            return StoredPrefix(found.num_tokens, found)
-        store = self._repo.sync.store
-        turns = timeline.read_turns(store, timeline.read_state(store, found.state))
-        if not turns or turns[0].role is None:  # a text, behind which no conversation goes on
-            return None
-        return StoredPrefix(found.num_tokens, self._whole_answer(found, turns))
 
     def _render_and_match(
         self, asked: Asked, messages: tuple[Message, ...]
@@ -330,13 +333,14 @@ class ParentFinder:
         return parent
 
     def _held_whole(self, commit: str | None, num_known: int) -> str | None:
-        """Of a commit and those before it, the last that ends within so many tokens."""
+        """Of a commit and those before it, the last that ends within so many tokens; None where gc has removed them."""
         store = self._repo.sync.store
-        while commit is not None:
-            known = store.get_as(commit, Commit)
-            if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
-                return commit
-            commit = store.first_parent(known)
+        with contextlib.suppress(NotFound):
+            while commit is not None:
+                known = store.get_as(commit, Commit)
+                if timeline.read_state(store, StateId(known.state)).num_tokens <= num_known:
+                    return commit
+                commit = store.first_parent(known)
         return None
 
     # -- the longest prefix
@@ -419,8 +423,11 @@ class ParentFinder:
                 return None
 
     async def _stored(self, asked: Asked, entry: LiveEntry, point: ResolvedPoint) -> ParentFound | None:
+        """None where it cannot be loaded, or gc has removed it since it was found."""
         try:
             trunk = await self._live.at(entry.home, self._namespace, point, self._loader(entry.life, asked, point))
+        except NotFound:
+            return None
         except Refused:
             if asked.policy == "exact":
                 return None

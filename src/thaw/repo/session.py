@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from thaw.core.cache import keeps_all
-from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotKept, ThawError, TooLong
+from thaw.core.errors import Busy, EngineDied, InvalidRequest, NotFound, NotKept, ThawError, TooLong
 from thaw.core.ids import CommitId, short
 from thaw.core.objects import Turn
 from thaw.core.proof import Proof
@@ -415,8 +415,12 @@ class Session(ProcessBound):
         return text_after(self._context.engine.codec, plan.before, plan.new, skip_special_tokens=False)
 
     def _told_earlier(self, view: SessionView) -> conversation.Conversation | None:
-        """The conversation as commits of an older thaw recorded it, if they did up to where this session came from."""
-        found = chat_meta.read(self._context.store, self._parent)
+        """The conversation as commits of an older thaw recorded it, if they did up to where this session came from, and
+        gc has not removed those."""
+        try:
+            found = chat_meta.read(self._context.store, self._parent)
+        except NotFound:
+            return None
         if found is None or found[1] > len(view.tokens):
             return None
         return conversation.read(view.turns, len(view.tokens), found)
