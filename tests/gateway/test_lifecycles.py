@@ -17,7 +17,8 @@ from test_tenants import two
 
 import thaw
 from gateway_stand import TOKEN, Gateway, Start
-from thaw.gateway.ledger import LedgerRow
+from thaw.core.errors import CorruptDatabase, StorageFailed
+from thaw.gateway.ledger import FILE, Ledger, LedgerRow
 from thaw.gateway.metrics import MAX_BRANCHES
 from thaw.gateway.service import ROOM_S
 from thaw.gateway.settings import GatewaySettings, Keeping, Limits
@@ -299,6 +300,16 @@ def test_on_a_full_disk_nothing_is_generated_and_all_goes_on_when_there_is_room(
     assert client.responses.retrieve(kept.id).output_text == kept.output_text
     ballast.unlink()
     assert ask(client, previous_response_id=kept.id, input="x").thaw["parent"] == kept.thaw["point"]
+
+
+def test_a_ledger_that_cannot_be_opened_says_why(small_disk: Path, tmp_path: Path) -> None:
+    free = subprocess.run(["df", "--output=avail", "-B1", str(small_disk)], capture_output=True, text=True).stdout
+    (small_disk / "ballast").write_bytes(bytes(int(free.split()[-1])))
+    with pytest.raises(StorageFailed, match="full"):
+        Ledger(small_disk)
+    (tmp_path / FILE).write_bytes(b"no database at all " * 1000)
+    with pytest.raises(CorruptDatabase, match=FILE):
+        Ledger(tmp_path)
 
 
 def test_an_engine_that_dies_twenty_times_loses_nothing_and_doubles_nothing(start: Start) -> None:

@@ -74,18 +74,20 @@ class Ledger:
     """Safe from any thread. Each write is on disk when it returns, but for `count`."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises `StorageFailed` and others."""
         self._path = path = folder / FILE
         with storage_errors(path, "write"):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         self._lock = threading.Lock()
         self._joining = threading.Lock()
         self._waiting: list[PendingRow] = []
-        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
-        self._connection.executescript(_SCHEMA)
         self._stored: Counter[str] = Counter()
-        self._count()
+        with database_errors(path):
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.executescript(_SCHEMA)
+            self._count()
 
     def put(self, row: LedgerRow) -> None:
         """Rows that come at once are on disk together, with one sync: whoever is first to write takes those that wait.
