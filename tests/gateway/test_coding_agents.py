@@ -255,6 +255,28 @@ def test_a_stream_that_broke_is_told_again_from_its_beginning(speaking: Callable
     assert gateway.num_forwarded == len("user\nhi" + "assistant\n") + 3 + 59  # and the marks of messages
 
 
+@pytest.mark.parametrize("endpoint", ["chat/completions", "completions", "messages", "responses"])
+def test_a_stream_that_ended_with_an_error_is_no_answer_to_a_retry(start: Start, endpoint: str) -> None:
+    """Its branch moved meanwhile. The retry runs, and is kept once it has ended well."""
+    gateway = start(step_s=0.005)
+    said: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+    said = {"responses": {"input": "hi"}, "completions": {"prompt": "hi"}}.get(endpoint, said)
+    other = {"model": "fake", "prompt": "x", "max_tokens": 1, "thaw": {"branch": "other"}}
+    assert post(gateway, "completions", other).status_code == 200
+    limit = "max_output_tokens" if endpoint == "responses" else "max_tokens"
+    body = {"model": "fake", **said, limit: 100, "stream": True, "thaw": {"branch": "main"}}
+    key = {"idempotency-key": "k"}
+    headers = {"authorization": f"Bearer {TOKEN}", **key}
+    with httpx.stream("POST", f"{gateway.url}/v1/{endpoint}", json=body, headers=headers) as stream:
+        parts = stream.iter_bytes()
+        first = next(parts)
+        gateway.repo.branch("main", "other")
+        assert b"somebody else moved it" in first + b"".join(parts)
+    gateway.repo.delete_branch("main")
+    again = [post(gateway, endpoint, body, **key).content for _ in range(2)]
+    assert again[0] == again[1] and b"somebody else" not in again[0]
+
+
 def test_anothers_key_is_not_mine(start: Start) -> None:
     import hashlib
 

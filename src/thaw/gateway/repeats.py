@@ -21,6 +21,8 @@ from thaw.gateway.reply import EventStream
 
 MOST = 256
 MOST_NBYTES = 64 << 20
+ENDS = (b"data: [DONE]", b"event: response.completed", b"event: response.incomplete", b"event: message_stop")
+"""How the last event of a stream begins that ended as it should."""
 Named: TypeAlias = tuple[str, str, str]
 """Namespace, endpoint, key."""
 
@@ -51,6 +53,12 @@ class RecordedReply:
     @property
     def nbytes(self) -> int:
         return sum(map(len, self._parts))
+
+    @property
+    def broke(self) -> bool:
+        """Whether it is a stream that ended with an error, or without its last event."""
+        last = next((part for part in reversed(self._parts) if part), b"")
+        return self._streams and self._ended and not last.rstrip().rpartition(b"\n\n")[2].startswith(ENDS)
 
     def again(self) -> Response:
         headers = {name: value for name, value in self.headers.items() if name != "content-length"}
@@ -92,6 +100,8 @@ class Repeats:
     async def reply(self, named: Named, body: bytes, make: Callable[[], Awaitable[Response]]) -> Response:
         """The first request's reply, which `make` makes. Raises what that raises, and `ApiError` for another body."""
         digest = hashlib.sha256(body).digest()
+        if named in self._kept and _broke(self._kept[named][1]):
+            del self._kept[named]
         if named not in self._kept:
             self._kept[named] = digest, asyncio.create_task(_recorded(make))
         known, task = self._kept[named]
@@ -115,6 +125,10 @@ class Repeats:
                 return
             nbytes -= task.result().nbytes
             del self._kept[named]
+
+
+def _broke(task: asyncio.Task[RecordedReply]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None and task.result().broke
 
 
 async def _recorded(make: Callable[[], Awaitable[Response]]) -> RecordedReply:
