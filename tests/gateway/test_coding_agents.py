@@ -277,6 +277,24 @@ def test_a_stream_that_ended_with_an_error_is_no_answer_to_a_retry(start: Start,
     assert again[0] == again[1] and b"somebody else" not in again[0]
 
 
+def test_a_parked_stream_is_not_begun_again_by_a_retry(start: Start) -> None:
+    """Nor does another body take its key."""
+    gateway = start(step_s=0.005)
+    headers = {"authorization": f"Bearer {TOKEN}", "idempotency-key": "k"}
+    body = {"model": "fake", "input": "hi", "max_output_tokens": 100, "stream": True}
+    url, drain = f"{gateway.url}/v1/responses", f"{gateway.url}/admin/drain"
+    with httpx.stream("POST", url, json=body, headers=headers) as stream:
+        parts = stream.iter_bytes()
+        told = next(parts)
+        assert httpx.post(drain, headers=headers).json()["complete"]
+        told += b"".join(parts)
+    assert b"response.completed" not in told
+    assert httpx.delete(drain, headers=headers).json()["resumed"] == 1
+    assert httpx.post(url, json=body | {"input": "ho"}, headers=headers).status_code == 422
+    again = httpx.post(url, json=body, headers=headers).content
+    assert again == told and len(gateway.service.jobs) <= 1
+
+
 def test_anothers_key_is_not_mine(start: Start) -> None:
     import hashlib
 

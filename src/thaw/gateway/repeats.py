@@ -21,8 +21,8 @@ from thaw.gateway.reply import EventStream
 
 MOST = 256
 MOST_NBYTES = 64 << 20
-ENDS = (b"data: [DONE]", b"event: response.completed", b"event: response.incomplete", b"event: message_stop")
-"""How the last event of a stream begins that ended as it should."""
+ERRORS = (b'data: {"error":', b"event: error", b"event: response.failed")
+"""How the last event of a stream begins that ended with an error. That of a parked response has none."""
 Named: TypeAlias = tuple[str, str, str]
 """Namespace, endpoint, key."""
 
@@ -43,7 +43,7 @@ class RecordedReply:
     def __init__(self, reply: Response) -> None:
         self.status, self.headers = reply.status_code, dict(reply.headers)
         self._parts: list[bytes] = []
-        self._news, self._ended = asyncio.Event(), False
+        self._news, self._ended, self._failed = asyncio.Event(), False, False
         if isinstance(reply, EventStream):
             self._task = asyncio.create_task(self._record(reply.events))
         else:
@@ -56,9 +56,10 @@ class RecordedReply:
 
     @property
     def broke(self) -> bool:
-        """Whether it is a stream that ended with an error, or without its last event."""
+        """Whether it is a stream that ended with an error."""
         last = next((part for part in reversed(self._parts) if part), b"")
-        return self._streams and self._ended and not last.rstrip().rpartition(b"\n\n")[2].startswith(ENDS)
+        told = last.rstrip().rpartition(b"\n\n")[2].startswith(ERRORS)
+        return self._streams and self._ended and (self._failed or told)
 
     def again(self) -> Response:
         headers = {name: value for name, value in self.headers.items() if name != "content-length"}
@@ -71,6 +72,9 @@ class RecordedReply:
             async for part in events:
                 self._parts.append(part)
                 self._tell()
+        except BaseException:
+            self._failed = True
+            raise
         finally:
             self._ended = True
             self._tell()
@@ -100,13 +104,12 @@ class Repeats:
     async def reply(self, named: Named, body: bytes, make: Callable[[], Awaitable[Response]]) -> Response:
         """The first request's reply, which `make` makes. Raises what that raises, and `ApiError` for another body."""
         digest = hashlib.sha256(body).digest()
-        if named in self._kept and _broke(self._kept[named][1]):
-            del self._kept[named]
-        if named not in self._kept:
-            self._kept[named] = digest, asyncio.create_task(_recorded(make))
-        known, task = self._kept[named]
-        if known != digest:
+        kept = self._kept.get(named)
+        if kept is not None and kept[0] != digest:
             raise ApiError(422, "this Idempotency-Key was sent with another body", code="idempotency_key_reused")
+        if kept is None or _broke(kept[1]):
+            kept = self._kept[named] = digest, asyncio.create_task(_recorded(make))
+        known, task = kept
         try:
             recorded = await asyncio.shield(task)
         except BaseException:
