@@ -308,8 +308,26 @@ def test_a_ledger_that_cannot_be_opened_says_why(small_disk: Path, tmp_path: Pat
     with pytest.raises(StorageFailed, match="full"):
         Ledger(small_disk)
     (tmp_path / FILE).write_bytes(b"no database at all " * 1000)
-    with pytest.raises(CorruptDatabase, match=FILE):
+    with pytest.raises(CorruptDatabase, match=f"{FILE} is damaged .*file is not a database.* Move it away") as refused:
         Ledger(tmp_path)
+    assert "--rebuild" not in str(refused.value), "which makes thaw.db again, and not this file"
+
+
+def test_without_a_damaged_ledger_its_responses_are_lost_and_what_chats_share_is_not(start: Start) -> None:
+    before = start()
+    known = ask(before.openai(), store=True)
+    before.close()
+    (before.repo.path / FILE).write_bytes(b"no database at all " * 1000)
+    with pytest.raises(CorruptDatabase, match="Move it away"):
+        start()
+    for damaged in before.repo.path.glob(f"{FILE}*"):
+        damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+    after = start()
+    with pytest.raises(openai.NotFoundError):
+        after.openai().responses.retrieve(known.id)
+    assert after.repo.session(known.thaw["point"]).num_tokens >= known.usage.total_tokens
+    again = ask(after.openai())
+    assert again.usage.input_tokens_details.cached_tokens >= known.usage.input_tokens - 1
 
 
 def test_an_engine_that_dies_twenty_times_loses_nothing_and_doubles_nothing(start: Start) -> None:

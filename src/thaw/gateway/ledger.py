@@ -23,8 +23,9 @@ from typing import Any
 
 import msgspec
 
+from thaw.core.errors import CorruptDatabase
 from thaw.data.files import storage_errors
-from thaw.store.db import database_errors
+from thaw.store.db import SIDE_FILES, database_errors
 
 FILE = "gateway.db"
 UNDER_WAY = ("queued", "in_progress")
@@ -40,6 +41,21 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE INDEX IF NOT EXISTS rows_by_age ON rows (created);
 CREATE INDEX IF NOT EXISTS rows_by_status ON rows (status) WHERE status IN ('queued', 'in_progress', 'parked');
 """
+
+
+@contextlib.contextmanager
+def _ledger_errors(path: Path) -> Iterator[None]:
+    """As `database_errors`, but a rebuild of the repository does not make this file again."""
+    try:
+        with database_errors(path):
+            yield
+    except CorruptDatabase as error:
+        raise CorruptDatabase(
+            f"{path} is damaged ({error.__cause__}). It says which response is which commit, and `thaw fsck` does not "
+            f"make it again. Move it away, with {' and '.join(FILE + more for more in SIDE_FILES[:2])} where they are, "
+            "and start the gateway again: responses and conversations that it knew are not found then, but commits, "
+            "branches and what chats share are in the repository still."
+        ) from error.__cause__
 
 
 class LedgerRow(msgspec.Struct, kw_only=True):
@@ -82,7 +98,7 @@ class Ledger:
         self._joining = threading.Lock()
         self._waiting: list[PendingRow] = []
         self._stored: Counter[str] = Counter()
-        with database_errors(path):
+        with _ledger_errors(path):
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
@@ -107,7 +123,7 @@ class Ledger:
             together, self._waiting = self._waiting, []
         failed: BaseException | None = None
         try:
-            with database_errors(self._path), self._transaction():
+            with _ledger_errors(self._path), self._transaction():
                 for one in together:
                     self._put(one)
         except BaseException as error:  # noqa: BLE001 - raised by each of them
@@ -130,7 +146,7 @@ class Ledger:
 
     def count(self, row: LedgerRow) -> None:
         """As `put`, for a row that nobody is told of: it outlives the process, and may be lost with the power."""
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             self._connection.execute("PRAGMA synchronous=NORMAL")
             try:
                 self._put(PendingRow(row))
@@ -139,7 +155,7 @@ class Ledger:
 
     def change(self, namespace: str, kind: str, id: str, change: Callable[[LedgerRow], object]) -> LedgerRow | None:
         """Change a row as it stands now, with nobody between; None, and nothing is done, where there is none."""
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             found = self._rows(_BY_ID, (namespace, kind, id))
             for row in found:
                 change(row)
@@ -156,13 +172,13 @@ class Ledger:
         self._stored[row.namespace] += row.nbytes + len(record) - before
 
     def get(self, namespace: str, kind: str, id: str) -> LedgerRow | None:
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             found = self._rows(_BY_ID, (namespace, kind, id))
         return found[0] if found else None
 
     def delete(self, namespace: str, kind: str, id: str) -> bool:
         """It is not found any more. What it counted, its KV, counts until gc can have removed that (`expire`)."""
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             before = self._size(namespace, kind, id) + self._size(namespace, GONE, id)
             where, values = _BY_ID, (namespace, kind, id)
             gone = self._connection.execute(f"DELETE FROM rows {where} AND nbytes = 0", values)
@@ -182,12 +198,12 @@ class Ledger:
 
     def with_status(self, *statuses: str) -> list[LedgerRow]:
         marks = ", ".join("?" * len(statuses))
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             return self._rows(f"WHERE status IN ({marks}) ORDER BY created", statuses)
 
     def interrupt(self) -> int:
         """Rows that a gateway which is gone left under way; how many."""
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             done = self._connection.execute("UPDATE rows SET status = 'incomplete' WHERE status IN (?, ?)", UNDER_WAY)
         return done.rowcount
 
@@ -209,7 +225,7 @@ class Ledger:
 
         Returns how many were deleted or went, and the time of the oldest that is left, if any is."""
         kept, cut = 0, before
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             newest_first = self._connection.execute("SELECT created, nbytes FROM rows ORDER BY created DESC")
             for created, nbytes in newest_first:
                 kept += nbytes
@@ -239,12 +255,12 @@ class Ledger:
         return done.rowcount + num_sooner + freed.rowcount, oldest
 
     def close(self) -> None:
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             self._connection.close()
 
     def points(self, namespace: str) -> list[tuple[str, str, str]]:
         """(kind, id, commit) of all rows of a namespace that name a commit, oldest first."""
-        with self._lock, database_errors(self._path):
+        with self._lock, _ledger_errors(self._path):
             return self._connection.execute(
                 "SELECT kind, id, point FROM rows WHERE namespace = ? AND point IS NOT NULL AND kind <> 'deleted' "
                 "ORDER BY created, id",
