@@ -29,7 +29,7 @@ ROOT = HERE.parent.parent
 LONG = Sampling(max_tokens=60, ignore_eos=True)
 BIG = {
     "engine": "fake", "options": {}, "slow": {"step_s": 0.0003}, "max_num_seqs": 32, "num_requests": 40,
-    "num_parked": 4, "max_tokens": 80, "at": 8, "prompt": "The river is long and slow, and nobody knows its name.",
+    "num_parked": 4, "max_tokens": 240, "at": 8, "prompt": "The river is long and slow, and nobody knows its name.",
 }  # fmt: skip
 
 
