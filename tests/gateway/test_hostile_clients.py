@@ -28,7 +28,9 @@ def post(gateway: Gateway, path: str, body: bytes | dict[str, Any], token: str =
 
 
 class Heart:
-    """Beats in the gateway's event loop; `longest`: seconds between two beats."""
+    """Beats in the gateway's event loop; `longest`: seconds of processor time that its thread took between two beats.
+
+    Processor time, since a machine that runs other things stretches the clock's."""
 
     def __init__(self) -> None:
         self.longest, self.stopped = 0.0, False
@@ -36,14 +38,14 @@ class Heart:
 
 @contextmanager
 def beating(gateway: Gateway) -> Iterator[Heart]:
-    heart, last = Heart(), time.perf_counter()
+    heart, last = Heart(), float("inf")
     with httpx.Client() as client:
         client.get(f"{gateway.url}/health")
         loop = next(iter(gateway.server.server_state.connections)).loop  # type: ignore[union-attr]
 
         def beat() -> None:
             nonlocal last
-            now = time.perf_counter()
+            now = time.thread_time()
             heart.longest, last = max(heart.longest, now - last), now
             if not heart.stopped:
                 loop.call_later(0.002, beat)
@@ -66,7 +68,7 @@ DEAR = {
 
 @pytest.mark.parametrize("kind", DEAR)
 def test_thirty_megabytes_are_refused_while_a_stream_flows(start: Start, kind: str) -> None:
-    """A quarter of a second is what a busy machine needs; what was mended took a whole one, or tokenised the text."""
+    """What was mended kept the loop for a whole second, or tokenised the text."""
     gateway = start(step_s=0.002)
     events: list[Any] = []
     stream = gateway.openai().responses.create(model="fake", input="hi", max_output_tokens=300, stream=True)
