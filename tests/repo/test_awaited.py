@@ -58,7 +58,7 @@ PLAIN: dict[type, set[str]] = {
     },
     Session: {
         "ref", "engine_ref", "parent", "branch", "namespace", "num_inherited", "is_open", "engine",  # remembered
-        "commits_to", "kept_at", "check_process",  # likewise
+        "commits_to", "kept_at", "num_reread", "check_process",  # likewise
         "request", "plan_chat", "follow", "settle_chat",  # the steps of `generate` and `chat`, for groups
     },
     Group: {"check_process", "index", "count"},
