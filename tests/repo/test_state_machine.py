@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import thaw
 from thaw import Sampling
 from thaw.core.errors import NotFound, RefConflict
+from thaw.core.objects import State
 from thaw.core.prefix import common_prefix
 from thaw.engines.base import Engine
 from thaw.repo import CommitConflict, CommitResult, Repository, Session
@@ -220,8 +221,8 @@ class History(RuleBasedStateMachine):
         d = self.repo.diff(a, b)
         assert d.num_common_tokens == common_prefix(mine, other)
         assert a != b or d.a.nbytes_own == d.b.nbytes_own == 0
-        found = self.repo.match(mine)
-        assert found is not None and found.num_tokens == len(mine)
+        found, state = self.repo.match(mine), self.repo.store.get_as(self.repo.resolve(a).state, State)
+        assert found is not None and state.num_kv <= found.num_tokens <= len(mine)
 
     @precondition(lambda self: self.commits)
     @rule(i=INDEX, at=INDEX)

@@ -283,7 +283,8 @@ class Repository:
         return diffs.diff(self.store, self.resolve(a), self.resolve(b))
 
     def match(self, token_ids: Sequence[int]) -> ResolvedPoint | None:
-        """The longest stored prefix of these tokens, as a point (perhaps inside a segment), or None.
+        """The longest stored prefix of these tokens, as a point (perhaps inside a segment), or None. A commit's last
+        token that has no KV yet may be left out, if another commit has the same KV.
 
         With an engine: of its model and policy. Without: of any model that something here was captured with.
         """
