@@ -33,7 +33,8 @@ from thaw import serve
 VLLM = Path(__file__).resolve().parents[2] / ".venv-vllm/bin/python"
 NUM_KILLS, ENGINE_EVERY = 100, 5
 """Of five kills one takes the engine, one both, and three the gateway."""
-LIMIT, LENGTH = 2048, 60
+LIMIT, LENGTH, LONGER = 2048, 60, 400
+"""Tokens: of the engine, of a stream that goes on after the kill, and of one that nobody but the kill is to end."""
 TOLD = 5
 """Pieces of text after which the kill comes."""
 LONG = "The river Elbe runs from the mountains to the sea, past old towns and wide meadows. " * 20
@@ -130,8 +131,8 @@ class Rounds:
     def _killed_in_between(self, parent: Any, whom: str) -> tuple[str, str, Any]:
         """The stream's id, its text, and its last event: of all of it where the gateway lived."""
         stream = self._ask(
-            input="On.", previous_response_id=parent.id, max_output_tokens=LENGTH, stream=True,
-            extra_body={"ignore_eos": True},
+            input="On.", previous_response_id=parent.id, max_output_tokens=LENGTH if whom == "engine" else LONGER,
+            stream=True, extra_body={"ignore_eos": True},
         )  # fmt: skip
         began, told, pieces, event = "", "", 0, None
         with suppress(*(() if whom == "engine" else BROKEN)):
