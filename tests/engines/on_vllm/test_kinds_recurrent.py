@@ -354,11 +354,11 @@ def test_captures_of_an_answer_on_both_sides_of_a_blocks_end_go_on_with_its_bits
     twin = lab.twin(engine, session)
     running = lab.start(engine, twin, sampling=greedy(count))
     wait_for(running, 1)
-    found = []
-    while engine.view(twin).running and len(found) < 12:
-        found.append(lab.capture(engine, twin))
+    plans: dict[int, HydratePlan] = {}
+    while engine.view(twin).running and len(plans) < 12:
+        plan = lab.plan(lab.capture(engine, twin))
+        plans[plan.num_kv] = plan
     running.result()
-    plans = {plan.num_kv: plan for plan in map(lab.plan, found)}
     assert len(plans) >= 3
     for num_kv in sorted(plans)[:6]:
         done = num_kv + 1 - 250
