@@ -117,7 +117,7 @@ def figure(arm: str, value: str, text: str, unit: str = "s") -> r.Derived:
 
 def added(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receipt:
     # An earlier run in OUT has stored what it said: what it said again would not be new.
-    rng, client, rows = random.Random(time.time_ns()), gateway.client(), []
+    rng, client, rows = random.Random(), gateway.client(), []
     characters = CHARACTERS.get(told.engine, 4500)
     repo = thaw.open(told.out / "beside", engine=engine, create=True)
     direct(engine, text(rng, characters))
@@ -216,7 +216,7 @@ def through(client: Client, prompt: str) -> tuple[float, float]:
 
 
 def ends(told: argparse.Namespace, engine: Engine, gateway: Served) -> r.Receipt:
-    rng, client, rows = random.Random(time.time_ns()), gateway.client(), []
+    rng, client, rows = random.Random(), gateway.client(), []
     characters = CHARACTERS.get(told.engine, 4500)
     for block in range(told.blocks + 1):
         client.connect()

@@ -28,7 +28,8 @@ def post(gateway: Gateway, path: str, body: bytes | dict[str, Any], token: str =
 
 
 class Heart:
-    """Beats in the gateway's event loop; `longest`: seconds of processor time that its thread took between two beats.
+    """Beats in the gateway's event loop; `longest`: seconds of processor time that this process took between two beats,
+    on the loop's thread or on one that kept the interpreter from it.
 
     Processor time, since a machine that runs other things stretches the clock's."""
 
@@ -45,7 +46,7 @@ def beating(gateway: Gateway) -> Iterator[Heart]:
 
         def beat() -> None:
             nonlocal last
-            now = time.thread_time()
+            now = time.process_time()
             heart.longest, last = max(heart.longest, now - last), now
             if not heart.stopped:
                 loop.call_later(0.002, beat)
